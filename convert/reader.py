@@ -1,0 +1,237 @@
+"""Every tensor of a Hugging Face checkpoint folder by name, memory-mapped and checked before it is believed.
+
+Read `CheckpointReader` first: it finds the files, checks them against their index and hands out arrays.
+`read_safetensors` below it parses one safetensors file; `torch_pickle.py` does the same for `.bin` files.
+"""
+
+import json
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, Self
+
+import ml_dtypes
+import numpy as np
+
+from .torch_pickle import TensorInfo, count_elements, read_torch_file, show
+
+__all__ = ["CheckpointReader", "TensorInfo", "read_safetensors"]
+
+MAX_JSON_BYTES: Final = 100_000_000  # of a safetensors header (the format's own bound) or of an index
+
+_DTYPES: Final[dict[str, np.dtype]] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class CheckpointReader:
+    """Every tensor of a Hugging Face checkpoint folder by name, memory-mapped, read when asked for.
+
+    `tensors` maps each name to its `TensorInfo` (dtype, shape, file). Opening reads headers and indexes only,
+    and checks them all; the files must not change while the reader or one of its arrays is alive. Safetensors
+    are preferred to `.bin` files, an index to a single file.
+    """
+
+    tensors: dict[str, TensorInfo]
+
+    def __init__(self, folder: str | Path):
+        """Open `folder`; ValueError, in one line, if anything about its files is not as it must be."""
+        self.folder = Path(folder)
+        self.tensors = {}
+        self._maps: dict[str, mmap.mmap] = {}
+        if not self.folder.is_dir():
+            raise ValueError(f"{self.folder}: no such folder")
+        name, is_index, parse = self._find_weights()
+        index = self._read_index(name) if is_index else None
+        for file in dict.fromkeys(index.values()) if index else [name]:
+            for tensor, info in self._read_file(file, parse).items():
+                if tensor in self.tensors:
+                    both = f"{show(self.tensors[tensor].file)} and {show(file)}"
+                    raise ValueError(f"{self.folder}: tensor {show(tensor)} lies in both {both}")
+                if index and tensor not in index:
+                    raise ValueError(f"{self.folder / file}: tensor {show(tensor)} is not in {name}")
+                self.tensors[tensor] = info
+        for tensor, file in (index or {}).items():
+            if tensor not in self.tensors or self.tensors[tensor].file != file:
+                raise ValueError(
+                    f"{self.folder / file}: lacks tensor {show(tensor)}, which {name} places there"
+                )
+        if not self.tensors:
+            raise ValueError(f"{self.folder / name}: holds no tensor")
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor `name` as a read-only view on the mapped file; bfloat16 is `ml_dtypes.bfloat16`.
+
+        The view stays valid after `close`. It may be strided or unaligned where the file is; numpy and JAX
+        read both. Raises ValueError if there is no such tensor or the reader is closed.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            raise ValueError(f"{self.folder}: holds no tensor {show(name)}")
+        if info.file not in self._maps:
+            raise ValueError(f"{self.folder}: closed, so tensor {show(name)} cannot be read")
+        if 0 in info.shape:
+            empty = np.zeros(info.shape, info.dtype)
+            empty.flags.writeable = False
+            return empty
+        # numpy checks once more that shape and strides stay inside the file.
+        return np.ndarray(info.shape, info.dtype, self._maps[info.file], info.offset, info.strides)
+
+    def close(self) -> None:
+        """Let go of the files. Each stays mapped until the last array read from it is gone."""
+        self._maps.clear()
+
+    def __enter__(self) -> Self:
+        """The reader itself, closed at the end of the `with` block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+    def _find_weights(self) -> tuple[str, bool, "_Parser"]:
+        for name, is_index, parse in _LAYOUTS:
+            if os.path.lexists(self.folder / name):  # a dangling link is an error, not an absence
+                return name, is_index, parse
+        names = ", ".join(name for name, _, _ in _LAYOUTS)
+        raise ValueError(f"{self.folder}: no weights; looked for {names}")
+
+    def _read_index(self, name: str) -> dict[str, str]:
+        """The index's map from tensor to shard, each shard a file beside it."""
+        path = _path_inside(self.folder, name)
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise ValueError(f"{self.folder / name}: {size} bytes; at most {MAX_JSON_BYTES}")
+        try:
+            index = _parse_json(path.read_bytes())
+            shards = index.get("weight_map")
+            if not isinstance(shards, dict) or not shards:
+                raise ValueError("weight_map is missing, empty or not an object")
+            for tensor, file in shards.items():
+                if not _is_file_name(file):
+                    raise ValueError(f"tensor {show(tensor)} is in {show(file)}; a shard lies beside its index")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.folder / name}: {error}") from error
+        return shards
+
+    def _read_file(self, name: str, parse: "_Parser") -> dict[str, TensorInfo]:
+        path = _path_inside(self.folder, name)
+        try:
+            if path.stat().st_size == 0:
+                raise ValueError("is empty")
+            with path.open("rb") as file:
+                self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return parse(self._maps[name], name)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.folder / name}: {error}") from error
+
+
+def read_safetensors(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
+    """Where each tensor of a safetensors file lies: 8 bytes of header length, the header in JSON, the data.
+
+    The tensors must fill the data exactly, without hole or overlap, as the format demands. Raises ValueError,
+    in one line, on anything else and on a dtype other than F32, F16 and BF16.
+    """
+    length = int.from_bytes(mapped[:8], "little")
+    if length > MAX_JSON_BYTES:
+        raise ValueError(f"has a header of {length} bytes; at most {MAX_JSON_BYTES}")
+    data = 8 + length
+    if data > len(mapped):
+        raise ValueError(f"has a header up to byte {data} of a file of {len(mapped)}")
+    header = _parse_json(mapped[8:data])
+    if not isinstance(header.pop("__metadata__", {}), dict):
+        raise ValueError("has a __metadata__ that is not an object")
+
+    tensors: dict[str, TensorInfo] = {}
+    ranges: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        match entry:
+            case {"dtype": str(code), "shape": list(sizes), "data_offsets": [begin, end], **rest} if not rest:
+                pass
+            case _:
+                raise ValueError(
+                    f"describes tensor {show(name)} otherwise than by dtype, shape and data_offsets"
+                )
+        if bad := [number for number in (*sizes, begin, end) if type(number) is not int]:
+            raise ValueError(f"tensor {show(name)} has {show(bad[0])} for a dimension or an offset")
+        if code not in _DTYPES:
+            raise ValueError(f"tensor {show(name)} has dtype {show(code)}; weights are F32, F16 or BF16")
+        dtype, shape = _DTYPES[code], tuple(sizes)
+        nbytes = count_elements(name, shape, dtype.itemsize) * dtype.itemsize
+        if end - begin != nbytes:
+            bounds = f"{show(begin)} to {show(end)}"
+            raise ValueError(
+                f"tensor {show(name)} lies from {bounds}; its shape and dtype need {nbytes} bytes"
+            )
+        tensors[name] = TensorInfo(dtype, shape, file, data + begin)
+        ranges.append((begin, end, name))
+
+    filled = 0
+    for begin, end, name in sorted(ranges):
+        if begin != filled:
+            raise ValueError(
+                f"tensor {show(name)} starts at {show(begin)}; the one before it ends at {filled}"
+            )
+        filled = end
+    if filled != len(mapped) - data:
+        raise ValueError(
+            f"has tensors up to byte {show(filled)} of its data; it has {len(mapped) - data} bytes"
+        )
+    return tensors
+
+
+def _parse_json(data: bytes) -> dict[str, Any]:
+    """A JSON object in UTF-8, no key twice; ValueError otherwise."""
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except RecursionError as error:
+        raise ValueError("has JSON nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"has {show(value)} where a JSON object must be")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"has JSON key {show(key)} twice")
+        result[key] = value
+    return result
+
+
+def _is_file_name(value: object) -> bool:
+    """Whether `value` names a file without saying anything about folders, in characters one can print."""
+    is_name = isinstance(value, str) and value.isprintable() and value not in ("", ".", "..")
+    return is_name and not {"/", "\\"} & set(value)
+
+
+def _path_inside(folder: Path, name: str) -> Path:
+    """The regular file `name` of `folder`, links followed; ValueError where they lead out of the checkpoint.
+
+    Hugging Face's hub cache keeps `snapshots/<revision>/` as links into `blobs/` beside `snapshots`.
+    """
+    home = Path(os.path.realpath(folder))
+    try:
+        path = Path(os.path.realpath(folder / name, strict=True))
+    except OSError as error:
+        raise ValueError(f"{folder / name}: cannot be opened: {error.strerror}") from error
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(path.is_relative_to(home) for home in homes):
+        raise ValueError(f"{folder / name}: links to {path}, outside the checkpoint")
+    if not path.is_file():
+        raise ValueError(f"{folder / name}: is not a regular file")
+    return path
+
+
+_Parser = Callable[[mmap.mmap, str], dict[str, TensorInfo]]
+
+# Where weights are looked for, the preferred first: the file, whether it is an index of shards, its parser.
+_LAYOUTS: Final[tuple[tuple[str, bool, _Parser], ...]] = (
+    ("model.safetensors.index.json", True, read_safetensors),
+    ("model.safetensors", False, read_safetensors),
+    ("pytorch_model.bin.index.json", True, read_torch_file),
+    ("pytorch_model.bin", False, read_torch_file),
+)

@@ -1,0 +1,364 @@
+"""Where each tensor of a PyTorch `.bin` file lies, found without torch and without running its pickle.
+
+Read `read_torch_file` first. A `.bin` file is a pickle that calls functions to build tensors, and a set of
+raw storages they look into. `_Machine` follows the pickle opcode by opcode: what an opcode may do is a row of
+`_OPCODES`, what may be called is a row of `_CALLS`, and there is nothing else. Python's own unpickler is not
+used, not even restricted: by allowed names alone it can be made to set attributes on our functions (BUILD),
+to allocate gigabytes (a memo index of 2**31) and to hash a nested tuple for years (a dictionary key).
+"""
+
+import io
+import math
+import mmap
+import pickletools
+import struct
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import IO, Any, Final, cast
+
+import ml_dtypes
+import numpy as np
+
+MAX_PICKLE_BYTES: Final = 16 << 20  # a tensor takes about 100 bytes and 40 opcodes
+MAX_OPCODES: Final = 2_000_000
+MAX_RANK: Final = 64  # numpy's own bound
+_LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL: Final = 1001
+
+# What torch calls a storage, and its element; None is a kind we know by name and refuse: weights are floats.
+_STORAGES: Final[dict[str, np.dtype | None]] = {
+    "torch.FloatStorage": np.dtype(np.float32),
+    "torch.HalfStorage": np.dtype(np.float16),
+    "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    **{f"torch.{kind}Storage": None for kind in ("Double", "Long", "Int", "Short", "Char", "Byte", "Bool")},
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor of a checkpoint: its element, its shape, and the bytes of the file it looks into."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    file: str  # name inside the checkpoint's folder
+    offset: int  # bytes from the start of the file
+    strides: tuple[int, ...] | None = None  # bytes; None is row by row
+
+
+def read_torch_file(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
+    """Find every tensor of a `.bin` file, zip (torch >= 1.6) or legacy; the storages themselves are not read.
+
+    Raises ValueError, in one line, on anything that is not a flat dictionary of float32, float16 or bfloat16
+    tensors lying inside their storages.
+    """
+    read = _read_zip if mapped[:4] == b"PK\x03\x04" else _read_legacy
+    state, places = read(mapped)
+    if not isinstance(state, dict):
+        raise ValueError(f"holds a {type(state).__name__}, not a dictionary of tensors")
+    return {name: _locate(name, entry, places, file) for name, entry in state.items()}
+
+
+def show(value: object) -> str:
+    """Any value from an untrusted file in one short line: a nested value is named by its type only."""
+    text = repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+    return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+def count_elements(name: str, shape: tuple[int, ...], itemsize: int) -> int:
+    """The number of elements of `shape`; ValueError where an array of that shape cannot exist."""
+    if len(shape) > MAX_RANK:
+        raise ValueError(f"tensor {show(name)} has {len(shape)} dimensions; at most {MAX_RANK}")
+    if bad := [size for size in shape if not 0 <= size < 2**63]:
+        raise ValueError(f"tensor {show(name)} has a dimension of {show(bad[0])}; it must be in [0, 2**63)")
+    if math.prod(max(size, 1) for size in shape) * itemsize >= 2**63:
+        raise ValueError(f"tensor {show(name)} has shape {shape}: 2**63 bytes or more")
+    return math.prod(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Global:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    kind: str
+    key: str
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    storage: _Storage
+    offset: int  # elements, as are the strides
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+_Places = dict[str, tuple[int, int]]  # a storage's key -> its first byte in the file, its length in bytes
+
+
+def _locate(name: str, tensor: object, places: _Places, file: str) -> TensorInfo:
+    """Turn a view on a storage into bytes of the file, once no element of it can lie outside the storage."""
+    if not isinstance(tensor, _Tensor):
+        raise ValueError(f"entry {show(name)} is {show(tensor)}, not a tensor")
+    storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
+    dtype = _STORAGES[storage.kind]
+    if dtype is None:
+        raise ValueError(f"tensor {show(name)} has dtype {storage.kind}; weights are F32, F16 or BF16")
+    if storage.key not in places:
+        raise ValueError(f"tensor {show(name)} needs storage {show(storage.key)}, which the file lacks")
+    start, nbytes = places[storage.key]
+    if storage.numel * dtype.itemsize != nbytes:
+        raise ValueError(
+            f"tensor {show(name)} says storage {show(storage.key)} holds {show(storage.numel)} x {dtype}; "
+            f"it has {nbytes} bytes"
+        )
+    count = count_elements(name, shape, dtype.itemsize)
+    if len(strides) != len(shape) or min(strides, default=0) < 0 or tensor.offset < 0:
+        raise ValueError(f"tensor {show(name)} has a negative offset or stride, or strides of another rank")
+    last = tensor.offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    if count and last >= storage.numel:
+        raise ValueError(f"tensor {show(name)} reaches element {show(last)} of a storage of {storage.numel}")
+    # A stride of 0 repeats elements: without this bound a file of 100 bytes could claim a terabyte.
+    if count > storage.numel:
+        raise ValueError(f"tensor {show(name)} repeats {storage.numel} stored elements into {count}")
+    # The stride of a dimension of one element is never used, and may be too large for numpy.
+    steps = tuple(
+        (stride if size > 1 else 1) * dtype.itemsize for size, stride in zip(shape, strides, strict=True)
+    )
+    return TensorInfo(dtype, shape, file, start + (tensor.offset * dtype.itemsize if count else 0), steps)
+
+
+def _ordered_dict(*items: object) -> dict:
+    if items:
+        raise ValueError("calls collections.OrderedDict with arguments; torch fills it afterwards")
+    return {}
+
+
+def _tensor(storage, offset, shape, strides, requires_grad, hooks, metadata=None) -> _Tensor:
+    # The metadata may say "conjugate" or "negative", which would change every value.
+    if not isinstance(storage, _Storage) or type(offset) is not int or metadata:
+        raise ValueError("calls _rebuild_tensor_v2 with arguments torch does not write")
+    for sizes in (shape, strides):
+        if type(sizes) is not tuple or len(sizes) > MAX_RANK or any(type(size) is not int for size in sizes):
+            raise ValueError(f"has a shape or stride that is no tuple of at most {MAX_RANK} integers")
+    return _Tensor(storage, offset, shape, strides)
+
+
+def _parameter(data, requires_grad, hooks) -> _Tensor:
+    if not isinstance(data, _Tensor):
+        raise ValueError(f"calls _rebuild_parameter with {show(data)}, not a tensor")
+    return data
+
+
+_CALLS: Final[dict[str, Callable]] = {
+    "collections.OrderedDict": _ordered_dict,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+}
+
+
+class _Machine:
+    """A pickle's stack, its marks and its memo; every dictionary key is a string, every step is O(1)."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+        self.storages: dict[str, _Storage] = {}
+
+    def protocol(self, number: int) -> None:
+        if number > 2:
+            raise ValueError(f"is a pickle of protocol {number}; torch writes and reads protocol 2")
+
+    def pop(self, count: int) -> list:
+        if count > len(self.stack):
+            raise IndexError
+        items = self.stack[len(self.stack) - count :]
+        del self.stack[len(self.stack) - count :]
+        return items
+
+    def pop_to_mark(self) -> list:
+        return self.pop(len(self.stack) - self.marks.pop())
+
+    def push_global(self, name: str) -> None:
+        name = name.replace(" ", ".", 1)
+        if name not in _CALLS and name not in _STORAGES:
+            raise ValueError(f"asks for {show(name)}; allowed are {', '.join(_CALLS)} and torch's storages")
+        self.stack.append(_Global(name))
+
+    def call(self) -> None:
+        function, arguments = self.pop(2)
+        if not isinstance(function, _Global) or function.name not in _CALLS or type(arguments) is not tuple:
+            raise ValueError(f"calls {show(getattr(function, 'name', function))}, which is no function here")
+        self.stack.append(_CALLS[function.name](*arguments))
+
+    def push_storage(self) -> None:
+        match self.stack.pop():
+            case ("storage", _Global(name=kind), str(key), str(), int(numel), *view) if view in ([], [None]):
+                storage = _Storage(kind, key, numel)
+            case _:
+                raise ValueError("has a persistent id other than ('storage', type, key, location, size)")
+        if kind not in _STORAGES or numel < 0 or self.storages.setdefault(key, storage) != storage:
+            raise ValueError(f"describes storage {show(key)} wrongly or in two ways: {show(numel)} x {kind}")
+        self.stack.append(storage)
+
+    def set_items(self, items: list) -> None:
+        target = self.stack[-1]
+        if type(target) is not dict or len(items) % 2:
+            raise ValueError(f"sets {len(items)} keys and values on {show(target)}")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if type(key) is not str or key in target:
+                raise ValueError(f"has key {show(key)}, which is no string or is there twice")
+            target[key] = value
+
+    def append_items(self, items: list) -> None:
+        if type(self.stack[-1]) is not list:
+            raise ValueError(f"appends to {show(self.stack[-1])}")
+        self.stack[-1].extend(items)
+
+    def set_attributes(self) -> None:
+        """A state_dict carries `_metadata`, the versions of its modules: no weights, so it is dropped."""
+        target, state = self.pop(2)
+        if type(target) is not dict or type(state) is not dict or state.keys() != {"_metadata"}:
+            raise ValueError(f"sets attributes other than _metadata on {show(target)}")
+        self.stack.append(target)
+
+
+# fmt: off
+_OPCODES: Final[dict[str, Callable[[_Machine, Any], object]]] = {
+    "PROTO":        lambda m, arg: m.protocol(arg),
+    "STOP":         lambda m, _: None,
+    "MARK":         lambda m, _: m.marks.append(len(m.stack)),
+    "NONE":         lambda m, _: m.stack.append(None),
+    "NEWTRUE":      lambda m, _: m.stack.append(True),
+    "NEWFALSE":     lambda m, _: m.stack.append(False),
+    "BININT":       lambda m, arg: m.stack.append(arg),
+    "BININT1":      lambda m, arg: m.stack.append(arg),
+    "BININT2":      lambda m, arg: m.stack.append(arg),
+    "LONG1":        lambda m, arg: m.stack.append(arg),
+    "BINUNICODE":   lambda m, arg: m.stack.append(arg),
+    "EMPTY_TUPLE":  lambda m, _: m.stack.append(()),
+    "TUPLE1":       lambda m, _: m.stack.append(tuple(m.pop(1))),
+    "TUPLE2":       lambda m, _: m.stack.append(tuple(m.pop(2))),
+    "TUPLE3":       lambda m, _: m.stack.append(tuple(m.pop(3))),
+    "TUPLE":        lambda m, _: m.stack.append(tuple(m.pop_to_mark())),
+    "EMPTY_LIST":   lambda m, _: m.stack.append([]),
+    "APPEND":       lambda m, _: m.append_items(m.pop(1)),
+    "APPENDS":      lambda m, _: m.append_items(m.pop_to_mark()),
+    "EMPTY_DICT":   lambda m, _: m.stack.append({}),
+    "SETITEM":      lambda m, _: m.set_items(m.pop(2)),
+    "SETITEMS":     lambda m, _: m.set_items(m.pop_to_mark()),
+    "BINPUT":       lambda m, arg: m.memo.update({arg: m.stack[-1]}),
+    "LONG_BINPUT":  lambda m, arg: m.memo.update({arg: m.stack[-1]}),
+    "BINGET":       lambda m, arg: m.stack.append(m.memo[arg]),
+    "LONG_BINGET":  lambda m, arg: m.stack.append(m.memo[arg]),
+    "GLOBAL":       lambda m, arg: m.push_global(arg),
+    "REDUCE":       lambda m, _: m.call(),
+    "BUILD":        lambda m, _: m.set_attributes(),
+    "BINPERSID":    lambda m, _: m.push_storage(),
+}
+# fmt: on
+
+
+def _unpickle(stream: io.BytesIO) -> tuple[Any, dict[str, _Storage]]:
+    """The value of the pickle that starts here and the storages it names; the stream is left behind it."""
+    machine = _Machine()
+    count = 0
+    try:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            if opcode.name not in _OPCODES:
+                raise ValueError(f"uses pickle opcode {opcode.name}, which no tensor needs")
+            if count >= MAX_OPCODES:
+                raise ValueError(f"has a pickle of more than {MAX_OPCODES} opcodes")
+            _OPCODES[opcode.name](machine, argument)
+    except ValueError:
+        raise
+    except Exception as error:  # An empty stack, an unknown memo entry, a call with too few arguments ...
+        raise ValueError(f"has a damaged pickle: {type(error).__name__} at opcode {count}") from error
+    if len(machine.stack) != 1:
+        raise ValueError(f"has a pickle that ends with {len(machine.stack)} values; it must be 1")
+    return machine.stack[0], machine.storages
+
+
+def _read_zip(mapped: mmap.mmap) -> tuple[Any, _Places]:
+    """torch >= 1.6: a zip of `<root>/data.pkl` and one uncompressed `<root>/data/<key>` a storage."""
+    try:
+        members = zipfile.ZipFile(cast(IO[bytes], mapped)).infolist()
+    except Exception as error:  # zipfile answers damage with half a dozen types
+        raise ValueError(f"is cut short or is not a zip archive: {show(str(error))}") from error
+    places: _Places = {}
+    for member in members:
+        if member.filename in places:
+            raise ValueError(f"has member {show(member.filename)} twice")
+        places[member.filename] = _member_place(mapped, member)
+    pickles = [name for name in places if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError(f"has {len(pickles)} members called <root>/data.pkl; it must be 1")
+    root = pickles[0].removesuffix("data.pkl")
+    start, size = places.get(f"{root}byteorder", (0, 0))
+    if size and mapped[start : start + min(size, 16)] != b"little":
+        raise ValueError("has a byteorder other than little")
+    start, size = places[f"{root}data.pkl"]
+    if size > MAX_PICKLE_BYTES:
+        raise ValueError(f"has a data.pkl of {size} bytes; at most {MAX_PICKLE_BYTES}")
+    state, storages = _unpickle(io.BytesIO(mapped[start : start + size]))
+    prefix = f"{root}data/"
+    data = {name.removeprefix(prefix): place for name, place in places.items() if name.startswith(prefix)}
+    if unused := data.keys() - storages.keys():
+        raise ValueError(f"has storage {show(min(unused))}, which no tensor uses")
+    return state, data
+
+
+def _member_place(mapped: mmap.mmap, member: zipfile.ZipInfo) -> tuple[int, int]:
+    """Where a stored member's bytes lie. Its own header is asked, since only that knows its length."""
+    name, offset, size = show(member.filename), member.header_offset, member.file_size
+    if member.compress_type != zipfile.ZIP_STORED or member.compress_size != size or member.flag_bits & 1:
+        raise ValueError(f"has compressed or encrypted member {name}; torch stores them as they are")
+    if not 0 <= offset <= len(mapped) - 30 or mapped[offset : offset + 4] != b"PK\x03\x04":
+        raise ValueError(f"has member {name} at byte {offset}, where no member starts")
+    name_size, extra_size = struct.unpack("<HH", mapped[offset + 26 : offset + 30])
+    encoded = member.orig_filename.encode("utf-8" if member.flag_bits & 0x800 else "cp437")
+    if mapped[offset + 30 : offset + 30 + name_size] != encoded:
+        raise ValueError(f"has member {name}, whose own header gives another name")
+    start = offset + 30 + name_size + extra_size
+    if start + size > len(mapped):
+        raise ValueError(f"has member {name} up to byte {start + size} of a file of {len(mapped)}")
+    return start, size
+
+
+def _read_legacy(mapped: mmap.mmap) -> tuple[Any, _Places]:
+    """torch < 1.6: five pickles (magic, protocol, system, state, keys), then each storage with its size."""
+    stream = io.BytesIO(mapped[:MAX_PICKLE_BYTES])
+    if mapped[:2] != b"\x80\x02" or _unpickle(stream)[0] != _LEGACY_MAGIC:
+        raise ValueError("is neither a torch zip archive nor a legacy torch file")
+    if (protocol := _unpickle(stream)[0]) != _LEGACY_PROTOCOL:
+        raise ValueError(f"has legacy protocol {show(protocol)}; it must be {_LEGACY_PROTOCOL}")
+    system = _unpickle(stream)[0]
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise ValueError("was not written by a little-endian machine")
+    state, storages = _unpickle(stream)
+    keys, _ = _unpickle(stream)
+    if not isinstance(keys, list) or any(type(key) is not str for key in keys):
+        raise ValueError(f"has {show(keys)} where the list of its storages must be")
+    places: _Places = {}
+    position = stream.tell()
+    for key in keys:
+        storage = storages.get(key)
+        if storage is None or key in places:
+            raise ValueError(f"lists storage {show(key)} twice, or no tensor uses it")
+        dtype = _STORAGES[storage.kind]
+        if dtype is None:
+            raise ValueError(f"has a storage of {storage.kind}; weights are F32, F16 or BF16")
+        numel, position = int.from_bytes(mapped[position : position + 8], "little"), position + 8
+        if numel != storage.numel or position + numel * dtype.itemsize > len(mapped):
+            left = max(0, len(mapped) - position)
+            given = f"announced are {numel} and {left} bytes follow"
+            raise ValueError(f"storage {show(key)} must be {show(storage.numel)} x {dtype}; {given}")
+        places[key] = (position, numel * dtype.itemsize)
+        position += numel * dtype.itemsize
+    if position != len(mapped):
+        raise ValueError(f"has {len(mapped) - position} bytes after its last storage")
+    return state, places

@@ -1,0 +1,51 @@
+"""DeepSeekMoE in JAX: convert PyTorch checkpoints, generate text, pretrain and fine-tune.
+
+The public face; names are imported when they are first asked for, so that `import dsmoe_jax` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsmoe_jax.checkpoint import load, save
+    from dsmoe_jax.config import ModelConfig
+    from dsmoe_jax.generate import Completion, Generator
+    from dsmoe_jax.model import DeepSeekMoE
+    from dsmoe_jax.sharding import MeshConfig, make_mesh
+    from dsmoe_jax.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ModelConfig": "config",
+    "DeepSeekMoE": "model",
+    "MeshConfig": "sharding",
+    "make_mesh": "sharding",
+    "load": "checkpoint",
+    "save": "checkpoint",
+    "Tokenizer": "tokenizer",
+    "Generator": "generate",
+    "Completion": "generate",
+}
+
+__all__ = [
+    "Completion",
+    "DeepSeekMoE",
+    "Generator",
+    "MeshConfig",
+    "ModelConfig",
+    "Tokenizer",
+    "load",
+    "make_mesh",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dsmoe_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"dsmoe_jax.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

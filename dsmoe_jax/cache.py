@@ -1,0 +1,52 @@
+"""The key-value cache as data: static shapes, rows of different lengths.
+
+A row's tokens stand from slot 0 on, so a token's slot is its position and padding, always to the right, is overwritten
+by what comes next. Shapes are 3-D, [B·K, S, H]: see `kernels/attention.py`.
+"""
+
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+
+from dsmoe_jax.axes import Array, Bool, Float, Int
+from dsmoe_jax.config import ModelConfig
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys (already rotated) and values."""
+
+    k: Float[Array, "BK S H"]
+    v: Float[Array, "BK S H"]
+
+    def write(self, k: Float[Array, "BK T H"], v: Float[Array, "BK T H"], start: Int[Array, "BK"]) -> Self:
+        """Lay T tokens into each row from its slot `start` on."""
+        put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, 0)))
+        return type(self)(put(self.k, k.astype(self.k.dtype), start), put(self.v, v.astype(self.v.dtype), start))
+
+
+class KVCache(NamedTuple):
+    """All layers' caches, and how many tokens each row of the batch holds."""
+
+    layers: tuple[LayerCache, ...]
+    lengths: Int[Array, "B"]
+
+    @classmethod
+    def empty(cls, config: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -> Self:
+        """A cache for `batch` rows of up to `slots` tokens."""
+        shape = (batch * config.num_kv_heads, slots, config.head_dim)
+        # One buffer each: a buffer that is donated twice is an error.
+        layers = tuple(
+            LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)
+        )
+        return cls(layers, jnp.zeros(batch, jnp.int32))
+
+    @property
+    def slots(self) -> int:
+        """How many tokens a row can hold."""
+        return self.layers[0].k.shape[1]
+
+    def mask(self, tokens: int) -> Bool[Array, "B T S"]:
+        """Which slots each of the next `tokens` tokens may read: those up to and including its own."""
+        own = self.lengths[:, None] + jnp.arange(tokens)[None, :]
+        return jnp.arange(self.slots)[None, None, :] <= own[:, :, None]

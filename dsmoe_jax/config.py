@@ -1,0 +1,302 @@
+"""What the network *is*: `ModelConfig`, in Hugging Face's field names, with presets and validation.
+
+Read the fields first, then `_LIMITS`; mesh, dtypes, kernels and training never enter here.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Self
+
+MODEL_TYPE: Final = "deepseek"
+ACTIVATIONS: Final = ("silu", "swish", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh")
+ROPE_SCALING_TYPES: Final = ("linear", "dynamic")
+_MAX_JSON_BYTES: Final = 4 << 20  # a real config.json has about 1 KB
+
+
+class RopeScaling(NamedTuple):
+    """How positions past the trained length are squeezed in: `linear` or `dynamic` (NTK), by `factor` > 1."""
+
+    type: str
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A DeepSeekMoE v1 model; names and defaults are those of the original `DeepseekConfig`.
+
+    Raises `ValueError` naming the field, its value and the bound for anything the model does not support.
+    """
+
+    vocab_size: int = 102400
+    hidden_size: int = 4096
+    intermediate_size: int = 11008  # of the dense layers
+    moe_intermediate_size: int = 1407  # of one expert, routed or shared
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 32  # None: as many as query heads
+    n_shared_experts: int | None = None
+    n_routed_experts: int | None = None  # None: every layer is dense
+    num_experts_per_tok: int | None = None
+    moe_layer_freq: int = 1
+    first_k_dense_replace: int = 0
+    norm_topk_prob: bool = False
+    scoring_func: str = "softmax"
+    aux_loss_alpha: float = 0.001
+    seq_aux: bool = True
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 100000
+    eos_token_id: int | None = 100001
+    pretraining_tp: int = 1
+    tie_word_embeddings: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None  # a mapping with exactly `type` and `factor` is accepted too
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    # Carried from config.json and back, never interpreted.
+    torch_dtype: str | None = None
+    transformers_version: str | None = None
+    architectures: tuple[str, ...] = ("DeepseekForCausalLM",)
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        """Validate every field; see `_LIMITS` for the bounds."""
+        for name, (kinds, low, high) in _LIMITS.items():
+            _check(name, getattr(self, name), kinds, low, high)
+        _check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
+        _check_choice("scoring_func", self.scoring_func, ("softmax",))
+        _check_choice("pretraining_tp", self.pretraining_tp, (1,))
+        object.__setattr__(self, "rope_scaling", _rope_scaling(self.rope_scaling))
+        object.__setattr__(self, "architectures", tuple(self.architectures or ()))
+        heads, kv_heads = self.num_attention_heads, self.num_kv_heads
+        if self.hidden_size % (2 * heads):  # rotary embeddings turn pairs
+            raise ValueError(f"hidden_size {self.hidden_size} is not an even multiple of num_attention_heads {heads}")
+        if heads % kv_heads:
+            raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+        if self.n_routed_experts is not None:
+            if self.num_experts_per_tok is None:
+                raise ValueError(f"num_experts_per_tok is missing though n_routed_experts is {self.n_routed_experts}")
+            _check("num_experts_per_tok", self.num_experts_per_tok, (int,), 1, self.n_routed_experts)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """`num_key_value_heads`, with None read as one per query head."""
+        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether `layer` (from 0) has routed experts instead of a dense feed-forward."""
+        return (
+            self.n_routed_experts is not None
+            and layer >= self.first_k_dense_replace
+            and layer % self.moe_layer_freq == 0
+        )
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """A config from the fields of a `config.json`.
+
+        `auto_map` is dropped: no code travels. Fields unknown to this model are kept in `extra`, but those that
+        change what other models compute are refused unless they hold the value that leaves DeepSeekMoE v1 as it is.
+        """
+        fields = dict(fields)
+        fields.pop("auto_map", None)
+        _check_choice("model_type", fields.pop("model_type", MODEL_TYPE), (MODEL_TYPE,))
+        known = {field.name for field in dataclasses.fields(cls)} - {"extra"}
+        config = cls(
+            **{name: value for name, value in fields.items() if name in known},
+            extra={name: value for name, value in fields.items() if name not in known},
+        )
+        for name, neutral in (_FOREIGN | {"head_dim": (None, config.head_dim)}).items():
+            if name in config.extra:
+                _check_choice(name, config.extra[name], neutral)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of a `config.json` that says the same; `from_dict` is its inverse."""
+        fields = dataclasses.asdict(self)
+        extra = fields.pop("extra")
+        fields["architectures"] = list(self.architectures)
+        fields["rope_scaling"] = self.rope_scaling and self.rope_scaling._asdict()
+        return {**extra, **fields, "model_type": MODEL_TYPE}
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """A config from a `config.json`, or from the folder that holds one."""
+        path = Path(path)
+        path = path / "config.json" if path.is_dir() else path
+        fields = read_json(path)
+        try:
+            return cls.from_dict(fields)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """A named model; `PRESETS` lists them."""
+        _check_choice("preset", name, tuple(PRESETS))
+        return cls(**PRESETS[name])
+
+
+# fmt: off
+_SIZE: Final = ((int,), 1, 1 << 24)  # no real size comes near; refused before anything is allocated
+# field: (accepted types, lowest, highest)
+_LIMITS: Final[dict[str, tuple[tuple[type | None, ...], float, float]]] = {
+    "vocab_size":              _SIZE,
+    "hidden_size":             _SIZE,
+    "intermediate_size":       _SIZE,
+    "moe_intermediate_size":   _SIZE,
+    "num_hidden_layers":       ((int,), 1, 4096),
+    "num_attention_heads":     _SIZE,
+    "num_key_value_heads":     ((int, None), 1, 1 << 24),
+    "n_shared_experts":        ((int, None), 1, 4096),
+    "n_routed_experts":        ((int, None), 1, 65536),
+    "num_experts_per_tok":     ((int, None), 1, 65536),
+    "moe_layer_freq":          ((int,), 1, 4096),
+    "first_k_dense_replace":   ((int,), 0, 4096),
+    "norm_topk_prob":          ((bool,), 0, 1),
+    "scoring_func":            ((str,), 0, 0),
+    "aux_loss_alpha":          ((float, int), 0, math.inf),
+    "seq_aux":                 ((bool,), 0, 1),
+    "hidden_act":              ((str,), 0, 0),
+    "max_position_embeddings": ((int,), 1, 1 << 31),
+    "initializer_range":       ((float, int), 0, math.inf),
+    "rms_norm_eps":            ((float, int), 0, 1),
+    "use_cache":               ((bool,), 0, 1),
+    "pad_token_id":            ((int, None), -1, 1 << 31),
+    "bos_token_id":            ((int, None), 0, 1 << 31),
+    "eos_token_id":            ((int, None), 0, 1 << 31),
+    "tie_word_embeddings":     ((bool,), 0, 1),
+    "rope_theta":              ((float, int), 1e-3, math.inf),
+    "attention_bias":          ((bool,), 0, 1),
+    "attention_dropout":       ((float, int), 0, 0.999),
+    "torch_dtype":             ((str, None), 0, 0),
+    "transformers_version":    ((str, None), 0, 0),
+}
+
+# Fields of related models (DeepSeek V2 and V3, Llama) with the values under which v1 computes the same.
+_FOREIGN: Final[dict[str, tuple[Any, ...]]] = {
+    "routed_scaling_factor":   (None, 1),
+    "topk_method":             (None, "greedy"),
+    "n_group":                 (None, 0, 1),
+    "topk_group":              (None, 0, 1),
+    "num_nextn_predict_layers": (None, 0),
+    "q_lora_rank":             (None,),
+    "kv_lora_rank":            (None,),
+    "qk_nope_head_dim":        (None,),
+    "qk_rope_head_dim":        (None,),
+    "v_head_dim":              (None,),
+    "mlp_bias":                (None, False),
+    "partial_rotary_factor":   (None, 1),
+    "rope_parameters":         (None,),
+    "rope_interleave":         (None, False),
+    "sliding_window":          (None,),
+    "quantization_config":     (None,),
+}
+
+_BASE: Final[dict[str, Any]] = {"bos_token_id": 100000, "eos_token_id": 100001, "torch_dtype": "bfloat16"}
+
+# The paper's three models (arXiv 2401.06066, table 7) and two small ones. The paper gives expert widths as ratios of
+# a standard feed-forward; 864 and 1408 are the widths that give its totals (1.99B and 144.5B). The dense layer of
+# the 145B is twice the standard feed-forward, as the 16B's is.
+PRESETS: Final[dict[str, dict[str, Any]]] = {
+    "deepseek_moe_16b": _BASE | {
+        "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408,
+        "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "n_shared_experts": 2, "n_routed_experts": 64, "num_experts_per_tok": 6, "first_k_dense_replace": 1,
+        "max_position_embeddings": 4096,
+    },
+    "deepseek_moe_2b": {
+        "vocab_size": 8192, "hidden_size": 1280, "intermediate_size": 3456, "moe_intermediate_size": 864,
+        "num_hidden_layers": 9, "num_attention_heads": 10, "num_key_value_heads": 10,
+        "n_shared_experts": 1, "n_routed_experts": 63, "num_experts_per_tok": 7, "first_k_dense_replace": 0,
+        "max_position_embeddings": 2048, "initializer_range": 0.006, "aux_loss_alpha": 0.01,
+        "bos_token_id": 0, "eos_token_id": 1,
+    },
+    "deepseek_moe_145b": _BASE | {
+        "vocab_size": 102400, "hidden_size": 4096, "intermediate_size": 21888, "moe_intermediate_size": 1408,
+        "num_hidden_layers": 62, "num_attention_heads": 32, "num_key_value_heads": 32,
+        "n_shared_experts": 4, "n_routed_experts": 128, "num_experts_per_tok": 12, "first_k_dense_replace": 1,
+        "max_position_embeddings": 4096, "initializer_range": 0.006, "aux_loss_alpha": 0.003,
+    },
+    "bench": {
+        "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 2736, "moe_intermediate_size": 352,
+        "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "n_shared_experts": 2, "n_routed_experts": 64, "num_experts_per_tok": 6, "first_k_dense_replace": 1,
+        "max_position_embeddings": 4096, "bos_token_id": 0, "eos_token_id": 1,
+    },
+    "tiny": {
+        "vocab_size": 2048, "hidden_size": 192, "intermediate_size": 512, "moe_intermediate_size": 96,
+        "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 6,
+        "n_shared_experts": 1, "n_routed_experts": 16, "num_experts_per_tok": 4, "first_k_dense_replace": 1,
+        "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1,
+    },
+}
+# fmt: on
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a small JSON file; `ValueError` where there is none, or one that names a key twice."""
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"{path}: {path.stat().st_size} bytes, at most {_MAX_JSON_BYTES} are read")
+        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read ({type(error).__name__})") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON object ({error})") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: holds a {type(fields).__name__}, not a JSON object")
+    return fields
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return dict(pairs)
+
+
+def _check(name: str, value: Any, kinds: tuple[type | None, ...], low: float, high: float) -> None:
+    if value is None and None in kinds:
+        return
+    if type(value) not in kinds:
+        wanted = " or ".join("null" if kind is None else kind.__name__ for kind in kinds)
+        raise ValueError(f"{name} must be {wanted}, not {value!r}")
+    if isinstance(value, str):
+        return
+    if not (math.isfinite(value) and low <= value <= high):
+        raise ValueError(f"{name} must be a finite number in [{low}, {high}], not {value}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    # True == 1 in Python; a type that differs is a value that differs, except between int and float.
+    if not any(value == c and isinstance(value, bool) == isinstance(c, bool) for c in choices):
+        raise ValueError(f"{name} {value!r} is not supported, only {', '.join(repr(c) for c in choices)}")
+
+
+def _rope_scaling(value: Any) -> RopeScaling | None:
+    """The original's rule: null, or exactly {"type": "linear" | "dynamic", "factor": a float > 1}."""
+    if value is None:
+        return None
+    fields = value._asdict() if isinstance(value, RopeScaling) else value
+    if not isinstance(fields, Mapping) or set(fields) != {"type", "factor"}:
+        raise ValueError(f"rope_scaling must be null or hold exactly `type` and `factor`, not {value!r}")
+    _check_choice("rope_scaling.type", fields["type"], ROPE_SCALING_TYPES)
+    factor = fields["factor"]
+    if type(factor) is not float or not math.isfinite(factor) or factor <= 1:
+        raise ValueError(f"rope_scaling.factor must be a finite float > 1, not {factor!r}")
+    return RopeScaling(fields["type"], factor)

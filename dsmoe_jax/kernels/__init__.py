@@ -1,0 +1,1 @@
+"""The operations that cost time, each with one signature and several backends."""

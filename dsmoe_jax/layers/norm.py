@@ -1,0 +1,21 @@
+"""RMSNorm."""
+
+import jax.numpy as jnp
+from flax import nnx
+
+from dsmoe_jax.axes import Array, Float
+from dsmoe_jax.layers import weights
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x), in fp32 and rounded back to x's dtype, and only then times the weight: the original's order."""
+
+    def __init__(self, width: int, *, eps: float, dtype=jnp.float32):
+        self.eps = eps
+        self.weight = weights.constant(1, (width,), ("embed",), dtype)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Normalise the last axis."""
+        x32 = x.astype(jnp.float32)
+        normal = x32 / jnp.sqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return normal.astype(x.dtype) * self.weight[...][None, None, :]

@@ -1,0 +1,218 @@
+"""DeepSeekMoE: embed, blocks (a list, unrolled), norm, logits.
+
+Start at `DeepSeekMoE.hidden`. At every jit boundary the model is a pair (graph, parameters): the graph is hashable
+and static, the parameters a flat dict of arrays by dotted path, such as `layers.1.moe.experts.gate`.
+"""
+
+import functools
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from dsmoe_jax.axes import Array, Bool, Float, Int, PRNGKeyArray
+from dsmoe_jax.cache import KVCache
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.layers import weights
+from dsmoe_jax.layers.block import Block
+from dsmoe_jax.layers.norm import RMSNorm
+from dsmoe_jax.layers.rope import rotation
+from dsmoe_jax.layers.router import Routing
+from dsmoe_jax.layers.weights import Linear
+from dsmoe_jax.sharding import MeshConfig, as_mesh, sharding
+
+
+class ModelOutput(NamedTuple):
+    """What `model(token_ids)` returns."""
+
+    logits: Float[Array, "B T V"]  # float32
+    routing: dict[int, Routing]  # by index of the MoE layer
+    # The embeddings, then every block's output, the last one after the final norm: L + 1 states, as in transformers.
+    hidden_states: tuple[Float[Array, "B T D"], ...] | None = None
+
+
+class Hidden(NamedTuple):
+    """What `model.hidden` returns: the states before the head and what came up on the way."""
+
+    states: Float[Array, "B T D"]  # after the final norm
+    routing: dict[int, Routing]
+    cache: KVCache | None
+    trace: tuple[Float[Array, "B T D"], ...]  # the embeddings and every block's output, before the final norm
+
+
+class DeepSeekMoE(nnx.Module):
+    """The decoder. `DeepSeekMoE.init` makes a random one in place on a mesh; `dsmoe_jax.load` restores a saved one."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        V, D, std = config.vocab_size, config.hidden_size, config.initializer_range
+        self.config = config
+        self.embed = weights.normal(rngs, (V, D), ("vocab", "embed"), std, dtype)
+        self.layers = nnx.List(
+            [Block(config, layer, rngs=rngs, dtype=dtype) for layer in range(config.num_hidden_layers)]
+        )
+        self.norm = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype)
+        tied = config.tie_word_embeddings
+        self.head = None if tied else Linear((V, D), ("vocab", "embed"), std=std, rngs=rngs, dtype=dtype)
+
+    @classmethod
+    def init(
+        cls, config: ModelConfig, *, seed: int = 0, dtype=jnp.float32, mesh: Mesh | MeshConfig | None = None
+    ) -> Self:
+        """A model with fresh weights, each made where it will lie: nothing is ever whole on one device first."""
+
+        def make(key: PRNGKeyArray) -> dict[str, Array]:
+            return split(cls(config, rngs=nnx.Rngs(key), dtype=dtype))[1]
+
+        params = jax.jit(make, out_shardings=shardings(config, mesh))(jax.random.key(seed))
+        return assemble(config, params)
+
+    def __call__(
+        self,
+        token_ids: Int[Array, "B T"] | np.ndarray,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        *,
+        output_hidden_states: bool = False,
+    ) -> ModelOutput:
+        """Logits for every position.
+
+        Args:
+          token_ids: int [B, T].
+          attention_mask: [B, T], 1 for tokens and 0 for padding on either side; what stands at padding is undefined.
+          position_ids: int [B, T]; default 0 … T-1 for every row, wherever its padding is.
+          output_hidden_states: also return the L + 1 hidden states.
+
+        Raises `ValueError` for ids outside the vocabulary and for shapes that do not agree.
+        """
+        token_ids = check_token_ids(token_ids, self.config.vocab_size)
+        extras = {"attention_mask": attention_mask, "position_ids": position_ids}
+        for name, value in extras.items():
+            if value is not None and np.shape(value) != token_ids.shape:
+                raise ValueError(f"{name} has shape {np.shape(value)}, token_ids {token_ids.shape}")
+        mask, positions = (None if value is None else jnp.asarray(value) for value in extras.values())
+        graph, params = split(self)
+        return _forward(graph, params, token_ids, mask, positions, output_hidden_states)
+
+    def hidden(
+        self,
+        token_ids: Int[Array, "B T"],
+        attention_mask: Array | None = None,
+        position_ids: Int[Array, "B T"] | None = None,
+        *,
+        cache: KVCache | None = None,
+        rope_length: Int[Array, ""] | int | None = None,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Hidden:
+        """The states before the head; traceable, unchecked, without a jit of its own.
+
+        With a cache, the T tokens go on where each row of it ends; `attention_mask` then says which of them are real
+        (padding to the right) and only those count towards the row's length. `rope_length` is the length that dynamic
+        NTK scaling goes by, default all keys of the call, padding included. `dropout_key` turns attention dropout on.
+        """
+        T = token_ids.shape[1]
+        start = None if cache is None else cache.lengths
+        if position_ids is None:
+            offset = jnp.zeros_like(token_ids[:, 0]) if start is None else start
+            position_ids = offset[:, None] + jnp.arange(T)[None, :]
+        if rope_length is None:
+            rope_length = T if start is None else start.max() + T
+        mask = _causal(token_ids, attention_mask) if cache is None else cache.mask(T)
+        x = self.embed[...][token_ids]
+        turn = rotation(self.config, position_ids, rope_length, x.dtype)
+        trace, written, routing = [x], [], {}
+        for i, block in enumerate(self.layers):
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
+            x, layer_cache, routed = block(x, turn, mask, cache and cache.layers[i], start, key)
+            trace.append(x)
+            written.append(layer_cache)
+            if routed is not None:
+                routing[i] = routed
+        if cache is not None:
+            new = T if attention_mask is None else attention_mask.astype(jnp.int32).sum(axis=1)
+            cache = KVCache(tuple(written), cache.lengths + new)
+        return Hidden(self.norm(x), routing, cache, tuple(trace))
+
+    def logits(self, states: Float[Array, "*tokens D"]) -> Float[Array, "*tokens V"]:
+        """The head: float32 logits of states that are past the final norm."""
+        weight = self.embed[...] if self.head is None else self.head.weight[...]
+        return jnp.einsum("...d,vd->...v", states, weight, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _forward(graph, params, token_ids, attention_mask, position_ids, output_hidden_states: bool) -> ModelOutput:
+    model = merge(graph, params)
+    hidden = model.hidden(token_ids, attention_mask, position_ids)
+    trace = (*hidden.trace[:-1], hidden.states) if output_hidden_states else None
+    return ModelOutput(model.logits(hidden.states), hidden.routing, trace)
+
+
+def _causal(token_ids: Int[Array, "B T"], attention_mask: Array | None) -> Bool[Array, "B T T"]:
+    B, T = token_ids.shape
+    mask = jnp.broadcast_to(jnp.tri(T, dtype=bool)[None], (B, T, T))
+    return mask if attention_mask is None else mask & (attention_mask != 0)[:, None, :]
+
+
+def check_token_ids(token_ids: Any, vocab_size: int) -> Int[Array, "B T"]:
+    """The ids as an int [B, T] array; `ValueError` where they are none, or outside the vocabulary (JAX would clamp)."""
+    if not isinstance(token_ids, jax.core.Tracer):
+        ids = np.asarray(token_ids)
+        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
+            raise ValueError(f"token_ids must be non-empty int [B, T], not {ids.dtype} {list(ids.shape)}")
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            worst = ids.min() if ids.min() < 0 else ids.max()
+            raise ValueError(f"token id {worst} is outside the vocabulary of {vocab_size}")
+    return jnp.asarray(token_ids, jnp.int32)
+
+
+# --- the model as (graph, parameters) ---
+
+
+class ParamSpec(NamedTuple):
+    """What a parameter is, without its values."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]  # logical names
+
+
+def split(model: DeepSeekMoE) -> tuple[Any, dict[str, Array]]:
+    """The static graph and the parameters by dotted path."""
+    graph, state = nnx.split(model)
+    return graph, {_join(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+
+
+def merge(graph: Any, params: dict[str, Array]) -> DeepSeekMoE:
+    """The model that `split` took apart; cheap enough to stand inside every traced function."""
+    return nnx.merge(graph, nnx.from_flat_state([(_split(name), value) for name, value in params.items()]))
+
+
+def assemble(config: ModelConfig, params: dict[str, Array]) -> DeepSeekMoE:
+    """A model around parameters that came from elsewhere."""
+    return merge(abstract(config)[0], params)
+
+
+@functools.lru_cache(maxsize=16)
+def abstract(config: ModelConfig) -> tuple[Any, dict[str, ParamSpec]]:
+    """The graph and every parameter's shape and logical axes; init, restore and import all follow from it."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: DeepSeekMoE(config, rngs=nnx.Rngs(0))))
+    specs = {
+        _join(path): ParamSpec(tuple(leaf.shape), leaf.get_metadata()["logical_axes"])
+        for path, leaf in nnx.to_flat_state(state)
+    }
+    return graph, specs
+
+
+def shardings(config: ModelConfig, mesh: Mesh | MeshConfig | None) -> dict[str, jax.sharding.Sharding]:
+    """Where every parameter lies on the mesh, or on the default device."""
+    mesh = as_mesh(mesh)
+    return {name: sharding(name, spec.shape, spec.axes, mesh) for name, spec in abstract(config)[1].items()}
+
+
+def _join(path: tuple) -> str:
+    return ".".join(map(str, path))
+
+
+def _split(name: str) -> tuple[str | int, ...]:
+    return tuple(int(part) if part.isdigit() else part for part in name.split("."))
