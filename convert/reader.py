@@ -9,7 +9,7 @@ import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import ml_dtypes
 import numpy as np
@@ -84,7 +84,7 @@ class CheckpointReader:
         """Let go of the files. Each stays mapped until the last array read from it is gone."""
         self._maps.clear()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "CheckpointReader":
         """The reader itself, closed at the end of the `with` block."""
         return self
 
@@ -111,7 +111,9 @@ class CheckpointReader:
                 raise ValueError("weight_map is missing, empty or not an object")
             for tensor, file in shards.items():
                 if not _is_file_name(file):
-                    raise ValueError(f"tensor {show(tensor)} is in {show(file)}; a shard lies beside its index")
+                    raise ValueError(
+                        f"tensor {show(tensor)} is in {show(file)}; a shard lies beside its index"
+                    )
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.folder / name}: {error}") from error
         return shards
@@ -204,8 +206,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _is_file_name(value: object) -> bool:
     """Whether `value` names a file without saying anything about folders, in characters one can print."""
-    is_name = isinstance(value, str) and value.isprintable() and value not in ("", ".", "..")
-    return is_name and not {"/", "\\"} & set(value)
+    if not isinstance(value, str) or not value.isprintable() or value in ("", ".", ".."):
+        return False
+    return "/" not in value and "\\" not in value
 
 
 def _path_inside(folder: Path, name: str) -> Path:

@@ -4,16 +4,16 @@ Read the fields first, then `_LIMITS`; mesh, dtypes, kernels and training never 
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
+from dsmoe_jax.json_file import read_json
+
 MODEL_TYPE: Final = "deepseek"
 ACTIVATIONS: Final = ("silu", "swish", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh")
 ROPE_SCALING_TYPES: Final = ("linear", "dynamic")
-_MAX_JSON_BYTES: Final = 4 << 20  # a real config.json has about 1 KB
 
 
 class RopeScaling(NamedTuple):
@@ -244,30 +244,6 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
     },
 }
 # fmt: on
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a small JSON file; `ValueError` where there is none, or one that names a key twice."""
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError(f"{path}: {path.stat().st_size} bytes, at most {_MAX_JSON_BYTES} are read")
-        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (OSError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read ({type(error).__name__})") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON object ({error})") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: holds a {type(fields).__name__}, not a JSON object")
-    return fields
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
-    return dict(pairs)
 
 
 def _check(name: str, value: Any, kinds: tuple[type | None, ...], low: float, high: float) -> None:

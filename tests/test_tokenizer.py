@@ -1,6 +1,6 @@
 """Tokenizer: both backends on tiny vocabularies trained here, and the original's vectors where at hand.
 
-Read the fixtures first; the section of refusals is one table.
+Read the fixtures first; bad input is the table `REFUSED` at the end.
 """
 
 import json
@@ -105,9 +105,6 @@ def streamed(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[str], str]:
     return [stream.feed(i) for i in ids], stream.flush()
 
 
-# The original's vectors.
-
-
 @pytest.fixture(scope="session")
 def original() -> Tokenizer:
     if not SHARED.is_dir():
@@ -155,9 +152,6 @@ def test_original_has_its_sizes_and_special_tokens(original: Tokenizer):
     assert (original.bos_token, original.eos_token) == (BOS, EOS)
     assert (original.bos_token_id, original.eos_token_id, original.pad_token_id) == (100000, 100001, 100001)
     assert original.decode([17464, 100015, 102399, 1843]) == "Hello world"
-
-
-# Encoding and decoding.
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=repr)
@@ -276,9 +270,6 @@ def test_arrays_of_ids_decode_too(folder: Path):
     assert tokenizer.decode(np.array(tokenizer.encode("the fox"), np.int32)) == "the fox"
 
 
-# Decoding as ids arrive.
-
-
 @pytest.mark.parametrize("text", TEXTS, ids=repr)
 def test_stream_never_splits_a_character(folder: Path, text: str):
     tokenizer = Tokenizer.from_pretrained(folder)
@@ -333,9 +324,6 @@ def test_stream_survives_an_id_it_refuses(folder: Path):
     assert "".join(map(stream.feed, tokenizer.encode("fox"))) == "fox"
 
 
-# Chat.
-
-
 def test_chat_reads_as_deepseek_writes_it(json_folder: Path):
     tokenizer = Tokenizer.from_pretrained(json_folder)
 
@@ -383,9 +371,6 @@ def test_failing_template_is_refused_in_one_line(json_folder: Path, template: st
 
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-# Files, imports, refusals.
 
 
 def test_files_are_those_that_must_travel(folder: Path):

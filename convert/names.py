@@ -1,0 +1,75 @@
+"""The table: Hugging Face's tensor names and ours.
+
+Weights lie the same way in both, [out, in], so the only turn is a stack: where a row has `{e}`, one of our tensors
+holds all experts' tensors along a new first axis.
+"""
+
+import re
+from typing import Final
+
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.model import abstract
+
+# fmt: off
+_TABLE: Final[tuple[tuple[str, str], ...]] = (
+    # ours                               Hugging Face's
+    ("embed",                            "model.embed_tokens.weight"),
+    ("layers.{i}.attention_norm.weight", "model.layers.{i}.input_layernorm.weight"),
+    ("layers.{i}.attention.q.weight",    "model.layers.{i}.self_attn.q_proj.weight"),
+    ("layers.{i}.attention.k.weight",    "model.layers.{i}.self_attn.k_proj.weight"),
+    ("layers.{i}.attention.v.weight",    "model.layers.{i}.self_attn.v_proj.weight"),
+    ("layers.{i}.attention.o.weight",    "model.layers.{i}.self_attn.o_proj.weight"),
+    ("layers.{i}.attention.q.bias",      "model.layers.{i}.self_attn.q_proj.bias"),
+    ("layers.{i}.attention.k.bias",      "model.layers.{i}.self_attn.k_proj.bias"),
+    ("layers.{i}.attention.v.bias",      "model.layers.{i}.self_attn.v_proj.bias"),
+    ("layers.{i}.attention.o.bias",      "model.layers.{i}.self_attn.o_proj.bias"),
+    ("layers.{i}.ffn_norm.weight",       "model.layers.{i}.post_attention_layernorm.weight"),
+    ("layers.{i}.mlp.gate.weight",       "model.layers.{i}.mlp.gate_proj.weight"),
+    ("layers.{i}.mlp.up.weight",         "model.layers.{i}.mlp.up_proj.weight"),
+    ("layers.{i}.mlp.down.weight",       "model.layers.{i}.mlp.down_proj.weight"),
+    ("layers.{i}.moe.router.weight",     "model.layers.{i}.mlp.gate.weight"),
+    ("layers.{i}.moe.experts.gate",      "model.layers.{i}.mlp.experts.{e}.gate_proj.weight"),
+    ("layers.{i}.moe.experts.up",        "model.layers.{i}.mlp.experts.{e}.up_proj.weight"),
+    ("layers.{i}.moe.experts.down",      "model.layers.{i}.mlp.experts.{e}.down_proj.weight"),
+    ("layers.{i}.moe.shared.gate.weight", "model.layers.{i}.mlp.shared_experts.gate_proj.weight"),
+    ("layers.{i}.moe.shared.up.weight",  "model.layers.{i}.mlp.shared_experts.up_proj.weight"),
+    ("layers.{i}.moe.shared.down.weight", "model.layers.{i}.mlp.shared_experts.down_proj.weight"),
+    ("norm.weight",                      "model.norm.weight"),
+    ("head.weight",                      "lm_head.weight"),
+)
+# fmt: on
+_HF_NAME: Final = dict(_TABLE)
+
+# A tied model has no head of its own, but PyTorch's `.bin` files may store the embedding a second time under this name.
+TIED_HEAD: Final = "lm_head.weight"
+
+
+def hf_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """For each of our parameters the HF tensors it is made of: one, or one per expert in the order of the stack."""
+    return {name: _hf_names(name, config) for name in abstract(config)[1]}
+
+
+def is_stacked(name: str) -> bool:
+    """Whether our parameter `name` is a stack over experts."""
+    return "{e}" in _HF_NAME[_pattern(name)]
+
+
+def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of the HF checkpoint."""
+    specs = abstract(config)[1]
+    return {
+        hf_name: specs[name].shape[1:] if is_stacked(name) else specs[name].shape
+        for name, parts in hf_names(config).items()
+        for hf_name in parts
+    }
+
+
+def _hf_names(name: str, config: ModelConfig) -> tuple[str, ...]:
+    layer = re.search(r"layers\.(\d+)", name)
+    row = _HF_NAME[_pattern(name)].replace("{i}", layer[1] if layer else "")
+    experts = range(config.n_routed_experts or 0)
+    return tuple(row.replace("{e}", str(e)) for e in experts) if is_stacked(name) else (row,)
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"layers\.\d+", "layers.{i}", name)
