@@ -1,6 +1,7 @@
 """From a PyTorch checkpoint in the Hugging Face layout to a model. Start at `load_hf`."""
 
 import logging
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 from dsmoe_jax.checkpoint import as_dtype, check_names_and_shapes, is_native, save
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.json_file import read_json
-from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, shardings
+from dsmoe_jax.model import DeepSeekMoE, ParamSpec, abstract, assemble, shardings
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.tokenizer import tokenizer_files
 
@@ -19,10 +20,14 @@ from .names import TIED_HEAD, hf_names, hf_shapes, is_stacked
 from .reader import CheckpointReader
 
 GENERATION_CONFIG: Final = "generation_config.json"
+# Wraps the parameters as they are read, to show a bar, say.
+Progress = Callable[[list[tuple[str, ParamSpec]]], Iterable[tuple[str, ParamSpec]]]
 _log = logging.getLogger(__name__)
 
 
-def load_hf(path: str | Path, *, dtype: Any = None, mesh: Mesh | MeshConfig | None = None) -> DeepSeekMoE:
+def load_hf(
+    path: str | Path, *, dtype: Any = None, mesh: Mesh | MeshConfig | None = None, progress: Progress = iter
+) -> DeepSeekMoE:
     """The model of a Hugging Face folder, safetensors or `pytorch_model*.bin`; nothing is written.
 
     Each device's part of a tensor is read from the memory-mapped file straight onto it. `dtype` ("float32",
@@ -38,7 +43,7 @@ def load_hf(path: str | Path, *, dtype: Any = None, mesh: Mesh | MeshConfig | No
         places = shardings(config, mesh)
         specs, parts = abstract(config)[1], hf_names(config)
         params = {}
-        for name, spec in specs.items():
+        for name, spec in progress(list(specs.items())):
 
             def read(index: tuple[slice, ...], name=name) -> np.ndarray:
                 views = [reader.read(part) for part in parts[name]]
@@ -53,7 +58,12 @@ def load_hf(path: str | Path, *, dtype: Any = None, mesh: Mesh | MeshConfig | No
 
 
 def import_hf(
-    source: str | Path, out: str | Path, *, dtype: Any = None, mesh: Mesh | MeshConfig | None = None
+    source: str | Path,
+    out: str | Path,
+    *,
+    dtype: Any = None,
+    mesh: Mesh | MeshConfig | None = None,
+    progress: Progress = iter,
 ) -> DeepSeekMoE:
     """Convert a Hugging Face folder to the native checkpoint `out`, tokenizer and generation config beside it.
 
@@ -63,7 +73,7 @@ def import_hf(
         raise ValueError(f"{out} exists; nothing is overwritten")
     if is_native(source):
         raise ValueError(f"{source} is a native checkpoint already")
-    model = load_hf(source, dtype=dtype, mesh=mesh)
+    model = load_hf(source, dtype=dtype, mesh=mesh, progress=progress)
     generation = Path(source) / GENERATION_CONFIG
     beside = (*tokenizer_files(source), *([generation] if generation.is_file() else []))
     save(model, out, beside=beside)
@@ -74,9 +84,13 @@ def _check(path: str | Path, config: ModelConfig, reader: CheckpointReader) -> N
     """Every name, shape and dtype, before the first byte of a tensor is read."""
     shapes = hf_shapes(config)
     found = {name: info.shape for name, info in reader.tensors.items()}
-    if config.tie_word_embeddings and found.get(TIED_HEAD) == found.get(embedding := hf_names(config)["embed"][0]):
+    if config.tie_word_embeddings and found.get(TIED_HEAD) == found.get(
+        embedding := hf_names(config)["embed"][0]
+    ):
         if not np.array_equal(_bits(reader.read(TIED_HEAD)), _bits(reader.read(embedding))):
-            raise ValueError(f"{path}: {TIED_HEAD} differs from {embedding} though tie_word_embeddings is true")
+            raise ValueError(
+                f"{path}: {TIED_HEAD} differs from {embedding} though tie_word_embeddings is true"
+            )
         del found[TIED_HEAD]
     check_names_and_shapes(path, shapes, found)
     for parts in hf_names(config).values():

@@ -60,7 +60,9 @@ def load(path: str | Path, *, dtype: Any = None, mesh: Mesh | MeshConfig | None 
     with _one_line_errors(path):
         stored = ocp.metadata(path / PARAMETERS).metadata
     check_names_and_shapes(
-        path, {name: spec.shape for name, spec in abstract(config)[1].items()}, {n: m.shape for n, m in stored.items()}
+        path,
+        {name: spec.shape for name, spec in abstract(config)[1].items()},
+        {n: m.shape for n, m in stored.items()},
     )
     wanted = {
         name: jax.ShapeDtypeStruct(stored[name].shape, wanted_dtype or stored[name].dtype, sharding=place)
@@ -78,7 +80,9 @@ def is_native(path: str | Path) -> bool:
 def as_dtype(dtype: Any) -> Any:
     """The numpy dtype of weights called "float32", "bfloat16" or "float16" (or its type); None stays None."""
     for name, known in DTYPES.items():
-        if dtype is not None and (dtype == name or (not isinstance(dtype, str) and np.dtype(dtype) == np.dtype(known))):
+        if dtype is not None and (
+            dtype == name or (not isinstance(dtype, str) and np.dtype(dtype) == np.dtype(known))
+        ):
             return np.dtype(known)
     if dtype is not None:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -96,7 +100,9 @@ def check_names_and_shapes(
             raise ValueError(f"{source}: tensor {names[0]} {what}{more}")
     for name, shape in wanted.items():
         if tuple(found[name]) != shape:
-            raise ValueError(f"{source}: tensor {name} has shape {list(found[name])}, the config asks for {list(shape)}")
+            raise ValueError(
+                f"{source}: tensor {name} has shape {list(found[name])}, the config asks for {list(shape)}"
+            )
 
 
 @contextlib.contextmanager

@@ -77,12 +77,18 @@ class ModelConfig:
         object.__setattr__(self, "architectures", tuple(self.architectures or ()))
         heads, kv_heads = self.num_attention_heads, self.num_kv_heads
         if self.hidden_size % (2 * heads):  # rotary embeddings turn pairs
-            raise ValueError(f"hidden_size {self.hidden_size} is not an even multiple of num_attention_heads {heads}")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not an even multiple of num_attention_heads {heads}"
+            )
         if heads % kv_heads:
-            raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+            raise ValueError(
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+            )
         if self.n_routed_experts is not None:
             if self.num_experts_per_tok is None:
-                raise ValueError(f"num_experts_per_tok is missing though n_routed_experts is {self.n_routed_experts}")
+                raise ValueError(
+                    f"num_experts_per_tok is missing though n_routed_experts is {self.n_routed_experts}"
+                )
             _check("num_experts_per_tok", self.num_experts_per_tok, (int,), 1, self.n_routed_experts)
 
     @property
@@ -208,8 +214,8 @@ _FOREIGN: Final[dict[str, tuple[Any, ...]]] = {
 _BASE: Final[dict[str, Any]] = {"bos_token_id": 100000, "eos_token_id": 100001, "torch_dtype": "bfloat16"}
 
 # The paper's three models (arXiv 2401.06066, table 7) and two small ones. The paper gives expert widths as ratios of
-# a standard feed-forward; 864 and 1408 are the widths that give its totals (1.99B and 144.5B). The dense layer of
-# the 145B is twice the standard feed-forward, as the 16B's is.
+# a standard feed-forward; 864 and 1408 are the widths that give its totals. The dense layer of the 145B is twice the
+# standard feed-forward, as the 16B's is: 1.99B, 16.38B and 144.61B parameters in all (paper: 2.0, 16.4, 144.6).
 PRESETS: Final[dict[str, dict[str, Any]]] = {
     "deepseek_moe_16b": _BASE | {
         "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408,

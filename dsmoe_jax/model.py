@@ -5,23 +5,23 @@ and static, the parameters a flat dict of arrays by dotted path, such as `layers
 """
 
 import functools
+import zlib
 from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from dsmoe_jax.axes import Array, Bool, Float, Int, PRNGKeyArray
 from dsmoe_jax.cache import KVCache
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.layers import weights
 from dsmoe_jax.layers.block import Block
 from dsmoe_jax.layers.norm import RMSNorm
 from dsmoe_jax.layers.rope import rotation
 from dsmoe_jax.layers.router import Routing
-from dsmoe_jax.layers.weights import Linear
+from dsmoe_jax.layers.weights import Initializer, Linear, weight
 from dsmoe_jax.sharding import MeshConfig, as_mesh, sharding
 
 
@@ -49,11 +49,11 @@ class DeepSeekMoE(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         V, D, std = config.vocab_size, config.hidden_size, config.initializer_range
         self.config = config
-        self.embed = weights.normal(rngs, (V, D), ("vocab", "embed"), std, dtype)
+        self.embed = weight(rngs, (V, D), ("vocab", "embed"), Initializer("normal", std), dtype)
         self.layers = nnx.List(
             [Block(config, layer, rngs=rngs, dtype=dtype) for layer in range(config.num_hidden_layers)]
         )
-        self.norm = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype)
+        self.norm = RMSNorm(D, eps=config.rms_norm_eps, rngs=rngs, dtype=dtype)
         tied = config.tie_word_embeddings
         self.head = None if tied else Linear((V, D), ("vocab", "embed"), std=std, rngs=rngs, dtype=dtype)
 
@@ -61,12 +61,15 @@ class DeepSeekMoE(nnx.Module):
     def init(
         cls, config: ModelConfig, *, seed: int = 0, dtype=jnp.float32, mesh: Mesh | MeshConfig | None = None
     ) -> Self:
-        """A model with fresh weights, each made where it will lie: nothing is ever whole on one device first."""
+        """A model with fresh weights, each drawn where it will lie: nothing is ever whole on one device first.
 
-        def make(key: PRNGKeyArray) -> dict[str, Array]:
-            return split(cls(config, rngs=nnx.Rngs(key), dtype=dtype))[1]
-
-        params = jax.jit(make, out_shardings=shardings(config, mesh))(jax.random.key(seed))
+        A weight depends on `seed` and its path alone, not on the mesh.
+        """
+        places, key = shardings(config, mesh), jax.random.key(seed)
+        params = {
+            name: _drawer(spec.initializer, spec.shape, np.dtype(dtype), places[name])(_key_of(name, key))
+            for name, spec in abstract(config)[1].items()
+        }
         return assemble(config, params)
 
     def __call__(
@@ -142,7 +145,9 @@ class DeepSeekMoE(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def _forward(graph, params, token_ids, attention_mask, position_ids, output_hidden_states: bool) -> ModelOutput:
+def _forward(
+    graph, params, token_ids, attention_mask, position_ids, output_hidden_states: bool
+) -> ModelOutput:
     model = merge(graph, params)
     hidden = model.hidden(token_ids, attention_mask, position_ids)
     trace = (*hidden.trace[:-1], hidden.states) if output_hidden_states else None
@@ -175,6 +180,7 @@ class ParamSpec(NamedTuple):
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]  # logical names
+    initializer: Initializer
 
 
 def split(model: DeepSeekMoE) -> tuple[Any, dict[str, Array]]:
@@ -198,16 +204,26 @@ def abstract(config: ModelConfig) -> tuple[Any, dict[str, ParamSpec]]:
     """The graph and every parameter's shape and logical axes; init, restore and import all follow from it."""
     graph, state = nnx.split(nnx.eval_shape(lambda: DeepSeekMoE(config, rngs=nnx.Rngs(0))))
     specs = {
-        _join(path): ParamSpec(tuple(leaf.shape), leaf.get_metadata()["logical_axes"])
+        _join(path): ParamSpec(tuple(leaf.shape), leaf.logical_axes, leaf.initializer)
         for path, leaf in nnx.to_flat_state(state)
     }
     return graph, specs
 
 
-def shardings(config: ModelConfig, mesh: Mesh | MeshConfig | None) -> dict[str, jax.sharding.Sharding]:
+def shardings(config: ModelConfig, mesh: Mesh | MeshConfig | None) -> dict[str, Sharding]:
     """Where every parameter lies on the mesh, or on the default device."""
     mesh = as_mesh(mesh)
     return {name: sharding(name, spec.shape, spec.axes, mesh) for name, spec in abstract(config)[1].items()}
+
+
+@functools.lru_cache(maxsize=64)
+def _drawer(initializer: Initializer, shape: tuple[int, ...], dtype: np.dtype, place: Sharding):
+    """One program for all weights of a shape: random bits take seconds to compile."""
+    return jax.jit(lambda key: initializer.draw(key, shape, dtype), out_shardings=place)
+
+
+def _key_of(name: str, key: PRNGKeyArray) -> PRNGKeyArray:
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def _join(path: tuple) -> str:

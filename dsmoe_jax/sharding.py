@@ -76,5 +76,7 @@ def sharding(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], me
     placed = [_TABLE[axis] for axis in axes]
     for size, logical, axis in zip(shape, axes, placed, strict=True):
         if axis is not None and size % mesh.shape[axis]:
-            raise ValueError(f"{name}: {logical} of size {size} does not divide over {axis}={mesh.shape[axis]}")
+            raise ValueError(
+                f"{name}: {logical} of size {size} does not divide over {axis}={mesh.shape[axis]}"
+            )
     return NamedSharding(mesh, PartitionSpec(*placed))

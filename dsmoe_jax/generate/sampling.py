@@ -54,7 +54,9 @@ class Sampler(NamedTuple):
         rows = [(p.temperature, min(p.top_k or vocab_size, vocab_size), p.top_p) for p in params]
         temperature, top_k, top_p = (np.asarray(column) for column in zip(*rows, strict=True))
         keys = jnp.stack([jax.random.fold_in(jax.random.key(p.seed), row) for row, p in enumerate(params)])
-        return cls(jnp.asarray(temperature, jnp.float32), jnp.asarray(top_k), jnp.asarray(top_p, jnp.float32), keys)
+        return cls(
+            jnp.asarray(temperature, jnp.float32), jnp.asarray(top_k), jnp.asarray(top_p, jnp.float32), keys
+        )
 
 
 def sample(logits: Float[Array, "B V"], sampler: Sampler | None, step: Int[Array, ""]) -> Int[Array, "B"]:

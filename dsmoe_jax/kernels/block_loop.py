@@ -16,7 +16,9 @@ from dsmoe_jax.kernels.activation import ACTIVATION_FUNCTIONS
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def block_loop(rows: Array, gate: Array, up: Array, down: Array, group_sizes: Array, activation: str) -> Array:
+def block_loop(
+    rows: Array, gate: Array, up: Array, down: Array, group_sizes: Array, activation: str
+) -> Array:
     """See `expert_ffn` for shapes."""
     return _forward(rows, gate, up, down, group_sizes, activation)
 

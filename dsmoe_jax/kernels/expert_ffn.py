@@ -55,4 +55,8 @@ def dense(rows: Array, gate: Array, up: Array, down: Array, group_sizes: Array, 
     return jnp.einsum("ref,edf,re->rd", hidden, down, mine.astype(rows.dtype))
 
 
-BACKENDS: Final[dict[str, Callable[..., Array]]] = {"block_loop": block_loop, "ragged": ragged, "dense": dense}
+BACKENDS: Final[dict[str, Callable[..., Array]]] = {
+    "block_loop": block_loop,
+    "ragged": ragged,
+    "dense": dense,
+}

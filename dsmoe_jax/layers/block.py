@@ -19,9 +19,9 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype=jnp.float32):
         is_moe = config.is_moe_layer(layer)
-        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, rngs=rngs, dtype=dtype)
         self.attention = Attention(config, rngs=rngs, dtype=dtype)
-        self.ffn_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.ffn_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, rngs=rngs, dtype=dtype)
         self.mlp = None if is_moe else MLP(config, config.intermediate_size, rngs=rngs, dtype=dtype)
         self.moe = MoE(config, rngs=rngs, dtype=dtype) if is_moe else None
 

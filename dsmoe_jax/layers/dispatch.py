@@ -49,7 +49,9 @@ dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 @jax.custom_vjp
 def combine(rows: Float[Array, "R D"], weights: Float[Array, "M A"], order: RowOrder) -> Float[Array, "M D"]:
     """The weighted sum over a token's experts, in fp32."""
-    return jnp.einsum("ma,mad->md", weights, rows[order.row].astype(jnp.float32), precision="highest").astype(rows.dtype)
+    return jnp.einsum("ma,mad->md", weights, rows[order.row].astype(jnp.float32), precision="highest").astype(
+        rows.dtype
+    )
 
 
 def _combine_forward(rows: Array, weights: Array, order: RowOrder):

@@ -10,10 +10,10 @@ from flax import nnx
 from dsmoe_jax.axes import Array, Float
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.kernels.expert_ffn import expert_ffn
-from dsmoe_jax.layers import weights
 from dsmoe_jax.layers.dispatch import combine, dispatch, route_rows
 from dsmoe_jax.layers.mlp import MLP
 from dsmoe_jax.layers.router import Router, Routing
+from dsmoe_jax.layers.weights import Initializer, weight
 
 
 class RoutedExperts(nnx.Module):
@@ -22,11 +22,14 @@ class RoutedExperts(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         assert config.n_routed_experts is not None
         E, F, D = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
-        std, axes = config.initializer_range, ("experts", "expert_ffn", "embed")
+        initializer, axes = (
+            Initializer("normal", config.initializer_range),
+            ("experts", "expert_ffn", "embed"),
+        )
         self.activation = config.hidden_act
-        self.gate = weights.normal(rngs, (E, F, D), axes, std, dtype)
-        self.up = weights.normal(rngs, (E, F, D), axes, std, dtype)
-        self.down = weights.normal(rngs, (E, D, F), ("experts", "embed", "expert_ffn"), std, dtype)
+        self.gate = weight(rngs, (E, F, D), axes, initializer, dtype)
+        self.up = weight(rngs, (E, F, D), axes, initializer, dtype)
+        self.down = weight(rngs, (E, D, F), ("experts", "embed", "expert_ffn"), initializer, dtype)
 
     def __call__(self, x: Float[Array, "M D"], routing: Routing) -> Float[Array, "M D"]:
         """The weighted sum of each token's chosen experts."""
@@ -51,7 +54,9 @@ class MoE(nnx.Module):
         self.experts = RoutedExperts(config, rngs=rngs, dtype=dtype)
         shared = config.n_shared_experts
         self.shared = (
-            MLP(config, shared * config.moe_intermediate_size, rngs=rngs, dtype=dtype) if shared is not None else None
+            MLP(config, shared * config.moe_intermediate_size, rngs=rngs, dtype=dtype)
+            if shared is not None
+            else None
         )
 
     @jax.named_scope("moe")

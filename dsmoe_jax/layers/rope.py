@@ -15,7 +15,9 @@ class Rotation(NamedTuple):
     sin: Float[Array, "B T half"]
 
 
-def rotation(config: ModelConfig, position_ids: Int[Array, "B T"], length: int | Int[Array, ""], dtype) -> Rotation:
+def rotation(
+    config: ModelConfig, position_ids: Int[Array, "B T"], length: int | Int[Array, ""], dtype
+) -> Rotation:
     """The angles position · θ^(-2j/H), computed in fp32 and rounded to the dtype of the activations.
 
     linear: positions are divided by the factor. dynamic NTK: once `length` (keys in the current call, past and new,

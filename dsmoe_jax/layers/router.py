@@ -8,7 +8,7 @@ from flax import nnx
 
 from dsmoe_jax.axes import Array, Float, Int
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.layers import weights
+from dsmoe_jax.layers.weights import Initializer, weight
 
 
 class Routing(NamedTuple):
@@ -36,7 +36,7 @@ class Router(nnx.Module):
         self.normalise = config.norm_topk_prob and self.num_kept > 1
         # The original's init reaches every weight but this one, which keeps PyTorch's default for linear layers.
         shape, bound = (config.n_routed_experts, config.hidden_size), config.hidden_size**-0.5
-        self.weight = weights.uniform(rngs, shape, (None, "embed"), bound, dtype)
+        self.weight = weight(rngs, shape, (None, "embed"), Initializer("uniform", bound), dtype)
 
     @jax.named_scope("router")
     def __call__(self, x: Float[Array, "B T D"]) -> Routing:

@@ -1,26 +1,43 @@
 """How a weight is declared: shape, logical axes and initialiser in one line. And `Linear`, made of it."""
 
+import functools
+from typing import Literal, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsmoe_jax.axes import Array, Float
+from dsmoe_jax.axes import Array, Float, PRNGKeyArray
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float, dtype) -> nnx.Param:
-    """A weight drawn from N(0, std²) with the logical name of each of its axes."""
-    return nnx.Param((std * jax.random.normal(rngs.params(), shape)).astype(dtype), logical_axes=axes)
+class Initializer(NamedTuple):
+    """How fresh values are drawn: N(0, scale²), U(-scale, scale), or `scale` everywhere."""
+
+    kind: Literal["normal", "uniform", "constant"]
+    scale: float
+
+    def draw(self, key: PRNGKeyArray, shape: tuple[int, ...], dtype) -> Array:
+        """Fresh values; traceable."""
+        match self.kind:
+            case "normal":
+                return (self.scale * jax.random.normal(key, shape)).astype(dtype)
+            case "uniform":
+                return jax.random.uniform(key, shape, minval=-self.scale, maxval=self.scale).astype(dtype)
+            case "constant":
+                return jnp.full(shape, self.scale, dtype)
 
 
-def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], bound: float, dtype) -> nnx.Param:
-    """A weight drawn from U(-bound, bound)."""
-    drawn = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
-    return nnx.Param(drawn.astype(dtype), logical_axes=axes)
+def weight(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], initializer: Initializer, dtype
+) -> nnx.Param:
+    """A weight with the logical name of each of its axes, which `sharding.py` places."""
+    return nnx.Param(
+        _draw(initializer, rngs.params(), shape, dtype), logical_axes=axes, initializer=initializer
+    )
 
 
-def constant(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype) -> nnx.Param:
-    """A weight that starts as `value` everywhere."""
-    return nnx.Param(jnp.full(shape, value, dtype), logical_axes=axes)
+# One program for all weights of a shape: random bits take seconds to compile.
+_draw = functools.partial(jax.jit, static_argnums=(0, 2, 3))(Initializer.draw)
 
 
 class Linear(nnx.Module):
@@ -36,8 +53,8 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         dtype=jnp.float32,
     ):
-        self.weight = normal(rngs, shape, axes, std, dtype)
-        self.bias = constant(0, shape[:1], axes[:1], dtype) if bias else None
+        self.weight = weight(rngs, shape, axes, Initializer("normal", std), dtype)
+        self.bias = weight(rngs, shape[:1], axes[:1], Initializer("constant", 0), dtype) if bias else None
 
     def __call__(self, x: Float[Array, "*tokens i"]) -> Float[Array, "*tokens o"]:
         """Apply to the last axis."""

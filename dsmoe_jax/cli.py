@@ -1,0 +1,165 @@
+"""The verbs of `dsmoe`. Each is a thin shell over a public function and imports its room only when it runs.
+
+Start at `VERBS`. A user's mistake gets one line on stderr and exit code 2.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NoReturn
+
+from dsmoe_jax import __version__
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, not the whole usage."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0, 2 for a user's mistake, 130 if interrupted."""
+    parser = _Parser(prog="dsmoe", description="DeepSeekMoE in JAX.")
+    parser.add_argument("--version", action="version", version=f"dsmoe {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+    for name, (run, arguments, help_line) in VERBS.items():
+        verb = verbs.add_parser(name, help=help_line, description=f"{help_line[0].upper()}{help_line[1:]}.")
+        for flags, options in arguments:
+            verb.add_argument(*flags, **options)
+        verb.set_defaults(run=run)
+    asked = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for library in ("absl", "jax", "orbax"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    try:
+        asked.run(asked)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader (head, say) has gone: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        print(f"dsmoe {asked.verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    return 0
+
+
+def info(asked: argparse.Namespace) -> None:
+    """`dsmoe info`."""
+    from dsmoe_jax.info import describe
+
+    print(describe(asked.model), end="")
+
+
+def convert(asked: argparse.Namespace) -> None:
+    """`dsmoe convert`."""
+    from dsmoe_jax.convert import import_hf
+
+    model = import_hf(asked.source, asked.out, dtype=asked.dtype, progress=_progress("converting"))
+    print(f"{asked.out}: {model.config.num_hidden_layers} layers, ready for `dsmoe generate {asked.out}`")
+
+
+def generate(asked: argparse.Namespace) -> None:
+    """`dsmoe generate`."""
+    generator = _generator(asked)
+    print(asked.prompt, end="", flush=True)
+    for piece in generator.stream(asked.prompt, **_sampling(asked)):
+        print(piece, end="", flush=True)
+    print()
+
+
+def chat(asked: argparse.Namespace) -> None:
+    """`dsmoe chat`."""
+    from dsmoe_jax.generate import Chat
+
+    talk = Chat(_generator(asked), **_sampling(asked))
+    print("/reset forgets the conversation; /quit, an empty line's end of input (Ctrl-D) or Ctrl-C ends it.")
+    while (line := _ask("User: ")) is not None and line.strip() != "/quit":
+        if line.strip() == "/reset":
+            talk.reset()
+        elif line.strip():
+            print("Assistant: ", end="", flush=True)
+            for piece in talk.send(line):
+                print(piece, end="", flush=True)
+            print()
+
+
+def demo(asked: argparse.Namespace) -> None:
+    """`dsmoe demo`."""
+    from dsmoe_jax.demo import run
+
+    run(asked.out)
+
+
+def _generator(asked: argparse.Namespace):
+    from dsmoe_jax.generate import Generator
+
+    return Generator.from_pretrained(asked.path, dtype=asked.dtype, context_length=asked.context_length)
+
+
+def _sampling(asked: argparse.Namespace) -> dict[str, Any]:
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    return {name: getattr(asked, name) for name in names}
+
+
+def _ask(prompt: str) -> str | None:
+    try:
+        return input(prompt)
+    except EOFError:
+        print()
+        return None
+
+
+def _progress(what: str) -> Callable[[Any], Any]:
+    """Wraps an iterable in a bar where a person watches, and in nothing elsewhere."""
+
+    def track(items: Any) -> Any:
+        if not sys.stderr.isatty():
+            return items
+        from rich.console import Console
+        from rich.progress import track as bar
+
+        return bar(items, description=what, console=Console(stderr=True), transient=True)
+
+    return track
+
+
+# fmt: off
+_Argument = tuple[tuple[str, ...], dict[str, Any]]
+_DTYPE: Final[_Argument] = (
+    ("--dtype",), {"metavar": "DTYPE", "help": "float32, bfloat16 or float16; default: as stored"})
+_GENERATION: Final[tuple[_Argument, ...]] = (
+    (("path",), {"metavar": "PATH", "help": "a native checkpoint or a Hugging Face folder"}),
+    (("--max-new-tokens",), {"type": int, "default": 128, "metavar": "N", "help": "default 128"}),
+    (("--temperature",), {"type": float, "default": 0.0, "metavar": "T", "help": "0, the default, is greedy"}),
+    (("--top-k",), {"type": int, "metavar": "K", "help": "sample from the K likeliest tokens"}),
+    (("--top-p",), {"type": float, "default": 1.0, "metavar": "P", "help": "sample from the likeliest that reach P"}),
+    (("--seed",), {"type": int, "default": 0, "metavar": "SEED", "help": "of the sampling, default 0"}),
+    (("--context-length",), {"type": int, "metavar": "N", "help": "prompt and answer together, in tokens"}),
+    _DTYPE,
+)
+VERBS: Final[dict[str, tuple[Callable[[argparse.Namespace], None], tuple[_Argument, ...], str]]] = {
+    "demo": (demo, (
+        (("--out",), {"metavar": "DIR", "help": "keep the checkpoints in this new folder"}),
+    ), "make a small checkpoint, convert it and generate: no network, no weights needed"),
+    "convert": (convert, (
+        (("source",), {"metavar": "HF_DIR", "help": "config.json with safetensors or pytorch_model*.bin"}),
+        (("out",), {"metavar": "OUT", "help": "the new native checkpoint"}),
+        _DTYPE,
+    ), "convert a PyTorch checkpoint in the Hugging Face layout to a native one"),
+    "generate": (generate, (
+        *_GENERATION,
+        (("--prompt",), {"required": True, "metavar": "TEXT", "help": "the text to continue"}),
+    ), "continue a prompt, printed as it comes"),
+    "chat": (chat, _GENERATION, "talk to a chat model"),
+    "info": (info, (
+        (("model",), {"metavar": "PRESET|PATH", "help": "a preset's name, a config.json or a checkpoint"}),
+    ), "print parameter counts, bytes and the layer plan of a model"),
+}
+# fmt: on
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""What `dsmoe info` prints: parameter counts, bytes and the layer plan, from the model's own abstract description."""
+
+import math
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from dsmoe_jax.config import PRESETS, ModelConfig
+from dsmoe_jax.model import abstract
+
+# part of the model: how its parameters' paths are told
+_PARTS: Final = (
+    ("embedding", "embed"),
+    ("attention", ".attention."),
+    ("dense feed-forward", ".mlp."),
+    ("router", ".router."),
+    ("routed experts", ".experts."),
+    ("shared experts", ".shared."),
+    ("norms", "norm"),
+    ("head", "head"),
+)
+_BYTES: Final = {"bfloat16": 2, "float32": 4}
+
+
+class Counts(NamedTuple):
+    """Parameters in all, and those that one token visits (the whole embedding table and head included)."""
+
+    total: int
+    activated: int
+    parts: dict[str, int]
+
+
+def count_parameters(config: ModelConfig) -> Counts:
+    """Count the parameters of the model, part by part."""
+    parts = dict.fromkeys((part for part, _ in _PARTS), 0)
+    for name, spec in abstract(config)[1].items():
+        parts[next(part for part, mark in _PARTS if mark in name)] += math.prod(spec.shape)
+    total, routed = sum(parts.values()), parts["routed experts"]
+    visited = routed * (config.num_experts_per_tok or 0) // (config.n_routed_experts or 1)
+    return Counts(total, total - routed + visited, parts)
+
+
+def describe(model: str) -> str:
+    """The whole page for a preset's name, a `config.json`, or a folder that holds one."""
+    if model not in PRESETS and not Path(model).exists():
+        raise ValueError(f"{model!r} is neither a path nor a preset ({', '.join(PRESETS)})")
+    config = ModelConfig.preset(model) if model in PRESETS else ModelConfig.from_file(model)
+    counts = count_parameters(config)
+    lines = [
+        f"{'parameters':<20}{counts.total:>18,}",
+        f"{'activated per token':<20}{counts.activated:>18,}",
+        *(f"{f'bytes in {dtype}':<20}{counts.total * size:>18,}" for dtype, size in _BYTES.items()),
+        "",
+        *(f"{part:<20}{n:>18,}{n / counts.total:>8.1%}" for part, n in counts.parts.items() if n),
+        "",
+        *_layer_plan(config),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _layer_plan(config: ModelConfig) -> list[str]:
+    """One line for each run of layers of the same kind."""
+    heads, kv_heads = config.num_attention_heads, config.num_kv_heads
+    shared = "no" if config.n_shared_experts is None else config.n_shared_experts
+    kinds = {
+        False: f"dense, width {config.intermediate_size}",
+        True: f"{config.n_routed_experts} routed experts of width {config.moe_intermediate_size}, "
+        f"top-{config.num_experts_per_tok}, {shared} shared",
+    }
+    lines = [
+        f"hidden size {config.hidden_size}, {heads} heads of {config.head_dim}, {kv_heads} key-value heads"
+    ]
+    first, L = 0, config.num_hidden_layers
+    for layer in range(1, L + 1):
+        if layer == L or config.is_moe_layer(layer) != config.is_moe_layer(first):
+            run = f"layer {first}" if layer - first == 1 else f"layers {first}-{layer - 1}"
+            lines.append(f"{run:<20}{kinds[config.is_moe_layer(first)]}")
+            first = layer
+    return lines
