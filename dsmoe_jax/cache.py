@@ -4,7 +4,7 @@ A row's tokens stand from slot 0 on, so a token's slot is its position and paddi
 by what comes next. Shapes are 3-D, [B·K, S, H]: see `kernels/attention.py`.
 """
 
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ class LayerCache(NamedTuple):
     k: Float[Array, "BK S H"]
     v: Float[Array, "BK S H"]
 
-    def write(self, k: Float[Array, "BK T H"], v: Float[Array, "BK T H"], start: Int[Array, "BK"]) -> Self:
+    def write(self, k: Float[Array, "BK T H"], v: Float[Array, "BK T H"], start: Int[Array, "BK"]) -> "LayerCache":
         """Lay T tokens into each row from its slot `start` on."""
         put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, 0)))
         return type(self)(
@@ -34,7 +34,7 @@ class KVCache(NamedTuple):
     lengths: Int[Array, "B"]
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -> Self:
+    def empty(cls, config: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -> "KVCache":
         """A cache for `batch` rows of up to `slots` tokens."""
         shape = (batch * config.num_kv_heads, slots, config.head_dim)
         # One buffer each: a buffer that is donated twice is an error.

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple
 
 from dsmoe_jax.json_file import read_json
 
@@ -110,7 +110,7 @@ class ModelConfig:
         )
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+    def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
         """A config from the fields of a `config.json`.
 
         `auto_map` is dropped: no code travels. Fields unknown to this model are kept in `extra`, but those that
@@ -138,7 +138,7 @@ class ModelConfig:
         return {**extra, **fields, "model_type": MODEL_TYPE}
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Self:
+    def from_file(cls, path: str | Path) -> "ModelConfig":
         """A config from a `config.json`, or from the folder that holds one."""
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
@@ -149,7 +149,7 @@ class ModelConfig:
             raise ValueError(f"{path}: {error}") from None
 
     @classmethod
-    def preset(cls, name: str) -> Self:
+    def preset(cls, name: str) -> "ModelConfig":
         """A named model; `PRESETS` lists them."""
         _check_choice("preset", name, tuple(PRESETS))
         return cls(**PRESETS[name])

@@ -6,7 +6,7 @@ and static, the parameters a flat dict of arrays by dotted path, such as `layers
 
 import functools
 import zlib
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ class DeepSeekMoE(nnx.Module):
     @classmethod
     def init(
         cls, config: ModelConfig, *, seed: int = 0, dtype=jnp.float32, mesh: Mesh | MeshConfig | None = None
-    ) -> Self:
+    ) -> "DeepSeekMoE":
         """A model with fresh weights, each drawn where it will lie: nothing is ever whole on one device first.
 
         A weight depends on `seed` and its path alone, not on the mesh.
@@ -74,7 +74,7 @@ class DeepSeekMoE(nnx.Module):
 
     def __call__(
         self,
-        token_ids: Int[Array, "B T"] | np.ndarray,
+        token_ids: Any,
         attention_mask: Any = None,
         position_ids: Any = None,
         *,

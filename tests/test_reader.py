@@ -553,7 +553,7 @@ def test_refuses_a_damaged_bin_file(tmp_path: Path, case: str):
     refuses(tmp_path, f"pytorch_model\\.bin: .*({match})")
 
 
-# Hostile pickles. RUN leaves a file behind wherever something executes it as a shell command or as Python.
+# Hostile pickles: had one of them run, a file named "ran" would lie in the working folder.
 
 
 def opcodes(*parts: bytes) -> bytes:
@@ -593,7 +593,7 @@ HOSTILE = {
     "no value": (opcodes(), "ends with 0 values"),
     "two values": (opcodes(b"))"), "ends with 2 values"),
     "not a dictionary": (opcodes(b"]"), "holds a list, not a dictionary of tensors"),
-    "empty stack": (opcodes(b"0"), "uses pickle opcode POP"),
+    "pop": (opcodes(b"0"), "uses pickle opcode POP"),
     "empty tuple of 2": (opcodes(b"\x86"), "damaged pickle: IndexError at opcode 1"),
     "no mark": (opcodes(b"t"), "damaged pickle: IndexError"),
     "no memo": (opcodes(b"h\x07"), "damaged pickle: KeyError"),

@@ -7,7 +7,7 @@ length is seldom a new program. Rows start at slot 0 and padding stands to the r
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, Self
+from typing import Any, Final, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ class Generator:
         dtype: Any = None,
         mesh: Mesh | MeshConfig | None = None,
         context_length: int | None = None,
-    ) -> Self:
+    ) -> "Generator":
         """A generator from a native checkpoint or a Hugging Face folder, with the tokenizer that lies in it, if any."""
         path = Path(path)
         model = (load if is_native(path) else load_hf)(path, dtype=dtype, mesh=mesh)
