@@ -84,13 +84,9 @@ def _check(path: str | Path, config: ModelConfig, reader: CheckpointReader) -> N
     """Every name, shape and dtype, before the first byte of a tensor is read."""
     shapes = hf_shapes(config)
     found = {name: info.shape for name, info in reader.tensors.items()}
-    if config.tie_word_embeddings and found.get(TIED_HEAD) == found.get(
-        embedding := hf_names(config)["embed"][0]
-    ):
+    if config.tie_word_embeddings and found.get(TIED_HEAD) == found.get(embedding := hf_names(config)["embed"][0]):
         if not np.array_equal(_bits(reader.read(TIED_HEAD)), _bits(reader.read(embedding))):
-            raise ValueError(
-                f"{path}: {TIED_HEAD} differs from {embedding} though tie_word_embeddings is true"
-            )
+            raise ValueError(f"{path}: {TIED_HEAD} differs from {embedding} though tie_word_embeddings is true")
         del found[TIED_HEAD]
     check_names_and_shapes(path, shapes, found)
     for parts in hf_names(config).values():

@@ -4,15 +4,16 @@ Read `CheckpointReader` first: it finds the files, checks them against their ind
 `read_safetensors` below it parses one safetensors file; `torch_pickle.py` does the same for `.bin` files.
 """
 
-import json
 import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import ml_dtypes
 import numpy as np
+
+from dsmoe_jax.json_file import parse_json
 
 from .torch_pickle import TensorInfo, count_elements, read_torch_file, show
 
@@ -56,9 +57,7 @@ class CheckpointReader:
                 self.tensors[tensor] = info
         for tensor, file in (index or {}).items():
             if tensor not in self.tensors or self.tensors[tensor].file != file:
-                raise ValueError(
-                    f"{self.folder / file}: lacks tensor {show(tensor)}, which {name} places there"
-                )
+                raise ValueError(f"{self.folder / file}: lacks tensor {show(tensor)}, which {name} places there")
         if not self.tensors:
             raise ValueError(f"{self.folder / name}: holds no tensor")
 
@@ -105,15 +104,13 @@ class CheckpointReader:
         if (size := path.stat().st_size) > MAX_JSON_BYTES:
             raise ValueError(f"{self.folder / name}: {size} bytes; at most {MAX_JSON_BYTES}")
         try:
-            index = _parse_json(path.read_bytes())
+            index = parse_json(path.read_bytes())
             shards = index.get("weight_map")
             if not isinstance(shards, dict) or not shards:
                 raise ValueError("weight_map is missing, empty or not an object")
             for tensor, file in shards.items():
                 if not _is_file_name(file):
-                    raise ValueError(
-                        f"tensor {show(tensor)} is in {show(file)}; a shard lies beside its index"
-                    )
+                    raise ValueError(f"tensor {show(tensor)} is in {show(file)}; a shard lies beside its index")
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.folder / name}: {error}") from error
         return shards
@@ -142,7 +139,7 @@ def read_safetensors(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
     data = 8 + length
     if data > len(mapped):
         raise ValueError(f"has a header up to byte {data} of a file of {len(mapped)}")
-    header = _parse_json(mapped[8:data])
+    header = parse_json(mapped[8:data])
     if not isinstance(header.pop("__metadata__", {}), dict):
         raise ValueError("has a __metadata__ that is not an object")
 
@@ -153,9 +150,7 @@ def read_safetensors(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
             case {"dtype": str(code), "shape": list(sizes), "data_offsets": [begin, end], **rest} if not rest:
                 pass
             case _:
-                raise ValueError(
-                    f"describes tensor {show(name)} otherwise than by dtype, shape and data_offsets"
-                )
+                raise ValueError(f"describes tensor {show(name)} otherwise than by dtype, shape and data_offsets")
         if bad := [number for number in (*sizes, begin, end) if type(number) is not int]:
             raise ValueError(f"tensor {show(name)} has {show(bad[0])} for a dimension or an offset")
         if code not in _DTYPES:
@@ -164,44 +159,18 @@ def read_safetensors(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
         nbytes = count_elements(name, shape, dtype.itemsize) * dtype.itemsize
         if end - begin != nbytes:
             bounds = f"{show(begin)} to {show(end)}"
-            raise ValueError(
-                f"tensor {show(name)} lies from {bounds}; its shape and dtype need {nbytes} bytes"
-            )
+            raise ValueError(f"tensor {show(name)} lies from {bounds}; its shape and dtype need {nbytes} bytes")
         tensors[name] = TensorInfo(dtype, shape, file, data + begin)
         ranges.append((begin, end, name))
 
     filled = 0
     for begin, end, name in sorted(ranges):
         if begin != filled:
-            raise ValueError(
-                f"tensor {show(name)} starts at {show(begin)}; the one before it ends at {filled}"
-            )
+            raise ValueError(f"tensor {show(name)} starts at {show(begin)}; the one before it ends at {filled}")
         filled = end
     if filled != len(mapped) - data:
-        raise ValueError(
-            f"has tensors up to byte {show(filled)} of its data; it has {len(mapped) - data} bytes"
-        )
+        raise ValueError(f"has tensors up to byte {show(filled)} of its data; it has {len(mapped) - data} bytes")
     return tensors
-
-
-def _parse_json(data: bytes) -> dict[str, Any]:
-    """A JSON object in UTF-8, no key twice; ValueError otherwise."""
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except RecursionError as error:
-        raise ValueError("has JSON nested too deeply") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"has {show(value)} where a JSON object must be")
-    return value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"has JSON key {show(key)} twice")
-        result[key] = value
-    return result
 
 
 def _is_file_name(value: object) -> bool:

@@ -125,9 +125,7 @@ def _locate(name: str, tensor: object, places: _Places, file: str) -> TensorInfo
     if count > storage.numel:
         raise ValueError(f"tensor {show(name)} repeats {storage.numel} stored elements into {count}")
     # The stride of a dimension of one element is never used, and may be too large for numpy.
-    steps = tuple(
-        (stride if size > 1 else 1) * dtype.itemsize for size, stride in zip(shape, strides, strict=True)
-    )
+    steps = tuple((stride if size > 1 else 1) * dtype.itemsize for size, stride in zip(shape, strides, strict=True))
     return TensorInfo(dtype, shape, file, start + (tensor.offset * dtype.itemsize if count else 0), steps)
 
 

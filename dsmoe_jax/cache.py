@@ -22,9 +22,7 @@ class LayerCache(NamedTuple):
     def write(self, k: Float[Array, "BK T H"], v: Float[Array, "BK T H"], start: Int[Array, "BK"]) -> "LayerCache":
         """Lay T tokens into each row from its slot `start` on."""
         put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, 0)))
-        return type(self)(
-            put(self.k, k.astype(self.k.dtype), start), put(self.v, v.astype(self.v.dtype), start)
-        )
+        return type(self)(put(self.k, k.astype(self.k.dtype), start), put(self.v, v.astype(self.v.dtype), start))
 
 
 class KVCache(NamedTuple):
@@ -39,8 +37,7 @@ class KVCache(NamedTuple):
         shape = (batch * config.num_kv_heads, slots, config.head_dim)
         # One buffer each: a buffer that is donated twice is an error.
         layers = tuple(
-            LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-            for _ in range(config.num_hidden_layers)
+            LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)
         )
         return cls(layers, jnp.zeros(batch, jnp.int32))
 

@@ -80,18 +80,14 @@ def find_template(folder: Path, config: Mapping[str, Any]) -> str:
 def _checked(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
     # A template skips a role it does not know without a word, so a typo would lose the message.
     if not isinstance(message, Mapping):
-        raise ValueError(
-            f"message {index} must be a mapping with role and content, got {type(message).__name__}"
-        )
+        raise ValueError(f"message {index} must be a mapping with role and content, got {type(message).__name__}")
     for key in ("role", "content"):
         if key not in message:
             raise ValueError(f"message {index} has no {key!r}")
     if message["role"] not in ROLES:
         raise ValueError(f"message {index} has role {message['role']!r}; allowed are {', '.join(ROLES)}")
     if not isinstance(message["content"], str):
-        raise ValueError(
-            f"message {index}: content must be a string, got {type(message['content']).__name__}"
-        )
+        raise ValueError(f"message {index}: content must be a string, got {type(message['content']).__name__}")
     return dict(message)
 
 

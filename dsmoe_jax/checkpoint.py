@@ -38,7 +38,7 @@ def save(model: DeepSeekMoE, path: str | Path, *, beside: Sequence[Path] = ()) -
         for file in beside:
             shutil.copyfile(file, folder / file.name)
         write_json(folder / "config.json", model.config.to_dict())
-        ocp.save(folder / PARAMETERS, split(model)[1])
+        ocp.save(str(folder / PARAMETERS), split(model)[1])
         write_json(folder / _HEADER, {"format": _FORMAT})
 
 
@@ -58,7 +58,7 @@ def load(path: str | Path, *, dtype: Any = None, mesh: Mesh | MeshConfig | None 
     config = ModelConfig.from_file(path)
     wanted_dtype = as_dtype(dtype)
     with _one_line_errors(path):
-        stored = ocp.metadata(path / PARAMETERS).metadata
+        stored = ocp.metadata(str(path.absolute() / PARAMETERS)).metadata
     check_names_and_shapes(
         path,
         {name: spec.shape for name, spec in abstract(config)[1].items()},
@@ -69,7 +69,7 @@ def load(path: str | Path, *, dtype: Any = None, mesh: Mesh | MeshConfig | None 
         for name, place in shardings(config, mesh).items()
     }
     with _one_line_errors(path):
-        return assemble(config, ocp.load(path / PARAMETERS, wanted))
+        return assemble(config, ocp.load(str(path.absolute() / PARAMETERS), wanted))
 
 
 def is_native(path: str | Path) -> bool:
@@ -80,9 +80,7 @@ def is_native(path: str | Path) -> bool:
 def as_dtype(dtype: Any) -> Any:
     """The numpy dtype of weights called "float32", "bfloat16" or "float16" (or its type); None stays None."""
     for name, known in DTYPES.items():
-        if dtype is not None and (
-            dtype == name or (not isinstance(dtype, str) and np.dtype(dtype) == np.dtype(known))
-        ):
+        if dtype is not None and (dtype == name or (not isinstance(dtype, str) and np.dtype(dtype) == np.dtype(known))):
             return np.dtype(known)
     if dtype is not None:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -92,7 +90,7 @@ def as_dtype(dtype: Any) -> Any:
 def check_names_and_shapes(
     source: str | Path, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
 ) -> None:
-    """Refuse a checkpoint whose tensors are not exactly the wanted ones; names the first of each kind, and the count."""
+    """Refuse a checkpoint whose tensors are not exactly the wanted ones; names the first, and how many more."""
     missing, surplus = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     for what, names in (("is missing", missing), ("belongs to no part of this model", surplus)):
         if names:

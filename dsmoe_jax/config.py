@@ -77,18 +77,12 @@ class ModelConfig:
         object.__setattr__(self, "architectures", tuple(self.architectures or ()))
         heads, kv_heads = self.num_attention_heads, self.num_kv_heads
         if self.hidden_size % (2 * heads):  # rotary embeddings turn pairs
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not an even multiple of num_attention_heads {heads}"
-            )
+            raise ValueError(f"hidden_size {self.hidden_size} is not an even multiple of num_attention_heads {heads}")
         if heads % kv_heads:
-            raise ValueError(
-                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
-            )
+            raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
         if self.n_routed_experts is not None:
             if self.num_experts_per_tok is None:
-                raise ValueError(
-                    f"num_experts_per_tok is missing though n_routed_experts is {self.n_routed_experts}"
-                )
+                raise ValueError(f"num_experts_per_tok is missing though n_routed_experts is {self.n_routed_experts}")
             _check("num_experts_per_tok", self.num_experts_per_tok, (int,), 1, self.n_routed_experts)
 
     @property
@@ -260,6 +254,7 @@ def _check(name: str, value: Any, kinds: tuple[type | None, ...], low: float, hi
         raise ValueError(f"{name} must be {wanted}, not {value!r}")
     if isinstance(value, str):
         return
+    assert value is not None  # no field accepts None without naming it
     if not (math.isfinite(value) and low <= value <= high):
         raise ValueError(f"{name} must be a finite number in [{low}, {high}], not {value}")
 

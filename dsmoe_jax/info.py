@@ -66,9 +66,7 @@ def _layer_plan(config: ModelConfig) -> list[str]:
         True: f"{config.n_routed_experts} routed experts of width {config.moe_intermediate_size}, "
         f"top-{config.num_experts_per_tok}, {shared} shared",
     }
-    lines = [
-        f"hidden size {config.hidden_size}, {heads} heads of {config.head_dim}, {kv_heads} key-value heads"
-    ]
+    lines = [f"hidden size {config.hidden_size}, {heads} heads of {config.head_dim}, {kv_heads} key-value heads"]
     first, L = 0, config.num_hidden_layers
     for layer in range(1, L + 1):
         if layer == L or config.is_moe_layer(layer) != config.is_moe_layer(first):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import Mesh, Sharding
 
 from dsmoe_jax.axes import Array, Bool, Float, Int, PRNGKeyArray
@@ -145,9 +146,7 @@ class DeepSeekMoE(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def _forward(
-    graph, params, token_ids, attention_mask, position_ids, output_hidden_states: bool
-) -> ModelOutput:
+def _forward(graph, params, token_ids, attention_mask, position_ids, output_hidden_states: bool) -> ModelOutput:
     model = merge(graph, params)
     hidden = model.hidden(token_ids, attention_mask, position_ids)
     trace = (*hidden.trace[:-1], hidden.states) if output_hidden_states else None
@@ -162,7 +161,7 @@ def _causal(token_ids: Int[Array, "B T"], attention_mask: Array | None) -> Bool[
 
 def check_token_ids(token_ids: Any, vocab_size: int) -> Int[Array, "B T"]:
     """The ids as an int [B, T] array; `ValueError` where they are none, or outside the vocabulary (JAX would clamp)."""
-    if not isinstance(token_ids, jax.core.Tracer):
+    if not isinstance(token_ids, Tracer):
         ids = np.asarray(token_ids)
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
             raise ValueError(f"token_ids must be non-empty int [B, T], not {ids.dtype} {list(ids.shape)}")

@@ -6,7 +6,7 @@ A layer names logical axes; this file alone knows the mesh. Read `_TABLE` to see
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import jax
 import numpy as np
@@ -39,7 +39,7 @@ class MeshConfig:
     tensor: int = 1
 
 
-def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (default: all).
 
     Raises `ValueError` for a size that is neither positive nor -1, for two -1, and for a mesh that needs more
@@ -76,7 +76,5 @@ def sharding(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], me
     placed = [_TABLE[axis] for axis in axes]
     for size, logical, axis in zip(shape, axes, placed, strict=True):
         if axis is not None and size % mesh.shape[axis]:
-            raise ValueError(
-                f"{name}: {logical} of size {size} does not divide over {axis}={mesh.shape[axis]}"
-            )
+            raise ValueError(f"{name}: {logical} of size {size} does not divide over {axis}={mesh.shape[axis]}")
     return NamedSharding(mesh, PartitionSpec(*placed))

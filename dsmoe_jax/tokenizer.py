@@ -4,7 +4,6 @@ Start at `Tokenizer`. `DecodeStream` is for printing while a model generates; th
 libraries (tokenizers, sentencepiece) do differently.
 """
 
-import json
 import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from dsmoe_jax import chat_template
+from dsmoe_jax.json_file import read_json
 
 _FILES: Final = (
     "tokenizer.json",
@@ -37,9 +37,7 @@ class Tokenizer:
     with a checkpoint. As in transformers, the string of a special token in a text becomes that token.
     """
 
-    def __init__(
-        self, backend: "_Backend", config: Mapping[str, Any], template: str, files: tuple[Path, ...]
-    ):
+    def __init__(self, backend: "_Backend", config: Mapping[str, Any], template: str, files: tuple[Path, ...]):
         """Use `from_pretrained`."""
         self._backend = backend
         self._template = template
@@ -63,7 +61,7 @@ class Tokenizer:
         for name, backend in (("tokenizer.json", _JsonBackend), ("tokenizer.model", _ModelBackend)):
             if (folder / name).is_file():
                 older, newer = folder / "special_tokens_map.json", folder / "tokenizer_config.json"
-                config = _read_json(older) | _read_json(newer)
+                config = {k: v for file in (older, newer) if file.is_file() for k, v in read_json(file).items()}
                 template = chat_template.find_template(folder, config)
                 return cls(backend(folder / name, config), config, template, tokenizer_files(folder))
         raise ValueError(f"no tokenizer in {folder}: it holds neither tokenizer.json nor tokenizer.model")
@@ -95,9 +93,7 @@ class Tokenizer:
         """Returns a decoder for ids that arrive one by one."""
         return DecodeStream(self)
 
-    def render_chat(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
-    ) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False) -> str:
         """Returns the conversation as the text the model reads, BOS included.
 
         `messages` are {"role": system, user or assistant, "content": text}; `add_generation_prompt` opens the
@@ -172,8 +168,8 @@ class _Backend(Protocol):
 class _JsonBackend:
     # Without a config nothing says which token begins a text; these two families are known by name.
     _KNOWN: Final = {
-        "bos_token": ("<｜begin▁of▁sentence｜>", "<s>"),  # noqa: RUF001
-        "eos_token": ("<｜end▁of▁sentence｜>", "</s>"),  # noqa: RUF001
+        "bos_token": ("<｜begin▁of▁sentence｜>", "<s>"),
+        "eos_token": ("<｜end▁of▁sentence｜>", "</s>"),
     }
 
     def __init__(self, path: Path, _config: Mapping[str, Any]):
@@ -276,17 +272,6 @@ def _added_tokens(config: Mapping[str, Any], pieces: int) -> tuple[dict[int, str
         return names, {i for i, entry in entries.items() if entry.get("special")}
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError("tokenizer_config.json: added_tokens_decoder must map ids to tokens") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in the file, {} where there is no file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _checked_text(text: str) -> str:

@@ -114,12 +114,12 @@ def test_a_bad_value_is_refused_in_one_line_that_names_it(fields: dict, named: s
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "not a JSON object"),
-        ("[1]", "not a JSON object"),
-        ('{"hidden_size": 64, "hidden_size": 32}', "stands twice"),
+        ("", "is not JSON"),
+        ("[1]", "holds a list"),
+        ('{"hidden_size": 64, "hidden_size": 32}', "twice"),
         ('{"hidden_size": NaN}', "hidden_size"),
         ("[" * 100_000, "nested too deeply"),
-        ("\xff", "not a JSON object"),
+        ("\xff", "is not JSON"),
     ],
 )
 def test_a_bad_config_json_is_refused_with_its_path(tmp_path: Path, text: str, reason: str):

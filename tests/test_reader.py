@@ -211,9 +211,9 @@ def test_refuses_an_index_that_disagrees_with_its_shards(tmp_path: Path, case: s
 
 # fmt: off
 BAD_INDEXES = {
-    "not JSON": (b"{", "index.json: Expecting"),
-    "not UTF-8": (b'{"\xff": 1}', "index.json: 'utf-8' codec"),
-    "not an object": (b"[]", "has a list where a JSON object must be"),
+    "not JSON": (b"{", "index.json: is not JSON: Expecting"),
+    "not UTF-8": (b'{"\xff": 1}', "index.json: is not JSON: 'utf-8' codec"),
+    "not an object": (b"[]", "holds a list where a JSON object must be"),
     "no weight_map": (b"{}", "weight_map is missing"),
     "weight_map is a list": (b'{"weight_map": ["a"]}', "weight_map is missing, empty or not an object"),
     "weight_map is empty": (b'{"weight_map": {}}', "weight_map is missing, empty"),
@@ -308,7 +308,7 @@ BAD_SAFETENSORS = {
     "bytes left": (built(TWO, bytes(17)), "up to byte 16 of its data; it has 17 bytes"),
     "not UTF-8": (built(b'{"\xff": 1}'), "codec can't decode"),
     "not JSON": (built(b"{nonsense}"), "Expecting property name"),
-    "not an object": (built([TWO]), "has a list where a JSON object must be"),
+    "not an object": (built([TWO]), "holds a list where a JSON object must be"),
     "nested": (built(b"[" * 200_000), "nested too deeply"),
     "no tensor": (built({}, b""), "holds no tensor"),
     "metadata": (built({"__metadata__": 1, **TWO}), "a __metadata__ that is not an object"),
@@ -378,10 +378,7 @@ ROW = {"kind": "Float", "key": "0", "numel": 4, "offset": 0, "shape": (4,), "str
 
 
 def storage(kind: str, key: str, numel: int, *more: bytes) -> bytes:
-    return (
-        group(text("storage"), named("torch", f"{kind}Storage"), text(key), text("cpu"), number(numel), *more)
-        + b"Q"
-    )
+    return group(text("storage"), named("torch", f"{kind}Storage"), text(key), text("cpu"), number(numel), *more) + b"Q"
 
 
 def tensor(**changes) -> bytes:
@@ -564,9 +561,7 @@ def called(module: str, name: str, argument: str = "touch ran") -> bytes:
     return opcodes(named(module, name), group(text(argument)), b"R")
 
 
-NESTED_TUPLE = b")" + b"".join(
-    b"q\x00h\x00\x86" for _ in range(200)
-)  # t = (t, t): 2**200 leaves in 800 bytes
+NESTED_TUPLE = b")" + b"".join(b"q\x00h\x00\x86" for _ in range(200))  # t = (t, t): 2**200 leaves in 800 bytes
 # fmt: off
 HOSTILE = {
     "os.system": (called("os", "system"), "asks for 'os.system'; allowed are collections.OrderedDict"),
@@ -631,9 +626,7 @@ def hostile_legacy(content: bytes) -> bytes:
 
 @pytest.mark.parametrize("case", HOSTILE)
 @pytest.mark.parametrize("write", [hostile_zip, hostile_legacy])
-def test_refuses_a_hostile_pickle_and_runs_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, write
-):
+def test_refuses_a_hostile_pickle_and_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, write):
     content, match = HOSTILE[case]
     (tmp_path / "pytorch_model.bin").write_bytes(write(content))
     monkeypatch.chdir(tmp_path)

@@ -17,7 +17,7 @@ import pytest
 from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files
 
 SHARED = Path(__file__).parents[2] / "shared" / "tokenizer"
-BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # noqa: RUF001
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 TEXTS = [
     "",
     "a",
@@ -204,9 +204,7 @@ def test_truncation_and_padding_of_the_file_are_not_applied(json_folder: Path):
 
 
 def test_special_tokens_may_be_written_as_dicts_and_pad_may_be_its_own(json_folder: Path):
-    tokenizer = configure(
-        json_folder, bos_token={"content": EOS, "special": True}, pad_token=BOS, eos_token=None
-    )
+    tokenizer = configure(json_folder, bos_token={"content": EOS, "special": True}, pad_token=BOS, eos_token=None)
 
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.eos_token_id) == (EOS, None, None)
     assert tokenizer.decode([tokenizer.pad_token_id or 0], skip_special_tokens=False) == BOS
@@ -396,9 +394,7 @@ def test_importing_the_module_loads_no_heavy_library():
     heavy = {"jax", "tokenizers", "sentencepiece", "jinja2"}
     program = f"import sys, dsmoe_jax.tokenizer; print({heavy} & set(sys.modules))"
 
-    got = subprocess.run(
-        [sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True
-    )
+    got = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True)
 
     assert (got.stdout.strip(), got.stderr) == ("set()", "")
 
@@ -427,8 +423,8 @@ def test_folder_without_a_readable_tokenizer_is_refused(tmp_path: Path, files: d
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
-        ("special_tokens_map.json", "[]", "special_tokens_map.json must hold a JSON object, got list"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json: is not JSON"),
+        ("special_tokens_map.json", "[]", "special_tokens_map.json: holds a list"),
         (
             "tokenizer_config.json",
             '{"bos_token": "<no>"}',

@@ -32,8 +32,7 @@ def balance_loss(config: ModelConfig, routing: Mapping[int, Routing]) -> dict[in
 
 
 def _expert_balance(config: ModelConfig, routed: Routing) -> Float[Array, ""]:
-    B, T, A = routed.ids.shape
-    E = routed.scores.shape[-1]
+    B, _, E = routed.scores.shape
     sequences = B if config.seq_aux else 1
     scores = routed.scores.reshape(sequences, -1, E).mean(axis=1)
     chosen = jax.nn.one_hot(routed.ids.reshape(sequences, -1), E).mean(axis=1) * E

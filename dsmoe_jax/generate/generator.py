@@ -77,11 +77,7 @@ class Generator:
         path = Path(path)
         model = (load if is_native(path) else load_hf)(path, dtype=dtype, mesh=mesh)
         tokenizer = Tokenizer.from_pretrained(path) if tokenizer_files(path) else None
-        eos = (
-            read_json(path / "generation_config.json").get("eos_token_id")
-            if _has_generation_config(path)
-            else None
-        )
+        eos = read_json(path / "generation_config.json").get("eos_token_id") if _has_generation_config(path) else None
         return cls(model, tokenizer, context_length=context_length, eos_token_id=eos)
 
     def __call__(self, prompts: Sequence[Prompt], **params: Any) -> list[Completion]:
@@ -120,9 +116,7 @@ class Generator:
             raise ValueError("a prompt is empty")
         if isinstance(prompt, str) or isinstance(prompt[0], Mapping):
             if self.tokenizer is None:
-                raise ValueError(
-                    "a prompt of text needs a tokenizer, and this generator has none: give token ids"
-                )
+                raise ValueError("a prompt of text needs a tokenizer, and this generator has none: give token ids")
             if isinstance(prompt, str):
                 return self.tokenizer.encode(prompt)
             return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,9 +54,7 @@ class Sampler(NamedTuple):
         rows = [(p.temperature, min(p.top_k or vocab_size, vocab_size), p.top_p) for p in params]
         temperature, top_k, top_p = (np.asarray(column) for column in zip(*rows, strict=True))
         keys = jnp.stack([jax.random.fold_in(jax.random.key(p.seed), row) for row, p in enumerate(params)])
-        return cls(
-            jnp.asarray(temperature, jnp.float32), jnp.asarray(top_k), jnp.asarray(top_p, jnp.float32), keys
-        )
+        return cls(jnp.asarray(temperature, jnp.float32), jnp.asarray(top_k), jnp.asarray(top_p, jnp.float32), keys)
 
 
 def sample(logits: Float[Array, "B V"], sampler: Sampler | None, step: Int[Array, ""]) -> Int[Array, "B"]:
@@ -85,7 +83,7 @@ def _ranked_logits(logits: Array, sampler: Sampler) -> tuple[Array, Array]:
     return jnp.where(kept, ranked, -jnp.inf), order
 
 
-def _bounded(name: str, value: float, low: float, high: float, *, whole: bool = False) -> None:
+def _bounded(name: str, value: Any, low: float | int, high: float | int, *, whole: bool = False) -> None:
     kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise ValueError(f"{name} must be {'an int' if whole else 'a number'}, not {value!r}")

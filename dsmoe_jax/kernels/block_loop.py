@@ -5,7 +5,6 @@ expert's rows go on, computes them all, and writes zeros for those past its expe
 overwrites that spill. The loop's length depends on the data, which autodiff refuses, hence the custom VJP.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -15,12 +14,9 @@ from dsmoe_jax.axes import Array, Int
 from dsmoe_jax.kernels.activation import ACTIVATION_FUNCTIONS
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def block_loop(
-    rows: Array, gate: Array, up: Array, down: Array, group_sizes: Array, activation: str
-) -> Array:
+def block_loop(rows: Array, gate: Array, up: Array, down: Array, group_sizes: Array, activation: str) -> Array:
     """See `expert_ffn` for shapes."""
-    return _forward(rows, gate, up, down, group_sizes, activation)
+    return _block_loop(rows, gate, up, down, group_sizes, activation)
 
 
 class _Blocks(NamedTuple):
@@ -116,4 +112,5 @@ def _vjp_backward(activation: str, saved: tuple[Array, ...], grad_out: Array):
     return d_rows[:R], d_gate.astype(gate.dtype), d_up.astype(up.dtype), d_down.astype(down.dtype), None
 
 
-block_loop.defvjp(_vjp_forward, _vjp_backward)
+_block_loop = jax.custom_vjp(_forward, nondiff_argnums=(5,))
+_block_loop.defvjp(_vjp_forward, _vjp_backward)

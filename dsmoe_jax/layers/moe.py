@@ -54,9 +54,7 @@ class MoE(nnx.Module):
         self.experts = RoutedExperts(config, rngs=rngs, dtype=dtype)
         shared = config.n_shared_experts
         self.shared = (
-            MLP(config, shared * config.moe_intermediate_size, rngs=rngs, dtype=dtype)
-            if shared is not None
-            else None
+            MLP(config, shared * config.moe_intermediate_size, rngs=rngs, dtype=dtype) if shared is not None else None
         )
 
     @jax.named_scope("moe")

@@ -15,13 +15,12 @@ class Rotation(NamedTuple):
     sin: Float[Array, "B T half"]
 
 
-def rotation(
-    config: ModelConfig, position_ids: Int[Array, "B T"], length: int | Int[Array, ""], dtype
-) -> Rotation:
+def rotation(config: ModelConfig, position_ids: Int[Array, "B T"], length: int | Int[Array, ""], dtype) -> Rotation:
     """The angles position · θ^(-2j/H), computed in fp32 and rounded to the dtype of the activations.
 
     linear: positions are divided by the factor. dynamic NTK: once `length` (keys in the current call, past and new,
-    padding included) is above `max_position_embeddings`, θ grows to θ · (factor · length / max − factor + 1)^(H / (H − 2)).
+    padding included) is above `max_position_embeddings`, θ is multiplied by
+    (factor · length / max_position_embeddings − factor + 1)^(H / (H − 2)).
     """
     H = config.head_dim
     theta = jnp.float32(config.rope_theta)

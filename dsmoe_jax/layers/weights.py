@@ -31,9 +31,7 @@ def weight(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], initializer: Initializer, dtype
 ) -> nnx.Param:
     """A weight with the logical name of each of its axes, which `sharding.py` places."""
-    return nnx.Param(
-        _draw(initializer, rngs.params(), shape, dtype), logical_axes=axes, initializer=initializer
-    )
+    return nnx.Param(_draw(initializer, rngs.params(), shape, dtype), logical_axes=axes, initializer=initializer)
 
 
 # One program for all weights of a shape: random bits take seconds to compile.

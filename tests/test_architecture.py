@@ -1,0 +1,113 @@
+"""The house keeps its own floors: a room imports only from lower ones, and every room is looked at."""
+
+import ast
+import os
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "dsmoe_jax"
+
+# From the ground up; a room may import its own floor and those below it.
+FLOORS = (
+    {"json_file", "axes"},
+    {"config", "chat_template"},
+    {"tokenizer", "sharding"},
+    {"kernels", "cache"},
+    {"layers"},
+    {"model"},
+    {"checkpoint", "info"},
+    {"convert"},
+    {"generate"},
+    {"train", "demo"},
+    {"cli"},
+    {"__main__"},
+)
+LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+
+# What the model computes may not ask where it runs: only these files speak of the mesh or communicate.
+COMMUNICATORS = {"layers/dispatch.py"}
+COLLECTIVES = {"shard_map", "psum", "psum_scatter", "all_gather", "all_to_all", "ppermute", "axis_index"}
+HEAVY = {"torch", "transformers", "tensorflow"}
+
+
+def source_files() -> dict[str, ast.Module]:
+    """Every module of the package by its path within it, rooms behind links included."""
+    files = {}
+    for folder, _, names in os.walk(PACKAGE, followlinks=True):
+        for name in names:
+            if name.endswith(".py"):
+                path = Path(folder) / name
+                files[path.relative_to(PACKAGE).as_posix()] = ast.parse(path.read_text(encoding="utf-8"))
+    return files
+
+
+def imports(file: str, tree: ast.Module) -> set[str]:
+    """The dotted names a module imports; relative ones are resolved within the package."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            home = ["dsmoe_jax", *file.split("/")[:-1]]
+            base = home[: len(home) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "dsmoe_jax" else {module}
+    return found
+
+
+def room_of(dotted_or_file: str) -> str:
+    return dotted_or_file.removeprefix("dsmoe_jax.").split("/")[0].split(".")[0]
+
+
+FILES = source_files()
+MODULES = {file: tree for file, tree in FILES.items() if file != "__init__.py"}  # the face itself is lazy
+
+
+def test_every_room_was_seen_and_stands_on_a_floor():
+    assert {room_of(file) for file in MODULES} == set(LEVEL)
+    assert {"convert/reader.py", "train/loss.py", "layers/moe.py", "generate/generator.py"} <= set(FILES)
+
+
+@pytest.mark.parametrize("file", MODULES)
+def test_a_room_imports_only_from_its_own_floor_and_lower_ones(file: str):
+    own = LEVEL[room_of(file)]
+
+    rooms = {room_of(name) for name in imports(file, MODULES[file]) if name.startswith("dsmoe_jax.")}
+    above = {room for room in rooms if LEVEL.get(room, -1) > own}
+
+    assert not above
+
+
+def test_the_check_sees_an_import_from_above_and_a_relative_one():
+    tree = ast.parse("from dsmoe_jax.layers.moe import MoE\nfrom dsmoe_jax import model\nfrom .names import x")
+
+    assert imports("convert/reader.py", tree) == {
+        "dsmoe_jax.layers.moe",
+        "dsmoe_jax.model",
+        "dsmoe_jax.convert.names",
+    }
+
+
+def test_training_never_imports_the_converter():
+    rooms = {room_of(n) for file, tree in MODULES.items() if room_of(file) == "train" for n in imports(file, tree)}
+
+    assert "convert" not in rooms
+
+
+@pytest.mark.parametrize("file", sorted(file for file in MODULES if room_of(file) in ("layers", "kernels", "model")))
+def test_only_the_dispatcher_communicates(file: str):
+    names = {node.attr for node in ast.walk(MODULES[file]) if isinstance(node, ast.Attribute)}
+    names |= {node.id for node in ast.walk(MODULES[file]) if isinstance(node, ast.Name)}
+
+    assert file in COMMUNICATORS or not names & COLLECTIVES
+
+
+def test_nothing_drags_in_another_framework():
+    roots = {name.split(".")[0] for file, tree in FILES.items() for name in imports(file, tree)}
+
+    assert not roots & HEAVY
+
+
+def test_every_file_opens_by_saying_what_it_holds():
+    assert not [file for file, tree in FILES.items() if not ast.get_docstring(tree)]
