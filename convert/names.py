@@ -38,7 +38,7 @@ _TABLE: Final[tuple[tuple[str, str], ...]] = (
     ("head.weight",                      "lm_head.weight"),
 )
 # fmt: on
-_HF_NAME: Final = dict(_TABLE)
+_HF_NAME: Final[dict[str, str]] = dict(_TABLE)
 
 # A tied model has no head of its own, but PyTorch's `.bin` files may store the embedding a second time under this name.
 TIED_HEAD: Final = "lm_head.weight"
