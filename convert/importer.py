@@ -45,7 +45,7 @@ def load_hf(
         params = {}
         for name, spec in progress(list(specs.items())):
 
-            def read(index: tuple[slice, ...], name=name) -> np.ndarray:
+            def read(index: Any, name: str = name) -> np.ndarray:
                 views = [reader.read(part) for part in parts[name]]
                 if is_stacked(name):
                     return _copy([view[index[1:]] for view in views[index[0]]], wanted)
