@@ -7,7 +7,9 @@ import contextlib
 import json
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,7 +41,9 @@ def save(model: DeepSeekMoE, path: str | Path, *, beside: Sequence[Path] = ()) -
             shutil.copyfile(file, folder / file.name)
         write_json(folder / "config.json", model.config.to_dict())
         ocp.save(str(folder / PARAMETERS), split(model)[1])
-        write_json(folder / _HEADER, {"format": _FORMAT})
+        files = [file for file in (folder / PARAMETERS).rglob("*") if file.is_file()]
+        names = [file.relative_to(folder).as_posix() for file in files]
+        write_json(folder / _HEADER, {"format": _FORMAT, "files": dict(zip(names, _sums(files), strict=True))})
 
 
 def load(path: str | Path, *, dtype: Any = None, mesh: Mesh | MeshConfig | None = None) -> DeepSeekMoE:
@@ -53,17 +57,16 @@ def load(path: str | Path, *, dtype: Any = None, mesh: Mesh | MeshConfig | None 
     path = Path(path)
     if not is_native(path):
         raise ValueError(f"{path}: not a native checkpoint (no {_HEADER})")
-    if (version := read_json(path / _HEADER).get("format")) != _FORMAT:
+    header = read_json(path / _HEADER)
+    if (version := header.get("format")) != _FORMAT:
         raise ValueError(f"{path}: checkpoint format {version!r}, this version reads {_FORMAT}")
     config = ModelConfig.from_file(path)
     wanted_dtype = as_dtype(dtype)
+    _check_files(path, header.get("files"))
     with _one_line_errors(path):
-        stored = ocp.metadata(str(path.absolute() / PARAMETERS)).metadata
-    check_names_and_shapes(
-        path,
-        {name: spec.shape for name, spec in abstract(config)[1].items()},
-        {n: m.shape for n, m in stored.items()},
-    )
+        stored = dict(ocp.metadata(str(path.absolute() / PARAMETERS)).metadata)
+        found = {name: meta.shape for name, meta in stored.items()}
+    check_names_and_shapes(path, {name: spec.shape for name, spec in abstract(config)[1].items()}, found)
     wanted = {
         name: jax.ShapeDtypeStruct(stored[name].shape, wanted_dtype or stored[name].dtype, sharding=place)
         for name, place in shardings(config, mesh).items()
@@ -126,6 +129,35 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 def write_json(path: Path, fields: dict[str, Any]) -> None:
     """Write a small JSON file the way Hugging Face does: sorted, two spaces."""
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _check_files(folder: Path, written: Any) -> None:
+    """Refuse a checkpoint whose files are not those that were written.
+
+    Orbax alone lets a flipped bit in a weight pass, and answers a file cut short with pages of tracebacks.
+    """
+    if not isinstance(written, dict) or not written:
+        raise ValueError(f"{folder / _HEADER}: `files` must list the files of {PARAMETERS}")
+    for name in written:
+        if ".." in Path(name).parts or not (folder / name).is_file():
+            raise ValueError(f"{folder}: damaged checkpoint: {name[:200]!r} is missing")
+    for name, found in zip(written, _sums([folder / name for name in written]), strict=True):
+        if found != written[name]:
+            raise ValueError(f"{folder}: damaged checkpoint: {name!r} has {found}, not {str(written[name])[:80]!r}")
+
+
+def _sums(files: Sequence[Path]) -> list[str]:
+    """Each file's size and CRC-32; at a second a gigabyte or faster, and side by side."""
+
+    def sum_of(path: Path) -> str:
+        size, crc = 0, 0
+        with path.open("rb") as file:
+            while piece := file.read(1 << 22):
+                size, crc = size + len(piece), zlib.crc32(piece, crc)
+        return f"{size} bytes, CRC-32 {crc:08x}"
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(sum_of, files))
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The generator: what it accepts, what it refuses, and that sampling follows the probabilities it should."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -10,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsmoe_jax.cache import KVCache
 from dsmoe_jax.checkpoint import save
-from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.config import ModelConfig, RopeScaling
 from dsmoe_jax.demo import make_checkpoint, make_tokenizer
 from dsmoe_jax.generate import Chat, Generator, SamplingParams
 from dsmoe_jax.generate.generator import _step, bucket
 from dsmoe_jax.generate.sampling import Sampler, sample
-from dsmoe_jax.model import DeepSeekMoE
+from dsmoe_jax.model import DeepSeekMoE, merge, split
 from tests.helpers import golden
 
 SMALL = ModelConfig(
@@ -124,6 +126,30 @@ def test_the_context_is_the_cache_and_not_max_position_embeddings():
     answer = Generator(model)([prompt], max_new_tokens=2, ignore_eos=True)[0]
 
     assert answer.tokens[0] == int(np.argmax(golden.tensors(case)["logits"][0, -1]))
+
+
+def test_dynamic_ntk_goes_by_the_longest_prompt_of_the_batch_and_not_by_the_bucket():
+    scaled = RopeScaling("dynamic", 2.0)
+    config = dataclasses.replace(SMALL, max_position_embeddings=6, rope_scaling=scaled)
+    model = DeepSeekMoE.init(config, seed=2)
+    graph, params = split(model)
+    prompts, new = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [14, 15, 16, 17]], 6
+
+    @jax.jit
+    def read(ids: jax.Array, cache: KVCache, length: jax.Array):
+        hidden = merge(graph, params).hidden(ids, cache=cache, rope_length=length)
+        return merge(graph, params).logits(hidden.states[:, -1]).argmax(-1), hidden.cache
+
+    answers = Generator(model)(prompts, max_new_tokens=new, ignore_eos=True)
+
+    # One row at a time, without padding, told the length that transformers' left-padded batch has at each step.
+    for prompt, answer in zip(prompts, answers, strict=True):
+        token, cache = read(jnp.asarray([prompt]), KVCache.empty(config, 1, 16), jnp.int32(9))
+        tokens = [int(token[0])]
+        for step in range(1, new):
+            token, cache = read(token[:, None], cache, jnp.int32(9 + step))
+            tokens.append(int(token[0]))
+        assert answer.tokens == tokens
 
 
 def test_generation_config_names_the_end_of_sequence(tmp_path: Path):

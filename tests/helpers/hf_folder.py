@@ -1,0 +1,73 @@
+"""Small checkpoints in the Hugging Face layout, written on the spot. Start at `write_hf`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.convert.names import hf_names, is_stacked
+from dsmoe_jax.model import abstract
+
+INDEX = "model.safetensors.index.json"
+
+
+def tiny(**changes: Any) -> ModelConfig:
+    """The smallest model with everything in it: a dense layer and a MoE layer, shared experts, grouped queries."""
+    fields: dict[str, Any] = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "n_shared_experts": 2, "n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
+        "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    return ModelConfig(**(fields | changes))
+
+
+def random_params(config: ModelConfig, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """Every parameter by our name, drawn by numpy: nothing to compile."""
+    rng = np.random.default_rng(0)
+    return {name: (0.1 * rng.standard_normal(spec.shape)).astype(dtype) for name, spec in abstract(config)[1].items()}
+
+
+def hf_tensors(config: ModelConfig, params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same by Hugging Face's names, experts apart."""
+    tensors = {}
+    for name, parts in hf_names(config).items():
+        tensors |= dict(zip(parts, params[name] if is_stacked(name) else [params[name]], strict=True))
+    return tensors
+
+
+def write_tensors(folder: Path, tensors: dict[str, np.ndarray], *, shards: int = 1) -> None:
+    """`model.safetensors`, or that many shards and their index."""
+    if shards == 1:
+        return save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    names = sorted(tensors)
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        save_file({name: tensors[name] for name in names[i::shards]}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names[i::shards], file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def write_hf(
+    folder: Path, config: ModelConfig, params: dict[str, np.ndarray], dtype: str = "float32", *, shards: int = 1
+) -> Path:
+    """A whole checkpoint without a tokenizer; returns its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    as_dtype = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype]
+    tensors = {name: tensor.astype(as_dtype) for name, tensor in hf_tensors(config, params).items()}
+    write_tensors(folder, tensors, shards=shards)
+    (folder / "config.json").write_text(json.dumps(config.to_dict() | {"auto_map": {"AutoModel": "evil.Model"}}))
+    return folder
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Everything under `folder`, hidden or not: files with their bytes, folders and links with None."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() and not path.is_symlink() else None
+        for path in folder.rglob("*")
+    }

@@ -1,0 +1,391 @@
+"""The import of Hugging Face checkpoints: the table of names, every bit of every weight, one line for every bad folder.
+
+Start at `test_every_tensor_of_a_golden_checkpoint_arrives_bit_for_bit`.
+"""
+
+import json
+import math
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+import dsmoe_jax
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.convert import import_hf, load_hf
+from dsmoe_jax.convert.names import hf_names, hf_shapes
+from dsmoe_jax.convert.reader import CheckpointReader
+from dsmoe_jax.model import abstract, split
+from tests.helpers import golden
+from tests.helpers.hf_folder import INDEX, hf_tensors, random_params, snapshot, tiny, write_hf, write_tensors
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "everything": {},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True},
+    "dense": {"n_routed_experts": None, "num_experts_per_tok": None, "n_shared_experts": None},
+    "no shared experts": {"n_shared_experts": None},
+    "every second layer": {"moe_layer_freq": 2, "num_hidden_layers": 5},
+    "a key-value head per head": {"num_key_value_heads": None},
+}
+every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+
+
+def same_bits(got: Any, want: np.ndarray) -> bool:
+    got = np.asarray(got)
+    return got.dtype == want.dtype and got.shape == want.shape and got.tobytes() == want.tobytes()
+
+
+# Names
+
+
+def original_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The parameters of the original PyTorch classes, written down from their constructors."""
+    D, kv = c.hidden_size, c.num_kv_heads * c.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab_size, D), "model.norm.weight": (D,)}
+    if not c.tie_word_embeddings:
+        shapes["lm_head.weight"] = (c.vocab_size, D)
+
+    def swiglu(path: str, width: int) -> None:
+        shapes[f"{path}.gate_proj.weight"] = shapes[f"{path}.up_proj.weight"] = (width, D)
+        shapes[f"{path}.down_proj.weight"] = (D, width)
+
+    for i in range(c.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        shapes[f"{layer}.input_layernorm.weight"] = shapes[f"{layer}.post_attention_layernorm.weight"] = (D,)
+        for projection, rows in (("q", D), ("k", kv), ("v", kv), ("o", D)):
+            shapes[f"{layer}.self_attn.{projection}_proj.weight"] = (rows, D)
+            if c.attention_bias:
+                shapes[f"{layer}.self_attn.{projection}_proj.bias"] = (rows,)
+        if c.n_routed_experts is None or i < c.first_k_dense_replace or i % c.moe_layer_freq:
+            swiglu(f"{layer}.mlp", c.intermediate_size)
+            continue
+        shapes[f"{layer}.mlp.gate.weight"] = (c.n_routed_experts, D)
+        for e in range(c.n_routed_experts):
+            swiglu(f"{layer}.mlp.experts.{e}", c.moe_intermediate_size)
+        if c.n_shared_experts is not None:
+            swiglu(f"{layer}.mlp.shared_experts", c.n_shared_experts * c.moe_intermediate_size)
+    return shapes
+
+
+@every_variant
+def test_each_parameter_has_its_own_names_and_they_are_the_originals(changes: dict):
+    config = tiny(**changes)
+
+    names = hf_names(config)
+
+    assert names.keys() == abstract(config)[1].keys()
+    flat = [part for parts in names.values() for part in parts]
+    assert len(flat) == len(set(flat))
+    assert hf_shapes(config) == original_shapes(config)
+
+
+def test_the_16b_has_the_published_names_and_shapes():
+    config = ModelConfig.preset("deepseek_moe_16b")
+
+    shapes = hf_shapes(config)
+
+    assert shapes == original_shapes(config)
+    assert len(shapes) == 5_466
+    assert sum(math.prod(shape) for shape in shapes.values()) == 16_375_728_128
+    assert shapes["model.layers.0.mlp.down_proj.weight"] == (2048, 10944)
+    assert shapes["model.layers.27.mlp.experts.63.gate_proj.weight"] == (1408, 2048)
+    assert shapes["model.layers.1.mlp.shared_experts.down_proj.weight"] == (2048, 2816)
+    assert shapes["model.layers.1.mlp.gate.weight"] == (64, 2048)
+
+
+# Values
+
+
+def independent_tensors(case: str) -> dict[str, np.ndarray]:
+    folder = golden.folder(case)
+    if case == "k_bin_shards":  # no other reader of .bin files without torch
+        with CheckpointReader(folder) as reader:
+            return {name: np.array(reader.read(name)) for name in reader.tensors}
+    tensors = {}
+    for file in sorted(folder.glob("model-*.safetensors")):
+        with safe_open(file, framework="numpy") as opened:
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return tensors
+
+
+@pytest.mark.parametrize("case", golden.COMMITTED)
+def test_every_tensor_of_a_golden_checkpoint_arrives_bit_for_bit(case: str):
+    want = independent_tensors(case)
+
+    model = load_hf(golden.folder(case))
+
+    got = hf_tensors(model.config, {name: np.asarray(array) for name, array in split(model)[1].items()})
+    assert got.keys() == want.keys()
+    assert [name for name in want if not same_bits(got[name], want[name])] == []
+
+
+def test_an_expert_lies_at_its_number_in_the_stack():
+    want = independent_tensors("a_baseline")
+
+    params = split(load_hf(golden.folder("a_baseline")))[1]
+
+    for ours, theirs in (("gate", "gate_proj"), ("up", "up_proj"), ("down", "down_proj")):
+        for e in range(8):
+            expert = want[f"model.layers.2.mlp.experts.{e}.{theirs}.weight"]
+            assert same_bits(params[f"layers.2.moe.experts.{ours}"][e], expert)
+
+
+@every_variant
+@pytest.mark.parametrize("shards", [1, 3])
+def test_every_variant_loads_from_one_file_and_from_shards(tmp_path: Path, changes: dict, shards: int):
+    config = tiny(**changes)
+    params = random_params(config)
+
+    model = load_hf(write_hf(tmp_path, config, params, shards=shards))
+
+    got = split(model)[1]
+    assert got.keys() == params.keys()
+    assert [name for name in params if not same_bits(got[name], params[name])] == []
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+def test_without_a_dtype_what_is_stored_is_kept(tmp_path: Path, stored: str):
+    params = random_params(tiny())
+
+    got = split(load_hf(write_hf(tmp_path, tiny(), params, stored)))[1]
+
+    assert [name for name in params if not same_bits(got[name], params[name].astype(jnp.dtype(stored)))] == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", jnp.float32, np.dtype("float32")], ids=["name", "type", "dtype"])
+def test_float32_widens_bfloat16_exactly(tmp_path: Path, dtype: Any):
+    params = random_params(tiny())
+
+    got = split(load_hf(write_hf(tmp_path, tiny(), params, "bfloat16"), dtype=dtype))[1]
+
+    for name, want in params.items():
+        assert same_bits(got[name], want.astype(ml_dtypes.bfloat16).astype(np.float32)), name
+
+
+def test_bfloat16_rounds_float32_to_nearest(tmp_path: Path):
+    params = random_params(tiny())
+
+    got = split(load_hf(write_hf(tmp_path, tiny(), params), dtype="bfloat16"))[1]
+
+    assert [name for name in params if not same_bits(got[name], params[name].astype(ml_dtypes.bfloat16))] == []
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp32", "", "float64"])
+def test_an_unknown_dtype_is_refused_and_nothing_is_written(tmp_path: Path, dtype: str):
+    source = write_hf(tmp_path / "hf", tiny(), random_params(tiny()))
+    before = snapshot(tmp_path)
+
+    with pytest.raises(ValueError, match=r"dtype '.*' is not one of float32, bfloat16, float16"):
+        import_hf(source, tmp_path / "out", dtype=dtype)
+
+    assert snapshot(tmp_path) == before
+
+
+# Tied embeddings
+
+
+def test_a_tied_checkpoint_may_store_its_embedding_a_second_time(tmp_path: Path):
+    config = tiny(tie_word_embeddings=True)
+    params = random_params(config)
+    write_hf(tmp_path, config, params)
+    write_tensors(tmp_path, hf_tensors(config, params) | {"lm_head.weight": params["embed"].copy()})
+
+    model = load_hf(tmp_path)
+
+    assert model.head is None
+    assert same_bits(split(model)[1]["embed"], params["embed"])
+
+
+@pytest.mark.parametrize("wrong", ["values", "shape", "dtype"])
+def test_a_tied_checkpoint_with_another_head_is_refused(tmp_path: Path, wrong: str):
+    config = tiny(tie_word_embeddings=True)
+    params = random_params(config)
+    head = {
+        "values": params["embed"] + np.eye(64, 32, dtype=np.float32),
+        "shape": params["embed"][:-1].copy(),
+        "dtype": params["embed"].astype(np.float16),
+    }[wrong]
+    write_hf(tmp_path, config, params)
+    write_tensors(tmp_path, hf_tensors(config, params) | {"lm_head.weight": head})
+
+    with pytest.raises(ValueError, match=r"lm_head\.weight"):
+        load_hf(tmp_path)
+
+
+# import_hf
+
+
+def test_an_imported_checkpoint_is_the_same_model_with_its_files_beside_it(tmp_path: Path):
+    source = write_hf(tmp_path / "hf", tiny(), random_params(tiny()), shards=2)
+    beside = {
+        "generation_config.json": b'{"eos_token_id":   1}\n',
+        "tokenizer.json": b"{ }",
+        "tokenizer_config.json": b"{}\r\n",
+        "special_tokens_map.json": b"{}",
+        "chat_template.jinja": "｜é".encode(),
+    }
+    for name, data in beside.items():
+        (source / name).write_bytes(data)
+    (source / "modeling_evil.py").write_text("raise SystemExit")
+    before = snapshot(tmp_path)
+    out = tmp_path / "out"
+    ids = np.arange(8).reshape(2, 4)
+
+    model = import_hf(source, out)
+    loaded = dsmoe_jax.load(out)
+
+    assert {name: data for name, data in snapshot(tmp_path).items() if name.split("/")[0] != "out"} == before
+    assert {path.name for path in out.iterdir()} == {*beside, "config.json", "dsmoe_jax.json", "parameters"}
+    assert {name: (out / name).read_bytes() for name in beside} == beside
+    assert "auto_map" not in json.loads((out / "config.json").read_text())
+    assert loaded.config == model.config == tiny()
+    want = split(load_hf(source))[1]
+    for name, array in split(loaded)[1].items():
+        assert same_bits(array, np.asarray(want[name])), name
+    np.testing.assert_array_equal(loaded(ids).logits, load_hf(source)(ids).logits)
+
+
+# Bad input
+
+
+def change_tensors(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
+    """The checkpoint as one file, its tensors changed."""
+
+    def spoil(folder: Path) -> None:
+        for file in folder.glob("model*"):
+            file.unlink()
+        tensors = hf_tensors(tiny(), random_params(tiny()))
+        change(tensors)
+        write_tensors(folder, tensors)
+
+    return spoil
+
+
+def change_json(file: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        fields = json.loads((folder / file).read_text())
+        change(fields)
+        (folder / file).write_text(json.dumps(fields))
+
+    return spoil
+
+
+def place_in(shard: str) -> Callable[[Path], None]:
+    """The index says that a tensor lies in `shard`, which is a good file outside the folder."""
+
+    def spoil(folder: Path) -> None:
+        (folder / SHARD).rename(folder.parent / "elsewhere.safetensors")
+        file = shard.format(outside=folder.parent / "elsewhere.safetensors")
+        change_json(INDEX, lambda index: index["weight_map"].update({NORM: file}))(folder)
+
+    return spoil
+
+
+def link_out(folder: Path) -> None:
+    (folder / SHARD).rename(folder.parent / "elsewhere.safetensors")
+    (folder / SHARD).symlink_to(folder.parent / "elsewhere.safetensors")
+
+
+class Touch:
+    """Unpickled by pickle, it runs a command: the marker file would be made."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch '{self.marker}'",)
+
+
+def evil_pickle(zipped: bool) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        for file in folder.glob("model*"):
+            file.unlink()
+        data = pickle.dumps({"model.norm.weight": Touch(folder / "marker")}, protocol=2)
+        if not zipped:
+            (folder / "pytorch_model.bin").write_bytes(data)
+            return
+        with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as file:
+            file.writestr("archive/data.pkl", data)
+
+    return spoil
+
+
+SHARD = "model-00002-of-00002.safetensors"
+NORM, EXPERT = "model.norm.weight", "model.layers.1.mlp.experts.3.up_proj.weight"
+POSIX_SYSTEM = rf"{os.system.__module__}.system"  # what pickle calls os.system
+
+# what is done to the folder | what the one line must say
+BAD: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no folder": (lambda folder: folder.rename(folder.parent / "away"), "hf"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    "no weights": (lambda folder: [file.unlink() for file in folder.glob("model*")] and None, "no weights"),
+    "missing shard": (lambda folder: (folder / SHARD).unlink(), SHARD),
+    "truncated shard": (lambda folder: os.truncate(folder / SHARD, 5000), SHARD),
+    "shard one byte short": (lambda f: os.truncate(f / SHARD, (f / SHARD).stat().st_size - 1), SHARD),
+    "missing tensor": (change_tensors(lambda t: t.pop(NORM)), f"{NORM} is missing"),
+    "missing expert": (change_tensors(lambda t: t.pop(EXPERT)), f"{EXPERT} is missing"),
+    "surplus tensor": (change_tensors(lambda t: t.update(more=t[NORM].copy())), "more belongs to no part"),
+    "wrong shape": (change_tensors(lambda t: t.update({NORM: t[NORM][:-1].copy()})), rf"{NORM} .*\[31\].*\[32\]"),
+    "transposed": (change_tensors(lambda t: t.update({EXPERT: t[EXPERT].T.copy()})), rf"{EXPERT} .*\[32, 16\]"),
+    "mixed stack": (change_tensors(lambda t: t.update({EXPERT: t[EXPERT].astype(np.float16)})), f"{EXPERT} is float16"),
+    "int8": (change_tensors(lambda t: t.update({NORM: t[NORM].astype(np.int8)})), f"{NORM}.*I8"),
+    "index names an absent tensor": (change_json(INDEX, lambda i: i["weight_map"].update(absent=SHARD)), "absent"),
+    "index lacks a tensor": (change_json(INDEX, lambda i: i["weight_map"].pop(NORM)), NORM),
+    "absolute shard": (place_in("{outside}"), NORM),
+    "shard above": (place_in("../elsewhere.safetensors"), NORM),
+    "linked shard": (link_out, SHARD),
+    "NaN": (change_json("config.json", lambda c: c.update(rms_norm_eps=math.nan)), "rms_norm_eps"),
+    "rope type": (change_json("config.json", lambda c: c.update(rope_scaling={"type": "yarn", "factor": 2.0})), "yarn"),
+    "scoring_func": (change_json("config.json", lambda c: c.update(scoring_func="sigmoid")), "scoring_func"),
+    "pickle that runs a command": (evil_pickle(zipped=True), POSIX_SYSTEM),
+    "the same, bare": (evil_pickle(zipped=False), POSIX_SYSTEM),
+}
+
+
+@pytest.mark.parametrize(("spoil", "named"), BAD.values(), ids=BAD)
+def test_a_bad_folder_is_refused_in_one_line_and_nothing_is_written(tmp_path: Path, spoil: Callable, named: str):
+    source = write_hf(tmp_path / "hf", tiny(), random_params(tiny()), shards=2)
+    spoil(source)
+    before = snapshot(tmp_path)
+
+    with pytest.raises(ValueError, match=named) as refused:
+        import_hf(source, tmp_path / "out")
+
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 600
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_an_existing_out_is_refused_and_stays_as_it_is(tmp_path: Path, kind: str):
+    source = write_hf(tmp_path / "hf", tiny(), random_params(tiny()))
+    out = tmp_path / "out"
+    if kind == "folder":
+        out.mkdir()
+    else:
+        out.write_text("mine")
+    before = snapshot(tmp_path)
+
+    with pytest.raises(ValueError, match=r"out exists; nothing is overwritten"):
+        import_hf(source, out)
+
+    assert snapshot(tmp_path) == before
+
+
+def test_a_native_checkpoint_is_not_converted_again(tmp_path: Path):
+    import_hf(write_hf(tmp_path / "hf", tiny(), random_params(tiny())), tmp_path / "native")
+    before = snapshot(tmp_path)
+
+    with pytest.raises(ValueError, match="native is a native checkpoint already"):
+        import_hf(tmp_path / "native", tmp_path / "out")
+
+    assert snapshot(tmp_path) == before
