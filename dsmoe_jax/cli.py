@@ -65,8 +65,9 @@ def convert(asked: argparse.Namespace) -> None:
 def generate(asked: argparse.Namespace) -> None:
     """`dsmoe generate`."""
     generator = _generator(asked)
+    pieces = generator.stream(asked.prompt, **_sampling(asked))
     print(asked.prompt, end="", flush=True)
-    for piece in generator.stream(asked.prompt, **_sampling(asked)):
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
 
@@ -76,13 +77,18 @@ def chat(asked: argparse.Namespace) -> None:
     from dsmoe_jax.generate import Chat
 
     talk = Chat(_generator(asked), **_sampling(asked))
-    print("/reset forgets the conversation; /quit, an empty line's end of input (Ctrl-D) or Ctrl-C ends it.")
+    print("/reset forgets the conversation; /quit, Ctrl-D or Ctrl-C ends it.")
     while (line := _ask("User: ")) is not None and line.strip() != "/quit":
         if line.strip() == "/reset":
             talk.reset()
         elif line.strip():
+            try:
+                pieces = talk.send(line)
+            except ValueError as error:  # too long, say: the conversation goes on without this turn
+                print(f"dsmoe chat: {error}", file=sys.stderr)
+                continue
             print("Assistant: ", end="", flush=True)
-            for piece in talk.send(line):
+            for piece in pieces:
                 print(piece, end="", flush=True)
             print()
 

@@ -129,7 +129,8 @@ class DeepSeekMoE(nnx.Module):
         trace, written, routing = [x], [], {}
         for i, block in enumerate(self.layers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
-            x, layer_cache, routed = block(x, turn, mask, cache and cache.layers[i], start, key)
+            layer_cache = None if cache is None else cache.layers[i]
+            x, layer_cache, routed = block(x, turn, mask, layer_cache, start, key)
             trace.append(x)
             written.append(layer_cache)
             if routed is not None:

@@ -257,12 +257,16 @@ def test_an_imported_checkpoint_is_the_same_model_with_its_files_beside_it(tmp_p
 # Bad input
 
 
+def remove_weights(folder: Path) -> None:
+    for file in folder.glob("model*"):
+        file.unlink()
+
+
 def change_tensors(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
     """The checkpoint as one file, its tensors changed."""
 
     def spoil(folder: Path) -> None:
-        for file in folder.glob("model*"):
-            file.unlink()
+        remove_weights(folder)
         tensors = hf_tensors(tiny(), random_params(tiny()))
         change(tensors)
         write_tensors(folder, tensors)
@@ -307,8 +311,7 @@ class Touch:
 
 def evil_pickle(zipped: bool) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
-        for file in folder.glob("model*"):
-            file.unlink()
+        remove_weights(folder)
         data = pickle.dumps({"model.norm.weight": Touch(folder / "marker")}, protocol=2)
         if not zipped:
             (folder / "pytorch_model.bin").write_bytes(data)
@@ -327,7 +330,7 @@ POSIX_SYSTEM = rf"{os.system.__module__}.system"  # what pickle calls os.system
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "no folder": (lambda folder: folder.rename(folder.parent / "away"), "hf"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
-    "no weights": (lambda folder: [file.unlink() for file in folder.glob("model*")] and None, "no weights"),
+    "no weights": (remove_weights, "no weights"),
     "missing shard": (lambda folder: (folder / SHARD).unlink(), SHARD),
     "truncated shard": (lambda folder: os.truncate(folder / SHARD, 5000), SHARD),
     "shard one byte short": (lambda f: os.truncate(f / SHARD, (f / SHARD).stat().st_size - 1), SHARD),

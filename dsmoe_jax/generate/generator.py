@@ -147,7 +147,8 @@ class Generator:
         self._check_fits(prompts, asked)
         counts = np.array([len(prompt) for prompt in prompts], np.int32)
         slots = min(bucket(int(counts.max()) + asked.max_new_tokens), self.context_length)
-        ids = np.zeros((len(prompts), min(bucket(int(counts.max())), slots)), np.int32)
+        # Any token would do for padding: nothing reads it.
+        ids = np.full((len(prompts), min(bucket(int(counts.max())), slots)), self.config.pad_token_id or 0, np.int32)
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = prompt
         sampler = Sampler.of([asked] * len(prompts), self.config.vocab_size)
