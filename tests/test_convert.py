@@ -327,7 +327,7 @@ NORM, EXPERT = "model.norm.weight", "model.layers.1.mlp.experts.3.up_proj.weight
 POSIX_SYSTEM = rf"{os.system.__module__}.system"  # what pickle calls os.system
 
 # what is done to the folder | what the one line must say
-BAD: dict[str, tuple[Callable[[Path], None], str]] = {
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (lambda folder: folder.rename(folder.parent / "away"), "hf"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
     "no weights": (remove_weights, "no weights"),

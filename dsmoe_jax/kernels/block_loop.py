@@ -107,7 +107,7 @@ def _vjp_backward(activation: str, saved: tuple[Array, ...], grad_out: Array):
             d_down.at[e].add(_dot(dy, hidden, (0, 0))),
         )
 
-    zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in (gate, up, down))
+    zeros = tuple(jnp.zeros_like(w, jnp.float32) for w in (gate, up, down))
     d_rows, d_gate, d_up, d_down = jax.lax.fori_loop(0, blocks.count, step, (jnp.zeros_like(slack), *zeros))
     return d_rows[:R], d_gate.astype(gate.dtype), d_up.astype(up.dtype), d_down.astype(down.dtype), None
 

@@ -24,12 +24,18 @@ PARTS_OF = ("embed", "layers.0.attention.q.weight", "layers.1.moe.experts.gate",
 
 
 def check_placement(model: DeepSeekMoE, mesh: str) -> None:
-    """Every array of a tiny model lies as the table says: nowhere more of it than one device's part."""
+    """Every array lies as `shardings` says, and no device holds more of it than its part."""
     params = split(model)[1]
     for name, place in shardings(model.config, MESHES[mesh]).items():
         array = params[name]
         assert array.sharding == place, name
         assert len(array.addressable_shards) == 8, name
         assert {shard.data.shape for shard in array.addressable_shards} == {place.shard_shape(array.shape)}, name
+
+
+def check_parts(model: DeepSeekMoE, mesh: str) -> None:
+    """The same for `hf_folder.tiny()`, whose parts are known in numbers."""
+    check_placement(model, mesh)
+    params = split(model)[1]
     for name, part in zip(PARTS_OF, PARTS[mesh], strict=True):
         assert params[name].addressable_shards[0].data.shape == part, name

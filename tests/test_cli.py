@@ -1,0 +1,323 @@
+"""The command `dsmoe`, in this process where possible; and what importing and compiling cost.
+
+Start at `test_the_demo_runs_and_keeps_its_checkpoints`.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import dsmoe_jax
+from dsmoe_jax import demo
+from dsmoe_jax.checkpoint import is_native
+from dsmoe_jax.cli import VERBS, main
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.convert import import_hf
+from dsmoe_jax.generate import Chat, Generator
+from dsmoe_jax.info import describe
+from dsmoe_jax.model import _forward, abstract, split
+from tests.helpers.hf_folder import random_params, snapshot, tiny, write_hf
+
+HELP_SECONDS = 0.7  # the best of three
+COMPILE_SECONDS = 60  # of processor time, whatever else the machine does; the 16B's forward takes about 20
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint with a tokenizer, in the Hugging Face layout."""
+    folder = tmp_path_factory.mktemp("cli") / "hf"
+    demo.make_tokenizer(folder, vocab_size=300)
+    config = tiny(vocab_size=300)
+    return write_hf(folder, config, random_params(config))
+
+
+@pytest.fixture(scope="session")
+def native(hf: Path) -> Path:
+    """The same, converted."""
+    import_hf(hf, hf.parent / "native")
+    return hf.parent / "native"
+
+
+def run(*arguments: Any) -> int:
+    """The exit code, argparse's own exit included."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+# The verbs
+
+
+def test_info_prints_the_page_of_a_preset_and_of_a_folder(capsys: pytest.CaptureFixture, hf: Path, native: Path):
+    codes = [run("info", "deepseek_moe_16b"), run("info", hf), run("info", native), run("info", hf / "config.json")]
+
+    out, err = capsys.readouterr()
+    assert codes == [0, 0, 0, 0]
+    assert out == describe("deepseek_moe_16b") + 3 * describe(str(hf))
+    assert "16,375,728,128" in out
+    assert err == ""
+
+
+def test_convert_writes_a_native_checkpoint_and_says_what_comes_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture, hf: Path
+):
+    out = tmp_path / "new" / "out"
+
+    code = run("convert", hf, out, "--dtype", "bfloat16")
+
+    assert code == 0
+    assert is_native(out)
+    assert {array.dtype for array in split(dsmoe_jax.load(out))[1].values()} == {jnp.dtype("bfloat16")}
+    assert (out / "tokenizer.json").read_bytes() == (hf / "tokenizer.json").read_bytes()
+    assert f"dsmoe generate {out}" in capsys.readouterr().out
+
+
+def test_generate_prints_the_prompt_and_what_the_generator_answers(
+    capsys: pytest.CaptureFixture, hf: Path, native: Path
+):
+    options = ("--prompt", "def main(", "--max-new-tokens", "8")
+    answer = Generator.from_pretrained(native)(["def main("], max_new_tokens=8)[0].text
+
+    codes = [run("generate", native, *options), run("generate", hf, *options)]
+
+    assert codes == [0, 0]
+    assert answer
+    assert capsys.readouterr().out == 2 * f"def main({answer}\n"
+
+
+def test_generate_repeats_itself_for_a_seed_and_not_for_another(capsys: pytest.CaptureFixture, native: Path):
+    def text(seed: int) -> str:
+        options = ("--temperature", "1", "--top-k", "200", "--top-p", "0.99", "--max-new-tokens", "8")
+        assert run("generate", native, "--prompt", "def main(", *options, "--seed", seed) == 0
+        return capsys.readouterr().out
+
+    first, again, other = text(1), text(1), text(2)
+
+    assert first == again
+    assert first != other
+
+
+def test_chat_reads_lines_until_the_input_ends(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, native: Path
+):
+    lines = iter(["hello", "", "and then?", "/reset", "hello again"])
+    said: list[list[str]] = []
+
+    def ask(prompt: str) -> str:
+        print(prompt, end="")
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    def answer(generator: Generator, prompt: Any, **params: Any) -> Any:
+        assert params["max_new_tokens"] == 4
+        said.append([message["content"] for message in prompt])
+        return iter([" yes", ", yes"])
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr(Generator, "stream", answer)
+
+    code = run("chat", native, "--max-new-tokens", "4")
+
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    assert said == [["hello"], ["hello", "yes, yes", "and then?"], ["hello again"]]
+    assert out.count("User: Assistant: yes, yes\n") == 3
+
+
+@pytest.mark.parametrize(("stop", "code"), [(iter(["/quit"]), 0), (KeyboardInterrupt(), 130)], ids=["quit", "Ctrl-C"])
+def test_chat_ends_at_a_word(monkeypatch: pytest.MonkeyPatch, native: Path, stop: Any, code: int):
+    def ask(prompt: str) -> str:
+        if isinstance(stop, BaseException):
+            raise stop
+        return next(stop)
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr(Chat, "send", lambda *_: pytest.fail("nothing was said"))
+
+    got = run("chat", native)
+
+    assert got == code
+
+
+def test_the_demo_runs_and_keeps_its_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture):
+    code = run("demo", "--out", tmp_path / "demo")
+
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    assert "def main(argv=None):" in out
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"hf", "native"}
+    assert is_native(tmp_path / "demo" / "native")
+    assert ModelConfig.from_file(tmp_path / "demo" / "hf") == ModelConfig.preset("tiny")
+
+
+def test_every_verb_explains_itself(capsys: pytest.CaptureFixture):
+    codes = [run("--help"), run("--version"), *(run(verb, "--help") for verb in VERBS)]
+
+    out, err = capsys.readouterr()
+    assert set(codes) == {0}
+    assert err == ""
+    assert all(f"usage: dsmoe {verb}" in out for verb in VERBS)
+    assert f"dsmoe {dsmoe_jax.__version__}" in out
+
+
+# A user's mistakes
+
+
+def broken_config(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text('{"hidden_size": "wide"}')
+    return folder
+
+
+def damaged(folder: Path) -> Path:
+    """A native checkpoint whose largest file is cut short."""
+    import_hf(write_hf(folder / "hf", tiny(), random_params(tiny())), folder / "native")
+    weights = max((f for f in (folder / "native").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    os.truncate(weights, weights.stat().st_size // 2)
+    return folder / "native"
+
+
+GENERATE = ("generate", "{native}", "--prompt", "def")
+
+# what is typed | what the one line must say
+MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
+    "no verb": ((), "VERB"),
+    "unknown verb": (("explain",), "explain"),
+    "missing argument": (("convert", "{hf}"), "OUT"),
+    "missing prompt": (("generate", "{native}"), "--prompt"),
+    "unknown flag": ((*GENERATE, "--beams", "4"), "--beams"),
+    "no number": ((*GENERATE, "--max-new-tokens", "many"), "many"),
+    "no such path": (("generate", "{tmp}/absent", "--prompt", "def"), "absent"),
+    "no such path to chat with": (("chat", "{tmp}/absent"), "absent"),
+    "no such path to convert": (("convert", "{tmp}/absent", "{tmp}/out"), "absent"),
+    "a folder of nothing": (("generate", "{tmp}", "--prompt", "def"), "config.json"),
+    "a prompt too long": ((*GENERATE, "--context-length", "8"), "context_length"),
+    "no context": ((*GENERATE, "--context-length", "1"), "context_length must be at least 2, not 1"),
+    "empty prompt": (("generate", "{native}", "--prompt", ""), "prompt is empty"),
+    "negative temperature": ((*GENERATE, "--temperature", "-1"), "temperature must be in [0, 1000], not -1.0"),
+    "temperature that is no number": ((*GENERATE, "--temperature", "nan"), "temperature"),
+    "top-p 0": ((*GENERATE, "--top-p", "0"), "top_p"),
+    "top-k 0": ((*GENERATE, "--top-k", "0"), "top_k"),
+    "no new tokens": ((*GENERATE, "--max-new-tokens", "0"), "max_new_tokens"),
+    "negative seed": ((*GENERATE, "--seed", "-1"), "seed"),
+    "unknown dtype": ((*GENERATE, "--dtype", "int4"), "int4"),
+    "OUT exists": (("convert", "{hf}", "{native}"), "exists"),
+    "converted already": (("convert", "{native}", "{tmp}/out"), "native checkpoint already"),
+    "the demo's DIR exists": (("demo", "--out", "{native}"), "exists"),
+    "unknown preset": (("info", "deepseek_moe_17b"), "deepseek_moe_16b"),
+    "broken config": (("info", "{broken}"), "hidden_size must be int, not 'wide'"),
+    "broken config to convert": (("convert", "{broken}", "{tmp}/out"), "hidden_size"),
+    "damaged checkpoint": (("generate", "{damaged}", "--prompt", "def"), "damaged checkpoint"),
+}
+MAKE: dict[str, Callable[[Path], Path]] = {"{broken}": broken_config, "{damaged}": damaged}
+
+
+@pytest.mark.parametrize(("typed", "named"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_gets_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture, hf: Path, native: Path, typed: tuple[str, ...], named: str
+):
+    made = {word: str(MAKE[word](tmp_path / word.strip("{}"))) for word in typed if word in MAKE}
+    capsys.readouterr()
+    before = snapshot(tmp_path)
+
+    code = run(*(made.get(word) or word.format(hf=hf, native=native, tmp=tmp_path) for word in typed))
+
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert err.count("\n") == 1
+    assert err.startswith("dsmoe")
+    assert err.endswith("\n")
+    assert named in err
+    assert out.strip() in ("", "def")
+    assert snapshot(tmp_path) == before
+
+
+def test_a_mistake_leaves_no_traceback_on_a_terminal(tmp_path: Path):
+    command = [sys.executable, "-m", "dsmoe_jax", "generate", str(damaged(tmp_path)), "--prompt", "def"]
+
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "damaged checkpoint" in done.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = f"'{sys.executable}' -m dsmoe_jax info tiny | true; exit ${{PIPESTATUS[0]}}"
+
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# What it costs
+
+
+def test_help_answers_at_once():
+    command = [sys.executable, "-m", "dsmoe_jax", "--help"]
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True)
+        seconds.append(time.perf_counter() - started)
+
+    assert min(seconds) < HELP_SECONDS
+    assert all(verb in done.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import dsmoe_jax",
+        "import dsmoe_jax; dsmoe_jax.ModelConfig.preset('deepseek_moe_16b')",
+        "import dsmoe_jax; dsmoe_jax.Tokenizer",
+        "import dsmoe_jax.cli",
+        "import dsmoe_jax; dir(dsmoe_jax)",
+    ],
+)
+def test_what_needs_no_jax_imports_none(code: str):
+    code = f"import sys; {code}; assert not {{'jax', 'flax', 'orbax'}} & set(sys.modules)"
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+
+    assert done.stderr == ""
+    assert done.returncode == 0
+
+
+def test_every_public_name_resolves_and_is_listed():
+    values = [getattr(dsmoe_jax, name) for name in dsmoe_jax.__all__]
+
+    assert all(callable(value) for value in values)
+    assert set(dsmoe_jax.__all__) <= set(dir(dsmoe_jax))
+    assert dsmoe_jax.__all__ == sorted(dsmoe_jax.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'DeepSeekMoe'"):
+        dsmoe_jax.DeepSeekMoe  # noqa: B018
+
+
+def test_the_16bs_forward_compiles_in_a_minute():
+    graph, specs = abstract(ModelConfig.preset("deepseek_moe_16b"))
+    params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16) for name, spec in specs.items()}
+    ids = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    started = time.process_time()
+
+    compiled = _forward.lower(graph, params, ids, None, None, False).compile()
+
+    assert time.process_time() - started < COMPILE_SECONDS
+    memory: Any = compiled.memory_analysis()
+    assert memory.argument_size_in_bytes >= 32_751_456_256
