@@ -19,9 +19,8 @@ from tests.helpers.meshes import MESHES, check_parts, check_placement
 
 LOGITS = 1e-5  # absolute, sharded against whole: the same sums in another order, logits of rms 2
 
+# Tests that compile for each mesh take fewer of them: between them, these split over every axis.
 every_mesh = pytest.mark.parametrize("mesh", MESHES)
-# Where programs are compiled for each: between them, these split over every axis.
-some_meshes = pytest.mark.parametrize("mesh", ["fsdp=8", "expert=4,fsdp=2", "expert=2,tensor=2,fsdp=2"])
 
 
 # make_mesh
@@ -113,7 +112,7 @@ def test_an_import_places_every_parameter(tmp_path: Path, mesh: str):
         np.testing.assert_array_equal(array, params[name])
 
 
-@some_meshes
+@pytest.mark.parametrize("mesh", ["fsdp=8", "expert=2,tensor=2,fsdp=2"])
 def test_fresh_weights_are_placed_and_the_same_on_every_mesh(mesh: str):
     # Few shapes, as each is a program to compile.
     config = tiny(
@@ -131,7 +130,7 @@ def test_fresh_weights_are_placed_and_the_same_on_every_mesh(mesh: str):
 # Results
 
 
-@some_meshes
+@pytest.mark.parametrize("mesh", ["fsdp=8", "expert=4,fsdp=2", "expert=2,tensor=2,fsdp=2"])
 def test_a_sharded_model_answers_as_on_one_device(mesh: str):
     want, ids = golden.expected("a_baseline")["generation"], golden.tensors("a_baseline")["in.input_ids"]
     prompt = golden.tensors("a_baseline")["in.gen.prompt0"][0]

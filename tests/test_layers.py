@@ -1,0 +1,411 @@
+"""Each layer against the twin: router, dispatch, rope, norm, attention and the cache.
+
+Every section stands alone; the last one, prefill and decode in pieces, is the one that generation rests on.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsmoe_jax.cache import KVCache
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.kernels.attention import attention
+from dsmoe_jax.layers.dispatch import combine, dispatch, route_rows
+from dsmoe_jax.layers.norm import RMSNorm
+from dsmoe_jax.layers.rope import rotate, rotation
+from dsmoe_jax.layers.router import Router
+from dsmoe_jax.model import DeepSeekMoE, merge, split
+from tests.helpers import reference
+from tests.helpers.hf_folder import tiny
+
+FP32 = 2e-6  # absolute, on values near 1: a few roundings
+LOGITS = 1e-4  # absolute, on logits of rms 1: a whole model's roundings in fp32
+
+
+def normal(*shape: int, seed: int = 0, dtype: Any = jnp.float32) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+# Router
+
+
+def router(**changes: Any) -> Router:
+    """A router over 8 experts, of which 2 and 5 always tie, and 0 and 7."""
+    layer = Router(tiny(**changes), rngs=nnx.Rngs(0))
+    weights = np.asarray(normal(8, 32) / 8).copy()
+    weights[5], weights[7] = weights[2], weights[0]
+    layer.weight[...] = jnp.asarray(weights)
+    return layer
+
+
+ROUTED = (2, 5, 32)  # a batch of 2, 5 tokens each
+
+
+@pytest.mark.parametrize("kept", [1, 3, 8], ids="kept={}".format)
+def test_the_router_keeps_what_a_stable_sort_by_score_puts_first(kept: int):
+    layer, x = router(num_experts_per_tok=kept), normal(*ROUTED)
+
+    got = layer(x)
+
+    scores = reference.softmax(np.asarray(x, np.float64) @ np.asarray(layer.weight[...], np.float64).T)
+    order = np.argsort(-np.asarray(got.scores), axis=-1, kind="stable")[..., :kept]
+    np.testing.assert_allclose(got.scores, scores, rtol=0, atol=FP32)
+    np.testing.assert_array_equal(got.scores[..., 2], got.scores[..., 5])
+    np.testing.assert_array_equal(got.ids, order)
+    np.testing.assert_array_equal(got.weights, np.take_along_axis(np.asarray(got.scores), order, axis=-1))
+
+
+def test_scores_sum_to_one_and_kept_weights_to_less():
+    routing = router(num_experts_per_tok=3)(normal(*ROUTED))
+
+    np.testing.assert_allclose(routing.scores.sum(-1), 1, rtol=0, atol=FP32)
+    assert routing.weights.sum(-1).max() < 1 - 1e-3
+
+
+def test_norm_topk_prob_makes_kept_weights_sum_to_one_and_changes_nothing_else():
+    x = normal(*ROUTED)
+    raw = router(num_experts_per_tok=3)(x)
+
+    normed = router(num_experts_per_tok=3, norm_topk_prob=True)(x)
+
+    np.testing.assert_array_equal(normed.ids, raw.ids)
+    np.testing.assert_array_equal(normed.scores, raw.scores)
+    np.testing.assert_allclose(normed.weights, raw.weights / raw.weights.sum(-1, keepdims=True), rtol=0, atol=FP32)
+
+
+def test_a_single_expert_keeps_its_raw_score_even_with_norm_topk_prob():
+    routing = router(num_experts_per_tok=1, norm_topk_prob=True)(normal(*ROUTED))
+
+    np.testing.assert_array_equal(routing.weights[..., 0], routing.scores.max(-1))
+
+
+def test_bf16_states_are_routed_in_fp32():
+    layer, x = router(num_experts_per_tok=3), normal(*ROUTED, dtype=jnp.bfloat16)
+
+    routing, wide = layer(x), layer(x.astype(jnp.float32))
+
+    assert routing.scores.dtype == routing.weights.dtype == jnp.float32
+    jax.tree.map(np.testing.assert_array_equal, routing, wide)
+
+
+# Dispatch and combine
+
+TOKENS, KEPT, EXPERTS, WIDTH = 7, 3, 6, 8
+
+
+@functools.cache
+def routed():
+    """States, the experts of each token (never expert 4), their weights, and the order of rows."""
+    rng = np.random.default_rng(1)
+    ids = np.stack([rng.permutation([0, 1, 2, 3, 5])[:KEPT] for _ in range(TOKENS)])
+    order = route_rows(jnp.asarray(ids, jnp.int32), EXPERTS)
+    return normal(TOKENS, WIDTH), ids, jnp.asarray(rng.uniform(size=ids.shape), jnp.float32), order
+
+
+def test_rows_are_sorted_by_expert_and_within_an_expert_by_token():
+    _, ids, _, order = routed()
+
+    pairs = [(ids.flat[choice], choice) for choice in order.choice.tolist()]
+
+    assert pairs == sorted(pairs)
+    assert order.group_sizes.tolist() == [int((ids == e).sum()) for e in range(EXPERTS)]
+    assert order.group_sizes[4] == 0
+    np.testing.assert_array_equal(order.choice[order.row].reshape(-1), np.arange(TOKENS * KEPT))
+
+
+def test_dispatch_then_combine_gives_each_token_back_times_its_weights():
+    x, _, weights, order = routed()
+
+    y = combine(dispatch(x, order), weights, order)
+
+    np.testing.assert_allclose(y, x * weights.sum(1, keepdims=True), rtol=0, atol=FP32)
+
+
+def there_and_back(x, weights, order):
+    """Rows are squared on the way, so that their gradients depend on the row."""
+    return combine(dispatch(x, order) ** 2, weights, order)
+
+
+def there_and_back_naively(x, weights, order):
+    """The same, with the gradients that autodiff finds for the gathers."""
+    rows = x[order.choice // KEPT] ** 2
+    return (weights[:, :, None] * rows[order.row]).sum(axis=1)
+
+
+def with_gradients(function):
+    def run(x, weights, order):
+        y, pull = jax.vjp(lambda x, weights: function(x, weights, order), x, weights)
+        return y, pull(jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
+
+    return jax.jit(run)
+
+
+def test_their_own_gradients_are_those_of_the_naive_gathers():
+    x, _, weights, order = routed()
+
+    got = with_gradients(there_and_back)(x, weights, order)
+
+    want = with_gradients(there_and_back_naively)(x, weights, order)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e1 * FP32), got, want)
+
+
+def test_nothing_is_scattered_on_the_way_back():
+    x, _, weights, order = routed()
+
+    ours, naive = (
+        with_gradients(function).lower(x, weights, order).as_text()
+        for function in (there_and_back, there_and_back_naively)
+    )
+
+    assert "scatter" in naive
+    assert "scatter" not in ours
+
+
+def test_combine_adds_bf16_rows_in_fp32():
+    _, _, weights, order = routed()
+    rows = normal(TOKENS * KEPT, WIDTH, dtype=jnp.bfloat16)
+
+    y = combine(rows, weights, order)
+
+    want = combine(rows.astype(jnp.float32), weights, order)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, want.astype(jnp.bfloat16))
+
+
+# Rotary positions
+
+ROPES = {
+    "plain": {"rope_theta": 500.0},
+    "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "dynamic, short": {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 12},
+    "dynamic, at the limit": {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 10},
+    "dynamic, beyond": {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 6},
+}
+LENGTH = 10
+
+
+def turned(x: jax.Array, positions: Any, config: ModelConfig, length: int = LENGTH) -> jax.Array:
+    return rotate(x, rotation(config, jnp.asarray(positions), length, jnp.float32))
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_rope_turns_pairs_like_complex_numbers(rope: str):
+    config, x = tiny(**ROPES[rope]), normal(2, LENGTH, 4, 8)
+    positions = np.array([np.arange(LENGTH), [0, 0, 1, 2, 5, 5, 9, 40, 3, 7]])
+
+    got = turned(x, positions, config)
+
+    angles = positions[:, :, None] * reference.frequencies(config, LENGTH)
+    np.testing.assert_allclose(got, reference.rotate(np.asarray(x), angles), rtol=0, atol=1e1 * FP32)
+
+
+def test_dynamic_scaling_begins_only_beyond_the_trained_length():
+    x, positions = normal(1, LENGTH, 1, 8), np.arange(LENGTH)[None]
+
+    plain, short, limit, beyond = (
+        turned(x, positions, tiny(**changes))
+        for changes in ({}, ROPES["dynamic, short"], ROPES["dynamic, at the limit"], ROPES["dynamic, beyond"])
+    )
+
+    np.testing.assert_array_equal(short, plain)
+    np.testing.assert_array_equal(limit, plain)
+    assert np.abs(beyond - plain).max() > 0.1
+
+
+@pytest.mark.parametrize("rope", ["plain", "linear", "dynamic, beyond"])
+def test_scores_depend_on_the_distance_of_positions_alone(rope: str):
+    config, q, k = tiny(**ROPES[rope]), normal(1, LENGTH, 1, 8), normal(1, LENGTH, 1, 8, seed=1)
+
+    here, there = (
+        jnp.einsum("bqnh,bsnh->qs", *(turned(x, shift + np.arange(LENGTH)[None], config) for x in (q, k)))
+        for shift in (0, 11)
+    )
+
+    np.testing.assert_allclose(here, there, rtol=0, atol=1e1 * FP32)
+
+
+def test_angles_are_computed_in_fp32_and_rounded_once():
+    config, positions = tiny(), jnp.array([[1000]])
+
+    got, wide = (rotation(config, positions, 1001, dtype) for dtype in (jnp.bfloat16, jnp.float32))
+
+    assert got.cos.dtype == got.sin.dtype == jnp.bfloat16
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), got, wide)
+
+
+# RMSNorm
+
+
+def test_rms_norm_is_its_formula_eps_included():
+    norm, x = RMSNorm(32, eps=0.5, rngs=nnx.Rngs(0)), normal(2, 5, 32)
+    norm.weight[...] = normal(32, seed=1)
+
+    got = norm(x)
+
+    want = reference.rms_norm(np.asarray(x, np.float64), np.asarray(norm.weight[...], np.float64), 0.5)
+    np.testing.assert_allclose(got, want, rtol=0, atol=FP32)
+
+
+def test_rms_norm_rounds_to_bf16_before_it_multiplies():
+    norm = RMSNorm(32, eps=1e-6, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    weight, x = normal(32, seed=1, dtype=jnp.bfloat16), normal(2, 5, 32, dtype=jnp.bfloat16)
+    norm.weight[...] = weight
+
+    got = norm(x)
+
+    wide = np.asarray(x, np.float32)
+    unit = jnp.asarray(wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6))
+    cast_first = unit.astype(jnp.bfloat16) * weight[None, None]
+    cast_last = (unit * weight.astype(jnp.float32)[None, None]).astype(jnp.bfloat16)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got, cast_first)
+    assert not np.array_equal(cast_first, cast_last)
+
+
+# Attention
+
+B, T, S, H = 2, 5, 9, 8
+scaled_dot_product = jax.jit(attention, static_argnames="dropout")
+
+
+def by_head(x: jax.Array) -> jax.Array:
+    """[B, S, K, H] as the kernel wants it, [B·K, S, H]."""
+    return x.transpose(0, 2, 1, 3).reshape(-1, x.shape[1], x.shape[3])
+
+
+def queries_keys_values(heads: int = 4, kv_heads: int = 4) -> tuple[jax.Array, ...]:
+    return normal(B, T, heads, H), normal(B, S, kv_heads, H, seed=1), normal(B, S, kv_heads, H, seed=2)
+
+
+def causal_with_padding() -> np.ndarray:
+    """Queries are the last 5 of 9; row 0 is padded on the left, row 1 on the right."""
+    mask = np.tril(np.ones((T, S), bool), k=S - T)
+    padding = np.array([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0]], bool)
+    return mask[None] & padding[:, None]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["MHA", "GQA", "MQA"])
+def test_attention_is_each_query_head_alone_with_its_key_value_head(kv_heads: int):
+    q, k, v = queries_keys_values(kv_heads=kv_heads)
+    mask = causal_with_padding()
+
+    got = scaled_dot_product(q, by_head(k), by_head(v), jnp.asarray(mask))
+
+    want = reference.attention(*(np.asarray(x, np.float64) for x in (q, k, v)), mask)
+    np.testing.assert_allclose(got, want, rtol=0, atol=FP32)
+
+
+def test_what_is_masked_does_not_matter():
+    q, k, v = queries_keys_values()
+    mask = causal_with_padding()
+    unread = np.flatnonzero(~mask[0].any(axis=0))
+
+    got = scaled_dot_product(q, by_head(k), by_head(v), jnp.asarray(mask))
+
+    changed = (x.at[0, unread].set(1e4) for x in (k, v))
+    np.testing.assert_array_equal(got[0], scaled_dot_product(q, *map(by_head, changed), jnp.asarray(mask))[0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["fp32", "bf16"])
+def test_a_query_that_may_read_nothing_gives_finite_values_and_gradients(dtype: Any):
+    q, k, v = (x.astype(dtype) for x in queries_keys_values())
+    mask = jnp.asarray(causal_with_padding()).at[0, 2].set(False)
+
+    out = scaled_dot_product(q, by_head(k), by_head(v), mask)
+    grads = jax.jit(jax.grad(lambda *qkv: attention(*qkv, mask).astype(jnp.float32).sum(), argnums=(0, 1, 2)))(
+        q, by_head(k), by_head(v)
+    )
+
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in (out, *grads))
+    if dtype == jnp.float32:
+        np.testing.assert_allclose(out[0, 2], v[0].mean(axis=0), rtol=0, atol=FP32)
+
+
+def test_without_a_key_nothing_is_dropped():
+    q, k, v = queries_keys_values()
+    mask = jnp.asarray(causal_with_padding())
+
+    got = scaled_dot_product(q, by_head(k), by_head(v), mask, dropout=0.5)
+
+    np.testing.assert_array_equal(got, scaled_dot_product(q, by_head(k), by_head(v), mask))
+
+
+def test_dropout_takes_its_share_of_the_probabilities_and_scales_the_rest():
+    """With equal scores and one-hot values the output is the probabilities themselves."""
+    rate, keys = 0.25, 512
+    q, k = jnp.zeros((1, 64, 1, keys)), jnp.zeros((1, keys, keys))
+    mask = jnp.ones((1, 64, keys), bool)
+
+    out = scaled_dot_product(q, k, jnp.eye(keys)[None], mask, dropout=rate, dropout_key=jax.random.key(0))
+
+    dropped = np.asarray(out == 0)
+    deviation = (rate * (1 - rate) / dropped.size) ** 0.5
+    assert abs(dropped.mean() - rate) < 5 * deviation
+    np.testing.assert_allclose(out[~dropped], 1 / keys / (1 - rate), rtol=1e-5)
+
+
+# The cache: prefill and decode in pieces give what one forward gives
+
+
+@functools.cache
+def whole_model(rope: str) -> tuple[DeepSeekMoE, Any, Any]:
+    """A model, and its one program for cached pieces (compiled once for each length of piece)."""
+    model = reference.random_model(tiny(**ROPES[rope]))
+    graph, params = split(model)
+
+    @jax.jit
+    def read(ids, mask, cache):
+        model = merge(graph, params)
+        hidden = model.hidden(ids, mask, cache=cache)
+        return model.logits(hidden.states), hidden.cache
+
+    return model, read, params
+
+
+IDS = np.random.default_rng(3).integers(0, 64, (2, 8))
+SLOTS = 12  # a piece may be wider than what is left of it: padding needs slots too
+
+
+@pytest.mark.parametrize("rope", ["plain", "linear"])
+@pytest.mark.parametrize("pieces", [(4, 4), (4, 1, 1, 1, 1), (1, 4, 1, 1, 1)], ids=str)
+def test_reading_in_pieces_equals_one_forward(pieces: tuple[int, ...], rope: str):
+    model, read, _ = whole_model(rope)
+    cache, logits, start = KVCache.empty(model.config, 2, SLOTS), [], 0
+
+    for length in pieces:
+        ids = jnp.asarray(IDS[:, start : start + length], jnp.int32)
+        out, cache = read(ids, jnp.ones_like(ids), cache)
+        logits.append(out)
+        start += length
+
+    np.testing.assert_allclose(np.concatenate(logits, 1), reference.forward(model, IDS).logits, rtol=0, atol=LOGITS)
+    assert cache.lengths.tolist() == [8, 8]
+
+
+@pytest.mark.parametrize("rope", ["plain", "linear"])
+def test_rows_of_different_lengths_go_on_where_each_of_them_ends(rope: str):
+    """Each piece is padded on the right; row 0 reads 2, 4 and 1 tokens, row 1 reads 4, 1 and 1."""
+    model, read, _ = whole_model(rope)
+    cache = KVCache.empty(model.config, 2, SLOTS)
+    real = [(2, 4), (4, 1), (1, 1)]
+    logits: list[list[np.ndarray]] = [[], []]
+    done = [0, 0]
+
+    for width, counts in zip((4, 4, 1), real, strict=True):
+        ids, mask = np.full((2, width), 63), np.arange(width) < np.array(counts)[:, None]
+        for row, count in enumerate(counts):
+            ids[row, :count] = IDS[row, done[row] : done[row] + count]
+            done[row] += count
+        out, cache = read(jnp.asarray(ids, jnp.int32), jnp.asarray(mask, jnp.int32), cache)
+        for row, count in enumerate(counts):
+            logits[row].append(np.asarray(out[row, :count]))
+
+    assert cache.lengths.tolist() == done == [7, 6]
+    want = reference.forward(model, IDS).logits
+    for row in range(2):
+        np.testing.assert_allclose(np.concatenate(logits[row]), want[row, : done[row]], rtol=0, atol=LOGITS)

@@ -1,0 +1,291 @@
+"""The whole model against its slow twin, over everything a config can ask for; padding, positions, init, refusals.
+
+Start at `test_logits_equal_the_twins`.
+"""
+
+import ast
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import dsmoe_jax
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.kernels.activation import ACTIVATION_FUNCTIONS
+from dsmoe_jax.model import DeepSeekMoE, assemble, split
+from tests.helpers import reference
+from tests.helpers.hf_folder import tiny
+
+LOGITS = 1e-4  # absolute, on logits of rms 1: a right fp32 implementation sits near 1e-6
+BF16_RMS = 0.05  # of the logits' rms: eps is 0.0078 and a block rounds some ten times
+
+IDS = np.random.default_rng(0).integers(0, 64, (2, 12))
+
+LINEAR = {"type": "linear", "factor": 4.0}
+DYNAMIC = {"type": "dynamic", "factor": 2.0}
+
+# One MoE layer is enough for most options, and compiles fastest; `base` below has a dense layer before it.
+# fmt: off
+ONE_LAYER = {"num_hidden_layers": 1, "first_k_dense_replace": 0}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "one layer":                ONE_LAYER,
+    "as many key-value heads":  ONE_LAYER | {"num_key_value_heads": None},
+    "one key-value head":       ONE_LAYER | {"num_key_value_heads": 1},
+    "wide heads":               ONE_LAYER | {"num_attention_heads": 2, "num_key_value_heads": 1},
+    "narrow heads":             ONE_LAYER | {"num_attention_heads": 16, "num_key_value_heads": 4},
+    "attention_bias":           ONE_LAYER | {"attention_bias": True},
+    "MoE from layer 2":         {"first_k_dense_replace": 2, "num_hidden_layers": 3},
+    "MoE every other layer":    {"first_k_dense_replace": 0, "moe_layer_freq": 2, "num_hidden_layers": 3},
+    "no shared experts":        ONE_LAYER | {"n_shared_experts": None},
+    "no experts":               ONE_LAYER | {"n_routed_experts": None},
+    "top-1":                    ONE_LAYER | {"num_experts_per_tok": 1, "norm_topk_prob": True},
+    "all experts":              ONE_LAYER | {"num_experts_per_tok": 8},
+    "norm_topk_prob":           ONE_LAYER | {"norm_topk_prob": True},
+    "tied embeddings":          ONE_LAYER | {"tie_word_embeddings": True},
+    "linear rope":              ONE_LAYER | {"rope_scaling": LINEAR},
+    "dynamic rope, beyond":     ONE_LAYER | {"rope_scaling": DYNAMIC, "max_position_embeddings": 6},
+    "rope_theta":               ONE_LAYER | {"rope_theta": 500.0},
+    "rms_norm_eps":             ONE_LAYER | {"rms_norm_eps": 1e-3},
+} | {name: ONE_LAYER | {"hidden_act": name} for name in ACTIVATION_FUNCTIONS if name != "silu"}
+# fmt: on
+
+# Validated and carried from config.json and back; nothing else asks for them.
+CARRIED = {
+    "use_cache",
+    "torch_dtype",
+    "transformers_version",
+    "architectures",
+    "extra",
+    "pretraining_tp",
+    "scoring_func",
+    "pad_token_id",
+}
+
+
+@functools.cache
+def base() -> DeepSeekMoE:
+    """Grouped queries, a dense layer and a MoE layer, shared experts."""
+    return reference.random_model(tiny())
+
+
+def rms(x: Any) -> float:
+    return float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
+
+
+def assert_logits(got: Any, want: Any, where: Any = np.s_[:]):
+    np.testing.assert_allclose(np.asarray(got)[where], want[where], rtol=0, atol=LOGITS)
+
+
+# The twin
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_the_twins(variant: str):
+    model = reference.random_model(tiny(**VARIANTS[variant]))
+
+    out = model(IDS)
+
+    want = reference.forward(model, IDS)
+    assert_logits(out.logits, want.logits)
+    assert out.hidden_states is None
+    assert out.routing.keys() == want.chosen.keys()
+    for layer, chosen in want.chosen.items():
+        np.testing.assert_array_equal(out.routing[layer].ids, chosen)
+
+
+OF_THE_SAME_SHAPES = ["norm_topk_prob", "linear rope", "dynamic rope, beyond", "rope_theta", "rms_norm_eps", "relu"]
+
+
+@pytest.mark.parametrize("variant", OF_THE_SAME_SHAPES)
+def test_the_twin_tells_the_variants_apart(variant: str):
+    """An option that changed nothing would prove nothing above."""
+    plain = reference.random_model(tiny(**ONE_LAYER))
+    other = assemble(tiny(**VARIANTS[variant]), split(plain)[1])
+
+    logits, changed = (reference.forward(model, IDS).logits for model in (plain, other))
+
+    assert np.abs(changed - logits).max() > 1e1 * LOGITS
+
+
+def test_every_hidden_state_equals_the_twins():
+    out = base()(IDS, output_hidden_states=True)
+
+    want = reference.forward(base(), IDS)
+    assert out.hidden_states is not None
+    assert len(out.hidden_states) == base().config.num_hidden_layers + 1
+    for got, states in zip(out.hidden_states, want.hidden_states, strict=True):
+        np.testing.assert_allclose(got, states, rtol=0, atol=LOGITS)
+    assert_logits(out.logits, want.logits)
+
+
+@pytest.mark.parametrize(
+    ("first", "every", "experts", "layers"),
+    [(0, 1, 8, [0, 1, 2, 3, 4]), (1, 2, 8, [2, 4]), (3, 1, 8, [3, 4]), (5, 1, 8, []), (0, 1, None, [])],
+)
+def test_routing_is_told_for_the_moe_layers_alone(first: int, every: int, experts: int | None, layers: list[int]):
+    plan = {"first_k_dense_replace": first, "moe_layer_freq": every, "num_hidden_layers": 5}
+    model = reference.random_model(tiny(n_routed_experts=experts, **plan))
+
+    routing = jax.eval_shape(model, IDS).routing
+
+    assert list(routing) == layers
+    assert all(r.ids.shape == r.weights.shape == (2, 12, 2) and r.scores.shape == (2, 12, 8) for r in routing.values())
+
+
+def test_bf16_runs_and_stays_near_fp32():
+    model = reference.random_model(tiny(**ONE_LAYER), dtype=jnp.bfloat16)
+
+    out = model(IDS)
+
+    want = reference.forward(model, IDS).logits
+    assert out.logits.dtype == jnp.float32
+    assert rms(out.logits - want) <= BF16_RMS * rms(want)
+
+
+# Padding and positions
+
+
+@pytest.mark.parametrize(("positions", "kind"), [("default", bool), ("counted", int)])
+def test_padding_on_either_side_leaves_the_logits_of_real_tokens_unchanged(positions: str, kind: type):
+    """Row 0 is padded on the left, row 1 on the right; rope is relative, so a shifted row gives the same."""
+    mask = np.ones(IDS.shape, int)
+    mask[0, :5], mask[1, 8:] = 0, 0
+    position_ids = np.maximum(mask.cumsum(axis=1) - 1, 0) if positions == "counted" else None
+
+    out = base()(IDS, mask.astype(kind), position_ids)
+
+    for row in range(2):
+        real = mask[row] == 1
+        alone = reference.forward(base(), IDS[row : row + 1, real])
+        assert_logits(np.asarray(out.logits)[row, real], alone.logits[0])
+        np.testing.assert_array_equal(np.asarray(out.routing[1].ids)[row, real], alone.chosen[1][0])
+    assert np.isfinite(out.logits).all()
+
+
+def test_positions_with_gaps_are_honoured():
+    positions = np.array([[0, 1, 2, 9, 10, 11, 3, 4, 5, 30, 31, 60], [5, 5, 5, 6, 6, 7, 7, 8, 0, 0, 1, 1]])
+
+    out = base()(IDS, np.ones_like(IDS), positions)
+
+    assert_logits(out.logits, reference.forward(base(), IDS, position_ids=positions).logits)
+    assert rms(out.logits - reference.forward(base(), IDS).logits) > 1e2 * LOGITS
+
+
+# The config is read
+
+
+def reads_of_the_config() -> set[str]:
+    """Attributes read anywhere in the package; within config.py only by the properties and methods others call."""
+    package, found = Path(dsmoe_jax.__file__).parent, set()
+    for file in [*package.glob("*.py"), *package.glob("*/*.py")]:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        roots: list[ast.AST] = [tree]
+        if file.name == "config.py":
+            kept_out = ("__post_init__", "to_dict", "from_dict")
+            roots = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name not in kept_out]
+        for node in (node for root in roots for node in ast.walk(root)):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                found.add(node.attr)
+    return found
+
+
+def test_every_field_of_the_config_is_read_somewhere():
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+
+    unread = fields - reads_of_the_config() - CARRIED
+
+    assert not unread
+    assert fields >= CARRIED
+
+
+# Parameters and init
+
+
+def test_every_parameter_names_each_of_its_axes():
+    for changes in ({}, {"attention_bias": True, "tie_word_embeddings": True}):
+        state = nnx.state(reference.random_model(tiny(**changes)))
+
+        unnamed = [path for path, leaf in nnx.to_flat_state(state) if len(leaf.logical_axes) != leaf[...].ndim]
+
+        assert not unnamed
+
+
+@functools.cache
+def fresh(seed: int) -> dict[str, np.ndarray]:
+    """Of few shapes: each is a program that draws."""
+    return {name: np.asarray(value) for name, value in split(DeepSeekMoE.init(SQUARE, seed=seed))[1].items()}
+
+
+SQUARE = tiny(
+    initializer_range=0.05,
+    attention_bias=True,
+    num_key_value_heads=4,
+    intermediate_size=32,
+    moe_intermediate_size=32,
+    n_shared_experts=1,
+)
+
+
+def test_init_repeats_itself_for_a_seed_and_for_no_other():
+    again = split(DeepSeekMoE.init(SQUARE, seed=0))[1]
+
+    for name, value in fresh(0).items():
+        np.testing.assert_array_equal(value, again[name], err_msg=name)
+        assert np.array_equal(value, fresh(1)[name]) == name.endswith(("norm.weight", "bias")), name
+
+
+def test_no_two_parameters_start_alike():
+    drawn = [value.ravel()[:100].tobytes() for name, value in fresh(0).items() if value.ndim > 1]
+
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_init_draws_what_the_original_draws():
+    """N(0, initializer_range), norms 1, biases 0; the router alone U(±1/√D): no init of the original reaches it."""
+    bound = 32**-0.5
+    for name, value in fresh(0).items():
+        if name.endswith("norm.weight"):
+            assert (value == 1).all(), name
+        elif name.endswith("bias"):
+            assert (value == 0).all(), name
+        elif name.endswith("router.weight"):
+            assert 0.95 * bound < np.abs(value).max() <= bound, name
+            assert value.std() == pytest.approx(bound / 3**0.5, rel=0.2), name
+        else:
+            five_deviations = 5 / (2 * value.size) ** 0.5
+            assert value.std() == pytest.approx(0.05, rel=five_deviations), name
+            assert abs(value.mean()) < 5 * 0.05 / value.size**0.5, name
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "message"),
+    [
+        ([[1, 64]], r"token id 64 is outside the vocabulary of 64"),
+        ([[1, -1]], r"token id -1 is outside the vocabulary of 64"),
+        ([[]], r"float64 \[1, 0\]"),
+        (np.zeros((2, 0), int), r"int64 \[2, 0\]"),
+        ([[1.0, 2.0]], r"float64 \[1, 2\]"),
+        ([[True, False]], r"bool \[1, 2\]"),
+        ([1, 2, 3], r"int64 \[3\]"),
+        (7, r"int64 \[\]"),
+    ],
+    ids=str,
+)
+def test_token_ids_that_are_none_are_refused_with_the_numbers(token_ids: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        base()(token_ids)
+
+
+def test_a_mask_or_positions_of_another_shape_are_refused_with_both_shapes():
+    for extras in ({"attention_mask": np.ones((2, 11), int)}, {"position_ids": np.ones((2, 11), int)}):
+        with pytest.raises(ValueError, match=rf"{next(iter(extras))} has shape \(2, 11\), token_ids \(2, 12\)"):
+            base()(IDS, **extras)
