@@ -35,11 +35,11 @@ def load_hf(
     that is missing, surplus or of another shape or dtype, and for everything `ModelConfig` and the reader refuse.
     """
     config = ModelConfig.from_file(path)
-    if "auto_map" in read_json(Path(path) / "config.json"):
-        _log.info("%s: auto_map is dropped, no code travels with a checkpoint", path)
     wanted = as_dtype(dtype)
     with CheckpointReader(path) as reader:
         _check(path, config, reader)
+        if "auto_map" in read_json(Path(path) / "config.json"):
+            _log.info("%s: auto_map is dropped, no code travels with a checkpoint", path)
         places = shardings(config, mesh)
         specs, parts = abstract(config)[1], hf_names(config)
         params = {}

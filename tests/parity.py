@@ -5,7 +5,6 @@ import numpy as np
 from dsmoe_jax.generate import Generator
 from tests.helpers import golden
 
-
 COLUMNS = (
     "case",
     "logits",

@@ -87,8 +87,9 @@ def check_all(got: Any, want: Any, tolerance: float = FP32):
 def twin(arrays: Any, sizes: list[int], cotangent: Any, activation: str = "silu"):
     """Output and all gradients in float64 NumPy."""
     arrays = [np.asarray(array, np.float64) for array in arrays]
-    grads = reference.expert_ffn_grads(*arrays, sizes, activation, np.asarray(cotangent, np.float64))
-    return reference.expert_ffn(*arrays, sizes, activation), grads
+    options = {"group_sizes": sizes, "activation": activation}
+    grads = reference.expert_ffn_grads(*arrays, **options, grad_out=np.asarray(cotangent, np.float64))
+    return reference.expert_ffn(*arrays, **options), grads
 
 
 @every_backend

@@ -296,7 +296,7 @@ def test_attention_is_each_query_head_alone_with_its_key_value_head(kv_heads: in
 
     got = scaled_dot_product(q, by_head(k), by_head(v), jnp.asarray(mask))
 
-    want = reference.attention(*(np.asarray(x, np.float64) for x in (q, k, v)), mask)
+    want = reference.attention(*(np.asarray(x, np.float64) for x in (q, k, v)), mask=mask)
     np.testing.assert_allclose(got, want, rtol=0, atol=FP32)
 
 
@@ -307,8 +307,8 @@ def test_what_is_masked_does_not_matter():
 
     got = scaled_dot_product(q, by_head(k), by_head(v), jnp.asarray(mask))
 
-    changed = (x.at[0, unread].set(1e4) for x in (k, v))
-    np.testing.assert_array_equal(got[0], scaled_dot_product(q, *map(by_head, changed), jnp.asarray(mask))[0])
+    k, v = (x.at[0, unread].set(1e4) for x in (k, v))
+    np.testing.assert_array_equal(got[0], scaled_dot_product(q, by_head(k), by_head(v), jnp.asarray(mask))[0])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["fp32", "bf16"])
@@ -317,7 +317,7 @@ def test_a_query_that_may_read_nothing_gives_finite_values_and_gradients(dtype: 
     mask = jnp.asarray(causal_with_padding()).at[0, 2].set(False)
 
     out = scaled_dot_product(q, by_head(k), by_head(v), mask)
-    grads = jax.jit(jax.grad(lambda *qkv: attention(*qkv, mask).astype(jnp.float32).sum(), argnums=(0, 1, 2)))(
+    grads = jax.jit(jax.grad(lambda q, k, v: attention(q, k, v, mask).astype(jnp.float32).sum(), argnums=(0, 1, 2)))(
         q, by_head(k), by_head(v)
     )
 

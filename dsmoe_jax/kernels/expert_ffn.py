@@ -84,6 +84,7 @@ def dense(rows: Array, gate: Array, up: Array, down: Array, group_sizes: Array, 
 
 BACKENDS: Final[dict[str, Callable[..., Array]]] = {
     "block_loop": block_loop,
+    "batched": batched,
     "ragged": ragged,
     "dense": dense,
 }

@@ -46,7 +46,7 @@ def forward(model: DeepSeekMoE, token_ids: Any, attention_mask: Any = None, posi
         if config.is_moe_layer(i):
             y, chosen[i] = moe(config, under(layer, "moe"), normal)
         else:
-            y = swiglu(normal, *projections(under(layer, "mlp")), config.hidden_act)
+            y = swiglu(normal, *projections(under(layer, "mlp")), activation=config.hidden_act)
         x = x + y
         states.append(x)
     final = rms_norm(x, params["norm.weight"], config.rms_norm_eps)
@@ -65,9 +65,9 @@ def moe(config: ModelConfig, params: Params, x: np.ndarray) -> tuple[np.ndarray,
         if config.norm_topk_prob and len(kept) > 1:
             kept = kept / kept.sum()
         for e, weight in zip(chosen[token], kept, strict=True):
-            y[token] += weight * swiglu(x[token], *(w[e] for w in experts), config.hidden_act)
+            y[token] += weight * swiglu(x[token], *(w[e] for w in experts), activation=config.hidden_act)
     if config.n_shared_experts is not None:
-        y += swiglu(x, *projections(under(params, "shared")), config.hidden_act)
+        y += swiglu(x, *projections(under(params, "shared")), activation=config.hidden_act)
     return y, chosen
 
 
