@@ -159,6 +159,12 @@ def test_generation_config_names_the_end_of_sequence(tmp_path: Path):
     assert Generator.from_pretrained(tmp_path / "hf").eos_token_ids == {7, 9}
 
 
+@pytest.mark.parametrize("eos", ["</s>", [7, "x"], 0.5, {}])
+def test_an_end_of_sequence_that_is_no_token_id_is_refused(eos):
+    with pytest.raises(ValueError, match="eos_token_id"):
+        Generator(small_model(), eos_token_id=eos)
+
+
 def test_a_chat_keeps_its_history_and_forgets_on_reset(generator: Generator):
     chat = Chat(generator, max_new_tokens=4)
 

@@ -34,12 +34,12 @@ def normal(*shape: int, seed: int = 0, dtype: Any = jnp.float32) -> jax.Array:
 # Router
 
 
-def router(**changes: Any) -> Router:
+def router(dtype: Any = jnp.float32, **changes: Any) -> Router:
     """A router over 8 experts, of which 2 and 5 always tie, and 0 and 7."""
-    layer = Router(tiny(**changes), rngs=nnx.Rngs(0))
+    layer = Router(tiny(**changes), rngs=nnx.Rngs(0), dtype=dtype)
     weights = np.asarray(normal(8, 32) / 8).copy()
     weights[5], weights[7] = weights[2], weights[0]
-    layer.weight[...] = jnp.asarray(weights)
+    layer.weight[...] = jnp.asarray(weights, dtype)
     return layer
 
 
@@ -84,13 +84,16 @@ def test_a_single_expert_keeps_its_raw_score_even_with_norm_topk_prob():
     np.testing.assert_array_equal(routing.weights[..., 0], routing.scores.max(-1))
 
 
-def test_bf16_states_are_routed_in_fp32():
-    layer, x = router(num_experts_per_tok=3), normal(*ROUTED, dtype=jnp.bfloat16)
+def test_a_bf16_model_routes_in_fp32():
+    layer, wide = router(jnp.bfloat16, num_experts_per_tok=3), router(num_experts_per_tok=3)
+    wide.weight[...] = layer.weight[...].astype(jnp.float32)
+    x = normal(*ROUTED, dtype=jnp.bfloat16)
 
-    routing, wide = layer(x), layer(x.astype(jnp.float32))
+    routing = layer(x)
 
+    assert layer.weight.dtype == jnp.bfloat16
     assert routing.scores.dtype == routing.weights.dtype == jnp.float32
-    jax.tree.map(np.testing.assert_array_equal, routing, wide)
+    jax.tree.map(np.testing.assert_array_equal, routing, wide(x.astype(jnp.float32)))
 
 
 # Dispatch and combine

@@ -62,7 +62,10 @@ class Generator:
         if self.context_length < 2:
             raise ValueError(f"context_length must be at least 2, not {context_length}")
         eos = self.config.eos_token_id if eos_token_id is None else eos_token_id
-        self.eos_token_ids = frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
+        ids = [] if eos is None else eos if isinstance(eos, Sequence) else [eos]
+        if not all(isinstance(token, int) for token in ids):
+            raise ValueError(f"eos_token_id must be an int or a list of ints, not {eos!r}")
+        self.eos_token_ids = frozenset(ids)
 
     @classmethod
     def from_pretrained(
