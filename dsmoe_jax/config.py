@@ -78,6 +78,8 @@ class ModelConfig:
         heads, kv_heads = self.num_attention_heads, self.num_kv_heads
         if self.hidden_size % (2 * heads):  # rotary embeddings turn pairs
             raise ValueError(f"hidden_size {self.hidden_size} is not an even multiple of num_attention_heads {heads}")
+        if self.rope_scaling is not None and self.rope_scaling.type == "dynamic" and self.head_dim == 2:
+            raise ValueError("rope_scaling.type 'dynamic' needs heads wider than 2 (hidden_size / num_attention_heads)")
         if heads % kv_heads:
             raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
         if self.n_routed_experts is not None:

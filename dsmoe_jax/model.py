@@ -92,13 +92,15 @@ class DeepSeekMoE(nnx.Module):
         Raises `ValueError` for ids outside the vocabulary and for shapes that do not agree.
         """
         token_ids = check_token_ids(token_ids, self.config.vocab_size)
-        extras = {"attention_mask": attention_mask, "position_ids": position_ids}
-        for name, value in extras.items():
-            if value is not None and np.shape(value) != token_ids.shape:
-                raise ValueError(f"{name} has shape {np.shape(value)}, token_ids {token_ids.shape}")
-        mask, positions = (None if value is None else jnp.asarray(value) for value in extras.values())
+        # The defaults are filled in here, so that a call with them and one without are the same program.
+        mask = jnp.ones_like(token_ids) if attention_mask is None else jnp.asarray(attention_mask, jnp.int32)
+        arange = jnp.arange(token_ids.shape[1], dtype=jnp.int32)
+        positions = jnp.broadcast_to(arange, token_ids.shape) if position_ids is None else jnp.asarray(position_ids)
+        for name, value in (("attention_mask", mask), ("position_ids", positions)):
+            if value.shape != token_ids.shape:
+                raise ValueError(f"{name} has shape {value.shape}, token_ids {token_ids.shape}")
         graph, params = split(self)
-        return _forward(graph, params, token_ids, mask, positions, output_hidden_states)
+        return _forward(graph, params, token_ids, mask, positions.astype(jnp.int32), output_hidden_states)
 
     def hidden(
         self,
@@ -113,7 +115,8 @@ class DeepSeekMoE(nnx.Module):
         """The states before the head; traceable, unchecked, without a jit of its own.
 
         With a cache, the T tokens go on where each row of it ends; `attention_mask` then says which of them are real
-        (padding to the right) and only those count towards the row's length. `rope_length` is the length that dynamic
+        (padding to the right) and only those count towards the row's length; its slots must hold the row and all T, padding
+        included. `rope_length` is the length that dynamic
         NTK scaling goes by, default all keys of the call, padding included. `dropout_key` turns attention dropout on.
         """
         T = token_ids.shape[1]

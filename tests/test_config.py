@@ -94,6 +94,7 @@ BAD = [
     ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0, "low": 1}}, "rope_scaling"),
     ({"rope_scaling": [2.0]}, "rope_scaling"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "hidden_size": 64}, "rope_scaling.type"),  # heads of width 2
     ({"model_type": "deepseek_v2"}, "model_type"),
     ({"routed_scaling_factor": 2.5}, "routed_scaling_factor"),
     ({"q_lora_rank": 1536}, "q_lora_rank"),
