@@ -115,9 +115,9 @@ class DeepSeekMoE(nnx.Module):
         """The states before the head; traceable, unchecked, without a jit of its own.
 
         With a cache, the T tokens go on where each row of it ends; `attention_mask` then says which of them are real
-        (padding to the right) and only those count towards the row's length; its slots must hold the row and all T, padding
-        included. `rope_length` is the length that dynamic
-        NTK scaling goes by, default all keys of the call, padding included. `dropout_key` turns attention dropout on.
+        (padding to the right), and only those count towards the row's length; the row's slots must hold all T, padding
+        included. `rope_length` is the length that dynamic NTK scaling goes by, default all keys of the call, padding
+        included. `dropout_key` turns attention dropout on.
         """
         T = token_ids.shape[1]
         start = None if cache is None else cache.lengths
