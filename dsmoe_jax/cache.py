@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from dsmoe_jax.axes import Array, Bool, Float, Int
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.sharding import current_mesh
 
 
 class LayerCache(NamedTuple):
@@ -19,10 +20,28 @@ class LayerCache(NamedTuple):
     k: Float[Array, "BK S H"]
     v: Float[Array, "BK S H"]
 
-    def write(self, k: Float[Array, "BK T H"], v: Float[Array, "BK T H"], start: Int[Array, "BK"]) -> "LayerCache":
-        """Lay T tokens into each row from its slot `start` on."""
+    def write(
+        self, k: Float[Array, "BK T H"], v: Float[Array, "BK T H"], start: Int[Array, "B"] | None = None
+    ) -> "LayerCache":
+        """Lay T tokens into each row of the batch from its slot `start` on; None: from the first on."""
+        return type(self)(_write(self.k, k, start), _write(self.v, v, start))
+
+
+def _write(slots: Float[Array, "BK S H"], new: Float[Array, "BK T H"], start: Int[Array, "B"] | None) -> Array:
+    new = new.astype(slots.dtype)
+    if start is None:
+        return jax.lax.dynamic_update_slice(slots, new, (0, 0, 0))
+    heads = len(slots) // len(start)
+    if jax.default_backend() != "cpu" or current_mesh() is not None:
         put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, 0)))
-        return type(self)(put(self.k, k.astype(self.k.dtype), start), put(self.v, v.astype(self.v.dtype), start))
+        return put(slots, new, jnp.repeat(start, heads))
+
+    # XLA makes a scatter of the above, which goes element by element on CPU; this is one copy for each row.
+    def put_row(row: Array | int, slots: Array) -> Array:
+        own = jax.lax.dynamic_slice_in_dim(new, row * heads, heads)
+        return jax.lax.dynamic_update_slice(slots, own, (row * heads, start[row], 0))
+
+    return jax.lax.fori_loop(0, len(start), put_row, slots) if len(start) > 1 else put_row(0, slots)
 
 
 class KVCache(NamedTuple):

@@ -6,7 +6,7 @@ and static, the parameters a flat dict of arrays by dotted path, such as `layers
 
 import functools
 import zlib
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,9 @@ from dsmoe_jax.layers.norm import RMSNorm
 from dsmoe_jax.layers.rope import rotation
 from dsmoe_jax.layers.router import Routing
 from dsmoe_jax.layers.weights import Initializer, Linear, weight
-from dsmoe_jax.sharding import MeshConfig, as_mesh, sharding
+from dsmoe_jax.sharding import MeshConfig, as_mesh, constrain, mesh_of, sharding
+
+_STATES: Final = ("batch", None, None)  # the logical axes of hidden states
 
 
 class ModelOutput(NamedTuple):
@@ -100,7 +102,8 @@ class DeepSeekMoE(nnx.Module):
             if value.shape != token_ids.shape:
                 raise ValueError(f"{name} has shape {value.shape}, token_ids {token_ids.shape}")
         graph, params = split(self)
-        return _forward(graph, params, token_ids, mask, positions.astype(jnp.int32), output_hidden_states)
+        with mesh_of(params):
+            return _forward(graph, params, token_ids, mask, positions.astype(jnp.int32), output_hidden_states)
 
     def hidden(
         self,
@@ -109,6 +112,7 @@ class DeepSeekMoE(nnx.Module):
         position_ids: Int[Array, "B T"] | None = None,
         *,
         cache: KVCache | None = None,
+        prefill: bool = False,
         rope_length: Int[Array, ""] | int | None = None,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Hidden:
@@ -116,24 +120,27 @@ class DeepSeekMoE(nnx.Module):
 
         With a cache, the T tokens go on where each row of it ends; `attention_mask` then says which of them are real
         (padding to the right), and only those count towards the row's length; the row's slots must hold all T, padding
-        included. `rope_length` is the length that dynamic NTK scaling goes by, default all keys of the call, padding
-        included. `dropout_key` turns attention dropout on.
+        included. `prefill` promises that the cache is empty: the T tokens then look only at one another.
+        `rope_length` is the length that dynamic NTK scaling goes by, default all keys of the call, padding included.
+        `dropout_key` turns attention dropout on.
         """
         T = token_ids.shape[1]
-        start = None if cache is None else cache.lengths
+        start = None if cache is None or prefill else cache.lengths
         if position_ids is None:
             offset = jnp.zeros_like(token_ids[:, 0]) if start is None else start
             position_ids = offset[:, None] + jnp.arange(T)[None, :]
         if rope_length is None:
             rope_length = T if start is None else start.max() + T
-        mask = _causal(token_ids, attention_mask) if cache is None else cache.mask(T)
-        x = self.embed[...][token_ids]
+        mask = _causal(token_ids, attention_mask) if cache is None or prefill else cache.mask(T)
+        # The table is completed along fsdp before it is looked up: tokens are split over that axis, too.
+        x = constrain(constrain(self.embed[...], ("vocab", None))[token_ids], _STATES)
         turn = rotation(self.config, position_ids, rope_length, x.dtype)
         trace, written, routing = [x], [], {}
         for i, block in enumerate(self.layers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
             layer_cache = None if cache is None else cache.layers[i]
             x, layer_cache, routed = block(x, turn, mask, layer_cache, start, key)
+            x = constrain(x, _STATES)
             trace.append(x)
             written.append(layer_cache)
             if routed is not None:
@@ -146,7 +153,8 @@ class DeepSeekMoE(nnx.Module):
     def logits(self, states: Float[Array, "*tokens D"]) -> Float[Array, "*tokens V"]:
         """The head: float32 logits of states that are past the final norm."""
         weight = self.embed[...] if self.head is None else self.head.weight[...]
-        return jnp.einsum("...d,vd->...v", states, weight, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("...d,vd->...v", states, weight, preferred_element_type=jnp.float32)
+        return constrain(logits, ("batch", *(None,) * (logits.ndim - 2), "vocab"))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))

@@ -3,27 +3,40 @@
 A layer names logical axes; this file alone knows the mesh. Read `_TABLE` to see the whole strategy.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 
-AXIS_NAMES: Final = ("data", "fsdp", "expert", "tensor")
+from dsmoe_jax.axes import Array
+
+DATA, FSDP, EXPERT, TENSOR = AXIS_NAMES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES: Final = (DATA, FSDP, EXPERT)  # tokens are split over all that does not split a layer's width
 
 # fmt: off
-_TABLE: Final[dict[str | None, str | None]] = {
+_TABLE: Final[dict[str | None, str | tuple[str, ...] | None]] = {
     # logical      mesh
-    "embed":      "fsdp",
-    "heads":      "tensor",
-    "kv_heads":   "tensor",
-    "ffn":        "tensor",
-    "experts":    "expert",
-    "expert_ffn": "tensor",
-    "vocab":      "tensor",
+    "batch":      BATCH_AXES,
+    "embed":      FSDP,
+    "heads":      TENSOR,
+    "kv_heads":   TENSOR,
+    "ffn":        TENSOR,
+    "experts":    EXPERT,
+    "expert_ffn": TENSOR,
+    "vocab":      TENSOR,
     None:         None,
 }
 # fmt: on
@@ -66,6 +79,11 @@ def as_mesh(mesh: Mesh | MeshConfig | None) -> Mesh | None:
     return make_mesh(mesh) if isinstance(mesh, MeshConfig) else mesh
 
 
+def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """The mesh axes of an array, from the logical name of each of its own."""
+    return PartitionSpec(*(_TABLE[axis] for axis in axes))
+
+
 def sharding(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh | None) -> Sharding:
     """Where the array called `name` lies, from the logical name of each of its axes.
 
@@ -73,8 +91,58 @@ def sharding(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], me
     """
     if mesh is None:
         return SingleDeviceSharding(jax.local_devices()[0])
-    placed = [_TABLE[axis] for axis in axes]
-    for size, logical, axis in zip(shape, axes, placed, strict=True):
-        if axis is not None and size % mesh.shape[axis]:
-            raise ValueError(f"{name}: {logical} of size {size} does not divide over {axis}={mesh.shape[axis]}")
-    return NamedSharding(mesh, PartitionSpec(*placed))
+    check_divides(name, shape, axes, mesh)
+    return NamedSharding(mesh, spec(axes))
+
+
+def check_divides(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh) -> None:
+    """Raises `ValueError` naming the array and the numbers where one of its sizes does not divide over the mesh."""
+    for size, logical in zip(shape, axes, strict=True):
+        if ways := _ways(_TABLE[logical], mesh, size):
+            raise ValueError(f"{name}: {logical} of size {size} does not divide over {ways}")
+
+
+def _ways(axes: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh, size: int) -> str:
+    """The mesh axes, with their sizes, that `size` does not divide over; empty if it does."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    if not size % math.prod(mesh.shape[name] for name in names):
+        return ""
+    return " · ".join(f"{name}={mesh.shape[name]}" for name in names)
+
+
+def place_batch(mesh: Mesh | None, *arrays: Any) -> tuple[Array, ...]:
+    """Arrays [B, …] on the devices that take part in a training step: rows split over the data, fsdp and expert axes.
+
+    Raises `ValueError` with the numbers where the batch does not divide.
+    """
+    return tuple(
+        jax.device_put(array, sharding("batch", np.shape(array), ("batch", *(None,) * (np.ndim(array) - 1)), mesh))
+        for array in arrays
+    )
+
+
+def current_mesh() -> AbstractMesh | None:
+    """The mesh of `jax.set_mesh` that the function being traced runs on, if it is one of ours."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # Inside a shard_map every device is on its own.
+    free = not mesh.empty and mesh.axis_names == AXIS_NAMES and not mesh.manual_axes
+    return mesh if free else None
+
+
+def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
+    """`x`, laid as its logical axes say under the current mesh; the compiler places an axis that does not divide."""
+    if (mesh := current_mesh()) is None:
+        return x
+    placed = [
+        PartitionSpec.UNCONSTRAINED if _ways(_TABLE[axis], mesh, size) else _TABLE[axis]
+        for size, axis in zip(x.shape, axes, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*placed))
+
+
+def mesh_of(params: Mapping[str, Array]) -> contextlib.AbstractContextManager:
+    """The context to call a model's function in: the mesh that its parameters lie on, if they lie on one."""
+    place = next(iter(params.values())).sharding
+    if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh):
+        return jax.set_mesh(place.mesh)
+    return contextlib.nullcontext()

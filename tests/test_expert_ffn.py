@@ -168,6 +168,8 @@ def test_recomputing_in_the_backward_pass_changes_nothing(backend: str):
 @pytest.mark.parametrize("check_vma", [True, False], ids="check_vma={}".format)
 def test_each_device_of_a_mesh_serves_its_own_rows(check_vma: bool, backend: str):
     """Rows are split, weights are not: their gradients are sums over the devices."""
+    if check_vma and backend == "grouped":
+        pytest.skip("jax's interpreter of Pallas kernels does not track what varies over a mesh")
     arrays, cotangent = inputs(48)
     halves = [GROUPS["uneven"], GROUPS["rows beyond"]]
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))

@@ -15,7 +15,7 @@ from flax import nnx
 from dsmoe_jax.cache import KVCache
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.kernels.attention import attention
-from dsmoe_jax.layers.dispatch import combine, dispatch, route_rows
+from dsmoe_jax.layers.dispatch import Sorted, combine, dispatch
 from dsmoe_jax.layers.norm import RMSNorm
 from dsmoe_jax.layers.rope import rotate, rotation
 from dsmoe_jax.layers.router import Router
@@ -103,65 +103,115 @@ TOKENS, KEPT, EXPERTS, WIDTH = 7, 3, 6, 8
 
 @functools.cache
 def routed():
-    """States, the experts of each token (never expert 4), their weights, and the order of rows."""
+    """States, the experts of each token (never expert 4), their weights, and the pairs in order."""
     rng = np.random.default_rng(1)
     ids = np.stack([rng.permutation([0, 1, 2, 3, 5])[:KEPT] for _ in range(TOKENS)])
-    order = route_rows(jnp.asarray(ids, jnp.int32), EXPERTS)
-    return normal(TOKENS, WIDTH), ids, jnp.asarray(rng.uniform(size=ids.shape), jnp.float32), order
+    ordered = Sorted.by_expert(jnp.asarray(ids, jnp.int32), EXPERTS)
+    return normal(TOKENS, WIDTH), ids, jnp.asarray(rng.uniform(size=ids.shape), jnp.float32), ordered
 
 
 def test_rows_are_sorted_by_expert_and_within_an_expert_by_token():
-    _, ids, _, order = routed()
+    _, ids, _, (rows, group_sizes) = routed()
 
-    pairs = [(ids.flat[choice], choice) for choice in order.choice.tolist()]
+    pairs = [(ids.flat[pair], pair) for pair in rows.pair.tolist()]
 
     assert pairs == sorted(pairs)
-    assert order.group_sizes.tolist() == [int((ids == e).sum()) for e in range(EXPERTS)]
-    assert order.group_sizes[4] == 0
-    np.testing.assert_array_equal(order.choice[order.row].reshape(-1), np.arange(TOKENS * KEPT))
+    assert group_sizes.tolist() == [int((ids == e).sum()) for e in range(EXPERTS)]
+    assert group_sizes[4] == 0
+    np.testing.assert_array_equal(rows.pair[rows.row].reshape(-1), np.arange(TOKENS * KEPT))
 
 
-def test_dispatch_then_combine_gives_each_token_back_times_its_weights():
-    x, _, weights, order = routed()
+def test_pairs_that_are_nobodys_come_last_and_have_no_row():
+    _, ids, _, _ = routed()
+    ids = np.where(ids < 3, ids, 3)
 
-    y = combine(dispatch(x, order), weights, order)
+    rows, group_sizes = Sorted.by_expert(jnp.asarray(ids, jnp.int32), 3)
 
-    np.testing.assert_allclose(y, x * weights.sum(1, keepdims=True), rtol=0, atol=FP32)
+    assert (ids.reshape(-1)[rows.pair][int(group_sizes.sum()) :] == 3).all()
+    np.testing.assert_array_equal(rows.here, ids < 3)
 
 
-def there_and_back(x, weights, order):
+@pytest.mark.parametrize("size", [1, 4, 21, 30])
+def test_windows_hold_every_row_once_and_their_group_sizes_add_up(size: int):
+    _, ids, _, ordered = routed()
+    count = -(-TOKENS * KEPT // size)
+
+    windows = [ordered.window(index, size) for index in range(count)]
+
+    np.testing.assert_array_equal(sum(np.asarray(rows.here, int) for rows, _ in windows), np.ones_like(ids))
+    np.testing.assert_array_equal(sum(sizes for _, sizes in windows), ordered.group_sizes)
+    for rows, group_sizes in windows:
+        experts = ids.reshape(-1)[rows.pair][: int(group_sizes.sum())]
+        np.testing.assert_array_equal(np.bincount(experts, minlength=EXPERTS), group_sizes)
+        np.testing.assert_array_equal(
+            np.asarray(rows.pair)[np.asarray(rows.row)[rows.here]], np.arange(ids.size).reshape(ids.shape)[rows.here]
+        )
+
+
+@pytest.mark.parametrize("size", [1, 3, 21])
+def test_slots_hold_every_row_once_at_the_device_of_its_expert(size: int):
+    _, ids, _, ordered = routed()
+    ways, own = 3, EXPERTS // 3
+
+    seen = np.zeros_like(ids)
+    for index in range(-(-TOKENS * KEPT // size)):
+        rows, expert = ordered.slots(ways, index, size)
+        seen += np.asarray(rows.here, int)
+        by_device = zip(rows.pair.reshape(ways, -1), expert.reshape(ways, -1), strict=True)
+        for device, (pairs, experts) in enumerate(by_device):
+            taken = np.asarray(experts) < own
+            np.testing.assert_array_equal(ids.reshape(-1)[np.asarray(pairs)[taken]], device * own + experts[taken])
+        assert int((expert < own).sum()) == int(rows.here.sum())
+        np.testing.assert_array_equal(
+            np.asarray(rows.pair)[np.asarray(rows.row)[rows.here]], np.arange(ids.size).reshape(ids.shape)[rows.here]
+        )
+
+    assert seen.tolist() == np.ones_like(ids).tolist()
+
+
+def test_dispatch_then_combine_gives_each_token_back_as_often_as_it_was_sent():
+    x, _, weights, (rows, _) = routed()
+
+    states, row_weights = dispatch(x, weights, rows)
+
+    np.testing.assert_allclose(combine(states, rows), KEPT * x, rtol=0, atol=FP32)
+    np.testing.assert_array_equal(row_weights[rows.row], weights)
+
+
+def there_and_back(x, weights, rows):
     """Rows are squared on the way, so that their gradients depend on the row."""
-    return combine(dispatch(x, order) ** 2, weights, order)
+    states, row_weights = dispatch(x, weights, rows)
+    return combine(row_weights[:, None] * states**2, rows)
 
 
-def there_and_back_naively(x, weights, order):
+def there_and_back_naively(x, weights, rows):
     """The same, with the gradients that autodiff finds for the gathers."""
-    rows = x[order.choice // KEPT] ** 2
-    return (weights[:, :, None] * rows[order.row]).sum(axis=1)
+    states = x[rows.pair // KEPT] ** 2 * weights.reshape(-1)[rows.pair][:, None]
+    return states[rows.row].sum(axis=1)
 
 
 def with_gradients(function):
-    def run(x, weights, order):
-        y, pull = jax.vjp(lambda x, weights: function(x, weights, order), x, weights)
+    def run(x, weights, rows):
+        y, pull = jax.vjp(lambda x, weights: function(x, weights, rows), x, weights)
         return y, pull(jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
 
     return jax.jit(run)
 
 
 def test_their_own_gradients_are_those_of_the_naive_gathers():
-    x, _, weights, order = routed()
+    x, _, weights, (rows, _) = routed()
 
-    got = with_gradients(there_and_back)(x, weights, order)
+    got = with_gradients(there_and_back)(x, weights, rows)
 
-    want = with_gradients(there_and_back_naively)(x, weights, order)
+    want = with_gradients(there_and_back_naively)(x, weights, rows)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e1 * FP32), got, want)
 
 
 def test_nothing_is_scattered_on_the_way_back():
-    x, _, weights, order = routed()
+    x, _, weights, (rows, _) = routed()
 
     ours, naive = (
-        with_gradients(function).lower(x, weights, order).as_text()
+        with_gradients(function).lower(x, weights, rows).as_text()
         for function in (there_and_back, there_and_back_naively)
     )
 
@@ -170,14 +220,13 @@ def test_nothing_is_scattered_on_the_way_back():
 
 
 def test_combine_adds_bf16_rows_in_fp32():
-    _, _, weights, order = routed()
-    rows = normal(TOKENS * KEPT, WIDTH, dtype=jnp.bfloat16)
+    rows = routed()[3].rows
+    y = normal(TOKENS * KEPT, WIDTH, dtype=jnp.bfloat16)
 
-    y = combine(rows, weights, order)
+    got = combine(y, rows)
 
-    want = combine(rows.astype(jnp.float32), weights, order)
-    assert y.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(y, want.astype(jnp.bfloat16))
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, combine(y.astype(jnp.float32), rows))
 
 
 # Rotary positions

@@ -21,7 +21,7 @@ from dsmoe_jax.convert import load_hf
 from dsmoe_jax.generate.sampling import Sampler, SamplingParams, sample
 from dsmoe_jax.json_file import read_json
 from dsmoe_jax.model import DeepSeekMoE, check_token_ids, merge, split
-from dsmoe_jax.sharding import MeshConfig
+from dsmoe_jax.sharding import MeshConfig, mesh_of
 from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files
 
 Message = Mapping[str, str]  # {"role": "user", "content": "…"}
@@ -155,12 +155,14 @@ class Generator:
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = prompt
         sampler = Sampler.of([asked] * len(prompts), self.config.vocab_size)
-        token, cache = _prefill(self._graph, slots, self._params, ids, counts, sampler)
+        with mesh_of(self._params):
+            token, cache = _prefill(self._graph, slots, self._params, ids, counts, sampler)
         for step in range(1, asked.max_new_tokens + 1):
             ready = token
             if step < asked.max_new_tokens:
                 # Asked for before the last one is read: the device does not wait for the host.
-                token, cache = _step(self._graph, self._params, cache, token, sampler, np.int32(step))
+                with mesh_of(self._params):
+                    token, cache = _step(self._graph, self._params, cache, token, sampler, np.int32(step))
             yield np.asarray(ready).tolist()
 
     def _ended(self, answer: list[int], asked: SamplingParams) -> bool:
@@ -200,7 +202,7 @@ def _prefill(
     cache = KVCache.empty(model.config, B, slots, model.embed[...].dtype)
     real = jnp.arange(T)[None, :] < counts[:, None]
     # Dynamic NTK goes by the padded length of the batch, as in transformers; the bucket is none of its business.
-    hidden = model.hidden(token_ids, real, cache=cache, rope_length=counts.max())
+    hidden = model.hidden(token_ids, real, cache=cache, prefill=True, rope_length=counts.max())
     last = jnp.take_along_axis(hidden.states, (counts - 1)[:, None, None], axis=1)[:, 0]
     assert hidden.cache is not None
     return sample(model.logits(last), sampler, jnp.int32(0)), hidden.cache

@@ -1,33 +1,43 @@
 """The routed experts as batched matmuls over [E, C, D]: plain XLA, full speed wherever batched matmuls are.
 
-Read `_forward` first. Each expert gets C places, a little above the mean of its rows; experts with more rows are served
+Read `forward` first. Each expert gets C places, a little above the mean of its rows; experts with more rows are served
 in further passes over the same places, so nothing is dropped and memory stays bounded however skewed the routing is.
-Rows go to their places and back by gathers. The number of passes depends on the data, hence the custom VJP.
+Rows go to their places and back by gathers. The number of passes depends on the data, which autodiff refuses, so the
+backward pass repeats the passes itself.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dsmoe_jax.axes import Array, Bool, Int
-from dsmoe_jax.kernels.activation import ACTIVATION_FUNCTIONS
+from dsmoe_jax.axes import Array, Bool, Float, Int
+from dsmoe_jax.kernels.operand import Inputs, Wanted, swiglu
 
 _HEADROOM = 1.25  # places above the mean: a balanced router then needs one pass
-
-
-def batched(rows: Array, gate: Array, up: Array, down: Array, group_sizes: Array, activation: str) -> Array:
-    """See `expert_ffn` for shapes."""
-    return _batched(rows, gate, up, down, group_sizes, activation)
 
 
 class _Places(NamedTuple):
     """Where one pass puts which rows."""
 
     row: Int[Array, "E C"]  # the row in each place
-    taken: Bool[Array, "E C 1"]
+    taken: Bool[Array, "E C"]
     place: Int[Array, "R"]  # the place, in E·C, of each row
-    served: Bool[Array, "R 1"]  # whether this pass serves the row
+    served: Bool[Array, "R"]  # whether this pass serves the row
+
+    def put(self, x: Array) -> Array:
+        """Row-wise values [R, …] into the places, [E, C, …]."""
+        return jnp.where(_beside(self.taken, x.ndim + 1), x[self.row], 0)
+
+    def take(self, y: Array, otherwise: Array) -> Array:
+        """Values of places [E, C, …] back to the rows that were served; the others keep theirs."""
+        y = y.reshape(-1, *y.shape[2:])[self.place].astype(otherwise.dtype)
+        return jnp.where(_beside(self.served, y.ndim), y, otherwise)
+
+
+def _beside(mask: Array, ndim: int) -> Array:
+    return mask.reshape(*mask.shape, *(1,) * (ndim - mask.ndim))
 
 
 def capacity(rows: int, experts: int) -> int:
@@ -43,74 +53,58 @@ def _places(group_sizes: Array, rows: int, index: Array | int) -> _Places:
     row = jnp.arange(rows)
     expert = jnp.searchsorted(ends, row, side="right").clip(max=E - 1)
     within = row - starts[expert] - index * C
-    served = (row < ends[-1]) & (within >= 0) & (within < C)
     return _Places(
         row=(starts[:, None] + offset).clip(max=rows - 1),
-        taken=(offset < group_sizes[:, None])[:, :, None],
+        taken=offset < group_sizes[:, None],
         place=expert * C + within.clip(0, C - 1),
-        served=served[:, None],
+        served=(row < ends[-1]) & (within >= 0) & (within < C),
     )
 
 
-def _over_passes(one_pass, start, group_sizes: Array, rows: int):
+def _over_passes(one_pass: Callable[[Any, Any], Any], start: Any, group_sizes: Array, rows: int) -> Any:
     """`one_pass(index, carry)` for as many passes as the fullest expert needs; the first stands outside the loop."""
-    passes = -(-group_sizes.max() // capacity(rows, group_sizes.shape[0]))
-    return jax.lax.fori_loop(1, passes, one_pass, one_pass(0, start))
+    C, carry = capacity(rows, group_sizes.shape[0]), one_pass(0, start)
+    return carry if rows <= C else jax.lax.fori_loop(1, -(-group_sizes.max() // C), one_pass, carry)
 
 
-def _into_places(rows: Array, places: _Places) -> Array:
-    return jnp.where(places.taken, rows[places.row], 0)
+def _on_places(inputs: Inputs, activation: str) -> Float[Array, "E C D"]:
+    return jax.vmap(lambda own: swiglu(own, activation))(inputs)
 
 
-def _from_places(y: Array, places: _Places, otherwise: Array) -> Array:
-    return jnp.where(places.served, y.reshape(-1, y.shape[-1])[places.place].astype(otherwise.dtype), otherwise)
-
-
-def _matmul(spec: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
-
-
-def _forward(rows: Array, gate: Array, up: Array, down: Array, group_sizes: Array, activation: str) -> Array:
-    act = ACTIVATION_FUNCTIONS[activation]
+def forward(inputs: Inputs, group_sizes: Int[Array, "E"], activation: str) -> Float[Array, "R D"]:
+    """See `expert_ffn`."""
+    rows = len(inputs.rows)
 
     def one_pass(index: Array | int, out: Array) -> Array:
-        places = _places(group_sizes, len(rows), index)
-        x = _into_places(rows, places)
-        hidden = act(_matmul("ecd,efd->ecf", x, gate)) * _matmul("ecd,efd->ecf", x, up)
-        return _from_places(_matmul("ecf,edf->ecd", hidden.astype(rows.dtype), down), places, out)
+        places = _places(group_sizes, rows, index)
+        return places.take(_on_places(inputs.map_rows(places.put), activation), out)
 
-    return _over_passes(one_pass, jnp.zeros_like(rows), group_sizes, len(rows))
+    return _over_passes(one_pass, jnp.zeros_like(inputs.rows), group_sizes, rows)
 
 
-def _vjp_forward(rows: Array, gate: Array, up: Array, down: Array, group_sizes: Array, activation: str):
-    return _forward(rows, gate, up, down, group_sizes, activation), (rows, gate, up, down, group_sizes)
+def backward(
+    inputs: Inputs, group_sizes: Int[Array, "E"], activation: str, grad_out: Float[Array, "R D"], wanted: Wanted
+) -> list[Array]:
+    """The gradients of the wanted leaves of `inputs`; recomputes hidden rows, and sums those of weights in fp32."""
+    rows, leaves, tree = len(inputs.rows), jax.tree.leaves(inputs), jax.tree.structure(inputs)
+    by_row, asked = inputs.by_row(), wanted.of(leaves)
 
+    def one_pass(index: Array | int, grads: list[Array]) -> list[Array]:
+        places = _places(group_sizes, rows, index)
+        placed = [places.put(leaf) if own_rows else leaf for own_rows, leaf in zip(by_row, leaves, strict=True)]
 
-def _vjp_backward(activation: str, saved: tuple[Array, ...], grad_out: Array):
-    """Repeats the passes; recomputes the hidden rows and sums the weight gradients in fp32."""
-    rows, gate, up, down, group_sizes = saved
-    act = ACTIVATION_FUNCTIONS[activation]
+        def of_wanted(values: list[Array]) -> Array:
+            return _on_places(jax.tree.unflatten(tree, wanted.put(values, placed)), activation)
 
-    def one_pass(index: Array | int, grads: tuple[Array, ...]) -> tuple[Array, ...]:
-        d_rows, d_gate, d_up, d_down = grads
-        places = _places(group_sizes, len(rows), index)
-        x, dy = _into_places(rows, places), _into_places(grad_out, places)
-        before = _matmul("ecd,efd->ecf", x, gate), _matmul("ecd,efd->ecf", x, up)
-        hidden, undo = jax.vjp(lambda g, u: act(g) * u, *before)
-        dg, du = undo(_matmul("ecd,edf->ecf", dy, down))
-        dg, du, hidden = (t.astype(rows.dtype) for t in (dg, du, hidden))
-        dx = _matmul("ecf,efd->ecd", dg, gate) + _matmul("ecf,efd->ecd", du, up)
-        return (
-            _from_places(dx, places, d_rows),
-            d_gate + _matmul("ecf,ecd->efd", dg, x),
-            d_up + _matmul("ecf,ecd->efd", du, x),
-            d_down + _matmul("ecd,ecf->edf", dy, hidden),
-        )
+        (pieces,) = jax.vjp(of_wanted, wanted.of(placed))[1](places.put(grad_out).astype(jnp.float32))
+        return [
+            places.take(piece, grad) if own_rows else grad + piece.astype(jnp.float32)
+            for own_rows, grad, piece in zip(wanted.of(by_row), grads, pieces, strict=True)
+        ]
 
-    zeros = (jnp.zeros_like(w, jnp.float32) for w in (gate, up, down))
-    d_rows, d_gate, d_up, d_down = _over_passes(one_pass, (jnp.zeros_like(rows), *zeros), group_sizes, len(rows))
-    return d_rows, d_gate.astype(gate.dtype), d_up.astype(up.dtype), d_down.astype(down.dtype), None
-
-
-_batched = jax.custom_vjp(_forward, nondiff_argnums=(5,))
-_batched.defvjp(_vjp_forward, _vjp_backward)
+    zeros = [
+        jnp.zeros_like(leaf, None if own_rows else jnp.float32)
+        for own_rows, leaf in zip(wanted.of(by_row), asked, strict=True)
+    ]
+    grads = _over_passes(one_pass, zeros, group_sizes, rows)
+    return [grad.astype(leaf.dtype) for grad, leaf in zip(grads, asked, strict=True)]

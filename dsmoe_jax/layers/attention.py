@@ -38,15 +38,19 @@ class Attention(nnx.Module):
         start: Int[Array, "B"] | None = None,
         dropout_key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Attend to the T tokens themselves, or, with a cache, write them from slot `start` on and attend to all S."""
+        """Attend to the T tokens themselves, and write them into an empty cache if there is one.
+
+        With `start`, write them from that slot of each row on and attend to all S.
+        """
         B, T, _ = x.shape
         q = rotate(self.q(x).reshape(B, T, self.heads, self.head_dim), rotation)
         k = _by_head(rotate(self.k(x).reshape(B, T, self.kv_heads, self.head_dim), rotation))
         v = _by_head(self.v(x).reshape(B, T, self.kv_heads, self.head_dim))
-        if cache is not None and start is not None:
-            cache = cache.write(k, v, jnp.repeat(start, self.kv_heads))
-            k, v = cache.k.astype(x.dtype), cache.v.astype(x.dtype)
-        out = attention(q, k, v, mask, dropout=self.dropout, dropout_key=dropout_key)
+        if cache is not None:
+            cache = cache.write(k, v, start)
+            if start is not None:
+                k, v = cache.k.astype(x.dtype), cache.v.astype(x.dtype)
+        out = attention(q, k, v, mask, causal=start is None, dropout=self.dropout, dropout_key=dropout_key)
         return self.o(out.reshape(B, T, -1)), cache
 
 

@@ -9,41 +9,35 @@ from flax import nnx
 
 from dsmoe_jax.axes import Array, Float
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.kernels.expert_ffn import expert_ffn
-from dsmoe_jax.layers.dispatch import combine, dispatch, route_rows
+from dsmoe_jax.kernels.operand import EXPERT_AXES, Experts
+from dsmoe_jax.layers.dispatch import Dispatch, routed_experts
 from dsmoe_jax.layers.mlp import MLP
 from dsmoe_jax.layers.router import Router, Routing
 from dsmoe_jax.layers.weights import Initializer, weight
 
 
 class RoutedExperts(nnx.Module):
-    """The weights of E small SwiGLUs, stacked; each row visits its own."""
+    """The weights of E small SwiGLUs, stacked; `set_attributes(dispatch=Dispatch(…))` says how they are reached."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         assert config.n_routed_experts is not None
         E, F, D = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
-        initializer, axes = (
-            Initializer("normal", config.initializer_range),
-            ("experts", "expert_ffn", "embed"),
-        )
+        initializer = Initializer("normal", config.initializer_range)
         self.activation = config.hidden_act
-        self.gate = weight(rngs, (E, F, D), axes, initializer, dtype)
-        self.up = weight(rngs, (E, F, D), axes, initializer, dtype)
-        self.down = weight(rngs, (E, D, F), ("experts", "embed", "expert_ffn"), initializer, dtype)
+        self.dispatch = Dispatch()
+        gate, up, down = EXPERT_AXES
+        self.gate = weight(rngs, (E, F, D), gate, initializer, dtype)
+        self.up = weight(rngs, (E, F, D), up, initializer, dtype)
+        self.down = weight(rngs, (E, D, F), down, initializer, dtype)
 
-    def __call__(self, x: Float[Array, "M D"], routing: Routing) -> Float[Array, "M D"]:
-        """The weighted sum of each token's chosen experts."""
-        A = routing.ids.shape[-1]
-        order = route_rows(routing.ids.reshape(-1, A), self.gate.shape[0])
-        rows = expert_ffn(
-            dispatch(x, order),
-            self.gate[...],
-            self.up[...],
-            self.down[...],
-            order.group_sizes,
-            activation=self.activation,
+    def __call__(self, x: Float[Array, "B T D"], routing: Routing) -> tuple[Float[Array, "B T D"], Routing]:
+        """The weighted sum of each token's chosen experts, and the routing with the number of extra passes."""
+        ids, weights = (choice.reshape(-1, choice.shape[-1]) for choice in (routing.ids, routing.weights))
+        experts = Experts(self.gate[...], self.up[...], self.down[...])
+        y, extra_passes = routed_experts(
+            x.reshape(-1, x.shape[-1]), ids, weights, experts, activation=self.activation, options=self.dispatch
         )
-        return combine(rows, routing.weights.reshape(-1, A), order)
+        return y.reshape(x.shape), routing._replace(extra_passes=extra_passes)
 
 
 class MoE(nnx.Module):
@@ -60,6 +54,5 @@ class MoE(nnx.Module):
     @jax.named_scope("moe")
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Routing]:
         """Returns the layer's output and what the router decided."""
-        routing = self.router(x)
-        y = self.experts(x.reshape(-1, x.shape[-1]), routing).reshape(x.shape)
+        y, routing = self.experts(x, self.router(x))
         return (y if self.shared is None else y + self.shared(x)), routing

@@ -20,6 +20,7 @@ class Routing(NamedTuple):
     weights: Float[Array, "B T A"]
     ids: Int[Array, "B T A"]
     scores: Float[Array, "B T E"]
+    extra_passes: Int[Array, ""] | int = 0  # that dispatch over a mesh needed after the first; see `layers.dispatch`
 
 
 class Router(nnx.Module):

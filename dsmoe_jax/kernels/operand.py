@@ -1,0 +1,203 @@
+"""What the weights of a linear map may be: dense, quantised, or a base plus a low-rank adapter.
+
+Start at `linear`. An operand holds the weights of all E experts, [out, in] each as PyTorch keeps them, and every leaf
+of it begins with the expert axis: indexing or mapping all leaves gives one expert's operand. A backend needs to know
+no more than that, so what works for dense weights works for all three.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from dsmoe_jax.axes import Array, Float
+from dsmoe_jax.kernels.activation import ACTIVATION_FUNCTIONS
+
+_STATIC: Final = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """codebook[code] · scale (+ offset), in tiles of `tile` values running row-major over an expert's [out, in].
+
+    Without a codebook the codes are int8 and stand for themselves; with one of 16 values, two codes share a byte, the
+    first in its upper half (the order of bitsandbytes); with a longer one, each code has its byte. The scales may be
+    quantised in turn, with what was taken from them first as `offset` (double quantisation, arXiv 2305.14314, §3).
+    """
+
+    codes: Array  # [E, O, I], packed [E, O, I / 2]; those of scales [E, n]
+    scales: Any  # Float[E, …] or Quantized: ⌈O·I / tile⌉ per expert, the last tile may be short
+    offset: Array | None = None  # Float[E]
+    tile: int = dataclasses.field(default=64, metadata=_STATIC)
+    codebook: tuple[float, ...] | None = dataclasses.field(default=None, metadata=_STATIC)
+
+    @property
+    def packed(self) -> bool:
+        """Whether two codes share a byte."""
+        return self.codebook is not None and len(self.codebook) == 16
+
+    def dequantize(self) -> Float[Array, "..."]:
+        """The values in fp32; of one expert, so of a `Quantized` without the expert axis."""
+        codes = self.codes
+        if self.packed:
+            codes = jnp.stack([codes >> 4, codes & 15], axis=-1).reshape(*codes.shape[:-1], -1)
+        values = codes.astype(jnp.float32) if self.codebook is None else jnp.asarray(self.codebook, jnp.float32)[codes]
+        scales = self.scales.dequantize() if isinstance(self.scales, Quantized) else self.scales.astype(jnp.float32)
+        short = scales.size * self.tile - values.size
+        tiles = jnp.pad(values.reshape(-1), (0, short)).reshape(-1, self.tile) * scales.reshape(-1, 1)
+        values = tiles.reshape(-1)[: values.size].reshape(values.shape)
+        return values if self.offset is None else values + self.offset
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """base + scale · b a, never multiplied out: (x aᵀ) bᵀ costs r·(O + I) a row, where b a costs r·O·I an expert."""
+
+    base: Any  # Float[E, O, I] or Quantized
+    a: Array  # [E, r, I]
+    b: Array  # [E, O, r]
+    scale: float = dataclasses.field(default=1.0, metadata=_STATIC)  # α / r, or α / √r (rsLoRA)
+
+
+Operand: TypeAlias = Array | Quantized | LowRank  # [E, O, I]
+
+
+class Experts(NamedTuple):
+    """The operands of E SwiGLUs."""
+
+    gate: Operand  # [E, F, D]
+    up: Operand  # [E, F, D]
+    down: Operand  # [E, D, F]
+
+
+class Inputs(NamedTuple):
+    """What a backend works on, and what it can be asked for the gradient of."""
+
+    rows: Float[Array, "R D"]
+    weights: Float[Array, "R"] | None  # each row's factor; None: one
+    experts: Experts
+
+    def by_row(self) -> list[bool]:
+        """For each leaf, whether it belongs to rows (and not to experts)."""
+        rows = len(jax.tree.leaves(self[:2]))
+        return [n < rows for n in range(len(jax.tree.leaves(self)))]
+
+    def map_rows(self, function: Callable[[Array], Array]) -> "Inputs":
+        """The same experts, and `function` of what belongs to rows."""
+        rows, weights = jax.tree.map(function, (self.rows, self.weights))
+        return Inputs(rows, weights, self.experts)
+
+
+def shape(operand: Operand) -> tuple[int, int]:
+    """(out, in) of each expert's map. Raises `ValueError` where the parts of an operand do not fit together."""
+    match operand:
+        case LowRank(base, a, b):
+            out, into = shape(base)
+            if (b.shape[1], a.shape[2]) != (out, into) or a.shape[1] != b.shape[2]:
+                raise ValueError(f"a [r, in] = {a.shape[1:]}, b [out, r] = {b.shape[1:]} do not fit {out, into}")
+            return out, into
+        case Quantized(codes, scales, tile=tile):
+            out, into = codes.shape[1], codes.shape[2] * (2 if operand.packed else 1)
+            tiles = math.prod((scales.codes if isinstance(scales, Quantized) else scales).shape[1:])
+            if tiles != -(-out * into // tile):
+                raise ValueError(f"{out} x {into} codes in tiles of {tile} do not fit {tiles} scales")
+            return out, into
+        case _:
+            return operand.shape[1], operand.shape[2]
+
+
+Dot: TypeAlias = Callable[[Array, Array], Array]
+
+
+@jax.custom_vjp
+def dot(x: Float[Array, "R I"], weight: Float[Array, "O I"]) -> Float[Array, "R O"]:
+    """x Wᵀ, summed in fp32. Gradients are rounded to x's dtype first: else bf16 would be multiplied as fp32."""
+    return _dot(x, weight, 1, 1)
+
+
+def _dot(x: Array, y: Array, contract_x: int, contract_y: int) -> Array:
+    dimensions = (((contract_x,), (contract_y,)), ((), ()))
+    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
+
+
+def _dot_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, weight = saved
+    grad = grad.astype(x.dtype)
+    return _dot(grad, weight, 1, 0).astype(x.dtype), _dot(grad, x, 0, 0).astype(weight.dtype)
+
+
+dot.defvjp(lambda x, weight: (dot(x, weight), (x, weight)), _dot_backward)
+
+
+def linear(x: Float[Array, "R I"], operand: Operand, dot: Dot = dot) -> Float[Array, "R O"]:
+    """The operand of one expert applied to rows, in fp32; with another `dot`, those of all experts to sorted rows."""
+    match operand:
+        case LowRank():
+            narrow = linear(x, operand.a, dot).astype(x.dtype)
+            return linear(x, operand.base, dot) + operand.scale * linear(narrow, operand.b, dot)
+        case Quantized():
+            return dot(x, operand.dequantize().astype(x.dtype))
+        case _:
+            return dot(x, operand.astype(x.dtype))
+
+
+def swiglu(inputs: Inputs, activation: str, dot: Dot = dot) -> Float[Array, "R D"]:
+    """weight · down(act(gate x) · up x), in fp32.
+
+    The factor falls on the hidden row, where it costs least: its gradient then needs no output.
+    """
+    x, weights, experts = inputs
+    hidden = ACTIVATION_FUNCTIONS[activation](linear(x, experts.gate, dot)) * linear(x, experts.up, dot)
+    if weights is not None:
+        hidden = hidden * weights.astype(jnp.float32)[:, None]
+    return linear(hidden.astype(x.dtype), experts.down, dot)
+
+
+def dequantize_all(experts: Experts) -> Experts:
+    """The same operands with every quantised part dense, for backends that take whole [E, O, I] arrays."""
+    is_quantized = lambda leaf: isinstance(leaf, Quantized)  # noqa: E731
+    return jax.tree.map(
+        lambda leaf: jax.vmap(Quantized.dequantize)(leaf) if is_quantized(leaf) else leaf, experts, is_leaf=is_quantized
+    )
+
+
+@jax.tree_util.register_static
+class Wanted(tuple[bool, ...]):
+    """Which leaves somebody differentiates by: a backward pass computes their gradients and keeps the others fixed."""
+
+    def of(self, leaves: Sequence[Any]) -> list[Any]:
+        """The wanted ones among all leaves."""
+        return [leaf for leaf, want in zip(leaves, self, strict=True) if want]
+
+    def put(self, values: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
+        """All leaves, with `values` in place of the wanted ones."""
+        new = iter(values)
+        return [next(new) if want else leaf for leaf, want in zip(leaves, self, strict=True)]
+
+
+# The logical axes of a dense operand, by the order of `Experts`.
+EXPERT_AXES: Final = (
+    ("experts", "expert_ffn", "embed"),
+    ("experts", "expert_ffn", "embed"),
+    ("experts", "embed", "expert_ffn"),
+)
+
+
+def leaf_axes(operand: Operand, axes: tuple[str | None, ...]) -> list[tuple[str | None, ...]]:
+    """The logical axes of each of the operand's leaves, where a dense one has `axes`.
+
+    Tiles of quantised values may run across rows, so these are split over experts alone.
+    """
+    experts, out, into = axes
+    match operand:
+        case LowRank():
+            return [*leaf_axes(operand.base, axes), (experts, None, into), (experts, out, None)]
+        case Quantized():
+            return [(experts, *(None,) * (leaf.ndim - 1)) for leaf in jax.tree.leaves(operand)]
+        case _:
+            return [axes]
