@@ -322,12 +322,12 @@ def test_rms_norm_rounds_to_bf16_before_it_multiplies():
 # Attention
 
 B, T, S, H = 2, 5, 9, 8
-scaled_dot_product = jax.jit(attention, static_argnames="dropout")
+scaled_dot_product = jax.jit(attention, static_argnames=("causal", "dropout"))
 
 
 def by_head(x: jax.Array) -> jax.Array:
-    """[B, S, K, H] as the kernel wants it, [B·K, S, H]."""
-    return x.transpose(0, 2, 1, 3).reshape(-1, x.shape[1], x.shape[3])
+    """[B, S, K, H] as the kernel wants it, [B, K, S, H]."""
+    return x.transpose(0, 2, 1, 3)
 
 
 def queries_keys_values(heads: int = 4, kv_heads: int = 4) -> tuple[jax.Array, ...]:
@@ -378,6 +378,21 @@ def test_a_query_that_may_read_nothing_gives_finite_values_and_gradients(dtype: 
         np.testing.assert_allclose(out[0, 2], v[0].mean(axis=0), rtol=0, atol=FP32)
 
 
+@pytest.mark.parametrize("tokens", [5, 128, 300])
+def test_causal_attention_in_chunks_is_that_of_the_whole_mask(tokens: int):
+    q, k, v = (normal(B, tokens, heads, H, seed=heads) for heads in (4, 2, 2))
+    real = np.arange(tokens)[None] < np.array([[tokens], [tokens - 2]])
+    mask = jnp.asarray(np.tril(np.ones((tokens, tokens), bool))[None] & real[:, None])
+
+    def with_gradients(causal: bool) -> Any:
+        out = lambda q, k, v: attention(q, by_head(k), by_head(v), mask, causal=causal)  # noqa: E731
+        return jax.jit(lambda *x: (out(*x), jax.grad(lambda *x: jnp.sin(out(*x)).sum(), argnums=(0, 1, 2))(*x)))
+
+    got, want = with_gradients(causal=True)(q, k, v), with_gradients(causal=False)(q, k, v)
+
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=FP32, atol=FP32), got, want)
+
+
 def test_without_a_key_nothing_is_dropped():
     q, k, v = queries_keys_values()
     mask = jnp.asarray(causal_with_padding())
@@ -390,10 +405,10 @@ def test_without_a_key_nothing_is_dropped():
 def test_dropout_takes_its_share_of_the_probabilities_and_scales_the_rest():
     """With equal scores and one-hot values the output is the probabilities themselves."""
     rate, keys = 0.25, 512
-    q, k = jnp.zeros((1, 64, 1, keys)), jnp.zeros((1, keys, keys))
+    q, k = jnp.zeros((1, 64, 1, keys)), jnp.zeros((1, 1, keys, keys))
     mask = jnp.ones((1, 64, keys), bool)
 
-    out = scaled_dot_product(q, k, jnp.eye(keys)[None], mask, dropout=rate, dropout_key=jax.random.key(0))
+    out = scaled_dot_product(q, k, jnp.eye(keys)[None, None], mask, dropout=rate, dropout_key=jax.random.key(0))
 
     dropped = np.asarray(out == 0)
     deviation = (rate * (1 - rate) / dropped.size) ** 0.5
@@ -461,3 +476,27 @@ def test_rows_of_different_lengths_go_on_where_each_of_them_ends(rope: str):
     want = reference.forward(model, IDS).logits
     for row in range(2):
         np.testing.assert_allclose(np.concatenate(logits[row]), want[row, : done[row]], rtol=0, atol=LOGITS)
+
+
+def test_an_empty_cache_is_filled_as_if_it_had_been_written_slot_by_slot():
+    """`prefill=True` promises an empty cache and skips reading it; rows are of 4 and 2 tokens, padded on the right."""
+    model, read, params = whole_model("plain")
+    graph = split(model)[0]
+    ids, mask = jnp.asarray(IDS[:, :4], jnp.int32), jnp.asarray([[1, 1, 1, 1], [1, 1, 0, 0]])
+    slow_logits, slow = read(ids, mask, KVCache.empty(model.config, 2, SLOTS))
+
+    @jax.jit
+    def fill(params, ids, mask):
+        model = merge(graph, params)
+        hidden = model.hidden(ids, mask, cache=KVCache.empty(model.config, 2, SLOTS), prefill=True)
+        return model.logits(hidden.states), hidden.cache
+
+    logits, cache = fill(params, ids, mask)
+
+    assert cache.lengths.tolist() == slow.lengths.tolist() == [4, 2]
+    for row, count in enumerate([4, 2]):
+        np.testing.assert_allclose(logits[row, :count], slow_logits[row, :count], rtol=0, atol=LOGITS)
+        for layer, slow_layer in zip(cache.layers, slow.layers, strict=True):
+            for got, want in zip(layer, slow_layer, strict=True):
+                got, want = (x.reshape(2, -1, *x.shape[1:])[row, :, :count] for x in (got, want))
+                np.testing.assert_allclose(got, want, rtol=0, atol=LOGITS)

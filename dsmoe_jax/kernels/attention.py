@@ -1,6 +1,6 @@
 """Scaled dot-product attention.
 
-Keys and values come as [B·K, S, H]: a cache that lies so is read 10× faster on CPU than one in 4-D. A query head reads
+Heads stand before tokens in keys and values, one matmul for every key-value head of every row. A query head reads
 key-value head `head // G`, so the G query heads of a group stand side by side.
 """
 
@@ -18,8 +18,8 @@ _MOST_CHUNKS: Final = 16  # they are unrolled
 @jax.named_scope("attention")
 def attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "BK S H"],
-    v: Float[Array, "BK S H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
     mask: Bool[Array, "B T S"],
     *,
     causal: bool = False,
@@ -32,8 +32,7 @@ def attention(
     A query that may read nothing gets the mean over the keys: finite, and meant to be ignored.
     `dropout` falls on the probabilities and only where a `dropout_key` is given (training).
     """
-    B, T = q.shape[:2]
-    k, v = (x.reshape(B, -1, *x.shape[1:]) for x in (k, v))
+    T = q.shape[1]
     if not causal:
         return _attention(q, k, v, mask, dropout, dropout_key)
     chunk = max(_CHUNK, -(-T // _MOST_CHUNKS))

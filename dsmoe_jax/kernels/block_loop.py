@@ -50,28 +50,29 @@ def _blocks(group_sizes: Array, rows: int) -> _Blocks:
     return _Blocks(size, expert, start.astype(jnp.int32), ends[expert].astype(jnp.int32), last[-1])
 
 
-def _widen(x: Array) -> Array:
-    """Floats in fp32. By their bits: a cast of bf16 would be moved out of the loop and done for all experts."""
-    if x.dtype == jnp.bfloat16:
-        bits = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16
-        return jax.lax.bitcast_convert_type(bits, jnp.float32)
-    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-
 def _with_slack(x: Array, blocks: _Blocks) -> Array:
     """A last block may start anywhere: room for its spill, so that no slice is moved back to fit."""
     return jnp.pad(x, ((0, blocks.size), *((0, 0),) * (x.ndim - 1)))
 
 
-def _rows_of(x: Array, blocks: _Blocks, i: Array) -> Array:
-    return jax.lax.dynamic_slice_in_dim(x, blocks.start[i], blocks.size)
+def _slice(x: Array, start: Array, size: int) -> Array:
+    """`size` entries of x from `start` on, floats in fp32.
+
+    Those in bf16 as bits, and behind a barrier: XLA would move a cast out of the loop and widen all experts for it, and
+    up to jax 0.10.1 it widens an array in bf16 even to slice it.
+    """
+    if x.dtype == jnp.bfloat16:
+        x, start = jax.lax.optimization_barrier((x, start))
+        bits = jax.lax.dynamic_slice_in_dim(jax.lax.bitcast_convert_type(x, jnp.uint16), start, size)
+        return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
+    own = jax.lax.dynamic_slice_in_dim(x, start, size)
+    return own.astype(jnp.float32) if jnp.issubdtype(own.dtype, jnp.floating) else own
 
 
 def _block(inputs: Inputs, blocks: _Blocks, i: Array) -> Inputs:
-    """The rows of block i and the operands of its expert."""
-    experts = jax.tree.map(lambda leaf: leaf[blocks.expert[i]], inputs.experts)
-    mine = inputs.map_rows(lambda x: _rows_of(x, blocks, i))._replace(experts=experts)
-    return jax.tree.map(_widen, mine)
+    """The rows of block i and the operands of its expert, floats in fp32."""
+    experts = jax.tree.map(lambda leaf: _slice(leaf, blocks.expert[i], 1)[0], inputs.experts)
+    return inputs.map_rows(lambda x: _slice(x, blocks.start[i], blocks.size))._replace(experts=experts)
 
 
 def forward(inputs: Inputs, group_sizes: Int[Array, "E"], activation: str) -> Float[Array, "R D"]:
@@ -82,15 +83,17 @@ def forward(inputs: Inputs, group_sizes: Int[Array, "E"], activation: str) -> Fl
 
     def step(i: Array, out: Array) -> Array:
         y = jnp.where(blocks.mine(i), swiglu(_block(padded, blocks, i), activation), 0)
-        return jax.lax.dynamic_update_slice_in_dim(out, y.astype(out.dtype), blocks.start[i], axis=0)
+        return jax.lax.dynamic_update_slice_in_dim(out, y, blocks.start[i], axis=0)
 
-    return jax.lax.fori_loop(0, blocks.count, step, jnp.zeros_like(padded.rows))[:rows]
+    # In fp32, for the reason `_slice` gives.
+    out = jax.lax.fori_loop(0, blocks.count, step, jnp.zeros_like(padded.rows, jnp.float32))
+    return out[:rows].astype(inputs.rows.dtype)
 
 
 def backward(
     inputs: Inputs, group_sizes: Int[Array, "E"], activation: str, grad_out: Float[Array, "R D"], wanted: Wanted
 ) -> list[Array]:
-    """The gradients of the wanted leaves of `inputs`; recomputes hidden rows, and sums those of weights in fp32."""
+    """The gradients of the wanted leaves of `inputs`; recomputes hidden rows, and sums in fp32."""
     rows = len(inputs.rows)
     blocks = _blocks(group_sizes, rows)
     padded = inputs.map_rows(lambda x: _with_slack(x, blocks))
@@ -104,19 +107,18 @@ def backward(
             return swiglu(jax.tree.unflatten(tree, wanted.put(values, block)), activation)
 
         # Rows past the expert's end are another's: without the mask they would leak into this expert's weights.
-        dy = jnp.where(blocks.mine(i), _widen(_rows_of(grad_padded, blocks, i)), 0)
+        dy = jnp.where(blocks.mine(i), _slice(grad_padded, blocks.start[i], blocks.size), 0)
         (pieces,) = jax.vjp(of_wanted, wanted.of(block))[1](dy)
         return [
-            jax.lax.dynamic_update_slice_in_dim(grad, piece.astype(grad.dtype), blocks.start[i], axis=0)
+            jax.lax.dynamic_update_slice_in_dim(grad, piece, blocks.start[i], axis=0)
             if own_rows
             else grad.at[blocks.expert[i]].add(piece)
             for own_rows, grad, piece in zip(by_row, grads, pieces, strict=True)
         ]
 
     leaves = wanted.of(jax.tree.leaves(padded))
-    zeros = [jnp.zeros_like(leaf, None if own else jnp.float32) for own, leaf in zip(by_row, leaves, strict=True)]
-    grads = jax.lax.fori_loop(0, blocks.count, step, zeros)
+    grads = jax.lax.fori_loop(0, blocks.count, step, [jnp.zeros_like(leaf, jnp.float32) for leaf in leaves])
     return [
-        grad[:rows] if own_rows else grad.astype(leaf.dtype)
+        (grad[:rows] if own_rows else grad).astype(leaf.dtype)
         for own_rows, grad, leaf in zip(by_row, grads, leaves, strict=True)
     ]

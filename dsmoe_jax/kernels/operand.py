@@ -29,9 +29,9 @@ class Quantized:
     quantised in turn, with what was taken from them first as `offset` (double quantisation, arXiv 2305.14314, §3).
     """
 
-    codes: Array  # [E, O, I], packed [E, O, I / 2]; those of scales [E, n]
+    codes: Any  # Int[E, O, I], packed [E, O, I / 2]; those of scales [E, n]
     scales: Any  # Float[E, …] or Quantized: ⌈O·I / tile⌉ per expert, the last tile may be short
-    offset: Array | None = None  # Float[E]
+    offset: Any = None  # Float[E]
     tile: int = dataclasses.field(default=64, metadata=_STATIC)
     codebook: tuple[float, ...] | None = dataclasses.field(default=None, metadata=_STATIC)
 
@@ -59,12 +59,12 @@ class LowRank:
     """base + scale · b a, never multiplied out: (x aᵀ) bᵀ costs r·(O + I) a row, where b a costs r·O·I an expert."""
 
     base: Any  # Float[E, O, I] or Quantized
-    a: Array  # [E, r, I]
-    b: Array  # [E, O, r]
+    a: Any  # Float[E, r, I]
+    b: Any  # Float[E, O, r]
     scale: float = dataclasses.field(default=1.0, metadata=_STATIC)  # α / r, or α / √r (rsLoRA)
 
 
-Operand: TypeAlias = Array | Quantized | LowRank  # [E, O, I]
+Operand: TypeAlias = Array | Quantized | LowRank  # [E, O, I]; within JAX's transformations leaves may be no arrays
 
 
 class Experts(NamedTuple):

@@ -47,13 +47,13 @@ class Attention(nnx.Module):
         k = _by_head(rotate(self.k(x).reshape(B, T, self.kv_heads, self.head_dim), rotation))
         v = _by_head(self.v(x).reshape(B, T, self.kv_heads, self.head_dim))
         if cache is not None:
-            cache = cache.write(k, v, start)
+            cache = cache.write(*(new.reshape(-1, T, self.head_dim) for new in (k, v)), start)
             if start is not None:
-                k, v = cache.k.astype(x.dtype), cache.v.astype(x.dtype)
+                by_row = (B, self.kv_heads, -1, self.head_dim)
+                k, v = (slots.reshape(by_row).astype(x.dtype) for slots in cache)
         out = attention(q, k, v, mask, causal=start is None, dropout=self.dropout, dropout_key=dropout_key)
         return self.o(out.reshape(B, T, -1)), cache
 
 
-def _by_head(x: Float[Array, "B T K H"]) -> Float[Array, "BK T H"]:
-    B, T, K, H = x.shape
-    return x.transpose(0, 2, 1, 3).reshape(B * K, T, H)
+def _by_head(x: Float[Array, "B T K H"]) -> Float[Array, "B K T H"]:
+    return x.transpose(0, 2, 1, 3)

@@ -14,11 +14,11 @@ from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from dsmoe_jax.axes import Array, Bool, Float, Int
 from dsmoe_jax.kernels.expert_ffn import expert_ffn
-from dsmoe_jax.kernels.operand import EXPERT_AXES, Experts, Wanted, leaf_axes
+from dsmoe_jax.kernels.operand import EXPERT_AXES, Experts, LowRank, Quantized, Wanted, leaf_axes
 from dsmoe_jax.sharding import AXIS_NAMES, BATCH_AXES, EXPERT, FSDP, TENSOR, check_divides, current_mesh, spec
 
 _DEFAULT_FACTOR: Final = 1.5
@@ -166,7 +166,7 @@ class _Gather:
         factor = self.options.buffer_factor
         if self.ways == 1 or (factor is None and rows * self.ways <= _FEW_ROWS):
             return rows
-        return min(rows, math.ceil((_DEFAULT_FACTOR if factor is None else factor) * share))
+        return math.ceil(min(rows, (_DEFAULT_FACTOR if factor is None else factor) * share))
 
     def serve(self, ordered: Sorted, x: Array, weights: Array, experts: Experts) -> Float[Array, "M D"]:
         """Rows through the experts of this device, summed by token, in fp32."""
@@ -239,11 +239,14 @@ def _routed_forward(plan: _Plan, *operands: Any):
 def _routed_backward(plan: _Plan, saved: tuple[Any, Wanted], grads: tuple[Array, Any]):
     """Gathers again and repeats the passes: between forward and backward nothing is kept but the inputs."""
     (x, weights, experts, ids), wanted = saved
-    strategy = plan.strategy
+    strategy, grad = plan.strategy, grads[0]
+    if plan.mesh_axes:
+        # Without it the compiler sees the same gathers twice, makes one of them, and keeps every layer's result.
+        (x, weights, experts), grad = jax.lax.optimization_barrier(((x, weights, experts), grad))
     ordered, size, most = strategy.order(ids)
     stored, tree = jax.tree.flatten((x, weights, experts))
     leaves = jax.tree.leaves((strategy.enter(x), strategy.enter(weights), _whole(plan, experts)))
-    grad = strategy.enter(grads[0])  # the gradient of `leave`
+    grad = strategy.enter(grad)  # the gradient of `leave`
 
     def one_pass(index: Any) -> list[Array]:
         def of_wanted(values: list[Array]) -> Array:
@@ -323,11 +326,8 @@ def routed_experts(
         y, extra = _routed(_Plan(strategy, (None,) * len(leaves)), x, weights, experts, ids)
         return y.astype(x.dtype), extra
 
-    axes = [axes for operand, own in zip(experts, EXPERT_AXES, strict=True) for axes in leaf_axes(operand, own)]
-    specs = [spec(own) for own in axes]
+    specs = _specs(experts, mesh)
     parted = tuple(own.index(FSDP) if FSDP in own else None for own in specs)
-    for leaf, own in zip(leaves, axes, strict=True):
-        check_divides("an operand of the routed experts", leaf.shape, own, mesh)
     plan = _Plan(strategy, parted, AXIS_NAMES)
 
     def on_device(x: Array, ids: Array, weights: Array, *leaves: Array) -> tuple[Array, Array]:
@@ -343,6 +343,19 @@ def routed_experts(
     on_mesh = jax.shard_map(on_device, in_specs=(tokens, tokens, tokens, *specs), out_specs=(tokens, PartitionSpec()))
     y, extra = on_mesh(x_padded, ids, weights, *leaves)
     return y[: len(x)].astype(x.dtype), extra
+
+
+def _specs(experts: Experts, mesh: AbstractMesh) -> list[PartitionSpec]:
+    """How each leaf of the operands lies on the mesh."""
+    specs = []
+    for name, operand, axes in zip(Experts._fields, experts, EXPERT_AXES, strict=True):
+        name, base = f"{name} of the routed experts", operand.base if isinstance(operand, LowRank) else operand
+        if isinstance(base, Quantized) and (ways := mesh.shape[TENSOR]) > 1:  # whole on each, it would count that often
+            raise ValueError(f"{name} is quantised and cannot be split over tensor={ways}")
+        for leaf, own in zip(jax.tree.leaves(operand), leaf_axes(operand, axes), strict=True):
+            check_divides(name, leaf.shape, own, mesh)
+            specs.append(spec(own))
+    return specs
 
 
 def _varying(value: Array, axes: Sequence[str]) -> Array:
