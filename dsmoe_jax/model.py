@@ -23,7 +23,7 @@ from dsmoe_jax.layers.norm import RMSNorm
 from dsmoe_jax.layers.rope import rotation
 from dsmoe_jax.layers.router import Routing
 from dsmoe_jax.layers.weights import Initializer, Linear, weight
-from dsmoe_jax.sharding import MeshConfig, as_mesh, constrain, mesh_of, sharding
+from dsmoe_jax.sharding import MeshConfig, as_mesh, check_divides, constrain, mesh_of, sharding
 
 _STATES: Final = ("batch", None, None)  # the logical axes of hidden states
 
@@ -222,8 +222,14 @@ def abstract(config: ModelConfig) -> tuple[Any, dict[str, ParamSpec]]:
 
 
 def shardings(config: ModelConfig, mesh: Mesh | MeshConfig | None) -> dict[str, Sharding]:
-    """Where every parameter lies on the mesh, or on the default device."""
+    """Where every parameter lies on the mesh, or on the default device.
+
+    Raises `ValueError` naming the size that does not divide; a head is never split.
+    """
     mesh = as_mesh(mesh)
+    if mesh is not None:
+        check_divides("num_attention_heads", (config.num_attention_heads,), ("heads",), mesh)
+        check_divides("num_key_value_heads", (config.num_kv_heads,), ("kv_heads",), mesh)
     return {name: sharding(name, spec.shape, spec.axes, mesh) for name, spec in abstract(config)[1].items()}
 
 

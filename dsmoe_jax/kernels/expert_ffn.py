@@ -144,7 +144,8 @@ def choose(platform: str, dtype: Any, rows: int, experts: int, backend: str | No
     if not asked:
         width = "float32" if jnp.dtype(dtype) == jnp.float32 else "bfloat16"
         key = (platform, width, "few" if rows <= experts else "many")
-        legs, reason = LEGS.get(key, Legs("ragged", "ragged", "ragged")), f"{platform}, {jnp.dtype(dtype)}, {key[2]} rows"
+        legs = LEGS.get(key, Legs("ragged", "ragged", "ragged"))
+        reason = f"{platform}, {jnp.dtype(dtype)}, {key[2]} rows"
     else:
         names = asked.split(",")
         for name in names:

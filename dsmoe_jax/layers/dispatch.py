@@ -219,7 +219,10 @@ class _Plan(NamedTuple):
     mesh_axes: tuple[str, ...] = ()  # none: a device on its own
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+_with_own_gradient: Any = functools.partial(jax.custom_vjp, nondiff_argnums=(0,))  # pyright has no type for its result
+
+
+@_with_own_gradient
 def _routed(plan: _Plan, x: Array, weights: Array, experts: Experts, ids: Array) -> tuple[Array, Array]:
     """A device's part of `routed_experts`: the sums for its own tokens, in fp32, and the number of extra passes."""
     strategy = plan.strategy
@@ -311,7 +314,8 @@ def routed_experts(
     Under a mesh (`jax.set_mesh`) tokens are split over its data, fsdp and expert axes, experts over its expert axis,
     their width over its tensor axis; operands are taken as they are stored and completed along fsdp here, so that
     their gradients are reduce-scattered. The numbers are those of one device. Raises `ValueError` for a strategy that
-    does not exist, a buffer factor that is not positive, and operands that do not divide over the mesh.
+    does not exist, a buffer factor that is not positive, and operands that do not divide over the mesh (quantised ones
+    do not over tensor).
     """
     mesh, count = current_mesh(), jax.tree.leaves(experts)[0].shape[0]
     ways = mesh.shape[EXPERT] if mesh else 1
@@ -340,7 +344,8 @@ def routed_experts(
     # Tokens that are missing to an even split visit nobody.
     x_padded, weights = (jnp.pad(values, ((0, missing), (0, 0))) for values in (x, weights))
     ids = jnp.pad(ids, ((0, missing), (0, 0)), constant_values=count)
-    on_mesh = jax.shard_map(on_device, in_specs=(tokens, tokens, tokens, *specs), out_specs=(tokens, PartitionSpec()))
+    split = {"in_specs": (tokens, tokens, tokens, *specs), "out_specs": (tokens, PartitionSpec())}
+    on_mesh = jax.jit(jax.shard_map(on_device, **split))  # outside of a jit JAX has no shard_map of a `custom_vjp`
     y, extra = on_mesh(x_padded, ids, weights, *leaves)
     return y[: len(x)].astype(x.dtype), extra
 

@@ -1,6 +1,7 @@
 """The slow obvious twin: the whole model in float64 NumPy, one token, one head and one expert at a time.
 
-Start at `forward`, then `moe`. Nothing here is shared with the model but its parameters' names and layout, [out, in].
+Start at `forward`, then `moe`; for the kernels at `expert_ffn`, then `dense`. Nothing here is shared with the model but
+its parameters' names and layout, [out, in].
 """
 
 import dataclasses
@@ -12,9 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.kernels.operand import LowRank, Quantized
 from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, split
 
 Params = Mapping[str, np.ndarray]
+
+TILE = 10  # of 4-bit operands: divides no row and no expert of the tests
 
 
 @dataclasses.dataclass
@@ -72,40 +76,99 @@ def moe(config: ModelConfig, params: Params, x: np.ndarray) -> tuple[np.ndarray,
 
 
 def expert_ffn(
-    rows: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray, group_sizes: Any, activation: str
+    rows: np.ndarray,
+    weights: np.ndarray,
+    gate: np.ndarray,
+    up: np.ndarray,
+    down: np.ndarray,
+    group_sizes: Any,
+    activation: str,
 ) -> np.ndarray:
     """The routed experts on sorted rows: each expert takes the next `group_sizes[e]` of them, the rest are zeros."""
     out, start = np.zeros(rows.shape), 0
     for e, size in enumerate(group_sizes):
-        out[start : start + size] = swiglu(rows[start : start + size], gate[e], up[e], down[e], activation)
+        mine = slice(start, start + size)
+        out[mine] = weights[mine, None] * swiglu(rows[mine], gate[e], up[e], down[e], activation)
         start += size
     return out
 
 
 def expert_ffn_grads(
     rows: np.ndarray,
+    weights: np.ndarray,
     gate: np.ndarray,
     up: np.ndarray,
     down: np.ndarray,
     group_sizes: Any,
     activation: str,
     grad_out: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+) -> list[np.ndarray]:
     """The gradients of `expert_ffn` by hand; only the activation's slope is taken numerically."""
     act, h = ACTIVATIONS[activation], 1e-6
-    d_rows, d_gate, d_up, d_down = (np.zeros(array.shape) for array in (rows, gate, up, down))
+    grads = [np.zeros(array.shape) for array in (rows, weights, gate, up, down)]
+    d_rows, d_weights, d_gate, d_up, d_down = grads
     start = 0
     for e, size in enumerate(group_sizes):
         mine = slice(start, start + size)
-        x, dy = rows[mine], grad_out[mine]
+        x, dy = rows[mine], weights[mine, None] * grad_out[mine]
         g, u = x @ gate[e].T, x @ up[e].T
+        d_weights[mine] = (grad_out[mine] * swiglu(x, gate[e], up[e], down[e], activation)).sum(axis=1)
         d_down[e] = dy.T @ (act(g) * u)
         dg = dy @ down[e] * u * (act(g + h) - act(g - h)) / (2 * h)
         du = dy @ down[e] * act(g)
         d_gate[e], d_up[e] = dg.T @ x, du.T @ x
         d_rows[mine] = dg @ gate[e] + du @ up[e]
         start += size
-    return d_rows, d_gate, d_up, d_down
+    return grads
+
+
+def dense(operand: Any) -> np.ndarray:
+    """The weights [E, O, I] that a dense, quantised or low-rank operand stands for."""
+    if hasattr(operand, "base"):
+        a, b = np.asarray(operand.a, np.float64), np.asarray(operand.b, np.float64)
+        return dense(operand.base) + operand.scale * np.stack([b[e] @ a[e] for e in range(len(a))])
+    return dequantize(operand) if hasattr(operand, "codes") else np.asarray(operand, np.float64)
+
+
+def dequantize(quantized: Any) -> np.ndarray:
+    """A `Quantized` of all experts, one code at a time."""
+    scales, units = dense(quantized.scales), unscaled(quantized)
+    values = np.zeros(units.shape)
+    for e in range(len(units)):
+        for n, unit in enumerate(units[e].flat):
+            values[e].flat[n] = unit * scales[e].flat[n // quantized.tile]
+            if quantized.offset is not None:
+                values[e].flat[n] += float(quantized.offset[e])
+    return values
+
+
+def unscaled(quantized: Any) -> np.ndarray:
+    """What the codes of a `Quantized` stand for, before scales."""
+    codes, codebook = np.asarray(quantized.codes), quantized.codebook
+    if codebook is None:
+        return codes.astype(np.float64)
+    numbers = codes.ravel().tolist()
+    if len(codebook) == 16:
+        numbers = [half for byte in numbers for half in divmod(byte, 16)]
+    return np.array([codebook[number] for number in numbers], np.float64).reshape(*codes.shape[:-1], -1)
+
+
+def operand_grads(name: str, operand: Any, grad: np.ndarray) -> dict[str, np.ndarray]:
+    """From the gradient of what an operand stands for, those of its float leaves, by their paths."""
+    if hasattr(operand, "base"):
+        a, b = np.asarray(operand.a, np.float64), np.asarray(operand.b, np.float64)
+        return operand_grads(f"{name}.base", operand.base, grad) | {
+            f"{name}.a": operand.scale * np.stack([b[e].T @ grad[e] for e in range(len(grad))]),
+            f"{name}.b": operand.scale * np.stack([grad[e] @ a[e].T for e in range(len(grad))]),
+        }
+    if not hasattr(operand, "codes"):
+        return {name: grad}
+    units, of_scales = unscaled(operand), np.zeros(dense(operand.scales).shape)
+    for e in range(len(units)):
+        for n, unit in enumerate(units[e].flat):
+            of_scales[e].flat[n // operand.tile] += unit * grad[e].flat[n]
+    of_offset = {} if operand.offset is None else {f"{name}.offset": np.array([one.sum() for one in grad])}
+    return operand_grads(f"{name}.scales", operand.scales, of_scales) | of_offset
 
 
 def swiglu(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray, activation: str) -> np.ndarray:
@@ -199,3 +262,32 @@ def random_model(config: ModelConfig, seed: int = 0, dtype=jnp.float32) -> DeepS
             values = values / math.sqrt(spec.shape[-1])
         params[name] = jnp.asarray(values, dtype)
     return assemble(config, params)
+
+
+def random_operand(kind: str, shape: tuple[int, int, int], rng: np.random.Generator, dtype: Any = jnp.float32) -> Any:
+    """An operand of this kind, [E, O, I], that keeps the size of its input; `dtype` is that of dense weights."""
+    experts, out, into = shape
+    size, tiles = 1 / math.sqrt(into), math.ceil(out * into / TILE)
+    match kind.split(" over "):
+        case ["dense"]:
+            return jnp.asarray(size * rng.normal(size=shape), dtype)
+        case ["int8"]:  # a scale for each output
+            scales = jnp.asarray(size * rng.uniform(0.01, 0.03, (experts, out, 1)), jnp.float32)
+            return Quantized(jnp.asarray(rng.integers(-128, 128, shape), jnp.int8), scales, tile=into)
+        case ["4-bit" | "double" as kind]:  # tiles that run across rows; the last one may be short
+            scales = jnp.asarray(size * rng.uniform(1, 3, (experts, tiles)), jnp.float32)
+            if kind == "double":
+                scales = Quantized(
+                    jnp.asarray(rng.integers(0, 256, (experts, tiles)), jnp.uint8),
+                    jnp.asarray(size * rng.uniform(0.5, 1, (experts, math.ceil(tiles / 4))), jnp.float32),
+                    offset=jnp.asarray(size * rng.uniform(1.5, 2, experts), jnp.float32),
+                    tile=4,
+                    codebook=tuple(np.linspace(-1, 1, 256).tolist()),
+                )
+            codes = jnp.asarray(rng.integers(0, 256, (experts, out, into // 2)), jnp.uint8)
+            return Quantized(codes, scales, tile=TILE, codebook=tuple(np.linspace(-1, 1.2, 16).tolist()))
+        case ["low-rank", base]:
+            a, b = rng.normal(size=(experts, 3, into)), rng.normal(size=(experts, out, 3))
+            base = random_operand(base, shape, rng, dtype)
+            return LowRank(base, jnp.asarray(size * a, jnp.float32), jnp.asarray(b, jnp.float32), scale=0.5)
+    raise ValueError(f"no operand of kind {kind!r}")

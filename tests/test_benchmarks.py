@@ -1,0 +1,230 @@
+"""The parts of `tests.benchmarks`: figures, counted work, tables, options; and that the PyTorch twin is a twin."""
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.convert import load_hf
+from tests.benchmarks import __main__ as command
+from tests.benchmarks import plan, report
+from tests.benchmarks.children import CONTENDERS
+from tests.benchmarks.inputs import batch
+from tests.benchmarks.timing import ratios, spread
+from tests.helpers.hf_folder import random_params, tiny, write_hf
+
+LOGITS = 1e-4  # absolute, on logits of rms 1: two right fp32 implementations are near 1e-6 apart
+
+
+def test_a_spread_is_median_quartiles_and_range():
+    assert spread([4.0, 1.0, 3.0, 2.0, 5.0]) == (3.0, 2.0, 4.0, 1.0, 5.0)
+    assert spread([7.0]) == (7.0,) * 5
+
+
+def test_ratios_are_taken_turn_by_turn():
+    # The machine was twice as slow in the second turn: the ratio does not see it.
+    assert ratios([2.0, 4.0], [1.0, 2.0]) == [2.0, 2.0]
+
+
+def test_the_benchs_work_is_what_a_hand_counts():
+    config = ModelConfig.preset("bench")
+    attention = 4 * 2 * 512 * 512 + 2 * 2 * 512 * 513 // 2  # q, k, v, o; scores and their sum over 256.5 keys
+    dense = 3 * 2 * 512 * 2736
+    moe = 2 * 512 * 64 + (6 + 2) * 3 * 2 * 512 * 352  # router; six routed experts, two shared
+    head = 2 * 512 * 8192
+
+    assert plan.flops(config, 1, 512, head_tokens=1) == 512 * (8 * attention + dense + 7 * moe) + head
+    assert plan.flops(config, 1, 512) == 512 * (8 * attention + dense + 7 * moe + head)
+    assert plan.task_flops(config)["train"] == 3 * 4 * plan.flops(config, 1, 256)
+
+
+def test_fewer_key_value_heads_and_no_experts_are_less_work():
+    whole = ModelConfig.preset("bench")
+    grouped = dataclasses.replace(whole, num_key_value_heads=4)
+
+    assert plan.flops(whole, 1, 1) - plan.flops(grouped, 1, 1) == 8 * 2 * 2 * 512 * (512 - 128)
+    assert (
+        plan.flops(tiny(n_routed_experts=None), 1, 1)
+        == 2 * (2 * 32 * 8 * (4 + 2) * 2 + 4 * 32 + 6 * 32 * 48) + 2 * 32 * 64
+    )
+
+
+@pytest.mark.parametrize(
+    ("sense", "bar", "aim", "ratio", "expected"),
+    [
+        ("at least", 1.3, 2.5, 1.2, "MISSED"),
+        ("at least", 1.3, 2.5, 1.3, "held"),
+        ("at least", 1.3, 2.5, 2.6, "aim"),
+        ("at most", 1.6, 1.15, 1.7, "MISSED"),
+        ("at most", 1.6, 1.15, 1.5, "held"),
+        ("at most", 1.6, 1.15, 1.1, "aim"),
+        ("at most", 1.2, None, 1.1, "held"),
+        ("at most", None, None, 9.0, ""),
+    ],
+)
+def test_a_ratio_stands_before_its_bar_at_it_or_at_its_aim(sense: Any, bar, aim, ratio: float, expected: str):
+    assert report.verdict(plan.Bar("train", "twin", "ours", sense, bar, aim), ratio) == expected
+
+
+def test_every_bar_and_area_speaks_of_contenders_that_exist():
+    for area in plan.AREAS.values():
+        assert set(area.contenders) <= set(CONTENDERS)
+    for bar in plan.BARS:
+        assert {bar.above, bar.below} <= {*plan.AREAS[bar.area].contenders, plan.FLOOR}
+
+
+def results() -> dict[str, Any]:
+    """As `measure` returns them, with figures that are easy to check by eye."""
+    area = {
+        "tokens": 64,
+        "rounds_taken": 3,
+        "disturbance": [0.0, 0.04],
+        "peak_bytes": {"ours": 2**30, "twin": 2**31},
+        "limits": {"read": [40e9, 50e9], "copy": [30e9, 30e9], "matmul": [400e9, 400e9]},
+        "floor_bytes": 12_000_000_000,
+        "answers": {"ours": [[1, 2], [3, 4]], "twin": [[1, 2], [3, 5]]},
+        "seconds": {"ours": [0.5, 0.25], "twin": [1.0, 1.0], "floor": [0.25, 0.2]},
+    }
+    return {
+        "date": "2030-01-02",
+        "minutes": 3.2,
+        "command": "python -m tests.benchmarks",
+        "environment": {"A": "1"},
+        "commit": "abc",
+        "hardware": {"cpu": "a fast one", "cores": "2"},
+        "versions": {"jax": "0.10.1"},
+        "checks": {"logits, training": 3e-6},
+        "areas": {"decode b=1": area},
+    }
+
+
+def test_the_report_says_what_was_measured():
+    page = report.markdown(results())
+
+    for line in (
+        "# Benchmarks on CPU, 2030-01-02",
+        "- hardware: cpu a fast one, cores 2",
+        "| decode b=1 | twin / ours | 3 | 2.5 … 3.5 | 2 … 4 | 4 | ≥ 1.8 | ≥ 2.5 | aim |",
+        "| decode b=1 | ours / floor | 1.62 | 1.44 … 1.81 | 1.25 … 2 | 1.25 | ≤ 1.6 | ≤ 1.15 | MISSED |",
+        "| decode b=1 | ours | 171 | 375 | 312.5 … 437.5 | 250 … 500 | 2 | 1.00 |",
+        "| decode b=1 | 45 (40 … 50) | 30 (30 … 30) | 400 (400 … 400) | 12 GB read | 2 of 3 | 4% |",
+        "| logits, training | 3.0e-06 apart |",
+        "| greedy tokens, decode b=1 | 3 of 4 equal |",
+    ):
+        assert line in page.splitlines()
+
+
+def test_the_report_is_written_twice_and_dated(tmp_path):
+    data, page = report.write(results(), tmp_path / "new")
+
+    assert (data.name, page.name) == ("2030-01-02-cpu.json", "2030-01-02-cpu.md")
+    assert json.loads(data.read_text())["bars"][0]["ratio"]["median"] == 3.0
+
+
+def test_a_verdict_from_a_restless_machine_says_so():
+    restless = results()
+    restless["areas"]["decode b=1"]["disturbance"] = [0.0, 0.5]
+
+    assert "| aim, disturbed |" in report.markdown(restless)
+
+
+def test_without_the_peers_there_are_no_ratios_to_them():
+    alone = results()
+    alone["areas"]["decode b=1"]["seconds"].pop("twin")
+
+    assert "twin / ours" not in report.markdown(alone)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--rounds", "0"], "--rounds must be at least 1, not 0"),
+        (["--rounds", "many"], "argument --rounds: invalid int value: 'many'"),
+        (["--only", "prefill,decode"], "--only 'decode' does not exist, only prefill, decode1"),
+        (["--contenders", ""], "--contenders '' does not exist, only ours, twin, transformers"),
+        (["--out", __file__], "is not a directory"),
+        (["--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_a_bad_option_is_one_line_and_exit_code_2(arguments: list[str], told: str, capsys):
+    try:
+        code = command.main(arguments)
+    except SystemExit as exited:  # what argparse finds itself
+        code = exited.code
+
+    error = capsys.readouterr().err
+    assert code == 2
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_a_missing_package_names_the_extra(monkeypatch, capsys):
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda package: None)
+
+    assert command.main(["--contenders", "ours,twin"]) == 2
+    assert capsys.readouterr().err == (
+        "tests.benchmarks: twin needs torch: pip install -e '.[bench]', or leave it out (--contenders)\n"
+    )
+
+
+class Recorded:
+    """A child whose turns are written down beforehand: (figure, share of the machine that others took)."""
+
+    def __init__(self, *turns: tuple[float, float]):
+        self.turns = list(turns)
+
+    def take_turn(self, action: str) -> tuple[float, float]:
+        return self.turns.pop(0)
+
+
+def test_rounds_go_on_until_enough_were_quiet():
+    children: Any = {"ours": Recorded((1.0, 0.0), (9.0, 0.8), (2.0, 0.01), (3.0, 0.0))}
+
+    rounds, taken = command.take_rounds(2, [("ours", "ours", "run")], children)
+
+    assert [round.figures["ours"] for round in rounds] == [1.0, 2.0]
+    assert taken == 3
+
+
+def test_on_a_restless_machine_the_least_disturbed_rounds_count():
+    children: Any = {"ours": Recorded(*((float(i), share) for i, share in enumerate([0.9, 0.2, 0.5, 0.3])))}
+
+    rounds, taken = command.take_rounds(2, [("ours", "ours", "run")], children)
+
+    assert [round.figures["ours"] for round in rounds] == [1.0, 3.0]
+    assert taken == 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"norm_topk_prob": True}, {"attention_bias": True, "n_shared_experts": None, "moe_layer_freq": 2}],
+    ids=["plain", "norm_topk_prob", "biases, no shared experts"],
+)
+def test_the_pytorch_twins_logits_are_ours(tmp_path, changes: dict[str, Any]):
+    pytest.importorskip("torch", reason="the twin is PyTorch: pip install -e '.[bench]'")
+    from tests.benchmarks.peer_torch import load_twin, twin_peer
+    from tests.benchmarks.torch_tasks import decoded_logits, training_logits
+
+    config = tiny(num_hidden_layers=3, **changes)
+    folder = write_hf(tmp_path, config, random_params(config))
+    twin = twin_peer(load_twin(folder))
+    ids = batch(config, 3, 12)
+
+    want = np.asarray(load_hf(folder)(ids).logits)
+
+    np.testing.assert_allclose(training_logits(twin, ids), want, rtol=0, atol=LOGITS)
+    np.testing.assert_allclose(decoded_logits(twin, ids), want[:, 5:], rtol=0, atol=LOGITS)
+
+
+def test_the_twin_refuses_a_checkpoint_that_lacks_a_tensor(tmp_path):
+    pytest.importorskip("torch", reason="the twin is PyTorch: pip install -e '.[bench]'")
+    from tests.benchmarks.peer_torch import load_twin
+
+    folder = write_hf(tmp_path, tiny(), random_params(tiny()))
+    (folder / "config.json").write_text(json.dumps(tiny(num_hidden_layers=3).to_dict()))
+
+    with pytest.raises(RuntimeError, match=r"Missing key.*layers\.2"):
+        load_twin(folder)
