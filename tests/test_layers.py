@@ -378,7 +378,7 @@ def test_a_query_that_may_read_nothing_gives_finite_values_and_gradients(dtype: 
         np.testing.assert_allclose(out[0, 2], v[0].mean(axis=0), rtol=0, atol=FP32)
 
 
-@pytest.mark.parametrize("tokens", [5, 128, 300])
+@pytest.mark.parametrize("tokens", [5, 64, 150])
 def test_causal_attention_in_chunks_is_that_of_the_whole_mask(tokens: int):
     q, k, v = (normal(B, tokens, heads, H, seed=heads) for heads in (4, 2, 2))
     real = np.arange(tokens)[None] < np.array([[tokens], [tokens - 2]])

@@ -1,23 +1,32 @@
 """The mesh and the table of axes: who gets which part of which array, and that it changes no result.
 
-Start at `test_a_sharded_model_answers_as_on_one_device`.
+Start at `test_loss_and_all_gradients_equal_one_device`; `test_dispatch.py` does the same for the routed experts alone.
 """
 
+import functools
+import itertools
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
 
+from dsmoe_jax.checkpoint import load, save
 from dsmoe_jax.convert import load_hf
 from dsmoe_jax.generate import Generator
-from dsmoe_jax.model import DeepSeekMoE, shardings, split
-from dsmoe_jax.sharding import MeshConfig, make_mesh
+from dsmoe_jax.layers.dispatch import STRATEGIES, Dispatch
+from dsmoe_jax.model import DeepSeekMoE, assemble, merge, shardings, split
+from dsmoe_jax.sharding import MeshConfig, make_mesh, place_batch
+from dsmoe_jax.train import balance_loss, cross_entropy
 from tests.helpers import golden
 from tests.helpers.hf_folder import random_params, tiny, write_hf
-from tests.helpers.meshes import MESHES, check_parts, check_placement
+from tests.helpers.meshes import MESHES, check_parts, check_placement, on_mesh
+from tests.helpers.reference import random_model
 
 LOGITS = 1e-5  # absolute, sharded against whole: the same sums in another order, logits of rms 2
+DRAWN = 1e-6  # relative: the same random bits, but how a formula's last bit is rounded depends on the part's shape
+TRAINING = 1e-5  # absolute, on a loss near 5 and gradients below 1: the same
 
 # Tests that compile for each mesh take fewer of them: between them, these split over every axis.
 every_mesh = pytest.mark.parametrize("mesh", MESHES)
@@ -93,12 +102,47 @@ def test_a_mesh_that_does_not_fit_is_refused_with_its_numbers(config: MeshConfig
             r"layers\.1\.moe\.experts\.\w+: expert_ffn of size 15 does not divide over tensor=2",
         ),
         ({"vocab_size": 63}, MeshConfig(fsdp=4, tensor=2), r"embed: vocab of size 63 does not divide over tensor=2"),
+        (  # 4 heads of 8: their 32 outputs would divide
+            {},
+            MeshConfig(fsdp=1, tensor=8),
+            r"num_attention_heads: heads of size 4 does not divide over tensor=8",
+        ),
+        (
+            {},
+            MeshConfig(fsdp=2, tensor=4),
+            r"num_key_value_heads: kv_heads of size 2 does not divide over tensor=4",
+        ),
     ],
-    ids=["embed", "experts", "expert_ffn", "vocab"],
+    ids=["embed", "experts", "expert_ffn", "vocab", "heads", "kv_heads"],
 )
 def test_a_size_that_does_not_divide_is_refused_by_the_name_of_its_array(changes: dict, mesh: MeshConfig, reason: str):
     with pytest.raises(ValueError, match=reason):
         shardings(tiny(**changes), mesh)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "ways"),
+    [
+        ("fsdp=8", "data=1 · fsdp=8 · expert=1"),
+        ("expert=2,tensor=2,fsdp=2", "data=1 · fsdp=2 · expert=2"),
+        ("data=2,expert=4", "data=2 · fsdp=1 · expert=4"),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_refused_with_its_numbers(mesh: str, ways: str):
+    with pytest.raises(ValueError, match=f"^batch: batch of size 6 does not divide over {ways}$"):
+        place_batch(make_mesh(MESHES[mesh]), np.ones((6, 4), np.int32))
+
+
+@every_mesh
+def test_a_batch_is_split_over_all_axes_but_tensor(mesh: str):
+    ids, mask = np.arange(8 * 3).reshape(8, 3), np.ones((8, 3))
+
+    placed = place_batch(make_mesh(MESHES[mesh]), ids, mask)
+
+    rows = 8 * MESHES[mesh].tensor // 8
+    for array, want in zip(placed, (ids, mask), strict=True):
+        np.testing.assert_array_equal(array, want)
+        assert {shard.data.shape for shard in array.addressable_shards} == {(rows, 3)}
 
 
 @every_mesh
@@ -124,14 +168,135 @@ def test_fresh_weights_are_placed_and_the_same_on_every_mesh(mesh: str):
 
     check_placement(model, mesh)
     for name, array in split(model)[1].items():
-        np.testing.assert_array_equal(array, want[name])
+        np.testing.assert_allclose(array, want[name], rtol=DRAWN, atol=0, err_msg=name)
 
 
 # Results
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=8", "expert=4,fsdp=2", "expert=2,tensor=2,fsdp=2"])
-def test_a_sharded_model_answers_as_on_one_device(mesh: str):
+class Step(NamedTuple):
+    loss: Any
+    logits: Any
+    grads: dict[str, Any]
+    extra_passes: list[int]
+
+
+CONFIG = tiny(num_experts_per_tok=3, aux_loss_alpha=0.1)
+IDS = np.random.default_rng(0).integers(2, CONFIG.vocab_size, (8, 6)).astype(np.int32)
+
+
+def model_on(mesh: str | None, options: Dispatch = Dispatch()) -> DeepSeekMoE:  # noqa: B008 (immutable)
+    """One model, wherever it lies."""
+    model = random_model(CONFIG)
+    if mesh is not None:
+        places = shardings(CONFIG, MESHES[mesh])
+        model = assemble(CONFIG, {name: jax.device_put(array, places[name]) for name, array in split(model)[1].items()})
+    model.set_attributes(dispatch=options)
+    return model
+
+
+def step(mesh: str | None, options: Dispatch = Dispatch()) -> Step:  # noqa: B008 (immutable)
+    """What one step of training computes: cross-entropy, balance losses and the gradient of every parameter."""
+    graph, params = split(model_on(mesh, options))
+
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss_of(params: dict[str, Any], ids: Any):
+        model = merge(graph, params)
+        hidden = model.hidden(ids)
+        logits = model.logits(hidden.states)
+        balance = sum(balance_loss(CONFIG, hidden.routing).values())
+        extra_passes = [routed.extra_passes for routed in hidden.routing.values()]
+        return cross_entropy(logits, ids) + balance, (logits, extra_passes)
+
+    (ids,) = place_batch(None if mesh is None else make_mesh(MESHES[mesh]), IDS)
+    with on_mesh(mesh):
+        (loss, (logits, extra_passes)), grads = jax.jit(loss_of)(params, ids)
+    return Step(loss, logits, grads, [int(extra) for extra in extra_passes])
+
+
+@functools.cache
+def step_on_one_device() -> Step:
+    return step(None)
+
+
+# Each mesh with each strategy once, the factors in turn.
+LAYOUTS = [
+    (mesh, strategy, factor)
+    for (mesh, strategy), factor in zip(
+        itertools.product(MESHES, STRATEGIES), itertools.cycle((0.5, None, 2.0)), strict=False
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "strategy", "factor"),
+    [
+        *LAYOUTS,
+        *(
+            pytest.param(*layout, marks=pytest.mark.slow)
+            for layout in itertools.product(MESHES, STRATEGIES, (None, 0.5, 2.0))
+            if layout not in LAYOUTS
+        ),
+    ],
+)
+def test_loss_and_all_gradients_equal_one_device(mesh: str, strategy: str, factor: float | None):
+    want = step_on_one_device()
+
+    got = step(mesh, Dispatch(strategy, factor))
+
+    np.testing.assert_allclose(got.loss, want.loss, rtol=0, atol=TRAINING)
+    np.testing.assert_allclose(got.logits, want.logits, rtol=0, atol=LOGITS)
+    assert got.grads.keys() == want.grads.keys()
+    for name, place in shardings(CONFIG, MESHES[mesh]).items():
+        grad = got.grads[name]
+        np.testing.assert_allclose(grad, want.grads[name], rtol=0, atol=TRAINING, err_msg=name)
+        if ".experts." in name:  # the compiler places the others
+            assert grad.sharding.is_equivalent_to(place, grad.ndim), name
+    if factor != 2.0:  # there it depends on the routing
+        assert (max(got.extra_passes) > 0) == (factor == 0.5 and MESHES[mesh].expert > 1)
+
+
+def test_every_gradient_of_the_comparison_is_there():
+    want = step_on_one_device()
+
+    assert {name for name, grad in want.grads.items() if np.abs(grad).max() < 1e2 * TRAINING} == set()
+
+
+@functools.cache
+def answers_on_one_device(count: int) -> list[list[int]]:
+    return answers(None, Dispatch(), count)
+
+
+def answers(mesh: str | None, options: Dispatch, count: int) -> list[list[int]]:
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]][:count]
+    completions = Generator(model_on(mesh, options))(prompts, max_new_tokens=6, temperature=0.0, ignore_eos=True)
+    return [completion.tokens for completion in completions]
+
+
+QUICK = [("expert=4,fsdp=2", "all_to_all", 3)]  # a single prompt comes with the golden model
+
+
+@pytest.mark.parametrize(
+    ("mesh", "strategy", "count"),
+    [
+        *QUICK,
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product(MESHES, STRATEGIES, (1, 3))
+            if case not in QUICK
+        ),
+    ],
+)
+def test_prompts_that_do_not_divide_are_answered_as_on_one_device(mesh: str, strategy: str, count: int):
+    got = answers(mesh, Dispatch(strategy, 0.5), count)
+
+    assert got == answers_on_one_device(count)
+
+
+@pytest.mark.parametrize(
+    "mesh", ["expert=2,tensor=2,fsdp=2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in list(MESHES)[:3])]
+)
+def test_a_golden_model_answers_as_on_one_device(mesh: str):
     want, ids = golden.expected("a_baseline")["generation"], golden.tensors("a_baseline")["in.input_ids"]
     prompt = golden.tensors("a_baseline")["in.gen.prompt0"][0]
 
@@ -141,3 +306,35 @@ def test_a_sharded_model_answers_as_on_one_device(mesh: str):
 
     np.testing.assert_allclose(logits, golden.model("a_baseline")(ids).logits, rtol=0, atol=LOGITS)
     assert answer.tokens == want["prompt0"]
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "expert=4,fsdp=2",
+        *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES if mesh != "expert=4,fsdp=2"),
+    ],
+)
+def test_both_kinds_of_checkpoint_are_placed_and_answer_alike(tmp_path: Path, mesh: str):
+    alone = model_on(None)
+    params = {name: np.asarray(array) for name, array in split(alone)[1].items()}
+    save(alone, tmp_path / "native")
+
+    native = load(tmp_path / "native", mesh=MESHES[mesh])
+    imported = load_hf(write_hf(tmp_path / "hf", CONFIG, params), mesh=make_mesh(MESHES[mesh]))
+
+    want = alone(IDS[:3]).logits
+    for model in (native, imported):
+        check_placement(model, mesh)
+        np.testing.assert_allclose(model(IDS[:3]).logits, want, rtol=0, atol=LOGITS)
+
+
+def test_the_output_reports_the_extra_passes_of_each_moe_layer():
+    model = model_on("expert=4,fsdp=2", Dispatch("all_to_all", 1e-9))  # one slot for each device
+
+    routing = model(IDS).routing
+
+    assert routing.keys() == {1}
+    owner = np.asarray(routing[1].ids).reshape(8, -1) // 2  # each of 8 devices has a row of the batch; 2 experts each
+    most = max(np.bincount(of_device).max() for of_device in owner)
+    assert routing[1].extra_passes == most - 1 > 0

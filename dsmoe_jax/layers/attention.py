@@ -47,10 +47,12 @@ class Attention(nnx.Module):
         k = _by_head(rotate(self.k(x).reshape(B, T, self.kv_heads, self.head_dim), rotation))
         v = _by_head(self.v(x).reshape(B, T, self.kv_heads, self.head_dim))
         if cache is not None:
-            cache = cache.write(*(new.reshape(-1, T, self.head_dim) for new in (k, v)), start)
+            flat = (B * self.kv_heads, T, self.head_dim)
+            written = cache.write(k.reshape(flat), v.reshape(flat), start)
             if start is not None:
                 by_row = (B, self.kv_heads, -1, self.head_dim)
-                k, v = (slots.reshape(by_row).astype(x.dtype) for slots in cache)
+                k, v = (slots.reshape(by_row).astype(x.dtype) for slots in written)
+            cache = written
         out = attention(q, k, v, mask, causal=start is None, dropout=self.dropout, dropout_key=dropout_key)
         return self.o(out.reshape(B, T, -1)), cache
 

@@ -1,14 +1,25 @@
 """The ways the 8 simulated devices are laid out in tests, and how large each device's part of a parameter is then."""
 
+import contextlib
+
+import jax
+
 from dsmoe_jax.model import DeepSeekMoE, shardings, split
-from dsmoe_jax.sharding import MeshConfig
+from dsmoe_jax.sharding import MeshConfig, make_mesh
 
 MESHES = {
     "fsdp=8": MeshConfig(fsdp=8),
     "expert=8": MeshConfig(fsdp=1, expert=8),
     "expert=4,fsdp=2": MeshConfig(fsdp=2, expert=4),
     "expert=2,tensor=2,fsdp=2": MeshConfig(fsdp=2, expert=2, tensor=2),
+    "data=2,expert=4": MeshConfig(data=2, fsdp=1, expert=4),
 }
+
+
+def on_mesh(mesh: str | None) -> contextlib.AbstractContextManager:
+    """The context of jitted functions that run on this mesh; None: on one device."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(make_mesh(MESHES[mesh]))
+
 
 # What one device holds of the parameters of `hf_folder.tiny()`.
 # fmt: off
@@ -18,6 +29,7 @@ PARTS = {
     "expert=8":                 ((64, 32),      (32, 32),             (1, 16, 32),              (8, 32)),
     "expert=4,fsdp=2":          ((64, 16),      (32, 16),             (2, 16, 16),              (8, 16)),
     "expert=2,tensor=2,fsdp=2": ((32, 16),      (16, 16),             (4, 8, 16),               (8, 16)),
+    "data=2,expert=4":          ((64, 32),      (32, 32),             (2, 16, 32),              (8, 32)),
 }
 # fmt: on
 PARTS_OF = ("embed", "layers.0.attention.q.weight", "layers.1.moe.experts.gate", "layers.1.moe.router.weight")
