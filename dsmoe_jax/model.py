@@ -18,6 +18,7 @@ from jax.sharding import Mesh, Sharding
 from dsmoe_jax.axes import Array, Bool, Float, Int, PRNGKeyArray
 from dsmoe_jax.cache import KVCache
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.kernels.matmul import matmul
 from dsmoe_jax.layers.block import Block
 from dsmoe_jax.layers.norm import RMSNorm
 from dsmoe_jax.layers.rope import rotation
@@ -153,7 +154,7 @@ class DeepSeekMoE(nnx.Module):
     def logits(self, states: Float[Array, "*tokens D"]) -> Float[Array, "*tokens V"]:
         """The head: float32 logits of states that are past the final norm."""
         weight = self.embed[...] if self.head is None else self.head.weight[...]
-        logits = jnp.einsum("...d,vd->...v", states, weight, preferred_element_type=jnp.float32)
+        logits = matmul(states, weight, preferred_element_type=jnp.float32)
         return constrain(logits, ("batch", *(None,) * (logits.ndim - 2), "vocab"))
 
 

@@ -14,12 +14,17 @@ IGNORED: Final = -100  # a label that counts for nothing
 
 
 def cross_entropy(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
-    """Mean over all labels but the ignored ones; labels are the token ids, the shift by one happens here."""
-    targets = labels[:, 1:]
+    """Mean over all labels but the ignored ones; labels are the token ids, the shift by one happens here.
+
+    The labels are shifted, not the logits, and the target is picked by comparison: no copy of [B, T, V], forth or back.
+    """
+    logits = logits.astype(jnp.float32)
+    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
     counted = targets != IGNORED
-    log_probs = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)
-    picked = jnp.take_along_axis(log_probs, jnp.where(counted, targets, 0)[:, :, None], axis=2)[:, :, 0]
-    return -jnp.where(counted, picked, 0).sum() / counted.sum()
+    is_target = targets[:, :, None] == jnp.arange(logits.shape[-1])[None, None, :]
+    picked = jnp.where(is_target, logits, 0).sum(axis=-1)
+    losses = jax.nn.logsumexp(logits, axis=-1) - picked
+    return jnp.where(counted, losses, 0).sum() / counted.sum()
 
 
 def balance_loss(config: ModelConfig, routing: Mapping[int, Routing]) -> dict[int, Float[Array, ""]]:

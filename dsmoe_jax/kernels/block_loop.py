@@ -44,7 +44,7 @@ def _blocks(group_sizes: Array, rows: int) -> _Blocks:
     per_expert = (group_sizes + size - 1) // size
     last = jnp.cumsum(per_expert)
     i = jnp.arange(-(-rows // size) + experts, dtype=jnp.int32)
-    expert = jnp.searchsorted(last, i, side="right").astype(jnp.int32).clip(max=experts - 1)
+    expert = jnp.searchsorted(last, i, side="right", method="compare_all").astype(jnp.int32).clip(max=experts - 1)
     ends = jnp.cumsum(group_sizes)
     start = (ends - group_sizes)[expert] + (i - (last - per_expert)[expert]) * size
     return _Blocks(size, expert, start.astype(jnp.int32), ends[expert].astype(jnp.int32), last[-1])

@@ -159,7 +159,8 @@ class _Gather:
 
     def one_pass(self, index: Any, size: int, ordered: Sorted, x: Array, weights: Array, experts: Experts) -> Array:
         """What this device's experts add to each token of the group."""
-        return self.serve(ordered.window(index, size), x, weights, experts)
+        all_rows = size == ordered.rows.pair.size
+        return self.serve(ordered if all_rows else ordered.window(index, size), x, weights, experts)
 
     def buffer(self, rows: int, share: int | float) -> int:
         """How many of at most `rows` rows one pass takes, if `share` of them are a fair share."""

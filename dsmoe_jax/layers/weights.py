@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsmoe_jax.axes import Array, Float, PRNGKeyArray
+from dsmoe_jax.kernels.matmul import matmul
 
 
 class Initializer(NamedTuple):
@@ -56,5 +57,5 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*tokens i"]) -> Float[Array, "*tokens o"]:
         """Apply to the last axis."""
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...])
+        y = matmul(x, self.weight[...])
         return y if self.bias is None else y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,))
