@@ -30,7 +30,7 @@ class LayerCache(NamedTuple):
 def _write(slots: Float[Array, "BK S H"], new: Float[Array, "BK T H"], start: Int[Array, "B"] | None) -> Array:
     new = new.astype(slots.dtype)
     if start is None:
-        return jax.lax.dynamic_update_slice(slots, new, (0, 0, 0))
+        return new if new.shape == slots.shape else jax.lax.dynamic_update_slice(slots, new, (0, 0, 0))
     heads = len(slots) // len(start)
     if jax.default_backend() != "cpu" or current_mesh() is not None:
         put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, 0)))

@@ -59,7 +59,7 @@ class Sorted(NamedTuple):
         """Sort; pairs whose id is `experts` are nobody's and come last."""
         flat = ids.reshape(-1)
         pair = jnp.argsort(flat, stable=True)
-        row = jnp.argsort(pair, stable=True).reshape(ids.shape)
+        row = jnp.zeros_like(pair).at[pair].set(jnp.arange(pair.size), unique_indices=True).reshape(ids.shape)
         group_sizes = (flat[:, None] == jnp.arange(experts)[None, :]).sum(axis=0, dtype=jnp.int32)
         return cls(Rows(pair, row, ids < experts), group_sizes)
 
