@@ -16,10 +16,10 @@ from dsmoe_jax.checkpoint import save
 from dsmoe_jax.config import ModelConfig, RopeScaling
 from dsmoe_jax.demo import make_checkpoint, make_tokenizer
 from dsmoe_jax.generate import Chat, Generator, SamplingParams
-from dsmoe_jax.generate.generator import _step, bucket
+from dsmoe_jax.generate.generator import _step, bucket, for_generation
 from dsmoe_jax.generate.sampling import Sampler, sample
-from dsmoe_jax.model import DeepSeekMoE, merge, split
-from tests.helpers import golden
+from dsmoe_jax.model import DeepSeekMoE, assemble, merge, split
+from tests.helpers import golden, reference
 
 SMALL = ModelConfig(
     vocab_size=2048,
@@ -322,3 +322,20 @@ def test_the_demos_checkpoint_generates(tmp_path: Path):
     make_checkpoint(tmp_path / "hf")
 
     assert Generator.from_pretrained(tmp_path / "hf").config == ModelConfig.preset("tiny")
+
+
+def test_on_cpu_half_precision_weights_outside_the_experts_are_widened_and_it_is_said(caplog: pytest.LogCaptureFixture):
+    model = reference.random_model(SMALL, dtype=jnp.bfloat16)
+    wide = assemble(model.config, {name: value.astype(jnp.float32) for name, value in split(model)[1].items()})
+    prompts = [[3, 1, 4], [1, 5, 9, 2, 6]]
+
+    with caplog.at_level("INFO", logger="dsmoe_jax"):
+        answers = Generator(model)(prompts, max_new_tokens=6, ignore_eos=True)
+
+    params = for_generation(split(model)[1])
+    assert {name for name, value in params.items() if value.dtype == jnp.bfloat16} == {
+        f"layers.1.moe.experts.{part}" for part in ("gate", "up", "down")
+    }
+    assert "widened from bfloat16 to float32" in caplog.text
+    want = Generator(wide)(prompts, max_new_tokens=6, ignore_eos=True)
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in want]

@@ -5,6 +5,7 @@ length is seldom a new program. Rows start at slot 0 and padding stands to the r
 """
 
 import functools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
@@ -28,6 +29,7 @@ Message = Mapping[str, str]  # {"role": "user", "content": "…"}
 Prompt = str | Sequence[int] | Sequence[Message]
 
 _SHORTEST_CONTEXT: Final = 4096
+_log = logging.getLogger("dsmoe_jax")
 
 
 class Completion(NamedTuple):
@@ -55,7 +57,8 @@ class Generator:
         eos_token_id: int | Sequence[int] | None = None,
     ):
         self.config, self.tokenizer = model.config, tokenizer
-        self._graph, self._params = split(model)
+        self._graph, params = split(model)
+        self._params = for_generation(params)
         scaling = self.config.rope_scaling
         trained = int(self.config.max_position_embeddings * (scaling.factor if scaling else 1))
         self.context_length = max(trained, _SHORTEST_CONTEXT) if context_length is None else context_length
@@ -175,6 +178,25 @@ class Generator:
         eos = self._hit_eos(answer, asked)
         text = self.tokenizer.decode(answer[:-1] if eos else answer) if self.tokenizer else ""
         return Completion(text, answer, "eos" if eos else "length")
+
+
+def for_generation(params: dict[str, Array]) -> dict[str, Array]:
+    """The parameters as they are generated from: on CPU, half-precision ones in fp32 but for the routed experts.
+
+    XLA has no fast bf16 on CPUs and would widen them for every token anew. The experts are most of the weights, and
+    their kernel reads them as they are stored.
+    """
+    if jax.default_backend() != "cpu":
+        return params
+    narrow = {name: value for name, value in params.items() if value.dtype != jnp.float32 and ".experts." not in name}
+    if narrow:
+        _log.info(
+            "%d weights outside the routed experts (%.1f MB) are widened from %s to float32: CPUs are faster so",
+            len(narrow),
+            sum(value.nbytes for value in narrow.values()) / 1e6,
+            next(iter(narrow.values())).dtype,
+        )
+    return params | {name: value.astype(jnp.float32) for name, value in narrow.items()}
 
 
 def bucket(length: int) -> int:

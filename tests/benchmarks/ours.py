@@ -13,7 +13,7 @@ from dsmoe_jax.axes import Array
 from dsmoe_jax.cache import KVCache
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import load_hf
-from dsmoe_jax.generate.generator import _prefill, _step
+from dsmoe_jax.generate.generator import _prefill, _step, for_generation
 from dsmoe_jax.model import DeepSeekMoE, merge, split
 from dsmoe_jax.train import cross_entropy
 from tests.benchmarks import plan
@@ -44,8 +44,13 @@ def _write(folder: Path) -> None:
     write_hf(folder, model.config, {name: np.asarray(value) for name, value in split(model)[1].items()})
 
 
-def _prefill_actions(model: DeepSeekMoE) -> Actions:
+def _as_generated(model: DeepSeekMoE) -> tuple[Any, dict[str, Array]]:
     graph, params = split(model)
+    return graph, for_generation(params)
+
+
+def _prefill_actions(model: DeepSeekMoE) -> Actions:
+    graph, params = _as_generated(model)
     ids = batch(model.config, 1, plan.PREFILL_TOKENS)
     counts = np.array([plan.PREFILL_TOKENS], np.int32)
 
@@ -56,7 +61,7 @@ def _prefill_actions(model: DeepSeekMoE) -> Actions:
 
 
 def _decode_actions(model: DeepSeekMoE, rows: int) -> Actions:
-    graph, params = split(model)
+    graph, params = _as_generated(model)
     ids, counts = batch(model.config, rows, plan.PROMPT), np.full(rows, plan.PROMPT, np.int32)
     slots = plan.PROMPT + plan.NEW_TOKENS
 
