@@ -176,7 +176,7 @@ class Recorded:
     def __init__(self, *turns: tuple[float, float]):
         self.turns = list(turns)
 
-    def take_turn(self, action: str) -> tuple[float, float]:
+    def take_turn(self, action: str, *, warm_up: bool = False) -> tuple[float, float]:
         return self.turns.pop(0)
 
 

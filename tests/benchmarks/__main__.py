@@ -141,7 +141,8 @@ def measure_area(area: plan.Area, contenders: Sequence[str], rounds: int, folder
         children = {name: stack.enter_context(child) for name, child in loading.items()}
         for _, child, action in turns:
             children[child].call(action)  # compile and warm up
-        kept, taken = take_rounds(rounds * area.turns, turns, children)
+        # A turn of decoding is 64 steps, one of these a single one: in use, another has gone before.
+        kept, taken = take_rounds(rounds * area.turns, turns, children, warm_up=area.task in ("prefill", "train"))
         result: dict[str, Any] = {
             "tokens": area.tokens,
             "rounds_taken": taken,
@@ -170,7 +171,7 @@ class Round(NamedTuple):
 
 
 def take_rounds(
-    wanted: int, turns: list[tuple[str, str, str]], children: Mapping[str, Child]
+    wanted: int, turns: list[tuple[str, str, str]], children: Mapping[str, Child], *, warm_up: bool = False
 ) -> tuple[list[Round], int]:
     """The `wanted` least disturbed rounds in their order, and how many were taken.
 
@@ -181,7 +182,7 @@ def take_rounds(
     while sum(round.disturbance <= plan.QUIET for round in rounds) < wanted and len(rounds) < 2 * wanted:
         shift, figures, disturbance = len(rounds) % len(turns), {}, 0.0
         for name, child, action in turns[shift:] + turns[:shift]:
-            figures[name], others = children[child].take_turn(action)
+            figures[name], others = children[child].take_turn(action, warm_up=warm_up)
             disturbance = max(disturbance, others)
         rounds.append(Round(disturbance, figures))
     bound = sorted(round.disturbance for round in rounds)[wanted - 1]

@@ -75,10 +75,15 @@ class Child:
         self._pipe.send((action, args))
         return self._answer()
 
-    def take_turn(self, action: str) -> tuple[Any, float]:
-        """The answer to `action`, and the share of the machine that other processes took meanwhile."""
+    def take_turn(self, action: str, *, warm_up: bool = False) -> tuple[Any, float]:
+        """The answer to `action`, and the share of the machine that other processes took meanwhile.
+
+        With `warm_up`, the answer to the second of two: what was idle must first get its memory and caches back.
+        """
         assert self._process.pid is not None
         time.sleep(_PAUSE)
+        if warm_up:
+            self.call(action)
         start, busy, own = time.perf_counter(), machine.busy_seconds(), machine.cpu_seconds(self._process.pid)
         answer = self.call(action)
         others = machine.busy_seconds() - busy - (machine.cpu_seconds(self._process.pid) - own)
