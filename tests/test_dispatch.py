@@ -20,6 +20,7 @@ from dsmoe_jax.layers.dispatch import STRATEGIES, Dispatch, routed_experts
 from dsmoe_jax.sharding import BATCH_AXES, make_mesh, sharding
 from tests.helpers import reference
 from tests.helpers.meshes import MESHES, on_mesh
+from tests.helpers.trees import FROZEN, paths, trained
 
 M, A, E, D, F = 16, 3, 8, 8, 8
 SHAPES = ((E, F, D), (E, F, D), (E, D, F))
@@ -27,7 +28,6 @@ Kinds = tuple[str, str, str]
 DENSE: Kinds = ("dense", "dense", "dense")
 LOW_RANK: Kinds = ("low-rank over dense", "low-rank over dense", "low-rank over dense")
 QUANTIZED: Kinds = ("int8", "low-rank over 4-bit", "double")
-FROZEN = r"base|codes|scales|offset"  # paths of what fine-tuning leaves alone
 FACTORS = (None, 0.5, 2.0)
 
 FP32 = 1e-5  # of the largest value: sums of some ten products, in another order
@@ -87,12 +87,6 @@ def ids_of(routing: str, tokens: int = M) -> jax.Array:
     return jnp.asarray([ROUTINGS[routing](m) for m in range(tokens)], jnp.int32)
 
 
-def paths(tree: Any) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves)
-    return {name.removeprefix("experts."): leaf for name, (_, leaf) in zip(names, leaves, strict=True)}
-
-
 def routed(inputs: Inputs, ids: Any, options: Dispatch = Dispatch()) -> tuple[Any, Any]:  # noqa: B008 (immutable)
     x, weights, experts = inputs
     return routed_experts(x, ids, weights, experts, activation="silu", options=options)
@@ -102,16 +96,10 @@ def out_and_grads(options: Dispatch, frozen: str, inputs: Inputs, ids: Any, cota
     """The output, and the gradients of all floats but those whose path has a match of `frozen`."""
     leaves, tree = paths(inputs), jax.tree.structure(inputs)
 
-    def is_trained(path: str) -> bool:
-        is_float = leaves[path].dtype in (jnp.float32, jnp.bfloat16)
-        return is_float and not (frozen and re.search(frozen, path))
+    def of_trained(values: dict[str, Any]):
+        return routed(jax.tree.unflatten(tree, (leaves | values).values()), ids, options)
 
-    def of_trained(trained: dict[str, Any]):
-        return routed(jax.tree.unflatten(tree, (leaves | trained).values()), ids, options)
-
-    y, pull, extra_passes = jax.vjp(
-        of_trained, {path: leaf for path, leaf in leaves.items() if is_trained(path)}, has_aux=True
-    )
+    y, pull, extra_passes = jax.vjp(of_trained, trained(leaves, frozen), has_aux=True)
     return Answer(y, pull(cotangent)[0], extra_passes)
 
 

@@ -6,7 +6,6 @@ compared with float64 NumPy, `twin`.
 
 import functools
 import logging
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,11 +23,11 @@ from dsmoe_jax.kernels.block_loop import block_rows
 from dsmoe_jax.kernels.expert_ffn import BACKENDS, LEGS, Backend, Legs, choose, expert_ffn
 from dsmoe_jax.kernels.operand import Experts, Inputs
 from tests.helpers import reference
+from tests.helpers.trees import FROZEN, paths, trained
 
 E, D, F = 4, 8, 12
 SHAPES = ((F, D), (F, D), (D, F))
 DENSE = ("dense", "dense", "dense")
-FROZEN = r"base|codes|scales|offset"  # paths of what fine-tuning leaves alone
 NOT_ADAPTERS = r"^(?!.*\.[ab]$)"
 
 FP32 = 1e-5  # of the largest value: sums of some ten products, in another order
@@ -72,27 +71,15 @@ every_fast_backend = pytest.mark.parametrize("backend", [backend for backend in 
 LOOPS = ("block_loop", "batched")
 
 
-def paths(tree: Any) -> dict[str, Any]:
-    """The leaves of inputs by their paths: "rows", "gate.base", …"""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves)
-    return {name.removeprefix("experts."): leaf for name, (_, leaf) in zip(names, leaves, strict=True)}
-
-
 def out_and_grads(function: Any, inputs: Inputs, sizes: Any, cotangent: Any, frozen: str = "", **options: Any):
     """Output, and the gradients of all floats but those whose path has a match of `frozen`, by path."""
     leaves, tree = paths(inputs), jax.tree.structure(inputs)
-    trained = {
-        path: leaf
-        for path, leaf in leaves.items()
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and not (frozen and re.search(frozen, path))
-    }
 
-    def of_trained(trained: dict[str, Any]):
-        rows, weights, experts = jax.tree.unflatten(tree, (leaves | trained).values())
+    def of_trained(values: dict[str, Any]):
+        rows, weights, experts = jax.tree.unflatten(tree, (leaves | values).values())
         return function(rows, *experts, sizes, weights=weights, **options)
 
-    out, pull = jax.vjp(of_trained, trained)
+    out, pull = jax.vjp(of_trained, trained(leaves, frozen))
     return out, pull(cotangent)[0]
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dsmoe_jax.axes import Array, Bool, Float, Int
-from dsmoe_jax.kernels.operand import Inputs, Wanted, swiglu
+from dsmoe_jax.kernels.operand import Inputs, Wanted, expert_of_rows, swiglu
 
 _HEADROOM = 1.25  # places above the mean: a balanced router then needs one pass
 
@@ -46,18 +46,16 @@ def capacity(rows: int, experts: int) -> int:
 
 
 def _places(group_sizes: Array, rows: int, index: Array | int) -> _Places:
-    E, C = group_sizes.shape[0], capacity(rows, group_sizes.shape[0])
-    ends = jnp.cumsum(group_sizes)
-    starts = ends - group_sizes
+    C = capacity(rows, group_sizes.shape[0])
+    starts = jnp.cumsum(group_sizes) - group_sizes
     offset = index * C + jnp.arange(C)[None, :]
-    row = jnp.arange(rows)
-    expert = jnp.searchsorted(ends, row, side="right").clip(max=E - 1)
-    within = row - starts[expert] - index * C
+    expert, has_one = expert_of_rows(group_sizes, rows)
+    within = jnp.arange(rows) - starts[expert] - index * C
     return _Places(
         row=(starts[:, None] + offset).clip(max=rows - 1),
         taken=offset < group_sizes[:, None],
         place=expert * C + within.clip(0, C - 1),
-        served=(row < ends[-1]) & (within >= 0) & (within < C),
+        served=has_one & (within >= 0) & (within < C),
     )
 
 
@@ -86,25 +84,18 @@ def backward(
     inputs: Inputs, group_sizes: Int[Array, "E"], activation: str, grad_out: Float[Array, "R D"], wanted: Wanted
 ) -> list[Array]:
     """The gradients of the wanted leaves of `inputs`; recomputes hidden rows, and sums those of weights in fp32."""
-    rows, leaves, tree = len(inputs.rows), jax.tree.leaves(inputs), jax.tree.structure(inputs)
-    by_row, asked = inputs.by_row(), wanted.of(leaves)
+    rows = len(inputs.rows)
+    by_row, asked = wanted.of(inputs.by_row()), wanted.of(jax.tree.leaves(inputs))
 
     def one_pass(index: Array | int, grads: list[Array]) -> list[Array]:
         places = _places(group_sizes, rows, index)
-        placed = [places.put(leaf) if own_rows else leaf for own_rows, leaf in zip(by_row, leaves, strict=True)]
-
-        def of_wanted(values: list[Array]) -> Array:
-            return _on_places(jax.tree.unflatten(tree, wanted.put(values, placed)), activation)
-
-        (pieces,) = jax.vjp(of_wanted, wanted.of(placed))[1](places.put(grad_out).astype(jnp.float32))
+        dy = places.put(grad_out).astype(jnp.float32)
+        pieces = wanted.gradients(lambda placed: _on_places(placed, activation), inputs.map_rows(places.put), dy)
         return [
             places.take(piece, grad) if own_rows else grad + piece.astype(jnp.float32)
-            for own_rows, grad, piece in zip(wanted.of(by_row), grads, pieces, strict=True)
+            for own_rows, grad, piece in zip(by_row, grads, pieces, strict=True)
         ]
 
-    zeros = [
-        jnp.zeros_like(leaf, None if own_rows else jnp.float32)
-        for own_rows, leaf in zip(wanted.of(by_row), asked, strict=True)
-    ]
+    zeros = [jnp.zeros_like(leaf, None if own else jnp.float32) for own, leaf in zip(by_row, asked, strict=True)]
     grads = _over_passes(one_pass, zeros, group_sizes, rows)
     return [grad.astype(leaf.dtype) for grad, leaf in zip(grads, asked, strict=True)]

@@ -98,17 +98,12 @@ def backward(
     blocks = _blocks(group_sizes, rows)
     padded = inputs.map_rows(lambda x: _with_slack(x, blocks))
     grad_padded = _with_slack(grad_out, blocks)
-    by_row, tree = wanted.of(inputs.by_row()), jax.tree.structure(inputs)
+    by_row = wanted.of(inputs.by_row())
 
     def step(i: Array, grads: list[Array]) -> list[Array]:
-        block = jax.tree.leaves(_block(padded, blocks, i))
-
-        def of_wanted(values: list[Array]) -> Array:
-            return swiglu(jax.tree.unflatten(tree, wanted.put(values, block)), activation)
-
         # Rows past the expert's end are another's: without the mask they would leak into this expert's weights.
         dy = jnp.where(blocks.mine(i), _slice(grad_padded, blocks.start[i], blocks.size), 0)
-        (pieces,) = jax.vjp(of_wanted, wanted.of(block))[1](dy)
+        pieces = wanted.gradients(lambda block: swiglu(block, activation), _block(padded, blocks, i), dy)
         return [
             jax.lax.dynamic_update_slice_in_dim(grad, piece, blocks.start[i], axis=0)
             if own_rows

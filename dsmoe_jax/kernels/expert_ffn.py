@@ -8,7 +8,7 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -199,9 +199,11 @@ def _equally_varying(operands: list[Array]) -> list[Array]:
     A loop's carry must not change its type, and what turns a weight that all devices share into one that varies is
     what sums its gradient over them.
     """
-    varying = [jax.typeof(operand).mat.varying for operand in operands]
-    axes = frozenset().union(*varying)
-    return [
-        jax.lax.pcast(operand, tuple(axes - own), to="varying") if axes - own else operand
-        for operand, own in zip(operands, varying, strict=True)
-    ]
+    axes = frozenset().union(*(jax.typeof(operand).mat.varying for operand in operands))
+    return [varying(operand, axes) for operand in operands]
+
+
+def varying(value: Array, axes: Iterable[str]) -> Array:
+    """The value as one that varies over all axes; the gradient of that sums over those it did not vary over."""
+    missing = tuple(axis for axis in axes if axis not in jax.typeof(value).mat.varying)
+    return jax.lax.pcast(value, missing, to="varying") if missing else value

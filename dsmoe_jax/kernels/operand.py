@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from dsmoe_jax.axes import Array, Float
+from dsmoe_jax.axes import Array, Bool, Float, Int
 from dsmoe_jax.kernels.activation import ACTIVATION_FUNCTIONS
 
 _STATIC: Final = {"static": True}
@@ -117,18 +117,19 @@ Dot: TypeAlias = Callable[[Array, Array], Array]
 @jax.custom_vjp
 def dot(x: Float[Array, "R I"], weight: Float[Array, "O I"]) -> Float[Array, "R O"]:
     """x Wᵀ, summed in fp32. Gradients are rounded to x's dtype first: else bf16 would be multiplied as fp32."""
-    return _dot(x, weight, 1, 1)
+    return contract(x, weight, 1, 1)
 
 
-def _dot(x: Array, y: Array, contract_x: int, contract_y: int) -> Array:
-    dimensions = (((contract_x,), (contract_y,)), ((), ()))
+def contract(x: Array, y: Array, x_dim: int, y_dim: int) -> Array:
+    """The product of two matrices over one dimension of each, summed in fp32."""
+    dimensions = (((x_dim,), (y_dim,)), ((), ()))
     return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
 
 def _dot_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, weight = saved
     grad = grad.astype(x.dtype)
-    return _dot(grad, weight, 1, 0).astype(x.dtype), _dot(grad, x, 0, 0).astype(weight.dtype)
+    return contract(grad, weight, 1, 0).astype(x.dtype), contract(grad, x, 0, 0).astype(weight.dtype)
 
 
 dot.defvjp(lambda x, weight: (dot(x, weight), (x, weight)), _dot_backward)
@@ -158,6 +159,13 @@ def swiglu(inputs: Inputs, activation: str, dot: Dot = dot) -> Float[Array, "R D
     return linear(hidden.astype(x.dtype), experts.down, dot)
 
 
+def expert_of_rows(group_sizes: Int[Array, "E"], rows: int) -> tuple[Int[Array, "R"], Bool[Array, "R"]]:
+    """Each sorted row's expert, and whether it has one."""
+    ends = jnp.cumsum(group_sizes)
+    row = jnp.arange(rows)
+    return jnp.searchsorted(ends, row, side="right").clip(max=len(ends) - 1), row < ends[-1]
+
+
 def dequantize_all(experts: Experts) -> Experts:
     """The same operands with every quantised part dense, for backends that take whole [E, O, I] arrays."""
     is_quantized = lambda leaf: isinstance(leaf, Quantized)  # noqa: E731
@@ -178,6 +186,12 @@ class Wanted(tuple[bool, ...]):
         """All leaves, with `values` in place of the wanted ones."""
         new = iter(values)
         return [next(new) if want else leaf for leaf, want in zip(leaves, self, strict=True)]
+
+    def gradients(self, function: Callable[[Any], Array], operands: Any, grad: Array) -> list[Array]:
+        """Those of the wanted leaves of `operands`, from the gradient of what `function` makes of these."""
+        leaves, tree = jax.tree.flatten(operands)
+        of_wanted = lambda values: function(jax.tree.unflatten(tree, self.put(values, leaves)))  # noqa: E731
+        return jax.vjp(of_wanted, self.of(leaves))[1](grad)[0]
 
 
 # The logical axes of a dense operand, by the order of `Experts`.

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from dsmoe_jax.axes import Array, Float, Int
+from dsmoe_jax.kernels.operand import contract
 
 
 class Tile(NamedTuple):
@@ -99,8 +100,8 @@ def _gmm_kernel(expert_ref, start_ref, end_ref, rows_ref, weights_ref, out_ref, 
         inner = _Span(i * k, k, depth)
         x = _load(rows_ref, (), mine, inner)
         if transposed:
-            return total + _dot(x, _load(weights_ref, (expert,), inner, columns), (1, 0))
-        return total + _dot(x, _load(weights_ref, (expert,), columns, inner), (1, 1))
+            return total + contract(x, _load(weights_ref, (expert,), inner, columns), 1, 0)
+        return total + contract(x, _load(weights_ref, (expert,), columns, inner), 1, 1)
 
     # Blocks of rows that belong to no expert are written too, with zeros; blocks not in use hold no row. A product, as
     # the Triton lowering of jax 0.10.1 and 0.12.0 turns `where` between two numbers into one between two booleans.
@@ -119,7 +120,7 @@ def _tgmm_kernel(start_ref, end_ref, a_ref, b_ref, out_ref, *, tile: Tile):
 
     def step(i, total):
         rows = _Span(start + i * m, m, end)
-        return total + _dot(_load(a_ref, (), rows, across), _load(b_ref, (), rows, along), (0, 0))
+        return total + contract(_load(a_ref, (), rows, across), _load(b_ref, (), rows, along), 0, 0)
 
     total = jax.lax.fori_loop(0, pl.cdiv(end - start, m), step, jnp.zeros((tile.rows, tile.columns), jnp.float32))
     _store(out_ref, (expert,), across, along, total)
@@ -160,11 +161,6 @@ def _mask(rows: _Span, columns: _Span) -> Array | None:
     parts = [jnp.broadcast_to(row[:, None], shape)] if row is not None else []
     parts += [jnp.broadcast_to(column[None, :], shape)] if column is not None else []
     return functools.reduce(jnp.logical_and, parts) if parts else None
-
-
-def _dot(x: Array, y: Array, contract: tuple[int, int]) -> Array:
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
 
 
 def tile_for(rows: int, experts: int) -> Tile:

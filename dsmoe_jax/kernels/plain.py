@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from dsmoe_jax.axes import Array, Float, Int
 from dsmoe_jax.kernels import grouped_matmul
-from dsmoe_jax.kernels.operand import Inputs, Wanted, dequantize_all, swiglu
+from dsmoe_jax.kernels.operand import Inputs, Wanted, dequantize_all, expert_of_rows, swiglu
 
 Forward = Callable[[Inputs, Array, str], Array]
 
@@ -76,13 +76,6 @@ _grouped_dot.defvjp(
 )
 
 
-def _expert_of_rows(group_sizes: Int[Array, "E"], rows: int) -> tuple[Int[Array, "R"], Array]:
-    """Each row's expert, and whether it has one."""
-    ends = jnp.cumsum(group_sizes)
-    row = jnp.arange(rows)
-    return jnp.searchsorted(ends, row, side="right").clip(max=len(ends) - 1), row < ends[-1]
-
-
 def forward_by_slots(inputs: Inputs, group_sizes: Int[Array, "E"], activation: str) -> Float[Array, "R D"]:
     """Every row with its own expert's weights, as R matrix-vector products: for few rows on a GPU.
 
@@ -95,7 +88,7 @@ def forward_by_slots(inputs: Inputs, group_sizes: Int[Array, "E"], activation: s
         weight = None if weight is None else weight[None]
         return swiglu(Inputs(row[None], weight, own), activation, _as_sum)[0]
 
-    expert, has_one = _expert_of_rows(group_sizes, len(inputs.rows))
+    expert, has_one = expert_of_rows(group_sizes, len(inputs.rows))
     y = jax.vmap(one_row)(inputs.rows, inputs.weights, expert)
     return jnp.where(has_one[:, None], y, 0).astype(inputs.rows.dtype)
 
@@ -106,7 +99,7 @@ def _as_sum(x: Array, weight: Array) -> Array:
 
 def forward_dense(inputs: Inputs, group_sizes: Int[Array, "E"], activation: str) -> Float[Array, "R D"]:
     """Every expert on every row, in fp32, then the right one kept: the oracle."""
-    expert, has_one = _expert_of_rows(group_sizes, len(inputs.rows))
+    expert, has_one = expert_of_rows(group_sizes, len(inputs.rows))
     exact = inputs._replace(rows=inputs.rows.astype(jnp.float32))
     per_expert = jax.vmap(lambda own: swiglu(exact._replace(experts=own), activation))(inputs.experts)
     y = jnp.take_along_axis(per_expert, expert[None, :, None], axis=0)[0]
@@ -117,11 +110,6 @@ def backward_of(forward: Forward) -> Callable[..., list[Array]]:
     """The gradients of the wanted leaves by JAX's own differentiation of `forward`, which is run again."""
 
     def backward(inputs: Inputs, group_sizes: Array, activation: str, grad_out: Array, wanted: Wanted) -> list[Array]:
-        leaves, tree = jax.tree.flatten(inputs)
-
-        def of_wanted(values: list[Array]) -> Array:
-            return forward(jax.tree.unflatten(tree, wanted.put(values, leaves)), group_sizes, activation)
-
-        return jax.vjp(of_wanted, wanted.of(leaves))[1](grad_out)[0]
+        return wanted.gradients(lambda inputs: forward(inputs, group_sizes, activation), inputs, grad_out)
 
     return backward

@@ -9,7 +9,7 @@ gradient would be a scatter-add, which is slow everywhere and not repeatable on 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from dsmoe_jax.axes import Array, Bool, Float, Int
-from dsmoe_jax.kernels.expert_ffn import expert_ffn
+from dsmoe_jax.kernels.expert_ffn import expert_ffn, varying
 from dsmoe_jax.kernels.operand import EXPERT_AXES, Experts, LowRank, Quantized, Wanted, leaf_axes
 from dsmoe_jax.sharding import AXIS_NAMES, BATCH_AXES, EXPERT, FSDP, TENSOR, check_divides, current_mesh, spec
 
@@ -248,25 +248,21 @@ def _routed_backward(plan: _Plan, saved: tuple[Any, Wanted], grads: tuple[Array,
         # Without it the compiler sees the same gathers twice, makes one of them, and keeps every layer's result.
         (x, weights, experts), grad = jax.lax.optimization_barrier(((x, weights, experts), grad))
     ordered, size, most = strategy.order(ids)
-    stored, tree = jax.tree.flatten((x, weights, experts))
-    leaves = jax.tree.leaves((strategy.enter(x), strategy.enter(weights), _whole(plan, experts)))
+    stored = jax.tree.leaves((x, weights, experts))
+    operands = strategy.enter(x), strategy.enter(weights), _whole(plan, experts)
     grad = strategy.enter(grad)  # the gradient of `leave`
 
     def one_pass(index: Any) -> list[Array]:
-        def of_wanted(values: list[Array]) -> Array:
-            operands = jax.tree.unflatten(tree, wanted.put(values, leaves))
-            return strategy.one_pass(index, size, ordered, *operands)
-
-        (pieces,) = jax.vjp(of_wanted, wanted.of(leaves))[1](grad)
+        pieces = wanted.gradients(lambda own: strategy.one_pass(index, size, ordered, *own), operands, grad)
         return [piece.astype(jnp.float32) for piece in pieces]
 
     sums, _ = _over_passes(plan, size, most, one_pass)
-    found: list[Any] = wanted.put(sums, [None] * len(leaves))
+    found: list[Any] = wanted.put(sums, [None] * len(stored))
     home = [strategy.leave, strategy.leave, *(functools.partial(_part, dim) for dim in plan.parted)]
     back = [
         None if g is None else send(g).astype(leaf.dtype) for g, send, leaf in zip(found, home, stored, strict=True)
     ]
-    return *jax.tree.unflatten(tree, back), None
+    return *jax.tree.unflatten(jax.tree.structure(operands), back), None
 
 
 _routed.defvjp(_routed_forward, _routed_backward, symbolic_zeros=True)
@@ -336,8 +332,7 @@ def routed_experts(
     plan = _Plan(strategy, parted, AXIS_NAMES)
 
     def on_device(x: Array, ids: Array, weights: Array, *leaves: Array) -> tuple[Array, Array]:
-        everywhere = [_varying(value, plan.mesh_axes) for value in (x, weights, *leaves, ids)]
-        x, weights, *own, ids = everywhere
+        x, weights, *own, ids = (varying(value, plan.mesh_axes) for value in (x, weights, *leaves, ids))
         y, extra = _routed(plan, x, weights, jax.tree.unflatten(tree, own), ids)
         return jax.lax.psum(y, TENSOR), extra
 
@@ -362,9 +357,3 @@ def _specs(experts: Experts, mesh: AbstractMesh) -> list[PartitionSpec]:
             check_divides(name, leaf.shape, own, mesh)
             specs.append(spec(own))
     return specs
-
-
-def _varying(value: Array, axes: Sequence[str]) -> Array:
-    """The value as one that varies over all axes; the gradient of that sums over those it did not vary over."""
-    missing = tuple(axis for axis in axes if axis not in jax.typeof(value).mat.varying)
-    return jax.lax.pcast(value, missing, to="varying") if missing else value
