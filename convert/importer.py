@@ -1,7 +1,13 @@
-"""From a PyTorch checkpoint in the Hugging Face layout to a model. Start at `load_hf`."""
+"""From a PyTorch checkpoint in the Hugging Face layout: `load_hf` makes a model of it, `import_hf` a native checkpoint.
+
+Both read tensor by tensor; `import_hf` holds a few megabytes of them in memory, however large the checkpoint is.
+"""
 
 import logging
-from collections.abc import Callable, Iterable
+import math
+import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -9,24 +15,37 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dsmoe_jax.checkpoint import as_dtype, check_names_and_shapes, is_native, save
+from dsmoe_jax.array_files import pieces_of, raw_bytes
+from dsmoe_jax.checkpoint import (
+    Parameter,
+    as_dtype,
+    check_count,
+    check_names_and_shapes,
+    is_written,
+    seal,
+    write_parameters,
+)
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.json_file import read_json
-from dsmoe_jax.model import DeepSeekMoE, ParamSpec, abstract, assemble, shardings
+from dsmoe_jax.manifest import is_native
+from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, shardings
+from dsmoe_jax.new_folder import new_folder, refuse_existing
+from dsmoe_jax.progress import Meter, silent
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.tokenizer import tokenizer_files
 
+from .cast import Cast, Loss
+from .conversion import Conversion
+from .hub import fetch, is_repository
 from .names import TIED_HEAD, hf_names, hf_shapes, is_stacked
 from .reader import CheckpointReader
 
 GENERATION_CONFIG: Final = "generation_config.json"
-# Wraps the parameters as they are read, to show a bar, say.
-Progress = Callable[[list[tuple[str, ParamSpec]]], Iterable[tuple[str, ParamSpec]]]
 _log = logging.getLogger(__name__)
 
 
 def load_hf(
-    path: str | Path, *, dtype: Any = None, mesh: Mesh | MeshConfig | None = None, progress: Progress = iter
+    path: str | Path, *, dtype: Any = None, mesh: Mesh | MeshConfig | None = None, progress: Meter = silent
 ) -> DeepSeekMoE:
     """The model of a Hugging Face folder, safetensors or `pytorch_model*.bin`; nothing is written.
 
@@ -34,24 +53,24 @@ def load_hf(
     "bfloat16" or "float16") casts on the way; None keeps what is stored. Raises `ValueError` naming the first tensor
     that is missing, surplus or of another shape or dtype, and for everything `ModelConfig` and the reader refuse.
     """
-    config = ModelConfig.from_file(path)
     wanted = as_dtype(dtype)
+    config = ModelConfig.from_file(path)
     with CheckpointReader(path) as reader:
-        _check(path, config, reader)
-        if "auto_map" in read_json(Path(path) / "config.json"):
-            _log.info("%s: auto_map is dropped, no code travels with a checkpoint", path)
+        check_tensors(path, config, reader)
         places = shardings(config, mesh)
         specs, parts = abstract(config)[1], hf_names(config)
         params = {}
-        for name, spec in progress(list(specs.items())):
+        with progress("loading", sum(map(_nbytes, reader.tensors.values()))) as advance:
+            for name, spec in specs.items():
 
-            def read(index: Any, name: str = name) -> np.ndarray:
-                views = [reader.read(part) for part in parts[name]]
-                if is_stacked(name):
-                    return _copy([view[index[1:]] for view in views[index[0]]], wanted)
-                return _copy([views[0][index]], wanted)[0]
+                def read(index: Any, name: str = name) -> np.ndarray:
+                    views = [reader.read(part) for part in parts[name]]
+                    if is_stacked(name):
+                        return _copy([view[index[1:]] for view in views[index[0]]], wanted)
+                    return _copy([views[0][index]], wanted)[0]
 
-            params[name] = jax.make_array_from_callback(spec.shape, places[name], read)
+                params[name] = jax.make_array_from_callback(spec.shape, places[name], read)
+                advance(sum(_nbytes(reader.tensors[part]) for part in parts[name]))
         # Copies are done before the files are unmapped.
         jax.block_until_ready(params)
     return assemble(config, params)
@@ -62,30 +81,63 @@ def import_hf(
     out: str | Path,
     *,
     dtype: Any = None,
-    mesh: Mesh | MeshConfig | None = None,
-    progress: Progress = iter,
-) -> DeepSeekMoE:
+    revision: str | None = None,
+    progress: Meter = silent,
+) -> Conversion:
     """Convert a Hugging Face folder to the native checkpoint `out`, tokenizer and generation config beside it.
 
-    Returns the model that was saved. Raises `ValueError` as `load_hf` does, and if `out` exists.
+    `source` may be the name of a repository on the hub, then `revision` is its branch, tag or commit. `dtype`
+    ("float32", "bfloat16" or "float16") casts, and the answer says what that lost; None keeps what is stored. A run
+    that was interrupted goes on where it stopped. Raises `ValueError` as `load_hf` does, if `out` exists, and if the
+    disk has no room for it.
     """
-    if Path(out).exists():
-        raise ValueError(f"{out} exists; nothing is overwritten")
-    if is_native(source):
+    started = time.perf_counter()
+    wanted = as_dtype(dtype)
+    out = refuse_existing(out)
+    folder, origin = Path(source), {}
+    if is_repository(source):
+        snapshot = fetch(str(source), revision=revision)
+        folder, origin = snapshot.folder, {"repository": snapshot.repository, "revision": snapshot.revision}
+    elif revision is not None:
+        raise ValueError(f"revision {revision!r} goes with a repository on the hub, {source} is none")
+    if is_native(folder):
         raise ValueError(f"{source} is a native checkpoint already")
-    model = load_hf(source, dtype=dtype, mesh=mesh, progress=progress)
-    generation = Path(source) / GENERATION_CONFIG
-    beside = (*tokenizer_files(source), *([generation] if generation.is_file() else []))
-    save(model, out, beside=beside)
-    return model
+    config = ModelConfig.from_file(folder)
+    with CheckpointReader(folder) as reader:
+        check_tensors(folder, config, reader)
+        if wanted is not None:
+            config = config.stored_as(wanted.name)
+        parameters = _parameters(config, reader, wanted)
+        total = sum(parameter.nbytes for parameter in parameters)
+        job = {"import": str(folder.resolve()), "files": _versions(reader), "config": config.to_dict()}
+        with new_folder(out, needs=total, job=job) as draft, progress("converting", total) as advance:
+            reused = sum(parameter.nbytes for parameter in parameters if is_written(draft, parameter.name))
+            if reused:
+                _log.info("%s: goes on after %.2f of %.2f GB", out, reused / 1e9, total / 1e9)
+            records = write_parameters(draft, parameters, advance)
+            generation = folder / GENERATION_CONFIG
+            beside = (*tokenizer_files(folder), *([generation] if generation.is_file() else []))
+            proof = seal(draft.folder, config, records, beside, origin)
+    return Conversion(
+        path=out,
+        tensors=sum(map(len, hf_names(config).values())),
+        bytes=total,
+        reused=reused,
+        seconds=time.perf_counter() - started,
+        loss=sum((Loss(*record.note) for record in records.values()), Loss()),
+        proof=f"SHA-256 of every file and tensor in dsmoe_jax.json, its own: {proof}",
+    )
 
 
-def _check(path: str | Path, config: ModelConfig, reader: CheckpointReader) -> None:
-    """Every name, shape and dtype, before the first byte of a tensor is read."""
+def check_tensors(path: str | Path, config: ModelConfig, reader: CheckpointReader) -> None:
+    """Refuse a folder of which not every name, shape and dtype is as its config says; no tensor is read for it."""
+    check_count(path, config, len(reader.tensors), per_stack=config.n_routed_experts or 0)
+    if "auto_map" in read_json(Path(path) / "config.json"):
+        _log.info("%s: auto_map is dropped, no code travels with a checkpoint", path)
     shapes = hf_shapes(config)
     found = {name: info.shape for name, info in reader.tensors.items()}
     if config.tie_word_embeddings and found.get(TIED_HEAD) == found.get(embedding := hf_names(config)["embed"][0]):
-        if not np.array_equal(_bits(reader.read(TIED_HEAD)), _bits(reader.read(embedding))):
+        if not _same_bits(reader.read(TIED_HEAD), reader.read(embedding)):
             raise ValueError(f"{path}: {TIED_HEAD} differs from {embedding} though tie_word_embeddings is true")
         del found[TIED_HEAD]
     check_names_and_shapes(path, shapes, found)
@@ -96,6 +148,32 @@ def _check(path: str | Path, config: ModelConfig, reader: CheckpointReader) -> N
                 raise ValueError(f"{path}: tensor {part} is {dtype}, {parts[0]} of the same stack is {first}")
 
 
+def _parameters(config: ModelConfig, reader: CheckpointReader, dtype: np.dtype | None) -> list[Parameter]:
+    """Our parameters, each with its pieces: the rows of its tensors, one after another."""
+
+    def parameter(name: str, parts: tuple[str, ...]) -> Parameter:
+        cast = Cast(dtype)
+
+        def pieces() -> Iterator[np.ndarray]:
+            for part in parts:
+                yield from map(cast, pieces_of(reader.read(part)))
+
+        stored = reader.tensors[parts[0]].dtype
+        return Parameter(name, abstract(config)[1][name].shape, dtype or stored, pieces, lambda: cast.loss)
+
+    return [parameter(name, parts) for name, parts in hf_names(config).items()]
+
+
+def _versions(reader: CheckpointReader) -> dict[str, list[int]]:
+    """Size and time of change of every file that tensors are read from."""
+    files = sorted({info.file for info in reader.tensors.values()})
+    return {file: [(stat := os.stat(reader.folder / file)).st_size, stat.st_mtime_ns] for file in files}
+
+
+def _nbytes(info: Any) -> int:
+    return math.prod(info.shape) * info.dtype.itemsize
+
+
 def _copy(views: list[np.ndarray], dtype: np.dtype | None) -> np.ndarray:
     """The views stacked in memory of our own: an array that aliased the mapped file would die with it."""
     out = np.empty((len(views), *views[0].shape), dtype or views[0].dtype)
@@ -104,5 +182,6 @@ def _copy(views: list[np.ndarray], dtype: np.dtype | None) -> np.ndarray:
     return out
 
 
-def _bits(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).view(np.uint8)
+def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+    pairs = zip(pieces_of(one), pieces_of(other), strict=True)
+    return one.dtype == other.dtype and all(raw_bytes(a) == raw_bytes(b) for a, b in pairs)

@@ -4,6 +4,7 @@ Weights lie the same way in both, [out, in], so the only turn is a stack: where 
 holds all experts' tensors along a new first axis.
 """
 
+import math
 import re
 from typing import Final
 
@@ -39,6 +40,7 @@ _TABLE: Final[tuple[tuple[str, str], ...]] = (
 )
 # fmt: on
 _HF_NAME: Final[dict[str, str]] = dict(_TABLE)
+_ROW: Final[dict[str, int]] = {ours: row for row, (ours, _) in enumerate(_TABLE)}
 
 # A tied model has no head of its own, but PyTorch's `.bin` files may store the embedding a second time under this name.
 TIED_HEAD: Final = "lm_head.weight"
@@ -62,6 +64,23 @@ def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         for name, parts in hf_names(config).items()
         for hf_name in parts
     }
+
+
+def export_order(config: ModelConfig) -> list[tuple[str, str, int | None]]:
+    """Every HF tensor as (its name, our parameter, its place in our stack or None), layer by layer."""
+
+    def place(entry: tuple[str, str, int | None]) -> tuple[float, int, int]:
+        _, ours, expert = entry
+        layer = re.search(r"layers\.(\d+)", ours)
+        outside = -1 if ours == "embed" else math.inf
+        return (int(layer[1]) if layer else outside, -1 if expert is None else expert, _ROW[_pattern(ours)])
+
+    entries = [
+        (hf_name, ours, e if is_stacked(ours) else None)
+        for ours, parts in hf_names(config).items()
+        for e, hf_name in enumerate(parts)
+    ]
+    return sorted(entries, key=place)
 
 
 def _hf_names(name: str, config: ModelConfig) -> tuple[str, ...]:

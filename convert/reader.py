@@ -13,15 +13,15 @@ from typing import Final
 import ml_dtypes
 import numpy as np
 
-from dsmoe_jax.json_file import parse_json
+from dsmoe_jax.json_file import MAX_JSON_BYTES, parse_json
 
 from .torch_pickle import TensorInfo, count_elements, read_torch_file, show
 
 __all__ = ["CheckpointReader", "TensorInfo", "read_safetensors"]
 
-MAX_JSON_BYTES: Final = 100_000_000  # of a safetensors header (the format's own bound) or of an index
+MAX_NAME: Final = 250  # characters of a tensor's name, bytes of a file's
 
-_DTYPES: Final[dict[str, np.dtype]] = {
+SAFETENSORS_DTYPES: Final[dict[str, np.dtype]] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -49,6 +49,9 @@ class CheckpointReader:
         index = self._read_index(name) if is_index else None
         for file in dict.fromkeys(index.values()) if index else [name]:
             for tensor, info in self._read_file(file, parse).items():
+                if len(tensor) > MAX_NAME or not tensor.isprintable():
+                    rule = f"a name has at most {MAX_NAME} characters, all printable"
+                    raise ValueError(f"{self.folder / file}: tensor {show(tensor)} is misnamed: {rule}")
                 if tensor in self.tensors:
                     both = f"{show(self.tensors[tensor].file)} and {show(file)}"
                     raise ValueError(f"{self.folder}: tensor {show(tensor)} lies in both {both}")
@@ -102,7 +105,7 @@ class CheckpointReader:
         """The index's map from tensor to shard, each shard a file beside it."""
         path = _path_inside(self.folder, name)
         if (size := path.stat().st_size) > MAX_JSON_BYTES:
-            raise ValueError(f"{self.folder / name}: {size} bytes; at most {MAX_JSON_BYTES}")
+            raise ValueError(f"{self.folder / name}: has {size} bytes; at most {MAX_JSON_BYTES}")
         try:
             index = parse_json(path.read_bytes())
             shards = index.get("weight_map")
@@ -131,7 +134,8 @@ def read_safetensors(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
     """Where each tensor of a safetensors file lies: 8 bytes of header length, the header in JSON, the data.
 
     The tensors must fill the data exactly, without hole or overlap, as the format demands. Raises ValueError,
-    in one line, on anything else and on a dtype other than F32, F16 and BF16.
+    in one line, on anything else, on a dtype other than F32, F16 and BF16, and on a header past `MAX_JSON_BYTES`,
+    a twelfth of the format's own bound.
     """
     length = int.from_bytes(mapped[:8], "little")
     if length > MAX_JSON_BYTES:
@@ -140,22 +144,23 @@ def read_safetensors(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
     if data > len(mapped):
         raise ValueError(f"has a header up to byte {data} of a file of {len(mapped)}")
     header = parse_json(mapped[8:data])
-    if not isinstance(header.pop("__metadata__", {}), dict):
-        raise ValueError("has a __metadata__ that is not an object")
+    if mapped[8:9] != b"{":  # the format allows no space before it
+        raise ValueError("has a header that does not start with {")
+    _check_metadata(header.pop("__metadata__", {}))
 
     tensors: dict[str, TensorInfo] = {}
     ranges: list[tuple[int, int, str]] = []
-    for name, entry in header.items():
-        match entry:
+    for name in list(header):
+        match header.pop(name):  # so that the header shrinks as `tensors` grows
             case {"dtype": str(code), "shape": list(sizes), "data_offsets": [begin, end], **rest} if not rest:
                 pass
             case _:
                 raise ValueError(f"describes tensor {show(name)} otherwise than by dtype, shape and data_offsets")
         if bad := [number for number in (*sizes, begin, end) if type(number) is not int]:
             raise ValueError(f"tensor {show(name)} has {show(bad[0])} for a dimension or an offset")
-        if code not in _DTYPES:
+        if code not in SAFETENSORS_DTYPES:
             raise ValueError(f"tensor {show(name)} has dtype {show(code)}; weights are F32, F16 or BF16")
-        dtype, shape = _DTYPES[code], tuple(sizes)
+        dtype, shape = SAFETENSORS_DTYPES[code], tuple(sizes)
         nbytes = count_elements(name, shape, dtype.itemsize) * dtype.itemsize
         if end - begin != nbytes:
             bounds = f"{show(begin)} to {show(end)}"
@@ -173,11 +178,20 @@ def read_safetensors(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
     return tensors
 
 
+def _check_metadata(metadata: object) -> None:
+    if not isinstance(metadata, dict):
+        raise ValueError("has a __metadata__ that is not an object")
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise ValueError(f"has __metadata__ {show(key)} that is {show(value)}, not a string")
+        (key + value).encode()  # half a surrogate pair is no text
+
+
 def _is_file_name(value: object) -> bool:
     """Whether `value` names a file without saying anything about folders, in characters one can print."""
     if not isinstance(value, str) or not value.isprintable() or value in ("", ".", ".."):
         return False
-    return "/" not in value and "\\" not in value
+    return "/" not in value and "\\" not in value and len(value.encode()) <= MAX_NAME
 
 
 def _path_inside(folder: Path, name: str) -> Path:
@@ -192,7 +206,8 @@ def _path_inside(folder: Path, name: str) -> Path:
         raise ValueError(f"{folder / name}: cannot be opened: {error.strerror}") from error
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(path.is_relative_to(home) for home in homes):
-        raise ValueError(f"{folder / name}: links to {path}, outside the checkpoint")
+        end = repr(str(path))[-200:-1]  # a folder's name may hold a line break
+        raise ValueError(f"{folder / name}: links to {end}, outside the checkpoint")
     if not path.is_file():
         raise ValueError(f"{folder / name}: is not a regular file")
     return path

@@ -20,8 +20,14 @@ from typing import IO, Any, Final, cast
 import ml_dtypes
 import numpy as np
 
-MAX_PICKLE_BYTES: Final = 16 << 20  # a tensor takes about 100 bytes and 40 opcodes
-MAX_OPCODES: Final = 2_000_000
+# Room for 12 thousand tensors a file, 40 opcodes and 150 bytes each. An opcode makes up to 110 bytes of objects, an entry
+# of the zip's directory 600: a file must not be able to take more memory than its own size and a little.
+MAX_PICKLE_BYTES: Final = 8 << 20
+MAX_OPCODES: Final = 500_000
+MAX_STRING: Final = 1 << 20
+MAX_TENSORS: Final = 50_000  # two opcodes name one tensor again
+MAX_DIRECTORY_BYTES: Final = 2 << 20
+_MAX_GLOBAL: Final = 200  # of a line that names a module or a function
 MAX_RANK: Final = 64  # numpy's own bound
 _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL: Final = 1001
@@ -35,7 +41,7 @@ _STORAGES: Final[dict[str, np.dtype | None]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """A tensor of a checkpoint: its element, its shape, and the bytes of the file it looks into."""
 
@@ -56,11 +62,19 @@ def read_torch_file(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
     state, places = read(mapped)
     if not isinstance(state, dict):
         raise ValueError(f"holds a {type(state).__name__}, not a dictionary of tensors")
-    return {name: _locate(name, entry, places, file) for name, entry in state.items()}
+    if len(state) > MAX_TENSORS:
+        raise ValueError(f"holds {len(state)} tensors; at most {MAX_TENSORS}")
+    tensors = {name: _locate(name, entry, places, file) for name, entry in state.items()}
+    # Tied weights are one storage under two names; a storage under a thousand names is a bomb.
+    nbytes = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
+    if nbytes > 2 * len(mapped):
+        raise ValueError(f"has tensors of {nbytes} bytes in a file of {len(mapped)}; at most twice its size")
+    return tensors
 
 
 def show(value: object) -> str:
     """Any value from an untrusted file in one short line: a nested value is named by its type only."""
+    value = value[:160] if isinstance(value, str) else value
     text = repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
     return text if len(text) <= 160 else f"{text[:157]}..."
 
@@ -72,7 +86,7 @@ def count_elements(name: str, shape: tuple[int, ...], itemsize: int) -> int:
     if bad := [size for size in shape if not 0 <= size < 2**63]:
         raise ValueError(f"tensor {show(name)} has a dimension of {show(bad[0])}; it must be in [0, 2**63)")
     if math.prod(max(size, 1) for size in shape) * itemsize >= 2**63:
-        raise ValueError(f"tensor {show(name)} has shape {shape}: 2**63 bytes or more")
+        raise ValueError(f"tensor {show(name)} has shape {show(str(shape))}: 2**63 bytes or more")
     return math.prod(shape)
 
 
@@ -261,17 +275,52 @@ _OPCODES: Final[dict[str, Callable[[_Machine, Any], object]]] = {
 # fmt: on
 
 
-def _unpickle(stream: io.BytesIO) -> tuple[Any, dict[str, _Storage]]:
+def _read_global(stream: io.BytesIO) -> str:
+    module, name = stream.readline(_MAX_GLOBAL), stream.readline(_MAX_GLOBAL)
+    if not module.endswith(b"\n") or not name.endswith(b"\n"):
+        raise ValueError(f"asks for {show(str(module + name))}, which is no module and name in two lines")
+    return f"{module[:-1].decode('ascii')} {name[:-1].decode('ascii')}"
+
+
+def _read_string(stream: io.BytesIO) -> str:
+    size = int.from_bytes(stream.getbuffer()[stream.tell() : stream.tell() + 4], "little")
+    if MAX_STRING < size <= len(stream.getbuffer()):
+        raise ValueError(f"has a string of {size} bytes; at most {MAX_STRING}")
+    return pickletools.read_unicodestring4(stream)
+
+
+# Two of pickletools' readers take whatever length they are told.
+_READERS: Final[dict[str, Callable[[io.BytesIO], Any]]] = {"GLOBAL": _read_global, "BINUNICODE": _read_string}
+
+
+def _operations(stream: io.BytesIO) -> Iterator[tuple[str, Any]]:
+    """Each opcode's name and argument up to STOP, as `pickletools.genops` has them.
+
+    It reads an argument before one can say that the opcode has no business here: some are as long as the file, and
+    its errors repeat them.
+    """
+    while code := stream.read(1):
+        opcode = pickletools.code2op.get(code.decode("latin-1"))
+        if opcode is None:
+            raise ValueError(f"has unknown pickle opcode {code!r}")
+        if opcode.name not in _OPCODES:
+            raise ValueError(f"uses pickle opcode {opcode.name}, which no tensor needs")
+        reader = opcode.arg and _READERS.get(opcode.name, opcode.arg.reader)
+        yield opcode.name, reader and reader(stream)
+        if opcode.name == "STOP":
+            return
+    raise ValueError("pickle exhausted before seeing STOP")
+
+
+def _unpickle(stream: io.BytesIO, opcodes_left: Iterator[int]) -> tuple[Any, dict[str, _Storage]]:
     """The value of the pickle that starts here and the storages it names; the stream is left behind it."""
     machine = _Machine()
     count = 0
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-            if opcode.name not in _OPCODES:
-                raise ValueError(f"uses pickle opcode {opcode.name}, which no tensor needs")
-            if count >= MAX_OPCODES:
+        for count, (name, argument) in enumerate(_operations(stream)):
+            if next(opcodes_left, None) is None:
                 raise ValueError(f"has a pickle of more than {MAX_OPCODES} opcodes")
-            _OPCODES[opcode.name](machine, argument)
+            _OPCODES[name](machine, argument)
     except ValueError:
         raise
     except Exception as error:  # An empty stack, an unknown memo entry, a call with too few arguments ...

@@ -1,83 +1,170 @@
-"""Native checkpoints: a folder with `config.json`, the tokenizer's files and the parameters, written by Orbax.
+"""Native checkpoints: a folder with `config.json`, the tokenizer's files, the parameters and a manifest of all bytes.
 
-Start at `save` and `load`. A checkpoint appears under its name only when it is complete.
+Start at `save` and `load`. A checkpoint appears under its name only when it is complete, and does not depend on the
+mesh or the number of processes that saved it. `write_parameters` and `seal` are its writing in two steps, for those
+whose parameters come from elsewhere.
 """
 
 import contextlib
-import json
+import math
 import shutil
-import tempfile
-import zlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from dsmoe_jax.array_files import ArrayRecord, ArrayWriter, pieces_of, write_frame
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.json_file import read_json
-from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, shardings, split
+from dsmoe_jax.manifest import PARAMETERS, damage, read_manifest, write_manifest
+from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, count_tensors, shardings, split
+from dsmoe_jax.new_folder import Draft, new_folder, refuse_existing, sibling, write_json
+from dsmoe_jax.progress import Advance
 from dsmoe_jax.sharding import MeshConfig
 
-PARAMETERS: Final = "parameters"  # the Orbax folder inside a checkpoint
-_HEADER: Final = "dsmoe_jax.json"  # marks a native checkpoint
-_FORMAT: Final = 1
 DTYPES: Final[dict[str, Any]] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+_FRAME_UNIT: Final = "frame"
 
 
 def save(model: DeepSeekMoE, path: str | Path, *, beside: Sequence[Path] = ()) -> None:
     """Write `model` to the new folder `path`, with copies of the files `beside` (tokenizer, generation config).
 
-    Raises `ValueError` if `path` exists. Nothing is left behind when it fails.
+    Several processes save together: each takes its share of the parameters, writes them whole and hashes them; `path`
+    must be on a file system that all of them see. Raises `ValueError` if `path` exists or the disk is too full.
+    Nothing is left behind when it fails.
     """
-    from orbax.checkpoint import v1 as ocp
+    path = refuse_existing(path)
+    params = split(model)[1]
+    index, folder = jax.process_index(), sibling(path)
+    records: dict[str, ArrayRecord] = {}
+    with _step(), contextlib.ExitStack() as stack:
+        with _step():
+            if index == 0:
+                stack.enter_context(new_folder(path, needs=sum(value.nbytes for value in params.values())))
+                write_frame(folder / PARAMETERS, {name: value.dtype for name, value in params.items()})
+        with _step() as errors, ArrayWriter(folder / PARAMETERS, records.__setitem__) as writer:
+            for i, (name, value) in enumerate(params.items()):
+                array = _whole(value)  # by all processes, even where one has failed: the others wait for it
+                if i % jax.process_count() == index and not errors:
+                    try:
+                        writer.write(name, array.shape, array.dtype, pieces_of(array))
+                    except Exception as error:
+                        errors.append(error)
+        with _step():
+            write_json(_records_file(folder, index), {name: list(record) for name, record in records.items()})
+        with _step():
+            if index == 0:
+                for file in [_records_file(folder, i) for i in range(jax.process_count())]:
+                    records |= {name: ArrayRecord(*fields) for name, fields in read_json(file).items()}
+                    file.unlink()
+                seal(folder, model.config, records, beside)
 
-    with new_folder(path) as folder:
-        for file in beside:
-            shutil.copyfile(file, folder / file.name)
-        write_json(folder / "config.json", model.config.to_dict())
-        ocp.save(str(folder / PARAMETERS), split(model)[1])
-        files = [file for file in (folder / PARAMETERS).rglob("*") if file.is_file()]
-        names = [file.relative_to(folder).as_posix() for file in files]
-        write_json(folder / _HEADER, {"format": _FORMAT, "files": dict(zip(names, _sums(files), strict=True))})
 
-
-def load(path: str | Path, *, dtype: Any = None, mesh: Mesh | MeshConfig | None = None) -> DeepSeekMoE:
+def load(
+    path: str | Path, *, dtype: Any = None, mesh: Mesh | MeshConfig | None = None, verify: bool = True
+) -> DeepSeekMoE:
     """Restore a native checkpoint, each parameter straight onto the devices of `mesh` (None: the default device).
 
-    `dtype` ("float32", "bfloat16" or "float16") casts as it reads; None keeps what is stored.
-    Raises `ValueError` for a folder that is no native checkpoint, or a damaged one.
+    `dtype` ("float32", "bfloat16" or "float16") casts as it reads; None keeps what is stored. `verify` compares every
+    file of the parameters with its SHA-256 first, half a second a gigabyte and core: Orbax alone lets a flipped bit
+    pass in silence. Several processes share that out. Raises `ValueError` for a folder that is no native checkpoint,
+    or a damaged one.
     """
     from orbax.checkpoint import v1 as ocp
 
     path = Path(path)
-    if not is_native(path):
-        raise ValueError(f"{path}: not a native checkpoint (no {_HEADER})")
-    header = read_json(path / _HEADER)
-    if (version := header.get("format")) != _FORMAT:
-        raise ValueError(f"{path}: checkpoint format {version!r}, this version reads {_FORMAT}")
+    manifest = read_manifest(path)
     config = ModelConfig.from_file(path)
     wanted_dtype = as_dtype(dtype)
-    _check_files(path, header.get("files"))
+    check_count(path, config, len(manifest.tensors))
+    if verify:
+        files = [name for name in manifest.files if name.startswith(f"{PARAMETERS}/")]
+        with _step():
+            for found in damage(path, manifest, files[jax.process_index() :: jax.process_count()], lambda step: None):
+                raise ValueError(f"{path}: damaged checkpoint: {found}")
+    parameters = str(path.absolute() / PARAMETERS)
     with _one_line_errors(path):
-        stored = dict(ocp.metadata(str(path.absolute() / PARAMETERS)).metadata)
-        found = {name: meta.shape for name, meta in stored.items()}
-    check_names_and_shapes(path, {name: spec.shape for name, spec in abstract(config)[1].items()}, found)
+        stored = dict(ocp.metadata(parameters).metadata)
+        shapes = {name: meta.shape for name, meta in stored.items()}
+    check_names_and_shapes(path, {name: spec.shape for name, spec in abstract(config)[1].items()}, shapes)
     wanted = {
         name: jax.ShapeDtypeStruct(stored[name].shape, wanted_dtype or stored[name].dtype, sharding=place)
         for name, place in shardings(config, mesh).items()
     }
     with _one_line_errors(path):
-        return assemble(config, ocp.load(str(path.absolute() / PARAMETERS), wanted))
+        return assemble(config, ocp.load(parameters, wanted))
 
 
-def is_native(path: str | Path) -> bool:
-    """Whether the folder is a native checkpoint (and not, say, one in the Hugging Face layout)."""
-    return (Path(path) / _HEADER).is_file()
+# --- writing in two steps ---
+
+
+class Parameter(NamedTuple):
+    """An array that is to be written: its runs of rows in order, and what there is to note of it after the last."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: Callable[[], Iterable[np.ndarray]]
+    note: Callable[[], Any] = lambda: None
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_parameters(draft: Draft, parameters: Sequence[Parameter], advance: Advance) -> dict[str, ArrayRecord]:
+    """Write the arrays that `draft` does not hold yet, a few pieces in memory at a time."""
+    folder = draft.folder / PARAMETERS
+    if _FRAME_UNIT not in draft.finished:
+        write_frame(folder, {parameter.name: parameter.dtype for parameter in parameters})
+        draft.finish(_FRAME_UNIT, None)
+    with ArrayWriter(folder, lambda name, record: draft.finish(name, list(record))) as writer:
+        for parameter in parameters:
+            if is_written(draft, parameter.name):
+                advance(parameter.nbytes)
+            else:
+                name, shape, dtype, pieces, note = parameter
+                writer.write(name, shape, dtype, _metered(pieces(), advance), note)
+    return {parameter.name: ArrayRecord(*draft.finished[parameter.name]) for parameter in parameters}
+
+
+def is_written(draft: Draft, name: str) -> bool:
+    """Whether an earlier run wrote this array, and its files are still there."""
+    if name not in draft.finished:
+        return False
+    files = {draft.folder / PARAMETERS / file: sums for file, sums in ArrayRecord(*draft.finished[name]).files.items()}
+    return all(file.is_file() and file.stat().st_size == sums["bytes"] for file, sums in files.items())
+
+
+def seal(
+    folder: Path,
+    config: ModelConfig,
+    records: Mapping[str, ArrayRecord],
+    beside: Iterable[Path] = (),
+    source: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
+    """Write all that stands beside the parameters, the manifest last; returns the manifest's SHA-256."""
+    for file in beside:
+        shutil.copyfile(file, folder / file.name)
+    write_json(folder / "config.json", config.to_dict())
+    return write_manifest(folder, records, source)
+
+
+def check_count(source: str | Path, config: ModelConfig, found: int, per_stack: int = 1) -> None:
+    """Refuse a config whose model has far more tensors than `found`, before anything is made for each of them.
+
+    `per_stack` is how many tensors of the checkpoint make up one of our stacks of experts.
+    """
+    wanted = count_tensors(config, per_stack)
+    if wanted > 2 * found + 100:
+        raise ValueError(f"{source}: config.json asks for {wanted:,} tensors, the checkpoint holds {found:,}")
 
 
 def as_dtype(dtype: Any) -> Any:
@@ -107,57 +194,39 @@ def check_names_and_shapes(
 
 
 @contextlib.contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary sibling of `path` that becomes `path` when the block ends well and vanishes when it does not."""
-    path = Path(path).absolute()
-    if path.exists():
-        raise ValueError(f"{path} exists; nothing is overwritten")
+def _step() -> Iterator[list[Exception]]:
+    """What all processes do before any goes on; it fails in all of them if it fails in one."""
+    errors: list[Exception] = []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".incomplete", dir=path.parent))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror}") from None
-    try:
-        yield folder
-        folder.chmod(0o755)
-        folder.rename(path)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        yield errors
+    except Exception as error:
+        errors.append(error)
+    failed = bool(errors)
+    if jax.process_count() > 1:
+        failed = bool(multihost_utils.process_allgather(np.array(failed)).any())
+    if errors:
+        raise errors[0]
+    if failed:
+        raise ValueError("another process failed; its own message says why")
 
 
-def write_json(path: Path, fields: dict[str, Any]) -> None:
-    """Write a small JSON file the way Hugging Face does: sorted, two spaces."""
-    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _whole(value: jax.Array) -> np.ndarray:
+    """All of a parameter in host memory, for as long as it is held; every process must ask."""
+    if not value.is_fully_addressable and not value.is_fully_replicated:
+        return multihost_utils.process_allgather(value, tiled=True)
+    # A handle of its own: JAX keeps the host's copy with the handle that it was asked of.
+    parts = [shard.data for shard in value.addressable_shards]
+    return np.asarray(jax.make_array_from_single_device_arrays(value.shape, value.sharding, parts))
 
 
-def _check_files(folder: Path, written: Any) -> None:
-    """Refuse a checkpoint whose files are not those that were written.
-
-    Orbax alone lets a flipped bit in a weight pass, and answers a file cut short with pages of tracebacks.
-    """
-    if not isinstance(written, dict) or not written:
-        raise ValueError(f"{folder / _HEADER}: `files` must list the files of {PARAMETERS}")
-    for name in written:
-        if ".." in Path(name).parts or not (folder / name).is_file():
-            raise ValueError(f"{folder}: damaged checkpoint: {name[:200]!r} is missing")
-    for name, found in zip(written, _sums([folder / name for name in written]), strict=True):
-        if found != written[name]:
-            raise ValueError(f"{folder}: damaged checkpoint: {name!r} has {found}, not {str(written[name])[:80]!r}")
+def _records_file(folder: Path, process: int) -> Path:
+    return folder / f"records-{process}.json"
 
 
-def _sums(files: Sequence[Path]) -> list[str]:
-    """Each file's size and CRC-32; at a second a gigabyte or faster, and side by side."""
-
-    def sum_of(path: Path) -> str:
-        size, crc = 0, 0
-        with path.open("rb") as file:
-            while piece := file.read(1 << 22):
-                size, crc = size + len(piece), zlib.crc32(piece, crc)
-        return f"{size} bytes, CRC-32 {crc:08x}"
-
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(sum_of, files))
+def _metered(pieces: Iterable[np.ndarray], advance: Advance) -> Iterator[np.ndarray]:
+    for piece in pieces:
+        yield piece
+        advance(piece.nbytes)
 
 
 @contextlib.contextmanager

@@ -57,9 +57,39 @@ def info(asked: argparse.Namespace) -> None:
 def convert(asked: argparse.Namespace) -> None:
     """`dsmoe convert`."""
     from dsmoe_jax.convert import import_hf
+    from dsmoe_jax.progress import bar
 
-    model = import_hf(asked.source, asked.out, dtype=asked.dtype, progress=_progress("converting"))
-    print(f"{asked.out}: {model.config.num_hidden_layers} layers, ready for `dsmoe generate {asked.out}`")
+    dtype = None if asked.dtype == "keep" else asked.dtype
+    print(import_hf(asked.source, asked.out, dtype=dtype, revision=asked.revision, progress=bar))
+    print(f"  ready for `dsmoe generate {asked.out}`")
+
+
+def export(asked: argparse.Namespace) -> None:
+    """`dsmoe export`."""
+    from dsmoe_jax.convert import export_hf
+    from dsmoe_jax.progress import bar
+
+    dtype = None if asked.dtype == "keep" else asked.dtype
+    print(export_hf(asked.native, asked.out, max_shard_size=asked.max_shard_size, dtype=dtype, progress=bar))
+
+
+def verify(asked: argparse.Namespace) -> None:
+    """`dsmoe verify`."""
+    from pathlib import Path
+
+    from dsmoe_jax.convert import verify
+    from dsmoe_jax.new_folder import write_json
+    from dsmoe_jax.progress import bar
+
+    native = Path(asked.native).absolute()
+    file = Path(asked.report or native.parent / f"{native.name}.verify.json")
+    report = verify(asked.native, asked.hf, progress=bar)
+    write_json(file, report.to_dict())
+    print(f"{report}; {file} has the SHA-256 of each")
+    for found in report.mismatches[1:20]:
+        print("  {file}: {tensor} {what}".format(**found))
+    if report.mismatches:
+        raise ValueError("{file}: {tensor} {what}".format(**report.mismatches[0]))
 
 
 def generate(asked: argparse.Namespace) -> None:
@@ -119,24 +149,12 @@ def _ask(prompt: str) -> str | None:
         return None
 
 
-def _progress(what: str) -> Callable[[Any], Any]:
-    """Wraps an iterable in a bar where a person watches, and in nothing elsewhere."""
-
-    def track(items: Any) -> Any:
-        if not sys.stderr.isatty():
-            return items
-        from rich.console import Console
-        from rich.progress import track as bar
-
-        return bar(items, description=what, console=Console(stderr=True), transient=True)
-
-    return track
-
-
 # fmt: off
 _Argument = tuple[tuple[str, ...], dict[str, Any]]
 _DTYPE: Final[_Argument] = (
     ("--dtype",), {"metavar": "DTYPE", "help": "float32, bfloat16 or float16; default: as stored"})
+_KEEP: Final[_Argument] = (
+    ("--dtype",), {"metavar": "DTYPE", "default": "keep", "help": "float32, bfloat16, float16 or keep, the default"})
 _GENERATION: Final[tuple[_Argument, ...]] = (
     (("path",), {"metavar": "PATH", "help": "a native checkpoint or a Hugging Face folder"}),
     (("--max-new-tokens",), {"type": int, "default": 128, "metavar": "N", "help": "default 128"}),
@@ -152,10 +170,23 @@ VERBS: Final[dict[str, tuple[Callable[[argparse.Namespace], None], tuple[_Argume
         (("--out",), {"metavar": "DIR", "help": "keep the checkpoints in this new folder"}),
     ), "make a small checkpoint, convert it and generate: no network, no weights needed"),
     "convert": (convert, (
-        (("source",), {"metavar": "HF_DIR", "help": "config.json with safetensors or pytorch_model*.bin"}),
+        (("source",), {"metavar": "HF_DIR|REPOSITORY",
+                       "help": "config.json with safetensors or pytorch_model*.bin; or OWNER/NAME on the hub"}),
         (("out",), {"metavar": "OUT", "help": "the new native checkpoint"}),
-        _DTYPE,
+        _KEEP,
+        (("--revision",), {"metavar": "REV", "help": "branch, tag or commit of the repository"}),
     ), "convert a PyTorch checkpoint in the Hugging Face layout to a native one"),
+    "export": (export, (
+        (("native",), {"metavar": "NATIVE", "help": "a native checkpoint"}),
+        (("out",), {"metavar": "OUT", "help": "the new folder in the Hugging Face layout"}),
+        (("--max-shard-size",), {"metavar": "SIZE", "default": "5GB", "help": "of one file, default 5GB"}),
+        _KEEP,
+    ), "write a native checkpoint in the Hugging Face layout, for vLLM, SGLang, llama.cpp"),
+    "verify": (verify, (
+        (("native",), {"metavar": "NATIVE", "help": "a native checkpoint"}),
+        (("hf",), {"metavar": "HF_DIR", "nargs": "?", "help": "compare every tensor with this folder's"}),
+        (("--report",), {"metavar": "FILE", "help": "of the JSON report, default NATIVE.verify.json"}),
+    ), "check every bit of a native checkpoint, alone or against a Hugging Face folder"),
     "generate": (generate, (
         *_GENERATION,
         (("--prompt",), {"required": True, "metavar": "TEXT", "help": "the text to continue"}),

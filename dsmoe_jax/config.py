@@ -92,6 +92,11 @@ class ModelConfig:
         """`num_key_value_heads`, with None read as one per query head."""
         return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
 
+    def stored_as(self, dtype: str) -> "ModelConfig":
+        """The config of the same model with its weights in `dtype`, under both names that transformers gives it."""
+        extra = {**self.extra, "dtype": dtype} if "dtype" in self.extra else self.extra
+        return dataclasses.replace(self, torch_dtype=dtype, extra=extra)
+
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""

@@ -66,7 +66,7 @@ def make_tokenizer(folder: Path, vocab_size: int = 2048) -> None:
     """Train a byte-level BPE on the standard library's sources; DeepSeek's special tokens get the ids 0 and 1."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from dsmoe_jax.checkpoint import write_json
+    from dsmoe_jax.new_folder import write_json
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -87,10 +87,10 @@ def make_checkpoint(folder: Path):
     import jax
     from safetensors.numpy import save_file
 
-    from dsmoe_jax.checkpoint import write_json
     from dsmoe_jax.config import ModelConfig
     from dsmoe_jax.convert.names import hf_names, is_stacked
     from dsmoe_jax.model import DeepSeekMoE, split
+    from dsmoe_jax.new_folder import write_json
 
     config = ModelConfig.preset("tiny")
     params = jax.device_get(split(DeepSeekMoE.init(config))[1])

@@ -1,18 +1,28 @@
 """Small JSON files from a place that is not trusted."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any, Final
 
-_MAX_BYTES: Final = 64 << 20  # the largest real one, a 145B's tensor index, has a few MB
+# Room for 65 thousand tensors (a 145B's index has 24 thousand). Formats allow more, but what is parsed takes ten times
+# its size in memory, and a checkpoint must not be able to take more than its own size and a little.
+MAX_JSON_BYTES: Final = 8_000_000
+MAX_PARSED_BYTES: Final = 64_000_000
+MAX_DEPTH: Final = 64  # what parses must also survive a repr, a copy and a second look, which take more stack
+_MAX_DIGITS: Final = 40  # of an integer; 64 bits have 20
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; `ValueError` where there is none, or one that names a key twice."""
     try:
-        if (size := path.stat().st_size) > _MAX_BYTES:
-            raise ValueError(f"has {size} bytes, at most {_MAX_BYTES} are read")
-        return parse_json(path.read_bytes())
+        if path.exists() and not path.is_file():  # reading a pipe waits, reading a device never ends
+            raise ValueError("is not a regular file")
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise ValueError(f"has {path.stat().st_size} bytes; at most {MAX_JSON_BYTES}")
+        return parse_json(data)
     except FileNotFoundError:
         raise ValueError(f"{path}: does not exist") from None
     except OSError as error:
@@ -23,15 +33,39 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def parse_json(data: bytes) -> dict[str, Any]:
     """The object in some UTF-8 JSON; `ValueError` as in `read_json`, worded to follow the name of the file."""
+    if len(data) > MAX_JSON_BYTES:
+        raise ValueError(f"has {len(data)} bytes of JSON; at most {MAX_JSON_BYTES}")
     try:
-        fields = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys)
+        text = data.decode("utf-8")
+        if (size := _parsed_size(text)) > MAX_PARSED_BYTES:
+            raise ValueError(f"has JSON that may take {size} bytes in memory; at most {MAX_PARSED_BYTES}")
+        fields = json.loads(text, object_pairs_hook=_unique_keys, parse_int=_integer)
     except RecursionError:
         raise ValueError("has JSON nested too deeply") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"holds a {type(fields).__name__} where a JSON object must be")
+    _check_depth(fields)
     return fields
+
+
+def _parsed_size(text: str) -> int:
+    """A bound on what `json.loads` allocates: measured, a key is below 250 bytes and any other value below 80.
+
+    One emoji makes every character of `text` 4 bytes wide, and so may be its strings.
+    """
+    return 2 * sys.getsizeof(text) + 250 * text.count(":") + 80 * (text.count(",") + text.count("["))
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inside = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [child for children in inside for child in children if isinstance(child, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"has JSON nested too deeply; at most {MAX_DEPTH} levels")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -41,3 +75,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"has JSON key {key[:80]!r} twice")
         fields[key] = value
     return fields
+
+
+def _integer(digits: str) -> int | float:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"has an integer of {len(digits)} digits; at most {_MAX_DIGITS}")
+    return -0.0 if digits == "-0" else int(digits)  # no integer has that sign

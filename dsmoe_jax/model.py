@@ -222,6 +222,24 @@ def abstract(config: ModelConfig) -> tuple[Any, dict[str, ParamSpec]]:
     return graph, specs
 
 
+def count_tensors(config: ModelConfig, per_stack: int = 1) -> int:
+    """How many parameters a model of this config has, without making anything for each of them.
+
+    A stack of experts counts as `per_stack`.
+    """
+    moe = sum(map(config.is_moe_layer, range(config.num_hidden_layers)))
+    dense = config.num_hidden_layers - moe
+    layer = 6 + 4 * config.attention_bias
+    shared = 0 if config.n_shared_experts is None else 3
+    return (
+        3
+        - config.tie_word_embeddings
+        + config.num_hidden_layers * layer
+        + 3 * dense
+        + moe * (1 + 3 * per_stack + shared)
+    )
+
+
 def shardings(config: ModelConfig, mesh: Mesh | MeshConfig | None) -> dict[str, Sharding]:
     """Where every parameter lies on the mesh, or on the default device.
 

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 from dsmoe_jax import chat_template
 from dsmoe_jax.json_file import read_json
 
-_FILES: Final = (
+TOKENIZER_FILES: Final = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -26,7 +26,7 @@ _FILES: Final = (
 
 def tokenizer_files(folder: str | Path) -> tuple[Path, ...]:
     """Returns the files of `folder` that belong to its tokenizer and must travel with a checkpoint."""
-    return tuple(path for name in _FILES if (path := Path(folder) / name).is_file())
+    return tuple(path for name in TOKENIZER_FILES if (path := Path(folder) / name).is_file())
 
 
 class Tokenizer:

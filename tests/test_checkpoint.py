@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from dsmoe_jax import checkpoint
+from dsmoe_jax.array_files import hash_file
 from dsmoe_jax.checkpoint import load, save
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
 from tests.helpers.hf_folder import random_params, snapshot, tiny, write_hf
@@ -128,11 +129,12 @@ def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path):
 def test_a_save_stopped_at_its_last_file_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
 ):
-    def fail(files: list[Path]) -> list[str]:
-        assert files
+    def fail(folder: Path, arrays: dict, source: dict) -> str:
+        assert arrays
+        assert list(folder.iterdir())
         raise stop
 
-    monkeypatch.setattr(checkpoint, "_sums", fail)
+    monkeypatch.setattr(checkpoint, "write_manifest", fail)
 
     with pytest.raises(type(stop)):
         save(model_of(), tmp_path / "out")
@@ -165,17 +167,29 @@ def flip(at: float) -> Callable[[Path], None]:
 
 
 HEADER = "dsmoe_jax.json"
-MANIFEST = "parameters/state/manifest.ocdbt"
+METADATA = "parameters/state/_METADATA"
 
 # what is done to the checkpoint | what the one line must say
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "not there": (lambda folder: folder.rename(folder.parent / "away"), "copy: not a native checkpoint"),
     "no header": (lambda folder: (folder / HEADER).unlink(), "copy: not a native checkpoint"),
-    "another format": (edit(HEADER, lambda h: h.update(format=2)), "checkpoint format 2, this version reads 1"),
+    "another format": (edit(HEADER, lambda h: h.update(format=3)), "checkpoint format 3, this version reads 2"),
     "a header that is no JSON": (lambda folder: (folder / HEADER).write_text("{"), "dsmoe_jax.json: is not JSON"),
     "a header without files": (edit(HEADER, lambda h: h.pop("files")), "`files` must list"),
-    "a header that leads out": (edit(HEADER, lambda h: h["files"].update({"../x": ""})), r"'\.\./x' is missing"),
-    "a header with other sums": (edit(HEADER, lambda h: h["files"].update({MANIFEST: 1})), "manifest.ocdbt' has"),
+    "a header without tensors": (edit(HEADER, lambda h: h.pop("tensors")), "`tensors` must list"),
+    "a header that leads out": (
+        edit(HEADER, lambda h: h["files"].update({"parameters/../../x": {"bytes": 0, "sha256": ""}})),
+        r"'parameters/\.\./\.\./x' is missing",
+    ),
+    "a header without sums": (edit(HEADER, lambda h: h["files"].update({METADATA: {}})), "must have bytes and sha256"),
+    "a header with other sums": (
+        edit(HEADER, lambda h: h["files"].update({METADATA: {"bytes": 1, "sha256": ""}})),
+        "_METADATA' has",
+    ),
+    "a tensor of another dtype": (
+        edit(HEADER, lambda h: h["tensors"]["embed"].update(dtype="int4")),
+        "int4.* does not describe a tensor",
+    ),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: does not exist"),
     "a layer more": (
         edit("config.json", lambda c: c.update(num_hidden_layers=3)),
@@ -193,18 +207,16 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing weights": (lambda folder: weights_file(folder).unlink(), "damaged checkpoint: .* is missing"),
     "empty weights": (lambda folder: os.truncate(weights_file(folder), 0), "damaged checkpoint: .* has 0 bytes"),
     "truncated weights": (lambda folder: os.truncate(weights_file(folder), 50_000), "damaged .* has 50000 bytes"),
-    "a bit at the start": (flip(0.0), "damaged checkpoint: .*CRC-32"),
-    "a bit in the middle": (flip(0.5), "damaged checkpoint: .*CRC-32"),
-    "a bit at the end": (flip(0.9999), "damaged checkpoint: .*CRC-32"),
-    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "damaged checkpoint: .*manifest.ocdbt' is missing"),
+    "a bit at the start": (flip(0.0), r"damaged checkpoint: .*SHA-256 \(tensor \S+\)"),
+    "a bit in the middle": (flip(0.5), r"damaged checkpoint: .*SHA-256 \(tensor \S+\)"),
+    "a bit at the end": (flip(0.9999), r"damaged checkpoint: .*SHA-256 \(tensor \S+\)"),
+    "no metadata": (lambda folder: (folder / METADATA).unlink(), "damaged checkpoint: .*_METADATA' is missing"),
     "no parameters": (lambda folder: shutil.rmtree(folder / "parameters"), "damaged checkpoint: .* is missing"),
     "empty parameters, sums and all": (
         lambda folder: (
             shutil.rmtree(folder / "parameters"),
             (folder / "parameters").mkdir(),
-            edit(HEADER, lambda h: h.update(files={"config.json": checkpoint._sums([folder / "config.json"])[0]}))(
-                folder
-            ),
+            edit(HEADER, lambda h: h.update(files={"config.json": hash_file(folder / "config.json")}))(folder),
         ),
         "damaged checkpoint: ",
     ),

@@ -17,12 +17,12 @@ import pytest
 
 import dsmoe_jax
 from dsmoe_jax import demo
-from dsmoe_jax.checkpoint import is_native
 from dsmoe_jax.cli import VERBS, main
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import import_hf
 from dsmoe_jax.generate import Chat, Generator
 from dsmoe_jax.info import describe
+from dsmoe_jax.manifest import is_native
 from dsmoe_jax.model import _forward, abstract, split
 from tests.helpers.hf_folder import random_params, snapshot, tiny, write_hf
 

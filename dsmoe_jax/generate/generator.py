@@ -17,10 +17,11 @@ from jax.sharding import Mesh
 
 from dsmoe_jax.axes import Array, Int
 from dsmoe_jax.cache import KVCache
-from dsmoe_jax.checkpoint import is_native, load
+from dsmoe_jax.checkpoint import load
 from dsmoe_jax.convert import load_hf
 from dsmoe_jax.generate.sampling import Sampler, SamplingParams, sample
 from dsmoe_jax.json_file import read_json
+from dsmoe_jax.manifest import is_native
 from dsmoe_jax.model import DeepSeekMoE, check_token_ids, merge, split
 from dsmoe_jax.sharding import MeshConfig, mesh_of
 from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files

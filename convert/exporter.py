@@ -1,0 +1,207 @@
+"""From a native checkpoint to the Hugging Face layout, which vLLM, SGLang and llama.cpp read. Start at `export_hf`."""
+
+import hashlib
+import json
+import re
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from dsmoe_jax.array_files import open_array, pieces_of, raw_bytes, write_all
+from dsmoe_jax.checkpoint import as_dtype, check_count, check_names_and_shapes
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.manifest import PARAMETERS, Manifest, read_manifest
+from dsmoe_jax.model import abstract
+from dsmoe_jax.new_folder import Draft, new_folder, refuse_existing, sync, write_json
+from dsmoe_jax.progress import Advance, Meter, silent
+from dsmoe_jax.tokenizer import tokenizer_files
+
+from .cast import Cast, Loss
+from .conversion import Conversion
+from .importer import GENERATION_CONFIG
+from .names import export_order
+from .reader import SAFETENSORS_DTYPES
+
+_INDEX: Final = "model.safetensors.index.json"
+_UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_CODES: Final = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
+
+
+class NativeReader:
+    """The tensors of a native checkpoint by Hugging Face's names, memory-mapped.
+
+    Raises `ValueError` where manifest, config and files do not agree; the bytes themselves are not looked at.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.manifest: Manifest = read_manifest(folder)
+        self.config = ModelConfig.from_file(folder)
+        check_count(folder, self.config, len(self.manifest.tensors))
+        found = {name: tuple(tensor["shape"]) for name, tensor in self.manifest.tensors.items()}
+        check_names_and_shapes(folder, {name: spec.shape for name, spec in abstract(self.config)[1].items()}, found)
+        self._arrays = {name: open_array(folder / PARAMETERS, name) for name in found}
+        for name, array in self._arrays.items():
+            if (said := self.manifest.tensors[name]["dtype"]) != array.dtype.name or array.shape != found[name]:
+                raise ValueError(
+                    f"{folder}: tensor {name} is {array.dtype} {list(array.shape)}, its manifest has {said}"
+                )
+        self.order = {hf_name: (ours, expert) for hf_name, ours, expert in export_order(self.config)}
+
+    def read(self, hf_name: str) -> np.ndarray:
+        """A view on the tensor."""
+        ours, expert = self.order[hf_name]
+        return self._arrays[ours] if expert is None else self._arrays[ours][expert]
+
+
+class _Proof:
+    """Hashes our tensors as their parts go by, each in order, and compares with the manifest at the end."""
+
+    def __init__(self, native: NativeReader):
+        self._native = native
+        self._digests = {name: hashlib.sha256() for name in native.manifest.tensors}
+
+    def see(self, hf_name: str, data: memoryview) -> None:
+        self._digests[self._native.order[hf_name][0]].update(data)
+
+    def check(self) -> None:
+        for name, tensor in self._native.manifest.tensors.items():
+            if self._digests[name].hexdigest() != tensor.get("sha256"):
+                raise ValueError(
+                    f"{self._native.folder}: damaged checkpoint: tensor {name} has other bytes than were written"
+                )
+
+
+def export_hf(
+    native: str | Path,
+    out: str | Path,
+    *,
+    max_shard_size: int | str = "5GB",
+    dtype: Any = None,
+    progress: Meter = silent,
+) -> Conversion:
+    """Write the native checkpoint as the new Hugging Face folder `out`: safetensors, index, config, tokenizer.
+
+    What was imported from such a folder goes out tensor for tensor and bit for bit; each is compared with the SHA-256
+    in the manifest on its way. `max_shard_size` is in bytes, or "5GB", "500MB", "2GiB"; `dtype` ("float32", "bfloat16"
+    or "float16") casts, and the answer says what that lost. A run that was interrupted goes on where it stopped. Raises
+    `ValueError` if `out` exists, for a damaged checkpoint, and if the disk has no room.
+    """
+    started = time.perf_counter()
+    wanted, limit = as_dtype(dtype), parse_size(max_shard_size)
+    out = refuse_existing(out)
+    reader = NativeReader(Path(native))
+    shards = _shards(reader, wanted, limit)
+    sizes = {name: reader.read(name).size * (wanted or reader.read(name).dtype).itemsize for name in reader.order}
+    total = sum(sizes.values())
+    job = {"export": str(reader.folder.resolve()), "manifest": reader.manifest.sha256, "shards": [limit, str(wanted)]}
+    proof, loss, reused = _Proof(reader), Loss(), 0
+    with new_folder(out, needs=total, job=job) as draft, progress("exporting", total) as advance:
+        for file, names in shards.items():
+            if file in draft.finished and (draft.folder / file).is_file():
+                reused += sum(sizes[name] for name in names)
+                for name in names:
+                    proof.see(name, raw_bytes(reader.read(name)))
+                    advance(sizes[name])
+            else:
+                _write_shard(draft, file, names, reader, wanted, proof, advance)
+            loss += Loss(*draft.finished[file])
+        proof.check()
+        _write_beside(draft.folder, reader, shards, total, wanted)
+    return Conversion(
+        path=out,
+        tensors=len(reader.order),
+        bytes=total,
+        reused=reused,
+        seconds=time.perf_counter() - started,
+        loss=loss,
+        proof="every tensor read had the SHA-256 of the manifest",
+    )
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of "5GB" and the like; `ValueError` where it is no such size, or 0."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B)?", str(size))
+    if match is None or (found := int(float(match[1]) * _UNITS[match[2] or ""])) < 1:
+        raise ValueError(f"max_shard_size {size!r} is not a number of bytes such as 5GB, 500MB or 2GiB")
+    return found
+
+
+def _shards(reader: NativeReader, dtype: np.dtype | None, limit: int) -> dict[str, list[str]]:
+    """Which tensors lie in which file: in order, a new file where the next would not fit."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name in reader.order:
+        tensor = reader.read(name)
+        nbytes = tensor.size * (dtype or tensor.dtype).itemsize
+        if groups[-1] and size + nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += nbytes
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups, 1)}
+
+
+def _write_shard(
+    draft: Draft,
+    file: str,
+    names: list[str],
+    reader: NativeReader,
+    dtype: np.dtype | None,
+    proof: _Proof,
+    advance: Advance,
+) -> None:
+    # Wide elements first, so that each lies at a multiple of its own size.
+    names = sorted(names, key=lambda name: -(dtype or reader.read(name).dtype).itemsize)
+    cast = Cast(dtype)
+    path = draft.folder / file
+    with path.open("wb", buffering=0) as out, ThreadPoolExecutor(1) as hasher:
+        write_all(out, memoryview(_header(names, reader, dtype)))
+        for name in names:
+            for piece in pieces_of(reader.read(name)):
+                data = raw_bytes(piece)
+                hashing = hasher.submit(proof.see, name, data)
+                cast_piece = cast(piece)
+                write_all(out, raw_bytes(cast_piece))
+                hashing.result()
+                advance(cast_piece.nbytes)
+    sync(path)
+    draft.finish(file, list(cast.loss))
+
+
+def _header(names: list[str], reader: NativeReader, dtype: np.dtype | None) -> bytes:
+    """A safetensors file's head: its length in 8 bytes, then JSON that says where each tensor lies in the data."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        tensor = reader.read(name)
+        stored = dtype or tensor.dtype
+        start, end = end, end + tensor.size * stored.itemsize
+        header[name] = {"dtype": _CODES[stored], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_beside(
+    folder: Path, reader: NativeReader, shards: dict[str, list[str]], total: int, dtype: np.dtype | None
+) -> None:
+    """Everything but the shards; the config last, without which no loader takes the folder for a model."""
+    config = reader.config
+    stored = {(dtype or reader.read(name).dtype).name for name in reader.order}
+    if len(stored) == 1:
+        config = config.stored_as(stored.pop())
+    generation = reader.folder / GENERATION_CONFIG
+    for path in (*tokenizer_files(reader.folder), *([generation] if generation.is_file() else [])):
+        shutil.copyfile(path, folder / path.name)
+    if not generation.is_file():
+        tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        told = {name: token for name, token in tokens.items() if token is not None}
+        write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **told})
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / "config.json", config.to_dict())

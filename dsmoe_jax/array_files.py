@@ -1,0 +1,226 @@
+"""Arrays on disk, as Orbax reads them: one zarr array a parameter, all its bytes in one file, row after row.
+
+`ArrayWriter` writes them as their bytes come, whatever their size, and hashes on the way; `open_array` maps one.
+Orbax itself writes the frame around them (`write_frame`), so what it wants to know about a checkpoint is its own; its
+way of writing arrays holds several times the largest one in memory, and gives files that do not tell their tensor.
+
+A file is the array in C order, then an index of its parts, 16 bytes each: zarr 3's sharding codec without compression.
+A reader of a few experts, or of a few rows, reads those parts alone.
+"""
+
+import hashlib
+import json
+import math
+import mmap
+import operator
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from dsmoe_jax.json_file import read_json
+from dsmoe_jax.new_folder import sync
+
+FRAME: Final = "state"  # the folder that Orbax makes for the one tree in a checkpoint
+PIECE_BYTES: Final = 16 << 20  # what is in memory of an array while it is written
+_PART_BYTES: Final = 8 << 20  # an expert of the 16B has 5.8 MB
+_DTYPES: Final[dict[str, np.dtype]] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+
+class ArrayRecord(NamedTuple):
+    """What the manifest says of an array: its tensor (dtype, shape, SHA-256 of its bytes in C order) and its files."""
+
+    tensor: dict[str, Any]
+    files: dict[str, dict[str, Any]]  # by path below the checkpoint's parameters: bytes and SHA-256
+    note: Any = None  # what the one who gave the pieces has to say
+
+
+def write_frame(folder: Path, dtypes: Mapping[str, np.dtype]) -> None:
+    """Have Orbax make the checkpoint `folder`, its arrays of one element each."""
+    from orbax.checkpoint import v1 as ocp
+
+    if folder.exists():
+        shutil.rmtree(folder)
+    context = ocp.Context()
+    saving = context.array.saving
+    saving.use_ocdbt, saving.use_zarr3, saving.use_compression = False, True, False
+    saving.enable_write_sharding_file = False
+    # One process writes the frame, however many there are.
+    import jax
+
+    context.multiprocessing.active_processes = {jax.process_index()}
+    context.multiprocessing.primary_host = jax.process_index()
+    with context:
+        ocp.save(str(folder), {name: np.zeros((1,), dtype) for name, dtype in dtypes.items()})
+
+
+class ArrayWriter:
+    """Writes arrays into a frame, hashing beside writing, and tells `done` of each once it is on disk.
+
+    Leave the `with` block to have waited for all of them.
+    """
+
+    def __init__(self, folder: Path, done: Callable[[str, ArrayRecord], object]):
+        self._folder = folder
+        self._done = done
+        self._hasher = ThreadPoolExecutor(1, "hash")
+        self._syncer = ThreadPoolExecutor(1, "fsync")
+        self._syncing: list[Future] = []
+
+    def write(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        pieces: Iterable[np.ndarray],
+        note: Callable[[], Any] = lambda: None,
+    ) -> None:
+        """Write one array from `pieces`, which follow one another in C order; `note` is asked after the last."""
+        home, file = _describe(self._folder, name, shape, dtype)
+        digest, written = hashlib.sha256(), 0
+        path = home / file
+        path.parent.mkdir(parents=True)
+        with path.open("wb", buffering=0) as out:
+            for piece in pieces:
+                data = raw_bytes(piece)
+                hashing = self._hasher.submit(digest.update, data)
+                written += write_all(out, data)
+                hashing.result()
+            if written != (size := math.prod(shape) * dtype.itemsize):
+                raise AssertionError(f"{name} got {written} bytes of {size}")
+            tensor = {"dtype": dtype.name, "shape": list(shape), "sha256": digest.hexdigest()}
+            index = _index(shape, dtype)
+            digest.update(index)
+            written += write_all(out, memoryview(index))
+        files = {
+            path.relative_to(self._folder).as_posix(): {"bytes": written, "sha256": digest.hexdigest()},
+            (home / "zarr.json").relative_to(self._folder).as_posix(): hash_file(home / "zarr.json"),
+        }
+        self._syncing.append(self._syncer.submit(self._sync, path, name, ArrayRecord(tensor, files, note())))
+
+    def __enter__(self) -> "ArrayWriter":
+        """The writer."""
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Wait for what is on its way to the disk; raise what went wrong there."""
+        self._syncer.shutdown()
+        self._hasher.shutdown()
+        if kind is None:
+            for syncing in self._syncing:
+                syncing.result()
+
+    def _sync(self, path: Path, name: str, record: ArrayRecord) -> None:
+        sync(path)
+        self._done(name, record)
+
+
+def open_array(folder: Path, name: str) -> np.ndarray:
+    """A read-only view on the array's mapped file; it stays valid as long as something holds it.
+
+    Raises `ValueError`, in one line, where the files are not as `ArrayWriter` writes them.
+    """
+    home = folder / FRAME / name
+    spec = read_json(home / "zarr.json")
+    try:
+        shape, dtype = tuple(spec["shape"]), _DTYPES[spec["data_type"]]
+        fits = spec == _spec(shape, dtype)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{home / 'zarr.json'}: does not describe an array as this package writes it")
+    path = home / _file(len(shape))
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # an empty file is a ValueError
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    size = math.prod(shape) * dtype.itemsize
+    if len(mapped) != size + len(_index(shape, dtype)) or mapped[size:] != _index(shape, dtype):
+        raise ValueError(f"{path}: {len(mapped)} bytes, or another index than an array of {list(shape)} {dtype} has")
+    return np.ndarray(shape, dtype, mapped)
+
+
+def tensor_bytes(tensor: Mapping[str, Any]) -> int:
+    """How many bytes a tensor has of which a manifest gives dtype and shape; `ValueError` where that is no tensor."""
+    try:
+        return math.prod(map(operator.index, tensor["shape"])) * _DTYPES[tensor["dtype"]].itemsize
+    except (KeyError, TypeError):
+        raise ValueError(f"{str(dict(tensor))[:200]} does not describe a tensor") from None
+
+
+def pieces_of(array: np.ndarray, limit: int = PIECE_BYTES) -> Iterator[np.ndarray]:
+    """The array in runs along its first axis of at most `limit` bytes, or of one row."""
+    rows = max(1, limit // max(1, math.prod(array.shape[1:]) * array.itemsize))
+    for start in range(0, array.shape[0], rows):
+        yield array[start : start + rows]
+
+
+def raw_bytes(array: np.ndarray) -> memoryview:
+    """The array's bytes in C order, copied only where it lies otherwise."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def hash_file(path: Path) -> dict[str, Any]:
+    """The size and the SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def write_all(file: Any, data: memoryview) -> int:
+    """Write all of `data` to an unbuffered file, which may take less than it is given; returns how much that was."""
+    left = data
+    while left:
+        left = left[file.write(left) :]
+    return len(data)
+
+
+def _describe(folder: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> tuple[Path, Path]:
+    """Put the real array's description in the place of the frame's; returns its folder and, below it, its file."""
+    home = folder / FRAME / name
+    shutil.rmtree(home)
+    home.mkdir()
+    (home / "zarr.json").write_text(json.dumps(_spec(shape, dtype)), encoding="utf-8")
+    return home, _file(len(shape))
+
+
+def _file(rank: int) -> Path:
+    return Path("c", *["0"] * rank)
+
+
+def _parts(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Into how many equal runs of rows the array is divided: the fewest of at most `_PART_BYTES`."""
+    least = -(-math.prod(shape) * dtype.itemsize // _PART_BYTES)
+    return next((n for n in range(max(1, least), min(shape[0], 1 << 16) + 1) if shape[0] % n == 0), 1)
+
+
+def _index(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    parts = _parts(shape, dtype)
+    size = math.prod(shape) * dtype.itemsize // parts
+    return np.array([(i * size, size) for i in range(parts)], "<u8").tobytes()
+
+
+def _spec(shape: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
+    """The `zarr.json` of an array (zarr 3 core specification, sharding codec 1.0)."""
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    part = [shape[0] // _parts(shape, dtype), *shape[1:]]
+    sharding = {"chunk_shape": part, "codecs": [little], "index_codecs": [little]}
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": dtype.name,
+        "fill_value": 0.0,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shape)}},
+        "chunk_key_encoding": {"name": "default"},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+    }

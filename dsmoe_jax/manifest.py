@@ -1,0 +1,151 @@
+"""The manifest of a native checkpoint: the SHA-256 of every file and of every tensor, written last.
+
+A folder without one is no checkpoint. `write_manifest` seals a folder, `read_manifest` opens one, `damage` looks for
+flipped bits. A tensor's SHA-256 is that of its bytes in C order, little-endian.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from dsmoe_jax.array_files import FRAME, ArrayRecord, hash_file, tensor_bytes
+from dsmoe_jax.json_file import read_json
+from dsmoe_jax.new_folder import write_json
+from dsmoe_jax.progress import Advance
+
+PARAMETERS: Final = "parameters"  # the Orbax folder inside a checkpoint
+HEADER: Final = "dsmoe_jax.json"  # marks a native checkpoint
+FORMAT: Final = 2
+_READ_BYTES: Final = 4 << 20
+
+
+class Manifest(NamedTuple):
+    """What a native checkpoint says of itself."""
+
+    sha256: str  # its own
+
+    files: dict[str, dict[str, Any]]  # by path below the folder: bytes, sha256
+    tensors: dict[str, dict[str, Any]]  # by our name: dtype, shape, sha256
+    source: dict[str, Any]  # where it was converted from: repository and revision, if from a hub
+
+
+class Damage(NamedTuple):
+    """A file that is not as it was written, the tensor in it if it holds one, and what is wrong."""
+
+    file: str
+    tensor: str | None
+    what: str
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"{self.file!r} {self.what}" + (f" (tensor {self.tensor})" if self.tensor else "")
+
+
+def write_manifest(folder: Path, arrays: Mapping[str, ArrayRecord], source: Mapping[str, Any]) -> str:
+    """Seal the folder, whose arrays were hashed as they were written; returns the manifest's own SHA-256."""
+    files = {f"{PARAMETERS}/{name}": sums for record in arrays.values() for name, sums in record.files.items()}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in files and not name.startswith("journal."):
+            files[name] = hash_file(path)
+    tensors = {name: record.tensor for name, record in arrays.items()}
+    fields = {"format": FORMAT, "files": files, "tensors": tensors, "source": dict(source)}
+    own = _own_hash(fields)
+    write_json(folder / HEADER, fields | {"sha256": own})
+    return own
+
+
+def is_native(path: str | Path) -> bool:
+    """Whether the folder is a native checkpoint (and not, say, one in the Hugging Face layout)."""
+    return (Path(path) / HEADER).is_file()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a native checkpoint; `ValueError` where there is none or its form is not as it must be."""
+    if not is_native(folder):
+        raise ValueError(f"{folder}: not a native checkpoint (no {HEADER})")
+    fields = read_json(folder / HEADER)
+    if (version := fields.get("format")) != FORMAT:
+        raise ValueError(f"{folder}: checkpoint format {version!r}, this version reads {FORMAT}")
+    manifest = Manifest(str(fields.get("sha256")), *(fields.get(name) or {} for name in Manifest._fields[1:]))
+    for name, table in (("files", manifest.files), ("tensors", manifest.tensors)):
+        if not isinstance(table, dict) or not table or any(not isinstance(row, dict) for row in table.values()):
+            raise ValueError(f"{folder / HEADER}: `{name}` must list the {name} of the checkpoint")
+    if not isinstance(manifest.source, dict):
+        raise ValueError(f"{folder / HEADER}: `source` must be an object")
+    for name, sums in manifest.files.items():
+        if type(sums.get("bytes")) is not int or type(sums.get("sha256")) is not str:
+            raise ValueError(f"{folder / HEADER}: file {name[:200]!r} must have bytes and sha256")
+    for tensor in manifest.tensors.values():
+        try:
+            tensor_bytes(tensor)
+        except ValueError as error:
+            raise ValueError(f"{folder / HEADER}: {error}") from None
+    return manifest
+
+
+def manifest_damage(folder: Path) -> Iterator[Damage]:
+    """What is wrong with the manifest itself: whether it still has the SHA-256 that it gives of itself."""
+    fields = read_json(folder / HEADER)
+    said = fields.pop("sha256", None)
+    if said != _own_hash(fields):
+        yield Damage(HEADER, None, "has been changed: its own SHA-256 is another")
+
+
+def damage(folder: Path, manifest: Manifest, names: Iterable[str], advance: Advance) -> Iterator[Damage]:
+    """What is wrong with the files `names` of the manifest, in their order; they are read side by side."""
+
+    def check(name: str) -> Damage | None:
+        found = _file_damage(folder, name, manifest)
+        advance(manifest.files[name]["bytes"])
+        return found
+
+    pool = ThreadPoolExecutor()
+    try:
+        yield from (found for found in pool.map(check, names) if found is not None)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def strangers(folder: Path, manifest: Manifest) -> Iterator[Damage]:
+    """Files of the parameters that the manifest does not know: Orbax might read them."""
+    for path in sorted((folder / PARAMETERS).rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_dir() and name not in manifest.files:
+            yield Damage(name, _tensor_of(name, manifest), "is not in the manifest")
+
+
+def _file_damage(folder: Path, name: str, manifest: Manifest) -> Damage | None:
+    want, tensor, path = manifest.files[name], _tensor_of(name, manifest), folder / name
+    if ".." in Path(name).parts or Path(name).is_absolute() or not path.is_file():
+        return Damage(name[:200], tensor, "is missing")
+    if (size := path.stat().st_size) != want["bytes"]:
+        return Damage(name, tensor, f"has {size} bytes, not {want['bytes']}")
+    data = manifest.tensors[tensor] if tensor is not None and Path(name).name != "zarr.json" else None
+    left = 0 if data is None else tensor_bytes(data)  # the tensor's bytes come first, then the index of its parts
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(min(left, _READ_BYTES) or _READ_BYTES):
+            digest.update(piece)
+            left = max(0, left - len(piece))
+            if data is not None and not left:
+                if digest.hexdigest() != data.get("sha256"):
+                    return Damage(name, tensor, "has other bytes than were written: another SHA-256")
+                data = None
+    if digest.hexdigest() != want["sha256"]:
+        return Damage(name, tensor, "has other bytes than were written: another SHA-256")
+    return None
+
+
+def _tensor_of(name: str, manifest: Manifest) -> str | None:
+    parts = name.split("/")
+    found = parts[2] if parts[:2] == [PARAMETERS, FRAME] and len(parts) > 3 else None
+    return found if found in manifest.tensors else None
+
+
+def _own_hash(fields: Mapping[str, Any]) -> str:
+    """Of the fields, whatever their order and spacing in the file."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,173 @@
+"""A folder that appears under its name only when it is complete; what an interrupted writer left can be gone on with.
+
+Start at `new_folder`. The folder grows as a hidden sibling, `.NAME.incomplete`, with a journal of the units that are
+finished and on disk; the journal goes just before the folder gets its name.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+_JOURNAL: Final = "journal.jsonl"
+_log = logging.getLogger(__name__)
+
+
+class Draft:
+    """A folder that is being written. `finished` holds what earlier runs of the same job recorded, by unit."""
+
+    def __init__(self, folder: Path, job: Mapping[str, Any] | None):
+        """Open the journal, or begin a new one where it belongs to another job; use `new_folder`."""
+        self.folder = folder
+        self.finished: dict[str, Any] = {}
+        self._journal = None
+        if job is None:
+            self._clear()
+            return
+        head = json.dumps({"job": job}, sort_keys=True)
+        lines = _lines(folder / _JOURNAL)
+        if lines and lines[0] == head:
+            for line in lines[1:]:
+                entry = json.loads(line)
+                self.finished[entry["unit"]] = entry["record"]
+        else:
+            self._clear()
+        # Rewritten whole: a killed writer may have left half a line at its end.
+        lines = [head, *(_entry(unit, record) for unit, record in self.finished.items())]
+        rewritten = folder / f"{_JOURNAL}.new"
+        rewritten.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        rewritten.rename(folder / _JOURNAL)
+        self._journal = (folder / _JOURNAL).open("a", encoding="utf-8")
+
+    def finish(self, unit: str, record: Any) -> None:
+        """Note that `unit` is complete and on disk; `record` must be JSON."""
+        self.finished[unit] = record
+        if self._journal is not None:
+            self._journal.write(_entry(unit, record) + "\n")
+            self._journal.flush()
+            os.fsync(self._journal.fileno())
+
+    def close(self) -> None:
+        """Let go of the journal."""
+        if self._journal is not None:
+            self._journal.close()
+
+    def _clear(self) -> None:
+        if left := list(self.folder.iterdir()):
+            _log.info("%s: what another, unfinished run left is discarded", self.folder)
+        for entry in left:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def sibling(path: Path) -> Path:
+    """Where the folder `path` grows until it is complete."""
+    return path.parent / f".{path.name}.incomplete"
+
+
+def refuse_existing(path: str | Path) -> Path:
+    """The absolute path of a folder that is to be made; `ValueError` if there is something already."""
+    path = Path(path).absolute()
+    if os.path.lexists(path):
+        raise ValueError(f"{path} exists; nothing is overwritten")
+    return path
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path, *, needs: int = 0, job: Mapping[str, Any] | None = None) -> Iterator[Draft]:
+    """A `Draft` that becomes `path`, every byte of it on disk, when the block ends well.
+
+    The disk must have room for `needs` bytes, those that the draft holds already counted.
+
+    Without `job` it vanishes when the block fails. With one (JSON that says all that decides the content) a failure
+    that is not the input's fault, a full disk or Ctrl-C, leaves it, and the next `new_folder` with an equal job goes on
+    from it; a draft of another job is discarded. Raises `ValueError` if `path` exists or is being written already, and
+    if the disk is too full.
+    """
+    path = refuse_existing(path)
+    folder = sibling(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from None
+    draft = None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            owned = os.path.samestat(os.stat(folder), os.fstat(lock))  # not renamed just before the lock was got
+        except (BlockingIOError, FileNotFoundError):
+            owned = False
+        if not owned:
+            raise ValueError(f"{path} is being written by another process")
+        draft = Draft(folder, job)
+        kept = bool(draft.finished)
+        try:
+            check_space(path, needs - _size(folder))
+            kept = False
+            yield draft
+        except BaseException as error:
+            if kept or (draft.finished and job is not None and not isinstance(error, ValueError)):
+                _log.info("%s keeps what is finished; the same command goes on from there", folder)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        (folder / _JOURNAL).unlink(missing_ok=True)
+        _sync_tree(folder)
+        refuse_existing(path)
+        folder.rename(path)
+        sync(path.parent)
+    finally:
+        if draft is not None:
+            draft.close()
+        os.close(lock)
+
+
+def check_space(path: Path, needed: int) -> None:
+    """`ValueError` unless the disk that `path` will lie on has `needed` bytes free."""
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise ValueError(f"{path} needs {needed / 1e9:.2f} GB more; {parent} has {free / 1e9:.2f} GB free")
+
+
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    """Write a small JSON file the way Hugging Face does: sorted, two spaces."""
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _entry(unit: str, record: Any) -> str:
+    return json.dumps({"unit": unit, "record": record}, sort_keys=True)
+
+
+def _lines(journal: Path) -> list[str]:
+    """The journal's whole lines; the last may be torn."""
+    try:
+        return journal.read_text(encoding="utf-8").split("\n")[:-1]
+    except (FileNotFoundError, UnicodeDecodeError):
+        return []
+
+
+def _size(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*"))
+
+
+def _sync_tree(folder: Path) -> None:
+    for home, _, files in os.walk(folder):
+        for name in files:
+            sync(Path(home) / name)
+        sync(Path(home))
+
+
+def sync(path: Path) -> None:
+    """Wait until the file or folder is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

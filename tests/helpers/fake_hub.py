@@ -1,0 +1,185 @@
+"""A small Hugging Face hub on loopback: what huggingface_hub asks for, and every request remembered.
+
+Start at `FakeHub`. A `Repository` says what it holds and what is wrong with it.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+LFS = (".safetensors", ".bin", ".pth")  # stored as large files, whose ETag is their SHA-256
+
+# what is wrong: status, X-Error-Code, X-Error-Message
+REFUSALS: dict[str, tuple[int, str, str]] = {
+    "absent": (401, "RepoNotFound", "Invalid username or password."),
+    "gated": (403, "GatedRepo", "Access is restricted"),
+    "bad token": (401, "", "Invalid credentials in Authorization header"),
+    "forbidden": (403, "", "The token has no such scope"),
+    "busy": (429, "", ""),
+    "broken": (503, "", ""),
+}
+
+
+@dataclass
+class Repository:
+    """The files of each commit, the commit of each branch, and what is wrong."""
+
+    commits: dict[str, Mapping[str, bytes]] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)  # what the listing says instead of the truth
+    listing: str = ""  # a key of REFUSALS; "silent" hangs up, "garbage" is no JSON
+    download: str = ""  # a key of REFUSALS, for the files
+    cut: dict[str, int] = field(default_factory=dict)  # after so many bytes of a file the line breaks, then the hub
+
+    def commit(self, files: Mapping[str, bytes], branch: str = "main") -> str:
+        """Returns the SHA of a new commit at the head of `branch`."""
+        sha = hashlib.sha1(f"{branch} {len(self.commits)} {sorted(files)}".encode()).hexdigest()
+        self.commits[sha] = files
+        self.branches[branch] = sha
+        return sha
+
+
+class Request(NamedTuple):
+    method: str
+    repository: str
+    file: str  # "" is the listing
+    token: str
+
+
+class FakeHub:
+    """Repositories by name, at `url`."""
+
+    def __init__(self, url: str):
+        self.url = url
+        self.repositories: dict[str, Repository] = {}
+        self.requests: list[Request] = []
+
+    def add(self, name: str, files: Mapping[str, bytes], **wrong: Any) -> Repository:
+        """Returns a new repository with one commit."""
+        repository = self.repositories[name] = Repository(**wrong)
+        repository.commit(files)
+        return repository
+
+    def fetched(self, name: str) -> list[str]:
+        """The files of a repository whose content was asked for, in order."""
+        return [r.file for r in self.requests if r.repository == name and r.method == "GET" and r.file]
+
+    def listed(self, name: str) -> int:
+        """How often a repository was listed."""
+        return sum(r.repository == name and not r.file for r in self.requests)
+
+
+@contextlib.contextmanager
+def serve() -> Iterator[FakeHub]:
+    """A hub on a free port, until the block ends."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server.daemon_threads, server.block_on_close = True, False
+    hub = FakeHub(f"http://127.0.0.1:{server.server_address[1]}")
+    server.hub = hub  # pyright: ignore[reportAttributeAccessIssue]
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(timeout=10)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = 10
+
+    _API = re.compile(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?")
+    _FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        if match := self._API.fullmatch(path):
+            self._list(match[1], unquote(match[2] or "main"))
+        elif match := self._FILE.fullmatch(path):
+            self._send(match[1], unquote(match[2]), unquote(match[3]))
+        else:
+            self._answer(404)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+    def _find(self, name: str, revision: str, file: str) -> tuple[Repository, str] | None:
+        """The repository and the commit, once neither is missing or refused."""
+        hub: FakeHub = self.server.hub  # pyright: ignore[reportAttributeAccessIssue]
+        hub.requests.append(Request(self.command, name, file, self.headers.get("Authorization", "")))
+        repository = hub.repositories.get(name, Repository(listing="absent", download="absent"))
+        if wrong := repository.download if file else repository.listing:
+            return self._refuse(wrong)
+        sha = repository.branches.get(revision, revision)
+        if sha not in repository.commits:
+            return self._answer(404, {"X-Error-Code": "RevisionNotFound"})
+        return repository, sha
+
+    def _refuse(self, wrong: str) -> None:
+        if wrong == "silent":
+            self.close_connection = True
+        elif wrong == "garbage":
+            self._answer(200, {}, b"<html>Log in to the hotel's network</html>")
+        else:
+            status, code, message = REFUSALS[wrong]
+            self._answer(
+                status, {"X-Error-Code": code, "X-Error-Message": message.replace("\n", " ")}, message.encode()
+            )
+
+    def _list(self, name: str, revision: str) -> None:
+        if found := self._find(name, revision, ""):
+            repository, sha = found
+            siblings = []
+            for file, data in repository.commits[sha].items():
+                size = repository.sizes.get(file, len(data))
+                lfs = {"size": size, "sha256": _etag(file, data), "pointerSize": 134} if file.endswith(LFS) else None
+                blob = {"blobId": _etag("", data)} | ({"lfs": lfs} if lfs else {})
+                siblings.append({"rfilename": file, "size": size, **blob})
+            self._answer(200, {}, json.dumps({"id": name, "sha": sha, "siblings": siblings}).encode())
+
+    def _send(self, name: str, revision: str, file: str) -> None:
+        if not (found := self._find(name, revision, file)):
+            return
+        repository, sha = found
+        if file not in repository.commits[sha]:
+            return self._answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
+        data = repository.commits[sha][file]
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{_etag(file, data)}"', "Accept-Ranges": "bytes"}
+        start = int(m[1]) if (m := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))) else 0
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        if self.command == "HEAD" or file not in repository.cut:
+            self._answer(206 if start else 200, headers, data[start:])
+        elif until := repository.cut[file]:
+            repository.cut[file] = 0
+            self._answer(200, headers, data, until=until)
+        else:
+            self._refuse("broken")
+
+    def _answer(
+        self, status: int, headers: Mapping[str, str] | None = None, body: bytes = b"", *, until: int | None = None
+    ) -> None:
+        self.send_response(status)
+        for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[:until])
+        self.close_connection |= until is not None
+
+
+def _etag(file: str, data: bytes) -> str:
+    if file.endswith(LFS):
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

@@ -1,0 +1,405 @@
+"""Checkpoints from the hub, against a small one on loopback, by processes with the environment of a user.
+
+Start at `test_only_what_is_read_is_fetched_and_loads_bit_for_bit`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dsmoe_jax.convert import hub as our_hub
+from dsmoe_jax.convert import load_hf
+from dsmoe_jax.convert.hub import Snapshot, fetch, is_repository
+from dsmoe_jax.model import split
+from tests.helpers import golden
+from tests.helpers.fake_hub import FakeHub, serve
+from tests.helpers.hf_folder import INDEX, random_params, tiny, write_hf
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN_INDEX = "pytorch_model.bin.index.json"
+TOKEN = "hf_verysecret"
+
+# Answers a line, [repository, revision, token], with what `fetch` gave or refused. The library reads most of its
+# environment when it is imported, so the environment must be a process's own.
+CLIENT = """
+import faulthandler, json, os, sys, traceback
+from dsmoe_jax.convert.hub import fetch
+for line in sys.stdin:
+    faulthandler.dump_traceback_later(60, exit=True)
+    repository, revision, token = json.loads(line)
+    os.environ["HF_TOKEN"] = token
+    try:
+        folder, repository, revision = fetch(repository, revision=revision)
+        answer = {"snapshot": [str(folder), repository, revision]}
+    except ValueError as error:
+        answer = {"refused": str(error), "traceback": traceback.format_exc()}
+    faulthandler.cancel_dump_traceback_later()
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class Client:
+    """A process that fetches."""
+
+    def __init__(self, process: subprocess.Popen[str]):
+        self.process = process
+
+    def ask(self, repository: str, revision: str | None = None, token: str = "") -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps([repository, revision, token]), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def fetch(self, repository: str, revision: str | None = None, token: str = "") -> Snapshot:
+        folder, name, sha = self.ask(repository, revision, token)["snapshot"]
+        return Snapshot(Path(folder), name, sha)
+
+    def refused(self, repository: str, revision: str | None = None, token: str = "") -> str:
+        """The one line."""
+        line = self.ask(repository, revision, token)["refused"]
+        assert line.startswith(f"{repository}: ")
+        assert line.isprintable()
+        assert len(line) < 500
+        return line
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[FakeHub]:
+    with serve() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hf_home")
+
+
+def client(hub: FakeHub, cache: Path, **environment: str) -> Iterator[Client]:
+    pytest.importorskip("huggingface_hub")
+    foreign = ("HF_", "HUGGING", "TRANSFORMERS_")
+    own = {k: v for k, v in os.environ.items() if not k.startswith(foreign) and not k.lower().endswith("_proxy")}
+    own |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    command = [sys.executable, "-c", CLIENT]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=own | environment) as process:
+        yield Client(process)
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def online(hub: FakeHub, cache: Path) -> Iterator[Client]:
+    yield from client(hub, cache)
+
+
+@pytest.fixture(scope="module")
+def offline(hub: FakeHub, cache: Path) -> Iterator[Client]:
+    yield from client(hub, cache, HF_HUB_OFFLINE="1")
+
+
+def read(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a small model in two shards."""
+    return read(write_hf(tmp_path_factory.mktemp("hub"), tiny(), random_params(tiny()), shards=2))
+
+
+def index(*shards: str) -> bytes:
+    return json.dumps({"metadata": {}, "weight_map": {f"tensor{i}": shard for i, shard in enumerate(shards)}}).encode()
+
+
+def holding(*names: str, **content: bytes) -> dict[str, bytes]:
+    """Files whose content does not matter, `fetch` does not open weights."""
+    return {"config.json": b"{}"} | {name: name.encode() for name in names} | content
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    {
+        "deepseek-ai/deepseek-moe-16b-base": True,
+        "a/b_c.d-1": True,
+        "here/model": False,  # there is such a folder
+        "here/dangling": False,
+        "here/other": True,
+        "./a/b": False,
+        "../b": False,
+        "/a/b": False,
+        "a": False,
+        "a/b/c": False,
+        "a/": False,
+        "a/..": False,
+        "a\\b": False,
+        "a/b c": False,
+        "a/b\n": False,
+        "ä/b": False,
+    }.items(),
+)
+def test_a_repository_s_name_is_owner_slash_name_and_no_path_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, expected: bool
+):
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    (tmp_path / "here" / "dangling").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path)
+
+    assert is_repository(source) is expected
+
+
+def test_what_is_no_name_is_refused():
+    with pytest.raises(ValueError, match=r"^a/b/c: is no name of a repository, owner/name$"):
+        fetch("a/b/c")
+
+
+def test_without_huggingface_hub_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+
+    with pytest.raises(ValueError, match=r"^a/b: the hub needs huggingface_hub: pip install 'dsmoe_jax\[hub\]'$"):
+        fetch("a/b")
+
+
+# Which files
+
+
+def test_only_what_is_read_is_fetched_and_loads_bit_for_bit(hub: FakeHub, online: Client, checkpoint: dict[str, bytes]):
+    beside = holding("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    ignored = holding(
+        "README.md", ".gitattributes", "modeling_deepseek.py", "configuration_deepseek.py", "model.safetensors",
+        "pytorch_model.bin", BIN_INDEX, "original/consolidated.00.pth", "original/tokenizer.model", "tokenizer.py",
+        "model-00003-of-00002.safetensors",
+    )  # fmt: skip
+    repository = hub.add("tests/needed", ignored | beside | checkpoint)
+    wanted = beside | checkpoint
+
+    snapshot = online.fetch("tests/needed")
+
+    assert snapshot[1:] == ("tests/needed", repository.branches["main"])
+    assert sorted(hub.fetched("tests/needed")) == sorted(wanted)  # each once
+    assert hub.listed("tests/needed") == 1
+    assert not [request for request in hub.requests if request.file.endswith(".py")]
+    assert read(snapshot.folder) == wanted
+    got, want = split(load_hf(snapshot.folder))[1], random_params(tiny())
+    assert got.keys() == want.keys()
+    assert [name for name in want if np.asarray(got[name]).tobytes() != want[name].tobytes()] == []
+
+
+def test_a_repository_of_bin_files_loads_as_its_folder_does(hub: FakeHub, online: Client):
+    source = golden.folder("k_bin_shards")
+    hub.add("tests/bins", read(source))
+
+    snapshot = online.fetch("tests/bins")
+
+    assert not [name for name in hub.fetched("tests/bins") if "safetensors" in name]
+    got, want = split(load_hf(snapshot.folder))[1], split(load_hf(source))[1]
+    assert [name for name in want if np.asarray(got[name]).tobytes() != np.asarray(want[name]).tobytes()] == []
+
+
+# what the repository holds | what of it is fetched beside config.json
+CHOICES: dict[str, tuple[Mapping[str, bytes], set[str]]] = {
+    "safetensors, not bin": (holding("pytorch_model.bin", "model.safetensors"), {"model.safetensors"}),
+    "one file of safetensors, not shards of bin": (
+        holding("model.safetensors", "a.bin", **{BIN_INDEX: index("a.bin")}),
+        {"model.safetensors"},
+    ),
+    "shards, not one file": (
+        holding("model.safetensors", "b.safetensors", **{INDEX: index("b.safetensors", "b.safetensors")}),
+        {INDEX, "b.safetensors"},
+    ),
+    "shards of bin, not one file": (
+        holding("pytorch_model.bin", "a.bin", **{BIN_INDEX: index("a.bin")}),
+        {BIN_INDEX, "a.bin"},
+    ),
+    "one bin": (holding("pytorch_model.bin", "x.py"), {"pytorch_model.bin"}),
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_weights_are_chosen_as_the_reader_prefers_them(hub: FakeHub, online: Client, choice: str):
+    files, expected = CHOICES[choice]
+    name = f"choices/{list(CHOICES).index(choice)}"
+    hub.add(name, files)
+
+    online.fetch(name)
+
+    assert set(hub.fetched(name)) == {"config.json"} | expected
+
+
+# Revisions and the cache
+
+
+def test_a_branch_a_tag_and_a_commit_resolve_to_the_commit(hub: FakeHub, online: Client):
+    repository = hub.add("tests/revisions", holding("model.safetensors"))
+    main = repository.branches["main"]
+    other = repository.commit(holding("pytorch_model.bin"), branch="pr/1")
+
+    found = {revision: online.fetch("tests/revisions", revision) for revision in (None, "main", main, "pr/1", other)}
+
+    assert {revision: snapshot.revision for revision, snapshot in found.items()} == {
+        None: main, "main": main, main: main, "pr/1": other, other: other
+    }  # fmt: skip
+    assert (found["pr/1"].folder / "pytorch_model.bin").is_file()
+    assert not (found["main"].folder / "pytorch_model.bin").exists()
+
+
+def test_a_second_fetch_downloads_nothing_and_a_moved_branch_only_what_changed(hub: FakeHub, online: Client):
+    repository = hub.add("tests/twice", holding("model.safetensors", "tokenizer.json"))
+    first = online.fetch("tests/twice")
+    before = hub.fetched("tests/twice")
+
+    second = online.fetch("tests/twice")
+
+    assert second == first
+    assert hub.fetched("tests/twice") == before
+
+    sha = repository.commit(holding("model.safetensors", **{"tokenizer.json": b"new"}))
+    repository.sizes["model.safetensors"] = 10**18  # no disk has room for what is here already
+
+    third = online.fetch("tests/twice")
+
+    assert third.revision == sha != first.revision
+    assert hub.fetched("tests/twice")[len(before) :] == ["tokenizer.json"]
+    assert read(third.folder) == repository.commits[sha]
+
+
+def test_offline_the_cached_snapshot_is_used(hub: FakeHub, online: Client, offline: Client):
+    hub.add("tests/offline", holding("a.safetensors", **{INDEX: index("a.safetensors")}))
+    fetched = online.fetch("tests/offline")
+    asked = len(hub.requests)
+
+    assert offline.fetch("tests/offline") == fetched
+    assert offline.fetch("tests/offline", fetched.revision) == fetched
+
+    assert len(hub.requests) == asked
+
+
+def test_offline_what_is_not_cached_is_refused_by_name(hub: FakeHub, offline: Client, cache: Path):
+    hub.add("tests/uncached", holding("model.safetensors"))
+
+    line = offline.refused("tests/uncached", "v1")
+
+    assert line.endswith(f"HF_HUB_OFFLINE is set and the cache, {cache}/hub, holds no config.json of revision 'v1'")
+    assert not hub.fetched("tests/uncached")
+
+
+def test_an_interrupted_download_is_completed_by_the_next(hub: FakeHub, online: Client, offline: Client):
+    files = holding("a.safetensors", **{INDEX: index("a.safetensors", "b.safetensors")})
+    # huggingface_hub writes in pieces of 10 MiB, so one piece arrives.
+    files["b.safetensors"] = np.random.default_rng(0).bytes((10 << 20) + 5000)
+    repository = hub.add("tests/broken", files, cut={"b.safetensors": (10 << 20) + 1000})
+    sha = repository.branches["main"]
+
+    online.refused("tests/broken")
+
+    before = hub.fetched("tests/broken")
+    assert before[-1] == "b.safetensors"
+    assert f"lacks b.safetensors, which {INDEX} names" in offline.refused("tests/broken", sha)
+
+    repository.cut.clear()
+    snapshot = online.fetch("tests/broken")
+
+    assert hub.fetched("tests/broken")[len(before) :] == ["b.safetensors"]
+    assert read(snapshot.folder) == files
+    assert offline.fetch("tests/broken") == snapshot
+
+
+# Refusals
+
+FINE = holding("model.safetensors")
+HOSTILE = "a shard is a .safetensors file beside it"
+
+# the files | what is wrong with the repository | what the one line says
+REFUSED: dict[str, tuple[Mapping[str, bytes], dict[str, Any], str]] = {
+    "absent": (FINE, {"listing": "absent"}, "shows no such repository"),
+    "gated": (FINE, {"download": "gated"}, "its owner grants access"),
+    "gated, listing too": (FINE, {"listing": "gated"}, "its owner grants access"),
+    "bad token": (FINE, {"listing": "bad token"}, "answered 401; it does not accept the token"),
+    "bad token for files": (FINE, {"download": "bad token"}, "answered 401; it does not accept the token"),
+    "forbidden": (FINE, {"listing": "forbidden"}, "answered 403; the token"),
+    "forbidden files": (FINE, {"download": "forbidden"}, "answered 403; the token"),
+    "too many requests": (FINE, {"listing": "busy"}, "answered 429; too many requests"),
+    "hub out of order": (FINE, {"listing": "broken"}, "answered 503"),
+    "line dead": (FINE, {"listing": "silent"}, "cannot be fetched from 127.0.0.1"),
+    "another server": (FINE, {"listing": "garbage"}, "cannot be fetched from 127.0.0.1"),
+    "no weights": (holding("README.md", "tf_model.h5"), {}, "the repository holds no weights; looked for model.safe"),
+    "no config": ({"model.safetensors": b""}, {}, "the repository holds no config.json"),
+    "shard above": (holding(**{INDEX: index("../../x.safetensors")}), {}, HOSTILE),
+    "shard in a folder": (holding("a/x.safetensors", **{INDEX: index("a/x.safetensors")}), {}, HOSTILE),
+    "absolute shard": (holding(**{INDEX: index("/x.safetensors")}), {}, HOSTILE),
+    "code as a shard": (holding("evil.py", **{INDEX: index("evil.py")}), {}, HOSTILE),
+    "shard that is no name": (holding(**{INDEX: b'{"weight_map": {"t": ["a"]}}'}), {}, HOSTILE),
+    "escape in a shard": (holding(**{INDEX: index("\x1b[31m.safetensors")}), {}, HOSTILE),
+    "absent shard": (
+        holding("a.safetensors", **{INDEX: index("a.safetensors", "b.safetensors")}),
+        {},
+        "the repository lacks b.safetensors, which model.safetensors.index.json names",
+    ),
+    "empty index": (holding(**{INDEX: index()}), {}, "weight_map is missing, empty or not an object"),
+    "index that is no JSON": (holding(**{INDEX: b"{"}), {}, f"{INDEX}: is not JSON"),
+    "no room": (FINE, {"sizes": {"model.safetensors": 10**18}}, "needs 1000000000.00 GB"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_wrong_is_said_in_one_line_before_a_weight_is_fetched(hub: FakeHub, online: Client, case: str):
+    files, wrong, said = REFUSED[case]
+    name = f"refused/{list(REFUSED).index(case)}"
+    hub.add(name, files, **wrong)
+
+    line = online.refused(name)
+
+    assert said in line
+    assert set(hub.fetched(name)) <= {"config.json", INDEX}
+
+
+def test_an_unknown_repository_and_revision_are_refused_by_name(hub: FakeHub, online: Client):
+    hub.add("tests/known", FINE)
+
+    assert "no folder here; 127.0.0.1:" in online.refused("tests/unknown")
+    assert online.refused("tests/known", "v7").endswith(": has no revision 'v7'")
+
+
+# The token
+
+
+def test_the_token_goes_with_every_request(hub: FakeHub, online: Client):
+    hub.add("tests/private", FINE)
+
+    online.fetch("tests/private", token=TOKEN)
+
+    assert {r.token for r in hub.requests if r.repository == "tests/private"} == {f"Bearer {TOKEN}"}
+
+
+@pytest.mark.parametrize("wrong", ["absent", "gated", "bad token", "forbidden", "silent", "garbage"])
+def test_the_token_is_in_no_error(hub: FakeHub, online: Client, wrong: str):
+    hub.add(f"secret/{wrong.replace(' ', '-')}", FINE, listing=wrong)
+
+    answer = online.ask(f"secret/{wrong.replace(' ', '-')}", token=TOKEN)
+
+    assert hub.requests[-1].token == f"Bearer {TOKEN}"
+    assert TOKEN not in answer["refused"] + answer["traceback"]
+
+
+def test_a_token_that_no_header_may_hold_is_in_no_error_either(hub: FakeHub, online: Client):
+    hub.add("tests/malformed", FINE)
+
+    answer = online.ask("tests/malformed", token=f"{TOKEN}\v{TOKEN}")
+
+    assert answer["refused"].endswith(": the token is malformed")
+    assert TOKEN not in answer["traceback"]
+
+
+def test_every_place_the_reader_looks_in_has_a_choice_here():
+    fetched = set().union(*(expected for _, expected in CHOICES.values()))
+
+    assert {name for name, _, _ in our_hub._LAYOUTS} <= fetched
