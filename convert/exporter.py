@@ -125,7 +125,7 @@ def export_hf(
 
 def parse_size(size: int | str) -> int:
     """Bytes of "5GB" and the like; `ValueError` where it is no such size, or 0."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B)?", str(size))
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?) ?([KMG]i?B)?", str(size))
     if match is None or (found := int(float(match[1]) * _UNITS[match[2] or ""])) < 1:
         raise ValueError(f"max_shard_size {size!r} is not a number of bytes such as 5GB, 500MB or 2GiB")
     return found

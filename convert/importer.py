@@ -38,7 +38,7 @@ from .cast import Cast, Loss
 from .conversion import Conversion
 from .hub import fetch, is_repository
 from .names import TIED_HEAD, hf_names, hf_shapes, is_stacked
-from .reader import CheckpointReader
+from .reader import CheckpointReader, path_inside
 
 GENERATION_CONFIG: Final = "generation_config.json"
 _log = logging.getLogger(__name__)
@@ -107,16 +107,19 @@ def import_hf(
         check_tensors(folder, config, reader)
         if wanted is not None:
             config = config.stored_as(wanted.name)
+        generation = folder / GENERATION_CONFIG
+        beside = (*tokenizer_files(folder), *([generation] if generation.is_file() else []))
+        for file in beside:
+            path_inside(folder, file.name)  # or refused: a link may lead anywhere
         parameters = _parameters(config, reader, wanted)
         total = sum(parameter.nbytes for parameter in parameters)
         job = {"import": str(folder.resolve()), "files": _versions(reader), "config": config.to_dict()}
+        job["dtype"] = str(wanted)  # the config may name it already where the tensors are of several
         with new_folder(out, needs=total, job=job) as draft, progress("converting", total) as advance:
             reused = sum(parameter.nbytes for parameter in parameters if is_written(draft, parameter.name))
             if reused:
                 _log.info("%s: goes on after %.2f of %.2f GB", out, reused / 1e9, total / 1e9)
             records = write_parameters(draft, parameters, advance)
-            generation = folder / GENERATION_CONFIG
-            beside = (*tokenizer_files(folder), *([generation] if generation.is_file() else []))
             proof = seal(draft.folder, config, records, beside, origin)
     return Conversion(
         path=out,

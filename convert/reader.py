@@ -103,7 +103,7 @@ class CheckpointReader:
 
     def _read_index(self, name: str) -> dict[str, str]:
         """The index's map from tensor to shard, each shard a file beside it."""
-        path = _path_inside(self.folder, name)
+        path = path_inside(self.folder, name)
         if (size := path.stat().st_size) > MAX_JSON_BYTES:
             raise ValueError(f"{self.folder / name}: has {size} bytes; at most {MAX_JSON_BYTES}")
         try:
@@ -119,7 +119,7 @@ class CheckpointReader:
         return shards
 
     def _read_file(self, name: str, parse: "_Parser") -> dict[str, TensorInfo]:
-        path = _path_inside(self.folder, name)
+        path = path_inside(self.folder, name)
         try:
             if path.stat().st_size == 0:
                 raise ValueError("is empty")
@@ -194,18 +194,19 @@ def _is_file_name(value: object) -> bool:
     return "/" not in value and "\\" not in value and len(value.encode()) <= MAX_NAME
 
 
-def _path_inside(folder: Path, name: str) -> Path:
+def path_inside(folder: Path, name: str) -> Path:
     """The regular file `name` of `folder`, links followed; ValueError where they lead out of the checkpoint.
 
-    Hugging Face's hub cache keeps `snapshots/<revision>/` as links into `blobs/` beside `snapshots`.
+    Hugging Face's hub cache keeps `snapshots/<revision>/` as links into `blobs/` beside `snapshots`, and these may be
+    links once more, into the `blobs/` that all its repositories share (huggingface_hub 2).
     """
     home = Path(os.path.realpath(folder))
     try:
         path = Path(os.path.realpath(folder / name, strict=True))
     except OSError as error:
         raise ValueError(f"{folder / name}: cannot be opened: {error.strerror}") from error
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    if not any(path.is_relative_to(home) for home in homes):
+    stores = [folder / "blobs" for folder in home.parents[1:3]] if home.parent.name == "snapshots" else []
+    if not any(path.is_relative_to(home) for home in [home, *stores]):
         end = repr(str(path))[-200:-1]  # a folder's name may hold a line break
         raise ValueError(f"{folder / name}: links to {end}, outside the checkpoint")
     if not path.is_file():

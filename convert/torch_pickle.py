@@ -13,15 +13,15 @@ import mmap
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, Final, cast
 
 import ml_dtypes
 import numpy as np
 
-# Room for 12 thousand tensors a file, 40 opcodes and 150 bytes each. An opcode makes up to 110 bytes of objects, an entry
-# of the zip's directory 600: a file must not be able to take more memory than its own size and a little.
+# Room for 12 thousand tensors a file, 40 opcodes and 150 bytes each. An opcode makes up to 110 bytes of objects, an
+# entry of the zip's directory 600: a file must not be able to take more memory than its own size and a little.
 MAX_PICKLE_BYTES: Final = 8 << 20
 MAX_OPCODES: Final = 500_000
 MAX_STRING: Final = 1 << 20
@@ -283,14 +283,18 @@ def _read_global(stream: io.BytesIO) -> str:
 
 
 def _read_string(stream: io.BytesIO) -> str:
-    size = int.from_bytes(stream.getbuffer()[stream.tell() : stream.tell() + 4], "little")
-    if MAX_STRING < size <= len(stream.getbuffer()):
+    if (size := int.from_bytes(stream.read(4), "little")) > MAX_STRING:
         raise ValueError(f"has a string of {size} bytes; at most {MAX_STRING}")
-    return pickletools.read_unicodestring4(stream)
+    if len(data := stream.read(size)) < size:
+        raise ValueError(f"has a string of {size} bytes, of which {len(data)} are there")
+    return data.decode()
 
 
-# Two of pickletools' readers take whatever length they are told.
+# For two opcodes pickletools' own readers take whatever length they are told.
 _READERS: Final[dict[str, Callable[[io.BytesIO], Any]]] = {"GLOBAL": _read_global, "BINUNICODE": _read_string}
+
+
+_BY_CODE: Final = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 
 
 def _operations(stream: io.BytesIO) -> Iterator[tuple[str, Any]]:
@@ -300,7 +304,7 @@ def _operations(stream: io.BytesIO) -> Iterator[tuple[str, Any]]:
     its errors repeat them.
     """
     while code := stream.read(1):
-        opcode = pickletools.code2op.get(code.decode("latin-1"))
+        opcode = _BY_CODE.get(code)
         if opcode is None:
             raise ValueError(f"has unknown pickle opcode {code!r}")
         if opcode.name not in _OPCODES:
@@ -317,10 +321,11 @@ def _unpickle(stream: io.BytesIO, opcodes_left: Iterator[int]) -> tuple[Any, dic
     machine = _Machine()
     count = 0
     try:
-        for count, (name, argument) in enumerate(_operations(stream)):
+        for name, argument in _operations(stream):
             if next(opcodes_left, None) is None:
-                raise ValueError(f"has a pickle of more than {MAX_OPCODES} opcodes")
+                raise ValueError(f"has pickles of more than {MAX_OPCODES} opcodes")
             _OPCODES[name](machine, argument)
+            count += 1
     except ValueError:
         raise
     except Exception as error:  # An empty stack, an unknown memo entry, a call with too few arguments ...
@@ -333,14 +338,22 @@ def _unpickle(stream: io.BytesIO, opcodes_left: Iterator[int]) -> tuple[Any, dic
 def _read_zip(mapped: mmap.mmap) -> tuple[Any, _Places]:
     """torch >= 1.6: a zip of `<root>/data.pkl` and one uncompressed `<root>/data/<key>` a storage."""
     try:
-        members = zipfile.ZipFile(cast(IO[bytes], mapped)).infolist()
+        archive = zipfile.ZipFile(cast(IO[bytes], _Directory(mapped)))
+    except _TooLargeError as error:
+        raise ValueError(str(error)) from None
     except Exception as error:  # zipfile answers damage with half a dozen types
         raise ValueError(f"is cut short or is not a zip archive: {show(str(error))}") from error
     places: _Places = {}
-    for member in members:
+    end = 0
+    for member in sorted(archive.infolist(), key=lambda member: member.header_offset):
         if member.filename in places:
             raise ValueError(f"has member {show(member.filename)} twice")
-        places[member.filename] = _member_place(mapped, member)
+        if member.header_offset < end:
+            raise ValueError(f"has member {show(member.filename)} inside the one before it")
+        places[member.filename] = start, size = _member_place(mapped, member)
+        end = start + size
+    if end > archive.start_dir:
+        raise ValueError(f"has members up to byte {end}, its directory starts at {archive.start_dir}")
     pickles = [name for name in places if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise ValueError(f"has {len(pickles)} members called <root>/data.pkl; it must be 1")
@@ -351,12 +364,32 @@ def _read_zip(mapped: mmap.mmap) -> tuple[Any, _Places]:
     start, size = places[f"{root}data.pkl"]
     if size > MAX_PICKLE_BYTES:
         raise ValueError(f"has a data.pkl of {size} bytes; at most {MAX_PICKLE_BYTES}")
-    state, storages = _unpickle(io.BytesIO(mapped[start : start + size]))
+    state, storages = _unpickle(io.BytesIO(mapped[start : start + size]), iter(range(MAX_OPCODES)))
     prefix = f"{root}data/"
     data = {name.removeprefix(prefix): place for name, place in places.items() if name.startswith(prefix)}
     if unused := data.keys() - storages.keys():
         raise ValueError(f"has storage {show(min(unused))}, which no tensor uses")
     return state, data
+
+
+class _TooLargeError(Exception):
+    """Zipfile swallows some errors of the file it reads, but none of a type that is new to it."""
+
+
+class _Directory:
+    """The file as `zipfile` sees it, which would read a directory of any length and keep 600 bytes an entry."""
+
+    def __init__(self, mapped: mmap.mmap):
+        self.mapped, self.seek, self.tell = mapped, mapped.seek, mapped.tell
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = None) -> bytes:
+        size = len(self.mapped) - self.mapped.tell() if size is None or size < 0 else size
+        if size > MAX_DIRECTORY_BYTES:
+            raise _TooLargeError(f"has a zip directory of {size} bytes; at most {MAX_DIRECTORY_BYTES}")
+        return self.mapped.read(size)
 
 
 def _member_place(mapped: mmap.mmap, member: zipfile.ZipInfo) -> tuple[int, int]:
@@ -378,16 +411,16 @@ def _member_place(mapped: mmap.mmap, member: zipfile.ZipInfo) -> tuple[int, int]
 
 def _read_legacy(mapped: mmap.mmap) -> tuple[Any, _Places]:
     """torch < 1.6: five pickles (magic, protocol, system, state, keys), then each storage with its size."""
-    stream = io.BytesIO(mapped[:MAX_PICKLE_BYTES])
-    if mapped[:2] != b"\x80\x02" or _unpickle(stream)[0] != _LEGACY_MAGIC:
+    stream, left = io.BytesIO(mapped[:MAX_PICKLE_BYTES]), iter(range(MAX_OPCODES))
+    if mapped[:2] != b"\x80\x02" or _unpickle(stream, left)[0] != _LEGACY_MAGIC:
         raise ValueError("is neither a torch zip archive nor a legacy torch file")
-    if (protocol := _unpickle(stream)[0]) != _LEGACY_PROTOCOL:
+    if (protocol := _unpickle(stream, left)[0]) != _LEGACY_PROTOCOL:
         raise ValueError(f"has legacy protocol {show(protocol)}; it must be {_LEGACY_PROTOCOL}")
-    system = _unpickle(stream)[0]
+    system = _unpickle(stream, left)[0]
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise ValueError("was not written by a little-endian machine")
-    state, storages = _unpickle(stream)
-    keys, _ = _unpickle(stream)
+    state, storages = _unpickle(stream, left)
+    keys, _ = _unpickle(stream, left)
     if not isinstance(keys, list) or any(type(key) is not str for key in keys):
         raise ValueError(f"has {show(keys)} where the list of its storages must be")
     places: _Places = {}

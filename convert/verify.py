@@ -76,7 +76,7 @@ def _differences(native: NativeReader, folder: Path, report: Report, progress: M
     """Where the Hugging Face folder holds something else; fills in the report's counts and hashes."""
     theirs = ModelConfig.from_file(folder)
     with CheckpointReader(folder) as reader, ThreadPoolExecutor(1) as hasher:
-        check_tensors(folder, theirs, reader)
+        check_tensors(folder, native.config, reader)
         for name, value in native.config.to_dict().items():
             if name not in _NOT_COMPARED and value != (other := theirs.to_dict().get(name)):
                 yield Damage("config.json", None, f"has {name} {value!r}, {folder} {other!r}")

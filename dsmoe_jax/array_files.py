@@ -8,8 +8,10 @@ A file is the array in C order, then an index of its parts, 16 bytes each: zarr 
 A reader of a few experts, or of a few rows, reads those parts alone.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import math
 import mmap
 import operator
@@ -44,22 +46,27 @@ class ArrayRecord(NamedTuple):
 
 
 def write_frame(folder: Path, dtypes: Mapping[str, np.dtype]) -> None:
-    """Have Orbax make the checkpoint `folder`, its arrays of one element each."""
+    """Have Orbax make the checkpoint `folder`, its arrays of one element each; all processes must call it."""
     from orbax.checkpoint import v1 as ocp
 
-    if folder.exists():
-        shutil.rmtree(folder)
     context = ocp.Context()
     saving = context.array.saving
     saving.use_ocdbt, saving.use_zarr3, saving.use_compression = False, True, False
     saving.enable_write_sharding_file = False
-    # One process writes the frame, however many there are.
-    import jax
-
-    context.multiprocessing.active_processes = {jax.process_index()}
-    context.multiprocessing.primary_host = jax.process_index()
-    with context:
+    with context, without_warnings():
         ocp.save(str(folder), {name: np.zeros((1,), dtype) for name, dtype in dtypes.items()})
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Without what Orbax says of checkpoints that hold no OCDBT database: that its files were not found."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 class ArrayWriter:
@@ -133,7 +140,7 @@ def open_array(folder: Path, name: str) -> np.ndarray:
     try:
         shape, dtype = tuple(spec["shape"]), _DTYPES[spec["data_type"]]
         fits = spec == _spec(shape, dtype)
-    except (KeyError, TypeError, ValueError, OverflowError):
+    except (LookupError, TypeError, ValueError, OverflowError):
         fits = False
     if not fits:
         raise ValueError(f"{home / 'zarr.json'}: does not describe an array as this package writes it")
@@ -187,7 +194,8 @@ def write_all(file: Any, data: memoryview) -> int:
 def _describe(folder: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> tuple[Path, Path]:
     """Put the real array's description in the place of the frame's; returns its folder and, below it, its file."""
     home = folder / FRAME / name
-    shutil.rmtree(home)
+    if home.exists():  # a run that was killed just here has removed it
+        shutil.rmtree(home)
     home.mkdir()
     (home / "zarr.json").write_text(json.dumps(_spec(shape, dtype)), encoding="utf-8")
     return home, _file(len(shape))

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from dsmoe_jax.array_files import ArrayRecord, ArrayWriter, pieces_of, write_frame
+from dsmoe_jax.array_files import ArrayRecord, ArrayWriter, pieces_of, without_warnings, write_frame
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.json_file import read_json
 from dsmoe_jax.manifest import PARAMETERS, damage, read_manifest, write_manifest
@@ -47,7 +47,8 @@ def save(model: DeepSeekMoE, path: str | Path, *, beside: Sequence[Path] = ()) -
         with _step():
             if index == 0:
                 stack.enter_context(new_folder(path, needs=sum(value.nbytes for value in params.values())))
-                write_frame(folder / PARAMETERS, {name: value.dtype for name, value in params.items()})
+        with _step():
+            write_frame(folder / PARAMETERS, {name: value.dtype for name, value in params.items()})
         with _step() as errors, ArrayWriter(folder / PARAMETERS, records.__setitem__) as writer:
             for i, (name, value) in enumerate(params.items()):
                 array = _whole(value)  # by all processes, even where one has failed: the others wait for it
@@ -123,6 +124,7 @@ def write_parameters(draft: Draft, parameters: Sequence[Parameter], advance: Adv
     """Write the arrays that `draft` does not hold yet, a few pieces in memory at a time."""
     folder = draft.folder / PARAMETERS
     if _FRAME_UNIT not in draft.finished:
+        shutil.rmtree(folder, ignore_errors=True)
         write_frame(folder, {parameter.name: parameter.dtype for parameter in parameters})
         draft.finish(_FRAME_UNIT, None)
     with ArrayWriter(folder, lambda name, record: draft.finish(name, list(record))) as writer:
@@ -233,7 +235,8 @@ def _metered(pieces: Iterable[np.ndarray], advance: Advance) -> Iterator[np.ndar
 def _one_line_errors(path: Path) -> Iterator[None]:
     """Orbax and tensorstore report damage in many types and many lines; a user needs one."""
     try:
-        yield
+        with without_warnings():
+            yield
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: damaged checkpoint: {reason[:300]}") from error

@@ -78,6 +78,7 @@ def verify(asked: argparse.Namespace) -> None:
     from pathlib import Path
 
     from dsmoe_jax.convert import verify
+    from dsmoe_jax.manifest import Damage
     from dsmoe_jax.new_folder import write_json
     from dsmoe_jax.progress import bar
 
@@ -87,9 +88,9 @@ def verify(asked: argparse.Namespace) -> None:
     write_json(file, report.to_dict())
     print(f"{report}; {file} has the SHA-256 of each")
     for found in report.mismatches[1:20]:
-        print("  {file}: {tensor} {what}".format(**found))
+        print(f"  {Damage(**found)}")
     if report.mismatches:
-        raise ValueError("{file}: {tensor} {what}".format(**report.mismatches[0]))
+        raise ValueError(str(Damage(**report.mismatches[0])))
 
 
 def generate(asked: argparse.Namespace) -> None:

@@ -74,7 +74,7 @@ class ModelConfig:
         _check_choice("scoring_func", self.scoring_func, ("softmax",))
         _check_choice("pretraining_tp", self.pretraining_tp, (1,))
         object.__setattr__(self, "rope_scaling", _rope_scaling(self.rope_scaling))
-        object.__setattr__(self, "architectures", tuple(self.architectures or ()))
+        object.__setattr__(self, "architectures", _architectures(self.architectures))
         heads, kv_heads = self.num_attention_heads, self.num_kv_heads
         if self.hidden_size % (2 * heads):  # rotary embeddings turn pairs
             raise ValueError(f"hidden_size {self.hidden_size} is not an even multiple of num_attention_heads {heads}")
@@ -253,12 +253,24 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
 # fmt: on
 
 
+def _show(value: Any) -> str:
+    """A value from an untrusted file in one short line."""
+    text = repr(value)
+    return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+def _architectures(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple | None) or not all(isinstance(name, str) for name in value or ()):
+        raise ValueError(f"architectures must be null or a list of strings, not {_show(value)}")
+    return tuple(value or ())
+
+
 def _check(name: str, value: Any, kinds: tuple[type | None, ...], low: float, high: float) -> None:
     if value is None and None in kinds:
         return
     if type(value) not in kinds:
         wanted = " or ".join("null" if kind is None else kind.__name__ for kind in kinds)
-        raise ValueError(f"{name} must be {wanted}, not {value!r}")
+        raise ValueError(f"{name} must be {wanted}, not {_show(value)}")
     if isinstance(value, str):
         return
     assert value is not None  # no field accepts None without naming it
@@ -269,7 +281,7 @@ def _check(name: str, value: Any, kinds: tuple[type | None, ...], low: float, hi
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     # True == 1 in Python; a type that differs is a value that differs, except between int and float.
     if not any(value == c and isinstance(value, bool) == isinstance(c, bool) for c in choices):
-        raise ValueError(f"{name} {value!r} is not supported, only {', '.join(repr(c) for c in choices)}")
+        raise ValueError(f"{name} {_show(value)} is not supported, only {', '.join(repr(c) for c in choices)}")
 
 
 def _rope_scaling(value: Any) -> RopeScaling | None:
@@ -278,9 +290,9 @@ def _rope_scaling(value: Any) -> RopeScaling | None:
         return None
     fields = value._asdict() if isinstance(value, RopeScaling) else value
     if not isinstance(fields, Mapping) or set(fields) != {"type", "factor"}:
-        raise ValueError(f"rope_scaling must be null or hold exactly `type` and `factor`, not {value!r}")
+        raise ValueError(f"rope_scaling must be null or hold exactly `type` and `factor`, not {_show(value)}")
     _check_choice("rope_scaling.type", fields["type"], ROPE_SCALING_TYPES)
     factor = fields["factor"]
     if type(factor) is not float or not math.isfinite(factor) or factor <= 1:
-        raise ValueError(f"rope_scaling.factor must be a finite float > 1, not {factor!r}")
+        raise ValueError(f"rope_scaling.factor must be a finite float > 1, not {_show(factor)}")
     return RopeScaling(fields["type"], factor)

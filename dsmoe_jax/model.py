@@ -6,6 +6,7 @@ and static, the parameters a flat dict of arrays by dotted path, such as `layers
 
 import functools
 import zlib
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -27,6 +28,12 @@ from dsmoe_jax.layers.weights import Initializer, Linear, weight
 from dsmoe_jax.sharding import MeshConfig, as_mesh, check_divides, constrain, mesh_of, sharding
 
 _STATES: Final = ("batch", None, None)  # the logical axes of hidden states
+# What of a block's forward pass is kept for the backward pass; the rest is computed again.
+REMAT: Final[dict[str, Any]] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class ModelOutput(NamedTuple):
@@ -116,6 +123,9 @@ class DeepSeekMoE(nnx.Module):
         prefill: bool = False,
         rope_length: Int[Array, ""] | int | None = None,
         dropout_key: PRNGKeyArray | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        router_bias: Mapping[int, Float[Array, "E"]] | None = None,
+        remat: str = "none",
     ) -> Hidden:
         """The states before the head; traceable, unchecked, without a jit of its own.
 
@@ -123,7 +133,9 @@ class DeepSeekMoE(nnx.Module):
         (padding to the right), and only those count towards the row's length; the row's slots must hold all T, padding
         included. `prefill` promises that the cache is empty: the T tokens then look only at one another.
         `rope_length` is the length that dynamic NTK scaling goes by, default all keys of the call, padding included.
-        `dropout_key` turns attention dropout on.
+        `dropout_key` turns attention dropout on. Tokens of different `segment_ids` do not see each other (documents
+        packed into one row, without a cache). `router_bias` moves the choice of experts, see `Router`. `remat` is a
+        key of `REMAT`, applied block by block.
         """
         T = token_ids.shape[1]
         start = None if cache is None or prefill else cache.lengths
@@ -132,7 +144,7 @@ class DeepSeekMoE(nnx.Module):
             position_ids = offset[:, None] + jnp.arange(T)[None, :]
         if rope_length is None:
             rope_length = T if start is None else start.max() + T
-        mask = _causal(token_ids, attention_mask) if cache is None or prefill else cache.mask(T)
+        mask = _causal(token_ids, attention_mask, segment_ids) if cache is None or prefill else cache.mask(T)
         # The table is completed along fsdp before it is looked up: tokens are split over that axis, too.
         x = constrain(constrain(self.embed[...], ("vocab", None))[token_ids], _STATES)
         turn = rotation(self.config, position_ids, rope_length, x.dtype)
@@ -140,7 +152,9 @@ class DeepSeekMoE(nnx.Module):
         for i, block in enumerate(self.layers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
             layer_cache = None if cache is None else cache.layers[i]
-            x, layer_cache, routed = block(x, turn, mask, layer_cache, start, key)
+            bias = None if router_bias is None else router_bias.get(i)
+            run = block if remat == "none" else jax.checkpoint(block.__call__, policy=REMAT[remat])
+            x, layer_cache, routed = run(x, turn, mask, layer_cache, start, key, bias)
             x = constrain(x, _STATES)
             trace.append(x)
             written.append(layer_cache)
@@ -166,10 +180,16 @@ def _forward(graph, params, token_ids, attention_mask, position_ids, output_hidd
     return ModelOutput(model.logits(hidden.states), hidden.routing, trace)
 
 
-def _causal(token_ids: Int[Array, "B T"], attention_mask: Array | None) -> Bool[Array, "B T T"]:
+def _causal(
+    token_ids: Int[Array, "B T"], attention_mask: Array | None, segment_ids: Array | None
+) -> Bool[Array, "B T T"]:
     B, T = token_ids.shape
     mask = jnp.broadcast_to(jnp.tri(T, dtype=bool)[None], (B, T, T))
-    return mask if attention_mask is None else mask & (attention_mask != 0)[:, None, :]
+    if attention_mask is not None:
+        mask = mask & (attention_mask != 0)[:, None, :]
+    if segment_ids is not None:
+        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    return mask
 
 
 def check_token_ids(token_ids: Any, vocab_size: int) -> Int[Array, "B T"]:

@@ -32,9 +32,10 @@ class Draft:
         head = json.dumps({"job": job}, sort_keys=True)
         lines = _lines(folder / _JOURNAL)
         if lines and lines[0] == head:
-            for line in lines[1:]:
-                entry = json.loads(line)
-                self.finished[entry["unit"]] = entry["record"]
+            with contextlib.suppress(ValueError, LookupError, TypeError):  # a damaged line: its unit is written again
+                for line in lines[1:]:
+                    entry = json.loads(line)
+                    self.finished[entry["unit"]] = entry["record"]
         else:
             self._clear()
         # Rewritten whole: a killed writer may have left half a line at its end.

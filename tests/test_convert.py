@@ -25,23 +25,19 @@ from dsmoe_jax.convert.names import hf_names, hf_shapes
 from dsmoe_jax.convert.reader import CheckpointReader
 from dsmoe_jax.model import abstract, split
 from tests.helpers import golden
-from tests.helpers.hf_folder import INDEX, hf_tensors, random_params, snapshot, tiny, write_hf, write_tensors
+from tests.helpers.hf_folder import (
+    INDEX,
+    VARIANTS,
+    hf_tensors,
+    random_params,
+    same_bits,
+    snapshot,
+    tiny,
+    write_hf,
+    write_tensors,
+)
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "everything": {},
-    "tied": {"tie_word_embeddings": True},
-    "biases": {"attention_bias": True},
-    "dense": {"n_routed_experts": None, "num_experts_per_tok": None, "n_shared_experts": None},
-    "no shared experts": {"n_shared_experts": None},
-    "every second layer": {"moe_layer_freq": 2, "num_hidden_layers": 5},
-    "a key-value head per head": {"num_key_value_heads": None},
-}
 every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-
-
-def same_bits(got: Any, want: np.ndarray) -> bool:
-    got = np.asarray(got)
-    return got.dtype == want.dtype and got.shape == want.shape and got.tobytes() == want.tobytes()
 
 
 # Names

@@ -235,6 +235,21 @@ def test_weights_are_chosen_as_the_reader_prefers_them(hub: FakeHub, online: Cli
     assert set(hub.fetched(name)) == {"config.json"} | expected
 
 
+def test_a_blob_in_the_store_that_repositories_share_loads(hub: FakeHub, online: Client, checkpoint: dict[str, bytes]):
+    hub.add("tests/shared", checkpoint)
+    snapshot = online.fetch("tests/shared")
+    blobs = snapshot.folder.parent.parent / "blobs"
+    for blob in list(blobs.iterdir()):  # as huggingface_hub 2 leaves what came by Xet
+        shared = blobs.parent.parent / "blobs" / blob.name[:2] / blob.name
+        shared.parent.mkdir(parents=True, exist_ok=True)
+        blob.rename(shared)
+        blob.symlink_to(os.path.relpath(shared, blobs))
+
+    load_hf(snapshot.folder)
+
+    assert online.fetch("tests/shared") == snapshot
+
+
 # Revisions and the cache
 
 

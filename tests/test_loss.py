@@ -7,9 +7,14 @@ import pytest
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.names import hf_names, is_stacked
+from dsmoe_jax.layers.router import Routing
 from dsmoe_jax.model import merge, split
-from dsmoe_jax.train import balance_loss, cross_entropy
+from dsmoe_jax.sharding import make_mesh
+from dsmoe_jax.train import balance_loss, cross_entropy, loss
+from dsmoe_jax.train.loss import IGNORED
 from tests.helpers import golden
+from tests.helpers.hf_folder import tiny
+from tests.helpers.meshes import MESHES
 
 CE, AUX, GRADIENT = 1e-5, 1e-6, 1e-3  # the first two absolute, the last relative; see shared/spec/model.md
 
@@ -70,3 +75,118 @@ def test_right_padding_counts_in_the_balance_loss_as_in_the_original():
         stack = grads[name] if is_stacked(name) else [grads[name]]
         for part, got in zip(parts, stack, strict=True):
             assert jnp.linalg.norm(got) == pytest.approx(expected["grad_norms_rightpad"][part], rel=GRADIENT), part
+
+
+# The head and its loss in one
+
+
+def plain_head_loss(states, head, targets, z_loss=0.0):
+    """The slow obvious twin of `head_loss`: all logits at once."""
+    logits = jnp.einsum("btd,vd->btv", states, head)
+    log_sum = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, targets[:, :, None].clip(0), axis=-1)[:, :, 0]
+    counted = targets != IGNORED
+    return jnp.where(counted, log_sum - picked + z_loss * log_sum**2, 0).sum()
+
+
+def head_inputs(B: int = 8, T: int = 9, D: int = 16, V: int = 64):
+    keys = jax.random.split(jax.random.key(0), 4)
+    targets = jax.random.randint(keys[2], (B, T), 0, V)
+    targets = jnp.where(jax.random.bernoulli(keys[3], 0.3, (B, T)), IGNORED, targets)
+    return jax.random.normal(keys[0], (B, T, D)), jax.random.normal(keys[1], (V, D)), targets
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1], ids="z_loss={}".format)
+@pytest.mark.parametrize("tokens", [1, 7, 1000], ids="{} tokens a chunk".format)
+def test_the_loss_in_chunks_and_its_gradients_equal_the_plain_one(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, z_loss: float
+):
+    states, head, targets = head_inputs()
+    monkeypatch.setattr(loss, "_CHUNK_BYTES", tokens * 4 * len(head))
+
+    got, got_grads = jax.value_and_grad(lambda s, h: 3 * loss.head_loss(s, h, targets, z_loss=z_loss).total, (0, 1))(
+        states, head
+    )
+    want, want_grads = jax.value_and_grad(lambda s, h: 3 * plain_head_loss(s, h, targets, z_loss), (0, 1))(states, head)
+
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for mine, plain in zip(got_grads, want_grads, strict=True):
+        np.testing.assert_allclose(mine, plain, rtol=1e-4, atol=1e-4)
+    assert loss.head_loss(states, head, targets, z_loss=z_loss).cross_entropy == pytest.approx(
+        float(plain_head_loss(states, head, targets)), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("V", [64, 63], ids="a vocabulary of {}".format)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_loss_in_chunks_is_the_same_on_every_mesh(mesh: str, V: int):
+    states, head, targets = head_inputs(V=V)
+    want, want_grads = jax.value_and_grad(lambda s, h: plain_head_loss(s, h, targets, 0.1), (0, 1))(states, head)
+
+    with jax.set_mesh(make_mesh(MESHES[mesh])):
+        run = jax.jit(jax.value_and_grad(lambda s, h: loss.head_loss(s, h, targets, z_loss=0.1).total, (0, 1)))
+        got, got_grads = run(states, head)
+
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for mine, plain in zip(got_grads, want_grads, strict=True):
+        np.testing.assert_allclose(mine, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_no_array_of_all_logits_is_made():
+    states, head, targets = head_inputs(B=4, T=64, V=2**15)
+
+    compiled = jax.jit(jax.grad(lambda s, h: loss.head_loss(s, h, targets).total, (0, 1))).lower(states, head).compile()
+
+    all_logits = 4 * 64 * 2**15 * 4
+    chunked = compiled.memory_analysis().temp_size_in_bytes
+    plain = jax.jit(jax.grad(lambda s, h: plain_head_loss(s, h, targets), (0, 1))).lower(states, head).compile()
+    assert plain.memory_analysis().temp_size_in_bytes >= all_logits
+    assert chunked <= 4 * loss._CHUNK_BYTES
+
+
+# Balance
+
+
+def routing_of(ids, scores) -> dict[int, Routing]:
+    scores = jnp.asarray(scores, jnp.float32)
+    ids = jnp.asarray(ids)
+    return {1: Routing(jnp.take_along_axis(scores, ids, axis=-1), ids, scores)}
+
+
+def random_routing(B: int = 2, T: int = 6, E: int = 8, A: int = 3) -> dict[int, Routing]:
+    scores = jax.nn.softmax(jax.random.normal(jax.random.key(1), (B, T, E)))
+    return routing_of(jax.lax.top_k(scores, A)[1], scores)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+def test_the_device_level_loss_is_the_papers(groups: int):
+    routed = random_routing()[1]
+    ids, scores = np.asarray(routed.ids).reshape(-1, 3), np.asarray(routed.scores).reshape(-1, 8)
+    f = np.array([(ids == e).sum() for e in range(8)]) * 8 / (3 * len(ids))
+    P = scores.mean(axis=0)
+    width = 8 // groups
+    want = sum(f[d * width :][:width].mean() * P[d * width :][:width].sum() for d in range(groups))
+
+    got = loss.device_balance_loss({1: routed}, groups, 0.05)
+
+    assert float(got[1]) == pytest.approx(0.05 * want, rel=1e-5)
+
+
+def test_groups_that_do_not_divide_the_experts_are_refused():
+    with pytest.raises(ValueError, match="8 experts do not divide into 3 groups"):
+        loss.device_balance_loss(random_routing(), 3, 0.05)
+
+
+@pytest.mark.parametrize("seq_aux", [True, False], ids="seq_aux={}".format)
+def test_padding_that_does_not_count_changes_nothing(seq_aux: bool):
+    config = tiny(seq_aux=seq_aux)
+    routed = random_routing(B=1)[1]
+    padded = Routing(*(jnp.pad(x, ((0, 0), (0, 4), (0, 0))) for x in routed[:3]))
+    counted = (jnp.arange(10) < 6)[None, :]
+
+    alone, among_padding = balance_loss(config, {1: routed}), balance_loss(config, {1: padded}, counted)
+
+    assert float(among_padding[1]) == pytest.approx(float(alone[1]), rel=1e-6)
+    assert float(loss.device_balance_loss({1: padded}, 2, 1.0, counted)[1]) == pytest.approx(
+        float(loss.device_balance_loss({1: routed}, 2, 1.0)[1]), rel=1e-6
+    )

@@ -1,16 +1,24 @@
-"""What is minimised: the cross-entropy of the next token and the balance loss of every MoE layer."""
+"""What is minimised: the cross-entropy of the next token, and what keeps the experts' load balanced.
 
+`head_loss` is the one of training: it never holds the logits of more than a chunk of tokens. `cross_entropy` is the
+plain one, from logits.
+"""
+
+import functools
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from dsmoe_jax.axes import Array, Float, Int
+from dsmoe_jax.axes import Array, Bool, Float, Int
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.layers.router import Routing
+from dsmoe_jax.sharding import BATCH_AXES, TENSOR, current_mesh
 
 IGNORED: Final = -100  # a label that counts for nothing
+_CHUNK_BYTES: Final = 64 << 20  # of a device's fp32 logits
 
 
 def cross_entropy(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
@@ -19,7 +27,7 @@ def cross_entropy(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> F
     The labels are shifted, not the logits, and the target is picked by comparison: no copy of [B, T, V], forth or back.
     """
     logits = logits.astype(jnp.float32)
-    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
+    targets = shifted(labels)
     counted = targets != IGNORED
     is_target = targets[:, :, None] == jnp.arange(logits.shape[-1])[None, None, :]
     picked = jnp.where(is_target, logits, 0).sum(axis=-1)
@@ -27,18 +35,162 @@ def cross_entropy(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> F
     return jnp.where(counted, losses, 0).sum() / counted.sum()
 
 
-def balance_loss(config: ModelConfig, routing: Mapping[int, Routing]) -> dict[int, Float[Array, ""]]:
+def shifted(labels: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The label of the next token at each position, none at the last."""
+    return jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
+
+
+# --- the head and its loss in one ---
+
+
+class HeadLoss(NamedTuple):
+    """Sums over all tokens with a target; `total` alone has a gradient."""
+
+    total: Float[Array, ""]  # Σ cross-entropy + z_loss · logsumexp²
+    cross_entropy: Float[Array, ""]
+
+
+def head_loss(
+    states: Float[Array, "B T D"], head: Float[Array, "V D"], targets: Int[Array, "B T"], *, z_loss: float = 0.0
+) -> HeadLoss:
+    """The loss of the next token from the states after the final norm; `targets` are shifted already.
+
+    Logits are fp32, of one chunk of tokens at a time, and so is their gradient: both are made in the forward pass,
+    from the same logits, so nothing is computed twice. `z_loss` weighs logsumexp² (PaLM, arXiv 2204.02311, section 5).
+    On a mesh each device takes its own tokens and its part of the vocabulary.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return _chunked(states, head, targets, z_loss, None)
+    over = TENSOR if head.shape[0] % mesh.shape[TENSOR] == 0 else None
+
+    def local(states, head, targets):
+        # Each copy's gradient is a part of the whole one; that they are added up follows from these casts.
+        states = jax.lax.pcast(states, (TENSOR,), to="varying")
+        head = jax.lax.pcast(head, BATCH_AXES if over else (*BATCH_AXES, TENSOR), to="varying")
+        targets = jax.lax.pcast(targets, (TENSOR,), to="varying")
+        sums = _chunked(states, head, targets, z_loss, over)
+        # Every device of the tensor axis has the same sums.
+        return HeadLoss(*(jax.lax.pmean(jax.lax.psum(x, BATCH_AXES), TENSOR) for x in sums))
+
+    rows = PartitionSpec(BATCH_AXES)
+    run = jax.shard_map(local, in_specs=(rows, PartitionSpec(over), rows), out_specs=HeadLoss(*[PartitionSpec()] * 2))
+    return run(states, head, targets)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _chunked(states: Array, head: Array, targets: Array, z_loss: float, over: str | None) -> HeadLoss:
+    return _sums(states, head, targets, z_loss, over, with_gradients=False)[0]
+
+
+def _chunked_forward(states: Array, head: Array, targets: Array, z_loss: float, over: str | None):
+    return _sums(states, head, targets, z_loss, over, with_gradients=True)
+
+
+def _chunked_backward(z_loss: float, over: str | None, saved: tuple[Array, Array], grads: HeadLoss):
+    grad_states, grad_head = saved
+    scale = grads.total if over is None else jax.lax.psum(grads.total, over)  # each device's sums are those of all
+    return (grad_states * scale).astype(grad_states.dtype), (grad_head * scale).astype(grad_head.dtype), None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _sums(states: Array, head: Array, targets: Array, z_loss: float, over: str | None, with_gradients: bool):
+    """The sums, and the gradients of `total` with respect to states and head."""
+    B, T, D = states.shape
+    V = head.shape[0]
+    first = 0 if over is None else jax.lax.axis_index(over) * V
+    M = B * T
+    size = min(M, max(1, _CHUNK_BYTES // (4 * V)))
+    chunks = -(-M // size)
+    pad = chunks * size - M
+    x = jnp.pad(states.reshape(M, D), ((0, pad), (0, 0))).reshape(chunks, size, D)
+    y = jnp.pad(targets.reshape(M), (0, pad), constant_values=IGNORED).reshape(chunks, size)
+
+    def one(carry, chunk):
+        sums, grad_head = carry
+        x, y = chunk
+        logits = jnp.einsum("md,vd->mv", x, head, preferred_element_type=jnp.float32)
+        log_sum = _logsumexp(logits, over)
+        is_target = (y[:, None] - first) == jnp.arange(V)[None, :]
+        picked = jnp.where(is_target, logits, 0).sum(axis=-1)
+        picked = picked if over is None else jax.lax.psum(picked, over)
+        counted = y != IGNORED
+        ce = jnp.where(counted, log_sum - picked, 0).sum()
+        z = jnp.where(counted, z_loss * jnp.square(log_sum), 0).sum()
+        sums = HeadLoss(sums.total + ce + z, sums.cross_entropy + ce)
+        if not with_gradients:
+            return (sums, grad_head), None
+        scale = (1 + 2 * z_loss * log_sum)[:, None]
+        grad = jnp.where(counted[:, None], jnp.exp(logits - log_sum[:, None]) * scale - is_target, 0).astype(x.dtype)
+        grad_x = jnp.einsum("mv,vd->md", grad, head, preferred_element_type=jnp.float32).astype(x.dtype)
+        grad_head = grad_head + jnp.einsum("mv,md->vd", grad, x, preferred_element_type=jnp.float32)
+        return (sums, grad_head), grad_x
+
+    zero = (states[0, 0, 0] * 0).astype(jnp.float32) + (head[0, 0] * 0).astype(jnp.float32)  # as varying as its terms
+    start = (HeadLoss(zero, zero), zero + jnp.zeros(head.shape if with_gradients else (), jnp.float32))
+    (sums, grad_head), grad_x = jax.lax.scan(one, start, (x, y))
+    if not with_gradients:
+        return sums, None
+    return sums, (grad_x.reshape(-1, D)[:M].reshape(B, T, D), grad_head.astype(head.dtype))
+
+
+def _logsumexp(logits: Float[Array, "M V"], over: str | None) -> Float[Array, "M"]:
+    most = jax.lax.stop_gradient(logits.max(axis=-1))
+    most = most if over is None else jax.lax.pmax(most, over)
+    total = jnp.exp(logits - most[:, None]).sum(axis=-1)
+    return most + jnp.log(total if over is None else jax.lax.psum(total, over))
+
+
+# --- balance ---
+
+
+def balance_loss(
+    config: ModelConfig, routing: Mapping[int, Routing], counted: Bool[Array, "B T"] | None = None
+) -> dict[int, Float[Array, ""]]:
     """The expert-level balance loss of each MoE layer, α · Σ_e f_e · P_e (arXiv 2401.06066, eq. 12 to 14).
 
     P_e is the mean score of expert e, f_e its share of the choices times E; both over each sequence and then averaged
-    (`seq_aux`), or over the whole batch. Padding counts, as in the original. f carries no gradient.
+    (`seq_aux`), or over the whole batch. All tokens count, padding too, as in the original, or those of `counted`.
+    f carries no gradient.
     """
-    return {layer: _expert_balance(config, routed) for layer, routed in routing.items()}
+
+    def one(routed: Routing) -> Float[Array, ""]:
+        f, P = _shares(routed, counted, by_sequence=config.seq_aux)
+        return config.aux_loss_alpha * (f * P).sum(axis=-1).mean()
+
+    return {layer: one(routed) for layer, routed in routing.items()}
 
 
-def _expert_balance(config: ModelConfig, routed: Routing) -> Float[Array, ""]:
-    B, _, E = routed.scores.shape
-    sequences = B if config.seq_aux else 1
-    scores = routed.scores.reshape(sequences, -1, E).mean(axis=1)
-    chosen = jax.nn.one_hot(routed.ids.reshape(sequences, -1), E).mean(axis=1) * E
-    return config.aux_loss_alpha * (chosen * scores).sum(axis=1).mean()
+def device_balance_loss(
+    routing: Mapping[int, Routing], groups: int, alpha: float, counted: Bool[Array, "B T"] | None = None
+) -> dict[int, Float[Array, ""]]:
+    """The device-level balance loss of each MoE layer, α · Σ_d f'_d · P'_d over D groups of experts (eq. 15 to 17).
+
+    f'_d is the mean of f over a group, P'_d the sum of P; both over the batch. Raises `ValueError` where the experts do
+    not divide into the groups.
+    """
+
+    def one(routed: Routing) -> Float[Array, ""]:
+        f, P = _shares(routed, counted, by_sequence=False)
+        if groups < 1 or f.size % groups:
+            raise ValueError(f"{f.size} experts do not divide into {groups} groups")
+        return alpha * (f.reshape(groups, -1).mean(axis=1) * P.reshape(groups, -1).sum(axis=1)).sum()
+
+    return {layer: one(routed) for layer, routed in routing.items()}
+
+
+def _shares(
+    routed: Routing, counted: Bool[Array, "B T"] | None, by_sequence: bool
+) -> tuple[Float[Array, "sequences E"], Float[Array, "sequences E"]]:
+    """f and P of every sequence, or of the batch as one."""
+    B, T, E = routed.scores.shape
+    A = routed.ids.shape[-1]
+    weight = jnp.ones((B, T), jnp.float32) if counted is None else counted.astype(jnp.float32)
+    axes = (1,) if by_sequence else (0, 1)
+    tokens = jnp.maximum(weight.sum(axis=axes), 1)[..., None]
+    chosen = (jax.nn.one_hot(routed.ids, E) * weight[:, :, None, None]).sum(axis=2)
+    f = jax.lax.stop_gradient(chosen.sum(axis=axes) / tokens * E / A)
+    P = (routed.scores * weight[:, :, None]).sum(axis=axes) / tokens
+    return jnp.atleast_2d(f), jnp.atleast_2d(P)

@@ -52,7 +52,9 @@ class MoE(nnx.Module):
         )
 
     @jax.named_scope("moe")
-    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Routing]:
+    def __call__(
+        self, x: Float[Array, "B T D"], router_bias: Float[Array, "E"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Routing]:
         """Returns the layer's output and what the router decided."""
-        y, routing = self.experts(x, self.router(x))
+        y, routing = self.experts(x, self.router(x, router_bias))
         return (y if self.shared is None else y + self.shared(x)), routing

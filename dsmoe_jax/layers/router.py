@@ -40,14 +40,22 @@ class Router(nnx.Module):
         self.weight = weight(rngs, shape, (None, "embed"), Initializer("uniform", bound), dtype)
 
     @jax.named_scope("router")
-    def __call__(self, x: Float[Array, "B T D"]) -> Routing:
-        """Route every token."""
+    def __call__(self, x: Float[Array, "B T D"], bias: Float[Array, "E"] | None = None) -> Routing:
+        """Route every token.
+
+        `bias` is added to the scores where the best A are chosen, and nowhere else: balancing without a loss (arXiv
+        2408.15664), not of DeepSeekMoE v1, whose checkpoints have no place for it.
+        """
         # fp32: near-ties decide which expert runs, and bf16 breaks them differently.
         logits = jnp.einsum(
             "btd,ed->bte", x.astype(jnp.float32), self.weight[...].astype(jnp.float32), precision="highest"
         )
         scores = jax.nn.softmax(logits, axis=-1)
-        kept, ids = jax.lax.top_k(scores, self.num_kept)
+        if bias is None:
+            kept, ids = jax.lax.top_k(scores, self.num_kept)
+        else:
+            ids = jax.lax.top_k(jax.lax.stop_gradient(scores) + bias[None, None, :], self.num_kept)[1]
+            kept = jnp.take_along_axis(scores, ids, axis=-1)
         if self.normalise:
             kept = kept / (kept.sum(axis=-1, keepdims=True) + 1e-20)
         return Routing(kept, ids, scores)

@@ -47,7 +47,7 @@ class Linear(nnx.Module):
         shape: tuple[int, int],
         axes: tuple[str | None, str | None],
         *,
-        std: float,
+        std: float | int,
         bias: bool = False,
         rngs: nnx.Rngs,
         dtype=jnp.float32,

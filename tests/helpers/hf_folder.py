@@ -1,18 +1,36 @@
-"""Small checkpoints in the Hugging Face layout, written on the spot. Start at `write_hf`."""
+"""Small checkpoints in the Hugging Face layout, written on the spot. Start at `write_hf`.
 
+Behind it what the tests of conversions share: a reader that is not ours, and ways to spoil and to interrupt.
+"""
+
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import safetensors
 from safetensors.numpy import save_file
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.names import hf_names, is_stacked
 from dsmoe_jax.model import abstract
+from dsmoe_jax.progress import Advance, Meter
 
 INDEX = "model.safetensors.index.json"
+
+# Changes to `tiny`, each another set of tensors.
+VARIANTS: Final[dict[str, dict[str, Any]]] = {
+    "everything": {},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True},
+    "dense": {"n_routed_experts": None, "num_experts_per_tok": None, "n_shared_experts": None},
+    "no shared experts": {"n_shared_experts": None},
+    "every second layer": {"moe_layer_freq": 2, "num_hidden_layers": 5},
+    "a key-value head per head": {"num_key_value_heads": None},
+}
 
 
 def tiny(**changes: Any) -> ModelConfig:
@@ -71,3 +89,51 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() and not path.is_symlink() else None
         for path in folder.rglob("*")
     }
+
+
+class Stored(NamedTuple):
+    """A tensor as the safetensors library finds it in a file."""
+
+    dtype: str  # F32, BF16 or F16
+    shape: tuple[int, ...]
+    data: bytes
+
+
+def stored(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the folder's `model*.safetensors`, none of them in two files."""
+    tensors: dict[str, Stored] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        for name, found in safetensors.deserialize(file.read_bytes()):
+            assert name not in tensors
+            tensors[name] = Stored(found["dtype"], tuple(found["shape"]), bytes(found["data"]))
+    return tensors
+
+
+def same_bits(got: Any, want: np.ndarray) -> bool:
+    got = np.asarray(got)
+    return got.dtype == want.dtype and got.shape == want.shape and got.tobytes() == want.tobytes()
+
+
+def flip_bit(file: Path, at: int, bit: int = 0) -> None:
+    """Turn one bit of the byte `at`, which may count from the end."""
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1 << bit
+    file.write_bytes(data)
+
+
+def stop_after(nbytes: int, error: BaseException | None = None) -> Meter:
+    """A progress meter that interrupts the conversion (Ctrl-C, if not `error`) once that many bytes are done."""
+
+    @contextlib.contextmanager
+    def meter(what: str, total: int) -> Iterator[Advance]:
+        done = 0
+
+        def advance(step: int) -> None:
+            nonlocal done
+            done += step
+            if done > nbytes:
+                raise error or KeyboardInterrupt
+
+        yield advance
+
+    return meter

@@ -1,0 +1,124 @@
+"""Two processes that share a mesh: what they save together is what one process would have saved.
+
+They are started once, on loopback, and go through all scenes of `PROGRAM`; each test looks at one scene.
+"""
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsmoe_jax.checkpoint import load, save
+from dsmoe_jax.model import DeepSeekMoE
+from tests.helpers.hf_folder import tiny
+
+TIMEOUT = 120
+OTHER_FAILED = "ValueError: another process failed; its own message says why"
+
+# What each process runs; its arguments are its number, the coordinator and a folder. It prints a JSON object at its
+# end: what it saw in each scene.
+PROGRAM = """
+import json, os, sys
+index, coordinator, home = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["JAX_PLATFORMS"] = "cpu"
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(coordinator, num_processes=2, process_id=index)
+from jax.experimental.multihost_utils import sync_global_devices
+from dsmoe_jax import DeepSeekMoE, MeshConfig, array_files, load, save
+from tests.helpers.hf_folder import tiny
+
+model = DeepSeekMoE.init(tiny(), mesh=MeshConfig(fsdp=4, expert=2))
+write, seen = array_files.ArrayWriter.write, {}
+
+def full_disk(*_):
+    raise OSError("no space left")
+
+def attempt(scene, step):
+    try:
+        seen[scene] = str(step())
+    except (ValueError, OSError) as error:
+        seen[scene] = f"{type(error).__name__}: {error}"
+    sync_global_devices(scene)
+
+for failing in (0, 1):
+    array_files.ArrayWriter.write = full_disk if index == failing else write
+    attempt(f"process {failing} cannot write", lambda: save(model, f"{home}/out"))
+array_files.ArrayWriter.write = write
+seen["left"] = os.listdir(home)
+sync_global_devices("seen")
+attempt("save", lambda: save(model, f"{home}/out"))
+attempt("save again", lambda: save(model, f"{home}/out"))
+attempt("load", lambda: load(f"{home}/out", mesh=MeshConfig(expert=4, fsdp=2)).config == tiny())
+if index == 0:
+    with open(f"{home}/out/parameters/state/embed/c/0/0", "r+b") as file:
+        first = file.read(1)
+        file.seek(0)
+        file.write(bytes([first[0] ^ 1]))
+attempt("damage", lambda: load(f"{home}/out", mesh=MeshConfig(expert=4, fsdp=2)))
+if index == 0:
+    with open(f"{home}/out/parameters/state/embed/c/0/0", "r+b") as file:
+        file.write(first)
+print(json.dumps(seen))
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def seen(home: Path) -> list[dict[str, str]]:
+    """By process: what it saw in each scene."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    with contextlib.ExitStack() as stack:
+        started = []
+        for i in range(2):
+            command = [sys.executable, "-c", PROGRAM, str(i), coordinator, str(home)]
+            started.append(stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)))
+            stack.callback(started[-1].kill)
+        return [json.loads(process.communicate(timeout=TIMEOUT)[0].strip().split("\n")[-1]) for process in started]
+
+
+def test_two_processes_save_the_checkpoint_of_one(seen: list[dict[str, str]], home: Path, tmp_path: Path):
+    save(DeepSeekMoE.init(tiny()), tmp_path / "alone")
+
+    alone, together = (
+        json.loads((folder / "dsmoe_jax.json").read_text())["tensors"] for folder in (tmp_path / "alone", home / "out")
+    )
+
+    assert [process["save"] for process in seen] == ["None", "None"]
+    assert together == alone
+    assert load(home / "out").config == tiny()
+
+
+def test_two_processes_load_onto_another_mesh(seen: list[dict[str, str]]):
+    assert [process["load"] for process in seen] == ["True", "True"]
+
+
+def test_all_refuse_to_overwrite(seen: list[dict[str, str]]):
+    assert all(process["save again"].endswith("out exists; nothing is overwritten") for process in seen)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_process_that_fails_is_known_to_all_and_nothing_is_left(seen: list[dict[str, str]], failing: int):
+    said = [process[f"process {failing} cannot write"] for process in seen]
+
+    assert said[failing] == "OSError: no space left"
+    assert said[1 - failing] == OTHER_FAILED
+    assert [process["left"] for process in seen] == [[], []]
+
+
+def test_damage_that_one_process_finds_is_known_to_all(seen: list[dict[str, str]]):
+    said = [process["damage"] for process in seen]
+
+    assert OTHER_FAILED in said
+    assert sum("damaged checkpoint: 'parameters/state/embed/c/0/0'" in line for line in said) == 1
