@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 import time
@@ -14,7 +15,7 @@ import numpy as np
 from dsmoe_jax.array_files import open_array, pieces_of, raw_bytes, write_all
 from dsmoe_jax.checkpoint import as_dtype, check_count, check_names_and_shapes
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.manifest import PARAMETERS, Manifest, read_manifest
+from dsmoe_jax.manifest import PARAMETERS, Manifest, damage, read_manifest
 from dsmoe_jax.model import abstract
 from dsmoe_jax.new_folder import Draft, new_folder, refuse_existing, sync, write_json
 from dsmoe_jax.progress import Advance, Meter, silent
@@ -26,6 +27,7 @@ from .importer import GENERATION_CONFIG
 from .names import export_order
 from .reader import SAFETENSORS_DTYPES
 
+_log = logging.getLogger(__name__)
 _INDEX: Final = "model.safetensors.index.json"
 _UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _CODES: Final = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
@@ -95,6 +97,9 @@ def export_hf(
     wanted, limit = as_dtype(dtype), parse_size(max_shard_size)
     out = refuse_existing(out)
     reader = NativeReader(Path(native))
+    beside = [name for name in reader.manifest.files if not name.startswith(f"{PARAMETERS}/")]
+    for changed in damage(reader.folder, reader.manifest, beside, lambda step: None):
+        _log.warning("%s: %s", reader.folder, changed)  # by hand perhaps: it is what is exported
     shards = _shards(reader, wanted, limit)
     sizes = {name: reader.read(name).size * (wanted or reader.read(name).dtype).itemsize for name in reader.order}
     total = sum(sizes.values())
@@ -155,8 +160,6 @@ def _write_shard(
     proof: _Proof,
     advance: Advance,
 ) -> None:
-    # Wide elements first, so that each lies at a multiple of its own size.
-    names = sorted(names, key=lambda name: -(dtype or reader.read(name).dtype).itemsize)
     cast = Cast(dtype)
     path = draft.folder / file
     with path.open("wb", buffering=0) as out, ThreadPoolExecutor(1) as hasher:

@@ -28,7 +28,7 @@ from dsmoe_jax.json_file import read_json
 from dsmoe_jax.new_folder import sync
 
 FRAME: Final = "state"  # the folder that Orbax makes for the one tree in a checkpoint
-PIECE_BYTES: Final = 16 << 20  # what is in memory of an array while it is written
+PIECE_BYTES: Final = 4 << 20  # what is in memory of an array while it is written; a cast holds some ten of them
 _PART_BYTES: Final = 8 << 20  # an expert of the 16B has 5.8 MB
 _DTYPES: Final[dict[str, np.dtype]] = {
     "float32": np.dtype(np.float32),

@@ -24,7 +24,7 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.json_file import read_json
 from dsmoe_jax.manifest import PARAMETERS, damage, read_manifest, write_manifest
 from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, count_tensors, shardings, split
-from dsmoe_jax.new_folder import Draft, new_folder, refuse_existing, sibling, write_json
+from dsmoe_jax.new_folder import Draft, new_folder, refuse_existing, sibling, sync_tree, write_json
 from dsmoe_jax.progress import Advance
 from dsmoe_jax.sharding import MeshConfig
 
@@ -43,13 +43,13 @@ def save(model: DeepSeekMoE, path: str | Path, *, beside: Sequence[Path] = ()) -
     params = split(model)[1]
     index, folder = jax.process_index(), sibling(path)
     records: dict[str, ArrayRecord] = {}
-    with _step(), contextlib.ExitStack() as stack:
-        with _step():
+    with together(), contextlib.ExitStack() as stack:
+        with together():
             if index == 0:
                 stack.enter_context(new_folder(path, needs=sum(value.nbytes for value in params.values())))
-        with _step():
+        with together():
             write_frame(folder / PARAMETERS, {name: value.dtype for name, value in params.items()})
-        with _step() as errors, ArrayWriter(folder / PARAMETERS, records.__setitem__) as writer:
+        with together() as errors, ArrayWriter(folder / PARAMETERS, records.__setitem__) as writer:
             for i, (name, value) in enumerate(params.items()):
                 array = _whole(value)  # by all processes, even where one has failed: the others wait for it
                 if i % jax.process_count() == index and not errors:
@@ -57,9 +57,9 @@ def save(model: DeepSeekMoE, path: str | Path, *, beside: Sequence[Path] = ()) -
                         writer.write(name, array.shape, array.dtype, pieces_of(array))
                     except Exception as error:
                         errors.append(error)
-        with _step():
+        with together():
             write_json(_records_file(folder, index), {name: list(record) for name, record in records.items()})
-        with _step():
+        with together():
             if index == 0:
                 for file in [_records_file(folder, i) for i in range(jax.process_count())]:
                     records |= {name: ArrayRecord(*fields) for name, fields in read_json(file).items()}
@@ -86,7 +86,7 @@ def load(
     check_count(path, config, len(manifest.tensors))
     if verify:
         files = [name for name in manifest.files if name.startswith(f"{PARAMETERS}/")]
-        with _step():
+        with together():
             for found in damage(path, manifest, files[jax.process_index() :: jax.process_count()], lambda step: None):
                 raise ValueError(f"{path}: damaged checkpoint: {found}")
     parameters = str(path.absolute() / PARAMETERS)
@@ -126,6 +126,7 @@ def write_parameters(draft: Draft, parameters: Sequence[Parameter], advance: Adv
     if _FRAME_UNIT not in draft.finished:
         shutil.rmtree(folder, ignore_errors=True)
         write_frame(folder, {parameter.name: parameter.dtype for parameter in parameters})
+        sync_tree(folder)
         draft.finish(_FRAME_UNIT, None)
     with ArrayWriter(folder, lambda name, record: draft.finish(name, list(record))) as writer:
         for parameter in parameters:
@@ -196,7 +197,7 @@ def check_names_and_shapes(
 
 
 @contextlib.contextmanager
-def _step() -> Iterator[list[Exception]]:
+def together() -> Iterator[list[Exception]]:
     """What all processes do before any goes on; it fails in all of them if it fails in one."""
     errors: list[Exception] = []
     try:

@@ -19,7 +19,7 @@ from dsmoe_jax.progress import Advance
 PARAMETERS: Final = "parameters"  # the Orbax folder inside a checkpoint
 HEADER: Final = "dsmoe_jax.json"  # marks a native checkpoint
 FORMAT: Final = 2
-_READ_BYTES: Final = 4 << 20
+_READ_BYTES: Final = 1 << 20
 
 
 class Manifest(NamedTuple):
@@ -53,7 +53,7 @@ def write_manifest(folder: Path, arrays: Mapping[str, ArrayRecord], source: Mapp
             files[name] = hash_file(path)
     tensors = {name: record.tensor for name, record in arrays.items()}
     fields = {"format": FORMAT, "files": files, "tensors": tensors, "source": dict(source)}
-    own = _own_hash(fields)
+    own = own_hash(fields)
     write_json(folder / HEADER, fields | {"sha256": own})
     return own
 
@@ -91,7 +91,7 @@ def manifest_damage(folder: Path) -> Iterator[Damage]:
     """What is wrong with the manifest itself: whether it still has the SHA-256 that it gives of itself."""
     fields = read_json(folder / HEADER)
     said = fields.pop("sha256", None)
-    if said != _own_hash(fields):
+    if said != own_hash(fields):
         yield Damage(HEADER, None, "has been changed: its own SHA-256 is another")
 
 
@@ -146,6 +146,6 @@ def _tensor_of(name: str, manifest: Manifest) -> str | None:
     return found if found in manifest.tensors else None
 
 
-def _own_hash(fields: Mapping[str, Any]) -> str:
-    """Of the fields, whatever their order and spacing in the file."""
+def own_hash(fields: Mapping[str, Any]) -> str:
+    """The SHA-256 of a JSON object, whatever the order and the spacing of its fields in a file."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -118,8 +118,8 @@ def new_folder(path: str | Path, *, needs: int = 0, job: Mapping[str, Any] | Non
             else:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+        sync_tree(folder)
         (folder / _JOURNAL).unlink(missing_ok=True)
-        _sync_tree(folder)
         refuse_existing(path)
         folder.rename(path)
         sync(path.parent)
@@ -158,7 +158,8 @@ def _size(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.rglob("*"))
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Wait until all files and folders of `folder` are on disk."""
     for home, _, files in os.walk(folder):
         for name in files:
             sync(Path(home) / name)

@@ -1,0 +1,416 @@
+"""Conversions of checkpoints larger than memory, killed at any moment, short of room: what is left, and going on.
+
+Start at `test_a_conversion_killed_at_any_moment_leaves_nothing_false_and_goes_on`.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import random
+import shutil
+import subprocess
+import sys
+from collections import Counter, namedtuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import ml_dtypes
+import pytest
+
+from dsmoe_jax import array_files
+from dsmoe_jax.checkpoint import load
+from dsmoe_jax.cli import main
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.convert import Conversion, export_hf, exporter, import_hf, load_hf, verify
+from dsmoe_jax.convert.names import hf_shapes
+from dsmoe_jax.manifest import read_manifest
+from dsmoe_jax.new_folder import sibling
+from tests.helpers.hf_folder import (
+    hf_tensors,
+    random_params,
+    snapshot,
+    stop_after,
+    stored,
+    tiny,
+    write_hf,
+    write_tensors,
+)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+KILLS: Final = 20
+GROWTH: Final = 64 << 20  # of the memory that no file stands behind
+LARGE: Final = 20 * GROWTH
+WIDE: Final = {"vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408}
+
+
+class Way:
+    """A direction of conversion with something to convert, and what becomes of it undisturbed."""
+
+    def __init__(self, convert: Callable[..., Conversion], source: Path, options: dict[str, Any], whole: Path):
+        self.convert, self.source, self.options, self.whole = convert, source, options, whole
+
+    def run(self, out: Path, **more: Any) -> Conversion:
+        return self.convert(self.source, out, **self.options, **more)
+
+    def is_whole(self, folder: Path) -> bool:
+        """Bit for bit what an undisturbed run made; a hidden sibling may have its journal still."""
+        if self.convert is export_hf:
+            return {n: data for n, data in snapshot(folder).items() if n != "journal.jsonl"} == snapshot(self.whole)
+        same = read_manifest(folder).tensors == read_manifest(self.whole).tensors
+        return same and verify(folder, self.source).mismatches == []
+
+
+def make_ways(work: Path, config: ModelConfig, shard: int) -> dict[str, Way]:
+    """Both directions of one checkpoint."""
+    hf = write_hf(work / "hf", config, random_params(config))
+    import_hf(hf, work / "native")
+    export_hf(work / "native", work / "back", max_shard_size=shard)
+    return {
+        "import": Way(import_hf, hf, {}, work / "native"),
+        "export": Way(export_hf, work / "native", {"max_shard_size": shard}, work / "back"),
+    }
+
+
+@pytest.fixture(scope="module")
+def ways(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Way]:
+    return make_ways(tmp_path_factory.mktemp("streaming"), tiny(), 10_000)
+
+
+@pytest.fixture(params=["import", "export"])
+def way(request: pytest.FixtureRequest, ways: dict[str, Way]) -> Way:
+    return ways[request.param]
+
+
+def loads(folder: Path) -> bool:
+    """Whether anything takes the folder for a checkpoint, native or Hugging Face's."""
+    for read in (load, load_hf):
+        with contextlib.suppress(ValueError):
+            read(folder)
+            return True
+    return False
+
+
+# Killed
+
+# Forks a child for each conversion, so that it starts at once, and kills it after some seconds.
+SERVER = """
+import json, os, signal, sys, time
+import jax
+from orbax.checkpoint import v1
+from dsmoe_jax.convert import export_hf, import_hf
+
+for line in sys.stdin:
+    convert, source, out, options, seconds = json.loads(line)
+    started = time.perf_counter()
+    child = os.fork()
+    if child == 0:
+        try:
+            {"import_hf": import_hf, "export_hf": export_hf}[convert](source, out, **options)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(json.dumps([code, time.perf_counter() - started]), flush=True)
+"""
+
+
+class Server:
+    """The process that forks, from here."""
+
+    def __init__(self, process: subprocess.Popen):
+        self._process = process
+
+    def run(self, way: Way, out: Path, seconds: float | None = None) -> tuple[int, float]:
+        """The exit code of a conversion that is killed after that time, and how long it took."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        command = (way.convert.__name__, str(way.source), str(out), way.options, seconds)
+        print(json.dumps(command), file=self._process.stdin, flush=True)
+        code, took = json.loads(self._process.stdout.readline())
+        return code, took
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    command = [sys.executable, "-W", "ignore", "-c", SERVER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as process:
+        yield Server(process)
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def larger_ways(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Way]]:
+    """Of 57 MB, so that there is time to be killed in."""
+    config = tiny(
+        vocab_size=4096, hidden_size=256, intermediate_size=1024, moe_intermediate_size=256, num_hidden_layers=4,
+        n_routed_experts=16,
+    )  # fmt: skip
+    work = tmp_path_factory.mktemp("larger")
+    yield make_ways(work, config, 2_000_000)
+    shutil.rmtree(work)
+
+
+@pytest.mark.parametrize("direction", ["import", "export"])
+def test_a_conversion_killed_at_any_moment_leaves_nothing_false_and_goes_on(
+    tmp_path: Path, larger_ways: dict[str, Way], server: Server, direction: str
+):
+    way = larger_ways[direction]
+    seconds = 0.0
+    for name in ("first", "second"):
+        code, seconds = server.run(way, tmp_path / name)
+        assert (code, way.is_whole(tmp_path / name)) == (0, True)
+        shutil.rmtree(tmp_path / name)
+    chance = random.Random(0)
+    left: Counter[str] = Counter()
+
+    for i in range(KILLS):
+        code, _ = server.run(way, out := tmp_path / "out", seconds=(i + chance.random()) / KILLS * seconds)
+        if out.exists():  # killed after it had got its name, or not at all
+            assert way.is_whole(out)
+            assert not (out / "journal.jsonl").exists()
+            left["all"] += 1
+        else:
+            assert code == -9
+            assert not loads(sibling(out)) or way.is_whole(sibling(out))
+            reused = way.run(out).reused
+            assert way.is_whole(out)
+            left["some" if reused else "nothing"] += 1
+        assert list(tmp_path.iterdir()) == [out]
+        shutil.rmtree(out)
+
+    assert left["some"] >= 3
+    assert left.total() == KILLS
+
+
+# Interrupted
+
+
+def test_an_interrupted_conversion_goes_on_where_it_stopped(tmp_path: Path, caplog: pytest.LogCaptureFixture, way: Way):
+    caplog.set_level(logging.INFO)
+    total = sum(len(tensor.data) for tensor in stored(way.whole if way.convert is export_hf else way.source).values())
+    reused = []
+
+    for share in (0.3, 0.6, 0.9):
+        with pytest.raises(KeyboardInterrupt):
+            way.run(tmp_path / "out", progress=stop_after(int(share * total)))
+        assert not loads(sibling(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+        reused.append(sum(path.stat().st_size for path in sibling(tmp_path / "out").rglob("*") if path.is_file()))
+    done = way.run(tmp_path / "out")
+
+    assert "keeps what is finished; the same command goes on from there" in caplog.text
+    assert 0 < reused[0] < reused[1] < reused[2]
+    assert 0.5 * total < done.reused < done.bytes == total
+    assert "were there already, from an interrupted run" in str(done)
+    assert way.is_whole(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_an_undisturbed_conversion_reuses_nothing_and_says_nothing_of_it(tmp_path: Path, way: Way):
+    done = way.run(tmp_path / "out")
+
+    assert done.reused == 0
+    assert "already" not in str(done)
+
+
+def mixed(folder: Path) -> Path:
+    """A checkpoint whose norms are stored wider than its config says."""
+    config = tiny(torch_dtype="bfloat16")
+    write_hf(folder, config, random_params(config))
+    tensors = hf_tensors(config, random_params(config))
+    write_tensors(folder, {n: t if "norm" in n else t.astype(ml_dtypes.bfloat16) for n, t in tensors.items()})
+    return folder
+
+
+@pytest.mark.parametrize(("first", "then"), [(None, "bfloat16"), ("bfloat16", None), (None, "float32")])
+def test_what_was_imported_in_one_dtype_is_not_taken_for_another(tmp_path: Path, first: str | None, then: str | None):
+    source = mixed(tmp_path / "hf")
+    import_hf(source, tmp_path / "want", dtype=then)
+    with pytest.raises(KeyboardInterrupt):
+        import_hf(source, tmp_path / "out", dtype=first, progress=stop_after(55_000))
+
+    done = import_hf(source, tmp_path / "out", dtype=then)
+
+    assert done.reused == 0
+    assert read_manifest(done.path).tensors == read_manifest(tmp_path / "want").tensors
+
+
+@pytest.mark.parametrize("other", [{"dtype": "float16"}, {"max_shard_size": 9_999}])
+def test_what_was_exported_otherwise_is_not_taken(tmp_path: Path, ways: dict[str, Way], other: dict[str, Any]):
+    way = ways["export"]
+    with pytest.raises(KeyboardInterrupt):
+        export_hf(way.source, tmp_path / "out", **(way.options | other), progress=stop_after(50_000))
+
+    done = way.run(tmp_path / "out")
+
+    assert done.reused == 0
+    assert way.is_whole(done.path)
+
+
+def test_a_source_that_has_changed_is_imported_anew(tmp_path: Path):
+    source = write_hf(tmp_path / "hf", tiny(), random_params(tiny()))
+    with pytest.raises(KeyboardInterrupt):
+        import_hf(source, tmp_path / "out", progress=stop_after(100_000))
+    write_tensors(source, {name: -array for name, array in hf_tensors(tiny(), random_params(tiny())).items()})
+
+    done = import_hf(source, tmp_path / "out")
+
+    assert done.reused == 0
+    assert verify(done.path, source).mismatches == []
+
+
+def test_a_part_that_is_gone_or_cut_short_is_written_again(tmp_path: Path, ways: dict[str, Way]):
+    way = ways["import"]
+    with pytest.raises(KeyboardInterrupt):
+        way.run(tmp_path / "out", progress=stop_after(100_000))
+    state = sibling(tmp_path / "out") / "parameters" / "state"
+    (state / "embed" / "c" / "0" / "0").unlink()
+    (state / "layers.0.mlp.up.weight" / "c" / "0" / "0").write_bytes(b"cut")
+    shutil.rmtree(state / "norm.weight")  # where a run is killed that was about to write it
+
+    done = way.run(tmp_path / "out")
+
+    assert done.reused > 0
+    assert way.is_whole(done.path)
+
+
+# Room
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_a_disk_too_full_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: Way
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**6, 9 * 10**5, 10**5))
+    before = snapshot(tmp_path)
+
+    with pytest.raises(ValueError, match=r"out needs 0\.00 GB more; .* has 0\.00 GB free"):
+        way.run(tmp_path / "out")
+
+    assert snapshot(tmp_path) == before
+
+
+def test_both_numbers_are_told_of_a_large_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    size = write_sparse(tmp_path / "hf", tiny(**WIDE, n_routed_experts=64))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12, 1_230_000_000))
+
+    for dtype, needed in ((None, size), ("float32", 2 * size)):
+        with pytest.raises(ValueError, match=rf"out needs {needed / 1e9:.2f} GB more; .* has 1\.23 GB free"):
+            import_hf(tmp_path / "hf", tmp_path / "out", dtype=dtype)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("typed", [False, True], ids=["called", "typed"])
+def test_a_disk_that_fills_midway_keeps_what_is_finished_and_the_next_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, way: Way, typed: bool
+):
+    writer = array_files if way.convert is import_hf else exporter
+    write, calls = writer.write_all, iter(range(30))
+
+    def until_full(file: Any, data: memoryview) -> int:
+        if next(calls, None) is None:
+            raise OSError(28, "No space left on device")
+        return write(file, data)
+
+    monkeypatch.setattr(writer, "write_all", until_full)
+    if typed:
+        verb = ["convert"] if way.convert is import_hf else ["export", "--max-shard-size", "10000"]
+        code = main([*verb, str(way.source), str(tmp_path / "out")])
+        assert code == 2
+        assert capsys.readouterr().err.splitlines()[-1].endswith("No space left on device")
+    else:
+        with pytest.raises(OSError, match="No space left on device"):
+            way.run(tmp_path / "out")
+    left = [path.name for path in tmp_path.iterdir()]
+    monkeypatch.undo()
+
+    done = way.run(tmp_path / "out")
+
+    assert left == [".out.incomplete"]
+    assert 0 < done.reused < done.bytes
+    assert way.is_whole(done.path)
+    assert list(tmp_path.iterdir()) == [done.path]
+
+
+# Memory
+
+# Prints by how many bytes an import and an export grow the memory that no file stands behind, once warm.
+MEASURE = """
+import json, sys, threading
+from dsmoe_jax.convert import export_hf, import_hf
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
+
+def growth(convert, *arguments, **options):
+    start, peak, over = anonymous(), 0, threading.Event()
+    def watch():
+        nonlocal peak
+        while not over.wait(0.002):
+            peak = max(peak, anonymous())
+    watching = threading.Thread(target=watch)
+    watching.start()
+    convert(*arguments, **options)
+    over.set()
+    watching.join()
+    return peak - start
+
+work, dtype = sys.argv[1], json.loads(sys.argv[2])
+for size in ("small", "large"):
+    grown = [
+        growth(import_hf, f"{work}/{size}", f"{work}/{size}-native", dtype=dtype),
+        growth(export_hf, f"{work}/{size}-native", f"{work}/{size}-back", max_shard_size="500MB"),
+    ]
+print(json.dumps(grown))
+"""
+
+
+def write_sparse(folder: Path, config: ModelConfig) -> int:
+    """A bfloat16 checkpoint of zeros that takes no room: a header and a hole; returns the tensors' bytes."""
+    folder.mkdir()
+    header, end = {}, 0
+    for name, shape in hf_shapes(config).items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    return end
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is what Linux tells of a process")
+@pytest.mark.parametrize(
+    ("changes", "dtype", "least", "bound"),
+    [
+        ({"n_routed_experts": 43}, None, LARGE, GROWTH),
+        ({"n_routed_experts": 4, "vocab_size": 25600}, "float32", 0, GROWTH),
+    ],
+    ids=["as stored", "to float32"],
+)
+def test_memory_does_not_grow_with_the_checkpoint(
+    tmp_path: Path, changes: dict[str, Any], dtype: str | None, least: int, bound: int
+):
+    write_sparse(tmp_path / "small", tiny())
+    size = write_sparse(tmp_path / "large", tiny(**(WIDE | changes), tie_word_embeddings=True))
+
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), json.dumps(dtype)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    finally:
+        for folder in tmp_path.iterdir():  # gigabytes
+            shutil.rmtree(folder)
+
+    grown = json.loads(done.stdout)
+    print(f"{size / 2**30:.2f} GiB: {[f'{one / 2**20:.1f} MiB' for one in grown]}")
+    assert size >= least
+    assert max(grown) <= bound
