@@ -94,7 +94,9 @@ def test_every_byte_is_on_disk_before_the_folder_gets_its_name(tmp_path: Path, m
 
     write_units(out, "ab")
 
-    assert sorted(synced) == [(".out.incomplete", False), ("a", False), ("b", False), (tmp_path.name, True)]
+    assert sorted(synced) == sorted(
+        [(".out.incomplete", False), ("a", False), ("b", False), ("journal.jsonl", False), (tmp_path.name, True)]
+    )
     assert synced[-1] == (tmp_path.name, True)
 
 
