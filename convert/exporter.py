@@ -12,12 +12,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from dsmoe_jax.array_files import open_array, pieces_of, raw_bytes, write_all
+from dsmoe_jax.array_files import open_array, pieces_of, raw_bytes
 from dsmoe_jax.checkpoint import as_dtype, check_count, check_names_and_shapes
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.manifest import PARAMETERS, Manifest, damage, read_manifest
 from dsmoe_jax.model import abstract
-from dsmoe_jax.new_folder import Draft, new_folder, refuse_existing, sync, write_json
+from dsmoe_jax.new_file import NewFile
+from dsmoe_jax.new_folder import Draft, new_folder, refuse_existing, write_json
 from dsmoe_jax.progress import Advance, Meter, silent
 from dsmoe_jax.tokenizer import tokenizer_files
 
@@ -162,17 +163,17 @@ def _write_shard(
 ) -> None:
     cast = Cast(dtype)
     path = draft.folder / file
-    with path.open("wb", buffering=0) as out, ThreadPoolExecutor(1) as hasher:
-        write_all(out, memoryview(_header(names, reader, dtype)))
+    path.unlink(missing_ok=True)  # what an interrupted run left of it
+    with NewFile(path) as out, ThreadPoolExecutor(1) as hasher:
+        out.write(_header(names, reader, dtype))
         for name in names:
             for piece in pieces_of(reader.read(name)):
                 data = raw_bytes(piece)
                 hashing = hasher.submit(proof.see, name, data)
                 cast_piece = cast(piece)
-                write_all(out, raw_bytes(cast_piece))
+                out.write(raw_bytes(cast_piece))
                 hashing.result()
                 advance(cast_piece.nbytes)
-    sync(path)
     draft.finish(file, list(cast.loss))
 
 

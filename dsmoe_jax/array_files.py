@@ -16,6 +16,7 @@ import math
 import mmap
 import operator
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,10 +26,11 @@ import ml_dtypes
 import numpy as np
 
 from dsmoe_jax.json_file import read_json
-from dsmoe_jax.new_folder import sync
+from dsmoe_jax.new_file import NewFile
 
 FRAME: Final = "state"  # the folder that Orbax makes for the one tree in a checkpoint
-PIECE_BYTES: Final = 4 << 20  # what is in memory of an array while it is written; a cast holds some ten of them
+PIECE_BYTES: Final = 1 << 20  # what is in memory of an array while it is written; a cast holds some ten of them
+_WORKERS: Final = 6  # while some wait for the disk others hash, at 2 GB/s a core at best
 _PART_BYTES: Final = 8 << 20  # an expert of the 16B has 5.8 MB
 _DTYPES: Final[dict[str, np.dtype]] = {
     "float32": np.dtype(np.float32),
@@ -70,7 +72,7 @@ def without_warnings() -> Iterator[None]:
 
 
 class ArrayWriter:
-    """Writes arrays into a frame, hashing beside writing, and tells `done` of each once it is on disk.
+    """Writes arrays into a frame, a few at a time, and tells `done` of each, from any thread, once it is on disk.
 
     Leave the `with` block to have waited for all of them.
     """
@@ -78,9 +80,10 @@ class ArrayWriter:
     def __init__(self, folder: Path, done: Callable[[str, ArrayRecord], object]):
         self._folder = folder
         self._done = done
-        self._hasher = ThreadPoolExecutor(1, "hash")
-        self._syncer = ThreadPoolExecutor(1, "fsync")
-        self._syncing: list[Future] = []
+        self._pool = ThreadPoolExecutor(_WORKERS, "array")
+        self._free = threading.Semaphore(_WORKERS)
+        self._writing: list[Future] = []
+        self._stopped = False
 
     def write(
         self,
@@ -90,28 +93,17 @@ class ArrayWriter:
         pieces: Iterable[np.ndarray],
         note: Callable[[], Any] = lambda: None,
     ) -> None:
-        """Write one array from `pieces`, which follow one another in C order; `note` is asked after the last."""
-        home, file = _describe(self._folder, name, shape, dtype)
-        digest, written = hashlib.sha256(), 0
-        path = home / file
-        path.parent.mkdir(parents=True)
-        with path.open("wb", buffering=0) as out:
-            for piece in pieces:
-                data = raw_bytes(piece)
-                hashing = self._hasher.submit(digest.update, data)
-                written += write_all(out, data)
-                hashing.result()
-            if written != (size := math.prod(shape) * dtype.itemsize):
-                raise AssertionError(f"{name} got {written} bytes of {size}")
-            tensor = {"dtype": dtype.name, "shape": list(shape), "sha256": digest.hexdigest()}
-            index = _index(shape, dtype)
-            digest.update(index)
-            written += write_all(out, memoryview(index))
-        files = {
-            path.relative_to(self._folder).as_posix(): {"bytes": written, "sha256": digest.hexdigest()},
-            (home / "zarr.json").relative_to(self._folder).as_posix(): hash_file(home / "zarr.json"),
-        }
-        self._syncing.append(self._syncer.submit(self._sync, path, name, ArrayRecord(tensor, files, note())))
+        """Begin to write one array from `pieces`, which follow one another in C order; `note` is asked after the last.
+
+        Waits for a worker that is free, so no more arrays are held than are being written.
+        """
+        self._free.acquire()
+        if self._stopped:
+            self._free.release()
+            return
+        writing = self._pool.submit(self._write, name, shape, dtype, pieces, note)
+        writing.add_done_callback(lambda _: self._free.release())
+        self._writing.append(writing)
 
     def __enter__(self) -> "ArrayWriter":
         """The writer."""
@@ -119,15 +111,41 @@ class ArrayWriter:
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Wait for what is on its way to the disk; raise what went wrong there."""
-        self._syncer.shutdown()
-        self._hasher.shutdown()
+        self._stopped = kind is not None or self._stopped
+        self._pool.shutdown()
         if kind is None:
-            for syncing in self._syncing:
-                syncing.result()
+            for writing in self._writing:
+                writing.result()
 
-    def _sync(self, path: Path, name: str, record: ArrayRecord) -> None:
-        sync(path)
-        self._done(name, record)
+    def _write(
+        self, name: str, shape: tuple[int, ...], dtype: np.dtype, pieces: Iterable[np.ndarray], note: Callable[[], Any]
+    ) -> None:
+        try:
+            home, file = _describe(self._folder, name, shape, dtype)
+            digest = hashlib.sha256()
+            path = home / file
+            path.parent.mkdir(parents=True)
+            with NewFile(path) as out:
+                for piece in pieces:
+                    if self._stopped:  # another array failed, or the one who waits gave up
+                        return
+                    data = raw_bytes(piece)
+                    digest.update(data)
+                    out.write(data)
+                if out.size != (size := math.prod(shape) * dtype.itemsize):
+                    raise AssertionError(f"{name} got {out.size} bytes of {size}")
+                tensor = {"dtype": dtype.name, "shape": list(shape), "sha256": digest.hexdigest()}
+                index = _index(shape, dtype)
+                digest.update(index)
+                out.write(index)
+            files = {
+                path.relative_to(self._folder).as_posix(): {"bytes": out.size, "sha256": digest.hexdigest()},
+                (home / "zarr.json").relative_to(self._folder).as_posix(): hash_file(home / "zarr.json"),
+            }
+            self._done(name, ArrayRecord(tensor, files, note()))
+        except BaseException:
+            self._stopped = True
+            raise
 
 
 def open_array(folder: Path, name: str) -> np.ndarray:
@@ -181,14 +199,6 @@ def hash_file(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
-
-
-def write_all(file: Any, data: memoryview) -> int:
-    """Write all of `data` to an unbuffered file, which may take less than it is given; returns how much that was."""
-    left = data
-    while left:
-        left = left[file.write(left) :]
-    return len(data)
 
 
 def _describe(folder: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> tuple[Path, Path]:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +26,7 @@ class Draft:
         """Open the journal, or begin a new one where it belongs to another job; use `new_folder`."""
         self.folder = folder
         self.finished: dict[str, Any] = {}
+        self._lock = threading.Lock()
         self._journal = None
         if job is None:
             self._clear()
@@ -46,12 +48,13 @@ class Draft:
         self._journal = (folder / _JOURNAL).open("a", encoding="utf-8")
 
     def finish(self, unit: str, record: Any) -> None:
-        """Note that `unit` is complete and on disk; `record` must be JSON."""
-        self.finished[unit] = record
-        if self._journal is not None:
-            self._journal.write(_entry(unit, record) + "\n")
-            self._journal.flush()
-            os.fsync(self._journal.fileno())
+        """Note that `unit` is complete and on disk; `record` must be JSON. From any thread."""
+        with self._lock:
+            self.finished[unit] = record
+            if self._journal is not None:
+                self._journal.write(_entry(unit, record) + "\n")
+                self._journal.flush()
+                os.fsync(self._journal.fileno())
 
     def close(self) -> None:
         """Let go of the journal."""

@@ -175,8 +175,13 @@ def test_a_wrong_number_of_rows_is_our_own_mistake(tmp_path: Path, rows: int):
 
 
 def test_an_array_is_done_when_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    events = []
-    monkeypatch.setattr(array_files, "sync", lambda path: events.append(("synced", path.parts[-4])))
+    events, fsync = [], os.fsync
+
+    def note(file: int) -> None:
+        events.append(("synced", Path(os.readlink(f"/proc/self/fd/{file}")).parts[-4]))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", note)
     arrays = {name: array_of((4, 2), np.float32) for name in "ab"}
     write_frame(tmp_path / "out", {name: array.dtype for name, array in arrays.items()})
 
@@ -184,14 +189,15 @@ def test_an_array_is_done_when_it_is_on_disk(tmp_path: Path, monkeypatch: pytest
         for name, array in arrays.items():
             writer.write(name, array.shape, array.dtype, [array])
 
-    assert events == [("synced", "a"), ("done", "a"), ("synced", "b"), ("done", "b")]
+    assert sorted(events) == [("done", "a"), ("done", "b"), ("synced", "a"), ("synced", "b")]
+    assert all(events.index(("synced", name)) < events.index(("done", name)) for name in "ab")
 
 
 def test_a_disk_that_fails_when_it_is_waited_for_fails_the_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def fail(path: Path) -> None:
+    def fail(file: int) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(array_files, "sync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
 
     with pytest.raises(OSError, match="Input/output error"):
         write(tmp_path / "out", {"a": array_of((4, 2), np.float32)})

@@ -19,13 +19,13 @@ from typing import Any, Final
 import ml_dtypes
 import pytest
 
-from dsmoe_jax import array_files
 from dsmoe_jax.checkpoint import load
 from dsmoe_jax.cli import main
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.convert import Conversion, export_hf, exporter, import_hf, load_hf, verify
+from dsmoe_jax.convert import Conversion, export_hf, import_hf, load_hf, verify
 from dsmoe_jax.convert.names import hf_shapes
 from dsmoe_jax.manifest import read_manifest
+from dsmoe_jax.new_file import NewFile
 from dsmoe_jax.new_folder import sibling
 from tests.helpers.hf_folder import (
     hf_tensors,
@@ -311,15 +311,14 @@ def test_both_numbers_are_told_of_a_large_checkpoint(tmp_path: Path, monkeypatch
 def test_a_disk_that_fills_midway_keeps_what_is_finished_and_the_next_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, way: Way, typed: bool
 ):
-    writer = array_files if way.convert is import_hf else exporter
-    write, calls = writer.write_all, iter(range(30))
+    flush, calls = NewFile._flush, iter(range(3))
 
-    def until_full(file: Any, data: memoryview) -> int:
+    def until_full(file: NewFile, size: int) -> None:
         if next(calls, None) is None:
             raise OSError(28, "No space left on device")
-        return write(file, data)
+        flush(file, size)
 
-    monkeypatch.setattr(writer, "write_all", until_full)
+    monkeypatch.setattr(NewFile, "_flush", until_full)
     if typed:
         verb = ["convert"] if way.convert is import_hf else ["export", "--max-shard-size", "10000"]
         code = main([*verb, str(way.source), str(tmp_path / "out")])

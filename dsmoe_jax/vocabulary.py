@@ -1,0 +1,36 @@
+"""A vocabulary of one's own: a byte-level BPE trained on texts. See `train_tokenizer`."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from dsmoe_jax.new_folder import new_folder, write_json
+
+_BOS: Final = "<｜begin▁of▁sentence｜>"
+_EOS: Final = "<｜end▁of▁sentence｜>"
+_LEAST: Final = 258  # 256 bytes and the two special tokens
+
+
+def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> None:
+    """Write a tokenizer of `vocab_size` tokens to the new `folder`; DeepSeek's special tokens get the ids 0 and 1.
+
+    Raises `ValueError` for fewer tokens than bytes, for texts that do not yield as many, and if `folder` exists.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < _LEAST:
+        raise ValueError(f"a byte-level vocabulary has {_LEAST} tokens at least, not {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[_BOS, _EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    special = {"add_bos_token": True, "add_eos_token": False, "bos_token": _BOS, "eos_token": _EOS}
+    with new_folder(folder) as draft:
+        tokenizer.save(str(draft.folder / "tokenizer.json"))
+        write_json(draft.folder / "tokenizer_config.json", special)
