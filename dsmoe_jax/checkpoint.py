@@ -124,7 +124,8 @@ def write_parameters(draft: Draft, parameters: Sequence[Parameter], advance: Adv
     """Write the arrays that `draft` does not hold yet, a few pieces in memory at a time."""
     folder = draft.folder / PARAMETERS
     if _FRAME_UNIT not in draft.finished:
-        shutil.rmtree(folder, ignore_errors=True)
+        for left in draft.folder.glob(f"{PARAMETERS}*"):  # by a run that was killed here
+            shutil.rmtree(left)
         write_frame(folder, {parameter.name: parameter.dtype for parameter in parameters})
         sync_tree(folder)
         draft.finish(_FRAME_UNIT, None)

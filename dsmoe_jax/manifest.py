@@ -49,7 +49,7 @@ def write_manifest(folder: Path, arrays: Mapping[str, ArrayRecord], source: Mapp
     files = {f"{PARAMETERS}/{name}": sums for record in arrays.values() for name, sums in record.files.items()}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in files and not name.startswith("journal."):
+        if path.is_file() and name not in files and name != HEADER and not name.startswith("journal."):
             files[name] = hash_file(path)
     tensors = {name: record.tensor for name, record in arrays.items()}
     fields = {"format": FORMAT, "files": files, "tensors": tensors, "source": dict(source)}

@@ -94,7 +94,8 @@ def loads(folder: Path) -> bool:
 
 # Killed
 
-# Forks a child for each conversion, so that it starts at once, and kills it after some seconds.
+# Forks a child for each conversion, so that it starts at once, and kills it some seconds after the journal of its draft
+# has some units.
 SERVER = """
 import json, os, signal, sys, time
 import jax
@@ -102,7 +103,7 @@ from orbax.checkpoint import v1
 from dsmoe_jax.convert import export_hf, import_hf
 
 for line in sys.stdin:
-    convert, source, out, options, seconds = json.loads(line)
+    convert, source, out, options, seconds, units, journal = json.loads(line)
     started = time.perf_counter()
     child = os.fork()
     if child == 0:
@@ -112,6 +113,11 @@ for line in sys.stdin:
         finally:
             os._exit(1)
     if seconds is not None:
+        until = time.monotonic() + 60
+        while units and time.monotonic() < until:
+            if os.path.exists(journal) and open(journal, "rb").read().count(b"\\n") > units:
+                break
+            time.sleep(0.001)
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -125,11 +131,12 @@ class Server:
     def __init__(self, process: subprocess.Popen):
         self._process = process
 
-    def run(self, way: Way, out: Path, seconds: float | None = None) -> tuple[int, float]:
-        """The exit code of a conversion that is killed after that time, and how long it took."""
+    def run(self, way: Way, out: Path, seconds: float | None = None, units: int = 0) -> tuple[int, float]:
+        """The exit code of a conversion that is killed so long after so many units, and how long it took."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        command = (way.convert.__name__, str(way.source), str(out), way.options, seconds)
+        journal = str(sibling(out) / "journal.jsonl")
+        command = (way.convert.__name__, str(way.source), str(out), way.options, seconds, units, journal)
         print(json.dumps(command), file=self._process.stdin, flush=True)
         code, took = json.loads(self._process.stdout.readline())
         return code, took
@@ -169,7 +176,11 @@ def test_a_conversion_killed_at_any_moment_leaves_nothing_false_and_goes_on(
     left: Counter[str] = Counter()
 
     for i in range(KILLS):
-        code, _ = server.run(way, out := tmp_path / "out", seconds=(i + chance.random()) / KILLS * seconds)
+        out = tmp_path / "out"
+        if i % 2:  # at some moment of the whole
+            code, _ = server.run(way, out, seconds=(i + chance.random()) / KILLS * seconds)
+        else:  # in the middle of writing
+            code, _ = server.run(way, out, seconds=chance.random() / 100, units=1 + i // 2)
         if out.exists():  # killed after it had got its name, or not at all
             assert way.is_whole(out)
             assert not (out / "journal.jsonl").exists()
@@ -185,6 +196,24 @@ def test_a_conversion_killed_at_any_moment_leaves_nothing_false_and_goes_on(
 
     assert left["some"] >= 3
     assert left.total() == KILLS
+
+
+def test_a_conversion_killed_between_its_last_file_and_its_name_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: Way
+):
+    def killed(folder: Path) -> None:
+        if folder.name.endswith(".incomplete"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dsmoe_jax.new_folder.sync_tree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            way.run(tmp_path / "out")
+
+    done = way.run(tmp_path / "out")
+
+    assert done.reused == done.bytes
+    assert way.is_whole(tmp_path / "out")
 
 
 # Interrupted
