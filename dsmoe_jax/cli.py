@@ -93,6 +93,32 @@ def verify(asked: argparse.Namespace) -> None:
         raise ValueError(str(Damage(**report.mismatches[0])))
 
 
+def tokenize(asked: argparse.Namespace) -> None:
+    """`dsmoe tokenize`."""
+    from dsmoe_jax.progress import bar
+    from dsmoe_jax.train.data import tokenize
+
+    print(tokenize(asked.sources, asked.tokenizer, asked.out, progress=bar))
+
+
+def pretrain(asked: argparse.Namespace) -> None:
+    """`dsmoe pretrain`."""
+    from dsmoe_jax.train.flags import parse
+    from dsmoe_jax.train.loop import run
+    from dsmoe_jax.train.recipes import RECIPES
+
+    if asked.recipe not in RECIPES:
+        raise ValueError(f"recipe {asked.recipe!r} does not exist, only {', '.join(RECIPES)}")
+    config = parse(RECIPES[asked.recipe](), asked.flags, prog=f"dsmoe pretrain {asked.recipe}")
+    result = run(config)
+    if result.stopped:
+        again = " ".join(["dsmoe pretrain", asked.recipe, *asked.flags])
+        print(f"stopped after step {result.steps} of {config.steps}; `{again}` goes on from there")
+        return
+    held_out = "" if result.evaluation is None else f", {result.evaluation:.4f} on held-out text"
+    print(f"{result.steps} steps, loss {result.loss:.4f}{held_out}, {result.skipped} updates skipped: {result.model}")
+
+
 def generate(asked: argparse.Namespace) -> None:
     """`dsmoe generate`."""
     generator = _generator(asked)
@@ -128,7 +154,7 @@ def demo(asked: argparse.Namespace) -> None:
     """`dsmoe demo`."""
     from dsmoe_jax.demo import run
 
-    run(asked.out)
+    run(asked.out, steps=asked.steps)
 
 
 def _generator(asked: argparse.Namespace):
@@ -168,8 +194,9 @@ _GENERATION: Final[tuple[_Argument, ...]] = (
 )
 VERBS: Final[dict[str, tuple[Callable[[argparse.Namespace], None], tuple[_Argument, ...], str]]] = {
     "demo": (demo, (
-        (("--out",), {"metavar": "DIR", "help": "keep the checkpoints in this new folder"}),
-    ), "make a small checkpoint, convert it and generate: no network, no weights needed"),
+        (("--out",), {"metavar": "DIR", "help": "keep everything in this new folder"}),
+        (("--steps",), {"type": int, "default": 150, "metavar": "N", "help": "of training, default 150"}),
+    ), "train a small model on Python's sources, export it, import it, generate: no network, no weights needed"),
     "convert": (convert, (
         (("source",), {"metavar": "HF_DIR|REPOSITORY",
                        "help": "config.json with safetensors or pytorch_model*.bin; or OWNER/NAME on the hub"}),
@@ -193,6 +220,18 @@ VERBS: Final[dict[str, tuple[Callable[[argparse.Namespace], None], tuple[_Argume
         (("--prompt",), {"required": True, "metavar": "TEXT", "help": "the text to continue"}),
     ), "continue a prompt, printed as it comes"),
     "chat": (chat, _GENERATION, "talk to a chat model"),
+    "tokenize": (tokenize, (
+        (("sources",), {"metavar": "SOURCE", "nargs": "+",
+                        "help": "text, jsonl(.gz, .zst), parquet, a folder, or python-stdlib"}),
+        (("--tokenizer",), {"required": True, "metavar": "DIR", "help": "a folder with a tokenizer"}),
+        (("--out",), {"required": True, "metavar": "OUT", "help": "the new folder of token shards"}),
+    ), "write texts as token shards, once"),
+    "pretrain": (pretrain, (
+        (("recipe",), {"metavar": "RECIPE",
+                       "help": "tiny, bench, deepseek_moe_2b, deepseek_moe_16b, deepseek_moe_145b"}),
+        (("flags",), {"nargs": argparse.REMAINDER, "metavar": "--FLAG VALUE",
+                      "help": "any field of the recipe; `dsmoe pretrain RECIPE --help` lists them"}),
+    ), "train a model from a recipe, or go on with it"),
     "info": (info, (
         (("model",), {"metavar": "PRESET|PATH", "help": "a preset's name, a config.json or a checkpoint"}),
     ), "print parameter counts, bytes and the layer plan of a model"),

@@ -1,105 +1,102 @@
-"""`dsmoe demo`: a checkpoint in the Hugging Face layout made on the spot, converted, and asked for text.
+"""`dsmoe demo`: a small model learns Python from Python's own sources, goes to the Hugging Face layout and back.
 
-No network and no weights: the vocabulary comes from the sources of Python's own standard library, the weights are
-random, so the text is noise; what is shown is that every step from a PyTorch checkpoint to text works here.
+No network and no weights are needed. Start at `run`.
 """
 
 import contextlib
+import importlib.util
+import json
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-_BOS: Final = "<｜begin▁of▁sentence｜>"
-_EOS: Final = "<｜end▁of▁sentence｜>"
-_TEXT_BYTES: Final = 2_000_000
-_PROMPT: Final = "def main(argv=None):\n"
+_PROMPT: Final = "def __init__(self, "
 
 
-def run(out: str | Path | None = None) -> None:
-    """Make, convert and generate, with a line for each step; both checkpoints stay in `out` if it is given.
+def run(out: str | Path | None = None, *, steps: int = 150) -> None:
+    """Train, export, import and generate, with a line for each step; all of it stays in `out` if it is given.
 
     Raises `ValueError` if `out` exists.
     """
     if out is not None and Path(out).exists():
         raise ValueError(f"{out} exists; nothing is overwritten")
     with contextlib.nullcontext(out) if out is not None else tempfile.TemporaryDirectory() as folder:
-        _run(Path(folder))
+        _run(Path(folder), steps, kept=out is not None)
 
 
-def _run(folder: Path) -> None:
-    from dsmoe_jax.convert import import_hf
+def _run(folder: Path, steps: int, kept: bool) -> None:
+    from dsmoe_jax.convert import export_hf, import_hf
     from dsmoe_jax.generate import Generator
     from dsmoe_jax.info import count_parameters
 
-    hf, native = folder / "hf", folder / "native"
-    with _step("vocabulary from the standard library's sources"):
-        make_tokenizer(hf)
-    with _step("checkpoint in the Hugging Face layout"):
-        config = make_checkpoint(hf)
-    counts = count_parameters(config)
-    print(f"  {counts.total:,} parameters, {counts.activated:,} activated per token")
-    with _step("convert"):
-        import_hf(hf, native)
-    with _step("load the native checkpoint"):
-        generator = Generator.from_pretrained(native)
+    config = training_config(folder, steps)
+    counts = count_parameters(config.model_config())
+    print(f"{counts.total:,} parameters, {counts.activated:,} activated per token, random at first")
+    native = _train(config, folder / "demo.png" if kept else Path("dsmoe_demo.png"))
+    hf, again = folder / "hf", folder / "native"
+    with _step("export to the Hugging Face layout"):
+        export_hf(native, hf)
+    with _step("import it again"):
+        import_hf(hf, again)
+    if _tensors(again) != _tensors(native):
+        raise AssertionError("the round trip changed a tensor")
+    print(f"  {len(_tensors(native))} tensors, every one with the SHA-256 it had")
+    with _step("load"):
+        generator = Generator.from_pretrained(again)
     print(f"\n{_PROMPT}", end="", flush=True)
-    started = time.perf_counter()
-    for piece in generator.stream(_PROMPT, max_new_tokens=48, temperature=0.7, top_p=0.9):
+    for piece in generator.stream(_PROMPT, max_new_tokens=64, temperature=0.7, top_p=0.9):
         print(piece, end="", flush=True)
-    seconds = time.perf_counter() - started
-    print(f"\n\n{seconds:.1f} s, compilation included. The weights are random: this is no prose yet.")
+    print("\n\nA minute of training shows the grammar, not yet the sense.")
 
 
-def stdlib_text(limit: int = _TEXT_BYTES) -> Iterator[str]:
-    """The standard library's modules, in the order of their names, `limit` characters in all."""
-    for path in sorted(Path(contextlib.__file__).parent.glob("*.py")):
-        text = path.read_text(encoding="utf-8", errors="replace")[:limit]
-        limit -= len(text)
-        if not text:
-            return
-        yield text
+def training_config(folder: Path, steps: int):
+    """The recipe `tiny`, cut to `steps` steps; returns its `RunConfig`."""
+    import dataclasses
 
+    from dsmoe_jax.train.recipes import tiny
 
-def make_tokenizer(folder: Path, vocab_size: int = 2048) -> None:
-    """Train a byte-level BPE on the standard library's sources; DeepSeek's special tokens get the ids 0 and 1."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    from dsmoe_jax.new_folder import write_json
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[_BOS, _EOS], initial_alphabet=alphabet, show_progress=False
+    recipe = tiny()
+    return dataclasses.replace(
+        recipe,
+        out=str(folder / "run"),
+        steps=steps,
+        optimizer=dataclasses.replace(recipe.optimizer, warmup_steps=min(20, steps)),
+        log_every=max(1, steps // 10),
+        evaluate_every=steps,
+        sinks=("console", "jsonl"),
     )
-    tokenizer.train_from_iterator(stdlib_text(), trainer)
-    folder.mkdir(parents=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"add_bos_token": True, "add_eos_token": False, "bos_token": _BOS, "eos_token": _EOS}
-    write_json(folder / "tokenizer_config.json", special)
 
 
-def make_checkpoint(folder: Path):
-    """Write a random `tiny` model in the Hugging Face layout; returns its `ModelConfig`."""
-    import jax
-    from safetensors.numpy import save_file
+def _train(config, picture: Path) -> Path:
+    """Train; say how the loss fell and how the experts share the work; draw it where matplotlib is."""
+    from dsmoe_jax.train.loop import run as train
+    from dsmoe_jax.train.metrics import read_records
 
-    from dsmoe_jax.config import ModelConfig
-    from dsmoe_jax.convert.names import hf_names, is_stacked
-    from dsmoe_jax.model import DeepSeekMoE, split
-    from dsmoe_jax.new_folder import write_json
+    started = time.perf_counter()
+    result = train(config)
+    records = [record for record in read_records(config.out) if "loss" in record]
+    first, last = records[0], records[-1]
+    print(
+        f"trained {result.steps} steps in {time.perf_counter() - started:.0f} s: loss {first['loss']:.2f} to "
+        f"{last['loss']:.2f}, {result.evaluation:.2f} on held-out files"
+    )
+    busiest, unused = last["max_over_mean_load"], last["unused_experts"]
+    print(f"  the busiest expert has {busiest:.1f} times the mean load, {unused} are unused")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("  no picture: pip install 'dsmoe_jax[demo]'")
+    else:
+        from dsmoe_jax.train.picture import draw
 
-    config = ModelConfig.preset("tiny")
-    params = jax.device_get(split(DeepSeekMoE.init(config))[1])
-    tensors = {}
-    for name, parts in hf_names(config).items():
-        tensors |= dict(zip(parts, params[name] if is_stacked(name) else [params[name]], strict=True))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", config.to_dict())
-    return config
+        draw(Path(config.out), picture)
+        print(f"  loss and load of the experts: {picture}")
+    assert result.model is not None
+    return result.model
+
+
+def _tensors(native: Path) -> dict[str, dict]:
+    return json.loads((native / "dsmoe_jax.json").read_text())["tensors"]
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import pytest
 
 import dsmoe_jax
-from dsmoe_jax import demo
 from dsmoe_jax.cli import VERBS, main
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import import_hf
@@ -24,7 +23,7 @@ from dsmoe_jax.generate import Chat, Generator
 from dsmoe_jax.info import describe
 from dsmoe_jax.manifest import is_native
 from dsmoe_jax.model import _forward, abstract, split
-from tests.helpers.hf_folder import random_params, snapshot, tiny, write_hf
+from tests.helpers.hf_folder import make_tokenizer, random_params, snapshot, tiny, write_hf
 
 HELP_SECONDS = 0.7  # the best of three
 COMPILE_SECONDS = 60  # of processor time, whatever else the machine does; the 16B's forward takes about 20
@@ -35,7 +34,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small checkpoint with a tokenizer, in the Hugging Face layout."""
     folder = tmp_path_factory.mktemp("cli") / "hf"
-    demo.make_tokenizer(folder, vocab_size=300)
+    make_tokenizer(folder, 300)
     config = tiny(vocab_size=300)
     return write_hf(folder, config, random_params(config))
 
@@ -151,15 +150,17 @@ def test_chat_ends_at_a_word(monkeypatch: pytest.MonkeyPatch, native: Path, stop
     assert got == code
 
 
-def test_the_demo_runs_and_keeps_its_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture):
-    code = run("demo", "--out", tmp_path / "demo")
+def test_the_demo_learns_travels_and_keeps_its_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture):
+    code = run("demo", "--out", tmp_path / "demo", "--steps", 3)
 
-    out, err = capsys.readouterr()
-    assert (code, err) == (0, "")
-    assert "def main(argv=None):" in out
-    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"hf", "native"}
+    out, _ = capsys.readouterr()
+    assert code == 0
+    assert "trained 3 steps" in out
+    assert "def __init__(self, " in out
+    kept = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert kept - {"demo.png"} == {"run", "hf", "native"}
     assert is_native(tmp_path / "demo" / "native")
-    assert ModelConfig.from_file(tmp_path / "demo" / "hf") == ModelConfig.preset("tiny")
+    assert ModelConfig.from_file(tmp_path / "demo" / "hf") == ModelConfig.preset("tiny").stored_as("float32")
 
 
 def test_every_verb_explains_itself(capsys: pytest.CaptureFixture):

@@ -14,12 +14,12 @@ import pytest
 from dsmoe_jax.cache import KVCache
 from dsmoe_jax.checkpoint import save
 from dsmoe_jax.config import ModelConfig, RopeScaling
-from dsmoe_jax.demo import make_checkpoint, make_tokenizer
 from dsmoe_jax.generate import Chat, Generator, SamplingParams
 from dsmoe_jax.generate.generator import _step, bucket, for_generation
 from dsmoe_jax.generate.sampling import Sampler, sample
 from dsmoe_jax.model import DeepSeekMoE, assemble, merge, split
 from tests.helpers import golden, reference
+from tests.helpers.hf_folder import make_tokenizer
 
 SMALL = ModelConfig(
     vocab_size=2048,
@@ -50,7 +50,7 @@ def small_model() -> DeepSeekMoE:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A native checkpoint with a tokenizer."""
     home = tmp_path_factory.mktemp("generate")
-    make_tokenizer(home / "tokenizer")
+    make_tokenizer(home / "tokenizer", 2048)
     save(small_model(), home / "native", beside=sorted((home / "tokenizer").iterdir()))
     return home / "native"
 
@@ -315,13 +315,6 @@ def test_the_seed_decides(generator: Generator):
 
     assert answer(1) == answer(1)
     assert answer(1) != answer(2)
-
-
-def test_the_demos_checkpoint_generates(tmp_path: Path):
-    make_tokenizer(tmp_path / "hf", vocab_size=300)
-    make_checkpoint(tmp_path / "hf")
-
-    assert Generator.from_pretrained(tmp_path / "hf").config == ModelConfig.preset("tiny")
 
 
 def test_on_cpu_half_precision_weights_outside_the_experts_are_widened_and_it_is_said(caplog: pytest.LogCaptureFixture):

@@ -357,17 +357,18 @@ def test_the_guard_is_its_slow_twin():
 def test_learning_rates_are_those_of_the_schedule(schedule: str, at: int, rate: float):
     config = OptimizerConfig(learning_rate=2.0, schedule=schedule, warmup_steps=10)
 
-    got = make_optimizer(config, 100)[1](at)
+    got = np.asarray(make_optimizer(config, 100)[1](at))
 
     assert float(got) == pytest.approx(2.0 * rate, rel=1e-5)
 
 
 def test_decay_falls_on_matrices_alone_or_on_all():
     config = tiny()
-    zero = {name: np.zeros(spec.shape, np.float32) for name, spec in abstract(config)[1].items()}
+    zero: Any = {name: np.zeros(spec.shape, np.float32) for name, spec in abstract(config)[1].items()}
     one = {name: np.ones_like(value) for name, value in zero.items()}
 
     moved = {}
+    updates: Any
     for decay in ("matrices", "all"):
         optimizer, _ = make_optimizer(OptimizerConfig(schedule="constant", warmup_steps=0, decay=decay), 10)
         updates, _ = optimizer.update(zero, optimizer.init(one), one)

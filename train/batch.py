@@ -1,14 +1,12 @@
 """What a training step reads."""
 
-from typing import NamedTuple
-
-from dsmoe_jax.axes import Array, Int
+from typing import Any, NamedTuple
 
 
 class Batch(NamedTuple):
-    """Rows of tokens. Arrays of numpy or JAX, int32."""
+    """Rows of tokens: arrays int32 [B, T], of numpy on their way to the devices, of JAX there."""
 
-    token_ids: Int[Array, "B T"]
-    labels: Int[Array, "B T"]  # the next token at each position, -100 where none counts
-    segment_ids: Int[Array, "B T"]  # the document in the row, from 1; 0 is padding
-    position_ids: Int[Array, "B T"]
+    token_ids: Any
+    labels: Any  # the next token at each position, -100 where none counts
+    segment_ids: Any  # the document in the row, from 1; 0 is padding
+    position_ids: Any

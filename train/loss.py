@@ -6,7 +6,7 @@ plain one, from logits.
 
 import functools
 from collections.abc import Mapping
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,17 +69,17 @@ def head_loss(
         states = jax.lax.pcast(states, (TENSOR,), to="varying")
         head = jax.lax.pcast(head, BATCH_AXES if over else (*BATCH_AXES, TENSOR), to="varying")
         targets = jax.lax.pcast(targets, (TENSOR,), to="varying")
-        sums = _chunked(states, head, targets, z_loss, over)
+        sums: Any = _chunked(states, head, targets, z_loss, over)
         # Every device of the tensor axis has the same sums.
         return HeadLoss(*(jax.lax.pmean(jax.lax.psum(x, BATCH_AXES), TENSOR) for x in sums))
 
     rows = PartitionSpec(BATCH_AXES)
-    run = jax.shard_map(local, in_specs=(rows, PartitionSpec(over), rows), out_specs=HeadLoss(*[PartitionSpec()] * 2))
+    run = jax.shard_map(local, in_specs=(rows, PartitionSpec(over), rows), out_specs=PartitionSpec())
     return run(states, head, targets)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _chunked(states: Array, head: Array, targets: Array, z_loss: float, over: str | None) -> HeadLoss:
+def _chunked(states: Any, head: Any, targets: Any, z_loss: float, over: str | None) -> Any:
     return _sums(states, head, targets, z_loss, over, with_gradients=False)[0]
 
 
@@ -131,7 +131,7 @@ def _sums(states: Array, head: Array, targets: Array, z_loss: float, over: str |
     zero = (states[0, 0, 0] * 0).astype(jnp.float32) + (head[0, 0] * 0).astype(jnp.float32)  # as varying as its terms
     start = (HeadLoss(zero, zero), zero + jnp.zeros(head.shape if with_gradients else (), jnp.float32))
     (sums, grad_head), grad_x = jax.lax.scan(one, start, (x, y))
-    if not with_gradients:
+    if grad_x is None:
         return sums, None
     return sums, (grad_x.reshape(-1, D)[:M].reshape(B, T, D), grad_head.astype(head.dtype))
 

@@ -38,7 +38,9 @@ _ITEM: Final = 2  # bfloat16
 
 def main() -> None:
     """Measure, print, and write the dated report."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.conversion", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.conversion", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--preset", default="deepseek_moe_16b", choices=tuple(PRESETS))
     parser.add_argument("--rounds", type=int, default=3, help="of import, export and cp in turns, with the 2B's size")
     parser.add_argument("--work", type=Path, default=Path("conversion.work"), help="new folder, deleted at the end")

@@ -18,6 +18,7 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.names import hf_names, is_stacked
 from dsmoe_jax.model import abstract
 from dsmoe_jax.progress import Advance, Meter
+from dsmoe_jax.vocabulary import train_tokenizer
 
 INDEX = "model.safetensors.index.json"
 
@@ -69,6 +70,12 @@ def write_tensors(folder: Path, tensors: dict[str, np.ndarray], *, shards: int =
         save_file({name: tensors[name] for name in names[i::shards]}, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names[i::shards], file)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def make_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A tokenizer that was trained on the sources of this project's tests."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.parent.glob("test_*.py"))]
+    train_tokenizer(texts, folder, vocab_size)
 
 
 def write_hf(

@@ -1,0 +1,386 @@
+"""Whole runs of a very small model: what they leave, how they go on, how they stop.
+
+Start at `test_a_run_that_was_stopped_goes_on_bit_for_bit`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import dsmoe_jax
+from dsmoe_jax.cli import main
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.model import split
+from dsmoe_jax.sharding import MeshConfig
+from dsmoe_jax.train import loop
+from dsmoe_jax.train.checkpoints import Checkpoints
+from dsmoe_jax.train.config import CheckpointConfig, DataConfig, RunConfig
+from dsmoe_jax.train.data import tokenize
+from dsmoe_jax.train.flags import parse
+from dsmoe_jax.train.loop import run
+from dsmoe_jax.train.metrics import read_records
+from dsmoe_jax.train.optimizer import OptimizerConfig
+from dsmoe_jax.train.recipes import RECIPES
+from dsmoe_jax.train.step import StepConfig
+from dsmoe_jax.vocabulary import train_tokenizer
+from tests.helpers.hf_folder import flip_bit, tiny
+
+VOCABULARY = 300
+ONE_DEVICE = MeshConfig(data=1, fsdp=1)
+STEPS = 12
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache() -> Iterator[None]:
+    """A run turns it on for its process; the other tests are without."""
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model's config, a tokenizer, and token shards of a few small texts."""
+    home = tmp_path_factory.mktemp("train")
+    rng = random.Random(0)
+    words = ["alpha", "beta", "gamma", "delta", "moe", "(x)", "return", "\n    "]
+    texts = [" ".join(rng.choices(words, k=rng.randint(5, 60))) for _ in range(200)]
+    (home / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    train_tokenizer(texts * 3, home / "tokenizer", VOCABULARY)
+    tokenize(home / "text.jsonl", home / "tokenizer", home / "shards", holdout=0.1)
+    (home / "model.json").write_text(json.dumps(tiny(vocab_size=VOCABULARY).to_dict()))
+    return home
+
+
+def config(home: Path, out: Path, **changes: Any) -> RunConfig:
+    fields: dict[str, Any] = {
+        "out": str(out),
+        "model": str(home / "model.json"),
+        "steps": STEPS,
+        "data": DataConfig(
+            sources=(str(home / "shards"),), tokenizer=str(home / "tokenizer"), sequence_length=24, batch_size=8
+        ),
+        "optimizer": OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup_steps=2),
+        "checkpoints": CheckpointConfig(every=4),
+        "evaluate_every": 6,
+        "evaluate_batches": 2,
+        "sinks": ("jsonl",),
+        "mesh": MeshConfig(fsdp=8),
+    }
+    return RunConfig(**(fields | changes))
+
+
+def losses(out: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in read_records(out) if "loss" in record}
+
+
+def digest(model: Path) -> str:
+    """Of all parameters' bits."""
+    params = split(dsmoe_jax.load(model))[1]
+    return hashlib.sha256(b"".join(np.asarray(params[name]).tobytes() for name in sorted(params))).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path) -> Path:
+    """The folder of a run that nothing disturbed."""
+    out = home / "whole"
+    run(config(home, out))
+    jax.config.update("jax_compilation_cache_dir", None)
+    return out
+
+
+# What a run leaves
+
+
+def test_a_run_leaves_a_model_that_generates_records_and_its_config(home: Path, whole: Path):
+    records = read_records(whole)
+    generator = dsmoe_jax.Generator.from_pretrained(whole / "model")
+
+    assert [record["step"] for record in records if "loss" in record] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in records if "evaluation/loss" in record] == [6, 12]
+    assert losses(whole)[STEPS] < losses(whole)[1] - 0.3
+    assert json.loads((whole / "run.json").read_text())["steps"] == STEPS
+    assert len(generator(["moe"], max_new_tokens=4, ignore_eos=True)[0].tokens) == 4
+    assert sorted(Checkpoints(whole / "checkpoints").steps()) == [4, 8, 12]
+
+
+def test_a_finished_run_that_is_started_again_changes_nothing(home: Path, whole: Path):
+    before = digest(whole / "model")
+
+    result = run(config(home, whole))
+
+    assert (result.steps, result.stopped) == (STEPS, False)
+    assert digest(whole / "model") == before
+
+
+# Going on
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a signal came while that step was under way."""
+    monkeypatch.setattr(loop, "_agreed", lambda stop, n, every: n == step)
+
+
+@pytest.mark.parametrize("at", [3, 8, 11])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(
+    tmp_path: Path, home: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, at: int
+):
+    with monkeypatch.context() as patch:
+        stop_at(at, patch)
+        stopped = run(config(home, tmp_path / "out"))
+    finished = run(config(home, tmp_path / "out"))
+
+    assert (stopped.steps, stopped.stopped, stopped.model) == (at, True, None)
+    assert (finished.steps, finished.stopped) == (STEPS, False)
+    assert losses(tmp_path / "out") == losses(whole)
+    assert digest(tmp_path / "out" / "model") == digest(whole / "model")
+
+
+def test_a_run_goes_on_over_another_mesh(tmp_path: Path, home: Path, whole: Path, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        stop_at(5, patch)
+        run(config(home, tmp_path / "out", mesh=MeshConfig(fsdp=2, expert=4)))
+    run(config(home, tmp_path / "out", mesh=MeshConfig(data=2, fsdp=4)))
+
+    for step, loss in losses(whole).items():
+        assert losses(tmp_path / "out")[step] == pytest.approx(loss, abs=1e-4)
+
+
+def test_accumulation_gives_the_same_run(tmp_path: Path, home: Path, whole: Path):
+    model = json.loads((home / "model.json").read_text())
+    assert model["seq_aux"]
+
+    run(config(home, tmp_path / "out", mesh=MeshConfig(data=4, fsdp=1, tensor=2), step=StepConfig(accumulation=2)))
+
+    for step, loss in losses(whole).items():
+        assert losses(tmp_path / "out")[step] == pytest.approx(loss, abs=1e-4)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    tmp_path: Path, home: Path, whole: Path, caplog: pytest.LogCaptureFixture
+):
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    shutil.rmtree(out / "model")
+    newest = out / "checkpoints" / "step-00000012"
+    flip_bit(max((f for f in newest.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size), -100)
+    caplog.set_level(logging.INFO)
+
+    run(config(home, out))
+
+    assert "step-00000012 is skipped: damaged" in caplog.text
+    assert "going on after step 8 of 12" in caplog.text
+    assert digest(out / "model") == digest(whole / "model")
+
+
+def test_another_stream_is_refused_by_the_name_of_what_changed(tmp_path: Path, home: Path, whole: Path):
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+
+    with pytest.raises(ValueError, match="step 12 was trained on another stream: seed changed"):
+        run(config(home, out, seed=1))
+
+
+def test_a_run_that_shall_not_resume_refuses_a_folder_with_checkpoints(home: Path, whole: Path):
+    with pytest.raises(ValueError, match="has checkpoints; --resume auto goes on from them"):
+        run(config(home, whole, resume="never"))
+
+
+def test_a_run_begins_from_a_native_checkpoint(tmp_path: Path, home: Path, whole: Path):
+    result = run(config(home, tmp_path / "out", init_from=str(whole / "model"), steps=1))
+
+    assert result.loss < losses(whole)[4]
+
+
+# Stopping
+
+
+def test_too_many_skipped_updates_in_a_row_stop_the_run(
+    tmp_path: Path, home: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(*arguments: Any, **options: Any) -> Callable[..., Any]:
+        step = original(*arguments, **options)
+        nan = np.float32(np.nan)
+        return lambda state, batch: step(
+            state._replace(params=state.params | {"norm.weight": state.params["norm.weight"] * nan}), batch
+        )
+
+    original = loop.make_step
+    monkeypatch.setattr(loop, "make_step", broken)
+
+    with pytest.raises(ValueError, match="3 updates in a row were skipped: loss nan"):
+        run(config(home, tmp_path / "out", most_skipped=2))
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from tests.test_loop import ONE_DEVICE, config, run
+home, out, steps = sys.argv[1:]
+run(config(Path(home), Path(out), mesh=ONE_DEVICE, steps=int(steps)))
+"""
+
+
+def start(home: Path, out: Path, steps: int) -> subprocess.Popen:
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", PROGRAM, str(home), str(out), str(steps)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def wait_for(out: Path, steps: int) -> None:
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= steps:
+            return
+        time.sleep(0.02)
+    raise TimeoutError
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_with_a_checkpoint_and_exit_code_0(tmp_path: Path, home: Path, number: signal.Signals):
+    out = tmp_path / "out"
+
+    with start(home, out, 100_000) as process:
+        wait_for(out, 5)
+        process.send_signal(number)
+        code = process.wait(timeout=60)
+
+    assert code == 0
+    found = Checkpoints(out / "checkpoints").newest()
+    assert found is not None
+    assert found[0] == max(losses(out))
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_lose_nothing(tmp_path: Path, home: Path):
+    steps, chance = 200, random.Random(0)
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
+    with start(home, undisturbed, steps) as process:
+        assert process.wait(timeout=120) == 0
+
+    kills = 0
+    while kills < 20:
+        with start(home, out, steps) as process:
+            seen = len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.jsonl").exists() else 0
+            wait_for(out, seen + 1)
+            time.sleep(chance.uniform(0, 0.3))
+            process.kill()
+            process.wait()
+        kills += 1
+        if (out / "model").exists():
+            break
+    with start(home, out, steps) as process:
+        assert process.wait(timeout=120) == 0
+
+    assert digest(out / "model") == digest(undisturbed / "model")
+    assert losses(out) == losses(undisturbed)
+
+
+# Bad input
+
+
+BAD: dict[str, tuple[Callable[[Path, Path], RunConfig], str]] = {
+    "a batch that does not divide": (
+        lambda home, out: config(home, out, data=dataclasses.replace(config(home, out).data, batch_size=6)),
+        "data.batch_size 6 does not divide over 8 devices x 1 micro-batches",
+    ),
+    "another tokenizer": (
+        lambda home, out: config(
+            home, out, data=dataclasses.replace(config(home, out).data, tokenizer=str(other_tokenizer(home)))
+        ),
+        "made with another tokenizer",
+    ),
+    "a model of fewer tokens": (
+        lambda home, out: config(home, out, model=str(smaller_model(home))),
+        r"made with a vocabulary of \d+; the model's vocab_size is 200",
+    ),
+    "no such source": (
+        lambda home, out: config(home, out, data=dataclasses.replace(config(home, out).data, sources=("nowhere",))),
+        "nowhere",
+    ),
+    "no such model": (lambda home, out: config(home, out, model="huge"), "huge"),
+    "out is a file": (lambda home, out: (out.touch(), config(home, out))[1], "out"),
+}
+
+
+def other_tokenizer(home: Path) -> Path:
+    if not (home / "other").exists():
+        train_tokenizer(["xyz " * 10, "some other text of other words"] * 20, home / "other", 270)
+    return home / "other"
+
+
+def smaller_model(home: Path) -> Path:
+    (home / "smaller.json").write_text(json.dumps(tiny(vocab_size=200).to_dict()))
+    return home / "smaller.json"
+
+
+@pytest.mark.parametrize(("make", "named"), BAD.values(), ids=BAD)
+def test_a_mistake_is_refused_in_one_line(
+    tmp_path: Path, home: Path, make: Callable[[Path, Path], RunConfig], named: str
+):
+    with pytest.raises((ValueError, OSError), match=named) as refused:
+        run(make(home, tmp_path / "out"))
+
+    assert "\n" not in str(refused.value)
+
+
+# Flags
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_a_whole_config_of_a_preset(name: str):
+    recipe = RECIPES[name]()
+
+    assert recipe.model_config() == ModelConfig.preset(recipe.model)
+    assert parse(recipe, [], prog=name) == recipe
+
+
+def test_flags_change_a_recipe():
+    flags = [
+        "--steps",
+        "7",
+        "--data.sources",
+        "a",
+        "b",
+        "--step.remat",
+        "full",
+        "--mesh.expert",
+        "2",
+        "--resume",
+        "never",
+    ]
+
+    got = parse(RECIPES["tiny"](), flags, prog="tiny")
+
+    assert (got.steps, got.data.sources, got.step.remat, got.mesh.expert) == (7, ("a", "b"), "full", 2)
+
+
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [
+        (("pretrain", "huge"), "recipe 'huge' does not exist, only tiny, bench"),
+        (("pretrain", "tiny", "--stepz", "3"), "--stepz"),
+        (("pretrain", "tiny", "--steps", "many"), "--steps"),
+        (("pretrain", "tiny", "--steps", "0"), "steps must be at least 1, not 0"),
+        (("pretrain", "tiny", "--step.remat", "some"), "remat 'some' is not one of none, dots, full"),
+    ],
+)
+def test_a_wrong_flag_gets_one_line_and_exit_code_2(capsys: pytest.CaptureFixture, typed: tuple[str, ...], named: str):
+    code = main(list(typed))
+
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.count("\n") == 1
+    assert named in error

@@ -1,0 +1,547 @@
+"""Text in: sources of every kind, and the token shards made of them.
+
+Start at `test_every_format_gives_the_same_texts`; bad input is in the tables `BAD_SOURCES` and `DAMAGE`.
+"""
+
+import gzip
+import itertools
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dsmoe_jax.tokenizer import Tokenizer
+from dsmoe_jax.train.data import (
+    TokenShards,
+    documents,
+    is_token_shards,
+    source_bytes,
+    tokenize,
+    tokenizer_hash,
+    writer,
+)
+from dsmoe_jax.train.data.writer import is_held_out
+from tests.helpers.corpus import TEXTS, byte_tokenizer, ids_of, jsonl, write_texts
+from tests.helpers.hf_folder import snapshot
+
+MODULES = {".parquet": "pyarrow", ".jsonl.zst": "zstandard"}  # what a format needs beside Python
+FORMATS = (".jsonl", ".jsonl.gz", *MODULES)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer") / "bytes")
+
+
+def texts_of(source: str | Path, **options: Any) -> list[str]:
+    return [document.text for document in documents(source, **options)]
+
+
+def files(folder: Path, **contents: bytes) -> Path:
+    """Files by name, in which __ is a dot and _ a slash."""
+    for name, data in contents.items():
+        path = folder / name.replace("__", ".").replace("_", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return folder
+
+
+# Sources
+
+
+@pytest.mark.parametrize("field", ["text", "content"])
+@pytest.mark.parametrize("end", FORMATS)
+def test_every_format_gives_the_same_texts(tmp_path: Path, end: str, field: str):
+    pytest.importorskip(MODULES.get(end, "json"))
+    path = write_texts(tmp_path / f"a{end}", TEXTS, field)
+
+    found = list(documents(path, field=field))
+
+    assert [document.text for document in found] == TEXTS
+    assert [document.where for document in found] == [f"{path}:{n + 1}" for n in range(len(TEXTS))]
+
+
+@pytest.mark.parametrize("end", [".txt", ".py", ""])
+def test_any_other_file_is_one_document_byte_for_byte(tmp_path: Path, end: str):
+    (tmp_path / f"a{end}").write_bytes("\ufeffa\r\nb\n".encode())
+
+    assert list(documents(tmp_path / f"a{end}")) == [(str(tmp_path / f"a{end}"), "a\r\nb\n")]
+
+
+def test_a_folder_is_read_in_the_order_of_its_paths_and_what_is_no_text_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    files(tmp_path, b__py=b"b", a_z__txt=b"a/z", a_b__jsonl=jsonl(["1", "2"]), c_d_e__md=b"c/d/e", image__png=b"\xff\0")
+    files(tmp_path, blank__txt=b" \n", zeros=b"a\0", __git_config=b"hidden", __hidden=b"hidden")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to("nothing")
+
+    found = texts_of(tmp_path)
+
+    assert found == ["1", "2", "a/z", "b", "c/d/e"]
+    assert "passed over 1 blank texts and 2 files that are not UTF-8 text" in caplog.text
+
+
+def test_a_pattern_finds_each_file_once(tmp_path: Path):
+    files(tmp_path, a__txt=b"a", sub_b__txt=b"b", sub_c__md=b"c", sub_image__txt=b"\xff")
+
+    assert texts_of(f"{tmp_path}/**") == ["a", "b", "c"]
+    assert texts_of(f"{tmp_path}/**/*.txt") == ["a", "b"]
+    assert texts_of(f"{tmp_path}/su?") == ["b", "c"]
+
+
+def test_the_standard_library_is_there_without_its_tests_and_always_the_same():
+    found = list(documents("python-stdlib"))
+    names = [document.where for document in found]
+
+    assert 400 < len(found) < 3000
+    assert found[0].text == Path(os.__file__).with_name("__future__.py").read_text(encoding="utf-8")
+    assert any(name.endswith("json/decoder.py") for name in names)
+    assert not any("site-packages" in name or "/test/" in name or "/tests/" in name for name in names)
+    assert all(name.startswith(sys.base_prefix) for name in names)
+    assert source_bytes("python-stdlib") >= sum(len(document.text.encode()) for document in found)
+    assert names == sorted(names)
+
+
+@pytest.mark.parametrize("end", [".txt", *FORMATS])
+def test_progress_counts_all_bytes_of_the_files(tmp_path: Path, end: str):
+    pytest.importorskip(MODULES.get(end, "json"))
+    write_texts(tmp_path / f"a{end}", TEXTS * 50)
+    steps: list[int] = []
+
+    list(documents(tmp_path, advance=steps.append))
+
+    assert sum(steps) == source_bytes(tmp_path) == (tmp_path / f"a{end}").stat().st_size
+    assert min(steps) >= 0
+
+
+BROKEN_LINES = {
+    b"{": "is not JSON",
+    b"[1]": "is not a JSON object",
+    b'"text"': "is not a JSON object",
+    b'{"txt": "a"}': "has no field 'text'",
+    b'{"text": null}': "has a NoneType as 'text', not a text",
+    b'{"text": 3}': "has a int as 'text', not a text",
+    b'{"text": "\\ud800"}': "has half of a surrogate pair",
+    b'{"text": "\xff"}': "is not UTF-8",
+    b"[" * 100_000: "is not JSON",
+}
+
+
+@pytest.mark.parametrize(("line", "problem"), BROKEN_LINES.items(), ids=BROKEN_LINES.values())
+def test_a_broken_line_is_named_in_the_log_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, line: bytes, problem: str
+):
+    good = jsonl(["a"] * 60)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(good + b"\n" + line + b"\n" + good)
+
+    assert texts_of(path) == ["a"] * 120
+    assert f"{path}:62 {problem}: left out" in caplog.text
+    assert "left out 1 broken lines of 121" in caplog.text
+
+
+def test_the_log_names_ten_broken_lines_and_counts_all(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "a.jsonl").write_bytes((jsonl(["a"]) + b"{\n") * 30)
+
+    texts_of(tmp_path / "a.jsonl", most_broken=0.5)
+
+    assert caplog.text.count("is not JSON: left out") == 10
+    assert "left out 30 broken lines of 60" in caplog.text
+
+
+def test_one_line_in_a_hundred_may_be_broken_and_not_one_more(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(["a"] * 99) + b"{\n")
+    assert len(texts_of(path)) == 99
+
+    path.write_bytes(jsonl(["a"] * 98) + b"{\n")
+    with pytest.raises(
+        ValueError, match=r"a.jsonl: 1 of 99 lines are broken, at most 1 % may be; the first: .*:99 is not"
+    ):
+        texts_of(path)
+
+
+def test_a_file_without_one_whole_line_is_refused_whatever_may_be_broken(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["a"] * 2, "txt"))
+    with pytest.raises(ValueError, match="2 of 2 lines are broken"):
+        texts_of(tmp_path / "a.jsonl", most_broken=1.0)
+
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["a"] * 1001, "txt"))
+    with pytest.raises(ValueError, match=r"the first 1000 lines are all broken: .*:1 has no field 'text'"):
+        texts_of(tmp_path / "a.jsonl", most_broken=1.0)
+
+
+def test_a_parquet_row_without_text_is_a_broken_line(tmp_path: Path):
+    pytest.importorskip("pyarrow")
+    path = write_texts(tmp_path / "a.parquet", ["a", None, "b"])  # pyright: ignore
+
+    assert texts_of(path, most_broken=0.5) == ["a", "b"]
+    with pytest.raises(ValueError, match=r"1 of 3 lines are broken.*:2 has a NoneType as 'text'"):
+        texts_of(path)
+
+
+ZST = b"\x28\xb5\x2f\xfd"
+BAD_SOURCES: dict[str, tuple[dict[str, bytes], str, str]] = {
+    "missing": ({}, "a.txt", "a.txt: does not exist"),
+    "no match": ({}, "*.txt", r"\*.txt: no files"),
+    "empty folder": ({}, "", "no files"),
+    "only hidden": ({"__hidden": b"a"}, "", "no files"),
+    "blank": ({"a__txt": b" \n"}, "a.txt", "a.txt: holds no text"),
+    "no lines": ({"a__jsonl": b"\n"}, "a.jsonl", "a.jsonl: holds no text"),
+    "only binary": ({"a": b"\0"}, "", "holds no text"),
+    "named binary": ({"a__txt": b"a\0"}, "a.txt", "a.txt: is not text: it has zero bytes"),
+    "named latin-1": ({"a__txt": b"\xe4"}, "a.txt", "a.txt: is not UTF-8"),
+    "no gzip": ({"a__jsonl__gz": b"junk"}, "a.jsonl.gz", "a.jsonl.gz: cannot be read"),
+    "torn gzip": ({"a__jsonl__gz": gzip.compress(jsonl(TEXTS))[:-9]}, "a.jsonl.gz", "a.jsonl.gz: cannot be read"),
+    "no zstd": ({"a__jsonl__zst": b"junkjunk"}, "a.jsonl.zst", "a.jsonl.zst: cannot be read"),
+    "torn zstd": ({"a__jsonl__zst": ZST}, "a.jsonl.zst", "a.jsonl.zst: cannot be read .its end is missing"),
+    "no parquet": ({"a__parquet": b"junk"}, "a.parquet", "a.parquet: cannot be read"),
+}
+
+
+@pytest.mark.parametrize(("contents", "source", "problem"), BAD_SOURCES.values(), ids=BAD_SOURCES)
+def test_a_bad_source_gets_one_line(tmp_path: Path, contents: dict[str, bytes], source: str, problem: str):
+    pytest.importorskip(next((module for end, module in MODULES.items() if source.endswith(end)), "json"))
+    files(tmp_path, **contents)
+
+    with pytest.raises(ValueError, match=problem) as refused:
+        texts_of(f"{tmp_path}/{source}")
+
+    assert "\n" not in str(refused.value)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "a.txt")
+
+    with pytest.raises(ValueError, match=r"a\.txt: is not a regular file"):
+        texts_of(tmp_path / "a.txt")
+
+
+def test_a_zstd_file_that_is_cut_anywhere_is_refused(tmp_path: Path):
+    pytest.importorskip("zstandard")
+    whole = write_texts(tmp_path / "a.jsonl.zst", TEXTS * 3).read_bytes()
+    ends = []
+
+    for size in range(1, len(whole)):
+        (tmp_path / "a.jsonl.zst").write_bytes(whole[:size])
+        try:
+            ends += [size] if len(texts_of(tmp_path / "a.jsonl.zst", most_broken=0.2)) else []
+        except ValueError:
+            continue
+
+    assert len(ends) <= 1  # between its two frames the file is a whole one
+
+
+def test_a_parquet_file_without_the_column_is_told_what_it_has(tmp_path: Path):
+    pytest.importorskip("pyarrow")
+    path = write_texts(tmp_path / "a.parquet", TEXTS)
+
+    with pytest.raises(ValueError, match="it has no column 'body', only id, text"):
+        texts_of(path, field="body")
+
+
+@pytest.mark.parametrize(("end", "module"), MODULES.items(), ids=MODULES)
+def test_a_missing_library_is_named_with_the_way_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, module: str
+):
+    (tmp_path / f"a{end}").write_bytes(b"x")
+    for name in (module, "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+    with pytest.raises(ValueError, match=rf"needs {module}.*: pip install 'dsmoe_jax\[data\]'"):
+        texts_of(tmp_path / f"a{end}")
+
+
+# Shards
+
+
+def test_shards_round_trip_to_the_text(tmp_path: Path, tokenizer_folder: Path):
+    path = write_texts(tmp_path / "a.jsonl", TEXTS)
+    tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
+
+    made = tokenize(path, tokenizer_folder, tmp_path / "out", holdout=0.0)
+    shards = TokenShards.open(tmp_path / "out", verify=True)
+
+    assert [tokenizer.decode(ids) for ids in ids_of(shards)] == TEXTS
+    assert ids_of(shards) == [[0, *tokenizer.encode(text, add_special_tokens=False), 1] for text in TEXTS]
+    assert shards.lengths.tolist() == [len(text.encode()) + 2 for text in TEXTS]
+    assert (made.documents, made.tokens, made.heldout_documents) == (len(TEXTS), shards.tokens, 0)
+    assert (shards.vocab_size, shards.eos_token_id, shards.dtype) == (258, 1, np.dtype("<u2"))
+    assert str(made) == f"{tmp_path}/out: 265 tokens of 5 documents to train on, 0 of 0 held out; 0.0 MB of text"
+
+
+def test_a_part_of_a_document_is_a_view_of_the_file(tmp_path: Path, tokenizer_folder: Path):
+    tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", holdout=0.0)
+    shards = TokenShards.open(tmp_path / "out")
+
+    part = shards.read(3, 2, 5)
+
+    assert part.tolist() == shards.read(3).tolist()[2:5]
+    assert part.base is not None
+    assert not part.flags.writeable
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 30, 1000])
+def test_a_shard_is_closed_when_it_is_full_and_no_document_crosses(
+    tmp_path: Path, tokenizer_folder: Path, shard_tokens: int
+):
+    path = write_texts(tmp_path / "a.jsonl", TEXTS)
+    tokenize(path, tokenizer_folder, tmp_path / "one", holdout=0.0)
+
+    tokenize(path, tokenizer_folder, tmp_path / "many", holdout=0.0, shard_tokens=shard_tokens)
+
+    shards = TokenShards.open(tmp_path / "many", verify=True)
+    sizes = [file.stat().st_size // 2 for file in sorted((tmp_path / "many").glob("*.tokens"))]
+    assert ids_of(shards) == ids_of(TokenShards.open(tmp_path / "one"))
+    assert len(sizes) == {1: 5, 30: 3, 1000: 1}[shard_tokens]
+    assert all(size >= shard_tokens for size in sizes[:-1])
+
+
+def test_a_vocabulary_past_65536_takes_uint32(tmp_path: Path):
+    small = byte_tokenizer(tmp_path / "small", fill=65_536 - 258)
+    large = byte_tokenizer(tmp_path / "large", fill=65_537 - 258)
+    path = write_texts(tmp_path / "a.jsonl", TEXTS)
+
+    for folder in (small, large):
+        tokenize(path, folder, tmp_path / f"{folder.name}.out", holdout=0.0)
+    narrow, wide = (TokenShards.open(tmp_path / f"{name}.out", verify=True) for name in ("small", "large"))
+
+    assert (narrow.dtype, wide.dtype) == (np.dtype("<u2"), np.dtype("<u4"))
+    assert ids_of(narrow) == ids_of(wide)
+
+
+def test_the_same_shards_made_twice_are_byte_identical(tmp_path: Path, tokenizer_folder: Path):
+    path = write_texts(tmp_path / "a.jsonl", TEXTS * 20)
+
+    for name in ("one", "two"):
+        tokenize(path, tokenizer_folder, tmp_path / name, holdout=0.3, shard_tokens=100)
+
+    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
+
+
+def test_several_sources_follow_one_another(tmp_path: Path, tokenizer_folder: Path):
+    sources = [write_texts(tmp_path / f"{i}.jsonl", [text]) for i, text in enumerate(TEXTS)]
+
+    tokenize(sources, tokenizer_folder, tmp_path / "out", holdout=0.0)
+
+    tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
+    assert [tokenizer.decode(ids) for ids in ids_of(TokenShards.open(tmp_path / "out"))] == TEXTS
+
+
+def test_the_standard_library_can_be_tokenized_and_the_progress_ends_where_it_should(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(writer, "documents", lambda *args, **options: itertools.islice(documents(*args, **options), 50))
+
+    made = tokenize("python-stdlib", tokenizer_folder, tmp_path / "out")
+
+    assert made.documents + made.heldout_documents == 50
+    assert made.tokens + made.heldout_tokens == made.text_bytes + 100
+    assert is_token_shards(tmp_path / "out")
+
+
+def test_what_is_held_out_depends_on_the_text_alone_and_copies_stay_together(tmp_path: Path, tokenizer_folder: Path):
+    texts = [f"text {n % 200}" for n in range(600)]
+    more = [f"other {n}" for n in range(100)]
+    tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
+
+    found = []
+    for name, some in (("a", texts), ("b", [*more, *texts[::-1]])):
+        tokenize(write_texts(tmp_path / f"{name}.jsonl", some), tokenizer_folder, tmp_path / name, holdout=0.25)
+        splits = [ids_of(TokenShards.open(tmp_path / name, split, verify=True)) for split in ("train", "heldout")]
+        found.append([[tokenizer.decode(ids) for ids in split] for split in splits])
+
+    (train, heldout), (train_again, heldout_again) = found
+    assert sorted(train + heldout) == sorted(texts)
+    assert not set(train) & set(heldout)
+    assert set(heldout) == set(heldout_again) - set(more)
+    assert set(train) == set(train_again) - set(more)
+    assert 30 <= len(set(heldout)) <= 70
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_about_the_share_is_held_out(share: float):
+    held = sum(is_held_out(str(n).encode(), share) for n in range(20_000))
+
+    assert held / 20_000 == pytest.approx(share, abs=0.02 if share else 0)
+
+
+def test_shards_know_their_tokenizer_and_their_vocabulary(tmp_path: Path, tokenizer_folder: Path):
+    other = byte_tokenizer(tmp_path / "other", fill=1)
+    tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", holdout=0.0)
+    shards = TokenShards.open(tmp_path / "out")
+
+    shards.check(tokenizer_hash=tokenizer_hash(tokenizer_folder), vocab_size=258)
+    shards.check()
+
+    with pytest.raises(ValueError, match=r"out: made with another tokenizer .*; tokenize the text again"):
+        shards.check(tokenizer_hash=tokenizer_hash(other))
+    with pytest.raises(ValueError, match="out: made with a vocabulary of 258; the model's vocab_size is 257"):
+        shards.check(vocab_size=257)
+
+
+def test_the_hash_of_a_tokenizer_is_of_its_files_and_of_no_other(tmp_path: Path, tokenizer_folder: Path):
+    copy = byte_tokenizer(tmp_path / "copy")
+    (copy / "README.md").write_text("no part of it")
+
+    same = tokenizer_hash(copy)
+    (copy / "tokenizer_config.json").write_text("{}")
+
+    assert same == tokenizer_hash(tokenizer_folder) != tokenizer_hash(copy)
+
+
+# Failures
+
+
+def test_an_interrupted_run_leaves_nothing(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+):
+    path = write_texts(tmp_path / "a.jsonl", TEXTS * 3)
+    before = snapshot(tmp_path)
+    for error in (KeyboardInterrupt(), MemoryError(), ValueError("bad")):
+
+        def stopping(source: Any, error: BaseException = error, **_: Any):
+            yield from itertools.islice(documents(source), 7)
+            raise error
+
+        monkeypatch.setattr(writer, "documents", stopping)
+        monkeypatch.setattr(writer, "_AT_ONCE", 2)
+
+        with pytest.raises(type(error)):
+            tokenize(path, tokenizer_folder, tmp_path / "out", shard_tokens=50)
+
+        assert snapshot(tmp_path) == before
+
+
+def test_a_full_disk_gets_one_line_and_leaves_nothing(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = write_texts(tmp_path / "a.jsonl", TEXTS)
+    before = snapshot(tmp_path)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer._Split, "add", full)
+
+    with pytest.raises(ValueError, match="out cannot be written: No space left on device"):
+        tokenize(path, tokenizer_folder, tmp_path / "out")
+    assert snapshot(tmp_path) == before
+
+
+def test_nothing_is_overwritten(tmp_path: Path, tokenizer_folder: Path):
+    (tmp_path / "out").mkdir()
+
+    with pytest.raises(ValueError, match="out exists; nothing is overwritten"):
+        tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out")
+
+
+def test_bad_arguments_get_one_line_and_leave_nothing(tmp_path: Path, tokenizer_folder: Path):
+    path = write_texts(tmp_path / "a.jsonl", TEXTS)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    tokenize(path, tokenizer_folder, tmp_path / "done", holdout=0.0)
+    no_eos = byte_tokenizer(tmp_path / "no_eos", eos=False)
+    before = snapshot(tmp_path)
+    bad: tuple[tuple[Any, Path, dict[str, Any], str], ...] = (
+        ([], tokenizer_folder, {}, "no sources"),
+        (path, tokenizer_folder, {"holdout": 1.0}, "holdout must be at least 0 and less than 1"),
+        (path, tokenizer_folder, {"holdout": -0.1}, "holdout must be"),
+        (path, tokenizer_folder, {"holdout": 1 - 1e-12}, "leaves none of 5 documents to train on"),
+        (path, tokenizer_folder, {"shard_tokens": 0}, "shard_tokens must be at least 1"),
+        (tmp_path / "done", tokenizer_folder, {}, "done: holds token shards already"),
+        ([path, tmp_path / "nowhere"], tokenizer_folder, {}, "nowhere: does not exist"),
+        (empty, tokenizer_folder, {}, "empty: no files"),
+        (path, empty, {}, "no tokenizer in"),
+        (path, no_eos, {}, "has no eos token to end a document with"),
+        (path, tokenizer_folder, {"field": "body"}, "5 of 5 lines are broken"),
+    )
+    for sources, tokenizer, options, problem in bad:
+        with pytest.raises(ValueError, match=problem) as refused:
+            tokenize(sources, tokenizer, tmp_path / "out", **options)
+
+        assert "\n" not in str(refused.value)
+        assert snapshot(tmp_path) == before
+
+
+def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
+    def apply(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        change(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return apply
+
+
+def flip(name: str) -> Callable[[Path], Any]:
+    def apply(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[9] ^= 1
+        (folder / name).write_bytes(data)
+
+    return apply
+
+
+def cut(name: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-2])
+
+
+TOKENS, BOUNDARIES = "train-00000.tokens", "train-00000.documents"
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), r"out: no token shards \(no manifest.json\)"),
+    "no JSON": (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json: is not JSON"),
+    "another format": (edit(lambda m: m.update(format="x")), "format 'x', this version reads 'dsmoe token shards 1'"),
+    "no vocabulary": (edit(lambda m: m.pop("vocab_size")), "`vocab_size` must be a int, got None"),
+    "a true vocabulary": (edit(lambda m: m.update(vocab_size=True)), "`vocab_size` must be a int, got True"),
+    "another dtype": (edit(lambda m: m.update(dtype="float32")), "dtype 'float32' is not one of uint16, uint32"),
+    "no split": (edit(lambda m: m["splits"].pop("heldout")), "`heldout` must be a dict"),
+    "shards of text": (edit(lambda m: m["splits"]["train"].update(shards=["a"])), "`tokens` must be a dict"),
+    "an empty shard": (
+        edit(lambda m: m["splits"]["train"]["shards"][0]["tokens"].update(bytes=0)),
+        "a shard of 0 bytes",
+    ),
+    "no tokens": (lambda folder: (folder / TOKENS).unlink(), f"{TOKENS}: is missing"),
+    "no boundaries": (lambda folder: (folder / BOUNDARIES).unlink(), f"{BOUNDARIES}: is missing"),
+    "cut tokens": (cut(TOKENS), rf"{TOKENS}: has 528 bytes, not 530"),
+    "cut boundaries": (cut(BOUNDARIES), rf"{BOUNDARIES}: has 46 bytes, not 48"),
+    "a flipped token": (flip(TOKENS), f"{TOKENS}: has other bytes than were written"),
+    "a flipped boundary": (flip(BOUNDARIES), f"{BOUNDARIES}: has other bytes than were written"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "problem"), DAMAGE.values(), ids=DAMAGE)
+def test_damaged_shards_get_one_line(tmp_path: Path, tokenizer_folder: Path, spoil: Callable, problem: str):
+    tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", holdout=0.0)
+    spoil(tmp_path / "out")
+
+    with pytest.raises(ValueError, match=problem) as refused:
+        TokenShards.open(tmp_path / "out", verify=True)
+
+    assert "\n" not in str(refused.value)
+
+
+def test_boundaries_that_do_not_ascend_are_refused_without_a_look_at_the_hashes(tmp_path: Path, tokenizer_folder: Path):
+    tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", holdout=0.0)
+    good = np.fromfile(tmp_path / "out" / BOUNDARIES, "<u8")
+    for at, value in ((0, 1), (2, good[1]), (2, 2**63), (5, good[5] + 1)):
+        bad = good.copy()
+        bad[at] = value
+        bad.tofile(tmp_path / "out" / BOUNDARIES)
+
+        with pytest.raises(ValueError, match=f"{BOUNDARIES}: the boundaries of the documents do not ascend"):
+            TokenShards.open(tmp_path / "out")
+
+
+def test_an_unknown_split_is_refused(tmp_path: Path, tokenizer_folder: Path):
+    tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", holdout=0.0)
+
+    with pytest.raises(ValueError, match="split 'test' is not one of train, heldout"):
+        TokenShards.open(tmp_path / "out", "test")

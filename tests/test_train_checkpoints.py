@@ -1,0 +1,202 @@
+"""A run's checkpoints: what is restored, what is skipped and said, what stays.
+
+Start at `test_a_state_comes_back_bit_for_bit_though_the_training_went_on`.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsmoe_jax.model import DeepSeekMoE, abstract, split
+from dsmoe_jax.sharding import MeshConfig, make_mesh
+from dsmoe_jax.train.checkpoints import Checkpoints
+from dsmoe_jax.train.optimizer import OptimizerConfig, make_optimizer
+from dsmoe_jax.train.step import StepConfig, TrainState, init_state, state_shardings
+from tests.helpers.hf_folder import flip_bit, tiny
+
+FACTS = {"stream": {"seed": 0}}
+OPTIONS = StepConfig(bias_update_rate=0.1)
+OPTIMIZER = make_optimizer(OptimizerConfig(schedule="constant"), 10)[0]
+
+
+def fresh(params: dict[str, Any]) -> TrainState:
+    return init_state(tiny(), params, OPTIMIZER, OPTIONS)
+
+
+def like(mesh: MeshConfig | None = None) -> TrainState:
+    specs = {name: jax.ShapeDtypeStruct(spec.shape, np.float32) for name, spec in abstract(tiny())[1].items()}
+    places = state_shardings(tiny(), OPTIMIZER, OPTIONS, None if mesh is None else make_mesh(mesh))
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        jax.eval_shape(fresh, specs),
+        places,
+    )
+
+
+@pytest.fixture(scope="module")
+def state() -> TrainState:
+    """With other values in every leaf."""
+    state = fresh(split(DeepSeekMoE.init(tiny()))[1])
+    leaves, tree = jax.tree.flatten(state)
+    return jax.tree.unflatten(tree, [leaf + jnp.asarray(i, leaf.dtype) for i, leaf in enumerate(leaves)])
+
+
+def same(got: TrainState, want: TrainState) -> None:
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (one.dtype, np.asarray(one).tobytes()) == (other.dtype, np.asarray(other).tobytes())
+
+
+def saved(folder: Path, state: TrainState, *steps: int, **options: Any) -> Checkpoints:
+    checkpoints = Checkpoints(folder, **options)
+    for step in steps:
+        checkpoints.save(step, state, FACTS)
+    checkpoints.wait()
+    return checkpoints
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, state: TrainState) -> Path:
+    """A folder of two checkpoints, to copy."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "two"
+    saved(folder, state, 10, 20).close()
+    return folder
+
+
+@pytest.fixture
+def copy(two: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(two, tmp_path / "copy"))
+
+
+def test_a_state_comes_back_bit_for_bit_though_the_training_went_on(tmp_path: Path, state: TrainState):
+    copied = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+    destroy = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0, state), donate_argnums=0)
+    checkpoints = Checkpoints(tmp_path)
+
+    checkpoints.save(10, copied, FACTS)
+    jax.block_until_ready(destroy(copied))
+    checkpoints.wait()
+
+    assert checkpoints.newest() == (10, FACTS)
+    same(checkpoints.restore(10, like()), state)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=8), MeshConfig(fsdp=2, expert=4)], ids=["fsdp=8", "expert=4"])
+def test_a_state_is_restored_onto_a_mesh_and_back(tmp_path: Path, two: Path, state: TrainState, mesh: MeshConfig):
+    over_mesh = Checkpoints(two).restore(20, like(mesh))
+
+    checkpoints = saved(tmp_path, over_mesh, 30)
+
+    same(over_mesh, state)
+    assert over_mesh.params["embed"].sharding == like(mesh).params["embed"].sharding
+    same(checkpoints.restore(30, like()), state)
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ({"keep_last": 1}, [5]),
+        ({"keep_last": 2}, [4, 5]),
+        ({"keep_last": 1, "keep_every": 2}, [2, 4, 5]),
+        ({"keep_last": 9}, [1, 2, 3, 4, 5]),
+    ],
+)
+def test_the_last_ones_stay_and_every_nth(tmp_path: Path, state: TrainState, options: dict[str, int], left: list[int]):
+    checkpoints = saved(tmp_path, state, 1, 2, 3, 4, 5, **options)
+
+    assert sorted(checkpoints.steps()) == left
+
+
+def data_file(home: Path) -> Path:
+    return max((path for path in home.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+# What is done to the newest checkpoint | what is said of it
+SPOIL: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no manifest": (lambda home: (home / "manifest.json").unlink(), "incomplete (no manifest)"),
+    "a flipped bit": (lambda home: flip_bit(data_file(home), -100), "has other bytes than were written"),
+    "a flipped bit in the manifest": (lambda home: flip_bit(home / "manifest.json", 200), "damaged"),
+    "a missing file": (lambda home: data_file(home).unlink(), "is missing"),
+    "a manifest that is no JSON": (lambda home: (home / "manifest.json").write_text("{"), "is not JSON"),
+    "other facts": (
+        lambda home: (home / "manifest.json").write_text(
+            (home / "manifest.json").read_text().replace('"seed": 0', '"seed": 1')
+        ),
+        "manifest has been changed",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "said"), SPOIL.values(), ids=SPOIL)
+def test_the_newest_intact_one_is_taken_and_the_others_are_named(
+    copy: Path, state: TrainState, caplog: pytest.LogCaptureFixture, spoil: Callable[[Path], Any], said: str
+):
+    spoil(copy / "step-00000020")
+
+    checkpoints = Checkpoints(copy)
+    found = checkpoints.newest()
+
+    assert found == (10, FACTS)
+    assert "step-00000020 is skipped" in caplog.text
+    assert said in caplog.text
+    same(checkpoints.restore(10, like()), state)
+
+
+def test_where_none_is_intact_there_is_none(copy: Path, tmp_path: Path):
+    for home in copy.iterdir():
+        (home / "manifest.json").unlink()
+
+    assert Checkpoints(copy).newest() is None
+    assert Checkpoints(tmp_path / "nowhere").newest() is None
+
+
+def test_a_save_takes_the_place_of_what_a_killed_one_left(copy: Path, state: TrainState):
+    (copy / "step-00000020" / "manifest.json").unlink()
+    (copy / "step-00000020.orbax-checkpoint-tmp").mkdir()
+
+    checkpoints = saved(copy, state, 20)
+
+    assert checkpoints.newest() == (20, FACTS)
+    assert sorted(path.name for path in copy.iterdir()) == ["step-00000010", "step-00000020"]
+
+
+def test_a_checkpoint_of_another_model_is_refused_in_one_line(two: Path):
+    wanted = like()
+    params = wanted.params | {"more": wanted.params["embed"]}
+
+    with pytest.raises(ValueError, match="step-00000020: params/more is missing in it"):
+        Checkpoints(two).restore(20, wanted._replace(params=params))
+
+
+def test_what_goes_wrong_in_the_background_is_raised_at_the_next_turn(
+    tmp_path: Path, state: TrainState, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.ERROR)
+    checkpoints = saved(tmp_path, state, 1)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dsmoe_jax.train.checkpoints._write_whole", full)
+    checkpoints.save(2, state, FACTS)
+
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.wait()
+
+    assert checkpoints.newest() == (1, FACTS)
+
+
+def test_the_manifest_lists_every_file(two: Path):
+    home = two / "step-00000020"
+
+    files = json.loads((home / "manifest.json").read_text())["files"]
+
+    there = {path.relative_to(home).as_posix() for path in home.rglob("*") if path.is_file()}
+    assert set(files) == there - {"manifest.json"}

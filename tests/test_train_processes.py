@@ -1,0 +1,93 @@
+"""Two processes of four devices train as one process of eight does, and go on where one stopped.
+
+Each test starts two processes on loopback.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsmoe_jax.sharding import MeshConfig
+from dsmoe_jax.train.loop import run
+from tests.test_loop import config, home, losses, no_compilation_cache  # noqa: F401  fixtures
+
+TIMEOUT = 200
+STEPS = 6
+MESHES = {
+    "data=2,expert=4": MeshConfig(data=2, fsdp=1, expert=4),
+    "the expert axis across processes": MeshConfig(fsdp=1, expert=8),
+}
+
+# What each process runs; its arguments are a JSON object.
+PROGRAM = """
+import json, sys
+from pathlib import Path
+asked = json.loads(sys.argv[1])
+from dsmoe_jax.sharding import MeshConfig
+from dsmoe_jax.train.config import ProcessConfig
+from tests.test_loop import config, run
+processes = ProcessConfig(coordinator=asked["coordinator"], processes=2, index=asked["index"])
+mesh = MeshConfig(**asked["mesh"])
+run(config(Path(asked["home"]), Path(asked["out"]), mesh=mesh, steps=asked["steps"], processes=processes))
+"""
+
+
+def run_two(home: Path, out: Path, mesh: MeshConfig, steps: int = STEPS) -> None:  # noqa: F811
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    with contextlib.ExitStack() as stack:
+        started = []
+        for index in range(2):
+            asked = {
+                "coordinator": coordinator,
+                "index": index,
+                "home": str(home),
+                "out": str(out),
+                "mesh": vars(mesh),
+                "steps": steps,
+            }
+            process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, json.dumps(asked)],
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            started.append(stack.enter_context(process))
+            stack.callback(process.kill)
+        for process in started:
+            _, error = process.communicate(timeout=TIMEOUT)
+            assert process.returncode == 0, error[-2000:]
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_two_processes_train_as_one_does(tmp_path: Path, home: Path, mesh: MeshConfig):  # noqa: F811
+    run_two(home, tmp_path / "two", mesh)
+
+    run(config(home, tmp_path / "one", mesh=mesh, steps=STEPS))
+
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+
+def test_two_processes_go_on_where_one_stopped(
+    tmp_path: Path,
+    home: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+):
+    mesh = MeshConfig(fsdp=8)
+    run(config(home, tmp_path / "one", mesh=mesh, steps=STEPS))
+    with monkeypatch.context() as patch:
+        patch.setattr("dsmoe_jax.train.loop._agreed", lambda stop, n, every: n == 3)
+        run(config(home, tmp_path / "two", mesh=mesh, steps=STEPS))
+
+    run_two(home, tmp_path / "two", MeshConfig(data=2, fsdp=1, expert=4))
+
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)

@@ -1,0 +1,195 @@
+"""A run's checkpoints: written beside the training, sealed when complete; a start looks for the newest intact one.
+
+Start at `Checkpoints`. A folder `step-N` holds the whole state, as Orbax writes it, and a manifest with the SHA-256 of
+every file, written last: without one it is incomplete, with another hash it is damaged, and neither is restored.
+"""
+
+import logging
+import os
+import re
+import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+
+from dsmoe_jax.array_files import hash_file, without_warnings
+from dsmoe_jax.checkpoint import together
+from dsmoe_jax.json_file import read_json
+from dsmoe_jax.manifest import own_hash
+from dsmoe_jax.new_folder import sync, write_json
+
+from .step import TrainState
+
+_MANIFEST: Final = "manifest.json"
+_FORMAT: Final = 1
+_NAME: Final = re.compile(r"step-(\d{8})")
+_WAIT: Final = 1800  # seconds for the slowest process to hash its files
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints in `folder`; the last `keep_last` stay, and every one at a multiple of `keep_every`."""
+
+    def __init__(self, folder: Path, *, keep_last: int = 3, keep_every: int | None = None):
+        if keep_last < 1 or (keep_every is not None and keep_every < 1):
+            raise ValueError(f"keep_last and keep_every must be at least 1, not {keep_last} and {keep_every}")
+        self.folder = folder
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._worker = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future | None = None
+
+    def save(self, step: int, state: TrainState, facts: dict[str, Any]) -> None:
+        """Begin to write the state; the training may go on at once. `facts` (JSON) come back with it.
+
+        Waits for the one before, and raises what went wrong there: `OSError` for a full disk, say.
+        """
+        from orbax.checkpoint import v1 as ocp
+
+        self.wait()
+        home = self.folder / f"step-{step:08}"
+        if (home / _MANIFEST).is_file():
+            return
+        if jax.process_index() == 0:
+            for left in self.folder.glob(f"{home.name}*"):  # by a run that was killed here
+                shutil.rmtree(left)
+        # On CPU Orbax would read the very memory that the next step overwrites.
+        on_host = jax.default_backend() == "cpu"
+        leaves = {name: jnp.copy(leaf) if on_host else leaf for name, leaf in _flat(state).items()}
+        with together(), without_warnings():
+            context = ocp.Context()
+            context.array.saving.use_compression = False
+            with context:
+                writing = ocp.save_async(str(home.absolute()), leaves)
+        self._pending = self._worker.submit(self._seal, home, step, writing, facts)
+
+    def wait(self) -> None:
+        """Until the last save is complete; raises what went wrong."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """Wait, and end the worker."""
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
+
+    def newest(self) -> tuple[int, dict[str, Any]] | None:
+        """The step of the newest complete and intact checkpoint with its facts; says which it skipped, and why."""
+        for step in sorted(self.steps(), reverse=True):
+            home = self.folder / f"step-{step:08}"
+            try:
+                with together():
+                    _check_files(home)
+            except ValueError as error:
+                _log.warning("%s is skipped: %s", home, error)
+            else:
+                return step, read_json(home / _MANIFEST)["facts"]
+        return None
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state of a checkpoint; `like` has the shapes, dtypes and shardings it shall have."""
+        from orbax.checkpoint import v1 as ocp
+
+        home = self.folder / f"step-{step:08}"
+        wanted = _flat(like)
+        with without_warnings():
+            stored = dict(ocp.metadata(str(home.absolute())).metadata)
+            _check(home, wanted, stored)
+            leaves = ocp.load(str(home.absolute()), wanted)
+        return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in wanted])
+
+    def steps(self) -> list[int]:
+        """Those of all folders, complete or not."""
+        if not self.folder.is_dir():
+            return []
+        return [int(match[1]) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+
+    def _seal(self, home: Path, step: int, writing: Any, facts: dict[str, Any]) -> None:
+        """In the background: each process hashes its share of the files, then the first writes the manifest."""
+        with without_warnings():
+            writing.result()
+        index, count = jax.process_index(), jax.process_count()
+        files = sorted(path for path in home.rglob("*") if path.is_file() and not path.name.startswith("sums-"))
+        sums = {}
+        for path in files[index::count]:
+            sync(path)
+            sums[path.relative_to(home).as_posix()] = hash_file(path)
+        if count > 1:
+            _write_whole(home / f"sums-{index}.json", sums)
+        if index:
+            return
+        for i in range(1, count):
+            part = home / f"sums-{i}.json"
+            _wait_for(part)
+            sums |= read_json(part)
+        fields = {"format": _FORMAT, "step": step, "files": sums, "facts": facts}
+        _write_whole(home / _MANIFEST, fields | {"sha256": own_hash(fields)})
+        for part in home.glob("sums-*.json"):
+            part.unlink()
+        self._forget_old()
+
+    def _forget_old(self) -> None:
+        complete = sorted(step for step in self.steps() if (self.folder / f"step-{step:08}" / _MANIFEST).is_file())
+        for step in complete[: -self._keep_last]:
+            if self._keep_every is None or step % self._keep_every:
+                home = self.folder / f"step-{step:08}"
+                (home / _MANIFEST).unlink()  # first, so that a kill leaves nothing that looks whole
+                shutil.rmtree(home, ignore_errors=True)
+
+
+def _flat(state: Any) -> dict[str, Any]:
+    """The state's leaves by the path to them: independent of the classes around them."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {"/".join(map(_key, path)): leaf for path, leaf in leaves}
+
+
+def _key(entry: Any) -> str:
+    return str(next(getattr(entry, name) for name in ("name", "key", "idx") if hasattr(entry, name)))
+
+
+def _check(home: Path, wanted: dict[str, Any], stored: dict[str, Any]) -> None:
+    for name in sorted(wanted.keys() ^ stored.keys()):
+        where = "is missing in it" if name in wanted else "belongs to another model, optimizer or option"
+        raise ValueError(f"{home}: {name} {where}")
+    for name, leaf in wanted.items():
+        if tuple(stored[name].shape) != tuple(leaf.shape):
+            raise ValueError(f"{home}: {name} has shape {list(stored[name].shape)}, this run needs {list(leaf.shape)}")
+
+
+def _check_files(home: Path) -> None:
+    """`ValueError` that says why a checkpoint cannot be restored; every process looks at its share of the files."""
+    if not (home / _MANIFEST).is_file():
+        raise ValueError("incomplete (no manifest)")
+    manifest = read_json(home / _MANIFEST)
+    if manifest.pop("sha256", None) != own_hash(manifest):
+        raise ValueError("damaged: its manifest has been changed")
+    if (version := manifest["format"]) != _FORMAT:
+        raise ValueError(f"of format {version}, this version reads {_FORMAT}")
+    for name, sums in sorted(manifest["files"].items())[jax.process_index() :: jax.process_count()]:
+        if not (home / name).is_file():
+            raise ValueError(f"damaged: {name!r} is missing")
+        if hash_file(home / name) != sums:
+            raise ValueError(f"damaged: {name!r} has other bytes than were written")
+
+
+def _wait_for(path: Path) -> None:
+    until = time.monotonic() + _WAIT
+    while not path.is_file():
+        if time.monotonic() > until:
+            raise TimeoutError(f"{path} did not come; does every process see this file system?")
+        time.sleep(0.05)
+
+
+def _write_whole(path: Path, fields: dict[str, Any]) -> None:
+    """A JSON file that is there as a whole or not at all."""
+    growing = path.with_suffix(".new")
+    write_json(growing, fields)
+    sync(growing)
+    os.replace(growing, path)
+    sync(path.parent)

@@ -1,0 +1,64 @@
+"""Datasets mixed by weight: `Mixture.place` says which dataset sample n comes from, and which of its samples it is."""
+
+import functools
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Final
+
+import numpy as np
+
+from .shuffle import shuffled
+
+_BLOCK: Final = 256  # samples, if no weight is smaller than one of them
+_LARGEST_BLOCK: Final = 1 << 20
+_MIXTURE: Final = 1 << 31  # in the key: no dataset has this number
+
+
+class Mixture:
+    """Samples in blocks, each block with a fixed number of samples of each dataset, shuffled.
+
+    After every whole block each dataset has had its share of all samples so far, rounded by the largest remainders:
+    never off by one sample, however long it goes on. Within a block the order is random.
+    """
+
+    def __init__(self, weights: Sequence[float], *, seed: int):
+        for weight in weights:
+            if not (math.isfinite(weight) and weight > 0):
+                raise ValueError(f"weights must be positive and finite, got {weight}")
+        if not weights:
+            raise ValueError("a mixture of no datasets")
+        exact = [Fraction(weight) for weight in weights]
+        self._shares = [weight / sum(exact) for weight in exact]
+        self._seed = seed
+        # With a sample of every dataset in every block no rounded total ever falls, so no count is negative.
+        self.block = max(_BLOCK, math.ceil(1 / min(self._shares)))
+        if self.block > _LARGEST_BLOCK:
+            raise ValueError(f"weight {min(weights)} is less than one sample in {_LARGEST_BLOCK}")
+        self._cached = functools.lru_cache(maxsize=8)(self._build)
+
+    def place(self, n: int) -> tuple[int, int]:
+        """The dataset of sample `n`, and the number of the sample within it."""
+        block, at = divmod(n, self.block)
+        datasets, numbers = self._cached(block)
+        return int(datasets[at]), int(numbers[at])
+
+    def taken(self, blocks: int) -> list[int]:
+        """How many samples of each dataset the first blocks have."""
+        exact = [blocks * self.block * share for share in self._shares]
+        counts = [math.floor(count) for count in exact]
+        left = blocks * self.block - sum(counts)
+        for dataset in sorted(range(len(exact)), key=lambda d: counts[d] - exact[d])[:left]:
+            counts[dataset] += 1
+        return counts
+
+    def _build(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        before, after = self.taken(block), self.taken(block + 1)
+        # Sorted by dataset; then each place of the block is given one of them.
+        datasets = np.repeat(np.arange(len(before)), [b - a for a, b in zip(before, after, strict=True)])
+        datasets = datasets[shuffled(self.block, self._seed, _MIXTURE, block)]
+        # Within a dataset the samples come in their order.
+        numbers = np.empty_like(datasets)
+        for dataset, (first, last) in enumerate(zip(before, after, strict=True)):
+            numbers[datasets == dataset] = np.arange(first, last)
+        return datasets, numbers

@@ -1,0 +1,150 @@
+"""Token shards: documents as token ids in memory-mapped files, written once by writer.py. Start at `TokenShards`.
+
+A folder of them holds `manifest.json` and, of each split (`train`, `heldout`), `SPLIT-00000.tokens`: all ids one after
+another, little-endian uint16 (uint32 for a vocabulary past 65,536), and `SPLIT-00000.documents`: where each document
+begins among them, and at last their number, little-endian uint64.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from dsmoe_jax.array_files import hash_file
+from dsmoe_jax.json_file import read_json
+from dsmoe_jax.manifest import own_hash
+from dsmoe_jax.tokenizer import tokenizer_files
+
+MANIFEST: Final = "manifest.json"
+FORMAT: Final = "dsmoe token shards 1"
+SPLITS: Final = ("train", "heldout")
+DTYPES: Final = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+BOUNDARY: Final = np.dtype("<u8")
+
+
+def shard_files(split: str, index: int) -> tuple[str, str]:
+    """The names of a shard's two files: token ids, boundaries of documents."""
+    return f"{split}-{index:05d}.tokens", f"{split}-{index:05d}.documents"
+
+
+def is_token_shards(path: str | Path) -> bool:
+    """Whether the path is a folder of token shards."""
+    try:
+        return read_json(Path(path) / MANIFEST).get("format") == FORMAT
+    except ValueError:
+        return False
+
+
+def tokenizer_hash(folder: str | Path) -> str:
+    """The SHA-256 over the bytes of a tokenizer's files, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(tokenizer_files(folder), key=lambda path: path.name):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class TokenShards:
+    """The documents of one split, numbered from 0; nothing is read before it is asked for.
+
+    `lengths` is int64 [documents], in tokens, the ending eos included; `tokens` their sum. `digest` is the SHA-256 of
+    all that a training stream can depend on.
+    """
+
+    def __init__(self, folder: Path, split: str, manifest: dict[str, Any]):
+        """Use `open`."""
+        self.folder, self.split = folder, split
+        self.vocab_size, self.eos_token_id = manifest["vocab_size"], manifest["eos_token_id"]
+        self.tokenizer_hash = manifest["tokenizer_sha256"]
+        self.dtype = DTYPES[manifest["dtype"]]
+        self._manifest = manifest["splits"][split]
+        self.digest = own_hash({"dtype": manifest["dtype"]} | self._manifest)
+        names = [shard_files(split, index) for index in range(len(self._manifest["shards"]))]
+        self._tokens = [_map(folder / ids, self.dtype) for ids, _ in names]
+        self._boundaries = [_map(folder / boundaries, BOUNDARY) for _, boundaries in names]
+        for (_, name), tokens, boundaries in zip(names, self._tokens, self._boundaries, strict=True):
+            if boundaries[0] or boundaries[-1] != len(tokens) or (boundaries[1:] <= boundaries[:-1]).any():
+                raise ValueError(f"{folder / name}: the boundaries of the documents do not ascend from 0 to the end")
+        self.lengths = np.concatenate([np.zeros(0, np.int64), *(np.diff(b).astype(np.int64) for b in self._boundaries)])
+        self.tokens = int(self.lengths.sum())
+        self._first = np.cumsum([0, *(len(boundaries) - 1 for boundaries in self._boundaries)])
+
+    @classmethod
+    def open(cls, folder: str | Path, split: str = "train", *, verify: bool = False) -> "TokenShards":
+        """The shards of a split, memory-mapped; `verify` reads every byte and compares its SHA-256.
+
+        Raises `ValueError` in one line where the folder holds no token shards, or a file is missing or damaged.
+        """
+        folder = Path(folder)
+        if not (folder / MANIFEST).is_file():
+            raise ValueError(f"{folder}: no token shards (no {MANIFEST})")
+        manifest = _read_manifest(folder / MANIFEST)
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
+        for index, shard in enumerate(manifest["splits"][split]["shards"]):
+            for name in shard_files(split, index):
+                _check_file(folder / name, shard[name.rpartition(".")[2]], verify)
+        return cls(folder, split, manifest)
+
+    def __len__(self) -> int:
+        """How many documents there are."""
+        return len(self.lengths)
+
+    def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Token ids `start` to `stop` of a document: a view of the file."""
+        shard = int(np.searchsorted(self._first, document, side="right")) - 1
+        begin = int(self._boundaries[shard][document - self._first[shard]])
+        stop = int(self.lengths[document]) if stop is None else stop
+        return self._tokens[shard][begin + start : begin + stop]
+
+    def check(self, *, tokenizer_hash: str | None = None, vocab_size: int | None = None) -> None:
+        """`ValueError` if another tokenizer made the shards, or a model of `vocab_size` does not know all their ids."""
+        if tokenizer_hash is not None and tokenizer_hash != self.tokenizer_hash:
+            raise ValueError(
+                f"{self.folder}: made with another tokenizer (SHA-256 {self.tokenizer_hash[:12]}…, "
+                f"not {tokenizer_hash[:12]}…); tokenize the text again"
+            )
+        if vocab_size is not None and self.vocab_size > vocab_size:
+            raise ValueError(
+                f"{self.folder}: made with a vocabulary of {self.vocab_size}; the model's vocab_size is {vocab_size}"
+            )
+
+
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+    return np.asarray(np.memmap(path, dtype, mode="r"))
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest; `ValueError` if anything in it is not of the kind that is read here."""
+    fields = read_json(path)
+    if (version := fields.get("format")) != FORMAT:
+        raise ValueError(f"{path}: format {version!r}, this version reads {FORMAT!r}")
+
+    def field(table: Any, name: str, kind: type) -> Any:
+        value = table.get(name) if isinstance(table, dict) else None
+        if type(value) is not kind:
+            raise ValueError(f"{path}: `{name}` must be a {kind.__name__}, got {value!r:.80}")
+        return value
+
+    for name, kind in {"vocab_size": int, "eos_token_id": int, "tokenizer_sha256": str, "splits": dict}.items():
+        field(fields, name, kind)
+    if field(fields, "dtype", str) not in DTYPES:
+        raise ValueError(f"{path}: dtype {fields['dtype']!r:.80} is not one of {', '.join(DTYPES)}")
+    for split in SPLITS:
+        for shard in field(field(fields["splits"], split, dict), "shards", list):
+            for kind, dtype, least in (("tokens", DTYPES[fields["dtype"]], 1), ("documents", BOUNDARY, 2)):
+                size = field(field(shard, kind, dict), "bytes", int)
+                field(shard[kind], "sha256", str)
+                if size < least * dtype.itemsize or size % dtype.itemsize:
+                    raise ValueError(f"{path}: a shard of {size} bytes of {kind}")
+    return fields
+
+
+def _check_file(path: Path, want: dict[str, Any], verify: bool) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path}: is missing")
+    if (size := os.path.getsize(path)) != want["bytes"]:
+        raise ValueError(f"{path}: has {size} bytes, not {want['bytes']}")
+    if verify and hash_file(path)["sha256"] != want["sha256"]:
+        raise ValueError(f"{path}: has other bytes than were written: another SHA-256")

@@ -1,0 +1,172 @@
+"""Text to token shards, once: `tokenize`, the function behind `dsmoe tokenize`. shards.py says how they lie on disk."""
+
+import array
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from dsmoe_jax.new_folder import new_folder, refuse_existing, write_json
+from dsmoe_jax.progress import Advance, silent
+from dsmoe_jax.tokenizer import Tokenizer
+
+from .shards import BOUNDARY, DTYPES, FORMAT, MANIFEST, SPLITS, is_token_shards, shard_files, tokenizer_hash
+from .sources import Document, documents, source_bytes
+
+_AT_ONCE: Final = 256  # documents
+
+
+class Tokenized(NamedTuple):
+    """What `tokenize` made."""
+
+    folder: Path
+    documents: int
+    tokens: int
+    heldout_documents: int
+    heldout_tokens: int
+    text_bytes: int
+
+    def __str__(self) -> str:
+        """For a person."""
+        return (
+            f"{self.folder}: {self.tokens:,} tokens of {self.documents:,} documents to train on, "
+            f"{self.heldout_tokens:,} of {self.heldout_documents:,} held out; {self.text_bytes / 1e6:,.1f} MB of text"
+        )
+
+
+def tokenize(
+    sources: str | Path | Sequence[str | Path],
+    tokenizer_folder: str | Path,
+    out: str | Path,
+    *,
+    shard_tokens: int = 1 << 27,
+    holdout: float = 0.01,
+    field: str = "text",
+    most_broken: float = 0.01,
+    progress: Callable[[str, int], AbstractContextManager[Advance]] = silent,
+) -> Tokenized:
+    """Write the texts of `sources` (see `documents`) as a new folder of token shards, complete or not at all.
+
+    A document is what the tokenizer makes of it (bos in front, if it adds one) and eos. A shard is closed when it has
+    `shard_tokens`; no document crosses shards. About the share `holdout` of the documents is kept for evaluation: which
+    ones depends on their text alone, so copies of a text are never on both sides, whatever else is tokenized with it.
+
+    The name of a special token within a text becomes that token, as everywhere with `Tokenizer`; where documents end
+    is known from the boundaries, not from eos.
+
+    The same text and tokenizer give the same bytes. Raises `ValueError` in one line for everything that is wrong with
+    the sources, the tokenizer or the folder.
+    """
+    sources = [sources] if isinstance(sources, str | Path) else list(sources)
+    if not sources:
+        raise ValueError("no sources to tokenize")
+    if not 0 <= holdout < 1:
+        raise ValueError(f"holdout must be at least 0 and less than 1, not {holdout}")
+    if shard_tokens < 1:
+        raise ValueError(f"shard_tokens must be at least 1, not {shard_tokens}")
+    if shards := next((source for source in sources if is_token_shards(source)), None):
+        raise ValueError(f"{shards}: holds token shards already, no text")
+    refuse_existing(out)
+    tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{tokenizer_folder}: the tokenizer has no eos token to end a document with")
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+
+    total = sum(map(source_bytes, sources))
+
+    text_bytes = 0
+    try:
+        with new_folder(out) as draft, progress("tokenizing", total) as advance, ExitStack() as stack:
+            train, heldout = (_Split(draft.folder, split, DTYPES[dtype], shard_tokens) for split in SPLITS)
+            stack.callback(train.abandon)
+            stack.callback(heldout.abandon)
+            for source in sources:
+                found = documents(source, field=field, most_broken=most_broken, advance=advance)
+                for text, ids in _encoded(found, tokenizer, tokenizer.eos_token_id):
+                    (heldout if is_held_out(text, holdout) else train).add(ids)
+                    text_bytes += len(text)
+            if not train.documents:
+                raise ValueError(f"holdout {holdout} leaves none of {heldout.documents} documents to train on")
+            manifest = {
+                "format": FORMAT,
+                "tokenizer_sha256": tokenizer_hash(tokenizer_folder),
+                "vocab_size": tokenizer.vocab_size,
+                "eos_token_id": tokenizer.eos_token_id,
+                "dtype": dtype,
+                "holdout": holdout,
+                "sources": [str(source) for source in sources],
+                "text_bytes": text_bytes,
+                "splits": dict(zip(SPLITS, (train.finish(), heldout.finish()), strict=True)),
+            }
+            write_json(draft.folder / MANIFEST, manifest)
+    except OSError as error:  # a full disk; what goes wrong with a source is a ValueError
+        raise ValueError(f"{out} cannot be written: {error.strerror}") from None
+    return Tokenized(Path(out), train.documents, train.tokens, heldout.documents, heldout.tokens, text_bytes)
+
+
+def is_held_out(text: bytes, share: float) -> bool:
+    """Whether a document is kept for evaluation: a pure function of its UTF-8."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) < share * 2**64
+
+
+def _encoded(found: Iterable[Document], tokenizer: Tokenizer, eos: int) -> Iterator[tuple[bytes, list[int]]]:
+    """Each document's UTF-8 and its ids, eos at the end."""
+    found = iter(found)
+    while some := list(islice(found, _AT_ONCE)):
+        for document, ids in zip(some, map(tokenizer.encode, (document.text for document in some)), strict=True):
+            if ids[-1:] != [eos]:  # a tokenizer may add it already
+                ids.append(eos)
+            yield document.text.encode(), ids
+
+
+class _Split:
+    """Writes the shards of a split one after another."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int):
+        self._folder, self._split, self._dtype, self._most = folder, split, dtype, shard_tokens
+        self._shards: list[dict[str, Any]] = []
+        self._file = None
+        self.documents = self.tokens = 0
+
+    def add(self, ids: list[int]) -> None:
+        if self._file is None:
+            name = shard_files(self._split, len(self._shards))[0]
+            self._file, self._hash = (self._folder / name).open("wb"), hashlib.sha256()
+            self._boundaries = array.array("Q", [0])
+        data = np.array(ids, self._dtype).tobytes()
+        self._file.write(data)
+        self._hash.update(data)
+        self._boundaries.append(self._boundaries[-1] + len(ids))
+        self.documents += 1
+        self.tokens += len(ids)
+        if self._boundaries[-1] >= self._most:
+            self._end_shard()
+
+    def finish(self) -> dict[str, Any]:
+        """End the last shard; returns what the manifest says of the split."""
+        if self._file is not None:
+            self._end_shard()
+        return {"documents": self.documents, "tokens": self.tokens, "shards": self._shards}
+
+    def abandon(self) -> None:
+        """Let go of the file, if one is open still."""
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+
+    def _end_shard(self) -> None:
+        assert self._file is not None
+        self._file.close()
+        self._file = None
+        boundaries = np.array(self._boundaries, BOUNDARY).tobytes()
+        (self._folder / shard_files(self._split, len(self._shards))[1]).write_bytes(boundaries)
+        self._shards.append(
+            {
+                "tokens": {"bytes": self._boundaries[-1] * self._dtype.itemsize, "sha256": self._hash.hexdigest()},
+                "documents": {"bytes": len(boundaries), "sha256": hashlib.sha256(boundaries).hexdigest()},
+            }
+        )
