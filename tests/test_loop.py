@@ -127,6 +127,27 @@ def test_a_finished_run_that_is_started_again_changes_nothing(home: Path, whole:
     assert digest(whole / "model") == before
 
 
+GOLDEN = Path(__file__).parent / "golden" / "pretrain"  # a text, a tokenizer, and the losses of 20 steps on them
+CURVE = 1e-3  # relative, at every step
+
+
+def test_twenty_steps_follow_the_committed_curve(tmp_path: Path, home: Path):
+    data = DataConfig(
+        sources=(str(GOLDEN / "text.jsonl"),),
+        tokenizer=str(GOLDEN / "tokenizer"),
+        sequence_length=64,
+        batch_size=8,
+        holdout=0.0,
+    )
+    model = tmp_path / "model.json"
+    model.write_text(json.dumps(tiny(vocab_size=512).to_dict()))
+
+    run(config(home, tmp_path / "out", model=str(model), data=data, steps=20, evaluate_every=20))
+
+    want = json.loads((GOLDEN / "curve.json").read_text())
+    np.testing.assert_allclose(list(losses(tmp_path / "out").values()), want["loss"], rtol=CURVE)
+
+
 # Going on
 
 
