@@ -16,7 +16,7 @@ from dsmoe_jax.json_file import read_json
 from dsmoe_jax.new_folder import check_space
 from dsmoe_jax.tokenizer import TOKENIZER_FILES
 
-from .reader import _LAYOUTS, _is_file_name
+from .reader import LAYOUTS, is_file_name
 from .torch_pickle import show
 
 CONFIG: Final = "config.json"
@@ -106,9 +106,9 @@ def _from_cache(repository: str, revision: str) -> Path:
 
 def _weights(files: Collection[str], where: str, get: Callable[[str], Path]) -> list[str]:
     """Which of `files` hold the weights, their index first; `get` is asked for the index alone."""
-    name, is_index = next(((name, is_index) for name, is_index, _ in _LAYOUTS if name in files), ("", False))
+    name, is_index = next(((name, is_index) for name, is_index, _ in LAYOUTS if name in files), ("", False))
     if not name:
-        raise ValueError(f"{where} holds no weights; looked for {', '.join(name for name, _, _ in _LAYOUTS)}")
+        raise ValueError(f"{where} holds no weights; looked for {', '.join(name for name, _, _ in LAYOUTS)}")
     if not is_index:
         return [name]
     suffix = Path(name.removesuffix(".index.json")).suffix
@@ -116,7 +116,7 @@ def _weights(files: Collection[str], where: str, get: Callable[[str], Path]) -> 
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{name}: weight_map is missing, empty or not an object")
     for tensor, shard in weight_map.items():
-        if not _is_file_name(shard) or not shard.endswith(suffix):
+        if not is_file_name(shard) or not shard.endswith(suffix):
             raise ValueError(f"{name} places {show(tensor)} in {show(shard)}; a shard is a {suffix} file beside it")
         if shard not in files:
             raise ValueError(f"{where} lacks {shard}, which {name} names")

@@ -95,10 +95,10 @@ class CheckpointReader:
         self.close()
 
     def _find_weights(self) -> tuple[str, bool, "_Parser"]:
-        for name, is_index, parse in _LAYOUTS:
+        for name, is_index, parse in LAYOUTS:
             if os.path.lexists(self.folder / name):  # a dangling link is an error, not an absence
                 return name, is_index, parse
-        names = ", ".join(name for name, _, _ in _LAYOUTS)
+        names = ", ".join(name for name, _, _ in LAYOUTS)
         raise ValueError(f"{self.folder}: no weights; looked for {names}")
 
     def _read_index(self, name: str) -> dict[str, str]:
@@ -112,7 +112,7 @@ class CheckpointReader:
             if not isinstance(shards, dict) or not shards:
                 raise ValueError("weight_map is missing, empty or not an object")
             for tensor, file in shards.items():
-                if not _is_file_name(file):
+                if not is_file_name(file):
                     raise ValueError(f"tensor {show(tensor)} is in {show(file)}; a shard lies beside its index")
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.folder / name}: {error}") from error
@@ -187,7 +187,7 @@ def _check_metadata(metadata: object) -> None:
         (key + value).encode()  # half a surrogate pair is no text
 
 
-def _is_file_name(value: object) -> bool:
+def is_file_name(value: object) -> bool:
     """Whether `value` names a file without saying anything about folders, in characters one can print."""
     if not isinstance(value, str) or not value.isprintable() or value in ("", ".", ".."):
         return False
@@ -217,7 +217,7 @@ def path_inside(folder: Path, name: str) -> Path:
 _Parser = Callable[[mmap.mmap, str], dict[str, TensorInfo]]
 
 # Where weights are looked for, the preferred first: the file, whether it is an index of shards, its parser.
-_LAYOUTS: Final[tuple[tuple[str, bool, _Parser], ...]] = (
+LAYOUTS: Final[tuple[tuple[str, bool, _Parser], ...]] = (
     ("model.safetensors.index.json", True, read_safetensors),
     ("model.safetensors", False, read_safetensors),
     ("pytorch_model.bin.index.json", True, read_torch_file),

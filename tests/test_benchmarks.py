@@ -16,6 +16,8 @@ from tests.benchmarks.inputs import batch
 from tests.benchmarks.timing import ratios, spread
 from tests.helpers.hf_folder import random_params, tiny, write_hf
 
+pytestmark = pytest.mark.heavy
+
 LOGITS = 1e-4  # absolute, on logits of rms 1: two right fp32 implementations are near 1e-6 apart
 
 

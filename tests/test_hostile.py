@@ -46,6 +46,8 @@ from tests.helpers.hostile import (
     zip_file,
 )
 
+pytestmark = pytest.mark.heavy
+
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")  # it keeps nothing, but makes a folder
 
 SECONDS = 10  # for what takes milliseconds; the machine may be busy

@@ -417,4 +417,4 @@ def test_a_token_that_no_header_may_hold_is_in_no_error_either(hub: FakeHub, onl
 def test_every_place_the_reader_looks_in_has_a_choice_here():
     fetched = set().union(*(expected for _, expected in CHOICES.values()))
 
-    assert {name for name, _, _ in our_hub._LAYOUTS} <= fetched
+    assert {name for name, _, _ in our_hub.LAYOUTS} <= fetched

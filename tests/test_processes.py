@@ -16,6 +16,8 @@ from dsmoe_jax.checkpoint import load, save
 from dsmoe_jax.model import DeepSeekMoE
 from tests.helpers.hf_folder import tiny
 
+pytestmark = pytest.mark.heavy
+
 TIMEOUT = 120
 OTHER_FAILED = "ValueError: another process failed; its own message says why"
 

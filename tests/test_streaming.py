@@ -38,6 +38,8 @@ from tests.helpers.hf_folder import (
     write_tensors,
 )
 
+pytestmark = pytest.mark.heavy
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 KILLS: Final = 20
 GROWTH: Final = 64 << 20  # of the memory that no file stands behind

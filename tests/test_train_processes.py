@@ -15,15 +15,12 @@ import pytest
 
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.train.loop import run
-from tests.test_loop import config, home, losses, no_compilation_cache  # noqa: F401  fixtures
+from tests.test_loop import compilation_cache, config, home, losses  # noqa: F401  fixtures
+
+pytestmark = pytest.mark.heavy
 
 TIMEOUT = 200
 STEPS = 6
-MESHES = {
-    "data=2,expert=4": MeshConfig(data=2, fsdp=1, expert=4),
-    "the expert axis across processes": MeshConfig(fsdp=1, expert=8),
-}
-
 # What each process runs; its arguments are a JSON object.
 PROGRAM = """
 import json, sys
@@ -68,8 +65,10 @@ def run_two(home: Path, out: Path, mesh: MeshConfig, steps: int = STEPS) -> None
             assert process.returncode == 0, error[-2000:]
 
 
-@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
-def test_two_processes_train_as_one_does(tmp_path: Path, home: Path, mesh: MeshConfig):  # noqa: F811
+@pytest.mark.slow
+def test_two_processes_train_as_one_does_with_the_experts_across_them(tmp_path: Path, home: Path):  # noqa: F811
+    mesh = MeshConfig(fsdp=1, expert=8)
+
     run_two(home, tmp_path / "two", mesh)
 
     run(config(home, tmp_path / "one", mesh=mesh, steps=STEPS))
@@ -88,6 +87,6 @@ def test_two_processes_go_on_where_one_stopped(
         patch.setattr("dsmoe_jax.train.loop._agreed", lambda stop, n, every: n == 3)
         run(config(home, tmp_path / "two", mesh=mesh, steps=STEPS))
 
-    run_two(home, tmp_path / "two", MeshConfig(data=2, fsdp=1, expert=4))
+    run_two(home, tmp_path / "two", MeshConfig(fsdp=1, expert=8))  # its experts lie across both
 
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
