@@ -48,11 +48,10 @@ STEPS = 12
 
 
 @pytest.fixture(autouse=True)
-def compilation_cache() -> Iterator[None]:
-    """A run puts it into its folder; the other tests have their own."""
-    before = jax.config.jax_compilation_cache_dir
+def no_compilation_cache() -> Iterator[None]:
+    """A run turns it on for its process; the other tests are without."""
     yield
-    jax.config.update("jax_compilation_cache_dir", before)
+    jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +99,9 @@ def digest(model: Path) -> str:
 @pytest.fixture(scope="module")
 def whole(home: Path) -> Path:
     """The folder of a run that nothing disturbed."""
-    out, before = home / "whole", jax.config.jax_compilation_cache_dir
-    run(config(home, out))
-    jax.config.update("jax_compilation_cache_dir", before)
-    return out
+    run(config(home, home / "whole"))
+    jax.config.update("jax_compilation_cache_dir", None)
+    return home / "whole"
 
 
 # What a run leaves

@@ -15,7 +15,7 @@ import pytest
 
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.train.loop import run
-from tests.test_loop import compilation_cache, config, home, losses  # noqa: F401  fixtures
+from tests.test_loop import config, home, losses, no_compilation_cache  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.heavy
 
