@@ -45,8 +45,9 @@ def _run(folder: Path, steps: int, kept: bool) -> None:
     print(f"  {len(_tensors(native))} tensors, every one with the SHA-256 it had")
     with _step("load"):
         generator = Generator.from_pretrained(again)
-    print(f"\n{_PROMPT}", end="", flush=True)
-    for piece in generator.stream(_PROMPT, max_new_tokens=64, temperature=0.7, top_p=0.9):
+    pieces = generator.stream(_PROMPT, max_new_tokens=64, temperature=0.7, top_p=0.9)
+    print(f"\n{_PROMPT}{next(pieces, '')}", end="", flush=True)
+    for piece in pieces:
         print(piece, end="", flush=True)
     print("\n\nA minute of training shows the grammar, not yet the sense.")
 
