@@ -4,7 +4,6 @@ Start at `test_orbax_tensorstore_and_our_map_read_what_was_written`.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,7 +19,7 @@ from dsmoe_jax import array_files
 from dsmoe_jax.array_files import ArrayRecord, ArrayWriter, hash_file, open_array, pieces_of, write_frame
 from dsmoe_jax.checkpoint import load, save
 from dsmoe_jax.model import DeepSeekMoE, split
-from tests.helpers.hf_folder import same_bits, tiny
+from tests.helpers.hf_folder import edit, same_bits, tiny
 from tests.helpers.meshes import MESHES
 
 SMALL_PART = 256  # bytes: so small that the tests' arrays have several parts
@@ -208,15 +207,6 @@ def test_a_disk_that_fails_when_it_is_waited_for_fails_the_writer(tmp_path: Path
 SPEC, DATA = "state/a/zarr.json", "state/a/c/0/0"
 
 
-def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
-        fields = json.loads((folder / SPEC).read_text())
-        change(fields)
-        (folder / SPEC).write_text(json.dumps(fields))
-
-    return spoil
-
-
 def resize(by: int) -> Callable[[Path], None]:
     return lambda folder: os.truncate(folder / DATA, (folder / DATA).stat().st_size + by)
 
@@ -229,25 +219,28 @@ def shift_index(folder: Path) -> None:
 
 # what is done to the array | the file that the one line must name
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "another shape": (edit(lambda spec: spec.update(shape=[5, 16])), SPEC),
+    "another shape": (edit(SPEC, lambda spec: spec.update(shape=[5, 16])), SPEC),
     "another shape, all of it": (
-        edit(lambda s: (s.update(shape=[5, 16]), s["chunk_grid"]["configuration"].update(chunk_shape=[5, 16]))),
+        edit(SPEC, lambda s: (s.update(shape=[5, 16]), s["chunk_grid"]["configuration"].update(chunk_shape=[5, 16]))),
         SPEC,
     ),
-    "no shape": (edit(lambda spec: spec.pop("shape")), SPEC),
-    "a scalar": (edit(lambda spec: spec.update(shape=[])), SPEC),
-    "a shape that is none": (edit(lambda spec: spec.update(shape="16,5")), SPEC),
-    "a shape of halves": (edit(lambda spec: spec.update(shape=[16.5, 5])), SPEC),
-    "a negative shape": (edit(lambda spec: spec.update(shape=[-16, -5])), SPEC),
-    "an endless shape": (edit(lambda spec: spec.update(shape=[10**30, 5])), SPEC),
-    "an infinite shape": (edit(lambda spec: spec.update(shape=[float("inf"), 5])), SPEC),
-    "another dtype": (edit(lambda spec: spec.update(data_type="int32")), SPEC),
-    "a dtype that is none": (edit(lambda spec: spec.update(data_type=["float32"])), SPEC),
-    "another part": (edit(lambda s: s["codecs"][0]["configuration"].update(chunk_shape=[4, 5])), SPEC),
-    "another codec": (edit(lambda s: s["codecs"][0]["configuration"]["codecs"].append({"name": "gzip"})), SPEC),
-    "big endian": (edit(lambda s: s["codecs"][0]["configuration"].update(codecs=[])), SPEC),
-    "another fill value": (edit(lambda spec: spec.update(fill_value=1.0)), SPEC),
-    "a field more": (edit(lambda spec: spec.update(attributes={})), SPEC),
+    "no shape": (edit(SPEC, lambda spec: spec.pop("shape")), SPEC),
+    "a scalar": (edit(SPEC, lambda spec: spec.update(shape=[])), SPEC),
+    "a shape that is none": (edit(SPEC, lambda spec: spec.update(shape="16,5")), SPEC),
+    "a shape of halves": (edit(SPEC, lambda spec: spec.update(shape=[16.5, 5])), SPEC),
+    "a negative shape": (edit(SPEC, lambda spec: spec.update(shape=[-16, -5])), SPEC),
+    "an endless shape": (edit(SPEC, lambda spec: spec.update(shape=[10**30, 5])), SPEC),
+    "an infinite shape": (edit(SPEC, lambda spec: spec.update(shape=[float("inf"), 5])), SPEC),
+    "another dtype": (edit(SPEC, lambda spec: spec.update(data_type="int32")), SPEC),
+    "a dtype that is none": (edit(SPEC, lambda spec: spec.update(data_type=["float32"])), SPEC),
+    "another part": (edit(SPEC, lambda s: s["codecs"][0]["configuration"].update(chunk_shape=[4, 5])), SPEC),
+    "another codec": (
+        edit(SPEC, lambda s: s["codecs"][0]["configuration"]["codecs"].append({"name": "gzip"})),
+        SPEC,
+    ),
+    "big endian": (edit(SPEC, lambda s: s["codecs"][0]["configuration"].update(codecs=[])), SPEC),
+    "another fill value": (edit(SPEC, lambda spec: spec.update(fill_value=1.0)), SPEC),
+    "a field more": (edit(SPEC, lambda spec: spec.update(attributes={})), SPEC),
     "no JSON": (lambda folder: (folder / SPEC).write_text("{"), SPEC),
     "no description": (lambda folder: (folder / SPEC).unlink(), SPEC),
     "no data": (lambda folder: (folder / DATA).unlink(), DATA),

@@ -3,7 +3,6 @@
 Start at `test_what_is_saved_comes_back_bit_for_bit`.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from dsmoe_jax import checkpoint
 from dsmoe_jax.array_files import hash_file
 from dsmoe_jax.checkpoint import load, save
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
-from tests.helpers.hf_folder import random_params, snapshot, tiny, write_hf
+from tests.helpers.hf_folder import edit, random_params, snapshot, tiny, write_hf
 from tests.helpers.meshes import MESHES, check_parts
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -142,15 +141,6 @@ def test_a_save_stopped_at_its_last_file_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-def edit(file: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
-        fields = json.loads((folder / file).read_text())
-        change(fields)
-        (folder / file).write_text(json.dumps(fields))
-
-    return spoil
-
-
 def weights_file(folder: Path) -> Path:
     return max((file for file in (folder / "parameters").rglob("*") if file.is_file()), key=lambda f: f.stat().st_size)
 
@@ -181,7 +171,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         edit(HEADER, lambda h: h["files"].update({"parameters/../../x": {"bytes": 0, "sha256": ""}})),
         r"'parameters/\.\./\.\./x' is missing",
     ),
-    "a header without sums": (edit(HEADER, lambda h: h["files"].update({METADATA: {}})), "must have bytes and sha256"),
+    "a header without sums": (
+        edit(HEADER, lambda h: h["files"].update({METADATA: {}})),
+        "must have bytes and sha256",
+    ),
     "a header with other sums": (
         edit(HEADER, lambda h: h["files"].update({METADATA: {"bytes": 1, "sha256": ""}})),
         "_METADATA' has",
@@ -199,7 +192,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         edit("config.json", lambda c: c.update(num_hidden_layers=1)),
         r"layers\.1\.\S+ belongs to no part of this model \(and 12 more\)",
     ),
-    "tied": (edit("config.json", lambda c: c.update(tie_word_embeddings=True)), r"head\.weight belongs to no part"),
+    "tied": (
+        edit("config.json", lambda c: c.update(tie_word_embeddings=True)),
+        r"head\.weight belongs to no part",
+    ),
     "other experts": (
         edit("config.json", lambda c: c.update(moe_intermediate_size=8, n_shared_experts=4)),
         r"layers\.1\.moe\.experts\.down has shape \[8, 32, 16\], the config asks for \[8, 32, 8\]",

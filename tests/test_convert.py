@@ -28,6 +28,7 @@ from tests.helpers import golden
 from tests.helpers.hf_folder import (
     INDEX,
     VARIANTS,
+    edit,
     hf_tensors,
     random_params,
     same_bits,
@@ -270,22 +271,13 @@ def change_tensors(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[
     return spoil
 
 
-def change_json(file: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
-        fields = json.loads((folder / file).read_text())
-        change(fields)
-        (folder / file).write_text(json.dumps(fields))
-
-    return spoil
-
-
 def place_in(shard: str) -> Callable[[Path], None]:
     """The index says that a tensor lies in `shard`, which is a good file outside the folder."""
 
     def spoil(folder: Path) -> None:
         (folder / SHARD).rename(folder.parent / "elsewhere.safetensors")
         file = shard.format(outside=folder.parent / "elsewhere.safetensors")
-        change_json(INDEX, lambda index: index["weight_map"].update({NORM: file}))(folder)
+        edit(INDEX, lambda index: index["weight_map"].update({NORM: file}))(folder)
 
     return spoil
 
@@ -337,14 +329,14 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "transposed": (change_tensors(lambda t: t.update({EXPERT: t[EXPERT].T.copy()})), rf"{EXPERT} .*\[32, 16\]"),
     "mixed stack": (change_tensors(lambda t: t.update({EXPERT: t[EXPERT].astype(np.float16)})), f"{EXPERT} is float16"),
     "int8": (change_tensors(lambda t: t.update({NORM: t[NORM].astype(np.int8)})), f"{NORM}.*I8"),
-    "index names an absent tensor": (change_json(INDEX, lambda i: i["weight_map"].update(absent=SHARD)), "absent"),
-    "index lacks a tensor": (change_json(INDEX, lambda i: i["weight_map"].pop(NORM)), NORM),
+    "index names an absent tensor": (edit(INDEX, lambda i: i["weight_map"].update(absent=SHARD)), "absent"),
+    "index lacks a tensor": (edit(INDEX, lambda i: i["weight_map"].pop(NORM)), NORM),
     "absolute shard": (place_in("{outside}"), NORM),
     "shard above": (place_in("../elsewhere.safetensors"), NORM),
     "linked shard": (link_out, SHARD),
-    "NaN": (change_json("config.json", lambda c: c.update(rms_norm_eps=math.nan)), "rms_norm_eps"),
-    "rope type": (change_json("config.json", lambda c: c.update(rope_scaling={"type": "yarn", "factor": 2.0})), "yarn"),
-    "scoring_func": (change_json("config.json", lambda c: c.update(scoring_func="sigmoid")), "scoring_func"),
+    "NaN": (edit("config.json", lambda c: c.update(rms_norm_eps=math.nan)), "rms_norm_eps"),
+    "rope type": (edit("config.json", lambda c: c.update(rope_scaling={"type": "yarn", "factor": 2.0})), "yarn"),
+    "scoring_func": (edit("config.json", lambda c: c.update(scoring_func="sigmoid")), "scoring_func"),
     "pickle that runs a command": (evil_pickle(zipped=True), POSIX_SYSTEM),
     "the same, bare": (evil_pickle(zipped=False), POSIX_SYSTEM),
 }

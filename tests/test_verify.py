@@ -21,6 +21,7 @@ from dsmoe_jax.convert import Report, export_hf, import_hf, verify
 from dsmoe_jax.manifest import HEADER, manifest_damage, read_manifest
 from tests.helpers.hf_folder import (
     VARIANTS,
+    edit,
     flip_bit,
     hf_tensors,
     random_params,
@@ -169,15 +170,6 @@ def refusal(native: Path) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-def edit(file: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
-        fields = json.loads((folder / file).read_text())
-        change(fields)
-        (folder / file).write_text(json.dumps(fields))
-
-    return spoil
 
 
 def foreign(name: str) -> Callable[[Path], None]:

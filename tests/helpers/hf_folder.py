@@ -5,7 +5,7 @@ Behind it what the tests of conversions share: a reader that is not ours, and wa
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -119,6 +119,17 @@ def stored(folder: Path) -> dict[str, Stored]:
 def same_bits(got: Any, want: np.ndarray) -> bool:
     got = np.asarray(got)
     return got.dtype == want.dtype and got.shape == want.shape and got.tobytes() == want.tobytes()
+
+
+def edit(file: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """What changes the fields of a JSON file in a folder."""
+
+    def spoil(folder: Path) -> None:
+        fields = json.loads((folder / file).read_text())
+        change(fields)
+        (folder / file).write_text(json.dumps(fields))
+
+    return spoil
 
 
 def flip_bit(file: Path, at: int, bit: int = 0) -> None:
