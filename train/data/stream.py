@@ -37,7 +37,8 @@ class Stream:
             raise ValueError(f"seed must be at least 0, not {seed}")
         for other in datasets[1:]:
             other.check(tokenizer_hash=datasets[0].tokenizer_hash)
-        self.batch_size, self.sequence_length = len(local_rows(batch_size, 0, 1)), sequence_length
+        local_rows(batch_size, 0, 1)  # refuses an empty batch
+        self.batch_size, self.sequence_length = batch_size, sequence_length
         self._mixture = Mixture(weights, seed=seed)
         self._packings = [
             Packing(shards, sequence_length=sequence_length, seed=seed, dataset=number, mode=mode)
