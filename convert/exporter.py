@@ -20,11 +20,10 @@ from dsmoe_jax.model import abstract
 from dsmoe_jax.new_file import NewFile
 from dsmoe_jax.new_folder import Draft, new_folder, refuse_existing, write_json
 from dsmoe_jax.progress import Advance, Meter, silent
-from dsmoe_jax.tokenizer import tokenizer_files
 
 from .cast import Cast, Loss
 from .conversion import Conversion
-from .importer import GENERATION_CONFIG
+from .importer import GENERATION_CONFIG, travelling_files
 from .names import export_order
 from .reader import SAFETENSORS_DTYPES
 
@@ -101,8 +100,8 @@ def export_hf(
     beside = [name for name in reader.manifest.files if not name.startswith(f"{PARAMETERS}/")]
     for changed in damage(reader.folder, reader.manifest, beside, lambda step: None):
         _log.warning("%s: %s", reader.folder, changed)  # by hand perhaps: it is what is exported
-    shards = _shards(reader, wanted, limit)
     sizes = {name: reader.read(name).size * (wanted or reader.read(name).dtype).itemsize for name in reader.order}
+    shards = _shards(sizes, limit)
     total = sum(sizes.values())
     job = {"export": str(reader.folder.resolve()), "manifest": reader.manifest.sha256, "shards": [limit, str(wanted)]}
     proof, loss, reused = _Proof(reader), Loss(), 0
@@ -137,13 +136,11 @@ def parse_size(size: int | str) -> int:
     return found
 
 
-def _shards(reader: NativeReader, dtype: np.dtype | None, limit: int) -> dict[str, list[str]]:
+def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
     """Which tensors lie in which file: in order, a new file where the next would not fit."""
     groups: list[list[str]] = [[]]
     size = 0
-    for name in reader.order:
-        tensor = reader.read(name)
-        nbytes = tensor.size * (dtype or tensor.dtype).itemsize
+    for name, nbytes in sizes.items():
         if groups[-1] and size + nbytes > limit:
             groups.append([])
             size = 0
@@ -199,10 +196,9 @@ def _write_beside(
     stored = {(dtype or reader.read(name).dtype).name for name in reader.order}
     if len(stored) == 1:
         config = config.stored_as(stored.pop())
-    generation = reader.folder / GENERATION_CONFIG
-    for path in (*tokenizer_files(reader.folder), *([generation] if generation.is_file() else [])):
+    for path in travelling_files(reader.folder):
         shutil.copyfile(path, folder / path.name)
-    if not generation.is_file():
+    if not (folder / GENERATION_CONFIG).is_file():
         tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         told = {name: token for name, token in tokens.items() if token is not None}
         write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **told})

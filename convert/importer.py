@@ -107,8 +107,7 @@ def import_hf(
         check_tensors(folder, config, reader)
         if wanted is not None:
             config = config.stored_as(wanted.name)
-        generation = folder / GENERATION_CONFIG
-        beside = (*tokenizer_files(folder), *([generation] if generation.is_file() else []))
+        beside = travelling_files(folder)
         for file in beside:
             path_inside(folder, file.name)  # or refused: a link may lead anywhere
         parameters = _parameters(config, reader, wanted)
@@ -130,6 +129,12 @@ def import_hf(
         loss=sum((Loss(*record.note) for record in records.values()), Loss()),
         proof=f"SHA-256 of every file and tensor in dsmoe_jax.json, its own: {proof}",
     )
+
+
+def travelling_files(folder: Path) -> tuple[Path, ...]:
+    """The files of `folder` that go unchanged wherever its weights go: the tokenizer's and the generation config."""
+    generation = folder / GENERATION_CONFIG
+    return (*tokenizer_files(folder), *([generation] if generation.is_file() else []))
 
 
 def check_tensors(path: str | Path, config: ModelConfig, reader: CheckpointReader) -> None:

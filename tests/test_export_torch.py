@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from dsmoe_jax.convert import export_hf, import_hf, load_hf
 from tests.helpers import golden
-from tests.helpers.hf_folder import INDEX, random_params, tiny, write_hf
+from tests.helpers.hf_folder import INDEX, VARIANTS, random_params, tiny, write_hf
 
 pytest.importorskip("torch", reason="the independent reader is PyTorch: pip install -e '.[bench]'")
 import torch  # pyright: ignore[reportMissingImports]
@@ -23,15 +23,9 @@ from torch import Tensor  # pyright: ignore[reportMissingImports]
 
 from tests.helpers.torch_model import TorchModel
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "everything": {},
-    "tied": {"tie_word_embeddings": True},
-    "biases": {"attention_bias": True},
-    "dense": {"n_routed_experts": None, "num_experts_per_tok": None, "n_shared_experts": None},
-    "no shared experts": {"n_shared_experts": None},
-    "every second layer": {"moe_layer_freq": 2, "num_hidden_layers": 5},
+# Those of every test of tensors, and those that change what is computed from them.
+FORWARD: dict[str, dict[str, Any]] = VARIANTS | {
     "two dense layers first": {"first_k_dense_replace": 2, "num_hidden_layers": 3},
-    "a key-value head per head": {"num_key_value_heads": None},
     "one key-value head": {"num_key_value_heads": 1},
     "top-1": {"num_experts_per_tok": 1, "norm_topk_prob": True},
     "norm_topk_prob": {"norm_topk_prob": True},
@@ -42,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2.5}, "max_position_embeddings": 8},
     "other numbers": {"rope_theta": 100.0, "rms_norm_eps": 1e-2},
 }
-every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+every_variant = pytest.mark.parametrize("changes", FORWARD.values(), ids=FORWARD)
 every_case = pytest.mark.parametrize("case", golden.COMMITTED)
 
 IDS = np.random.default_rng(1).integers(0, 64, (3, 20))

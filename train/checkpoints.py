@@ -50,7 +50,7 @@ class Checkpoints:
         from orbax.checkpoint import v1 as ocp
 
         self.wait()
-        home = self.folder / f"step-{step:08}"
+        home = self._home(step)
         if (home / _MANIFEST).is_file():
             return
         if jax.process_index() == 0:
@@ -82,7 +82,7 @@ class Checkpoints:
     def newest(self) -> tuple[int, dict[str, Any]] | None:
         """The step of the newest complete and intact checkpoint with its facts; says which it skipped, and why."""
         for step in sorted(self.steps(), reverse=True):
-            home = self.folder / f"step-{step:08}"
+            home = self._home(step)
             try:
                 with together():
                     _check_files(home)
@@ -96,7 +96,7 @@ class Checkpoints:
         """The state of a checkpoint; `like` has the shapes, dtypes and shardings it shall have."""
         from orbax.checkpoint import v1 as ocp
 
-        home = self.folder / f"step-{step:08}"
+        home = self._home(step)
         wanted = _flat(like)
         with without_warnings():
             stored = dict(ocp.metadata(str(home.absolute())).metadata)
@@ -109,6 +109,9 @@ class Checkpoints:
         if not self.folder.is_dir():
             return []
         return [int(match[1]) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+
+    def _home(self, step: int) -> Path:
+        return self.folder / f"step-{step:08}"
 
     def _seal(self, home: Path, step: int, writing: Any, facts: dict[str, Any]) -> None:
         """In the background: each process hashes its share of the files, then the first writes the manifest."""
@@ -135,10 +138,10 @@ class Checkpoints:
         self._forget_old()
 
     def _forget_old(self) -> None:
-        complete = sorted(step for step in self.steps() if (self.folder / f"step-{step:08}" / _MANIFEST).is_file())
+        complete = sorted(step for step in self.steps() if (self._home(step) / _MANIFEST).is_file())
         for step in complete[: -self._keep_last]:
             if self._keep_every is None or step % self._keep_every:
-                home = self.folder / f"step-{step:08}"
+                home = self._home(step)
                 (home / _MANIFEST).unlink()  # first, so that a kill leaves nothing that looks whole
                 shutil.rmtree(home, ignore_errors=True)
 
