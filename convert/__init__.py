@@ -2,7 +2,22 @@
 
 from .conversion import Conversion
 from .exporter import export_hf
-from .importer import import_hf, load_hf
+from .importer import import_hf, load_hf, load_hf_quantized
+from .merging import merge_to
+from .peft import merge_adapter, read_adapter, with_adapter, write_adapter
 from .verify import Report, verify
 
-__all__ = ["Conversion", "Report", "export_hf", "import_hf", "load_hf", "verify"]
+__all__ = [
+    "Conversion",
+    "Report",
+    "export_hf",
+    "import_hf",
+    "load_hf",
+    "load_hf_quantized",
+    "merge_adapter",
+    "merge_to",
+    "read_adapter",
+    "verify",
+    "with_adapter",
+    "write_adapter",
+]

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
-from dsmoe_jax.json_file import read_json
 from dsmoe_jax.new_folder import check_space
 from dsmoe_jax.tokenizer import TOKENIZER_FILES
 
-from .reader import LAYOUTS, is_file_name
+from .reader import LAYOUTS, read_index
 from .torch_pickle import show
 
 CONFIG: Final = "config.json"
@@ -111,16 +110,10 @@ def _weights(files: Collection[str], where: str, get: Callable[[str], Path]) -> 
         raise ValueError(f"{where} holds no weights; looked for {', '.join(name for name, _, _ in LAYOUTS)}")
     if not is_index:
         return [name]
-    suffix = Path(name.removesuffix(".index.json")).suffix
-    weight_map = read_json(get(name)).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{name}: weight_map is missing, empty or not an object")
-    for tensor, shard in weight_map.items():
-        if not is_file_name(shard) or not shard.endswith(suffix):
-            raise ValueError(f"{name} places {show(tensor)} in {show(shard)}; a shard is a {suffix} file beside it")
-        if shard not in files:
-            raise ValueError(f"{where} lacks {shard}, which {name} names")
-    return [name, *dict.fromkeys(weight_map.values())]
+    shards = dict.fromkeys(read_index(get(name)).values())
+    if missing := next((shard for shard in shards if shard not in files), None):
+        raise ValueError(f"{where} lacks {missing}, which {name} names")
+    return [name, *shards]
 
 
 def _missing_bytes(file: Any, path: Path, blobs: Path) -> int:

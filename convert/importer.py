@@ -1,6 +1,6 @@
 """From a PyTorch checkpoint in the Hugging Face layout: `load_hf` makes a model of it, `import_hf` a native checkpoint.
 
-Both read tensor by tensor; `import_hf` holds a few megabytes of them in memory, however large the checkpoint is.
+All read tensor by tensor; `import_hf` holds a few megabytes of them in memory, however large the checkpoint is.
 """
 
 import logging
@@ -27,10 +27,12 @@ from dsmoe_jax.checkpoint import (
 )
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.json_file import read_json
+from dsmoe_jax.kernels.operand import Operand
 from dsmoe_jax.manifest import is_native
 from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, shardings
 from dsmoe_jax.new_folder import new_folder, refuse_existing
 from dsmoe_jax.progress import Meter, silent
+from dsmoe_jax.quantize import read_quantized
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.tokenizer import tokenizer_files
 
@@ -74,6 +76,31 @@ def load_hf(
         # Copies are done before the files are unmapped.
         jax.block_until_ready(params)
     return assemble(config, params)
+
+
+def load_hf_quantized(
+    path: str | Path,
+    scheme: str,
+    *,
+    double: bool = True,
+    dtype: Any = None,
+    mesh: Mesh | MeshConfig | None = None,
+) -> tuple[ModelConfig, dict[str, Operand]]:
+    """The config and the parameters of a Hugging Face folder, quantised as they are read: see `read_quantized`.
+
+    Otherwise as `load_hf`.
+    """
+    wanted = as_dtype(dtype)
+    config = ModelConfig.from_file(path)
+    with CheckpointReader(path) as reader:
+        check_tensors(path, config, reader)
+        parts = hf_names(config)
+
+        def stored(name: str) -> Any:
+            views = [reader.read(part) for part in parts[name]]
+            return views if is_stacked(name) else views[0]
+
+        return config, read_quantized(config, stored, scheme, double=double, dtype=wanted, mesh=mesh)
 
 
 def import_hf(

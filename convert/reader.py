@@ -1,7 +1,8 @@
 """Every tensor of a Hugging Face checkpoint folder by name, memory-mapped and checked before it is believed.
 
 Read `CheckpointReader` first: it finds the files, checks them against their index and hands out arrays.
-`read_safetensors` below it parses one safetensors file; `torch_pickle.py` does the same for `.bin` files.
+`read_index` below it reads an index, `read_safetensors` one safetensors file; `torch_pickle.py` does the latter for
+`.bin` files.
 """
 
 import mmap
@@ -13,11 +14,11 @@ from typing import Final
 import ml_dtypes
 import numpy as np
 
-from dsmoe_jax.json_file import MAX_JSON_BYTES, parse_json
+from dsmoe_jax.json_file import MAX_JSON_BYTES, parse_json, read_json
 
 from .torch_pickle import TensorInfo, count_elements, read_torch_file, show
 
-__all__ = ["CheckpointReader", "TensorInfo", "read_safetensors"]
+__all__ = ["CheckpointReader", "TensorInfo", "read_index", "read_safetensors"]
 
 MAX_NAME: Final = 250  # characters of a tensor's name, bytes of a file's
 
@@ -38,15 +39,21 @@ class CheckpointReader:
 
     tensors: dict[str, TensorInfo]
 
-    def __init__(self, folder: str | Path):
-        """Open `folder`; ValueError, in one line, if anything about its files is not as it must be."""
+    def __init__(self, folder: str | Path, layouts: "Layouts | None" = None):
+        """Open `folder`; ValueError, in one line, if anything about its files is not as it must be.
+
+        `layouts` says where to look, as `LAYOUTS` does for a model.
+        """
         self.folder = Path(folder)
         self.tensors = {}
         self._maps: dict[str, mmap.mmap] = {}
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder}: no such folder")
-        name, is_index, parse = self._find_weights()
-        index = self._read_index(name) if is_index else None
+        name, is_index, parse = self._find_weights(LAYOUTS if layouts is None else layouts)
+        index = None
+        if is_index:
+            path_inside(self.folder, name)  # refuses a link that leads out
+            index = read_index(self.folder / name)
         for file in dict.fromkeys(index.values()) if index else [name]:
             for tensor, info in self._read_file(file, parse).items():
                 if len(tensor) > MAX_NAME or not tensor.isprintable():
@@ -94,29 +101,12 @@ class CheckpointReader:
         """Close."""
         self.close()
 
-    def _find_weights(self) -> tuple[str, bool, "_Parser"]:
-        for name, is_index, parse in LAYOUTS:
+    def _find_weights(self, layouts: "Layouts") -> tuple[str, bool, "_Parser"]:
+        for name, is_index, parse in layouts:
             if os.path.lexists(self.folder / name):  # a dangling link is an error, not an absence
                 return name, is_index, parse
-        names = ", ".join(name for name, _, _ in LAYOUTS)
+        names = ", ".join(name for name, _, _ in layouts)
         raise ValueError(f"{self.folder}: no weights; looked for {names}")
-
-    def _read_index(self, name: str) -> dict[str, str]:
-        """The index's map from tensor to shard, each shard a file beside it."""
-        path = path_inside(self.folder, name)
-        if (size := path.stat().st_size) > MAX_JSON_BYTES:
-            raise ValueError(f"{self.folder / name}: has {size} bytes; at most {MAX_JSON_BYTES}")
-        try:
-            index = parse_json(path.read_bytes())
-            shards = index.get("weight_map")
-            if not isinstance(shards, dict) or not shards:
-                raise ValueError("weight_map is missing, empty or not an object")
-            for tensor, file in shards.items():
-                if not is_file_name(file):
-                    raise ValueError(f"tensor {show(tensor)} is in {show(file)}; a shard lies beside its index")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self.folder / name}: {error}") from error
-        return shards
 
     def _read_file(self, name: str, parse: "_Parser") -> dict[str, TensorInfo]:
         path = path_inside(self.folder, name)
@@ -128,6 +118,19 @@ class CheckpointReader:
             return parse(self._maps[name], name)
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.folder / name}: {error}") from error
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """An index's map from tensor to shard; ValueError, in one line, unless each shard is a weights' file beside it."""
+    shards = read_json(path).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"{path}: weight_map is missing, empty or not an object")
+    end = Path(path.name.removesuffix(".index.json")).suffix
+    for tensor, file in shards.items():
+        if not is_file_name(file) or not file.endswith(end):
+            rule = f"a shard is a {end} file beside its index"
+            raise ValueError(f"{path}: tensor {show(tensor)} is in {show(file)}; {rule}")
+    return shards
 
 
 def read_safetensors(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
@@ -215,9 +218,10 @@ def path_inside(folder: Path, name: str) -> Path:
 
 
 _Parser = Callable[[mmap.mmap, str], dict[str, TensorInfo]]
+Layouts = tuple[tuple[str, bool, _Parser], ...]
 
 # Where weights are looked for, the preferred first: the file, whether it is an index of shards, its parser.
-LAYOUTS: Final[tuple[tuple[str, bool, _Parser], ...]] = (
+LAYOUTS: Final[Layouts] = (
     ("model.safetensors.index.json", True, read_safetensors),
     ("model.safetensors", False, read_safetensors),
     ("pytorch_model.bin.index.json", True, read_torch_file),

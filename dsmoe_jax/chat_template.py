@@ -3,6 +3,7 @@
 Start at `render`. Templates come with a downloaded checkpoint, so they are run in Jinja's sandbox.
 """
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,18 +33,10 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: An
 
     Raises ValueError naming the message that is malformed, or saying why the template failed.
     """
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     messages = [_checked(index, message) for index, message in enumerate(messages)]
-    # trim_blocks and lstrip_blocks as transformers sets them: published templates count on both.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = _raise_exception
-    environment.filters["tojson"] = _tojson
     pieces, length = [], 0
     try:
-        for piece in environment.from_string(template).generate(messages=messages, **variables):
+        for piece in _compiled(template).generate(messages=messages, **variables):
             length += len(piece)
             if length > _LONGEST:
                 raise ValueError(f"it wrote more than {_LONGEST} characters")
@@ -51,6 +44,19 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: An
     except Exception as error:  # The template is a stranger's program: anything may come out of it.
         raise ValueError(f"the chat template failed: {' '.join(str(error).split())}") from error
     return "".join(pieces)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(template: str) -> Any:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    # trim_blocks and lstrip_blocks as transformers sets them: published templates count on both.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = _raise_exception
+    environment.filters["tojson"] = _tojson
+    return environment.from_string(template)
 
 
 def find_template(folder: Path, config: Mapping[str, Any]) -> str:

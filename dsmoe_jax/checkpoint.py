@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from dsmoe_jax.array_files import ArrayRecord, ArrayWriter, pieces_of, without_warnings, write_frame
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.json_file import read_json
-from dsmoe_jax.manifest import PARAMETERS, damage, read_manifest, write_manifest
+from dsmoe_jax.manifest import PARAMETERS, Manifest, damage, read_manifest, write_manifest
 from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, count_tensors, shardings, split
 from dsmoe_jax.new_folder import Draft, new_folder, refuse_existing, sibling, sync_tree, write_json
 from dsmoe_jax.progress import Advance
@@ -51,7 +51,7 @@ def save(model: DeepSeekMoE, path: str | Path, *, beside: Sequence[Path] = ()) -
             write_frame(folder / PARAMETERS, {name: value.dtype for name, value in params.items()})
         with together() as errors, ArrayWriter(folder / PARAMETERS, records.__setitem__) as writer:
             for i, (name, value) in enumerate(params.items()):
-                array = _whole(value)  # by all processes, even where one has failed: the others wait for it
+                array = whole(value)  # by all processes, even where one has failed: the others wait for it
                 if i % jax.process_count() == index and not errors:
                     try:
                         writer.write(name, array.shape, array.dtype, pieces_of(array))
@@ -80,15 +80,8 @@ def load(
     from orbax.checkpoint import v1 as ocp
 
     path = Path(path)
-    manifest = read_manifest(path)
-    config = ModelConfig.from_file(path)
     wanted_dtype = as_dtype(dtype)
-    check_count(path, config, len(manifest.tensors))
-    if verify:
-        files = [name for name in manifest.files if name.startswith(f"{PARAMETERS}/")]
-        with together():
-            for found in damage(path, manifest, files[jax.process_index() :: jax.process_count()], lambda step: None):
-                raise ValueError(f"{path}: damaged checkpoint: {found}")
+    config, _ = open_checkpoint(path, verify=verify)
     parameters = str(path.absolute() / PARAMETERS)
     with _one_line_errors(path):
         stored = dict(ocp.metadata(parameters).metadata)
@@ -100,6 +93,22 @@ def load(
     }
     with _one_line_errors(path):
         return assemble(config, ocp.load(parameters, wanted))
+
+
+def open_checkpoint(path: Path, *, verify: bool = True) -> tuple[ModelConfig, Manifest]:
+    """The config and the manifest of a native checkpoint, with the checks of `load`; no parameter is read but for them.
+
+    Every process must call it.
+    """
+    manifest = read_manifest(path)
+    config = ModelConfig.from_file(path)
+    check_count(path, config, len(manifest.tensors))
+    if verify:
+        files = [name for name in manifest.files if name.startswith(f"{PARAMETERS}/")]
+        with together():
+            for found in damage(path, manifest, files[jax.process_index() :: jax.process_count()], lambda step: None):
+                raise ValueError(f"{path}: damaged checkpoint: {found}")
+    return config, manifest
 
 
 # --- writing in two steps ---
@@ -182,16 +191,16 @@ def as_dtype(dtype: Any) -> Any:
 
 
 def check_names_and_shapes(
-    source: str | Path, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
+    source: str | Path, wanted: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]
 ) -> None:
     """Refuse a checkpoint whose tensors are not exactly the wanted ones; names the first, and how many more."""
     missing, surplus = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    for what, names in (("is missing", missing), ("belongs to no part of this model", surplus)):
+    for what, names in (("is missing", missing), ("belongs to nothing that the config asks for", surplus)):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise ValueError(f"{source}: tensor {names[0]} {what}{more}")
     for name, shape in wanted.items():
-        if tuple(found[name]) != shape:
+        if tuple(found[name]) != tuple(shape):
             raise ValueError(
                 f"{source}: tensor {name} has shape {list(found[name])}, the config asks for {list(shape)}"
             )
@@ -214,7 +223,7 @@ def together() -> Iterator[list[Exception]]:
         raise ValueError("another process failed; its own message says why")
 
 
-def _whole(value: jax.Array) -> np.ndarray:
+def whole(value: jax.Array) -> np.ndarray:
     """All of a parameter in host memory, for as long as it is held; every process must ask."""
     if not value.is_fully_addressable and not value.is_fully_replicated:
         return multihost_utils.process_allgather(value, tiled=True)

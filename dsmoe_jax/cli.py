@@ -104,19 +104,30 @@ def tokenize(asked: argparse.Namespace) -> None:
 def pretrain(asked: argparse.Namespace) -> None:
     """`dsmoe pretrain`."""
     from dsmoe_jax.train.flags import parse
-    from dsmoe_jax.train.loop import run
     from dsmoe_jax.train.recipes import RECIPES
 
     if asked.recipe not in RECIPES:
         raise ValueError(f"recipe {asked.recipe!r} does not exist, only {', '.join(RECIPES)}")
-    config = parse(RECIPES[asked.recipe](), asked.flags, prog=f"dsmoe pretrain {asked.recipe}")
-    result = run(config)
-    if result.stopped:
-        again = " ".join(["dsmoe pretrain", asked.recipe, *asked.flags])
-        print(f"stopped after step {result.steps} of {config.steps}; `{again}` goes on from there")
-        return
-    held_out = "" if result.evaluation is None else f", {result.evaluation:.4f} on held-out text"
-    print(f"{result.steps} steps, loss {result.loss:.4f}{held_out}, {result.skipped} updates skipped: {result.model}")
+    _train(parse(RECIPES[asked.recipe](), asked.flags, prog=f"dsmoe pretrain {asked.recipe}"), asked.recipe, asked)
+
+
+def finetune(asked: argparse.Namespace) -> None:
+    """`dsmoe finetune`."""
+    from dsmoe_jax.train.finetune import show_examples
+    from dsmoe_jax.train.flags import parse_finetuning
+
+    config, shown = parse_finetuning(asked.checkpoint, asked.flags)
+    if shown:
+        show_examples(config, shown)
+    else:
+        _train(config, asked.checkpoint, asked)
+
+
+def merge(asked: argparse.Namespace) -> None:
+    """`dsmoe merge`."""
+    from dsmoe_jax.convert import merge_to
+
+    print(merge_to(asked.checkpoint, asked.adapter, asked.out, layout=asked.layout, dtype=asked.dtype))
 
 
 def generate(asked: argparse.Namespace) -> None:
@@ -157,10 +168,26 @@ def demo(asked: argparse.Namespace) -> None:
     run(asked.out, steps=asked.steps)
 
 
+def _train(config: Any, what: str, asked: argparse.Namespace) -> None:
+    # On CPU XLA says of every program that it finds compiled, in 3 kB, that it may not fit this machine.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from dsmoe_jax.train.loop import run
+
+    result = run(config)
+    if result.stopped:
+        again = " ".join([f"dsmoe {asked.verb}", what, *asked.flags])
+        print(f"stopped after step {result.steps} of {result.of}; `{again}` goes on from there")
+        return
+    held_out = "" if result.evaluation is None else f", {result.evaluation:.4f} on held-out text"
+    print(f"{result.steps} steps, loss {result.loss:.4f}{held_out}, {result.skipped} updates skipped: {result.model}")
+
+
 def _generator(asked: argparse.Namespace):
     from dsmoe_jax.generate import Generator
 
-    return Generator.from_pretrained(asked.path, dtype=asked.dtype, context_length=asked.context_length)
+    return Generator.from_pretrained(
+        asked.path, dtype=asked.dtype, context_length=asked.context_length, adapter=asked.adapter
+    )
 
 
 def _sampling(asked: argparse.Namespace) -> dict[str, Any]:
@@ -184,6 +211,7 @@ _KEEP: Final[_Argument] = (
     ("--dtype",), {"metavar": "DTYPE", "default": "keep", "help": "float32, bfloat16, float16 or keep, the default"})
 _GENERATION: Final[tuple[_Argument, ...]] = (
     (("path",), {"metavar": "PATH", "help": "a native checkpoint or a Hugging Face folder"}),
+    (("--adapter",), {"metavar": "DIR", "help": "a LoRA adapter as the peft library stores it"}),
     (("--max-new-tokens",), {"type": int, "default": 128, "metavar": "N", "help": "default 128"}),
     (("--temperature",), {"type": float, "default": 0.0, "metavar": "T", "help": "0, the default, is greedy"}),
     (("--top-k",), {"type": int, "metavar": "K", "help": "sample from the K likeliest tokens"}),
@@ -232,6 +260,18 @@ VERBS: Final[dict[str, tuple[Callable[[argparse.Namespace], None], tuple[_Argume
         (("flags",), {"nargs": argparse.REMAINDER, "metavar": "--FLAG VALUE",
                       "help": "any field of the recipe; `dsmoe pretrain RECIPE --help` lists them"}),
     ), "train a model from a recipe, or go on with it"),
+    "finetune": (finetune, (
+        (("checkpoint",), {"metavar": "CKPT", "help": "a native checkpoint"}),
+        (("flags",), {"nargs": argparse.REMAINDER, "metavar": "--data FILE … [--recipe NAME] [--lora] [--show N]",
+                      "help": "any field of the recipe; `dsmoe finetune CKPT --help` lists them"}),
+    ), "train a model further on examples, all of it or by low-rank adapters"),
+    "merge": (merge, (
+        (("checkpoint",), {"metavar": "CKPT", "help": "a native checkpoint or a Hugging Face folder"}),
+        (("adapter",), {"metavar": "ADAPTER", "help": "a folder with a LoRA adapter as the peft library stores it"}),
+        (("out",), {"metavar": "OUT", "help": "the new folder"}),
+        (("--layout",), {"metavar": "LAYOUT", "default": "native", "help": "native, the default, or hf"}),
+        _DTYPE,
+    ), "write a checkpoint with an adapter multiplied into its weights"),
     "info": (info, (
         (("model",), {"metavar": "PRESET|PATH", "help": "a preset's name, a config.json or a checkpoint"}),
     ), "print parameter counts, bytes and the layer plan of a model"),

@@ -218,7 +218,7 @@ class ParamSpec(NamedTuple):
 def split(model: DeepSeekMoE) -> tuple[Any, dict[str, Array]]:
     """The static graph and the parameters by dotted path."""
     graph, state = nnx.split(model)
-    return graph, {_join(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+    return graph, {_join(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
 def merge(graph: Any, params: dict[str, Array]) -> DeepSeekMoE:

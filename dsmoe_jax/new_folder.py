@@ -115,13 +115,13 @@ def new_folder(path: str | Path, *, needs: int = 0, job: Mapping[str, Any] | Non
             check_space(path, needs - _size(folder))
             kept = False
             yield draft
+            sync_tree(folder)
         except BaseException as error:
             if kept or (draft.finished and job is not None and not isinstance(error, ValueError)):
                 _log.info("%s keeps what is finished; the same command goes on from there", folder)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        sync_tree(folder)
         (folder / _JOURNAL).unlink(missing_ok=True)
         refuse_existing(path)
         folder.rename(path)

@@ -140,9 +140,9 @@ def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*placed))
 
 
-def mesh_of(params: Mapping[str, Array]) -> contextlib.AbstractContextManager:
+def mesh_of(params: Mapping[str, Any]) -> contextlib.AbstractContextManager:
     """The context to call a model's function in: the mesh that its parameters lie on, if they lie on one."""
-    place = next(iter(params.values())).sharding
+    place = jax.tree.leaves(dict(params))[0].sharding
     if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh):
         return jax.set_mesh(place.mesh)
     return contextlib.nullcontext()

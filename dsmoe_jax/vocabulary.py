@@ -14,7 +14,8 @@ _LEAST: Final = 258  # 256 bytes and the two special tokens
 def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> None:
     """Write a tokenizer of `vocab_size` tokens to the new `folder`; DeepSeek's special tokens get the ids 0 and 1.
 
-    Raises `ValueError` for fewer tokens than bytes, for texts that do not yield as many, and if `folder` exists.
+    There are fewer where the texts hold no more pairs to merge. Raises `ValueError` for a size below that of all bytes,
+    and if `folder` exists.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

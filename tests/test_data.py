@@ -221,7 +221,7 @@ def test_the_stream_mixes_by_the_weights(datasets: list[TokenShards]):
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("mode", ["documents", "contiguous"])
-def test_evaluation_reads_every_token_once_in_order_on_any_number_of_processes(
+def test_evaluation_reads_every_token_once_in_the_order_of_its_dataset_on_any_number_of_processes(
     datasets: list[TokenShards], mode: str, processes: int
 ):
     parts = [
@@ -236,13 +236,24 @@ def test_evaluation_reads_every_token_once_in_order_on_any_number_of_processes(
 
     ids, labels, segments, positions = (np.concatenate(fields) for fields in zip(*joined(parts), strict=True))
     real = segments > 0
-    want = np.concatenate([shards.read(d) for shards in datasets for d in range(len(shards))])
-    assert ids[real].tolist() == want.tolist()
+    for shards, some in zip(datasets, (ids < 100_000, ids >= 100_000), strict=True):
+        want = np.concatenate([shards.read(d) for d in range(len(shards))])
+        assert ids[real & some].tolist() == want.tolist()
     assert (len(ids) % B, {field.shape for field in (ids, labels, segments, positions)}) == (0, {(len(ids), T)})
     assert (labels[~real] == -100).all()
     # Without a label: the end of each document, or of each dataset.
     assert (labels[real] == -100).sum() == {"documents": 205, "contiguous": 2}[mode]
     assert positions.max() < T
+
+
+def test_the_first_batches_of_an_evaluation_hold_as_much_of_every_dataset_as_it_has(datasets: list[TokenShards]):
+    batches = evaluation_batches(datasets, sequence_length=T, batch_size=B)
+    rows = [-(-shards.tokens // T) for shards in datasets]
+    assert rows[0] > rows[1] > B
+
+    seen = [ids[0] >= 100_000 for batch in itertools.islice(batches, 5) for ids in batch.token_ids]
+
+    assert seen == [False, True] * rows[1] + [False] * (5 * B - 2 * rows[1])
 
 
 def test_nothing_held_out_is_no_batch(datasets: list[TokenShards]):

@@ -257,16 +257,16 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
         header(lambda: filled(f'"#":{EMPTY}', size=1_500_000), b""), "config.json asks for|is missing"
     ),
     # index
-    "index: a folder above": (placed_in("../moved"), "a shard lies beside its index"),
-    "index: absolute": (placed_in("/etc/hostname"), "a shard lies beside its index"),
-    "index: a folder below": (placed_in("x/y"), "a shard lies beside its index"),
-    "index: backslash": (placed_in("..\\moved"), "a shard lies beside its index"),
-    "index: NUL": (placed_in("model\0.safetensors"), "a shard lies beside its index"),
-    "index: two lines": (placed_in("a\nb"), "a shard lies beside its index"),
-    "index: half a character": (placed_in("\ud800"), "a shard lies beside its index"),
-    "index: name of 10,000 characters": (placed_in("x" * 10_000), "a shard lies beside its index"),
-    "index: itself": (placed_in(INDEX), "header of|header up to"),
-    "index: config": (placed_in("config.json"), "header of|header up to"),
+    "index: a folder above": (placed_in("../moved"), "a shard is a .safetensors file beside"),
+    "index: absolute": (placed_in("/etc/hostname"), "a shard is a .safetensors file beside"),
+    "index: a folder below": (placed_in("x/y"), "a shard is a .safetensors file beside"),
+    "index: backslash": (placed_in("..\\moved"), "a shard is a .safetensors file beside"),
+    "index: NUL": (placed_in("model\0.safetensors"), "a shard is a .safetensors file beside"),
+    "index: two lines": (placed_in("a\nb"), "a shard is a .safetensors file beside"),
+    "index: half a character": (placed_in("\ud800"), "a shard is a .safetensors file beside"),
+    "index: name of 10,000 characters": (placed_in("x" * 10_000), "a shard is a .safetensors file beside"),
+    "index: itself": (placed_in(INDEX), "a shard is a .safetensors file beside"),
+    "index: config": (placed_in("config.json"), "a shard is a .safetensors file beside"),
     "index: of many tensors": (
         replaced(INDEX, lambda: b'{"weight_map":' + filled('"#":"x"', size=2_000_000) + b"}"), "'00000' is in|x: "
     ),

@@ -1,20 +1,23 @@
 """Whole runs of a very small model: what they leave, how they go on, how they stop.
 
-Start at `test_a_run_that_was_stopped_goes_on_bit_for_bit`.
+Start at `test_a_run_that_was_stopped_goes_on_bit_for_bit_for_twenty_steps_and_more`.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,7 @@ pytestmark = pytest.mark.heavy
 
 VOCABULARY = 300
 ONE_DEVICE = MeshConfig(data=1, fsdp=1)
-STEPS = 12
+STEPS = 28
 
 
 @pytest.fixture(autouse=True)
@@ -96,10 +99,35 @@ def digest(model: Path) -> str:
     return hashlib.sha256(b"".join(np.asarray(params[name]).tobytes() for name in sorted(params))).hexdigest()
 
 
+def note_states(out: Path, patch: pytest.MonkeyPatch) -> None:
+    """Let the next run write the SHA-256 of its whole state after each step: parameters, moments, biases, counts."""
+
+    def noting(*arguments: Any, **options: Any) -> Callable[..., Any]:
+        step = original(*arguments, **options)
+
+        def noted(state: Any, *others: Any) -> Any:
+            state, metrics = step(state, *others)
+            bits = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state))
+            with (out / "states").open("a") as file:
+                file.write(f"{int(state.step)} {hashlib.sha256(bits).hexdigest()}\n")
+            return state, metrics
+
+        return noted
+
+    original = loop.make_step
+    patch.setattr(loop, "make_step", noting)
+
+
+def states(out: Path) -> dict[int, str]:
+    return {int(step): sha for step, sha in map(str.split, (out / "states").read_text().splitlines())}
+
+
 @pytest.fixture(scope="module")
 def whole(home: Path) -> Path:
     """The folder of a run that nothing disturbed."""
-    run(config(home, home / "whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        note_states(home / "whole", patch)
+        run(config(home, home / "whole"))
     jax.config.update("jax_compilation_cache_dir", None)
     return home / "whole"
 
@@ -112,11 +140,11 @@ def test_a_run_leaves_a_model_that_generates_records_and_its_config(home: Path, 
     generator = dsmoe_jax.Generator.from_pretrained(whole / "model")
 
     assert [record["step"] for record in records if "loss" in record] == list(range(1, STEPS + 1))
-    assert [record["step"] for record in records if "evaluation/loss" in record] == [6, 12]
+    assert [record["step"] for record in records if "evaluation/loss" in record] == [6, 12, 18, 24, STEPS]
     assert losses(whole)[STEPS] < losses(whole)[1] - 0.3
     assert json.loads((whole / "run.json").read_text())["steps"] == STEPS
     assert len(generator(["moe"], max_new_tokens=4, ignore_eos=True)[0].tokens) == 4
-    assert sorted(Checkpoints(whole / "checkpoints").steps()) == [4, 8, 12]
+    assert sorted(Checkpoints(whole / "checkpoints").steps()) == [20, 24, STEPS]
 
 
 def test_a_finished_run_that_is_started_again_changes_nothing(home: Path, whole: Path):
@@ -158,16 +186,21 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("at", [5, 8])
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(
+def test_a_run_that_was_stopped_goes_on_bit_for_bit_for_twenty_steps_and_more(
     tmp_path: Path, home: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ):
+    shutil.copytree(whole / "compiled", tmp_path / "out" / "compiled")  # nothing but time is saved
+    note_states(tmp_path / "out", monkeypatch)
     with monkeypatch.context() as patch:
         stop_at(at, patch)
         stopped = run(config(home, tmp_path / "out"))
     finished = run(config(home, tmp_path / "out"))
 
+    assert STEPS - at >= 20
     assert (stopped.steps, stopped.stopped, stopped.model) == (at, True, None)
     assert (finished.steps, finished.stopped) == (STEPS, False)
+    assert list(states(whole)) == list(range(1, STEPS + 1))
+    assert states(tmp_path / "out") == states(whole)
     assert losses(tmp_path / "out") == losses(whole)
     assert digest(tmp_path / "out" / "model") == digest(whole / "model")
 
@@ -197,21 +230,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 ):
     out = Path(shutil.copytree(whole, tmp_path / "out"))
     shutil.rmtree(out / "model")
-    newest = out / "checkpoints" / "step-00000012"
+    newest = out / "checkpoints" / "step-00000028"
     flip_bit(max((f for f in newest.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size), -100)
     caplog.set_level(logging.INFO)
 
     run(config(home, out))
 
-    assert "step-00000012 is skipped: damaged" in caplog.text
-    assert "going on after step 8 of 12" in caplog.text
+    assert "step-00000028 is skipped: damaged" in caplog.text
+    assert "going on after step 24 of 28" in caplog.text
     assert digest(out / "model") == digest(whole / "model")
 
 
 def test_another_stream_is_refused_by_the_name_of_what_changed(tmp_path: Path, home: Path, whole: Path):
     out = Path(shutil.copytree(whole, tmp_path / "out"))
 
-    with pytest.raises(ValueError, match="step 12 was trained on another stream: seed changed"):
+    with pytest.raises(ValueError, match="step 28 was trained on another stream: seed changed"):
         run(config(home, out, seed=1))
 
 
@@ -229,14 +262,47 @@ def test_a_run_begins_from_a_native_checkpoint(tmp_path: Path, home: Path, whole
 # Stopping
 
 
+def test_a_disk_that_fills_during_a_save_ends_the_run_in_one_line_and_the_same_command_goes_on(
+    tmp_path: Path, home: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    for left in ("model", "checkpoints/step-00000024", "checkpoints/step-00000028"):
+        shutil.rmtree(out / left)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def saving(self: Checkpoints, step: int, *others: Any) -> None:
+        # No file may grow past this: what the kernel says then goes the way of a full disk's answer.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+        try:
+            save(self, step, *others)
+            assert self._pending is not None
+            futures.wait([self._pending])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    save = Checkpoints.save
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", saving)
+        with pytest.raises(OSError, match=r"File too large: '.*step-00000024'$") as refused:
+            run(config(home, out))
+    run(config(home, out))
+
+    assert "\n" not in str(refused.value)
+    assert caplog.text.count("going on after step 20 of 28") == 2
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+    assert losses(out) == losses(whole)
+    assert digest(out / "model") == digest(whole / "model")
+
+
 def test_too_many_skipped_updates_in_a_row_stop_the_run(
     tmp_path: Path, home: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def broken(*arguments: Any, **options: Any) -> Callable[..., Any]:
         step = original(*arguments, **options)
         nan = np.float32(np.nan)
-        return lambda state, batch: step(
-            state._replace(params=state.params | {"norm.weight": state.params["norm.weight"] * nan}), batch
+        return lambda state, *others: step(
+            state._replace(params=state.params | {"norm.weight": state.params["norm.weight"] * nan}), *others
         )
 
     original = loop.make_step
@@ -285,29 +351,56 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_exit_code_0(tmp_path: Path,
     assert found[0] == max(losses(out))
 
 
+def saving(out: Path, since: float) -> bool:
+    """Whether a checkpoint was begun after that time and is not complete."""
+    for path in (out / "checkpoints").glob("step-*"):
+        with contextlib.suppress(FileNotFoundError):  # it just got its name
+            if path.stat().st_mtime > since and not (path / "manifest.json").exists():
+                return True
+    return False
+
+
+def kill_at(moment: str, process: subprocess.Popen, out: Path, chance: random.Random) -> None:
+    """Kill the run some steps after it began to train, then or in the next save; or at any time since its start."""
+    since, records = time.time(), out / "metrics.jsonl"
+    if moment == "any time":
+        time.sleep(chance.uniform(0, 5))
+    else:
+        seen = len(records.read_text().splitlines()) if records.exists() else 0
+        wait_for(out, seen + chance.randint(1, 30))
+        time.sleep(chance.uniform(0, 0.02))
+    while moment == "a save" and not saving(out, since) and process.poll() is None:
+        pass
+    process.kill()
+    process.wait()
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_kills_at_random_moments_lose_nothing(tmp_path: Path, home: Path):
-    steps, chance = 200, random.Random(0)
+    steps, chance = 1000, random.Random(0)
+    moments = ["any time", "a step", "a save"] * 8
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
     with start(home, undisturbed, steps) as process:
         assert process.wait(timeout=120) == 0
 
-    kills = 0
-    while kills < 20:
+    in_saves, newest = 0, 0
+    for moment in moments:
+        since = time.time()
         with start(home, out, steps) as process:
-            seen = len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.jsonl").exists() else 0
-            wait_for(out, seen + 1)
-            time.sleep(chance.uniform(0, 0.3))
-            process.kill()
-            process.wait()
-        kills += 1
-        if (out / "model").exists():
-            break
+            kill_at(moment, process, out, chance)
+        assert process.returncode == -signal.SIGKILL  # it was not done yet
+        in_saves += saving(out, since)
+        found = Checkpoints(out / "checkpoints").newest()
+        assert newest == 0 or (found is not None and found[0] >= newest)  # what was complete stays intact
+        newest = found[0] if found is not None else 0
     with start(home, out, steps) as process:
         assert process.wait(timeout=120) == 0
 
+    assert in_saves >= 5
     assert digest(out / "model") == digest(undisturbed / "model")
     assert losses(out) == losses(undisturbed)
+    assert list(losses(out)) == list(range(1, steps + 1))
 
 
 # Bad input

@@ -238,11 +238,12 @@ BAD_INDEXES = {
     "shard is a number": (b'{"weight_map": {"a": 1}}', "tensor 'a' is in 1"),
     "twice": (b'{"weight_map": {"a": "x", "a": "y"}}', "JSON key 'a' twice"),
     "nested": (b"[" * 200_000, "nested too deeply"),
-    "absolute": (b'{"weight_map": {"a": "/etc/hostname"}}', "'/etc/hostname'; a shard lies beside its index"),
-    "upwards": (b'{"weight_map": {"a": "../model.safetensors"}}', "a shard lies beside its index"),
-    "parent": (b'{"weight_map": {"a": ".."}}', "tensor 'a' is in '..'; a shard lies beside"),
-    "nothing": (b'{"weight_map": {"a": ""}}', "a shard lies beside its index"),
-    "NUL": (b'{"weight_map": {"a": "x\\u0000"}}', "a shard lies beside its index"),
+    "absolute": (b'{"weight_map": {"a": "/etc/hostname"}}', "'/etc/hostname'; a shard is a .safetensors file beside"),
+    "upwards": (b'{"weight_map": {"a": "../model.safetensors"}}', "a shard is a .safetensors file beside its index"),
+    "parent": (b'{"weight_map": {"a": ".."}}', "tensor 'a' is in '..'; a shard is a .safetensors file beside"),
+    "nothing": (b'{"weight_map": {"a": ""}}', "a shard is a .safetensors file beside its index"),
+    "of another kind": (b'{"weight_map": {"a": "x.py"}}', "'x.py'; a shard is a .safetensors file beside its index"),
+    "NUL": (b'{"weight_map": {"a": "x\\u0000"}}', "a shard is a .safetensors file beside its index"),
 }
 # fmt: on
 

@@ -8,9 +8,11 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,13 +22,14 @@ from dsmoe_jax.tokenizer import Tokenizer
 from dsmoe_jax.train.data import (
     TokenShards,
     documents,
+    is_held_out,
     is_token_shards,
     source_bytes,
     tokenize,
     tokenizer_hash,
     writer,
 )
-from dsmoe_jax.train.data.writer import is_held_out
+from dsmoe_jax.train.data.shards import shard_files
 from tests.helpers.corpus import TEXTS, byte_tokenizer, ids_of, jsonl, write_texts
 from tests.helpers.hf_folder import snapshot
 
@@ -327,6 +330,19 @@ def test_the_same_shards_made_twice_are_byte_identical(tmp_path: Path, tokenizer
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
 
 
+@pytest.mark.parametrize("at_once", [1, 30, 10_000])
+def test_how_many_documents_are_encoded_together_changes_no_byte(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+):
+    path = write_texts(tmp_path / "a.jsonl", TEXTS * 20)
+    tokenize(path, tokenizer_folder, tmp_path / "usual", holdout=0.3)
+
+    monkeypatch.setattr(writer, "_AT_ONCE", at_once)
+    tokenize(path, tokenizer_folder, tmp_path / "other", holdout=0.3)
+
+    assert snapshot(tmp_path / "usual") == snapshot(tmp_path / "other")
+
+
 def test_several_sources_follow_one_another(tmp_path: Path, tokenizer_folder: Path):
     sources = [write_texts(tmp_path / f"{i}.jsonl", [text]) for i, text in enumerate(TEXTS)]
 
@@ -421,20 +437,42 @@ def test_an_interrupted_run_leaves_nothing(
         assert snapshot(tmp_path) == before
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device here that is always full")
+@pytest.mark.parametrize("copies", [1, 2000], ids=["at the end", "in the middle"])
+@pytest.mark.parametrize("full", ["tokens", "documents"])
 def test_a_full_disk_gets_one_line_and_leaves_nothing(
-    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, full: str, copies: int
 ):
-    path = write_texts(tmp_path / "a.jsonl", TEXTS)
+    path = write_texts(tmp_path / "a.jsonl", TEXTS * copies)
     before = snapshot(tmp_path)
 
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+    def on_a_full_disk(split: str, index: int) -> tuple[str, ...]:
+        return tuple("/dev/full" if name.endswith(full) else name for name in shard_files(split, index))
 
-    monkeypatch.setattr(writer._Split, "add", full)
+    monkeypatch.setattr(writer, "shard_files", on_a_full_disk)
 
-    with pytest.raises(ValueError, match="out cannot be written: No space left on device"):
-        tokenize(path, tokenizer_folder, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"out cannot be written: No space left on device$"):
+        tokenize(path, tokenizer_folder, tmp_path / "out", shard_tokens=100_000)
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("short", [0, 1], ids=["enough", "a byte short"])
+def test_a_disk_without_room_for_the_rest_is_refused_while_there_is_room(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, short: int
+):
+    files(tmp_path, a__txt=b"x" * 1000)
+    sources = [tmp_path / "a.txt"] * 4  # 1,002 tokens of two bytes each, and a boundary of eight
+    free = iter([10**9, *(3 * 2012 - step * 2012 - short for step in range(4))])  # new_folder asks first
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=next(free)))
+    before = snapshot(tmp_path)
+
+    if short:
+        with pytest.raises(ValueError, match=r"out needs 0\.00 GB more; .* has 0\.00 GB free"):
+            tokenize(sources, tokenizer_folder, tmp_path / "out", holdout=0.0)
+        assert snapshot(tmp_path) == before
+        assert len(list(free)) == 3  # refused at the first look
+    else:
+        assert tokenize(sources, tokenizer_folder, tmp_path / "out", holdout=0.0).tokens == 4 * 1002
 
 
 def test_nothing_is_overwritten(tmp_path: Path, tokenizer_folder: Path):

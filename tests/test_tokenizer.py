@@ -161,6 +161,18 @@ def test_what_was_encoded_decodes_to_itself(folder: Path, text: str):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.parametrize("special", [True, False], ids="special={}".format)
+@pytest.mark.parametrize("config", [{}, {"add_eos_token": True, "add_bos_token": False}], ids=["bos", "eos"])
+def test_texts_encoded_together_are_those_encoded_one_by_one(folder: Path, config: dict[str, bool], special: bool):
+    tokenizer = configure(folder, **config)
+    texts = [*TEXTS, tokenizer.eos_token or "", f"{tokenizer.bos_token}a {tokenizer.eos_token}b", "fox " * 500, *TEXTS]
+
+    found = tokenizer.encode_batch(iter(texts), add_special_tokens=special)
+
+    assert found == [tokenizer.encode(text, add_special_tokens=special) for text in texts]
+    assert tokenizer.encode_batch([]) == []
+
+
 def test_bos_stands_first_even_without_a_config(folder: Path):
     tokenizer = Tokenizer.from_pretrained(folder)
 
@@ -462,6 +474,9 @@ def test_malformed_added_tokens_are_refused(model_folder: Path, added: Any):
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "text": (lambda t: t.encode(b"x"), "text to encode must be a string, got bytes"),
     "surrogate": (lambda t: t.encode("ab\ud800"), "half a surrogate pair at character 2"),
+    "text of several": (lambda t: t.encode_batch(["a", b"x"]), "text to encode must be a string, got bytes"),
+    "surrogate of several": (lambda t: t.encode_batch(["a", "ab\ud800"]), "half a surrogate pair at character 2"),
+    "one text for several": (lambda t: t.encode_batch("ab"), "texts to encode must be several strings, got one"),
     "negative": (lambda t: t.decode([3, -2]), "token ids cannot be negative, got -2"),
     "float": (lambda t: t.decode([1.5]), "must be a flat sequence of integers"),
     "nested": (lambda t: t.decode(np.zeros((1, 2), int)), "must be a flat sequence of integers"),

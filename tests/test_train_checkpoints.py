@@ -3,10 +3,12 @@
 Start at `test_a_state_comes_back_bit_for_bit_though_the_training_went_on`.
 """
 
+import errno
 import json
 import logging
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +171,17 @@ def test_a_save_takes_the_place_of_what_a_killed_one_left(copy: Path, state: Tra
 
 def test_a_checkpoint_of_another_model_is_refused_in_one_line(two: Path):
     wanted = like()
-    params = wanted.params | {"more": wanted.params["embed"]}
+    embed = wanted.params["embed"]
+    larger = jax.ShapeDtypeStruct((2, *embed.shape), embed.dtype)
+    less = {name: spec for name, spec in wanted.params.items() if name != "embed"}
 
-    with pytest.raises(ValueError, match="step-00000020: params/more is missing in it"):
-        Checkpoints(two).restore(20, wanted._replace(params=params))
+    for params, said in (
+        (wanted.params | {"more": embed}, "tensor params/more is missing"),
+        (less, "tensor params/embed belongs to nothing that the config asks for"),
+        (less | {"embed": larger}, r"tensor params/embed has shape \[64, 32\], the config asks for \[2, 64, 32\]"),
+    ):
+        with pytest.raises(ValueError, match=f"step-00000020: {said}"):
+            Checkpoints(two).restore(20, wanted._replace(params=params))
 
 
 def test_what_goes_wrong_in_the_background_is_raised_at_the_next_turn(
@@ -191,6 +200,35 @@ def test_what_goes_wrong_in_the_background_is_raised_at_the_next_turn(
         checkpoints.wait()
 
     assert checkpoints.newest() == (1, FACTS)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with room for one checkpoint and half of another."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=650k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("a file system can be mounted here by nobody, or by root alone")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_disk_that_fills_while_orbax_writes_gets_one_line_and_the_last_checkpoint_stays(
+    small_disk: Path, state: TrainState, caplog: pytest.LogCaptureFixture
+):
+    checkpoints = saved(small_disk, state, 1)
+
+    checkpoints.save(2, state, FACTS)
+    with pytest.raises(OSError, match=r"No space left on device: '.*step-00000002'$") as refused:
+        checkpoints.wait()
+
+    assert refused.value.errno == errno.ENOSPC
+    assert not caplog.records
+    assert checkpoints.newest() == (1, FACTS)
+    same(checkpoints.restore(1, like()), state)
+    subprocess.run(["mount", "-o", "remount,size=9m", small_disk], check=True)
+    assert saved(small_disk, state, 2).newest() == (2, FACTS)
+    assert sorted(path.name for path in small_disk.iterdir()) == ["step-00000001", "step-00000002"]
 
 
 def test_the_manifest_lists_every_file(two: Path):

@@ -4,11 +4,13 @@ Start at `Checkpoints`. A folder `step-N` holds the whole state, as Orbax writes
 every file, written last: without one it is incomplete, with another hash it is damaged, and neither is restored.
 """
 
+import contextlib
 import logging
 import os
 import re
 import shutil
 import time
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from dsmoe_jax.array_files import hash_file, without_warnings
-from dsmoe_jax.checkpoint import together
+from dsmoe_jax.checkpoint import check_names_and_shapes, together
 from dsmoe_jax.json_file import read_json
 from dsmoe_jax.manifest import own_hash
 from dsmoe_jax.new_folder import sync, write_json
@@ -27,6 +29,7 @@ from .step import TrainState
 _MANIFEST: Final = "manifest.json"
 _FORMAT: Final = 1
 _NAME: Final = re.compile(r"step-(\d{8})")
+_OS_ERROR: Final = re.compile(r"os_error_code='(\d+)'")  # in a message of tensorstore
 _WAIT: Final = 1800  # seconds for the slowest process to hash its files
 _log = logging.getLogger(__name__)
 
@@ -100,7 +103,7 @@ class Checkpoints:
         wanted = _flat(like)
         with without_warnings():
             stored = dict(ocp.metadata(str(home.absolute())).metadata)
-            _check(home, wanted, stored)
+            check_names_and_shapes(home, _shapes(wanted), _shapes(stored))
             leaves = ocp.load(str(home.absolute()), wanted)
         return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in wanted])
 
@@ -115,7 +118,7 @@ class Checkpoints:
 
     def _seal(self, home: Path, step: int, writing: Any, facts: dict[str, Any]) -> None:
         """In the background: each process hashes its share of the files, then the first writes the manifest."""
-        with without_warnings():
+        with _one_line_errors(home):
             writing.result()
         index, count = jax.process_index(), jax.process_count()
         files = sorted(path for path in home.rglob("*") if path.is_file() and not path.name.startswith("sums-"))
@@ -152,17 +155,31 @@ def _flat(state: Any) -> dict[str, Any]:
     return {"/".join(map(_key, path)): leaf for path, leaf in leaves}
 
 
+def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+
+
 def _key(entry: Any) -> str:
     return str(next(getattr(entry, name) for name in ("name", "key", "idx") if hasattr(entry, name)))
 
 
-def _check(home: Path, wanted: dict[str, Any], stored: dict[str, Any]) -> None:
-    for name in sorted(wanted.keys() ^ stored.keys()):
-        where = "is missing in it" if name in wanted else "belongs to another model, optimizer or option"
-        raise ValueError(f"{home}: {name} {where}")
-    for name, leaf in wanted.items():
-        if tuple(stored[name].shape) != tuple(leaf.shape):
-            raise ValueError(f"{home}: {name} has shape {list(stored[name].shape)}, this run needs {list(leaf.shape)}")
+@contextlib.contextmanager
+def _one_line_errors(home: Path) -> Iterator[None]:
+    """What tensorstore says of a full disk, as the `OSError` that it was.
+
+    Orbax logs the stacks of three threads beside it, which say no more.
+    """
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except ValueError as error:
+        if code := _OS_ERROR.search(str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(home)) from None
+        raise
+    finally:
+        log.setLevel(level)
 
 
 def _check_files(home: Path) -> None:

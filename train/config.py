@@ -1,8 +1,9 @@
 """What a run is: `RunConfig`, as data. `recipes.py` has whole ones; every field is a flag of `dsmoe pretrain`."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dsmoe_jax.config import PRESETS, ModelConfig
 from dsmoe_jax.sharding import MeshConfig
@@ -23,6 +24,11 @@ class DataConfig:
     packing: str = "documents"  # documents in a row do not see each other; or "contiguous"
     holdout: float = 0.01  # share of the documents that is kept for evaluation
     prefetch: int = 2  # batches
+
+    def __post_init__(self) -> None:
+        """`ValueError` for weights that are not of the sources."""
+        if self.weights and len(self.weights) != len(self.sources):
+            raise ValueError(f"{len(self.weights)} data.weights for {len(self.sources)} data.sources")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +54,10 @@ class ProcessConfig:
 class RunConfig:
     """A training run."""
 
+    _LEAST: ClassVar[Mapping[str, int]] = dict.fromkeys(
+        ("steps", "log_every", "evaluate_every", "evaluate_batches", "most_skipped"), 1
+    )
+
     out: str  # the run's folder: checkpoints, records, the resolved config, the final model
     model: str = "tiny"  # a preset's name, or a path to config.json
     resume: str = "auto"  # from the newest intact checkpoint in `out`, if there is one; or "never"
@@ -69,16 +79,14 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """`ValueError` for a value that means nothing."""
-        for name in ("steps", "log_every", "evaluate_every", "evaluate_batches", "most_skipped"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        for name, least in self._LEAST.items():
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
         for name in ("sequence_length", "batch_size"):
             if (value := getattr(self.data, name)) < 1:
                 raise ValueError(f"data.{name} must be at least 1, not {value}")
         if self.resume not in ("auto", "never"):
             raise ValueError(f"resume {self.resume!r} is not one of auto, never")
-        if self.data.weights and len(self.data.weights) != len(self.data.sources):
-            raise ValueError(f"{len(self.data.weights)} data.weights for {len(self.data.sources)} data.sources")
 
     def model_config(self) -> ModelConfig:
         """The model that is trained."""

@@ -1,8 +1,9 @@
 """What a run reads: the sources of its config as token shards, and the batches of this process. Start at `prepare`."""
 
+import functools
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -20,6 +21,7 @@ from .data import (
     TokenShards,
     documents,
     evaluation_batches,
+    is_held_out,
     is_token_shards,
     loader,
     tokenize,
@@ -35,9 +37,10 @@ class Corpus(NamedTuple):
     """The data of a run."""
 
     stream: Stream
-    heldout: list[TokenShards]
+    held_out: Callable[..., Iterator[Batch]]  # of process_index and process_count: the batches to evaluate on
     tokenizer: Path | None  # its folder; None where only shards are known
-    config: RunConfig
+    prefetch: int
+    evaluate_batches: int
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -46,23 +49,17 @@ class Corpus(NamedTuple):
 
     def batches(self, step: int) -> Iterator[Batch]:
         """This process's rows of the batches from number `step` on, without end."""
-        return loader(self.stream, start_step=step, prefetch=self.config.data.prefetch, **_share())
+        return loader(self.stream, start_step=step, prefetch=self.prefetch, **_share())
 
     def evaluation(self) -> Iterator[Batch]:
-        """This process's rows of the first batches of held-out text, the same every time."""
-        data = self.config.data
-        batches = evaluation_batches(
-            self.heldout,
-            sequence_length=data.sequence_length,
-            batch_size=data.batch_size,
-            mode=data.packing,
-            **_share(),
-        )
-        return itertools.islice(batches, self.config.evaluate_batches)
+        """This process's rows of the first batches of what is held out, the same every time."""
+        return itertools.islice(self.held_out(**_share()), self.evaluate_batches)
 
 
 def prepare(config: RunConfig, model_config: ModelConfig, out: Path) -> Corpus:
     """Open the token shards of every source; what is text is tokenized first, once, below `out`.
+
+    Where no tokenizer is known a vocabulary is trained on the same texts, those that are held out left out.
 
     Raises `ValueError` for a source that is empty or broken, for shards made with another tokenizer, and for a
     vocabulary that is larger than the model's.
@@ -78,7 +75,8 @@ def prepare(config: RunConfig, model_config: ModelConfig, out: Path) -> Corpus:
             if tokenizer is None and not trained.exists():
                 _log.info("training a vocabulary of %d tokens on %s", model_config.vocab_size, ", ".join(texts))
                 found = (document.text for source in texts for document in documents(source))
-                train_tokenizer(found, trained, model_config.vocab_size)
+                seen = (text for text in found if not is_held_out(text.encode(), data.holdout))
+                train_tokenizer(seen, trained, model_config.vocab_size)
             for source, home in texts.items():
                 if not home.exists():
                     _log.info("%s", tokenize(source, tokenizer or trained, home, holdout=data.holdout))
@@ -96,7 +94,14 @@ def prepare(config: RunConfig, model_config: ModelConfig, out: Path) -> Corpus:
         seed=config.seed,
         mode=data.packing,
     )
-    return Corpus(stream, heldout, tokenizer, config)
+    held_out = functools.partial(
+        evaluation_batches,
+        heldout,
+        sequence_length=data.sequence_length,
+        batch_size=data.batch_size,
+        mode=data.packing,
+    )
+    return Corpus(stream, held_out, tokenizer, data.prefetch, config.evaluate_batches)
 
 
 def _tokenizer(config: RunConfig) -> Path | None:

@@ -1,9 +1,10 @@
 """A training run, read from top to bottom: `run`."""
 
+import dataclasses
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -13,26 +14,27 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsmoe_jax.checkpoint import load, save
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, split
+from dsmoe_jax.model import abstract
 from dsmoe_jax.new_folder import write_json
 from dsmoe_jax.sharding import BATCH_AXES, make_mesh
-from dsmoe_jax.tokenizer import tokenizer_files
 
 from .batch import Batch
+from .best import Best
 from .checkpoints import Checkpoints
 from .config import RunConfig
-from .corpus import Corpus, prepare
+from .corpus import Corpus
+from .finetune import FinetuneConfig, finetuning
+from .job import Job, pretraining
 from .metrics import Recorder
 from .optimizer import make_optimizer
 from .processes import start
 from .step import Metrics, TrainState, evaluate_step, init_state, make_step, state_shardings
 
 CHECKPOINTS: Final = "checkpoints"  # below the run's folder
-MODEL: Final = "model"
 CONFIG: Final = "run.json"
 _CACHE: Final = "compiled"
+_NO_LOSS: Final = 1e-7  # nats; below it a softmax in fp32 cannot tell
 _log = logging.getLogger(__name__)
 
 
@@ -40,11 +42,12 @@ class Result(NamedTuple):
     """How a run ended."""
 
     steps: int  # batches read in all
+    of: int  # steps that were asked for
     stopped: bool  # by a signal, before the last step
     loss: float  # of the last step
     evaluation: float | None  # mean cross-entropy on the held-out text, in nats
     skipped: int  # updates that were not made
-    model: Path | None  # the trained model, a native checkpoint; None if stopped
+    model: Path | None  # the trained model, a native checkpoint, or adapter; None if stopped
 
 
 def run(config: RunConfig) -> Result:
@@ -55,16 +58,17 @@ def run(config: RunConfig) -> Result:
     skipped.
     """
     start(config.processes)
+    config.model_config()  # what is wrong with it is said before anything is made
     out = Path(config.out)
-    model_config = config.model_config()
     mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
     _check_divides(config, mesh)
     out.mkdir(parents=True, exist_ok=True)
     _compile_once(out / _CACHE)
-    corpus = prepare(config, model_config, out)
+    job = finetuning(config, out) if isinstance(config, FinetuneConfig) else pretraining(config, out)
+    config = dataclasses.replace(config, steps=job.steps)
+    corpus, trained = job.corpus, job.trained
+    graph = abstract(job.model)[0]
     optimizer, schedule = make_optimizer(config.optimizer, config.steps)
-    places = state_shardings(model_config, optimizer, config.step, mesh)
-    facts = {"stream": corpus.identity}
 
     with ExitStack() as stack:
         stack.enter_context(nullcontext() if mesh is None else jax.set_mesh(mesh))
@@ -72,12 +76,13 @@ def run(config: RunConfig) -> Result:
             out / CHECKPOINTS, keep_last=config.checkpoints.keep_last, keep_every=config.checkpoints.keep_every
         )
         stack.callback(checkpoints.close)
-        graph, state = _begin(config, model_config, optimizer, places, mesh, checkpoints, facts)
+        frozen = job.frozen(mesh)
+        state = _begin(config, job, optimizer, mesh, frozen, checkpoints)
         first = int(state.step)
         if jax.process_index() == 0:
-            write_json(out / CONFIG, config.to_dict() | {"model_config": model_config.to_dict()})
+            write_json(out / CONFIG, config.to_dict() | {"model_config": job.model.to_dict()})
         step = make_step(
-            model_config,
+            job.model,
             graph,
             optimizer,
             schedule,
@@ -85,10 +90,12 @@ def run(config: RunConfig) -> Result:
             clip_norm=config.optimizer.clip_norm,
             mesh=mesh,
             seed=config.seed,
+            trained=trained,
         )
-        evaluate = evaluate_step(model_config, graph, config.step)
-        recorder = stack.enter_context(_recorder(config, model_config, out, first))
+        evaluate = evaluate_step(job.model, graph, config.step, trained)
+        recorder = stack.enter_context(_recorder(config, job.model, out, first))
         clock = _Clock(recorder, config)
+        best = Best(out, job) if job.keep_best else None
         stop = stack.enter_context(_stop_signal())
         batches = corpus.batches(first)
         stack.callback(getattr(batches, "close", lambda: None))
@@ -98,7 +105,7 @@ def run(config: RunConfig) -> Result:
             waited = -time.perf_counter()
             batch = _place(next(batches), mesh)
             waited += time.perf_counter()
-            state, metrics = step(state, batch)
+            state, metrics = step(state, batch, frozen)
             n += 1
             clock.tick(n, metrics, waited)
             saves = n % config.checkpoints.every == 0
@@ -106,70 +113,57 @@ def run(config: RunConfig) -> Result:
             if saves or evaluates:
                 clock.flush()
                 if saves:
-                    checkpoints.save(n, state, facts)
-                if evaluates and (evaluation := _evaluate(evaluate, state, corpus, mesh)) and recorder is not None:
-                    recorder.evaluation(n, *evaluation)
+                    checkpoints.save(n, state, job.facts)
+                if evaluates and (evaluation := _evaluate(evaluate, state, frozen, corpus, mesh)):
+                    if recorder is not None:
+                        recorder.evaluation(n, *evaluation)
+                    if best is not None:
+                        best.offer(n, evaluation[0], state.params)
                 clock.restart()
         clock.flush()
         if n > first:
-            checkpoints.save(n, state, facts)
+            checkpoints.save(n, state, job.facts)
         checkpoints.wait()
-        model = None if stopped else _save_model(out, model_config, state, corpus)
+        result = None if stopped else out / job.result
+        if result is not None and not result.exists():
+            job.save(result, state.params)
         loss = float("nan") if metrics is None else float(metrics.loss)
         skipped = int(state.guard.skipped)
-    return Result(n, stopped, loss, None if evaluation is None else evaluation[0], skipped, model)
-
-
-# --- the beginning and the end ---
+    return Result(n, config.steps, stopped, loss, None if evaluation is None else evaluation[0], skipped, result)
 
 
 def _begin(
     config: RunConfig,
-    model_config: ModelConfig,
+    job: Job,
     optimizer: Any,
-    places: TrainState,
     mesh: Mesh | None,
+    frozen: Mapping[str, Any],
     checkpoints: Checkpoints,
-    facts: dict[str, Any],
-) -> tuple[Any, TrainState]:
-    """The model's graph and the state to go on from: a checkpoint's, or a fresh one."""
+) -> TrainState:
+    """The state to go on from: a checkpoint's, or a fresh one."""
     found = checkpoints.newest() if config.resume == "auto" else None
     if config.resume == "never" and checkpoints.steps():
         raise ValueError(f"{checkpoints.folder} has checkpoints; --resume auto goes on from them")
+    places = state_shardings(job.model, optimizer, config.step, mesh, job.trained)
 
     def fresh(params: dict[str, Any]) -> TrainState:
-        return init_state(model_config, params, optimizer, config.step)
+        return init_state(job.model, params, optimizer, config.step)
 
-    if found is not None:
-        step, known = found
-        if known != facts:
-            changed = ", ".join(k for k, v in facts["stream"].items() if known.get("stream", {}).get(k) != v)
-            raise ValueError(f"{checkpoints.folder}: step {step} was trained on another stream: {changed} changed")
-        graph, specs = abstract(model_config)
-        params = {name: jax.ShapeDtypeStruct(spec.shape, np.float32) for name, spec in specs.items()}
-        like = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            jax.eval_shape(fresh, params),
-            places,
-        )
-        state = checkpoints.restore(step, like)
-        _log.info("going on after step %d of %d", step, config.steps)
-        return graph, state
-    if config.init_from is not None:
-        model = load(config.init_from, dtype="float32", mesh=mesh)
-    else:
-        model = DeepSeekMoE.init(model_config, seed=config.seed, mesh=mesh)
-    graph, params = split(model)
-    return graph, jax.jit(fresh, out_shardings=places, donate_argnums=0)(params)
-
-
-def _save_model(out: Path, model_config: ModelConfig, state: TrainState, corpus: Corpus) -> Path:
-    """The trained weights as a native checkpoint, the tokenizer beside it."""
-    path = out / MODEL
-    if not path.exists():
-        files = tokenizer_files(corpus.tokenizer) if corpus.tokenizer is not None else ()
-        save(assemble(model_config.stored_as("float32"), state.params), path, beside=files)
-    return path
+    if found is None:
+        return jax.jit(fresh, out_shardings=places, donate_argnums=0)(job.fresh(mesh, frozen))
+    step, known = found
+    for what, now in job.facts.items():
+        if changed := [name for name, value in now.items() if known.get(what, {}).get(name) != value]:
+            names = ", ".join(changed)
+            raise ValueError(f"{checkpoints.folder}: step {step} was trained on another {what}: {names} changed")
+    params = {name: jax.ShapeDtypeStruct(spec.shape, np.float32) for name, spec in job.trained.specs.items()}
+    like = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        jax.eval_shape(fresh, params),
+        places,
+    )
+    _log.info("going on after step %d of %d", step, config.steps)
+    return checkpoints.restore(step, like)
 
 
 # --- the way ---
@@ -181,6 +175,7 @@ class _Clock:
     def __init__(self, recorder: Recorder | None, config: RunConfig):
         self._recorder, self._config = recorder, config
         self._pending: tuple[int, Metrics, float] | None = None
+        self._nothing_left = 0  # steps in a row whose loss was 0
         self._since = time.perf_counter()
 
     def tick(self, step: int, metrics: Metrics, waited: float) -> None:
@@ -193,7 +188,7 @@ class _Clock:
         self._since = time.perf_counter()
 
     def flush(self) -> None:
-        """Read the report that is out; `ValueError` when too many updates in a row were skipped."""
+        """Read the report that is out; `ValueError` when too many in a row were skipped, or had no loss left."""
         if self._pending is None:
             return
         (step, unread, waited), self._pending = self._pending, None
@@ -206,6 +201,12 @@ class _Clock:
             raise ValueError(
                 f"{in_a_row} updates in a row were skipped: loss {float(metrics.loss):.4g}, gradient norm "
                 f"{float(metrics.gradient_norm):.4g} at step {step}; the checkpoints in {self._config.out} are good"
+            )
+        self._nothing_left = self._nothing_left + 1 if metrics.cross_entropy < _NO_LOSS else 0
+        if self._nothing_left > self._config.most_skipped:
+            raise ValueError(
+                f"the loss has been 0 for {self._nothing_left} steps at step {step}: the data give the answer away, or "
+                f"are learnt by heart; what was kept in {self._config.out} is from before"
             )
 
 
@@ -226,11 +227,13 @@ def _recorder(config: RunConfig, model_config: ModelConfig, out: Path, first: in
     )
 
 
-def _evaluate(evaluate: Any, state: TrainState, corpus: Corpus, mesh: Mesh | None) -> tuple[float, int] | None:
+def _evaluate(
+    evaluate: Any, state: TrainState, frozen: Mapping[str, Any], corpus: Corpus, mesh: Mesh | None
+) -> tuple[float, int] | None:
     """The mean cross-entropy of the held-out text, and over how many tokens; None if nothing is held out."""
     total, count = 0.0, 0
     for batch in corpus.evaluation():
-        ce, counted = evaluate(state.params, state.router_bias, _place(batch, mesh))
+        ce, counted = evaluate(state.params, state.router_bias, _place(batch, mesh), frozen)
         total, count = total + float(ce), count + int(counted)
     return (total / count, count) if count else None
 

@@ -1,11 +1,14 @@
-"""Whole runs, as functions that return their config; `dsmoe pretrain NAME` starts from one. See `RECIPES`."""
+"""Whole runs, as functions that return their config: `RECIPES` for `dsmoe pretrain`, `FINETUNING` for `finetune`."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Final
 
+from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.sharding import MeshConfig
 
 from .config import CheckpointConfig, DataConfig, RunConfig
+from .finetune import ExamplesConfig, FinetuneConfig
 from .optimizer import OptimizerConfig
 from .step import StepConfig
 
@@ -74,4 +77,50 @@ def deepseek_moe_145b() -> RunConfig:
 
 RECIPES: Final[dict[str, Callable[[], RunConfig]]] = {
     recipe.__name__: recipe for recipe in (tiny, bench, deepseek_moe_2b, deepseek_moe_16b, deepseek_moe_145b)
+}
+
+
+# --- fine-tuning: the original's settings (its finetune.py and README), `init_from` to be filled in ---
+
+
+def full_8x40gb() -> FinetuneConfig:
+    """All weights of the 16B on eight GPUs of 40 GB: 64 rows of 1,024, the state split over all eight."""
+    return FinetuneConfig(
+        step=StepConfig(compute_dtype="bfloat16", accumulation=8, remat="full"),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-5, schedule="cosine", warmup_steps=10, weight_decay=0.0, moments="factored"
+        ),
+        mesh=MeshConfig(fsdp=-1),
+    )
+
+
+def lora_1x80gb() -> FinetuneConfig:
+    """Adapters of rank 8 on every projection of the 16B in bf16, on one GPU of 80 GB."""
+    return FinetuneConfig(
+        step=StepConfig(compute_dtype="bfloat16", accumulation=16, remat="full"),
+        optimizer=OptimizerConfig(learning_rate=2e-4, schedule="cosine", warmup_steps=10, weight_decay=0.0, b2=0.999),
+        lora=LoraConfig(r=8, lora_alpha=32, lora_dropout=0.1),
+    )
+
+
+def qlora_1x80gb() -> FinetuneConfig:
+    """The same over weights in nf4 (arXiv 2305.14314), gradients clipped at 0.3."""
+    recipe = lora_1x80gb()
+    return dataclasses.replace(recipe, quantize="nf4", optimizer=dataclasses.replace(recipe.optimizer, clip_norm=0.3))
+
+
+def tiny_finetune() -> FinetuneConfig:
+    """What `tiny` leaves behind, all of its weights, on two CPU cores."""
+    return FinetuneConfig(
+        data=ExamplesConfig(sequence_length=256, batch_size=16),
+        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=20, weight_decay=0.0),
+    )
+
+
+FINETUNING: Final[dict[str, Callable[[], FinetuneConfig]]] = {
+    "full": FinetuneConfig,
+    "full_8x40gb": full_8x40gb,
+    "lora_1x80gb": lora_1x80gb,
+    "qlora_1x80gb": qlora_1x80gb,
+    "tiny": tiny_finetune,
 }

@@ -5,6 +5,7 @@ The state is data: every leaf of it is in a checkpoint, and a step is a pure fun
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -14,9 +15,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from dsmoe_jax.axes import Array, Bool, Float, Int
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.kernels.operand import LowRank, Operand, Quantized
 from dsmoe_jax.layers.router import Routing
-from dsmoe_jax.model import REMAT, abstract, merge, shardings
-from dsmoe_jax.sharding import constrain
+from dsmoe_jax.model import REMAT, ParamSpec, abstract, merge, shardings
+from dsmoe_jax.sharding import constrain, sharding
 
 from .batch import Batch
 from .loss import IGNORED, balance_loss, device_balance_loss, head_loss
@@ -26,6 +28,7 @@ _DTYPES: Final = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 WINDOW: Final = 128  # steps that a new one is compared with (OLMo-core's guard)
 _KNOWN: Final = 64  # before that many, only what is not finite is bad
 _SIGMAS: Final = 6.0
+_NOTHING: Final[Mapping[str, Operand]] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,20 @@ class StepConfig:
                 raise ValueError(f"{name} {value!r} is not one of {', '.join(table)}")
         if self.accumulation < 1:
             raise ValueError(f"accumulation must be at least 1, not {self.accumulation}")
+
+
+class Trained(NamedTuple):
+    """Which arrays are trained, and how they and what stays as it is make up the model's parameters."""
+
+    specs: Mapping[str, ParamSpec]
+    # Of (trained, frozen, dropout key or None); the key is asked for where there is `dropout`.
+    complete: Callable[[Mapping[str, Array], Mapping[str, Operand], Any], Mapping[str, Operand]]
+    dropout: float = 0.0
+
+    @classmethod
+    def whole(cls, config: ModelConfig) -> "Trained":
+        """Every parameter."""
+        return cls(abstract(config)[1], lambda trained, frozen, key: trained)
 
 
 class Guard(NamedTuple):
@@ -104,10 +121,19 @@ def init_state(
 
 
 def state_shardings(
-    config: ModelConfig, optimizer: optax.GradientTransformation, options: StepConfig, mesh: Mesh | None
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    options: StepConfig,
+    mesh: Mesh | None,
+    trained: Trained | None = None,
 ) -> TrainState:
-    """Where every leaf of the state lies: what has a parameter's name and shape beside it, the rest everywhere."""
-    places, specs = shardings(config, mesh), abstract(config)[1]
+    """Where every leaf of the state lies: what has a parameter's name and shape beside it, the rest everywhere.
+
+    `trained` is by default the whole model.
+    """
+    shardings(config, mesh)  # refuses what does not divide
+    specs = abstract(config)[1] if trained is None else trained.specs
+    places = {name: sharding(name, spec.shape, spec.axes, mesh) for name, spec in specs.items()}
     params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in specs.items()}
     state = jax.eval_shape(lambda params: init_state(config, params, optimizer, options), params)
     everywhere: Sharding = next(iter(places.values())) if mesh is None else NamedSharding(mesh, PartitionSpec())
@@ -129,17 +155,22 @@ def make_step(
     clip_norm: float | None = 1.0,
     mesh: Mesh | None = None,
     seed: int = 0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The compiled step; it takes the state's memory for the new one. Call it under `jax.set_mesh(mesh)`.
+    trained: Trained | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The compiled step, a function of (state, batch, frozen parameters); call it under `jax.set_mesh(mesh)`.
+
+    It takes the state's memory for the new one. What is frozen stays as it is stored; there is nothing where the whole
+    model is `trained`, the default.
 
     The mean cross-entropy is over all targets of the batch, whatever the number of micro-batches; balance losses are
     each micro-batch's own, averaged. An update is skipped where loss or gradient norm is not finite, or above the mean
     of the last 128 steps by more than 6 standard deviations; the batch has then been read all the same.
     """
-    places = state_shardings(config, optimizer, options, mesh)
+    trained = Trained.whole(config) if trained is None else trained
+    places = state_shardings(config, optimizer, options, mesh, trained)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, report = _gradients(config, graph, options, seed, state, batch)
+    def step(state: TrainState, batch: Batch, frozen: Mapping[str, Operand] = _NOTHING) -> tuple[TrainState, Metrics]:
+        grads, report = _gradients(config, graph, options, seed, trained, state, batch, frozen)
         if mesh is not None:
             grads = jax.lax.with_sharding_constraint(grads, places.params)
         grads, norm = clip(grads, clip_norm)
@@ -162,11 +193,19 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(places, None))
 
 
-def evaluate_step(config: ModelConfig, graph: Any, options: StepConfig) -> Callable[..., tuple[Array, Array]]:
-    """A compiled function of (params, router_bias, batch): the sum of the cross-entropies, and how many there were."""
+def evaluate_step(
+    config: ModelConfig, graph: Any, options: StepConfig, trained: Trained | None = None
+) -> Callable[..., tuple[Array, Array]]:
+    """A compiled function of (trained, router_bias, batch, frozen): the sum of the cross-entropies, how many."""
+    trained = Trained.whole(config) if trained is None else trained
 
-    def evaluate(params: dict[str, Array], router_bias: dict[str, Array], batch: Batch) -> tuple[Array, Array]:
-        hidden, head = _hidden(graph, params, router_bias, batch, options, None)
+    def evaluate(
+        params: dict[str, Array],
+        router_bias: dict[str, Array],
+        batch: Batch,
+        frozen: Mapping[str, Operand] = _NOTHING,
+    ) -> tuple[Array, Array]:
+        hidden, head = _hidden(graph, trained.complete(params, frozen, None), router_bias, batch, options, None)
         return head_loss(hidden.states, head, batch.labels).cross_entropy, (batch.labels != IGNORED).sum()
 
     return jax.jit(evaluate)
@@ -176,16 +215,25 @@ def evaluate_step(config: ModelConfig, graph: Any, options: StepConfig) -> Calla
 
 
 def _gradients(
-    config: ModelConfig, graph: Any, options: StepConfig, seed: int, state: TrainState, batch: Batch
+    config: ModelConfig,
+    graph: Any,
+    options: StepConfig,
+    seed: int,
+    trained: Trained,
+    state: TrainState,
+    batch: Batch,
+    frozen: Mapping[str, Operand],
 ) -> tuple[dict[str, Array], Metrics]:
     """The sum of the micro-batches' gradients, and what they report together."""
     parts = options.accumulation
     targets = jnp.maximum((batch.labels != IGNORED).sum(), 1)
-    key = jax.random.fold_in(jax.random.key(seed), state.step) if config.attention_dropout else None
+    drops = config.attention_dropout or trained.dropout
+    key = jax.random.fold_in(jax.random.key(seed), state.step) if drops else None
 
     def loss_of(params: dict[str, Array], micro: Batch, index: Array | int) -> tuple[Array, Metrics]:
         dropout_key = None if key is None else jax.random.fold_in(key, index)
-        hidden, head = _hidden(graph, params, state.router_bias, micro, options, dropout_key)
+        whole = trained.complete(params, frozen, dropout_key)
+        hidden, head = _hidden(graph, whole, state.router_bias, micro, options, dropout_key)
         sums = head_loss(hidden.states, head, micro.labels, z_loss=options.z_loss)
         counted = None if options.count_padding else micro.segment_ids > 0
         balance = balance_loss(config, hidden.routing, counted) if config.aux_loss_alpha else {}
@@ -223,7 +271,7 @@ def _split(x: Array, parts: int) -> Array:
 
 def _hidden(
     graph: Any,
-    params: dict[str, Array],
+    params: Mapping[str, Operand],
     router_bias: dict[str, Array],
     batch: Batch,
     options: StepConfig,
@@ -232,7 +280,7 @@ def _hidden(
     """The states before the head, and the head's weight, in the dtype of computation."""
     dtype = _DTYPES[options.compute_dtype]
     # The router is fp32 whatever the rest is.
-    cast = {name: value if ".router." in name else value.astype(dtype) for name, value in params.items()}
+    cast = {name: value if ".router." in name else _cast(value, dtype) for name, value in params.items()}
     model = merge(graph, cast)
     hidden = model.hidden(
         batch.token_ids,
@@ -243,6 +291,17 @@ def _hidden(
         remat=options.remat,
     )
     return hidden, cast.get("head.weight", cast["embed"])
+
+
+def _cast(value: Operand, dtype: Any) -> Operand:
+    """Dense weights in another dtype; codes, scales and low-rank factors as they are: kernels cast what they read."""
+    match value:
+        case LowRank(base, a, b):
+            return LowRank(_cast(base, dtype), a, b)
+        case Quantized():
+            return value
+        case _:
+            return value.astype(dtype)
 
 
 def _report(

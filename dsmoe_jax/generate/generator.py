@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from dsmoe_jax.axes import Array, Int
 from dsmoe_jax.cache import KVCache
 from dsmoe_jax.checkpoint import load
-from dsmoe_jax.convert import load_hf
+from dsmoe_jax.convert import load_hf, with_adapter
 from dsmoe_jax.generate.sampling import Sampler, SamplingParams, sample
 from dsmoe_jax.json_file import read_json
 from dsmoe_jax.manifest import is_native
@@ -30,6 +30,7 @@ Message = Mapping[str, str]  # {"role": "user", "content": "…"}
 Prompt = str | Sequence[int] | Sequence[Message]
 
 _SHORTEST_CONTEXT: Final = 4096
+_HALF: Final = (jnp.bfloat16, jnp.float16)
 _log = logging.getLogger("dsmoe_jax")
 
 
@@ -79,10 +80,16 @@ class Generator:
         dtype: Any = None,
         mesh: Mesh | MeshConfig | None = None,
         context_length: int | None = None,
+        adapter: str | Path | None = None,
     ) -> "Generator":
-        """A generator from a native checkpoint or a Hugging Face folder, with the tokenizer that lies in it, if any."""
+        """A generator from a native checkpoint or a Hugging Face folder, with the tokenizer that lies in it, if any.
+
+        `adapter` is a folder with a LoRA adapter as the peft library stores it.
+        """
         path = Path(path)
         model = (load if is_native(path) else load_hf)(path, dtype=dtype, mesh=mesh)
+        if adapter is not None:
+            model = with_adapter(model, adapter)
         tokenizer = Tokenizer.from_pretrained(path) if tokenizer_files(path) else None
         eos = read_json(path / "generation_config.json").get("eos_token_id") if _has_generation_config(path) else None
         return cls(model, tokenizer, context_length=context_length, eos_token_id=eos)
@@ -181,7 +188,7 @@ class Generator:
         return Completion(text, answer, "eos" if eos else "length")
 
 
-def for_generation(params: dict[str, Array]) -> dict[str, Array]:
+def for_generation(params: dict[str, Any]) -> dict[str, Any]:
     """The parameters as they are generated from: on CPU, half-precision ones in fp32 but for the routed experts.
 
     XLA has no fast bf16 on CPUs and would widen them for every token anew. The experts are most of the weights, and
@@ -189,15 +196,17 @@ def for_generation(params: dict[str, Array]) -> dict[str, Array]:
     """
     if jax.default_backend() != "cpu":
         return params
-    narrow = {name: value for name, value in params.items() if value.dtype != jnp.float32 and ".experts." not in name}
+    outside = {name: value for name, value in params.items() if ".experts." not in name}
+    narrow = [leaf for leaf in jax.tree.leaves(outside) if leaf.dtype in _HALF]
     if narrow:
         _log.info(
             "%d weights outside the routed experts (%.1f MB) are widened from %s to float32: CPUs are faster so",
             len(narrow),
-            sum(value.nbytes for value in narrow.values()) / 1e6,
-            next(iter(narrow.values())).dtype,
+            sum(leaf.nbytes for leaf in narrow) / 1e6,
+            narrow[0].dtype,
         )
-    return params | {name: value.astype(jnp.float32) for name, value in narrow.items()}
+    widen = lambda leaf: leaf.astype(jnp.float32) if leaf.dtype in _HALF else leaf  # noqa: E731
+    return params | jax.tree.map(widen, outside)
 
 
 def bucket(length: int) -> int:

@@ -56,12 +56,14 @@ class Quantized:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """base + scale · b a, never multiplied out: (x aᵀ) bᵀ costs r·(O + I) a row, where b a costs r·O·I an expert."""
+    """base + b a, never multiplied out: (x aᵀ) bᵀ costs r·(O + I) a row, where b a costs r·O·I an expert.
+
+    The scale of an adapter (α / r, say) is multiplied into b by whoever makes the operand: it may be each expert's own.
+    """
 
     base: Any  # Float[E, O, I] or Quantized
     a: Any  # Float[E, r, I]
     b: Any  # Float[E, O, r]
-    scale: float = dataclasses.field(default=1.0, metadata=_STATIC)  # α / r, or α / √r (rsLoRA)
 
 
 Operand: TypeAlias = Array | Quantized | LowRank  # [E, O, I]; within JAX's transformations leaves may be no arrays
@@ -135,12 +137,12 @@ def _dot_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array
 dot.defvjp(lambda x, weight: (dot(x, weight), (x, weight)), _dot_backward)
 
 
-def linear(x: Float[Array, "R I"], operand: Operand, dot: Dot = dot) -> Float[Array, "R O"]:
+def linear(x: Float[Array, "*rows I"], operand: Operand, dot: Dot = dot) -> Float[Array, "*rows O"]:
     """The operand of one expert applied to rows, in fp32; with another `dot`, those of all experts to sorted rows."""
     match operand:
         case LowRank():
             narrow = linear(x, operand.a, dot).astype(x.dtype)
-            return linear(x, operand.base, dot) + operand.scale * linear(narrow, operand.b, dot)
+            return linear(x, operand.base, dot) + linear(narrow, operand.b, dot)
         case Quantized():
             return dot(x, operand.dequantize().astype(x.dtype))
         case _:

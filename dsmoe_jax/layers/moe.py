@@ -33,7 +33,7 @@ class RoutedExperts(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], routing: Routing) -> tuple[Float[Array, "B T D"], Routing]:
         """The weighted sum of each token's chosen experts, and the routing with the number of extra passes."""
         ids, weights = (choice.reshape(-1, choice.shape[-1]) for choice in (routing.ids, routing.weights))
-        experts = Experts(self.gate[...], self.up[...], self.down[...])
+        experts = Experts(self.gate.get_value(), self.up.get_value(), self.down.get_value())
         y, extra_passes = routed_experts(
             x.reshape(-1, x.shape[-1]), ids, weights, experts, activation=self.activation, options=self.dispatch
         )

@@ -9,6 +9,7 @@ from flax import nnx
 
 from dsmoe_jax.axes import Array, Float, PRNGKeyArray
 from dsmoe_jax.kernels.matmul import matmul
+from dsmoe_jax.kernels.operand import linear
 
 
 class Initializer(NamedTuple):
@@ -40,7 +41,10 @@ _draw = functools.partial(jax.jit, static_argnums=(0, 2, 3))(Initializer.draw)
 
 
 class Linear(nnx.Module):
-    """y = x Wᵀ + b. W lies as in PyTorch, [out, in]: import is a copy, and decode reads rows at memory speed."""
+    """y = x Wᵀ + b. W lies as in PyTorch, [out, in]: import is a copy, and decode reads rows at memory speed.
+
+    In W's place may stand any operand of one linear map (`kernels.operand`): quantised weights, a low-rank adapter.
+    """
 
     def __init__(
         self,
@@ -57,5 +61,5 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*tokens i"]) -> Float[Array, "*tokens o"]:
         """Apply to the last axis."""
-        y = matmul(x, self.weight[...])
+        y = linear(x, self.weight.get_value(), matmul).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,))

@@ -126,7 +126,7 @@ def dense(operand: Any) -> np.ndarray:
     """The weights [E, O, I] that a dense, quantised or low-rank operand stands for."""
     if hasattr(operand, "base"):
         a, b = np.asarray(operand.a, np.float64), np.asarray(operand.b, np.float64)
-        return dense(operand.base) + operand.scale * np.stack([b[e] @ a[e] for e in range(len(a))])
+        return dense(operand.base) + np.stack([b[e] @ a[e] for e in range(len(a))])
     return dequantize(operand) if hasattr(operand, "codes") else np.asarray(operand, np.float64)
 
 
@@ -158,8 +158,8 @@ def operand_grads(name: str, operand: Any, grad: np.ndarray) -> dict[str, np.nda
     if hasattr(operand, "base"):
         a, b = np.asarray(operand.a, np.float64), np.asarray(operand.b, np.float64)
         return operand_grads(f"{name}.base", operand.base, grad) | {
-            f"{name}.a": operand.scale * np.stack([b[e].T @ grad[e] for e in range(len(grad))]),
-            f"{name}.b": operand.scale * np.stack([grad[e] @ a[e].T for e in range(len(grad))]),
+            f"{name}.a": np.stack([b[e].T @ grad[e] for e in range(len(grad))]),
+            f"{name}.b": np.stack([grad[e] @ a[e].T for e in range(len(grad))]),
         }
     if not hasattr(operand, "codes"):
         return {name: grad}
@@ -287,7 +287,20 @@ def random_operand(kind: str, shape: tuple[int, int, int], rng: np.random.Genera
             codes = jnp.asarray(rng.integers(0, 256, (experts, out, into // 2)), jnp.uint8)
             return Quantized(codes, scales, tile=TILE, codebook=tuple(np.linspace(-1, 1.2, 16).tolist()))
         case ["low-rank", base]:
-            a, b = rng.normal(size=(experts, 3, into)), rng.normal(size=(experts, out, 3))
+            a, b = rng.normal(size=(experts, 3, into)), 0.5 * rng.normal(size=(experts, out, 3))
             base = random_operand(base, shape, rng, dtype)
-            return LowRank(base, jnp.asarray(size * a, jnp.float32), jnp.asarray(b, jnp.float32), scale=0.5)
+            return LowRank(base, jnp.asarray(size * a, jnp.float32), jnp.asarray(b, jnp.float32))
     raise ValueError(f"no operand of kind {kind!r}")
+
+
+def encode(
+    values: np.ndarray, codebook: tuple[float, ...], tile: int, largest: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Quantised fp32 values: what their codes stand for and the scales, one tile and one value at a time."""
+    units, scales = [], []
+    for start in range(0, len(values), tile):
+        scales.append(np.abs(values[start : start + tile]).max() * np.float32(1 / largest))
+        for value in values[start : start + tile]:
+            unit = value * (np.float32(1) / scales[-1]) if scales[-1] else np.float32(0)
+            units.append(min(codebook, key=lambda known, unit=unit: abs(float(unit) - known)))
+    return np.array(units), np.array(scales)

@@ -12,9 +12,9 @@ from .loader import loader
 from .mixture import Mixture
 from .packing import MODES, Packing
 from .shards import TokenShards, is_token_shards, tokenizer_hash
-from .sources import PYTHON_STDLIB, Document, documents, source_bytes
+from .sources import PYTHON_STDLIB, Document, documents, find_files, source_bytes
 from .stream import Stream
-from .writer import Tokenized, tokenize
+from .writer import Tokenized, is_held_out, tokenize
 
 __all__ = [
     "MODES",
@@ -27,6 +27,8 @@ __all__ = [
     "Tokenized",
     "documents",
     "evaluation_batches",
+    "find_files",
+    "is_held_out",
     "is_token_shards",
     "loader",
     "source_bytes",

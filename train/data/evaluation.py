@@ -1,5 +1,6 @@
 """The held-out documents as batches, once and in order: `evaluation_batches`."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -21,22 +22,26 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """All documents of the datasets, each token once, none if there are no documents.
 
-    Rows are cut as in training but not shuffled; each dataset begins a row. What is missing in a dataset's last row,
-    and rows that are missing in the last batch, is padding: segment 0 and no label. So all batches have one shape, and
-    all processes equally many. Raises `ValueError` at once if the batch does not divide over the processes.
+    Rows are cut as in training but not shuffled; each dataset begins a row, and the datasets take turns row by row, so
+    that the first batches hold something of each. What is missing in a dataset's last row, and rows that are missing in
+    the last batch, is padding: segment 0 and no label. So all batches have one shape, and all processes equally many.
+    Raises `ValueError` at once if the batch does not divide over the processes.
     """
     check_shape(sequence_length=sequence_length, mode=mode)
     mine = local_rows(batch_size, process_index, process_count)
     layouts = [Layout.of(shards.lengths, np.arange(len(shards))) for shards in datasets]
     counts = [-(-shards.tokens // sequence_length) for shards in datasets]
-    firsts = np.cumsum([0, *counts])
+    turns = range(max(counts, default=0))
+    places = ((dataset, n) for n in turns for dataset, count in enumerate(counts) if n < count)
 
-    def row(n: int) -> np.ndarray:
-        if n >= firsts[-1]:
-            return lay_out([], sequence_length, mode)
-        dataset = int(np.searchsorted(firsts, n, side="right")) - 1
-        start = (n - int(firsts[dataset])) * sequence_length
+    def row(dataset: int, n: int) -> np.ndarray:
+        start = n * sequence_length
         pieces = layouts[dataset].pieces(datasets[dataset], start, start + sequence_length + 1)
         return lay_out(pieces, sequence_length, mode)
 
-    return (stack([row(first + number) for number in mine]) for first in range(0, int(firsts[-1]), batch_size))
+    def batches() -> Iterator[Batch]:
+        padding = lay_out([], sequence_length, mode)
+        while some := list(itertools.islice(places, batch_size)):
+            yield stack([row(*some[number]) if number < len(some) else padding for number in mine])
+
+    return batches()

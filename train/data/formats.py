@@ -1,6 +1,7 @@
 """Text files of every format, read entry by entry. Start at `FORMATS`: how a name ends says how the file is read.
 
-A reader yields an `Entry` for each text and for each place where one should be; it decides nothing about broken ones.
+A reader yields an `Entry` for each text (or, asked for no field, each whole object) and for each place where one should
+be; it decides nothing about broken ones.
 """
 
 import gzip
@@ -17,18 +18,18 @@ _ROWS: Final = 1024  # of a parquet file, at once
 
 
 class Entry(NamedTuple):
-    """A text of a file, or what is wrong at its place."""
+    """A value of a file, or what is wrong at its place."""
 
     place: str  # in the file, to follow its name: ":LINE", or "" where the file is the text
-    text: str | None
-    problem: str  # if there is no text
+    value: Any  # the text of a field, or all fields as a dict; None if there is none
+    problem: str  # if there is no value
     done: int  # bytes of the file that are read
 
 
-Reader = Callable[[Path, str], Iterator[Entry]]
+Reader = Callable[[Path, str | None], Iterator[Entry]]  # the field; None: all of them
 
 
-def read_file(path: Path, field: str) -> Iterator[Entry]:
+def read_file(path: Path, field: str | None) -> Iterator[Entry]:
     """The entries of a file; `ValueError` in one line if it cannot be read to its end."""
     try:
         yield from reader_of(path)(path, field)
@@ -43,7 +44,7 @@ def reader_of(path: Path) -> Reader:
     return next((reader for end, reader in FORMATS.items() if path.name.lower().endswith(end)), read_text)
 
 
-def read_text(path: Path, field: str) -> Iterator[Entry]:
+def read_text(path: Path, field: str | None) -> Iterator[Entry]:
     """The file is one text."""
     data = path.read_bytes()
     try:
@@ -55,42 +56,42 @@ def read_text(path: Path, field: str) -> Iterator[Entry]:
     yield Entry("", text, problem, len(data))
 
 
-def _read_jsonl(path: Path, field: str) -> Iterator[Entry]:
+def _read_jsonl(path: Path, field: str | None) -> Iterator[Entry]:
     with path.open("rb") as file:
         yield from _lines(file, file, field)
 
 
-def _read_gzip(path: Path, field: str) -> Iterator[Entry]:
+def _read_gzip(path: Path, field: str | None) -> Iterator[Entry]:
     with path.open("rb") as file, gzip.GzipFile(fileobj=file) as lines:
         yield from _lines(lines, file, field)
 
 
-def _read_zstd(path: Path, field: str) -> Iterator[Entry]:
+def _read_zstd(path: Path, field: str | None) -> Iterator[Entry]:
     with path.open("rb") as file, io.BufferedReader(_Unzstd(file), _READ_BYTES) as lines:
         yield from _lines(lines, file, field)
 
 
-def _read_parquet(path: Path, field: str) -> Iterator[Entry]:
-    """Each row of the column is a text."""
+def _read_parquet(path: Path, field: str | None) -> Iterator[Entry]:
+    """Each row of the column is a text, or each row has all fields."""
     parquet = importlib.import_module("pyarrow.parquet")
     size, row = path.stat().st_size, 0
     with parquet.ParquetFile(path) as file:
-        if field not in file.schema_arrow.names:
+        if field is not None and field not in file.schema_arrow.names:
             raise ValueError(f"it has no column {field!r}, only {', '.join(file.schema_arrow.names)}")
-        for batch in file.iter_batches(batch_size=_ROWS, columns=[field]):
-            for value in batch.column(0).to_pylist():
+        for batch in file.iter_batches(batch_size=_ROWS, columns=None if field is None else [field]):
+            for fields in batch.to_pylist():
                 row += 1
-                yield Entry(f":{row}", *_checked(value, field), size * row // file.metadata.num_rows)
+                yield Entry(f":{row}", *_value_of(fields, field), size * row // file.metadata.num_rows)
 
 
-def _lines(lines: Any, file: BinaryIO, field: str) -> Iterator[Entry]:
-    """The field of each line's JSON object; blank lines are none."""
+def _lines(lines: Any, file: BinaryIO, field: str | None) -> Iterator[Entry]:
+    """The field of each line's JSON object, or the object; blank lines are none."""
     for number, line in enumerate(lines, 1):
         if not line.isspace():
-            yield Entry(f":{number}", *_text_of(line, field), file.tell())
+            yield Entry(f":{number}", *_parsed(line, field), file.tell())
 
 
-def _text_of(line: bytes, field: str) -> tuple[str | None, str]:
+def _parsed(line: bytes, field: str | None) -> tuple[Any, str]:
     try:
         fields = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -99,13 +100,15 @@ def _text_of(line: bytes, field: str) -> tuple[str | None, str]:
         return None, "is not JSON"
     if not isinstance(fields, dict):
         return None, "is not a JSON object"
+    return _value_of(fields, field)
+
+
+def _value_of(fields: dict[str, Any], field: str | None) -> tuple[Any, str]:
+    if field is None:
+        return fields, ""
     if field not in fields:
         return None, f"has no field {field!r}"
-    return _checked(fields[field], field)
-
-
-def _checked(value: Any, field: str) -> tuple[str | None, str]:
-    if not isinstance(value, str):
+    if not isinstance(value := fields[field], str):
         return None, f"has a {type(value).__name__} as {field!r}, not a text"
     try:
         value.encode()

@@ -51,19 +51,19 @@ def documents(
     """
     count = blank = passed = 0
     for file in find_files(source):
-        lines = _Lines(file.path, most_broken)
+        lines = Lines(file.path, most_broken)
         done, as_text = 0, reader_of(file.path) is read_text
         for entry in read_file(file.path, field):
             advance(entry.done - done)
             done = entry.done
-            if entry.text is None and as_text:
+            if entry.value is None and as_text:
                 if file.named:
                     raise ValueError(f"{file.path}: {entry.problem}")
                 passed += 1
-            elif lines.whole(entry) and entry.text is not None:
-                if entry.text and not entry.text.isspace():
+            elif lines.whole(entry) and entry.value is not None:
+                if entry.value and not entry.value.isspace():
                     count += 1
-                    yield Document(f"{file.path}{entry.place}", entry.text)
+                    yield Document(f"{file.path}{entry.place}", entry.value)
                 else:
                     blank += 1
         lines.end()
@@ -122,7 +122,7 @@ def _stdlib() -> list[TextFile]:
     return [file for file in _below(library) if file.path.suffix == ".py" and belongs(file.path)]
 
 
-class _Lines:
+class Lines:
     """How many lines of a file there were, and how many were broken."""
 
     def __init__(self, path: Path, most_broken: float):
@@ -133,7 +133,7 @@ class _Lines:
     def whole(self, entry: Entry) -> bool:
         """Count the entry and name it in the log if it is broken."""
         self._count += 1
-        if entry.text is not None:
+        if entry.value is not None:
             return True
         self._broken += 1
         line = f"{self._path}{entry.place} {entry.problem}"

@@ -1,14 +1,29 @@
 """What training reads, as a pure function of (seed, step, row): `Stream`."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from ..batch import Batch
 from .mixture import Mixture
 from .packing import Packing
-from .shards import TokenShards
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """What a stream must know of a dataset: token shards, or examples to fine-tune on."""
+
+    digest: str  # of all that its rows depend on
+    tokenizer_hash: str
+
+    def check(self, *, tokenizer_hash: str | None = None) -> None: ...  # noqa: D102
+
+
+class Rows(Protocol):
+    """The rows of one dataset, numbered from 0 without end."""
+
+    def row(self, n: int) -> np.ndarray: ...  # noqa: D102
 
 
 class Stream:
@@ -16,17 +31,19 @@ class Stream:
 
     Batch `step` is rows step · batch_size and on of the mixture. Nothing is remembered from one call to the next but
     indices that would be computed again, so any process may ask for any rows in any order; threads may, too.
+    `packing` makes the rows of a dataset in one of its modes.
     """
 
     def __init__(
         self,
-        datasets: Sequence[TokenShards],
+        datasets: Sequence[Dataset],
         weights: Sequence[float] = (),
         *,
         sequence_length: int,
         batch_size: int,
         seed: int,
         mode: str = "documents",
+        packing: Callable[..., Rows] = Packing,
     ):
         weights = weights or [1.0] * len(datasets)
         if not datasets:
@@ -41,12 +58,12 @@ class Stream:
         self.batch_size, self.sequence_length = batch_size, sequence_length
         self._mixture = Mixture(weights, seed=seed)
         self._packings = [
-            Packing(shards, sequence_length=sequence_length, seed=seed, dataset=number, mode=mode)
-            for number, shards in enumerate(datasets)
+            packing(data, sequence_length=sequence_length, seed=seed, dataset=number, mode=mode)
+            for number, data in enumerate(datasets)
         ]
         # All that decides the stream, as JSON: a checkpoint keeps it, and a run that goes on must have the same.
         self.identity: dict[str, Any] = {
-            "datasets": [shards.digest for shards in datasets],
+            "datasets": [data.digest for data in datasets],
             "weights": [float(weight) for weight in weights],
             "sequence_length": sequence_length,
             "batch_size": batch_size,

@@ -4,20 +4,20 @@ import array
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from dsmoe_jax.new_folder import new_folder, refuse_existing, write_json
+from dsmoe_jax.new_folder import check_space, new_folder, refuse_existing, write_json
 from dsmoe_jax.progress import Advance, silent
 from dsmoe_jax.tokenizer import Tokenizer
 
 from .shards import BOUNDARY, DTYPES, FORMAT, MANIFEST, SPLITS, is_token_shards, shard_files, tokenizer_hash
 from .sources import Document, documents, source_bytes
 
-_AT_ONCE: Final = 256  # documents
+_SAMPLE: Final = 0.01  # share of the sources after which the size of the rest is foreseen
+_AT_ONCE: Final = 1 << 22  # characters that are encoded together; meanwhile they take thirty times as many bytes
 
 
 class Tokenized(NamedTuple):
@@ -59,7 +59,8 @@ def tokenize(
     is known from the boundaries, not from eos.
 
     The same text and tokenizer give the same bytes. Raises `ValueError` in one line for everything that is wrong with
-    the sources, the tokenizer or the folder.
+    the sources, the tokenizer or the folder, for a full disk, and as soon as what was read so far says that the disk
+    will be too full for the rest.
     """
     sources = [sources] if isinstance(sources, str | Path) else list(sources)
     if not sources:
@@ -84,11 +85,14 @@ def tokenize(
             train, heldout = (_Split(draft.folder, split, DTYPES[dtype], shard_tokens) for split in SPLITS)
             stack.callback(train.abandon)
             stack.callback(heldout.abandon)
+            space = _Space(Path(out), total, advance)
             for source in sources:
-                found = documents(source, field=field, most_broken=most_broken, advance=advance)
-                for text, ids in _encoded(found, tokenizer, tokenizer.eos_token_id):
-                    (heldout if is_held_out(text, holdout) else train).add(ids)
-                    text_bytes += len(text)
+                found = documents(source, field=field, most_broken=most_broken, advance=space.read)
+                for some in _batches(found):
+                    for text, ids in _encoded(some, tokenizer, tokenizer.eos_token_id):
+                        (heldout if is_held_out(text, holdout) else train).add(ids)
+                        text_bytes += len(text)
+                    space.check(train.size + heldout.size)
             if not train.documents:
                 raise ValueError(f"holdout {holdout} leaves none of {heldout.documents} documents to train on")
             manifest = {
@@ -113,14 +117,43 @@ def is_held_out(text: bytes, share: float) -> bool:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) < share * 2**64
 
 
-def _encoded(found: Iterable[Document], tokenizer: Tokenizer, eos: int) -> Iterator[tuple[bytes, list[int]]]:
+def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:
+    """Whole documents, together no longer than need be to reach `_AT_ONCE`."""
+    some, size = [], 0
+    for document in found:
+        some.append(document)
+        size += len(document.text)
+        if size >= _AT_ONCE:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
+
+
+def _encoded(some: Sequence[Document], tokenizer: Tokenizer, eos: int) -> Iterator[tuple[bytes, list[int]]]:
     """Each document's UTF-8 and its ids, eos at the end."""
-    found = iter(found)
-    while some := list(islice(found, _AT_ONCE)):
-        for document, ids in zip(some, map(tokenizer.encode, (document.text for document in some)), strict=True):
-            if ids[-1:] != [eos]:  # a tokenizer may add it already
-                ids.append(eos)
-            yield document.text.encode(), ids
+    for document, ids in zip(some, tokenizer.encode_batch(document.text for document in some), strict=True):
+        if ids[-1:] != [eos]:  # a tokenizer may add it already
+            ids.append(eos)
+        yield document.text.encode(), ids
+
+
+class _Space:
+    """Whether the disk has room for the rest, if that takes as many bytes for each byte read as what came before."""
+
+    def __init__(self, out: Path, total: int, advance: Advance):
+        self._out, self._total, self._advance = out, total, advance
+        self._done = 0
+
+    def read(self, step: int) -> None:
+        """So many bytes more of the sources are read."""
+        self._done += step
+        self._advance(step)
+
+    def check(self, written: int) -> None:
+        """`ValueError` if there is no room; nothing before a hundredth is read, which might be unlike the rest."""
+        if self._done >= self._total * _SAMPLE:
+            check_space(self._out, written * (self._total - self._done) // max(self._done, 1))
 
 
 class _Split:
@@ -131,6 +164,11 @@ class _Split:
         self._shards: list[dict[str, Any]] = []
         self._file = None
         self.documents = self.tokens = 0
+
+    @property
+    def size(self) -> int:
+        """Its size on disk, once its shards have ended."""
+        return self.tokens * self._dtype.itemsize + self.documents * BOUNDARY.itemsize
 
     def add(self, ids: list[int]) -> None:
         if self._file is None:

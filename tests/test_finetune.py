@@ -1,0 +1,395 @@
+"""Fine-tuning runs of a very small model: what is trained, what they leave, how they go on, what they refuse.
+
+Start at `test_a_run_leaves_an_adapter_and_the_base_as_it_was`.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dsmoe_jax
+from dsmoe_jax import Generator, lora
+from dsmoe_jax.cli import main
+from dsmoe_jax.convert.peft import WEIGHTS, make_plan, read_adapter, write_adapter
+from dsmoe_jax.lora import LoraConfig
+from dsmoe_jax.model import DeepSeekMoE, split
+from dsmoe_jax.sharding import MeshConfig
+from dsmoe_jax.tokenizer import tokenizer_files
+from dsmoe_jax.train import loop
+from dsmoe_jax.train.batch import Batch
+from dsmoe_jax.train.config import CheckpointConfig
+from dsmoe_jax.train.examples import ExamplePacking, Examples, write_examples
+from dsmoe_jax.train.finetune import ExamplesConfig, FinetuneConfig
+from dsmoe_jax.train.flags import parse_finetuning
+from dsmoe_jax.train.loop import run
+from dsmoe_jax.train.loss import head_loss
+from dsmoe_jax.train.metrics import read_records
+from dsmoe_jax.train.optimizer import OptimizerConfig
+from dsmoe_jax.train.recipes import FINETUNING
+from dsmoe_jax.vocabulary import train_tokenizer
+from tests.helpers.hf_folder import tiny
+
+pytestmark = pytest.mark.heavy
+
+VOCABULARY = 300
+MODEL = tiny(vocab_size=VOCABULARY, initializer_range=0.2)
+LORA = LoraConfig(r=4, lora_alpha=8)
+PACKED = 1e-6  # relative
+
+
+@pytest.fixture(autouse=True)
+def on_one_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs here see one device of the eight; a run turns the compilation cache on, the other tests are without."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with its tokenizer, and examples."""
+    home, rng = tmp_path_factory.mktemp("finetune"), random.Random(0)
+    rows = []
+    for _ in range(120):
+        digits = rng.choices("0123456789", k=rng.randint(2, 6))
+        rows.append({"instruction": "Reverse: " + " ".join(digits), "output": " ".join(reversed(digits))})
+    (home / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [f"User: {row['instruction']}\n\nAssistant: {row['output']}" for row in rows]
+    train_tokenizer(texts * 3, home / "tokenizer", VOCABULARY)
+    # With logits as large as a trained model's: adapters do not reach the head.
+    model = DeepSeekMoE.init(MODEL, seed=1)
+    dsmoe_jax.save(model, home / "base", beside=tokenizer_files(home / "tokenizer"))
+    return home
+
+
+def config(home: Path, out: Path, **changes: Any) -> FinetuneConfig:
+    fields: dict[str, Any] = {
+        "out": str(out),
+        "init_from": str(home / "base"),
+        "steps": 12,
+        "data": ExamplesConfig(files=(str(home / "examples.jsonl"),), sequence_length=64, batch_size=8, holdout=0.1),
+        "optimizer": OptimizerConfig(learning_rate=1e-2, schedule="cosine", warmup_steps=2, weight_decay=0.0),
+        "checkpoints": CheckpointConfig(every=100),
+        "evaluate_every": 6,
+        "evaluate_batches": 2,
+        "sinks": ("jsonl",),
+        "lora": LORA,
+    }
+    return FinetuneConfig(**(fields | changes))
+
+
+def losses(out: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in read_records(out) if "loss" in record}
+
+
+def weights(adapter: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return load_file(adapter / WEIGHTS)
+
+
+# --- runs ---
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
+def test_a_run_leaves_an_adapter_and_the_base_as_it_was(home: Path, tmp_path: Path, quantize: str | None):
+    before = split(dsmoe_jax.load(home / "base"))[1]
+
+    result = run(config(home, tmp_path / "out", quantize=quantize))
+
+    found = losses(tmp_path / "out")
+    assert found[12] < 0.8 * found[1]
+    assert result.model == tmp_path / "out" / "adapter"
+    adapter = read_adapter(result.model, MODEL)
+    assert adapter.config == dataclasses.replace(LORA, target_modules=adapter.config.target_modules)
+    assert all(np.abs(value).max() > 0 for name, value in adapter.params.items() if name.endswith(lora.LORA_B))
+    after = split(dsmoe_jax.load(home / "base"))[1]
+    assert all((before[name] == after[name]).all() for name in before)
+
+
+def test_only_adapters_are_in_the_state_and_its_moments(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[Any] = []
+    original = loop.make_step
+
+    def noting(*arguments: Any, **options: Any):
+        step = original(*arguments, **options)
+
+        def noted(state: Any, *others: Any):
+            seen.append(jax.tree.map(jnp.shape, state))
+            return step(state, *others)
+
+        return noted
+
+    monkeypatch.setattr(loop, "make_step", noting)
+
+    run(config(home, tmp_path / "out", steps=1))
+
+    state = seen[0]
+    plan = read_adapter(tmp_path / "out" / "adapter", MODEL).plan
+    wanted = set(lora.specs(plan, MODEL))
+    assert set(state.params) == wanted
+    is_shape = lambda leaf: isinstance(leaf, tuple) and all(isinstance(size, int) for size in leaf)  # noqa: E731
+    held = sum(math.prod(shape) for shape in jax.tree.leaves(state.optimizer, is_leaf=is_shape) if shape)
+    trained = sum(math.prod(shape) for shape in state.params.values())
+    assert held == 2 * trained
+
+
+def test_a_full_run_leaves_a_checkpoint_that_generates(home: Path, tmp_path: Path):
+    result = run(config(home, tmp_path / "out", lora=None))
+
+    assert losses(tmp_path / "out")[12] < 0.8 * losses(tmp_path / "out")[1]
+    answer = Generator.from_pretrained(result.model)(["User: Reverse: 1 2\n\nAssistant:"], max_new_tokens=4)[0]
+    assert len(answer.tokens) >= 1
+    assert not (tmp_path / "out" / "best").exists()
+
+
+def test_epochs_decide_how_many_steps_there_are(home: Path, tmp_path: Path):
+    data = config(home, tmp_path).data
+    alone = dataclasses.replace(data, packing="alone", batch_size=16)
+
+    result = run(config(home, tmp_path / "out", steps=0, epochs=1.5, data=alone))
+
+    (folder,) = (tmp_path / "out" / "examples").iterdir()
+    rows = len(Examples.open(folder))
+    assert result.steps == result.of == -(-int(np.ceil(1.5 * rows)) // 16)
+
+
+def test_the_best_adapter_stays_when_later_ones_are_worse(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    said = iter([3.0, 2.0, 4.0, 2.5])
+    monkeypatch.setattr(loop, "_evaluate", lambda *_: (next(said), 1))
+
+    run(config(home, tmp_path / "out", steps=6, evaluate_every=2))  # 3, 2, 4
+    best = weights(tmp_path / "out" / "best")
+    run(config(home, tmp_path / "out", steps=8, evaluate_every=2))  # and, after a restart, 2.5
+
+    last = weights(tmp_path / "out" / "adapter")
+    assert json.loads((tmp_path / "out" / "best" / "evaluation.json").read_text()) == {"step": 4, "loss": 2.0}
+    assert all((best[name] == value).all() for name, value in weights(tmp_path / "out" / "best").items())
+    assert any((best[name] != value).any() for name, value in last.items())
+    assert read_adapter(tmp_path / "out" / "best", MODEL).config.r == 4
+
+
+def test_ten_times_stopped_after_a_step_is_as_if_undisturbed(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    dropping = dataclasses.replace(LORA, lora_dropout=0.2)
+    run(config(home, tmp_path / "whole", lora=dropping))
+    place = loop._place
+
+    def stopping(batch: Batch, mesh: Any) -> Batch:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return place(batch, mesh)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_place", stopping)
+        for n in range(1, 11):
+            result = run(config(home, tmp_path / "out", lora=dropping, evaluate_every=100))
+            assert (result.steps, result.stopped) == (n, True)
+    run(config(home, tmp_path / "out", lora=dropping))
+
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+    one, other = (weights(tmp_path / name / "adapter") for name in ("whole", "out"))
+    assert one.keys() == other.keys()
+    assert all((one[name] == other[name]).all() for name in one)
+
+
+def test_adapters_on_a_mesh_learn_as_on_one_device(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run(config(home, tmp_path / "one", steps=4))
+    monkeypatch.undo()
+    run(config(home, tmp_path / "mesh", steps=4, mesh=MeshConfig(fsdp=2, expert=4)))
+
+    one, mesh = losses(tmp_path / "one"), losses(tmp_path / "mesh")
+    assert one == pytest.approx(mesh, rel=1e-4)
+
+
+def test_what_is_saved_whole_is_trained_too(home: Path, tmp_path: Path):
+    whole = LoraConfig(r=2, target_modules=("q_proj",), modules_to_save=("embed_tokens", "lm_head"))
+
+    run(config(home, tmp_path / "out", lora=whole, steps=3))
+
+    adapter = read_adapter(tmp_path / "out" / "adapter", MODEL)
+    base = split(dsmoe_jax.load(home / "base"))[1]
+    assert adapter.plan.saved == ("embed", "head.weight")
+    assert all(np.abs(adapter.params[name] - base[name]).max() > 1e-4 for name in adapter.plan.saved)
+
+
+def test_a_run_whose_loss_is_not_finite_stops_and_keeps_what_it_had(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run(config(home, tmp_path / "out", steps=6))
+    kept = weights(tmp_path / "out" / "best")
+    broken = loop.make_step
+
+    def poisoned(*arguments: Any, **options: Any):
+        step = broken(*arguments, **options)
+        return lambda state, batch, frozen: step(state, batch, jax.tree.map(lambda leaf: leaf * jnp.nan, frozen))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_step", poisoned)
+        line = r"^4 updates in a row were skipped: loss nan, .* at step 10; .* are good$"
+        with pytest.raises(ValueError, match=line):
+            run(config(home, tmp_path / "out", steps=30, most_skipped=3))
+
+    again = weights(tmp_path / "out" / "best")
+    assert all((kept[name] == again[name]).all() for name in kept)
+    assert run(config(home, tmp_path / "out", steps=12)).steps == 12
+
+
+def test_a_run_whose_loss_is_zero_stops(home: Path, tmp_path: Path):
+    (tmp_path / "same.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    data = dataclasses.replace(config(home, tmp_path).data, files=(str(tmp_path / "same.jsonl"),), holdout=0.0)
+    fast = OptimizerConfig(learning_rate=0.3, schedule="constant", warmup_steps=0, weight_decay=0.0)
+
+    with pytest.raises(ValueError, match=r"^the loss has been 0 for 4 steps at step \d+: "):
+        run(config(home, tmp_path / "out", data=data, lora=None, optimizer=fast, steps=200, most_skipped=3))
+
+
+# --- losses ---
+
+
+def test_packed_examples_have_the_losses_they_have_alone(home: Path, tmp_path: Path):
+    write_examples(home / "examples.jsonl", home / "base", tmp_path / "examples", sequence_length=64)
+    examples = Examples.open(tmp_path / "examples")
+    model = dsmoe_jax.load(home / "base")
+
+    def total(mode: str) -> tuple[float, int]:
+        packing = ExamplePacking(examples, sequence_length=64, seed=0, mode=mode)
+        batch = Batch(*map(jnp.asarray, np.stack([packing.row(n) for n in packing.rows_of(0)], axis=1)))
+        hidden = model.hidden(batch.token_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids)
+        head = split(model)[1]["head.weight"]
+        return float(head_loss(hidden.states, head, batch.labels).cross_entropy), len(batch.labels)
+
+    (packed, rows), (alone, examples_alone) = total("packed"), total("alone")
+
+    assert rows < examples_alone / 2
+    assert packed == pytest.approx(alone, rel=PACKED)
+
+
+def test_masked_tokens_give_no_gradient(home: Path, tmp_path: Path):
+    write_examples(home / "examples.jsonl", home / "base", tmp_path / "examples", sequence_length=64)
+    row = ExamplePacking(Examples.open(tmp_path / "examples"), sequence_length=64, seed=0).row(0)
+    labels = jnp.asarray(row[1][None])
+    states = jax.random.normal(jax.random.key(0), (1, 64, 32))
+    head = jax.random.normal(jax.random.key(1), (VOCABULARY, 32))
+
+    grads = jax.grad(lambda states: head_loss(states, head, labels).total)(states)
+
+    learnt = jnp.abs(grads[0]).max(axis=-1) > 0
+    assert (learnt == (labels[0] != -100)).all()
+    assert 0 < learnt.sum() < 64
+
+
+# --- the command line ---
+
+
+def test_the_verbs_finetune_merge_and_generate_go_together(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    base, out = str(home / "base"), str(tmp_path / "run")
+    flags = ["--data", str(home / "examples.jsonl"), "--recipe", "tiny", "--lora.r", "4", "--steps", "2", "--out", out]
+    small = ["--data.sequence-length", "64", "--data.batch-size", "8", "--sinks", "jsonl"]
+
+    assert main(["finetune", base, *flags, *small]) == 0
+    assert main(["merge", base, f"{out}/adapter", str(tmp_path / "merged")]) == 0
+    assert main(["merge", base, f"{out}/adapter", str(tmp_path / "hf"), "--layout", "hf"]) == 0
+    capsys.readouterr()
+    said = []
+    for path, adapter in ((base, ["--adapter", f"{out}/adapter"]), (tmp_path / "merged", []), (tmp_path / "hf", [])):
+        assert main(["generate", str(path), *adapter, "--prompt", "User: Reverse", "--max-new-tokens", "8"]) == 0
+        said.append(capsys.readouterr().out)
+
+    assert said[0] == said[1] == said[2]
+
+
+def test_show_prints_examples_and_trains_nothing(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "run"
+
+    assert (
+        main(["finetune", str(home / "base"), "--data", str(home / "examples.jsonl"), "--show", "3", "--out", str(out)])
+        == 0
+    )
+
+    said = capsys.readouterr().out
+    assert said.count("Reverse: ") == 3
+    assert not out.exists()
+
+
+def test_every_recipe_is_a_run_and_its_flags_change_it():
+    for name in FINETUNING:
+        recipe, shown = parse_finetuning("base", ["--recipe", name, "--data", "a.jsonl", "b.jsonl", "--show", "2"])
+        assert recipe.data.files == ("a.jsonl", "b.jsonl")
+        assert (recipe.init_from, shown) == ("base", 2)
+        assert recipe == dataclasses.replace(FINETUNING[name](), init_from="base", data=recipe.data)
+    assert parse_finetuning("base", ["--lora"])[0].lora == LoraConfig()
+    asked = ["--lora.target-modules", "q_proj", "down_proj", "--lora.rank-pattern", "q_proj", "3", "--quantize", "nf4"]
+    recipe = parse_finetuning("base", asked)[0]
+    assert recipe.lora == LoraConfig(target_modules=("q_proj", "down_proj"), rank_pattern={"q_proj": 3})
+    assert recipe.quantize == "nf4"
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ([], "no examples to train on; --data FILE names some"),
+        (["--quantize", "nf4"], "a base in nf4 cannot be trained itself; --lora trains adapters on it"),
+        (["--lora", "--quantize", "int3"], "quantize 'int3' is not one of int8, int4, nf4"),
+        (["--recipe", "huge"], "recipe 'huge' does not exist, only full, full_8x40gb, lora_1x80gb, qlora_1x80gb, tiny"),
+        (["--lora.r", "0"], "r must be a whole number of at least 1, not 0"),
+        (["--lora.target-modules", "qproj"], "'qproj' matches no module of this model"),
+        (["--lora.target-modules", "gate"], "target_modules: model.layers.1.mlp.gate cannot be adapted"),
+        (["--epochs", "0"], "epochs must be more than 0, not 0.0"),
+        (["--show", "x"], "argument --show: invalid int value: 'x'"),
+        (["--ranks", "3"], "Unrecognized options: --ranks"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_said_in_one_line(
+    home: Path, tmp_path: Path, flags: list[str], line: str, capsys: pytest.CaptureFixture[str]
+):
+    data = [] if line.startswith("no examples") else ["--data", str(home / "examples.jsonl")]
+    base = ["finetune", str(home / "base"), "--out", str(tmp_path / "out")]
+
+    assert main([*base, *data, *flags]) == 2
+
+    said = capsys.readouterr().err
+    assert line in said.splitlines()[-1]
+    assert "Traceback" not in said
+
+
+def test_a_run_goes_on_only_with_the_adapter_and_the_base_it_was_begun_with(home: Path, tmp_path: Path):
+    run(config(home, tmp_path / "out", steps=1))
+    other = dataclasses.replace(LORA, lora_alpha=16)
+
+    with pytest.raises(ValueError, match=r"step 1 was trained on another adapter: lora_alpha changed$"):
+        run(config(home, tmp_path / "out", steps=2, lora=other))
+    with pytest.raises(ValueError, match=r"step 1 was trained on another base: quantize changed$"):
+        run(config(home, tmp_path / "out", steps=2, quantize="int8"))
+
+
+def test_an_adapter_of_another_base_is_refused(home: Path, tmp_path: Path):
+    other = dataclasses.replace(MODEL, hidden_size=64)
+    config = LoraConfig(r=2, target_modules=("q_proj",))
+    plan = make_plan(config, other)
+    params = {name: np.zeros(spec.shape, np.float32) for name, spec in lora.specs(plan, other).items()}
+    write_adapter(tmp_path / "adapter", config, other, params)
+
+    with pytest.raises(ValueError, match=r"has shape \[2, 64\], rank and base ask for \[2, 32\]$"):
+        Generator.from_pretrained(home / "base", adapter=tmp_path / "adapter")
+
+
+def test_a_model_that_is_not_native_is_refused(tmp_path: Path, home: Path):
+    with pytest.raises(ValueError, match=r"not a native checkpoint; `dsmoe convert` makes one"):
+        (tmp_path / "hf").mkdir()
+        (tmp_path / "hf" / "config.json").write_text((home / "base" / "config.json").read_text())
+        run(config(home, tmp_path / "out", init_from=str(tmp_path / "hf")))

@@ -1,0 +1,211 @@
+"""Fine-tuning: a model on examples, all of it or by low-rank adapters over what may be quantised. See `finetuning`."""
+
+import dataclasses
+import functools
+import json
+import logging
+import math
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final
+
+import jax
+import tyro
+from jax.sharding import Mesh
+
+from dsmoe_jax import lora
+from dsmoe_jax.axes import Array
+from dsmoe_jax.checkpoint import load, together, whole
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.convert.peft import is_untied, make_plan, prepare_base, untied, write_adapter
+from dsmoe_jax.kernels.operand import Operand
+from dsmoe_jax.lora import LoraConfig
+from dsmoe_jax.manifest import is_native, own_hash, read_manifest
+from dsmoe_jax.model import abstract, split
+from dsmoe_jax.quantize import SCHEMES, load_quantized
+from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files
+
+from .config import RunConfig
+from .corpus import Corpus
+from .data import Stream, find_files, tokenizer_hash
+from .examples import ExamplePacking, Examples, example_batches, show, write_examples
+from .job import MODEL, Job, model_writer
+from .optimizer import OptimizerConfig
+from .step import Trained
+
+ADAPTER: Final = "adapter"  # below the run's folder
+_EXAMPLES: Final = "examples"
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExamplesConfig:
+    """What is read, and what of it is learnt."""
+
+    # Conversations or completions, .jsonl(.gz, .zst) or .parquet, found from their fields.
+    files: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--data"])] = ()
+    format: str = "auto"  # or a key of `examples.FORMATS`
+    template: str = "chat"  # the tokenizer's own; "deepseek-instruct"; or a file of Jinja
+    targets: str = "all"  # turns of the assistant, or the "last" one
+    tokenizer: str | None = None  # a folder; default: that of the model
+    sequence_length: int = 1024
+    too_long: str = "truncate"  # or "drop", or "refuse"
+    batch_size: int = 64  # rows of all devices and micro-batches together
+    packing: str = "packed"  # whole examples side by side in a row, apart from one another; or "alone"
+    holdout: float = 0.02  # share of the examples that is kept for evaluation
+    prefetch: int = 2  # batches
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(RunConfig):
+    """A fine-tuning run."""
+
+    _LEAST: ClassVar[Mapping[str, int]] = {**RunConfig._LEAST, "steps": 0}
+
+    out: str = "runs/finetune"
+    model: str = ""  # that of `init_from`
+    steps: int = 0  # 0: as many as `epochs` make
+    epochs: float = 3.0
+    data: ExamplesConfig = dataclasses.field(default_factory=ExamplesConfig)  # type: ignore[assignment]
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=2e-5, schedule="cosine", warmup_steps=10, weight_decay=0.0, b2=0.999
+        )
+    )
+    lora: LoraConfig | None = None  # None: the whole model is trained
+    quantize: str | None = None  # what is not trained, as a key of `dsmoe_jax.quantize.SCHEMES`
+
+    def __post_init__(self) -> None:
+        """`ValueError` for a value that means nothing."""
+        super().__post_init__()
+        if not self.steps and not self.epochs > 0:
+            raise ValueError(f"epochs must be more than 0, not {self.epochs}")
+        if self.quantize is not None and self.quantize not in SCHEMES:
+            raise ValueError(f"quantize {self.quantize!r} is not one of {', '.join(SCHEMES)}")
+        if self.quantize is not None and self.lora is None:
+            raise ValueError(f"a base in {self.quantize} cannot be trained itself; --lora trains adapters on it")
+
+
+def finetuning(config: FinetuneConfig, out: Path) -> Job:
+    """The whole of a model, or an adapter on it, on examples."""
+    base = Path(config.init_from or "")
+    if not is_native(base):
+        raise ValueError(f"{base}: not a native checkpoint; `dsmoe convert` makes one of a Hugging Face folder")
+    model = config.model_config()
+    corpus, rows = examples(config, model, out)
+    steps = config.steps or math.ceil(rows / config.data.batch_size)
+    facts = {"stream": corpus.identity, "base": {"sha256": read_manifest(base).sha256}}
+    if config.lora is None:
+        return Job(
+            model=model,
+            corpus=corpus,
+            steps=steps,
+            trained=Trained.whole(model),
+            frozen=lambda mesh: {},
+            fresh=lambda mesh, frozen: split(load(base, dtype="float32", mesh=mesh))[1],
+            result=MODEL,
+            save=model_writer(model, corpus),
+            facts=facts,
+        )
+
+    adapter = config.lora
+    plan = make_plan(adapter, model)
+    onto = untied(model) if is_untied(plan, model) else model
+    places = functools.partial(lora.shardings, plan, onto)
+
+    def frozen(mesh: Mesh | None) -> Mapping[str, Operand]:
+        if config.quantize is None:
+            params = split(load(base, mesh=mesh))[1]
+        else:
+            params = load_quantized(base, config.quantize, mesh=mesh)[1]
+        return prepare_base(plan, model, params)[1]
+
+    def fresh(mesh: Mesh | None, frozen: Mapping[str, Operand]) -> Mapping[str, Array]:
+        key = jax.random.key(config.seed)
+        draw = jax.jit(functools.partial(lora.init, plan, onto), out_shardings=places(mesh))
+        return draw(dict(frozen), key)
+
+    def save(path: Path, params: Mapping[str, Array]) -> None:
+        on_host = {name: whole(value) for name, value in params.items()}
+        with together():
+            if jax.process_index() == 0:
+                write_adapter(path, adapter, model, on_host, base=str(base))
+
+    _log.info("%d of %d weights are trained", lora.count(plan, onto), _size(onto))
+    return Job(
+        model=onto,
+        corpus=corpus,
+        steps=steps,
+        trained=Trained(
+            lora.specs(plan, onto),
+            lambda trained, frozen, key: lora.attach(plan, frozen, trained, key),
+            adapter.lora_dropout,
+        ),
+        frozen=frozen,
+        fresh=fresh,
+        result=ADAPTER,
+        save=save,
+        facts={
+            **facts,
+            "base": facts["base"] | {"quantize": config.quantize},
+            "adapter": json.loads(json.dumps(dataclasses.asdict(adapter))),  # tuples are lists there
+        },
+        keep_best=True,
+    )
+
+
+def examples(config: FinetuneConfig, model: ModelConfig, out: Path) -> tuple[Corpus, int]:
+    """The examples of a run as its corpus, and how many rows all its epochs have."""
+    data = config.data
+    tokenizer, train, heldout = open_examples(config, model, out)
+    shape: dict[str, Any] = {"sequence_length": data.sequence_length, "mode": data.packing}
+    stream = Stream([train], batch_size=data.batch_size, seed=config.seed, packing=ExamplePacking, **shape)
+    held_out = functools.partial(example_batches, [heldout], batch_size=data.batch_size, **shape)
+    packing = ExamplePacking(train, seed=config.seed, **shape)
+    full = int(config.epochs)
+    rows = packing.rows_of(full).start + math.ceil((config.epochs - full) * len(packing.rows_of(full)))
+    return Corpus(stream, held_out, tokenizer, data.prefetch, config.evaluate_batches), rows
+
+
+def open_examples(config: FinetuneConfig, model: ModelConfig, out: Path) -> tuple[Path, Examples, Examples]:
+    """The folder of the tokenizer, the examples of a run, and the held-out ones; they are written below `out` once.
+
+    Raises `ValueError` for files that are empty or broken, and for a vocabulary that is larger than the model's.
+    """
+    data = config.data
+    if not data.files:
+        raise ValueError("no examples to train on; --data FILE names some")
+    tokenizer = Path(data.tokenizer or config.init_from or "")
+    if not tokenizer_files(tokenizer):
+        raise ValueError(f"{tokenizer}: holds no tokenizer; --data.tokenizer names a folder that does")
+    asked = {
+        "template": data.template,
+        "format": data.format,
+        "targets": data.targets,
+        "sequence_length": data.sequence_length,
+        "too_long": data.too_long,
+        "holdout": data.holdout,
+    }
+    # Other files, or the same ones after a change, are other examples.
+    files = [file.path for source in data.files for file in find_files(source)]
+    made_of = {str(path): [(stat := path.stat()).st_size, stat.st_mtime_ns] for path in files}
+    home = out / _EXAMPLES / own_hash(asked | {"files": made_of, "tokenizer": tokenizer_hash(tokenizer)})[:12]
+    with together():
+        if jax.process_index() == 0 and not home.exists():
+            home.parent.mkdir(parents=True, exist_ok=True)
+            _log.info("%s", write_examples(data.files, tokenizer, home, **asked))
+    train, heldout = (Examples.open(home, split) for split in ("train", "heldout"))
+    train.check(tokenizer_hash=tokenizer_hash(tokenizer), vocab_size=model.vocab_size)
+    return tokenizer, train, heldout
+
+
+def show_examples(config: FinetuneConfig, count: int) -> None:
+    """Print the first examples of a run with what is learnt of them in colour; nothing is trained or left behind."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer, train, _ = open_examples(config, config.model_config(), Path(folder))
+        show(train, Tokenizer.from_pretrained(tokenizer), count)
+
+
+def _size(model: ModelConfig) -> int:
+    return sum(math.prod(spec.shape) for spec in abstract(model)[1].values())
