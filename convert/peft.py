@@ -1,12 +1,14 @@
 """LoRA adapters as the peft library stores them, in and out, and what their configs match. Start at `read_adapter`.
 
-Names, scales and matching are those of peft 0.13.2, whose files newer releases read; where newer ones match otherwise,
-the file's own fields say which release wrote it. Unlike peft, nothing is passed over: every tensor of the file has its
-place and every place its tensor.
+Names, scales and matching are peft's. Its releases match differently in places (`RELEASES`): a file is read by the
+rules of the one that wrote it, and what is written is only what all of them read alike; its fields are those of 0.13,
+which refuses later ones. Unlike peft, nothing is passed over: every tensor of the file has its place and every place
+its tensor.
 """
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -18,20 +20,18 @@ import numpy as np
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.json_file import read_json
-from dsmoe_jax.kernels.operand import Operand
 from dsmoe_jax.lora import LORA_A, LORA_B, PROJECTIONS, LoraConfig, Plan, Target, attach, merge, place, specs
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
 from dsmoe_jax.new_folder import new_folder, write_json
 
 from .names import hf_names, is_stacked
-from .reader import CheckpointReader, read_safetensors
-from .torch_pickle import read_torch_file
+from .reader import CheckpointReader, path_inside, read_safetensors
+from .torch_pickle import read_torch_file, show
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 _LAYOUTS: Final = ((WEIGHTS, False, read_safetensors), ("adapter_model.bin", False, read_torch_file))
 _PREFIX: Final = "base_model.model."
-_FACTORS: Final = {".lora_A.weight": LORA_A, ".lora_B.weight": LORA_B}
 _WHOLE: Final = ("embed_tokens", "lm_head")  # saved under their own names by `save_embedding_layers`, listed or not
 _EVERYTHING: Final = "all-linear"
 
@@ -44,12 +44,30 @@ _FIXED: Final[dict[str, tuple[Any, ...]]] = {
 }
 _OURS: Final = frozenset(field.name for field in dataclasses.fields(LoraConfig))
 _WITHOUT_EFFECT: Final = frozenset(
-    {"auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_config", "megatron_core", "peft_version"}
-    | {"qalora_group_size", "revision", "runtime_config"}
+    {"auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "megatron_config", "megatron_core"}
+    | {"peft_version", "qalora_group_size", "revision", "runtime_config"}
 )
-_INITS: Final = (True, False, "gaussian", "eva")  # the others change the base's weights
-# Written since rank_pattern and alpha_pattern are looked up each by itself.
-_SINCE_SEPARATE: Final = frozenset({"corda_config", "trainable_token_indices", "peft_version"})
+_INITS: Final = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base's weights
+
+
+class Rules(NamedTuple):
+    """How a release of peft matches where releases differ."""
+
+    separate: bool  # rank_pattern and alpha_pattern each have their own first match; before, one key decided for both
+    grouped: bool  # a key K of theirs is (.*\.)?(K)$; before, .*\.K$
+    first_number: bool  # a path's layer is its first number; before, its last, which on a routed expert is the expert's
+
+
+# fmt: off
+RELEASES: Final[dict[tuple[int, int], Rules]] = {
+    #              separate  grouped  first_number
+    (0, 13): Rules(False,    False,   False),
+    (0, 14): Rules(True,     False,   False),
+    (0, 15): Rules(True,     True,    False),
+    (0, 20): Rules(True,     True,    True),
+}
+# fmt: on
+_WRITTEN_SINCE: Final = {"exclude_modules": (0, 14), "corda_config": (0, 15)}  # `peft_version` itself since 0.18
 
 
 class Adapter(NamedTuple):
@@ -69,34 +87,41 @@ def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
     model that ties them, the base must be `untied` first.
     """
     path = Path(path)
-    if not (path / CONFIG).is_file():
+    if not os.path.lexists(path / CONFIG):
         raise ValueError(f"{path}: no adapter (no {CONFIG})")
-    fields = read_json(path / CONFIG)
+    fields = read_json(path_inside(path, CONFIG))
     try:
-        config = _lora_config(fields)
+        config, rules = _lora_config(fields), _rules(fields)
     except ValueError as error:
         raise ValueError(f"{path / CONFIG}: {error}") from None
     with CheckpointReader(path, _LAYOUTS) as reader:
-        held = {name.removeprefix(_PREFIX).removesuffix(".weight") for name in reader.tensors}
-        extra = tuple(end for end in _WHOLE if any(name.split(".")[-1] == end for name in held))
-        config = dataclasses.replace(config, modules_to_save=(*config.modules_to_save, *extra))
+        unlisted = [end for end in _WHOLE if any(name.endswith(f".{end}.weight") for name in reader.tensors)]
+        saved = tuple(dict.fromkeys((*config.modules_to_save, *unlisted)))
+        config = dataclasses.replace(config, modules_to_save=saved)
         try:
-            plan = make_plan(config, model, separate=bool(fields.keys() & _SINCE_SEPARATE), strict=False)
+            plan = make_plan(config, model, rules=rules, strict=False)
         except ValueError as error:
             raise ValueError(f"{path / CONFIG}: {error}") from None
-        wanted = peft_shapes(plan, model)
-        for name, info in reader.tensors.items():
-            if name not in wanted:
-                raise ValueError(f"{path}: tensor {name} belongs to no part of this adapter of this base")
-            if info.shape != wanted[name]:
-                raise ValueError(
-                    f"{path}: tensor {name} has shape {list(info.shape)}, rank and base ask for {list(wanted[name])}"
-                )
-        if missing := sorted(wanted.keys() - reader.tensors.keys()):
-            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise ValueError(f"{path}: tensor {missing[0]} is missing{more}")
-        params = _stacked(plan, model, lambda name: reader.read(name).astype(np.float32))
+        parts = _parts(plan, model)
+        _check_tensors(path, {name: info.shape for name, info in reader.tensors.items()}, parts)
+        shapes = {name: spec.shape for name, spec in specs(plan, _whole_config(plan, model)).items()}
+        params = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        for name, part in parts.items():
+            params[part.name][part.index] = reader.read(name)
     return Adapter(config, plan, params, fields.get("base_model_name_or_path"))
+
+
+def _check_tensors(path: Path, found: Mapping[str, tuple[int, ...]], parts: Mapping[str, "_Part"]) -> None:
+    for name, shape in found.items():
+        if name not in parts:
+            raise ValueError(f"{path}: tensor {name} belongs to no part of this adapter of this base")
+        if shape != parts[name].shape:
+            raise ValueError(
+                f"{path}: tensor {name} has shape {list(shape)}, rank and base ask for {list(parts[name].shape)}"
+            )
+    if missing := sorted(parts.keys() - found.keys()):
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise ValueError(f"{path}: tensor {missing[0]} is missing{more}")
 
 
 def write_adapter(
@@ -115,23 +140,35 @@ def write_adapter(
         write_json(draft.folder / CONFIG, _peft_fields(config, base))
 
 
-def make_plan(config: LoraConfig, model: ModelConfig, *, separate: bool | None = None, strict: bool = True) -> Plan:
+def make_plan(config: LoraConfig, model: ModelConfig, *, rules: Rules | None = None, strict: bool = True) -> Plan:
     """Which parameters of a model the config adapts, and which it replaces.
 
-    `separate`: whether rank_pattern and alpha_pattern are looked up each by itself, as newer releases of peft do, or
-    the first key of both decides for both, as up to 0.13; by default both must agree. `strict`: every name must match
-    a module. Raises `ValueError` for one that does not, and for what cannot be adapted.
+    `rules`: those of one release of peft; by default all `RELEASES` must agree. `strict`: every name must match a
+    module. Raises `ValueError` for one that does not, for what cannot be adapted, and where releases disagree.
     """
+    paths_of = modules(model)
+    plan, *others = (_plan(config, paths_of, rules, strict) for rules in ([rules] if rules else RELEASES.values()))
+    for other in others:
+        for name in (name for name in paths_of if plan.targets.get(name) != other.targets.get(name)):
+            raise ValueError(
+                f"releases of peft disagree on {paths_of[name][0]}, or on another expert's: give rank_pattern and "
+                "alpha_pattern the same keys, each in parentheses, and layers_to_transform a layers_pattern"
+            )
+    return plan
+
+
+def _plan(config: LoraConfig, paths_of: Mapping[str, Sequence[str]], rules: Rules, strict: bool) -> Plan:
     matched: set[str] = set()
-    saved = tuple(name for name, paths in modules(model).items() if _is_saved(name, paths, config, matched))
+    is_target, rank_and_alpha = _targets(config, rules, matched), _ranks_and_alphas(config, rules)
+    saved = tuple(name for name, paths in paths_of.items() if _is_saved(name, paths, config, matched))
     targets = {}
-    for name, paths in modules(model).items():
+    for name, paths in paths_of.items():
         ranks, scales = [], []
         for path in paths:
-            hit = _is_target(path, config, matched)
+            hit = is_target(path)
             if hit and not _is_linear(path):
                 raise ValueError(f"target_modules: {path} cannot be adapted, only {', '.join(PROJECTIONS)}")
-            rank, alpha = _rank_and_alpha(path, config, separate) if hit else (0, 0.0)
+            rank, alpha = rank_and_alpha(path) if hit else (0, 0.0)
             ranks.append(rank)
             scales.append(alpha / (math.sqrt(rank) if config.use_rslora else rank) if rank else 0.0)
         if any(ranks):
@@ -140,9 +177,9 @@ def make_plan(config: LoraConfig, model: ModelConfig, *, separate: bool | None =
             targets[name] = Target(tuple(ranks), tuple(scales))
     wanted = config.target_modules if not isinstance(config.target_modules, str) else ()
     if strict and (idle := [entry for entry in (*wanted, *config.modules_to_save) if entry not in matched]):
-        raise ValueError(f"{idle[0]!r} matches no module of this model")
+        raise ValueError(f"{idle[0]!r:.80} matches no module of this model")
     if not targets:
-        raise ValueError(f"target_modules {config.target_modules!r} match no module of this model")
+        raise ValueError(f"target_modules {config.target_modules!r:.80} match no module of this model")
     return Plan(targets, saved, config.lora_dropout)
 
 
@@ -173,60 +210,52 @@ def merge_adapter(model: DeepSeekMoE, path: str | Path) -> DeepSeekMoE:
     return assemble(config, jax.jit(partial(merge, adapter.plan))(params, placed))
 
 
-def prepare_base(plan: Plan, model: ModelConfig, params: dict[str, Operand]) -> tuple[ModelConfig, dict[str, Operand]]:
+def prepare_base(plan: Plan, model: ModelConfig, params: Mapping[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
     """Config and parameters that the adapter goes onto: with a head of their own if it takes apart what is tied."""
     if not is_untied(plan, model):
-        return model, params
-    return untied(model), params | {"head.weight": params["embed"]}
+        return model, dict(params)
+    return untied(model), {**params, "head.weight": params["embed"]}
 
 
 # --- names ---
 
 
-def peft_shapes(plan: Plan, model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of the file."""
-    shapes = {name: np.zeros(spec.shape, np.bool_) for name, spec in specs(plan, _whole_config(plan, model)).items()}
-    return {name: tensor.shape for name, tensor in to_peft(plan, model, shapes).items()}
+class _Part(NamedTuple):
+    """Where a tensor of the file lies in our parameters."""
+
+    name: str
+    index: tuple[Any, ...]
+    shape: tuple[int, ...]
+
+
+def _parts(plan: Plan, model: ModelConfig) -> dict[str, _Part]:
+    """By the names of the file. Of a stack over experts a tensor is one expert's; ranks are filled up with zeros."""
+    whole = _whole_config(plan, model)
+    shapes = {name: spec.shape for name, spec in specs(plan, whole).items()}
+    paths_of, names, parts = modules(whole), hf_names(whole), {}
+
+    def at(name: str, n: int) -> tuple[int, ...]:
+        return (n,) if is_stacked(name) else ()
+
+    for name, target in plan.targets.items():
+        into, out = shapes[name + LORA_A][-1], shapes[name + LORA_B][-2]
+        for n, (path, r) in enumerate(zip(paths_of[name], target.ranks, strict=True)):
+            if r:
+                rank = slice(r)
+                parts[f"{_PREFIX}{path}.lora_A.weight"] = _Part(name + LORA_A, (*at(name, n), rank), (r, into))
+                parts[f"{_PREFIX}{path}.lora_B.weight"] = _Part(name + LORA_B, (*at(name, n), ..., rank), (out, r))
+    for name in plan.saved:
+        for n, hf_name in enumerate(names[name]):
+            parts[f"{_PREFIX}{hf_name}"] = _Part(
+                name, at(name, n), shapes[name][1:] if is_stacked(name) else shapes[name]
+            )
+    return parts
 
 
 def to_peft(plan: Plan, model: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The tensors of the file, from stacks over experts with ranks filled up."""
-    tensors, paths_of = {}, modules(_whole_config(plan, model))
-    for name, target in plan.targets.items():
-        stacks = {end: _per_module(name, params[name + ours]) for end, ours in _FACTORS.items()}
-        for n, (path, rank) in enumerate(zip(paths_of[name], target.ranks, strict=True)):
-            if rank:
-                a, b = (stack[n] for stack in stacks.values())
-                for end, factor in zip(_FACTORS, (a[:rank], b[:, :rank]), strict=True):
-                    tensors[f"{_PREFIX}{path}{end}"] = np.ascontiguousarray(factor)
-    names = hf_names(_whole_config(plan, model))
-    for name in plan.saved:
-        for n, hf_name in enumerate(names[name]):
-            tensors[f"{_PREFIX}{hf_name}"] = np.ascontiguousarray(_per_module(name, params[name])[n])
-    return tensors
-
-
-def _stacked(plan: Plan, model: ModelConfig, read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
-    """The other way round."""
-    whole = _whole_config(plan, model)
-    params = {name: np.zeros(spec.shape, np.float32) for name, spec in specs(plan, whole).items()}
-    paths_of, names = modules(whole), hf_names(whole)
-    for name, target in plan.targets.items():
-        for n, (path, rank) in enumerate(zip(paths_of[name], target.ranks, strict=True)):
-            if rank:
-                for end, ours in _FACTORS.items():
-                    own = _per_module(name, params[name + ours])[n]
-                    (own[:rank] if ours == LORA_A else own[:, :rank])[...] = read(f"{_PREFIX}{path}{end}")
-    for name in plan.saved:
-        for n, hf_name in enumerate(names[name]):
-            _per_module(name, params[name])[n][...] = read(f"{_PREFIX}{hf_name}")
-    return params
-
-
-def _per_module(name: str, value: Any) -> np.ndarray:
-    """A view of a parameter with an axis of modules: experts, or one."""
-    value = np.asarray(value)
-    return value if is_stacked(name.removesuffix(LORA_A).removesuffix(LORA_B)) else value[None]
+    """The tensors of the file, fp32."""
+    host = {name: np.asarray(value, np.float32) for name, value in params.items()}
+    return {name: np.ascontiguousarray(host[part.name][part.index]) for name, part in _parts(plan, model).items()}
 
 
 def _whole_config(plan: Plan, model: ModelConfig) -> ModelConfig:
@@ -250,19 +279,36 @@ def _is_linear(path: str) -> bool:
     return path.rpartition(".")[2] in PROJECTIONS
 
 
-def _is_target(path: str, config: LoraConfig, matched: set[str]) -> bool:
-    """peft's `check_target_module_exists`: layers are chosen among what the end of a path matches, and only there."""
-    if config.target_modules == _EVERYTHING:
-        return _is_linear(path)
-    if isinstance(config.target_modules, str):
-        return _full_match(config.target_modules, path, "target_modules")
-    hits = [entry for entry in config.target_modules if path == entry or path.endswith(f".{entry}")]
-    matched.update(hits)
-    if path in hits or not hits or not config.layers_to_transform:
-        return bool(hits)
-    # Without a pattern it is the last number in the path: on routed experts that of the expert, as in peft.
-    number = re.match(rf".*\.{config.layers_pattern or '[^.]*'}\.(\d+)\.", path)
-    return number is not None and int(number[1]) in config.layers_to_transform
+def _targets(config: LoraConfig, rules: Rules, matched: set[str]) -> Callable[[str], bool]:
+    """peft's `check_target_module_exists`; notes in `matched` which entries of a list matched anything."""
+    target = config.target_modules
+    if isinstance(target, str):
+        if target.lower() == _EVERYTHING:
+            return _is_linear
+        whole = _compiled(target, "target_modules")
+        return lambda path: whole.fullmatch(path) is not None
+    entries = frozenset(target)
+    if rules.first_number:
+        number = rf"(?:^|.*?\.){config.layers_pattern or '[^.]*'}\.(?P<number>\d+)\."
+    else:
+        number = rf".*\.{config.layers_pattern or '[^.]*'}\.(?P<number>\d+)\."
+    layer_of = _compiled(number, "layers_pattern")
+
+    def matches(path: str) -> bool:
+        hits = entries & {path, *_ends(path)}
+        matched.update(hits)
+        if path in hits or not hits or not config.layers_to_transform:
+            return bool(hits)
+        layer = layer_of.match(path)
+        return layer is not None and int(layer["number"]) in config.layers_to_transform
+
+    return matches
+
+
+def _ends(path: str) -> list[str]:
+    """What follows each of its dots."""
+    parts = path.split(".")
+    return [".".join(parts[n:]) for n in range(1, len(parts))]
 
 
 def _is_saved(name: str, paths: Sequence[str], config: LoraConfig, matched: set[str]) -> bool:
@@ -280,37 +326,32 @@ def _saving(path: str, entries: Iterable[str]) -> set[str]:
     return {entry for entry in entries if any(module.endswith(entry) for module in around)}
 
 
-def _rank_and_alpha(path: str, config: LoraConfig, separate: bool | None) -> tuple[int, float]:
-    patterns = (config.rank_pattern, config.alpha_pattern)
-    # Up to 0.13, the first key of either decides for both.
-    old = next((key for pattern in patterns for key in pattern if _match(rf".*\.{key}$", path, key)), None)
-    as_old = config.rank_pattern.get(old, config.r), config.alpha_pattern.get(old, config.lora_alpha)
-    new = [next((key for key in pattern if _match_newer(key, path)), None) for pattern in patterns]
-    as_new = config.rank_pattern.get(new[0], config.r), config.alpha_pattern.get(new[1], config.lora_alpha)
-    if separate is None and as_old != as_new:
-        raise ValueError(
-            f"rank_pattern and alpha_pattern: releases of peft disagree on {path}, r and alpha {as_old} or {as_new}; "
-            "give both the same keys, each in parentheses"
-        )
-    return as_new if separate else as_old
+def _ranks_and_alphas(config: LoraConfig, rules: Rules) -> Callable[[str], tuple[int, float]]:
+    """What gives the r and lora_alpha of a module."""
+    form = r"(.*\.)?({key})$" if rules.grouped else r".*\.{key}$"
+    ranks, alphas = (
+        {key: _compiled(form.replace("{key}", key), field) for key in pattern}
+        for field, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern))
+    )
+    if not rules.separate:
+        ranks = alphas = ranks | alphas
+
+    def first(path: str, patterns: Mapping[str, re.Pattern[str]]) -> str:
+        # A whole path may be a key, too; where a dot must come before it, the pattern alone does not match that.
+        return next((key for key, pattern in patterns.items() if pattern.match(path)), path)
+
+    def of(path: str) -> tuple[int, float]:
+        rank, alpha = first(path, ranks), first(path, alphas)
+        return config.rank_pattern.get(rank, config.r), config.alpha_pattern.get(alpha, config.lora_alpha)
+
+    return of
 
 
-def _match_newer(key: str, path: str) -> bool:
-    return _match(rf"{key}$" if key.startswith("^") else rf"(.*\.)?({key})$", path, key)
-
-
-def _match(pattern: str, path: str, key: str) -> bool:
+def _compiled(pattern: str, field: str) -> re.Pattern[str]:
     try:
-        return re.match(pattern, path) is not None
-    except re.error as error:
-        raise ValueError(f"{key!r} is not a regular expression: {error}") from None
-
-
-def _full_match(pattern: str, path: str, field: str) -> bool:
-    try:
-        return re.fullmatch(pattern, path) is not None
-    except re.error as error:
-        raise ValueError(f"{field} {pattern!r} is not a regular expression: {error}") from None
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{field}: {pattern!r:.80} is no regular expression ({show(str(error))})") from None
 
 
 # --- the config file ---
@@ -323,10 +364,12 @@ def _lora_config(fields: Mapping[str, Any]) -> LoraConfig:
     init = fields.get("init_lora_weights", True)
     if not isinstance(init, bool | str) or init not in _INITS:
         raise ValueError(f"init_lora_weights {init!r:.80} changes the base's weights, which are not here")
+    if not isinstance(base := fields.get("base_model_name_or_path"), str | None):
+        raise ValueError(f"base_model_name_or_path {base!r:.80} is not understood")
     known = {*_FIXED, *_OURS, *_WITHOUT_EFFECT, "init_lora_weights"}
     for name, value in fields.items():
         if name not in known and value not in (None, False, "", 0) and value != [] and value != {}:
-            raise ValueError(f"{name} {value!r:.80} is not supported")
+            raise ValueError(f"{show(name)} {value!r:.80} is not supported")
     return LoraConfig(**{name: _field(name, fields[name]) for name in _OURS if fields.get(name) is not None})
 
 
@@ -348,6 +391,17 @@ def _field(name: str, value: Any) -> Any:
         case ("r" | "lora_alpha" | "lora_dropout", int() | float()) if _is_number(value):
             return value
     raise ValueError(f"{name} {value!r:.80} is not understood")
+
+
+def _rules(fields: Mapping[str, Any]) -> Rules:
+    """Those of the release that wrote the file."""
+    release = max([(0, 13), *(since for name, since in _WRITTEN_SINCE.items() if name in fields)])
+    if (version := fields.get("peft_version")) is not None:
+        numbers = re.match(r"(\d{1,4})\.(\d{1,4})", version) if isinstance(version, str) else None
+        if numbers is None:
+            raise ValueError(f"peft_version {version!r:.80} is not understood")
+        release = int(numbers[1]), int(numbers[2])
+    return RELEASES[max((since for since in RELEASES if since <= release), default=(0, 13))]
 
 
 def _is_number(value: Any) -> bool:

@@ -8,13 +8,13 @@ plan says which parameters those are; from Hugging Face's module names it is mad
 import dataclasses
 import math
 import zlib
-from collections.abc import Mapping
-from typing import Final, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import Mesh, Sharding
 
 from dsmoe_jax.axes import Array, PRNGKeyArray
 from dsmoe_jax.config import ModelConfig
@@ -44,9 +44,18 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         """`ValueError` for a value that means nothing."""
-        for name, value in (("r", self.r), *((f"rank_pattern {key!r}", r) for key, r in self.rank_pattern.items())):
+        ranks = ((f"rank_pattern {key!r:.80}", r) for key, r in self.rank_pattern.items())
+        for name, value in (("r", self.r), *ranks):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        alphas = ((f"alpha_pattern {key!r:.80}", alpha) for key, alpha in self.alpha_pattern.items())
+        for name, value in (("lora_alpha", self.lora_alpha), *alphas):
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, not {value}")
+        if self.layers_to_transform and isinstance(self.target_modules, str):
+            raise ValueError("layers_to_transform goes with a list of target_modules, not with a regular expression")
+        if self.layers_pattern and not self.layers_to_transform:
+            raise ValueError("layers_pattern goes with layers_to_transform")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout}")
 
@@ -94,7 +103,9 @@ def init(plan: Plan, config: ModelConfig, base: Mapping[str, Operand], key: PRNG
             found[name] = _dense(base[name]).astype(jnp.float32)
         else:
             found[name] = spec.initializer.draw(_key_of(name, key), spec.shape, jnp.float32)
-    return found | {name + LORA_A: found[name + LORA_A] * _in_use(target) for name, target in plan.targets.items()}
+    for name, target in plan.targets.items():
+        found[name + LORA_A] *= _rows_in_use(target, found[name + LORA_A].ndim)
+    return found
 
 
 def shardings(plan: Plan, config: ModelConfig, mesh: Mesh | None) -> dict[str, Sharding]:
@@ -107,26 +118,26 @@ def place(
 ) -> dict[str, Array]:
     """The arrays of an adapter on the devices that the base lies on."""
     beside = jax.tree.leaves(dict(base))[0].sharding
-    places = shardings(plan, config, beside.mesh if isinstance(beside, NamedSharding) else None)
+    places = shardings(plan, config, getattr(beside, "mesh", None))
     return {name: jax.device_put(value, places[name]) for name, value in adapter.items()}
 
 
 def attach(
     plan: Plan, base: Mapping[str, Operand], adapter: Mapping[str, Array], dropout_key: PRNGKeyArray | None = None
-) -> dict[str, Operand]:
+) -> dict[str, Any]:
     """The model's parameters with the adapter on them, nothing multiplied out; traceable.
 
     With a key, inputs of the factors are dropped: here by column, the same ones for all tokens of the call, so that
     every kernel, device and recomputation drops the same. peft draws for each token by itself; the mean is equal.
     """
-    params = dict(base)
+    params: dict[str, Any] = dict(base)
     for name, target in plan.targets.items():
         a, b = adapter[name + LORA_A], adapter[name + LORA_B]
         if dropout_key is not None and plan.dropout:
             columns = (*a.shape[:-2], 1, a.shape[-1])
             kept = jax.random.bernoulli(_key_of(name, dropout_key), 1 - plan.dropout, columns)
             a = jnp.where(kept, a / (1 - plan.dropout), 0)
-        params[name] = LowRank(base[name], a, b * _scales(target))
+        params[name] = LowRank(base[name], a, b * _beside(target.scales, b.ndim))
     return params | {name: adapter[name] for name in plan.saved}
 
 
@@ -138,7 +149,7 @@ def merge(plan: Plan, base: Mapping[str, Operand], adapter: Mapping[str, Array])
     params = {name: _dense(value) for name, value in base.items()}
     for name, target in plan.targets.items():
         a, b = adapter[name + LORA_A], adapter[name + LORA_B]
-        delta = jnp.matmul(b, a, precision="highest") * _scales(target)
+        delta = jnp.matmul(b, a, precision="highest") * _beside(target.scales, b.ndim)
         params[name] = (params[name].astype(jnp.float32) + delta).astype(params[name].dtype)
     return params | {name: adapter[name].astype(params[name].dtype) for name in plan.saved}
 
@@ -150,19 +161,14 @@ def count(plan: Plan, config: ModelConfig) -> int:
     return factors + sum(math.prod(base[name].shape) for name in plan.saved)
 
 
-def _scales(target: Target) -> np.ndarray:
-    """In a shape that multiplies a stack [E, …, …], or one matrix."""
-    return _beside(np.asarray(target.scales, np.float32))
+def _rows_in_use(target: Target, ndim: int) -> np.ndarray:
+    """One for each row of A that belongs to the rank of its matrix, zero for those that fill it up."""
+    return (np.arange(target.width, dtype=np.float32)[:, None] < _beside(target.ranks, ndim)).astype(np.float32)
 
 
-def _in_use(target: Target) -> np.ndarray:
-    """Which rows of A are: one for each rank of its matrix."""
-    ranks = _beside(np.asarray(target.ranks))
-    return (np.arange(target.width)[:, None] < ranks).astype(np.float32)
-
-
-def _beside(values: np.ndarray) -> np.ndarray:
-    return values[:, None, None] if len(values) > 1 else values[:, None]
+def _beside(values: Sequence[float], ndim: int) -> np.ndarray:
+    """In a shape that multiplies a stack [E, …, …] by each expert's value, or one matrix."""
+    return np.asarray(values, np.float32).reshape(*(-1,) * (ndim - 2), 1, 1)
 
 
 def _dense(operand: Operand) -> Array:

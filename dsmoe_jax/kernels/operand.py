@@ -45,12 +45,30 @@ class Quantized:
         codes = self.codes
         if self.packed:
             codes = jnp.stack([codes >> 4, codes & 15], axis=-1).reshape(*codes.shape[:-1], -1)
-        values = codes.astype(jnp.float32) if self.codebook is None else jnp.asarray(self.codebook, jnp.float32)[codes]
-        scales = self.scales.dequantize() if isinstance(self.scales, Quantized) else self.scales.astype(jnp.float32)
+        values = codes.astype(jnp.float32) if self.codebook is None else self._look_up(codes)
+        scales = self._scales()
         short = scales.size * self.tile - values.size
         tiles = jnp.pad(values.reshape(-1), (0, short)).reshape(-1, self.tile) * scales.reshape(-1, 1)
         values = tiles.reshape(-1)[: values.size].reshape(values.shape)
         return values if self.offset is None else values + self.offset
+
+    def dequantize_halves(self) -> tuple[Float[Array, "O half"], Float[Array, "O half"]]:
+        """The even and the odd columns of one expert's packed values, in tiles that split no pair.
+
+        Laying the two halves of a byte side by side takes most of the time of `dequantize` on CPU: this is 2 to 3
+        times as fast.
+        """
+        scales = self._scales().reshape(-1, 1)
+        scales = jnp.broadcast_to(scales, (len(scales), self.tile // 2)).reshape(-1)
+        scales = scales[: self.codes.size].reshape(self.codes.shape)
+        return self._look_up(self.codes >> 4) * scales, self._look_up(self.codes & 15) * scales
+
+    def _scales(self) -> Float[Array, "..."]:
+        return self.scales.dequantize() if isinstance(self.scales, Quantized) else self.scales.astype(jnp.float32)
+
+    def _look_up(self, codes: Array) -> Float[Array, "..."]:
+        codebook = jnp.asarray(self.codebook, jnp.float32)
+        return codebook.at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
 
 
 @jax.tree_util.register_dataclass
@@ -143,6 +161,9 @@ def linear(x: Float[Array, "*rows I"], operand: Operand, dot: Dot = dot) -> Floa
         case LowRank():
             narrow = linear(x, operand.a, dot).astype(x.dtype)
             return linear(x, operand.base, dot) + linear(narrow, operand.b, dot)
+        case Quantized() if operand.packed and operand.tile % 2 == 0 and operand.offset is None:
+            upper, lower = (half.astype(x.dtype) for half in operand.dequantize_halves())
+            return dot(x[..., ::2], upper) + dot(x[..., 1::2], lower)
         case Quantized():
             return dot(x, operand.dequantize().astype(x.dtype))
         case _:
