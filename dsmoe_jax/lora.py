@@ -2,7 +2,7 @@
 
 Start at `attach`. An adapter is a flat dict of arrays beside the model's own: for each adapted parameter NAME its
 factors `NAME.lora_a` and `NAME.lora_b`, and whole tensors under their own names that take the place of the base's. The
-plan says which parameters those are; from Hugging Face's module names it is made in `convert.peft`.
+plan says which parameters those are; from Hugging Face's module names it is made in `convert.peft_matching`.
 """
 
 import dataclasses

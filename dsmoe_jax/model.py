@@ -221,12 +221,15 @@ def split(model: DeepSeekMoE) -> tuple[Any, dict[str, Array]]:
     return graph, {_join(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
-def merge(graph: Any, params: dict[str, Array]) -> DeepSeekMoE:
-    """The model that `split` took apart; cheap enough to stand inside every traced function."""
+def merge(graph: Any, params: Mapping[str, Any]) -> DeepSeekMoE:
+    """The model that `split` took apart; cheap enough to stand inside every traced function.
+
+    In the place of the weight of a projection may stand any operand (`kernels.operand`).
+    """
     return nnx.merge(graph, nnx.from_flat_state([(_split(name), value) for name, value in params.items()]))
 
 
-def assemble(config: ModelConfig, params: dict[str, Array]) -> DeepSeekMoE:
+def assemble(config: ModelConfig, params: Mapping[str, Any]) -> DeepSeekMoE:
     """A model around parameters that came from elsewhere."""
     return merge(abstract(config)[0], params)
 

@@ -21,7 +21,8 @@ import pytest
 import dsmoe_jax
 from dsmoe_jax import Generator, lora
 from dsmoe_jax.cli import main
-from dsmoe_jax.convert.peft import WEIGHTS, make_plan, read_adapter, write_adapter
+from dsmoe_jax.convert.peft import WEIGHTS, read_adapter, write_adapter
+from dsmoe_jax.convert.peft_matching import make_plan
 from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.model import DeepSeekMoE, split
 from dsmoe_jax.sharding import MeshConfig
@@ -111,7 +112,7 @@ def test_a_run_leaves_an_adapter_and_the_base_as_it_was(home: Path, tmp_path: Pa
     found = losses(tmp_path / "out")
     assert found[12] < 0.8 * found[1]
     assert result.model == tmp_path / "out" / "adapter"
-    adapter = read_adapter(result.model, MODEL)
+    adapter = read_adapter(tmp_path / "out" / "adapter", MODEL)
     assert adapter.config == dataclasses.replace(LORA, target_modules=adapter.config.target_modules)
     assert all(np.abs(value).max() > 0 for name, value in adapter.params.items() if name.endswith(lora.LORA_B))
     after = split(dsmoe_jax.load(home / "base"))[1]
@@ -149,7 +150,10 @@ def test_a_full_run_leaves_a_checkpoint_that_generates(home: Path, tmp_path: Pat
     result = run(config(home, tmp_path / "out", lora=None))
 
     assert losses(tmp_path / "out")[12] < 0.8 * losses(tmp_path / "out")[1]
-    answer = Generator.from_pretrained(result.model)(["User: Reverse: 1 2\n\nAssistant:"], max_new_tokens=4)[0]
+    assert result.model == tmp_path / "out" / "model"
+    answer = Generator.from_pretrained(tmp_path / "out" / "model")(
+        ["User: Reverse: 1 2\n\nAssistant:"], max_new_tokens=4
+    )[0]
     assert len(answer.tokens) >= 1
     assert not (tmp_path / "out" / "best").exists()
 
@@ -389,7 +393,8 @@ def test_an_adapter_of_another_base_is_refused(home: Path, tmp_path: Path):
 
 
 def test_a_model_that_is_not_native_is_refused(tmp_path: Path, home: Path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text((home / "base" / "config.json").read_text())
+
     with pytest.raises(ValueError, match=r"not a native checkpoint; `dsmoe convert` makes one"):
-        (tmp_path / "hf").mkdir()
-        (tmp_path / "hf" / "config.json").write_text((home / "base" / "config.json").read_text())
         run(config(home, tmp_path / "out", init_from=str(tmp_path / "hf")))

@@ -22,6 +22,7 @@ from dsmoe_jax.checkpoint import load, save
 from dsmoe_jax.convert import load_hf, peft
 from dsmoe_jax.convert.merging import merge_to
 from dsmoe_jax.convert.names import export_order
+from dsmoe_jax.convert.peft_matching import make_plan, modules, untied
 from dsmoe_jax.generate import Generator
 from dsmoe_jax.kernels.operand import Quantized
 from dsmoe_jax.lora import LoraConfig
@@ -105,7 +106,7 @@ def test_merged_weights_are_pefts_bit_for_bit_and_give_the_same_logits(case: dic
 def test_ranks_and_scales_are_pefts(case: dict[str, Any]):
     plan, expected = case["adapter"].plan, case["expected"]
 
-    paths = {name: peft.modules(case["config"])[name] for name in plan.targets}
+    paths = {name: modules(case["config"])[name] for name in plan.targets}
     ranks = {
         f"base_model.model.{p}": r for n, t in plan.targets.items() for p, r in zip(paths[n], t.ranks, strict=True)
     }
@@ -214,7 +215,7 @@ def assert_close(got: Any, want: Any, name: str = "") -> None:
 @pytest.fixture(scope="module")
 def small() -> tuple[lora.Plan, dict[str, Any], dict[str, Any]]:
     """A plan, a base and an adapter."""
-    plan = peft.make_plan(LORA, SMALL)
+    plan = make_plan(LORA, SMALL)
     return plan, split(random_model(SMALL))[1], random_adapter(plan, SMALL)
 
 
@@ -277,7 +278,7 @@ def test_dropout_depends_on_its_key_alone_and_its_mean_is_without(small: Any):
 
 
 def test_what_fills_up_ranks_stays_zero_and_other_experts_get_no_gradient(small: Any):
-    plan = peft.make_plan(SOME, SMALL)
+    plan = make_plan(SOME, SMALL)
     adapter, optimizer = random_adapter(plan, SMALL), optax.adamw(1e-2)
 
     _, grads = logits_and_gradients(plan, small[1], adapter)
@@ -303,7 +304,7 @@ def test_a_fresh_adapter_changes_nothing_and_leaves_what_fills_up_ranks_zero(sma
 
 def test_a_single_expert_is_a_stack_too():
     config = dataclasses.replace(SMALL, n_routed_experts=1, num_experts_per_tok=1)
-    plan = peft.make_plan(LoraConfig(r=2, target_modules=("up_proj",)), config)
+    plan = make_plan(LoraConfig(r=2, target_modules=("up_proj",)), config)
     base, adapter = split(random_model(config))[1], random_adapter(plan, config)
 
     params = lora.attach(plan, base, adapter)
@@ -319,7 +320,7 @@ def test_a_merged_checkpoint_computes_what_the_adapter_does(tmp_path: Path, layo
     make_tokenizer(tmp_path / "tokenizer", 300)
     save(random_model(config), tmp_path / "base", beside=tokenizer_files(tmp_path / "tokenizer"))
     lora_config = LoraConfig(r=2, target_modules=("up_proj", "q_proj"), modules_to_save=("lm_head",))
-    params = random_adapter(peft.make_plan(lora_config, config), peft.untied(config))
+    params = random_adapter(make_plan(lora_config, config), untied(config))
     peft.write_adapter(tmp_path / "adapter", lora_config, config, params)
 
     said = merge_to(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", layout=layout)

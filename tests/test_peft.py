@@ -22,7 +22,8 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from safetensors.numpy import load_file, save_file
 
 from dsmoe_jax import lora
-from dsmoe_jax.convert.peft import CONFIG, RELEASES, WEIGHTS, Rules, make_plan, modules, read_adapter, write_adapter
+from dsmoe_jax.convert.peft import CONFIG, WEIGHTS, read_adapter, write_adapter
+from dsmoe_jax.convert.peft_matching import RELEASES, Rules, make_plan, modules
 from dsmoe_jax.lora import PROJECTIONS, LoraConfig
 from tests.helpers.adapters import random_adapter
 from tests.helpers.hf_folder import edit, tiny

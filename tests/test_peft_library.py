@@ -2,7 +2,7 @@
 
 Start at `test_an_adapter_that_peft_made_computes_the_same`. The model is PyTorch's, of `torch_model`; `CASES` are the
 ways to choose what is adapted, each as peft's `LoraConfig` takes it. They hold for every release since 0.13, the ones
-that read a config differently included (`convert.peft.RELEASES`).
+that read a config differently included (`convert.peft_matching.RELEASES`).
 """
 
 import json

@@ -45,7 +45,7 @@ class Checkpoints:
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
 
-    def save(self, step: int, state: TrainState, facts: dict[str, Any]) -> None:
+    def save(self, step: int, state: TrainState, facts: Mapping[str, Any]) -> None:
         """Begin to write the state; the training may go on at once. `facts` (JSON) come back with it.
 
         Waits for the one before, and raises what went wrong there: `OSError` for a full disk, say.
@@ -116,7 +116,7 @@ class Checkpoints:
     def _home(self, step: int) -> Path:
         return self.folder / f"step-{step:08}"
 
-    def _seal(self, home: Path, step: int, writing: Any, facts: dict[str, Any]) -> None:
+    def _seal(self, home: Path, step: int, writing: Any, facts: Mapping[str, Any]) -> None:
         """In the background: each process hashes its share of the files, then the first writes the manifest."""
         with _one_line_errors(home):
             writing.result()
@@ -134,7 +134,7 @@ class Checkpoints:
             part = home / f"sums-{i}.json"
             _wait_for(part)
             sums |= read_json(part)
-        fields = {"format": _FORMAT, "step": step, "files": sums, "facts": facts}
+        fields = {"format": _FORMAT, "step": step, "files": sums, "facts": dict(facts)}
         _write_whole(home / _MANIFEST, fields | {"sha256": own_hash(fields)})
         for part in home.glob("sums-*.json"):
             part.unlink()

@@ -18,7 +18,8 @@ from dsmoe_jax import lora
 from dsmoe_jax.axes import Array
 from dsmoe_jax.checkpoint import load, together, whole
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.convert.peft import is_untied, make_plan, prepare_base, untied, write_adapter
+from dsmoe_jax.convert.peft import prepare_base, write_adapter
+from dsmoe_jax.convert.peft_matching import is_untied, make_plan, untied
 from dsmoe_jax.kernels.operand import Operand
 from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.manifest import is_native, own_hash, read_manifest

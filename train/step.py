@@ -17,7 +17,7 @@ from dsmoe_jax.axes import Array, Bool, Float, Int
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.kernels.operand import LowRank, Operand, Quantized
 from dsmoe_jax.layers.router import Routing
-from dsmoe_jax.model import REMAT, ParamSpec, abstract, merge, shardings
+from dsmoe_jax.model import REMAT, Hidden, ParamSpec, abstract, merge, shardings
 from dsmoe_jax.sharding import constrain, sharding
 
 from .batch import Batch
@@ -139,7 +139,7 @@ def state_shardings(
     everywhere: Sharding = next(iter(places.values())) if mesh is None else NamedSharding(mesh, PartitionSpec())
 
     def place(path: tuple, leaf: Any) -> Sharding:
-        name = getattr(path[-1], "key", None)
+        name = str(getattr(path[-1], "key", ""))
         return places[name] if name in specs and specs[name].shape == leaf.shape else everywhere
 
     return jax.tree_util.tree_map_with_path(place, state)
@@ -276,7 +276,7 @@ def _hidden(
     batch: Batch,
     options: StepConfig,
     dropout_key: Any,
-):
+) -> tuple[Hidden, Any]:
     """The states before the head, and the head's weight, in the dtype of computation."""
     dtype = _DTYPES[options.compute_dtype]
     # The router is fp32 whatever the rest is.

@@ -1,7 +1,8 @@
-"""`python -m tests.benchmarks.abstract` compiles the train step of the 16B and the 145B for 64 simulated devices.
+"""`python -m tests.benchmarks.abstract` compiles train steps of the 16B and the 145B for simulated devices.
 
 Nothing is allocated but the program. It shows that the step compiles in minutes on a large mesh, that each device is
 given the bytes that arithmetic says, and what temporaries the compiler plans (for CPUs: on GPUs other kernels run).
+Pretraining recipes are compiled for fsdp 8 x expert 8, those of fine-tuning for the devices in their name.
 """
 
 import os
@@ -10,61 +11,91 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=64"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import math
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from dsmoe_jax.model import abstract
+from dsmoe_jax import lora
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.convert.peft_matching import make_plan
+from dsmoe_jax.model import abstract, shardings
+from dsmoe_jax.quantize import SCHEMES, kind_of, quantize_matrix
 from dsmoe_jax.sharding import MeshConfig, make_mesh, sharding
 from dsmoe_jax.train.batch import Batch
+from dsmoe_jax.train.config import RunConfig
 from dsmoe_jax.train.optimizer import make_optimizer
-from dsmoe_jax.train.recipes import RECIPES
-from dsmoe_jax.train.step import init_state, make_step, state_shardings
+from dsmoe_jax.train.recipes import FINETUNING, RECIPES
+from dsmoe_jax.train.step import Trained, init_state, make_step, state_shardings
 
-MESH = MeshConfig(data=1, fsdp=8, expert=8)
+
+class Case(NamedTuple):
+    """What is compiled."""
+
+    run: RunConfig
+    model: ModelConfig
+    mesh: Mesh | None
+    tokens: int  # of a row; one row a device and micro-batch
+
+
+def cases() -> dict[str, Case]:
+    """By the recipe's name."""
+    wide, base = MeshConfig(data=1, fsdp=8, expert=8), ModelConfig.preset("deepseek_moe_16b")
+    eight = make_mesh(MeshConfig(fsdp=8), jax.devices()[:8])
+    found = {}
+    for name in ("deepseek_moe_16b", "deepseek_moe_145b"):
+        run = RECIPES[name]()
+        found[name] = Case(run, run.model_config(), make_mesh(wide), 4096)
+    for name, mesh in (("full_8x40gb", eight), ("lora_1x80gb", None), ("qlora_1x80gb", None)):
+        found[name] = Case(FINETUNING[name](), base, mesh, 1024)
+    return found
 
 
 def main() -> None:
     """Print a line for each recipe."""
+    known = cases()
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.abstract", description=(__doc__ or "").strip())
-    parser.add_argument("recipes", nargs="*", default=["deepseek_moe_16b", "deepseek_moe_145b"])
-    parser.add_argument("--tokens", type=int, default=4096, help="of a row; one row a device and micro-batch")
-    asked = parser.parse_args()
-    for recipe in asked.recipes:
-        print(recipe, compiled(recipe, asked.tokens), flush=True)
+    parser.add_argument("recipes", nargs="*", default=list(known))
+    for recipe in parser.parse_args().recipes:
+        print(recipe, compiled(known[recipe]), flush=True)
 
 
-def compiled(recipe: str, tokens: int) -> dict[str, Any]:
+def compiled(case: Case) -> dict[str, Any]:
     """Seconds and bytes of one recipe's step."""
-    run = RECIPES[recipe]()
-    config, mesh = run.model_config(), make_mesh(MESH)
+    run, config, mesh, tokens = case
     options = dataclasses.replace(run.step, accumulation=2)
-    optimizer, schedule = make_optimizer(run.optimizer, run.steps)
-    places = state_shardings(config, optimizer, options, mesh)
-    graph, specs = abstract(config)
-    params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in specs.items()}
+    optimizer, schedule = make_optimizer(run.optimizer, max(run.steps, 100))
+    trained, frozen = Trained.whole(config), {}
+    if adapter := getattr(run, "lora", None):
+        plan = make_plan(adapter, config)
+        frozen = _frozen(config, getattr(run, "quantize", None))
+        attach = lambda own, frozen, key: lora.attach(plan, frozen, own, key)  # noqa: E731
+        trained = Trained(lora.specs(plan, config), attach, adapter.lora_dropout)
+    places = state_shardings(config, optimizer, options, mesh, trained)
+    params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in trained.specs.items()}
     state = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         jax.eval_shape(lambda params: init_state(config, params, optimizer, options), params),
         places,
     )
-    shape = (64 * options.accumulation, tokens)
+    shape = ((1 if mesh is None else mesh.size) * options.accumulation, tokens)
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding("batch", shape, ("batch", None), mesh))
-    batch = Batch(rows, rows, rows, rows)
-    step = make_step(config, graph, optimizer, schedule, options, mesh=mesh)
-    with jax.set_mesh(mesh):
+    inputs = (state, Batch(rows, rows, rows, rows), frozen)
+    step = make_step(config, abstract(config)[0], optimizer, schedule, options, mesh=mesh, trained=trained)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         started = time.perf_counter()
-        lowered = step.lower(state, batch)  # type: ignore[attr-defined]
+        lowered = step.lower(*inputs)  # type: ignore[attr-defined]
         lowering = time.perf_counter() - started
         program = lowered.compile()
     memory = program.memory_analysis()
     by_hand = sum(
-        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
-        for leaf in jax.tree.leaves((state, batch))
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(inputs)
     )
     return {
         "lowering_seconds": round(lowering, 1),
@@ -73,6 +104,19 @@ def compiled(recipe: str, tokens: int) -> dict[str, Any]:
         "by_arithmetic": by_hand,
         "temporary_bytes": memory.temp_size_in_bytes,
     }
+
+
+def _frozen(config: ModelConfig, scheme: str | None) -> dict[str, Any]:
+    """The base on one device, in bf16 or quantised."""
+    places, found = shardings(config, None), {}
+    for name, spec in abstract(config)[1].items():
+        value = jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16)
+        if scheme is not None and kind_of(name):
+            encode = functools.partial(quantize_matrix, scheme=SCHEMES[scheme], double=True)
+            value = jax.eval_shape(jax.vmap(encode) if len(spec.shape) == 3 else encode, value)
+        place = places[name]
+        found[name] = jax.tree.map(lambda x, place=place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), value)
+    return found
 
 
 if __name__ == "__main__":

@@ -112,14 +112,19 @@ def _refuse(error: OSError) -> None:
 
 
 def _stdlib() -> list[TextFile]:
-    """Python's own sources without site-packages and test suites: the same on every machine with this Python."""
+    """Python's own sources without site-packages and test suites: the same on every machine with this Python.
+
+    The few files with characters beyond ASCII are left out: their bytes come too seldom to be learnt, and the gradient
+    of a rare embedding is so large that training takes the batch for an accident.
+    """
     library = Path(sysconfig.get_paths()["stdlib"])
 
     def belongs(path: Path) -> bool:
         parts = path.relative_to(library).parts
         return not any(part in _NOT_STDLIB or part.startswith(_NOT_STDLIB_BEGINS) for part in parts)
 
-    return [file for file in _below(library) if file.path.suffix == ".py" and belongs(file.path)]
+    sources = (file for file in _below(library) if file.path.suffix == ".py" and belongs(file.path))
+    return [file for file in sources if file.path.read_bytes().isascii()]
 
 
 class Lines:

@@ -1,0 +1,85 @@
+"""`python -m tests.benchmarks.instructions CKPT` teaches a task that a model cannot do, by each way of fine-tuning.
+
+CKPT is what `dsmoe pretrain tiny` leaves behind. The task is to turn three or four digits round; of the answers to
+prompts that were never trained on the exact ones are counted.
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from dsmoe_jax import Generator
+from dsmoe_jax.lora import LoraConfig
+from dsmoe_jax.train.finetune import ExamplesConfig, FinetuneConfig
+from dsmoe_jax.train.loop import run
+from dsmoe_jax.train.optimizer import OptimizerConfig
+
+TRAINED, ASKED = 4000, 200
+LORA: Final = LoraConfig(r=16, lora_alpha=32)
+WAYS: Final[dict[str, dict[str, Any]]] = {
+    "full": {"lora": None},
+    "LoRA": {"lora": LORA},
+    "QLoRA (nf4)": {"lora": LORA, "quantize": "nf4"},
+}
+
+
+def main() -> None:
+    """Print a row of a table for each way."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.instructions", description=(__doc__ or "").strip()
+    )
+    parser.add_argument("checkpoint")
+    parser.add_argument("--ways", nargs="*", default=list(WAYS))
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    asked = parser.parse_args()
+    rows = examples(TRAINED + ASKED)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "train.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows[:TRAINED]))
+        print("| way | exact answers | minutes | updates skipped |\n| --- | --- | --- | --- |")
+        print(f"| before | {score(asked.checkpoint, rows[TRAINED:])} of {ASKED} | | |", flush=True)
+        for way in asked.ways:
+            config = FinetuneConfig(
+                out=f"{folder}/{way}",
+                init_from=asked.checkpoint,
+                steps=asked.steps,
+                data=ExamplesConfig(files=(str(file),), sequence_length=256, batch_size=4),
+                optimizer=OptimizerConfig(
+                    learning_rate=asked.learning_rate, schedule="cosine", warmup_steps=50, weight_decay=0.0, b2=0.99
+                ),
+                evaluate_every=500,
+                sinks=("jsonl",),
+            )
+            started = time.perf_counter()
+            result = run(dataclasses.replace(config, **WAYS[way]))
+            minutes = (time.perf_counter() - started) / 60
+            adapter = None if WAYS[way]["lora"] is None else result.model
+            found = score(result.model if adapter is None else asked.checkpoint, rows[TRAINED:], adapter)
+            print(f"| {way} | {found} of {ASKED} | {minutes:.1f} | {result.skipped} |", flush=True)
+
+
+def examples(count: int) -> list[dict[str, str]]:
+    """Different ones, always the same."""
+    rng, seen = random.Random(0), {}
+    while len(seen) < count:
+        digits = tuple(rng.choices("0123456789", k=rng.randint(3, 4)))
+        seen[digits] = {"instruction": "Reverse: " + " ".join(digits), "output": " ".join(reversed(digits))}
+    return list(seen.values())
+
+
+def score(checkpoint: Any, rows: list[dict[str, str]], adapter: Any = None) -> int:
+    """How many greedy answers are exact."""
+    generate = Generator.from_pretrained(checkpoint, adapter=adapter)
+    chats = [[{"role": "user", "content": row["instruction"]}] for row in rows]
+    answers = generate(chats, max_new_tokens=16)
+    return sum(answer.text.strip() == row["output"] for answer, row in zip(answers, rows, strict=True))
+
+
+if __name__ == "__main__":
+    main()
