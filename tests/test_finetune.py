@@ -50,9 +50,10 @@ PACKED = 1e-6  # relative
 
 
 @pytest.fixture(autouse=True)
-def on_one_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runs here see one device of the eight; a run turns the compilation cache on, the other tests are without."""
+def on_one_device(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs here see one device of the eight, and share what was compiled; the other tests are without that."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(loop, "_CACHE", str(tmp_path_factory.getbasetemp() / "compiled"))
     yield
     jax.config.update("jax_compilation_cache_dir", None)
 
