@@ -16,7 +16,6 @@ PYTHON_STDLIB: Final = "python-stdlib"
 # Not of the library itself, or not the same on every machine.
 _NOT_STDLIB: Final = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
 _NOT_STDLIB_BEGINS: Final = ("config-", "_sysconfigdata")
-_MOST_DIGITS: Final = 0.04  # of the characters of a program; it has 1 to 2 %
 _NAMED_LINES: Final = 10  # broken lines of a file that the log names
 _HOPELESS: Final = 1000  # lines from the start without a text: the rest need not be read
 
@@ -113,7 +112,11 @@ def _refuse(error: OSError) -> None:
 
 
 def _stdlib() -> list[TextFile]:
-    """Python's own sources without site-packages, test suites and tables: the same wherever this Python is."""
+    """Python's own sources without site-packages and test suites: the same on every machine with this Python.
+
+    The few files with characters beyond ASCII are left out: their bytes come too seldom to be learnt, and the gradient
+    of a rare embedding is so large that training takes the batch for an accident.
+    """
     library = Path(sysconfig.get_paths()["stdlib"])
 
     def belongs(path: Path) -> bool:
@@ -121,17 +124,7 @@ def _stdlib() -> list[TextFile]:
         return not any(part in _NOT_STDLIB or part.startswith(_NOT_STDLIB_BEGINS) for part in parts)
 
     sources = (file for file in _below(library) if file.path.suffix == ".py" and belongs(file.path))
-    return [file for file in sources if not _is_table(file.path.read_bytes())]
-
-
-def _is_table(source: bytes) -> bool:
-    """Whether it is a table of characters more than a program.
-
-    Rows of `0x1d541: 'j'`, or of bytes that come nowhere else, have gradients ten times as large as those of code: in a
-    batch of a few rows the guard takes them for accidents.
-    """
-    digits = len(source) - len(source.translate(None, b"0123456789"))
-    return not source.isascii() or digits > _MOST_DIGITS * len(source)
+    return [file for file in sources if file.path.read_bytes().isascii()]
 
 
 class Lines:
