@@ -14,7 +14,7 @@ from .step import StepConfig
 
 
 def tiny() -> RunConfig:
-    """4.5 M parameters on the standard library's sources: four minutes on two CPU cores, loss 2.8 at the end."""
+    """4.5 M parameters on the standard library's sources: three minutes on two CPU cores, held-out loss 3.0."""
     return RunConfig(
         out="runs/tiny",
         model="tiny",
