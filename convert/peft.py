@@ -7,6 +7,7 @@ of the file has its place and every place its tensor. `peft_matching.py` says wh
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from dsmoe_jax.new_folder import new_folder, write_json
 from .names import hf_names, is_stacked
 from .peft_matching import RELEASES, Rules, is_untied, make_plan, modules, untied
 from .reader import CheckpointReader, path_inside, read_safetensors
-from .torch_pickle import read_torch_file
+from .torch_pickle import read_torch_file, show
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"

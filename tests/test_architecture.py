@@ -1,7 +1,9 @@
 """The house keeps its own floors: a room imports only from lower ones, and every room is looked at."""
 
 import ast
+import builtins
 import os
+import symtable
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,23 @@ def test_nothing_drags_in_another_framework():
     roots = {name.split(".")[0] for file, tree in FILES.items() for name in imports(file, tree)}
 
     assert not roots & HEAVY
+
+
+def undefined(table: symtable.SymbolTable, known: set[str]) -> set[str]:
+    """The global names that a scope or one within it uses, and nothing defines."""
+    found = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global() and symbol.is_referenced()}
+    return (found - known).union(*(undefined(scope, known) for scope in table.get_children()))
+
+
+@pytest.mark.parametrize("file", MODULES)
+def test_every_name_that_is_used_is_defined(file: str):
+    """The linter cannot tell: it must not read the strings that are shapes."""
+    whole = symtable.symtable((PACKAGE / file).read_text(encoding="utf-8"), file, "exec")
+
+    own = {symbol.get_name() for symbol in whole.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+    known = own | {scope.get_name() for scope in whole.get_children()} | set(dir(builtins)) | {"__file__", "__name__"}
+
+    assert not undefined(whole, known)
 
 
 def test_every_file_opens_by_saying_what_it_holds():

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import dsmoe_jax
 from dsmoe_jax import Generator, lora
@@ -56,6 +57,7 @@ def on_one_device(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Temp
     monkeypatch.setattr(loop, "_CACHE", str(tmp_path_factory.getbasetemp() / "compiled"))
     yield
     jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,7 @@ def weights(adapter: Path) -> dict[str, np.ndarray]:
 # --- runs ---
 
 
-@pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
+@pytest.mark.parametrize("quantize", [None, "nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_run_leaves_an_adapter_and_the_base_as_it_was(home: Path, tmp_path: Path, quantize: str | None):
     before = split(dsmoe_jax.load(home / "base"))[1]
 
@@ -209,6 +211,7 @@ def test_ten_times_stopped_after_a_step_is_as_if_undisturbed(
     assert all((one[name] == other[name]).all() for name in one)
 
 
+@pytest.mark.slow
 def test_adapters_on_a_mesh_learn_as_on_one_device(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run(config(home, tmp_path / "one", steps=4))
     monkeypatch.undo()

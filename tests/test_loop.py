@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import dsmoe_jax
 from dsmoe_jax.cli import main
@@ -55,6 +56,7 @@ def no_compilation_cache() -> Iterator[None]:
     """A run turns it on for its process; the other tests are without."""
     yield
     jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

@@ -225,7 +225,7 @@ def alone(small: tuple[lora.Plan, dict[str, Any], dict[str, Any]]) -> tuple[Any,
     return logits_and_gradients(*small)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=8", "expert=4,fsdp=2"])
+@pytest.mark.parametrize("mesh", [pytest.param("fsdp=8", marks=pytest.mark.slow), "expert=4,fsdp=2"])
 def test_logits_and_gradients_on_a_mesh_equal_one_device(mesh: str, small: Any, alone: Any):
     (plan, base, adapter), (want, want_grads) = small, alone
     places = shardings(SMALL, MESHES[mesh])

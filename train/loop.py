@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsmoe_jax.config import ModelConfig
@@ -277,6 +278,7 @@ def _agreed(stop: list[int], step: int, every: int) -> bool:
 
 def _compile_once(folder: Path) -> None:
     """Keep what was compiled, so that a restart does not compile again."""
+    compilation_cache.reset_cache()  # an earlier run of this process would keep its own
     jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
