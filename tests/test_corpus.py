@@ -1,13 +1,17 @@
 """What a run makes of its sources before the first step."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.train.config import DataConfig, RunConfig
 from dsmoe_jax.train.corpus import prepare
 from dsmoe_jax.train.data import is_held_out
+from dsmoe_jax.train.examples import write_examples
 from dsmoe_jax.vocabulary import train_tokenizer
 from tests.helpers.corpus import write_texts
 from tests.helpers.hf_folder import snapshot, tiny
@@ -40,3 +44,12 @@ def test_a_vocabulary_is_trained_on_nothing_that_is_held_out(tmp_path: Path):
     train_tokenizer(texts, tmp_path / "other", VOCABULARY)
     assert found == snapshot(tmp_path / "wanted") != snapshot(tmp_path / "other")
     assert found == prepared(tmp_path / "again", tiny(vocab_size=VOCABULARY), first, second)
+
+
+def test_examples_to_fine_tune_on_are_no_texts(tmp_path: Path):
+    train_tokenizer(["ab"] * 9, tmp_path / "tokenizer", VOCABULARY)
+    (tmp_path / "some.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    write_examples(tmp_path / "some.jsonl", tmp_path / "tokenizer", tmp_path / "examples", sequence_length=8)
+
+    with pytest.raises(ValueError, match=r"examples: holds examples for `dsmoe finetune`"):
+        prepared(tmp_path / "out", tiny(vocab_size=VOCABULARY), tmp_path / "examples")

@@ -27,6 +27,7 @@ from .data import (
     tokenize,
     tokenizer_hash,
 )
+from .examples import is_examples
 
 _SHARDS: Final = "data"  # below the run's folder: what was tokenized for it
 _TOKENIZER: Final = "tokenizer"  # and the tokenizer that was trained for it
@@ -61,10 +62,12 @@ def prepare(config: RunConfig, model_config: ModelConfig, out: Path) -> Corpus:
 
     Where no tokenizer is known a vocabulary is trained on the same texts, those that are held out left out.
 
-    Raises `ValueError` for a source that is empty or broken, for shards made with another tokenizer, and for a
-    vocabulary that is larger than the model's.
+    Raises `ValueError` for a source that is empty, broken or holds examples, for shards made with another tokenizer, and
+    for a vocabulary that is larger than the model's.
     """
     data = config.data
+    if examples := next((source for source in data.sources if is_examples(source)), None):
+        raise ValueError(f"{examples}: holds examples for `dsmoe finetune`; here their answers could not be told apart")
     homes = [
         Path(source) if is_token_shards(source) else out / _SHARDS / f"{i:02}" for i, source in enumerate(data.sources)
     ]

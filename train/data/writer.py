@@ -82,7 +82,7 @@ def tokenize(
     text_bytes = 0
     try:
         with new_folder(out) as draft, progress("tokenizing", total) as advance, ExitStack() as stack:
-            train, heldout = (_Split(draft.folder, split, DTYPES[dtype], shard_tokens) for split in SPLITS)
+            train, heldout = (Split(draft.folder, split, DTYPES[dtype], shard_tokens) for split in SPLITS)
             stack.callback(train.abandon)
             stack.callback(heldout.abandon)
             space = _Space(Path(out), total, advance)
@@ -156,7 +156,7 @@ class _Space:
             check_space(self._out, written * (self._total - self._done) // max(self._done, 1))
 
 
-class _Split:
+class Split:
     """Writes the shards of a split one after another."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int):
@@ -171,6 +171,7 @@ class _Split:
         return self.tokens * self._dtype.itemsize + self.documents * BOUNDARY.itemsize
 
     def add(self, ids: list[int]) -> None:
+        """One more document."""
         if self._file is None:
             name = shard_files(self._split, len(self._shards))[0]
             self._file, self._hash = (self._folder / name).open("wb"), hashlib.sha256()

@@ -17,7 +17,7 @@ from dsmoe_jax.tokenizer import Tokenizer
 from ..data import formats as files
 from ..data import is_held_out, shards, source_bytes, tokenizer_hash
 from ..data.sources import Lines, find_files
-from ..data.writer import _Split
+from ..data.writer import Split
 from .formats import AUTO, FORMATS, Line, read_line
 from .shorten import shorten
 from .store import FORMAT, MANIFEST, is_examples, targets_file
@@ -189,7 +189,7 @@ class _Examples:
     """Writes the examples of a split: its token shards, and its targets beside them."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, stack: ExitStack):
-        self.split = _Split(folder, split, dtype, _SHARD_TOKENS)
+        self.split = Split(folder, split, dtype, _SHARD_TOKENS)
         stack.callback(self.split.abandon)
         self._file = stack.enter_context((folder / targets_file(split)).open("wb"))
         self._hash = hashlib.sha256()
