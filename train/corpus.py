@@ -62,8 +62,8 @@ def prepare(config: RunConfig, model_config: ModelConfig, out: Path) -> Corpus:
 
     Where no tokenizer is known a vocabulary is trained on the same texts, those that are held out left out.
 
-    Raises `ValueError` for a source that is empty, broken or holds examples, for shards made with another tokenizer, and
-    for a vocabulary that is larger than the model's.
+    Raises `ValueError` for a source that is empty, broken or of examples, for shards made with another tokenizer,
+    and for a vocabulary that is larger than the model's.
     """
     data = config.data
     if examples := next((source for source in data.sources if is_examples(source)), None):
