@@ -106,7 +106,9 @@ def weights(adapter: Path) -> dict[str, np.ndarray]:
 # --- runs ---
 
 
-@pytest.mark.parametrize("quantize", [None, "nf4", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "quantize", ["nf4", *(pytest.param(other, marks=pytest.mark.slow) for other in (None, "int8"))]
+)
 def test_a_run_leaves_an_adapter_and_the_base_as_it_was(home: Path, tmp_path: Path, quantize: str | None):
     before = split(dsmoe_jax.load(home / "base"))[1]
 

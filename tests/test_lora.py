@@ -242,7 +242,7 @@ def test_logits_and_gradients_on_a_mesh_equal_one_device(mesh: str, small: Any, 
         assert_close(grads[name], grad, name)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+@pytest.mark.parametrize("scheme", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_a_quantised_base_under_adapters_is_its_dense_weights_under_them(scheme: str, small: Any):
     plan, base, adapter = small
     some = {name: base[name] for name in (STACK, "layers.0.attention.q.weight")}  # each is a program to compile
@@ -313,8 +313,14 @@ def test_a_single_expert_is_a_stack_too():
     assert lora.merge(plan, base, adapter)[STACK].shape == (1, 16, 32)
 
 
-@pytest.mark.parametrize("layout", ["native", "hf"])
-@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+@pytest.mark.parametrize(
+    ("tied", "layout"),
+    [
+        (False, "native"),
+        (True, "hf"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((False, "hf"), (True, "native"))),
+    ],
+)
 def test_a_merged_checkpoint_computes_what_the_adapter_does(tmp_path: Path, layout: str, tied: bool):
     config = tiny(vocab_size=300, tie_word_embeddings=tied)
     make_tokenizer(tmp_path / "tokenizer", 300)
