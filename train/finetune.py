@@ -20,10 +20,11 @@ from dsmoe_jax.checkpoint import load, together, whole
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.peft import prepare_base, write_adapter
 from dsmoe_jax.convert.peft_matching import is_untied, make_plan, untied
+from dsmoe_jax.info import count_parameters
 from dsmoe_jax.kernels.operand import Operand
 from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.manifest import is_native, own_hash, read_manifest
-from dsmoe_jax.model import abstract, split
+from dsmoe_jax.model import split
 from dsmoe_jax.quantize import SCHEMES, load_quantized
 from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files
 
@@ -94,8 +95,7 @@ def finetuning(config: FinetuneConfig, out: Path) -> Job:
     if not is_native(base):
         raise ValueError(f"{base}: not a native checkpoint; `dsmoe convert` makes one of a Hugging Face folder")
     model = config.model_config()
-    corpus, rows = examples(config, model, out)
-    steps = config.steps or math.ceil(rows / config.data.batch_size)
+    corpus, steps = examples(config, model, out)
     facts = {"stream": corpus.identity, "base": {"sha256": read_manifest(base).sha256}}
     if config.lora is None:
         return Job(
@@ -113,7 +113,6 @@ def finetuning(config: FinetuneConfig, out: Path) -> Job:
     adapter = config.lora
     plan = make_plan(adapter, model)
     onto = untied(model) if is_untied(plan, model) else model
-    places = functools.partial(lora.shardings, plan, onto)
 
     def frozen(mesh: Mesh | None) -> Mapping[str, Operand]:
         if config.quantize is None:
@@ -124,7 +123,7 @@ def finetuning(config: FinetuneConfig, out: Path) -> Job:
 
     def fresh(mesh: Mesh | None, frozen: Mapping[str, Operand]) -> Mapping[str, Array]:
         key = jax.random.key(config.seed)
-        draw = jax.jit(functools.partial(lora.init, plan, onto), out_shardings=places(mesh))
+        draw = jax.jit(functools.partial(lora.init, plan, onto), out_shardings=lora.shardings(plan, onto, mesh))
         return draw(dict(frozen), key)
 
     def save(path: Path, params: Mapping[str, Array]) -> None:
@@ -133,7 +132,7 @@ def finetuning(config: FinetuneConfig, out: Path) -> Job:
             if jax.process_index() == 0:
                 write_adapter(path, adapter, model, on_host, base=str(base))
 
-    _log.info("%d of %d weights are trained", lora.count(plan, onto), _size(onto))
+    _log.info("%d of %d weights are trained", lora.count(plan, onto), count_parameters(onto).total)
     return Job(
         model=onto,
         corpus=corpus,
@@ -157,16 +156,19 @@ def finetuning(config: FinetuneConfig, out: Path) -> Job:
 
 
 def examples(config: FinetuneConfig, model: ModelConfig, out: Path) -> tuple[Corpus, int]:
-    """The examples of a run as its corpus, and how many rows all its epochs have."""
+    """The examples of a run as its corpus, and its steps: those asked for, or as many as its epochs make."""
     data = config.data
     tokenizer, train, heldout = open_examples(config, model, out)
     shape: dict[str, Any] = {"sequence_length": data.sequence_length, "mode": data.packing}
     stream = Stream([train], batch_size=data.batch_size, seed=config.seed, packing=ExamplePacking, **shape)
     held_out = functools.partial(example_batches, [heldout], batch_size=data.batch_size, **shape)
-    packing = ExamplePacking(train, seed=config.seed, **shape)
-    full = int(config.epochs)
-    rows = packing.rows_of(full).start + math.ceil((config.epochs - full) * len(packing.rows_of(full)))
-    return Corpus(stream, held_out, tokenizer, data.prefetch, config.evaluate_batches), rows
+    corpus = Corpus(stream, held_out, tokenizer, data.prefetch, config.evaluate_batches)
+    if config.steps:
+        return corpus, config.steps
+    full, packing = int(config.epochs), ExamplePacking(train, seed=config.seed, **shape)
+    last = packing.rows_of(full)
+    rows = last.start + math.ceil((config.epochs - full) * len(last))
+    return corpus, math.ceil(rows / data.batch_size)
 
 
 def open_examples(config: FinetuneConfig, model: ModelConfig, out: Path) -> tuple[Path, Examples, Examples]:
@@ -206,7 +208,3 @@ def show_examples(config: FinetuneConfig, count: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer, train, _ = open_examples(config, config.model_config(), Path(folder))
         show(train, Tokenizer.from_pretrained(tokenizer), count)
-
-
-def _size(model: ModelConfig) -> int:
-    return sum(math.prod(spec.shape) for spec in abstract(model)[1].values())

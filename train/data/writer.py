@@ -2,7 +2,7 @@
 
 import array
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -95,21 +95,28 @@ def tokenize(
                     space.check(train.size + heldout.size)
             if not train.documents:
                 raise ValueError(f"holdout {holdout} leaves none of {heldout.documents} documents to train on")
-            manifest = {
-                "format": FORMAT,
-                "tokenizer_sha256": tokenizer_hash(tokenizer_folder),
-                "vocab_size": tokenizer.vocab_size,
-                "eos_token_id": tokenizer.eos_token_id,
-                "dtype": dtype,
-                "holdout": holdout,
-                "sources": [str(source) for source in sources],
-                "text_bytes": text_bytes,
-                "splits": dict(zip(SPLITS, (train.finish(), heldout.finish()), strict=True)),
-            }
-            write_json(draft.folder / MANIFEST, manifest)
+            splits = dict(zip(SPLITS, (train.finish(), heldout.finish()), strict=True))
+            manifest = shards_manifest(tokenizer, dtype, holdout, sources, splits)
+            write_json(draft.folder / MANIFEST, manifest | {"text_bytes": text_bytes})
     except OSError as error:  # a full disk; what goes wrong with a source is a ValueError
         raise ValueError(f"{out} cannot be written: {error.strerror}") from None
     return Tokenized(Path(out), train.documents, train.tokens, heldout.documents, heldout.tokens, text_bytes)
+
+
+def shards_manifest(
+    tokenizer: Tokenizer, dtype: str, holdout: float, sources: Iterable[str | Path], splits: Mapping[Any, Any]
+) -> dict[str, Any]:
+    """The manifest of token shards, also of those that hold examples."""
+    return {
+        "format": FORMAT,
+        "tokenizer_sha256": tokenizer_hash(tokenizer.files[0].parent),
+        "vocab_size": tokenizer.vocab_size,
+        "eos_token_id": tokenizer.eos_token_id,
+        "dtype": dtype,
+        "holdout": holdout,
+        "sources": [str(source) for source in sources],
+        "splits": dict(splits),
+    }
 
 
 def is_held_out(text: bytes, share: float) -> bool:

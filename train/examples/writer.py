@@ -15,9 +15,9 @@ from dsmoe_jax.progress import Advance, silent
 from dsmoe_jax.tokenizer import Tokenizer
 
 from ..data import formats as files
-from ..data import is_held_out, shards, source_bytes, tokenizer_hash
+from ..data import is_held_out, shards, source_bytes
 from ..data.sources import Lines, find_files
-from ..data.writer import Split
+from ..data.writer import Split, shards_manifest
 from .formats import AUTO, FORMATS, Line, read_line
 from .shorten import shorten
 from .store import FORMAT, MANIFEST, is_examples, targets_file
@@ -120,16 +120,8 @@ def write_examples(
             if not train.split.documents:
                 raise ValueError(f"holdout {holdout} leaves none of {heldout.split.documents} examples to train on")
             splits = dict(zip(shards.SPLITS, (train.finish(), heldout.finish()), strict=True))
-            token_shards = {
-                "format": shards.FORMAT,
-                "tokenizer_sha256": tokenizer_hash(tokenizer_folder),
-                "vocab_size": tokenizer.vocab_size,
-                "eos_token_id": tokenizer.eos_token_id,
-                "dtype": dtype,
-                "holdout": holdout,
-                "sources": [str(source) for source in sources],
-                "splits": {split: found for split, (found, _) in splits.items()},
-            }
+            found = {split: tokens for split, (tokens, _) in splits.items()}
+            token_shards = shards_manifest(tokenizer, dtype, holdout, sources, found)
             manifest = {
                 "format": FORMAT,
                 "template": str(template),
