@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh, Sharding
 
 from dsmoe_jax.axes import Array, Bool, Float, Int, PRNGKeyArray
-from dsmoe_jax.cache import KVCache
+from dsmoe_jax.cache import KVCache, LayerCache
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.kernels.matmul import matmul
 from dsmoe_jax.layers.block import Block
@@ -130,8 +130,8 @@ class DeepSeekMoE(nnx.Module):
         """The states before the head; traceable, unchecked, without a jit of its own.
 
         With a cache, the T tokens go on where each row of it ends; `attention_mask` then says which of them are real
-        (padding to the right), and only those count towards the row's length; the row's slots must hold all T, padding
-        included. `prefill` promises that the cache is empty: the T tokens then look only at one another.
+        (padding to the right): only those count towards the row's length and visit routed experts; the row's slots
+        must hold all T, padding included. `prefill` promises that the cache is empty: the T tokens then look only at one another.
         `rope_length` is the length that dynamic NTK scaling goes by, default all keys of the call, padding included.
         `dropout_key` turns attention dropout on. Tokens of different `segment_ids` do not see each other (documents
         packed into one row, without a cache). `router_bias` moves the choice of experts, see `Router`. `remat` is a
@@ -146,6 +146,7 @@ class DeepSeekMoE(nnx.Module):
             rope_length = T if start is None else start.max() + T
         mask = _causal(token_ids, attention_mask, segment_ids) if cache is None or prefill else cache.mask(T)
         # The table is completed along fsdp before it is looked up: tokens are split over that axis, too.
+        real = None if cache is None or attention_mask is None else attention_mask != 0
         x = constrain(constrain(self.embed[...], ("vocab", None))[token_ids], _STATES)
         turn = rotation(self.config, position_ids, rope_length, x.dtype)
         trace, written, routing = [x], [], {}
@@ -153,8 +154,9 @@ class DeepSeekMoE(nnx.Module):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
             layer_cache = None if cache is None else cache.layers[i]
             bias = None if router_bias is None else router_bias.get(i)
-            run = block if remat == "none" else jax.checkpoint(block.__call__, policy=REMAT[remat])
-            x, layer_cache, routed = run(x, turn, mask, layer_cache, start, key, bias)
+            own_graph, own_params = nnx.split(block)
+            operands = (x, turn, mask, layer_cache, start, key, bias, real)
+            x, layer_cache, routed = _block(own_graph, remat, own_params, *operands)
             x = constrain(x, _STATES)
             trace.append(x)
             written.append(layer_cache)
@@ -170,6 +172,13 @@ class DeepSeekMoE(nnx.Module):
         weight = self.embed[...] if self.head is None else self.head.weight[...]
         logits = matmul(states, weight, preferred_element_type=jnp.float32)
         return constrain(logits, ("batch", *(None,) * (logits.ndim - 2), "vocab"))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _block(graph: Any, remat: str, params: Any, *operands: Any) -> tuple[Array, LayerCache | None, Routing | None]:
+    """A block with its rematerialisation: equal layers are traced and lowered once."""
+    run = lambda params, *operands: nnx.merge(graph, params)(*operands)  # noqa: E731
+    return (run if remat == "none" else jax.checkpoint(run, policy=REMAT[remat]))(params, *operands)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))

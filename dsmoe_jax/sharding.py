@@ -37,6 +37,7 @@ _TABLE: Final[dict[str | None, str | tuple[str, ...] | None]] = {
     "experts":    EXPERT,
     "expert_ffn": TENSOR,
     "vocab":      TENSOR,
+    "cache":      (*BATCH_AXES, TENSOR),  # rows of the batch times key-value heads
     None:         None,
 }
 # fmt: on
@@ -129,12 +130,16 @@ def current_mesh() -> AbstractMesh | None:
     return mesh if free else None
 
 
-def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
-    """`x`, laid as its logical axes say under the current mesh; the compiler places an axis that does not divide."""
+def constrain(x: Array, axes: tuple[str | None, ...], *, whole: bool = False) -> Array:
+    """`x`, laid as its logical axes say under the current mesh.
+
+    An axis that does not divide is placed by the compiler, or with `whole` not split.
+    """
     if (mesh := current_mesh()) is None:
         return x
+    otherwise = None if whole else PartitionSpec.UNCONSTRAINED
     placed = [
-        PartitionSpec.UNCONSTRAINED if _ways(_TABLE[axis], mesh, size) else _TABLE[axis]
+        otherwise if _ways(_TABLE[axis], mesh, size) else _TABLE[axis]
         for size, axis in zip(x.shape, axes, strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*placed))

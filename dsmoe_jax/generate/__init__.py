@@ -1,7 +1,19 @@
 """Text out of the model: `Generator` answers batches and streams, `Chat` keeps a conversation."""
 
 from dsmoe_jax.generate.chat import Chat
+from dsmoe_jax.generate.engine import Engine, Stats, TokenLogprob
 from dsmoe_jax.generate.generator import Completion, Generator
-from dsmoe_jax.generate.sampling import SamplingParams
+from dsmoe_jax.generate.params import SamplingParams
+from dsmoe_jax.generate.scoring import Perplexity, Score
 
-__all__ = ["Chat", "Completion", "Generator", "SamplingParams"]
+__all__ = [
+    "Chat",
+    "Completion",
+    "Engine",
+    "Generator",
+    "Perplexity",
+    "SamplingParams",
+    "Score",
+    "Stats",
+    "TokenLogprob",
+]

@@ -1,33 +1,33 @@
-"""`Generator`: prompts in, completions out. Read `Generator._tokens` for the loop, `_prefill` and `_step` for the work.
+"""`Generator`: prompts in, completions out. The work is done by an `Engine`, one for each call or stream.
 
-Shapes are static: prompts are padded to a bucket of lengths and the cache has a bucket of slots, so that a new prompt
-length is seldom a new program. Rows start at slot 0 and padding stands to the right (see `cache.py`).
+Read `Generator.__call__`, then `engine.py`.
 """
 
-import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dsmoe_jax.axes import Array, Int
-from dsmoe_jax.cache import KVCache
 from dsmoe_jax.checkpoint import load
-from dsmoe_jax.convert import load_hf, with_adapter
-from dsmoe_jax.generate.sampling import Sampler, SamplingParams, sample
+from dsmoe_jax.convert import load_hf, load_hf_quantized, with_adapter
+from dsmoe_jax.generate.engine import Answer, Engine, Prefix, Stats, TokenLogprob
+from dsmoe_jax.generate.params import SamplingParams
+from dsmoe_jax.generate.scoring import Perplexity, Score, perplexity, score
 from dsmoe_jax.json_file import read_json
 from dsmoe_jax.manifest import is_native
-from dsmoe_jax.model import DeepSeekMoE, check_token_ids, merge, split
-from dsmoe_jax.sharding import MeshConfig, mesh_of
+from dsmoe_jax.model import DeepSeekMoE, assemble, check_token_ids, split
+from dsmoe_jax.quantize import load_quantized
+from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files
 
 Message = Mapping[str, str]  # {"role": "user", "content": "…"}
 Prompt = str | Sequence[int] | Sequence[Message]
+Progress = Callable[[int], Any]  # told how many answers have ended since the last call
 
 _SHORTEST_CONTEXT: Final = 4096
 _HALF: Final = (jnp.bfloat16, jnp.float16)
@@ -37,9 +37,11 @@ _log = logging.getLogger("dsmoe_jax")
 class Completion(NamedTuple):
     """One answer."""
 
-    text: str  # without the end-of-sequence token; empty if the generator has no tokenizer
+    text: str  # without the end-of-sequence token or stop string; empty if the generator has no tokenizer
     tokens: list[int]  # as generated, a closing end-of-sequence token included
-    finish_reason: Literal["eos", "length"]
+    finish_reason: str  # "eos", "stop", "length", or "error"
+    logprobs: list[TokenLogprob] | None = None  # of each token, if asked for
+    error: str | None = None  # why there is no answer, where errors are returned
 
 
 class Generator:
@@ -48,6 +50,11 @@ class Generator:
     The context is the length of the key-value cache, not `max_position_embeddings` (RoPE scaling runs past that):
     `context_length` tokens, prompt and answer together, by default what the model was trained for, stretched by
     linear or dynamic scaling, and at least 4096. The cache itself only ever takes what a call asks for.
+
+    `max_batch_size` answers are generated at once (default 8 on CPU, 64 elsewhere); further ones wait. Prompts are
+    read in pieces of `prefill_chunk` tokens (default 512 on CPU, 2048 elsewhere). `cache_dtype` is that of keys and
+    values, by default the model's; "int8" halves or quarters the cache. `cache_bytes` bounds the cache; a request
+    that cannot fit is refused, others wait for room.
     """
 
     def __init__(
@@ -57,20 +64,29 @@ class Generator:
         *,
         context_length: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
+        max_batch_size: int | None = None,
+        prefill_chunk: int | None = None,
+        cache_dtype: Any = None,
+        cache_bytes: int | None = None,
     ):
         self.config, self.tokenizer = model.config, tokenizer
         self._graph, params = split(model)
         self._params = for_generation(params)
         scaling = self.config.rope_scaling
         trained = int(self.config.max_position_embeddings * (scaling.factor if scaling else 1))
-        self.context_length = max(trained, _SHORTEST_CONTEXT) if context_length is None else context_length
-        if self.context_length < 2:
-            raise ValueError(f"context_length must be at least 2, not {context_length}")
+        on_cpu = jax.default_backend() == "cpu"
+        self.context_length = _at_least(2, "context_length", context_length, max(trained, _SHORTEST_CONTEXT))
+        self.max_batch_size = _at_least(1, "max_batch_size", max_batch_size, 8 if on_cpu else 64)
+        self.prefill_chunk = _at_least(16, "prefill_chunk", prefill_chunk, 512 if on_cpu else 2048)
+        self.cache_dtype = jnp.dtype(self._params["embed"].dtype if cache_dtype is None else cache_dtype)
+        self.cache_bytes = cache_bytes
         eos = self.config.eos_token_id if eos_token_id is None else eos_token_id
         ids = [] if eos is None else eos if isinstance(eos, Sequence) else [eos]
         if not all(isinstance(token, int) for token in ids):
             raise ValueError(f"eos_token_id must be an int or a list of ints, not {eos!r}")
         self.eos_token_ids = frozenset(ids)
+        self.stats = Stats()  # of the last call or stream
+        self._requests = 0  # so far: the seed of those that name none
 
     @classmethod
     def from_pretrained(
@@ -79,53 +95,136 @@ class Generator:
         *,
         dtype: Any = None,
         mesh: Mesh | MeshConfig | None = None,
-        context_length: int | None = None,
         adapter: str | Path | None = None,
+        quantize: str | None = None,
+        **options: Any,
     ) -> "Generator":
         """A generator from a native checkpoint or a Hugging Face folder, with the tokenizer that lies in it, if any.
 
-        `adapter` is a folder with a LoRA adapter as the peft library stores it.
+        `adapter` is a folder with a LoRA adapter as the peft library stores it. `quantize` ("int8", "int4" or "nf4")
+        quantises the weights as they are read. `options` are those of `Generator`.
         """
         path = Path(path)
-        model = (load if is_native(path) else load_hf)(path, dtype=dtype, mesh=mesh)
+        if quantize is None:
+            model = (load if is_native(path) else load_hf)(path, dtype=dtype, mesh=mesh)
+        else:
+            read = load_quantized if is_native(path) else load_hf_quantized
+            model = assemble(*read(path, quantize, dtype=dtype, mesh=mesh))
         if adapter is not None:
             model = with_adapter(model, adapter)
         tokenizer = Tokenizer.from_pretrained(path) if tokenizer_files(path) else None
-        eos = read_json(path / "generation_config.json").get("eos_token_id") if _has_generation_config(path) else None
-        return cls(model, tokenizer, context_length=context_length, eos_token_id=eos)
+        generation_config = path / "generation_config.json"
+        eos = read_json(generation_config).get("eos_token_id") if generation_config.is_file() else None
+        return cls(model, tokenizer, **{"eos_token_id": eos} | options)
 
-    def __call__(self, prompts: Sequence[Prompt], **params: Any) -> list[Completion]:
-        """Answer all prompts, in order, as one batch.
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        errors: str = "raise",
+        progress: Progress = lambda ended: None,
+        **keywords: Any,
+    ) -> list[Completion]:
+        """Answer all prompts, in order: one completion a prompt, or `n` one after the other.
 
-        A prompt is a text, a list of token ids, or a chat (a list of messages). `params` are those of
-        `SamplingParams`. Raises `ValueError` for an empty prompt, ids outside the vocabulary, and a prompt that with
-        `max_new_tokens` is longer than the context.
+        A prompt is a text, a list of token ids, or a chat (a list of messages, the user's and the assistant's in
+        turn). `params` are for all prompts, or one for each; or else `keywords` are those of `SamplingParams`.
+
+        Raises `ValueError` before anything is generated: for an empty prompt, ids outside the vocabulary, a parameter
+        out of range, and a prompt that with `max_new_tokens` is longer than the context. With `errors="return"` such
+        a prompt gets a completion that says so, and the others are answered.
         """
         if isinstance(prompts, str | bytes) or not len(prompts):
             raise ValueError("prompts must be a non-empty list, one entry per completion")
-        asked = SamplingParams(**params)
-        answers: list[list[int]] = [[] for _ in prompts]
-        for tokens in self._tokens([self.encode(prompt) for prompt in prompts], asked):
-            for answer, token in zip(answers, tokens, strict=True):
-                if not self._ended(answer, asked):
-                    answer.append(token)
-            if all(self._ended(answer, asked) for answer in answers):
-                break
-        return [self._completion(answer, asked) for answer in answers]
+        if errors not in ("raise", "return"):
+            raise ValueError(f"errors must be 'raise' or 'return', not {errors!r}")
+        engine = self.engine()
+        asked = self._asked(params, keywords, len(prompts))
+        queued: list[list[Answer] | str] = []
+        for prompt, one in zip(prompts, asked, strict=True):
+            try:
+                queued.append(self._submit(engine, prompt, one))
+            except ValueError as error:
+                if errors == "raise":
+                    raise
+                queued.append(str(error))
+        answers = [answer for one in queued if not isinstance(one, str) for answer in one]
+        ended = 0
+        while engine.busy:
+            engine.step()
+            now = sum(answer.done for answer in answers)
+            progress(now - ended)
+            ended = now
+        failed = lambda reason: [Completion("", [], "error", None, reason)]  # noqa: E731
+        return [
+            completion
+            for one in queued
+            for completion in (failed(one) if isinstance(one, str) else map(self._completion, one))
+        ]
 
-    def stream(self, prompt: Prompt, **params: Any) -> Iterator[str]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **keywords: Any) -> Iterator[str]:
         """The answer to one prompt, text by text as it comes; close the iterator to stop early.
 
-        Raises `ValueError` as a call does, at once, and if there is no tokenizer.
+        No piece ends within a character, and none holds a part of a stop string. Raises `ValueError` as a call does,
+        at once, and if there is no tokenizer or `n` is not 1.
         """
-        if self.tokenizer is None:
-            raise ValueError("streaming text needs a tokenizer, and this generator has none")
-        asked, ids = SamplingParams(**params), self.encode(prompt)
-        self._check_fits([ids], asked)
-        return self._stream(ids, asked, self.tokenizer)
+        return self.pieces(self.start(prompt, params, **keywords))
+
+    # --- what `Chat` and others build on ---
+
+    def engine(self) -> Engine:
+        """An engine of this generator, without requests; `stats` are its own from now on."""
+        engine = Engine(
+            self._graph,
+            self._params,
+            self.config,
+            context_length=self.context_length,
+            tokenizer=self.tokenizer,
+            eos_token_ids=self.eos_token_ids,
+            max_batch_size=self.max_batch_size,
+            prefill_chunk=self.prefill_chunk,
+            cache_dtype=self.cache_dtype,
+            cache_bytes=self.cache_bytes,
+        )
+        self.stats = engine.stats
+        return engine
+
+    def start(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        prefix: Prefix | None = None,
+        keep: bool = False,
+        **keywords: Any,
+    ) -> "Stream":
+        """One answer in the making, with its engine; see `Engine.submit` for `prefix` and `keep`."""
+        (asked,) = self._asked(params, keywords, 1)
+        if asked.n != 1:
+            raise ValueError(f"a stream has one answer, n must be 1, not {asked.n}")
+        engine = self.engine()
+        (answer,) = self._submit(engine, prompt, asked, text=True, prefix=prefix, keep=keep)
+        return Stream(engine, answer)
+
+    @staticmethod
+    def pieces(stream: "Stream") -> Iterator[str]:
+        """The text of the answer as it comes."""
+        engine, answer = stream
+        try:
+            while engine.busy and not answer.done:
+                engine.step()
+                if piece := answer.new_text():
+                    yield piece
+        finally:
+            engine.cancel(answer)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The token ids of a prompt; a text gets its begin-of-sequence token, a chat its template."""
+        """The token ids of a prompt; a text gets its begin-of-sequence token, a chat its template.
+
+        Raises `ValueError` for an empty prompt, one that needs a tokenizer where there is none, ids outside the
+        vocabulary, and a chat whose roles do not alternate.
+        """
         if not len(prompt):
             raise ValueError("a prompt is empty")
         if isinstance(prompt, str) or isinstance(prompt[0], Mapping):
@@ -133,59 +232,82 @@ class Generator:
                 raise ValueError("a prompt of text needs a tokenizer, and this generator has none: give token ids")
             if isinstance(prompt, str):
                 return self.tokenizer.encode(prompt)
-            return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True)  # type: ignore[arg-type]
+            ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True)  # type: ignore[arg-type]
+            _check_turns(prompt)  # type: ignore[arg-type]
+            return ids
         return check_token_ids(np.asarray(prompt)[None], self.config.vocab_size)[0].tolist()
 
-    def _stream(self, ids: list[int], asked: SamplingParams, tokenizer: Tokenizer) -> Iterator[str]:
-        pieces, answer = tokenizer.decode_stream(), []
-        for (token,) in self._tokens([ids], asked):
-            answer.append(token)
-            ended = self._ended(answer, asked)
-            if not (ended and token in self.eos_token_ids) and (piece := pieces.feed(token)):
-                yield piece
-            if ended:
-                break
-        if piece := pieces.flush():
-            yield piece
+    # --- scoring ---
 
-    def _check_fits(self, prompts: list[list[int]], asked: SamplingParams) -> None:
-        longest = max(map(len, prompts))
-        if longest + asked.max_new_tokens > self.context_length:
-            raise ValueError(
-                f"a prompt of {longest} tokens and max_new_tokens {asked.max_new_tokens} "
-                f"exceed the context_length of {self.context_length}"
-            )
+    def score(
+        self, prompts: Sequence[Prompt], continuations: Sequence[str | Sequence[int]], **options: Any
+    ) -> list[Score]:
+        """How likely each continuation is after its prompt; `options` are those of `scoring.score`.
 
-    def _tokens(self, prompts: list[list[int]], asked: SamplingParams) -> Iterator[list[int]]:
-        """The next token of every row, step by step; rows that have ended go on, for the caller to ignore."""
-        self._check_fits(prompts, asked)
-        counts = np.array([len(prompt) for prompt in prompts], np.int32)
-        slots = min(bucket(int(counts.max()) + asked.max_new_tokens), self.context_length)
-        # Any token would do for padding: nothing reads it.
-        ids = np.full((len(prompts), min(bucket(int(counts.max())), slots)), self.config.pad_token_id or 0, np.int32)
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        sampler = Sampler.of([asked] * len(prompts), self.config.vocab_size)
-        with mesh_of(self._params):
-            token, cache = _prefill(self._graph, slots, self._params, ids, counts, sampler)
-        for step in range(1, asked.max_new_tokens + 1):
-            ready = token
-            if step < asked.max_new_tokens:
-                # Asked for before the last one is read: the device does not wait for the host.
-                with mesh_of(self._params):
-                    token, cache = _step(self._graph, self._params, cache, token, sampler, np.int32(step))
-            yield np.asarray(ready).tolist()
+        A continuation of text is tokenized together with its prompt, as lm-evaluation-harness does: a blank between
+        the two belongs to the continuation. Raises `ValueError` as `scoring.score` and `encode` do.
+        """
+        if len(prompts) != len(continuations):
+            raise ValueError(f"there are {len(prompts)} prompts and {len(continuations)} continuations")
+        pairs = [self._pair(prompt, rest) for prompt, rest in zip(prompts, continuations, strict=True)]
+        options = {"context_length": self.context_length} | options
+        return score(self._graph, self._params, self.config, pairs, **options)
 
-    def _ended(self, answer: list[int], asked: SamplingParams) -> bool:
-        return len(answer) >= asked.max_new_tokens or self._hit_eos(answer, asked)
+    def perplexity(self, text: str | Sequence[int], **options: Any) -> Perplexity:
+        """How well the model predicts a text (or token ids), in rolling windows; see `scoring.perplexity`."""
+        options = {"context_length": self.context_length, "prefix": self.config.bos_token_id} | options
+        if isinstance(text, str):
+            if self.tokenizer is None:
+                raise ValueError("a text needs a tokenizer, and this generator has none: give token ids")
+            options = {"text_bytes": len(text.encode())} | options
+            text = self.tokenizer.encode(text, add_special_tokens=False)
+        return perplexity(self._graph, self._params, self.config, text, **options)
 
-    def _hit_eos(self, answer: list[int], asked: SamplingParams) -> bool:
-        return bool(answer) and answer[-1] in self.eos_token_ids and not asked.ignore_eos
+    def _pair(self, prompt: Prompt, continuation: str | Sequence[int]) -> tuple[list[int], list[int]]:
+        if not isinstance(continuation, str):
+            return self.encode(prompt), list(continuation)
+        if self.tokenizer is None:
+            raise ValueError("a continuation of text needs a tokenizer, and this generator has none: give token ids")
+        if not isinstance(prompt, str):
+            return self.encode(prompt), self.tokenizer.encode(continuation, add_special_tokens=False)
+        context = prompt.rstrip()
+        before = self.encode(context)
+        return before, self.encode(prompt + continuation)[len(before) :]
 
-    def _completion(self, answer: list[int], asked: SamplingParams) -> Completion:
-        eos = self._hit_eos(answer, asked)
-        text = self.tokenizer.decode(answer[:-1] if eos else answer) if self.tokenizer else ""
-        return Completion(text, answer, "eos" if eos else "length")
+    # --- small things ---
+
+    def _asked(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, keywords: Mapping[str, Any], prompts: int
+    ) -> list[SamplingParams]:
+        """The parameters of each prompt."""
+        if params is not None and keywords:
+            raise ValueError(f"give params or keywords, not both: {', '.join(keywords)}")
+        if params is None:
+            params = SamplingParams.of(**keywords)
+        each = [params] * prompts if isinstance(params, SamplingParams) else list(params)
+        if len(each) != prompts:
+            raise ValueError(f"there are {prompts} prompts and {len(each)} params")
+        return each
+
+    def _submit(self, engine: Engine, prompt: Prompt, asked: SamplingParams, **options: Any) -> list[Answer]:
+        ids = self.encode(prompt)
+        asked.check_vocabulary(self.config.vocab_size)
+        self._requests += 1
+        return engine.submit(ids, asked, seed=self._requests - 1, **options)
+
+    def _completion(self, answer: Answer) -> Completion:
+        tokens, asked = answer.tokens, answer.request.asked
+        shown = tokens[:-1] if answer.finish_reason in ("eos", "stop") else tokens
+        text = answer.text if asked.stop else self.tokenizer.decode(shown) if self.tokenizer else ""
+        logprobs = None if asked.logprobs is None else answer.logprobs
+        return Completion(text, tokens, answer.finish_reason or "length", logprobs)
+
+
+class Stream(NamedTuple):
+    """One answer in the making and the engine that makes it."""
+
+    engine: Engine
+    answer: Answer
 
 
 def for_generation(params: dict[str, Any]) -> dict[str, Any]:
@@ -209,52 +331,21 @@ def for_generation(params: dict[str, Any]) -> dict[str, Any]:
     return params | jax.tree.map(widen, outside)
 
 
-def bucket(length: int) -> int:
-    """The next size of the form 2ᵏ or 1.5·2ᵏ, at least 16: two programs an octave, at most a third of it padding."""
-    power = 16
-    while power < length:
-        if length <= power * 3 // 2:
-            return power * 3 // 2
-        power *= 2
-    return power
+def _check_turns(messages: Sequence[Message]) -> None:
+    """`ValueError` unless user and assistant speak in turn, after at most one system message, the user last."""
+    roles = [message["role"] for message in messages]
+    spoken = roles[1:] if roles[0] == "system" else roles
+    for index, role in enumerate(spoken):
+        if role != ("user", "assistant")[index % 2]:
+            place = index + len(roles) - len(spoken)
+            raise ValueError(f"message {place} of the chat is the {role}'s, and it is the other's turn")
+    if not spoken or spoken[-1] != "user":
+        raise ValueError("the last message of a chat must be the user's")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _prefill(
-    graph: Any,
-    slots: int,
-    params: dict[str, Array],
-    token_ids: Int[Array, "B T"],
-    counts: Int[Array, "B"],
-    sampler: Sampler | None,
-) -> tuple[Int[Array, "B"], KVCache]:
-    """Read the prompts into a new cache; returns each row's first new token."""
-    model = merge(graph, params)
-    B, T = token_ids.shape
-    cache = KVCache.empty(model.config, B, slots, model.embed[...].dtype)
-    real = jnp.arange(T)[None, :] < counts[:, None]
-    # Dynamic NTK goes by the padded length of the batch, as in transformers; the bucket is none of its business.
-    hidden = model.hidden(token_ids, real, cache=cache, prefill=True, rope_length=counts.max())
-    last = jnp.take_along_axis(hidden.states, (counts - 1)[:, None, None], axis=1)[:, 0]
-    assert hidden.cache is not None
-    return sample(model.logits(last), sampler, jnp.int32(0)), hidden.cache
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _step(
-    graph: Any,
-    params: dict[str, Array],
-    cache: KVCache,
-    token: Int[Array, "B"],
-    sampler: Sampler | None,
-    step: Int[Array, ""],
-) -> tuple[Int[Array, "B"], KVCache]:
-    """One token further in every row, the cache updated in place."""
-    model = merge(graph, params)
-    hidden = model.hidden(token[:, None], cache=cache)
-    assert hidden.cache is not None
-    return sample(model.logits(hidden.states[:, 0]), sampler, step), hidden.cache
-
-
-def _has_generation_config(path: Path) -> bool:
-    return (path / "generation_config.json").is_file()
+def _at_least(least: int, name: str, value: int | None, default: int) -> int:
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value!r}")
+    return value

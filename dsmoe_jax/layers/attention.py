@@ -50,8 +50,7 @@ class Attention(nnx.Module):
             flat = (B * self.kv_heads, T, self.head_dim)
             written = cache.write(k.reshape(flat), v.reshape(flat), start)
             if start is not None:
-                by_row = (B, self.kv_heads, -1, self.head_dim)
-                k, v = (slots.reshape(by_row).astype(x.dtype) for slots in written)
+                k, v = (slots.reshape(B, self.kv_heads, *slots.shape[1:]) for slots in written.read(x.dtype))
             cache = written
         out = attention(q, k, v, mask, causal=start is None, dropout=self.dropout, dropout_key=dropout_key)
         return self.o(out.reshape(B, T, -1)), cache

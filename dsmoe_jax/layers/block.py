@@ -34,12 +34,13 @@ class Block(nnx.Module):
         start: Int[Array, "B"] | None = None,
         dropout_key: PRNGKeyArray | None = None,
         router_bias: Float[Array, "E"] | None = None,
+        real: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, Routing | None]:
         """Returns the states, the written cache (if there was one) and the routing (of a MoE block)."""
         y, cache = self.attention(self.attention_norm(x), rotation, mask, cache, start, dropout_key)
         x = x + y
         if self.moe is not None:
-            y, routing = self.moe(self.ffn_norm(x), router_bias)
+            y, routing = self.moe(self.ffn_norm(x), router_bias, real)
         else:
             assert self.mlp is not None
             y, routing = self.mlp(self.ffn_norm(x)), None

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsmoe_jax.axes import Array, Float
+from dsmoe_jax.axes import Array, Bool, Float
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.kernels.operand import EXPERT_AXES, Experts
 from dsmoe_jax.layers.dispatch import Dispatch, routed_experts
@@ -30,9 +30,15 @@ class RoutedExperts(nnx.Module):
         self.up = weight(rngs, (E, F, D), up, initializer, dtype)
         self.down = weight(rngs, (E, D, F), down, initializer, dtype)
 
-    def __call__(self, x: Float[Array, "B T D"], routing: Routing) -> tuple[Float[Array, "B T D"], Routing]:
-        """The weighted sum of each token's chosen experts, and the routing with the number of extra passes."""
-        ids, weights = (choice.reshape(-1, choice.shape[-1]) for choice in (routing.ids, routing.weights))
+    def __call__(
+        self, x: Float[Array, "B T D"], routing: Routing, real: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Routing]:
+        """The weighted sum of each token's chosen experts, and the routing with the number of extra passes.
+
+        Tokens that are not `real` visit nobody: no expert is read for their sake.
+        """
+        visited = routing.ids if real is None else jnp.where(real[:, :, None], routing.ids, routing.scores.shape[-1])
+        ids, weights = (choice.reshape(-1, choice.shape[-1]) for choice in (visited, routing.weights))
         experts = Experts(self.gate.get_value(), self.up.get_value(), self.down.get_value())
         y, extra_passes = routed_experts(
             x.reshape(-1, x.shape[-1]), ids, weights, experts, activation=self.activation, options=self.dispatch
@@ -53,8 +59,11 @@ class MoE(nnx.Module):
 
     @jax.named_scope("moe")
     def __call__(
-        self, x: Float[Array, "B T D"], router_bias: Float[Array, "E"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        router_bias: Float[Array, "E"] | None = None,
+        real: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing]:
         """Returns the layer's output and what the router decided."""
-        y, routing = self.experts(x, self.router(x, router_bias))
+        y, routing = self.experts(x, self.router(x, router_bias), real)
         return (y if self.shared is None else y + self.shared(x)), routing

@@ -3,6 +3,7 @@
 import glob
 import logging
 import os
+import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,10 @@ PYTHON_STDLIB: Final = "python-stdlib"
 # Not of the library itself, or not the same on every machine.
 _NOT_STDLIB: Final = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
 _NOT_STDLIB_BEGINS: Final = ("config-", "_sysconfigdata")
+# A line of one character over and over, like "# ------", in a comment or not.
+_RULER: Final = re.compile(r"^[ \t]*#?[ \t]*([^\w\s])\1{7,}.*\n", re.MULTILINE)
+_HEXADECIMAL: Final = re.compile(rb"\b0x[0-9a-fA-F]")
+_TABLE: Final = 64  # such numbers: files of the library have fewer than 50, or more than 100
 _NAMED_LINES: Final = 10  # broken lines of a file that the log names
 _HOPELESS: Final = 1000  # lines from the start without a text: the rest need not be read
 
@@ -50,6 +55,7 @@ def documents(
     where the source holds no text at all. `advance` is told of the bytes of the files as they are read.
     """
     count = blank = passed = 0
+    clean = _without_rulers if str(source) == PYTHON_STDLIB else str
     for file in find_files(source):
         lines = Lines(file.path, most_broken)
         done, as_text = 0, reader_of(file.path) is read_text
@@ -61,9 +67,9 @@ def documents(
                     raise ValueError(f"{file.path}: {entry.problem}")
                 passed += 1
             elif lines.whole(entry) and entry.value is not None:
-                if entry.value and not entry.value.isspace():
+                if (text := clean(entry.value)) and not text.isspace():
                     count += 1
-                    yield Document(f"{file.path}{entry.place}", entry.value)
+                    yield Document(f"{file.path}{entry.place}", text)
                 else:
                     blank += 1
         lines.end()
@@ -114,8 +120,9 @@ def _refuse(error: OSError) -> None:
 def _stdlib() -> list[TextFile]:
     """Python's own sources without site-packages and test suites: the same on every machine with this Python.
 
-    The few files with characters beyond ASCII are left out: their bytes come too seldom to be learnt, and the gradient
-    of a rare embedding is so large that training takes the batch for an accident.
+    Left out are the few files with characters beyond ASCII, tables of characters (codecs, known by their hexadecimal
+    numbers), and the rulers of all others (`_without_rulers`): there the same tokens come many at a time and seldom
+    elsewhere, and their gradient is so large that training takes the batch for an accident.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
 
@@ -124,7 +131,12 @@ def _stdlib() -> list[TextFile]:
         return not any(part in _NOT_STDLIB or part.startswith(_NOT_STDLIB_BEGINS) for part in parts)
 
     sources = (file for file in _below(library) if file.path.suffix == ".py" and belongs(file.path))
-    return [file for file in sources if file.path.read_bytes().isascii()]
+    contents = ((file, file.path.read_bytes()) for file in sources)
+    return [file for file, text in contents if text.isascii() and len(_HEXADECIMAL.findall(text)) < _TABLE]
+
+
+def _without_rulers(text: str) -> str:
+    return _RULER.sub("", text)
 
 
 class Lines:

@@ -1,0 +1,358 @@
+"""Scoring: every number against the whole model's logits of one pair at a time, whatever the batches were."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import random
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from dsmoe_jax.config import ModelConfig, RopeScaling
+from dsmoe_jax.generate import Generator, scoring
+from dsmoe_jax.generate.programs import bucket
+from dsmoe_jax.generate.scoring import Perplexity, Score, perplexity, rolling_windows, score
+from dsmoe_jax.model import DeepSeekMoE, split
+from tests.helpers import golden
+from tests.helpers.meshes import MESHES
+
+SMALL = ModelConfig(
+    vocab_size=320,
+    hidden_size=32,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    n_shared_experts=1,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    first_k_dense_replace=1,
+    bos_token_id=0,
+    eos_token_id=1,
+    initializer_range=0.3,  # far from flat, so that what is likely is likely
+)
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}  # fp32, two orders of summation
+DYNAMIC = dataclasses.replace(SMALL, max_position_embeddings=20, rope_scaling=RopeScaling("dynamic", 2.0))
+
+Pair = tuple[list[int], list[int]]
+
+
+@functools.cache
+def model_of(config: ModelConfig) -> DeepSeekMoE:
+    return DeepSeekMoE.init(config, seed=2)
+
+
+def scored(model: DeepSeekMoE, pairs: list[Pair], *, context_length: int = 256, **options) -> list[Score]:
+    return score(*split(model), model.config, pairs, context_length=context_length, **options)
+
+
+def measured(model: DeepSeekMoE, tokens: list[int], *, context_length: int = 256, **options) -> Perplexity:
+    return perplexity(*split(model), model.config, tokens, context_length=context_length, **options)
+
+
+def log_softmax(logits: Any) -> np.ndarray:
+    logits = np.asarray(logits, np.float64)
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def twin(model: DeepSeekMoE, pair: Pair) -> Score:
+    """One pair alone, unpadded, from the logits of all its positions."""
+    context, continuation = pair
+    logprobs = log_softmax(model(np.asarray([[*context, *continuation][:-1]])).logits[0])[len(context) - 1 :]
+    tokens = [float(row[token]) for row, token in zip(logprobs, continuation, strict=True)]
+    greedy = [int(row.argmax()) for row in logprobs] == continuation
+    return Score(sum(tokens), greedy, tokens)
+
+
+def check_same(got: list[Score], expected: list[Score]) -> None:
+    assert len(got) == len(expected)
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one.token_logprobs, other.token_logprobs, **CLOSE)
+        np.testing.assert_allclose(one.logprob, other.logprob, **CLOSE)
+        assert one.greedy == other.greedy
+
+
+def random_pair(rng: random.Random, length: int) -> Pair:
+    """A pair of which `length` tokens are read."""
+    tokens = [rng.randrange(SMALL.vocab_size) for _ in range(length + 1)]
+    cut = rng.randint(1, length)
+    return tokens[:cut], tokens[cut:]
+
+
+# --- scores ---
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
+def test_the_scores_are_those_of_the_whole_models_logits(tied: bool):
+    model = model_of(dataclasses.replace(SMALL, tie_word_embeddings=tied))
+    rng = random.Random(0)
+    pairs = [random_pair(rng, length) for length in (1, 30, 7, 7)]
+
+    got = scored(model, pairs)
+
+    check_same(got, [twin(model, pair) for pair in pairs])
+
+
+def test_the_scores_are_those_of_the_original():
+    ids, logits = (golden.tensors("a_baseline")[name] for name in ("in.input_ids", "logits"))
+    cuts = (1, 20)
+    pairs = [(row[:cut].tolist(), row[cut:].tolist()) for row, cut in zip(ids, cuts, strict=True)]
+
+    got = scored(golden.model("a_baseline"), pairs)
+
+    for row, cut, expected, one in zip(ids, cuts, log_softmax(logits), got, strict=True):
+        picked = [expected[at - 1, row[at]] for at in range(cut, len(row))]
+        np.testing.assert_allclose(one.token_logprobs, picked, atol=golden.LOGITS)
+
+
+def test_the_numbers_of_two_hundred_pairs_are_those_of_each_alone_and_few_programs_made_them():
+    model, rng, budget = model_of(SMALL), random.Random(1), 512
+    pairs = [random_pair(rng, rng.randint(1, 60)) for _ in range(200)]
+    alone = [scored(model, [pair])[0] for pair in pairs]
+    before = scoring._scored._cache_size()  # type: ignore[attr-defined]
+
+    got = scored(model, pairs, max_tokens=budget)
+
+    check_same(got, alone)
+    lengths = {bucket(len(context) + len(continuation) - 1) for context, continuation in pairs}
+    shapes = {(rows, length) for length in lengths for rows in (1, 2, 4, 8, 16, 32) if rows * length <= budget}
+    made = scoring._scored._cache_size() - before  # type: ignore[attr-defined]
+    assert 0 < made <= len(shapes)
+    assert made <= 2 * len(lengths)  # full batches and what is left over
+
+
+def test_the_order_of_the_results_is_that_of_the_pairs():
+    model, rng = model_of(SMALL), random.Random(3)
+    pairs = [random_pair(rng, length) for length in (3, 40, 5, 40, 17, 1)]
+    order = [4, 0, 5, 2, 1, 3]
+
+    got, shuffled = scored(model, pairs), scored(model, [pairs[i] for i in order])
+
+    check_same(shuffled, [got[i] for i in order])
+
+
+def test_the_budget_of_tokens_changes_no_result():
+    model, rng = model_of(SMALL), random.Random(4)
+    pairs = [random_pair(rng, length) for length in (3, 20, 24, 30, 11)]
+
+    one_by_one, together = scored(model, pairs, max_tokens=1), scored(model, pairs, max_tokens=4096)
+
+    check_same(one_by_one, together)
+
+
+def test_the_plan_keeps_to_the_budget_and_takes_every_pair_once():
+    rng = random.Random(5)
+    lengths = [rng.randint(1, 300) for _ in range(500)]
+
+    batches = scoring._plan(lengths, SMALL, 300, 1024)
+
+    assert sorted(i for batch in batches for i in batch.pairs) == list(range(500))
+    assert all(batch.rows * batch.length <= 1024 for batch in batches)
+    assert all(batch.rows // 2 < len(batch.pairs) <= batch.rows for batch in batches)
+    assert all(max(lengths[i] for i in batch.pairs) <= batch.length <= 300 for batch in batches)
+    assert [batch.length for batch in batches] == sorted((batch.length for batch in batches), reverse=True)
+
+
+def test_the_models_own_greedy_continuation_is_greedy_and_another_is_not():
+    model, prompt = model_of(SMALL), [5, 6, 7]
+    answer = Generator(model)([prompt], max_new_tokens=6, ignore_eos=True)[0].tokens
+    last_wrong = [*answer[:-1], (answer[-1] + 1) % SMALL.vocab_size]
+    first_wrong = [(answer[0] + 1) % SMALL.vocab_size, *answer[1:]]
+
+    got = scored(model, [(prompt, answer), (prompt, last_wrong), (prompt, first_wrong), (prompt, answer[:1])])
+
+    assert [one.greedy for one in got] == [True, False, False, True]
+
+
+def test_the_progress_counts_pairs_up_to_all_of_them():
+    told = []
+
+    scored(model_of(SMALL), [([1], [2])] * 3, max_tokens=16, progress=lambda *numbers: told.append(numbers))
+
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_the_score_of_no_pairs_is_no_score():
+    assert scored(model_of(SMALL), []) == []
+
+
+def test_the_logits_of_all_positions_never_exist_at_once():
+    model = model_of(SMALL)
+    graph, params = split(model)
+    shape = jax.ShapeDtypeStruct
+    rows, places = shape((8, 128), np.int32), shape((8, 128), np.int32)
+
+    lowered = scoring._scored.lower(  # type: ignore[attr-defined]
+        graph, params, rows, shape((8,), np.int32), places, places, shape((), np.int32)
+    ).as_text()
+
+    assert "tensor<128x320xf32>" in lowered  # of one chunk
+    assert "1024x320x" not in lowered
+    assert "8x128x320x" not in lowered
+
+
+def test_the_scores_on_a_mesh_are_those_on_one_device():
+    config = dataclasses.replace(SMALL, n_routed_experts=8)
+    one, many = (DeepSeekMoE.init(config, mesh=mesh) for mesh in (None, MESHES["expert=2,tensor=2,fsdp=2"]))
+    rng = random.Random(6)
+    pairs = [random_pair(rng, length) for length in (3, 9, 12)]
+
+    got = scored(many, pairs)
+
+    check_same(got, scored(one, pairs))
+
+
+# --- dynamic NTK ---
+
+
+def test_the_padding_and_the_neighbours_of_a_stretched_pair_change_nothing():
+    model, rng = model_of(DYNAMIC), random.Random(7)
+    lengths = (19, 20, 21, 22, 22, 24, 3, 40)  # the scaling begins after 20; 21 to 24 share a bucket
+    pairs = [random_pair(rng, length) for length in lengths]
+
+    got = scored(model, pairs)
+
+    check_same(got, [twin(model, pair) for pair in pairs])
+
+
+def test_the_stretched_pairs_share_batches_with_their_own_length_only():
+    lengths = [18, 19, 20, 21, 22, 22, 24]
+
+    batches = scoring._plan(lengths, DYNAMIC, 256, 2048)
+
+    assert [[lengths[i] for i in batch.pairs] for batch in batches] == [[24], [22, 22], [21], [20, 19, 18]]
+
+
+# --- rolling windows and perplexity ---
+
+
+def test_the_windows_are_these():
+    text = list(range(10, 22))
+
+    # fmt: off
+    assert rolling_windows(text, prefix=0, window=5) == [
+        ([0],                [10, 11, 12, 13, 14]),
+        ([14],               [15, 16, 17, 18, 19]),
+        ([16, 17, 18, 19],   [20, 21]),
+    ]
+    assert rolling_windows(text, prefix=0, window=5, stride=3) == [
+        ([0],                [10, 11, 12, 13, 14]),
+        ([12, 13, 14],       [15, 16, 17]),
+        ([15, 16, 17],       [18, 19, 20]),
+        ([16, 17, 18, 19, 20], [21]),
+    ]
+    assert rolling_windows(text, prefix=None, window=5) == [
+        ([10],               [11, 12, 13, 14, 15]),
+        ([15],               [16, 17, 18, 19, 20]),
+        ([16, 17, 18, 19, 20], [21]),
+    ]
+    # fmt: on
+    assert rolling_windows([10], prefix=0, window=5) == [([0], [10])]
+    assert rolling_windows([10], prefix=None, window=5) == []
+    assert rolling_windows([], prefix=0, window=5) == []
+
+
+def test_the_windows_predict_every_token_once_from_what_stands_before_it():
+    rng = random.Random(8)
+    for _ in range(500):
+        window = rng.randint(1, 12)
+        stride, length = rng.randint(1, window), rng.randint(1, 60)
+        prefix = rng.choice([None, -1])
+        text = list(range(length))
+        whole = text if prefix is None else [prefix, *text]
+
+        windows = rolling_windows(text, prefix=prefix, window=window, stride=stride)
+
+        assert list(itertools.chain.from_iterable(new for _, new in windows)) == whole[1:]
+        for i, (context, new) in enumerate(windows):
+            end = whole.index(new[-1]) + 1
+            assert [*context, *new] == whole[max(0, end - window - 1) : end]
+            assert len(context) >= (1 if i == 0 else window - stride + 1)
+            assert len(new) <= (window if i == 0 else stride)
+
+
+@pytest.mark.parametrize("stride", [None, 3], ids="stride={}".format)
+@pytest.mark.parametrize("prefix", [0, None], ids="prefix={}".format)
+def test_the_perplexity_is_that_of_every_window_alone(stride: int | None, prefix: int | None):
+    model, rng = model_of(SMALL), random.Random(9)
+    text = [rng.randrange(SMALL.vocab_size) for _ in range(50)]
+
+    got = measured(model, text, prefix=prefix, window=16, stride=stride, text_bytes=170)
+
+    windows = rolling_windows(text, prefix=prefix, window=16, stride=stride)
+    nll = -sum(twin(model, pair).logprob for pair in windows)
+    assert got.tokens == (50 if prefix == 0 else 49)
+    np.testing.assert_allclose(got.nll, nll, **CLOSE)
+    np.testing.assert_allclose(got.perplexity, math.exp(nll / got.tokens), rtol=1e-4)
+    assert got.bits_per_byte is not None
+    np.testing.assert_allclose(got.bits_per_byte, nll / math.log(2) / 170, **CLOSE)
+
+
+def test_the_window_is_by_default_what_the_model_was_trained_for():
+    model, text = model_of(DYNAMIC), list(range(40))
+
+    got = measured(model, text, prefix=0)
+
+    assert got == measured(model, text, prefix=0, window=20)
+    assert measured(model, text, prefix=0, context_length=16) == measured(model, text, prefix=0, window=16)
+    assert got.bits_per_byte is None
+
+
+# --- what is refused ---
+
+
+# fmt: off
+BAD_PAIRS = {
+    "no context":      ([],         [1],      r"pair 1: the context is empty"),
+    "nothing to score": ([1],       [],       r"pair 1: the continuation is empty"),
+    "past the end":    ([1, 320],   [1],      r"pair 1: context id 320 is outside the vocabulary of 320"),
+    "negative":        ([1],        [2, -1],  r"pair 1: continuation id -1 is outside the vocabulary of 320"),
+    "floats":          ([1.5],      [1],      r"pair 1: the context must be token ids \[T\], not float64 \[1\]"),
+    "text":            ("import",   [1],      r"pair 1: the context must be token ids \[T\], not <U6 \[\]"),
+    "nested":          ([1],        [[1]],    r"pair 1: the continuation must be token ids \[T\], not int64 \[1, 1\]"),
+    "too long":        ([1] * 30,   [1] * 4,  r"pair 1: 30 tokens of context and 4 of .* context_length of 32"),
+}
+BAD_TEXTS = {
+    "no tokens":        ([],     {"prefix": 0},                    r"nothing to predict: tokens has length 0"),
+    "one alone":        ([1],    {"prefix": None},                 r"nothing to predict: tokens has length 1"),
+    "prefix":           ([1],    {"prefix": 320},                  r"context id 320 is outside the vocabulary of 320"),
+    "window past context": ([1], {"prefix": 0, "window": 33},      r"window 33 is above the context_length of 32"),
+    "no window":        ([1],    {"prefix": 0, "window": 0},       r"window must be at least 1, not 0"),
+    "no stride":        ([1],    {"prefix": 0, "stride": 0},       r"stride must be between 1 and .* 32, not 0"),
+    "wide stride":      ([1],    {"prefix": 0, "window": 4, "stride": 5}, r"stride must be between 1 .* of 4, not 5"),
+    "no bytes":         ([1],    {"prefix": 0, "text_bytes": 0},   r"text_bytes must be at least 1, not 0"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize(("context", "continuation", "says"), BAD_PAIRS.values(), ids=BAD_PAIRS)
+def test_the_pair_that_cannot_be_scored_is_named(context, continuation, says: str):
+    with pytest.raises(ValueError, match=says) as refused:
+        scored(model_of(SMALL), [([1], [2]), (context, continuation)], context_length=32)
+
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("tokens", "options", "says"), BAD_TEXTS.values(), ids=BAD_TEXTS)
+def test_the_text_that_cannot_be_measured_is_refused(tokens, options, says: str):
+    with pytest.raises(ValueError, match=says):
+        measured(model_of(SMALL), tokens, context_length=32, **options)
+
+
+@pytest.mark.parametrize("name", ["context_length", "max_tokens"])
+def test_the_bounds_must_be_positive(name: str):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
+        scored(model_of(SMALL), [([1], [2])], **{name: 0})
+
+
+def test_the_longest_pair_that_fits_is_scored():
+    model = model_of(SMALL)
+    pair = ([1] * 30, [1] * 3)
+
+    assert len(scored(model, [pair], context_length=32)[0].token_logprobs) == 3
+    check_same(scored(model, [pair], context_length=32), [twin(model, pair)])

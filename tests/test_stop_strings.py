@@ -1,0 +1,145 @@
+"""Text with stop strings, token by token: always what cutting the whole text would give, and as early as possible."""
+
+import numpy as np
+import pytest
+
+from dsmoe_jax.generate.text import TextStream
+from dsmoe_jax.tokenizer import Tokenizer
+from tests.helpers.hf_folder import make_tokenizer
+
+TEXT = "def naïve(x): # 日本語 🙂🙂 aaab aaaab\n\n    return 'ünïcödé' + x\n\n\nnaïve('🙂')"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Bytes and a few merges."""
+    folder = tmp_path_factory.mktemp("stop") / "tokenizer"
+    make_tokenizer(folder, 400)
+    return Tokenizer.from_pretrained(folder)
+
+
+def ids_of(tokenizer: Tokenizer, *pieces: str) -> list[int]:
+    return [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False)]
+
+
+def cut(text: str, stops: list[str]) -> str:
+    """The text before the first stop string."""
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+
+
+def may_be_shown(text: str, stops: list[str]) -> str:
+    """As much of a text that may go on as no stop string can claim any more: character by character."""
+    for at in range(len(text)):
+        if any(text.startswith(stop, at) or stop.startswith(text[at:]) for stop in stops):
+            return text[:at]
+    return text
+
+
+def assert_cut_as_a_whole(tokenizer: Tokenizer, ids: list[int], stops: list[str]) -> None:
+    whole = tokenizer.decode(ids)
+    stream, plain = TextStream(tokenizer.decode_stream(), stops), tokenizer.decode_stream()
+    given = decoded = ""
+    for token in ids:
+        given += stream.feed(token)
+        decoded += plain.feed(token)
+        assert given == may_be_shown(decoded, stops)
+    assert given + stream.flush() == cut(whole, stops)
+    assert stream.stopped == any(stop in whole for stop in stops)
+    assert stream.feed(ids[0]) == "" or not stream.stopped
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_tokens_are_cut_as_their_whole_text_is(tokenizer: Tokenizer, seed: int):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(2, tokenizer.vocab_size, size=60).tolist()  # mostly broken UTF-8
+    if seed % 2:  # and few letters, so that stop strings begin again and again
+        ids = rng.choice(ids_of(tokenizer, "a", "b", "aa", "ab", "é", "🙂"), size=60).tolist()
+    whole = tokenizer.decode(ids)
+    starts = rng.integers(0, len(whole) - 8, size=3)
+    stops = [whole[start : start + rng.integers(1, 8)] for start in starts]
+    stops += ["never\x00", whole[starts[0] :][:3] + "?", "aab", "b🙂"][: seed % 5]
+
+    for some in (stops[:1], stops, [stop + "\x00" for stop in stops], []):
+        assert_cut_as_a_whole(tokenizer, ids, some)
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [
+        ["naïve"],
+        ["🙂"],
+        ["🙂🙂 a"],
+        ["日本語 🙂🙂 aaab"],
+        ["aaaab"],
+        ["\n\n\n"],
+        ["\n\n\n", "\n\n"],
+        ["ünï", "nïcödé"],
+        ["é' + x", "ö", "cödé"],
+        [TEXT],
+        [TEXT + "!"],
+        ["absent"],
+    ],
+    ids=repr,
+)
+def test_a_stop_string_is_found_wherever_tokens_part_it(tokenizer: Tokenizer, stops: list[str]):
+    by_word, by_character = ids_of(tokenizer, TEXT), ids_of(tokenizer, *TEXT)
+    by_byte = [ids_of(tokenizer, letter)[0] for letter in "xyz"]  # what single bytes are is the tokenizer's business
+    assert len(by_character) > len(by_word) > 3
+
+    assert_cut_as_a_whole(tokenizer, by_word, stops)
+    assert_cut_as_a_whole(tokenizer, by_character, stops)
+    assert_cut_as_a_whole(tokenizer, by_byte + by_character, stops)
+
+
+def test_nothing_follows_a_stop_string(tokenizer: Tokenizer):
+    stream = TextStream(tokenizer.decode_stream(), ["stop"])
+
+    pieces = [stream.feed(token) for token in ids_of(tokenizer, "a", "s", "t", "o", "p", "q", "r")]
+
+    assert pieces == ["a", "", "", "", "", "", ""]
+    assert stream.stopped
+    assert stream.flush() == ""
+
+
+def test_what_only_began_like_a_stop_string_comes_out(tokenizer: Tokenizer):
+    stream = TextStream(tokenizer.decode_stream(), ["stop"])
+
+    pieces = [stream.feed(token) for token in ids_of(tokenizer, "s", "t", "s", "t", "o", "x", "s")]
+
+    assert pieces == ["", "", "st", "", "", "stox", ""]
+    assert stream.flush() == "s"
+    assert not stream.stopped
+
+
+@pytest.mark.parametrize(
+    ("rest", "text"),
+    [
+        ("d", ""),  # the one that began first is complete as well
+        ("x", "a"),
+        ("", "a"),
+    ],
+)
+def test_of_overlapping_stop_strings_the_one_that_begins_first_cuts(tokenizer: Tokenizer, rest: str, text: str):
+    stream = TextStream(tokenizer.decode_stream(), ["bc", "abcd"])
+
+    given = "".join(stream.feed(token) for token in ids_of(tokenizer, "a", "b", "c", *rest))
+
+    assert given + stream.flush() == text
+    assert stream.stopped
+
+
+def test_at_one_beginning_the_shorter_stop_string_ends_the_text_at_once(tokenizer: Tokenizer):
+    stream = TextStream(tokenizer.decode_stream(), ["abc", "ab"])
+
+    for token in ids_of(tokenizer, "a", "b"):
+        assert stream.feed(token) == ""
+
+    assert stream.stopped
+
+
+def test_a_stream_without_stop_strings_holds_back_only_half_characters(tokenizer: Tokenizer):
+    ids = ids_of(tokenizer, *TEXT)
+    stream, plain = TextStream(tokenizer.decode_stream()), tokenizer.decode_stream()
+
+    assert [stream.feed(token) for token in ids] == [plain.feed(token) for token in ids]
+    assert not stream.stopped
