@@ -6,6 +6,6 @@ E routed experts A experts per token  F feed-forward width V vocabulary     L la
 M = B·T tokens in one row             R = M·A routed rows, sorted by expert
 """
 
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
-__all__ = ["Array", "Bool", "Float", "Int", "PRNGKeyArray"]
+__all__ = ["Array", "Bool", "Float", "Int", "PRNGKeyArray", "Shaped"]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsmoe_jax.axes import Array, Bool, Float, Int
+from dsmoe_jax.axes import Array, Bool, Float, Int, Shaped
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.sharding import constrain, current_mesh
 
@@ -18,8 +18,8 @@ from dsmoe_jax.sharding import constrain, current_mesh
 class LayerCache(NamedTuple):
     """One layer's keys (already rotated) and values; in int8 with a scale for each token and head."""
 
-    k: Array  # [BK, S, H]
-    v: Array  # [BK, S, H]
+    k: Shaped[Array, "BK S H"]
+    v: Shaped[Array, "BK S H"]
     k_scale: Float[Array, "BK S 1"] | None = None
     v_scale: Float[Array, "BK S 1"] | None = None
 
@@ -54,7 +54,7 @@ def _rounded(x: Float[Array, "BK T H"]) -> tuple[Array, Float[Array, "BK T 1"]]:
     return jnp.round(x / jnp.maximum(scale, 1e-30)).astype(jnp.int8), scale
 
 
-def _write(slots: Float[Array, "BK S H"], new: Float[Array, "BK T H"], start: Int[Array, "B"] | None) -> Array:
+def _write(slots: Shaped[Array, "BK S H"], new: Shaped[Array, "BK T H"], start: Int[Array, "B"] | None) -> Array:
     new = new.astype(slots.dtype)
     if start is None:
         return new if new.shape == slots.shape else jax.lax.dynamic_update_slice(slots, new, (0, 0, 0))

@@ -4,6 +4,7 @@ Start at `VERBS`. A user's mistake gets one line on stderr and exit code 2.
 """
 
 import argparse
+import functools
 import logging
 import os
 import sys
@@ -132,33 +133,17 @@ def merge(asked: argparse.Namespace) -> None:
 
 def generate(asked: argparse.Namespace) -> None:
     """`dsmoe generate`."""
-    generator = _generator(asked)
-    pieces = generator.stream(asked.prompt, **_sampling(asked))
-    print(asked.prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    from dsmoe_jax.generate import terminal
+
+    load = functools.partial(_generator, asked)
+    terminal.generate(load, _sampling(asked), prompt=asked.prompt, file=asked.file, out=asked.out)
 
 
 def chat(asked: argparse.Namespace) -> None:
     """`dsmoe chat`."""
-    from dsmoe_jax.generate import Chat
+    from dsmoe_jax.generate import terminal
 
-    talk = Chat(_generator(asked), **_sampling(asked))
-    print("/reset forgets the conversation; /quit, Ctrl-D or Ctrl-C ends it.")
-    while (line := _ask("User: ")) is not None and line.strip() != "/quit":
-        if line.strip() == "/reset":
-            talk.reset()
-        elif line.strip():
-            try:
-                pieces = talk.send(line)
-            except ValueError as error:  # too long, say: the conversation goes on without this turn
-                print(f"dsmoe chat: {error}", file=sys.stderr)
-                continue
-            print("Assistant: ", end="", flush=True)
-            for piece in pieces:
-                print(piece, end="", flush=True)
-            print()
+    terminal.chat(functools.partial(_generator, asked), _sampling(asked), system=asked.system)
 
 
 def demo(asked: argparse.Namespace) -> None:
@@ -182,25 +167,28 @@ def _train(config: Any, what: str, asked: argparse.Namespace) -> None:
     print(f"{result.steps} steps, loss {result.loss:.4f}{held_out}, {result.skipped} updates skipped: {result.model}")
 
 
-def _generator(asked: argparse.Namespace):
+def _generator(asked: argparse.Namespace) -> Any:
     from dsmoe_jax.generate import Generator
 
-    return Generator.from_pretrained(
-        asked.path, dtype=asked.dtype, context_length=asked.context_length, adapter=asked.adapter
-    )
+    return Generator.from_pretrained(**_given(asked, _MODEL))
 
 
 def _sampling(asked: argparse.Namespace) -> dict[str, Any]:
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    return {name: getattr(asked, name) for name in names}
+    return _given(asked, (*_SAMPLING, *_SEVERAL))
 
 
-def _ask(prompt: str) -> str | None:
+def _given(asked: argparse.Namespace, arguments: Sequence["_Argument"]) -> dict[str, Any]:
+    """What was given of these arguments, by the names that the functions have for it."""
+    names = [options.get("dest", flags[0].strip("-").replace("-", "_")) for flags, options in arguments]
+    return {name: value for name in names if (value := getattr(asked, name, None)) is not None}
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition("=")
     try:
-        return input(prompt)
-    except EOFError:
-        print()
-        return None
+        return int(token), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ID=VALUE") from None
 
 
 # fmt: off
@@ -209,16 +197,39 @@ _DTYPE: Final[_Argument] = (
     ("--dtype",), {"metavar": "DTYPE", "help": "float32, bfloat16 or float16; default: as stored"})
 _KEEP: Final[_Argument] = (
     ("--dtype",), {"metavar": "DTYPE", "default": "keep", "help": "float32, bfloat16, float16 or keep, the default"})
-_GENERATION: Final[tuple[_Argument, ...]] = (
+_CACHE: Final = ("float32", "bfloat16", "float16", "int8")
+# Flags are called as the parameters of `Generator` and `SamplingParams` are; what is not given keeps its default there.
+_MODEL: Final[tuple[_Argument, ...]] = (
     (("path",), {"metavar": "PATH", "help": "a native checkpoint or a Hugging Face folder"}),
     (("--adapter",), {"metavar": "DIR", "help": "a LoRA adapter as the peft library stores it"}),
-    (("--max-new-tokens",), {"type": int, "default": 128, "metavar": "N", "help": "default 128"}),
-    (("--temperature",), {"type": float, "default": 0.0, "metavar": "T", "help": "0, the default, is greedy"}),
-    (("--top-k",), {"type": int, "metavar": "K", "help": "sample from the K likeliest tokens"}),
-    (("--top-p",), {"type": float, "default": 1.0, "metavar": "P", "help": "sample from the likeliest that reach P"}),
-    (("--seed",), {"type": int, "default": 0, "metavar": "SEED", "help": "of the sampling, default 0"}),
-    (("--context-length",), {"type": int, "metavar": "N", "help": "prompt and answer together, in tokens"}),
+    (("--quantize",), {"metavar": "SCHEME", "help": "the weights as they are read: int8, int4 or nf4"}),
     _DTYPE,
+    (("--cache-dtype",), {"choices": _CACHE, "metavar": "DTYPE",
+                          "help": f"of keys and values: {', '.join(_CACHE)}; default: the model's"}),
+    (("--max-batch-size",), {"type": int, "metavar": "N", "help": "answers at once, default 8 on CPU, 64 elsewhere"}),
+    (("--context-length",), {"type": int, "metavar": "N", "help": "prompt and answer together, in tokens"}),
+)
+_SAMPLING: Final[tuple[_Argument, ...]] = (
+    (("--max-new-tokens",), {"type": int, "metavar": "N", "help": "default 128"}),
+    (("--temperature",), {"type": float, "metavar": "T", "help": "0, the default, is greedy"}),
+    (("--top-k",), {"type": int, "metavar": "K", "help": "sample from the K likeliest tokens"}),
+    (("--top-p",), {"type": float, "metavar": "P", "help": "sample from the likeliest that reach P"}),
+    (("--min-p",), {"type": float, "metavar": "P", "help": "drop what is less likely than P times the likeliest"}),
+    (("--repetition-penalty",), {"type": float, "metavar": "X", "help": "above 1: against what was there, default 1"}),
+    (("--presence-penalty",), {"type": float, "metavar": "X", "help": "against what was answered, default 0"}),
+    (("--frequency-penalty",), {"type": float, "metavar": "X", "help": "the same, each time anew, default 0"}),
+    (("--logit-bias",), {"action": "append", "type": _bias, "metavar": "ID=VALUE",
+                         "help": "added to the logit of a token; may be given again"}),
+    (("--seed",), {"type": int, "metavar": "SEED", "help": "of the sampling; default: how many prompts came before"}),
+    (("--stop",), {"action": "append", "metavar": "TEXT", "help": "an answer ends before it; may be given again"}),
+    (("--stop-token-id",), {"dest": "stop_token_ids", "action": "append", "type": int, "metavar": "ID",
+                            "help": "an answer ends with it; may be given again"}),
+    (("--ignore-eos",), {"action": "store_true", "default": None, "help": "the end-of-sequence token ends nothing"}),
+)
+_SEVERAL: Final[tuple[_Argument, ...]] = (
+    (("--n",), {"type": int, "metavar": "N", "help": "answers to each prompt of the file, default 1"}),
+    (("--logprobs",), {"type": int, "metavar": "N",
+                       "help": "log-probabilities in the answers of a file: of each token and of the N likeliest"}),
 )
 VERBS: Final[dict[str, tuple[Callable[[argparse.Namespace], None], tuple[_Argument, ...], str]]] = {
     "demo": (demo, (
@@ -244,10 +255,18 @@ VERBS: Final[dict[str, tuple[Callable[[argparse.Namespace], None], tuple[_Argume
         (("--report",), {"metavar": "FILE", "help": "of the JSON report, default NATIVE.verify.json"}),
     ), "check every bit of a native checkpoint, alone or against a Hugging Face folder"),
     "generate": (generate, (
-        *_GENERATION,
-        (("--prompt",), {"required": True, "metavar": "TEXT", "help": "the text to continue"}),
-    ), "continue a prompt, printed as it comes"),
-    "chat": (chat, _GENERATION, "talk to a chat model"),
+        *_MODEL,
+        (("--prompt",), {"metavar": "TEXT", "help": "the text to continue; - or none: from stdin"}),
+        (("--file",), {"metavar": "FILE.jsonl",
+                       "help": "prompts, a line each: prompt, tokens or messages, id, and parameters by name"}),
+        (("--out",), {"metavar": "FILE.jsonl", "help": "the new file of their answers; default: stdout"}),
+        *_SAMPLING, *_SEVERAL,
+    ), "continue a prompt, printed as it comes, or answer a file of them"),
+    "chat": (chat, (
+        *_MODEL,
+        (("--system",), {"metavar": "TEXT", "help": "the system's message, before all others"}),
+        *_SAMPLING,
+    ), "talk to a chat model"),
     "tokenize": (tokenize, (
         (("sources",), {"metavar": "SOURCE", "nargs": "+",
                         "help": "text, jsonl(.gz, .zst), parquet, a folder, or python-stdlib"}),

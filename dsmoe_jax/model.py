@@ -131,7 +131,8 @@ class DeepSeekMoE(nnx.Module):
 
         With a cache, the T tokens go on where each row of it ends; `attention_mask` then says which of them are real
         (padding to the right): only those count towards the row's length and visit routed experts; the row's slots
-        must hold all T, padding included. `prefill` promises that the cache is empty: the T tokens then look only at one another.
+        must hold all T, padding included. `prefill` promises that the cache is empty: the T tokens then look only at
+        one another.
         `rope_length` is the length that dynamic NTK scaling goes by, default all keys of the call, padding included.
         `dropout_key` turns attention dropout on. Tokens of different `segment_ids` do not see each other (documents
         packed into one row, without a cache). `router_bias` moves the choice of experts, see `Router`. `remat` is a

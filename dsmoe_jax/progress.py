@@ -24,16 +24,26 @@ def silent(what: str, total: int) -> Iterator[Advance]:
     yield lambda step: None
 
 
-@contextlib.contextmanager
-def bar(what: str, total: int) -> Iterator[Advance]:
+def bar(what: str, total: int) -> AbstractContextManager[Advance]:
     """A bar on stderr with bytes, bytes a second and time left; nothing where that is no terminal."""
+    return _bar(what, total, "DownloadColumn", "TransferSpeedColumn")
+
+
+def count(what: str, total: int) -> AbstractContextManager[Advance]:
+    """The same for things that are counted: how many of how many, and time left."""
+    return _bar(what, total, "MofNCompleteColumn")
+
+
+@contextlib.contextmanager
+def _bar(what: str, total: int, *columns: str) -> Iterator[Advance]:
     if not sys.stderr.isatty():
         yield lambda step: None
         return
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+    numbers = [getattr(progress, name)() for name in (*columns, "TimeRemainingColumn")]
+    shown = progress.Progress(what, progress.BarColumn(), *numbers, console=Console(stderr=True), transient=True)
+    with shown:
         task = shown.add_task(what, total=total)
         yield lambda step: shown.advance(task, step)

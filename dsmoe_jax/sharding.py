@@ -139,8 +139,7 @@ def constrain(x: Array, axes: tuple[str | None, ...], *, whole: bool = False) ->
         return x
     otherwise = None if whole else PartitionSpec.UNCONSTRAINED
     placed = [
-        otherwise if _ways(_TABLE[axis], mesh, size) else _TABLE[axis]
-        for size, axis in zip(x.shape, axes, strict=True)
+        otherwise if _ways(_TABLE[axis], mesh, size) else _TABLE[axis] for size, axis in zip(x.shape, axes, strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*placed))
 

@@ -106,35 +106,6 @@ def test_generate_repeats_itself_for_a_seed_and_not_for_another(capsys: pytest.C
     assert first != other
 
 
-def test_chat_reads_lines_until_the_input_ends(
-    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, native: Path
-):
-    lines = iter(["hello", "", "and then?", "/reset", "hello again"])
-    said: list[list[str]] = []
-
-    def ask(prompt: str) -> str:
-        print(prompt, end="")
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    def answer(generator: Generator, prompt: Any, **params: Any) -> Any:
-        assert params["max_new_tokens"] == 4
-        said.append([message["content"] for message in prompt])
-        return iter([" yes", ", yes"])
-
-    monkeypatch.setattr("builtins.input", ask)
-    monkeypatch.setattr(Generator, "stream", answer)
-
-    code = run("chat", native, "--max-new-tokens", "4")
-
-    out, err = capsys.readouterr()
-    assert (code, err) == (0, "")
-    assert said == [["hello"], ["hello", "yes, yes", "and then?"], ["hello again"]]
-    assert out.count("User: Assistant: yes, yes\n") == 3
-
-
 @pytest.mark.parametrize(("stop", "code"), [(iter(["/quit"]), 0), (KeyboardInterrupt(), 130)], ids=["quit", "Ctrl-C"])
 def test_chat_ends_at_a_word(monkeypatch: pytest.MonkeyPatch, native: Path, stop: Any, code: int):
     def ask(prompt: str) -> str:
@@ -197,7 +168,6 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "no verb": ((), "VERB"),
     "unknown verb": (("explain",), "explain"),
     "missing argument": (("convert", "{hf}"), "OUT"),
-    "missing prompt": (("generate", "{native}"), "--prompt"),
     "unknown flag": ((*GENERATE, "--beams", "4"), "--beams"),
     "no number": ((*GENERATE, "--max-new-tokens", "many"), "many"),
     "no such path": (("generate", "{tmp}/absent", "--prompt", "def"), "absent"),

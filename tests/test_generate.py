@@ -144,8 +144,8 @@ def test_dynamic_ntk_goes_by_the_longest_prompt_of_the_batch_and_not_by_the_buck
     for prompt, answer in zip(prompts, answers, strict=True):
         token, cache = read(jnp.asarray([prompt]), KVCache.empty(config, 1, 16), jnp.int32(9))
         tokens = [int(token[0])]
-        for step in range(1, new):
-            token, cache = read(token[:, None], cache, jnp.int32(9 + step))
+        for more in range(1, new):
+            token, cache = read(token[:, None], cache, jnp.int32(9 + more))
             tokens.append(int(token[0]))
         assert answer.tokens == tokens
 

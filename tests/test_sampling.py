@@ -201,6 +201,7 @@ def test_parameters_that_ask_for_nothing_change_no_bit():
     assert np.asarray(beside).tolist() == draws(logits, plain)[:50].tolist()
     assert (Tally.empty(2, 1000).adjust(both) == both).all()
     # Not even what is too unlikely for a float32 is dropped.
+    assert sampler is not None
     assert jnp.isfinite(_kept_logits(20 * both, sampler)[0]).all()
 
 

@@ -10,16 +10,18 @@ from dsmoe_jax.generate.generator import Generator, Stream
 class Chat:
     """Keeps the history and streams the answers; what was said before is not read again."""
 
-    def __init__(self, generator: Generator, **params: Any):
-        """`params` are those of `SamplingParams`, for every turn."""
+    def __init__(self, generator: Generator, *, system: str | None = None, **params: Any):
+        """`system` is a message before all others; `params` are those of `SamplingParams`, for every turn."""
         self.generator, self.params = generator, params
-        self.messages: list[dict[str, str]] = []
+        self._system = [] if system is None else [{"role": "system", "content": system}]
+        self.messages: list[dict[str, str]] = [*self._system]
+        self.tokens: list[int] = []  # of the newest answer, as generated
         self._read = ""  # the text of the conversation up to the end of the last answer, as the model had it
         self._prefix: Prefix | None = None  # its tokens, with their keys and values
 
     def reset(self) -> None:
-        """Forget the conversation."""
-        self.messages.clear()
+        """Forget the conversation, but not the system's message."""
+        self.messages, self.tokens = [*self._system], []
         self._read, self._prefix = "", None
 
     def send(self, text: str) -> Iterator[str]:
@@ -50,6 +52,7 @@ class Chat:
                 yield piece
         finally:
             self.messages = [*asked, {"role": "assistant", "content": answer}]
+            self.tokens = stream.answer.tokens
             self._prefix, tokenizer = stream.answer.prefix, self.generator.tokenizer
             if self._prefix is not None and tokenizer is not None:
                 self._read = written + tokenizer.decode(stream.answer.tokens, skip_special_tokens=False)

@@ -24,6 +24,7 @@ from dsmoe_jax.cache import KVCache
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.generate import programs
 from dsmoe_jax.generate.choice import Sampler, Tally, adjustments
+from dsmoe_jax.generate.memory import cache_bytes
 from dsmoe_jax.generate.params import SamplingParams
 from dsmoe_jax.generate.programs import Batch, Chosen, bucket, power_of_two
 from dsmoe_jax.generate.text import TextStream
@@ -180,13 +181,14 @@ class Engine:
         max_batch_size: int = 8,
         prefill_chunk: int = 512,
         cache_dtype: Any = jnp.float32,
-        cache_bytes: int | None = None,
+        most_cache_bytes: int | None = None,
     ):
-        """An engine of at most `max_batch_size` rows whose cache takes at most `cache_bytes` (None: as they need)."""
+        """An engine of at most `max_batch_size` rows whose cache takes at most so many bytes (None: as they need)."""
         self._graph, self._params, self._config = graph, params, config
         self._context, self._tokenizer, self._eos = context_length, tokenizer, eos_token_ids
         self._most_rows, self._chunk = max_batch_size, prefill_chunk
-        self._dtype, self._budget = cache_dtype, cache_bytes
+        self._dtype, self._budget = cache_dtype, most_cache_bytes
+        self._mesh = getattr(jax.tree.leaves(dict(params))[0].sharding, "mesh", None)
         self._together = False  # dynamic NTK past what was trained: what came together is answered together
         self._waiting: collections.deque[Request] = collections.deque()
         self._answers: dict[Request, list[Answer]] = {}
@@ -337,7 +339,7 @@ class Engine:
             one = (asked, answer.request.seed, answer.index)
             tally_row = None if self._batch.tally is None else _tally_row(answer.request)
             chosen, self._batch = programs.insert(
-                self._top([answer]), self._batch, self._token, np.int32(row), ready.cache, ready.logits,
+                self._top([answer]), self._give_away(), self._token, np.int32(row), ready.cache, ready.logits,
                 np.int32(ready.row), Sampler.of([one], self._config.vocab_size), tally_row,
             )  # fmt: skip
             self._rows[row], self._token, self._changed = answer, chosen.token, True
@@ -372,6 +374,10 @@ class Engine:
 
     def _resize(self, rows: int, slots: int) -> None:
         """The batch with so many rows and slots; what it holds is moved."""
+        taken = self._bytes(rows, slots)
+        if taken > self.stats.cache_bytes:
+            self.stats.cache_bytes = taken
+            _log.info("key-value cache: %d rows of %d tokens take %.3g GB", rows, slots, taken / 1e9)
         if self._batch is None:
             self._batch = Batch(programs.empty(self._config, rows, slots, self._dtype), None)
             self._rows, self._token = [None] * rows, np.zeros(rows, np.int32)
@@ -382,10 +388,12 @@ class Engine:
         else:
             return
         self._changed = True
-        taken = self._bytes(rows, slots)
-        if taken > self.stats.cache_bytes:
-            self.stats.cache_bytes = taken
-            _log.info("key-value cache: %d rows of %d tokens take %.3g GB", rows, slots, taken / 1e9)
+
+    def _give_away(self) -> Batch:
+        """The batch, for a program that updates it in place; should that be interrupted, it is gone."""
+        batch, self._batch = self._batch, None
+        assert batch is not None
+        return batch
 
     def _release(self, answer: Answer) -> None:
         """Its row is free; in what is answered together, only once all have ended."""
@@ -417,8 +425,8 @@ class Engine:
         active = np.array([answer is not None for answer in self._rows])
         drawn = np.array([0 if answer is None else answer.chosen for answer in self._rows], np.int32)
         chosen, self._batch = programs.step(
-            self._graph, self._top([answer for _, answer in busy]), self._params, self._batch, self._token, active,
-            self._sampler, drawn,
+            self._graph, self._top([answer for _, answer in busy]), self._params, self._give_away(), self._token,
+            active, self._sampler, drawn,
         )  # fmt: skip
         self._token = chosen.token
         self.stats.steps += 1
@@ -450,9 +458,7 @@ class Engine:
     # --- small things ---
 
     def _bytes(self, rows: int, slots: int) -> int:
-        config, dtype = self._config, jnp.dtype(self._dtype)
-        token = config.head_dim * dtype.itemsize + (4 if dtype == jnp.int8 else 0)
-        return 2 * config.num_hidden_layers * rows * config.num_kv_heads * slots * token
+        return cache_bytes(self._config, rows, slots, dtype=self._dtype, mesh=self._mesh)
 
     def _stream(self, asked: SamplingParams, wanted: bool) -> TextStream | None:
         if not (wanted or asked.stop) or self._tokenizer is None:

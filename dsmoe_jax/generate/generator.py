@@ -14,8 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsmoe_jax.checkpoint import load
+from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import load_hf, load_hf_quantized, with_adapter
 from dsmoe_jax.generate.engine import Answer, Engine, Prefix, Stats, TokenLogprob
+from dsmoe_jax.generate.memory import MemoryPlan, device_bytes
 from dsmoe_jax.generate.params import SamplingParams
 from dsmoe_jax.generate.scoring import Perplexity, Score, perplexity, score
 from dsmoe_jax.json_file import read_json
@@ -30,6 +32,7 @@ Prompt = str | Sequence[int] | Sequence[Message]
 Progress = Callable[[int], Any]  # told how many answers have ended since the last call
 
 _SHORTEST_CONTEXT: Final = 4096
+_CACHE_SHARE: Final = 0.45
 _HALF: Final = (jnp.bfloat16, jnp.float16)
 _log = logging.getLogger("dsmoe_jax")
 
@@ -53,8 +56,9 @@ class Generator:
 
     `max_batch_size` answers are generated at once (default 8 on CPU, 64 elsewhere); further ones wait. Prompts are
     read in pieces of `prefill_chunk` tokens (default 512 on CPU, 2048 elsewhere). `cache_dtype` is that of keys and
-    values, by default the model's; "int8" halves or quarters the cache. `cache_bytes` bounds the cache; a request
-    that cannot fit is refused, others wait for room.
+    values, by default the model's; "int8" halves or quarters the cache. `cache_bytes` bounds the cache (default on
+    GPUs: 45 % of what the weights leave, as the cache is copied when it grows); a request that cannot fit is refused,
+    others wait for room.
     """
 
     def __init__(
@@ -78,8 +82,8 @@ class Generator:
         self.context_length = _at_least(2, "context_length", context_length, max(trained, _SHORTEST_CONTEXT))
         self.max_batch_size = _at_least(1, "max_batch_size", max_batch_size, 8 if on_cpu else 64)
         self.prefill_chunk = _at_least(16, "prefill_chunk", prefill_chunk, 512 if on_cpu else 2048)
-        self.cache_dtype = jnp.dtype(self._params["embed"].dtype if cache_dtype is None else cache_dtype)
-        self.cache_bytes = cache_bytes
+        self.cache_dtype = self._params["embed"].dtype if cache_dtype is None else _cache_dtype(cache_dtype)
+        self.cache_bytes = _room_for_cache() if cache_bytes is None else _at_least(1, "cache_bytes", cache_bytes, 1)
         eos = self.config.eos_token_id if eos_token_id is None else eos_token_id
         ids = [] if eos is None else eos if isinstance(eos, Sequence) else [eos]
         if not all(isinstance(token, int) for token in ids):
@@ -105,6 +109,7 @@ class Generator:
         quantises the weights as they are read. `options` are those of `Generator`.
         """
         path = Path(path)
+        _check_memory(path, dtype, quantize, mesh, options)
         if quantize is None:
             model = (load if is_native(path) else load_hf)(path, dtype=dtype, mesh=mesh)
         else:
@@ -185,7 +190,7 @@ class Generator:
             max_batch_size=self.max_batch_size,
             prefill_chunk=self.prefill_chunk,
             cache_dtype=self.cache_dtype,
-            cache_bytes=self.cache_bytes,
+            most_cache_bytes=self.cache_bytes,
         )
         self.stats = engine.stats
         return engine
@@ -255,7 +260,9 @@ class Generator:
 
     def perplexity(self, text: str | Sequence[int], **options: Any) -> Perplexity:
         """How well the model predicts a text (or token ids), in rolling windows; see `scoring.perplexity`."""
-        options = {"context_length": self.context_length, "prefix": self.config.bos_token_id} | options
+        bos = self.config.bos_token_id
+        begun = not isinstance(text, str) and len(text) > 0 and text[0] == bos
+        options = {"context_length": self.context_length, "prefix": None if begun else bos} | options
         if isinstance(text, str):
             if self.tokenizer is None:
                 raise ValueError("a text needs a tokenizer, and this generator has none: give token ids")
@@ -341,6 +348,39 @@ def _check_turns(messages: Sequence[Message]) -> None:
             raise ValueError(f"message {place} of the chat is the {role}'s, and it is the other's turn")
     if not spoken or spoken[-1] != "user":
         raise ValueError("the last message of a chat must be the user's")
+
+
+def _check_memory(path: Path, dtype: Any, quantize: str | None, mesh: Any, options: Mapping[str, Any]) -> None:
+    """Say what an answer will take before it is taken; `ValueError` where the weights alone are more than there is."""
+    config = ModelConfig.from_file(path)
+    on_cpu = jax.default_backend() == "cpu"
+    stored = dtype or config.torch_dtype or "float32"
+    plan = MemoryPlan.of(
+        config,
+        rows=1,
+        slots=options.get("context_length") or _SHORTEST_CONTEXT,
+        dtype=stored,
+        cache_dtype=options.get("cache_dtype"),
+        quantize=quantize,
+        mesh=mesh,
+        widened=on_cpu and jnp.dtype(stored) in _HALF,
+    )
+    _log.info("memory for one answer of %s tokens: %s", options.get("context_length") or _SHORTEST_CONTEXT, plan)
+    if (free := device_bytes()) is not None and plan.weights > free:
+        raise ValueError(f"{path}: the weights take {plan.weights / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free")
+
+
+def _room_for_cache() -> int | None:
+    free = device_bytes()
+    return None if free is None else int(free * _CACHE_SHARE)
+
+
+def _cache_dtype(value: Any) -> Any:
+    known = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16, "int8": jnp.int8}
+    name = value if isinstance(value, str) else getattr(value, "name", getattr(value, "__name__", repr(value)))
+    if name not in known:
+        raise ValueError(f"cache_dtype must be one of {', '.join(known)}, not {value!r}")
+    return jnp.dtype(known[name])
 
 
 def _at_least(least: int, name: str, value: int | None, default: int) -> int:

@@ -13,7 +13,8 @@ from dsmoe_jax.axes import Array
 from dsmoe_jax.cache import KVCache
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import load_hf
-from dsmoe_jax.generate.generator import _prefill, _step, for_generation
+from dsmoe_jax.generate.generator import for_generation
+from dsmoe_jax.generate.programs import Batch, prefill, step
 from dsmoe_jax.model import DeepSeekMoE, merge, split
 from dsmoe_jax.train import cross_entropy
 from tests.benchmarks import plan
@@ -51,11 +52,12 @@ def _as_generated(model: DeepSeekMoE) -> tuple[Any, dict[str, Array]]:
 
 def _prefill_actions(model: DeepSeekMoE) -> Actions:
     graph, params = _as_generated(model)
+    dtype = params["embed"].dtype
     ids = batch(model.config, 1, plan.PREFILL_TOKENS)
     counts = np.array([plan.PREFILL_TOKENS], np.int32)
 
     def run() -> float:
-        return seconds(lambda: jax.block_until_ready(_prefill(graph, plan.PREFILL_TOKENS, params, ids, counts, None)))
+        return seconds(lambda: jax.block_until_ready(prefill(graph, ids.shape[1], dtype, params, ids, counts)))
 
     return {"run": run}
 
@@ -63,19 +65,21 @@ def _prefill_actions(model: DeepSeekMoE) -> Actions:
 def _decode_actions(model: DeepSeekMoE, rows: int) -> Actions:
     graph, params = _as_generated(model)
     ids, counts = batch(model.config, rows, plan.PROMPT), np.full(rows, plan.PROMPT, np.int32)
-    slots = plan.PROMPT + plan.NEW_TOKENS
+    slots, dtype = plan.PROMPT + plan.NEW_TOKENS, params["embed"].dtype
+    active, drawn = np.ones(rows, bool), np.zeros(rows, np.int32)
 
     def start() -> tuple[Array, KVCache]:
-        return jax.block_until_ready(_prefill(graph, slots, params, ids, counts, None))
+        logits, cache = prefill(graph, slots, dtype, params, ids, counts)
+        return jax.block_until_ready((logits.argmax(axis=1).astype(jnp.int32), cache))
 
     def generate(token: Array, cache: KVCache) -> list[list[int]]:
         """As `Generator` does: the next step is asked for before the last one's tokens are read."""
-        answer = []
-        for step in range(1, plan.NEW_TOKENS + 1):
+        answer, now = [], Batch(cache, None)
+        for _ in range(plan.NEW_TOKENS):
             ready = token
-            token, cache = _step(graph, params, cache, token, None, np.int32(step))
+            (token, _), now = step(graph, None, params, now, token, active, None, drawn)
             answer.append(np.asarray(ready).tolist())
-        jax.block_until_ready((token, cache))
+        jax.block_until_ready((token, now))
         return [*answer, np.asarray(token).tolist()]
 
     def run() -> float:
@@ -126,7 +130,7 @@ def _hit_experts(
     graph, _ = split(model)
 
     @jax.jit
-    def step(params: dict[str, Array], token: Array, cache: KVCache) -> tuple[Array, KVCache, dict[int, Array]]:
+    def hits(params: dict[str, Array], token: Array, cache: KVCache) -> tuple[Array, KVCache, dict[int, Array]]:
         model = merge(graph, params)
         hidden = model.hidden(token[:, None], cache=cache)
         assert hidden.cache is not None
@@ -135,7 +139,7 @@ def _hit_experts(
 
     steps = []
     for _ in range(plan.NEW_TOKENS):
-        token, cache, ids = step(params, token, cache)
+        token, cache, ids = hits(params, token, cache)
         steps.append({layer: np.unique(chosen) for layer, chosen in ids.items()})
     return steps
 

@@ -1,0 +1,57 @@
+"""Two processes generate together, experts and cache spread over both: each gets what one process alone would get."""
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from dsmoe_jax.generate import Generator
+from dsmoe_jax.model import DeepSeekMoE
+from tests.helpers.hf_folder import tiny
+
+pytestmark = pytest.mark.heavy
+
+TIMEOUT = 240
+PROMPTS = [[5, 6, 7], list(range(10, 60)), [8], [9, 10], list(range(3, 40)), [4] * 5]
+OPTIONS = {"max_new_tokens": 8, "ignore_eos": True}
+SAMPLED = OPTIONS | {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.2}
+
+# What each process runs; its arguments are its number and the coordinator. It prints its answers.
+PROGRAM = """
+import json, os, sys
+index, coordinator = int(sys.argv[1]), sys.argv[2]
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["JAX_PLATFORMS"] = "cpu"
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(coordinator, num_processes=2, process_id=index)
+from dsmoe_jax import DeepSeekMoE, MeshConfig
+from dsmoe_jax.generate import Generator
+from tests.helpers.hf_folder import tiny
+from tests.test_generate_processes import OPTIONS, PROMPTS, SAMPLED
+
+model = DeepSeekMoE.init(tiny(), mesh=MeshConfig(fsdp=2, expert=4))
+generator = Generator(model, max_batch_size=4, prefill_chunk=32)
+print(json.dumps([[answer.tokens for answer in generator(PROMPTS, **options)] for options in (OPTIONS, SAMPLED)]))
+"""
+
+
+def test_two_processes_answer_as_one_does():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    generator = Generator(DeepSeekMoE.init(tiny()), max_batch_size=4, prefill_chunk=32)
+    want = [[answer.tokens for answer in generator(PROMPTS, **options)] for options in (OPTIONS, SAMPLED)]
+
+    with contextlib.ExitStack() as stack:
+        started = []
+        for i in range(2):
+            command = [sys.executable, "-c", PROGRAM, str(i), coordinator]
+            started.append(stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)))
+            stack.callback(started[-1].kill)
+        got = [json.loads(process.communicate(timeout=TIMEOUT)[0].strip().split("\n")[-1]) for process in started]
+
+    assert got == [want, want]
