@@ -53,7 +53,7 @@ def _run(folder: Path, steps: int, kept: bool) -> None:
 
 
 def training_config(folder: Path, steps: int):
-    """The recipe `tiny`, cut to `steps` steps; returns its `RunConfig`."""
+    """The recipe `tiny`, cut to `steps` steps at twice its learning rate; returns its `RunConfig`."""
     import dataclasses
 
     from dsmoe_jax.train.recipes import tiny
@@ -63,7 +63,7 @@ def training_config(folder: Path, steps: int):
         recipe,
         out=str(folder / "run"),
         steps=steps,
-        optimizer=dataclasses.replace(recipe.optimizer, warmup_steps=min(20, steps)),
+        optimizer=dataclasses.replace(recipe.optimizer, learning_rate=2e-3, warmup_steps=min(20, steps)),
         log_every=max(1, steps // 10),
         evaluate_every=steps,
         sinks=("console", "jsonl"),

@@ -1,11 +1,16 @@
-"""`python -m tests.quantization` prints the README's table: what quantising changes, and what it saves."""
+"""`python -m tests.quantization` prints the README's tables: what quantising changes, and what it saves.
 
+First the weights themselves, then what the model says of the golden cases' tokens with such weights, or such a cache.
+"""
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dsmoe_jax.axes import Array
+from dsmoe_jax.cache import KVCache
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.model import abstract, split
+from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, split
 from dsmoe_jax.quantize import KINDS, SCHEMES, kind_of, quantize_params, relative_error, usage
 from tests.helpers import golden
 
@@ -33,8 +38,41 @@ def row(source: str, params: dict[str, Array], scheme: str, double: bool) -> str
     return f"| {source} | {scheme}{' twice' if double else ''} | {bits:.3f} | {errors} |"
 
 
+def logits(model: DeepSeekMoE, ids: np.ndarray, cache_dtype) -> np.ndarray:
+    """The logits after each token, read one by one with a cache [B, T, V]."""
+    empty = KVCache.empty(model.config, *ids.shape, cache_dtype)
+
+    def read(cache: KVCache, token: Array) -> tuple[KVCache, Array]:
+        hidden = model.hidden(token[:, None], cache=cache)
+        assert hidden.cache is not None
+        return hidden.cache, model.logits(hidden.states[:, 0])
+
+    return np.asarray(jax.jit(lambda ids: jax.lax.scan(read, empty, ids.T)[1])(jnp.asarray(ids))).swapaxes(0, 1)
+
+
+def accuracy(case: str) -> list[str]:
+    """Lines of the second table: KL(fp32 || it) in nats a token, the mean and the worst, and how often the likeliest
+    token is the same.
+    """
+    ids, model = golden.tensors(case)["in.input_ids"], golden.model(case)
+    params = split(model)[1]
+    kinds = {
+        "bfloat16": (golden.model(case, "bfloat16"), jnp.bfloat16),
+        **{scheme: (assemble(model.config, quantize_params(params, scheme)), jnp.float32) for scheme in SCHEMES},
+        "int8 cache": (model, jnp.int8),
+    }
+    exact = jax.nn.log_softmax(logits(model, ids, jnp.float32))
+    lines = []
+    for kind, (other, cache_dtype) in kinds.items():
+        found = jax.nn.log_softmax(logits(other, ids, cache_dtype))
+        kl = np.asarray((jnp.exp(exact) * (exact - found)).sum(-1))
+        same = float((exact.argmax(-1) == found.argmax(-1)).mean())
+        lines.append(f"| `{case}` | {kind} | {kl.mean():.1e} | {kl.max():.1e} | {same:.3f} |")
+    return lines
+
+
 def main() -> None:
-    """Print the table."""
+    """Print both tables."""
     columns = ("weights", "scheme", "bits", *KINDS)
     print(f"| {' | '.join(columns)} |")
     print("| --- " * len(columns) + "|")
@@ -46,6 +84,12 @@ def main() -> None:
         for scheme in SCHEMES:
             for double in (False, True)[: 1 if scheme == "int8" else 2]:
                 print(row(source, params, scheme, double))
+    print("\n| case | weights | KL, mean | KL, worst | same likeliest token |\n| --- | --- | --- | --- | --- |")
+    for case in golden.CASES:
+        try:
+            print("\n".join(accuracy(case)))
+        except golden.pytest.skip.Exception as absent:
+            print(f"| `{case}` | {absent} |")
 
 
 if __name__ == "__main__":

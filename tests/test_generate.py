@@ -177,6 +177,111 @@ def test_a_chat_keeps_its_history_and_forgets_on_reset(generator: Generator):
     assert chat.messages == []
 
 
+def test_in_a_chat_of_ten_turns_only_what_is_new_is_read(generator: Generator):
+    assert generator.tokenizer is not None
+    chat, read = Chat(generator, max_new_tokens=20), []
+    new = len(generator.tokenizer.encode("<eos>User: question 1, and some more words\n\nAssistant:")) + 2
+
+    for turn in range(10):
+        "".join(chat.send(f"question {turn}, and some more words"))
+        read.append((generator.stats.prompt_tokens, generator.stats.reused_tokens))
+
+    assert read[0][1] == 0
+    for (prompt, reused), (_, before) in zip(read[1:], read, strict=False):
+        assert prompt <= new
+        assert reused > before
+
+
+def test_a_chat_that_reuses_its_history_says_what_one_that_reads_it_says(generator: Generator):
+    chat = Chat(generator, max_new_tokens=6)
+
+    for turn in range(4):
+        "".join(chat.send(f"and {turn}?"))
+
+    assert generator.stats.reused_tokens > 0
+    assert chat._prefix is not None
+    (read,) = generator([chat._prefix.ids[: -len(chat.tokens)]], max_new_tokens=6)
+    assert generator.stats.reused_tokens == 0
+    assert read.tokens == chat.tokens
+
+
+# --- how an answer ends ---
+
+
+def test_an_answer_stops_before_a_stop_string_in_a_call_and_in_a_stream(generator: Generator):
+    options = {"max_new_tokens": 24, "ignore_eos": True}
+    (whole,) = generator(["import os"], **options)
+    stop = whole.text[9:12]
+
+    (answer,) = generator(["import os"], stop=[stop, "never to be seen"], **options)
+    pieces = list(generator.stream("import os", stop=stop, **options))
+
+    assert answer.text == whole.text[: whole.text.index(stop)]
+    assert answer.finish_reason == "stop"
+    assert len(answer.tokens) < len(whole.tokens)
+    assert "".join(pieces) == answer.text
+
+
+def test_an_answer_without_its_stop_string_is_whole(generator: Generator):
+    options = {"max_new_tokens": 8, "ignore_eos": True}
+
+    plain, stopping = (generator(["import os"], stop=stop, **options)[0] for stop in ([], ["never to be seen"]))
+
+    assert stopping == plain
+
+
+def test_a_stream_that_is_closed_leaves_the_generator_usable(generator: Generator):
+    options = {"max_new_tokens": 30, "ignore_eos": True}
+    want = generator(["import os"], **options)[0].text
+    pieces = generator.stream("import os", **options)
+
+    first = next(pieces)
+    pieces.close()  # type: ignore[attr-defined]
+
+    assert want.startswith(first)
+    assert generator(["import os"], **options)[0].text == want
+
+
+def test_log_probabilities_are_those_of_the_model(generator: Generator):
+    prompt = [5, 6, 7]
+
+    (answer,) = generator([prompt], max_new_tokens=5, ignore_eos=True, logprobs=3, temperature=0.7, top_k=5)
+
+    ids = np.array([[*prompt, *answer.tokens]])
+    want = np.asarray(jax.nn.log_softmax(small_model()(ids).logits[0]))[len(prompt) - 1 : -1]
+    for token, found, row in zip(answer.tokens, answer.logprobs or [], want, strict=True):
+        assert found.logprob == pytest.approx(row[token], abs=1e-4)
+        assert list(found.top) == np.argsort(-row, kind="stable")[:3].tolist()
+        assert list(found.top.values()) == pytest.approx(np.sort(row)[::-1][:3], abs=1e-4)
+
+
+# --- scoring ---
+
+
+def test_a_continuation_of_text_is_tokenized_with_its_prompt(generator: Generator):
+    assert generator.tokenizer is not None
+    ids = generator.tokenizer.encode("import os, sys")
+    begun = len(generator.tokenizer.encode("import"))
+
+    blank_before, blank_after, by_ids = generator.score(
+        ["import", "import ", ids[:begun]], [" os, sys", "os, sys", ids[begun:]]
+    )
+
+    assert blank_before == blank_after == by_ids
+
+
+def test_perplexity_predicts_every_token_of_a_text_from_the_first_on(generator: Generator):
+    assert generator.tokenizer is not None
+    text = "import os\n" * 20
+    ids = generator.tokenizer.encode(text)
+
+    by_text, by_ids = generator.perplexity(text, window=16), generator.perplexity(ids, window=16)
+
+    assert by_text.tokens == by_ids.tokens == len(ids) - 1  # the begin-of-sequence token is given
+    assert by_text.nll == pytest.approx(by_ids.nll)
+    assert by_text.bits_per_byte == pytest.approx(by_text.nll / np.log(2) / len(text))
+
+
 # --- shapes ---
 
 
@@ -230,6 +335,69 @@ def test_a_bad_call_is_refused_in_one_line(generator: Generator, prompts, option
         generator(prompts, **options)
 
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("roles", "reason"),
+    [
+        (["assistant"], "message 0"),
+        (["user", "user"], "message 1 of the chat is the user's"),
+        (["system", "assistant"], "message 1 of the chat is the assistant's"),
+        (["user", "assistant"], "the last message of a chat must be the user's"),
+        (["system"], "the last message of a chat must be the user's"),
+        (["user", "system", "user"], "message 1 of the chat is the system's"),
+    ],
+)
+def test_a_chat_whose_roles_do_not_alternate_is_refused(generator: Generator, roles: list[str], reason: str):
+    with pytest.raises(ValueError, match=reason):
+        generator([[{"role": role, "content": "x"} for role in roles]])
+
+
+def test_one_bad_prompt_of_many_gets_its_error_and_the_others_their_answers(generator: Generator):
+    options = {"max_new_tokens": 4, "ignore_eos": True}
+
+    good, bad, also_good = generator([[5, 6], [1, 2048], [7]], errors="return", **options)
+
+    assert (good, also_good) == tuple(generator([[5, 6], [7]], **options))
+    assert bad.finish_reason == "error"
+    assert bad.error == "token id 2048 is outside the vocabulary of 2048"
+    with pytest.raises(ValueError, match="2048 is outside"):
+        generator([[5, 6], [1, 2048], [7]], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"context_length": 1}, "context_length must be at least 2, not 1"),
+        ({"max_batch_size": 0}, "max_batch_size must be at least 1, not 0"),
+        ({"prefill_chunk": 8}, "prefill_chunk must be at least 16, not 8"),
+        ({"cache_dtype": "int4"}, "cache_dtype must be one of float32, bfloat16, float16, int8, not 'int4'"),
+        ({"cache_dtype": np.int32}, "cache_dtype must be one of"),
+        ({"cache_bytes": 0}, "cache_bytes must be at least 1, not 0"),
+        ({"max_batch_size": 2.0}, "max_batch_size"),
+    ],
+)
+def test_a_bad_option_of_the_generator_is_refused(options: dict, reason: str):
+    with pytest.raises(ValueError, match=reason):
+        Generator(small_model(), **options)
+
+
+def test_weights_that_exceed_the_memory_are_refused_before_they_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dsmoe_jax.generate.generator.device_bytes", lambda: 100_000)
+
+    with pytest.raises(ValueError, match=r"native: the weights take 0\.000\d* GB|and 0\.0001 GB are free"):
+        Generator.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_weights_are_quantised_as_they_are_loaded(folder: Path, quantize: str):
+    generator = Generator.from_pretrained(folder, quantize=quantize)
+
+    (answer,) = generator(["import os"], max_new_tokens=4, ignore_eos=True)
+
+    dense = sum(leaf.nbytes for leaf in jax.tree.leaves(split(small_model())[1]))
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(generator._params)) < 0.95 * dense
+    assert len(answer.tokens) == 4
 
 
 def test_text_without_a_tokenizer_is_refused():

@@ -3,12 +3,16 @@
 from collections.abc import Iterator
 from typing import Any
 
-from dsmoe_jax.generate.engine import Prefix
+from dsmoe_jax.generate.engine import Answer, Prefix
 from dsmoe_jax.generate.generator import Generator, Stream
 
 
 class Chat:
-    """Keeps the history and streams the answers; what was said before is not read again."""
+    """Keeps the history and streams the answers.
+
+    What was said before is not read again: it stands in the cache, with the tokens that the model chose for its answers
+    even where encoding their text would give others.
+    """
 
     def __init__(self, generator: Generator, *, system: str | None = None, **params: Any):
         """`system` is a message before all others; `params` are those of `SamplingParams`, for every turn."""
@@ -16,13 +20,13 @@ class Chat:
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[dict[str, str]] = [*self._system]
         self.tokens: list[int] = []  # of the newest answer, as generated
-        self._read = ""  # the text of the conversation up to the end of the last answer, as the model had it
-        self._prefix: Prefix | None = None  # its tokens, with their keys and values
+        self._prefix: Prefix | None = None  # the tokens up to the end of the last answer, with their keys and values
+        self._written, self._closing = "", ""  # the history as the template writes it, what of it is not yet in tokens
 
     def reset(self) -> None:
         """Forget the conversation, but not the system's message."""
         self.messages, self.tokens = [*self._system], []
-        self._read, self._prefix = "", None
+        self._prefix = None
 
     def send(self, text: str) -> Iterator[str]:
         """Say something and stream the answer.
@@ -36,13 +40,13 @@ class Chat:
         asked = [*self.messages, {"role": "user", "content": text}]
         written = tokenizer.render_chat(asked, add_generation_prompt=True)
         ids = tokenizer.encode(written, add_special_tokens=False)
-        if self._prefix is not None and written.startswith(self._read):
-            # The answer's tokens as the model chose them: encoding its text might give others.
-            ids = [*self._prefix.ids, *tokenizer.encode(written[len(self._read) :], add_special_tokens=False)]
+        if self._prefix is not None and written.startswith(self._written):
+            rest = self._closing + written[len(self._written) :]
+            ids = [*self._prefix.ids, *tokenizer.encode(rest, add_special_tokens=False)]
         stream = self.generator.start(ids, prefix=self._prefix, keep=True, **self.params)
-        return self._answer(asked, written, stream)
+        return self._answer(asked, stream)
 
-    def _answer(self, asked: list[dict[str, str]], written: str, stream: Stream) -> Iterator[str]:
+    def _answer(self, asked: list[dict[str, str]], stream: Stream) -> Iterator[str]:
         answer = ""
         try:
             for piece in Generator.pieces(stream):
@@ -53,6 +57,15 @@ class Chat:
         finally:
             self.messages = [*asked, {"role": "assistant", "content": answer}]
             self.tokens = stream.answer.tokens
-            self._prefix, tokenizer = stream.answer.prefix, self.generator.tokenizer
-            if self._prefix is not None and tokenizer is not None:
-                self._read = written + tokenizer.decode(stream.answer.tokens, skip_special_tokens=False)
+            self._keep(stream.answer, answer)
+
+    def _keep(self, made: Answer, answer: str) -> None:
+        """Remember what has been read, and how the template closes an answer."""
+        tokenizer = self.generator.tokenizer
+        assert tokenizer is not None
+        self._prefix, self._written = made.prefix, tokenizer.render_chat(self.messages)
+        _, found, self._closing = self._written.rpartition(answer)
+        if not found or not answer:  # the template writes something else: the next turn is read as a whole
+            self._prefix = None
+        elif made.finish_reason == "eos":  # the token that closes it is there already
+            self._closing = self._closing.removeprefix(tokenizer.eos_token or "")
