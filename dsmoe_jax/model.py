@@ -20,6 +20,7 @@ from dsmoe_jax.axes import Array, Bool, Float, Int, PRNGKeyArray
 from dsmoe_jax.cache import KVCache, LayerCache
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.kernels.matmul import matmul
+from dsmoe_jax.kernels.operand import Quantized
 from dsmoe_jax.layers.block import Block
 from dsmoe_jax.layers.norm import RMSNorm
 from dsmoe_jax.layers.rope import rotation
@@ -146,9 +147,8 @@ class DeepSeekMoE(nnx.Module):
         if rope_length is None:
             rope_length = T if start is None else start.max() + T
         mask = _causal(token_ids, attention_mask, segment_ids) if cache is None or prefill else cache.mask(T)
-        # The table is completed along fsdp before it is looked up: tokens are split over that axis, too.
         real = None if cache is None or attention_mask is None else attention_mask != 0
-        x = constrain(constrain(self.embed[...], ("vocab", None))[token_ids], _STATES)
+        x = constrain(self._embedded(token_ids), _STATES)
         turn = rotation(self.config, position_ids, rope_length, x.dtype)
         trace, written, routing = [x], [], {}
         for i, block in enumerate(self.layers):
@@ -167,6 +167,13 @@ class DeepSeekMoE(nnx.Module):
             new = T if attention_mask is None else attention_mask.astype(jnp.int32).sum(axis=1)
             cache = KVCache(tuple(written), cache.lengths + new)
         return Hidden(self.norm(x), routing, cache, tuple(trace))
+
+    def _embedded(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        table = self.embed.get_value()
+        if isinstance(table, Quantized):  # a row a token, each with its scale
+            return (table.codes[token_ids] * table.scales[token_ids]).astype(self.norm.weight[...].dtype)
+        # The table is completed along fsdp before it is looked up: tokens are split over that axis, too.
+        return constrain(table, ("vocab", None))[token_ids]
 
     def logits(self, states: Float[Array, "*tokens D"]) -> Float[Array, "*tokens V"]:
         """The head: float32 logits of states that are past the final norm."""
@@ -225,7 +232,7 @@ class ParamSpec(NamedTuple):
     initializer: Initializer
 
 
-def split(model: DeepSeekMoE) -> tuple[Any, dict[str, Array]]:
+def split(model: DeepSeekMoE) -> tuple[Any, dict[str, Any]]:
     """The static graph and the parameters by dotted path."""
     graph, state = nnx.split(model)
     return graph, {_join(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
@@ -234,7 +241,8 @@ def split(model: DeepSeekMoE) -> tuple[Any, dict[str, Array]]:
 def merge(graph: Any, params: Mapping[str, Any]) -> DeepSeekMoE:
     """The model that `split` took apart; cheap enough to stand inside every traced function.
 
-    In the place of the weight of a projection may stand any operand (`kernels.operand`).
+    In the place of the weight of a projection may stand any operand (`kernels.operand`), in that of the embedding
+    int8 rows.
     """
     return nnx.merge(graph, nnx.from_flat_state([(_split(name), value) for name, value in params.items()]))
 

@@ -155,6 +155,16 @@ def quantize_params(params: Mapping[str, Operand], scheme: str, *, double: bool 
     }
 
 
+def quantize_embedding(params: Mapping[str, Operand]) -> dict[str, Operand]:
+    """The parameters with the embedding in int8, a scale for each token, unless it is the head as well.
+
+    For generation; training wants it dense.
+    """
+    if "head.weight" not in params:
+        return dict(params)
+    return {**params, "embed": quantize(params["embed"], "int8", name="embed")}
+
+
 def load_quantized(
     path: str | Path,
     scheme: str,

@@ -11,7 +11,7 @@ from dsmoe_jax.axes import Array
 from dsmoe_jax.cache import KVCache
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, split
-from dsmoe_jax.quantize import KINDS, SCHEMES, kind_of, quantize_params, relative_error, usage
+from dsmoe_jax.quantize import KINDS, SCHEMES, kind_of, quantize_embedding, quantize_params, relative_error, usage
 from tests.helpers import golden
 
 CASE = "a_baseline"
@@ -40,7 +40,7 @@ def row(source: str, params: dict[str, Array], scheme: str, double: bool) -> str
 
 def logits(model: DeepSeekMoE, ids: np.ndarray, cache_dtype) -> np.ndarray:
     """The logits after each token, read one by one with a cache [B, T, V]."""
-    empty = KVCache.empty(model.config, *ids.shape, cache_dtype)
+    empty = KVCache.empty(model.config, len(ids), ids.shape[1], cache_dtype)
 
     def read(cache: KVCache, token: Array) -> tuple[KVCache, Array]:
         hidden = model.hidden(token[:, None], cache=cache)
@@ -58,7 +58,10 @@ def accuracy(case: str) -> list[str]:
     params = split(model)[1]
     kinds = {
         "bfloat16": (golden.model(case, "bfloat16"), jnp.bfloat16),
-        **{scheme: (assemble(model.config, quantize_params(params, scheme)), jnp.float32) for scheme in SCHEMES},
+        **{
+            scheme: (assemble(model.config, quantize_embedding(quantize_params(params, scheme))), jnp.float32)
+            for scheme in SCHEMES
+        },
         "int8 cache": (model, jnp.int8),
     }
     exact = jax.nn.log_softmax(logits(model, ids, jnp.float32))

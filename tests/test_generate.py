@@ -396,7 +396,7 @@ def test_weights_are_quantised_as_they_are_loaded(folder: Path, quantize: str):
     (answer,) = generator(["import os"], max_new_tokens=4, ignore_eos=True)
 
     dense = sum(leaf.nbytes for leaf in jax.tree.leaves(split(small_model())[1]))
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(generator._params)) < 0.95 * dense
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(generator._params)) < 0.6 * dense
     assert len(answer.tokens) == 4
 
 

@@ -5,6 +5,7 @@ import json
 import socket
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -16,8 +17,8 @@ pytestmark = pytest.mark.heavy
 
 TIMEOUT = 240
 PROMPTS = [[5, 6, 7], list(range(10, 60)), [8], [9, 10], list(range(3, 40)), [4] * 5]
-OPTIONS = {"max_new_tokens": 8, "ignore_eos": True}
-SAMPLED = OPTIONS | {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.2}
+OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "ignore_eos": True}
+SAMPLED: dict[str, Any] = OPTIONS | {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.2}
 
 # What each process runs; its arguments are its number and the coordinator. It prints its answers.
 PROGRAM = """

@@ -10,7 +10,7 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.generate.memory import MemoryPlan, cache_bytes
 from dsmoe_jax.generate.programs import Batch, extend, prefill, step
 from dsmoe_jax.model import DeepSeekMoE, abstract, split
-from dsmoe_jax.quantize import quantize_params
+from dsmoe_jax.quantize import quantize_embedding, quantize_params
 from dsmoe_jax.sharding import MeshConfig
 from tests.test_generate import SMALL
 
@@ -67,7 +67,7 @@ def test_the_16b_in_bf16_with_4096_tokens_fits_40_gb():
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
 def test_quantised_weights_take_what_the_plan_says(scheme: str):
-    params = quantize_params(split(DeepSeekMoE.init(SMALL))[1], scheme)
+    params = quantize_embedding(quantize_params(split(DeepSeekMoE.init(SMALL))[1], scheme))
 
     plan = MemoryPlan.of(SMALL, rows=1, slots=16, dtype=jnp.float32, quantize=scheme)
 

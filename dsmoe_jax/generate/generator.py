@@ -23,7 +23,7 @@ from dsmoe_jax.generate.scoring import Perplexity, Score, perplexity, score
 from dsmoe_jax.json_file import read_json
 from dsmoe_jax.manifest import is_native
 from dsmoe_jax.model import DeepSeekMoE, assemble, check_token_ids, split
-from dsmoe_jax.quantize import load_quantized
+from dsmoe_jax.quantize import load_quantized, quantize_embedding
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files
 
@@ -82,7 +82,7 @@ class Generator:
         self.context_length = _at_least(2, "context_length", context_length, max(trained, _SHORTEST_CONTEXT))
         self.max_batch_size = _at_least(1, "max_batch_size", max_batch_size, 8 if on_cpu else 64)
         self.prefill_chunk = _at_least(16, "prefill_chunk", prefill_chunk, 512 if on_cpu else 2048)
-        self.cache_dtype = self._params["embed"].dtype if cache_dtype is None else _cache_dtype(cache_dtype)
+        self.cache_dtype = self._params["norm.weight"].dtype if cache_dtype is None else _cache_dtype(cache_dtype)
         self.cache_bytes = _room_for_cache() if cache_bytes is None else _at_least(1, "cache_bytes", cache_bytes, 1)
         eos = self.config.eos_token_id if eos_token_id is None else eos_token_id
         ids = [] if eos is None else eos if isinstance(eos, Sequence) else [eos]
@@ -106,7 +106,8 @@ class Generator:
         """A generator from a native checkpoint or a Hugging Face folder, with the tokenizer that lies in it, if any.
 
         `adapter` is a folder with a LoRA adapter as the peft library stores it. `quantize` ("int8", "int4" or "nf4")
-        quantises the weights as they are read. `options` are those of `Generator`.
+        quantises the weights as they are read, the embedding in int8; norms, routers and the head stay. `options` are
+        those of `Generator`.
         """
         path = Path(path)
         _check_memory(path, dtype, quantize, mesh, options)
@@ -114,7 +115,8 @@ class Generator:
             model = (load if is_native(path) else load_hf)(path, dtype=dtype, mesh=mesh)
         else:
             read = load_quantized if is_native(path) else load_hf_quantized
-            model = assemble(*read(path, quantize, dtype=dtype, mesh=mesh))
+            config, params = read(path, quantize, dtype=dtype, mesh=mesh)
+            model = assemble(config, quantize_embedding(params))
         if adapter is not None:
             model = with_adapter(model, adapter)
         tokenizer = Tokenizer.from_pretrained(path) if tokenizer_files(path) else None

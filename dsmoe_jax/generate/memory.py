@@ -59,8 +59,10 @@ class MemoryPlan(NamedTuple):
         places, weights = shardings(config, mesh), 0
         for name, spec in abstract(config)[1].items():
             own = dtype if ".experts." in name else outside
-            if quantize is not None and kind_of(name):
-                weights += _quantized_bytes(places[name].shard_shape(spec.shape), quantize)
+            embedding = name == "embed" and not config.tie_word_embeddings
+            if quantize is not None and (embedding or kind_of(name)):
+                scheme = "int8" if embedding else quantize
+                weights += _quantized_bytes(places[name].shard_shape(spec.shape), scheme)
             else:
                 weights += math.prod(places[name].shard_shape(spec.shape)) * jnp.dtype(own).itemsize
         of_rows = functools.partial(

@@ -20,7 +20,7 @@ from dsmoe_jax.generate import Generator, SamplingParams
 from dsmoe_jax.generate.generator import for_generation
 from dsmoe_jax.generate.programs import Batch, prefill, step
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
-from dsmoe_jax.quantize import quantize_params
+from dsmoe_jax.quantize import quantize_embedding, quantize_params
 from tests.benchmarks import plan
 from tests.benchmarks.inputs import batch
 
@@ -94,7 +94,7 @@ def batching(model: DeepSeekMoE, rounds: int) -> None:
 def int8(model: DeepSeekMoE, rounds: int) -> None:
     """Decode with int8 weights against fp32, and the bytes of both."""
     config, params = model.config, split(model)[1]
-    small = assemble(config, quantize_params(params, "int8"))
+    small = assemble(config, quantize_embedding(quantize_params(params, "int8")))
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(split(one)[1])) for one in (small, model)]
     show("int8 weights", ratio=round(sizes[0] / sizes[1], 4), bytes=sizes)
     for rows in (1, ROWS):
