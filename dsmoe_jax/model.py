@@ -232,19 +232,39 @@ class ParamSpec(NamedTuple):
     initializer: Initializer
 
 
-def split(model: DeepSeekMoE) -> tuple[Any, dict[str, Any]]:
+class Graph:
+    """What a model is without its parameters, as a static argument of `jax.jit`.
+
+    Its hash is made once: that of Flax's own definition takes milliseconds, at every call of a jitted function.
+    """
+
+    def __init__(self, definition: Any):
+        self.definition, self._hash = definition, hash(definition)
+
+    def __hash__(self) -> int:
+        """That of the definition."""
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the definitions are equal; at once for the same graph."""
+        if self is other:
+            return True
+        return isinstance(other, Graph) and self._hash == other._hash and self.definition == other.definition
+
+
+def split(model: DeepSeekMoE) -> tuple[Graph, dict[str, Any]]:
     """The static graph and the parameters by dotted path."""
-    graph, state = nnx.split(model)
-    return graph, {_join(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+    definition, state = nnx.split(model)
+    return Graph(definition), {_join(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
-def merge(graph: Any, params: Mapping[str, Any]) -> DeepSeekMoE:
+def merge(graph: Graph, params: Mapping[str, Any]) -> DeepSeekMoE:
     """The model that `split` took apart; cheap enough to stand inside every traced function.
 
     In the place of the weight of a projection may stand any operand (`kernels.operand`), in that of the embedding
     int8 rows.
     """
-    return nnx.merge(graph, nnx.from_flat_state([(_split(name), value) for name, value in params.items()]))
+    return nnx.merge(graph.definition, nnx.from_flat_state([(_split(name), value) for name, value in params.items()]))
 
 
 def assemble(config: ModelConfig, params: Mapping[str, Any]) -> DeepSeekMoE:
@@ -253,14 +273,14 @@ def assemble(config: ModelConfig, params: Mapping[str, Any]) -> DeepSeekMoE:
 
 
 @functools.lru_cache(maxsize=16)
-def abstract(config: ModelConfig) -> tuple[Any, dict[str, ParamSpec]]:
+def abstract(config: ModelConfig) -> tuple[Graph, dict[str, ParamSpec]]:
     """The graph and every parameter's shape and logical axes; init, restore and import all follow from it."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: DeepSeekMoE(config, rngs=nnx.Rngs(0))))
+    definition, state = nnx.split(nnx.eval_shape(lambda: DeepSeekMoE(config, rngs=nnx.Rngs(0))))
     specs = {
         _join(path): ParamSpec(tuple(leaf.shape), leaf.logical_axes, leaf.initializer)
         for path, leaf in nnx.to_flat_state(state)
     }
-    return graph, specs
+    return Graph(definition), specs
 
 
 def count_tensors(config: ModelConfig, per_stack: int = 1) -> int:

@@ -146,7 +146,7 @@ def constrain(x: Array, axes: tuple[str | None, ...], *, whole: bool = False) ->
 
 def mesh_of(params: Mapping[str, Any]) -> contextlib.AbstractContextManager:
     """The context to call a model's function in: the mesh that its parameters lie on, if they lie on one."""
-    place = jax.tree.leaves(dict(params))[0].sharding
+    place = jax.tree.leaves(next(iter(params.values())))[0].sharding  # one is enough: this stands in every step
     if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh):
         return jax.set_mesh(place.mesh)
     return contextlib.nullcontext()

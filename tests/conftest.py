@@ -1,5 +1,9 @@
-"""The conditions under which every test runs: 8 simulated devices, strict JAX, annotations executed."""
+"""The conditions under which every test runs: 8 simulated devices, strict JAX, annotations executed.
 
+On a machine with a GPU some of the extra `test` may be absent: `tests/gpu` needs none of it but pytest.
+"""
+
+import importlib.util
 import os
 
 # Before jax starts. Two threads of each test process are enough: the suite runs one process a core.
@@ -8,9 +12,21 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jaxtyping
+import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Where arrays are, shapes are checked; the other rooms check what users give them themselves, and are tested for it.
 ROOMS_OF_ARRAYS = ("cache", "kernels", "layers", "model", "train")
-jaxtyping.install_import_hook([f"dsmoe_jax.{room}" for room in ROOMS_OF_ARRAYS], "beartype.beartype")
+CHECKS_SHAPES = importlib.util.find_spec("beartype") is not None
+if CHECKS_SHAPES:
+    jaxtyping.install_import_hook([f"dsmoe_jax.{room}" for room in ROOMS_OF_ARRAYS], "beartype.beartype")
+
+
+def pytest_report_header() -> list[str]:
+    return [] if CHECKS_SHAPES else ["annotations are not executed: beartype is not installed"]
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "seconds a test may take; nothing enforces it: pytest-timeout is not installed")

@@ -1,7 +1,7 @@
 """The routed experts on sorted rows: one suite over every backend, whatever the group sizes and the operands.
 
 Start at `test_every_row_goes_through_its_own_expert`, then `test_every_kind_of_operand`; outputs and gradients are
-compared with float64 NumPy, `twin`.
+compared with float64 NumPy, `twin`. Cases and checks stand in `tests/helpers/conformance.py`, for GPUs, too.
 """
 
 import functools
@@ -23,107 +23,30 @@ from dsmoe_jax.kernels.block_loop import block_rows
 from dsmoe_jax.kernels.expert_ffn import BACKENDS, LEGS, Backend, Legs, choose, expert_ffn
 from dsmoe_jax.kernels.operand import Experts, Inputs
 from tests.helpers import reference
-from tests.helpers.trees import FROZEN, paths, trained
-
-E, D, F = 4, 8, 12
-SHAPES = ((F, D), (F, D), (D, F))
-DENSE = ("dense", "dense", "dense")
-NOT_ADAPTERS = r"^(?!.*\.[ab]$)"
-
-FP32 = 1e-5  # of the largest value: sums of some ten products, in another order
-BF16 = 2e-2  # of the largest value: eps is 0.0078, and hidden rows and results are rounded, weight gradients too
-
-# fmt: off
-GROUPS = {
-    # with 24 rows, blocks of 8:
-    "uneven":              [5, 11, 2, 6],
-    "whole blocks":        [8, 8, 8, 0],
-    "empty in the middle": [9, 0, 0, 15],
-    "empty at the start":  [0, 0, 10, 14],
-    "empty at the end":    [13, 11, 0, 0],
-    "all on one":          [0, 24, 0, 0],
-    "rows beyond":         [3, 9, 0, 1],
-    "no expert hit":       [0, 0, 0, 0],
-    # with 6 rows, one at a time:
-    "one row each":        [2, 1, 0, 3],
-    "one row, rows beyond": [0, 1, 0, 0],
-    # with 540 rows, the largest blocks, of 128:
-    "largest blocks":      [260, 0, 129, 140],
-}
-ROWS = {name: 24 for name in GROUPS} | {
-    "one row each": 6, "one row, rows beyond": 6, "largest blocks": 540,
-}
-KINDS = {
-    # each kind in another place:   gate                   up                     down                    frozen
-    "quantised":                 (("int8",                "4-bit",               "double"),               FROZEN),
-    "quantised, trained scales": (("double",              "int8",                "4-bit"),                "codes"),
-    "low-rank":                  (("low-rank over dense", "low-rank over int8",  "low-rank over double"), FROZEN),
-    "low-rank, trained base":    (("dense",               "low-rank over dense", "low-rank over dense"),  ""),
-    "mixed":                     (("dense",               "double",              "low-rank over dense"),  FROZEN),
-    "adapters alone":            (("low-rank over 4-bit", "dense",               "int8"),                 NOT_ADAPTERS),
-}
-# fmt: on
+from tests.helpers.conformance import (
+    BF16,
+    DENSE,
+    FP32,
+    GROUPS,
+    KINDS,
+    ROWS,
+    D,
+    E,
+    F,
+    arrays,
+    assert_near,
+    check_all,
+    jitted,
+    out_and_grads,
+    twin,
+)
+from tests.helpers.trees import FROZEN, paths
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 # `grouped` multiplies as `ragged` does, by kernels with a suite of their own, here interpreted: slow.
 every_fast_backend = pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "grouped"])
 # Two have gradients of their own; the others leave them to JAX, whatever is trained, and need fewer cases.
 LOOPS = ("block_loop", "batched")
-
-
-def out_and_grads(function: Any, inputs: Inputs, sizes: Any, cotangent: Any, frozen: str = "", **options: Any):
-    """Output, and the gradients of all floats but those whose path has a match of `frozen`, by path."""
-    leaves, tree = paths(inputs), jax.tree.structure(inputs)
-
-    def of_trained(values: dict[str, Any]):
-        rows, weights, experts = jax.tree.unflatten(tree, (leaves | values).values())
-        return function(rows, *experts, sizes, weights=weights, **options)
-
-    out, pull = jax.vjp(of_trained, trained(leaves, frozen))
-    return out, pull(cotangent)[0]
-
-
-@functools.cache
-def jitted(function: Any, frozen: str = "", **options: Any):
-    """`out_and_grads` as a program; group sizes are data, so one serves all of one shape."""
-    return jax.jit(functools.partial(out_and_grads, function, frozen=frozen, **options))
-
-
-@functools.cache
-def arrays(R: int, dtype: Any = jnp.float32, kinds: tuple[str, str, str] = DENSE, experts: int = E):
-    """Inputs of the size that keeps results near 1, and an output gradient. Every fifth row counts for nothing."""
-    rng = np.random.default_rng(R)
-    weights = jnp.asarray(rng.uniform(0.2, 1, R) * (np.arange(R) % 5 != 3), jnp.float32)
-    operands = (
-        reference.random_operand(kind, (experts, *shape), rng, dtype) for kind, shape in zip(kinds, SHAPES, strict=True)
-    )
-    rows, cotangent = (jnp.asarray(rng.normal(size=(R, D)), dtype) for _ in range(2))
-    return Inputs(rows, weights, Experts(*operands)), cotangent
-
-
-def assert_near(got: Any, want: Any, relative: float, name: str = ""):
-    want = np.asarray(want, np.float64)
-    scale = np.abs(want).max(initial=0)
-    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=relative * scale, err_msg=name)
-
-
-def check_all(got: Any, want: Any, tolerance: float = FP32):
-    """The output and every gradient against the twin's."""
-    assert_near(got[0], want[0], tolerance, "out")
-    for path, grad in got[1].items():
-        assert_near(grad, want[1][path], tolerance, path)
-
-
-def twin(inputs: Inputs, sizes: list[int], cotangent: Any, activation: str = "silu"):
-    """Output and all gradients, by path, in float64 NumPy."""
-    rows, weights, experts = inputs
-    exact = [np.asarray(rows, np.float64), np.asarray(weights, np.float64), *map(reference.dense, experts)]
-    options = {"group_sizes": sizes, "activation": activation}
-    grads = reference.expert_ffn_grads(*exact, **options, grad_out=np.asarray(cotangent, np.float64))
-    named = {"rows": grads[0], "weights": grads[1]}
-    for name, operand, grad in zip(Experts._fields, experts, grads[2:], strict=True):
-        named |= reference.operand_grads(name, operand, grad)
-    return reference.expert_ffn(*exact, **options), named
 
 
 # --- rows and their experts ---

@@ -53,7 +53,10 @@ class MemoryPlan(NamedTuple):
         `dtype` is that of the weights, and of the cache unless `cache_dtype` says otherwise; `quantize` is a key of
         `SCHEMES`; `widened` says that weights outside the routed experts are kept in fp32, as on CPUs. `work` is a
         formula found from compiled programs: six states a layer and token of a piece, and twice its scores, in fp32.
+        Raises `ValueError` for another scheme.
         """
+        if quantize is not None and quantize not in SCHEMES:
+            raise ValueError(f"quantize must be one of {', '.join(SCHEMES)}, not {quantize!r}")
         mesh = as_mesh(mesh)
         outside = jnp.float32 if widened else dtype
         places, weights = shardings(config, mesh), 0

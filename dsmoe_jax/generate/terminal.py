@@ -30,7 +30,7 @@ Load = Callable[[], Generator]
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Only warnings: what loading and the engine note of themselves would stand in the middle of the text."""
+    """Only warnings: what the engine notes of itself would stand in the middle of the text."""
     log = logging.getLogger("dsmoe_jax")
     before = log.level
     log.setLevel(logging.WARNING)
@@ -40,7 +40,6 @@ def _quiet() -> Iterator[None]:
         log.setLevel(before)
 
 
-@_quiet()
 def generate(
     load: Load,
     sampling: Mapping[str, Any],
@@ -68,9 +67,10 @@ def generate(
     if not prompt:
         raise ValueError("the prompt is empty")
     pieces = load().stream(prompt, asked)
-    for piece in itertools.chain([prompt], pieces):
-        print(piece, end="", flush=True)
-    print()
+    with _quiet():
+        for piece in itertools.chain([prompt], pieces):
+            print(piece, end="", flush=True)
+        print()
 
 
 def _from_stdin() -> str:
@@ -130,7 +130,7 @@ def _answer_file(load: Load, sampling: Mapping[str, Any], file: Path, out: str |
         if good:
             generator = load()
             began, total = time.perf_counter(), sum(asked.n for _, asked in good)
-            with count("answers", total) as advance:
+            with count("answers", total) as advance, _quiet():
                 prompts, params = zip(*good, strict=True)
                 completions = generator(prompts, params, errors="return", progress=advance)
         seconds = time.perf_counter() - began
@@ -220,13 +220,12 @@ def _new_file(path: str | Path) -> Iterator[BinaryIO]:
 # --- a conversation ---
 
 
-@_quiet()
 def chat(load: Load, sampling: Mapping[str, Any], *, system: str | None = None) -> None:
     """Ask, answer and keep the history until the input ends. Ctrl-C stops an answer, and at the prompt the chat."""
     SamplingParams.of(**sampling)
     talk = Chat(load(), system=system, **sampling)
     print("/help lists the commands; /quit, Ctrl-D or Ctrl-C ends the conversation.")
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError), _quiet():
         while True:
             line = _ask("User: ").strip()
             try:

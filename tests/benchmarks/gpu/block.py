@@ -1,0 +1,76 @@
+"""One MoE block of the 16B, forward and with its gradients, and the pieces that it is made of. Start at `cases`."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsmoe_jax.layers.dispatch import Sorted, combine, dispatch
+from dsmoe_jax.layers.rope import rotation
+from dsmoe_jax.model import DeepSeekMoE
+from tests.benchmarks import plan
+from tests.benchmarks.gpu import experts, timing, work
+from tests.benchmarks.gpu.cases import Case
+from tests.benchmarks.gpu.sizes import Sizes
+
+
+def cases(sizes: Sizes) -> Iterator[Case]:
+    """The whole, then its pieces; the expert MLP between gathers and combine is a part of its own."""
+    config = dataclasses.replace(sizes.model, num_hidden_layers=1, first_k_dense_replace=0, vocab_size=64)
+    (B, T), dtype = sizes.block_shape, jnp.dtype(sizes.dtype)
+    D, A, E = config.hidden_size, config.num_experts_per_tok or 0, config.n_routed_experts or 0
+    block = DeepSeekMoE.init(config, dtype=dtype).layers[0]
+    graph, params = nnx.split(block)
+    x, grad = timing.noise([timing.shape(dtype, B, T, D)] * 2)
+    turn = rotation(config, jnp.broadcast_to(jnp.arange(T)[None], (B, T)), T, dtype)
+    mask = jnp.broadcast_to(jnp.tri(T, dtype=bool)[None], (B, T, T))
+    whole = plan.flops(config, B, T, head_tokens=0)
+    ids = jax.random.randint(jax.random.key(0), (B * T, A), 0, E, jnp.int32)
+    weights = jnp.full((B * T, A), 1 / A, jnp.float32)
+    rows = jax.jit(lambda ids: Sorted.by_expert(ids, E).rows)(ids)
+    flat = x.reshape(B * T, D)
+    y = timing.noise(timing.shape(dtype, B * T * A, D))
+
+    def of(pick: Callable[[Any], Callable[[Any], Any]]) -> Callable[..., Any]:
+        return lambda params, x: pick(nnx.merge(graph, params))(x)
+
+    pieces: dict[str, tuple[Callable[..., Any], tuple[Any, ...], int]] = {
+        "whole": (of(lambda block: lambda x: block(x, turn, mask)[0]), (params, x), whole),
+        "attention with projections": (
+            of(lambda block: lambda x: block.attention(x, turn, mask)[0]),
+            (params, x),
+            B * T * (8 * D * D + 2 * D * (T + 1)),
+        ),
+        "router": (of(lambda block: lambda x: block.moe.router(x).scores), (params, x), 2 * B * T * D * E),
+        "shared experts": (
+            of(lambda block: lambda x: block.moe.shared(x) if block.moe.shared else x),
+            (params, x),
+            work.expert_flops(B * T, D, config.moe_intermediate_size * (config.n_shared_experts or 0)),
+        ),
+        "gathers": (lambda x, weights: dispatch(x, weights, rows)[0], (flat, weights), 0),
+        "combine": (lambda y: combine(y, rows), (y,), 0),
+    }
+    yield piece(sizes, "sort", lambda ids: Sorted.by_expert(ids, E), (ids,), 0)
+    for name, (function, operands, flops) in pieces.items():
+        yield piece(sizes, name, function, operands, flops)
+        yield piece(sizes, f"{name}, forward and backward", _with_gradients(function), operands, 3 * flops)
+    del block, params, pieces
+    yield experts.case(sizes, B * T, "both", None)
+
+
+def piece(sizes: Sizes, name: str, function: Callable[..., Any], operands: tuple[Any, ...], flops: int) -> Case:
+    """One row."""
+    tokens = sizes.block_shape[0] * sizes.block_shape[1]
+    run = lambda: timing.timed(function, *operands, seconds=sizes.turn_seconds, flops=flops, tokens=tokens)  # noqa: E731
+    return Case(f"block.{name}", name, run)
+
+
+def _with_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
+    def both(*operands: Any) -> Any:
+        y, back = jax.vjp(function, *operands)
+        return y, back(jnp.ones_like(y))
+
+    return both

@@ -1,0 +1,38 @@
+"""`python -m tests.benchmarks.gpu.child PART SECONDS [--small]`: one part in this process, its rows as lines of JSON.
+
+`__main__.py` starts it. Standard output carries rows and nothing else: what libraries print goes to standard error.
+"""
+
+import functools
+import importlib
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from tests.benchmarks.gpu import cases, parts
+from tests.benchmarks.gpu.sizes import sizes
+
+
+def main() -> None:
+    """Serve the part."""
+    part, seconds, *rest = sys.argv[1:]
+    until = time.monotonic() + float(seconds)
+    lines = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def tell(row: dict[str, Any]) -> None:
+        print(json.dumps(row), file=lines, flush=True)
+
+    module, name = parts.PARTS[part].cases.split(".")
+    if part == parts.CEILINGS:
+        from tests.benchmarks.gpu.timing import facts
+
+        tell({"facts": facts()})
+    found = getattr(importlib.import_module(f"tests.benchmarks.gpu.{module}"), name)
+    cases.serve(functools.partial(found, sizes(small="--small" in rest)), until, tell)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What is measured, in order of priority, and how a run's time is shared out. Read `PARTS`, then `allotment`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
+
+
+class Part(NamedTuple):
+    """One process of its own; `cases` is MODULE.FUNCTION of this package."""
+
+    cases: str
+    least: int  # seconds below which it is not begun
+    wants: int  # seconds on a large GPU, most of them compilation; a guess until the first report
+    what: str
+    flags: str = ""  # added to XLA_FLAGS, which jax reads once, at its start
+
+
+_FUSION: Final = "--xla_gpu_experimental_use_ragged_dot_fusion"
+CEILINGS: Final = "ceilings"  # always run: without it no figure has a floor
+TUNE: Final = "tune"  # only where asked for
+
+# fmt: off
+PARTS: Final[dict[str, Part]] = {
+    # name                cases                          least wants what
+    CEILINGS:        Part("ceilings.cases",               10,  40, "bandwidth and bf16 matmul of this GPU"),
+    "decode":        Part("generation.decode",            45, 150, "a decode step of the 16B in bf16"),
+    "experts":       Part("experts.main_size",            20, 100, "the routed expert MLP, 16K tokens, by leg and backend"),
+    "train":         Part("training.widths_of_16b",       45, 130, "the train step, the 16B's widths, 8 layers"),
+    "transformers":  Part("peers.transformers",           40, 100, "transformers' Qwen2-MoE in the 16B's sizes"),
+    "prefill":       Part("generation.prefill_bf16",      40,  80, "a prompt of 2K through the 16B in bf16"),
+    "torch_experts": Part("peers.torch_experts",          10,  30, "the expert MLP by torch's grouped matmul"),
+    "matmuls":       Part("experts.matmuls",              15,  60, "each grouped matmul kernel, each leg"),
+    "block":         Part("block.cases",                  20,  90, "one block of the 16B and its pieces"),
+    "finetune":      Part("training.adapters",            60, 140, "LoRA and QLoRA steps of the 16B"),
+    "train_whole":   Part("training.largest_preset",      45,  90, "the train step of the largest preset that fits"),
+    "int8":          Part("generation.int8",              60, 160, "decode and prefill of the 16B in int8"),
+    "ragged_fused":  Part("experts.ragged",               15,  40, "ragged_dot with XLA's cuDNN fusion", f"{_FUSION}=true"),
+    "ragged_plain":  Part("experts.ragged",               15,  40, "ragged_dot without it", f"{_FUSION}=false"),
+    "experts_more":  Part("experts.more_sizes",           20, 120, "the expert MLP at 4K and 64K tokens, and skewed"),
+    TUNE:            Part("tuning.cases",                 30, 300, "which backend for which leg (for the package's table)"),
+}
+# fmt: on
+
+
+def chosen(only: Sequence[str] | None, *, tune: bool) -> list[str]:
+    """The parts of a run in order: by default all but the tuning, with `tune` alone the tuning.
+
+    Raises `ValueError` for a part that does not exist.
+    """
+    for name in only or ():
+        if name not in PARTS:
+            raise ValueError(f"--only {name!r} does not exist, only {', '.join(PARTS)}")
+    wanted = set(only) if only else (set() if tune else set(PARTS) - {TUNE})
+    return [name for name in PARTS if name in wanted | {CEILINGS} | ({TUNE} if tune else set())]
+
+
+def allotment(name: str, left: float, names: Sequence[str], budget: float) -> float | None:
+    """The seconds that the part may take of the `left` ones; None where it no longer fits.
+
+    Earlier parts get all they want before later ones get anything. Where the budget is larger than what all `names`
+    want together, each may take more in proportion.
+    """
+    if left < PARTS[name].least:
+        return None
+    factor = max(1.0, budget / sum(PARTS[one].wants for one in names))
+    return min(PARTS[name].wants * factor, left)
+
+
+def environment(name: str, given: Mapping[str, str]) -> dict[str, str]:
+    """That of a part's process: what is given stays, the part's own flags come last."""
+    own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TOKENIZERS_PARALLELISM": "false"} | dict(given)
+    if flags := PARTS[name].flags:
+        own["XLA_FLAGS"] = f"{given.get('XLA_FLAGS', '')} {flags}".strip()
+    return own

@@ -1,0 +1,93 @@
+"""A function of JAX as figures of a row: compiled once, its memory as planned, its repetitions waited for.
+
+Start at `timed`; `noise` makes operands where they will be used.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dsmoe_jax.generate.memory import device_bytes
+from tests.benchmarks.gpu.cases import Unable, turns
+
+
+def timed(function: Callable[..., Any], *operands: Any, seconds: float, **known: Any) -> dict[str, Any]:
+    """Median-ready seconds of a pure function of arrays. What is `known` (flops, bytes, tokens) joins the row.
+
+    Where no `bytes` are given, every operand is read once and every result written once.
+    """
+    program, figures = compiled(jax.jit(function), *operands)
+    own = {"bytes": nbytes(operands) + nbytes(jax.eval_shape(function, *operands))}
+    taken = turns(lambda: jax.block_until_ready(program(*operands)), seconds)
+    return {"seconds": taken, **figures, **own, **known}
+
+
+def compiled(function: Any, *operands: Any) -> tuple[Any, dict[str, Any]]:
+    """The program of a jitted function, with the seconds it took to compile and the memory it plans to hold.
+
+    Static operands are given here and not when the program is called.
+    """
+    start = time.perf_counter()
+    program = function.lower(*operands).compile()
+    figures: dict[str, Any] = {"compile_seconds": time.perf_counter() - start}
+    if (memory := program.memory_analysis()) is not None:
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        figures["memory"] = held + memory.temp_size_in_bytes
+    return program, figures
+
+
+def nbytes(tree: Any) -> int:
+    """Of all leaves, shapes or arrays."""
+    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def need(what: str, size: float) -> None:
+    """`Unable` where the device has less free memory than that; where it does not say, it has enough."""
+    free = device_bytes()
+    if free is not None and size > free:
+        raise Unable(f"{what} takes about {size / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
+
+
+def noise(shapes: Any, *, scale: float = 1.0, seed: int = 0) -> Any:
+    """A tree of arrays on the device for a tree of shapes: normal numbers times `scale`, random bits for integers."""
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    drawn = [
+        _draw(key, tuple(leaf.shape), jnp.dtype(leaf.dtype).name, scale) for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, drawn)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _draw(key: Any, shape: tuple[int, ...], dtype: str, scale: float) -> Any:
+    kind = jnp.dtype(dtype)
+    if jnp.issubdtype(kind, jnp.integer):
+        return jax.random.bits(key, shape, jnp.uint8).astype(kind)
+    return (scale * jax.random.normal(key, shape, jnp.bfloat16 if kind == jnp.bfloat16 else jnp.float32)).astype(kind)
+
+
+def shape(dtype: Any, *dims: int) -> jax.ShapeDtypeStruct:
+    """Short for what `noise` takes."""
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+def facts() -> dict[str, Any]:
+    """The device and how much memory JAX may use of it."""
+    device = jax.devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return {"platform": device.platform, "device": device.device_kind, "devices": jax.device_count(), "memory": limit}
+
+
+def ids(config: Any, rows: int, tokens: int) -> Any:
+    """Random token ids on the device."""
+    return jax.random.randint(jax.random.key(0), (rows, tokens), 0, config.vocab_size, jnp.int32)
+
+
+def sizes_of(params: Mapping[str, Any]) -> dict[str, int]:
+    """The bytes of each parameter, whatever it is made of."""
+    return {name: nbytes(value) for name, value in params.items()}

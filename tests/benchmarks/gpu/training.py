@@ -1,0 +1,162 @@
+"""Training steps as users run them: `dsmoe_jax.train.step.make_step`, its state on the device. Start at `step_row`."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+
+from dsmoe_jax import lora
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.convert.peft_matching import make_plan
+from dsmoe_jax.kernels.operand import Operand
+from dsmoe_jax.layers.weights import Initializer
+from dsmoe_jax.lora import LoraConfig
+from dsmoe_jax.model import DeepSeekMoE, abstract, split
+from dsmoe_jax.quantize import SCHEMES, kind_of, quantize_matrix
+from dsmoe_jax.train.batch import Batch
+from dsmoe_jax.train.loss import shifted
+from dsmoe_jax.train.optimizer import OptimizerConfig, make_optimizer
+from dsmoe_jax.train.step import StepConfig, Trained, init_state, make_step
+from tests.benchmarks.gpu import timing, work
+from tests.benchmarks.gpu.cases import Case, Unable, turns
+from tests.benchmarks.gpu.sizes import Sizes
+
+# Bytes a parameter: fp32 weight and two moments, a gradient, the bf16 copy, and the largest temporaries of an update.
+_STATE_BYTES: Final = 20
+_HEADROOM: Final = 8e9  # activations of a block, logits
+
+
+def widths_of_16b(sizes: Sizes) -> Iterator[Case]:
+    """As many layers as fit, up to those asked for; by each way of keeping activations."""
+    config = sizes.trained
+    while config.num_hidden_layers > 1 and not _fits(config):
+        config = dataclasses.replace(config, num_hidden_layers=config.num_hidden_layers - 1)
+    B, T = sizes.train_shape
+    for remat in ("full", "dots"):
+        run = functools.partial(step_row, config, sizes.train_shape, sizes, remat=remat)
+        name = f"{config.num_hidden_layers} layers, {B} x {T} tokens, remat {remat}"
+        yield Case(f"train.{config.num_hidden_layers}.{remat}", name, run)
+
+
+def largest_preset(sizes: Sizes) -> Iterator[Case]:
+    """State included, in full."""
+    for preset in sizes.whole_presets:
+        config = ModelConfig.preset(preset)
+        if _fits(config) or preset == sizes.whole_presets[-1]:
+            T = min(sizes.train_shape[1], config.max_position_embeddings)
+            B = sizes.train_shape[0] * sizes.train_shape[1] // T
+            run = functools.partial(step_row, config, (B, T), sizes, remat="full")
+            yield Case(f"train.{preset}.full", f"{preset}, {B} x {T} tokens, remat full", run)
+            return
+
+
+def adapters(sizes: Sizes) -> Iterator[Case]:
+    """Rank 8 on every projection, the base in bf16 and in nf4."""
+    B, T = sizes.adapter_shape
+    for name, scheme in (("LoRA", None), ("QLoRA", "nf4")):
+        run = functools.partial(
+            step_row, sizes.model, sizes.adapter_shape, sizes, remat="full", adapter=LoraConfig(), scheme=scheme
+        )
+        yield Case(f"finetune.{name}", f"{name}, base in {scheme or sizes.dtype}, {B} x {T} tokens, remat full", run)
+
+
+def step_row(
+    config: ModelConfig,
+    shape: tuple[int, int],
+    sizes: Sizes,
+    *,
+    remat: str,
+    adapter: LoraConfig | None = None,
+    scheme: str | None = None,
+) -> dict[str, Any]:
+    """The figures of one step; frozen weights, if any, are noise of the right kind."""
+    options = StepConfig(compute_dtype="bfloat16", remat=remat)
+    optimizer, schedule = make_optimizer(OptimizerConfig(warmup_steps=0, schedule="constant", learning_rate=1e-5), 1000)
+    trained, frozen = Trained.whole(config), {}
+    if adapter is None:
+        if not _fits(config):
+            raise Unable(f"{_count(config) / 1e9:.2f}B parameters take about {_bytes(config) / 1e9:.0f} GB to train")
+        params = split(DeepSeekMoE.init(config))[1]
+    else:
+        plan = make_plan(adapter, config)
+        frozen = noise_params(config, scheme, jnp.dtype(sizes.dtype))
+        trained = Trained(lora.specs(plan, config), lambda own, frozen, key: lora.attach(plan, frozen, own, key))
+        params = lora.init(plan, config, frozen, jax.random.key(0))
+    # Committed to the device, as the step gives them back: else the compiled program would refuse its own results.
+    state = jax.device_put(init_state(config, params, optimizer, options), jax.devices()[0])
+    del params
+    ids = timing.ids(config, *shape)
+    ones, places = jnp.ones_like(ids), jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None], shape)
+    batch = Batch(ids, shifted(ids), ones, places)
+    step = make_step(config, abstract(config)[0], optimizer, schedule, options, trained=trained)
+    program, figures = timing.compiled(step, state, batch, frozen)
+    held: list[Any] = [state]
+    del state
+    losses: list[Any] = []
+
+    def run() -> None:
+        held[0], metrics = program(held[0], batch, frozen)
+        jax.block_until_ready(held[0])
+        losses.append(metrics.loss)
+
+    seconds = turns(run, sizes.turn_seconds, most=10)
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {
+        "seconds": seconds,
+        **figures,
+        "tokens": shape[0] * shape[1],
+        "flops": work.train_flops(config, *shape, frozen=adapter is not None),
+        "peak": stats.get("peak_bytes_in_use"),
+        "note": f"{_count(config) / 1e9:.2f}B parameters, loss {float(losses[0]):.3f} to {float(losses[-1]):.3f}",
+    }
+
+
+def noise_params(
+    config: ModelConfig, scheme: str | None, dtype: Any, *, embedding: str | None = None
+) -> dict[str, Operand]:
+    """Random parameters made on the device; with a `scheme`, quantised ones as random codes with scales to match.
+
+    Real quantisation goes through the host matrix by matrix: minutes, for values that a benchmark does not look at.
+    """
+    found: dict[str, Any] = {}
+    for number, (name, spec) in enumerate(abstract(config)[1].items()):
+        value: Any = jax.ShapeDtypeStruct(spec.shape, dtype)
+        own = scheme if kind_of(name) else embedding if name == "embed" and not config.tie_word_embeddings else None
+        if own is None:
+            found[name] = (
+                spec.initializer.draw(jax.random.key(number), spec.shape, dtype)
+                if len(spec.shape) < 2
+                else (_drawn(spec.initializer, jax.random.key(number), spec.shape, jnp.dtype(dtype).name))
+            )
+            continue
+        encode = functools.partial(quantize_matrix, scheme=SCHEMES[own], double=True)
+        form = jax.eval_shape(jax.vmap(encode) if len(spec.shape) == 3 else encode, value)
+        found[name] = timing.noise(form, scale=_SCALE, seed=number)
+    return found
+
+
+_SCALE: Final = 1e-4  # of quantised weights: times codes up to 127, near the size of fresh weights
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _drawn(initializer: Initializer, key: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    return initializer.draw(key, shape, jnp.dtype(dtype))
+
+
+def _count(config: ModelConfig) -> int:
+    return timing.nbytes([jax.ShapeDtypeStruct(spec.shape, jnp.int8) for spec in abstract(config)[1].values()])
+
+
+def _bytes(config: ModelConfig) -> float:
+    return _STATE_BYTES * _count(config) + _HEADROOM
+
+
+def _fits(config: ModelConfig) -> bool:
+    try:
+        timing.need("the state", _bytes(config))
+    except Unable:
+        return False
+    return True

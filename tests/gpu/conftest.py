@@ -1,0 +1,69 @@
+"""What proves the project on an NVIDIA GPU; anywhere else every test of this folder skips with the reason.
+
+    JAX_PLATFORMS=cuda,cpu python -m pytest tests/gpu
+
+The CPU has to be there, too: what the GPU computes is compared with it, and with golden data. `DSMOE_GPU_TESTS_ON=cpu`
+runs the same tests without a GPU, to try the tests themselves.
+
+Matmuls are asked for in fp32 ("highest", see `tests/conftest.py`) and the tolerances are those of fp32: the default on
+NVIDIA is TF32, with 10 bits of mantissa. What that changes, `test_golden.py` says.
+"""
+
+import functools
+import os
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import pytest
+
+from dsmoe_jax.kernels.expert_ffn import BACKENDS, VARIABLE
+from tests.gpu.backends import GROUPED, backend_of
+
+PLATFORM: Final = os.environ.get("DSMOE_GPU_TESTS_ON", "gpu")
+# Since jax 0.11, whenever one of the pallas kernels is lowered; see `dsmoe_jax/kernels/pallas_matmul.py`.
+_DEPRECATED: Final = "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+            item.add_marker(pytest.mark.filterwarnings(_DEPRECATED))
+
+
+def pytest_runtest_setup() -> None:
+    """Not by marks: skipped here, all of them are one line of pytest's summary."""
+    if reason := _why_not():
+        pytest.skip(reason)
+
+
+@functools.cache
+def _why_not() -> str | None:
+    if jax.default_backend() != PLATFORM:
+        return f"needs a {PLATFORM.upper()}, jax computes on {jax.default_backend()} (JAX_PLATFORMS=cuda,cpu on a GPU)"
+    try:
+        jax.devices("cpu")
+    except RuntimeError:
+        return "needs the CPU beside the GPU: JAX_PLATFORMS=cuda,cpu"
+    return None
+
+
+@pytest.fixture(autouse=True)
+def backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of `grouped` apart, and nothing that the environment asks for."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    for name, legs in GROUPED.items():
+        monkeypatch.setitem(BACKENDS, name, backend_of(legs))
+
+
+@pytest.fixture(autouse=True)
+def in_fp32():
+    """Said here, too, for all that this folder holds depends on it."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture
+def cpu() -> Any:
+    return jax.devices("cpu")[0]
