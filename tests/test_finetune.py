@@ -189,6 +189,7 @@ def test_the_best_adapter_stays_when_later_ones_are_worse(home: Path, tmp_path: 
     assert read_adapter(tmp_path / "out" / "best", MODEL).config.r == 4
 
 
+@pytest.mark.slow
 def test_ten_times_stopped_after_a_step_is_as_if_undisturbed(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

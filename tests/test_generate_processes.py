@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dsmoe_jax.generate import Generator
+from dsmoe_jax.generate import Generator, SamplingParams
 from dsmoe_jax.model import DeepSeekMoE
 from tests.helpers.hf_folder import tiny
 
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.heavy
 
 TIMEOUT = 240
 PROMPTS = [[5, 6, 7], list(range(10, 60)), [8], [9, 10], list(range(3, 40)), [4] * 5]
-OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "ignore_eos": True}
-SAMPLED: dict[str, Any] = OPTIONS | {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.2}
+SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.2}
+PARAMS = [SamplingParams(max_new_tokens=8, ignore_eos=True, **(SAMPLED if i % 2 else {})) for i in range(len(PROMPTS))]
 
 # What each process runs; its arguments are its number and the coordinator. It prints its answers.
 PROGRAM = """
@@ -32,11 +32,11 @@ jax.distributed.initialize(coordinator, num_processes=2, process_id=index)
 from dsmoe_jax import DeepSeekMoE, MeshConfig
 from dsmoe_jax.generate import Generator
 from tests.helpers.hf_folder import tiny
-from tests.test_generate_processes import OPTIONS, PROMPTS, SAMPLED
+from tests.test_generate_processes import PARAMS, PROMPTS
 
 model = DeepSeekMoE.init(tiny(), mesh=MeshConfig(fsdp=2, expert=4))
 generator = Generator(model, max_batch_size=4, prefill_chunk=32)
-print(json.dumps([[answer.tokens for answer in generator(PROMPTS, **options)] for options in (OPTIONS, SAMPLED)]))
+print(json.dumps([answer.tokens for answer in generator(PROMPTS, PARAMS)]))
 """
 
 
@@ -45,7 +45,7 @@ def test_two_processes_answer_as_one_does():
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     generator = Generator(DeepSeekMoE.init(tiny()), max_batch_size=4, prefill_chunk=32)
-    want = [[answer.tokens for answer in generator(PROMPTS, **options)] for options in (OPTIONS, SAMPLED)]
+    want = [answer.tokens for answer in generator(PROMPTS, PARAMS)]
 
     with contextlib.ExitStack() as stack:
         started = []

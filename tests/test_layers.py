@@ -497,6 +497,6 @@ def test_an_empty_cache_is_filled_as_if_it_had_been_written_slot_by_slot():
     for row, count in enumerate([4, 2]):
         np.testing.assert_allclose(logits[row, :count], slow_logits[row, :count], rtol=0, atol=LOGITS)
         for layer, slow_layer in zip(cache.layers, slow.layers, strict=True):
-            for got, want in zip(layer, slow_layer, strict=True):
+            for got, want in zip(jax.tree.leaves(layer), jax.tree.leaves(slow_layer), strict=True):
                 got, want = (x.reshape(2, -1, *x.shape[1:])[row, :, :count] for x in (got, want))
                 np.testing.assert_allclose(got, want, rtol=0, atol=LOGITS)

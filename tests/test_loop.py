@@ -217,6 +217,7 @@ def test_a_run_goes_on_over_another_mesh(tmp_path: Path, home: Path, whole: Path
         assert losses(tmp_path / "out")[step] == pytest.approx(loss, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_same_run(tmp_path: Path, home: Path, whole: Path):
     model = json.loads((home / "model.json").read_text())
     assert model["seq_aux"]

@@ -110,6 +110,7 @@ def test_the_scores_are_those_of_the_original():
         np.testing.assert_allclose(one.token_logprobs, picked, atol=golden.LOGITS)
 
 
+@pytest.mark.slow
 def test_the_numbers_of_two_hundred_pairs_are_those_of_each_alone_and_few_programs_made_them():
     model, rng, budget = model_of(SMALL), random.Random(1), 512
     pairs = [random_pair(rng, rng.randint(1, 60)) for _ in range(200)]
@@ -196,6 +197,7 @@ def test_the_logits_of_all_positions_never_exist_at_once():
     assert "8x128x320x" not in lowered
 
 
+@pytest.mark.heavy
 def test_the_scores_on_a_mesh_are_those_on_one_device():
     config = dataclasses.replace(SMALL, n_routed_experts=8)
     one, many = (DeepSeekMoE.init(config, mesh=mesh) for mesh in (None, MESHES["expert=2,tensor=2,fsdp=2"]))
@@ -210,6 +212,7 @@ def test_the_scores_on_a_mesh_are_those_on_one_device():
 # --- dynamic NTK ---
 
 
+@pytest.mark.slow
 def test_the_padding_and_the_neighbours_of_a_stretched_pair_change_nothing():
     model, rng = model_of(DYNAMIC), random.Random(7)
     lengths = (19, 20, 21, 22, 22, 24, 3, 40)  # the scaling begins after 20; 21 to 24 share a bucket

@@ -1,7 +1,8 @@
 """Text out of the model: `Generator` answers batches and streams, `Chat` keeps a conversation."""
 
+from dsmoe_jax.generate.answer import TokenLogprob
 from dsmoe_jax.generate.chat import Chat
-from dsmoe_jax.generate.engine import Engine, Stats, TokenLogprob
+from dsmoe_jax.generate.engine import Engine, Stats
 from dsmoe_jax.generate.generator import Completion, Generator
 from dsmoe_jax.generate.params import SamplingParams
 from dsmoe_jax.generate.scoring import Perplexity, Score

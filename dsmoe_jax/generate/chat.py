@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from dsmoe_jax.generate.engine import Answer, Prefix
+from dsmoe_jax.generate.answer import Answer, Prefix
 from dsmoe_jax.generate.generator import Generator, Stream
 
 

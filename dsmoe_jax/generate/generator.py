@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dsmoe_jax.checkpoint import load
+from dsmoe_jax.checkpoint import DTYPES, as_dtype, load
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import load_hf, load_hf_quantized, with_adapter
-from dsmoe_jax.generate.engine import Answer, Engine, Prefix, Stats, TokenLogprob
+from dsmoe_jax.generate.answer import Answer, Prefix, TokenLogprob
+from dsmoe_jax.generate.engine import Engine, Stats
 from dsmoe_jax.generate.memory import MemoryPlan, device_bytes
 from dsmoe_jax.generate.params import SamplingParams
 from dsmoe_jax.generate.scoring import Perplexity, Score, perplexity, score
@@ -33,6 +34,7 @@ Progress = Callable[[int], Any]  # told how many answers have ended since the la
 
 _SHORTEST_CONTEXT: Final = 4096
 _CACHE_SHARE: Final = 0.45
+_WORTH_SAYING: Final = 1e9  # bytes
 _HALF: Final = (jnp.bfloat16, jnp.float16)
 _log = logging.getLogger("dsmoe_jax")
 
@@ -78,10 +80,10 @@ class Generator:
         self._params = for_generation(params)
         scaling = self.config.rope_scaling
         trained = int(self.config.max_position_embeddings * (scaling.factor if scaling else 1))
-        on_cpu = jax.default_backend() == "cpu"
+        defaults = _defaults()
         self.context_length = _at_least(2, "context_length", context_length, max(trained, _SHORTEST_CONTEXT))
-        self.max_batch_size = _at_least(1, "max_batch_size", max_batch_size, 8 if on_cpu else 64)
-        self.prefill_chunk = _at_least(16, "prefill_chunk", prefill_chunk, 512 if on_cpu else 2048)
+        self.max_batch_size = _at_least(1, "max_batch_size", max_batch_size, defaults.max_batch_size)
+        self.prefill_chunk = _at_least(16, "prefill_chunk", prefill_chunk, defaults.prefill_chunk)
         self.cache_dtype = self._params["norm.weight"].dtype if cache_dtype is None else _cache_dtype(cache_dtype)
         self.cache_bytes = _room_for_cache() if cache_bytes is None else _at_least(1, "cache_bytes", cache_bytes, 1)
         eos = self.config.eos_token_id if eos_token_id is None else eos_token_id
@@ -352,22 +354,36 @@ def _check_turns(messages: Sequence[Message]) -> None:
         raise ValueError("the last message of a chat must be the user's")
 
 
+class _Defaults(NamedTuple):
+    max_batch_size: int
+    prefill_chunk: int
+
+
+def _defaults() -> _Defaults:
+    return _Defaults(8, 512) if jax.default_backend() == "cpu" else _Defaults(64, 2048)
+
+
 def _check_memory(path: Path, dtype: Any, quantize: str | None, mesh: Any, options: Mapping[str, Any]) -> None:
-    """Say what an answer will take before it is taken; `ValueError` where the weights alone are more than there is."""
+    """Say what an answer will take before it is taken, from 1 GB on.
+
+    Raises `ValueError` where the weights alone are more than there is.
+    """
     config = ModelConfig.from_file(path)
-    on_cpu = jax.default_backend() == "cpu"
-    stored = dtype or config.torch_dtype or "float32"
+    stored = np.dtype(as_dtype(dtype) or DTYPES.get(config.torch_dtype or "", jnp.float32))
+    slots = options.get("context_length") or _SHORTEST_CONTEXT
     plan = MemoryPlan.of(
         config,
         rows=1,
-        slots=options.get("context_length") or _SHORTEST_CONTEXT,
+        slots=slots,
         dtype=stored,
-        cache_dtype=options.get("cache_dtype"),
+        cache_dtype=None if options.get("cache_dtype") is None else _cache_dtype(options["cache_dtype"]),
         quantize=quantize,
+        prefill_chunk=options.get("prefill_chunk") or _defaults().prefill_chunk,
         mesh=mesh,
-        widened=on_cpu and jnp.dtype(stored) in _HALF,
+        widened=jax.default_backend() == "cpu" and stored in _HALF,
     )
-    _log.info("memory for one answer of %s tokens: %s", options.get("context_length") or _SHORTEST_CONTEXT, plan)
+    if plan.total >= _WORTH_SAYING:
+        _log.info("memory for one answer of %s tokens: %s", slots, plan)
     if (free := device_bytes()) is not None and plan.weights > free:
         raise ValueError(f"{path}: the weights take {plan.weights / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free")
 
@@ -377,12 +393,13 @@ def _room_for_cache() -> int | None:
     return None if free is None else int(free * _CACHE_SHARE)
 
 
-def _cache_dtype(value: Any) -> Any:
-    known = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16, "int8": jnp.int8}
-    name = value if isinstance(value, str) else getattr(value, "name", getattr(value, "__name__", repr(value)))
-    if name not in known:
-        raise ValueError(f"cache_dtype must be one of {', '.join(known)}, not {value!r}")
-    return jnp.dtype(known[name])
+def _cache_dtype(value: Any) -> np.dtype:
+    """The dtype of that name, or of that type."""
+    known = {name: np.dtype(dtype) for name, dtype in (*DTYPES.items(), ("int8", jnp.int8))}
+    for name, dtype in known.items():
+        if value == name or (not isinstance(value, str) and value in (dtype, dtype.type)):
+            return dtype
+    raise ValueError(f"cache_dtype must be one of {', '.join(known)}, not {value!r}")
 
 
 def _at_least(least: int, name: str, value: int | None, default: int) -> int:

@@ -56,7 +56,7 @@ class MemoryPlan(NamedTuple):
         Raises `ValueError` for another scheme.
         """
         if quantize is not None and quantize not in SCHEMES:
-            raise ValueError(f"quantize must be one of {', '.join(SCHEMES)}, not {quantize!r}")
+            raise ValueError(f"scheme {quantize!r} is not one of {', '.join(SCHEMES)}")
         mesh = as_mesh(mesh)
         outside = jnp.float32 if widened else dtype
         places, weights = shardings(config, mesh), 0

@@ -41,7 +41,7 @@ _NUMBERS: Final[dict[str, _Bound]] = {
 class SamplingParams:
     """What a user asks of a generation. Raises `ValueError` naming the parameter, its value and the bound.
 
-    A token is chosen so, in this order (that of vLLM and transformers):
+    A token is chosen so, in this order (that of transformers; vLLM puts step 7 before step 5):
 
     1. `logit_bias`, a number for a token id, is added to that token's logit.
     2. The logit of every token in prompt or answer is divided by `repetition_penalty` where it is positive and
