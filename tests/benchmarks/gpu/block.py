@@ -22,9 +22,8 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     config = dataclasses.replace(sizes.model, num_hidden_layers=1, first_k_dense_replace=0, vocab_size=64)
     (B, T), dtype = sizes.block_shape, jnp.dtype(sizes.dtype)
     D, A, E = config.hidden_size, config.num_experts_per_tok or 0, config.n_routed_experts or 0
-    block = DeepSeekMoE.init(config, dtype=dtype).layers[0]
-    graph, params = nnx.split(block)
-    x, grad = timing.noise([timing.shape(dtype, B, T, D)] * 2)
+    block: Any = DeepSeekMoE.init(config, dtype=dtype).layers[0]
+    x = timing.noise(timing.shape(dtype, B, T, D))
     turn = rotation(config, jnp.broadcast_to(jnp.arange(T)[None], (B, T)), T, dtype)
     mask = jnp.broadcast_to(jnp.tri(T, dtype=bool)[None], (B, T, T))
     whole = plan.flops(config, B, T, head_tokens=0)
@@ -34,20 +33,20 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     flat = x.reshape(B * T, D)
     y = timing.noise(timing.shape(dtype, B * T * A, D))
 
-    def of(pick: Callable[[Any], Callable[[Any], Any]]) -> Callable[..., Any]:
-        return lambda params, x: pick(nnx.merge(graph, params))(x)
+    def of(module: Any, call: Callable[[Any, Any], Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """A function of the module's own weights and the states: others' would count as read and get gradients."""
+        graph, params = nnx.split(module)
+        return lambda params, x: call(nnx.merge(graph, params), x), (params, x)
 
     pieces: dict[str, tuple[Callable[..., Any], tuple[Any, ...], int]] = {
-        "whole": (of(lambda block: lambda x: block(x, turn, mask)[0]), (params, x), whole),
+        "whole": (*of(block, lambda block, x: block(x, turn, mask)[0]), whole),
         "attention with projections": (
-            of(lambda block: lambda x: block.attention(x, turn, mask)[0]),
-            (params, x),
+            *of(block.attention, lambda attention, x: attention(x, turn, mask)[0]),
             B * T * (8 * D * D + 2 * D * (T + 1)),
         ),
-        "router": (of(lambda block: lambda x: block.moe.router(x).scores), (params, x), 2 * B * T * D * E),
+        "router": (*of(block.moe.router, lambda router, x: router(x).scores), 2 * B * T * D * E),
         "shared experts": (
-            of(lambda block: lambda x: block.moe.shared(x) if block.moe.shared else x),
-            (params, x),
+            *of(block.moe.shared, lambda shared, x: shared(x)),
             work.expert_flops(B * T, D, config.moe_intermediate_size * (config.n_shared_experts or 0)),
         ),
         "gathers": (lambda x, weights: dispatch(x, weights, rows)[0], (flat, weights), 0),
@@ -57,7 +56,7 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     for name, (function, operands, flops) in pieces.items():
         yield piece(sizes, name, function, operands, flops)
         yield piece(sizes, f"{name}, forward and backward", _with_gradients(function), operands, 3 * flops)
-    del block, params, pieces
+    del block, pieces, function, operands
     yield experts.case(sizes, B * T, "both", None)
 
 

@@ -20,7 +20,7 @@ class Case(NamedTuple):
     run: Callable[[], dict[str, Any]]
 
 
-class Unable(Exception):
+class UnableError(Exception):
     """A case that cannot run here, for a reason that is no fault: too little memory, a library that is missing."""
 
 
@@ -44,7 +44,7 @@ def serve(cases: Callable[[], Iterable[Case]], until: float, tell: Callable[[dic
 def one_line(error: BaseException) -> str:
     """Why, in one line."""
     text = " ".join(str(error).split())
-    if isinstance(error, Unable):
+    if isinstance(error, UnableError):
         reason = text
     elif isinstance(error, ModuleNotFoundError):
         reason = f"{error.name} is not installed"

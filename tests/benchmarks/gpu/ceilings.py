@@ -1,4 +1,4 @@
-"""What this GPU reaches at best: copying, reading, and multiplying in bf16. Every floor of the report comes from here."""
+"""What this GPU reaches at best: copying, reading, multiplying in bf16. Every floor of the report comes from here."""
 
 from collections.abc import Iterator
 

@@ -26,10 +26,7 @@ def main() -> None:
         print(json.dumps(row), file=lines, flush=True)
 
     module, name = parts.PARTS[part].cases.split(".")
-    if part == parts.CEILINGS:
-        from tests.benchmarks.gpu.timing import facts
-
-        tell({"facts": facts()})
+    tell({"facts": importlib.import_module("tests.benchmarks.gpu.timing").facts()})
     found = getattr(importlib.import_module(f"tests.benchmarks.gpu.{module}"), name)
     cases.serve(functools.partial(found, sizes(small="--small" in rest)), until, tell)
 

@@ -13,7 +13,7 @@ from dsmoe_jax.axes import Array
 from dsmoe_jax.kernels import expert_ffn as ffn
 from dsmoe_jax.kernels import grouped_matmul, plain
 from tests.benchmarks.gpu import timing, work
-from tests.benchmarks.gpu.cases import Case, Unable
+from tests.benchmarks.gpu.cases import Case, UnableError
 from tests.benchmarks.gpu.sizes import Sizes
 
 DEFAULT: Final = "default"  # what the package's own table takes
@@ -38,7 +38,8 @@ Function = Callable[..., Any]
 def functions(backend: str | None) -> dict[str, tuple[Function, int]]:
     """By name, a function of `Operands` and how many of the three legs it is."""
 
-    def call(rows: Any, weights: Any, gate: Any, up: Any, down: Any, group_sizes: Any) -> Any:
+    def call(*inputs: Any) -> Any:
+        rows, weights, gate, up, down, group_sizes = inputs
         return ffn.expert_ffn(rows, gate, up, down, group_sizes, weights=weights, backend=backend)
 
     def forward(*operands: Any) -> Any:
@@ -76,12 +77,12 @@ def operands(sizes: Sizes, tokens: int, *, skewed: bool = False, dtype: Any = No
 
 
 def resolved(rows: int, experts: int, dtype: Any, backend: str | None) -> ffn.Legs:
-    """The legs that a call takes; `Unable` where `grouped` has no kernel here."""
+    """The legs that a call takes; `UnableError` where `grouped` has no kernel here."""
     if backend == "grouped":
         try:
             plain.grouped_legs()
         except ValueError as error:
-            raise Unable(f"no kernel for `grouped` here: {error}") from None
+            raise UnableError(f"no kernel for `grouped` here: {error}") from None
     return ffn.choose(jax.default_backend(), dtype, rows, experts, backend)
 
 
@@ -101,7 +102,7 @@ def case(sizes: Sizes, tokens: int, name: str, backend: str | None, *, skewed: b
         note = "legs " + ",".join(dict.fromkeys(legs)) if backend is None else ""
         if skewed:
             fullest = float(given.group_sizes.max() * len(given.group_sizes) / R)
-            note = f"{note} fullest expert {fullest:.1f} times the mean".strip()
+            note = f"{note}, fullest expert {fullest:.1f} times the mean".removeprefix(", ")
         return figures | {"note": note}
 
     return Case(
@@ -136,7 +137,7 @@ def matmuls(sizes: Sizes) -> Iterator[Case]:
 
             def run(implementation: str = implementation, leg: str = leg) -> dict[str, Any]:
                 if reason := grouped_matmul.available(implementation):
-                    raise Unable(reason)
+                    raise UnableError(reason)
                 given = operands(sizes, tokens)
                 (R, D), (_, F, _) = given.rows.shape, given.gate.shape
                 hidden = timing.noise(timing.shape(given.rows.dtype, R, F))

@@ -85,7 +85,7 @@ def decode_row(sizes: Sizes, params: Mapping[str, Any], hits: list[float], rows:
         "seconds": seconds,
         **figures,
         "tokens": rows,
-        "flops": plan.flops(config, rows, 1),
+        "flops": work.decode_flops(config, rows, held_tokens),
         "bytes": work.decode_bytes(config, timing.sizes_of(params), rows, held_tokens, hits, dtype.itemsize),
         "note": f"{np.mean(hits):.1f} of {config.n_routed_experts} experts hit a layer ({chance:.1f} by chance)",
     }

@@ -11,46 +11,40 @@ class Part(NamedTuple):
     least: int  # seconds below which it is not begun
     wants: int  # seconds on a large GPU, most of them compilation; a guess until the first report
     what: str
+    share: str = "of roofline"  # what the report calls the share of the floor
     flags: str = ""  # added to XLA_FLAGS, which jax reads once, at its start
 
 
 _FUSION: Final = "--xla_gpu_experimental_use_ragged_dot_fusion"
+_ROOF: Final = "of roofline"
 CEILINGS: Final = "ceilings"  # always run: without it no figure has a floor
-TUNE: Final = "tune"  # only where asked for
 
 # fmt: off
 PARTS: Final[dict[str, Part]] = {
-    # name                cases                          least wants what
-    CEILINGS:        Part("ceilings.cases",               10,  40, "bandwidth and bf16 matmul of this GPU"),
-    "decode":        Part("generation.decode",            45, 150, "a decode step of the 16B in bf16"),
-    "experts":       Part("experts.main_size",            20, 100, "the routed expert MLP, 16K tokens, by leg and backend"),
-    "train":         Part("training.widths_of_16b",       45, 130, "the train step, the 16B's widths, 8 layers"),
-    "transformers":  Part("peers.transformers",           40, 100, "transformers' Qwen2-MoE in the 16B's sizes"),
-    "prefill":       Part("generation.prefill_bf16",      40,  80, "a prompt of 2K through the 16B in bf16"),
-    "torch_experts": Part("peers.torch_experts",          10,  30, "the expert MLP by torch's grouped matmul"),
-    "matmuls":       Part("experts.matmuls",              15,  60, "each grouped matmul kernel, each leg"),
-    "block":         Part("block.cases",                  20,  90, "one block of the 16B and its pieces"),
-    "finetune":      Part("training.adapters",            60, 140, "LoRA and QLoRA steps of the 16B"),
-    "train_whole":   Part("training.largest_preset",      45,  90, "the train step of the largest preset that fits"),
-    "int8":          Part("generation.int8",              60, 160, "decode and prefill of the 16B in int8"),
-    "ragged_fused":  Part("experts.ragged",               15,  40, "ragged_dot with XLA's cuDNN fusion", f"{_FUSION}=true"),
-    "ragged_plain":  Part("experts.ragged",               15,  40, "ragged_dot without it", f"{_FUSION}=false"),
-    "experts_more":  Part("experts.more_sizes",           20, 120, "the expert MLP at 4K and 64K tokens, and skewed"),
-    TUNE:            Part("tuning.cases",                 30, 300, "which backend for which leg (for the package's table)"),
+    # name               cases                         least wants what
+    CEILINGS:       Part("ceilings.cases",              10,  40, "bandwidth and bf16 matmul of this GPU"),
+    "decode":       Part("generation.decode",           45, 150, "a decode step of the 16B in bf16"),
+    "experts":      Part("experts.main_size",           20, 100, "the routed experts, 16K tokens, by backend and leg"),
+    "train":        Part("training.widths_of_16b",      45, 130, "the train step, 16B widths, up to 8 layers", "MFU"),
+    "block":        Part("block.cases",                 20,  90, "one block of the 16B and its pieces"),
+    "prefill":      Part("generation.prefill_bf16",     40,  80, "a prompt of 2K through the 16B in bf16"),
+    "int8":         Part("generation.int8",             60, 160, "decode and prefill of the 16B in int8"),
+    "matmuls":      Part("experts.matmuls",             15,  60, "each grouped matmul kernel, each leg"),
+    "finetune":     Part("training.adapters",           60, 140, "LoRA and QLoRA steps of the 16B", "MFU"),
+    "train_whole":  Part("training.largest_preset",     45,  90, "the train step of the largest preset", "MFU"),
+    "experts_more": Part("experts.more_sizes",          20, 120, "the routed experts, 4K and 64K tokens, and skewed"),
+    "ragged_fused": Part("experts.ragged",              15,  40, "ragged_dot, XLA's fusion", _ROOF, _FUSION + "=true"),
+    "ragged_plain": Part("experts.ragged",              15,  40, "ragged_dot without it", _ROOF, _FUSION + "=false"),
 }
 # fmt: on
 
 
-def chosen(only: Sequence[str] | None, *, tune: bool) -> list[str]:
-    """The parts of a run in order: by default all but the tuning, with `tune` alone the tuning.
-
-    Raises `ValueError` for a part that does not exist.
-    """
+def chosen(only: Sequence[str] | None) -> list[str]:
+    """The parts of a run in order, all by default. Raises `ValueError` for a part that does not exist."""
     for name in only or ():
         if name not in PARTS:
             raise ValueError(f"--only {name!r} does not exist, only {', '.join(PARTS)}")
-    wanted = set(only) if only else (set() if tune else set(PARTS) - {TUNE})
-    return [name for name in PARTS if name in wanted | {CEILINGS} | ({TUNE} if tune else set())]
+    return [name for name in PARTS if not only or name in (CEILINGS, *only)]
 
 
 def allotment(name: str, left: float, names: Sequence[str], budget: float) -> float | None:
@@ -65,9 +59,9 @@ def allotment(name: str, left: float, names: Sequence[str], budget: float) -> fl
     return min(PARTS[name].wants * factor, left)
 
 
-def environment(name: str, given: Mapping[str, str]) -> dict[str, str]:
-    """That of a part's process: what is given stays, the part's own flags come last."""
-    own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TOKENIZERS_PARALLELISM": "false"} | dict(given)
-    if flags := PARTS[name].flags:
-        own["XLA_FLAGS"] = f"{given.get('XLA_FLAGS', '')} {flags}".strip()
-    return own
+def environment(name: str, given: Mapping[str, str], *, small: bool) -> dict[str, str]:
+    """That of a part's process: what is given stays, the part's own flags come last. A small run is for CPUs."""
+    own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+    own |= {"JAX_PLATFORMS": "cpu"} if small else {}
+    flags = (given.get("XLA_FLAGS", ""), PARTS[name].flags)
+    return own | dict(given) | {"XLA_FLAGS": " ".join(flag for flag in flags if flag)}

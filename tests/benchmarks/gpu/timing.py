@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dsmoe_jax.generate.memory import device_bytes
-from tests.benchmarks.gpu.cases import Unable, turns
+from tests.benchmarks.gpu.cases import UnableError, turns
 
 
 def timed(function: Callable[..., Any], *operands: Any, seconds: float, **known: Any) -> dict[str, Any]:
@@ -47,10 +47,10 @@ def nbytes(tree: Any) -> int:
 
 
 def need(what: str, size: float) -> None:
-    """`Unable` where the device has less free memory than that; where it does not say, it has enough."""
+    """`UnableError` where the device has less free memory than that; where it does not say, it has enough."""
     free = device_bytes()
     if free is not None and size > free:
-        raise Unable(f"{what} takes about {size / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
+        raise UnableError(f"{what} takes about {size / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
 
 
 def noise(shapes: Any, *, scale: float = 1.0, seed: int = 0) -> Any:

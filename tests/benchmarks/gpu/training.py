@@ -21,7 +21,7 @@ from dsmoe_jax.train.loss import shifted
 from dsmoe_jax.train.optimizer import OptimizerConfig, make_optimizer
 from dsmoe_jax.train.step import StepConfig, Trained, init_state, make_step
 from tests.benchmarks.gpu import timing, work
-from tests.benchmarks.gpu.cases import Case, Unable, turns
+from tests.benchmarks.gpu.cases import Case, UnableError, turns
 from tests.benchmarks.gpu.sizes import Sizes
 
 # Bytes a parameter: fp32 weight and two moments, a gradient, the bf16 copy, and the largest temporaries of an update.
@@ -78,7 +78,9 @@ def step_row(
     trained, frozen = Trained.whole(config), {}
     if adapter is None:
         if not _fits(config):
-            raise Unable(f"{_count(config) / 1e9:.2f}B parameters take about {_bytes(config) / 1e9:.0f} GB to train")
+            raise UnableError(
+                f"{_count(config) / 1e9:.2f}B parameters take about {_bytes(config) / 1e9:.0f} GB to train"
+            )
         params = split(DeepSeekMoE.init(config))[1]
     else:
         plan = make_plan(adapter, config)
@@ -110,7 +112,7 @@ def step_row(
         "tokens": shape[0] * shape[1],
         "flops": work.train_flops(config, *shape, frozen=adapter is not None),
         "peak": stats.get("peak_bytes_in_use"),
-        "note": f"{_count(config) / 1e9:.2f}B parameters, loss {float(losses[0]):.3f} to {float(losses[-1]):.3f}",
+        "note": f"{_count(config) / 1e9:.3g}B parameters, loss {float(losses[0]):.3f} to {float(losses[-1]):.3f}",
     }
 
 
@@ -157,6 +159,6 @@ def _bytes(config: ModelConfig) -> float:
 def _fits(config: ModelConfig) -> bool:
     try:
         timing.need("the state", _bytes(config))
-    except Unable:
+    except UnableError:
         return False
     return True

@@ -18,8 +18,14 @@ def expert_flops(rows: int, width: int, hidden: int, legs: int = 1) -> int:
 
 
 def train_flops(config: ModelConfig, rows: int, tokens: int, *, frozen: bool = False) -> int:
-    """Of a step; the gradient costs twice the forward pass, where weights are `frozen` once. Recomputing is not work."""
+    """Of a step; the gradient costs twice the forward pass, once where weights are `frozen`. Recomputing is no work."""
     return (2 if frozen else 3) * plan.flops(config, rows, tokens)
+
+
+def decode_flops(config: ModelConfig, rows: int, held: int) -> int:
+    """Of one step whose queries read `held` keys each, their own included."""
+    per_key = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    return plan.flops(config, rows, 1) + rows * (held - 1) * per_key
 
 
 def hit_by_chance(config: ModelConfig, rows: int) -> float:
@@ -54,7 +60,7 @@ def cache_bytes_per_token(config: ModelConfig, width: int) -> int:
 
 
 def group_sizes(tokens: int, experts: int, kept: int, *, skewed: bool) -> np.ndarray:
-    """Rows of each expert, int32 [E]: of a router that chooses at random, or one whose k-th expert gets k^-½ as much."""
+    """Rows of each expert, int32 [E]: of a random router, or of one whose k-th expert gets k^-½ as much."""
     rows = tokens * kept
     if not skewed:
         choices = np.random.default_rng(plan.SEED).random((tokens, experts), np.float32)

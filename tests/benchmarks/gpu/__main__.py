@@ -1,0 +1,158 @@
+"""`python -m tests.benchmarks.gpu` measures part by part and writes a report. Start at `main`, then `measure`."""
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from tests.benchmarks import machine
+from tests.benchmarks.gpu import parts, report
+
+REPORTS: Final = Path(__file__).parents[1] / "reports"
+_ROOT: Final = Path(__file__).parents[3]
+_LONGEST_ROW: Final = 180  # seconds that a part may take beyond its share
+_PROBE: Final = "import jax; print(jax.default_backend())"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, not the whole usage."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what the options ask for; returns the exit code: 0, or 2 for a user's mistake and where no GPU is."""
+    try:
+        asked = options(sys.argv[1:] if argv is None else argv)
+        if not asked.small and (backend := default_backend()) != "gpu":
+            raise ValueError(
+                f"jax finds no GPU here ({backend}); --small tries the parts out, at small sizes on the CPU"
+            )
+    except ValueError as error:
+        print(f"tests.benchmarks.gpu: {error}", file=sys.stderr)
+        return 2
+
+    def log(line: str) -> None:
+        print(f"{datetime.datetime.now():%H:%M:%S} {line}", flush=True)
+
+    results = measure(asked, log)
+    for path in report.write(results, asked.out):
+        print(f"written: {path}")
+    return 0
+
+
+def options(argv: Sequence[str]) -> argparse.Namespace:
+    """The options; `ValueError` for a value that does not exist."""
+    parser = _Parser(prog="python -m tests.benchmarks.gpu", description="Speed and memory on one NVIDIA GPU.")
+    parser.add_argument("--minutes", type=float, default=20, metavar="N", help="for all parts, default %(default)s")
+    parser.add_argument("--only", default="", metavar="PART,…", help=f"default all: {', '.join(parts.PARTS)}")
+    parser.add_argument("--small", action="store_true", help="a trial at small sizes, on the CPU")
+    parser.add_argument("--out", type=Path, default=REPORTS, metavar="DIR", help="for the report")
+    asked = parser.parse_args(argv)
+    if not asked.minutes > 0:
+        raise ValueError(f"--minutes must be more than 0, not {asked.minutes:g}")
+    asked.only = parts.chosen(asked.only.split(",") if asked.only else None)
+    if asked.out.exists() and not asked.out.is_dir():
+        raise ValueError(f"--out {asked.out} is not a directory")
+    return asked
+
+
+def default_backend() -> str:
+    """What jax runs on by default, asked in a process of its own, as this one shall hold no memory of a GPU."""
+    found = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or (found.stderr.strip().splitlines() or ["no answer"])[-1]
+
+
+def measure(asked: argparse.Namespace, log: Callable[[str], None]) -> dict[str, Any]:
+    """All parts that fit, as plain data: what the JSON report holds. It is written after every part."""
+    start, budget = time.monotonic(), 60 * asked.minutes
+    shown = f"--minutes {asked.minutes:g} --only {','.join(asked.only)}" + (" --small" if asked.small else "")
+    results: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "trial": asked.small,
+        "command": f"python -m tests.benchmarks.gpu {shown}",
+        "commit": machine.commit(),
+        "hardware": machine.hardware() | driver(),
+        "versions": machine.versions(),
+        "minutes": 0.0,
+        "device": {},
+        "parts": {name: {"rows": [], "not run": "not reached"} for name in asked.only},
+    }
+    for name in asked.only:
+        left = budget - (time.monotonic() - start)
+        seconds = parts.allotment(name, left, asked.only, budget)
+        if seconds is None:
+            results["parts"][name]["not run"] = f"{max(left, 0):.0f} s were left, it takes {parts.PARTS[name].least}"
+        else:
+            results["parts"][name] = run_part(name, seconds, left, results["device"], small=asked.small, log=log)
+        results["minutes"] = (time.monotonic() - start) / 60
+        report.write(results, asked.out)
+    return results
+
+
+def run_part(
+    name: str, seconds: float, left: float, device: dict[str, Any], *, small: bool, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """The rows of a part's process.
+
+    No row begins after `seconds`; the process is ended where one outlasts what is `left`, or takes very long.
+    """
+    log(f"{name}: {parts.PARTS[name].what}, up to {seconds:.0f} s")
+    start, rows = time.monotonic(), []
+    command = [sys.executable, "-m", "tests.benchmarks.gpu.child", name, str(seconds), *(["--small"] if small else [])]
+    limit = min(left, seconds + _LONGEST_ROW)
+    for row in lines_of(command, parts.environment(name, os.environ, small=small), limit):
+        if "facts" in row:
+            device |= row["facts"]
+        else:
+            rows.append(row)
+            log(f"  {report.one_line(row)}")
+    return {"rows": rows, "seconds": time.monotonic() - start}
+
+
+def lines_of(command: Sequence[str], environment: Mapping[str, str], limit: float) -> Iterator[dict[str, Any]]:
+    """What a process tells, line by line of JSON; the last line is an error where it did not end by itself or well."""
+    start = time.monotonic()
+    with tempfile.TemporaryFile("w+") as said, contextlib.ExitStack() as stack:
+        process = subprocess.Popen(
+            command, cwd=_ROOT, env=dict(environment), stdout=subprocess.PIPE, stderr=said, text=True
+        )
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+        timer = threading.Timer(limit, process.kill)
+        stack.callback(timer.cancel)
+        timer.start()
+        assert process.stdout is not None
+        with process.stdout:
+            yield from (json.loads(line) for line in process.stdout if line.endswith("\n"))
+        code = process.wait()
+        said.seek(0)
+        last = (said.read().strip().splitlines() or ["it said nothing"])[-1]
+        if code and time.monotonic() - start >= limit:
+            yield {"key": "", "name": "all further cases", "error": f"not run: the part was ended after {limit:.0f} s"}
+        elif code:
+            yield {"key": "", "name": "all further cases", "error": f"exit code {code} of the process: {last[:200]}"}
+
+
+def driver() -> dict[str, str]:
+    """The GPU's name, its driver and the power it may take, as nvidia-smi has them; nothing where it is not there."""
+    fields = ("name", "driver_version", "power.limit")
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(("gpu", "driver", "power limit"), (value.strip() for value in found.split(",")), strict=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
