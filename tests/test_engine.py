@@ -14,6 +14,8 @@ from dsmoe_jax.generate.programs import bucket, extend, insert, prefill, step
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
 from tests.test_generate import SMALL, small_model
 
+pytestmark = pytest.mark.heavy
+
 CHUNK = 32
 
 
@@ -58,7 +60,6 @@ def submit(engine: Engine, ids: Sequence[int], **keywords) -> list[Answer]:
 # --- the same answers ---
 
 
-@pytest.mark.heavy
 def test_answers_do_not_depend_on_what_else_is_in_the_batch():
     given, params = prompts(8, 40), asked(8, most=12)
 

@@ -187,7 +187,7 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "_agreed", lambda stop, n, every: n == step)
 
 
-@pytest.mark.parametrize("at", [5, 8])
+@pytest.mark.parametrize("at", [8, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit_for_twenty_steps_and_more(
     tmp_path: Path, home: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ):

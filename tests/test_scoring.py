@@ -19,6 +19,8 @@ from dsmoe_jax.model import DeepSeekMoE, split
 from tests.helpers import golden
 from tests.helpers.meshes import MESHES
 
+pytestmark = pytest.mark.heavy
+
 SMALL = ModelConfig(
     vocab_size=320,
     hidden_size=32,
@@ -197,7 +199,6 @@ def test_the_logits_of_all_positions_never_exist_at_once():
     assert "8x128x320x" not in lowered
 
 
-@pytest.mark.heavy
 def test_the_scores_on_a_mesh_are_those_on_one_device():
     config = dataclasses.replace(SMALL, n_routed_experts=8)
     one, many = (DeepSeekMoE.init(config, mesh=mesh) for mesh in (None, MESHES["expert=2,tensor=2,fsdp=2"]))

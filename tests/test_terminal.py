@@ -18,6 +18,8 @@ from dsmoe_jax.generate.generator import Stream
 from dsmoe_jax.model import DeepSeekMoE
 from tests.helpers.hf_folder import make_tokenizer, snapshot
 
+pytestmark = pytest.mark.heavy
+
 CONFIG = ModelConfig(
     vocab_size=512,
     hidden_size=32,
