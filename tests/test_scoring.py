@@ -16,27 +16,13 @@ from dsmoe_jax.generate import Generator, scoring
 from dsmoe_jax.generate.programs import bucket
 from dsmoe_jax.generate.scoring import Perplexity, Score, perplexity, rolling_windows, score
 from dsmoe_jax.model import DeepSeekMoE, split
+from tests import test_generate
 from tests.helpers import golden
 from tests.helpers.meshes import MESHES
 
 pytestmark = pytest.mark.heavy
 
-SMALL = ModelConfig(
-    vocab_size=320,
-    hidden_size=32,
-    intermediate_size=48,
-    moe_intermediate_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    n_shared_experts=1,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    first_k_dense_replace=1,
-    bos_token_id=0,
-    eos_token_id=1,
-    initializer_range=0.3,  # far from flat, so that what is likely is likely
-)
+SMALL = dataclasses.replace(test_generate.SMALL, vocab_size=320)
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}  # fp32, two orders of summation
 DYNAMIC = dataclasses.replace(SMALL, max_position_embeddings=20, rope_scaling=RopeScaling("dynamic", 2.0))
 

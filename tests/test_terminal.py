@@ -1,5 +1,6 @@
 """`dsmoe generate` and `dsmoe chat`, typed as a user types them: what is printed, written, and refused in one line."""
 
+import dataclasses
 import io
 import json
 import signal
@@ -12,30 +13,15 @@ import pytest
 from dsmoe_jax import progress
 from dsmoe_jax.checkpoint import save
 from dsmoe_jax.cli import main
-from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.generate import Chat, Generator
 from dsmoe_jax.generate.generator import Stream
 from dsmoe_jax.model import DeepSeekMoE
+from tests import test_generate
 from tests.helpers.hf_folder import make_tokenizer, snapshot
 
 pytestmark = pytest.mark.heavy
 
-CONFIG = ModelConfig(
-    vocab_size=512,
-    hidden_size=32,
-    intermediate_size=48,
-    moe_intermediate_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    n_shared_experts=1,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    first_k_dense_replace=1,
-    bos_token_id=0,
-    eos_token_id=1,
-    initializer_range=0.3,  # far from flat, so that what is likely is likely
-)
+CONFIG = dataclasses.replace(test_generate.SMALL, vocab_size=512)
 FEW = ("--max-new-tokens", "4", "--ignore-eos")
 GREETING = "/help lists the commands; /quit, Ctrl-D or Ctrl-C ends the conversation.\n"
 
