@@ -168,13 +168,27 @@ def test_a_chat_keeps_its_history_and_forgets_on_reset(generator: Generator):
 
     first = "".join(chat.send("hello"))
     after_one = list(chat.messages)
-    next(chat.send("and now?")).strip()
+    started = chat.send("and now?")
+    next(started, "")
+    started.close()
     after_two = list(chat.messages)
     chat.reset()
 
     assert after_one == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": first}]
     assert [message["role"] for message in after_two] == ["user", "assistant"] * 2
     assert chat.messages == []
+
+
+def test_an_answer_of_nothing_but_blanks_enters_the_history_as_an_empty_one(generator: Generator):
+    assert generator.tokenizer is not None
+    (blank,) = generator.tokenizer.encode(" ", add_special_tokens=False)
+    chat = Chat(generator, max_new_tokens=4, logit_bias={blank: 100.0})
+
+    pieces = list(chat.send("hello"))
+    again = list(chat.send("and now?"))
+
+    assert pieces == again == []
+    assert [message["content"] for message in chat.messages] == ["hello", "", "and now?", ""]
 
 
 def test_in_a_chat_of_ten_turns_only_what_is_new_is_read(generator: Generator):

@@ -53,7 +53,8 @@ class Chat:
                 # The template writes "Assistant:", and the model answers " Hello": the blank is not the answer's.
                 piece = piece if answer else piece.lstrip()
                 answer += piece
-                yield piece
+                if piece:
+                    yield piece
         finally:
             self.messages = [*asked, {"role": "assistant", "content": answer}]
             self.tokens = stream.answer.tokens
@@ -64,8 +65,8 @@ class Chat:
         tokenizer = self.generator.tokenizer
         assert tokenizer is not None
         self._prefix, self._written = made.prefix, tokenizer.render_chat(self.messages)
-        _, found, self._closing = self._written.rpartition(answer)
-        if not found or not answer:  # the template writes something else: the next turn is read as a whole
+        _, found, self._closing = self._written.rpartition(answer) if answer else ("", "", "")
+        if not found:  # nothing was said, or the template writes something else: the next turn is read as a whole
             self._prefix = None
         elif made.finish_reason == "eos":  # the token that closes it is there already
             self._closing = self._closing.removeprefix(tokenizer.eos_token or "")
