@@ -24,7 +24,7 @@ PARAMS = [SamplingParams(max_new_tokens=8, ignore_eos=True, **(SAMPLED if i % 2 
 PROGRAM = """
 import json, os, sys
 index, coordinator = int(sys.argv[1]), sys.argv[2]
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")

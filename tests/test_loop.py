@@ -325,7 +325,8 @@ run(config(Path(home), Path(out), mesh=ONE_DEVICE, steps=int(steps)))
 
 
 def start(home: Path, out: Path, steps: int) -> subprocess.Popen:
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", PROGRAM, str(home), str(out), str(steps)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

@@ -26,7 +26,7 @@ OTHER_FAILED = "ValueError: another process failed; its own message says why"
 PROGRAM = """
 import json, os, sys
 index, coordinator, home = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
