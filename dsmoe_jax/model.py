@@ -158,10 +158,7 @@ class DeepSeekMoE(nnx.Module):
             bias = None if router_bias is None else router_bias.get(i)
             own_graph, own_params = nnx.split(block)
             operands = (x, turn, mask, layer_cache, start, key, bias, real)
-            # On CPU a block stays a function of its own: XLA orders the operations of each function in more than linear
-            # time (the 145B's train step: 3 minutes, and above 15 in one piece).
-            with set_xla_metadata(inlineable="false" if jax.default_backend() == "cpu" else None):
-                x, layer_cache, routed = _block(own_graph, remat, own_params, *operands)
+            x, layer_cache, routed = _block(own_graph, remat, own_params, *operands)
             x = constrain(x, _STATES)
             trace.append(x)
             written.append(layer_cache)
@@ -190,7 +187,8 @@ class DeepSeekMoE(nnx.Module):
 def _block(graph: Any, remat: str, params: Any, *operands: Any) -> tuple[Array, LayerCache | None, Routing | None]:
     """A block with its rematerialisation: equal layers are traced and lowered once."""
     run = lambda params, *operands: nnx.merge(graph, params)(*operands)  # noqa: E731
-    with set_xla_metadata(inlineable=None):  # the mark is for the call of the block, not for what it calls
+    # Who compiles may ask XLA to keep blocks as functions of their own; not what they call.
+    with set_xla_metadata(inlineable=None):
         return (run if remat == "none" else jax.checkpoint(run, policy=REMAT[remat]))(params, *operands)
 
 
