@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn
 
 from dsmoe_jax import __version__
+from dsmoe_jax.xla_options import set_environment
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             verb.add_argument(*flags, **options)
         verb.set_defaults(run=run)
     asked = parser.parse_args(argv)
+    set_environment()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for library in ("absl", "jax", "orbax"):
         logging.getLogger(library).setLevel(logging.ERROR)

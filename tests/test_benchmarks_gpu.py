@@ -14,7 +14,7 @@ import pytest
 
 from dsmoe_jax.config import ModelConfig
 from tests.benchmarks.gpu import __main__ as command
-from tests.benchmarks.gpu import cases, experts, parts, report, work
+from tests.benchmarks.gpu import bars, cases, experts, generation, parts, peers, report, tuning, work
 from tests.benchmarks.gpu.sizes import FULL, SMALL, sizes
 
 ROOT = Path(__file__).parents[1]
@@ -32,21 +32,23 @@ def results(**shown: Any) -> dict[str, Any]:
         {"key": "decode.bf16.1", "name": "decode b=1", "seconds": [4e-3], "tokens": 1, "bytes": 4e9, "flops": 1e9},
         {"key": "decode.bf16.8", "name": "decode b=8", "error": "out of memory: 99 GB | asked for"},
     ]
-    train = [{"key": "train.8", "name": "step", "seconds": [1.0], "tokens": 10, "flops": 2e14, "peak": int(3e10)}]
+    train = [{"key": "train.8.full", "name": "step", "seconds": [1.0], "tokens": 10, "flops": 2e14, "peak": int(3e10)}]
+    rates = {"copy": 2e12, "matmul": 4e14}
     return {
         "date": "2030-01-02",
         "trial": False,
-        "command": "python -m tests.benchmarks.gpu",
+        "commands": ["python -m tests.benchmarks.gpu"],
         "commit": "abc",
+        "sources": "def",
         "hardware": {"gpu": "a card"},
         "versions": {"jax": "9"},
         "minutes": 1.0,
-        "device": {"platform": "gpu", "memory": None},
+        "device": {"platform": "gpu", "device": "a card", "memory": None, "data_sheet": 1e15},
         "parts": {
-            "ceilings": {"rows": ceilings, "seconds": 1.0},
-            "decode": {"rows": decode, "seconds": 1.0},
-            "train": {"rows": train, "seconds": 1.0},
-            "block": {"rows": [], "not run": "3 s were left, it takes 20"},
+            "ceilings": {"rows": ceilings, "seconds": 1.0, "ceilings": rates},
+            "decode": {"rows": decode, "seconds": 1.0, "ceilings": rates},
+            "train": {"rows": train, "seconds": 1.0, "ceilings": rates},
+            "block": {"rows": [], "not run": "3 s were left, it takes 20", "ceilings": rates},
         },
         **shown,
     }
@@ -64,11 +66,11 @@ def test_rates_are_medians_of_the_ceilings():
 def test_the_report_shows_rates_and_shares_of_the_floor():
     page = report.markdown(results())
 
-    assert lines_with("decode b=1 ", page) == [
+    assert lines_with("| decode b=1 | 4", page) == [
         "| decode b=1 | 4 | 4 … 4 | 1 | 250 | 0.25 | 1000 | 50.0% (bytes) |  |",
     ]
     assert lines_with("| step |", page) == ["| step | 1000 | 1000 … 1000 | 1 | 10 | 200 | 50.0% (operations) | 30 |"]
-    assert "| MFU |" in page
+    assert "| of measured matmul |" in page
     assert "trial" not in page.lower()
 
 
@@ -86,19 +88,125 @@ def test_a_part_not_run_is_named_and_has_no_table():
 
 
 def test_without_ceilings_there_is_no_share():
-    page = report.markdown(results(parts={"decode": results()["parts"]["decode"]}))
+    page = report.markdown(results(parts={"decode": results()["parts"]["decode"] | {"ceilings": {}}}))
 
-    assert "roofline |" not in page
+    assert "| of roofline |" not in page
+
+
+def written(found: dict[str, Any], out: Path) -> list[Path]:
+    place = report.place(found, out)
+    return report.write(report.merged(found, place.earlier), place.stem)
 
 
 def test_a_report_is_json_and_markdown_and_a_trial_is_marked(tmp_path: Path):
-    written = report.write(results(), tmp_path) + report.write(results(trial=True), tmp_path)
+    files = written(results(), tmp_path) + written(results(trial=True), tmp_path)
 
-    assert [path.name for path in written] == [
+    assert [path.name for path in files] == [
         f"2030-01-02-{kind}.{ending}" for kind in ("gpu", "gpu-trial") for ending in ("json", "md")
     ]
-    assert json.loads(written[0].read_text())["ceilings"]["matmul"] == 4e14
-    assert "**A trial at small sizes" in written[3].read_text()
+    assert json.loads(files[0].read_text())["bars"][1]["measured"] == 20
+    assert "**A trial at small sizes" in files[3].read_text()
+
+
+def second(**shown: Any) -> dict[str, Any]:
+    """A run after `results`, of the block alone, with ceilings of its own; training was not reached."""
+    block: dict[str, Any] = {"rows": [{"key": "block.sort", "name": "sort", "seconds": [1.0]}]}
+    ceilings: dict[str, Any] = {"rows": [{"key": "ceilings.copy", "name": "copy", "seconds": [1.0], "bytes": 1e12}]}
+    parts = {"ceilings": ceilings, "train": {"rows": [], "not run": "not reached"}, "block": block}
+    for part in parts.values():
+        part["ceilings"] = {"copy": 1e12}
+    return results(commands=["the second"], parts=parts, **shown)
+
+
+def test_a_second_run_takes_over_what_it_did_not_measure_with_the_ceilings_of_that_run(tmp_path: Path):
+    written(results(), tmp_path)
+
+    data, page = written(second(), tmp_path)
+
+    found = json.loads(data.read_text())
+    assert len(list(tmp_path.iterdir())) == 2
+    assert found["commands"] == ["python -m tests.benchmarks.gpu", "the second"]
+    assert found["minutes"] == 2
+    assert list(found["parts"]) == ["ceilings", "decode", "train", "block"]
+    assert found["parts"]["train"] == results()["parts"]["train"]
+    assert found["parts"]["block"]["ceilings"] == {"copy": 1e12}
+    assert "| 50.0% (operations) |" in page.read_text()
+    assert len(lines_with("Of another run, against its own ceilings: copy 2000 GB/s", page.read_text())) == 2
+
+
+@pytest.mark.parametrize(
+    "other", [{"commit": "another"}, {"sources": "other"}, {"versions": {}}, {"device": {"device": "another card"}}]
+)
+def test_a_run_of_something_else_gets_a_report_of_its_own(other: dict[str, Any], tmp_path: Path):
+    first = written(results(), tmp_path)[0].read_text()
+
+    data, _ = written(second(**other), tmp_path)
+    again, _ = written(second(**other), tmp_path)
+
+    assert data.name == again.name == "2030-01-02-gpu-2.json"
+    assert (tmp_path / "2030-01-02-gpu.json").read_text() == first
+
+
+def test_a_report_that_was_cut_off_is_left_alone(tmp_path: Path):
+    (tmp_path / "2030-01-02-gpu.json").write_text('{"parts": {')
+
+    assert report.place(results(), tmp_path) == report.Place(tmp_path / "2030-01-02-gpu-2", None)
+
+
+def row(key: str, seconds: float, **amounts: float) -> dict[str, Any]:
+    return {"key": key, "name": key, "seconds": [seconds], **amounts}
+
+
+def of_parts(**rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return results(parts={name: {"rows": found, "ceilings": RATES} for name, found in rows.items()})
+
+
+def test_every_bar_finds_its_row():
+    found = bars.measured(
+        of_parts(
+            experts=[row("experts.16384.balanced.default.both", 0.5, flops=2e14), row("experts.few.8.sorted", 1)],
+            train=[row("train.8.full", 1, flops=2e14), row("train.8.dots", 0.5, flops=2e14)],
+            decode=[row("decode.bf16.1", 2, bytes=2e12), row("decode.bf16.32", 0.01, tokens=32, bytes=2e12)],
+            prefill=[row("prefill.bf16", 3)],
+            transformers=[
+                row("transformers.decode.grouped_mm.1", 8),
+                row("transformers.decode.batched_mm.1", 5),
+                row("transformers.decode.grouped_mm.32", 0.04),
+                row("transformers.prefill.grouped_mm", 9),
+            ],
+        )
+    )
+
+    assert [(line["measured"], line["met"]) for line in found] == [
+        (400, True), (40, True), (50, True), (3200, True), (2.5, True)
+    ]  # fmt: skip
+    assert found[1]["of"] == "train.8.dots; of 1e+03 TFLOP/s, by its data sheet"
+    assert found[4]["of"] == "decode.bf16.1"
+
+
+def test_a_bar_says_no_or_that_nothing_was_measured():
+    page = report.markdown(of_parts(decode=[row("decode.bf16.32", 1, tokens=32, flops=1)]))
+
+    assert "| decode b=32, tok/s | 32 | 3,000 | 8,000 | no | decode.bf16.32 |" in page
+    assert "| decode b=1, % of roofline |  | 45 | 70 | not measured |  |" in page
+
+
+def test_mfu_of_a_card_without_a_data_sheet_is_of_the_measured_matmul():
+    found = bars.mfu(of_parts(train=[row("train.5.full", 1, flops=2e14)]) | {"device": {"data_sheet": None}})
+
+    assert found == (50, "train.5.full; of 400 TFLOP/s, the measured matmul")
+
+
+def test_experts_that_could_not_be_counted_are_those_hit_by_chance(monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: Any) -> None:
+        raise RuntimeError("RESOURCE_EXHAUSTED: 99 GB")
+
+    monkeypatch.setattr(generation, "_counted", fail)
+
+    hits = generation.hit_experts(FULL, {})
+
+    assert hits.by_rows[1] == pytest.approx([6.0] * (LAYERS - 1))
+    assert hits.why_not == "out of memory: RESOURCE_EXHAUSTED: 99 GB"
 
 
 def test_the_floor_is_the_larger_of_operations_and_bytes():
@@ -262,13 +370,13 @@ def test_the_report_is_written_after_every_part_and_names_those_not_reached(
         (["--minutes", "0"], "--minutes must be more than 0, not 0"),
         (["--only", "decode,speed"], "--only 'speed' does not exist, only ceilings, decode"),
         (["--out", __file__], "is not a directory"),
-        ([], "jax finds no GPU here (cpu); --small tries the parts out, at small sizes on the CPU"),
+        ([], "jax does not start here: it said nothing"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(command, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(command, "_PROBE", "raise SystemExit(1)")
 
     assert command.main(argv) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -283,11 +391,17 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_where_no_gpu_is_the_command_exits_2_with_one_line():
-    done = python("-m", "tests.benchmarks.gpu")
+def test_where_no_gpu_is_the_command_says_so_and_does_a_trial(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    ran: list[bool] = []
+    monkeypatch.setattr(command, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(command, "measure", lambda asked, log: ran.append(asked.small))
 
-    assert (done.returncode, done.stdout) == (2, "")
-    assert len(done.stderr.splitlines()) == 1
+    assert command.main([]) == 0
+    assert ran == [True]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("jax finds no GPU here (cpu): a trial at small sizes on the CPU")
 
 
 def test_nothing_that_is_not_needed_is_imported():
@@ -318,6 +432,52 @@ def test_a_compiled_programs_matmuls_are_counted():
     assert experts.describe("") == "compiled to nothing that looks like a matmul"
 
 
+def test_the_tuned_table_holds_the_fastest_of_each_place_and_no_failure():
+    rows = [
+        {"key": "legs/bfloat16/many/forward/batched", "seconds": [2.0, 2.0, 9.0]},
+        {"key": "legs/bfloat16/many/forward/grouped", "seconds": [1.0]},
+        {"key": "legs/bfloat16/many/rows/grouped", "error": "no kernel"},
+        {"key": "tiles/gmm/64,128,128,4,3", "seconds": [1.0]},
+        {"key": "tiles/tgmm/64,128,128,4,3", "seconds": [1.0]},
+        {"key": "tiles/tgmm/128,64,128,4,4", "error": "not run: no time left"},
+    ]
+
+    assert tuning.table("a card", rows) == {
+        "legs": {"a card": {"bfloat16": {"many": {"forward": "grouped"}}}},
+        "tiles": {"a card": {"gmm": [64, 128, 128, 4, 3]}},
+    }
+
+
+def test_what_was_found_for_a_card_joins_a_file_whose_other_entries_stay():
+    known = {
+        "note": "a",
+        "legs": {"another": {}, "a card": {"float32": {"few": {"forward": "slots", "rows": "slots"}}}},
+    }
+
+    assert tuning.over(known, {"legs": {"a card": {"float32": {"few": {"forward": "ragged"}}}}, "tiles": {}}) == {
+        "note": "a",
+        "legs": {"another": {}, "a card": {"float32": {"few": {"forward": "ragged", "rows": "slots"}}}},
+        "tiles": {},
+    }
+
+
+def test_a_trial_tunes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        tuning.main(["--small", "--into", str(tmp_path / "tuned.json")])
+
+    assert "--into takes what a GPU does at full size, no trial" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_peer_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    told: list[dict[str, Any]] = []
+
+    cases.serve(lambda: peers.transformers(SMALL), time.monotonic() + 60, told.append)
+
+    assert told == [{"key": "", "name": "all further cases", "error": "torch is not installed"}]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_small_run_measures_every_part(tmp_path: Path):
@@ -326,7 +486,7 @@ def test_a_small_run_measures_every_part(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     (data,) = tmp_path.glob("*-gpu-trial.json")
     found = json.loads(data.read_text())
-    assert set(found["ceilings"]) == {"copy", "read", "matmul"}
+    assert set(found["parts"]["block"]["ceilings"]) == {"copy", "read", "matmul"}
     failed = []
     for name, part in found["parts"].items():
         assert part["rows"], f"{name}: {part.get('not run')}"

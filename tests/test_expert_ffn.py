@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from dsmoe_jax.kernels import batched, grouped_matmul
+from dsmoe_jax.kernels import batched, grouped_matmul, tuning
 from dsmoe_jax.kernels import expert_ffn as operation
 from dsmoe_jax.kernels.activation import ACTIVATION_FUNCTIONS
 from dsmoe_jax.kernels.block_loop import block_rows
@@ -416,6 +416,18 @@ def test_the_table_is_read_by_device_dtype_and_rows_for_each_expert(monkeypatch:
     assert choose("gpu", jnp.bfloat16, 4, 4) == Legs("slots", "slots", "slots")
     for other in (("gpu", jnp.bfloat16, 5, 4), ("gpu", jnp.float32, 4, 4), ("tpu", jnp.bfloat16, 4, 4)):
         assert choose(*other) == Legs("batched", "dense", "slots")
+
+
+@pytest.mark.usefixtures("fresh_choice")
+def test_what_is_tuned_for_a_card_goes_before_the_table_leg_by_leg(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tuning, "kind", lambda: "a card")
+    tuned = {("a card", "bfloat16", "many"): {"rows": "ragged"}}
+    monkeypatch.setattr(tuning, "legs", lambda *key: tuned.get(key, {}))
+
+    assert choose("gpu", jnp.bfloat16, 24, E) == LEGS["gpu", "bfloat16", "many"]._replace(rows="ragged")
+    assert choose("gpu", jnp.bfloat16, 2, E) == LEGS["gpu", "bfloat16", "few"]
+    assert choose("cpu", jnp.bfloat16, 24, E) == LEGS["cpu", "bfloat16", "many"]
+    assert choose("gpu", jnp.bfloat16, 24, E, "dense") == Legs("dense", "dense", "dense")
 
 
 def test_the_table_has_a_row_for_every_case_and_names_what_exists():

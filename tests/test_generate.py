@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -168,7 +169,7 @@ def test_a_chat_keeps_its_history_and_forgets_on_reset(generator: Generator):
 
     first = "".join(chat.send("hello"))
     after_one = list(chat.messages)
-    started = chat.send("and now?")
+    started: Any = chat.send("and now?")
     next(started, "")
     started.close()
     after_two = list(chat.messages)

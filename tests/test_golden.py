@@ -14,7 +14,7 @@ from tests.helpers import golden
 
 ROUTER_WEIGHTS = 1e-5  # absolute; the weights are probabilities
 BF16_RMS = 2.0  # times the original's own distance between bf16 and fp32
-BF16_ARGMAX = 0.95
+BF16_ARGMAX = 0.95  # or as often as the original's own bf16, where that is less
 
 every_case = pytest.mark.parametrize("case", golden.CASES)
 
@@ -116,10 +116,11 @@ def test_greedy_ids_equal_the_originals_alone_in_a_batch_and_up_to_the_end_of_se
 
 @every_case
 def test_bf16_is_as_near_to_fp32_as_the_originals(case: str):
-    want, theirs = golden.tensors(case)["logits"], golden.expected(case)["bf16_vs_fp32_logits_rms"]
+    want, original = golden.tensors(case)["logits"], golden.expected(case)
 
     logits = np.asarray(forward(case, "bfloat16").logits)
 
     rms = np.sqrt(np.mean((logits - want) ** 2))
-    assert rms <= BF16_RMS * theirs
-    assert np.mean(logits.argmax(-1) == want.argmax(-1)) >= BF16_ARGMAX
+    assert rms <= BF16_RMS * original["bf16_vs_fp32_logits_rms"]
+    least = min(BF16_ARGMAX, round(original["bf16_argmax_agree"], 4))
+    assert np.mean(logits.argmax(-1) == want.argmax(-1)) >= least

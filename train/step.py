@@ -19,6 +19,7 @@ from dsmoe_jax.kernels.operand import LowRank, Operand, Quantized
 from dsmoe_jax.layers.router import Routing
 from dsmoe_jax.model import REMAT, Hidden, ParamSpec, abstract, merge, shardings
 from dsmoe_jax.sharding import constrain, sharding
+from dsmoe_jax.xla_options import compiler_options
 
 from .batch import Batch
 from .loss import IGNORED, balance_loss, device_balance_loss, head_loss
@@ -190,7 +191,7 @@ def make_step(
         new = TrainState(state.step + 1, keep(params, state.params), keep(moments, state.optimizer), bias, guard)
         return new, metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, None), compiler_options=compiler_options(mesh))
 
 
 def evaluate_step(

@@ -17,7 +17,7 @@ import numpy as np
 from jax.core import Tracer
 
 from dsmoe_jax.axes import Array, Float, Int
-from dsmoe_jax.kernels import batched, block_loop, plain
+from dsmoe_jax.kernels import batched, block_loop, plain, tuning
 from dsmoe_jax.kernels.operand import Experts, Inputs, Operand, Wanted, shape
 
 VARIABLE: Final = "DSMOE_EXPERT_BACKEND"  # overrides the table where no argument does
@@ -53,8 +53,9 @@ BACKENDS: Final[dict[str, Backend]] = {
     "dense": _differentiated(plain.forward_dense),
 }
 
-# On GPU a loop whose length depends on the data asks the host at every turn, and `ragged_dot` multiplies every row by
-# every expert, as it does on CPU (facts of others; nothing here is measured on a GPU yet). The dtype is that of rows.
+# What a card's own measurements (`tuning`, tuned.json) leave open. On GPU a loop whose length depends on the data asks
+# the host at every turn, and `ragged_dot` multiplies every row by every expert, as it does on CPU (facts of others;
+# nothing here is measured on a GPU yet). The dtype is that of rows.
 # fmt: off
 LEGS: Final[dict[tuple[str, str, str], Legs]] = {
     # device  dtype       rows                forward       rows          weights
@@ -137,15 +138,17 @@ _expert_ffn.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)
 def choose(platform: str, dtype: Any, rows: int, experts: int, backend: str | None = None) -> Legs:
     """The legs for a kind of device ("cpu", "gpu", "tpu"); said in the log once per process and choice.
 
-    `backend`, or else the environment variable, goes before the table; what cannot run here gives way to `batched`
-    with a warning. Raises `ValueError` for one that does not exist.
+    `backend`, or else the environment variable, goes before what is tuned for this card, and that before the table;
+    what cannot run here gives way to `batched` with a warning. Raises `ValueError` for one that does not exist.
     """
-    asked = backend or os.environ.get(VARIABLE)
+    asked = override(backend)
     if not asked:
         width = "float32" if jnp.dtype(dtype) == jnp.float32 else "bfloat16"
         key = (platform, width, "few" if rows <= experts else "many")
         legs = LEGS.get(key, Legs("ragged", "ragged", "ragged"))
         reason = f"{platform}, {jnp.dtype(dtype)}, {key[2]} rows"
+        if platform == "gpu" and (card := tuning.kind()) and (own := tuning.legs(card, *key[1:])):
+            legs, reason = legs._replace(**own), f"{reason}, tuned on {card}"
     else:
         names = asked.split(",")
         for name in names:
@@ -157,6 +160,11 @@ def choose(platform: str, dtype: Any, rows: int, experts: int, backend: str | No
     legs = Legs(*(_or_fall_back(name) for name in legs))
     _say_once(legs, reason)
     return legs
+
+
+def override(backend: str | None = None) -> str | None:
+    """What goes before all tables: the argument, or else the environment variable; None where neither asks."""
+    return backend or os.environ.get(VARIABLE) or None
 
 
 @functools.cache

@@ -40,6 +40,12 @@ class Quantized:
         """Whether two codes share a byte."""
         return self.codebook is not None and len(self.codebook) == 16
 
+    @property
+    def by_output(self) -> bool:
+        """Whether each output of one expert's map has one scale and nothing else."""
+        plain = self.codebook is None and self.offset is None and not isinstance(self.scales, Quantized)
+        return plain and self.tile == self.codes.shape[-1]
+
     def dequantize(self) -> Float[Array, "..."]:
         """The values in fp32; of one expert, so of a `Quantized` without the expert axis."""
         codes = self.codes
@@ -155,6 +161,11 @@ def _dot_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array
 dot.defvjp(lambda x, weight: (dot(x, weight), (x, weight)), _dot_backward)
 
 
+def as_sum(x: Float[Array, "R I"], weight: Float[Array, "O I"]) -> Float[Array, "R O"]:
+    """`dot` as products and sums, which XLA fuses with whatever fetches the weight."""
+    return (x.astype(jnp.float32)[:, None, :] * weight.astype(jnp.float32)[None]).sum(axis=-1)
+
+
 def linear(x: Float[Array, "*rows I"], operand: Operand, dot: Dot = dot) -> Float[Array, "*rows O"]:
     """The operand of one expert applied to rows, in fp32; with another `dot`, those of all experts to sorted rows."""
     match operand:
@@ -164,6 +175,10 @@ def linear(x: Float[Array, "*rows I"], operand: Operand, dot: Dot = dot) -> Floa
         case Quantized() if operand.packed and operand.tile % 2 == 0 and operand.offset is None:
             upper, lower = (half.astype(x.dtype) for half in operand.dequantize_halves())
             return dot(x[..., ::2], upper) + dot(x[..., 1::2], lower)
+        case Quantized(codes, scales) if operand.by_output:
+            # The scale falls on the result: what is multiplied are the codes, exact in any dtype, read as int8.
+            y = dot(x, codes.astype(x.dtype))
+            return y * scales.reshape((1,) * (y.ndim - 1) + (-1,))
         case Quantized():
             return dot(x, operand.dequantize().astype(x.dtype))
         case _:
@@ -186,7 +201,14 @@ def expert_of_rows(group_sizes: Int[Array, "E"], rows: int) -> tuple[Int[Array, 
     """Each sorted row's expert, and whether it has one."""
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(rows)
-    return jnp.searchsorted(ends, row, side="right").clip(max=len(ends) - 1), row < ends[-1]
+    return range_of(row, ends).clip(max=len(ends) - 1), row < ends[-1]
+
+
+def range_of(values: Int[Array, "*n"], ends: Int[Array, "E"]) -> Int[Array, "*n"]:
+    """The first range that ends above each value; the number of ranges where none does."""
+    # A binary search is a loop of small steps, which on a GPU cost more than comparing with all ends at once.
+    method = "scan" if jax.default_backend() == "cpu" else "compare_all"
+    return jnp.searchsorted(ends, values, side="right", method=method)
 
 
 def dequantize_all(experts: Experts) -> Experts:

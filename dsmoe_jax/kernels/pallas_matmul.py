@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from dsmoe_jax.axes import Array, Float, Int
+from dsmoe_jax.kernels import tuning
 from dsmoe_jax.kernels.operand import contract
 
 
@@ -29,12 +30,12 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Chosen by arithmetic, not measured on a GPU. A tensor core needs at least 16 of each, Triton powers of two. The
-# accumulator of [128, 128] takes 64 registers a thread of 8 warps; a stage of it 32 KiB of shared memory (of 164 on
-# A100, 227 on H100), and as depth counts bytes, fp32 takes no more. Blocks start at their expert's first row, so half a
-# block per expert is idle on average: fewer rows, smaller blocks. With very few, the weights are read once at the speed
-# of memory, and narrow tiles give more programs. 256 columns are avoided: wrong on sm100 (marin#7484). Compiled by
-# Triton 3.9 for sm80 and sm90, none of these spills registers.
+# Chosen by arithmetic, not measured on a GPU; what was, `tuning` has. A tensor core needs at least 16 of each, Triton
+# powers of two. The accumulator of [128, 128] takes 64 registers a thread of 8 warps; a stage of it 32 KiB of shared
+# memory (of 164 on A100, 227 on H100), and as depth counts bytes, fp32 takes no more. Blocks start at their expert's
+# first row, so half a block per expert is idle on average: fewer rows, smaller blocks. With very few, the weights are
+# read once at the speed of memory, and narrow tiles give more programs. 256 columns are avoided: wrong on sm100
+# (marin#7484). Compiled by Triton 3.9 for sm80 and sm90, none of these spills registers.
 _TILES: Final[tuple[tuple[int, Tile], ...]] = (
     # from this mean of rows per expert on:
     #    rows  columns  depth  warps  stages
@@ -58,7 +59,7 @@ def gmm(
     """W_e x for each row x, or Wᵀ_e x where `transposed`; `interpret` runs the kernel on any device, slowly."""
     E, N, K = weights.shape
     R, width = len(rows), K if transposed else N
-    tile = tile_for(R, E)
+    tile = tile_for(R, E, "gmm_transposed" if transposed else "gmm")
     blocks = _blocks(group_sizes, R, tile.rows)
     return _call(
         functools.partial(_gmm_kernel, tile=tile, transposed=transposed),
@@ -77,11 +78,12 @@ def tgmm(
     """The sum of a_r b_rᵀ over each expert's rows."""
     E, N, K = len(group_sizes), a.shape[1], b.shape[1]
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
+    tile = Tile(*(tuning.tile("tgmm") or _WEIGHT_TILE))
     return _call(
-        functools.partial(_tgmm_kernel, tile=_WEIGHT_TILE),
-        grid=(pl.cdiv(K, _WEIGHT_TILE.columns), pl.cdiv(N, _WEIGHT_TILE.rows), E),
+        functools.partial(_tgmm_kernel, tile=tile),
+        grid=(pl.cdiv(K, tile.columns), pl.cdiv(N, tile.rows), E),
         out=((E, N, K), out_dtype),
-        tile=_WEIGHT_TILE,
+        tile=tile,
         interpret=interpret,
     )(ends - group_sizes.astype(jnp.int32), ends, a, b)
 
@@ -163,9 +165,10 @@ def _mask(rows: _Span, columns: _Span) -> Array | None:
     return functools.reduce(jnp.logical_and, parts) if parts else None
 
 
-def tile_for(rows: int, experts: int) -> Tile:
-    """The tile for `rows` in all: by their mean per expert."""
-    return next(tile for least, tile in _TILES if rows >= least * experts)
+def tile_for(rows: int, experts: int, matmul: str = "gmm") -> Tile:
+    """The tile for `rows` in all: by their mean per expert. What is tuned for this card is so for many rows."""
+    least, tile = next((least, tile) for least, tile in _TILES if rows >= least * experts)
+    return Tile(*((tuning.tile(matmul) if least == _TILES[0][0] else None) or tile))
 
 
 class _Blocks(NamedTuple):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from dsmoe_jax.axes import Array, Float, Int
 from dsmoe_jax.kernels import grouped_matmul
-from dsmoe_jax.kernels.operand import Inputs, Wanted, dequantize_all, expert_of_rows, swiglu
+from dsmoe_jax.kernels.operand import Inputs, Wanted, as_sum, dequantize_all, expert_of_rows, swiglu
 
 Forward = Callable[[Inputs, Array, str], Array]
 
@@ -86,15 +86,11 @@ def forward_by_slots(inputs: Inputs, group_sizes: Int[Array, "E"], activation: s
     def one_row(row: Array, weight: Array | None, expert: Array) -> Array:
         own = jax.tree.map(lambda leaf: leaf[expert], inputs.experts)
         weight = None if weight is None else weight[None]
-        return swiglu(Inputs(row[None], weight, own), activation, _as_sum)[0]
+        return swiglu(Inputs(row[None], weight, own), activation, as_sum)[0]
 
     expert, has_one = expert_of_rows(group_sizes, len(inputs.rows))
     y = jax.vmap(one_row)(inputs.rows, inputs.weights, expert)
     return jnp.where(has_one[:, None], y, 0).astype(inputs.rows.dtype)
-
-
-def _as_sum(x: Array, weight: Array) -> Array:
-    return (x.astype(jnp.float32)[:, None, :] * weight.astype(jnp.float32)[None]).sum(axis=-1)
 
 
 def forward_dense(inputs: Inputs, group_sizes: Int[Array, "E"], activation: str) -> Float[Array, "R D"]:

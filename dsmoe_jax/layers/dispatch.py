@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from dsmoe_jax.axes import Array, Bool, Float, Int
-from dsmoe_jax.kernels.expert_ffn import expert_ffn, varying
-from dsmoe_jax.kernels.operand import EXPERT_AXES, Experts, LowRank, Quantized, Wanted, leaf_axes
+from dsmoe_jax.kernels import few_tokens
+from dsmoe_jax.kernels.expert_ffn import expert_ffn, override, varying
+from dsmoe_jax.kernels.operand import EXPERT_AXES, Experts, LowRank, Quantized, Wanted, leaf_axes, range_of
 from dsmoe_jax.sharding import AXIS_NAMES, BATCH_AXES, EXPERT, FSDP, TENSOR, check_divides, current_mesh, spec
 
 _DEFAULT_FACTOR: Final = 1.5
@@ -80,12 +81,12 @@ class Sorted(NamedTuple):
         per_range = self.group_sizes.reshape(ways, -1)
         ends = jnp.cumsum(per_range.sum(axis=1))
         starts = ends - per_range.sum(axis=1) + index * size
-        owner = jnp.searchsorted(ends, self.rows.row, side="right").clip(max=ways - 1)
+        owner = range_of(self.rows.row, ends).clip(max=ways - 1)
         within = self.rows.row - starts[owner]
         here = self.rows.here & (within >= 0) & (within < size)
         row = (starts[:, None] + jnp.arange(size)[None, :]).reshape(-1)
         taken = row < jnp.repeat(ends, size)
-        expert = jnp.searchsorted(jnp.cumsum(self.group_sizes), row, side="right") % per_range.shape[1]
+        expert = range_of(row, jnp.cumsum(self.group_sizes)) % per_range.shape[1]
         pair = self.rows.pair[row.clip(max=self.rows.pair.size - 1)]
         return Rows(pair, owner * size + within, here), jnp.where(taken, expert, per_range.shape[1])
 
@@ -217,6 +218,7 @@ class _Plan(NamedTuple):
 
     strategy: _Gather
     parted: tuple[int | None, ...]  # the dimension in which each leaf of the operands is split over fsdp
+    few: few_tokens.Form | None = None  # what the forward pass computes instead, where tokens are few
     mesh_axes: tuple[str, ...] = ()  # none: a device on its own
 
 
@@ -227,6 +229,8 @@ _with_own_gradient: Any = functools.partial(jax.custom_vjp, nondiff_argnums=(0,)
 def _routed(plan: _Plan, x: Array, weights: Array, experts: Experts, ids: Array) -> tuple[Array, Array]:
     """A device's part of `routed_experts`: the sums for its own tokens, in fp32, and the number of extra passes."""
     strategy = plan.strategy
+    if plan.few is not None:
+        return plan.few(x, ids, weights, experts, strategy.activation), jnp.int32(0)
     ordered, size, most = strategy.order(ids)
     x, weights, experts = strategy.enter(x), strategy.enter(weights), _whole(plan, experts)
     one_pass = lambda index: strategy.one_pass(index, size, ordered, x, weights, experts)  # noqa: E731
@@ -324,12 +328,14 @@ def routed_experts(
     strategy = STRATEGIES[chosen if ways > 1 else "gather"](ways, count // ways, activation, options)
     leaves, tree = jax.tree.flatten(experts)
     if mesh is None:
-        y, extra = _routed(_Plan(strategy, (None,) * len(leaves)), x, weights, experts, ids)
+        tokens, kept = ids.shape
+        few = None if override(options.backend) else few_tokens.form(jax.default_backend(), tokens, kept, count)
+        y, extra = _routed(_Plan(strategy, (None,) * len(leaves), few=few), x, weights, experts, ids)
         return y.astype(x.dtype), extra
 
     specs = _specs(experts, mesh)
     parted = tuple(own.index(FSDP) if FSDP in own else None for own in specs)
-    plan = _Plan(strategy, parted, AXIS_NAMES)
+    plan = _Plan(strategy, parted, mesh_axes=AXIS_NAMES)
 
     def on_device(x: Array, ids: Array, weights: Array, *leaves: Array) -> tuple[Array, Array]:
         x, weights, *own, ids = (varying(value, plan.mesh_axes) for value in (x, weights, *leaves, ids))

@@ -1,8 +1,9 @@
-"""`python -m tests.benchmarks.abstract` compiles train steps of the 16B and the 145B for simulated devices.
+"""`python -m tests.benchmarks.abstract` compiles train steps of the 16B and the 145B for devices that are not there.
 
 Nothing is allocated but the program. It shows that the step compiles in minutes on a large mesh, that each device is
-given the bytes that arithmetic says, and what temporaries the compiler plans (for CPUs: on GPUs other kernels run).
-Pretraining recipes are compiled for fsdp 8 x expert 8, those of fine-tuning for the devices in their name.
+given the bytes that arithmetic says, and what temporaries the compiler plans: for simulated CPUs, or with `--card` for
+GPUs of that kind (see `cards`; other kernels run there). Pretraining recipes are compiled for fsdp 8 x expert 8, those
+of fine-tuning for the devices in their name.
 """
 
 import os
@@ -21,12 +22,12 @@ from typing import Any, Final, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from dsmoe_jax import lora
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.peft_matching import make_plan
-from dsmoe_jax.model import abstract, shardings
+from dsmoe_jax.model import abstract
 from dsmoe_jax.quantize import SCHEMES, kind_of, quantize_matrix
 from dsmoe_jax.sharding import MeshConfig, make_mesh, sharding
 from dsmoe_jax.train.batch import Batch
@@ -34,9 +35,9 @@ from dsmoe_jax.train.config import RunConfig
 from dsmoe_jax.train.optimizer import make_optimizer
 from dsmoe_jax.train.recipes import FINETUNING, RECIPES
 from dsmoe_jax.train.step import Trained, init_state, make_step, state_shardings
+from tests.benchmarks import cards
 
-
-# XLA:CPU orders the operations of each function in more than linear time: in one piece, the 145B takes above 15 minutes,
+# XLA:CPU orders the operations of each function in more than linear time: in one piece the 145B takes above 15 minutes,
 # block by block 3. A program that is to run cannot have it: on simulated devices, collectives of nested functions wait
 # for threads that others of them hold.
 _BLOCKS_APART: Final = set_xla_metadata(inlineable="false")
@@ -51,37 +52,43 @@ class Case(NamedTuple):
     tokens: int  # of a row; one row a device and micro-batch
 
 
-def cases() -> dict[str, Case]:
+def cases(card: str | None = None) -> dict[str, Case]:
     """By the recipe's name."""
-    wide, base = MeshConfig(data=1, fsdp=8, expert=8), ModelConfig.preset("deepseek_moe_16b")
-    eight = make_mesh(MeshConfig(fsdp=8), jax.devices()[:8])
+    few, base = MeshConfig(fsdp=8), ModelConfig.preset("deepseek_moe_16b")
+    wide = make_mesh(MeshConfig(data=1, fsdp=8, expert=8), jax.devices() if card is None else cards.devices(card, 64))
+    eight = make_mesh(few, jax.devices()[:8] if card is None else cards.devices(card, 8))
+    # On CPU one device has no mesh; to compile for a GPU that is not there, its place must be named.
+    one = None if card is None else make_mesh(MeshConfig(), cards.devices(card, 1))
     found = {}
     for name in ("deepseek_moe_16b", "deepseek_moe_145b"):
         run = RECIPES[name]()
-        found[name] = Case(run, run.model_config(), make_mesh(wide), 4096)
-    for name, mesh in (("full_8x40gb", eight), ("lora_1x80gb", None), ("qlora_1x80gb", None)):
+        found[name] = Case(run, run.model_config(), wide, 4096)
+    for name, mesh in (("full_8x40gb", eight), ("lora_1x80gb", one), ("qlora_1x80gb", one)):
         found[name] = Case(FINETUNING[name](), base, mesh, 1024)
     return found
 
 
 def main() -> None:
     """Print a line for each recipe."""
-    known = cases()
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.abstract", description=(__doc__ or "").strip())
-    parser.add_argument("recipes", nargs="*", default=list(known))
-    for recipe in parser.parse_args().recipes:
-        print(recipe, compiled(known[recipe]), flush=True)
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="default all")
+    parser.add_argument("--card", choices=cards.CARDS, help="compile for GPUs of this kind")
+    asked = parser.parse_args()
+    known = cases(asked.card)
+    for recipe in asked.recipes or known:
+        with contextlib.nullcontext() if asked.card is None else cards.chosen_as_on_gpu():
+            print(recipe, compiled(known[recipe], apart=asked.card is None), flush=True)
 
 
-def compiled(case: Case) -> dict[str, Any]:
-    """Seconds and bytes of one recipe's step."""
+def compiled(case: Case, *, apart: bool = True) -> dict[str, Any]:
+    """Seconds and bytes of one recipe's step; blocks `apart` are functions of their own."""
     run, config, mesh, tokens = case
     options = dataclasses.replace(run.step, accumulation=2)
     optimizer, schedule = make_optimizer(run.optimizer, max(run.steps, 100))
     trained, frozen = Trained.whole(config), {}
     if adapter := getattr(run, "lora", None):
         plan = make_plan(adapter, config)
-        frozen = _frozen(config, getattr(run, "quantize", None))
+        frozen = _frozen(config, getattr(run, "quantize", None), mesh)
         attach = lambda own, frozen, key: lora.attach(plan, frozen, own, key)  # noqa: E731
         trained = Trained(lora.specs(plan, config), attach, adapter.lora_dropout)
     places = state_shardings(config, optimizer, options, mesh, trained)
@@ -97,7 +104,7 @@ def compiled(case: Case) -> dict[str, Any]:
     step = make_step(config, abstract(config)[0], optimizer, schedule, options, mesh=mesh, trained=trained)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         started = time.perf_counter()
-        with _BLOCKS_APART:
+        with _BLOCKS_APART if apart else contextlib.nullcontext():
             lowered = step.lower(*inputs)  # type: ignore[attr-defined]
         lowering = time.perf_counter() - started
         program = lowered.compile()
@@ -114,16 +121,16 @@ def compiled(case: Case) -> dict[str, Any]:
     }
 
 
-def _frozen(config: ModelConfig, scheme: str | None) -> dict[str, Any]:
+def _frozen(config: ModelConfig, scheme: str | None, mesh: Mesh | None) -> dict[str, Any]:
     """The base on one device, in bf16 or quantised."""
-    places, found = shardings(config, None), {}
+    place = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, PartitionSpec())
+    found = {}
     for name, spec in abstract(config)[1].items():
         value = jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16)
         if scheme is not None and kind_of(name):
             encode = functools.partial(quantize_matrix, scheme=SCHEMES[scheme], double=True)
             value = jax.eval_shape(jax.vmap(encode) if len(spec.shape) == 3 else encode, value)
-        place = places[name]
-        found[name] = jax.tree.map(lambda x, place=place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), value)
+        found[name] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), value)
     return found
 
 

@@ -17,6 +17,7 @@ from typing import Any, Final
 import jax
 import pytest
 
+from dsmoe_jax.kernels import tuning
 from dsmoe_jax.kernels.expert_ffn import BACKENDS, VARIABLE
 from tests.gpu.backends import GROUPED, backend_of
 
@@ -51,8 +52,9 @@ def _why_not() -> str | None:
 
 @pytest.fixture(autouse=True)
 def backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels of `grouped` apart, and nothing that the environment asks for."""
+    """The kernels of `grouped` apart, and nothing that the environment or the card's own table asks for."""
     monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(tuning, "legs", lambda *place: {})
     for name, legs in GROUPED.items():
         monkeypatch.setitem(BACKENDS, name, backend_of(legs))
 

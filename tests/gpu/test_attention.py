@@ -1,7 +1,6 @@
-"""Attention on a GPU: equal to its twin, and no document of a packed row sees another.
+"""Attention on a GPU, by every backend: equal to its twin, and no document of a packed row sees another.
 
-Start at `test_packed_documents_see_nothing_of_each_other`. The code has one formulation, plain XLA; whatever takes its
-place has to pass these tests.
+Start at `test_packed_documents_see_nothing_of_each_other`. cuDNN serves whole sequences in half precision only.
 """
 
 import functools
@@ -24,7 +23,15 @@ FP32 = 1e-5  # of the largest value: sums of up to 150 products, in another orde
 BF16 = 2e-2  # of the largest value: probabilities and results are rounded, eps is 0.0078
 STATES = 1e-5  # absolute, of states of rms 1
 
-every_dtype = pytest.mark.parametrize(("dtype", "tolerance"), [("float32", FP32), ("bfloat16", BF16)])
+every_dtype = pytest.mark.parametrize(
+    ("backend", "dtype", "tolerance"),
+    [("plain", "float32", FP32), ("plain", "bfloat16", BF16), ("cudnn", "bfloat16", BF16)],
+)
+
+
+def skip_without(backend: str) -> None:
+    if backend == "cudnn" and jax.default_backend() != "gpu":
+        pytest.skip("cuDNN needs a GPU")
 
 
 def operands(dtype: str, seed: int = 0) -> list[jax.Array]:
@@ -46,11 +53,11 @@ def packed() -> jax.Array:
 
 
 @functools.cache
-def program(causal: bool = True):
+def program(causal: bool = True, backend: str = "plain"):
     """(output, gradients of queries, keys and values) of (queries, keys, values, gradient, mask)."""
 
     def run(q: Any, k: Any, v: Any, grad: Any, mask: Any):
-        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, mask, causal=causal), q, k, v)
+        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, mask, causal=causal, backend=backend), q, k, v)
         return out, pull(grad)
 
     return jax.jit(run)
@@ -58,10 +65,11 @@ def program(causal: bool = True):
 
 @every_dtype
 @pytest.mark.parametrize("causal", [True, False], ids="causal={}".format)
-def test_attention_is_its_twin(causal: bool, dtype: str, tolerance: float):
+def test_attention_is_its_twin(causal: bool, backend: str, dtype: str, tolerance: float):
+    skip_without(backend)
     q, k, v, grad = operands(dtype)
 
-    out, _ = program(causal)(q, k, v, grad, packed())
+    out, _ = program(causal, backend)(q, k, v, grad, packed())
 
     q, k, v = (np.asarray(x, np.float64) for x in (q, k.swapaxes(1, 2), v.swapaxes(1, 2)))
     assert out.dtype == dtype
@@ -69,11 +77,12 @@ def test_attention_is_its_twin(causal: bool, dtype: str, tolerance: float):
 
 
 @every_dtype
-def test_its_gradients_are_those_of_the_cpu_in_fp32(dtype: str, tolerance: float, cpu: Any):
+def test_its_gradients_are_those_of_the_cpu_in_fp32(backend: str, dtype: str, tolerance: float, cpu: Any):
+    skip_without(backend)
     given = operands(dtype)
     exact = jax.device_put([x.astype(jnp.float32) for x in given], cpu)
 
-    _, grads = program()(*given, packed())
+    _, grads = program(backend=backend)(*given, packed())
 
     _, wants = program()(*exact, jax.device_put(packed(), cpu))
     for got, want, name in zip(grads, wants, "qkv", strict=True):
@@ -81,9 +90,10 @@ def test_its_gradients_are_those_of_the_cpu_in_fp32(dtype: str, tolerance: float
 
 
 @every_dtype
-def test_packed_documents_see_nothing_of_each_other(dtype: str, tolerance: float):
+def test_packed_documents_see_nothing_of_each_other(backend: str, dtype: str, tolerance: float):
     """Bit for bit: what another document holds is multiplied by probabilities of exactly zero."""
     del tolerance
+    skip_without(backend)
     of = jnp.asarray(documents())
     same, other = operands(dtype), operands(dtype, seed=1)
     mine = of == 3
@@ -94,7 +104,8 @@ def test_packed_documents_see_nothing_of_each_other(dtype: str, tolerance: float
     ]
     grad = jnp.where(by_query, same[3], 0)
 
-    (out, grads), (again, _) = (program()(*operands, grad, packed()) for operands in (same[:3], changed))
+    read = program(backend=backend)
+    (out, grads), (again, _) = (read(*operands, grad, packed()) for operands in (same[:3], changed))
 
     np.testing.assert_array_equal(out[0, mine], again[0, mine])
     for by_token in (grads[0][0], grads[1][0].swapaxes(0, 1), grads[2][0].swapaxes(0, 1)):

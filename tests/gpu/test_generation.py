@@ -13,7 +13,8 @@ import pytest
 
 from dsmoe_jax.cache import KVCache
 from dsmoe_jax.generate import Completion, Generator
-from dsmoe_jax.kernels.expert_ffn import BACKENDS, LEGS, VARIABLE, Backend
+from dsmoe_jax.kernels import few_tokens
+from dsmoe_jax.kernels.expert_ffn import BACKENDS, VARIABLE, Backend
 from dsmoe_jax.model import assemble, merge, split
 from dsmoe_jax.quantize import quantize_embedding, quantize_params
 from tests.gpu.backends import SERVING, skip_without
@@ -90,18 +91,31 @@ def test_decode_steps_equal_the_originals(backend: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("traced_anew")
-def test_a_step_of_few_rows_is_served_by_the_table_s_backend_for_few(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv(VARIABLE, raising=False)
-    platform = jax.default_backend()
-    few, many = (LEGS[platform, "float32", width].forward for width in ("few", "many"))
-    rows = {backend: heard(monkeypatch, backend) for backend in {few, many}}
+@pytest.mark.parametrize("form", [few_tokens.by_choice, few_tokens.by_expert], ids=lambda form: form.__name__)
+def test_decode_steps_without_sorting_equal_the_originals(form: few_tokens.Form, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(few_tokens, "form", lambda *asked: form)
+
+    logits = decoded(CASE)
+
+    np.testing.assert_allclose(logits, golden.tensors(CASE)["cache.step_logits"], rtol=0, atol=golden.LOGITS)
+
+
+@pytest.mark.usefixtures("traced_anew")
+def test_on_a_gpu_few_tokens_are_not_sorted(monkeypatch: pytest.MonkeyPatch):
+    original, taken = few_tokens.form, set()
+
+    def heard(platform: str, tokens: int, *others: int) -> few_tokens.Form | None:
+        found = original(platform, tokens, *others)
+        taken.add((tokens, found))
+        return found
+
+    monkeypatch.setattr(few_tokens, "form", heard)
 
     decoded(CASE)
 
-    assert 2 * 3 in rows[few]  # two rows of three experts each, and eight experts in all
-    assert 2 * 16 * 3 in rows[many]
-    if platform == "gpu":
-        assert (few, set(rows[few])) == ("slots", {2 * 3})
+    # A step of two rows with three experts each, of eight; and the prompts, two of 16 tokens.
+    on_gpu = jax.default_backend() == "gpu"
+    assert taken == ({(2, few_tokens.by_choice), (32, few_tokens.by_expert)} if on_gpu else {(2, None), (32, None)})
 
 
 @every_case

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import datetime
+import hashlib
 import json
 import os
 import subprocess
@@ -30,13 +31,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure what the options ask for; returns the exit code: 0, or 2 for a user's mistake and where no GPU is."""
+    """Measure what the options ask for; returns the exit code: 0, or 2 for a user's mistake."""
     try:
         asked = options(sys.argv[1:] if argv is None else argv)
         if not asked.small and (backend := default_backend()) != "gpu":
-            raise ValueError(
-                f"jax finds no GPU here ({backend}); --small tries the parts out, at small sizes on the CPU"
-            )
+            print(f"jax finds no GPU here ({backend}): a trial at small sizes on the CPU, as with --small", flush=True)
+            asked.small = True
     except ValueError as error:
         print(f"tests.benchmarks.gpu: {error}", file=sys.stderr)
         return 2
@@ -44,16 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     def log(line: str) -> None:
         print(f"{datetime.datetime.now():%H:%M:%S} {line}", flush=True)
 
-    results = measure(asked, log)
-    for path in report.write(results, asked.out):
-        print(f"written: {path}")
+    measure(asked, log)
     return 0
 
 
 def options(argv: Sequence[str]) -> argparse.Namespace:
     """The options; `ValueError` for a value that does not exist."""
     parser = _Parser(prog="python -m tests.benchmarks.gpu", description="Speed and memory on one NVIDIA GPU.")
-    parser.add_argument("--minutes", type=float, default=20, metavar="N", help="for all parts, default %(default)s")
+    parser.add_argument("--minutes", type=float, default=10, metavar="N", help="for all parts, default %(default)s")
     parser.add_argument("--only", default="", metavar="PART,…", help=f"default all: {', '.join(parts.PARTS)}")
     parser.add_argument("--small", action="store_true", help="a trial at small sizes, on the CPU")
     parser.add_argument("--out", type=Path, default=REPORTS, metavar="DIR", help="for the report")
@@ -67,26 +65,34 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def default_backend() -> str:
-    """What jax runs on by default, asked in a process of its own, as this one shall hold no memory of a GPU."""
+    """What jax runs on by default, asked in a process of its own, as this one shall hold no memory of a GPU.
+
+    `ValueError` where it does not start.
+    """
     found = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or (found.stderr.strip().splitlines() or ["no answer"])[-1]
+    if found.returncode:
+        raise ValueError(f"jax does not start here: {(found.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
+    return found.stdout.strip()
 
 
 def measure(asked: argparse.Namespace, log: Callable[[str], None]) -> dict[str, Any]:
-    """All parts that fit, as plain data: what the JSON report holds. It is written after every part."""
+    """All parts that fit, as plain data. The report is written after every part, together with what it goes on with."""
     start, budget = time.monotonic(), 60 * asked.minutes
-    shown = f"--minutes {asked.minutes:g} --only {','.join(asked.only)}" + (" --small" if asked.small else "")
+    shown = f"--minutes {asked.minutes:g}" + (" --small" if asked.small else "")
+    shown += "" if asked.only == list(parts.PARTS) else f" --only {','.join(asked.only)}"
     results: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "trial": asked.small,
-        "command": f"python -m tests.benchmarks.gpu {shown}",
+        "commands": [f"python -m tests.benchmarks.gpu {shown}"],
         "commit": machine.commit(),
+        "sources": sources(),
         "hardware": machine.hardware() | driver(),
         "versions": machine.versions(),
         "minutes": 0.0,
         "device": {},
         "parts": {name: {"rows": [], "not run": "not reached"} for name in asked.only},
     }
+    place, written = None, []
     for name in asked.only:
         left = budget - (time.monotonic() - start)
         seconds = parts.allotment(name, left, asked.only, budget)
@@ -95,7 +101,11 @@ def measure(asked: argparse.Namespace, log: Callable[[str], None]) -> dict[str, 
         else:
             results["parts"][name] = run_part(name, seconds, left, results["device"], small=asked.small, log=log)
         results["minutes"] = (time.monotonic() - start) / 60
-        report.write(results, asked.out)
+        results["parts"][name]["ceilings"] = report.ceilings(results)
+        place = place or report.place(results, asked.out)  # the first part told the device
+        written = report.write(report.merged(results, place.earlier), place.stem)
+    for path in written:
+        log(f"written: {path}")
     return results
 
 
@@ -141,6 +151,13 @@ def lines_of(command: Sequence[str], environment: Mapping[str, str], limit: floa
             yield {"key": "", "name": "all further cases", "error": f"not run: the part was ended after {limit:.0f} s"}
         elif code:
             yield {"key": "", "name": "all further cases", "error": f"exit code {code} of the process: {last[:200]}"}
+
+
+def sources() -> str:
+    """A digest of the package and of this benchmark, as a commit says nothing of what is not committed."""
+    folders = ("dsmoe_jax", "convert", "train", "tests/benchmarks/gpu")
+    files = (file for folder in folders for file in (_ROOT / folder).rglob("*") if file.suffix in (".py", ".json"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:12]
 
 
 def driver() -> dict[str, str]:

@@ -24,8 +24,12 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     D, A, E = config.hidden_size, config.num_experts_per_tok or 0, config.n_routed_experts or 0
     block: Any = DeepSeekMoE.init(config, dtype=dtype).layers[0]
     x = timing.noise(timing.shape(dtype, B, T, D))
-    turn = rotation(config, jnp.broadcast_to(jnp.arange(T)[None], (B, T)), T, dtype)
-    mask = jnp.broadcast_to(jnp.tri(T, dtype=bool)[None], (B, T, T))
+
+    def place() -> tuple[Any, Any]:
+        """Angles and mask, made inside of each program as the model makes them: outside, they would be constants."""
+        turn = rotation(config, jnp.broadcast_to(jnp.arange(T)[None], (B, T)), T, dtype)
+        return turn, jnp.broadcast_to(jnp.tri(T, dtype=bool)[None], (B, T, T))
+
     whole = plan.flops(config, B, T, head_tokens=0)
     ids = jax.random.randint(jax.random.key(0), (B * T, A), 0, E, jnp.int32)
     weights = jnp.full((B * T, A), 1 / A, jnp.float32)
@@ -39,9 +43,9 @@ def cases(sizes: Sizes) -> Iterator[Case]:
         return lambda params, x: call(nnx.merge(graph, params), x), (params, x)
 
     pieces: dict[str, tuple[Callable[..., Any], tuple[Any, ...], int]] = {
-        "whole": (*of(block, lambda block, x: block(x, turn, mask)[0]), whole),
+        "whole": (*of(block, lambda block, x: block(x, *place())[0]), whole),
         "attention with projections": (
-            *of(block.attention, lambda attention, x: attention(x, turn, mask)[0]),
+            *of(block.attention, lambda attention, x: attention(x, *place())[0]),
             B * T * (8 * D * D + 2 * D * (T + 1)),
         ),
         "router": (*of(block.moe.router, lambda router, x: router(x).scores), 2 * B * T * D * E),

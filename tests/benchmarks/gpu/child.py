@@ -26,7 +26,8 @@ def main() -> None:
         print(json.dumps(row), file=lines, flush=True)
 
     module, name = parts.PARTS[part].cases.split(".")
-    tell({"facts": importlib.import_module("tests.benchmarks.gpu.timing").facts()})
+    if module != "peers":  # which leave the GPU to PyTorch
+        tell({"facts": importlib.import_module("tests.benchmarks.gpu.timing").facts()})
     found = getattr(importlib.import_module(f"tests.benchmarks.gpu.{module}"), name)
     cases.serve(functools.partial(found, sizes(small="--small" in rest)), until, tell)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from dsmoe_jax.axes import Array
 from dsmoe_jax.kernels import expert_ffn as ffn
 from dsmoe_jax.kernels import grouped_matmul, plain
-from tests.benchmarks.gpu import timing, work
+from tests.benchmarks.gpu import few, timing, work
 from tests.benchmarks.gpu.cases import Case, UnableError
 from tests.benchmarks.gpu.sizes import Sizes
 
@@ -111,9 +111,10 @@ def case(sizes: Sizes, tokens: int, name: str, backend: str | None, *, skewed: b
 
 
 def main_size(sizes: Sizes) -> Iterator[Case]:
-    """Whole first, then leg by leg."""
+    """Whole first, few tokens, then leg by leg."""
     tokens = sizes.expert_tokens[0]
     yield from (case(sizes, tokens, "both", backend) for backend in (None, *CANDIDATES))
+    yield from few.cases(sizes)
     for backend in CANDIDATES:
         yield from (case(sizes, tokens, leg, backend) for leg in ffn.Legs._fields)
 

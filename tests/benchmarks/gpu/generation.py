@@ -5,7 +5,7 @@ Start at `decode_row`. Weights are random, so routing is; the experts that a ste
 
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,15 @@ from dsmoe_jax.generate.programs import Batch, empty, prefill, step
 from dsmoe_jax.model import abstract, merge
 from tests.benchmarks import plan
 from tests.benchmarks.gpu import timing, training, work
-from tests.benchmarks.gpu.cases import Case, turns
+from tests.benchmarks.gpu.cases import Case, one_line, turns
 from tests.benchmarks.gpu.sizes import Sizes
+
+
+class Hits(NamedTuple):
+    """How many experts of each MoE layer a step reads, by batch size; by chance, with the reason, if not counted."""
+
+    by_rows: Mapping[int, list[float]]
+    why_not: str = ""
 
 
 def decode(sizes: Sizes) -> Iterator[Case]:
@@ -49,14 +56,12 @@ def _params(sizes: Sizes, scheme: str | None) -> dict[str, Any]:
     return training.noise_params(sizes.model, scheme, jnp.dtype(sizes.dtype), embedding=scheme)
 
 
-def _decode_case(
-    sizes: Sizes, params: Mapping[str, Any], hits: Mapping[int, list[float]], rows: int, name: str
-) -> Case:
-    run = functools.partial(decode_row, sizes, params, hits[rows], rows)
+def _decode_case(sizes: Sizes, params: Mapping[str, Any], hits: Hits, rows: int, name: str) -> Case:
+    run = functools.partial(decode_row, sizes, params, hits, rows)
     return Case(f"decode.{name}.{rows}", f"decode b={rows}, {name}, {sizes.context} tokens held", run)
 
 
-def decode_row(sizes: Sizes, params: Mapping[str, Any], hits: list[float], rows: int) -> dict[str, Any]:
+def decode_row(sizes: Sizes, params: Mapping[str, Any], hits: Hits, rows: int) -> dict[str, Any]:
     """A turn is `steps` steps as `Generator` takes them: the next one is asked for before the last one's are read."""
     config, dtype = sizes.model, jnp.dtype(sizes.dtype)
     slots = sizes.context + sizes.steps
@@ -80,14 +85,15 @@ def decode_row(sizes: Sizes, params: Mapping[str, Any], hits: list[float], rows:
 
     seconds = [taken / sizes.steps for taken in turns(run, sizes.turn_seconds)]
     held_tokens = sizes.context + (sizes.steps + 1) // 2  # the middle of a turn, its own token included
-    chance = work.hit_by_chance(config, rows)
+    read, chance = hits.by_rows[rows], work.hit_by_chance(config, rows)
+    note = f"{np.mean(read):.1f} of {config.n_routed_experts} experts hit a layer ({chance:.1f} by chance)"
     return {
         "seconds": seconds,
         **figures,
         "tokens": rows,
         "flops": work.decode_flops(config, rows, held_tokens),
-        "bytes": work.decode_bytes(config, timing.sizes_of(params), rows, held_tokens, hits, dtype.itemsize),
-        "note": f"{np.mean(hits):.1f} of {config.n_routed_experts} experts hit a layer ({chance:.1f} by chance)",
+        "bytes": work.decode_bytes(config, timing.sizes_of(params), rows, held_tokens, read, dtype.itemsize),
+        "note": f"{chance:.1f} experts a layer by chance, not counted: {hits.why_not}" if hits.why_not else note,
     }
 
 
@@ -105,7 +111,16 @@ def prefill_row(sizes: Sizes, params: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def hit_experts(sizes: Sizes, params: Mapping[str, Any]) -> dict[int, list[float]]:
+def hit_experts(sizes: Sizes, params: Mapping[str, Any]) -> Hits:
+    """Counted; if that fails, the rows are measured all the same, against what is hit by chance."""
+    try:
+        return Hits(_counted(sizes, params))
+    except Exception as error:
+        layers = sum(sizes.model.is_moe_layer(layer) for layer in range(sizes.model.num_hidden_layers))
+        return Hits({rows: [work.hit_by_chance(sizes.model, rows)] * layers for rows in sizes.batches}, one_line(error))
+
+
+def _counted(sizes: Sizes, params: Mapping[str, Any]) -> dict[int, list[float]]:
     """For each batch size, how many experts of each MoE layer one step reads: of as many random tokens.
 
     One program for all sizes, without a cache: a token that stands alone is routed as well as any.

@@ -17,6 +17,7 @@ class Part(NamedTuple):
 
 _FUSION: Final = "--xla_gpu_experimental_use_ragged_dot_fusion"
 _ROOF: Final = "of roofline"
+_MFU: Final = "of measured matmul"  # the bars have it of the data sheet's
 CEILINGS: Final = "ceilings"  # always run: without it no figure has a floor
 
 # fmt: off
@@ -24,14 +25,16 @@ PARTS: Final[dict[str, Part]] = {
     # name               cases                         least wants what
     CEILINGS:       Part("ceilings.cases",              10,  40, "bandwidth and bf16 matmul of this GPU"),
     "decode":       Part("generation.decode",           45, 150, "a decode step of the 16B in bf16"),
-    "experts":      Part("experts.main_size",           20, 100, "the routed experts, 16K tokens, by backend and leg"),
-    "train":        Part("training.widths_of_16b",      45, 130, "the train step, 16B widths, up to 8 layers", "MFU"),
+    "experts":      Part("experts.main_size",           20, 110, "the routed experts, 16K tokens, by backend and leg"),
+    "train":        Part("training.widths_of_16b",      45, 130, "the train step, 16B widths, up to 8 layers", _MFU),
     "block":        Part("block.cases",                 20,  90, "one block of the 16B and its pieces"),
+    "transformers": Part("peers.transformers",          40, 100, "transformers' Qwen2-MoE in the 16B's sizes"),
+    "torch_experts": Part("peers.torch_experts",        10,  30, "the routed experts by torch's grouped matmul"),
     "prefill":      Part("generation.prefill_bf16",     40,  80, "a prompt of 2K through the 16B in bf16"),
     "int8":         Part("generation.int8",             60, 160, "decode and prefill of the 16B in int8"),
     "matmuls":      Part("experts.matmuls",             15,  60, "each grouped matmul kernel, each leg"),
-    "finetune":     Part("training.adapters",           60, 140, "LoRA and QLoRA steps of the 16B", "MFU"),
-    "train_whole":  Part("training.largest_preset",     45,  90, "the train step of the largest preset", "MFU"),
+    "finetune":     Part("training.adapters",           60, 140, "LoRA and QLoRA steps of the 16B", _MFU),
+    "train_whole":  Part("training.largest_preset",     45,  90, "the train step of the largest preset", _MFU),
     "experts_more": Part("experts.more_sizes",          20, 120, "the routed experts, 4K and 64K tokens, and skewed"),
     "ragged_fused": Part("experts.ragged",              15,  40, "ragged_dot, XLA's fusion", _ROOF, _FUSION + "=true"),
     "ragged_plain": Part("experts.ragged",              15,  40, "ragged_dot without it", _ROOF, _FUSION + "=false"),

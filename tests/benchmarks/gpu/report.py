@@ -1,11 +1,12 @@
-"""From rows to the report, JSON and Markdown. Start at `markdown`, then `COLUMNS`."""
+"""From rows to the report, JSON and Markdown. Start at `markdown`, then `COLUMNS`; `place` finds its file."""
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from tests.benchmarks.gpu import parts, work
+from tests.benchmarks.gpu import bars, parts, work
 from tests.benchmarks.timing import Spread, spread
 
 Row = Mapping[str, Any]
@@ -15,44 +16,104 @@ _LEGEND: Final = """\
 Milliseconds are medians with their range. A row's floor is the larger of its operations over the measured bf16 matmul
 rate and its bytes over the measured bandwidth (the better of copying and reading); its share is the floor over the
 median, by operations or by bytes as it says. Operations are those that the result needs, none that are computed
-again; the MFU is that share. Memory is what the compiled program plans to hold; the peak is that of the part's process
-up to that row. PyTorch and transformers were not measured."""
+again. Memory is what the compiled program plans to hold; the peak is that of the part's process up to that row."""
 _TRIAL: Final = (
     "**A trial at small sizes, whatever the titles say: it shows that the parts run. No figure here is about a GPU.**"
 )
 
 
-def write(results: dict[str, Any], out: Path) -> list[Path]:
-    """`YYYY-MM-DD-gpu.json` and `.md` in `out`, `-gpu-trial` for a trial; a report of the same day is overwritten."""
-    out.mkdir(parents=True, exist_ok=True)
-    kind = "gpu-trial" if results["trial"] else "gpu"
-    data, page = (out / f"{results['date']}-{kind}.{ending}" for ending in ("json", "md"))
-    data.write_text(json.dumps(results | {"ceilings": ceilings(results)}) + "\n")
+class Place(NamedTuple):
+    """Where the report of a run goes, and the one that it goes on with, if there is one."""
+
+    stem: Path
+    earlier: Mapping[str, Any] | None
+
+
+def place(results: Mapping[str, Any], out: Path, number: int = 1) -> Place:
+    """`YYYY-MM-DD-gpu` in `out`, `-gpu-trial` for a trial; `-2` and so on where that is of something else."""
+    kind, more = "gpu-trial" if results["trial"] else "gpu", "" if number == 1 else f"-{number}"
+    stem = out / f"{results['date']}-{kind}{more}"
+    data = stem.with_suffix(".json")
+    if not data.exists():
+        return Place(stem, None)
+    with contextlib.suppress(ValueError):  # a run that was ended while it wrote leaves no JSON
+        earlier = json.loads(data.read_text())
+        if _subject(earlier) == _subject(results):
+            return Place(stem, earlier)
+    return place(results, out, number + 1)
+
+
+def _subject(results: Mapping[str, Any]) -> list[Any]:
+    """What two runs must have in common to be one report."""
+    return [results.get("device", {}).get("device"), *(results.get(name) for name in ("commit", "sources", "versions"))]
+
+
+def merged(results: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The run with the parts of the earlier one that it measured nothing of; each keeps the ceilings of its own run."""
+    if earlier is None:
+        return dict(results)
+    ran = {name: part for name, part in results["parts"].items() if any("seconds" in row for row in part["rows"])}
+    known = {name: part for name, part in earlier["parts"].items() if part["rows"]}
+    together = {**earlier["parts"], **results["parts"], **known, **ran}
+    return {
+        **results,
+        "commands": [*earlier["commands"], *results["commands"]],
+        "minutes": earlier["minutes"] + results["minutes"],
+        "parts": {name: together[name] for name in parts.PARTS if name in together},
+    }
+
+
+def write(results: Mapping[str, Any], stem: Path) -> list[Path]:
+    """The two files."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    data, page = stem.with_suffix(".json"), stem.with_suffix(".md")
+    data.write_text(json.dumps({**results, "bars": bars.measured(results)}) + "\n")
     page.write_text(markdown(results))
     return [data, page]
 
 
-def markdown(results: dict[str, Any]) -> str:
+def markdown(results: Mapping[str, Any]) -> str:
     """The whole report."""
     facts = {
-        "command": f"`{results['command']}`",
+        "commands" if len(results["commands"]) > 1 else "command": ", ".join(f"`{one}`" for one in results["commands"]),
         "commit": results["commit"],
-        "device": ", ".join(f"{name} {_fact(value)}" for name, value in results["device"].items()),
+        "device": ", ".join(f"{name.replace('_', ' ')} {_fact(value)}" for name, value in results["device"].items()),
         "hardware": ", ".join(f"{name} {value}" for name, value in results["hardware"].items()),
         "versions": ", ".join(f"{name} {value}" for name, value in results["versions"].items()),
         "took": f"{results['minutes']:.1f} minutes",
     }
     lines = [f"# Benchmarks on GPU, {results['date']}", ""]
     lines += [_TRIAL, ""] if results["trial"] else []
-    lines += [*(f"- {name}: {fact}" for name, fact in facts.items()), "", _LEGEND]
+    lines += [*_bars(results), "", *(f"- {name}: {fact}" for name, fact in facts.items()), "", _LEGEND]
     missing = {name: part["not run"] for name, part in results["parts"].items() if "not run" in part}
     if missing:
         lines += ["", "Not run:", "", *(f"- {name} ({parts.PARTS[name].what}): {why}" for name, why in missing.items())]
-    rates = ceilings(results)
+    latest = ceilings(results)
     for name, part in results["parts"].items():
         if name not in missing:
-            lines += ["", f"## {name}: {parts.PARTS[name].what}", "", *_table(name, part["rows"], rates)]
+            lines += ["", f"## {name}: {parts.PARTS[name].what}", ""]
+            lines += [_other_run(part["ceilings"]), ""] if part["ceilings"] != latest else []
+            lines += _table(name, part["rows"], part["ceilings"])
     return "\n".join([*lines, ""])
+
+
+def _bars(results: Mapping[str, Any]) -> list[str]:
+    """A line for every bar."""
+    lines = ["| figure | measured | bar | aim | met | of |", "| --- " * 6 + "|"]
+    for line in bars.measured(results):
+        value, figure = line["measured"], f"{line['figure']}, {line['unit']}"
+        met = "not measured" if value is None else {None: "a trial", True: "yes", False: "no"}[line["met"]]
+        shown = "" if value is None else _number(value)
+        lines.append(f"| {figure} | {shown} | {line['bar']:,} | {line['aim']:,} | {met} | {line['of']} |")
+    return [*lines, "", "The bars and aims are for one H200."]
+
+
+def _other_run(rates: Ceilings) -> str:
+    shown = [
+        f"{name} {rate / 1e12:.4g} TFLOP/s" if name == "matmul" else f"{name} {rate / 1e9:.4g} GB/s"
+        for name, rate in rates.items()
+    ]
+    return f"Of another run, against its own ceilings: {', '.join(shown) or 'none'}."
 
 
 def ceilings(results: Mapping[str, Any]) -> dict[str, float]:
@@ -116,7 +177,11 @@ def _cells(row: Row, rates: Ceilings) -> dict[str, str]:
 
 
 def _rate(row: Row, amount: str, unit: float) -> str:
-    return f"{row[amount] / unit / _spread(row).median:.4g}" if row.get(amount) else ""
+    return _number(row[amount] / unit / _spread(row).median) if row.get(amount) else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if value < 1e4 else f"{value:,.0f}"
 
 
 def _spread(row: Row) -> Spread:
@@ -126,4 +191,6 @@ def _spread(row: Row) -> Spread:
 def _fact(value: Any) -> str:
     if value is None:
         return "unknown"
+    if isinstance(value, float):
+        return f"{value / 1e12:.4g} TFLOP/s"
     return f"{value / 1e9:.4g} GB" if isinstance(value, int) and value > 1e6 else str(value)

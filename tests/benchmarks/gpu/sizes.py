@@ -23,6 +23,7 @@ class Sizes(NamedTuple):
     copied_bytes: int
     matmul_side: int
     dtype: str = "bfloat16"
+    trial: bool = False
     turn_seconds: float = 2.0  # repetitions go on for so long, within `cases.turns`'s bounds
 
     @property
@@ -60,6 +61,7 @@ SMALL: Final = Sizes(
     batches=(1, 4),
     copied_bytes=2**22,
     matmul_side=256,
+    trial=True,
     turn_seconds=0.1,
 )
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dsmoe_jax.generate.memory import device_bytes
+from dsmoe_jax.train.metrics import peak_flops
 from tests.benchmarks.gpu.cases import UnableError, turns
 
 
@@ -77,10 +78,16 @@ def shape(dtype: Any, *dims: int) -> jax.ShapeDtypeStruct:
 
 
 def facts() -> dict[str, Any]:
-    """The device and how much memory JAX may use of it."""
+    """The device, how much memory JAX may use of it, its dense bf16 rate by its data sheet where we have that."""
     device = jax.devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
-    return {"platform": device.platform, "device": device.device_kind, "devices": jax.device_count(), "memory": limit}
+    return {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "memory": limit,
+        "data_sheet": peak_flops([device]),
+    }
 
 
 def ids(config: Any, rows: int, tokens: int) -> Any:

@@ -1,0 +1,89 @@
+"""GPUs that are not here: XLA's CUDA compiler makes programs for them that nothing runs. Start at `devices`.
+
+It needs jax's CUDA plugin (`pip install -e '.[gpu]'`), no GPU and no driver. What comes out tells memory, the kernels
+that will run and whether they compile, but no time: tiles of matmuls are not tuned, and cuDNN's plans are not made.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+_GPUS_A_HOST: Final = 8
+
+
+class Card(NamedTuple):
+    """What differs between the cards, from OpenXLA's descriptions of them (xla/backends/gpu/target_config/specs)."""
+
+    name: str
+    memory: int  # bytes
+    bandwidth: int  # bytes/s
+    l2: int  # bytes
+    capability: int
+    cores: int
+    fpus: int  # of a core
+    shared: int  # bytes of shared memory of a core
+    shared_optin: int  # what a block may have of them
+    clock: float  # GHz
+
+
+_A100: Final = {"capability": 8, "cores": 108, "fpus": 64, "shared": 167936, "shared_optin": 166912, "clock": 1.41}
+_HOPPER: Final = {"capability": 9, "cores": 132, "fpus": 128, "shared": 233472, "shared_optin": 232448, "clock": 1.98}
+# fmt: off
+CARDS: Final[dict[str, Card]] = {
+    #                  name                      memory           bandwidth          L2
+    "a100_40gb": Card("NVIDIA A100-SXM4-40GB",    42_331_013_120, 1_555_200_000_000, 41_943_040, **_A100),
+    "h100":      Card("NVIDIA H100 80GB HBM3",    84_942_979_072, 3_352_320_000_000, 52_428_800, **_HOPPER),
+    "h200":      Card("NVIDIA H200 141GB HBM3e", 151_397_597_184, 4_800_000_000_000, 52_428_800, **_HOPPER),
+}
+# fmt: on
+
+
+def devices(card: str, count: int = 1) -> list[Any]:
+    """`count` such GPUs, 8 a host. Raises `ValueError` where jax's CUDA plugin is not installed."""
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # there is no driver to ask
+    hosts = -(-count // _GPUS_A_HOST)
+    shape = f"1x{hosts}x{count // hosts}"
+    try:
+        found = topologies.get_topology_desc(
+            CARDS[card].name, platform="cuda", target_config=_description(CARDS[card]), topology=shape
+        )
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"jax cannot compile for {card}: {str(error).splitlines()[0]} (pip install -e '.[gpu]')"
+        ) from error
+    return list(found.devices)
+
+
+@contextlib.contextmanager
+def chosen_as_on_gpu() -> Iterator[None]:
+    """Whoever asks for the default device's kind is told "gpu": kernels and layouts are chosen by it."""
+    kept = jax.default_backend
+    jax.default_backend = lambda: "gpu"
+    try:
+        yield
+    finally:
+        jax.default_backend = kept
+
+
+def _description(card: Card) -> str:
+    """XLA's message `GpuTargetConfigProto` as text."""
+    extension = "ACCELERATED_FEATURES" if card.capability >= 9 else "NONE"
+    return f"""
+        platform_name: "CUDA"
+        device_description_str: "{card.name}"
+        dnn_version_info {{ major: 9 minor: 10 }}
+        runtime_version {{ major: 12 minor: 9 }}
+        gpu_device_info {{
+          cuda_compute_capability {{ major: {card.capability} feature_extension: {extension} }}
+          threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          shared_memory_per_block: 49152 shared_memory_per_core: {card.shared}
+          shared_memory_per_block_optin: {card.shared_optin}
+          core_count: {card.cores} fpus_per_core: {card.fpus} clock_rate_ghz: {card.clock} l2_cache_size: {card.l2}
+          device_memory_size: {card.memory} memory_bandwidth: {card.bandwidth}
+        }}"""

@@ -1,0 +1,55 @@
+"""What XLA is asked for on GPUs: where, and that the user's own word goes first."""
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import jax
+import numpy as np
+import pytest
+
+from dsmoe_jax import xla_options
+from dsmoe_jax.sharding import MeshConfig, make_mesh
+from dsmoe_jax.xla_options import ON_SEVERAL_GPUS, compiler_options
+from tests.benchmarks import cards
+
+
+def mesh_of(platform: str, devices: int) -> Any:
+    return cast(Any, SimpleNamespace(size=devices, devices=np.full(devices, SimpleNamespace(platform=platform))))
+
+
+def test_only_several_gpus_get_options():
+    assert compiler_options(None) is compiler_options(mesh_of("gpu", 1)) is compiler_options(mesh_of("cpu", 8)) is None
+    assert compiler_options(mesh_of("gpu", 8)) == ON_SEVERAL_GPUS
+
+
+def test_what_the_environment_says_stays(monkeypatch: pytest.MonkeyPatch):
+    name = next(iter(ON_SEVERAL_GPUS))
+    monkeypatch.setenv("XLA_FLAGS", f"--{name}=false")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+
+    xla_options.set_environment()
+
+    assert set(compiler_options(mesh_of("gpu", 8)) or {}) == set(ON_SEVERAL_GPUS) - {name}
+    assert xla_options.os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
+
+
+def test_the_memory_fraction_is_set_where_nobody_did(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+
+    xla_options.set_environment()
+
+    assert xla_options.os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92"
+
+
+def test_xla_knows_every_option():
+    try:
+        devices = cards.devices("h100", 2)
+    except ValueError as error:
+        pytest.skip(str(error))
+    mesh = make_mesh(MeshConfig(), devices)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    x = jax.ShapeDtypeStruct((8, 8), np.float32, sharding=place)
+
+    program = jax.jit(lambda x: x.sum(), compiler_options=compiler_options(mesh)).lower(x).compile()
+
+    assert "all-reduce" in str(program.as_text())
