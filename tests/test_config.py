@@ -19,7 +19,7 @@ MOE = {"n_routed_experts": 8, "num_experts_per_tok": 2}
     [
         ("deepseek_moe_16b", 16_375_728_128, 2_828_650_496),
         ("deepseek_moe_2b", 1_991_733_760, 319_582_720),
-        ("deepseek_moe_145b", 144_612_773_888, 22_187_331_584),
+        pytest.param("deepseek_moe_145b", 144_612_773_888, 22_187_331_584, marks=pytest.mark.slow),
         ("bench", 271_008_256, None),
         ("tiny", None, None),
     ],

@@ -164,7 +164,7 @@ def larger_ways(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     shutil.rmtree(work)
 
 
-@pytest.mark.parametrize("direction", ["import", "export"])
+@pytest.mark.parametrize("direction", ["import", pytest.param("export", marks=pytest.mark.slow)])
 def test_a_conversion_killed_at_any_moment_leaves_nothing_false_and_goes_on(
     tmp_path: Path, larger_ways: dict[str, Way], server: Server, direction: str
 ):

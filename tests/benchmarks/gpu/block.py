@@ -1,6 +1,7 @@
 """One MoE block of the 16B, forward and with its gradients, and the pieces that it is made of. Start at `cases`."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -59,8 +60,11 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     yield piece(sizes, "sort", lambda ids: Sorted.by_expert(ids, E), (ids,), 0)
     for name, (function, operands, flops) in pieces.items():
         yield piece(sizes, name, function, operands, flops)
-        yield piece(sizes, f"{name}, forward and backward", _with_gradients(function), operands, 3 * flops)
-    del block, pieces, function, operands
+        both = piece(sizes, f"{name}, forward and backward", _with_gradients(function), operands, 3 * flops)
+        yield both
+        if "attention" in name:
+            yield Case(f"{both.key}.cudnn", f"{both.name}, by cuDNN", functools.partial(timing.by_cudnn, both.run))
+    del both, block, pieces, function, operands
     yield experts.case(sizes, B * T, "both", None)
 
 

@@ -5,6 +5,7 @@ Start at `timed`; `noise` makes operands where they will be used.
 
 import functools
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dsmoe_jax.generate.memory import device_bytes
+from dsmoe_jax.kernels import attention
 from dsmoe_jax.train.metrics import peak_flops
 from tests.benchmarks.gpu.cases import UnableError, turns
 
@@ -40,6 +42,21 @@ def compiled(function: Any, *operands: Any) -> tuple[Any, dict[str, Any]]:
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         figures["memory"] = held + memory.temp_size_in_bytes
     return program, figures
+
+
+def by_cudnn(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `run` gives where attention is cuDNN's; `UnableError` where there is no GPU."""
+    if jax.default_backend() != "gpu":
+        raise UnableError("cuDNN needs a GPU")
+    kept = os.environ.get(attention.VARIABLE)
+    os.environ[attention.VARIABLE] = "cudnn"
+    jax.clear_caches()  # else an equal block would be found as it was traced before
+    try:
+        return run()
+    finally:
+        os.environ.pop(attention.VARIABLE)
+        os.environ |= {} if kept is None else {attention.VARIABLE: kept}
+        jax.clear_caches()
 
 
 def nbytes(tree: Any) -> int:

@@ -30,15 +30,17 @@ _HEADROOM: Final = 8e9  # activations of a block, logits
 
 
 def widths_of_16b(sizes: Sizes) -> Iterator[Case]:
-    """As many layers as fit, up to those asked for; by each way of keeping activations."""
+    """As many layers as fit, up to those asked for; by each way of keeping activations and of attention."""
     config = sizes.trained
     while config.num_hidden_layers > 1 and not _fits(config):
         config = dataclasses.replace(config, num_hidden_layers=config.num_hidden_layers - 1)
     B, T = sizes.train_shape
     for remat in ("full", "dots"):
         run = functools.partial(step_row, config, sizes.train_shape, sizes, remat=remat)
+        key = f"train.{config.num_hidden_layers}.{remat}"
         name = f"{config.num_hidden_layers} layers, {B} x {T} tokens, remat {remat}"
-        yield Case(f"train.{config.num_hidden_layers}.{remat}", name, run)
+        yield Case(key, name, run)
+        yield Case(f"{key}.cudnn", f"{name}, attention by cuDNN", functools.partial(timing.by_cudnn, run))
 
 
 def largest_preset(sizes: Sizes) -> Iterator[Case]:
