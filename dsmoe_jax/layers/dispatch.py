@@ -266,6 +266,10 @@ def _routed_backward(plan: _Plan, saved: tuple[Any, Wanted], grads: tuple[Array,
     back = [
         None if g is None else send(g).astype(leaf.dtype) for g, send, leaf in zip(found, home, stored, strict=True)
     ]
+    if plan.mesh_axes:
+        # The layer before waits for the gradients of these experts to be scattered: else the compiler scatters those of
+        # all layers at the end, and holds them whole until then.
+        back = jax.lax.optimization_barrier(back)
     return *jax.tree.unflatten(jax.tree.structure(operands), back), None
 
 
