@@ -75,6 +75,9 @@ def main() -> None:
     parser.add_argument("--card", choices=cards.CARDS, help="compile for GPUs of this kind")
     asked = parser.parse_args()
     known = cases(asked.card)
+    for recipe in asked.recipes:
+        if recipe not in known:
+            parser.error(f"RECIPE {recipe!r} does not exist, only {', '.join(known)}")
     for recipe in asked.recipes or known:
         with contextlib.nullcontext() if asked.card is None else cards.chosen_as_on_gpu():
             print(recipe, compiled(known[recipe], apart=asked.card is None), flush=True)
