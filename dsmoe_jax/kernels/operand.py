@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from dsmoe_jax.axes import Array, Bool, Float, Int
+from dsmoe_jax.axes import Array, Bool, Float, Int, Shaped
 from dsmoe_jax.kernels.activation import ACTIVATION_FUNCTIONS
 
 _STATIC: Final = {"static": True}
@@ -140,9 +140,14 @@ def shape(operand: Operand) -> tuple[int, int]:
 Dot: TypeAlias = Callable[[Array, Array], Array]
 
 
+def dot(x: Float[Array, "R I"], weight: Shaped[Array, "O I"]) -> Float[Array, "R O"]:
+    """x Wᵀ, summed in fp32; codes of int8 are cast to x's dtype."""
+    return _dot(x, weight.astype(x.dtype))
+
+
 @jax.custom_vjp
-def dot(x: Float[Array, "R I"], weight: Float[Array, "O I"]) -> Float[Array, "R O"]:
-    """x Wᵀ, summed in fp32. Gradients are rounded to x's dtype first: else bf16 would be multiplied as fp32."""
+def _dot(x: Array, weight: Array) -> Array:
+    """Gradients are rounded to x's dtype first: else bf16 would be multiplied as fp32."""
     return contract(x, weight, 1, 1)
 
 
@@ -158,10 +163,10 @@ def _dot_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array
     return contract(grad, weight, 1, 0).astype(x.dtype), contract(grad, x, 0, 0).astype(weight.dtype)
 
 
-dot.defvjp(lambda x, weight: (dot(x, weight), (x, weight)), _dot_backward)
+_dot.defvjp(lambda x, weight: (_dot(x, weight), (x, weight)), _dot_backward)
 
 
-def as_sum(x: Float[Array, "R I"], weight: Float[Array, "O I"]) -> Float[Array, "R O"]:
+def as_sum(x: Float[Array, "R I"], weight: Shaped[Array, "O I"]) -> Float[Array, "R O"]:
     """`dot` as products and sums, which XLA fuses with whatever fetches the weight."""
     return (x.astype(jnp.float32)[:, None, :] * weight.astype(jnp.float32)[None]).sum(axis=-1)
 
@@ -177,7 +182,7 @@ def linear(x: Float[Array, "*rows I"], operand: Operand, dot: Dot = dot) -> Floa
             return dot(x[..., ::2], upper) + dot(x[..., 1::2], lower)
         case Quantized(codes, scales) if operand.by_output:
             # The scale falls on the result: what is multiplied are the codes, exact in any dtype, read as int8.
-            y = dot(x, codes.astype(x.dtype))
+            y = dot(x, codes)
             return y * scales.reshape((1,) * (y.ndim - 1) + (-1,))
         case Quantized():
             return dot(x, operand.dequantize().astype(x.dtype))
