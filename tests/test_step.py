@@ -79,7 +79,7 @@ class Run:
 # The original
 
 
-@pytest.mark.parametrize("case", ["a_baseline", "i_mid"])
+@pytest.mark.parametrize("case", ["a_baseline", pytest.param("i_mid", marks=pytest.mark.slow)])
 def test_ten_steps_of_adamw_follow_the_originals_curve(case: str):
     tensors, want = golden.tensors(case), golden.expected(case)["adamw_curve"]
     hyper = want["hyper"]
@@ -152,7 +152,7 @@ def test_a_step_is_the_same_in_every_combination(mesh: str, accumulation: int, r
     check_equal(got, one_step(PLAIN))
 
 
-@pytest.mark.parametrize("accumulation", [2, 4])
+@pytest.mark.parametrize("accumulation", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_micro_batches_of_unequal_targets_weigh_by_them(accumulation: int):
     config = tiny()
     batch = random_batch(config)
