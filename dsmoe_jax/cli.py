@@ -15,7 +15,9 @@ from dsmoe_jax import __version__
 from dsmoe_jax.xla_options import set_environment
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """One that refuses in one line."""
+
     def error(self, message: str) -> NoReturn:
         """One line, not the whole usage."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -23,9 +25,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 2 for a user's mistake, 130 if interrupted."""
-    parser = _Parser(prog="dsmoe", description="DeepSeekMoE in JAX.")
+    parser = Parser(prog="dsmoe", description="DeepSeekMoE in JAX.")
     parser.add_argument("--version", action="version", version=f"dsmoe {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
     for name, (run, arguments, help_line) in VERBS.items():
         verb = verbs.add_parser(name, help=help_line, description=f"{help_line[0].upper()}{help_line[1:]}.")
         for flags, options in arguments:

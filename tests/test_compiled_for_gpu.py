@@ -22,7 +22,7 @@ from dsmoe_jax.generate.programs import Batch, empty, extend, step
 from dsmoe_jax.kernels import grouped_matmul, plain
 from dsmoe_jax.kernels.expert_ffn import expert_ffn
 from dsmoe_jax.model import abstract
-from dsmoe_jax.quantize import SCHEMES, kind_of, quantize_matrix
+from dsmoe_jax.quantize import kind_of, quantized_form
 from tests.benchmarks import cards
 
 pytestmark = pytest.mark.heavy
@@ -54,11 +54,9 @@ def compiled(program: Any, *arguments: Any) -> Any:
 def params(scheme: str | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, spec in abstract(CONFIG)[1].items():
-        value = jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16)
+        found[name] = jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16)
         if scheme is not None and (kind_of(name) or name == "embed"):
-            encode = functools.partial(quantize_matrix, scheme=SCHEMES[scheme], double=False)
-            value = jax.eval_shape(jax.vmap(encode) if len(spec.shape) == 3 else encode, value)
-        found[name] = value
+            found[name] = quantized_form(spec.shape, scheme, double=False)
     return found
 
 

@@ -24,7 +24,6 @@ from dsmoe_jax.kernels.expert_ffn import BACKENDS, LEGS, Backend, Legs, choose, 
 from dsmoe_jax.kernels.operand import Experts, Inputs
 from tests.helpers import reference
 from tests.helpers.conformance import (
-    BF16,
     DENSE,
     FP32,
     GROUPS,
@@ -35,7 +34,9 @@ from tests.helpers.conformance import (
     F,
     arrays,
     assert_near,
+    check_adapters_over_bf16,
     check_all,
+    check_bf16,
     jitted,
     out_and_grads,
     twin,
@@ -259,26 +260,12 @@ def test_an_output_that_nobody_uses_costs_nothing(monkeypatch: pytest.MonkeyPatc
 
 @every_backend
 def test_bf16_stays_near_fp32(backend: str):
-    inputs, cotangent = arrays(24, jnp.bfloat16)
-    sizes = jnp.array(GROUPS["uneven"], jnp.int32)
-
-    out, grads = jitted(expert_ffn, backend=backend)(inputs, sizes, cotangent)
-
-    assert out.dtype == jnp.bfloat16
-    assert {path: grad.dtype for path, grad in grads.items()} == {p: leaf.dtype for p, leaf in paths(inputs).items()}
-    check_all((out, grads), twin(inputs, GROUPS["uneven"], cotangent), BF16)
+    check_bf16(backend)
 
 
 @pytest.mark.parametrize("backend", [*LOOPS, "ragged", "slots"])
 def test_adapters_in_fp32_serve_rows_in_bf16(backend: str):
-    inputs, cotangent = arrays(24, jnp.bfloat16, ("low-rank over dense", "low-rank over 4-bit", "dense"))
-    sizes = jnp.array(GROUPS["uneven"], jnp.int32)
-
-    out, grads = jitted(expert_ffn, FROZEN, backend=backend)(inputs, sizes, cotangent)
-
-    assert out.dtype == grads["rows"].dtype == jnp.bfloat16
-    assert {grads[path].dtype for path in ("gate.a", "gate.b", "up.a", "up.b")} == {jnp.dtype(jnp.float32)}
-    check_all((out, grads), twin(inputs, GROUPS["uneven"], cotangent), BF16)
+    check_adapters_over_bf16(backend)
 
 
 @pytest.mark.parametrize("trained", [False, True], ids="trained={}".format)

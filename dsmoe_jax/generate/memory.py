@@ -6,13 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from dsmoe_jax.cache import KVCache
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.model import abstract, shardings
-from dsmoe_jax.quantize import SCHEMES, kind_of, quantize_matrix
+from dsmoe_jax.quantize import SCHEMES, kind_of, quantized_form
 from dsmoe_jax.sharding import MeshConfig, as_mesh
 
 
@@ -93,8 +92,6 @@ def device_bytes() -> int | None:
 
 @functools.lru_cache(maxsize=256)
 def _quantized_bytes(shape: tuple[int, ...], scheme: str) -> int:
-    """Of one weight; a stack of experts is as many matrices."""
-    encode = functools.partial(quantize_matrix, scheme=SCHEMES[scheme], double=True)
-    operand = jax.eval_shape(encode, jax.ShapeDtypeStruct(shape[-2:], np.float32))
-    one = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(operand))
-    return one * math.prod(shape[:-2])
+    """Of one weight."""
+    leaves = jax.tree.leaves(quantized_form(shape, scheme))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)

@@ -8,11 +8,12 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from rich.console import Console
 
+from dsmoe_jax.cli import Parser
 from dsmoe_jax.config import ModelConfig
 from tests.benchmarks import machine, plan, report
 from tests.benchmarks.children import ENVIRONMENT, NEEDS, Child
@@ -21,12 +22,6 @@ from tests.benchmarks.inputs import batch
 REPORTS: Final = Path(__file__).parent / "reports"
 LOGITS: Final = 1e-4  # the twin may differ from us by as much as the original does (README, "Parity")
 _CHECK_SHAPE: Final = (2, 48)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, not the whole usage."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def options(argv: Sequence[str]) -> argparse.Namespace:
     """The options; `ValueError` for a value that does not exist."""
-    parser = _Parser(prog="python -m tests.benchmarks", description="Speed and memory against peers and floors.")
+    parser = Parser(prog="python -m tests.benchmarks", description="Speed and memory against peers and floors.")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of turns per contender, default 5")
     parser.add_argument("--only", default=",".join(plan.OPTIONS), metavar="AREA,…", help="default %(default)s")
     parser.add_argument("--contenders", default=",".join(plan.ALL), metavar="NAME,…", help="default %(default)s")

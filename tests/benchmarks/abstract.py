@@ -14,7 +14,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import argparse
 import contextlib
 import dataclasses
-import functools
 import math
 import time
 from typing import Any, Final, NamedTuple
@@ -28,7 +27,7 @@ from dsmoe_jax import lora
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.peft_matching import make_plan
 from dsmoe_jax.model import abstract
-from dsmoe_jax.quantize import SCHEMES, kind_of, quantize_matrix
+from dsmoe_jax.quantize import kind_of, quantized_form
 from dsmoe_jax.sharding import MeshConfig, make_mesh, sharding
 from dsmoe_jax.train.batch import Batch
 from dsmoe_jax.train.config import RunConfig
@@ -129,10 +128,9 @@ def _frozen(config: ModelConfig, scheme: str | None, mesh: Mesh | None) -> dict[
     place = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, PartitionSpec())
     found = {}
     for name, spec in abstract(config)[1].items():
-        value = jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16)
+        value: Any = jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16)
         if scheme is not None and kind_of(name):
-            encode = functools.partial(quantize_matrix, scheme=SCHEMES[scheme], double=True)
-            value = jax.eval_shape(jax.vmap(encode) if len(spec.shape) == 3 else encode, value)
+            value = quantized_form(spec.shape, scheme)
         found[name] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), value)
     return found
 

@@ -23,11 +23,13 @@ from tests.helpers.conformance import (
     D,
     E,
     arrays,
+    check_adapters_over_bf16,
     check_all,
+    check_bf16,
     jitted,
     twin,
 )
-from tests.helpers.trees import FROZEN, paths
+from tests.helpers.trees import paths
 from tests.test_grouped_matmul import (
     test_every_row_meets_its_own_expert as test_the_grouped_matmul_gives_every_row_its_own_expert,  # noqa: F401
 )
@@ -91,27 +93,13 @@ def test_every_kind_of_operand(kinds: str, backend: str):
 @every_backend
 def test_bf16_stays_near_fp32(backend: str):
     skip_without(backend)
-    inputs, cotangent = arrays(24, jnp.bfloat16)
-    sizes = jnp.array(GROUPS["uneven"], jnp.int32)
-
-    out, grads = jitted(expert_ffn, backend=backend)(inputs, sizes, cotangent)
-
-    assert out.dtype == jnp.bfloat16
-    assert {path: grad.dtype for path, grad in grads.items()} == {p: leaf.dtype for p, leaf in paths(inputs).items()}
-    check_all((out, grads), twin(inputs, GROUPS["uneven"], cotangent), BF16)
+    check_bf16(backend)
 
 
 @pytest.mark.parametrize("backend", SERVING)
 def test_adapters_in_fp32_serve_rows_in_bf16(backend: str):
     skip_without(backend)
-    inputs, cotangent = arrays(24, jnp.bfloat16, ("low-rank over dense", "low-rank over 4-bit", "dense"))
-    sizes = jnp.array(GROUPS["uneven"], jnp.int32)
-
-    out, grads = jitted(expert_ffn, FROZEN, backend=backend)(inputs, sizes, cotangent)
-
-    assert out.dtype == grads["rows"].dtype == jnp.bfloat16
-    assert {grads[path].dtype for path in ("gate.a", "gate.b", "up.a", "up.b")} == {jnp.dtype(jnp.float32)}
-    check_all((out, grads), twin(inputs, GROUPS["uneven"], cotangent), BF16)
+    check_adapters_over_bf16(backend)
 
 
 # fmt: off

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsmoe_jax.kernels.expert_ffn import expert_ffn
 from dsmoe_jax.kernels.operand import Experts, Inputs
 from tests.helpers import reference
 from tests.helpers.trees import FROZEN, paths, trained
@@ -102,6 +103,30 @@ def check_all(got: Any, want: Any, tolerance: float = FP32):
     assert_near(got[0], want[0], tolerance, "out")
     for path, grad in got[1].items():
         assert_near(grad, want[1][path], tolerance, path)
+
+
+def check_bf16(backend: str):
+    """Near fp32, every gradient in its operand's dtype."""
+    inputs, cotangent = arrays(24, jnp.bfloat16)
+    sizes = jnp.array(GROUPS["uneven"], jnp.int32)
+
+    out, grads = jitted(expert_ffn, backend=backend)(inputs, sizes, cotangent)
+
+    assert out.dtype == jnp.bfloat16
+    assert {path: grad.dtype for path, grad in grads.items()} == {p: leaf.dtype for p, leaf in paths(inputs).items()}
+    check_all((out, grads), twin(inputs, GROUPS["uneven"], cotangent), BF16)
+
+
+def check_adapters_over_bf16(backend: str):
+    """Rows in bf16, adapters and their gradients in fp32."""
+    inputs, cotangent = arrays(24, jnp.bfloat16, ("low-rank over dense", "low-rank over 4-bit", "dense"))
+    sizes = jnp.array(GROUPS["uneven"], jnp.int32)
+
+    out, grads = jitted(expert_ffn, FROZEN, backend=backend)(inputs, sizes, cotangent)
+
+    assert out.dtype == grads["rows"].dtype == jnp.bfloat16
+    assert {grads[path].dtype for path in ("gate.a", "gate.b", "up.a", "up.b")} == {jnp.dtype(jnp.float32)}
+    check_all((out, grads), twin(inputs, GROUPS["uneven"], cotangent), BF16)
 
 
 def twin(inputs: Inputs, sizes: list[int], cotangent: Any, activation: str = "silu"):

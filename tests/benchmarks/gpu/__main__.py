@@ -13,8 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
+from dsmoe_jax.cli import Parser
 from tests.benchmarks import machine
 from tests.benchmarks.gpu import parts, report
 
@@ -22,12 +23,6 @@ REPORTS: Final = Path(__file__).parents[1] / "reports"
 _ROOT: Final = Path(__file__).parents[3]
 _LONGEST_ROW: Final = 180  # seconds that a part may take beyond its share
 _PROBE: Final = "import jax; print(jax.default_backend())"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, not the whole usage."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def options(argv: Sequence[str]) -> argparse.Namespace:
     """The options; `ValueError` for a value that does not exist."""
-    parser = _Parser(prog="python -m tests.benchmarks.gpu", description="Speed and memory on one NVIDIA GPU.")
+    parser = Parser(prog="python -m tests.benchmarks.gpu", description="Speed and memory on one NVIDIA GPU.")
     parser.add_argument("--minutes", type=float, default=10, metavar="N", help="for all parts, default %(default)s")
     parser.add_argument("--only", default="", metavar="PART,…", help=f"default all: {', '.join(parts.PARTS)}")
     parser.add_argument("--small", action="store_true", help="a trial at small sizes, on the CPU")

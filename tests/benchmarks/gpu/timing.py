@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -48,14 +49,11 @@ def by_cudnn(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `run` gives where attention is cuDNN's; `UnableError` where there is no GPU."""
     if jax.default_backend() != "gpu":
         raise UnableError("cuDNN needs a GPU")
-    kept = os.environ.get(attention.VARIABLE)
-    os.environ[attention.VARIABLE] = "cudnn"
     jax.clear_caches()  # else an equal block would be found as it was traced before
     try:
-        return run()
+        with mock.patch.dict(os.environ, {attention.VARIABLE: "cudnn"}):
+            return run()
     finally:
-        os.environ.pop(attention.VARIABLE)
-        os.environ |= {} if kept is None else {attention.VARIABLE: kept}
         jax.clear_caches()
 
 

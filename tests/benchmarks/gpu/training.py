@@ -15,7 +15,7 @@ from dsmoe_jax.kernels.operand import Operand
 from dsmoe_jax.layers.weights import Initializer
 from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.model import DeepSeekMoE, abstract, split
-from dsmoe_jax.quantize import SCHEMES, kind_of, quantize_matrix
+from dsmoe_jax.quantize import kind_of, quantized_form
 from dsmoe_jax.train.batch import Batch
 from dsmoe_jax.train.loss import shifted
 from dsmoe_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -127,7 +127,6 @@ def noise_params(
     """
     found: dict[str, Any] = {}
     for number, (name, spec) in enumerate(abstract(config)[1].items()):
-        value: Any = jax.ShapeDtypeStruct(spec.shape, dtype)
         own = scheme if kind_of(name) else embedding if name == "embed" and not config.tie_word_embeddings else None
         if own is None:
             found[name] = (
@@ -136,9 +135,7 @@ def noise_params(
                 else (_drawn(spec.initializer, jax.random.key(number), spec.shape, jnp.dtype(dtype).name))
             )
             continue
-        encode = functools.partial(quantize_matrix, scheme=SCHEMES[own], double=True)
-        form = jax.eval_shape(jax.vmap(encode) if len(spec.shape) == 3 else encode, value)
-        found[name] = timing.noise(form, scale=_SCALE, seed=number)
+        found[name] = timing.noise(quantized_form(spec.shape, own), scale=_SCALE, seed=number)
     return found
 
 
