@@ -1,6 +1,6 @@
 """A conversation written out as the text the model was trained on, by a Jinja template.
 
-Start at `render`. Templates come with a downloaded checkpoint, so template_worker.py runs them, in a sandbox with limits.
+Start at `render`. Templates come with a downloaded checkpoint: template_worker.py runs them in a sandbox with limits.
 """
 
 import logging

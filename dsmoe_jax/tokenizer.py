@@ -1,7 +1,7 @@
 """Text to token ids and back: tokenizer.json and tokenizer.model behind one face.
 
-Start at `Tokenizer`. `DecodeStream` is for printing while a model generates. tokenizer_files.py reads the small files of
-a folder, tokenizer_backends.py has what the two libraries (tokenizers, sentencepiece) do differently.
+Start at `Tokenizer`. `DecodeStream` is for printing while a model generates. tokenizer_files.py reads the small files
+of a folder, tokenizer_backends.py has what the two libraries (tokenizers, sentencepiece) do differently.
 """
 
 import logging
