@@ -293,12 +293,17 @@ def _around(backend: Backend, settings: Settings, bos: int | None, eos: int | No
     For the Llama family the config decides, whatever tokenizer.json's post-processor does: DeepSeek's adds no BOS, the
     original does. For others, and where no config speaks, the post-processor.
     """
-    silent = "add_bos_token" not in settings.config and "add_eos_token" not in settings.config
+    flags = {"add_bos_token": (bos, True), "add_eos_token": (eos, False)}
     named = settings.config.get("tokenizer_class") is not None
-    if silent and not (named and settings.is_llama) and (named or any(backend.around)):
+    given = [flag for flag in flags if flag in settings.config]
+    if not settings.is_llama:
+        if ignored := [flag for flag in given if settings.flag(flag, False) != bool(backend.around[flag == given[-1]])]:
+            _log.info("ignored %s: the post-processor of tokenizer.json decides", ", ".join(ignored))
+        return backend.around
+    if not named and not given and any(backend.around):
         return backend.around
     around = []
-    for flag, index, default in (("add_bos_token", bos, settings.is_llama), ("add_eos_token", eos, False)):
+    for flag, (index, default) in flags.items():
         if index is None and flag in settings.config and settings.flag(flag, default):
             raise ValueError(f"tokenizer_config.json: {flag} is true, but the tokenizer has no {flag[4:]}")
         around.append([index] if index is not None and settings.flag(flag, default) else [])

@@ -63,6 +63,7 @@ class JsonBackend:
         except Exception as error:  # The library raises bare Exception.
             raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
         # Settings of whoever saved the file; a prompt must never be cut by them.
+        self._padding = (library.padding or {}).get("pad_token")
         library.no_truncation()
         library.no_padding()
         if dropout := getattr(library.model, "dropout", None):
@@ -79,18 +80,23 @@ class JsonBackend:
         """Adds the tokens of the config, whose flags win over those of tokenizer.json, and marks special ones."""
         named = [token for token in (*settings.special.values(), *settings.additional) if token is not None]
         names = {token.content for token in named}
+        there = {token.content for token in self._library.get_added_tokens_decoder().values()}
+        has_flags = "added_tokens_decoder" in settings.config  # added_tokens.json has only ids
         for i, token in settings.added.items():
-            self._library.add_tokens([_added(token._replace(special=token.special or token.content in names))])
+            if has_flags or token.content not in there:
+                self._library.add_tokens([_added(token, token.special or token.content in names)])
             if (got := self.id_of(token.content)) != i:
                 raise ValueError(f"added token {token.content!r} has id {i} in the config and {got} in tokenizer.json")
-        there = {token.content for token in self._library.get_added_tokens_decoder().values()}
+        there |= {token.content for token in settings.added.values()}
         for token in named:
-            if token.content not in there and self.id_of(token.content) is not None:
-                self._library.add_tokens([_added(token)])
+            with_flags = has_flags and token.content in settings.with_flags
+            if (with_flags or token.content not in there) and self.id_of(token.content) is not None:
+                self._library.add_tokens([_added(token, special=True)])
 
     def default_special(self, kind: str) -> str | None:
         """See `Backend`."""
-        return next((name for name in self._KNOWN.get(kind, ()) if self.id_of(name) is not None), None)
+        known = (self._padding or "",) if kind == "pad_token" else self._KNOWN.get(kind, ())
+        return next((name for name in known if self.id_of(name) is not None), None)
 
     def id_of(self, token: str) -> int | None:
         """See `Backend`."""
@@ -126,10 +132,10 @@ class JsonBackend:
         return library, ids
 
 
-def _added(token: Token) -> Any:
+def _added(token: Token, special: bool) -> Any:
     import tokenizers
 
-    return tokenizers.AddedToken(**token._asdict())
+    return tokenizers.AddedToken(**token._asdict() | {"special": special})
 
 
 def _around(library: Any) -> tuple[list[int], list[int]]:
@@ -140,14 +146,14 @@ def _around(library: Any) -> tuple[list[int], list[int]]:
 
 def _check_prefix_space(path: Path, library: Any, settings: Settings) -> None:
     """Refuses an `add_prefix_space` that transformers 4 obeys and transformers 5 does not."""
-    asked = settings.config.get("add_prefix_space")
-    if asked is None:
+    if settings.config.get("add_prefix_space") is None and settings.is_llama:
         return
     asked = settings.flag("add_prefix_space", False)
     written = _prefix_space(json.loads(library.to_str()), nested=settings.is_llama)
     if written is not None and asked != written:
         raise ValueError(
-            f"tokenizer_config.json: add_prefix_space is {str(asked).lower()}, and {path.name} has the opposite"
+            f"{path}: add_prefix_space is {str(written).lower()}, and tokenizer_config.json has it as "
+            f"{str(asked).lower()} or, which is the same, not at all"
         )
 
 
@@ -195,7 +201,11 @@ class ModelBackend:
         self._ids = {token.content: i for i, token in self._tokens.items()}
         self.control, self.around = dict(self._ids), ([], [])
         self.placeholders = make_placeholders(self.control)
-        self._hidden = {i for i, token in self._tokens.items() if token.special}
+        named = (*settings.special.values(), *settings.additional)
+        names = {token.content for token in named if token is not None}
+        names |= {name for kind in _NAMED if (name := self.default_special(kind)) and kind not in settings.special}
+        self._special = {i for i, token in self._tokens.items() if token.content in names}
+        self._hidden = self._special | {i for i, token in self._tokens.items() if token.special}
         self._hidden |= {i for i in range(self._pieces) if self._model.is_control(i)}
         self.size = max([self._pieces - 1, *self._tokens]) + 1
         unk = settings.special.get("unk_token")
@@ -205,11 +215,15 @@ class ModelBackend:
     def _found_in_text(self, settings: Settings) -> dict[int, Token]:
         """The tokens that are matched before sentencepiece sees a text: it finds no control pieces in one."""
         tokens = dict(settings.added)
-        there = {token.content for token in tokens.values()}
-        named = {kind: settings.special.get(kind, _default(self.default_special(kind))) for kind in _NAMED}
-        for token in (*(settings.special | named).values(), *settings.additional):
+        there = {token.content: i for i, token in tokens.items()}
+        for token in (*settings.special.values(), *settings.additional):
             if token is not None and token.content not in there and (i := self._piece_id(token.content)) is not None:
                 tokens[i] = token
+        for kind in _NAMED:
+            if kind not in settings.special and (name := self.default_special(kind)) is not None:
+                i = there.get(name, self._piece_id(name))
+                assert i is not None
+                tokens[i] = Token(name)
         return tokens
 
     def default_special(self, kind: str) -> str | None:
@@ -237,40 +251,29 @@ class ModelBackend:
 
     def _joined(self, parts: list[_Part], found: Iterator[list[int]]) -> list[int]:
         ids = [next(found) if part.token is None else [part.token] for part in parts]
-        # The space before a text stays away where the text begins with a special token.
-        if (
-            self._prefix
-            and len(parts) > 1
-            and parts[0].text == "▁"
-            and parts[1].token in self._hidden
-            and len(ids[0]) == 1
-        ):
-            ids = ids[1:]
+        # Without `legacy` a lone space before a special token at the beginning goes.
+        if not self._legacy and len(parts) > 1 and parts[1].token in self._special:
+            ids = ids[parts[0].text in ("▁", " ") and len(ids[0]) == 1 :]
         return [i for some in ids for i in some]
 
     def _parts(self, text: str, names: Mapping[str, int]) -> list[_Part]:
         if not self._legacy and text:
             text = "▁" * self._prefix + text.replace("▁", " ")
         words = [word for word in _splitter(tuple(names))(text) if word]
-        tokens = [self._tokens[names[word]] if word in names else None for word in words]
-        is_token = [token is not None for token in tokens]
-        for at, token in enumerate(tokens):
-            if token is None or not is_token[at]:
+        for at, word in enumerate(words):
+            if word not in names:
                 continue
+            token = self._tokens[names[word]]
             left, right = words[at - 1] if at else "", words[at + 1] if at + 1 < len(words) else ""
             if token.rstrip and right:
                 words[at + 1] = right.lstrip()
             if token.lstrip and left:
                 words[at - 1] = left.rstrip()
             if token.single_word and left and left[-1] != " ":
-                words[at - 1] += words[at]
-                words[at], is_token[at - 1] = "", False
+                words[at - 1], words[at] = words[at - 1] + word, ""
             elif token.single_word and right and right[0] != " ":
-                words[at + 1] = words[at] + words[at + 1]
-                words[at], is_token[at + 1] = "", False
-        return [
-            _Part(word, names[word] if token else None) for word, token in zip(words, is_token, strict=True) if word
-        ]
+                words[at], words[at + 1] = "", word + words[at + 1]
+        return [_Part(word, names.get(word)) for word in words if word]
 
     def _encode_parts(self, texts: list[str]) -> list[list[int]]:
         """With `legacy` each part gets sentencepiece's space in front; without, it keeps those that it begins with."""
@@ -309,10 +312,6 @@ _NEUTRAL: Final = ("nbest_size", "alpha", "num_threads", "out_type")  # of sp_mo
 
 def _is_legacy(settings: Settings) -> bool:
     return settings.config.get("legacy") is None or settings.flag("legacy", True)
-
-
-def _default(name: str | None) -> Token | None:
-    return None if name is None else Token(name)
 
 
 @functools.lru_cache(maxsize=16)

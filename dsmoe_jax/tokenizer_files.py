@@ -44,6 +44,7 @@ class Settings(NamedTuple):
 
     config: Mapping[str, Any]
     special: dict[str, Token | None]  # by their kind, as far as named
+    with_flags: frozenset[str]  # those tokens of `special` that the config writes out with flags of their own
     additional: tuple[Token, ...]
     added: dict[int, Token]
 
@@ -97,7 +98,8 @@ def read_settings(folder: Path) -> Settings:
     else:
         names = {token.content for token in (*special.values(), *additional) if token is not None}
         added = _numbered(numbered, names) if numbered.is_file() else {}
-    return Settings(config, special, additional, added)
+    with_flags = frozenset(_content(config[kind]) for kind in special if isinstance(config[kind], dict))
+    return Settings(config, special, with_flags - {token.content for token in added.values()}, additional, added)
 
 
 def _read(path: Path) -> dict[str, Any]:
