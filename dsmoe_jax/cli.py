@@ -103,7 +103,8 @@ def tokenize(asked: argparse.Namespace) -> None:
     from dsmoe_jax.progress import bar
     from dsmoe_jax.train.data import tokenize
 
-    print(tokenize(asked.sources, asked.tokenizer, asked.out, progress=bar))
+    split = asked.split_special_tokens
+    print(tokenize(asked.sources, asked.tokenizer, asked.out, split_special_tokens=split, progress=bar))
 
 
 def pretrain(asked: argparse.Namespace) -> None:
@@ -202,6 +203,7 @@ _DTYPE: Final[_Argument] = (
 _KEEP: Final[_Argument] = (
     ("--dtype",), {"metavar": "DTYPE", "default": "keep", "help": "float32, bfloat16, float16 or keep, the default"})
 _CACHE: Final = ("float32", "bfloat16", "float16", "int8")
+_SPLIT: Final = "encode strings such as <|endoftext|> in prompts and messages as text, not as special tokens"
 # Flags are called as the parameters of `Generator` and `SamplingParams` are; what is not given keeps its default there.
 _MODEL: Final[tuple[_Argument, ...]] = (
     (("path",), {"metavar": "PATH", "help": "a native checkpoint or a Hugging Face folder"}),
@@ -212,6 +214,7 @@ _MODEL: Final[tuple[_Argument, ...]] = (
                           "help": f"of keys and values: {', '.join(_CACHE)}; default: the model's"}),
     (("--max-batch-size",), {"type": int, "metavar": "N", "help": "answers at once, default 8 on CPU, 64 elsewhere"}),
     (("--context-length",), {"type": int, "metavar": "N", "help": "prompt and answer together, in tokens"}),
+    (("--split-special-tokens",), {"action": "store_true", "default": None, "help": _SPLIT}),
 )
 _SAMPLING: Final[tuple[_Argument, ...]] = (
     (("--max-new-tokens",), {"type": int, "metavar": "N", "help": "default 128"}),
@@ -276,6 +279,7 @@ VERBS: Final[dict[str, tuple[Callable[[argparse.Namespace], None], tuple[_Argume
                         "help": "text, jsonl(.gz, .zst), parquet, a folder, or python-stdlib"}),
         (("--tokenizer",), {"required": True, "metavar": "DIR", "help": "a folder with a tokenizer"}),
         (("--out",), {"required": True, "metavar": "OUT", "help": "the new folder of token shards"}),
+        (("--split-special-tokens",), {"action": "store_true", "help": "encode strings of special tokens as text"}),
     ), "write texts as token shards, once"),
     "pretrain": (pretrain, (
         (("recipe",), {"metavar": "RECIPE",

@@ -23,6 +23,7 @@ class DataConfig:
     batch_size: int = 8  # rows of all devices and micro-batches together
     packing: str = "documents"  # documents in a row do not see each other; or "contiguous"
     holdout: float = 0.01  # share of the documents that is kept for evaluation
+    split_special_tokens: bool = False  # the strings of special tokens in a text are text, not control tokens
     prefetch: int = 2  # batches
 
     def __post_init__(self) -> None:

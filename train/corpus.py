@@ -82,7 +82,8 @@ def prepare(config: RunConfig, model_config: ModelConfig, out: Path) -> Corpus:
                 train_tokenizer(seen, trained, model_config.vocab_size)
             for source, home in texts.items():
                 if not home.exists():
-                    _log.info("%s", tokenize(source, tokenizer or trained, home, holdout=data.holdout))
+                    options = {"holdout": data.holdout, "split_special_tokens": data.split_special_tokens}
+                    _log.info("%s", tokenize(source, tokenizer or trained, home, **options))
     if tokenizer is None and trained.exists():
         tokenizer = trained
     shards, heldout = ([TokenShards.open(home, split) for home in homes] for split in ("train", "heldout"))

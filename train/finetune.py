@@ -56,6 +56,7 @@ class ExamplesConfig:
     batch_size: int = 64  # rows of all devices and micro-batches together
     packing: str = "packed"  # whole examples side by side in a row, apart from one another; or "alone"
     holdout: float = 0.02  # share of the examples that is kept for evaluation
+    split_special_tokens: bool = False  # the strings of special tokens in messages are text, not control tokens
     prefetch: int = 2  # batches
 
 
@@ -189,6 +190,7 @@ def open_examples(config: FinetuneConfig, model: ModelConfig, out: Path) -> tupl
         "sequence_length": data.sequence_length,
         "too_long": data.too_long,
         "holdout": data.holdout,
+        "split_special_tokens": data.split_special_tokens,
     }
     # Other files, or the same ones after a change, are other examples.
     files = [file.path for source in data.files for file in find_files(source)]

@@ -103,13 +103,15 @@ class Generator:
         mesh: Mesh | MeshConfig | None = None,
         adapter: str | Path | None = None,
         quantize: str | None = None,
+        split_special_tokens: bool | None = None,
         **options: Any,
     ) -> "Generator":
         """A generator from a native checkpoint or a Hugging Face folder, with the tokenizer that lies in it, if any.
 
         `adapter` is a folder with a LoRA adapter as the peft library stores it. `quantize` ("int8", "int4" or "nf4")
-        quantises the weights as they are read, the embedding in int8; norms, routers and the head stay. `options` are
-        those of `Generator`.
+        quantises the weights as they are read, the embedding in int8; norms, routers and the head stay.
+        `split_special_tokens` is that of `Tokenizer.from_pretrained`: no text of a prompt becomes a special token.
+        `options` are those of `Generator`.
         """
         path = Path(path)
         _check_memory(path, dtype, quantize, mesh, options)
@@ -121,7 +123,9 @@ class Generator:
             model = assemble(config, quantize_embedding(params))
         if adapter is not None:
             model = with_adapter(model, adapter)
-        tokenizer = Tokenizer.from_pretrained(path) if tokenizer_files(path) else None
+        tokenizer = None
+        if tokenizer_files(path):
+            tokenizer = Tokenizer.from_pretrained(path, split_special_tokens=split_special_tokens)
         generation_config = path / "generation_config.json"
         eos = read_json(generation_config).get("eos_token_id") if generation_config.is_file() else None
         return cls(model, tokenizer, **{"eos_token_id": eos} | options)

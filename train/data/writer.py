@@ -2,6 +2,7 @@
 
 import array
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from .shards import BOUNDARY, DTYPES, FORMAT, MANIFEST, SPLITS, is_token_shards,
 from .sources import Document, documents, source_bytes
 
 _SAMPLE: Final = 0.01  # share of the sources after which the size of the rest is foreseen
+_log = logging.getLogger(__name__)
 _AT_ONCE: Final = 1 << 22  # characters that are encoded together; meanwhile they take thirty times as many bytes
 
 
@@ -47,6 +49,7 @@ def tokenize(
     holdout: float = 0.01,
     field: str = "text",
     most_broken: float = 0.01,
+    split_special_tokens: bool = False,
     progress: Callable[[str, int], AbstractContextManager[Advance]] = silent,
 ) -> Tokenized:
     """Write the texts of `sources` (see `documents`) as a new folder of token shards, complete or not at all.
@@ -55,8 +58,9 @@ def tokenize(
     `shard_tokens`; no document crosses shards. About the share `holdout` of the documents is kept for evaluation: which
     ones depends on their text alone, so copies of a text are never on both sides, whatever else is tokenized with it.
 
-    The name of a special token within a text becomes that token, as everywhere with `Tokenizer`; where documents end
-    is known from the boundaries, not from eos.
+    The string of a special token within a text becomes that token, as everywhere with `Tokenizer`, unless
+    `split_special_tokens`; the log has how many there are. Where documents end is known from the boundaries, not from
+    eos.
 
     The same text and tokenizer give the same bytes. Raises `ValueError` in one line for everything that is wrong with
     the sources, the tokenizer or the folder, for a full disk, and as soon as what was read so far says that the disk
@@ -72,7 +76,8 @@ def tokenize(
     if shards := next((source for source in sources if is_token_shards(source)), None):
         raise ValueError(f"{shards}: holds token shards already, no text")
     refuse_existing(out)
-    tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = Tokenizer.from_pretrained(tokenizer_folder, split_special_tokens=split_special_tokens or None)
+    special = SpecialTokenCount(tokenizer)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{tokenizer_folder}: the tokenizer has no eos token to end a document with")
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
@@ -89,6 +94,8 @@ def tokenize(
             for source in sources:
                 found = documents(source, field=field, most_broken=most_broken, advance=space.read)
                 for some in _batches(found):
+                    for document in some:
+                        special.add([document.text])
                     for text, ids in _encoded(some, tokenizer, tokenizer.eos_token_id):
                         (heldout if is_held_out(text, holdout) else train).add(ids)
                         text_bytes += len(text)
@@ -97,10 +104,36 @@ def tokenize(
                 raise ValueError(f"holdout {holdout} leaves none of {heldout.documents} documents to train on")
             splits = dict(zip(SPLITS, (train.finish(), heldout.finish()), strict=True))
             manifest = shards_manifest(tokenizer, dtype, holdout, sources, splits)
-            write_json(draft.folder / MANIFEST, manifest | {"text_bytes": text_bytes})
+            manifest |= {"text_bytes": text_bytes, "split_special_tokens": tokenizer.split_special_tokens}
+            write_json(draft.folder / MANIFEST, manifest)
     except OSError as error:  # a full disk; what goes wrong with a source is a ValueError
         raise ValueError(f"{out} cannot be written: {error.strerror}") from None
+    special.log(out, "documents")
     return Tokenized(Path(out), train.documents, train.tokens, heldout.documents, heldout.tokens, text_bytes)
+
+
+class SpecialTokenCount:
+    """How many strings of special tokens a text for training has."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._strings = self._texts = 0
+
+    def add(self, texts: Iterable[str]) -> None:
+        """Counts in the texts of a document."""
+        found = sum(map(self._tokenizer.count_special_tokens, texts))
+        self._strings += found
+        self._texts += found > 0
+
+    def log(self, out: str | Path, what: str) -> None:
+        """One line, where there are any."""
+        if not self._strings:
+            return
+        found = f"{self._strings:,} special-token strings in the text of {self._texts:,} {what}"
+        if self._tokenizer.split_special_tokens:
+            _log.info("%s: %s are encoded as text", out, found)
+        else:
+            _log.warning("%s: %s become control tokens; split_special_tokens encodes them as text", out, found)
 
 
 def shards_manifest(

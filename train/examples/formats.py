@@ -61,6 +61,18 @@ def read_line(fields: Fields, format: str = AUTO) -> Line:
     return FORMATS[found[0]].read(fields)
 
 
+def texts_of(line: Line) -> list[str]:
+    """The text in a line, as far as people wrote it."""
+
+    def strings(value: Any) -> list[str]:
+        if isinstance(value, str):
+            return [value]
+        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+        return [text for one in inner for text in strings(one)]
+
+    return [] if isinstance(line, Tokens) else strings(tuple(line))
+
+
 def _instruction(fields: Fields) -> Conversation:
     # Alpaca's `input`, what the instruction is about: a blank line and then the text, as a person would paste it.
     about = _text(fields, "input") if fields.get("input") is not None else ""

@@ -12,7 +12,6 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from dsmoe_jax import chat_template
 from dsmoe_jax.tokenizer import Tokenizer
 
 from .formats import Completion, Conversation, Line, Tokens
@@ -86,12 +85,15 @@ def example_of(line: Line, tokenizer: Tokenizer, template: Template, targets: st
 
 
 def _chat(messages: Messages, tokenizer: Tokenizer) -> list[Piece]:
-    return _turn_by_turn(tokenizer.render_chat, messages, tokenizer)
+    render = functools.partial(tokenizer.render_chat, split_special_tokens=tokenizer.split_special_tokens)
+    return _turn_by_turn(render, messages, tokenizer)
 
 
 def _of_file(text: str, messages: Messages, tokenizer: Tokenizer) -> list[Piece]:
-    marks = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
-    return _turn_by_turn(functools.partial(chat_template.render, text, **marks), messages, tokenizer)
+    split = tokenizer.split_special_tokens
+    return _turn_by_turn(
+        functools.partial(tokenizer.render_template, text, split_special_tokens=split), messages, tokenizer
+    )
 
 
 def _turn_by_turn(render: Callable[..., str], messages: Messages, tokenizer: Tokenizer) -> list[Piece]:
@@ -116,8 +118,11 @@ def _deepseek_instruct(messages: Messages, tokenizer: Tokenizer) -> list[Piece]:
     if [message["role"] for message in messages] != ["user", "assistant"]:
         raise ValueError("is not one turn of the user and one of the assistant, all that deepseek-instruct knows")
     asked, answer = (message["content"] for message in messages)
-    prompt = _INSTRUCT.format(asked.strip())
-    ids = _with_bos(prompt + _INSTRUCT_ANSWER.format(answer), tokenizer)
+    prompt, completion = _INSTRUCT.format(asked.strip()), _INSTRUCT_ANSWER.format(answer)
+    if tokenizer.split_special_tokens:
+        prompt = tokenizer.protect(_INSTRUCT.format(tokenizer.escape(asked.strip())))
+        completion = tokenizer.protect(_INSTRUCT_ANSWER.format(tokenizer.escape(answer)))
+    ids = _with_bos(prompt + completion, tokenizer)
     size = len(_with_bos(prompt, tokenizer))
     return [Piece(ids[:size], False), Piece(ids[size:], True)]
 

@@ -17,8 +17,8 @@ from dsmoe_jax.tokenizer import Tokenizer
 from ..data import formats as files
 from ..data import is_held_out, shards, source_bytes
 from ..data.sources import Lines, find_files
-from ..data.writer import Split, shards_manifest
-from .formats import AUTO, FORMATS, Line, read_line
+from ..data.writer import SpecialTokenCount, Split, shards_manifest
+from .formats import AUTO, FORMATS, Line, read_line, texts_of
 from .shorten import shorten
 from .store import FORMAT, MANIFEST, is_examples, targets_file
 from .templates import TARGETS, Example, example_of, open_template
@@ -60,6 +60,7 @@ def write_examples(
     too_long: str = "truncate",
     holdout: float = 0.0,
     most_broken: float = 0.01,
+    split_special_tokens: bool = False,
     progress: Callable[[str, int], AbstractContextManager[Advance]] = silent,
 ) -> Written:
     """Write the lines of `sources` as a new folder of examples, complete or not at all.
@@ -70,6 +71,9 @@ def write_examples(
 
     An example of more than `sequence_length` tokens is cut (see `shorten`), left out, or refused by name (`too_long`).
     About the share `holdout` of the examples is kept for evaluation: which ones depends on what they say alone.
+
+    The strings of special tokens in the text of a line become those tokens, and the log has how many there are; with
+    `split_special_tokens` they are text, and control tokens come from the template alone.
 
     Broken lines are counted and named in the log. Raises `ValueError` in one line where more than the share
     `most_broken` of a file's lines are, or all, and for everything else that is wrong with the sources, the tokenizer,
@@ -88,7 +92,8 @@ def write_examples(
     if already := next((source for source in sources if is_examples(source)), None):
         raise ValueError(f"{already}: holds examples already")
     refuse_existing(out)
-    tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = Tokenizer.from_pretrained(tokenizer_folder, split_special_tokens=split_special_tokens or None)
+    special = SpecialTokenCount(tokenizer)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{tokenizer_folder}: the tokenizer has no eos token to end an answer with")
     write_out = open_template(template)
@@ -106,6 +111,7 @@ def write_examples(
             for source in sources:
                 for where, (line, example) in _found(source, make, most_broken, advance):
                     count += 1
+                    special.add(texts_of(line))
                     if (size := len(example.tokens)) > sequence_length:
                         if too_long == "refuse":
                             raise ValueError(f"{where} has {size} tokens; sequence_length is {sequence_length}")
@@ -128,12 +134,14 @@ def write_examples(
                 "targets": targets,
                 "sequence_length": sequence_length,
                 "too_long": {too_long: longer},
+                "split_special_tokens": tokenizer.split_special_tokens,
                 "splits": {split: found for split, (_, found) in splits.items()},
             }
             write_json(draft.folder / shards.MANIFEST, token_shards)
             write_json(draft.folder / MANIFEST, manifest)
     except OSError as error:  # a full disk; what goes wrong with a source is a ValueError
         raise ValueError(f"{out} cannot be written: {error.strerror}") from None
+    special.log(out, "examples")
     if longer:
         done = {"truncate": "were truncated", "drop": "were left out"}[too_long]
         had = f"had more than {sequence_length} tokens (the longest {longest})"
