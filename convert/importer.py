@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import jax
 import numpy as np
@@ -34,7 +34,8 @@ from dsmoe_jax.new_folder import new_folder, refuse_existing
 from dsmoe_jax.progress import Meter, silent
 from dsmoe_jax.quantize import read_quantized
 from dsmoe_jax.sharding import MeshConfig
-from dsmoe_jax.tokenizer import tokenizer_files
+from dsmoe_jax.special_ids import check_special_ids
+from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files
 
 from .cast import Cast, Loss
 from .conversion import Conversion
@@ -139,6 +140,8 @@ def import_hf(
         beside = travelling_files(folder)
         for file in beside:
             path_inside(folder, file.name)  # or refused: a link may lead anywhere
+        for line in special_ids_beside(folder, config).lines:
+            _log.warning("%s", line)
         parameters = _parameters(config, reader, wanted)
         total = sum(parameter.nbytes for parameter in parameters)
         job = {"import": str(folder.resolve()), "files": _versions(reader), "config": config.to_dict()}
@@ -164,6 +167,26 @@ def travelling_files(folder: Path) -> tuple[Path, ...]:
     """The files of `folder` that go unchanged wherever its weights go: the tokenizer's and the generation config."""
     generation = folder / GENERATION_CONFIG
     return (*tokenizer_files(folder), *([generation] if generation.is_file() else []))
+
+
+class SpecialIds(NamedTuple):
+    """What a folder says of special token ids beside its config."""
+
+    tokenizer: Tokenizer | None
+    generation_config: dict[str, Any] | None
+    lines: list[str]  # of what looks wrong
+
+
+def special_ids_beside(folder: Path, config: ModelConfig) -> SpecialIds:
+    """Read the tokenizer and the generation config of `folder`; raises as `check_special_ids`."""
+    try:
+        tokenizer = Tokenizer.from_pretrained(folder) if tokenizer_files(folder) else None
+    except ValueError:  # it travels unread, and generation will say what is wrong
+        tokenizer = None
+    path = folder / GENERATION_CONFIG
+    generation_config = read_json(path) if path.is_file() else None
+    lines = check_special_ids(config, tokenizer, generation_config, str(folder))
+    return SpecialIds(tokenizer, generation_config, lines)
 
 
 def check_tensors(path: str | Path, config: ModelConfig, reader: CheckpointReader) -> None:

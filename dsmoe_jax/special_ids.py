@@ -95,3 +95,13 @@ def within_vocabulary(fields: Mapping[str, Any], vocab_size: int) -> dict[str, A
         if len(inside) < len(tokens):
             kept[name] = inside if len(inside) > 1 else next(iter(inside), None)
     return kept
+
+
+def exported_ids(fields: Mapping[str, Any], tokenizer: SpecialTokens | None, vocab_size: int) -> dict[str, Any]:
+    """The fields of a config without ids outside the vocabulary; BOS and EOS are the tokenizer's where none is left."""
+    kept = within_vocabulary(fields, vocab_size)
+    for name in ("bos_token_id", "eos_token_id"):
+        token = getattr(tokenizer, name, None)
+        if kept.get(name) is None and token is not None and token < vocab_size:
+            kept[name] = token
+    return kept

@@ -3,14 +3,19 @@
 import functools
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from dsmoe_jax.cache import KVCache
+from dsmoe_jax.checkpoint import DTYPES
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.convert import stored_dtypes
+from dsmoe_jax.manifest import is_native, read_manifest
 from dsmoe_jax.model import abstract, shardings
 from dsmoe_jax.quantize import SCHEMES, kind_of, quantized_form
 from dsmoe_jax.sharding import MeshConfig, as_mesh
@@ -51,10 +56,9 @@ class MemoryPlan(NamedTuple):
         """What a `Generator` takes for `rows` answers of up to `slots` tokens, prompt included.
 
         `dtype` is that of the weights, one for all or each by its name (`convert.stored_dtypes`), and of the cache
-        unless `cache_dtype` says otherwise; `quantize` is a key of
-        `SCHEMES`; `widened` says that weights outside the routed experts are kept in fp32, as on CPUs. `work` is a
-        formula found from compiled programs: six states a layer and token of a piece, and twice its scores, in fp32.
-        Raises `ValueError` for another scheme.
+        unless `cache_dtype` says otherwise; `quantize` is a key of `SCHEMES`; `widened` says that weights outside the
+        routed experts are kept in fp32, as on CPUs. `work` is a formula found from compiled programs: six states a
+        layer and token of a piece, and twice its scores, in fp32. Raises `ValueError` for another scheme.
         """
         if quantize is not None and quantize not in SCHEMES:
             raise ValueError(f"scheme {quantize!r} is not one of {', '.join(SCHEMES)}")
@@ -90,6 +94,19 @@ def device_bytes() -> int | None:
     """The memory that JAX may use on a device, less what it uses already; None where it does not say (CPUs)."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
+
+
+def weight_dtypes(path: Path, config: ModelConfig) -> Mapping[str, Any]:
+    """The dtype of each stored parameter, from the tensors; from the config where a tensor is missing."""
+    said = DTYPES.get(config.torch_dtype or "", jnp.float32)
+    try:
+        if is_native(path):
+            found = {name: np.dtype(tensor["dtype"]) for name, tensor in read_manifest(path).tensors.items()}
+        else:
+            found = stored_dtypes(path)
+    except ValueError:  # loading says what is wrong
+        found = {}
+    return {name: found.get(name, said) for name in abstract(config)[1]}
 
 
 @functools.lru_cache(maxsize=256)
