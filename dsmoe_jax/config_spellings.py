@@ -11,14 +11,17 @@ from typing import Any, Final
 ROPE_SCALING_TYPES: Final = ("linear", "dynamic")
 _DEFAULT_ROPE: Final = "default"  # transformers' name for plain RoPE
 _DEFAULT_LENGTH: Final = 2048  # of the original config's max_position_embeddings
-_MAX_UNKNOWN: Final = 1000  # fields; comparing letters takes time
+_MAX_UNKNOWN: Final = 300  # fields; comparing letters takes time
 _NEAR: Final = 0.83  # of difflib's ratio: one or two wrong letters of a name
 
-# What null means where the original's code treats it as a value.
+# What null means in the original's code, which tests or multiplies by these.
 _NULLS: Final[dict[str, Any]] = {
     "attention_bias": False,
     "norm_topk_prob": False,
     "tie_word_embeddings": False,
+    "seq_aux": False,
+    "aux_loss_alpha": 0.0,
+    "attention_dropout": 0.0,
     "use_cache": True,
     "pretraining_tp": 1,
     "model_type": "deepseek",

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -200,7 +201,7 @@ use_bfloat16 use_mtp watermarking_config ep_size output_router_logits router_z_l
 
 
 def test_what_transformers_writes_beside_the_models_fields_is_carried():
-    fields = dict.fromkeys(PRETRAINED.split(), 1)
+    fields: dict[str, Any] = dict.fromkeys(PRETRAINED.split(), 1)
 
     assert dict(ModelConfig.from_dict(fields).extra) == fields
 
@@ -241,6 +242,10 @@ SAME = [
     ({"n_routed_experts": 0, "num_experts_per_tok": 0, "n_shared_experts": 0}, {}),
     ({"attention_bias": None, "norm_topk_prob": None, "tie_word_embeddings": None, "use_cache": None}, {}),
     ({"pretraining_tp": None}, {}),
+    (
+        {"aux_loss_alpha": None, "seq_aux": None, "attention_dropout": None},
+        {"aux_loss_alpha": 0.0, "seq_aux": False, "attention_dropout": 0.0},
+    ),
     ({"pretraining_tp": 0}, {}),
     ({"hidden_size": 4096.0, "rope_theta": 10000}, {}),
     ({"quantization_config": {}, "head_dim": 128, "routed_scaling_factor": 1.0, "topk_method": "gready"}, {}),

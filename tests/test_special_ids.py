@@ -1,9 +1,10 @@
 """BOS, EOS and padding of config, generation config and tokenizer: what agrees, what is said, what is refused."""
 
+import dataclasses
 import logging
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,8 @@ from dsmoe_jax.vocabulary import train_tokenizer
 from tests.helpers.hf_folder import edit, random_params, tiny, write_hf
 
 
-class Tokens(NamedTuple):
+@dataclasses.dataclass
+class Tokens:
     """A tokenizer, as far as it is asked."""
 
     bos_token_id: int | None = 0
@@ -25,7 +27,8 @@ class Tokens(NamedTuple):
 
 
 def config(**fields: Any) -> ModelConfig:
-    return ModelConfig(**{"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1} | fields)
+    known: dict[str, Any] = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1}
+    return ModelConfig(**known | fields)
 
 
 @pytest.mark.parametrize(
