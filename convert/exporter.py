@@ -212,8 +212,9 @@ def _write_beside(
         told = {name: fields[name] for name in SPECIAL_IDS if fields[name] is not None}
         write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **told})
     elif (kept := within_vocabulary(ids.generation_config, config.vocab_size)) != ids.generation_config:
+        lost = {name: fields[name] for name in SPECIAL_IDS if ids.generation_config.get(name) and kept[name] is None}
         (folder / GENERATION_CONFIG).unlink()
-        write_json(folder / GENERATION_CONFIG, kept)
+        write_json(folder / GENERATION_CONFIG, kept | lost)
     weight_map = {name: file for file, names in shards.items() for name in names}
     write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     write_json(folder / "config.json", fields)

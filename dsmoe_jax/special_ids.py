@@ -36,8 +36,8 @@ def check_special_ids(
         One line for each thing that is legal but looks wrong, for the log.
 
     Raises:
-        ValueError: every EOS id that generation would stop at is outside the vocabulary, so that it would never stop,
-            or the tokenizer's BOS is outside, so that no prompt could be read.
+        ValueError: every EOS id is outside the vocabulary, so that generation would never stop, or the tokenizer's BOS
+            is, so that no prompt could be read.
     """
     V, prefix = config.vocab_size, f"{where}: " if where else ""
     sources = {_CONFIG: {name: getattr(config, name) for name in SPECIAL_IDS}, _GENERATION: generation_config or {}}
@@ -58,13 +58,13 @@ def check_special_ids(
     bos, own_bos = ids.get((_TOKENIZER, "bos_token_id"), ()), ids[_CONFIG, "bos_token_id"]
     eos = ids.get((_TOKENIZER, "eos_token_id"), ())
     stops = ids[_GENERATION, "eos_token_id"] or ids[_CONFIG, "eos_token_id"] or eos
-    if stops and min(stops) >= V:
+    if stops and min(*stops, *eos, V) >= V:
         raise ValueError(f"{prefix}eos_token_id {stops[0]} is {outside}, so generation would never stop")
     if bos and bos[0] >= V:
         raise ValueError(f"{prefix}bos_token_id {bos[0]} of {_TOKENIZER} is {outside}")
     if bos and own_bos and bos != own_bos:
         lines.append(f"{prefix}bos_token_id is {own_bos[0]} in {_CONFIG}, {bos[0]} in {_TOKENIZER}")
-    if eos and eos[0] not in stops:
+    if eos and eos[0] not in stops and min(stops) < V:
         lines.append(
             f"{prefix}eos_token_id {eos[0]} of {_TOKENIZER} is not among {list(stops)}, where generation stops"
         )

@@ -53,6 +53,8 @@ def test_ids_that_belong_together_need_no_word(fields: dict, tokenizer: Tokens |
     [
         ({"pad_token_id": 64}, None, None, "pad_token_id 64 of config.json is outside the vocabulary of 64 tokens"),
         ({"bos_token_id": 70}, None, None, "bos_token_id 70 of config.json is outside the vocabulary of 64 tokens"),
+        ({}, Tokens(), {"eos_token_id": 99}, "eos_token_id 99 of generation_config.json is outside the vocabulary"),
+        ({"eos_token_id": 99}, Tokens(), None, "eos_token_id 99 of config.json is outside the vocabulary"),
         ({}, None, {"eos_token_id": [1, 99]}, "eos_token_id 99 of generation_config.json is outside the vocabulary"),
         ({"bos_token_id": 3}, Tokens(), None, "bos_token_id is 3 in config.json, 0 in the tokenizer"),
         ({"eos_token_id": 3}, Tokens(), None, r"eos_token_id 1 of the tokenizer is not among \[3\]"),
@@ -70,8 +72,8 @@ def test_what_is_legal_and_looks_wrong_is_said(fields: dict, tokenizer: Any, gen
     ("fields", "tokenizer", "generation", "line"),
     [
         ({"eos_token_id": 64}, None, None, "eos_token_id 64 is outside the vocabulary of 64 tokens, so generation"),
-        ({"eos_token_id": [64, 99]}, Tokens(), None, "generation would never stop"),
-        ({}, Tokens(), {"eos_token_id": 64}, "generation would never stop"),
+        ({"eos_token_id": [64, 99]}, Tokens(None, 64), None, "generation would never stop"),
+        ({}, None, {"eos_token_id": 64}, "generation would never stop"),
         ({"bos_token_id": None}, Tokens(bos_token_id=64), None, "bos_token_id 64 of the tokenizer is outside"),
         ({}, None, {"eos_token_id": "1"}, "generation_config.json: eos_token_id must be a token id or a list of them"),
         ({}, None, {"eos_token_id": [True]}, "eos_token_id must be a token id"),
@@ -142,8 +144,19 @@ def test_no_id_outside_the_vocabulary_leaves_in_an_export(
     assert read_json(back / "config.json").items() >= {"eos_token_id": 1, "pad_token_id": None}.items()
 
 
+def test_an_end_outside_the_vocabulary_leaves_as_the_tokenizers(tmp_path: Path, vocabulary: Path):
+    source = folder_with(tmp_path / "hf", vocabulary, {"eos_token_id": 5000}, eos_token_id=5000)
+
+    import_hf(source, tmp_path / "native")
+    back = export_hf(tmp_path / "native", tmp_path / "back").path
+
+    assert read_json(back / "config.json")["eos_token_id"] == 1
+    assert read_json(back / "generation_config.json") == {"eos_token_id": 1}
+
+
 def test_a_folder_whose_answers_never_end_is_not_imported(tmp_path: Path, vocabulary: Path):
     source = folder_with(tmp_path / "hf", vocabulary, {"eos_token_id": 5000})
+    (source / "tokenizer.json").unlink()
 
     with pytest.raises(ValueError, match="eos_token_id 5000 is outside the vocabulary of 1024 tokens"):
         import_hf(source, tmp_path / "native")
