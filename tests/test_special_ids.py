@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import export_hf, import_hf
@@ -102,6 +103,15 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vocabulary") / "tokenizer"
     train_tokenizer(["one two three"], folder, 262)
     return folder
+
+
+def test_an_own_vocabulary_gives_the_same_ids_in_its_own_library(vocabulary: Path):
+    text = "two ü three"
+    theirs = tokenizers.Tokenizer.from_file(str(vocabulary / "tokenizer.json"))
+
+    assert theirs.encode(text).ids == Tokenizer.from_pretrained(vocabulary).encode(text)
+    assert theirs.encode(text).ids[0] == 0
+    assert read_json(vocabulary / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 def folder_with(path: Path, vocabulary: Path, generation: dict | None, **fields: Any) -> Path:
