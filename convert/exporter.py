@@ -20,10 +20,11 @@ from dsmoe_jax.model import abstract
 from dsmoe_jax.new_file import NewFile
 from dsmoe_jax.new_folder import Draft, new_folder, refuse_existing, write_json
 from dsmoe_jax.progress import Advance, Meter, silent
+from dsmoe_jax.special_ids import SPECIAL_IDS, exported_ids, within_vocabulary
 
 from .cast import Cast, Loss
 from .conversion import Conversion
-from .importer import GENERATION_CONFIG, travelling_files
+from .importer import GENERATION_CONFIG, SpecialIds, special_ids_beside, travelling_files
 from .names import export_order
 from .reader import SAFETENSORS_DTYPES
 
@@ -100,6 +101,9 @@ def export_hf(
     beside = [name for name in reader.manifest.files if not name.startswith(f"{PARAMETERS}/")]
     for changed in damage(reader.folder, reader.manifest, beside, lambda step: None):
         _log.warning("%s: %s", reader.folder, changed)  # by hand perhaps: it is what is exported
+    ids = special_ids_beside(reader.folder, reader.config)
+    for line in ids.lines:
+        _log.warning("%s", line)
     sizes = {name: reader.read(name).size * (wanted or reader.read(name).dtype).itemsize for name in reader.order}
     shards = _shards(sizes, limit)
     total = sum(sizes.values())
@@ -116,7 +120,7 @@ def export_hf(
                 _write_shard(draft, file, names, reader, wanted, proof, advance)
             loss += Loss(*draft.finished[file])
         proof.check()
-        _write_beside(draft.folder, reader, shards, total, wanted)
+        _write_beside(draft.folder, reader, shards, total, wanted, ids)
     return Conversion(
         path=out,
         tensors=len(reader.order),
@@ -189,7 +193,12 @@ def _header(names: list[str], reader: NativeReader, dtype: np.dtype | None) -> b
 
 
 def _write_beside(
-    folder: Path, reader: NativeReader, shards: dict[str, list[str]], total: int, dtype: np.dtype | None
+    folder: Path,
+    reader: NativeReader,
+    shards: dict[str, list[str]],
+    total: int,
+    dtype: np.dtype | None,
+    ids: SpecialIds,
 ) -> None:
     """Everything but the shards; the config last, without which no loader takes the folder for a model."""
     config = reader.config
@@ -198,10 +207,14 @@ def _write_beside(
         config = config.stored_as(stored.pop())
     for path in travelling_files(reader.folder):
         shutil.copyfile(path, folder / path.name)
-    if not (folder / GENERATION_CONFIG).is_file():
-        tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        told = {name: token for name, token in tokens.items() if token is not None}
+    fields = exported_ids(config.to_dict(), ids.tokenizer, config.vocab_size)
+    if ids.generation_config is None:
+        told = {name: fields[name] for name in SPECIAL_IDS if fields[name] is not None}
         write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **told})
+    elif (kept := within_vocabulary(ids.generation_config, config.vocab_size)) != ids.generation_config:
+        lost = {name: fields[name] for name in SPECIAL_IDS if ids.generation_config.get(name) and kept[name] is None}
+        (folder / GENERATION_CONFIG).unlink()
+        write_json(folder / GENERATION_CONFIG, kept | lost)
     weight_map = {name: file for file, names in shards.items() for name in names}
     write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    write_json(folder / "config.json", config.to_dict())
+    write_json(folder / "config.json", fields)

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import jax
 import numpy as np
@@ -34,13 +34,16 @@ from dsmoe_jax.new_folder import new_folder, refuse_existing
 from dsmoe_jax.progress import Meter, silent
 from dsmoe_jax.quantize import read_quantized
 from dsmoe_jax.sharding import MeshConfig
-from dsmoe_jax.tokenizer import tokenizer_files
+from dsmoe_jax.special_ids import check_special_ids
+from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files
 
 from .cast import Cast, Loss
 from .conversion import Conversion
+from .foreign_names import adopt_names
 from .hub import fetch, is_repository
 from .names import TIED_HEAD, hf_names, hf_shapes, is_stacked
 from .reader import CheckpointReader, path_inside
+from .torch_pickle import show
 
 GENERATION_CONFIG: Final = "generation_config.json"
 _log = logging.getLogger(__name__)
@@ -137,6 +140,8 @@ def import_hf(
         beside = travelling_files(folder)
         for file in beside:
             path_inside(folder, file.name)  # or refused: a link may lead anywhere
+        for line in special_ids_beside(folder, config).lines:
+            _log.warning("%s", line)
         parameters = _parameters(config, reader, wanted)
         total = sum(parameter.nbytes for parameter in parameters)
         job = {"import": str(folder.resolve()), "files": _versions(reader), "config": config.to_dict()}
@@ -164,8 +169,32 @@ def travelling_files(folder: Path) -> tuple[Path, ...]:
     return (*tokenizer_files(folder), *([generation] if generation.is_file() else []))
 
 
+class SpecialIds(NamedTuple):
+    """What a folder says of special token ids beside its config."""
+
+    tokenizer: Tokenizer | None
+    generation_config: dict[str, Any] | None
+    lines: list[str]  # of what looks wrong
+
+
+def special_ids_beside(folder: Path, config: ModelConfig) -> SpecialIds:
+    """Read the tokenizer and the generation config of `folder`; raises as `check_special_ids`."""
+    try:
+        tokenizer = Tokenizer.from_pretrained(folder) if tokenizer_files(folder) else None
+    except ValueError:  # it travels unread, and generation will say what is wrong
+        tokenizer = None
+    path = folder / GENERATION_CONFIG
+    generation_config = read_json(path) if path.is_file() else None
+    lines = check_special_ids(config, tokenizer, generation_config, str(folder))
+    return SpecialIds(tokenizer, generation_config, lines)
+
+
 def check_tensors(path: str | Path, config: ModelConfig, reader: CheckpointReader) -> None:
     """Refuse a folder of which not every name, shape and dtype is as its config says; no tensor is read for it."""
+    adopt_names(reader, config)
+    if reader.ignored:
+        more = f" and {len(reader.ignored) - 8} more" if len(reader.ignored) > 8 else ""
+        _log.info("%s: ignored: %s%s", path, ", ".join(map(show, reader.ignored[:8])), more)
     check_count(path, config, len(reader.tensors), per_stack=config.n_routed_experts or 0)
     if "auto_map" in read_json(Path(path) / "config.json"):
         _log.info("%s: auto_map is dropped, no code travels with a checkpoint", path)
@@ -181,6 +210,16 @@ def check_tensors(path: str | Path, config: ModelConfig, reader: CheckpointReade
         for part in parts:
             if (dtype := reader.tensors[part].dtype) != first:
                 raise ValueError(f"{path}: tensor {part} is {dtype}, {parts[0]} of the same stack is {first}")
+
+
+def stored_dtypes(path: str | Path) -> dict[str, np.dtype]:
+    """The dtype of each of our parameters as the folder stores it, from the headers alone."""
+    config = ModelConfig.from_file(path)
+    with CheckpointReader(path) as reader:
+        check_count(path, config, len(reader.tensors), per_stack=config.n_routed_experts or 0)
+        adopt_names(reader, config)
+        found = {name: info.dtype for name, info in reader.tensors.items()}
+    return {name: found[parts[0]] for name, parts in hf_names(config).items() if parts[0] in found}
 
 
 def _parameters(config: ModelConfig, reader: CheckpointReader, dtype: np.dtype | None) -> list[Parameter]:

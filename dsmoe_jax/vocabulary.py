@@ -17,7 +17,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> None
     There are fewer where the texts hold no more pairs to merge. Raises `ValueError` for a size below that of all bytes,
     and if `folder` exists.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     if vocab_size < _LEAST:
         raise ValueError(f"a byte-level vocabulary has {_LEAST} tokens at least, not {vocab_size}")
@@ -31,7 +31,20 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> None
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    special = {"add_bos_token": True, "add_eos_token": False, "bos_token": _BOS, "eos_token": _EOS}
+    # transformers asks for a class, and adds BOS as this file says.
+    special_tokens = [(_BOS, tokenizer.token_to_id(_BOS))]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{_BOS} $A", pair=f"{_BOS} $A {_BOS}:1 $B:1", special_tokens=special_tokens
+    )
+    special = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": _BOS,
+        "eos_token": _EOS,
+        "pad_token": _EOS,
+        "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     with new_folder(folder) as draft:
         tokenizer.save(str(draft.folder / "tokenizer.json"))
         write_json(draft.folder / "tokenizer_config.json", special)

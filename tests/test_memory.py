@@ -1,5 +1,7 @@
 """The memory plan is made of the config alone; here it is held against what the compiler says of real programs."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +9,13 @@ import pytest
 
 from dsmoe_jax.cache import KVCache
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.generate.memory import MemoryPlan, cache_bytes
+from dsmoe_jax.convert import import_hf
+from dsmoe_jax.generate.memory import MemoryPlan, cache_bytes, weight_dtypes
 from dsmoe_jax.generate.programs import Batch, extend, prefill, step
 from dsmoe_jax.model import DeepSeekMoE, abstract, split
 from dsmoe_jax.quantize import quantize_embedding, quantize_params
 from dsmoe_jax.sharding import MeshConfig
+from tests.helpers.hf_folder import edit, random_params, tiny, write_hf
 from tests.test_generate import SMALL
 
 S = jax.ShapeDtypeStruct
@@ -89,6 +93,18 @@ def test_on_a_mesh_each_device_has_its_share():
 
     assert each.cache * 8 == one.cache
     assert one.weights / 8 < each.weights < one.weights / 6
+
+
+@pytest.mark.parametrize("said", ["float32", None, "bfloat16"])
+def test_the_plan_counts_the_tensors_and_not_what_the_config_says(tmp_path: Path, said: str | None):
+    write_hf(tmp_path / "hf", tiny(torch_dtype=said), random_params(tiny()), "bfloat16")
+    import_hf(tmp_path / "hf", tmp_path / "native")
+    edit("config.json", lambda fields: fields.update(torch_dtype=said))(tmp_path / "native")
+
+    stored = sum(array.size for array in random_params(tiny()).values()) * 2
+    for folder in (tmp_path / "hf", tmp_path / "native"):
+        plan = MemoryPlan.of(tiny(), rows=1, slots=16, dtype=weight_dtypes(folder, tiny()))
+        assert plan.weights == stored
 
 
 def test_the_plan_is_one_line():

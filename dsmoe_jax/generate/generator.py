@@ -18,7 +18,7 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import load_hf, load_hf_quantized, with_adapter
 from dsmoe_jax.generate.answer import Answer, Prefix, TokenLogprob
 from dsmoe_jax.generate.engine import Engine, Stats
-from dsmoe_jax.generate.memory import MemoryPlan, device_bytes
+from dsmoe_jax.generate.memory import MemoryPlan, device_bytes, weight_dtypes
 from dsmoe_jax.generate.params import SamplingParams
 from dsmoe_jax.generate.scoring import Perplexity, Score, perplexity, score
 from dsmoe_jax.json_file import read_json
@@ -373,18 +373,18 @@ def _check_memory(path: Path, dtype: Any, quantize: str | None, mesh: Any, optio
     Raises `ValueError` where the weights alone are more than there is.
     """
     config = ModelConfig.from_file(path)
-    stored = np.dtype(as_dtype(dtype) or DTYPES.get(config.torch_dtype or "", jnp.float32))
+    wanted = as_dtype(dtype)
     slots = options.get("context_length") or _SHORTEST_CONTEXT
     plan = MemoryPlan.of(
         config,
         rows=1,
         slots=slots,
-        dtype=stored,
+        dtype=weight_dtypes(path, config) if wanted is None else wanted,
         cache_dtype=None if options.get("cache_dtype") is None else _cache_dtype(options["cache_dtype"]),
         quantize=quantize,
         prefill_chunk=options.get("prefill_chunk") or _defaults().prefill_chunk,
         mesh=mesh,
-        widened=jax.default_backend() == "cpu" and stored in _HALF,
+        widened=jax.default_backend() == "cpu",
     )
     if plan.total >= _WORTH_SAYING:
         _log.info("memory for one answer of %s tokens: %s", slots, plan)
