@@ -15,6 +15,7 @@ import logging
 import math
 import mmap
 import operator
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,6 +32,10 @@ from dsmoe_jax.new_file import NewFile
 FRAME: Final = "state"  # the folder that Orbax makes for the one tree in a checkpoint
 PIECE_BYTES: Final = 1 << 20  # what is in memory of an array while it is written; a cast holds some ten of them
 _WORKERS: Final = 6  # while some wait for the disk others hash, at 2 GB/s a core at best
+_STAMPS: Final = (  # file of the frame, what names a time or a place in it, what stands there instead
+    ("_CHECKPOINT_METADATA", r'(_timestamp_nsecs": )\d+', r"\g<1>0"),
+    ("commit_success.txt", r"(successful) to .*", r"\1"),
+)
 _PART_BYTES: Final = 8 << 20  # an expert of the 16B has 5.8 MB
 _DTYPES: Final[dict[str, np.dtype]] = {
     "float32": np.dtype(np.float32),
@@ -48,7 +53,10 @@ class ArrayRecord(NamedTuple):
 
 
 def write_frame(folder: Path, dtypes: Mapping[str, np.dtype]) -> None:
-    """Have Orbax make the checkpoint `folder`, its arrays of one element each; all processes must call it."""
+    """Have Orbax make the checkpoint `folder`, its arrays of one element each; all processes must call it.
+
+    Call `strip_frame` once, from one process, when all have returned.
+    """
     from orbax.checkpoint import v1 as ocp
 
     context = ocp.Context()
@@ -57,6 +65,14 @@ def write_frame(folder: Path, dtypes: Mapping[str, np.dtype]) -> None:
     saving.enable_write_sharding_file = False
     with context, without_warnings():
         ocp.save(str(folder), {name: np.zeros((1,), dtype) for name, dtype in dtypes.items()})
+
+
+def strip_frame(folder: Path) -> None:
+    """Take out of the frame when and where it was made: the same arrays give the same bytes everywhere."""
+    for file, pattern, text in _STAMPS:
+        path = folder / file
+        if path.is_file():
+            path.write_text(re.sub(pattern, text, path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 @contextlib.contextmanager
