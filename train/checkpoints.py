@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from dsmoe_jax.array_files import hash_file, without_warnings
 from dsmoe_jax.checkpoint import check_names_and_shapes, together
 from dsmoe_jax.json_file import read_json
-from dsmoe_jax.manifest import own_hash
+from dsmoe_jax.manifest import own_hash, with_own_hash
 from dsmoe_jax.new_folder import sync, write_json
 
 from .step import TrainState
@@ -135,7 +135,7 @@ class Checkpoints:
             _wait_for(part)
             sums |= read_json(part)
         fields = {"format": _FORMAT, "step": step, "files": sums, "facts": dict(facts)}
-        _write_whole(home / _MANIFEST, fields | {"sha256": own_hash(fields)})
+        _write_whole(home / _MANIFEST, with_own_hash(fields))
         for part in home.glob("sums-*.json"):
             part.unlink()
         self._forget_old()
