@@ -103,7 +103,7 @@ def _run(config: RunConfig) -> Result:
         evaluate = evaluate_step(job.model, graph, config.step, trained)
         recorder = stack.enter_context(_recorder(config, job.model, out, first))
         clock = _Clock(recorder, config)
-        best = Best(out, job) if job.keep_best else None
+        best = Best(out, job, first) if job.keep_best else None
         stop = stack.enter_context(_stop_signal())
         batches = corpus.batches(first)
         stack.callback(getattr(batches, "close", lambda: None))
