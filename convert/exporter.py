@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import re
 import shutil
 import time
@@ -15,7 +14,7 @@ import numpy as np
 from dsmoe_jax.array_files import open_array, pieces_of, raw_bytes
 from dsmoe_jax.checkpoint import as_dtype, check_count, check_names_and_shapes
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.manifest import PARAMETERS, Manifest, damage, read_manifest
+from dsmoe_jax.manifest import PARAMETERS, Manifest, read_manifest
 from dsmoe_jax.model import abstract
 from dsmoe_jax.new_file import NewFile
 from dsmoe_jax.new_folder import Draft, new_folder, refuse_existing, write_json
@@ -28,7 +27,6 @@ from .importer import GENERATION_CONFIG, SpecialIds, special_ids_beside, travell
 from .names import export_order
 from .reader import SAFETENSORS_DTYPES
 
-_log = logging.getLogger(__name__)
 _INDEX: Final = "model.safetensors.index.json"
 _UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _CODES: Final = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
@@ -37,7 +35,7 @@ _CODES: Final = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 class NativeReader:
     """The tensors of a native checkpoint by Hugging Face's names, memory-mapped.
 
-    Raises `ValueError` where manifest, config and files do not agree; the bytes themselves are not looked at.
+    Raises `ValueError` where manifest, config and files do not agree; the bytes of the tensors are not looked at.
     """
 
     def __init__(self, folder: Path):
@@ -98,9 +96,6 @@ def export_hf(
     wanted, limit = as_dtype(dtype), parse_size(max_shard_size)
     out = refuse_existing(out)
     reader = NativeReader(Path(native))
-    beside = [name for name in reader.manifest.files if not name.startswith(f"{PARAMETERS}/")]
-    for changed in damage(reader.folder, reader.manifest, beside, lambda step: None):
-        _log.warning("%s: %s", reader.folder, changed)  # by hand perhaps: it is what is exported
     ids = special_ids_beside(reader.folder, reader.config)
     for line in ids.lines:
         _log.warning("%s", line)

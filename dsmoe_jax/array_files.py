@@ -15,7 +15,10 @@ import logging
 import math
 import mmap
 import operator
+import os
+import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,7 +34,13 @@ from dsmoe_jax.new_file import NewFile
 FRAME: Final = "state"  # the folder that Orbax makes for the one tree in a checkpoint
 PIECE_BYTES: Final = 1 << 20  # what is in memory of an array while it is written; a cast holds some ten of them
 _WORKERS: Final = 6  # while some wait for the disk others hash, at 2 GB/s a core at best
+_STAMPS: Final = (  # file of the frame, what names a time or a place in it, what stands there instead
+    ("_CHECKPOINT_METADATA", r'(_timestamp_nsecs": )\d+', r"\g<1>0"),
+    ("commit_success.txt", r"(successful) to .*", r"\1"),
+)
 _PART_BYTES: Final = 8 << 20  # an expert of the 16B has 5.8 MB
+_OS_ERROR: Final = re.compile(r"os_error_code='(\d+)'")  # in a message of tensorstore
+_hooks: list[Callable[[Any], Any]] = []  # that of before for what nobody can catch
 _DTYPES: Final[dict[str, np.dtype]] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -48,15 +57,26 @@ class ArrayRecord(NamedTuple):
 
 
 def write_frame(folder: Path, dtypes: Mapping[str, np.dtype]) -> None:
-    """Have Orbax make the checkpoint `folder`, its arrays of one element each; all processes must call it."""
+    """Have Orbax make the checkpoint `folder`, its arrays of one element each; all processes must call it.
+
+    Call `strip_frame` once, from one process, when all have returned.
+    """
     from orbax.checkpoint import v1 as ocp
 
     context = ocp.Context()
     saving = context.array.saving
     saving.use_ocdbt, saving.use_zarr3, saving.use_compression = False, True, False
     saving.enable_write_sharding_file = False
-    with context, without_warnings():
+    with context, writing_errors(folder):
         ocp.save(str(folder), {name: np.zeros((1,), dtype) for name, dtype in dtypes.items()})
+
+
+def strip_frame(folder: Path) -> None:
+    """Take out of the frame when and where it was made: the same arrays give the same bytes everywhere."""
+    for file, pattern, text in _STAMPS:
+        path = folder / file
+        if path.is_file():
+            path.write_text(re.sub(pattern, text, path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -69,6 +89,37 @@ def without_warnings() -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
+
+
+@contextlib.contextmanager
+def writing_errors(path: Path) -> Iterator[None]:
+    """What Orbax and tensorstore raise as they write `path`, as the `OSError` that it was, and nothing beside it.
+
+    Orbax logs the stacks of its threads as well, and Python those of callbacks into event loops that are closed by
+    then: hundreds of lines for a full disk, which say no more, some of them after the exception.
+    """
+    if sys.unraisablehook is not _ignore_closed_loops:
+        _hooks[:] = [sys.unraisablehook]
+        sys.unraisablehook = _ignore_closed_loops
+        logging.getLogger("absl").addFilter(_is_not_of_a_thread)
+    with without_warnings():
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            found = _OS_ERROR.search(str(error))
+            number = int(found[1]) if found else getattr(error, "errno", None)
+            if number is None:
+                raise
+            raise OSError(number, os.strerror(number), str(path)) from None
+
+
+def _ignore_closed_loops(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _hooks[0](unraisable)
+
+
+def _is_not_of_a_thread(record: logging.LogRecord) -> bool:
+    return "_SignalingThread" not in record.getMessage()
 
 
 class ArrayWriter:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from dsmoe_jax.array_files import ArrayRecord, ArrayWriter, pieces_of, without_warnings, write_frame
+from dsmoe_jax.array_files import ArrayRecord, ArrayWriter, pieces_of, strip_frame, without_warnings, write_frame
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.json_file import read_json
 from dsmoe_jax.manifest import PARAMETERS, Manifest, damage, read_manifest, write_manifest
@@ -49,6 +49,9 @@ def save(model: DeepSeekMoE, path: str | Path, *, beside: Sequence[Path] = ()) -
                 stack.enter_context(new_folder(path, needs=sum(value.nbytes for value in params.values())))
         with together():
             write_frame(folder / PARAMETERS, {name: value.dtype for name, value in params.items()})
+        with together():
+            if index == 0:
+                strip_frame(folder / PARAMETERS)
         with together() as errors, ArrayWriter(folder / PARAMETERS, records.__setitem__) as writer:
             for i, (name, value) in enumerate(params.items()):
                 array = whole(value)  # by all processes, even where one has failed: the others wait for it
@@ -73,7 +76,7 @@ def load(
     """Restore a native checkpoint, each parameter straight onto the devices of `mesh` (None: the default device).
 
     `dtype` ("float32", "bfloat16" or "float16") casts as it reads; None keeps what is stored. `verify` compares every
-    file of the parameters with its SHA-256 first, half a second a gigabyte and core: Orbax alone lets a flipped bit
+    file of the manifest with its SHA-256 first, half a second a gigabyte and core: Orbax alone lets a flipped bit
     pass in silence. Several processes share that out. Raises `ValueError` for a folder that is no native checkpoint,
     or a damaged one.
     """
@@ -100,13 +103,13 @@ def open_checkpoint(path: Path, *, verify: bool = True) -> tuple[ModelConfig, Ma
 
     Every process must call it.
     """
-    manifest = read_manifest(path)
+    manifest = read_manifest(path, verify=verify)
     config = ModelConfig.from_file(path)
     check_count(path, config, len(manifest.tensors))
     if verify:
         files = [name for name in manifest.files if name.startswith(f"{PARAMETERS}/")]
         with together():
-            for found in damage(path, manifest, files[jax.process_index() :: jax.process_count()], lambda step: None):
+            for found in damage(path, manifest, files[jax.process_index() :: jax.process_count()]):
                 raise ValueError(f"{path}: damaged checkpoint: {found}")
     return config, manifest
 
@@ -136,6 +139,7 @@ def write_parameters(draft: Draft, parameters: Sequence[Parameter], advance: Adv
         for left in draft.folder.glob(f"{PARAMETERS}*"):  # by a run that was killed here
             shutil.rmtree(left)
         write_frame(folder, {parameter.name: parameter.dtype for parameter in parameters})
+        strip_frame(folder)
         sync_tree(folder)
         draft.finish(_FRAME_UNIT, None)
     with ArrayWriter(folder, lambda name, record: draft.finish(name, list(record))) as writer:

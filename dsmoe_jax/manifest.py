@@ -1,11 +1,15 @@
 """The manifest of a native checkpoint: the SHA-256 of every file and of every tensor, written last.
 
 A folder without one is no checkpoint. `write_manifest` seals a folder, `read_manifest` opens one, `damage` looks for
-flipped bits. A tensor's SHA-256 is that of its bytes in C order, little-endian.
+flipped bits. A tensor's SHA-256 is that of its bytes in C order, little-endian. `HashCache` knows the hashes of files
+that are too large to be read at every start.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +24,12 @@ PARAMETERS: Final = "parameters"  # the Orbax folder inside a checkpoint
 HEADER: Final = "dsmoe_jax.json"  # marks a native checkpoint
 FORMAT: Final = 2
 _READ_BYTES: Final = 1 << 20
+# What changes the meaning of a checkpoint, though its manifest need not name it.
+_MEANINGFUL: Final = frozenset(
+    {"added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json", "generation_config.json"}
+    | {"special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"}
+)
+_log = logging.getLogger(__name__)
 
 
 class Manifest(NamedTuple):
@@ -30,6 +40,11 @@ class Manifest(NamedTuple):
     files: dict[str, dict[str, Any]]  # by path below the folder: bytes, sha256
     tensors: dict[str, dict[str, Any]]  # by our name: dtype, shape, sha256
     source: dict[str, Any]  # where it was converted from: repository and revision, if from a hub
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the config and the tensors alone: the same model has the same, whenever and wherever made."""
+        return own_hash({"config": self.files.get("config.json", {}).get("sha256"), "tensors": self.tensors})
 
 
 class Damage(NamedTuple):
@@ -53,9 +68,9 @@ def write_manifest(folder: Path, arrays: Mapping[str, ArrayRecord], source: Mapp
             files[name] = hash_file(path)
     tensors = {name: record.tensor for name, record in arrays.items()}
     fields = {"format": FORMAT, "files": files, "tensors": tensors, "source": dict(source)}
-    own = own_hash(fields)
-    write_json(folder / HEADER, fields | {"sha256": own})
-    return own
+    sealed = with_own_hash(fields)
+    write_json(folder / HEADER, sealed)
+    return sealed["sha256"]
 
 
 def is_native(path: str | Path) -> bool:
@@ -63,8 +78,11 @@ def is_native(path: str | Path) -> bool:
     return (Path(path) / HEADER).is_file()
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a native checkpoint; `ValueError` where there is none or its form is not as it must be."""
+def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
+    """The manifest of a native checkpoint; `ValueError` where there is none or its form is not as it must be.
+
+    `verify` compares the manifest itself and all small files, those beside the parameters, with their SHA-256, too.
+    """
     if not is_native(folder):
         raise ValueError(f"{folder}: not a native checkpoint (no {HEADER})")
     fields = read_json(folder / HEADER)
@@ -84,7 +102,27 @@ def read_manifest(folder: Path) -> Manifest:
             tensor_bytes(tensor)
         except ValueError as error:
             raise ValueError(f"{folder / HEADER}: {error}") from None
+    if verify:
+        beside = [name for name in manifest.files if not name.startswith(f"{PARAMETERS}/")]
+        for found in (*manifest_damage(folder), *damage(folder, manifest, beside)):
+            raise ValueError(f"{folder}: damaged checkpoint: {found}")
+        for name in sorted(added_files(folder, manifest)):
+            _log.warning("%s: %s is not in the manifest: it was added later, and is used unchecked", folder, name)
     return manifest
+
+
+def added_files(folder: Path, manifest: Manifest) -> set[str]:
+    """Files that the manifest does not name, but that change what the checkpoint means: a chat template, say."""
+    return {name for name in _MEANINGFUL - manifest.files.keys() if (folder / name).is_file()}
+
+
+def check_files(folder: str | Path, *names: str) -> None:
+    """`ValueError` if the folder is a native checkpoint of which these small files are not as they were written."""
+    folder = Path(folder)
+    if is_native(folder):
+        manifest = read_manifest(folder, verify=False)
+        for found in (*manifest_damage(folder), *damage(folder, manifest, [n for n in names if n in manifest.files])):
+            raise ValueError(f"{folder}: damaged checkpoint: {found}")
 
 
 def manifest_damage(folder: Path) -> Iterator[Damage]:
@@ -95,7 +133,9 @@ def manifest_damage(folder: Path) -> Iterator[Damage]:
         yield Damage(HEADER, None, "has been changed: its own SHA-256 is another")
 
 
-def damage(folder: Path, manifest: Manifest, names: Iterable[str], advance: Advance) -> Iterator[Damage]:
+def damage(
+    folder: Path, manifest: Manifest, names: Iterable[str], advance: Advance = lambda step: None
+) -> Iterator[Damage]:
     """What is wrong with the files `names` of the manifest, in their order; they are read side by side."""
 
     def check(name: str) -> Damage | None:
@@ -149,3 +189,49 @@ def _tensor_of(name: str, manifest: Manifest) -> str | None:
 def own_hash(fields: Mapping[str, Any]) -> str:
     """The SHA-256 of a JSON object, whatever the order and the spacing of its fields in a file."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def with_own_hash(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON object with its own SHA-256 as one field more."""
+    return {**fields, "sha256": own_hash(fields)}
+
+
+# --- files too large to be read at every start ---
+
+
+class HashCache:
+    """The SHA-256 of files, computed once; a file is known again by its size, times and inode.
+
+    It is kept in the JSON file `path`, or in memory alone where that cannot be written.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._known: dict[str, Any] = {}
+        with contextlib.suppress(ValueError):
+            self._known = read_json(path)
+
+    def hashes(self, files: Iterable[Path]) -> dict[Path, str]:
+        """The SHA-256 of each file; those that are new are read side by side. Raises `OSError` for one that is not."""
+        files = list(files)
+        stats = {file: _stat(file) for file in files}
+        unknown = [file for file in files if self._of(file, stats[file]) is None]
+        with ThreadPoolExecutor() as pool:
+            for file, sums in zip(unknown, pool.map(hash_file, unknown), strict=True):
+                self._known[self._key(file)] = {"stat": stats[file], "sha256": sums["sha256"]}
+        if unknown:
+            with contextlib.suppress(OSError):
+                write_json(self._path, self._known)
+        return {file: str(self._of(file, stats[file])) for file in files}
+
+    def _of(self, file: Path, stat: list[int]) -> str | None:
+        entry = self._known.get(self._key(file))
+        return entry["sha256"] if isinstance(entry, dict) and entry.get("stat") == stat else None
+
+    def _key(self, file: Path) -> str:
+        return os.path.relpath(file, self._path.parent)
+
+
+def _stat(file: Path) -> list[int]:
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]

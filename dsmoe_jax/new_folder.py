@@ -5,7 +5,8 @@ finished and on disk; the journal goes just before the folder gets its name.
 """
 
 import contextlib
-import fcntl
+import ctypes
+import errno
 import json
 import logging
 import os
@@ -15,7 +16,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from dsmoe_jax.locks import lock_name
+
 _JOURNAL: Final = "journal.jsonl"
+_AT_FDCWD: Final = -100  # of linux/fcntl.h: paths are relative to the working directory
+_RENAME_EXCHANGE: Final = 2
 _log = logging.getLogger(__name__)
 
 
@@ -94,22 +99,16 @@ def new_folder(path: str | Path, *, needs: int = 0, job: Mapping[str, Any] | Non
     """
     path = refuse_existing(path)
     folder = sibling(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror}") from None
-    draft = None
-    try:
+    with lock_name(path), contextlib.ExitStack() as stack:
+        refuse_existing(path)  # the one who had the lock may have made it
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            owned = os.path.samestat(os.stat(folder), os.fstat(lock))  # not renamed just before the lock was got
-        except (BlockingIOError, FileNotFoundError):
-            owned = False
-        if not owned:
-            raise ValueError(f"{path} is being written by another process")
+            folder.mkdir(exist_ok=True)
+            if folder.is_symlink():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written: {error.strerror}") from None
         draft = Draft(folder, job)
+        stack.callback(draft.close)
         kept = bool(draft.finished)
         try:
             check_space(path, needs - _size(folder))
@@ -126,10 +125,47 @@ def new_folder(path: str | Path, *, needs: int = 0, job: Mapping[str, Any] | Non
         refuse_existing(path)
         folder.rename(path)
         sync(path.parent)
-    finally:
-        if draft is not None:
-            draft.close()
-        os.close(lock)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Put the complete folder `new` in the place of `path` and remove what was there.
+
+    At every moment one of the two is found at `path`, whole. Where the file system cannot exchange two names there is
+    an instant without; `recover_folder` ends what a kill left then.
+    """
+    sync_tree(new)
+    old = _old(path)
+    if not os.path.lexists(path):
+        new.rename(path)
+    elif not _exchange(new, path):
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        new.rename(path)
+    sync(path.parent)
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def recover_folder(path: Path, new: Path) -> None:
+    """End a `replace_folder` that was killed, and remove what it, or the making of `new`, left."""
+    old = _old(path)
+    if old.exists() and not path.exists():  # `new` was complete, or `path` had not been moved
+        (new if new.exists() else old).rename(path)
+        sync(path.parent)
+    for left in (new, old, sibling(new)):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f"{path.name}.old")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where system or file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    if renameat2 is None:
+        return False
+    return renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
 
 
 def check_space(path: Path, needed: int) -> None:
@@ -140,9 +176,25 @@ def check_space(path: Path, needed: int) -> None:
         raise ValueError(f"{path} needs {needed / 1e9:.2f} GB more; {parent} has {free / 1e9:.2f} GB free")
 
 
-def write_json(path: Path, fields: dict[str, Any]) -> None:
-    """Write a small JSON file the way Hugging Face does: sorted, two spaces."""
-    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    """Write a small JSON file the way Hugging Face does, sorted, two spaces: atomically, and on disk."""
+    write_file(path, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file atomically, in the place of one of that name, and wait for the disk; `OSError` names it."""
+    path = Path(os.path.realpath(path))  # a link stays, and what it leads to is written
+    draft = path.with_name(f".{path.name}.new")
+    try:
+        with draft.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _entry(unit: str, record: Any) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dsmoe_jax import chat_template
+from dsmoe_jax.manifest import check_files
 from dsmoe_jax.special_tokens import Escape
 from dsmoe_jax.tokenizer_backends import Backend, JsonBackend, ModelBackend
 from dsmoe_jax.tokenizer_files import KINDS, Settings, read_settings
@@ -89,10 +90,11 @@ class Tokenizer:
                 tokenizer_config.json says, else not.
 
         Raises:
-            ValueError: If there is neither file, a file cannot be read, or the folder has a setting that would give
-                other ids than transformers does.
+            ValueError: If there is neither file, a file cannot be read or does not match the folder's manifest, or
+                the folder has a setting that would give other ids than transformers does.
         """
         folder = Path(folder)
+        check_files(folder, *TOKENIZER_FILES)
         for name, backend in (("tokenizer.json", JsonBackend), ("tokenizer.model", ModelBackend)):
             if (folder / name).is_file():
                 settings = read_settings(folder)

@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 
 from dsmoe_jax import checkpoint
-from dsmoe_jax.array_files import hash_file
 from dsmoe_jax.checkpoint import load, save
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
-from tests.helpers.hf_folder import edit, random_params, snapshot, tiny, write_hf
+from tests.helpers.hf_folder import edit, random_params, resealed, snapshot, tiny, write_hf
 from tests.helpers.meshes import MESHES, check_parts
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -168,7 +167,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a header without files": (edit(HEADER, lambda h: h.pop("files")), "`files` must list"),
     "a header without tensors": (edit(HEADER, lambda h: h.pop("tensors")), "`tensors` must list"),
     "a header that leads out": (
-        edit(HEADER, lambda h: h["files"].update({"parameters/../../x": {"bytes": 0, "sha256": ""}})),
+        resealed(edit(HEADER, lambda h: h["files"].update({"parameters/../../x": {"bytes": 0, "sha256": ""}}))),
         r"'parameters/\.\./\.\./x' is missing",
     ),
     "a header without sums": (
@@ -176,28 +175,38 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "must have bytes and sha256",
     ),
     "a header with other sums": (
-        edit(HEADER, lambda h: h["files"].update({METADATA: {"bytes": 1, "sha256": ""}})),
+        resealed(edit(HEADER, lambda h: h["files"].update({METADATA: {"bytes": 1, "sha256": ""}}))),
         "_METADATA' has",
     ),
     "a tensor of another dtype": (
         edit(HEADER, lambda h: h["tensors"]["embed"].update(dtype="int4")),
         "int4.* does not describe a tensor",
     ),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: does not exist"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "damaged checkpoint: 'config.json' is missing"),
+    "another config": (
+        lambda folder: (folder / "config.json").write_text(
+            (folder / "config.json").read_text().replace("e-06", "e-02")
+        ),
+        "damaged checkpoint: 'config.json' has other bytes than were written",
+    ),
+    "an edited header": (
+        edit(HEADER, lambda h: h["source"].update(repository="other")),
+        "damaged checkpoint: 'dsmoe_jax.json' has been changed",
+    ),
     "a layer more": (
-        edit("config.json", lambda c: c.update(num_hidden_layers=3)),
+        resealed(edit("config.json", lambda c: c.update(num_hidden_layers=3))),
         r"layers\.2\.\S+ is missing \(and 12 more\)",
     ),
     "a layer less": (
-        edit("config.json", lambda c: c.update(num_hidden_layers=1)),
+        resealed(edit("config.json", lambda c: c.update(num_hidden_layers=1))),
         r"layers\.1\.\S+ belongs to nothing that the config asks for \(and 12 more\)",
     ),
     "tied": (
-        edit("config.json", lambda c: c.update(tie_word_embeddings=True)),
+        resealed(edit("config.json", lambda c: c.update(tie_word_embeddings=True))),
         r"head\.weight belongs to nothing",
     ),
     "other experts": (
-        edit("config.json", lambda c: c.update(moe_intermediate_size=8, n_shared_experts=4)),
+        resealed(edit("config.json", lambda c: c.update(moe_intermediate_size=8, n_shared_experts=4))),
         r"layers\.1\.moe\.experts\.down has shape \[8, 32, 16\], the config asks for \[8, 32, 8\]",
     ),
     "missing weights": (lambda folder: weights_file(folder).unlink(), "damaged checkpoint: .* is missing"),
@@ -209,10 +218,12 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no metadata": (lambda folder: (folder / METADATA).unlink(), "damaged checkpoint: .*_METADATA' is missing"),
     "no parameters": (lambda folder: shutil.rmtree(folder / "parameters"), "damaged checkpoint: .* is missing"),
     "empty parameters, sums and all": (
-        lambda folder: (
-            shutil.rmtree(folder / "parameters"),
-            (folder / "parameters").mkdir(),
-            edit(HEADER, lambda h: h.update(files={"config.json": hash_file(folder / "config.json")}))(folder),
+        resealed(
+            lambda folder: (
+                shutil.rmtree(folder / "parameters"),
+                (folder / "parameters").mkdir(),
+                edit(HEADER, lambda h: h.update(files={"config.json": {}}))(folder),
+            )
         ),
         "damaged checkpoint: ",
     ),

@@ -28,6 +28,7 @@ from tests.helpers.hf_folder import (
     flip_bit,
     hf_tensors,
     random_params,
+    resealed,
     snapshot,
     stop_after,
     stored,
@@ -409,8 +410,12 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a description": (lambda native: flip_bit(native / DATA.format("embed/zarr.json"), 20), "zarr.json"),
     "a file gone": (lambda native: (native / DATA.format("embed/c/0/0")).unlink(), "embed/c/0/0: cannot be read"),
     "no manifest": (lambda native: (native / "dsmoe_jax.json").unlink(), "not a native checkpoint"),
-    "another model": (
+    "another config": (
         lambda native: (native / "config.json").write_text(json.dumps(tiny(vocab_size=32).to_dict())),
+        "damaged checkpoint: 'config.json' has",
+    ),
+    "another model": (
+        resealed(lambda native: (native / "config.json").write_text(json.dumps(tiny(vocab_size=32).to_dict()))),
         r"has shape \[64, 32\], the config asks for \[32, 32\]",
     ),
 }

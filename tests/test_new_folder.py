@@ -278,7 +278,7 @@ def test_a_second_writer_is_refused_and_the_first_does_not_notice(tmp_path: Path
     with held_by_another_process(tmp_path / "out") as first:
         before = snapshot(tmp_path)
 
-        with pytest.raises(ValueError, match="out is being written by another process"):
+        with pytest.raises(ValueError, match="out is in use by another process"):
             write_units(tmp_path / "out", "b", job=job)
 
         assert snapshot(tmp_path) == before
@@ -289,7 +289,7 @@ def test_a_second_writer_is_refused_and_the_first_does_not_notice(tmp_path: Path
 
 def test_a_second_writer_in_this_process_is_refused_too(tmp_path: Path):
     with new_folder(tmp_path / "out") as draft:
-        with pytest.raises(ValueError, match="out is being written by another process"):
+        with pytest.raises(ValueError, match="out is in use by another process"):
             write_units(tmp_path / "out", "b")
         (draft.folder / "a").touch()
 

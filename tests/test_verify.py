@@ -166,7 +166,7 @@ def test_a_flipped_bit_anywhere_in_the_manifest_is_reported_or_refused(native: P
 def refusal(native: Path) -> str | None:
     """Why a manifest cannot be read."""
     try:
-        read_manifest(native)
+        read_manifest(native, verify=False)
     except ValueError as error:
         return str(error)
     return None

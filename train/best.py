@@ -1,18 +1,19 @@
 """What evaluated best so far, kept below the run's folder until something better comes. See `Best`."""
 
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import jax
 
+from dsmoe_jax.array_files import hash_file
 from dsmoe_jax.axes import Array
 from dsmoe_jax.checkpoint import together
 from dsmoe_jax.json_file import read_json
-from dsmoe_jax.new_folder import write_json
+from dsmoe_jax.manifest import own_hash, with_own_hash
+from dsmoe_jax.new_folder import recover_folder, replace_folder, write_json
 
 from .job import Job
 
@@ -24,27 +25,49 @@ _log = logging.getLogger(__name__)
 class Best:
     """The best result of a run; one that goes on knows the best of before."""
 
-    def __init__(self, out: Path, job: Job):
+    def __init__(self, out: Path, job: Job, first: int):
+        """Find the best of before step `first`; a later one is of a try that was discarded, and does not count."""
         self._folder, self._save = out / BEST, job.save
-        known = self._folder / _RECORD
-        self._loss = read_json(known)["loss"] if known.is_file() else float("inf")
+        self._new = self._folder.with_name(f"{BEST}.new")
+        self._loss = float("inf")
+        with together():
+            if jax.process_index() == 0:
+                recover_folder(self._folder, self._new)
+        if self._folder.exists():
+            try:
+                known = _read_record(self._folder)
+                self._loss = known["loss"] if known["step"] <= first else self._loss
+            except ValueError as error:
+                _log.warning("%s is damaged, the next evaluation replaces it: %s", self._folder, error)
 
     def offer(self, step: int, loss: float, params: Mapping[str, Array]) -> None:
         """Keep the parameters if they are the best; by all processes together."""
         if not loss < self._loss:
             return
+        with together():
+            if jax.process_index() == 0:
+                shutil.rmtree(self._new, ignore_errors=True)
+        self._save(self._new, params)
+        with together():
+            if jax.process_index() == 0:
+                names = sorted(path.relative_to(self._new) for path in self._new.rglob("*") if path.is_file())
+                files = {name.as_posix(): hash_file(self._new / name) for name in names}
+                write_json(self._new / _RECORD, with_own_hash({"step": step, "loss": loss, "files": files}))
+                replace_folder(self._new, self._folder)
         self._loss = loss
-        new = self._folder.with_name(f"{BEST}.new")
-        with together():
-            if jax.process_index() == 0:
-                shutil.rmtree(new, ignore_errors=True)
-        self._save(new, params)
-        with together():
-            if jax.process_index() == 0:
-                write_json(new / _RECORD, {"step": step, "loss": loss})
-                old = self._folder.with_name(f"{BEST}.old")
-                if self._folder.exists():
-                    os.replace(self._folder, old)
-                os.replace(new, self._folder)
-                shutil.rmtree(old, ignore_errors=True)
         _log.info("best held-out loss so far, %.4f after step %d: %s", loss, step, self._folder)
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """The record of an intact folder; `ValueError` for any other. Older records have step and loss alone."""
+    record = read_json(folder / _RECORD)
+    if "sha256" in record and record.pop("sha256") != own_hash(record):
+        raise ValueError(f"{_RECORD} has been changed")
+    if type(record.get("loss")) is not float or type(record.get("step")) is not int:
+        raise ValueError(f"{_RECORD} has no step or no loss")
+    for name, sums in record.get("files", {}).items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{name!r} is missing")
+        if hash_file(folder / name) != sums:
+            raise ValueError(f"{name!r} has other bytes than were written")
+    return record

@@ -15,7 +15,9 @@ from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dsmoe_jax.checkpoint import together
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.locks import lock_folder
 from dsmoe_jax.model import abstract
 from dsmoe_jax.new_folder import write_json
 from dsmoe_jax.sharding import BATCH_AXES, make_mesh
@@ -55,11 +57,16 @@ def run(config: RunConfig) -> Result:
     """Train, from the newest intact checkpoint in the run's folder if there is one.
 
     The same function on one device and on all processes of a cluster. SIGTERM and SIGINT end it after the step under
-    way, with a checkpoint. Raises `ValueError` for what the config gets wrong, and when too many updates in a row were
-    skipped.
+    way, with a checkpoint. Raises `ValueError` for what the config gets wrong, when another run is using the folder,
+    and when too many updates in a row were skipped.
     """
     start(config.processes)
     config.model_config()  # what is wrong with it is said before anything is made
+    with _locked(Path(config.out)):
+        return _run(config)
+
+
+def _run(config: RunConfig) -> Result:
     out = Path(config.out)
     mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
     _check_divides(config, mesh)
@@ -96,7 +103,7 @@ def run(config: RunConfig) -> Result:
         evaluate = evaluate_step(job.model, graph, config.step, trained)
         recorder = stack.enter_context(_recorder(config, job.model, out, first))
         clock = _Clock(recorder, config)
-        best = Best(out, job) if job.keep_best else None
+        best = Best(out, job, first) if job.keep_best else None
         stop = stack.enter_context(_stop_signal())
         batches = corpus.batches(first)
         stack.callback(getattr(batches, "close", lambda: None))
@@ -113,13 +120,14 @@ def run(config: RunConfig) -> Result:
             evaluates = n % config.evaluate_every == 0 or n == config.steps
             if saves or evaluates:
                 clock.flush()
-                if saves:
-                    checkpoints.save(n, state, job.facts)
+                # Before the checkpoint: a run that goes on from it does not come back to this evaluation.
                 if evaluates and (evaluation := _evaluate(evaluate, state, frozen, corpus, mesh)):
                     if recorder is not None:
                         recorder.evaluation(n, *evaluation)
                     if best is not None:
                         best.offer(n, evaluation[0], state.params)
+                if saves:
+                    checkpoints.save(n, state, job.facts)
                 clock.restart()
         clock.flush()
         if n > first:
@@ -165,6 +173,16 @@ def _begin(
     )
     _log.info("going on after step %d of %d", step, config.steps)
     return checkpoints.restore(step, like)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the lock of the run's folder; where another run holds it, all processes end."""
+    with ExitStack() as stack:
+        with together():
+            if jax.process_index() == 0:
+                stack.enter_context(lock_folder(out))
+        yield
 
 
 # --- the way ---

@@ -14,9 +14,12 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from dsmoe_jax.array_files import hash_file
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.names import hf_names, is_stacked
+from dsmoe_jax.manifest import HEADER, own_hash
 from dsmoe_jax.model import abstract
+from dsmoe_jax.new_folder import write_json
 from dsmoe_jax.progress import Advance, Meter
 from dsmoe_jax.vocabulary import train_tokenizer
 
@@ -130,6 +133,20 @@ def edit(file: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path],
         (folder / file).write_text(json.dumps(fields))
 
     return spoil
+
+
+def resealed(spoil: Callable[[Path], Any]) -> Callable[[Path], None]:
+    """`spoil`, and then a manifest that agrees with it: what is left to find is not a matter of hashes."""
+
+    def spoil_and_seal(folder: Path) -> None:
+        spoil(folder)
+        fields = json.loads((folder / HEADER).read_text())
+        if (folder / "config.json").is_file():
+            fields["files"]["config.json"] = hash_file(folder / "config.json")
+        del fields["sha256"]
+        write_json(folder / HEADER, fields | {"sha256": own_hash(fields)})
+
+    return spoil_and_seal
 
 
 def flip_bit(file: Path, at: int, bit: int = 0) -> None:

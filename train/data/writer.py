@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from dsmoe_jax.manifest import with_own_hash
 from dsmoe_jax.new_folder import check_space, new_folder, refuse_existing, write_json
 from dsmoe_jax.progress import Advance, silent
 from dsmoe_jax.tokenizer import Tokenizer
@@ -105,7 +106,7 @@ def tokenize(
             splits = dict(zip(SPLITS, (train.finish(), heldout.finish()), strict=True))
             manifest = shards_manifest(tokenizer, dtype, holdout, sources, splits)
             manifest |= {"text_bytes": text_bytes, "split_special_tokens": tokenizer.split_special_tokens}
-            write_json(draft.folder / MANIFEST, manifest)
+            write_json(draft.folder / MANIFEST, with_own_hash(manifest))
     except OSError as error:  # a full disk; what goes wrong with a source is a ValueError
         raise ValueError(f"{out} cannot be written: {error.strerror}") from None
     special.log(out, "documents")
