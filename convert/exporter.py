@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 import time
@@ -30,6 +31,7 @@ from .reader import SAFETENSORS_DTYPES
 _INDEX: Final = "model.safetensors.index.json"
 _UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _CODES: Final = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
+_log = logging.getLogger(__name__)
 
 
 class NativeReader:
