@@ -148,10 +148,10 @@ def _limit_time(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
-def _serve(requests: BinaryIO, responses: BinaryIO) -> None:
+def _serve(requests: BinaryIO, responses: BinaryIO, seconds: float) -> None:
     while len(head := requests.read(8)) == 8:
         request = requests.read(int.from_bytes(head, "little"))
-        _limit_time(SECONDS)
+        _limit_time(seconds)
         response = _respond(request)
         _limit_time(0)
         responses.write(len(response).to_bytes(8, "little"))
@@ -160,11 +160,11 @@ def _serve(requests: BinaryIO, responses: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
-    sys.path = sys.argv[1:]
+    sys.path = sys.argv[2:]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program, not for its worker.
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     _compile("")
     _limit_memory()
-    _serve(sys.stdin.buffer, sys.stdout.buffer)
+    _serve(sys.stdin.buffer, sys.stdout.buffer, float(sys.argv[1]))

@@ -92,7 +92,7 @@ def _started() -> _Worker:
             raise ValueError("it needs a Python process of its own, and sys.executable is empty")
         # -I: nothing of the environment or the current folder; a session of its own: Ctrl-C is not for it.
         process = subprocess.Popen(
-            [sys.executable, "-I", "-W", "ignore", _PROGRAM, *(path for path in sys.path if path)],
+            [sys.executable, "-I", "-W", "ignore", _PROGRAM, str(jinja_sandbox.SECONDS), *filter(None, sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -135,7 +135,8 @@ class JsonBackend:
 def _added(token: Token, special: bool) -> Any:
     import tokenizers
 
-    return tokenizers.AddedToken(**token._asdict() | {"special": special})
+    flags = token._asdict()
+    return tokenizers.AddedToken(flags.pop("content"), **flags | {"special": special})
 
 
 def _around(library: Any) -> tuple[list[int], list[int]]:

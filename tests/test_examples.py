@@ -62,6 +62,63 @@ def read(line: Any, tokenizer: Tokenizer, template: str | Path = "chat", targets
     return example_of(line, tokenizer, open_template(template), targets)
 
 
+# Strings of special tokens in the data
+
+
+@pytest.mark.parametrize("template", ["chat", "file", "deepseek-instruct"])
+def test_split_special_strings_of_messages_stay_text(folder: Path, tmp_path: Path, template: str):
+    if template == "file":
+        (tmp_path / "t").write_text("{% for m in messages %}{{ bos_token + m.content + eos_token }}{% endfor %}")
+    line = said(f"a{EOS}b", f"c{BOS}d{EOS}")
+    example_by = {
+        split: read(
+            line,
+            Tokenizer.from_pretrained(folder, split_special_tokens=split),
+            tmp_path / "t" if template == "file" else template,
+        )
+        for split in (False, True)
+    }
+    tokenizer = Tokenizer.from_pretrained(folder)
+
+    control = {split: [i for i in tokens.tolist() if i in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
+               for split, (tokens, _) in example_by.items()}  # fmt: skip
+
+    assert len(control[False]) == len(control[True]) + 3
+    text = {split: tokenizer.decode(tokens, skip_special_tokens=False) for split, (tokens, _) in example_by.items()}
+    assert text[True] == text[False]
+    assert f"a{EOS}b" in tokenizer.decode(example_by[True].tokens)
+
+
+def test_split_special_strings_of_completions_stay_text(folder: Path):
+    tokenizer = Tokenizer.from_pretrained(folder, split_special_tokens=True)
+
+    tokens = read(Completion(f"a{EOS}", f"b{EOS}"), tokenizer).tokens.tolist()
+
+    assert [i for i in tokens if i == tokenizer.eos_token_id] == [tokens[-1]]
+    assert tokenizer.decode(tokens) == f"a{EOS}b{EOS}"
+
+
+@pytest.mark.parametrize(
+    ("split", "said_of_them"),
+    [
+        (False, "become control tokens; split_special_tokens encodes them as text"),
+        (True, "are encoded as text"),
+    ],
+)
+def test_special_strings_in_examples_are_counted(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, split: bool, said_of_them: str
+):
+    lines = [{"prompt": f"a{EOS}{EOS}", "completion": BOS}, {"prompt": "a", "completion": "b"}]
+    lines += [{"messages": said(f"x{EOS}", "y").messages}]
+
+    with caplog.at_level(logging.INFO):
+        source = jsonl(tmp_path / "a.jsonl", lines)
+        write_examples(source, folder, tmp_path / "out", sequence_length=LONG, split_special_tokens=split)
+
+    assert f"4 special-token strings in the text of 2 examples {said_of_them}" in caplog.text
+    assert json.loads((tmp_path / "out" / "examples.json").read_text())["split_special_tokens"] is split
+
+
 # Masks
 
 

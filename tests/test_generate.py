@@ -80,6 +80,18 @@ def test_a_chat_is_rendered_with_the_generation_prompt(generator: Generator):
     assert generator.encode(chat) == generator.tokenizer.apply_chat_template(chat, add_generation_prompt=True)
 
 
+def test_split_special_strings_of_prompts_stay_text(folder: Path):
+    generator = Generator.from_pretrained(folder, split_special_tokens=True)
+    tokenizer = generator.tokenizer
+    assert tokenizer is not None
+    eos = tokenizer.eos_token_id
+
+    text, chat = generator.encode(f"a{tokenizer.eos_token}"), [{"role": "user", "content": f"a{tokenizer.eos_token}"}]
+
+    assert eos not in [*text, *generator.encode(chat)]
+    assert tokenizer.decode(text) == f"a{tokenizer.eos_token}"
+
+
 def test_a_stream_is_the_text_of_the_same_call(generator: Generator):
     options = {"max_new_tokens": 8, "temperature": 0.9, "seed": 3, "ignore_eos": True}
 

@@ -394,6 +394,22 @@ def test_about_the_share_is_held_out(share: float):
     assert held / 20_000 == pytest.approx(share, abs=0.02 if share else 0)
 
 
+@pytest.mark.parametrize("split", [False, True], ids="split={}".format)
+def test_special_strings_in_documents_are_counted_and_split_on_request(
+    tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture, split: bool
+):
+    tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
+    (tmp_path / "a.txt").write_text(f"a{tokenizer.eos_token}b{tokenizer.eos_token}")
+
+    with caplog.at_level("INFO"):
+        tokenize(tmp_path / "a.txt", tokenizer_folder, tmp_path / "out", holdout=0.0, split_special_tokens=split)
+
+    what = "are encoded as text" if split else "become control tokens; split_special_tokens encodes them as text"
+    assert f"2 special-token strings in the text of 1 documents {what}" in caplog.text
+    ids = TokenShards.open(tmp_path / "out").read(0).tolist()
+    assert [i for i in ids if i == tokenizer.eos_token_id] == [tokenizer.eos_token_id] * (1 if split else 2)
+
+
 def test_shards_know_their_tokenizer_and_their_vocabulary(tmp_path: Path, tokenizer_folder: Path):
     other = byte_tokenizer(tmp_path / "other", fill=1)
     tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", holdout=0.0)

@@ -446,9 +446,18 @@ def test_folder_without_a_readable_tokenizer_is_refused(tmp_path: Path, files: d
         ("tokenizer_config.json", '{"add_bos_token": "no"}', "add_bos_token must be true or false, got 'no'"),
         (
             "tokenizer_config.json",
-            '{"chat_template": [{"name": "rag"}]}',
-            "chat_template is neither a string nor",
+            '{"chat_template": [{"name": "rag"}, "x"]}',
+            "chat_template is neither a string nor a list of named templates",
         ),
+        (
+            "tokenizer_config.json",
+            '{"tokenizer_class": "BertTokenizer"}',
+            "tokenizer_class 'BertTokenizer' is not supp",
+        ),
+        ("tokenizer_config.json", '{"add_eos_token": true, "eos_token": null}', "add_eos_token is true, but the"),
+        ("tokenizer_config.json", '{"additional_special_tokens": ["<x>"]}', "additional special token '<x>' is not in"),
+        ("tokenizer_config.json", '{"split_special_tokens": 1}', "split_special_tokens must be true or false, got 1"),
+        ("added_tokens.json", '{"<x>": "1"}', "added_tokens.json: must map tokens to ids"),
     ],
 )
 def test_broken_config_is_refused_by_name(folder: Path, name: str, content: str, message: str):
@@ -469,6 +478,297 @@ def test_template_file_that_is_not_text_is_refused(json_folder: Path):
 def test_malformed_added_tokens_are_refused(model_folder: Path, added: Any):
     with pytest.raises(ValueError, match="added_tokens_decoder must map ids to tokens"):
         configure(model_folder, added_tokens_decoder=added)
+
+
+# --- flags of a folder: the ids are those of transformers 4.57.6 ---
+
+
+def pieces_of(folder: Path, text: str, *, dummy_prefix: bool = True) -> list[int]:
+    """What sentencepiece alone makes of a text."""
+    import sentencepiece
+
+    suffix = b"" if dummy_prefix else b"\x1a\x02\x18\x00"  # normalizer_spec.add_dummy_prefix = false
+    model: Any = sentencepiece.SentencePieceProcessor(model_proto=(folder / "tokenizer.model").read_bytes() + suffix)
+    return model.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "before", "after", "spaced"),
+    [
+        ("the</s>fox", "the", "fox", False),
+        ("the</s> fox", "the", "fox", True),
+        ("</s>fox", "", "fox", False),
+        ("the fox</s>", "the fox", "", False),
+    ],
+)
+def test_without_legacy_no_space_goes_before_text_after_a_token(
+    model_folder: Path, text: str, before: str, after: str, spaced: bool
+):
+    tokenizer = configure(model_folder, legacy=False, add_bos_token=False)
+
+    before_ids = pieces_of(model_folder, before) if before else []
+    after_ids = pieces_of(model_folder, after, dummy_prefix=spaced) if after else []
+    assert tokenizer.encode(text) == [*before_ids, tokenizer.eos_token_id, *after_ids]
+
+
+@pytest.mark.parametrize("legacy", [True, None, "absent"], ids=str)
+def test_with_legacy_each_part_begins_with_a_space(model_folder: Path, legacy: Any):
+    config = {} if legacy == "absent" else {"legacy": legacy}
+    tokenizer = configure(model_folder, add_bos_token=False, **config)
+
+    the, fox = (pieces_of(model_folder, text) for text in ("the", "fox"))
+
+    assert tokenizer.encode("the</s>fox") == [*the, tokenizer.eos_token_id, *fox]
+
+
+def test_without_legacy_and_prefix_space_a_text_begins_as_it_is(model_folder: Path):
+    tokenizer = configure(model_folder, legacy=False, add_prefix_space=False, add_bos_token=False)
+
+    assert tokenizer.encode("the fox") == pieces_of(model_folder, "the fox", dummy_prefix=False)
+    assert tokenizer.decode(tokenizer.encode("the fox")) == "the fox"
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=repr)
+def test_without_legacy_what_was_encoded_decodes_to_itself(model_folder: Path, text: str):
+    tokenizer = configure(model_folder, legacy=False)
+
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"sp_model_kwargs": {"enable_sampling": True}}, "sp_model_kwargs enable_sampling True is not supported"),
+        ({"sp_model_kwargs": {"reverse": True}}, "sp_model_kwargs reverse True is not supported"),
+        ({"add_prefix_space": False}, "add_prefix_space false needs legacy false"),
+        ({"tokenizer_class": "GPT2Tokenizer"}, "tokenizer_class 'GPT2Tokenizer' does not read a tokenizer.model"),
+    ],
+)
+def test_flag_that_would_change_ids_is_refused(model_folder: Path, config: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        configure(model_folder, **config)
+
+
+def test_neutral_flags_change_nothing(folder: Path):
+    plain = Tokenizer.from_pretrained(folder).encode("the fox")
+
+    tokenizer = configure(
+        folder,
+        sp_model_kwargs={"enable_sampling": False, "nbest_size": -1, "alpha": 0.1},
+        clean_up_tokenization_spaces=True,
+        use_default_system_prompt=True,
+        spaces_between_special_tokens=True,
+        model_max_length=2,
+    )
+
+    assert tokenizer.encode("the fox") == plain
+    assert tokenizer.decode(tokenizer.encode("fox .")) == "fox ."
+
+
+def test_null_flags_are_false(folder: Path):
+    plain = Tokenizer.from_pretrained(folder).encode("fox", add_special_tokens=False)
+
+    assert configure(folder, add_bos_token=None, add_eos_token=None).encode("fox") == plain
+
+
+@pytest.mark.parametrize(
+    ("flags", "text", "rest"),
+    [
+        ({"lstrip": True}, "the </s>fox", ("the", "fox")),
+        ({"rstrip": True}, "the</s> fox", ("the", "fox")),
+        ({"single_word": True}, "the </s> fox", ("the ", " fox")),
+    ],
+)
+def test_flags_of_added_tokens_are_obeyed(model_folder: Path, flags: dict[str, bool], text: str, rest: tuple[str, str]):
+    decoder = {"2": {"content": "</s>", "special": True, **flags}}
+    tokenizer = configure(model_folder, added_tokens_decoder=decoder, eos_token="</s>", add_bos_token=False)
+
+    before, after = (pieces_of(model_folder, part) for part in rest)
+
+    assert tokenizer.encode(text) == [*before, 2, *after]
+
+
+def test_single_word_token_within_a_word_is_text(model_folder: Path):
+    decoder = {"2": {"content": "</s>", "special": True, "single_word": True}}
+    tokenizer = configure(model_folder, added_tokens_decoder=decoder, eos_token="</s>", add_bos_token=False)
+
+    parts = pieces_of(model_folder, "the</s>"), pieces_of(model_folder, "fox")
+    assert tokenizer.encode("the</s>fox") == [*parts[0], *parts[1]]
+
+
+def test_flags_of_the_config_win_over_those_of_tokenizer_json(json_folder: Path):
+    eos = Tokenizer.from_pretrained(json_folder).eos_token_id
+    decoder = {str(eos): {"content": EOS, "lstrip": True, "rstrip": True, "special": True}}
+    plain = Tokenizer.from_pretrained(json_folder).encode(f"the{EOS}fox")
+
+    assert configure(json_folder, added_tokens_decoder=decoder).encode(f"the  {EOS}\n fox") == plain
+
+
+def test_tokens_of_an_old_folder_are_read(folder: Path):
+    size = Tokenizer.from_pretrained(folder).vocab_size
+    (folder / "added_tokens.json").write_text(json.dumps({"<|end|>": size, "<|tool|>": size + 1}))
+    (folder / "special_tokens_map.json").write_text(
+        json.dumps({"eos_token": "<|end|>", "pad_token": {"content": "<|tool|>"}})
+    )
+
+    tokenizer = configure(folder, eos_token=None, add_bos_token=False)
+
+    assert tokenizer.vocab_size == size + 2
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (size, size + 1)
+    fox = tokenizer.encode("fox")
+    assert tokenizer.encode("fox<|end|>fox<|tool|>") == [*fox, size, *fox, size + 1]
+    assert tokenizer.decode([*fox, size]) == "fox"
+
+
+def test_old_files_are_ignored_beside_added_tokens_decoder(folder: Path, caplog: pytest.LogCaptureFixture):
+    (folder / "added_tokens.json").write_text('{"<|end|>": 900}')
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<|end|>"}')
+
+    with caplog.at_level("INFO"):
+        tokenizer = configure(folder, added_tokens_decoder={})
+
+    assert tokenizer.eos_token != "<|end|>"
+    assert "special_tokens_map.json: ignored eos_token" in caplog.text
+    assert "added_tokens.json: ignored, tokenizer_config.json has added_tokens_decoder" in caplog.text
+
+
+def test_added_token_with_another_id_is_refused(json_folder: Path):
+    with pytest.raises(ValueError, match=r"added token '<x>' has id 999 in the config and 2.. in tokenizer.json"):
+        configure(json_folder, added_tokens_decoder={"999": {"content": "<x>"}})
+
+
+def test_unknown_token_in_a_text_is_that_token(model_folder: Path):
+    tokenizer = Tokenizer.from_pretrained(model_folder)
+
+    assert tokenizer.encode("<unk>", add_special_tokens=False) == [0]
+
+
+@pytest.mark.parametrize(
+    ("single", "around"), [(f"{BOS} $A", (1, 0)), (f"$A {EOS}", (0, 1)), (f"{BOS} $A {EOS}", (1, 1))]
+)
+@pytest.mark.parametrize("config", [None, {}, {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False}])
+def test_post_processor_decides_where_no_llama_class_does(
+    json_folder: Path, single: str, around: tuple[int, int], config: dict[str, Any] | None
+):
+    from tokenizers import Tokenizer as Library
+    from tokenizers import processors
+
+    library = Library.from_file(str(json_folder / "tokenizer.json"))
+    special = [(name, library.token_to_id(name)) for name in (BOS, EOS)]
+    library.post_processor = processors.TemplateProcessing(single=single, pair=f"{single} $B", special_tokens=special)  # pyright: ignore
+    library.save(str(json_folder / "tokenizer.json"))
+
+    tokenizer = Tokenizer.from_pretrained(json_folder) if config is None else configure(json_folder, **config)
+
+    (_, bos), (_, eos) = special
+    fox = tokenizer.encode("fox", add_special_tokens=False)
+    assert tokenizer.encode("fox") == [*[bos] * around[0], *fox, *[eos] * around[1]]
+    assert configure(json_folder, tokenizer_class="LlamaTokenizerFast").encode("fox") == [bos, *fox]
+
+
+def test_dropout_of_a_tokenizer_json_is_refused(json_folder: Path):
+    content = json.loads((json_folder / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.1
+    (json_folder / "tokenizer.json").write_text(json.dumps(content))
+
+    with pytest.raises(ValueError, match=r"tokenizer.json: dropout 0.1.* gives random ids; set it to null"):
+        Tokenizer.from_pretrained(json_folder)
+
+
+def test_prefix_space_that_transformers_4_and_5_read_differently_is_refused(json_folder: Path):
+    with pytest.raises(ValueError, match=r"add_prefix_space is false, and tokenizer_config.json has it as true"):
+        configure(json_folder, add_prefix_space=True, tokenizer_class="PreTrainedTokenizerFast")
+
+
+# --- chat templates and special tokens ---
+
+
+def test_templates_see_all_special_tokens(json_folder: Path):
+    template = "{{ eos_token + pad_token + unk_token }}{{ additional_special_tokens[0] }}{{ sep_token is defined }}"
+    special = {"pad_token": EOS, "additional_special_tokens": [BOS], "eos_token": EOS}
+
+    tokenizer = configure(json_folder, chat_template=template, **special)
+
+    assert tokenizer.render_chat(CHAT) == f"{EOS}{EOS}<unk>{BOS}False"
+    assert tokenizer.render_chat(CHAT, pad_token="P") == f"{EOS}P<unk>{BOS}False"
+
+
+def test_named_templates_are_chosen_as_transformers_does(json_folder: Path):
+    named = [{"name": name, "template": name} for name in ("default", "tool_use", "rag")]
+    tokenizer = configure(json_folder, chat_template=named)
+
+    assert tokenizer.render_chat(CHAT) == "default"
+    assert tokenizer.render_chat(CHAT, tools=[]) == "tool_use"
+    assert tokenizer.render_chat(CHAT, chat_template="rag", tools=[]) == "rag"
+    assert tokenizer.render_chat(CHAT, chat_template="{{ 1 + 1 }}") == "2"
+    only = configure(json_folder, chat_template=named[1:])
+    with pytest.raises(ValueError, match="chat_template must be one of rag, tool_use: none is the default"):
+        only.render_chat(CHAT)
+
+
+def test_split_special_tokens_makes_text_of_their_strings(folder: Path):
+    tokenizer = Tokenizer.from_pretrained(folder)
+    text = f"fox{tokenizer.eos_token} dog"
+
+    ids = tokenizer.encode(text, split_special_tokens=True)
+
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_token_id in tokenizer.encode(text)
+    assert Tokenizer.from_pretrained(folder, split_special_tokens=True).encode(text) == ids
+    assert configure(folder, split_special_tokens=True).encode(text) == ids
+    assert Tokenizer.from_pretrained(folder, split_special_tokens=False).encode_batch([text]) != [ids]
+
+
+def test_split_ids_are_those_of_the_library(json_folder: Path):
+    from tokenizers import Tokenizer as Library
+
+    library = Library.from_file(str(json_folder / "tokenizer.json"))
+    library.encode_special_tokens = True
+    texts = [*TEXTS, f"a{EOS}b {BOS}", f"{EOS}{EOS}", EOS[:-1]]
+
+    found = configure(json_folder, split_special_tokens=True, add_bos_token=False).encode_batch(texts)
+
+    assert found == [library.encode(text, add_special_tokens=False).ids for text in texts]
+
+
+def test_messages_cannot_forge_the_tokens_of_a_template(folder: Path):
+    tokenizer = Tokenizer.from_pretrained(folder)
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+    halves = [{"role": "user", "content": eos[:3]}, {"role": "user", "content": eos[3:]}]
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}"
+    chat = [{"role": "user", "content": f"{eos}a <b> {bos}"}, *halves]
+
+    ids = tokenizer.apply_chat_template(chat, split_special_tokens=True, chat_template=template)
+
+    bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert [i for i in ids if i in (bos_id, eos_id)] == [ids[0], ids[-1]] == [bos_id, eos_id]
+    assert tokenizer.decode(ids) == f"{eos}a <b> {bos}{eos}"
+    assert [i for i in tokenizer.apply_chat_template(chat, chat_template=template) if i == eos_id] == [eos_id] * 3
+
+
+def test_split_changes_no_chat_without_special_strings(folder: Path):
+    plain, split = (Tokenizer.from_pretrained(folder, split_special_tokens=split) for split in (False, True))
+    chat = [*CHAT, {"role": "assistant", "content": "if a < b > c: | 你好"}]
+
+    assert split.apply_chat_template(chat) == plain.apply_chat_template(chat)
+    assert split.render_chat(chat) == plain.render_chat(chat)
+
+
+def test_template_that_rewrites_messages_cannot_be_split(folder: Path):
+    tokenizer = configure(folder, chat_template="{{ messages[1].content | length }}")
+    chat = [CHAT[0], {"role": "user", "content": tokenizer.eos_token}]
+
+    with pytest.raises(ValueError, match="the chat template changes the text of messages, and split_special_tokens"):
+        tokenizer.apply_chat_template(chat, split_special_tokens=True)
+
+
+def test_special_strings_are_counted(folder: Path):
+    tokenizer = Tokenizer.from_pretrained(folder)
+
+    assert tokenizer.count_special_tokens("the quick fox") == 0
+    assert tokenizer.count_special_tokens(f"{tokenizer.eos_token}a{tokenizer.bos_token}{tokenizer.eos_token}") == 3
 
 
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
