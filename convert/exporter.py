@@ -23,7 +23,8 @@ from dsmoe_jax.progress import Advance, Meter, silent
 
 from .cast import Cast, Loss
 from .conversion import Conversion
-from .importer import GENERATION_CONFIG, travelling_files
+from .generation_config import GENERATION_CONFIG
+from .importer import travelling_files
 from .names import export_order
 from .reader import SAFETENSORS_DTYPES
 

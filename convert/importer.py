@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,11 +38,11 @@ from dsmoe_jax.tokenizer import tokenizer_files
 
 from .cast import Cast, Loss
 from .conversion import Conversion
+from .generation_config import GENERATION_CONFIG
 from .hub import fetch, is_repository
 from .names import TIED_HEAD, hf_names, hf_shapes, is_stacked
 from .reader import CheckpointReader, path_inside
 
-GENERATION_CONFIG: Final = "generation_config.json"
 _log = logging.getLogger(__name__)
 
 

@@ -1,5 +1,6 @@
 """A checkpoint with an adapter multiplied into its weights: `merge_to`."""
 
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import Any, Final
@@ -9,6 +10,7 @@ from dsmoe_jax.manifest import is_native
 from dsmoe_jax.new_folder import refuse_existing
 
 from .exporter import export_hf
+from .generation_config import GENERATION_CONFIG, add_endings, read_generation_config, temporary_file, with_config_eos
 from .importer import load_hf, travelling_files
 from .peft import merge_adapter
 
@@ -20,6 +22,8 @@ def merge_to(
 ) -> str:
     """Write the checkpoint with the adapter merged as the new folder `out`, tokenizer beside it; says what it did.
 
+    The adapter's EOS ids and stop strings are added to those of the generation config.
+
     `checkpoint` is native or in the Hugging Face layout; `layout` is that of `out`, "native" or "hf". `dtype` casts
     before merging; by default weights keep theirs. The whole model is held in memory. Raises `ValueError` as loading
     and `read_adapter` do, and if `out` exists.
@@ -29,10 +33,16 @@ def merge_to(
     checkpoint, out = Path(checkpoint), refuse_existing(out)
     model = merge_adapter((load if is_native(checkpoint) else load_hf)(checkpoint, dtype=dtype), adapter)
     beside = travelling_files(checkpoint)
-    if layout == "native":
-        save(model, out, beside=beside)
-    else:
-        with tempfile.TemporaryDirectory(prefix=".merging-", dir=out.parent) as folder:
+    fields = with_config_eos(read_generation_config(checkpoint), model.config)
+    endings = add_endings(fields, read_generation_config(adapter))
+    with contextlib.ExitStack() as stack:
+        if endings != fields:
+            own = (file for file in beside if file.name != GENERATION_CONFIG)
+            beside = (*own, *stack.enter_context(temporary_file(endings)))
+        if layout == "native":
+            save(model, out, beside=beside)
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".merging-", dir=out.parent))
             save(model, Path(folder) / "native", beside=beside)
             export_hf(Path(folder) / "native", out)
     return f"{checkpoint} with {adapter} merged into it: {out}"
