@@ -26,6 +26,7 @@ from dsmoe_jax.checkpoint import (
     write_parameters,
 )
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.generation_config import GENERATION_CONFIG
 from dsmoe_jax.json_file import read_json
 from dsmoe_jax.kernels.operand import Operand
 from dsmoe_jax.manifest import is_native
@@ -38,7 +39,6 @@ from dsmoe_jax.tokenizer import tokenizer_files
 
 from .cast import Cast, Loss
 from .conversion import Conversion
-from .generation_config import GENERATION_CONFIG
 from .hub import fetch, is_repository
 from .names import TIED_HEAD, hf_names, hf_shapes, is_stacked
 from .reader import CheckpointReader, path_inside

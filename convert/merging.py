@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from dsmoe_jax.checkpoint import load, save
+from dsmoe_jax.generation_config import (
+    GENERATION_CONFIG,
+    add_endings,
+    read_generation_config,
+    temporary_file,
+    with_config_eos,
+)
 from dsmoe_jax.manifest import is_native
 from dsmoe_jax.new_folder import refuse_existing
 
 from .exporter import export_hf
-from .generation_config import GENERATION_CONFIG, add_endings, read_generation_config, temporary_file, with_config_eos
 from .importer import load_hf, travelling_files
 from .peft import merge_adapter
 

@@ -18,12 +18,12 @@ import jax
 import numpy as np
 
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.generation_config import GENERATION_CONFIG
 from dsmoe_jax.json_file import read_json
 from dsmoe_jax.lora import LORA_A, LORA_B, LoraConfig, Plan, attach, merge, place, specs
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
 from dsmoe_jax.new_folder import new_folder, write_json
 
-from .generation_config import GENERATION_CONFIG
 from .names import hf_names, is_stacked
 from .peft_matching import RELEASES, Rules, is_untied, make_plan, modules, untied
 from .reader import CheckpointReader, path_inside, read_safetensors

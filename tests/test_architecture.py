@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dsmoe_jax"
 FLOORS = (
     {"json_file", "axes", "progress", "new_file", "new_folder", "xla_options"},
     {"config", "chat_template", "array_files", "codebooks"},
-    {"tokenizer", "sharding", "manifest", "vocabulary"},
+    {"tokenizer", "sharding", "manifest", "vocabulary", "generation_config"},
     {"kernels", "cache"},
     {"layers"},
     {"model"},

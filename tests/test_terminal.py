@@ -216,7 +216,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "the assistant begins": ({"messages": [{"role": "assistant", "content": "a"}]}, "the other's turn"),
     "an empty prompt": ({"prompt": ""}, "a prompt is empty"),
     "half a surrogate pair": ('{"prompt": "\\ud800"}', "surrogate"),
-    "a parameter out of range": ({"prompt": "a", "top_p": 2}, "top_p must be in [1e-06, 1], not 2"),
+    "a parameter out of range": ({"prompt": "a", "top_p": 2}, "top_p must be in [0, 1], not 2"),
     "a parameter of another kind": ({"prompt": "a", "seed": "x"}, "seed must be an int or None, not 'x'"),
     "no bias": ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias must be an int, not 'x'"),
     "a bias for a token twice": ({"prompt": "a", "logit_bias": {"5": 1, "05": 1}}, "must be an int, not '05'"),

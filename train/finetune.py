@@ -18,14 +18,14 @@ from dsmoe_jax import lora
 from dsmoe_jax.axes import Array
 from dsmoe_jax.checkpoint import load, together, whole
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.convert.generation_config import (
+from dsmoe_jax.convert.peft import prepare_base, write_adapter
+from dsmoe_jax.convert.peft_matching import is_untied, make_plan, untied
+from dsmoe_jax.generation_config import (
     add_endings,
     eos_token_ids,
     read_generation_config,
     with_config_eos,
 )
-from dsmoe_jax.convert.peft import prepare_base, write_adapter
-from dsmoe_jax.convert.peft_matching import is_untied, make_plan, untied
 from dsmoe_jax.info import count_parameters
 from dsmoe_jax.kernels.operand import Operand
 from dsmoe_jax.lora import LoraConfig

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from dsmoe_jax.axes import Array
 from dsmoe_jax.checkpoint import load, save
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.convert.generation_config import temporary_file
+from dsmoe_jax.generation_config import temporary_file
 from dsmoe_jax.kernels.operand import Operand
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
 from dsmoe_jax.tokenizer import tokenizer_files

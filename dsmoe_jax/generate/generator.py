@@ -17,18 +17,18 @@ from jax.sharding import Mesh
 from dsmoe_jax.checkpoint import DTYPES, as_dtype, load
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import load_hf, load_hf_quantized, with_adapter
-from dsmoe_jax.convert.generation_config import (
-    add_endings,
-    eos_token_ids,
-    read_generation_config,
-    with_config_eos,
-)
-from dsmoe_jax.convert.generation_config import stop_strings as stop_strings_of
 from dsmoe_jax.generate.answer import Answer, Prefix, TokenLogprob
 from dsmoe_jax.generate.engine import Engine, Stats
 from dsmoe_jax.generate.memory import MemoryPlan, device_bytes
 from dsmoe_jax.generate.params import SamplingParams
 from dsmoe_jax.generate.scoring import Perplexity, Score, perplexity, score
+from dsmoe_jax.generation_config import (
+    add_endings,
+    eos_token_ids,
+    read_generation_config,
+    with_config_eos,
+)
+from dsmoe_jax.generation_config import stop_strings as stop_strings_of
 from dsmoe_jax.manifest import is_native
 from dsmoe_jax.model import DeepSeekMoE, assemble, check_token_ids, split
 from dsmoe_jax.quantize import load_quantized, quantize_embedding
