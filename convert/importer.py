@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,6 +26,7 @@ from dsmoe_jax.checkpoint import (
     write_parameters,
 )
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.generation_config import GENERATION_CONFIG
 from dsmoe_jax.json_file import read_json
 from dsmoe_jax.kernels.operand import Operand
 from dsmoe_jax.manifest import is_native
@@ -45,7 +46,6 @@ from .names import TIED_HEAD, hf_names, hf_shapes, is_stacked
 from .reader import CheckpointReader, path_inside
 from .torch_pickle import show
 
-GENERATION_CONFIG: Final = "generation_config.json"
 _log = logging.getLogger(__name__)
 
 

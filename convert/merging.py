@@ -1,10 +1,18 @@
 """A checkpoint with an adapter multiplied into its weights: `merge_to`."""
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any, Final
 
 from dsmoe_jax.checkpoint import load, save
+from dsmoe_jax.generation_config import (
+    GENERATION_CONFIG,
+    add_endings,
+    read_generation_config,
+    temporary_file,
+    with_config_eos,
+)
 from dsmoe_jax.locks import lock_name
 from dsmoe_jax.manifest import is_native
 from dsmoe_jax.new_folder import refuse_existing, sibling
@@ -21,6 +29,8 @@ def merge_to(
 ) -> str:
     """Write the checkpoint with the adapter merged as the new folder `out`, tokenizer beside it; says what it did.
 
+    The adapter's EOS ids and stop strings are added to those of the generation config.
+
     `checkpoint` is native or in the Hugging Face layout; `layout` is that of `out`, "native" or "hf". `dtype` casts
     before merging; by default weights keep theirs. The whole model is held in memory. Raises `ValueError` as loading
     and `read_adapter` do, and if `out` exists.
@@ -29,11 +39,17 @@ def merge_to(
         raise ValueError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
     checkpoint, out = Path(checkpoint), refuse_existing(out)
     between = out.with_name(f".{out.name}.merging")
-    with lock_name(out, "merging.lock"):  # `save` and `export_hf` take the other one
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock_name(out, "merging.lock"))  # `save` and `export_hf` take the other one
         for left in (between, sibling(between)):  # by a run that was killed
             shutil.rmtree(left, ignore_errors=True)
         model = merge_adapter((load if is_native(checkpoint) else load_hf)(checkpoint, dtype=dtype), adapter)
         beside = travelling_files(checkpoint)
+        fields = with_config_eos(read_generation_config(checkpoint), model.config)
+        endings = add_endings(fields, read_generation_config(adapter))
+        if endings != fields:
+            own = (file for file in beside if file.name != GENERATION_CONFIG)
+            beside = (*own, *stack.enter_context(temporary_file(endings)))
         if layout == "native":
             save(model, out, beside=beside)
         else:

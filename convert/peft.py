@@ -11,12 +11,14 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import jax
 import numpy as np
 
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.generation_config import GENERATION_CONFIG
 from dsmoe_jax.json_file import read_json
 from dsmoe_jax.lora import LORA_A, LORA_B, LoraConfig, Plan, attach, merge, place, specs
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
@@ -107,11 +109,18 @@ def _check_tensors(path: Path, found: Mapping[str, tuple[int, ...]], parts: Mapp
 
 
 def write_adapter(
-    path: str | Path, config: LoraConfig, model: ModelConfig, params: Mapping[str, Any], *, base: str | None = None
+    path: str | Path,
+    config: LoraConfig,
+    model: ModelConfig,
+    params: Mapping[str, Any],
+    *,
+    base: str | None = None,
+    generation: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write the adapter to the new folder `path`, with the fields and names that peft 0.13.2 reads; fp32.
 
-    `base` is noted as the model it was made for. Raises `ValueError` if `path` exists or the disk is too full.
+    `base` is noted as the model it was made for; `generation` are fields of a `generation_config.json`, which is
+    written where there are any. Raises `ValueError` if `path` exists or the disk is too full.
     """
     from safetensors.numpy import save_file
 
@@ -120,6 +129,8 @@ def write_adapter(
     with new_folder(Path(path), needs=sum(tensor.nbytes for tensor in tensors.values())) as draft:
         save_file(tensors, draft.folder / WEIGHTS, metadata={"format": "pt"})
         write_json(draft.folder / CONFIG, _peft_fields(config, base))
+        if generation:
+            write_json(draft.folder / GENERATION_CONFIG, dict(generation))
 
 
 def with_adapter(model: DeepSeekMoE, path: str | Path) -> DeepSeekMoE:

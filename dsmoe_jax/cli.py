@@ -221,7 +221,7 @@ _MODEL: Final[tuple[_Argument, ...]] = (
 _SAMPLING: Final[tuple[_Argument, ...]] = (
     (("--max-new-tokens",), {"type": int, "metavar": "N", "help": "default 128"}),
     (("--temperature",), {"type": float, "metavar": "T", "help": "0, the default, is greedy"}),
-    (("--top-k",), {"type": int, "metavar": "K", "help": "sample from the K likeliest tokens"}),
+    (("--top-k",), {"type": int, "metavar": "K", "help": "sample from the K likeliest tokens; -1 or 0: all"}),
     (("--top-p",), {"type": float, "metavar": "P", "help": "sample from the likeliest that reach P"}),
     (("--min-p",), {"type": float, "metavar": "P", "help": "drop what is less likely than P times the likeliest"}),
     (("--repetition-penalty",), {"type": float, "metavar": "X", "help": "above 1: against what was there, default 1"}),

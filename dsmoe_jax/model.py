@@ -27,7 +27,15 @@ from dsmoe_jax.layers.norm import RMSNorm
 from dsmoe_jax.layers.rope import rotation
 from dsmoe_jax.layers.router import Routing
 from dsmoe_jax.layers.weights import Initializer, Linear, weight
-from dsmoe_jax.sharding import MeshConfig, as_mesh, check_divides, constrain, mesh_of, sharding
+from dsmoe_jax.sharding import (
+    MeshConfig,
+    as_mesh,
+    check_divides,
+    constrain,
+    pin_to_mesh_of,
+    sharding,
+    traceable_mesh_of,
+)
 
 _STATES: Final = ("batch", None, None)  # the logical axes of hidden states
 # What of a block's forward pass is kept for the backward pass; the rest is computed again.
@@ -93,7 +101,7 @@ class DeepSeekMoE(nnx.Module):
         *,
         output_hidden_states: bool = False,
     ) -> ModelOutput:
-        """Logits for every position.
+        """Logits for every position; works under JAX's and Flax's transformations (jit, grad, vmap, checkpoint) too.
 
         Args:
           token_ids: int [B, T].
@@ -101,7 +109,8 @@ class DeepSeekMoE(nnx.Module):
           position_ids: int [B, T]; default 0 … T-1 for every row, wherever its padding is.
           output_hidden_states: also return the L + 1 hidden states.
 
-        Raises `ValueError` for ids outside the vocabulary and for shapes that do not agree.
+        Raises `ValueError` for shapes that do not agree and for ids outside the vocabulary; traced ids are not compared
+        with the vocabulary.
         """
         token_ids = check_token_ids(token_ids, self.config.vocab_size)
         # The defaults are filled in here, so that a call with them and one without are the same program.
@@ -112,7 +121,9 @@ class DeepSeekMoE(nnx.Module):
             if value.shape != token_ids.shape:
                 raise ValueError(f"{name} has shape {value.shape}, token_ids {token_ids.shape}")
         graph, params = split(self)
-        with mesh_of(params):
+        if isinstance(arange, Tracer):
+            token_ids = pin_to_mesh_of(params, token_ids)
+        with traceable_mesh_of(params):
             return _forward(graph, params, token_ids, mask, positions.astype(jnp.int32), output_hidden_states)
 
     def hidden(
@@ -214,13 +225,12 @@ def _causal(
 
 def check_token_ids(token_ids: Any, vocab_size: int) -> Int[Array, "B T"]:
     """The ids as an int [B, T] array; `ValueError` where they are none, or outside the vocabulary (JAX would clamp)."""
-    if not isinstance(token_ids, Tracer):
-        ids = np.asarray(token_ids)
-        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
-            raise ValueError(f"token_ids must be non-empty int [B, T], not {ids.dtype} {list(ids.shape)}")
-        if ids.min() < 0 or ids.max() >= vocab_size:
-            worst = ids.min() if ids.min() < 0 else ids.max()
-            raise ValueError(f"token id {worst} is outside the vocabulary of {vocab_size}")
+    ids = token_ids if isinstance(token_ids, Tracer) else np.asarray(token_ids)
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
+        raise ValueError(f"token_ids must be non-empty int [B, T], not {ids.dtype} {list(ids.shape)}")
+    if not isinstance(ids, Tracer) and (ids.min() < 0 or ids.max() >= vocab_size):
+        worst = ids.min() if ids.min() < 0 else ids.max()
+        raise ValueError(f"token id {worst} is outside the vocabulary of {vocab_size}")
     return jnp.asarray(token_ids, jnp.int32)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import (
     AbstractMesh,
     AxisType,
@@ -145,8 +146,35 @@ def constrain(x: Array, axes: tuple[str | None, ...], *, whole: bool = False) ->
 
 
 def mesh_of(params: Mapping[str, Any]) -> contextlib.AbstractContextManager:
-    """The context to call a model's function in: the mesh that its parameters lie on, if they lie on one."""
-    place = jax.tree.leaves(next(iter(params.values())))[0].sharding  # one is enough: this stands in every step
-    if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh):
-        return jax.set_mesh(place.mesh)
-    return contextlib.nullcontext()
+    """The context to call a model's function in: the mesh that its parameters lie on, if they lie on one.
+
+    Not for traced parameters: see `traceable_mesh_of`.
+    """
+    mesh = _concrete_mesh(params)
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def traceable_mesh_of(params: Mapping[str, Any]) -> contextlib.AbstractContextManager:
+    """`mesh_of`, inside of JAX transformations too: of their types, parameters keep the mesh but not its devices."""
+    mesh = jax.typeof(_first_leaf(params)).sharding.mesh
+    return contextlib.nullcontext() if mesh.empty else jax.sharding.use_abstract_mesh(mesh)
+
+
+def pin_to_mesh_of(params: Mapping[str, Any], x: Array) -> Array:
+    """`x`, replicated over the devices of parameters that a traced function closes over; others are left as they are.
+
+    A constant of a traced function loses its devices, and without any argument on them the function would be compiled
+    for one device.
+    """
+    mesh = _concrete_mesh(params)
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+
+
+def _concrete_mesh(params: Mapping[str, Any]) -> Mesh | None:
+    leaf = _first_leaf(params)
+    place = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+    return place.mesh if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh) else None
+
+
+def _first_leaf(params: Mapping[str, Any]) -> Any:
+    return jax.tree.leaves(next(iter(params.values())))[0]  # one is enough: this stands in every step

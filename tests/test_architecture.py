@@ -16,7 +16,7 @@ FLOORS = (
     | {"jinja_sandbox", "special_tokens", "config_spellings"},
     {"template_worker", "tokenizer_files"},
     {"config", "chat_template", "array_files", "codebooks", "tokenizer_backends"},
-    {"tokenizer", "sharding", "manifest", "vocabulary", "special_ids"},
+    {"tokenizer", "sharding", "manifest", "vocabulary", "special_ids", "generation_config"},
     {"kernels", "cache"},
     {"layers"},
     {"model"},

@@ -18,7 +18,7 @@ from hypothesis import strategies
 
 from dsmoe_jax.tokenizer import Tokenizer
 from dsmoe_jax.train.data import TokenShards, is_token_shards, tokenizer_hash
-from dsmoe_jax.train.examples import FORMATS, Examples, is_examples, show, write_examples
+from dsmoe_jax.train.examples import FORMATS, Examples, endings_of, is_examples, show, write_examples
 from dsmoe_jax.train.examples.formats import Completion, Conversation, Tokens, read_line
 from dsmoe_jax.train.examples.shorten import shorten
 from dsmoe_jax.train.examples.templates import Example, example_of, open_template
@@ -703,3 +703,38 @@ def test_examples_are_shown_with_what_is_learned(tmp_path: Path, folder: Path, t
     assert "example 1 of 2" in coloured.getvalue()
     assert "\x1b[2J" not in coloured.getvalue()
     assert "⟦" not in coloured.getvalue()
+
+
+# --- where answers end ---
+
+TURN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] | trim + END }}{% endfor %}"
+ENDINGS = {
+    "an EOS token": ("eos_token + '\\n'", {}),
+    "text": ("'<|im_end|>\\n'", {"stop_strings": ["<|im_end|>"]}),
+    "another token": ("'\\n' + bos_token + '\\n'", {"eos_token_id": 0}),
+    "nothing": ("'\\n'", {}),
+}
+
+
+@pytest.mark.parametrize(("end", "fields"), ENDINGS.values(), ids=ENDINGS)
+def test_a_templates_end_of_an_answer_is_found(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, end: str, fields: dict
+):
+    (tmp_path / "template").write_text(TURN.replace("END", end))
+
+    found = endings_of(tmp_path / "template", tokenizer)
+
+    assert found == fields
+    assert ("does not learn to stop" in caplog.text) == (end == "'\\n'")
+
+
+def test_deepseek_instruct_ends_with_text_and_chat_with_eos(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO"):
+        instruct, chat = (endings_of(name, tokenizer) for name in ("deepseek-instruct", "chat"))
+
+    assert (instruct, chat) == ({"stop_strings": ["<|EOT|>"]}, {})
+    (line,) = [record.message for record in caplog.records if "Template" in record.message]
+    assert line == (
+        "Template deepseek-instruct: answers end with the text '<|EOT|>', which is not an EOS token: "
+        "generation_config.json gets it as a stop string"
+    )

@@ -22,6 +22,7 @@ from jax.experimental.compilation_cache import compilation_cache
 import dsmoe_jax
 from dsmoe_jax import Generator, lora
 from dsmoe_jax.cli import main
+from dsmoe_jax.convert import export_hf, import_hf, merge_to
 from dsmoe_jax.convert.peft import WEIGHTS, read_adapter, write_adapter
 from dsmoe_jax.convert.peft_matching import make_plan
 from dsmoe_jax.lora import LoraConfig
@@ -32,7 +33,7 @@ from dsmoe_jax.train import loop
 from dsmoe_jax.train.batch import Batch
 from dsmoe_jax.train.config import CheckpointConfig
 from dsmoe_jax.train.examples import ExamplePacking, Examples, write_examples
-from dsmoe_jax.train.finetune import ExamplesConfig, FinetuneConfig
+from dsmoe_jax.train.finetune import ExamplesConfig, FinetuneConfig, finetuning
 from dsmoe_jax.train.flags import parse_finetuning
 from dsmoe_jax.train.loop import run
 from dsmoe_jax.train.loss import head_loss
@@ -101,6 +102,39 @@ def weights(adapter: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     return load_file(adapter / WEIGHTS)
+
+
+# --- where results stop ---
+
+
+@pytest.mark.parametrize("adapted", [True, False], ids=["adapter", "model"])
+def test_a_result_stops_where_its_template_ends(home: Path, tmp_path: Path, adapted: bool):
+    changes = {"lora": LORA if adapted else None}
+    made = config(home, tmp_path / "out", **changes)
+    data = dataclasses.replace(made.data, template="deepseek-instruct", sequence_length=512)
+    job = finetuning(dataclasses.replace(made, data=data), tmp_path / "out")
+    job.save(tmp_path / "result", job.fresh(None, job.frozen(None)))
+
+    if adapted:
+        merge_to(home / "base", tmp_path / "result", tmp_path / "merged")
+        merge_to(home / "base", tmp_path / "result", tmp_path / "exported", layout="hf")
+        found = [Generator.from_pretrained(home / "base", adapter=tmp_path / "result")]
+    else:
+        export_hf(tmp_path / "result", tmp_path / "exported")
+        import_hf(tmp_path / "exported", tmp_path / "merged")
+        found = [Generator.from_pretrained(tmp_path / "result")]
+    found += [Generator.from_pretrained(tmp_path / name) for name in ("merged", "exported")]
+
+    assert [generator.stop_strings for generator in found] == [("<|EOT|>",)] * 3
+    assert [generator.eos_token_ids for generator in found] == [{MODEL.eos_token_id}] * 3
+
+
+def test_a_template_that_ends_with_eos_adds_no_generation_config(home: Path, tmp_path: Path):
+    job = finetuning(config(home, tmp_path / "out"), tmp_path / "out")
+
+    job.save(tmp_path / "result", job.fresh(None, job.frozen(None)))
+
+    assert not (tmp_path / "result" / "generation_config.json").exists()
 
 
 # --- runs ---

@@ -15,10 +15,11 @@ import pytest
 from dsmoe_jax.cache import KVCache
 from dsmoe_jax.checkpoint import save
 from dsmoe_jax.config import ModelConfig, RopeScaling
-from dsmoe_jax.generate import Chat, Generator
+from dsmoe_jax.generate import Chat, Generator, SamplingParams
 from dsmoe_jax.generate.generator import for_generation
 from dsmoe_jax.generate.programs import bucket, step
 from dsmoe_jax.model import DeepSeekMoE, assemble, merge, split
+from dsmoe_jax.tokenizer import Tokenizer
 from tests.helpers import golden, reference
 from tests.helpers.hf_folder import make_tokenizer
 
@@ -170,6 +171,65 @@ def test_generation_config_names_the_end_of_sequence(tmp_path: Path):
     assert Generator.from_pretrained(tmp_path / "hf").eos_token_ids == {7, 9}
 
 
+def test_the_tokenizers_eos_ends_answers_too(folder: Path, tmp_path: Path):
+    shutil.copytree(folder, tmp_path / "native")
+    (tmp_path / "native" / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "stop_strings": "x"}))
+
+    made = Generator.from_pretrained(tmp_path / "native")
+
+    assert made.eos_token_ids == {7, 1}
+    assert made.stop_strings == ("x",)
+
+
+@pytest.mark.parametrize("named", [5000, [5000, 100001], -1])
+def test_eos_ids_outside_the_vocabulary_leave_the_tokenizers(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, named: Any
+):
+    shutil.copytree(folder, tmp_path / "native")
+    (tmp_path / "native" / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+
+    made = Generator.from_pretrained(tmp_path / "native")
+
+    assert made.eos_token_ids == {1}
+    first = named if isinstance(named, int) else named[0]
+    assert f"eos_token_id {first} is outside the vocabulary of 2048: answers end with 1" in caplog.text
+
+
+def test_a_config_whose_eos_is_outside_the_vocabulary_is_warned_of(caplog: pytest.LogCaptureFixture):
+    config = dataclasses.replace(SMALL, eos_token_id=100001)
+
+    made = Generator(assemble(config, split(small_model())[1]))
+
+    assert made.eos_token_ids == frozenset()
+    assert "eos_token_id 100001 is outside the vocabulary of 2048: no EOS token ends an answer" in caplog.text
+    with pytest.raises(ValueError, match="eos_token_id 2048 is outside the vocabulary of 2048"):
+        Generator(small_model(), eos_token_id=[1, 2048])
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"eos_token_id": "x"}, "generation_config.json: eos_token_id must be an int or a list of ints, not 'x'"),
+        ({"stop_strings": [1]}, r"generation_config.json: stop_strings must be .*, not \[1\]"),
+        ({"stop_strings": ""}, "generation_config.json: stop_strings must be .*, not ''"),
+    ],
+)
+def test_a_broken_generation_config_is_refused(folder: Path, tmp_path: Path, fields: dict, reason: str):
+    shutil.copytree(folder, tmp_path / "native")
+    (tmp_path / "native" / "generation_config.json").write_text(json.dumps(fields))
+
+    with pytest.raises(ValueError, match=reason):
+        Generator.from_pretrained(tmp_path / "native")
+
+
+def test_text_with_tokens_of_another_model_is_refused(generator: Generator):
+    config = dataclasses.replace(SMALL, vocab_size=300)
+    made = Generator(DeepSeekMoE.init(config), generator.tokenizer)
+
+    with pytest.raises(ValueError, match=r"token id \d+ is outside the vocabulary of 300"):
+        made(["import os"])
+
+
 @pytest.mark.parametrize("eos", ["</s>", [7, "x"], 0.5, {}])
 def test_an_end_of_sequence_that_is_no_token_id_is_refused(eos):
     with pytest.raises(ValueError, match="eos_token_id"):
@@ -210,26 +270,102 @@ def test_in_a_chat_of_ten_turns_only_what_is_new_is_read(generator: Generator):
     new = len(generator.tokenizer.encode("<eos>User: question 1, and some more words\n\nAssistant:")) + 2
 
     for turn in range(10):
-        "".join(chat.send(f"question {turn}, and some more words"))
-        read.append((generator.stats.prompt_tokens, generator.stats.reused_tokens))
+        answer = "".join(chat.send(f"question {turn}, and some more words"))
+        encoded = len(generator.tokenizer.encode(answer))  # afresh, perhaps to other tokens
+        read.append((generator.stats.prompt_tokens, generator.stats.reused_tokens, encoded))
 
     assert read[0][1] == 0
-    for (prompt, reused), (_, before) in zip(read[1:], read, strict=False):
-        assert prompt <= new
+    for (prompt, reused, _), (_, before, answer) in zip(read[1:], read, strict=False):
+        assert prompt <= new + answer
         assert reused > before
 
 
-def test_a_chat_that_reuses_its_history_says_what_one_that_reads_it_says(generator: Generator):
-    chat = Chat(generator, max_new_tokens=6)
+# What stands in front of an answer and what stands behind it are written in as many ways as there are templates.
+TRIMS = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + (m['content'] | trim) + "
+    "('\n\n' if m['role'] == 'user' else eos_token) }}{% endfor %}{{ 'assistant:' if add_generation_prompt }}"
+)
+FORGETS = (
+    "{% for m in messages %}{% if m['role'] == 'user' or not loop.last %}{{ m['role'] + ': ' + "
+    "(m['content'] if m['role'] == 'user' else m['content'][1:]) + '\n' }}{% endif %}{% endfor %}"
+)
+LAST_TURN = "{{ messages | length }} messages, the last: {{ messages[-1]['content'] }}\n"
 
-    for turn in range(4):
-        "".join(chat.send(f"and {turn}?"))
 
-    assert generator.stats.reused_tokens > 0
-    assert chat._prefix is not None
-    (read,) = generator([chat._prefix.ids[: -len(chat.tokens)]], max_new_tokens=6)
-    assert generator.stats.reused_tokens == 0
-    assert read.tokens == chat.tokens
+SAMPLED = {"max_new_tokens": 6, "temperature": 2.0, "seed": 1}
+STOPPED = {"max_new_tokens": 8, "stop": ["e", "a", " "]}
+ENDINGS = {
+    "cut": {"max_new_tokens": 1},
+    "sampled": SAMPLED,
+    "ignore_eos": SAMPLED | {"ignore_eos": True},
+    "stop": STOPPED,
+    "stop_token_ids": {"max_new_tokens": 8, "stop_token_ids": list(range(2, 1000))},
+    "half characters": {"max_new_tokens": 3, "logit_bias": {token: 100.0 for token in range(100, 200)}},
+    "empty": {"max_new_tokens": 8, "logit_bias": {1: 100.0}},
+}
+TURNS = {
+    **{ending: (None, params) for ending, params in ENDINGS.items()},
+    "a template that trims": (TRIMS, SAMPLED),
+    "a template that forgets": (FORGETS, STOPPED),
+    "a template of the last turn": (LAST_TURN, SAMPLED),
+}
+
+
+@pytest.mark.parametrize(("template", "params"), TURNS.values(), ids=TURNS)
+def test_a_turn_reads_the_rendered_history_encoded_afresh(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str | None, params: dict
+):
+    tokenizer = Tokenizer.from_pretrained(folder)
+    if template is not None:
+        for file in tokenizer.files:
+            shutil.copy(file, tmp_path)
+        (tmp_path / "chat_template.jinja").write_text(template)
+        tokenizer = Tokenizer.from_pretrained(tmp_path)
+    made, read = Generator(small_model(), tokenizer, eos_token_id=[1, 7]), []
+    start = made.start
+    monkeypatch.setattr(made, "start", lambda ids, **options: read.append(ids) or start(ids, **options))
+    chat = Chat(made, system="Be brief.", **params)
+
+    for turn in range(3):
+        pieces: Any = chat.send(f"d of end {turn}?")
+        if turn == 1:
+            next(pieces, "")
+            pieces.close()
+        "".join(pieces)
+        history = chat.messages[:-1]
+
+        assert read[turn] == tokenizer.encode(
+            tokenizer.render_chat(history, add_generation_prompt=True), add_special_tokens=False
+        )
+    assert made([read[-1]], **params)[0].tokens == chat.tokens
+
+
+def test_an_answer_cut_by_a_stop_string_enters_the_history_as_it_was_shown(generator: Generator):
+    whole = Chat(generator, max_new_tokens=12, ignore_eos=True)
+    text = "".join(whole.send("hello"))
+    stop = text[3:6]
+
+    chat = Chat(generator, max_new_tokens=12, ignore_eos=True, stop=stop)
+    shown = "".join(chat.send("hello"))
+
+    assert shown == text[: text.index(stop)]
+    assert chat.messages[-1]["content"] == shown
+
+
+def test_a_chat_takes_no_keys_from_a_stretched_turn():
+    """Dynamic NTK turns the keys of a long turn by another base than those of a short one."""
+    config = dataclasses.replace(SMALL, max_position_embeddings=24, rope_scaling=RopeScaling("dynamic", 2.0))
+    params = SamplingParams(max_new_tokens=4, ignore_eos=True)
+    made, kept = Generator(DeepSeekMoE.init(config, seed=2)), []
+
+    for ids in (range(10, 40), range(10, 20)):
+        engine = made.engine()
+        (answer,) = engine.submit(list(ids), params, keep=True)
+        while engine.busy:
+            engine.step()
+        kept.append(answer.prefix is not None)
+
+    assert kept == [False, True]
 
 
 # --- how an answer ends ---
@@ -247,6 +383,21 @@ def test_an_answer_stops_before_a_stop_string_in_a_call_and_in_a_stream(generato
     assert answer.finish_reason == "stop"
     assert len(answer.tokens) < len(whole.tokens)
     assert "".join(pieces) == answer.text
+
+
+def test_a_stop_string_of_the_model_ends_an_answer_as_eos_does(generator: Generator):
+    (whole,) = generator(["import os"], max_new_tokens=24, ignore_eos=True)
+    stop, other = whole.text[9:12], whole.text[5:7]
+    made = Generator(small_model(), generator.tokenizer, eos_token_id=[], stop_strings=[stop])
+
+    (answer,) = made(["import os"], max_new_tokens=24)
+    (sooner,) = made(["import os"], max_new_tokens=24, stop=other)
+    (ignored,) = made(["import os"], max_new_tokens=24, ignore_eos=True)
+
+    assert answer.text == "".join(made.stream("import os", max_new_tokens=24)) == whole.text[: whole.text.index(stop)]
+    assert answer.finish_reason == "stop"
+    assert sooner.text == whole.text[: min(whole.text.index(other), whole.text.index(stop))]
+    assert ignored == whole
 
 
 def test_an_answer_without_its_stop_string_is_whole(generator: Generator):
@@ -295,6 +446,36 @@ def test_a_continuation_of_text_is_tokenized_with_its_prompt(generator: Generato
     )
 
     assert blank_before == blank_after == by_ids
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "\n ", []], ids=repr)
+def test_an_empty_context_is_the_bos_token(generator: Generator, prompt: Any):
+    assert generator.tokenizer is not None
+    blank = prompt if isinstance(prompt, str) else ""
+    ids = generator.tokenizer.encode(blank + "import os", add_special_tokens=False)
+
+    assert generator.score([prompt], ["import os"]) == generator.score([[0]], [ids])
+
+
+def test_an_empty_context_goes_before_token_ids(generator: Generator):
+    assert generator.score([""], [[5, 6]]) == generator.score([[]], [[5, 6]]) == generator.score([[0]], [[5, 6]])
+
+
+def test_an_empty_context_is_eos_where_there_is_no_bos():
+    parts = split(small_model())[1]
+    with_eos, with_neither = (
+        Generator(assemble(dataclasses.replace(SMALL, bos_token_id=None, eos_token_id=eos), parts)) for eos in (1, None)
+    )
+
+    assert with_eos.score([[]], [[5, 6]]) == with_eos.score([[1]], [[5, 6]])
+    with pytest.raises(ValueError, match="an empty prompt needs a BOS or EOS token"):
+        with_neither.score([[]], [[5, 6]])
+
+
+@pytest.mark.parametrize("text", ["", []], ids=repr)
+def test_the_perplexity_of_nothing_is_refused(generator: Generator, text: Any):
+    with pytest.raises(ValueError, match="nothing to predict: tokens has length 0"):
+        generator.perplexity(text)
 
 
 def test_perplexity_predicts_every_token_of_a_text_from_the_first_on(generator: Generator):
@@ -350,10 +531,10 @@ def test_a_new_prompt_length_in_the_same_bucket_is_no_new_program(generator: Gen
         ([[1]], {"max_new_tokens": 1.5}, "max_new_tokens"),
         ([[1]], {"temperature": -1.0}, "temperature"),
         ([[1]], {"temperature": float("nan")}, "temperature"),
-        ([[1]], {"top_k": 0}, "top_k"),
-        ([[1]], {"top_p": 0.0}, "top_p"),
+        ([[1]], {"top_k": -2}, "top_k"),
+        ([[1]], {"top_p": -0.1}, "top_p"),
         ([[1]], {"top_p": 1.1}, "top_p"),
-        ([[1]], {"seed": -1}, "seed"),
+        ([[1]], {"seed": -2}, "seed"),
         ([[{"role": "pirate", "content": "arr"}]], {}, "pirate"),
     ],
 )

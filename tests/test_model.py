@@ -16,11 +16,16 @@ import pytest
 from flax import nnx
 
 import dsmoe_jax
+from dsmoe_jax import lora
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.convert.peft_matching import make_plan
 from dsmoe_jax.kernels.activation import ACTIVATION_FUNCTIONS
-from dsmoe_jax.model import DeepSeekMoE, assemble, split
+from dsmoe_jax.model import DeepSeekMoE, Graph, assemble, merge, shardings, split
+from dsmoe_jax.quantize import quantize_params
+from dsmoe_jax.sharding import make_mesh
 from tests.helpers import reference
 from tests.helpers.hf_folder import tiny
+from tests.helpers.meshes import MESHES
 
 LOGITS = 1e-4  # absolute, on logits of rms 1: a right fp32 implementation sits near 1e-6
 BF16_RMS = 0.05  # of the logits' rms: eps is 0.0078 and a block rounds some ten times
@@ -175,6 +180,117 @@ def test_positions_with_gaps_are_honoured():
 
     assert_logits(out.logits, reference.forward(base(), IDS, position_ids=positions).logits)
     assert rms(out.logits - reference.forward(base(), IDS).logits) > 1e2 * LOGITS
+
+
+# Transformations
+
+# The logits of `params` for IDS, each by another transformation.
+LOGITS_BY = {
+    "jit": lambda graph, params, ids: jax.jit(lambda params: merge(graph, params)(ids).logits)(params),
+    "jit of a closure": lambda graph, params, ids: jax.jit(lambda ids: merge(graph, params)(ids).logits)(ids),
+    "jit without arguments": lambda graph, params, ids: jax.jit(lambda: merge(graph, params)(ids).logits)(),
+    "nnx.jit": lambda graph, params, ids: nnx.jit(lambda model, ids: model(ids).logits)(merge(graph, params), ids),
+    "vmap": lambda graph, params, ids: jax.vmap(lambda row: merge(graph, params)(row[None]).logits[0])(ids),
+}
+GRADS_BY = {
+    "grad": lambda loss, graph, params: jax.grad(lambda params: loss(merge(graph, params)))(params),
+    "jit of grad": lambda loss, graph, params: jax.jit(jax.grad(lambda params: loss(merge(graph, params))))(params),
+    "checkpoint": lambda loss, graph, params: jax.grad(jax.checkpoint(lambda params: loss(merge(graph, params))))(
+        params
+    ),
+    "nnx.value_and_grad": lambda loss, graph, params: {
+        ".".join(map(str, path)): leaf.get_value()
+        for path, leaf in nnx.to_flat_state(nnx.value_and_grad(loss)(merge(graph, params))[1])
+    },
+}
+ODD = jnp.asarray(np.random.default_rng(1).integers(0, 64, (3, 12)))  # no mesh divides three rows
+MESH, QUERY = "expert=2,tensor=2,fsdp=2", "layers.0.attention.q.weight"
+
+
+@functools.cache
+def shallow(mesh: str | None = None) -> tuple[Graph, dict[str, Any]]:
+    graph, params = split(reference.random_model(tiny(**ONE_LAYER)))
+    if mesh is not None:
+        places = shardings(tiny(**ONE_LAYER), MESHES[mesh])
+        params = {name: jax.device_put(np.asarray(value), places[name]) for name, value in params.items()}
+    return graph, params
+
+
+@functools.cache
+def gradients_of_the_whole_program() -> dict[str, Any]:
+    """Those of one jitted program on one device, as training makes it."""
+    graph, params = shallow()
+
+    def loss(params: dict[str, Any]) -> jax.Array:
+        model = merge(graph, params)
+        return (model.logits(model.hidden(ODD).states) ** 2).sum()
+
+    return jax.jit(jax.grad(loss))(params)
+
+
+@pytest.mark.parametrize("mesh", [None, MESH])
+@pytest.mark.parametrize("way", LOGITS_BY)
+def test_a_transformed_model_gives_the_same_logits(way: str, mesh: str | None):
+    logits = LOGITS_BY[way](*shallow(mesh), ODD)
+
+    assert_logits(logits, reference.forward(merge(*shallow()), np.asarray(ODD)).logits)
+
+
+@pytest.mark.parametrize("mesh", [None, MESH])
+@pytest.mark.parametrize("way", GRADS_BY)
+def test_every_way_to_differentiate_gives_the_same(way: str, mesh: str | None):
+    grads = GRADS_BY[way](lambda model: (model(ODD).logits ** 2).sum(), *shallow(mesh))
+
+    for name, want in gradients_of_the_whole_program().items():
+        np.testing.assert_allclose(grads[name], want, rtol=1e-4, atol=1e-4 * np.abs(want).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("placed", ["on the mesh", "on one device", "on the host"])
+def test_a_model_may_be_called_within_a_mesh(placed: str):
+    graph, params = shallow(MESH if placed == "on the mesh" else None)
+    if placed == "on the host":
+        params = {name: np.asarray(value) for name, value in params.items()}
+
+    with jax.set_mesh(make_mesh(MESHES[MESH])):
+        logits = merge(graph, params)(ODD).logits
+
+    assert_logits(logits, reference.forward(merge(*shallow()), np.asarray(ODD)).logits)
+
+
+def test_mask_and_positions_may_be_traced():
+    graph, params = shallow()
+    mask = np.ones(ODD.shape, int)
+    mask[0, :5] = 0
+    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
+
+    traced = jax.jit(lambda *given: merge(graph, params)(*given).logits)(ODD, mask, positions)
+
+    assert_logits(traced, np.asarray(merge(graph, params)(ODD, mask, positions).logits), np.s_[1:])
+
+
+def test_an_adapter_on_an_int8_base_is_differentiated_through_the_model():
+    graph, params = shallow()
+    config, base = merge(graph, params).config, params | quantize_params({QUERY: params[QUERY]}, "int8")
+    plan = make_plan(lora.LoraConfig(r=2, target_modules=("q_proj", "gate_proj")), config)
+    adapter = lora.init(plan, config, base, jax.random.key(0))
+
+    def loss(adapter: dict[str, Any], whole: bool) -> jax.Array:
+        model = merge(graph, lora.attach(plan, base, adapter))
+        return ((model(ODD).logits if whole else model.logits(model.hidden(ODD).states)) ** 2).sum()
+
+    grads = jax.grad(loss)(adapter, True)
+
+    for name, want in jax.jit(jax.grad(loss), static_argnums=1)(adapter, False).items():
+        np.testing.assert_allclose(grads[name], want, rtol=1e-4, atol=1e-4 * np.abs(want).max(), err_msg=name)
+    assert any(np.abs(grad).max() > 0 for grad in grads.values())
+
+
+@pytest.mark.parametrize(
+    "ids", [jnp.arange(3), jnp.ones((1, 2)), jnp.zeros((0, 3), int)], ids=["rank", "dtype", "size"]
+)
+def test_traced_ids_of_another_kind_are_refused(ids: jax.Array):
+    with pytest.raises(ValueError, match=r"token_ids must be non-empty int \[B, T\]"):
+        jax.jit(base())(ids)
 
 
 # The config is read

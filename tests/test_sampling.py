@@ -362,7 +362,6 @@ NAN, INF = float("nan"), float("inf")
         ({"max_new_tokens": 0}, r"max_new_tokens must be in \[1, 16777216\], not 0"),
         ({"max_new_tokens": 1.5}, "max_new_tokens must be an int, not 1.5"),
         ({"max_new_tokens": True}, "max_new_tokens must be an int, not True"),
-        ({"max_new_tokens": None}, "max_new_tokens must be an int, not None"),
         ({"temperature": -0.1}, r"temperature must be in \[0, 1000\], not -0.1"),
         ({"temperature": NAN}, "temperature must be in .*, not nan"),
         ({"temperature": INF}, "temperature must be in .*, not inf"),
@@ -370,11 +369,11 @@ NAN, INF = float("nan"), float("inf")
         ({"temperature": "hot"}, "temperature must be a number, not 'hot'"),
         ({"temperature": 10**400}, r"temperature must be in \[0, 1000\], not 1000000"),
         ({"temperature": np.zeros((40, 40))}, "temperature must be a number, not array"),
-        ({"top_k": 0}, "top_k must be in"),
+        ({"top_k": -2}, r"top_k must be in \[1, 16777216\], not -2"),
+        ({"top_k": False}, "top_k must be an int or None, not False"),
         ({"top_k": "5"}, "top_k must be an int or None, not '5'"),
-        ({"top_p": 0.0}, "top_p must be in .*, not 0.0"),
+        ({"top_p": -0.1}, r"top_p must be in \[0, 1\], not -0.1"),
         ({"top_p": 1.1}, "top_p must be in .*, not 1.1"),
-        ({"top_p": None}, "top_p must be a number, not None"),
         ({"min_p": -0.1}, r"min_p must be in \[0, 1\], not -0.1"),
         ({"min_p": 1.01}, "min_p must be in"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be in .*, not 0.0"),
@@ -390,14 +389,13 @@ NAN, INF = float("nan"), float("inf")
         ({"logit_bias": "text"}, "logit_bias must map token ids to numbers, not 'text'"),
         ({"logit_bias": 0}, "logit_bias must map token ids to numbers, not 0"),
         ({"logit_bias": dict.fromkeys(range(301), 1)}, "logit_bias must have at most 300 entries, not 301"),
-        ({"seed": -1}, "seed must be in .*, not -1"),
+        ({"seed": -2}, "seed must be in .*, not -2"),
         ({"seed": 1 << 32}, "seed must be in .*, not 4294967296"),
         ({"seed": 1.0}, "seed must be an int or None, not 1.0"),
         ({"stop": ""}, "stop must not hold an empty string"),
         ({"stop": ["a", ""]}, "stop must not hold an empty string"),
         ({"stop": [1]}, r"stop must be a string or a list of strings, not \[1\]"),
         ({"stop": b"x"}, "stop must be a string or a list of strings"),
-        ({"stop": None}, "stop must be a string or a list of strings, not None"),
         ({"stop": ["x"] * 65}, "stop must have at most 64 strings, not 65"),
         ({"stop_token_ids": 3}, "stop_token_ids must be a list of token ids, not 3"),
         ({"stop_token_ids": [1, -2]}, "a token id of stop_token_ids must be in .*, not -2"),
@@ -431,6 +429,21 @@ def test_the_bounds_themselves_are_allowed():
     for name, bound in _NUMBERS.items():
         for value in [bound.low, bound.high, *([None] if bound.optional else [])]:
             assert getattr(SamplingParams.of(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(SamplingParams)])
+def test_none_is_the_default_of_every_parameter(name: str):
+    assert SamplingParams.of(**{name: None}) == SamplingParams()
+
+
+@pytest.mark.parametrize("asked", [{"top_k": 0}, {"top_k": -1}, {"top_k": np.int64(-1)}, {"seed": -1}], ids=str)
+def test_a_value_that_disables_is_none(asked: dict[str, Any]):
+    assert SamplingParams.of(**asked) == SamplingParams()
+
+
+@pytest.mark.parametrize("top_p", [0, 1e-9, 1e-300])
+def test_a_top_p_near_zero_leaves_the_likeliest_token(top_p: float):
+    assert set(draws(LOGITS, SamplingParams(temperature=2.0, top_p=top_p))) == {int(LOGITS.argmax())}
 
 
 def test_every_spelling_has_one_form():

@@ -183,6 +183,20 @@ def test_a_file_is_answered_in_its_order(
     assert err.endswith(" tok/s\n")
 
 
+def test_a_null_field_of_a_line_is_an_absent_one(
+    capsys: pytest.CaptureFixture, model: Path, prompts: Callable[..., Path]
+):
+    fields = ("stop", "stop_token_ids", "logit_bias", "logprobs", "seed", "top_k", "top_p", "min_p", "n", "temperature")
+    null = dict.fromkeys((*fields, "max_new_tokens", "ignore_eos", "tokens", "messages"))
+    file = prompts({"prompt": "def main("}, {"prompt": "def main(", **null}, {"prompt": "def main(", "top_k": -1})
+
+    code = run("generate", model, "--file", file, *FEW, "--temperature", "0.8", "--seed", "3")
+
+    plain, nulls, disabled = lines(capsys.readouterr().out)
+    assert code == 0
+    assert plain == nulls == disabled
+
+
 # a line | what its error says
 REFUSED: dict[str, tuple[Any, str]] = {
     "no JSON": ('{"prompt": ', "is not JSON"),
@@ -202,7 +216,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "the assistant begins": ({"messages": [{"role": "assistant", "content": "a"}]}, "the other's turn"),
     "an empty prompt": ({"prompt": ""}, "a prompt is empty"),
     "half a surrogate pair": ('{"prompt": "\\ud800"}', "surrogate"),
-    "a parameter out of range": ({"prompt": "a", "top_p": 2}, "top_p must be in [1e-06, 1], not 2"),
+    "a parameter out of range": ({"prompt": "a", "top_p": 2}, "top_p must be in [0, 1], not 2"),
     "a parameter of another kind": ({"prompt": "a", "seed": "x"}, "seed must be an int or None, not 'x'"),
     "no bias": ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias must be an int, not 'x'"),
     "a bias for a token twice": ({"prompt": "a", "logit_bias": {"5": 1, "05": 1}}, "must be an int, not '05'"),

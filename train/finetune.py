@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final
 
@@ -20,6 +20,12 @@ from dsmoe_jax.checkpoint import load, together, whole
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.peft import prepare_base, write_adapter
 from dsmoe_jax.convert.peft_matching import is_untied, make_plan, untied
+from dsmoe_jax.generation_config import (
+    add_endings,
+    eos_token_ids,
+    read_generation_config,
+    with_config_eos,
+)
 from dsmoe_jax.info import count_parameters
 from dsmoe_jax.kernels.operand import Operand
 from dsmoe_jax.lora import LoraConfig
@@ -31,7 +37,7 @@ from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files
 from .config import RunConfig
 from .corpus import Corpus
 from .data import Stream, find_files, tokenizer_hash
-from .examples import ExamplePacking, Examples, example_batches, show, write_examples
+from .examples import ExamplePacking, Examples, endings_of, example_batches, show, write_examples
 from .job import MODEL, Job, model_writer
 from .optimizer import OptimizerConfig
 from .step import Trained
@@ -48,7 +54,9 @@ class ExamplesConfig:
     # Conversations or completions, .jsonl(.gz, .zst) or .parquet, found from their fields.
     files: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--data"])] = ()
     format: str = "auto"  # or a key of `examples.FORMATS`
-    template: str = "chat"  # the tokenizer's own; "deepseek-instruct"; or a file of Jinja
+    # The tokenizer's own, "chat"; "deepseek-instruct", whose answers end with the text <|EOT|> instead of an EOS token
+    # (generation_config.json of the result gets it as a stop string); or a file of Jinja.
+    template: str = "chat"
     targets: str = "all"  # turns of the assistant, or the "last" one
     tokenizer: str | None = None  # a folder; default: that of the model
     sequence_length: int = 1024
@@ -98,7 +106,13 @@ def finetuning(config: FinetuneConfig, out: Path) -> Job:
     model = config.model_config()
     corpus, steps = examples(config, model, out)
     facts = {"stream": corpus.identity, "base": {"sha256": read_manifest(base).sha256}}
+    own = read_generation_config(base)
+    stated = with_config_eos(own, model)
+    endings = _endings(config, corpus, eos_token_ids(stated))
     if config.lora is None:
+        ids = {name: getattr(model, name) for name in ("bos_token_id", "pad_token_id")} | stated
+        known = {name: value for name, value in ids.items() if value is not None}
+        generation = add_endings(known, endings) if own or endings else {}
         return Job(
             model=model,
             corpus=corpus,
@@ -107,7 +121,7 @@ def finetuning(config: FinetuneConfig, out: Path) -> Job:
             frozen=lambda mesh: {},
             fresh=lambda mesh, frozen: split(load(base, dtype="float32", mesh=mesh))[1],
             result=MODEL,
-            save=model_writer(model, corpus),
+            save=model_writer(model, corpus, generation),
             facts=facts,
         )
 
@@ -131,7 +145,7 @@ def finetuning(config: FinetuneConfig, out: Path) -> Job:
         on_host = {name: whole(value) for name, value in params.items()}
         with together():
             if jax.process_index() == 0:
-                write_adapter(path, adapter, model, on_host, base=str(base))
+                write_adapter(path, adapter, model, on_host, base=str(base), generation=endings)
 
     _log.info("%d of %d weights are trained", lora.count(plan, onto), count_parameters(onto).total)
     return Job(
@@ -154,6 +168,12 @@ def finetuning(config: FinetuneConfig, out: Path) -> Job:
         },
         keep_best=True,
     )
+
+
+def _endings(config: FinetuneConfig, corpus: Corpus, eos_token_ids: Sequence[int]) -> dict[str, Any]:
+    """What the result's generation config needs beside the base's, so that it stops where it learns to."""
+    assert corpus.tokenizer is not None
+    return endings_of(config.data.template, Tokenizer.from_pretrained(corpus.tokenizer), eos_token_ids)
 
 
 def examples(config: FinetuneConfig, model: ModelConfig, out: Path) -> tuple[Corpus, int]:

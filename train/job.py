@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -9,6 +10,7 @@ from jax.sharding import Mesh
 from dsmoe_jax.axes import Array
 from dsmoe_jax.checkpoint import load, save
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.generation_config import temporary_file
 from dsmoe_jax.kernels.operand import Operand
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
 from dsmoe_jax.tokenizer import tokenizer_files
@@ -58,7 +60,14 @@ def pretraining(config: RunConfig, out: Path) -> Job:
     )
 
 
-def model_writer(model: ModelConfig, corpus: Corpus) -> Callable[[Path, Mapping[str, Array]], None]:
-    """Writes the parameters as a native checkpoint, fp32, the tokenizer beside it."""
+def model_writer(
+    model: ModelConfig, corpus: Corpus, generation: Mapping[str, Any] = MappingProxyType({})
+) -> Callable[[Path, Mapping[str, Array]], None]:
+    """Writes the parameters as a native checkpoint, fp32, tokenizer and generation config (if any) beside it."""
     files = tokenizer_files(corpus.tokenizer) if corpus.tokenizer is not None else ()
-    return lambda path, params: save(assemble(model.stored_as("float32"), dict(params)), path, beside=files)
+
+    def write(path: Path, params: Mapping[str, Array]) -> None:
+        with temporary_file(generation) as file:
+            save(assemble(model.stored_as("float32"), dict(params)), path, beside=(*files, *file))
+
+    return write

@@ -36,7 +36,9 @@ class Sampler(NamedTuple):
         # What a greedy row asks beside must not make the others wait for it.
         greedy = (0.0, vocab_size, 1.0, 0.0)
         values = [
-            (p.temperature, min(p.top_k or vocab_size, vocab_size), p.top_p, p.min_p) if p and p.temperature else greedy
+            (p.temperature, min(p.top_k or vocab_size, vocab_size), max(p.top_p, _LEAST), p.min_p)
+            if p and p.temperature and p.top_p
+            else greedy
             for p, _, _ in rows
         ]
         if all(value is greedy for value in values):

@@ -309,7 +309,8 @@ class Engine:
         if answer not in self._rows or self._batch is None:
             return
         row = self._rows.index(answer)
-        if answer.request.keep and answer.index == 0 and answer.prefix is None:
+        # Keys that dynamic NTK has stretched hold for their own length alone: nobody can go on from them.
+        if answer.request.keep and answer.index == 0 and answer.prefix is None and not self._together:
             slots = self._batch.cache.slots
             cache = programs.copy_row(slots, self._batch.cache, np.int32(row), np.int32(answer.held))
             answer.prefix = Prefix((), cache)  # its tokens are known once all have been looked at

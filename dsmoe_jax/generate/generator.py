@@ -3,6 +3,7 @@
 Read `Generator.__call__`, then `engine.py`.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,13 @@ from dsmoe_jax.generate.engine import Engine, Stats
 from dsmoe_jax.generate.memory import MemoryPlan, device_bytes, weight_dtypes
 from dsmoe_jax.generate.params import SamplingParams
 from dsmoe_jax.generate.scoring import Perplexity, Score, perplexity, score
-from dsmoe_jax.json_file import read_json
+from dsmoe_jax.generation_config import (
+    add_endings,
+    eos_token_ids,
+    read_generation_config,
+    with_config_eos,
+)
+from dsmoe_jax.generation_config import stop_strings as stop_strings_of
 from dsmoe_jax.manifest import is_native
 from dsmoe_jax.model import DeepSeekMoE, assemble, check_token_ids, split
 from dsmoe_jax.quantize import load_quantized, quantize_embedding
@@ -52,6 +59,9 @@ class Completion(NamedTuple):
 class Generator:
     """Generates from a model, with or without its tokenizer.
 
+    An answer ends with one of `eos_token_id`, by default the config's and the tokenizer's, and before one of
+    `stop_strings`, which are text that ends an answer as an EOS token does; both unless `ignore_eos`.
+
     The context is the length of the key-value cache, not `max_position_embeddings` (RoPE scaling runs past that):
     `context_length` tokens, prompt and answer together, by default what the model was trained for, stretched by
     linear or dynamic scaling, and at least 4096. The cache itself only ever takes what a call asks for.
@@ -70,6 +80,7 @@ class Generator:
         *,
         context_length: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
         max_batch_size: int | None = None,
         prefill_chunk: int | None = None,
         cache_dtype: Any = None,
@@ -86,11 +97,13 @@ class Generator:
         self.prefill_chunk = _at_least(16, "prefill_chunk", prefill_chunk, defaults.prefill_chunk)
         self.cache_dtype = self._params["norm.weight"].dtype if cache_dtype is None else _cache_dtype(cache_dtype)
         self.cache_bytes = _room_for_cache() if cache_bytes is None else _at_least(1, "cache_bytes", cache_bytes, 1)
-        eos = self.config.eos_token_id if eos_token_id is None else eos_token_id
-        ids = [] if eos is None else eos if isinstance(eos, Sequence) else [eos]
-        if not all(isinstance(token, int) for token in ids):
-            raise ValueError(f"eos_token_id must be an int or a list of ints, not {eos!r}")
-        self.eos_token_ids = frozenset(ids)
+        if eos_token_id is None:
+            eos_token_id = _eos_token_ids(with_config_eos({}, self.config), tokenizer, self.config.vocab_size)
+        self.eos_token_ids = frozenset(eos_token_ids({"eos_token_id": eos_token_id}))
+        for token in self.eos_token_ids:
+            if not 0 <= token < self.config.vocab_size:
+                raise ValueError(f"eos_token_id {token} is outside the vocabulary of {self.config.vocab_size}")
+        self.stop_strings = SamplingParams(stop=stop_strings).stop
         self.stats = Stats()  # of the last call or stream
         self._requests = 0  # so far: the seed of those that name none
 
@@ -108,10 +121,12 @@ class Generator:
     ) -> "Generator":
         """A generator from a native checkpoint or a Hugging Face folder, with the tokenizer that lies in it, if any.
 
-        `adapter` is a folder with a LoRA adapter as the peft library stores it. `quantize` ("int8", "int4" or "nf4")
-        quantises the weights as they are read, the embedding in int8; norms, routers and the head stay.
-        `split_special_tokens` is that of `Tokenizer.from_pretrained`: no text of a prompt becomes a special token.
-        `options` are those of `Generator`.
+        Completions end as the generation config (`generation_config.json`, or else the config) and the tokenizer say.
+
+        `adapter` is a folder with a LoRA adapter as the peft library stores it; its own generation config adds EOS ids
+        and stop strings. `quantize` ("int8", "int4" or "nf4") quantizes the weights as they are read, the embedding in
+        int8; norms, routers and the head stay. `split_special_tokens` is that of `Tokenizer.from_pretrained`: no text
+        of a prompt becomes a special token. `options` are those of `Generator`.
         """
         path = Path(path)
         _check_memory(path, dtype, quantize, mesh, options)
@@ -126,9 +141,13 @@ class Generator:
         tokenizer = None
         if tokenizer_files(path):
             tokenizer = Tokenizer.from_pretrained(path, split_special_tokens=split_special_tokens)
-        generation_config = path / "generation_config.json"
-        eos = read_json(generation_config).get("eos_token_id") if generation_config.is_file() else None
-        return cls(model, tokenizer, **{"eos_token_id": eos} | options)
+        fields = with_config_eos(read_generation_config(path), model.config)
+        if adapter is not None:
+            fields = add_endings(fields, read_generation_config(adapter))
+        if options.get("eos_token_id") is None:
+            options["eos_token_id"] = _eos_token_ids(fields, tokenizer, model.config.vocab_size)
+        options.setdefault("stop_strings", stop_strings_of(fields))
+        return cls(model, tokenizer, **options)
 
     def __call__(
         self,
@@ -244,9 +263,14 @@ class Generator:
             if self.tokenizer is None:
                 raise ValueError("a prompt of text needs a tokenizer, and this generator has none: give token ids")
             if isinstance(prompt, str):
-                return self.tokenizer.encode(prompt)
-            ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True)  # type: ignore[arg-type]
-            _check_turns(prompt)  # type: ignore[arg-type]
+                ids = self.tokenizer.encode(prompt)
+            else:
+                ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True)  # type: ignore[arg-type]
+                _check_turns(prompt)  # type: ignore[arg-type]
+            if not ids:
+                raise ValueError("a prompt has no tokens")
+            if (highest := max(ids)) >= self.config.vocab_size:  # a tokenizer of another model
+                raise ValueError(f"token id {highest} is outside the vocabulary of {self.config.vocab_size}")
             return ids
         return check_token_ids(np.asarray(prompt)[None], self.config.vocab_size)[0].tolist()
 
@@ -258,7 +282,9 @@ class Generator:
         """How likely each continuation is after its prompt; `options` are those of `scoring.score`.
 
         A continuation of text is tokenized together with its prompt, as lm-evaluation-harness does: a blank between
-        the two belongs to the continuation. Raises `ValueError` as `scoring.score` and `encode` do.
+        the two belongs to the continuation, and an empty or blank prompt stands for the BOS token.
+
+        Raises `ValueError` as `scoring.score` and `encode` do.
         """
         if len(prompts) != len(continuations):
             raise ValueError(f"there are {len(prompts)} prompts and {len(continuations)} continuations")
@@ -268,9 +294,9 @@ class Generator:
 
     def perplexity(self, text: str | Sequence[int], **options: Any) -> Perplexity:
         """How well the model predicts a text (or token ids), in rolling windows; see `scoring.perplexity`."""
-        bos = self.config.bos_token_id
-        begun = not isinstance(text, str) and len(text) > 0 and text[0] == bos
-        options = {"context_length": self.context_length, "prefix": None if begun else bos} | options
+        prefix = self.prefix_token_id
+        begun = not isinstance(text, str) and len(text) > 0 and text[0] == prefix
+        options = {"context_length": self.context_length, "prefix": None if begun else prefix} | options
         if isinstance(text, str):
             if self.tokenizer is None:
                 raise ValueError("a text needs a tokenizer, and this generator has none: give token ids")
@@ -278,16 +304,31 @@ class Generator:
             text = self.tokenizer.encode(text, add_special_tokens=False)
         return perplexity(self._graph, self._params, self.config, text, **options)
 
+    @property
+    def prefix_token_id(self) -> int | None:
+        """What the first token of a text is predicted from: BOS, or EOS where there is no BOS, or None."""
+        known = [self.tokenizer, self.config] if self.tokenizer else [self.config]
+        ids = [*(one.bos_token_id for one in known), *(one.eos_token_id for one in known), *sorted(self.eos_token_ids)]
+        return next((token for token in ids if type(token) is int and 0 <= token < self.config.vocab_size), None)
+
     def _pair(self, prompt: Prompt, continuation: str | Sequence[int]) -> tuple[list[int], list[int]]:
         if not isinstance(continuation, str):
-            return self.encode(prompt), list(continuation)
+            return (self.encode(prompt) if len(prompt) else self._empty_context()), list(continuation)
         if self.tokenizer is None:
             raise ValueError("a continuation of text needs a tokenizer, and this generator has none: give token ids")
-        if not isinstance(prompt, str):
+        if isinstance(prompt, str) and (context := prompt.rstrip()):
+            before = self.encode(context)
+            return before, self.encode(prompt + continuation)[len(before) :]
+        if len(prompt) and not isinstance(prompt, str):
             return self.encode(prompt), self.tokenizer.encode(continuation, add_special_tokens=False)
-        context = prompt.rstrip()
-        before = self.encode(context)
-        return before, self.encode(prompt + continuation)[len(before) :]
+        blank = prompt if isinstance(prompt, str) else ""
+        before, rest = self._empty_context(), self.tokenizer.encode(blank + continuation, add_special_tokens=False)
+        return before, rest[1:] if len(rest) > 1 and rest[:1] == before else rest  # a text that names BOS itself
+
+    def _empty_context(self) -> list[int]:
+        if (prefix := self.prefix_token_id) is None:
+            raise ValueError("an empty prompt needs a BOS or EOS token to begin with, and this model has neither")
+        return [prefix]
 
     # --- small things ---
 
@@ -307,6 +348,8 @@ class Generator:
     def _submit(self, engine: Engine, prompt: Prompt, asked: SamplingParams, **options: Any) -> list[Answer]:
         ids = self.encode(prompt)
         asked.check_vocabulary(self.config.vocab_size)
+        if self.stop_strings and self.tokenizer is not None and not asked.ignore_eos:
+            asked = dataclasses.replace(asked, stop=tuple(dict.fromkeys((*asked.stop, *self.stop_strings))))
         self._requests += 1
         return engine.submit(ids, asked, seed=self._requests - 1, **options)
 
@@ -344,6 +387,18 @@ def for_generation(params: dict[str, Any]) -> dict[str, Any]:
         )
     widen = lambda leaf: leaf.astype(jnp.float32) if leaf.dtype in _HALF else leaf  # noqa: E731
     return params | jax.tree.map(widen, outside)
+
+
+def _eos_token_ids(fields: Mapping[str, Any], tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
+    """The EOS ids of a generation config and the tokenizer's, without those that no answer can reach."""
+    own = () if tokenizer is None or tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    named = list(dict.fromkeys((*eos_token_ids(fields), *own)))
+    ids = [token for token in named if 0 <= token < vocab_size]
+    ends = f"answers end with {' or '.join(map(str, ids))}" if ids else "no EOS token ends an answer"
+    for token in named:
+        if token not in ids:
+            _log.warning("eos_token_id %d is outside the vocabulary of %d: %s", token, vocab_size, ends)
+    return ids
 
 
 def _check_turns(messages: Sequence[Message]) -> None:

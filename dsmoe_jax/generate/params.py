@@ -26,7 +26,7 @@ _NUMBERS: Final[dict[str, _Bound]] = {
     "max_new_tokens": _Bound(1, 1 << 24, whole=True),
     "temperature": _Bound(0, 1000),
     "top_k": _Bound(1, 1 << 24, whole=True, optional=True),
-    "top_p": _Bound(1e-6, 1),
+    "top_p": _Bound(0, 1),
     "min_p": _Bound(0, 1),
     "repetition_penalty": _Bound(0.01, 100),
     "presence_penalty": _Bound(-2, 2),
@@ -35,6 +35,8 @@ _NUMBERS: Final[dict[str, _Bound]] = {
     "n": _Bound(1, 1024, whole=True),
     "logprobs": _Bound(0, 20, whole=True, optional=True),
 }
+# Further values that mean the same as None, as in vLLM.
+_DISABLED: Final[dict[str, tuple[int, ...]]] = {"top_k": (-1, 0), "seed": (-1,)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,9 @@ class SamplingParams:
     An answer ends after `max_new_tokens` tokens, with an end-of-sequence token unless `ignore_eos`, with one of
     `stop_token_ids`, or before the first of the strings of `stop`, wherever tokens part it. `logprobs` asks for the
     log-probability of every token and of that many likeliest ones, by the model's own logits before step 1.
+
+    None stands for the default of any parameter, as null does in the JSON of an API. As in vLLM, `top_k` -1 or 0
+    disables step 5 and `seed` -1 is no seed. `top_p` 0 leaves the likeliest token, as `temperature` 0 does.
     """
 
     max_new_tokens: int = 128
@@ -81,6 +86,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Check every bound, and bring every value into its one form."""
+        for field in dataclasses.fields(self):
+            if _is_default(field.name, getattr(self, field.name)):
+                object.__setattr__(self, field.name, field.default)
         kept = {name: _number(name, getattr(self, name), bound) for name, bound in _NUMBERS.items()}
         kept |= {"logit_bias": _biases(self.logit_bias), "stop": _stops(self.stop)}
         kept["stop_token_ids"] = _stop_token_ids(self.stop_token_ids)
@@ -111,6 +119,11 @@ class SamplingParams:
         for name, ids in (("logit_bias", dict(self.logit_bias or ())), ("stop_token_ids", self.stop_token_ids)):
             if (highest := max(ids, default=-1)) >= vocab_size:
                 raise ValueError(f"{name}: token {highest} is outside the vocabulary of {vocab_size}")
+
+
+def _is_default(name: str, value: Any) -> bool:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return value is None or (whole and value in _DISABLED.get(name, ()))
 
 
 def _number(name: str, value: Any, bound: _Bound) -> Any:

@@ -122,11 +122,11 @@ def perplexity(
     window = min(context_length, config.max_position_embeddings) if window is None else window
     if window > context_length:
         raise ValueError(f"window {window} is above the context_length of {context_length}")
-    if text_bytes is not None and text_bytes < 1:
-        raise ValueError(f"text_bytes must be at least 1, not {text_bytes}")
     windows = rolling_windows(tokens, prefix=prefix, window=window, stride=stride)
     if not windows:
         raise ValueError(f"there is nothing to predict: tokens has length {len(tokens)} and prefix is {prefix}")
+    if text_bytes is not None and text_bytes < 1:
+        raise ValueError(f"text_bytes must be at least 1, not {text_bytes}")
     limits = {"context_length": context_length, "max_tokens": max_tokens}
     scores = score(graph, params, config, windows, **limits, progress=progress)
     nll = -math.fsum(one.logprob for one in scores)

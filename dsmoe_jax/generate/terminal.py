@@ -159,12 +159,13 @@ def _line(number: int, line: str, sampling: Mapping[str, Any]) -> _Line:
 
 
 def _request(fields: dict[str, Any], sampling: Mapping[str, Any]) -> tuple[Any, SamplingParams]:
-    """The prompt of a line and its parameters: `sampling`, and over them its own."""
+    """The prompt of a line and its parameters: `sampling`, and over them its own; a null field is an absent one."""
     for name in fields:
         if name not in _FIELDS:
             close = difflib.get_close_matches(name, _FIELDS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(_FIELDS)}"
             raise ValueError(f"unknown field {name[:80]!r}; {hint}")
+    fields = {name: value for name, value in fields.items() if value is not None}
     given = [name for name in _PROMPTS if name in fields]
     if len(given) != 1:
         raise ValueError(f"needs one of {', '.join(_PROMPTS)}, and has {' and '.join(given) or 'none'}")

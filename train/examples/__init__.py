@@ -4,8 +4,10 @@ formats.py   what a line says, by its fields             templates.py  as tokens
 shorten.py   examples that are too long                  writer.py     files to a folder of examples, once
 store.py     the folder, memory-mapped                   packing.py    whole examples to rows
 evaluation.py  the held-out examples                     show.py       examples for a person to look at
+ending.py    how a template ends an answer
 """
 
+from .ending import endings_of
 from .evaluation import example_batches
 from .formats import FORMATS
 from .packing import MODES, ExamplePacking
@@ -23,6 +25,7 @@ __all__ = [
     "ExamplePacking",
     "Examples",
     "Written",
+    "endings_of",
     "example_batches",
     "is_examples",
     "show",

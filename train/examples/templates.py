@@ -18,7 +18,7 @@ from .formats import Completion, Conversation, Line, Tokens
 
 TARGETS: Final = ("all", "last")
 # The prompt of DeepSeek-MoE's finetune.py. Its <|EOT|> is no token of DeepSeekMoE's tokenizer but five of text, and no
-# eos follows.
+# eos follows: `ending.py` makes a stop string of it.
 _INSTRUCT: Final = """\
 You are an AI assistant, developed by DeepSeek Company. For politically sensitive questions, security and privacy \
 issues, you will refuse to answer.
