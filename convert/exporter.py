@@ -19,6 +19,7 @@ from dsmoe_jax.manifest import PARAMETERS, Manifest, damage, read_manifest
 from dsmoe_jax.model import abstract
 from dsmoe_jax.new_file import NewFile
 from dsmoe_jax.new_folder import Draft, new_folder, refuse_existing, write_json
+from dsmoe_jax.paths import user_path
 from dsmoe_jax.progress import Advance, Meter, silent
 
 from .cast import Cast, Loss
@@ -96,7 +97,7 @@ def export_hf(
     started = time.perf_counter()
     wanted, limit = as_dtype(dtype), parse_size(max_shard_size)
     out = refuse_existing(out)
-    reader = NativeReader(Path(native))
+    reader = NativeReader(user_path(native, "checkpoint"))
     beside = [name for name in reader.manifest.files if not name.startswith(f"{PARAMETERS}/")]
     for changed in damage(reader.folder, reader.manifest, beside, lambda step: None):
         _log.warning("%s: %s", reader.folder, changed)  # by hand perhaps: it is what is exported

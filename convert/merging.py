@@ -7,6 +7,7 @@ from typing import Any, Final
 from dsmoe_jax.checkpoint import load, save
 from dsmoe_jax.manifest import is_native
 from dsmoe_jax.new_folder import refuse_existing
+from dsmoe_jax.paths import user_path
 
 from .exporter import export_hf
 from .importer import load_hf, travelling_files
@@ -26,7 +27,7 @@ def merge_to(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
-    checkpoint, out = Path(checkpoint), refuse_existing(out)
+    checkpoint, out = user_path(checkpoint, "checkpoint"), refuse_existing(out)
     model = merge_adapter((load if is_native(checkpoint) else load_hf)(checkpoint, dtype=dtype), adapter)
     beside = travelling_files(checkpoint)
     if layout == "native":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from dsmoe_jax.json_file import read_json
+from dsmoe_jax.paths import user_path
 
 MODEL_TYPE: Final = "deepseek"
 ACTIVATIONS: Final = ("silu", "swish", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh")
@@ -141,7 +142,7 @@ class ModelConfig:
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelConfig":
         """A config from a `config.json`, or from the folder that holds one."""
-        path = Path(path)
+        path = user_path(path, "config")
         path = path / "config.json" if path.is_dir() else path
         fields = read_json(path)
         try:

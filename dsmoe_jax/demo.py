@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from dsmoe_jax.paths import user_path
+
 _PROMPT: Final = "def __init__(self, "
 
 
@@ -20,7 +22,8 @@ def run(out: str | Path | None = None, *, steps: int = 150) -> None:
 
     Raises `ValueError` if `out` exists.
     """
-    if out is not None and Path(out).exists():
+    out = None if out is None else user_path(out, "out")
+    if out is not None and out.exists():
         raise ValueError(f"{out} exists; nothing is overwritten")
     with contextlib.nullcontext(out) if out is not None else tempfile.TemporaryDirectory() as folder:
         _run(Path(folder), steps, kept=out is not None)

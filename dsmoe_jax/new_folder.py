@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from dsmoe_jax.paths import user_path
+
 _JOURNAL: Final = "journal.jsonl"
 _log = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ def sibling(path: Path) -> Path:
 
 def refuse_existing(path: str | Path) -> Path:
     """The absolute path of a folder that is to be made; `ValueError` if there is something already."""
-    path = Path(path).absolute()
+    path = user_path(path, "output path").absolute()
     if os.path.lexists(path):
         raise ValueError(f"{path} exists; nothing is overwritten")
     return path

@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 
 from dsmoe_jax import chat_template
 from dsmoe_jax.json_file import read_json
+from dsmoe_jax.paths import user_path
 
 TOKENIZER_FILES: Final = (
     "tokenizer.json",
@@ -26,7 +27,7 @@ TOKENIZER_FILES: Final = (
 
 def tokenizer_files(folder: str | Path) -> tuple[Path, ...]:
     """Returns the files of `folder` that belong to its tokenizer and must travel with a checkpoint."""
-    return tuple(path for name in TOKENIZER_FILES if (path := Path(folder) / name).is_file())
+    return tuple(path for name in TOKENIZER_FILES if (path := user_path(folder, "tokenizer folder") / name).is_file())
 
 
 class Tokenizer:
@@ -57,7 +58,7 @@ class Tokenizer:
 
         Raises ValueError where there is neither, or where a file cannot be read.
         """
-        folder = Path(folder)
+        folder = user_path(folder, "tokenizer folder")
         for name, backend in (("tokenizer.json", _JsonBackend), ("tokenizer.model", _ModelBackend)):
             if (folder / name).is_file():
                 older, newer = folder / "special_tokens_map.json", folder / "tokenizer_config.json"

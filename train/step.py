@@ -164,8 +164,9 @@ def make_step(
     model is `trained`, the default.
 
     The mean cross-entropy is over all targets of the batch, whatever the number of micro-batches; balance losses are
-    each micro-batch's own, averaged (by their valid tokens or sequences where padding does not count). An update is skipped where loss or gradient norm is not finite, or above the mean
-    of the last 128 steps by more than 6 standard deviations; the batch has then been read all the same.
+    each micro-batch's own, averaged (by valid tokens or sequences where padding does not count). An update is skipped
+    where loss or gradient norm is not finite, or above the mean of the last 128 steps by more than 6 standard
+    deviations; the batch has then been read all the same.
     """
     trained = Trained.whole(config) if trained is None else trained
     places = state_shardings(config, optimizer, options, mesh, trained)

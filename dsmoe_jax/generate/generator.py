@@ -24,6 +24,7 @@ from dsmoe_jax.generate.scoring import Perplexity, Score, perplexity, score
 from dsmoe_jax.json_file import read_json
 from dsmoe_jax.manifest import is_native
 from dsmoe_jax.model import DeepSeekMoE, assemble, check_token_ids, split
+from dsmoe_jax.paths import user_path
 from dsmoe_jax.quantize import load_quantized, quantize_embedding
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files
@@ -111,7 +112,7 @@ class Generator:
         quantises the weights as they are read, the embedding in int8; norms, routers and the head stay. `options` are
         those of `Generator`.
         """
-        path = Path(path)
+        path = user_path(path, "model")
         _check_memory(path, dtype, quantize, mesh, options)
         if quantize is None:
             model = (load if is_native(path) else load_hf)(path, dtype=dtype, mesh=mesh)

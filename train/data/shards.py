@@ -15,6 +15,7 @@ import numpy as np
 from dsmoe_jax.array_files import hash_file
 from dsmoe_jax.json_file import read_json
 from dsmoe_jax.manifest import own_hash
+from dsmoe_jax.paths import user_path
 from dsmoe_jax.tokenizer import tokenizer_files
 
 MANIFEST: Final = "manifest.json"
@@ -32,7 +33,7 @@ def shard_files(split: str, index: int) -> tuple[str, str]:
 def is_token_shards(path: str | Path) -> bool:
     """Whether the path is a folder of token shards."""
     try:
-        return read_json(Path(path) / MANIFEST).get("format") == FORMAT
+        return read_json(user_path(path, "source") / MANIFEST).get("format") == FORMAT
     except ValueError:
         return False
 

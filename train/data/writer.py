@@ -47,6 +47,7 @@ def tokenize(
     holdout: float = 0.01,
     field: str = "text",
     most_broken: float = 0.01,
+    exclude: Iterable[Path] = (),
     progress: Callable[[str, int], AbstractContextManager[Advance]] = silent,
 ) -> Tokenized:
     """Write the texts of `sources` (see `documents`) as a new folder of token shards, complete or not at all.
@@ -57,6 +58,8 @@ def tokenize(
 
     The name of a special token within a text becomes that token, as everywhere with `Tokenizer`; where documents end
     is known from the boundaries, not from eos.
+
+    Files and folders in `exclude` are left out where a source holds them.
 
     The same text and tokenizer give the same bytes. Raises `ValueError` in one line for everything that is wrong with
     the sources, the tokenizer or the folder, for a full disk, and as soon as what was read so far says that the disk
@@ -77,7 +80,8 @@ def tokenize(
         raise ValueError(f"{tokenizer_folder}: the tokenizer has no eos token to end a document with")
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
-    total = sum(map(source_bytes, sources))
+    exclude = [Path(out), *exclude]
+    total = sum(source_bytes(source, exclude) for source in sources)
 
     text_bytes = 0
     try:
@@ -87,7 +91,7 @@ def tokenize(
             stack.callback(heldout.abandon)
             space = _Space(Path(out), total, advance)
             for source in sources:
-                found = documents(source, field=field, most_broken=most_broken, advance=space.read)
+                found = documents(source, field=field, most_broken=most_broken, exclude=exclude, advance=space.read)
                 for some in _batches(found):
                     for text, ids in _encoded(some, tokenizer, tokenizer.eos_token_id):
                         (heldout if is_held_out(text, holdout) else train).add(ids)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -16,7 +16,7 @@ from dsmoe_jax.tokenizer import Tokenizer
 
 from ..data import formats as files
 from ..data import is_held_out, shards, source_bytes
-from ..data.sources import Lines, find_files
+from ..data.sources import Lines, find
 from ..data.writer import Split, shards_manifest
 from .formats import AUTO, FORMATS, Line, read_line
 from .shorten import shorten
@@ -60,6 +60,7 @@ def write_examples(
     too_long: str = "truncate",
     holdout: float = 0.0,
     most_broken: float = 0.01,
+    exclude: Iterable[Path] = (),
     progress: Callable[[str, int], AbstractContextManager[Advance]] = silent,
 ) -> Written:
     """Write the lines of `sources` as a new folder of examples, complete or not at all.
@@ -70,6 +71,8 @@ def write_examples(
 
     An example of more than `sequence_length` tokens is cut (see `shorten`), left out, or refused by name (`too_long`).
     About the share `holdout` of the examples is kept for evaluation: which ones depends on what they say alone.
+
+    Files and folders in `exclude` are left out where a source holds them.
 
     Broken lines are counted and named in the log. Raises `ValueError` in one line where more than the share
     `most_broken` of a file's lines are, or all, and for everything else that is wrong with the sources, the tokenizer,
@@ -98,13 +101,14 @@ def write_examples(
         return line, example_of(line, tokenizer, write_out, targets)
 
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    total = sum(map(source_bytes, sources))
+    exclude = [Path(out), *exclude]
+    total = sum(source_bytes(source, exclude) for source in sources)
     count = longer = longest = 0
     try:
         with new_folder(out) as draft, progress("tokenizing", total) as advance, ExitStack() as stack:
             train, heldout = (_Examples(draft.folder, split, shards.DTYPES[dtype], stack) for split in shards.SPLITS)
             for source in sources:
-                for where, (line, example) in _found(source, make, most_broken, advance):
+                for where, (line, example) in _found(source, exclude, make, most_broken, advance):
                     count += 1
                     if (size := len(example.tokens)) > sequence_length:
                         if too_long == "refuse":
@@ -148,11 +152,17 @@ def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
 
 
 def _found(
-    source: str | Path, make: Callable[[Mapping[str, Any]], Any], most_broken: float, advance: Advance
+    source: str | Path,
+    exclude: Iterable[Path],
+    make: Callable[[Mapping[str, Any]], Any],
+    most_broken: float,
+    advance: Advance,
 ) -> Iterator[tuple[str, Any]]:
     """Where each line of a source is, and what `make` makes of it; one for which it raises `ValueError` is broken."""
     count = passed = 0
-    for file in find_files(source):
+    found = find(source, exclude)
+    found.log(source)
+    for file in found.files:
         if files.reader_of(file.path) is files.read_text:
             if file.named:
                 raise ValueError(f"{file.path}: is not one of {', '.join(files.FORMATS)}")
