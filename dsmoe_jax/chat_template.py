@@ -1,13 +1,15 @@
 """A conversation written out as the text the model was trained on, by a Jinja template.
 
-Start at `render`. Templates come with a downloaded checkpoint, so they are run in Jinja's sandbox.
+Start at `render`. Templates come with a downloaded checkpoint: template_worker.py runs them in a sandbox with limits.
 """
 
-import functools
-import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
+
+from dsmoe_jax import template_worker
+from dsmoe_jax.json_file import read_json
 
 ROLES: Final = ("system", "user", "assistant")
 
@@ -16,91 +18,149 @@ DEEPSEEK: Final = """\
 {%- set frame = {
     'system':    ['',            '\n\n'],
     'user':      ['User: ',      '\n\n'],
-    'assistant': ['Assistant: ', eos_token],
+    'assistant': ['Assistant: ', eos_token | default('')],
 } -%}
 {{ bos_token }}
-{%- for message in messages -%}
+{%- for message in messages if message['role'] in frame -%}
     {{ frame[message['role']][0] + message['content'] + frame[message['role']][1] }}
 {%- endfor -%}
 {{ 'Assistant:' if add_generation_prompt }}"""
 
-# Far above any context window. It stops a template that never stops writing; the sandbox limits only `range`.
-_LONGEST: Final = 16_000_000
+_FILE: Final = "chat_template.jinja"
+_MORE: Final = "additional_chat_templates"  # a folder: NAME.jinja
+_PROCESSOR: Final = "chat_template.json"  # that of a multimodal model, which older releases wrote
+_MAX_BYTES: Final = 1_000_000
+_log = logging.getLogger("dsmoe_jax")
 
 
-def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-    """Returns `messages` as one text; `variables` are bos_token, eos_token and add_generation_prompt.
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
+    **variables: Any,
+) -> str:
+    """Writes messages as one text.
 
-    Raises ValueError naming the message that is malformed, or saying why the template failed.
+    Args:
+        template: The Jinja source. It sees what transformers offers.
+        messages: {"role": …, "content": …} and other fields. Content is text, a list of text parts (joined for a
+            template that does not loop over them), or None beside tool calls.
+        add_generation_prompt: Whether the assistant's next turn is opened.
+        tools: JSON schemas of functions.
+        documents: Documents to answer from.
+        variables: What else the template sees, bos_token and eos_token above all.
+
+    Raises:
+        ValueError: Naming the message that is malformed or that the template ignores, or why the template failed.
     """
     messages = [_checked(index, message) for index, message in enumerate(messages)]
-    pieces, length = [], 0
+    for name, value in (("tools", tools), ("documents", documents)):
+        if value is not None and not (
+            isinstance(value, list | tuple) and all(isinstance(one, Mapping) for one in value)
+        ):
+            raise ValueError(f"{name} must be a list of JSON objects, got {value!r:.80}")
+    given = {"add_generation_prompt": add_generation_prompt, "tools": tools, "documents": documents, **variables}
+    text = _render(template, messages, given)
+    for index, message in enumerate(messages):
+        if message["role"] not in ROLES and _ignores(template, messages, given, index, text):
+            raise ValueError(
+                f"message {index} has role {message['role']!r:.80}, which the chat template ignores; "
+                f"allowed are {', '.join(ROLES)}"
+            )
+    return text
+
+
+def _render(template: str, messages: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> str:
     try:
-        for piece in _compiled(template).generate(messages=messages, **variables):
-            length += len(piece)
-            if length > _LONGEST:
-                raise ValueError(f"it wrote more than {_LONGEST} characters")
-            pieces.append(piece)
-    except Exception as error:  # The template is a stranger's program: anything may come out of it.
-        raise ValueError(f"the chat template failed: {' '.join(str(error).split())}") from error
-    return "".join(pieces)
+        return template_worker.render(template, {**given, "messages": messages})
+    except ValueError as error:
+        raise ValueError(f"the chat template failed: {error}") from None
 
 
-@functools.lru_cache(maxsize=8)
-def _compiled(template: str) -> Any:
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    # trim_blocks and lstrip_blocks as transformers sets them: published templates count on both.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = _raise_exception
-    environment.filters["tojson"] = _tojson
-    return environment.from_string(template)
+def _ignores(
+    template: str, messages: Sequence[Mapping[str, Any]], given: Mapping[str, Any], index: int, text: str
+) -> bool:
+    """Whether a template writes the same without a message, as templates do with a role that they do not know."""
+    try:
+        return _render(template, [*messages[:index], *messages[index + 1 :]], given) == text
+    except ValueError:
+        return False
 
 
-def find_template(folder: Path, config: Mapping[str, Any]) -> str:
-    """Returns the template of chat_template.jinja, else of tokenizer_config.json, else DeepSeek's own.
+def find_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Finds the chat templates of a folder.
 
-    Raises ValueError where there is one but it cannot be read.
+    Args:
+        folder: That of a tokenizer.
+        config: What its tokenizer_config.json says.
+
+    Returns:
+        The templates by name, "default" being that of chat_template.jinja, else of tokenizer_config.json, else of
+        chat_template.json; and DeepSeek's own where there is no template at all.
+
+    Raises:
+        ValueError: If there is one but it cannot be read.
     """
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    template = config.get("chat_template")
-    if isinstance(template, list):  # Several templates, each {"name": …, "template": …}.
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default", named)
-    if template is None:
-        return DEEPSEEK
-    if not isinstance(template, str):
-        raise ValueError(
-            f"{folder}/tokenizer_config.json: chat_template is neither a string nor a list with a 'default'"
-        )
-    return template
+    templates = _named(f"{folder}/tokenizer_config.json", config.get("chat_template"))
+    if not templates and (folder / _PROCESSOR).is_file():
+        templates = _named(f"{folder}/{_PROCESSOR}", read_json(folder / _PROCESSOR).get("chat_template"))
+    templates |= {path.stem: _read(path) for path in sorted((folder / _MORE).glob("*.jinja"))}
+    if (folder / _FILE).is_file():
+        templates["default"] = _read(folder / _FILE)
+    return templates or {"default": DEEPSEEK}
+
+
+def _named(where: str, value: Any) -> dict[str, str]:
+    """Templates by name from one template, a list of {"name": …, "template": …}, or an object."""
+    if value is None:
+        return {}
+    templates = value
+    if isinstance(value, str):
+        templates = {"default": value}
+    elif isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        templates = {entry.get("name"): entry.get("template") for entry in value}
+    if not isinstance(templates, dict) or not all(isinstance(part, str) for pair in templates.items() for part in pair):
+        raise ValueError(f"{where}: chat_template is neither a string nor a list of named templates")
+    return templates
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes; at most {_MAX_BYTES}")
+        return data.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
 
 
 def _checked(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    # A template skips a role it does not know without a word, so a typo would lose the message.
     if not isinstance(message, Mapping):
         raise ValueError(f"message {index} must be a mapping with role and content, got {type(message).__name__}")
-    for key in ("role", "content"):
-        if key not in message:
-            raise ValueError(f"message {index} has no {key!r}")
-    if message["role"] not in ROLES:
-        raise ValueError(f"message {index} has role {message['role']!r}; allowed are {', '.join(ROLES)}")
-    if not isinstance(message["content"], str):
-        raise ValueError(f"message {index}: content must be a string, got {type(message['content']).__name__}")
+    if "role" not in message:
+        raise ValueError(f"message {index} has no 'role'")
+    role, content = message["role"], message.get("content")
+    if not isinstance(role, str):
+        raise ValueError(f"message {index}: role must be a string, got {type(role).__name__}")
+    if content is None and (message.get("tool_calls") or message.get("function_call")):
+        return dict(message)
+    if "content" not in message:
+        raise ValueError(f"message {index} has no 'content'")
+    if isinstance(content, list):
+        for number, part in enumerate(content):
+            _check_part(f"message {index}: part {number} of content", part)
+    elif not isinstance(content, str):
+        raise ValueError(f"message {index}: content must be a string or a list, got {type(content).__name__}")
     return dict(message)
 
 
-def _raise_exception(reason: str) -> NoReturn:
-    raise ValueError(reason)
-
-
-def _tojson(value: Any, indent: int | None = None) -> str:
-    # Jinja's own escapes <, > and & for HTML, which no model was trained on.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _check_part(where: str, part: Any) -> None:
+    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+    if kind != "text":
+        raise ValueError(f"{where} has type {kind!r:.80}; only 'text' is supported")
+    if not isinstance(part.get("text"), str):
+        raise ValueError(f"{where} has no string as 'text'")

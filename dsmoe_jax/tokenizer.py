@@ -1,19 +1,20 @@
 """Text to token ids and back: tokenizer.json and tokenizer.model behind one face.
 
-Start at `Tokenizer`. `DecodeStream` is for printing while a model generates; the two backends hold what their
-libraries (tokenizers, sentencepiece) do differently.
+Start at `Tokenizer`. `DecodeStream` is for printing while a model generates. tokenizer_files.py reads the small files
+of a folder, tokenizer_backends.py has what the two libraries (tokenizers, sentencepiece) do differently.
 """
 
+import logging
 import operator
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from dsmoe_jax import chat_template
-from dsmoe_jax.json_file import read_json
 from dsmoe_jax.paths import user_path
+from dsmoe_jax.special_tokens import Escape
+from dsmoe_jax.tokenizer_backends import Backend, JsonBackend, ModelBackend
+from dsmoe_jax.tokenizer_files import KINDS, Settings, read_settings
 
 TOKENIZER_FILES: Final = (
     "tokenizer.json",
@@ -22,7 +23,9 @@ TOKENIZER_FILES: Final = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
 )
+_log = logging.getLogger("dsmoe_jax")
 
 
 def tokenizer_files(folder: str | Path) -> tuple[Path, ...]:
@@ -33,54 +36,106 @@ def tokenizer_files(folder: str | Path) -> tuple[Path, ...]:
 class Tokenizer:
     """Encodes and decodes as the checkpoint's original tokenizer does.
 
-    `bos_token`, `eos_token` and their ids are None where there is no such token; `pad_token_id` falls back
-    to eos. `vocab_size` counts ids, added tokens included; a model may have more rows. `files` must travel
-    with a checkpoint. As in transformers, the string of a special token in a text becomes that token.
+    As in transformers, the string of a special token in a text becomes that token, unless `split_special_tokens`.
+
+    Attributes:
+        bos_token: The token that begins a text, or None; its id is `bos_token_id`.
+        eos_token: The token that ends one, or None; its id is `eos_token_id`.
+        pad_token_id: That of the padding token, else of eos.
+        special_tokens_map: The names of special tokens by kind, as chat templates see them.
+        chat_templates: The chat templates by name; a model that has only one calls it "default".
+        split_special_tokens: Whether the strings of special tokens are encoded as text by default.
+        vocab_size: How many ids there are, added tokens included; a model may have more rows.
+        files: Must travel with a checkpoint.
     """
 
-    def __init__(self, backend: "_Backend", config: Mapping[str, Any], template: str, files: tuple[Path, ...]):
+    def __init__(
+        self,
+        backend: Backend,
+        settings: Settings,
+        chat_templates: Mapping[str, str],
+        files: tuple[Path, ...],
+        split_special_tokens: bool = False,
+    ):
         """Use `from_pretrained`."""
         self._backend = backend
-        self._template = template
+        self.chat_templates = dict(chat_templates)
         self.files = files
+        self.split_special_tokens = split_special_tokens
         self.vocab_size = backend.size
-        self.bos_token, self.bos_token_id = _special(backend, config, "bos_token")
-        self.eos_token, self.eos_token_id = _special(backend, config, "eos_token")
-        pad_token_id = _special(backend, config, "pad_token")[1]
+        special = {kind: _special(backend, settings, kind) for kind in KINDS}
+        self.bos_token, self.bos_token_id = special["bos_token"]
+        self.eos_token, self.eos_token_id = special["eos_token"]
+        pad_token_id = special["pad_token"][1]
         self.pad_token_id = self.eos_token_id if pad_token_id is None else pad_token_id
-        # The config decides, not tokenizer.json's post-processor: DeepSeek's adds no BOS, the original does.
-        self._before = _ids_if(config, "add_bos_token", True, self.bos_token_id)
-        self._after = _ids_if(config, "add_eos_token", False, self.eos_token_id)
+        for token in settings.additional:
+            if backend.id_of(token.content) is None:
+                raise ValueError(f"additional special token {token.content!r} is not in the tokenizer's vocabulary")
+        names: dict[str, Any] = {kind: name for kind, (name, _) in special.items() if name is not None}
+        if settings.is_llama and "unk_token" not in settings.special:
+            names.setdefault("unk_token", "<unk>")  # The default of the class, which may be in no vocabulary.
+        if settings.additional:
+            names["additional_special_tokens"] = [token.content for token in settings.additional]
+        self.special_tokens_map = names
+        self._before, self._after = _around(backend, settings, self.bos_token_id, self.eos_token_id)
+        self._escape = Escape(backend.placeholders)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
-        """Returns the tokenizer of `folder`: tokenizer.json, else tokenizer.model; other files are optional.
+    def from_pretrained(cls, folder: str | Path, *, split_special_tokens: bool | None = None) -> "Tokenizer":
+        """Opens the tokenizer of a folder.
 
-        Raises ValueError where there is neither, or where a file cannot be read.
+        Args:
+            folder: Holds tokenizer.json, else tokenizer.model; other files are optional.
+            split_special_tokens: Whether the strings of special tokens in a text are encoded as text; by default as
+                tokenizer_config.json says, else not.
+
+        Raises:
+            ValueError: If there is neither file, a file cannot be read, or the folder has a setting that would give
+                other ids than transformers does.
         """
         folder = user_path(folder, "tokenizer folder")
-        for name, backend in (("tokenizer.json", _JsonBackend), ("tokenizer.model", _ModelBackend)):
+        for name, backend in (("tokenizer.json", JsonBackend), ("tokenizer.model", ModelBackend)):
             if (folder / name).is_file():
-                older, newer = folder / "special_tokens_map.json", folder / "tokenizer_config.json"
-                config = {k: v for file in (older, newer) if file.is_file() for k, v in read_json(file).items()}
-                template = chat_template.find_template(folder, config)
-                return cls(backend(folder / name, config), config, template, tokenizer_files(folder))
+                settings = read_settings(folder)
+                if settings.flag("clean_up_tokenization_spaces", False):
+                    _log.info("%s: ignored clean_up_tokenization_spaces, as transformers 5 does", folder)
+                templates = chat_template.find_templates(folder, settings.config)
+                if split_special_tokens is None:
+                    split_special_tokens = settings.flag("split_special_tokens", False)
+                opened = backend(folder / name, settings)
+                return cls(opened, settings, templates, tokenizer_files(folder), split_special_tokens)
         raise ValueError(f"no tokenizer in {folder}: it holds neither tokenizer.json nor tokenizer.model")
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Returns the ids of `text`; by default with BOS before (EOS after) as tokenizer_config.json says.
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool | None = None
+    ) -> list[int]:
+        """Encodes a text.
 
-        Raises ValueError where `text` is not a string or holds half of a surrogate pair.
+        Args:
+            text: What to encode.
+            add_special_tokens: Whether BOS goes before it (and EOS after) as tokenizer_config.json says.
+            split_special_tokens: Whether the strings of special tokens in it are text; by default the attribute.
+
+        Raises:
+            ValueError: If `text` is not a string or holds half of a surrogate pair.
         """
-        ids = self._backend.encode(_checked_text(text))
-        return [*self._before, *ids, *self._after] if add_special_tokens else ids
+        options = {"add_special_tokens": add_special_tokens, "split_special_tokens": split_special_tokens}
+        return self.encode_batch([text], **options)[0]
 
-    def encode_batch(self, texts: Iterable[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+    def encode_batch(
+        self, texts: Iterable[str], *, add_special_tokens: bool = True, split_special_tokens: bool | None = None
+    ) -> list[list[int]]:
         """Returns what `encode` gives for each of `texts`, made side by side in threads; raises as it does."""
         if isinstance(texts, str):
             raise ValueError("texts to encode must be several strings, got one")
-        found = self._backend.encode_batch([_checked_text(text) for text in texts])
+        split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
+        found = self._backend.encode([_checked_text(text) for text in texts], split)
         return [[*self._before, *ids, *self._after] for ids in found] if add_special_tokens else found
+
+    def count_special_tokens(self, text: str) -> int:
+        """Returns how many strings of special tokens a text has."""
+        # Usually none, and then this is far faster than the pattern.
+        return len(self._escape.names.findall(text)) if any(name in text for name in self._backend.control) else 0
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Returns the text of `ids`, U+FFFD where their bytes are not UTF-8.
@@ -101,26 +156,83 @@ class Tokenizer:
         """Returns a decoder for ids that arrive one by one."""
         return DecodeStream(self)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False) -> str:
-        """Returns the conversation as the text the model reads, BOS included.
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = False,
+        split_special_tokens: bool = False,
+        chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """Writes a conversation as the text the model reads, BOS included.
 
-        `messages` are {"role": system, user or assistant, "content": text}; `add_generation_prompt` opens the
-        assistant's next turn. Raises ValueError naming the malformed message, or why the template failed.
+        Args:
+            messages: {"role": system, user, assistant or what else the template knows, "content": text or a list of
+                text parts}, and other fields for the template.
+            add_generation_prompt: Whether the assistant's next turn is opened.
+            split_special_tokens: Whether control tokens of the template itself are written as placeholders, which
+                `encode(..., split_special_tokens=True)` of this tokenizer reads, so that none comes from a message.
+            chat_template: The name of a template of `chat_templates`, or Jinja source; default: "tool_use" with tools
+                where there is one, else "default".
+            tools: JSON schemas for the template.
+            documents: Documents for the template.
+            variables: What else the template sees; over the special tokens' names.
+
+        Raises:
+            ValueError: Naming the malformed message, or why the template failed.
         """
-        return chat_template.render(
-            self._template,
-            messages,
-            bos_token=self.bos_token or "",
-            eos_token=self.eos_token or "",
-            add_generation_prompt=add_generation_prompt,
-        )
+        source = self._chat_template(chat_template, tools is not None)
+        given = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt, **variables}
+        return self.render_template(source, messages, split_special_tokens=split_special_tokens, **given)
+
+    def render_template(
+        self, template: str, messages: Sequence[Mapping[str, Any]], *, split_special_tokens: bool = False, **given: Any
+    ) -> str:
+        """Returns what `render_chat` does, from the Jinja source of any template."""
+        text = chat_template.render(template, messages, **self.special_tokens_map | given)
+        if not split_special_tokens:
+            return text
+        escaped, given = self.escape([dict(message) for message in messages]), self.escape(given)
+        marked = chat_template.render(template, escaped, **self.special_tokens_map | given)
+        if self._escape.unescape(marked) != text:
+            raise ValueError(
+                "the chat template changes the text of messages, and split_special_tokens cannot tell it from the rest"
+            )
+        return self.protect(marked)
+
+    def escape(self, value: Any) -> Any:
+        """Marks strings of special tokens in text (or in JSON) as text, for `protect`."""
+        return self._escape(value)
+
+    def protect(self, text: str) -> str:
+        """Writes control tokens as placeholders, except those that `escape` has marked as text."""
+        return self._escape.protect(text)
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
+        self, messages: Sequence[Mapping[str, Any]], *, split_special_tokens: bool | None = None, **options: Any
     ) -> list[int]:
-        """Returns the ids of `render_chat`, whose template wrote the BOS already. Raises as it does."""
-        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
-        return self.encode(text, add_special_tokens=False)
+        """Returns the ids of `render_chat`, whose template wrote the BOS already. Raises as it does.
+
+        Args:
+            messages: As in `render_chat`.
+            split_special_tokens: Whether the strings of special tokens in messages are text; by default the attribute.
+                The template's own stay tokens.
+            options: Those of `render_chat`.
+        """
+        split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
+        text = self.render_chat(messages, split_special_tokens=split, **options)
+        return self.encode(text, add_special_tokens=False, split_special_tokens=split)
+
+    def _chat_template(self, name: str | None, has_tools: bool) -> str:
+        templates = self.chat_templates
+        if name is None:
+            name = "tool_use" if has_tools and "tool_use" in templates else "default"
+            if name not in templates:
+                raise ValueError(f"chat_template must be one of {', '.join(sorted(templates))}: none is the default")
+        return templates.get(name, name)
 
 
 class DecodeStream:
@@ -162,133 +274,36 @@ class DecodeStream:
         self._shown = 0  # How many characters of the window's text have been given out.
 
 
-class _Backend(Protocol):
-    """What the two tokenizer libraries do differently."""
-
-    size: int
-
-    def default_special(self, kind: str) -> str | None: ...
-    def id_of(self, token: str) -> int | None: ...
-    def encode(self, text: str) -> list[int]: ...
-    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str: ...
-
-
-class _JsonBackend:
-    # Without a config nothing says which token begins a text; these two families are known by name.
-    _KNOWN: Final = {
-        "bos_token": ("<｜begin▁of▁sentence｜>", "<s>"),
-        "eos_token": ("<｜end▁of▁sentence｜>", "</s>"),
-    }
-
-    def __init__(self, path: Path, _config: Mapping[str, Any]):
-        import tokenizers
-
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # The library raises bare Exception.
-            raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-        # Settings of whoever saved the file; a prompt must never be cut by them.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        added = self._tokenizer.get_added_tokens_decoder()
-        self.size = max(self._tokenizer.get_vocab_size(), max(added, default=-1) + 1)
-
-    def default_special(self, kind: str) -> str | None:
-        return next((name for name in self._KNOWN.get(kind, ()) if self.id_of(name) is not None), None)
-
-    def id_of(self, token: str) -> int | None:
-        return self._tokenizer.token_to_id(token)
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        # Fast: without the offsets into the text, which nobody asks for.
-        return [found.ids for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-
-
-class _ModelBackend:
-    def __init__(self, path: Path, config: Mapping[str, Any]):
-        import sentencepiece
-
-        try:
-            # An empty model would be taken for none at all.
-            self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes() or b"empty")
-        except RuntimeError as error:
-            raise ValueError(f"{path} is no sentencepiece model: {' '.join(str(error).split())}") from None
-        pieces = self._model.get_piece_size()
-        # sentencepiece finds no control pieces in a text and knows no added tokens: both are matched here.
-        control = {i: self._model.id_to_piece(i) for i in range(pieces) if self._model.is_control(i)}
-        added, special = _added_tokens(config, pieces)
-        self._names = control | added
-        self._hidden = control.keys() | special
-        self._ids = {name: i for i, name in self._names.items()}
-        longest_first = sorted(self._ids, key=len, reverse=True)
-        self._split = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")").split
-        self._pieces = pieces
-        self.size = max([pieces - 1, *self._names]) + 1
-
-    def default_special(self, kind: str) -> str | None:
-        index = getattr(self._model, kind.removesuffix("_token") + "_id")()
-        return None if index < 0 else self._model.id_to_piece(index)
-
-    def id_of(self, token: str) -> int | None:
-        index = self._ids.get(token, self._model.piece_to_id(token))
-        # An unknown piece answers with the id of <unk>.
-        return index if token in self._ids or self._model.id_to_piece(index) == token else None
-
-    def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        # Each part gets sentencepiece's space in front, as in transformers' "legacy" mode.
-        parts = [self._split(text) for text in texts]
-        found = iter(self._model.encode([part for some in parts for part in some if part not in self._ids]))
-        return [
-            [i for part in some for i in ([self._ids[part]] if part in self._ids else next(found))] for some in parts
-        ]
-
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        hidden = self._hidden if skip_special_tokens else ()
-        seen = [i for i in ids if i not in hidden and (i < self._pieces or i in self._names)]
-        return "".join(
-            "".join(self._names[i] for i in run) if named else self._model.decode(list(run))
-            for named, run in groupby(seen, key=self._names.__contains__)
-        )
-
-
-def _special(backend: _Backend, config: Mapping[str, Any], kind: str) -> tuple[str | None, int | None]:
-    """Returns string and id of the bos, eos or pad token: the config's, where it is silent the backend's."""
-    token = config.get(kind, backend.default_special(kind))
-    if isinstance(token, dict):  # transformers' AddedToken, written out.
-        token = token.get("content")
-    if token is None:
+def _special(backend: Backend, settings: Settings, kind: str) -> tuple[str | None, int | None]:
+    """Returns string and id of the token of a kind: the config's, where it is silent the backend's."""
+    if kind in settings.special:
+        token = settings.special[kind]
+        name = None if token is None else token.content
+    else:
+        name = backend.default_special(kind)
+    if name is None:
         return None, None
-    if not isinstance(token, str) or (index := backend.id_of(token)) is None:
-        raise ValueError(f"{kind} {token!r} is not in the tokenizer's vocabulary")
-    return token, index
+    if (index := backend.id_of(name)) is None:
+        raise ValueError(f"{kind} {name!r} is not in the tokenizer's vocabulary")
+    return name, index
 
 
-def _ids_if(config: Mapping[str, Any], flag: str, default: bool, index: int | None) -> list[int]:
-    wanted = config.get(flag)
-    if not isinstance(wanted, bool | None):
-        raise ValueError(f"tokenizer_config.json: {flag} must be true or false, got {wanted!r}")
-    return [index] if index is not None and (default if wanted is None else wanted) else []
+def _around(backend: Backend, settings: Settings, bos: int | None, eos: int | None) -> tuple[list[int], list[int]]:
+    """Returns the ids before and after a text.
 
-
-def _added_tokens(config: Mapping[str, Any], pieces: int) -> tuple[dict[int, str], set[int]]:
-    """Returns the tokens that a checkpoint adds after tokenizer.model's pieces, and which are special."""
-    try:
-        decoder = (config.get("added_tokens_decoder") or {}).items()
-        entries = {int(i): entry for i, entry in decoder if int(i) >= pieces}
-        names = {i: str(entry["content"]) for i, entry in entries.items()}
-        return names, {i for i, entry in entries.items() if entry.get("special")}
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise ValueError("tokenizer_config.json: added_tokens_decoder must map ids to tokens") from None
+    For the Llama family the config decides, whatever tokenizer.json's post-processor does: DeepSeek's adds no BOS, the
+    original does. For others, and where no config speaks, the post-processor.
+    """
+    silent = "add_bos_token" not in settings.config and "add_eos_token" not in settings.config
+    named = settings.config.get("tokenizer_class") is not None
+    if silent and not (named and settings.is_llama) and (named or any(backend.around)):
+        return backend.around
+    around = []
+    for flag, index, default in (("add_bos_token", bos, settings.is_llama), ("add_eos_token", eos, False)):
+        if index is None and flag in settings.config and settings.flag(flag, default):
+            raise ValueError(f"tokenizer_config.json: {flag} is true, but the tokenizer has no {flag[4:]}")
+        around.append([index] if index is not None and settings.flag(flag, default) else [])
+    return around[0], around[1]
 
 
 def _checked_text(text: str) -> str:

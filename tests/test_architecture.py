@@ -12,8 +12,19 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dsmoe_jax"
 
 # From the ground up; a room may import its own floor and those below it.
 FLOORS = (
-    {"json_file", "axes", "progress", "new_file", "new_folder", "paths", "xla_options"},
-    {"config", "chat_template", "array_files", "codebooks"},
+    {
+        "json_file",
+        "axes",
+        "progress",
+        "new_file",
+        "new_folder",
+        "paths",
+        "xla_options",
+        "jinja_sandbox",
+        "special_tokens",
+    },
+    {"template_worker", "tokenizer_files"},
+    {"config", "chat_template", "array_files", "codebooks", "tokenizer_backends"},
     {"tokenizer", "sharding", "manifest", "vocabulary"},
     {"kernels", "cache"},
     {"layers"},

@@ -485,11 +485,19 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "no content": (lambda t: t.render_chat([{"role": "user"}]), "message 0 has no 'content'"),
     "role": (
         lambda t: t.apply_chat_template([{"role": "tool", "content": "x"}]),
-        "message 0 has role 'tool'; allowed are system, user, assistant",
+        "message 0 has role 'tool', which the chat template ignores; allowed are system, user, assistant",
     ),
     "content": (
+        lambda t: t.render_chat([{"role": "user", "content": 7}]),
+        "message 0: content must be a string or a list, got int",
+    ),
+    "part": (
         lambda t: t.render_chat([{"role": "user", "content": [{"type": "text"}]}]),
-        "message 0: content must be a string, got list",
+        "message 0: part 0 of content has no string as 'text'",
+    ),
+    "image": (
+        lambda t: t.render_chat([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+        "message 0: part 0 of content has type 'image_url'; only 'text' is supported",
     ),
     "message": (lambda t: t.render_chat("Hi"), "message 0 must be a mapping with role and content, got str"),
 }

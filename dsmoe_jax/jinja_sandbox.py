@@ -1,0 +1,170 @@
+"""Renders chat templates in Jinja's sandbox, as a program of its own: template_worker.py starts it.
+
+Start at `render`. It offers what transformers offers: `raise_exception`, `strftime_now`, `tojson` without HTML escapes,
+loop controls and `{% generation %}`. This file imports nothing of the package, so that it starts fast and without jax.
+
+Protocol: stdin and stdout carry frames, 8 bytes of little-endian size and then that many bytes. A request is JSON,
+{"template": …, "variables": {…}}; a response is one byte, `+` or `-`, and the rendered text or the error as UTF-8.
+"""
+
+import functools
+import json
+import signal
+import sys
+from datetime import datetime
+from typing import Any, BinaryIO, Final, NoReturn
+
+SECONDS: Final = 5
+MEGABYTES: Final = 512
+# Far above any context window.
+CHARACTERS: Final = 16_000_000
+_ERROR_CHARACTERS: Final = 500
+
+
+def render(template: str, variables: dict[str, Any]) -> str:
+    """Renders a template.
+
+    Args:
+        template: The Jinja source.
+        variables: What the template sees. Lists of text parts in `messages` are joined for a template that does not
+            loop over them.
+
+    Raises:
+        Exception: Whatever the template raises.
+    """
+    compiled, loops_over_content = _compile(template)
+    if not loops_over_content:
+        variables = {**variables, "messages": [_joined(message) for message in variables.get("messages") or ()]}
+    pieces, length = [], 0
+    for piece in compiled.generate(variables):
+        length += len(piece)
+        if length > CHARACTERS:
+            raise ValueError(f"it wrote more than {CHARACTERS} characters")
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(template: str) -> tuple[Any, bool]:
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks what the assistant says; the text is written as it is."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_write"), [], [], body).set_lineno(line)
+
+        def _write(self, caller: Any) -> str:
+            return caller()
+
+    # trim_blocks and lstrip_blocks as transformers sets them: published templates count on both.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    environment.filters["tojson"] = _tojson
+    return environment.from_string(template), _loops_over_content(environment.parse(template), nodes)
+
+
+def _loops_over_content(tree: Any, nodes: Any) -> bool:
+    """Whether a template iterates over the content of a message, and so takes it as a list of parts."""
+    names = {"content"}
+
+    def is_content(node: Any) -> bool:
+        match node:
+            case nodes.Name():
+                return node.name in names
+            case nodes.Getattr():
+                return node.attr == "content"
+            case nodes.Getitem():
+                return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+            case nodes.Filter():
+                return node.node is not None and is_content(node.node)
+        return False
+
+    for node in tree.find_all(nodes.Assign):
+        if isinstance(node.target, nodes.Name) and is_content(node.node):
+            names.add(node.target.name)
+    return any(is_content(node.iter) for node in tree.find_all(nodes.For))
+
+
+def _joined(message: Any) -> Any:
+    content = message.get("content") if isinstance(message, dict) else None
+    return {**message, "content": "".join(part["text"] for part in content)} if isinstance(content, list) else message
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own escapes <, > and & for HTML, which no model was trained on.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _respond(request: bytes) -> bytes:
+    try:
+        return b"+" + render(**json.loads(request)).encode("utf-8", "surrogatepass")
+    except MemoryError:
+        reason = f"it needed more than {MEGABYTES} MB of memory"
+    except RecursionError:
+        reason = "its recursion is too deep"
+    except Exception as error:  # The template is a stranger's program: anything may come out of it.
+        reason = " ".join(str(error)[: 4 * _ERROR_CHARACTERS].split()) or type(error).__name__
+    return b"-" + reason[:_ERROR_CHARACTERS].encode("utf-8", "backslashreplace")
+
+
+def _limit_memory() -> None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = MEGABYTES << 20
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
+def _limit_time(seconds: float) -> None:
+    # The signal kills the process even in the middle of a long multiplication in C, and needs no one to watch it.
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _serve(requests: BinaryIO, responses: BinaryIO) -> None:
+    while len(head := requests.read(8)) == 8:
+        request = requests.read(int.from_bytes(head, "little"))
+        _limit_time(SECONDS)
+        response = _respond(request)
+        _limit_time(0)
+        responses.write(len(response).to_bytes(8, "little"))
+        responses.write(response)
+        responses.flush()
+
+
+if __name__ == "__main__":
+    sys.path = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program, not for its worker.
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    _compile("")
+    _limit_memory()
+    _serve(sys.stdin.buffer, sys.stdout.buffer)
