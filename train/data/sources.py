@@ -150,8 +150,10 @@ def find(source: str | Path, exclude: Iterable[Path] = ()) -> Found:
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts))
         for match in sorted(glob.glob(source, recursive=True)):
             path = Path(match)
-            if not walk.leaves_out([*path.parents][: len(path.parts) - len(root.parts)][::-1]):
-                walk.below(path, above=_ancestors(root)) if path.is_dir() else walk.file(path)
+            folders = [path, *path.parents] if path.is_dir() else [*path.parents]
+            if walk.leaves_out(folder for folder in reversed(folders) if root in folder.parents):
+                continue
+            walk.below(path, above=_ancestors(root)) if path.is_dir() else walk.file(path)
     else:
         raise ValueError(f"{source}: does not exist")
     if not walk.files:
@@ -185,12 +187,7 @@ class _Walk:
                     visited.add(identity)
                     here.append(name)
             folders[:] = here
-            model = _has_model(names)
-            for name in names:
-                if model and _MODEL_FILES.fullmatch(name):
-                    self._leave_out("files of a model or tokenizer", Path(home) / name)
-                elif not name.startswith("."):
-                    found.append(Path(home) / name)
+            found += [Path(home) / name for name in names if not name.startswith(".")]
         for path in sorted(found, key=lambda path: path.relative_to(folder).as_posix()):
             self.file(path)
 
@@ -198,6 +195,8 @@ class _Walk:
         """A file that was found, not named."""
         if path.is_symlink() and not path.exists():
             self._leave_out("links that lead nowhere", path)
+        elif _MODEL_FILES.fullmatch(path.name) and _has_model(path.parent):
+            self._leave_out("files of a model or tokenizer", path)
         elif path.is_file():
             self.add(path, _identity(path), named=False)
 
@@ -248,8 +247,9 @@ def _kind_of(folder: Path, names: Collection[str]) -> str | None:
     return None
 
 
-def _has_model(names: Collection[str]) -> bool:
-    """Whether the folder with these files holds a model or a tokenizer."""
+def _has_model(folder: Path) -> bool:
+    """Whether the folder holds a model or a tokenizer."""
+    names = os.listdir(folder)
     return any(name in ("tokenizer.json", "tokenizer.model") or name.endswith(".safetensors") for name in names)
 
 

@@ -2,6 +2,7 @@
 
 import array
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from dsmoe_jax.tokenizer import Tokenizer
 from .shards import BOUNDARY, DTYPES, FORMAT, MANIFEST, SPLITS, is_token_shards, shard_files, tokenizer_hash
 from .sources import Document, documents, source_bytes
 
+_log = logging.getLogger(__name__)
 _SAMPLE: Final = 0.01  # share of the sources after which the size of the rest is foreseen
 _AT_ONCE: Final = 1 << 22  # characters that are encoded together; meanwhile they take thirty times as many bytes
 
@@ -104,6 +106,7 @@ def tokenize(
             write_json(draft.folder / MANIFEST, manifest | {"text_bytes": text_bytes})
     except OSError as error:  # a full disk; what goes wrong with a source is a ValueError
         raise ValueError(f"{out} cannot be written: {error.strerror}") from None
+    warn_if_none_held_out(out, holdout, "documents", train.documents, heldout.documents)
     return Tokenized(Path(out), train.documents, train.tokens, heldout.documents, heldout.tokens, text_bytes)
 
 
@@ -121,6 +124,14 @@ def shards_manifest(
         "sources": [str(source) for source in sources],
         "splits": dict(splits),
     }
+
+
+def warn_if_none_held_out(out: str | Path, holdout: float, what: str, train: int, heldout: int) -> None:
+    """Say that a share came to nothing, and which share would not have."""
+    if holdout and not heldout:
+        enough = min(5, train // 2)
+        more = f"; {enough / train:.2g} would hold out about {enough}" if enough else ""
+        _log.warning("%s: holdout %g holds out none of %d %s: no evaluation%s", out, holdout, train, what, more)
 
 
 def is_held_out(text: bytes, share: float) -> bool:

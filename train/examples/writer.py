@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -17,13 +18,14 @@ from dsmoe_jax.tokenizer import Tokenizer
 from ..data import formats as files
 from ..data import is_held_out, shards, source_bytes
 from ..data.sources import Lines, find
-from ..data.writer import Split, shards_manifest
-from .formats import AUTO, FORMATS, Line, read_line
+from ..data.writer import Split, shards_manifest, warn_if_none_held_out
+from .formats import AUTO, FORMATS, Conversation, Line, ignored_fields, read_line
 from .shorten import shorten
 from .store import FORMAT, MANIFEST, is_examples, targets_file
 from .templates import TARGETS, Example, example_of, open_template
 
 TOO_LONG: Final = ("truncate", "drop", "refuse")
+_NAMED_FIELDS: Final = 20
 _SHARD_TOKENS: Final = 1 << 27
 _log = logging.getLogger(__name__)
 
@@ -96,9 +98,13 @@ def write_examples(
         raise ValueError(f"{tokenizer_folder}: the tokenizer has no eos token to end an answer with")
     write_out = open_template(template)
 
+    ignored: Counter[str] = Counter()
+
     def make(fields: Mapping[str, Any]) -> tuple[Line, Example]:
         line = read_line(fields, format)
-        return line, example_of(line, tokenizer, write_out, targets)
+        example = example_of(line, tokenizer, write_out, targets)
+        ignored.update(ignored_fields(fields, format))
+        return line, example
 
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     exclude = [Path(out), *exclude]
@@ -117,7 +123,9 @@ def write_examples(
                         if too_long == "drop":
                             continue
                         example = shorten(example, sequence_length, tokenizer.bos_token_id)
-                    content = json.dumps(line, sort_keys=True).encode()
+                    # The same messages are on the same side, whatever else their lines have.
+                    said = [line.messages] if isinstance(line, Conversation) else line
+                    content = json.dumps(said, sort_keys=True).encode()
                     (heldout if is_held_out(content, holdout) else train).add(example)
             if longer == count and too_long == "drop":
                 raise ValueError(f"all of {count} examples have more tokens than sequence_length {sequence_length}")
@@ -138,6 +146,11 @@ def write_examples(
             write_json(draft.folder / MANIFEST, manifest)
     except OSError as error:  # a full disk; what goes wrong with a source is a ValueError
         raise ValueError(f"{out} cannot be written: {error.strerror}") from None
+    warn_if_none_held_out(out, holdout, "examples", train.split.documents, heldout.split.documents)
+    if ignored:
+        names = ", ".join(f"{name} ({lines:,} lines)" for name, lines in sorted(ignored.items())[:_NAMED_FIELDS])
+        more = f" and {len(ignored) - _NAMED_FIELDS} more" if len(ignored) > _NAMED_FIELDS else ""
+        _log.info("%s: ignored fields: %s%s", out, names, more)
     if longer:
         done = {"truncate": "were truncated", "drop": "were left out"}[too_long]
         had = f"had more than {sequence_length} tokens (the longest {longest})"
