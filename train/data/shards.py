@@ -77,7 +77,7 @@ class TokenShards:
 
         Raises `ValueError` in one line where the folder holds no token shards, or a file is missing or damaged.
         """
-        folder = Path(folder)
+        folder = user_path(folder, "folder")
         if not (folder / MANIFEST).is_file():
             raise ValueError(f"{folder}: no token shards (no {MANIFEST})")
         manifest = _read_manifest(folder / MANIFEST)
