@@ -396,6 +396,7 @@ READ: dict[str, tuple[dict[str, Any], list[tuple[str, Any]]]] = {
 }
 UNREAD: dict[str, tuple[dict[str, Any], str]] = {
     "preference": ({"messages": CHAT, "chosen": "a"}, "has 'chosen': preference data is not supported"),
+    "preference without a format": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "has 'chosen': preference data"),
     "kto": ({"prompt": "a", "completion": "b", "label": True}, "has a bool as 'label': preference data"),
     "images": ({"messages": CHAT, "images": ["a.png"]}, "has 'images': only text is supported"),
     "a part that is an image": (
@@ -537,6 +538,11 @@ def test_what_a_template_ignores_is_refused_by_name(
 
     with pytest.raises(ValueError, match=f"{problem} the chat template ignores"):
         read(read_line(fields), tokenizer, tmp_path / "tools.jinja")
+
+
+def test_a_template_that_fails_over_a_field_names_it(tokenizer: Tokenizer):
+    with pytest.raises(ValueError, match="has 'tool_calls': the chat template failed"):
+        read(read_line({"messages": TOOL_LINE["messages"][:2]}), tokenizer)
 
 
 def test_the_instruct_template_refuses_what_it_ignores(tokenizer: Tokenizer):

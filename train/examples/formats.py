@@ -32,13 +32,12 @@ _ABOUT_A_TURN: Final = frozenset((
     "id", "uuid", "turn_id", "message_id", "parent_id", "index", "timestamp", "created_at", "date",
     "source", "lang", "language", "model", "score", "rating",
 ))
+# Fields of a line that speak to the model: refused where the format does not read them.
 _UNREAD: Final = (
     "system", "system_prompt", "history", "input", "context", "tools", "functions", "documents", "suffix",
     "reasoning", "reasoning_content", "thinking", "thoughts", "chat_template_kwargs", "segment_ids", "seq_idx",
 )
-# Fields of a line that speak to the model: refused where the format does not read them.
-_SPEAKING: Final = {
-    **dict.fromkeys(_UNREAD, "the format {} does not read it"),
+_UNSUPPORTED: Final = {
     **dict.fromkeys(("chosen", "rejected", "kto_tag"), "preference data is not supported"),
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "only text is supported"),
 }
@@ -91,11 +90,14 @@ def read_line(fields: Fields, format: str = AUTO) -> Line:
 
     What cannot be read but speaks to the model is refused; `ignored_fields` has the rest.
     """
+    for field, why in _UNSUPPORTED.items():
+        if not _is_blank(fields.get(field)):
+            raise ValueError(f"has {field!r}: {why}")
     name = _find(fields, format)
     entry = FORMATS[name]
-    for field, why in _SPEAKING.items():
-        if field not in (*entry.fields, *entry.also) and not _is_blank(fields.get(field)):
-            raise ValueError(f"has {field!r}: {why.format(name)}")
+    for field in _UNREAD:
+        if field not in entry.also and not _is_blank(fields.get(field)):
+            raise ValueError(f"has {field!r}: the format {name} does not read it")
     if isinstance(fields.get("label"), bool):
         raise ValueError("has a bool as 'label': preference data is not supported")
     if fields.get("train_on_input"):

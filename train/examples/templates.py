@@ -70,7 +70,13 @@ def example_of(line: Line, tokenizer: Tokenizer, template: Template, targets: st
     """
     match line:
         case Conversation():
-            pieces = template(line.messages, tokenizer, **line.variables)
+            try:
+                pieces = template(line.messages, tokenizer, **line.variables)
+            except ValueError as error:
+                names = [name for message in line.messages for name in message if name not in ("role", "content")]
+                if not names or repr(names[0]) in str(error):
+                    raise
+                raise ValueError(f"has {names[0]!r}: {error}") from None  # why it failed, most likely
             if line.learned:
                 marks = iter(line.learned)
                 pieces = [Piece(piece.ids, piece.learned and next(marks)) for piece in pieces]
