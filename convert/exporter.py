@@ -20,6 +20,7 @@ from dsmoe_jax.manifest import PARAMETERS, Manifest, read_manifest
 from dsmoe_jax.model import abstract
 from dsmoe_jax.new_file import NewFile
 from dsmoe_jax.new_folder import Draft, new_folder, refuse_existing, write_json
+from dsmoe_jax.paths import user_path
 from dsmoe_jax.progress import Advance, Meter, silent
 from dsmoe_jax.special_ids import SPECIAL_IDS, exported_ids, within_vocabulary
 
@@ -98,7 +99,7 @@ def export_hf(
     started = time.perf_counter()
     wanted, limit = as_dtype(dtype), parse_size(max_shard_size)
     out = refuse_existing(out)
-    reader = NativeReader(Path(native))
+    reader = NativeReader(user_path(native, "checkpoint"))
     ids = special_ids_beside(reader.folder, reader.config)
     for line in ids.lines:
         _log.warning("%s", line)

@@ -32,6 +32,7 @@ from dsmoe_jax.kernels.operand import Operand
 from dsmoe_jax.manifest import is_native
 from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, shardings
 from dsmoe_jax.new_folder import new_folder, refuse_existing
+from dsmoe_jax.paths import user_path
 from dsmoe_jax.progress import Meter, silent
 from dsmoe_jax.quantize import read_quantized
 from dsmoe_jax.sharding import MeshConfig
@@ -58,7 +59,7 @@ def load_hf(
     "bfloat16" or "float16") casts on the way; None keeps what is stored. Raises `ValueError` naming the first tensor
     that is missing, surplus or of another shape or dtype, and for everything `ModelConfig` and the reader refuse.
     """
-    wanted = as_dtype(dtype)
+    wanted, path = as_dtype(dtype), user_path(path, "model")
     config = ModelConfig.from_file(path)
     with CheckpointReader(path) as reader:
         check_tensors(path, config, reader)
@@ -93,7 +94,7 @@ def load_hf_quantized(
 
     Otherwise as `load_hf`.
     """
-    wanted = as_dtype(dtype)
+    wanted, path = as_dtype(dtype), user_path(path, "model")
     config = ModelConfig.from_file(path)
     with CheckpointReader(path) as reader:
         check_tensors(path, config, reader)
@@ -124,7 +125,7 @@ def import_hf(
     started = time.perf_counter()
     wanted = as_dtype(dtype)
     out = refuse_existing(out)
-    folder, origin = Path(source), {}
+    folder, origin = user_path(source, "source"), {}
     if is_repository(source):
         snapshot = fetch(str(source), revision=revision)
         folder, origin = snapshot.folder, {"repository": snapshot.repository, "revision": snapshot.revision}

@@ -16,6 +16,7 @@ from dsmoe_jax.generation_config import (
 from dsmoe_jax.locks import lock_name
 from dsmoe_jax.manifest import is_native
 from dsmoe_jax.new_folder import refuse_existing, sibling
+from dsmoe_jax.paths import user_path
 
 from .exporter import export_hf
 from .importer import load_hf, travelling_files
@@ -37,7 +38,7 @@ def merge_to(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
-    checkpoint, out = Path(checkpoint), refuse_existing(out)
+    checkpoint, out = user_path(checkpoint, "checkpoint"), refuse_existing(out)
     between = out.with_name(f".{out.name}.merging")
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock_name(out, "merging.lock"))  # `save` and `export_hf` take the other one

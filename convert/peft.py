@@ -23,6 +23,7 @@ from dsmoe_jax.json_file import read_json
 from dsmoe_jax.lora import LORA_A, LORA_B, LoraConfig, Plan, attach, merge, place, specs
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
 from dsmoe_jax.new_folder import new_folder, write_json
+from dsmoe_jax.paths import user_path
 
 from .names import hf_names, is_stacked
 from .peft_matching import RELEASES, Rules, is_untied, make_plan, modules, untied
@@ -70,7 +71,7 @@ def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
     missing, surplus or of another shape than config and base ask for. If it replaces the embedding or the head of a
     model that ties them, the base must be `untied` first.
     """
-    path = Path(path)
+    path = user_path(path, "adapter")
     if not os.path.lexists(path / CONFIG):
         raise ValueError(f"{path}: no adapter (no {CONFIG})")
     fields = read_json(path_inside(path, CONFIG))
@@ -126,7 +127,7 @@ def write_adapter(
 
     plan = make_plan(config, model)
     tensors = to_peft(plan, model, params)
-    with new_folder(Path(path), needs=sum(tensor.nbytes for tensor in tensors.values())) as draft:
+    with new_folder(user_path(path, "adapter"), needs=sum(tensor.nbytes for tensor in tensors.values())) as draft:
         save_file(tensors, draft.folder / WEIGHTS, metadata={"format": "pt"})
         write_json(draft.folder / CONFIG, _peft_fields(config, base))
         if generation:

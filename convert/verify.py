@@ -13,6 +13,7 @@ import numpy as np
 from dsmoe_jax.array_files import pieces_of, raw_bytes
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.manifest import Damage, damage, manifest_damage, read_manifest, strangers
+from dsmoe_jax.paths import user_path
 from dsmoe_jax.progress import Meter, silent
 
 from .exporter import NativeReader
@@ -54,7 +55,7 @@ def verify(native: str | Path, hf: str | Path | None = None, *, progress: Meter 
     checkpoint, or no Hugging Face folder of the same tensors; every other finding is a mismatch in the report.
     """
     started = time.perf_counter()
-    native = Path(native)
+    native = user_path(native, "checkpoint")
     manifest = read_manifest(native, verify=False)  # what is found goes into the report
     report = Report(str(native), None if hf is None else str(hf), len(manifest.tensors))
     report.hashes = {name: str(tensor.get("sha256")) for name, tensor in manifest.tensors.items()}
@@ -66,7 +67,7 @@ def verify(native: str | Path, hf: str | Path | None = None, *, progress: Meter 
             *strangers(native, manifest),
         ]
     if hf is not None and not found:
-        found += _differences(NativeReader(native), Path(hf), report, progress)
+        found += _differences(NativeReader(native), user_path(hf, "Hugging Face folder"), report, progress)
     report.mismatches = [{"file": one.file, "tensor": one.tensor, "what": one.what} for one in found]
     report.seconds = time.perf_counter() - started
     return report

@@ -25,6 +25,7 @@ from dsmoe_jax.json_file import read_json
 from dsmoe_jax.manifest import PARAMETERS, Manifest, damage, read_manifest, write_manifest
 from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, count_tensors, shardings, split
 from dsmoe_jax.new_folder import Draft, new_folder, refuse_existing, sibling, sync_tree, write_json
+from dsmoe_jax.paths import user_path
 from dsmoe_jax.progress import Advance
 from dsmoe_jax.sharding import MeshConfig
 
@@ -82,7 +83,7 @@ def load(
     """
     from orbax.checkpoint import v1 as ocp
 
-    path = Path(path)
+    path = user_path(path, "checkpoint")
     wanted_dtype = as_dtype(dtype)
     config, _ = open_checkpoint(path, verify=verify)
     parameters = str(path.absolute() / PARAMETERS)

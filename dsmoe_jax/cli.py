@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             verb.add_argument(*flags, **options)
         verb.set_defaults(run=run)
     asked = parser.parse_args(argv)
+    _refuse_empty_paths(parser, asked)
     set_environment()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for library in ("absl", "jax", "orbax"):
@@ -50,6 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return 130
     return 0
+
+
+def _refuse_empty_paths(parser: Parser, asked: argparse.Namespace) -> None:
+    """All texts but these are paths or names; an unset shell variable makes an empty one."""
+    for flags, _ in VERBS[asked.verb][1]:
+        name = flags[0].strip("-").replace("-", "_")
+        value = getattr(asked, name, None)
+        values = value if isinstance(value, list) and name != "flags" else [value]
+        if name not in ("prompt", "system", "stop") and any(isinstance(v, str) and not v.strip() for v in values):
+            parser.exit(2, f"dsmoe {asked.verb}: {flags[0]} must not be empty\n")
 
 
 def info(asked: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 
 from dsmoe_jax.config_spellings import ROPE_SCALING_TYPES, check_unknown, show_value, standardize
 from dsmoe_jax.json_file import read_json
+from dsmoe_jax.paths import user_path
 
 MODEL_TYPE: Final = "deepseek"
 ARCHITECTURES: Final = ("DeepseekForCausalLM",)
@@ -156,7 +157,7 @@ class ModelConfig:
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelConfig":
         """A config from a `config.json`, or from the folder that holds one."""
-        path = Path(path)
+        path = user_path(path, "config")
         path = path / "config.json" if path.is_dir() else path
         fields = read_json(path)
         try:

@@ -14,6 +14,7 @@ from typing import Final
 
 from dsmoe_jax.locks import lock_name
 from dsmoe_jax.new_folder import refuse_existing
+from dsmoe_jax.paths import user_path
 
 _PROMPT: Final = "def __init__(self, "
 
@@ -27,7 +28,8 @@ def run(out: str | Path | None = None, *, steps: int = 150) -> None:
         with tempfile.TemporaryDirectory() as folder:
             _run(Path(folder), steps, kept=False)
         return
-    with lock_name(Path(out)):
+    out = user_path(out, "out")
+    with lock_name(out):
         _run(refuse_existing(out), steps, kept=True)
 
 

@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 from dsmoe_jax.config import PRESETS, ModelConfig
 from dsmoe_jax.manifest import check_files
 from dsmoe_jax.model import abstract
+from dsmoe_jax.paths import expand_user
 
 # part of the model: how its parameters' paths are told
 _PARTS: Final = (
@@ -42,6 +43,7 @@ def count_parameters(config: ModelConfig) -> Counts:
 
 def describe(model: str) -> str:
     """The whole page for a preset's name, a `config.json`, or a folder that holds one."""
+    model = expand_user(model, "model")
     if model not in PRESETS and not Path(model).exists():
         raise ValueError(f"{model!r} is neither a path nor a preset ({', '.join(PRESETS)})")
     check_files(model, "config.json")

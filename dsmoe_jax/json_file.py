@@ -47,7 +47,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
         raise ValueError(f"is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"holds a {type(fields).__name__} where a JSON object must be")
-    _check_depth(fields)
+    check_depth(fields)
     return fields
 
 
@@ -59,7 +59,8 @@ def _parsed_size(text: str) -> int:
     return 2 * sys.getsizeof(text) + 250 * text.count(":") + 80 * (text.count(",") + text.count("["))
 
 
-def _check_depth(value: Any) -> None:
+def check_depth(value: Any) -> None:
+    """`ValueError` for a value nested deeper than `MAX_DEPTH`."""
     level = [value]
     for _ in range(MAX_DEPTH):
         inside = (item.values() if isinstance(item, dict) else item for item in level)

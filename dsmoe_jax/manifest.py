@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 from dsmoe_jax.array_files import FRAME, ArrayRecord, hash_file, tensor_bytes
 from dsmoe_jax.json_file import read_json
 from dsmoe_jax.new_folder import write_json
+from dsmoe_jax.paths import user_path
 from dsmoe_jax.progress import Advance
 
 PARAMETERS: Final = "parameters"  # the Orbax folder inside a checkpoint
@@ -75,7 +76,7 @@ def write_manifest(folder: Path, arrays: Mapping[str, ArrayRecord], source: Mapp
 
 def is_native(path: str | Path) -> bool:
     """Whether the folder is a native checkpoint (and not, say, one in the Hugging Face layout)."""
-    return (Path(path) / HEADER).is_file()
+    return (user_path(path, "checkpoint") / HEADER).is_file()
 
 
 def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:

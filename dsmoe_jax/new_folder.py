@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dsmoe_jax.locks import lock_name
+from dsmoe_jax.paths import user_path
 
 _JOURNAL: Final = "journal.jsonl"
 _AT_FDCWD: Final = -100  # of linux/fcntl.h: paths are relative to the working directory
@@ -80,7 +81,7 @@ def sibling(path: Path) -> Path:
 
 def refuse_existing(path: str | Path) -> Path:
     """The absolute path of a folder that is to be made; `ValueError` if there is something already."""
-    path = Path(path).absolute()
+    path = user_path(path, "output path").absolute()
     if os.path.lexists(path):
         raise ValueError(f"{path} exists; nothing is overwritten")
     return path

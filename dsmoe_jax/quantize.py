@@ -25,6 +25,7 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.kernels.operand import LowRank, Operand, Quantized
 from dsmoe_jax.manifest import PARAMETERS
 from dsmoe_jax.model import abstract, shardings
+from dsmoe_jax.paths import user_path
 from dsmoe_jax.sharding import MeshConfig, as_mesh, sharding
 
 
@@ -184,9 +185,10 @@ def load_quantized(
 
     Otherwise as `dsmoe_jax.load`.
     """
-    folder = Path(path) / PARAMETERS
+    path = user_path(path, "checkpoint")
+    folder = path / PARAMETERS
     wanted = as_dtype(dtype)
-    config, manifest = open_checkpoint(Path(path), verify=verify)
+    config, manifest = open_checkpoint(path, verify=verify)
     shapes = {name: spec.shape for name, spec in abstract(config)[1].items()}
     check_names_and_shapes(path, shapes, {name: tuple(tensor["shape"]) for name, tensor in manifest.tensors.items()})
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from dsmoe_jax import chat_template
 from dsmoe_jax.manifest import check_files
+from dsmoe_jax.paths import user_path
 from dsmoe_jax.special_tokens import Escape
 from dsmoe_jax.tokenizer_backends import Backend, JsonBackend, ModelBackend
 from dsmoe_jax.tokenizer_files import KINDS, Settings, read_settings
@@ -30,7 +31,7 @@ _log = logging.getLogger("dsmoe_jax")
 
 def tokenizer_files(folder: str | Path) -> tuple[Path, ...]:
     """Returns the files of `folder` that belong to its tokenizer and must travel with a checkpoint."""
-    return tuple(path for name in TOKENIZER_FILES if (path := Path(folder) / name).is_file())
+    return tuple(path for name in TOKENIZER_FILES if (path := user_path(folder, "tokenizer folder") / name).is_file())
 
 
 class Tokenizer:
@@ -93,7 +94,7 @@ class Tokenizer:
             ValueError: If there is neither file, a file cannot be read or does not match the folder's manifest, or
                 the folder has a setting that would give other ids than transformers does.
         """
-        folder = Path(folder)
+        folder = user_path(folder, "tokenizer folder")
         check_files(folder, *TOKENIZER_FILES)
         for name, backend in (("tokenizer.json", JsonBackend), ("tokenizer.model", ModelBackend)):
             if (folder / name).is_file():

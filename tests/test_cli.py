@@ -215,6 +215,73 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
     assert snapshot(tmp_path) == before
 
 
+# fmt: off
+EMPTY_PATHS: dict[str, tuple[str, ...]] = {
+    "path":         ("generate", "{}", "--prompt", "a"),
+    "--adapter":    ("generate", "x", "--adapter", "{}", "--prompt", "a"),
+    "--file":       ("generate", "x", "--file", "{}"),
+    "--out":        ("generate", "x", "--file", "a.jsonl", "--out", "{}"),
+    "source":       ("convert", "{}", "out"),
+    "out":          ("convert", "x", "{}"),
+    "native":       ("export", "{}", "out"),
+    "hf":           ("verify", "x", "{}"),
+    "--report":     ("verify", "x", "--report", "{}"),
+    "sources":      ("tokenize", "a.txt", "{}", "--tokenizer", "x", "--out", "out"),
+    "--tokenizer":  ("tokenize", "a.txt", "--tokenizer", "{}", "--out", "out"),
+    "checkpoint":   ("finetune", "{}", "--data", "a.jsonl"),
+    "adapter":      ("merge", "x", "{}", "out"),
+    "model":        ("info", "{}"),
+    "recipe":       ("pretrain", "{}"),
+    "config.out":   ("pretrain", "tiny", "--out", "{}"),
+    "init_from":    ("pretrain", "tiny", "--init-from", "{}"),
+    "config":       ("pretrain", "tiny", "--model", "{}"),
+    "data.sources": ("pretrain", "tiny", "--data.sources", "{}"),
+    "data.tokenizer": ("pretrain", "tiny", "--data.tokenizer", "{}"),
+    "data.files":   ("finetune", "x", "--data", "{}"),
+    "data.template": ("finetune", "x", "--data", "a.jsonl", "--data.template", "{}"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize(("named", "typed"), EMPTY_PATHS.items(), ids=EMPTY_PATHS)
+def test_an_empty_path_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, named: str, typed: tuple[str, ...]
+):
+    monkeypatch.chdir(tmp_path)
+
+    codes = [run(*(word.format(empty) for word in typed)) for empty in ("", " ")]
+
+    err = capsys.readouterr().err
+    assert codes == [2, 2]
+    assert err.count("\n") == 2
+    assert err.count(f"{named.removeprefix('config.')} must") == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_path_is_refused_by_functions_too(tmp_path: Path):
+    from dsmoe_jax.convert import export_hf, load_hf, merge_to, verify
+    from dsmoe_jax.train.examples import Examples
+
+    calls: list[Callable[[str], Any]] = [
+        dsmoe_jax.load,
+        dsmoe_jax.Tokenizer.from_pretrained,
+        Generator.from_pretrained,
+        ModelConfig.from_file,
+        describe,
+        load_hf,
+        verify,
+        Examples.open,
+        is_native,
+        lambda path: import_hf(path, tmp_path / "out"),
+        lambda path: import_hf(tmp_path, path),
+        lambda path: export_hf(path, tmp_path / "out"),
+        lambda path: merge_to(path, tmp_path, tmp_path / "out"),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="must be a path, got an empty string"):
+            call("")
+
+
 def test_a_mistake_leaves_no_traceback_on_a_terminal(tmp_path: Path):
     command = [sys.executable, "-m", "dsmoe_jax", "generate", str(damaged(tmp_path)), "--prompt", "def"]
 

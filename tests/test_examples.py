@@ -365,7 +365,7 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
     "no turns":         ({"messages": []}, "has no turn of the assistant in 'messages'"),
     "no answer":        (turns(("user", "a")), "has no turn of the assistant in 'messages'"),
     "empty answer":     (turns(("user", "a"), ("assistant", "")), "has nothing to learn: its 'content' is empty"),
-    "role":             (turns(("user", "a"), ("tool", "b")), "has turn 1 from 'tool'; known are system, user"),
+    "role":             (turns(("user", "a"), ("bot", "b")), "has turn 1 from 'bot'; known are system, user"),
     "list as a role":   (turns((["user"], "a")), "has turn 0 from ['user']"),
     "no content":       (turns(("user", None)), "has a NoneType as 'content', not a text"),
     "no role":          ({"messages": [{"from": "user"}]}, "has no 'role' and 'content' in turn 0 of 'messages'"),
@@ -406,6 +406,233 @@ def test_a_named_format_takes_no_other_line(tmp_path: Path, folder: Path):
 
     with pytest.raises(ValueError, match=r"a.jsonl:1 has no field 'instruction'"):
         write_examples(source, folder, tmp_path / "out", format="instruction", sequence_length=LONG)
+
+
+# What the model shall read is read, or refused by name
+
+
+A = "assistant"
+CHAT = [{"role": "user", "content": "q"}, {"role": A, "content": "a"}]
+CALL = {"type": "function", "function": {"name": "look", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
+
+
+def chat(*messages: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(message["role"], message["content"]) for message in messages]
+
+
+# fmt: off
+READ: dict[str, tuple[dict[str, Any], list[tuple[str, Any]]]] = {
+    "alpaca's history": (
+        {"instruction": "and now?", "input": "", "output": "yes", "history": [["q1", "a1"], ["q2", ""]]},
+        [("user", "q1"), (A, "a1"), ("user", "q2"), (A, ""), ("user", "and now?"), (A, "yes")]),
+    "alpaca's system": (
+        {"instruction": "q", "output": "a", "system": "S", "history": []}, [("system", "S"), *chat(*CHAT)]),
+    "sharegpt's system": (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system_prompt": "S"},
+        [("system", "S"), *chat(*CHAT)]),
+    "messages' system": ({"messages": CHAT, "system": "S"}, [("system", "S"), *chat(*CHAT)]),
+    "the same system twice": (
+        {"messages": [{"role": "system", "content": "S"}, *CHAT], "system": "S"}, [("system", "S"), *chat(*CHAT)]),
+    "parts of text": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": t} for t in "ab"]}, CHAT[1]]},
+        [("user", "ab"), (A, "a")]),
+    "trl's messages": ({"prompt": CHAT[:1], "completion": CHAT[1:]}, chat(*CHAT)),
+    "a call of a tool": (
+        {"messages": [CHAT[0], {"role": A, "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "5"},
+                      {"role": A, "content": "5!"}]},
+        [("user", "q"), (A, None), ("tool", "5"), (A, "5!")]),
+    "sharegpt's call": (
+        {"conversations": [{"from": "human", "value": "q"},
+                           {"from": "function_call", "value": '{"name": "look", "arguments": {}}'},
+                           {"from": "observation", "value": "5"}, {"from": "gpt", "value": "5!"}]},
+        [("user", "q"), (A, None), ("tool", "5"), (A, "5!")]),
+    "fields of nothing": (
+        {"messages": [CHAT[0], {**CHAT[1], "tool_calls": [], "name": None, "refusal": ""}], "tools": "[]", "image": ""},
+        chat(*CHAT)),
+}
+UNREAD: dict[str, tuple[dict[str, Any], str]] = {
+    "preference": ({"messages": CHAT, "chosen": "a"}, "has 'chosen': preference data is not supported"),
+    "preference without a format": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "has 'chosen': preference data"),
+    "kto": ({"prompt": "a", "completion": "b", "label": True}, "has a bool as 'label': preference data"),
+    "images": ({"messages": CHAT, "images": ["a.png"]}, "has 'images': only text is supported"),
+    "a part that is an image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, CHAT[1]]},
+        "has a part of type 'image_url' in turn 0 of 'messages'; only text is supported"),
+    "a completion's system": (
+        {"prompt": "a", "completion": "b", "system": "S"}, "has 'system': the format completion does not read it"),
+    "a completion's tools": ({"prompt": "a", "completion": "b", "tools": [TOOL]}, "does not read it beside texts"),
+    "context": ({"instruction": "q", "output": "a", "context": "c"}, "has 'context': the format instruction does not"),
+    "two systems": (
+        {"messages": [{"role": "system", "content": "S"}, *CHAT], "system": "T"}, "has two system messages, one of"),
+    "history of one": ({"instruction": "q", "output": "a", "history": [["q"]]}, "list of pairs of texts as 'history'"),
+    "tools of text": ({"messages": CHAT, "tools": "look"}, "something other than a list of objects as 'tools'"),
+    "half a weight": ({"messages": CHAT, "weight": 0.5}, "has weight 0.5; only 1 is supported"),
+    "half a mark": ({"messages": [CHAT[0], {**CHAT[1], "weight": 0.5}]}, "has weight 0.5 in turn 1 of 'messages'"),
+    "a user to learn": ({"messages": [{**CHAT[0], "train": True}, CHAT[1]]}, "has train True in turn 0 of 'messages'"),
+    "inputs to learn": ({"messages": CHAT, "train_on_input": True}, "has train_on_input True"),
+    "a call without a name": (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "look()"}]},
+        "has no JSON of name and arguments in turn 1 of 'conversations', a function_call"),
+    "a hole": (
+        {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "attention_mask": [1, 0, 1]}, "has a 0 in its attention_mask"),
+    "labels of padding": (
+        {"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1, 0]}, "has labels where its attention_mask is 0"),
+    "short mask": ({"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1]}, "than 2 zeros and ones as 'atten"),
+    "all padding": ({"input_ids": [1], "labels": [-100], "attention_mask": [0]}, "its attention_mask has no 1"),
+    "packed positions": (
+        {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "position_ids": [0, 1, 0]}, "position_ids that do not count up"),
+    "token types": (
+        {"input_ids": [1, 2], "labels": [1, 2], "token_type_ids": [0, 1]}, "has several token_type_ids"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize(("fields", "want"), READ.values(), ids=READ)
+def test_every_turn_of_a_line_is_read(fields: dict[str, Any], want: list[tuple[str, Any]]):
+    line = read_line(fields)
+
+    assert isinstance(line, Conversation)
+    assert chat(*line.messages) == want
+
+
+@pytest.mark.parametrize(("fields", "problem"), UNREAD.values(), ids=UNREAD)
+def test_what_is_not_read_is_refused_by_name(fields: dict[str, Any], problem: str):
+    with pytest.raises(ValueError, match=problem):
+        read_line(fields)
+
+
+@pytest.mark.parametrize("padding", ["left", "right", "both"])
+def test_padding_of_token_lines_is_taken_off(padding: str):
+    before, after = {"left": (3, 0), "right": (0, 2), "both": (2, 1)}[padding]
+    fields = {
+        "input_ids": [1] * before + [5, 6, 7] + [1] * after,
+        "attention_mask": [0] * before + [1, 1, 1] + [0] * after,
+        "labels": [-100] * before + [-100, 6, 7] + [-100] * after,
+        "position_ids": [1] * before + [0, 1, 2] + [1] * after,
+        "token_type_ids": [0] * (before + 3 + after),
+    }
+
+    assert read_line(fields) == Tokens([5, 6, 7], [False, True, True])
+    assert read_line(fields | {"completion_mask": [0] * (before + 2) + [1] * (after + 1)}) == Tokens(
+        [5, 6, 7], [False, False, True]
+    )
+
+
+@pytest.mark.parametrize(
+    "mark", [{"weight": 0}, {"train": False}, {"training": False}, {"learn": 0}, {"loss": False}, {"loss_mask": 0.0}]
+)
+def test_a_turn_that_is_not_to_be_learned_is_no_target(tokenizer: Tokenizer, mark: dict[str, Any]):
+    messages = said("Hi", "Hello", "Bye", "See you").messages
+    line = read_line({"messages": [messages[0], messages[1] | mark, *messages[2:]]})
+
+    want = [(False, f"{BOS}User: Hi\n\nAssistant: Hello{EOS}User: Bye\n\nAssistant:"), (True, f" See you{EOS}")]
+    assert spans(read(line, tokenizer), tokenizer) == want
+
+
+def test_only_the_completion_of_messages_is_learned(tokenizer: Tokenizer):
+    messages = said("Hi", "Hello", "Bye", "See you").messages
+    line = read_line({"prompt": messages[:3], "completion": messages[3:]})
+
+    assert spans(read(line, tokenizer), tokenizer)[-1] == (True, f" See you{EOS}")
+    assert read(line, tokenizer).is_target.sum() == len(f" See you{EOS}") - len(EOS) + 1
+
+
+TOOLS = (
+    "{% for tool in tools or [] %}<tool>{{ tool.function.name }}</tool>{% endfor %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content if m.content else '' }}"
+    "{% for call in m.tool_calls or [] %}<call>{{ call.function.name }}({{ call.function.arguments }}){% endfor %}"
+    "{{ eos_token if m.role == 'assistant' }}{% endfor %}{{ '[assistant]' if add_generation_prompt }}"
+)
+TOOL_LINE = {
+    "messages": [
+        CHAT[0],
+        {"role": A, "content": None, "tool_calls": [{"id": "1", **CALL}]},
+        {"role": "tool", "content": "5", "tool_call_id": "1"},
+        {"role": A, "content": "5!"},
+    ],
+    "tools": json.dumps([TOOL]),
+}
+
+
+def test_a_template_that_knows_tools_writes_them(tmp_path: Path, tokenizer: Tokenizer):
+    (tmp_path / "tools.jinja").write_text(TOOLS)
+
+    found = spans(read(read_line(TOOL_LINE), tokenizer, tmp_path / "tools.jinja"), tokenizer)
+
+    assert found == [
+        (False, "<tool>look</tool>[user]q[assistant]"),
+        (True, f"<call>look({{}}){EOS}"),
+        (False, "[tool]5[assistant]"),
+        (True, f"5!{EOS}"),
+    ]
+
+
+IGNORED = {
+    "tools": ("tools or []", "[]", TOOL_LINE, "has 'tools', which"),
+    "calls": ("m.tool_calls or []", "[]", TOOL_LINE, "has 'tool_calls' in message 1, which"),
+    "the second call": ("m.tool_calls or []", "(m.tool_calls or [])[:1]",
+                        {"messages": [CHAT[0], {"role": A, "content": "see", "tool_calls": [CALL, CALL]}]},
+                        "has 'tool_calls' in message 1, which"),
+    "arguments": ("call.function.arguments", "''", TOOL_LINE, "has 'tool_calls' in message 1, which"),
+    "a result": ("m.content if m.content", "m.content if m.content and m.role != 'tool'", TOOL_LINE,
+                 "has a text from 'tool' in message 2, which"),
+    "a system": ("m.content if m.content", "m.content if m.content and m.role != 'system'",
+                 {"messages": CHAT, "system": "q"}, "has a text from 'system' in message 0, which"),
+    "a field of a turn": ("x", "x", {"messages": [CHAT[0], {**CHAT[1], "reasoning_content": "so"}]},
+                          "has 'reasoning_content' in message 1, which"),
+    "a name": ("x", "x", {"messages": [{**CHAT[0], "name": "Ann"}, CHAT[1]]}, "has 'name' in message 0, which"),
+    "a mask of unknown sense": ("x", "x", {"messages": [CHAT[0], {**CHAT[1], "mask": True}]},
+                                "has 'mask' in message 1, which"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "fields", "problem"), IGNORED.values(), ids=IGNORED)
+def test_what_a_template_ignores_is_refused_by_name(
+    tmp_path: Path, tokenizer: Tokenizer, old: str, new: str, fields: dict[str, Any], problem: str
+):
+    (tmp_path / "tools.jinja").write_text(TOOLS.replace(old, new) if old in TOOLS else TOOLS)
+
+    with pytest.raises(ValueError, match=f"{problem} the chat template ignores"):
+        read(read_line(fields), tokenizer, tmp_path / "tools.jinja")
+
+
+def test_a_template_that_fails_over_a_field_names_it(tokenizer: Tokenizer):
+    with pytest.raises(ValueError, match="has 'tool_calls': the chat template failed"):
+        read(read_line({"messages": TOOL_LINE["messages"][:2]}), tokenizer)
+
+
+def test_the_instruct_template_refuses_what_it_ignores(tokenizer: Tokenizer):
+    with pytest.raises(ValueError, match="has 'tools', which deepseek-instruct ignores"):
+        read(read_line({"messages": CHAT, "tools": [TOOL]}), tokenizer, "deepseek-instruct")
+
+
+def test_neutral_fields_are_counted_and_named_once(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    lines = [{"messages": [{**CHAT[0], "id": n}, CHAT[1]], "source": "web", "score": n, "weight": 1} for n in range(3)]
+
+    write_examples(jsonl(tmp_path / "a.jsonl", lines), folder, tmp_path / "out", sequence_length=LONG)
+
+    assert caplog.text.count("ignored fields: messages[].id (3 lines), score (3 lines), source (3 lines)") == 1
+
+
+def test_a_share_that_comes_to_no_example_is_said(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture):
+    source = jsonl(tmp_path / "a.jsonl", CORPUS[:10])
+
+    write_examples(source, folder, tmp_path / "out", sequence_length=LONG, holdout=1e-9)
+
+    assert "holdout 1e-09 holds out none of 10 examples: no evaluation; 0.5 would hold out about 5" in caplog.text
+
+
+def test_files_of_a_run_are_left_out_of_its_data(tmp_path: Path, folder: Path):
+    jsonl(tmp_path / "a.jsonl", CORPUS)
+    run = tmp_path / "runs" / "x"
+    run.mkdir(parents=True)
+    jsonl(run / "metrics.jsonl", [{"step": 1}] * 9)
+
+    found = write_examples(tmp_path, folder, run / "examples", sequence_length=LONG, exclude=[run])
+
+    assert found.examples == len(CORPUS)
 
 
 # The folder

@@ -259,6 +259,69 @@ def test_router_biases_move_towards_equal_load_and_get_no_gradient():
     np.testing.assert_allclose(run.state.router_bias["1"], 0.01 * np.sign(load.mean() - load), atol=1e-7)
 
 
+def padded(batch: Batch, tokens: int, rows: int = 0) -> Batch:
+    """The batch with this many places of padding after each row, and rows of nothing but padding between its rows."""
+    blanks = Batch(*(np.full((rows, batch.token_ids.shape[1]), fill, np.int32) for fill in (3, -100, 0, 0)))
+    fields = []
+    for one, blank, fill in zip(batch, blanks, (3, -100, 0, 0), strict=True):
+        mixed = np.concatenate([one[:1], blank, one[1:]])
+        fields.append(np.pad(mixed, ((0, 0), (0, tokens)), constant_values=fill).astype(np.int32))
+    return Batch(*fields)
+
+
+UNCOUNTED = StepConfig(count_padding=False, bias_update_rate=0.01, device_groups=2, device_alpha=0.1)
+
+
+@pytest.mark.parametrize(
+    ("seq_aux", "accumulation", "mesh"), [(True, 1, None), (False, 2, None), (True, 2, "expert=4,fsdp=2")]
+)
+def test_padding_changes_no_metric_and_no_router_bias(seq_aux: bool, accumulation: int, mesh: str | None):
+    config = tiny(aux_loss_alpha=0.1, seq_aux=seq_aux)
+    options = dataclasses.replace(UNCOUNTED, accumulation=accumulation)
+    # Micro-batches take turns by row, so that whole rows of padding must come in numbers that keep their halves alike.
+    short = random_batch(config, rows=16)
+    runs = [Run(DeepSeekMoE.init(config), options, mesh=MESHES[mesh] if mesh else None) for _ in range(2)]
+
+    alone, among_padding = runs[0](short), runs[1](padded(short, 7, rows=16))
+
+    assert float(alone.load.sum()) == 16 * 12 * 2 * len(alone.load)
+    for name in ("loss", "balance", "device_balance", "load", "entropy", "gradient_norm"):
+        np.testing.assert_allclose(
+            getattr(among_padding, name), getattr(alone, name), rtol=1e-5, atol=1e-6, err_msg=name
+        )
+    for layer, bias in runs[0].state.router_bias.items():
+        assert np.abs(bias).max() > 0
+        np.testing.assert_array_equal(runs[1].state.router_bias[layer], bias)
+
+
+def test_padding_that_counts_in_the_loss_loads_no_expert():
+    config = tiny()
+    batch = random_batch(config)
+    runs = [Run(DeepSeekMoE.init(config), StepConfig(bias_update_rate=0.01)) for _ in range(2)]
+
+    alone, among_padding = runs[0](batch), runs[1](padded(batch, 20))
+
+    assert float(among_padding.balance.sum()) != pytest.approx(float(alone.balance.sum()), rel=1e-4)
+    np.testing.assert_array_equal(among_padding.load, alone.load)
+    np.testing.assert_allclose(among_padding.entropy, alone.entropy, rtol=1e-5)
+    np.testing.assert_array_equal(runs[1].state.router_bias["1"], runs[0].state.router_bias["1"])
+
+
+@pytest.mark.parametrize("blank", ["half", "whole"])
+def test_a_micro_batch_of_padding_alone_counts_for_nothing(blank: str):
+    config = tiny(aux_loss_alpha=0.1, seq_aux=blank == "half")
+    batch = random_batch(config, rows=4)
+    # Every second row, so that one of the two micro-batches has no token.
+    rows = [np.stack([one, np.full_like(one, fill)], axis=1) for one, fill in zip(batch, (3, -100, 0, 0), strict=True)]
+    spread = Batch(*(one.reshape(8, -1) for one in rows))
+
+    alone = Run(DeepSeekMoE.init(config), UNCOUNTED)(batch)
+    shared = Run(DeepSeekMoE.init(config), dataclasses.replace(UNCOUNTED, accumulation=2))(spread)
+
+    for name in ("loss", "balance", "device_balance", "load", "entropy", "gradient_norm"):
+        np.testing.assert_allclose(getattr(shared, name), getattr(alone, name), rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 def test_router_biases_even_the_load_out():
     config = tiny(aux_loss_alpha=0.0, num_experts_per_tok=1)
     run = Run(DeepSeekMoE.init(config), StepConfig(bias_update_rate=0.003))

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from dsmoe_jax.tokenizer import Tokenizer
 from dsmoe_jax.train.data import (
     TokenShards,
     documents,
+    formats,
     is_held_out,
     is_token_shards,
     source_bytes,
@@ -129,6 +131,77 @@ def test_progress_counts_all_bytes_of_the_files(tmp_path: Path, end: str):
     assert min(steps) >= 0
 
 
+@pytest.mark.parametrize("source", ["", " ", "\t\n"])
+def test_an_empty_source_is_not_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_folder: Path, source: str
+):
+    monkeypatch.chdir(files(tmp_path, a__txt=b"private"))
+
+    for use in (texts_of, source_bytes, lambda source: tokenize(source, tokenizer_folder, tmp_path / "out")):
+        with pytest.raises(ValueError, match="source must be a path, got an empty string"):
+            use(source)
+    with pytest.raises(ValueError, match="tokenizer folder must be a path, got an empty string"):
+        tokenize("a.txt", source, tmp_path / "out")
+    with pytest.raises(ValueError, match="output path must be a path, got an empty string"):
+        tokenize("a.txt", tokenizer_folder, source)
+
+
+def test_a_tilde_is_the_home_folder_and_a_variable_is_not_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(files(tmp_path, a__txt=b"a", b__txt=b"b")))
+
+    assert texts_of("~/a.txt") == ["a"]
+    assert texts_of("~/*.txt") == ["a", "b"]
+    with pytest.raises(ValueError, match=r"\$HOME/a.txt: does not exist"):
+        texts_of("$HOME/a.txt")
+
+
+def test_links_are_followed_once_and_lead_nowhere_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    home = files(tmp_path / "data", a__txt=b"a", sub_b__txt=b"b")
+    files(tmp_path / "elsewhere", c__txt=b"c")
+    (home / "link").symlink_to(tmp_path / "elsewhere")
+    (home / "sub" / "loop").symlink_to(home)
+    (home / "up").symlink_to(tmp_path)
+    (home / "dangling").symlink_to("nothing")
+    (home / "twice.txt").symlink_to("a.txt")
+    os.link(home / "a.txt", home / "thrice.txt")
+
+    found = texts_of(home)
+
+    assert found == ["a", "c", "b"]
+    assert f"left out links that lead nowhere: {home}/dangling" in caplog.text
+    assert f"names of files that are read already: {home}/thrice.txt, {home}/twice.txt" in caplog.text
+    assert f"are read already: {home}/sub/loop" in caplog.text.replace(f"{home}/up, ", "")
+
+
+@pytest.mark.parametrize("pattern", ["", "/**", "/**/*.*", "/*"])
+def test_what_this_project_wrote_is_no_text(
+    tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture, pattern: str
+):
+    caplog.set_level(logging.INFO)
+    files(tmp_path, a__txt=b"a", own_metrics__jsonl=b"{}", sub_b__txt=b"b")
+    files(tmp_path / "runs" / "x", run__json=b"{}", metrics__jsonl=b"{}", tokenizer_tokenizer__json=b"{}")
+    (files(tmp_path / "native", config__json=b"{}") / "dsmoe_jax.json").write_text("{}")
+    files(tmp_path / "hf", config__json=b"{}", tokenizer__json=b"{}", model__safetensors=b"x", notes__txt=b"notes")
+    tokenize(tmp_path / "a.txt", tokenizer_folder, tmp_path / "shards")
+
+    found = texts_of(f"{tmp_path}{pattern}", exclude=[tmp_path / "own"])
+
+    assert sorted(found) == ["a", "b", "notes"]
+    for reason in (
+        f"left out a training run: {tmp_path}/runs/x",
+        f"left out a native checkpoint: {tmp_path}/native",
+        f"left out token shards: {tmp_path}/shards",
+        f"left out what this command writes: {tmp_path}/own",
+        f"left out files of a model or tokenizer: {tmp_path}/hf/",
+    ):
+        assert reason in caplog.text
+    with pytest.raises(ValueError, match=f"{tmp_path}/native: is a native checkpoint, not a folder of data"):
+        texts_of(tmp_path / "native")
+    with pytest.raises(ValueError, match="is what this command writes to"):
+        texts_of(tmp_path / "own", exclude=[tmp_path / "own"])
+
+
 BROKEN_LINES = {
     b"{": "is not JSON",
     b"[1]": "is not a JSON object",
@@ -139,6 +212,9 @@ BROKEN_LINES = {
     b'{"text": "\\ud800"}': "has half of a surrogate pair",
     b'{"text": "\xff"}': "is not UTF-8",
     b"[" * 100_000: "is not JSON",
+    b'{"text": "a", "more": ' + b"[" * 70 + b"]" * 70 + b"}": "has JSON nested too deeply; at most 64 levels",
+    b'{"text": "a", "text": "b"}': "has the key 'text' twice",
+    b'{"text": "a", "n": ' + b"9" * 5000 + b"}": "is not JSON",
 }
 
 
@@ -223,6 +299,100 @@ def test_a_bad_source_gets_one_line(tmp_path: Path, contents: dict[str, bytes], 
         texts_of(f"{tmp_path}/{source}")
 
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("end", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_a_line_that_is_too_long_is_refused_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str):
+    pytest.importorskip(MODULES.get(end, "json"))
+    monkeypatch.setattr(formats, "MAX_LINE_BYTES", 1000)
+    write_texts(tmp_path / f"a{end}", ["a" * 900, "b", "c" * 990, "d"])
+
+    with pytest.raises(ValueError, match=r"cannot be read .line 3 has more than 1,000 bytes, the most that a line may"):
+        texts_of(tmp_path / f"a{end}")
+
+
+def test_a_long_line_of_zstd_takes_little_memory(tmp_path: Path):
+    zstandard = pytest.importorskip("zstandard")
+    path = tmp_path / "a.jsonl.zst"
+    with path.open("wb") as file, zstandard.ZstdCompressor().stream_writer(file) as bomb:
+        bomb.write(b'{"text":"')
+        for _ in range(200):
+            bomb.write(bytes(1 << 20))
+    tracemalloc.start()
+
+    with pytest.raises(ValueError, match="line 1 has more than 33,554,432 bytes"):
+        texts_of(path)
+
+    assert tracemalloc.get_traced_memory()[1] < 150e6
+    tracemalloc.stop()
+
+
+def test_a_zstd_window_beyond_the_usual_is_refused(tmp_path: Path):
+    zstandard = pytest.importorskip("zstandard")
+    options = zstandard.ZstdCompressionParameters(window_log=30)
+    compressor = zstandard.ZstdCompressor(compression_params=options)
+    with (tmp_path / "a.jsonl.zst").open("wb") as file, compressor.stream_writer(file) as stream:
+        stream.write(jsonl(["a"]))
+
+    with pytest.raises(ValueError, match=r"a.jsonl.zst: cannot be read .*too much memory"):
+        texts_of(tmp_path / "a.jsonl.zst")
+
+
+def test_blank_lines_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(formats, "_MAX_BLANK", 10)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(["a"]) + b"\n" * 20))
+
+    with pytest.raises(ValueError, match="lines 2 to 12 are blank"):
+        texts_of(tmp_path / "a.jsonl.gz")
+
+
+def test_json_that_takes_much_memory_is_a_broken_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(formats, "_SMALL", 1000)
+    monkeypatch.setattr(formats, "_MAX_PARSED_BYTES", 50_000)
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["a"]) + b'{"text": "b", "more": [' + b"[]," * 400 + b"[]]}\n")
+
+    with pytest.raises(ValueError, match=r"a.jsonl:2 has JSON that may take [\d,]+ bytes in memory, at most 50,000"):
+        texts_of(tmp_path / "a.jsonl")
+
+
+def test_a_text_that_is_too_large_is_refused_unread(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"a")
+    os.truncate(tmp_path / "a.txt", 1 << 36)
+
+    with pytest.raises(ValueError, match=r"has 68,719,476,736 bytes, one text at most 1,073,741,824: split it"):
+        texts_of(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("rows", [1, 500])
+def test_a_cell_of_parquet_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int):
+    pytest.importorskip("pyarrow")
+    monkeypatch.setattr(formats, "MAX_LINE_BYTES", 10_000)
+    path = write_texts(tmp_path / "a.parquet", ["a" * 20_000, *map(str, range(rows - 1))])
+
+    with pytest.raises(ValueError, match=r"[12]0,\d\d\d bytes.*, at most 10,000"):
+        texts_of(path)
+
+
+def test_rows_of_parquet_that_share_a_text_take_it_once(tmp_path: Path):
+    pytest.importorskip("pyarrow")
+    path = write_texts(tmp_path / "a.parquet", ["a" * (1 << 20)] * 500)
+    tracemalloc.start()
+
+    size = sum(len(document.text) for document in documents(path))
+
+    assert size == 500 << 20
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+
+
+def test_a_column_packed_beyond_reason_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(formats, "_SMALL_COLUMN", 100_000)
+    table = pyarrow.table({"text": ["a" * 3_000_000]})
+    parquet.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+
+    with pytest.raises(ValueError, match=r"its column text has 3,000,\d\d\d bytes in [\d,]+\)"):
+        texts_of(tmp_path / "a.parquet")
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path):

@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 from dsmoe_jax.config import PRESETS, ModelConfig
+from dsmoe_jax.paths import expand_user
 from dsmoe_jax.sharding import MeshConfig
 
 from .optimizer import OptimizerConfig
@@ -27,7 +27,10 @@ class DataConfig:
     prefetch: int = 2  # batches
 
     def __post_init__(self) -> None:
-        """`ValueError` for weights that are not of the sources."""
+        """`ValueError` for weights that are not of the sources, and for empty paths."""
+        object.__setattr__(self, "sources", tuple(expand_user(source, "data.sources") for source in self.sources))
+        if self.tokenizer is not None:
+            object.__setattr__(self, "tokenizer", expand_user(self.tokenizer, "data.tokenizer"))
         if self.weights and len(self.weights) != len(self.sources):
             raise ValueError(f"{len(self.weights)} data.weights for {len(self.sources)} data.sources")
 
@@ -80,6 +83,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """`ValueError` for a value that means nothing."""
+        for name in ("out", "init_from"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, expand_user(value, name))
         for name, least in self._LEAST.items():
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
@@ -92,11 +98,11 @@ class RunConfig:
     def model_config(self) -> ModelConfig:
         """The model that is trained."""
         if self.init_from is not None:
-            config = ModelConfig.from_file(Path(self.init_from))
+            config = ModelConfig.from_file(self.init_from)
         elif self.model in PRESETS:
             config = ModelConfig.preset(self.model)
         else:
-            config = ModelConfig.from_file(Path(self.model))
+            config = ModelConfig.from_file(self.model)
         if self.aux_loss_alpha is not None:
             config = dataclasses.replace(config, aux_loss_alpha=self.aux_loss_alpha)
         return config

@@ -77,13 +77,13 @@ def prepare(config: RunConfig, model_config: ModelConfig, out: Path) -> Corpus:
         if jax.process_index() == 0 and texts:
             if tokenizer is None and not trained.exists():
                 _log.info("training a vocabulary of %d tokens on %s", model_config.vocab_size, ", ".join(texts))
-                found = (document.text for source in texts for document in documents(source))
+                found = (document.text for source in texts for document in documents(source, exclude=[out]))
                 seen = (text for text in found if not is_held_out(text.encode(), data.holdout))
                 train_tokenizer(seen, trained, model_config.vocab_size)
             for source, home in texts.items():
                 if not home.exists():
                     options = {"holdout": data.holdout, "split_special_tokens": data.split_special_tokens}
-                    _log.info("%s", tokenize(source, tokenizer or trained, home, **options))
+                    _log.info("%s", tokenize(source, tokenizer or trained, home, exclude=[out], **options))
     if tokenizer is None and trained.exists():
         tokenizer = trained
     shards, heldout = ([TokenShards.open(home, split) for home in homes] for split in ("train", "heldout"))

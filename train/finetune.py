@@ -31,6 +31,7 @@ from dsmoe_jax.kernels.operand import Operand
 from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.manifest import is_native, own_hash, read_manifest
 from dsmoe_jax.model import split
+from dsmoe_jax.paths import expand_user
 from dsmoe_jax.quantize import SCHEMES, load_quantized
 from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files
 
@@ -66,6 +67,13 @@ class ExamplesConfig:
     holdout: float = 0.02  # share of the examples that is kept for evaluation
     split_special_tokens: bool = False  # the strings of special tokens in messages are text, not control tokens
     prefetch: int = 2  # batches
+
+    def __post_init__(self) -> None:
+        """`ValueError` for empty paths."""
+        object.__setattr__(self, "files", tuple(expand_user(file, "data.files") for file in self.files))
+        for name in ("tokenizer", "template"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, expand_user(value, f"data.{name}"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,13 +221,13 @@ def open_examples(config: FinetuneConfig, model: ModelConfig, out: Path) -> tupl
         "split_special_tokens": data.split_special_tokens,
     }
     # Other files, or the same ones after a change, are other examples.
-    files = [file.path for source in data.files for file in find_files(source)]
+    files = [file.path for source in data.files for file in find_files(source, exclude=[out])]
     made_of = {str(path): [(stat := path.stat()).st_size, stat.st_mtime_ns] for path in files}
     home = out / _EXAMPLES / own_hash(asked | {"files": made_of, "tokenizer": tokenizer_hash(tokenizer)})[:12]
     with together():
         if jax.process_index() == 0 and not home.exists():
             home.parent.mkdir(parents=True, exist_ok=True)
-            _log.info("%s", write_examples(data.files, tokenizer, home, **asked))
+            _log.info("%s", write_examples(data.files, tokenizer, home, exclude=[out], **asked))
     train, heldout = (Examples.open(home, split) for split in ("train", "heldout"))
     train.check(tokenizer_hash=tokenizer_hash(tokenizer), vocab_size=model.vocab_size)
     return tokenizer, train, heldout

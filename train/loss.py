@@ -158,7 +158,11 @@ def balance_loss(
 
     def one(routed: Routing) -> Float[Array, ""]:
         f, P = _shares(routed, counted, by_sequence=config.seq_aux)
-        return config.aux_loss_alpha * (f * P).sum(axis=-1).mean()
+        losses = (f * P).sum(axis=-1)
+        if counted is None or not config.seq_aux:
+            return config.aux_loss_alpha * losses.mean()
+        # Sequences of nothing but padding have no loss and do not count.
+        return config.aux_loss_alpha * losses.sum() / jnp.maximum(counted.any(axis=1).sum(), 1)
 
     return {layer: one(routed) for layer, routed in routing.items()}
 

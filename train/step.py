@@ -42,7 +42,7 @@ class StepConfig:
     z_loss: float = 0.0
     device_groups: int = 1  # of experts, for the device-level balance loss
     device_alpha: float = 0.0  # its weight; 0.05 in the paper's 145B
-    count_padding: bool = True  # in the balance losses, as the original does
+    count_padding: bool = True  # in the balance losses, as the original does; never in biases and metrics
     bias_update_rate: float = 0.0  # balancing by router biases (arXiv 2408.15664), not of v1; 0.001 there
 
     def __post_init__(self) -> None:
@@ -107,8 +107,8 @@ class Metrics(NamedTuple):
     skipped: Bool[Array, ""]
     skipped_in_all: Int[Array, ""]
     skipped_in_a_row: Int[Array, ""]
-    load: Float[Array, "layers E"]  # tokens that chose each expert
-    entropy: Float[Array, "layers"]  # of the router's scores, mean over tokens, in nats
+    load: Float[Array, "layers E"]  # non-padding tokens routed to each expert
+    entropy: Float[Array, "layers"]  # of the router's scores, mean over non-padding tokens, in nats
     extra_passes: Float[Array, "layers"]
 
 
@@ -164,8 +164,9 @@ def make_step(
     model is `trained`, the default.
 
     The mean cross-entropy is over all targets of the batch, whatever the number of micro-batches; balance losses are
-    each micro-batch's own, averaged. An update is skipped where loss or gradient norm is not finite, or above the mean
-    of the last 128 steps by more than 6 standard deviations; the batch has then been read all the same.
+    each micro-batch's own, averaged (by valid tokens or sequences where padding does not count). An update is skipped
+    where loss or gradient norm is not finite, or above the mean of the last 128 steps by more than 6 standard
+    deviations; the batch has then been read all the same.
     """
     trained = Trained.whole(config) if trained is None else trained
     places = state_shardings(config, optimizer, options, mesh, trained)
@@ -228,6 +229,9 @@ def _gradients(
     """The sum of the micro-batches' gradients, and what they report together."""
     parts = options.accumulation
     targets = jnp.maximum((batch.labels != IGNORED).sum(), 1)
+    valid = batch.segment_ids > 0
+    tokens = jnp.maximum(valid.sum(), 1)
+    sequences = jnp.maximum(valid.any(axis=1).sum(), 1)
     drops = config.attention_dropout or trained.dropout
     key = jax.random.fold_in(jax.random.key(seed), state.step) if drops else None
 
@@ -236,16 +240,21 @@ def _gradients(
         whole = trained.complete(params, frozen, dropout_key)
         hidden, head = _hidden(graph, whole, state.router_bias, micro, options, dropout_key)
         sums = head_loss(hidden.states, head, micro.labels, z_loss=options.z_loss)
-        counted = None if options.count_padding else micro.segment_ids > 0
+        valid = micro.segment_ids > 0
+        counted = None if options.count_padding else valid
+        # A micro-batch's share of the means over the whole batch.
+        by_token = 1 / parts if counted is None else valid.sum() / tokens
+        by_sequence = 1 / parts if counted is None else valid.any(axis=1).sum() / sequences
         balance = balance_loss(config, hidden.routing, counted) if config.aux_loss_alpha else {}
         device = (
             device_balance_loss(hidden.routing, options.device_groups, options.device_alpha, counted)
             if options.device_alpha
             else {}
         )
-        aux = sum((*balance.values(), *device.values())) / parts
-        loss = sums.total / targets + aux
-        return loss, _report(config, hidden.routing, loss, sums, targets, balance, device, parts)
+        balance = {i: one * (by_sequence if config.seq_aux else by_token) for i, one in balance.items()}
+        device = {i: one * by_token for i, one in device.items()}
+        loss = sums.total / targets + sum((*balance.values(), *device.values()))
+        return loss, _report(config, hidden.routing, loss, sums, targets, balance, device, valid, tokens)
 
     differentiate = jax.value_and_grad(loss_of, has_aux=True)
     if parts == 1:
@@ -313,23 +322,24 @@ def _report(
     targets: Array,
     balance: dict[int, Array],
     device: dict[int, Array],
-    parts: int,
+    valid: Bool[Array, "B T"],
+    tokens: Array,
 ) -> Metrics:
-    """A micro-batch's share of the step's report: all of it may be added up."""
+    """A micro-batch's share of the step's report: all of it may be added up. `tokens` are valid in the whole batch."""
     routed, zero = routing.values(), jnp.zeros((), jnp.float32)
     report = Metrics(
         loss=loss,
         cross_entropy=sums.cross_entropy / targets,
-        balance=_stack([balance.get(i, zero) / parts for i in routing]),
-        device_balance=_stack([device.get(i, zero) / parts for i in routing]),
+        balance=_stack([balance.get(i, zero) for i in routing]),
+        device_balance=_stack([device.get(i, zero) for i in routing]),
         z_loss=(sums.total - sums.cross_entropy) / targets,
         gradient_norm=zero,
         learning_rate=zero,
         skipped=jnp.zeros((), bool),
         skipped_in_all=jnp.zeros((), jnp.int32),
         skipped_in_a_row=jnp.zeros((), jnp.int32),
-        load=_stack([_load(one) for one in routed], config.n_routed_experts or 0),
-        entropy=_stack([_entropy(one.scores) / parts for one in routed]),
+        load=_stack([_load(one, valid) for one in routed], config.n_routed_experts or 0),
+        entropy=_stack([_entropy(one.scores, valid) / tokens for one in routed]),
         extra_passes=_stack([one.extra_passes for one in routed]),
     )
     return jax.lax.stop_gradient(report)
@@ -340,13 +350,16 @@ def _stack(layers: Sequence[Any], *shape: int) -> Array:
     return jnp.stack([jnp.asarray(value, jnp.float32) for value in layers]) if layers else jnp.zeros((0, *shape))
 
 
-def _load(routed: Routing) -> Float[Array, "E"]:
+def _load(routed: Routing, valid: Bool[Array, "B T"]) -> Float[Array, "E"]:
     experts = jnp.arange(routed.scores.shape[-1])
-    return (routed.ids.reshape(-1, 1) == experts[None, :]).sum(axis=0, dtype=jnp.float32)
+    ids = jnp.where(valid[:, :, None], routed.ids, -1)  # padding loads no expert
+    return (ids.reshape(-1, 1) == experts[None, :]).sum(axis=0, dtype=jnp.float32)
 
 
-def _entropy(scores: Float[Array, "B T E"]) -> Float[Array, ""]:
-    return -(scores * jnp.log(jnp.maximum(scores, 1e-30))).sum(axis=-1).mean()
+def _entropy(scores: Float[Array, "B T E"], valid: Bool[Array, "B T"]) -> Float[Array, ""]:
+    """The sum over valid tokens."""
+    entropy = -(scores * jnp.log(jnp.maximum(scores, 1e-30))).sum(axis=-1)
+    return jnp.where(valid, entropy, 0).sum()
 
 
 # --- the guard ---

@@ -31,6 +31,7 @@ from dsmoe_jax.generation_config import (
 from dsmoe_jax.generation_config import stop_strings as stop_strings_of
 from dsmoe_jax.manifest import is_native
 from dsmoe_jax.model import DeepSeekMoE, assemble, check_token_ids, split
+from dsmoe_jax.paths import user_path
 from dsmoe_jax.quantize import load_quantized, quantize_embedding
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files
@@ -128,7 +129,7 @@ class Generator:
         int8; norms, routers and the head stay. `split_special_tokens` is that of `Tokenizer.from_pretrained`: no text
         of a prompt becomes a special token. `options` are those of `Generator`.
         """
-        path = Path(path)
+        path = user_path(path, "model")
         _check_memory(path, dtype, quantize, mesh, options)
         if quantize is None:
             model = (load if is_native(path) else load_hf)(path, dtype=dtype, mesh=mesh)

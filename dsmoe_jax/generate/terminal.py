@@ -24,6 +24,7 @@ from dsmoe_jax.generate.params import SamplingParams
 from dsmoe_jax.json_file import parse_json
 from dsmoe_jax.locks import lock_name
 from dsmoe_jax.new_folder import refuse_existing, sibling
+from dsmoe_jax.paths import user_path
 from dsmoe_jax.progress import count
 
 Load = Callable[[], Generator]
@@ -56,7 +57,7 @@ def generate(
     if prompt is not None and file is not None:
         raise ValueError("--prompt and --file exclude each other")
     if file is not None:
-        return _answer_file(load, sampling, Path(file), out)
+        return _answer_file(load, sampling, user_path(file, "file"), out)
     if out is not None:
         raise ValueError("--out is for the answers to a --file")
     asked = SamplingParams.of(**sampling)

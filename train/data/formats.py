@@ -7,14 +7,27 @@ be; it decides nothing about broken ones.
 import gzip
 import importlib
 import io
+import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
 
+from dsmoe_jax.json_file import MAX_DEPTH, check_depth
+
+MAX_LINE_BYTES: Final = 32 << 20  # of a line or a row, uncompressed; the longest books have a quarter of it
+MAX_TEXT_BYTES: Final = 1 << 30  # of a file that is one text
+_MAX_PARSED_BYTES: Final = 512 << 20  # that the object of a line may take, by estimate
+_SMALL: Final = 1 << 20  # a line that cannot take so much
+_MAX_BLANK: Final = 1_000_000  # blank lines on end
 _READ_BYTES: Final = 1 << 20
-_ZSTD_BYTES: Final = 1 << 16  # at once: they may become a thousand times as many
-_ROWS: Final = 1024  # of a parquet file, at once
+_ZSTD_BYTES: Final = 1 << 10  # at once: a block of 4 bytes may become 128 KiB
+_ZSTD_WINDOW: Final = 1 << 27  # as zstd itself allows without --long
+_ROWS: Final = 1024  # of a parquet file, at most at once
+_ROWS_BYTES: Final = 64 << 20
+_SMALL_COLUMN: Final = 256 << 20  # of a row group, uncompressed
+_MAX_RATIO: Final = 200  # of a larger one to what it is compressed to; text has 10
 
 
 class Entry(NamedTuple):
@@ -46,14 +59,19 @@ def reader_of(path: Path) -> Reader:
 
 def read_text(path: Path, field: str | None) -> Iterator[Entry]:
     """The file is one text."""
-    data = path.read_bytes()
+    if (size := path.stat().st_size) > MAX_TEXT_BYTES:
+        raise ValueError(f"has {size:,} bytes, one text at most {MAX_TEXT_BYTES:,}: split it, or write it as .jsonl")
+    with path.open("rb") as file:
+        data = file.read(_READ_BYTES)
+        if b"\0" not in data:  # else there is no need for the rest
+            data += file.read(MAX_TEXT_BYTES)
     try:
         text, problem = data.decode("utf-8-sig"), ""
     except UnicodeDecodeError:
         text, problem = None, "is not UTF-8"
     if b"\0" in data:
         text, problem = None, "is not text: it has zero bytes"
-    yield Entry("", text, problem, len(data))
+    yield Entry("", text, problem, size)
 
 
 def _read_jsonl(path: Path, field: str | None) -> Iterator[Entry]:
@@ -76,31 +94,116 @@ def _read_parquet(path: Path, field: str | None) -> Iterator[Entry]:
     parquet = importlib.import_module("pyarrow.parquet")
     size, row = path.stat().st_size, 0
     with parquet.ParquetFile(path) as file:
+        texts = _small_texts(file.metadata)
+    # As dictionaries: one long text that many rows have is there once.
+    with parquet.ParquetFile(path, read_dictionary=texts) as file:
         if field is not None and field not in file.schema_arrow.names:
             raise ValueError(f"it has no column {field!r}, only {', '.join(file.schema_arrow.names)}")
-        for batch in file.iter_batches(batch_size=_ROWS, columns=None if field is None else [field]):
-            for fields in batch.to_pylist():
-                row += 1
-                yield Entry(f":{row}", *_value_of(fields, field), size * row // file.metadata.num_rows)
+        for group in range(file.num_row_groups):
+            rows = _rows_at_once(file.metadata.row_group(group), field, row)
+            names = None if field is None else [field]
+            for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=names):
+                if (longest := max(map(_longest, batch.columns), default=0)) > MAX_LINE_BYTES:
+                    where = f"rows {row + 1} to {row + batch.num_rows}"
+                    raise ValueError(f"one of {where} has {longest:,} bytes, at most {MAX_LINE_BYTES:,} are allowed")
+                # Row by row: a dictionary's text becomes a new one wherever it is used.
+                for values in zip(*batch.columns, strict=True):
+                    row += 1
+                    fields = dict(zip(batch.schema.names, (value.as_py() for value in values), strict=True))
+                    yield Entry(f":{row}", *_value_of(fields, field), size * row // file.metadata.num_rows)
+
+
+def _small_texts(metadata: Any) -> list[str]:
+    """The columns of text that may lie in memory for a whole row group; `ValueError` for one packed beyond reason."""
+    large, texts = set(), set()
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            name, size = column.path_in_schema, column.total_uncompressed_size
+            if column.physical_type == "BYTE_ARRAY":
+                texts.add(name)
+            if size > _SMALL_COLUMN:
+                large.add(name)
+                if size > _MAX_RATIO * column.total_compressed_size:
+                    raise ValueError(f"its column {name} has {size:,} bytes in {column.total_compressed_size:,}")
+    return sorted(texts - large)
+
+
+def _longest(column: Any) -> int:
+    """The bytes of the longest text of a column, at any depth."""
+    arrow, compute = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.compute")
+    kind = column.type
+    if arrow.types.is_dictionary(kind):
+        return compute.max(compute.binary_length(column.dictionary)).as_py() or 0
+    if arrow.types.is_list(kind) or arrow.types.is_large_list(kind):
+        return _longest(column.values)
+    if arrow.types.is_struct(kind):
+        return max((_longest(column.field(i)) for i in range(kind.num_fields)), default=0)
+    return 0
+
+
+def _rows_at_once(group: Any, field: str | None, done: int) -> int:
+    """How many rows of a parquet file's group are read at once; `ValueError` if they are too large on average."""
+    columns = [group.column(i) for i in range(group.num_columns)]
+    read = [column for column in columns if field is None or column.path_in_schema.split(".")[0] == field]
+    mean = sum(column.total_uncompressed_size for column in read) // max(group.num_rows, 1)
+    if mean > MAX_LINE_BYTES:
+        raise ValueError(f"its rows from {done + 1} on have {mean:,} bytes on average, at most {MAX_LINE_BYTES:,} each")
+    return min(max(_ROWS_BYTES // max(mean, 1), 1), _ROWS)
 
 
 def _lines(lines: Any, file: BinaryIO, field: str | None) -> Iterator[Entry]:
     """The field of each line's JSON object, or the object; blank lines are none."""
-    for number, line in enumerate(lines, 1):
-        if not line.isspace():
+    blank = 0
+    for number in itertools.count(1):
+        if not (line := lines.readline(MAX_LINE_BYTES + 1)):
+            return
+        if len(line) > MAX_LINE_BYTES:
+            raise ValueError(f"line {number} has more than {MAX_LINE_BYTES:,} bytes, the most that a line may have")
+        blank = blank + 1 if line.isspace() else 0
+        if blank > _MAX_BLANK:
+            raise ValueError(f"lines {number - _MAX_BLANK} to {number} are blank")
+        if not blank:
             yield Entry(f":{number}", *_parsed(line, field), file.tell())
 
 
 def _parsed(line: bytes, field: str | None) -> tuple[Any, str]:
+    # Measured: a key takes below 250 bytes, any other value below 80.
+    if len(line) > _SMALL:
+        size = 4 * len(line) + 250 * line.count(b":") + 80 * (line.count(b",") + line.count(b"["))
+        if size > _MAX_PARSED_BYTES:
+            return None, f"has JSON that may take {size:,} bytes in memory, at most {_MAX_PARSED_BYTES:,}"
     try:
-        fields = json.loads(line.decode("utf-8-sig"))
+        fields = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
+        if line.count(b"[") + line.count(b"{") > MAX_DEPTH:
+            _check_depth(fields)
     except UnicodeDecodeError:
         return None, "is not UTF-8"
+    except _BadLineError as error:
+        return None, str(error)
     except (ValueError, RecursionError):
         return None, "is not JSON"
     if not isinstance(fields, dict):
         return None, "is not a JSON object"
     return _value_of(fields, field)
+
+
+class _BadLineError(ValueError):
+    """JSON that is no line of data."""
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise _BadLineError(f"has the key {twice[:80]!r} twice")
+    return fields
+
+
+def _check_depth(value: Any) -> None:
+    try:
+        check_depth(value)
+    except ValueError as error:
+        raise _BadLineError(str(error)) from None
 
 
 def _value_of(fields: dict[str, Any], field: str | None) -> tuple[Any, str]:
@@ -122,7 +225,7 @@ class _Unzstd(io.RawIOBase):
 
     def __init__(self, file: BinaryIO):
         self._file = file
-        self._begin = importlib.import_module("zstandard").ZstdDecompressor().decompressobj
+        self._begin = importlib.import_module("zstandard").ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj
         self._frame, self._begun = self._begin(), False
         self._ready = memoryview(b"")
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from dsmoe_jax.json_file import read_json
 from dsmoe_jax.manifest import HashCache, own_hash
+from dsmoe_jax.paths import user_path
 from dsmoe_jax.tokenizer import tokenizer_files
 
 MANIFEST: Final = "manifest.json"
@@ -34,7 +35,7 @@ def shard_files(split: str, index: int) -> tuple[str, str]:
 def is_token_shards(path: str | Path) -> bool:
     """Whether the path is a folder of token shards."""
     try:
-        return read_json(Path(path) / MANIFEST).get("format") == FORMAT
+        return read_json(user_path(path, "source") / MANIFEST).get("format") == FORMAT
     except ValueError:
         return False
 
@@ -80,7 +81,7 @@ class TokenShards:
         and inode are as they were then is not read again. Raises `ValueError` in one line where the folder holds no
         token shards, or a file is missing or damaged.
         """
-        folder = Path(folder)
+        folder = user_path(folder, "folder")
         if not (folder / MANIFEST).is_file():
             raise ValueError(f"{folder}: no token shards (no {MANIFEST})")
         manifest = _read_manifest(folder / MANIFEST)

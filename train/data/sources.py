@@ -1,17 +1,21 @@
 """Where text comes from: files, folders, patterns, Python's own sources. Start at `documents`."""
 
 import glob
+import itertools
 import logging
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Set
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
+from dsmoe_jax.manifest import HEADER
+from dsmoe_jax.paths import expand_user
 from dsmoe_jax.progress import Advance
 
 from .formats import Entry, read_file, read_text, reader_of
+from .shards import MANIFEST, is_token_shards
 
 PYTHON_STDLIB: Final = "python-stdlib"
 # Not of the library itself, or not the same on every machine.
@@ -21,6 +25,14 @@ _NOT_STDLIB_BEGINS: Final = ("config-", "_sysconfigdata")
 _RULER: Final = re.compile(r"^[ \t]*#?[ \t]*([^\w\s])\1{7,}.*\n", re.MULTILINE)
 _HEXADECIMAL: Final = re.compile(rb"\b0x[0-9a-fA-F]")
 _TABLE: Final = 64  # such numbers: files of the library have fewer than 50, or more than 100
+RUN: Final = "run.json"  # a run's folder has it
+# Beside weights or a tokenizer these are theirs, and no data.
+_MODEL_FILES: Final = re.compile(
+    r"(tokenizer|added_tokens|special_tokens_map|config|generation_config|adapter_config|vocab"
+    r"|tokenizer_config|.*\.safetensors\.index|.*\.bin\.index)\.json"
+    r"|tokenizer\.model|chat_template\.(jinja|json)|merges\.txt|.*\.safetensors|pytorch_model.*\.bin"
+)
+_NAMED: Final = 3  # paths that a line of the log names
 _NAMED_LINES: Final = 10  # broken lines of a file that the log names
 _HOPELESS: Final = 1000  # lines from the start without a text: the rest need not be read
 
@@ -42,13 +54,19 @@ class TextFile(NamedTuple):
 
 
 def documents(
-    source: str | Path, *, field: str = "text", most_broken: float = 0.01, advance: Advance = lambda step: None
+    source: str | Path,
+    *,
+    field: str = "text",
+    most_broken: float = 0.01,
+    exclude: Iterable[Path] = (),
+    advance: Advance = lambda step: None,
 ) -> Iterator[Document]:
     """The texts of a source, always in the same order.
 
-    `source` is a file, a folder (with all below it, in the order of the relative paths, hidden ones left out), a
-    pattern like `data/*.parquet`, or `python-stdlib`. Of a .jsonl, .jsonl.gz, .jsonl.zst or .parquet each line or row
-    is a document, its text in `field`; every other file is one, if it is UTF-8. Blank texts are none.
+    `source` is a file, a folder (with all below it, in the order of the relative paths), a pattern like
+    `data/*.parquet`, or `python-stdlib`; see `find_files` for what is left out. Of a .jsonl, .jsonl.gz, .jsonl.zst or
+    .parquet each line or row is a document, its text in `field`; every other file is one, if it is UTF-8. Blank texts
+    are none.
 
     Broken lines (not JSON, or without that field) are counted and named in the log. Raises `ValueError` in one line
     where more than the share `most_broken` of a file's lines are, or all; where a file cannot be read to its end; and
@@ -56,7 +74,9 @@ def documents(
     """
     count = blank = passed = 0
     clean = _without_rulers if str(source) == PYTHON_STDLIB else str
-    for file in find_files(source):
+    found = find(source, exclude)
+    found.log(source)
+    for file in found.files:
         lines = Lines(file.path, most_broken)
         done, as_text = 0, reader_of(file.path) is read_text
         for entry in read_file(file.path, field):
@@ -79,38 +99,158 @@ def documents(
         raise ValueError(f"{source}: holds no text")
 
 
-def source_bytes(source: str | Path) -> int:
+def source_bytes(source: str | Path, exclude: Iterable[Path] = ()) -> int:
     """The size of all files of a source."""
-    return sum(file.path.stat().st_size for file in find_files(source))
+    return sum(file.path.stat().st_size for file in find_files(source, exclude))
 
 
-def find_files(source: str | Path) -> list[TextFile]:
-    """The files of a source, each once; `ValueError` if there are none."""
-    path = Path(source)
-    if str(source) == PYTHON_STDLIB:
-        return _stdlib()
-    if os.path.lexists(path):
-        files = _below(path) if path.is_dir() else [TextFile(path, True)]
-    elif glob.has_magic(str(source)):
-        matches = map(Path, sorted(glob.glob(str(source), recursive=True)))
-        files = [file for m in matches for file in (_below(m) if m.is_dir() else [TextFile(m, False)])]
+def find_files(source: str | Path, exclude: Iterable[Path] = ()) -> list[TextFile]:
+    """The files of a source, each once; `ValueError` if there are none.
+
+    Below a folder, and where a pattern leads, some are left out: hidden ones; those in `exclude`, files or folders;
+    what this project wrote (runs, token shards, checkpoints); the files of tokenizers and models; links that lead
+    nowhere or back up. Other links are followed. A file with several names, by links of either kind, is read once.
+    """
+    return find(source, exclude).files
+
+
+class Found(NamedTuple):
+    """The files of a source, and what was left out, by reason."""
+
+    files: list[TextFile]
+    left_out: dict[str, list[str]]
+
+    def log(self, source: str | Path) -> None:
+        """A line for each reason."""
+        for reason, paths in self.left_out.items():
+            more = f" and {len(paths) - _NAMED:,} more" if len(paths) > _NAMED else ""
+            _log.info("%s: left out %s: %s%s", source, reason, ", ".join(paths[:_NAMED]), more)
+
+
+def find(source: str | Path, exclude: Iterable[Path] = ()) -> Found:
+    """What `find_files` finds, and what it leaves out."""
+    source = expand_user(source, "source")
+    if source == PYTHON_STDLIB:
+        return Found(_stdlib(), {})
+    walk = _Walk(exclude)
+    if os.path.lexists(source):
+        path = Path(source)
+        if (identity := _identity(path)) in walk.excluded:
+            raise ValueError(f"{source}: is what this command writes to")
+        if path.is_dir():
+            if kind := _kind_of(path, os.listdir(path) if os.access(path, os.R_OK) else ()):
+                raise ValueError(f"{source}: is {kind}, not a folder of data")
+            walk.below(path, above=_ancestors(path))
+        elif not path.is_file():
+            raise ValueError(f"{source}: is not a regular file")
+        else:
+            walk.add(path, identity, named=True)
+    elif glob.has_magic(source):
+        parts = Path(source).parts
+        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts))
+        for match in sorted(glob.glob(source, recursive=True)):
+            path = Path(match)
+            folders = [path, *path.parents] if path.is_dir() else [*path.parents]
+            if walk.leaves_out(folder for folder in reversed(folders) if root in folder.parents):
+                continue
+            walk.below(path, above=_ancestors(root)) if path.is_dir() else walk.file(path)
     else:
         raise ValueError(f"{source}: does not exist")
-    if strange := [file.path for file in files if file.named and not file.path.is_file()]:
-        raise ValueError(f"{strange[0]}: is not a regular file")
-    # A pattern with ** finds a folder and what is in it.
-    unique = {os.path.abspath(file.path): file for file in files if file.path.is_file()}
-    if not unique:
-        raise ValueError(f"{source}: no files")
-    return list(unique.values())
+    if not walk.files:
+        left_out = "; ".join(f"left out {reason}: {paths[0]}" for reason, paths in walk.left_out.items())
+        raise ValueError(f"{source}: no files{f' ({left_out})' if left_out else ''}")
+    return Found(walk.files, walk.left_out)
 
 
-def _below(folder: Path) -> list[TextFile]:
-    found = []
-    for home, folders, names in os.walk(folder, onerror=_refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(home) / name for name in names if not name.startswith(".")]
-    return [TextFile(path, False) for path in sorted(found, key=lambda path: path.relative_to(folder).as_posix())]
+class _Walk:
+    """Collects files, each once, and says what it leaves out."""
+
+    def __init__(self, exclude: Iterable[Path]):
+        self.excluded = {_identity(path) for path in exclude if path.exists()}
+        self.files: list[TextFile] = []
+        self.left_out: dict[str, list[str]] = {}
+        self._seen: dict[Any, Path] = {}
+
+    def below(self, folder: Path, above: Set[Any]) -> None:
+        """All files below the folder, in the order of their paths; `above` are the folders that contain it."""
+        found: list[Path] = []
+        visited = {_identity(folder)}
+        for home, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
+            here = []
+            for name in sorted(folders):
+                path = Path(home) / name
+                if name.startswith(".") or self.leaves_out([path]):
+                    continue
+                if (identity := _identity(path)) in visited or identity in above:
+                    self._leave_out("links to folders that contain them or are read already", path)
+                else:
+                    visited.add(identity)
+                    here.append(name)
+            folders[:] = here
+            found += [Path(home) / name for name in names if not name.startswith(".")]
+        for path in sorted(found, key=lambda path: path.relative_to(folder).as_posix()):
+            self.file(path)
+
+    def file(self, path: Path) -> None:
+        """A file that was found, not named."""
+        if path.is_symlink() and not path.exists():
+            self._leave_out("links that lead nowhere", path)
+        elif _MODEL_FILES.fullmatch(path.name) and _has_model(path.parent):
+            self._leave_out("files of a model or tokenizer", path)
+        elif path.is_file():
+            self.add(path, _identity(path), named=False)
+
+    def add(self, path: Path, identity: Any, *, named: bool) -> None:
+        """The file, unless it is excluded or was added under another name."""
+        if identity in self.excluded:
+            self._leave_out("what this command writes", path)
+        elif identity not in self._seen:
+            self._seen[identity] = path
+            self.files.append(TextFile(path, named))
+        elif os.path.abspath(path) != os.path.abspath(self._seen[identity]):  # a pattern with ** finds a path twice
+            self._leave_out("other names of files that are read already", path)
+
+    def leaves_out(self, folders: Iterable[Path]) -> bool:
+        """Whether one of the folders, from the outermost, is no data."""
+        for folder in folders:
+            if _identity(folder) in self.excluded:
+                kind = "what this command writes"
+            else:
+                kind = _kind_of(folder, os.listdir(folder) if os.access(folder, os.R_OK) else ())
+            if kind:
+                self._leave_out(kind, folder)
+                return True
+        return False
+
+    def _leave_out(self, reason: str, path: Path) -> None:
+        if str(path) not in (paths := self.left_out.setdefault(reason, [])):
+            paths.append(str(path))
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino
+
+
+def _ancestors(folder: Path) -> set[tuple[int, int]]:
+    return {_identity(parent) for parent in folder.resolve().parents}
+
+
+def _kind_of(folder: Path, names: Collection[str]) -> str | None:
+    """What this project wrote the folder as, if it did."""
+    if RUN in names and ("checkpoints" in names or "metrics.jsonl" in names):
+        return "a training run"
+    if HEADER in names:
+        return "a native checkpoint"
+    if MANIFEST in names and is_token_shards(folder):
+        return "token shards"
+    return None
+
+
+def _has_model(folder: Path) -> bool:
+    """Whether the folder holds a model or a tokenizer."""
+    names = os.listdir(folder)
+    return any(name in ("tokenizer.json", "tokenizer.model") or name.endswith(".safetensors") for name in names)
 
 
 def _refuse(error: OSError) -> None:
@@ -128,11 +268,14 @@ def _stdlib() -> list[TextFile]:
 
     def belongs(path: Path) -> bool:
         parts = path.relative_to(library).parts
-        return not any(part in _NOT_STDLIB or part.startswith(_NOT_STDLIB_BEGINS) for part in parts)
+        return not any(part in _NOT_STDLIB or part.startswith((".", *_NOT_STDLIB_BEGINS)) for part in parts)
 
-    sources = (file for file in _below(library) if file.path.suffix == ".py" and belongs(file.path))
-    contents = ((file, file.path.read_bytes()) for file in sources)
-    return [file for file, text in contents if text.isascii() and len(_HEXADECIMAL.findall(text)) < _TABLE]
+    found = (Path(home) / name for home, _, names in os.walk(library) for name in names if name.endswith(".py"))
+    sources = sorted((path for path in found if belongs(path)), key=lambda path: path.relative_to(library).as_posix())
+    contents = ((path, path.read_bytes()) for path in sources if path.is_file())
+    return [
+        TextFile(path, False) for path, text in contents if text.isascii() and len(_HEXADECIMAL.findall(text)) < _TABLE
+    ]
 
 
 def _without_rulers(text: str) -> str:

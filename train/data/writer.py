@@ -51,6 +51,7 @@ def tokenize(
     field: str = "text",
     most_broken: float = 0.01,
     split_special_tokens: bool = False,
+    exclude: Iterable[Path] = (),
     progress: Callable[[str, int], AbstractContextManager[Advance]] = silent,
 ) -> Tokenized:
     """Write the texts of `sources` (see `documents`) as a new folder of token shards, complete or not at all.
@@ -62,6 +63,8 @@ def tokenize(
     The string of a special token within a text becomes that token, as everywhere with `Tokenizer`, unless
     `split_special_tokens`; the log has how many there are. Where documents end is known from the boundaries, not from
     eos.
+
+    Files and folders in `exclude` are left out where a source holds them.
 
     The same text and tokenizer give the same bytes. Raises `ValueError` in one line for everything that is wrong with
     the sources, the tokenizer or the folder, for a full disk, and as soon as what was read so far says that the disk
@@ -83,7 +86,8 @@ def tokenize(
         raise ValueError(f"{tokenizer_folder}: the tokenizer has no eos token to end a document with")
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
-    total = sum(map(source_bytes, sources))
+    exclude = [Path(out), *exclude]
+    total = sum(source_bytes(source, exclude) for source in sources)
 
     text_bytes = 0
     try:
@@ -93,7 +97,7 @@ def tokenize(
             stack.callback(heldout.abandon)
             space = _Space(Path(out), total, advance)
             for source in sources:
-                found = documents(source, field=field, most_broken=most_broken, advance=space.read)
+                found = documents(source, field=field, most_broken=most_broken, exclude=exclude, advance=space.read)
                 for some in _batches(found):
                     for document in some:
                         special.add([document.text])
@@ -110,6 +114,7 @@ def tokenize(
     except OSError as error:  # a full disk; what goes wrong with a source is a ValueError
         raise ValueError(f"{out} cannot be written: {error.strerror}") from None
     special.log(out, "documents")
+    warn_if_none_held_out(out, holdout, "documents", train.documents, heldout.documents)
     return Tokenized(Path(out), train.documents, train.tokens, heldout.documents, heldout.tokens, text_bytes)
 
 
@@ -151,6 +156,14 @@ def shards_manifest(
         "sources": [str(source) for source in sources],
         "splits": dict(splits),
     }
+
+
+def warn_if_none_held_out(out: str | Path, holdout: float, what: str, train: int, heldout: int) -> None:
+    """Say that a share came to nothing, and which share would not have."""
+    if holdout and not heldout:
+        enough = min(5, train // 2)
+        more = f"; {enough / train:.2g} would hold out about {enough}" if enough else ""
+        _log.warning("%s: holdout %g holds out none of %d %s: no evaluation%s", out, holdout, train, what, more)
 
 
 def is_held_out(text: bytes, share: float) -> bool:

@@ -1,6 +1,7 @@
 """The data of fine-tuning: conversations and completions in, batches out in which only answers have labels.
 
 formats.py   what a line says, by its fields             templates.py  as tokens, and which of them are targets
+all_read.py  whether a template writes all of it
 shorten.py   examples that are too long                  writer.py     files to a folder of examples, once
 store.py     the folder, memory-mapped                   packing.py    whole examples to rows
 evaluation.py  the held-out examples                     show.py       examples for a person to look at

@@ -11,6 +11,7 @@ import numpy as np
 
 from dsmoe_jax.json_file import read_json
 from dsmoe_jax.manifest import own_hash
+from dsmoe_jax.paths import user_path
 
 from ..data import TokenShards
 from ..data.shards import check_files, check_own_hash
@@ -28,7 +29,7 @@ def targets_file(split: str) -> str:
 def is_examples(path: str | Path) -> bool:
     """Whether the path is a folder of examples."""
     try:
-        return read_json(Path(path) / MANIFEST).get("format") == FORMAT
+        return read_json(user_path(path, "source") / MANIFEST).get("format") == FORMAT
     except ValueError:
         return False
 
@@ -54,7 +55,7 @@ class Examples:
 
         Raises `ValueError` in one line where the folder holds no examples, or a file is missing or damaged.
         """
-        folder = Path(folder)
+        folder = user_path(folder, "folder")
         if not (folder / MANIFEST).is_file():
             raise ValueError(f"{folder}: no examples (no {MANIFEST})")
         shards = TokenShards.open(folder, split, verify=verify)

@@ -8,12 +8,13 @@ import functools
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from dsmoe_jax.tokenizer import Tokenizer
 
+from .all_read import check_all_read
 from .formats import Completion, Conversation, Line, Tokens
 
 TARGETS: Final = ("all", "last")
@@ -43,8 +44,8 @@ class Piece(NamedTuple):
     learned: bool
 
 
-Messages = Sequence[dict[str, str]]
-Template = Callable[[Messages, Tokenizer], list[Piece]]
+Messages = Sequence[dict[str, Any]]
+Template = Callable[..., list[Piece]]  # of messages, tokenizer, and as keywords what a template of Jinja sees beside
 
 
 def open_template(name: str | Path) -> Template:
@@ -68,7 +69,16 @@ def example_of(line: Line, tokenizer: Tokenizer, template: Template, targets: st
     """
     match line:
         case Conversation():
-            pieces = template(line.messages, tokenizer)
+            try:
+                pieces = template(line.messages, tokenizer, **line.variables)
+            except ValueError as error:
+                names = [name for message in line.messages for name in message if name not in ("role", "content")]
+                if not names or repr(names[0]) in str(error):
+                    raise
+                raise ValueError(f"has {names[0]!r}: {error}") from None  # why it failed, most likely
+            if line.learned:
+                marks = iter(line.learned)
+                pieces = [Piece(piece.ids, piece.learned and next(marks)) for piece in pieces]
         case Completion():
             pieces = _completed(line, tokenizer)
         case Tokens():
@@ -84,39 +94,45 @@ def example_of(line: Line, tokenizer: Tokenizer, template: Template, targets: st
     return Example(tokens, is_target)
 
 
-def _chat(messages: Messages, tokenizer: Tokenizer) -> list[Piece]:
+def _chat(messages: Messages, tokenizer: Tokenizer, **variables: Any) -> list[Piece]:
     render = functools.partial(tokenizer.render_chat, split_special_tokens=tokenizer.split_special_tokens)
-    return _turn_by_turn(render, messages, tokenizer)
+    return _turn_by_turn(render, messages, tokenizer, variables)
 
 
-def _of_file(text: str, messages: Messages, tokenizer: Tokenizer) -> list[Piece]:
+def _of_file(text: str, messages: Messages, tokenizer: Tokenizer, **variables: Any) -> list[Piece]:
     split = tokenizer.split_special_tokens
-    return _turn_by_turn(
-        functools.partial(tokenizer.render_template, text, split_special_tokens=split), messages, tokenizer
-    )
+    render = functools.partial(tokenizer.render_template, text, split_special_tokens=split)
+    return _turn_by_turn(render, messages, tokenizer, variables)
 
 
-def _turn_by_turn(render: Callable[..., str], messages: Messages, tokenizer: Tokenizer) -> list[Piece]:
+def _turn_by_turn(
+    render: Callable[..., str], messages: Messages, tokenizer: Tokenizer, variables: dict[str, Any]
+) -> list[Piece]:
     """Each turn of the assistant is encoded by itself, from where a model begins to answer to what ends the turn."""
-    pieces, written = [], ""
+    pieces, written, last = [], "", 0
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         for some, learned in ((messages[:number], False), (messages[: number + 1], True)):
-            text = render(some, add_generation_prompt=not learned)
+            text = render(some, add_generation_prompt=not learned, **variables)
             if not text.startswith(written):
                 raise ValueError(
                     f"cannot be cut at turn {number}: the template writes what is before it otherwise once it is there"
                 )
             pieces.append(Piece(tokenizer.encode(text[len(written) :], add_special_tokens=False), learned))
             written = text
+        last = number
+    if pieces:
+        check_all_read(render, messages[: last + 1], variables, written)
     return pieces
 
 
-def _deepseek_instruct(messages: Messages, tokenizer: Tokenizer) -> list[Piece]:
+def _deepseek_instruct(messages: Messages, tokenizer: Tokenizer, **variables: Any) -> list[Piece]:
     """As the original: the whole is tokenized at once, and as many tokens as the prompt alone has are not learned."""
     if [message["role"] for message in messages] != ["user", "assistant"]:
         raise ValueError("is not one turn of the user and one of the assistant, all that deepseek-instruct knows")
+    if more := [*variables, *(name for message in messages for name in message if name not in ("role", "content"))]:
+        raise ValueError(f"has {more[0]!r}, which deepseek-instruct ignores")
     asked, answer = (message["content"] for message in messages)
     prompt, completion = _INSTRUCT.format(asked.strip()), _INSTRUCT_ANSWER.format(answer)
     if tokenizer.split_special_tokens:

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -17,14 +18,15 @@ from dsmoe_jax.tokenizer import Tokenizer
 
 from ..data import formats as files
 from ..data import is_held_out, shards, source_bytes
-from ..data.sources import Lines, find_files
-from ..data.writer import SpecialTokenCount, Split, shards_manifest
-from .formats import AUTO, FORMATS, Line, read_line, texts_of
+from ..data.sources import Lines, find
+from ..data.writer import SpecialTokenCount, Split, shards_manifest, warn_if_none_held_out
+from .formats import AUTO, FORMATS, Conversation, Line, ignored_fields, read_line, texts_of
 from .shorten import shorten
 from .store import FORMAT, MANIFEST, is_examples, targets_file
 from .templates import TARGETS, Example, example_of, open_template
 
 TOO_LONG: Final = ("truncate", "drop", "refuse")
+_NAMED_FIELDS: Final = 20
 _SHARD_TOKENS: Final = 1 << 27
 _log = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ def write_examples(
     holdout: float = 0.0,
     most_broken: float = 0.01,
     split_special_tokens: bool = False,
+    exclude: Iterable[Path] = (),
     progress: Callable[[str, int], AbstractContextManager[Advance]] = silent,
 ) -> Written:
     """Write the lines of `sources` as a new folder of examples, complete or not at all.
@@ -75,6 +78,8 @@ def write_examples(
 
     The strings of special tokens in the text of a line become those tokens, and the log has how many there are; with
     `split_special_tokens` they are text, and control tokens come from the template alone.
+
+    Files and folders in `exclude` are left out where a source holds them.
 
     Broken lines are counted and named in the log. Raises `ValueError` in one line where more than the share
     `most_broken` of a file's lines are, or all, and for everything else that is wrong with the sources, the tokenizer,
@@ -99,18 +104,23 @@ def write_examples(
         raise ValueError(f"{tokenizer_folder}: the tokenizer has no eos token to end an answer with")
     write_out = open_template(template)
 
+    ignored: Counter[str] = Counter()
+
     def make(fields: Mapping[str, Any]) -> tuple[Line, Example]:
         line = read_line(fields, format)
-        return line, example_of(line, tokenizer, write_out, targets)
+        example = example_of(line, tokenizer, write_out, targets)
+        ignored.update(ignored_fields(fields, format))
+        return line, example
 
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    total = sum(map(source_bytes, sources))
+    exclude = [Path(out), *exclude]
+    total = sum(source_bytes(source, exclude) for source in sources)
     count = longer = longest = 0
     try:
         with new_folder(out) as draft, progress("tokenizing", total) as advance, ExitStack() as stack:
             train, heldout = (_Examples(draft.folder, split, shards.DTYPES[dtype], stack) for split in shards.SPLITS)
             for source in sources:
-                for where, (line, example) in _found(source, make, most_broken, advance):
+                for where, (line, example) in _found(source, exclude, make, most_broken, advance):
                     count += 1
                     special.add(texts_of(line))
                     if (size := len(example.tokens)) > sequence_length:
@@ -120,7 +130,9 @@ def write_examples(
                         if too_long == "drop":
                             continue
                         example = shorten(example, sequence_length, tokenizer.bos_token_id)
-                    content = json.dumps(line, sort_keys=True).encode()
+                    # The same messages are on the same side, whatever else their lines have.
+                    said = [line.messages] if isinstance(line, Conversation) else line
+                    content = json.dumps(said, sort_keys=True).encode()
                     (heldout if is_held_out(content, holdout) else train).add(example)
             if longer == count and too_long == "drop":
                 raise ValueError(f"all of {count} examples have more tokens than sequence_length {sequence_length}")
@@ -143,6 +155,11 @@ def write_examples(
     except OSError as error:  # a full disk; what goes wrong with a source is a ValueError
         raise ValueError(f"{out} cannot be written: {error.strerror}") from None
     special.log(out, "examples")
+    warn_if_none_held_out(out, holdout, "examples", train.split.documents, heldout.split.documents)
+    if ignored:
+        names = ", ".join(f"{name} ({lines:,} lines)" for name, lines in sorted(ignored.items())[:_NAMED_FIELDS])
+        more = f" and {len(ignored) - _NAMED_FIELDS} more" if len(ignored) > _NAMED_FIELDS else ""
+        _log.info("%s: ignored fields: %s%s", out, names, more)
     if longer:
         done = {"truncate": "were truncated", "drop": "were left out"}[too_long]
         had = f"had more than {sequence_length} tokens (the longest {longest})"
@@ -157,11 +174,17 @@ def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
 
 
 def _found(
-    source: str | Path, make: Callable[[Mapping[str, Any]], Any], most_broken: float, advance: Advance
+    source: str | Path,
+    exclude: Iterable[Path],
+    make: Callable[[Mapping[str, Any]], Any],
+    most_broken: float,
+    advance: Advance,
 ) -> Iterator[tuple[str, Any]]:
     """Where each line of a source is, and what `make` makes of it; one for which it raises `ValueError` is broken."""
     count = passed = 0
-    for file in find_files(source):
+    found = find(source, exclude)
+    found.log(source)
+    for file in found.files:
         if files.reader_of(file.path) is files.read_text:
             if file.named:
                 raise ValueError(f"{file.path}: is not one of {', '.join(files.FORMATS)}")
