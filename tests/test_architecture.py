@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dsmoe_jax"
 
 # From the ground up; a room may import its own floor and those below it.
 FLOORS = (
-    {"json_file", "axes", "progress", "new_file", "new_folder", "xla_options"},
+    {"json_file", "axes", "progress", "new_file", "new_folder", "streams", "xla_options"},
     {"config", "chat_template", "array_files", "codebooks"},
     {"tokenizer", "sharding", "manifest", "vocabulary"},
     {"kernels", "cache"},
