@@ -36,17 +36,6 @@ _RUN: Final = [
     *("--steps", "1", "--sinks", "jsonl", "--step.accumulation", "1"),
     *("--data.sequence-length", "32", "--data.batch-size", "8"),
 ]
-    "--steps",
-    "1",
-    "--data.sequence-length",
-    "32",
-    "--data.batch-size",
-    "8",
-    "--step.accumulation",
-    "1",
-    "--sinks",
-    "jsonl",
-]
 _OWN_TEXT: Final = ["--data.sources", "book.txt", "--data.tokenizer", "moe16b"]
 _OWN_MODEL: Final = ["--model", "path/to/hf_folder/config.json"]
 # What a command is given besides, by how it begins: the longest beginning counts.
