@@ -4,14 +4,17 @@ Start at `VERBS`. A user's mistake gets one line on stderr and exit code 2.
 """
 
 import argparse
+import contextlib
 import functools
 import logging
-import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NoReturn
 
 from dsmoe_jax import __version__
+from dsmoe_jax.streams import flush_or_discard, open_standard_streams, print_error, print_status
 from dsmoe_jax.xla_options import set_environment
 
 
@@ -25,6 +28,49 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 2 for a user's mistake, 130 if interrupted."""
+    open_standard_streams()
+    try:
+        with _interrupts() as interrupted:
+            return _run(argv, interrupted)
+    finally:
+        flush_or_discard()
+
+
+def _run(argv: Sequence[str] | None, interrupted: threading.Event) -> int:
+    verb = "dsmoe"
+    try:
+        argv = sys.argv[1:] if argv is None else argv
+        for argument in argv:
+            _utf8(argument)
+        try:
+            asked = _parse(argv)
+        except SystemExit:
+            sys.stdout.flush()  # of --help
+            raise
+        verb = f"dsmoe {asked.verb}"
+        set_environment()
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        logging.raiseExceptions = False  # where stderr cannot be written, a log line is lost and nothing else
+        for library in ("absl", "jax", "orbax"):
+            logging.getLogger(library).setLevel(logging.ERROR)
+        asked.run(asked)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of stdout (head, say) has gone
+        return 0
+    except Exception as error:
+        if interrupted.is_set():  # an import that is interrupted fails in its own way
+            return _interrupted()
+        if not isinstance(error, (ValueError, OSError)):
+            raise
+        print_error(f"{verb}: {' '.join(str(error).split())}")
+        return 2
+    except KeyboardInterrupt:
+        return _interrupted()
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The verb and its arguments; exits for `--help` and for what argparse refuses."""
     parser = Parser(prog="dsmoe", description="DeepSeekMoE in JAX.")
     parser.add_argument("--version", action="version", version=f"dsmoe {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
@@ -35,22 +81,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb.set_defaults(run=run)
     asked = parser.parse_args(argv)
     _refuse_empty_paths(parser, asked)
-    set_environment()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for library in ("absl", "jax", "orbax"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    return asked
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Set once Ctrl-C is pressed, which raises `KeyboardInterrupt` as ever; a job that ignores it goes on to."""
+    pressed = threading.Event()
+
+    def press(*_: Any) -> None:
+        pressed.set()
+        raise KeyboardInterrupt
+
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler and (
+        threading.current_thread() is threading.main_thread()
+    )
+    if ours:
+        signal.signal(signal.SIGINT, press)
     try:
-        asked.run(asked)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader (head, say) has gone: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        print(f"dsmoe {asked.verb}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    return 0
+        yield pressed
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupted() -> int:
+    print_error("")
+    return 130
 
 
 def _refuse_empty_paths(parser: Parser, asked: argparse.Namespace) -> None:
@@ -76,8 +133,8 @@ def convert(asked: argparse.Namespace) -> None:
     from dsmoe_jax.progress import bar
 
     dtype = None if asked.dtype == "keep" else asked.dtype
-    print(import_hf(asked.source, asked.out, dtype=dtype, revision=asked.revision, progress=bar))
-    print(f"  ready for `dsmoe generate {asked.out}`")
+    print_status(import_hf(asked.source, asked.out, dtype=dtype, revision=asked.revision, progress=bar))
+    print_status(f"  ready for `dsmoe generate {asked.out}`")
 
 
 def export(asked: argparse.Namespace) -> None:
@@ -86,7 +143,7 @@ def export(asked: argparse.Namespace) -> None:
     from dsmoe_jax.progress import bar
 
     dtype = None if asked.dtype == "keep" else asked.dtype
-    print(export_hf(asked.native, asked.out, max_shard_size=asked.max_shard_size, dtype=dtype, progress=bar))
+    print_status(export_hf(asked.native, asked.out, max_shard_size=asked.max_shard_size, dtype=dtype, progress=bar))
 
 
 def verify(asked: argparse.Namespace) -> None:
@@ -104,9 +161,9 @@ def verify(asked: argparse.Namespace) -> None:
     with lock_name(file):
         report = verify(asked.native, asked.hf, progress=bar)
         write_json(file, report.to_dict())
-    print(f"{report}; {file} has the SHA-256 of each")
+    print_status(f"{report}; {file} has the SHA-256 of each")
     for found in report.mismatches[1:20]:
-        print(f"  {Damage(**found)}")
+        print_status(f"  {Damage(**found)}")
     if report.mismatches:
         raise ValueError(str(Damage(**report.mismatches[0])))
 
@@ -117,7 +174,7 @@ def tokenize(asked: argparse.Namespace) -> None:
     from dsmoe_jax.train.data import tokenize
 
     split = asked.split_special_tokens
-    print(tokenize(asked.sources, asked.tokenizer, asked.out, split_special_tokens=split, progress=bar))
+    print_status(tokenize(asked.sources, asked.tokenizer, asked.out, split_special_tokens=split, progress=bar))
 
 
 def pretrain(asked: argparse.Namespace) -> None:
@@ -146,7 +203,7 @@ def merge(asked: argparse.Namespace) -> None:
     """`dsmoe merge`."""
     from dsmoe_jax.convert import merge_to
 
-    print(merge_to(asked.checkpoint, asked.adapter, asked.out, layout=asked.layout, dtype=asked.dtype))
+    print_status(merge_to(asked.checkpoint, asked.adapter, asked.out, layout=asked.layout, dtype=asked.dtype))
 
 
 def generate(asked: argparse.Namespace) -> None:
@@ -154,7 +211,8 @@ def generate(asked: argparse.Namespace) -> None:
     from dsmoe_jax.generate import terminal
 
     load = functools.partial(_generator, asked)
-    terminal.generate(load, _sampling(asked), prompt=asked.prompt, file=asked.file, out=asked.out)
+    prompt = None if asked.prompt is None else _utf8(asked.prompt)
+    terminal.generate(load, _sampling(asked), prompt=prompt, file=asked.file, out=asked.out)
 
 
 def chat(asked: argparse.Namespace) -> None:
@@ -172,17 +230,17 @@ def demo(asked: argparse.Namespace) -> None:
 
 
 def _train(config: Any, what: str, asked: argparse.Namespace) -> None:
-    # On CPU XLA says of every program that it finds compiled, in 3 kB, that it may not fit this machine.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from dsmoe_jax.train.loop import run
 
     result = run(config)
     if result.stopped:
         again = " ".join([f"dsmoe {asked.verb}", what, *asked.flags])
-        print(f"stopped after step {result.steps} of {result.of}; `{again}` goes on from there")
+        print_status(f"stopped after step {result.steps} of {result.of}; `{again}` goes on from there")
         return
     held_out = "" if result.evaluation is None else f", {result.evaluation:.4f} on held-out text"
-    print(f"{result.steps} steps, loss {result.loss:.4f}{held_out}, {result.skipped} updates skipped: {result.model}")
+    print_status(
+        f"{result.steps} steps, loss {result.loss:.4f}{held_out}, {result.skipped} updates skipped: {result.model}"
+    )
 
 
 def _generator(asked: argparse.Namespace) -> Any:
@@ -199,6 +257,19 @@ def _given(asked: argparse.Namespace, arguments: Sequence["_Argument"]) -> dict[
     """What was given of these arguments, by the names that the functions have for it."""
     names = [options.get("dest", flags[0].strip("-").replace("-", "_")) for flags, options in arguments]
     return {name: value for name in names if (value := getattr(asked, name, None)) is not None}
+
+
+def _utf8(argument: str) -> str:
+    """The text of an argument, whatever the encoding of the terminal; `ValueError` if it is not UTF-8.
+
+    Array storage cannot open a path that is not UTF-8, and a tokenizer cannot read such a text.
+    """
+    if argument.isascii():
+        return argument
+    try:
+        return argument.encode(sys.getfilesystemencoding(), "surrogateescape").decode()
+    except UnicodeError:
+        raise ValueError(f"argument {argument!r} is not UTF-8") from None
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -15,6 +15,7 @@ from typing import Final
 from dsmoe_jax.locks import lock_name
 from dsmoe_jax.new_folder import refuse_existing
 from dsmoe_jax.paths import user_path
+from dsmoe_jax.streams import print_status
 
 _PROMPT: Final = "def __init__(self, "
 
@@ -40,7 +41,7 @@ def _run(folder: Path, steps: int, kept: bool) -> None:
 
     config = training_config(folder, steps)
     counts = count_parameters(config.model_config())
-    print(f"{counts.total:,} parameters, {counts.activated:,} activated per token, random at first")
+    print_status(f"{counts.total:,} parameters, {counts.activated:,} activated per token, random at first")
     native = _train(config, folder / "demo.png" if kept else Path("dsmoe_demo.png"))
     hf, again = folder / "hf", folder / "native"
     with _step("export to the Hugging Face layout"):
@@ -49,14 +50,14 @@ def _run(folder: Path, steps: int, kept: bool) -> None:
         import_hf(hf, again)
     if _tensors(again) != _tensors(native):
         raise AssertionError("the round trip changed a tensor")
-    print(f"  {len(_tensors(native))} tensors, every one with the SHA-256 it had")
+    print_status(f"  {len(_tensors(native))} tensors, every one with the SHA-256 it had")
     with _step("load"):
         generator = Generator.from_pretrained(again)
     pieces = generator.stream(_PROMPT, max_new_tokens=64, temperature=0.7, top_p=0.9)
-    print(f"\n{_PROMPT}{next(pieces, '')}", end="", flush=True)
+    print_status(f"\n{_PROMPT}{next(pieces, '')}", end="")
     for piece in pieces:
-        print(piece, end="", flush=True)
-    print("\n\nA minute of training shows the grammar, not yet the sense.")
+        print_status(piece, end="")
+    print_status("\n\nA minute of training shows the grammar, not yet the sense.")
 
 
 def training_config(folder: Path, steps: int):
@@ -86,19 +87,19 @@ def _train(config, picture: Path) -> Path:
     result = train(config)
     records = [record for record in read_records(config.out) if "loss" in record]
     first, last = records[0], records[-1]
-    print(
+    print_status(
         f"trained {result.steps} steps in {time.perf_counter() - started:.0f} s: loss {first['loss']:.2f} to "
         f"{last['loss']:.2f}, {result.evaluation:.2f} on held-out files"
     )
     busiest, unused = last["max_over_mean_load"], last["unused_experts"]
-    print(f"  the busiest expert has {busiest:.1f} times the mean load, {unused} are unused")
+    print_status(f"  the busiest expert has {busiest:.1f} times the mean load, {unused} are unused")
     if importlib.util.find_spec("matplotlib") is None:
-        print("  no picture: pip install 'dsmoe_jax[demo]'")
+        print_status("  no picture: pip install 'dsmoe_jax[demo]'")
     else:
         from dsmoe_jax.train.picture import draw
 
         draw(Path(config.out), picture)
-        print(f"  loss and load of the experts: {picture}")
+        print_status(f"  loss and load of the experts: {picture}")
     assert result.model is not None
     return result.model
 
@@ -109,7 +110,7 @@ def _tensors(native: Path) -> dict[str, dict]:
 
 @contextlib.contextmanager
 def _step(what: str) -> Iterator[None]:
-    print(f"{what} …", end="", flush=True)
+    print_status(f"{what} …", end="")
     started = time.perf_counter()
     yield
-    print(f" {time.perf_counter() - started:.1f} s", flush=True)
+    print_status(f" {time.perf_counter() - started:.1f} s")

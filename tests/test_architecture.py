@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dsmoe_jax"
 
 # From the ground up; a room may import its own floor and those below it.
 FLOORS = (
-    {"json_file", "axes", "progress", "locks", "new_file", "new_folder", "paths", "xla_options"}
+    {"json_file", "axes", "progress", "locks", "new_file", "new_folder", "paths", "streams", "xla_options"}
     | {"jinja_sandbox", "special_tokens", "config_spellings"},
     {"template_worker", "tokenizer_files"},
     {"config", "chat_template", "array_files", "codebooks", "tokenizer_backends"},

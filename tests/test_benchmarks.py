@@ -10,7 +10,7 @@ import pytest
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import load_hf
 from tests.benchmarks import __main__ as command
-from tests.benchmarks import plan, report
+from tests.benchmarks import ours, plan, report
 from tests.benchmarks.children import CONTENDERS
 from tests.benchmarks.inputs import batch
 from tests.benchmarks.timing import ratios, spread
@@ -198,6 +198,22 @@ def test_on_a_restless_machine_the_least_disturbed_rounds_count():
 
     assert [round.figures["ours"] for round in rounds] == [1.0, 3.0]
     assert taken == 4
+
+
+@pytest.mark.parametrize("task", ["prefill", "decode1", "train"])
+def test_every_action_of_ours_runs_on_a_tiny_model(tmp_path, monkeypatch, task: str):
+    for name, size in {"PREFILL_TOKENS": 8, "PROMPT": 4, "NEW_TOKENS": 2, "TRAIN_SHAPE": (2, 8)}.items():
+        monkeypatch.setattr(plan, name, size)
+    actions = ours.actions(task, write_hf(tmp_path, tiny(), random_params(tiny())))
+
+    answers = {name: action() for name, action in actions.items()}
+
+    assert answers["run"] > 0
+    if task == "decode1":
+        cache = 2 * 2 * 2 * 8 * (plan.PROMPT + plan.NEW_TOKENS) * 4  # layers, keys and values, heads, their width
+        weights = sum(value.nbytes for name, value in random_params(tiny()).items() if ".experts." not in name)
+        assert cache < answers["floor bytes"] < cache + weights + 2 * 8 * 3 * 32 * 16 * 4
+        assert np.shape(answers["tokens"]) == (plan.NEW_TOKENS + 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,19 @@
 """What XLA is asked for on GPUs: where, and that the user's own word goes first."""
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from dsmoe_jax import xla_options
 from dsmoe_jax.sharding import MeshConfig, make_mesh
-from dsmoe_jax.xla_options import ON_SEVERAL_GPUS, compiler_options
+from dsmoe_jax.xla_options import ON_SEVERAL_GPUS, compiler_options, quiet_cache_reads
 from tests.benchmarks import cards
 
 
@@ -53,3 +57,34 @@ def test_xla_knows_every_option():
     program = jax.jit(lambda x: x.sum(), compiler_options=compiler_options(mesh)).lower(x).compile()
 
     assert "all-reduce" in str(program.as_text())
+
+
+def test_a_program_from_the_compilation_cache_loads_in_silence(tmp_path: Path, capfd: pytest.CaptureFixture):
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+
+    with quiet_cache_reads():
+        try:
+            for name, value in zip(names, (str(tmp_path), 0.0), strict=True):
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+            for _ in range(2):  # compiled, then read
+                jax.jit(lambda x: x @ x).lower(jnp.ones((8, 8))).compile()
+                jax.clear_caches()
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+
+    assert list(tmp_path.glob("jit*"))
+    assert "cpu_aot_loader" not in capfd.readouterr().err
+
+
+def test_other_lines_of_xla_are_shown(capfd: pytest.CaptureFixture):
+    line = b"E1128 1 cpu_aot_loader.cc:195] Loading XLA:CPU AOT result. Target machine feature +%s is not supported\n"
+
+    with xla_options._filtered_stderr(xla_options._HARMLESS):
+        for feature in (b"prefer-no-gather", b"avx512f", b"prefer-no-scatter"):
+            os.write(2, line % feature)
+
+    assert capfd.readouterr().err == (line % b"avx512f").decode()

@@ -21,6 +21,7 @@ from dsmoe_jax.locks import lock_folder
 from dsmoe_jax.model import abstract
 from dsmoe_jax.new_folder import write_json
 from dsmoe_jax.sharding import BATCH_AXES, make_mesh
+from dsmoe_jax.xla_options import quiet_cache_reads
 
 from .batch import Batch
 from .best import Best
@@ -53,6 +54,7 @@ class Result(NamedTuple):
     model: Path | None  # the trained model, a native checkpoint, or adapter; None if stopped
 
 
+@quiet_cache_reads()
 def run(config: RunConfig) -> Result:
     """Train, from the newest intact checkpoint in the run's folder if there is one.
 

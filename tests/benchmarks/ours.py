@@ -113,7 +113,7 @@ def _touched(model: DeepSeekMoE, params: dict[str, Array], token: Array, cache: 
     steps = _hit_experts(model, params, token, cache)
     counts = [sum(len(hit) for hit in step.values()) for step in steps]
     typical = steps[int(np.argmin(np.abs(np.array(counts) - np.mean(counts))))]
-    arrays = [np.asarray(array) for layer in cache.layers for array in layer]
+    arrays = [np.asarray(array) for layer in cache.layers for array in layer if array is not None]
     for name, value in params.items():
         view = np.asarray(value)
         if ".experts." in name:

@@ -1,0 +1,431 @@
+"""Every block and command of README.md runs here at small size; one that this file does not know fails.
+
+The blocks are taken from README.md itself. They run as they stand, in a folder where the names they use are tiny
+models and texts (`world`); `SMALL` has what is added to a command. Start at `test_python_blocks_run`.
+"""
+
+import functools
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dsmoe_jax.cli import VERBS, _parse, main
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.convert import import_hf
+from dsmoe_jax.train.flags import parse, parse_finetuning
+from dsmoe_jax.train.recipes import RECIPES
+from tests.helpers.hf_folder import make_tokenizer, random_params, tiny, write_hf
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+PAGE: Final = (ROOT / "README.md").read_text(encoding="utf-8")
+# The others compile for many devices, train, or are much like what tests/test_cli.py runs: they are slow tests.
+FAST: Final = {("Quick start", "python"), ("Conversion", "python"), ("Conversion", "bash")}
+
+_RUN: Final = [
+    *("--steps", "1", "--sinks", "jsonl", "--step.accumulation", "1"),
+    *("--data.sequence-length", "32", "--data.batch-size", "8"),
+]
+_OWN_TEXT: Final = ["--data.sources", "book.txt", "--data.tokenizer", "moe16b"]
+_OWN_MODEL: Final = ["--model", "path/to/hf_folder/config.json"]
+# What a command is given besides, by how it begins: the longest beginning counts.
+SMALL: Final[dict[str, list[str]]] = {
+    "dsmoe demo": ["--steps", "2"],
+    "dsmoe convert": [],
+    "dsmoe export": [],
+    "dsmoe verify": [],
+    "dsmoe merge": [],
+    "dsmoe info": [],
+    "dsmoe generate": ["--max-new-tokens", "4"],
+    "dsmoe chat": ["--max-new-tokens", "4"],
+    "dsmoe tokenize": [],
+    "dsmoe pretrain": [*_RUN, *_OWN_MODEL],
+    "dsmoe pretrain tiny": [*_RUN, *_OWN_MODEL, *_OWN_TEXT],
+    "dsmoe finetune": _RUN,
+    "dsmoe finetune chat16b --data train.jsonl --show": [],
+}
+# Not run here, but parsed: one needs the hub (tests/test_hub.py), one 32 devices.
+ONLY_PARSED: Final = ("dsmoe convert deepseek-ai/", "dsmoe pretrain deepseek_moe_16b")
+TEMPLATE: Final = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+class Block(NamedTuple):
+    """A fenced block."""
+
+    section: str
+    language: str
+    text: str
+
+
+def blocks(page: str) -> Iterator[Block]:
+    section, language, lines = "", None, []
+    for line in page.splitlines():
+        if line.startswith("```"):
+            if language is None:
+                language, lines = line[3:], []
+            else:
+                yield Block(section, language, "\n".join(lines))
+                language = None
+        elif language is not None:
+            lines.append(line)
+        elif line.startswith("#"):
+            section = line.lstrip("# ")
+
+
+BLOCKS: Final = list(blocks(PAGE))
+
+
+def commands(text: str, optional: str = r" \1") -> list[list[str]]:
+    """The commands of shell lines, as words: without comments and variables before them.
+
+    `optional` is what becomes of [--flags in brackets]; as it is they are taken, "" leaves them out.
+    """
+    found = []
+    for line in text.splitlines():
+        for command in re.split(r"&&|\|", re.sub(r" \[(--[^\]]*)\]", optional, line)):
+            words = shlex.split(command, comments=True)
+            while words and (words[0] == "srun" or re.fullmatch(r"[A-Z_]+=\S*", words[0])):
+                words = words[1:]
+            if words and words[0] != "cat":
+                found.append(words)
+    return found
+
+
+def inline_commands(page: str) -> list[list[str]]:
+    """Those within sentences, tables and the map of files."""
+    prose = re.sub(r"^```(?!\n).*?^```$", "", page, flags=re.M | re.S)
+    spans = re.findall(r"`((?:[A-Z_]+=\S+ )?(?:dsmoe|pip|python) [^`\n]+)`", prose)
+    return [words for span in spans for words in commands(span)]
+
+
+ALL_COMMANDS: Final = [
+    *(words for block in BLOCKS if block.language == "bash" for words in commands(block.text)),
+    *inline_commands(PAGE),
+]
+CALLS: Final = sorted({shlex.join(words) for words in ALL_COMMANDS if words[:2] == ["python", "-m"]})
+
+
+def indexed(language: str) -> list[Any]:
+    """The blocks of a language as parameters, the slow ones marked."""
+    found = [block for block in BLOCKS if block.language == language]
+    return [
+        pytest.param(
+            block, id=f"{i} {block.section}", marks=[pytest.mark.slow] * ((block.section, language) not in FAST)
+        )
+        for i, block in enumerate(found)
+    ]
+
+
+# --- a world in which the page is true ---
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that the page's blocks name."""
+    folder = tmp_path_factory.mktemp("readme")
+    hf = folder / "path" / "to" / "hf_folder"
+    make_tokenizer(hf, 300)
+    settings = json.loads((hf / "tokenizer_config.json").read_text())
+    (hf / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEMPLATE}))
+    config = tiny(vocab_size=300, max_position_embeddings=512)
+    write_hf(hf, config, random_params(config))
+    for name in ("deepseek-moe-16b-base", "deepseek-moe-16b-chat"):
+        shutil.copytree(hf, hf.parent / name)
+    for name in ("moe16b", "chat16b", "runs/tiny/model"):
+        import_hf(hf, folder / name)
+    book = "\n\n".join(f"Line {i}: the sky is blue, and the sea is {i} miles wide." for i in range(60))
+    (folder / "book.txt").write_text(book)
+    (folder / "prompt.txt").write_text("def main(\n")
+    (folder / "prompts.jsonl").write_text('{"id": 7, "prompt": "import os", "stop": ["\\n\\n"]}\n')
+    turns = [{"instruction": f"Add {i} and 1.", "output": f"It is {i + 1}."} for i in range(16)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in turns))
+    return folder
+
+
+@pytest.fixture
+def world(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, and where everything runs."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# --- blocks ---
+
+
+@pytest.mark.parametrize("block", indexed("python"))
+def test_python_blocks_run(block: Block, world: Path):
+    source = block.text.replace("[100000, 1558, 317]", "[0, 15, 31]")  # of a larger vocabulary
+    if "import_hf(" in source:
+        shutil.rmtree("moe16b")
+    names: dict[str, Any] = {"token_ids": jnp.ones((8, 16), jnp.int32)}
+    if block.section == "Quick start":
+        exec("from dsmoe_jax import Generator", names)  # of the block before
+
+    exec(compile(source, f"README.md, {block.section}", "exec"), names)
+
+
+@pytest.mark.parametrize("block", indexed("bash"))
+def test_shell_blocks_run(block: Block, world: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("builtins.input", functools.partial(next, iter(["Hello!", "/quit"] * 9)))
+    Path("corpus").mkdir()
+    if "jsonl.zst" in block.text:
+        import zstandard
+
+        lines = "".join(json.dumps({"text": f"The {i}th text of the corpus."}) + "\n" for i in range(200))
+        Path("corpus/a.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+
+    for words in commands(block.text, optional=""):
+        command = shlex.join(words)
+        if words[0] == "dsmoe" and not command.startswith(ONLY_PARSED):
+            run(words, command, monkeypatch)
+
+
+def run(words: list[str], command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    begins = max((start for start in SMALL if command.startswith(start)), key=len)
+    if words[1] in ("convert", "export", "merge"):  # a page shows other ways to the same name
+        at = 2 if words[1] == "merge" else 1
+        shutil.rmtree([word for word in words[2:] if not word.startswith("-")][at], ignore_errors=True)
+    arguments = [str(next(Path().glob(word), word)) if "*" in word else word for word in words[1:]]
+    with open("prompt.txt") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        try:
+            code = main([*arguments, *SMALL[begins]])
+        except SystemExit as end:  # --help
+            code = end.code
+    assert not code, command
+
+
+def test_yaml_blocks_name_a_command_that_parses():
+    found = [block.text for block in BLOCKS if block.language == "yaml"]
+
+    for text in found:
+        words = shlex.split(text[text.index("dsmoe pretrain") :].replace("$JOB_COMPLETION_INDEX", "3"))
+        check(words)
+
+
+def test_every_block_is_of_a_kind_that_is_tested():
+    known = {"python", "bash", "yaml", ""}
+
+    assert {block.language for block in BLOCKS} <= known
+    assert [block.section for block in BLOCKS if not block.language] == ["Where things are"]
+
+
+# --- commands ---
+
+
+@pytest.mark.parametrize("command", sorted({shlex.join(words) for words in ALL_COMMANDS}))
+def test_every_command_is_known_and_parses(command: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+
+    check(shlex.split(command))
+
+
+def check(words: list[str]) -> None:
+    """Fail for a command that is not known here, or that its own parser refuses."""
+    command = shlex.join(words)
+    match words:
+        case ["pip", "install", "-e", target]:
+            extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            names = re.fullmatch(r"\.\[([\w,-]+)\]", target)
+            assert names is not None, command
+            assert set(names[1].split(",")) <= set(extras), command
+        case ["python", "-m", "pytest", *arguments]:
+            assert all(Path(argument).exists() for argument in arguments if "/" in argument), command
+        case ["python", "-m", module, *_]:
+            assert module in MODULES, command
+        case ["dsmoe", verb]:  # in a sentence
+            assert verb in VERBS
+        case ["dsmoe", *arguments]:
+            assert command.startswith(tuple(SMALL)), command
+            asked = _parse(arguments)
+            flags = [flag for flag in getattr(asked, "flags", []) if flag != "--help"]
+            if asked.verb == "pretrain":
+                parse(RECIPES[asked.recipe](), flags, prog="")
+            elif asked.verb == "finetune":
+                parse_finetuning(asked.checkpoint, flags)
+        case _:
+            pytest.fail(f"README.md has a command that no test runs: {command}")
+
+
+def test_a_command_of_no_test_fails():
+    for command in ("dsmoe frobnicate x", "python -m tests.nothing", "pip install -e '.[nothing]'", "make"):
+        with pytest.raises((AssertionError, SystemExit, pytest.fail.Exception)):
+            check(shlex.split(command))
+
+
+# --- modules ---
+
+
+def _small_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmarks' sizes, on the preset `tiny` with fewer layers."""
+    from tests.benchmarks import limits, plan
+
+    sizes = {"PRESET": "tiny", "PREFILL_TOKENS": 8, "PROMPT": 4, "NEW_TOKENS": 2, "TRAIN_SHAPE": (2, 8)}
+    for name, size in (sizes | {"KERNEL_TOKENS": 8}).items():
+        monkeypatch.setattr(plan, name, size)
+    monkeypatch.setattr(limits, "_FLOATS", 2**10)
+    monkeypatch.setattr(limits, "_SIDE", 64)
+
+
+def _parity(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests import parity
+
+    monkeypatch.setattr(parity.golden, "CASES", parity.golden.CASES[:1])
+    parity.main()
+
+
+def _quantization(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests import quantization
+
+    monkeypatch.setattr(quantization.golden, "CASES", quantization.golden.CASES[:1])
+    monkeypatch.setattr(quantization, "PRESET", "tiny")
+    quantization.main()
+
+
+def _benchmarks(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its peers, and with the children's work in this process."""
+    from tests.benchmarks import __main__ as benchmarks
+    from tests.benchmarks.children import CONTENDERS
+
+    class Here:
+        def __init__(self, contender: str, task: str, folder: Path):
+            room, options = CONTENDERS[contender]
+            module = __import__(f"tests.benchmarks.{room}", fromlist=["actions"])
+            self._actions = module.actions(task, folder, **options) | {"peak bytes": lambda: 1}
+
+        def __enter__(self) -> "Here":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def call(self, action: str, *arguments: Any) -> Any:
+            return self._actions[action](*arguments)
+
+        def take_turn(self, action: str, *, warm_up: bool = False) -> tuple[Any, float]:
+            return self.call(action), 0.0
+
+    _small_plan(monkeypatch)
+    monkeypatch.setattr(benchmarks, "Child", Here)
+    code = benchmarks.main([*arguments, "--contenders", "ours", "--rounds", "1", "--out", "reports"])
+    assert code == 0
+    assert len(list(Path("reports").iterdir())) == 2
+
+
+def _conversion(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.benchmarks import conversion
+
+    small = ModelConfig.preset("tiny")
+    monkeypatch.setattr(conversion.ModelConfig, "preset", lambda name: small)
+    called("tests.benchmarks.conversion", conversion.main, "--rounds", "1", "--out", "reports")(arguments, monkeypatch)
+
+
+def _training(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.benchmarks import training
+
+    monkeypatch.setattr(training, "ROWS", 2)
+    monkeypatch.setattr(training, "TOKENS", 8)
+    called("training", training.main, "--preset", "tiny", "--rounds", "1")(arguments, monkeypatch)
+
+
+def _generation(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.benchmarks import generation
+
+    _small_plan(monkeypatch)
+    for name, size in {"REQUESTS": 2, "PROMPTS": (4, 8), "ANSWERS": (2, 4)}.items():
+        monkeypatch.setattr(generation, name, size)
+    called("generation", generation.main, "--rounds", "1")(arguments, monkeypatch)
+
+
+def _instructions(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.benchmarks import instructions
+
+    for name, size in {"TRAINED": 8, "ASKED": 2}.items():
+        monkeypatch.setattr(instructions, name, size)
+    ways = ("--ways", *list(instructions.WAYS)[:2])
+    called("instructions", instructions.main, "--steps", "1", *ways)(arguments, monkeypatch)
+
+
+def _abstract(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe `tiny`, compiled for the device that is there; tests/test_compiled_for_gpu.py has the cards."""
+    from tests.benchmarks import abstract
+
+    run = RECIPES["tiny"]()
+    case = abstract.Case(run, run.model_config(), None, (1, 2, 16)) if hasattr(abstract, "Case") else None
+    known = abstract.cases(None)
+    monkeypatch.setattr(abstract, "cases", lambda card: dict.fromkeys(known, case))
+    monkeypatch.setattr(abstract, "compiled", lambda *_, **__: {})
+    names = [name for name in arguments if name in known]
+    called("abstract", abstract.main)(names, monkeypatch)
+
+
+def _gpu(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its trial on a CPU."""
+    from tests.benchmarks.gpu import __main__ as gpu
+
+    assert gpu.main([*arguments, "--small", "--only", "decode", "--minutes", "2", "--out", "reports"]) == 0
+
+
+def _tuning(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.benchmarks.gpu import tuning
+
+    assert arguments[0] == "--into"  # what a GPU does at full size, no trial
+    tuning.main(["--small", "--minutes", "0.2"])
+
+
+def called(module: str, run: Callable[[], None], *small: str) -> Callable[[list[str], pytest.MonkeyPatch], None]:
+    """A `main` that reads `sys.argv`."""
+
+    def call(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "argv", [module, *arguments, *small])
+        run()
+
+    return call
+
+
+MODULES: Final[dict[str, Callable[[list[str], pytest.MonkeyPatch], None]]] = {
+    "tests.parity": _parity,
+    "tests.quantization": _quantization,
+    "tests.benchmarks": _benchmarks,
+    "tests.benchmarks.conversion": _conversion,
+    "tests.benchmarks.training": _training,
+    "tests.benchmarks.generation": _generation,
+    "tests.benchmarks.instructions": _instructions,
+    "tests.benchmarks.abstract": _abstract,
+    "tests.benchmarks.gpu": _gpu,
+    "tests.benchmarks.gpu.tuning": _tuning,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [call for call in CALLS if "pytest" not in call])
+def test_modules_run(command: str, world: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    _, _, module, *arguments = shlex.split(command)
+
+    with jax.default_matmul_precision("default"):
+        MODULES[module](arguments, monkeypatch)
+
+
+def test_docstrings_name_modules_that_are_tested():
+    found = {
+        name
+        for path in [*(ROOT / "tests").glob("*.py"), *(ROOT / "tests" / "benchmarks").rglob("*.py")]
+        if path != Path(__file__).resolve()
+        for name in re.findall(r"python -m (tests[\w.]*\w)", path.read_text(encoding="utf-8"))
+    }
+
+    assert found - {"tests.benchmarks.gpu.child"} == set(MODULES)  # a child is started by its parent
