@@ -6,6 +6,7 @@ Start at `VERBS`. A user's mistake gets one line on stderr and exit code 2.
 import argparse
 import functools
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -167,8 +168,10 @@ def _train(config: Any, what: str, asked: argparse.Namespace) -> None:
         again = " ".join([f"dsmoe {asked.verb}", what, *asked.flags])
         print(f"stopped after step {result.steps} of {result.of}; `{again}` goes on from there")
         return
+    done = "run is complete: " if result.resumed_from == result.steps else ""
+    loss = "" if math.isnan(result.loss) else f", loss {result.loss:.4f}"
     held_out = "" if result.evaluation is None else f", {result.evaluation:.4f} on held-out text"
-    print(f"{result.steps} steps, loss {result.loss:.4f}{held_out}, {result.skipped} updates skipped: {result.model}")
+    print(f"{done}{result.steps} steps{loss}{held_out}, {result.skipped} updates skipped: {result.model}")
 
 
 def _generator(asked: argparse.Namespace) -> Any:

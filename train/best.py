@@ -24,10 +24,11 @@ _log = logging.getLogger(__name__)
 class Best:
     """The best result of a run; one that goes on knows the best of before."""
 
-    def __init__(self, out: Path, job: Job):
+    def __init__(self, out: Path, job: Job, first: int):
+        """Know the best of before step `first`; a later one is of a try that was discarded."""
         self._folder, self._save = out / BEST, job.save
-        known = self._folder / _RECORD
-        self._loss = read_json(known)["loss"] if known.is_file() else float("inf")
+        known = read_json(self._folder / _RECORD) if (self._folder / _RECORD).is_file() else {"step": first + 1}
+        self._loss = known["loss"] if known["step"] <= first else float("inf")
 
     def offer(self, step: int, loss: float, params: Mapping[str, Array]) -> None:
         """Keep the parameters if they are the best; by all processes together."""

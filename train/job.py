@@ -1,23 +1,30 @@
 """What a run trains: all in which pretraining and fine-tuning differ. Start at `Job`; `pretraining` makes one."""
 
+import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from jax.sharding import Mesh
 
 from dsmoe_jax.axes import Array
-from dsmoe_jax.checkpoint import load, save
+from dsmoe_jax.checkpoint import load, save, together
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.kernels.operand import Operand
+from dsmoe_jax.manifest import read_manifest
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
-from dsmoe_jax.tokenizer import tokenizer_files
+from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files
 
 from .config import RunConfig
 from .corpus import Corpus, prepare
+from .inputs import differences
+from .resume import identity
 from .step import Trained
 
-MODEL = "model"  # below the run's folder
+MODEL: Final = "model"  # below the run's folder
+_TOKEN_IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
+_log = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
@@ -35,10 +42,14 @@ class Job(NamedTuple):
     keep_best: bool = False  # whether what comes out is also kept from where it evaluated best
 
 
-def pretraining(config: RunConfig, out: Path) -> Job:
+def pretraining(config: RunConfig, out: Path, *, resuming: bool = False) -> Job:
     """All parameters of a model, fresh or those of `init_from`, on text."""
-    model = config.model_config()
-    corpus = prepare(config, model, out)
+    model, base = config.model_config(), None
+    with together():
+        if config.init_from is not None:
+            base = read_manifest(Path(config.init_from)).identity
+    corpus = prepare(config, model, out, resuming=resuming)
+    model = with_token_ids(model, corpus)
 
     def fresh(mesh: Mesh | None, frozen: Mapping[str, Operand]) -> Mapping[str, Array]:
         if config.init_from is not None:
@@ -54,8 +65,29 @@ def pretraining(config: RunConfig, out: Path) -> Job:
         fresh=fresh,
         result=MODEL,
         save=model_writer(model, corpus),
-        facts={"stream": corpus.identity},
+        facts=make_facts(config, model, corpus, init_from=base),
     )
+
+
+def make_facts(config: RunConfig, model: ModelConfig, corpus: Corpus, **others: Any) -> dict[str, Any]:
+    """The facts of a run: its settings (with `others`), its data, and what those were made from."""
+    settings = identity(config, model, **others)
+    return {"config": settings, "stream": corpus.identity, "inputs": dict(corpus.inputs)}
+
+
+def with_token_ids(model: ModelConfig, corpus: Corpus) -> ModelConfig:
+    """The config with the special token ids of the run's tokenizer; without one, with none outside the vocabulary."""
+    if corpus.tokenizer is None:
+        ids = {name: getattr(model, name) for name in _TOKEN_IDS} | {"eos_token_id": corpus.eos_token_id}
+        ids = {name: i if i is not None and i < model.vocab_size else None for name, i in ids.items()}
+    else:
+        tokenizer = Tokenizer.from_pretrained(corpus.tokenizer)
+        ids = {name: getattr(tokenizer, name) for name in _TOKEN_IDS}
+        if model.pad_token_id is None:
+            ids["pad_token_id"] = None
+    for change in differences({name: getattr(model, name) for name in ids}, ids):
+        _log.info("%s, from the tokenizer", change)
+    return dataclasses.replace(model, **ids)
 
 
 def model_writer(model: ModelConfig, corpus: Corpus) -> Callable[[Path, Mapping[str, Array]], None]:
