@@ -2,7 +2,7 @@
 
 from .conversion import Conversion
 from .exporter import export_hf
-from .importer import import_hf, load_hf, load_hf_quantized
+from .importer import import_hf, load_hf, load_hf_quantized, stored_dtypes
 from .merging import merge_to
 from .peft import merge_adapter, read_adapter, with_adapter, write_adapter
 from .verify import Report, verify
@@ -17,6 +17,7 @@ __all__ = [
     "merge_adapter",
     "merge_to",
     "read_adapter",
+    "stored_dtypes",
     "verify",
     "with_adapter",
     "write_adapter",

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from dsmoe_jax.new_folder import check_space
 from dsmoe_jax.tokenizer import TOKENIZER_FILES
 
-from .reader import LAYOUTS, read_index
+from .reader import LAYOUTS, choose_layout, read_index
 from .torch_pickle import show
 
 CONFIG: Final = "config.json"
@@ -40,8 +40,8 @@ def is_repository(source: str | Path) -> bool:
 def fetch(repository: str, *, revision: str | None = None) -> Snapshot:
     """Bring the config, the weights and the tokenizer of `repository` here; what the cache holds is not fetched again.
 
-    `revision` is a branch, a tag or a commit, `main` by default. Weights are chosen as `CheckpointReader` does:
-    safetensors before `.bin`, an index before a single file. With HF_HUB_OFFLINE=1 only the cache is asked.
+    `revision` is a branch, a tag or a commit, `main` by default. Weights are chosen as in `choose_layout`.
+    With HF_HUB_OFFLINE=1 only the cache is asked.
 
     Raises `ValueError`, in one line, where huggingface_hub is missing; where the hub cannot be reached, refuses, or
     knows no such repository or revision; where that holds no config or no weights, or an index that names anything but
@@ -105,9 +105,13 @@ def _from_cache(repository: str, revision: str) -> Path:
 
 def _weights(files: Collection[str], where: str, get: Callable[[str], Path]) -> list[str]:
     """Which of `files` hold the weights, their index first; `get` is asked for the index alone."""
-    name, is_index = next(((name, is_index) for name, is_index, _ in LAYOUTS if name in files), ("", False))
-    if not name:
+    try:
+        chosen = choose_layout(files, files.__contains__, lambda index: read_index(get(index)).values())
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from None
+    if chosen is None:
         raise ValueError(f"{where} holds no weights; looked for {', '.join(name for name, _, _ in LAYOUTS)}")
+    name, is_index, _ = chosen
     if not is_index:
         return [name]
     shards = dict.fromkeys(read_index(get(name)).values())

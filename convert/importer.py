@@ -38,9 +38,11 @@ from dsmoe_jax.tokenizer import tokenizer_files
 
 from .cast import Cast, Loss
 from .conversion import Conversion
+from .foreign_names import adopt_names
 from .hub import fetch, is_repository
 from .names import TIED_HEAD, hf_names, hf_shapes, is_stacked
 from .reader import CheckpointReader, path_inside
+from .torch_pickle import show
 
 GENERATION_CONFIG: Final = "generation_config.json"
 _log = logging.getLogger(__name__)
@@ -166,6 +168,10 @@ def travelling_files(folder: Path) -> tuple[Path, ...]:
 
 def check_tensors(path: str | Path, config: ModelConfig, reader: CheckpointReader) -> None:
     """Refuse a folder of which not every name, shape and dtype is as its config says; no tensor is read for it."""
+    adopt_names(reader, config)
+    if reader.ignored:
+        more = f" and {len(reader.ignored) - 8} more" if len(reader.ignored) > 8 else ""
+        _log.info("%s: ignored: %s%s", path, ", ".join(map(show, reader.ignored[:8])), more)
     check_count(path, config, len(reader.tensors), per_stack=config.n_routed_experts or 0)
     if "auto_map" in read_json(Path(path) / "config.json"):
         _log.info("%s: auto_map is dropped, no code travels with a checkpoint", path)
@@ -181,6 +187,16 @@ def check_tensors(path: str | Path, config: ModelConfig, reader: CheckpointReade
         for part in parts:
             if (dtype := reader.tensors[part].dtype) != first:
                 raise ValueError(f"{path}: tensor {part} is {dtype}, {parts[0]} of the same stack is {first}")
+
+
+def stored_dtypes(path: str | Path) -> dict[str, np.dtype]:
+    """The dtype of each of our parameters as the folder stores it, from the headers alone."""
+    config = ModelConfig.from_file(path)
+    with CheckpointReader(path) as reader:
+        check_count(path, config, len(reader.tensors), per_stack=config.n_routed_experts or 0)
+        adopt_names(reader, config)
+        found = {name: info.dtype for name, info in reader.tensors.items()}
+    return {name: found[parts[0]] for name, parts in hf_names(config).items() if parts[0] in found}
 
 
 def _parameters(config: ModelConfig, reader: CheckpointReader, dtype: np.dtype | None) -> list[Parameter]:

@@ -45,7 +45,10 @@ _WITHOUT_EFFECT: Final = frozenset(
     {"auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "megatron_config", "megatron_core"}
     | {"peft_version", "qalora_group_size", "revision", "runtime_config"}
 )
-_INITS: Final = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base's weights
+# What peft means by a field that is absent, where `LoraConfig` has another default.
+_DEFAULTS: Final[dict[str, Any]] = {"lora_alpha": 8}
+_REQUIRED: Final = ("r", "lora_alpha", "target_modules")  # null means nothing here
+_INITS: Final = (None, True, False, "gaussian", "eva", "orthogonal")  # the others change the base's weights
 _WRITTEN_SINCE: Final = {"exclude_modules": (0, 14), "corda_config": (0, 15)}  # `peft_version` itself since 0.18
 
 
@@ -196,7 +199,7 @@ def _lora_config(fields: Mapping[str, Any]) -> LoraConfig:
         if fields.get(name, allowed[0]) not in allowed:
             raise ValueError(f"{name} {fields[name]!r:.80} is not supported, only {allowed[0]!r}")
     init = fields.get("init_lora_weights", True)
-    if not isinstance(init, bool | str) or init not in _INITS:
+    if not isinstance(init, bool | str | None) or init not in _INITS:
         raise ValueError(f"init_lora_weights {init!r:.80} changes the base's weights, which are not here")
     if not isinstance(base := fields.get("base_model_name_or_path"), str | None):
         raise ValueError(f"base_model_name_or_path {base!r:.80} is not understood")
@@ -204,22 +207,27 @@ def _lora_config(fields: Mapping[str, Any]) -> LoraConfig:
     for name, value in fields.items():
         if name not in known and value not in (None, False, "", 0) and value != [] and value != {}:
             raise ValueError(f"{show(name)} {value!r:.80} is not supported")
-    return LoraConfig(**{name: _field(name, fields[name]) for name in _OURS if fields.get(name) is not None})
+    if "target_modules" not in fields:  # peft's default goes by the model type, and it has none for this one
+        raise ValueError("target_modules is missing")
+    said = {name: value for name, value in fields.items() if value is not None or name in _REQUIRED}
+    return LoraConfig(**{name: _field(name, value) for name, value in (_DEFAULTS | said).items() if name in _OURS})
 
 
 def _field(name: str, value: Any) -> Any:
     """The value in the type that `LoraConfig` has; `ValueError` for another one."""
     match name, value:
-        case ("target_modules", str()) | ("layers_pattern", str()) | ("use_rslora", bool()):
+        case ("target_modules", str()) | ("use_rslora", bool()):
             return value
         case ("target_modules" | "modules_to_save", [*entries]) if all(isinstance(entry, str) for entry in entries):
             return tuple(entries)
-        case "layers_pattern", [str() as pattern]:
-            return pattern
+        case "layers_pattern", [] | "":
+            return None
+        case "layers_pattern", [str() as pattern] | str(pattern):
+            return pattern or None
         case "layers_to_transform", int() if not isinstance(value, bool):
             return (value,)
         case "layers_to_transform", [*layers] if all(type(layer) is int for layer in layers):
-            return tuple(layers)
+            return tuple(layers) or None
         case ("rank_pattern" | "alpha_pattern", dict()) if all(_is_number(number) for number in value.values()):
             return value
         case ("r" | "lora_alpha" | "lora_dropout", int() | float()) if _is_number(value):
@@ -239,7 +247,7 @@ def _rules(fields: Mapping[str, Any]) -> Rules:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _peft_fields(config: LoraConfig, base: str | None) -> dict[str, Any]:

@@ -7,7 +7,8 @@ Read `CheckpointReader` first: it finds the files, checks them against their ind
 
 import mmap
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +19,7 @@ from dsmoe_jax.json_file import MAX_JSON_BYTES, parse_json, read_json
 
 from .torch_pickle import TensorInfo, count_elements, read_torch_file, show
 
-__all__ = ["CheckpointReader", "TensorInfo", "read_index", "read_safetensors"]
+__all__ = ["CheckpointReader", "TensorInfo", "choose_layout", "read_index", "read_safetensors"]
 
 MAX_NAME: Final = 250  # characters of a tensor's name, bytes of a file's
 
@@ -33,11 +34,13 @@ class CheckpointReader:
     """Every tensor of a Hugging Face checkpoint folder by name, memory-mapped, read when asked for.
 
     `tensors` maps each name to its `TensorInfo` (dtype, shape, file). Opening reads headers and indexes only,
-    and checks them all; the files must not change while the reader or one of its arrays is alive. Safetensors
-    are preferred to `.bin` files, an index to a single file.
+    and checks them all; the files must not change while the reader or one of its arrays is alive. Files are chosen as
+    in `choose_layout`. `ignored` names files and tensors that are there and not read: those of other layouts, stale
+    indexes and shards, and buffers that the model computes itself.
     """
 
     tensors: dict[str, TensorInfo]
+    ignored: list[str]
 
     def __init__(self, folder: str | Path, layouts: "Layouts | None" = None):
         """Open `folder`; ValueError, in one line, if anything about its files is not as it must be.
@@ -45,11 +48,12 @@ class CheckpointReader:
         `layouts` says where to look, as `LAYOUTS` does for a model.
         """
         self.folder = Path(folder)
-        self.tensors = {}
+        self.tensors, self.ignored = {}, []
         self._maps: dict[str, mmap.mmap] = {}
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder}: no such folder")
-        name, is_index, parse = self._find_weights(LAYOUTS if layouts is None else layouts)
+        layouts = LAYOUTS if layouts is None else layouts
+        name, is_index, parse = self._find_weights(layouts)
         index = None
         if is_index:
             path_inside(self.folder, name)  # refuses a link that leads out
@@ -62,14 +66,20 @@ class CheckpointReader:
                 if tensor in self.tensors:
                     both = f"{show(self.tensors[tensor].file)} and {show(file)}"
                     raise ValueError(f"{self.folder}: tensor {show(tensor)} lies in both {both}")
+                if is_buffer(tensor):
+                    self.ignored.append(tensor)
+                    continue
                 if index and tensor not in index:
                     raise ValueError(f"{self.folder / file}: tensor {show(tensor)} is not in {name}")
                 self.tensors[tensor] = info
         for tensor, file in (index or {}).items():
+            if is_buffer(tensor):
+                continue
             if tensor not in self.tensors or self.tensors[tensor].file != file:
                 raise ValueError(f"{self.folder / file}: lacks tensor {show(tensor)}, which {name} places there")
         if not self.tensors:
             raise ValueError(f"{self.folder / name}: holds no tensor")
+        self.ignored += self._other_files({name, *self._maps}, layouts)
 
     def read(self, name: str) -> np.ndarray:
         """The tensor `name` as a read-only view on the mapped file; bfloat16 is `ml_dtypes.bfloat16`.
@@ -102,11 +112,26 @@ class CheckpointReader:
         self.close()
 
     def _find_weights(self, layouts: "Layouts") -> tuple[str, bool, "_Parser"]:
-        for name, is_index, parse in layouts:
-            if os.path.lexists(self.folder / name):  # a dangling link is an error, not an absence
-                return name, is_index, parse
-        names = ", ".join(name for name, _, _ in layouts)
-        raise ValueError(f"{self.folder}: no weights; looked for {names}")
+        # A dangling link is an error, not an absence.
+        present = {name for name, _, _ in layouts if os.path.lexists(self.folder / name)}
+        try:
+            chosen = choose_layout(present, lambda file: os.path.lexists(self.folder / file), self._shards, layouts)
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: {error}") from None
+        if chosen is None:
+            names = ", ".join(name for name, _, _ in layouts)
+            raise ValueError(f"{self.folder}: no weights; looked for {names}")
+        return chosen
+
+    def _shards(self, index: str) -> set[str]:
+        path_inside(self.folder, index)  # refuses a link that leads out
+        return set(read_index(self.folder / index).values())
+
+    def _other_files(self, read: set[str], layouts: "Layouts") -> list[str]:
+        """What looks like weights beside those that were read."""
+        ends = tuple({Path(name.removesuffix(".index.json")).suffix for name, _, _ in layouts})
+        names = sorted(entry.name for entry in os.scandir(self.folder) if entry.name not in read)
+        return [name for name in names if name.removesuffix(".index.json").endswith(ends)]
 
     def _read_file(self, name: str, parse: "_Parser") -> dict[str, TensorInfo]:
         path = path_inside(self.folder, name)
@@ -127,10 +152,50 @@ def read_index(path: Path) -> dict[str, str]:
         raise ValueError(f"{path}: weight_map is missing, empty or not an object")
     end = Path(path.name.removesuffix(".index.json")).suffix
     for tensor, file in shards.items():
+        file = file.removeprefix("./") if isinstance(file, str) else file
         if not is_file_name(file) or not file.endswith(end):
             rule = f"a shard is a {end} file beside its index"
             raise ValueError(f"{path}: tensor {show(tensor)} is in {show(file)}; {rule}")
+        shards[tensor] = file
     return shards
+
+
+def choose_layout(
+    present: Collection[str],
+    exists: Callable[[str], bool],
+    shards_of: Callable[[str], Collection[str]],
+    layouts: "Layouts | None" = None,
+) -> "tuple[str, bool, _Parser] | None":
+    """Where the weights of a folder are read from; None where there are none.
+
+    Safetensors are preferred to `.bin` files. Beside a single file, an index whose shards are not all there is stale
+    and is not read, as in transformers.
+
+    Args:
+        present: which of the layouts' files are there.
+        exists: whether a shard is there.
+        shards_of: the files that an index names; may raise ValueError for a broken one.
+        layouts: as `LAYOUTS`.
+
+    Raises:
+        ValueError: a single file lies beside a complete set of shards; programs differ in which they read.
+    """
+    found = [layout for layout in (LAYOUTS if layouts is None else layouts) if layout[0] in present]
+    if len(found) < 2 or not found[0][1] or found[0][0] != f"{found[1][0]}.index.json":
+        return found[0] if found else None
+    (index, *_), single = found[:2]
+    try:
+        shards = set(shards_of(index))
+    except ValueError:
+        return single
+    if shards != {single[0]} and all(map(exists, shards)):
+        raise ValueError(f"holds two checkpoints, {single[0]} and the shards of {index}; remove one of them")
+    return found[0] if shards == {single[0]} else single
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is what older releases of transformers stored of RoPE, and what the model computes itself."""
+    return re.search(r"(^|\.)rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$", name) is not None
 
 
 def read_safetensors(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
@@ -220,7 +285,7 @@ def path_inside(folder: Path, name: str) -> Path:
 _Parser = Callable[[mmap.mmap, str], dict[str, TensorInfo]]
 Layouts = tuple[tuple[str, bool, _Parser], ...]
 
-# Where weights are looked for, the preferred first: the file, whether it is an index of shards, its parser.
+# Where weights are looked for, the preferred first (`choose_layout`): the file, whether it is an index, its parser.
 LAYOUTS: Final[Layouts] = (
     ("model.safetensors.index.json", True, read_safetensors),
     ("model.safetensors", False, read_safetensors),

@@ -1,19 +1,22 @@
 """What the network *is*: `ModelConfig`, in Hugging Face's field names, with presets and validation.
 
-Read the fields first, then `_LIMITS`; mesh, dtypes, kernels and training never enter here.
+Read the fields first, then `_LIMITS`; mesh, dtypes, kernels and training never enter here. Other spellings of the same
+config (transformers 5, other libraries) are read in `config_spellings.py`.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from dsmoe_jax.config_spellings import ROPE_SCALING_TYPES, check_unknown, show_value, standardize
 from dsmoe_jax.json_file import read_json
 
 MODEL_TYPE: Final = "deepseek"
+ARCHITECTURES: Final = ("DeepseekForCausalLM",)
 ACTIVATIONS: Final = ("silu", "swish", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh")
-ROPE_SCALING_TYPES: Final = ("linear", "dynamic")
+_DEFAULT_BOS: Final = 100000  # of the original tokenizer of 100,015 tokens
+_DEFAULT_EOS: Final = 100001
 
 
 class RopeScaling(NamedTuple):
@@ -52,8 +55,8 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     use_cache: bool = True
     pad_token_id: int | None = None
-    bos_token_id: int | None = 100000
-    eos_token_id: int | None = 100001
+    bos_token_id: int | None = _DEFAULT_BOS  # None by default where the vocabulary has no such id; likewise EOS
+    eos_token_id: int | tuple[int, ...] | None = _DEFAULT_EOS  # several: generation stops at any of them
     pretraining_tp: int = 1
     tie_word_embeddings: bool = False
     rope_theta: float = 10000.0
@@ -63,18 +66,19 @@ class ModelConfig:
     # Carried from config.json and back, never interpreted.
     torch_dtype: str | None = None
     transformers_version: str | None = None
-    architectures: tuple[str, ...] = ("DeepseekForCausalLM",)
+    architectures: tuple[str, ...] = ARCHITECTURES  # always, whatever config.json says
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         """Validate every field; see `_LIMITS` for the bounds."""
+        for name, value in _normalized(self).items():
+            object.__setattr__(self, name, value)
         for name, (kinds, low, high) in _LIMITS.items():
             _check(name, getattr(self, name), kinds, low, high)
         _check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
         _check_choice("scoring_func", self.scoring_func, ("softmax",))
         _check_choice("pretraining_tp", self.pretraining_tp, (1,))
         object.__setattr__(self, "rope_scaling", _rope_scaling(self.rope_scaling))
-        object.__setattr__(self, "architectures", _architectures(self.architectures))
         heads, kv_heads = self.num_attention_heads, self.num_kv_heads
         if self.hidden_size % (2 * heads):  # rotary embeddings turn pairs
             raise ValueError(f"hidden_size {self.hidden_size} is not an even multiple of num_attention_heads {heads}")
@@ -91,6 +95,12 @@ class ModelConfig:
     def num_kv_heads(self) -> int:
         """`num_key_value_heads`, with None read as one per query head."""
         return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every id of `eos_token_id`: none, one or several."""
+        eos = self.eos_token_id
+        return () if eos is None else eos if isinstance(eos, tuple) else (eos,)
 
     def stored_as(self, dtype: str) -> "ModelConfig":
         """The config of the same model with its weights in `dtype`, under both names that transformers gives it."""
@@ -114,10 +124,12 @@ class ModelConfig:
     def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
         """A config from the fields of a `config.json`.
 
-        `auto_map` is dropped: no code travels. Fields unknown to this model are kept in `extra`, but those that
-        change what other models compute are refused unless they hold the value that leaves DeepSeekMoE v1 as it is.
+        Spellings of other releases and libraries mean the same (`config_spellings.standardize`). `auto_map` is dropped:
+        no code travels. Fields unknown to this model are kept in `extra`, but for those that change what other models
+        compute (refused unless they hold the value that leaves DeepSeekMoE v1 as it is), and for those that look like
+        a mistyped field or are another model's name for one (refused with the right name).
         """
-        fields = dict(fields)
+        fields = standardize(fields)
         fields.pop("auto_map", None)
         _check_choice("model_type", fields.pop("model_type", MODEL_TYPE), (MODEL_TYPE,))
         known = {field.name for field in dataclasses.fields(cls)} - {"extra"}
@@ -125,9 +137,11 @@ class ModelConfig:
             **{name: value for name, value in fields.items() if name in known},
             extra={name: value for name, value in fields.items() if name not in known},
         )
-        for name, neutral in (_FOREIGN | {"head_dim": (None, config.head_dim)}).items():
+        foreign = _FOREIGN | {"head_dim": (None, config.head_dim)}
+        for name, neutral in foreign.items():
             if name in config.extra:
                 _check_choice(name, config.extra[name], neutral)
+        check_unknown(config.extra, {name: getattr(config, name) for name in known}, foreign)
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -135,6 +149,7 @@ class ModelConfig:
         fields = dataclasses.asdict(self)
         extra = fields.pop("extra")
         fields["architectures"] = list(self.architectures)
+        fields["eos_token_id"] = list(eos) if isinstance(eos := self.eos_token_id, tuple) else eos
         fields["rope_scaling"] = self.rope_scaling and self.rope_scaling._asdict()
         return {**extra, **fields, "model_type": MODEL_TYPE}
 
@@ -158,6 +173,8 @@ class ModelConfig:
 
 # fmt: off
 _SIZE: Final = ((int,), 1, 1 << 24)  # no real size comes near; refused before anything is allocated
+_LARGEST: Final = 1e30  # every number fits float32, with room for its powers
+_TOKEN_ID: Final = ((int, None), 0, 1 << 31)
 # field: (accepted types, lowest, highest)
 _LIMITS: Final[dict[str, tuple[tuple[type | None, ...], float, float]]] = {
     "vocab_size":              _SIZE,
@@ -174,18 +191,17 @@ _LIMITS: Final[dict[str, tuple[tuple[type | None, ...], float, float]]] = {
     "first_k_dense_replace":   ((int,), 0, 4096),
     "norm_topk_prob":          ((bool,), 0, 1),
     "scoring_func":            ((str,), 0, 0),
-    "aux_loss_alpha":          ((float, int), 0, math.inf),
+    "aux_loss_alpha":          ((float, int), 0, _LARGEST),
     "seq_aux":                 ((bool,), 0, 1),
     "hidden_act":              ((str,), 0, 0),
     "max_position_embeddings": ((int,), 1, 1 << 31),
-    "initializer_range":       ((float, int), 0, math.inf),
+    "initializer_range":       ((float, int), 0, _LARGEST),
     "rms_norm_eps":            ((float, int), 0, 1),
     "use_cache":               ((bool,), 0, 1),
     "pad_token_id":            ((int, None), -1, 1 << 31),
-    "bos_token_id":            ((int, None), 0, 1 << 31),
-    "eos_token_id":            ((int, None), 0, 1 << 31),
+    "bos_token_id":            _TOKEN_ID,
     "tie_word_embeddings":     ((bool,), 0, 1),
-    "rope_theta":              ((float, int), 1e-3, math.inf),
+    "rope_theta":              ((float, int), 1e-3, _LARGEST),
     "attention_bias":          ((bool,), 0, 1),
     "attention_dropout":       ((float, int), 0, 0.999),
     "torch_dtype":             ((str, None), 0, 0),
@@ -195,7 +211,7 @@ _LIMITS: Final[dict[str, tuple[tuple[type | None, ...], float, float]]] = {
 # Fields of related models (DeepSeek V2 and V3, Llama) with the values under which v1 computes the same.
 _FOREIGN: Final[dict[str, tuple[Any, ...]]] = {
     "routed_scaling_factor":   (None, 1),
-    "topk_method":             (None, "greedy"),
+    "topk_method":             (None, "greedy", "gready"),  # DeepSeek V2's own default is misspelled
     "n_group":                 (None, 0, 1),
     "topk_group":              (None, 0, 1),
     "num_nextn_predict_layers": (None, 0),
@@ -206,10 +222,25 @@ _FOREIGN: Final[dict[str, tuple[Any, ...]]] = {
     "v_head_dim":              (None,),
     "mlp_bias":                (None, False),
     "partial_rotary_factor":   (None, 1),
-    "rope_parameters":         (None,),
     "rope_interleave":         (None, False),
     "sliding_window":          (None,),
-    "quantization_config":     (None,),
+    "quantization_config":     (None, {}),
+    "use_sliding_window":      (None, False),
+    "rope_scaling_factor":     (None, 1),
+    "attn_logit_softcapping":  (None,),
+    "final_logit_softcapping": (None,),
+    "logit_scale":             (None, 1),
+    "logits_scaling":          (None, 1),
+    "embedding_multiplier":    (None, 1),
+    "residual_multiplier":     (None, 1),
+    "attention_multiplier":    (None,),
+    "qk_norm":                 (None, False),
+    "use_qk_norm":             (None, False),
+    "use_parallel_residual":   (None, False),
+    "alibi":                   (None, False),
+    "clip_qkv":                (None,),
+    "mlp_only_layers":         (None, []),
+    "pruned_heads":            (None, {}),
 }
 
 _BASE: Final[dict[str, Any]] = {"bos_token_id": 100000, "eos_token_id": 100001, "torch_dtype": "bfloat16"}
@@ -253,16 +284,37 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
 # fmt: on
 
 
-def _show(value: Any) -> str:
-    """A value from an untrusted file in one short line."""
-    text = repr(value)
-    return text if len(text) <= 160 else f"{text[:157]}..."
-
-
-def _architectures(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple | None) or not all(isinstance(name, str) for name in value or ()):
-        raise ValueError(f"architectures must be null or a list of strings, not {_show(value)}")
-    return tuple(value or ())
+def _normalized(config: ModelConfig) -> dict[str, Any]:
+    """The fields that have several spellings, each in its one form."""
+    if not isinstance(config.architectures, list | tuple | None) or not all(
+        isinstance(name, str) for name in config.architectures or ()
+    ):
+        raise ValueError(f"architectures must be null or a list of strings, not {show_value(config.architectures)}")
+    eos = config.eos_token_id
+    if isinstance(eos, list | tuple):
+        for token in eos:
+            _check("eos_token_id", token, *_TOKEN_ID)
+        eos = tuple(dict.fromkeys(eos))
+        eos = eos if len(eos) > 1 else next(iter(eos), None)
+    else:
+        _check("eos_token_id", eos, *_TOKEN_ID)
+    # 0 experts are none at all; the original writes null.
+    experts = {name: getattr(config, name) for name in ("n_shared_experts", "n_routed_experts", "num_experts_per_tok")}
+    without = {name: None for name, value in experts.items() if type(value) is int and value == 0}
+    if "n_routed_experts" not in without and config.n_routed_experts is not None:
+        without.pop("num_experts_per_tok", None)
+    whole = {
+        name: int(value)  # 64.0, as programs write it that know only one kind of number
+        for name, (kinds, _, _) in _LIMITS.items()
+        if type(value := getattr(config, name)) is float and float not in kinds and value.is_integer()
+    }
+    fields = {**whole, **without, "architectures": ARCHITECTURES, "eos_token_id": eos}
+    # A smaller vocabulary has the original's default ids only because nobody said otherwise.
+    if type(config.vocab_size) is int:
+        for name, default in (("bos_token_id", _DEFAULT_BOS), ("eos_token_id", _DEFAULT_EOS)):
+            if fields.get(name, getattr(config, name)) == default >= config.vocab_size:
+                fields[name] = None
+    return fields
 
 
 def _check(name: str, value: Any, kinds: tuple[type | None, ...], low: float, high: float) -> None:
@@ -270,29 +322,29 @@ def _check(name: str, value: Any, kinds: tuple[type | None, ...], low: float, hi
         return
     if type(value) not in kinds:
         wanted = " or ".join("null" if kind is None else kind.__name__ for kind in kinds)
-        raise ValueError(f"{name} must be {wanted}, not {_show(value)}")
+        raise ValueError(f"{name} must be {wanted}, not {show_value(value)}")
     if isinstance(value, str):
         return
     assert value is not None  # no field accepts None without naming it
-    if not (math.isfinite(value) and low <= value <= high):
-        raise ValueError(f"{name} must be a finite number in [{low}, {high}], not {value}")
+    if not low <= value <= high:  # NaN is in no interval
+        raise ValueError(f"{name} must be a finite number in [{low}, {high}], not {show_value(value)}")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     # True == 1 in Python; a type that differs is a value that differs, except between int and float.
     if not any(value == c and isinstance(value, bool) == isinstance(c, bool) for c in choices):
-        raise ValueError(f"{name} {_show(value)} is not supported, only {', '.join(repr(c) for c in choices)}")
+        raise ValueError(f"{name} {show_value(value)} is not supported, only {', '.join(repr(c) for c in choices)}")
 
 
 def _rope_scaling(value: Any) -> RopeScaling | None:
-    """The original's rule: null, or exactly {"type": "linear" | "dynamic", "factor": a float > 1}."""
+    """Null, or exactly {"type": "linear" | "dynamic", "factor": a number > 1}; a linear factor of 1 changes nothing."""
     if value is None:
         return None
     fields = value._asdict() if isinstance(value, RopeScaling) else value
     if not isinstance(fields, Mapping) or set(fields) != {"type", "factor"}:
-        raise ValueError(f"rope_scaling must be null or hold exactly `type` and `factor`, not {_show(value)}")
+        raise ValueError(f"rope_scaling must be null or hold exactly `type` and `factor`, not {show_value(value)}")
     _check_choice("rope_scaling.type", fields["type"], ROPE_SCALING_TYPES)
     factor = fields["factor"]
-    if type(factor) is not float or not math.isfinite(factor) or factor <= 1:
-        raise ValueError(f"rope_scaling.factor must be a finite float > 1, not {_show(factor)}")
-    return RopeScaling(fields["type"], factor)
+    if type(factor) not in (int, float) or not 1 <= factor <= _LARGEST or (factor == 1 and fields["type"] != "linear"):
+        raise ValueError(f"rope_scaling.factor must be a finite number > 1, not {show_value(factor)}")
+    return None if factor == 1 else RopeScaling(fields["type"], float(factor))

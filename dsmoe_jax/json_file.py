@@ -1,6 +1,7 @@
 """Small JSON files from a place that is not trusted."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any, Final
@@ -10,7 +11,7 @@ from typing import Any, Final
 MAX_JSON_BYTES: Final = 8_000_000
 MAX_PARSED_BYTES: Final = 64_000_000
 MAX_DEPTH: Final = 64  # what parses must also survive a repr, a copy and a second look, which take more stack
-_MAX_DIGITS: Final = 40  # of an integer; 64 bits have 20
+_MAX_DIGITS: Final = 40  # of an integer; 64 bits have 20, and float32 ends there
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
         text = data.decode("utf-8")
         if (size := _parsed_size(text)) > MAX_PARSED_BYTES:
             raise ValueError(f"has JSON that may take {size} bytes in memory; at most {MAX_PARSED_BYTES}")
-        fields = json.loads(text, object_pairs_hook=_unique_keys, parse_int=_integer)
+        fields = json.loads(text, object_pairs_hook=_checked_object, parse_int=_integer, parse_float=_float)
     except RecursionError:
         raise ValueError("has JSON nested too deeply") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -68,16 +69,40 @@ def _check_depth(value: Any) -> None:
     raise ValueError(f"has JSON nested too deeply; at most {MAX_DEPTH} levels")
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+class _TooLarge(float):
+    """A number in the file that is larger than any we can hold; refused where its key is known."""
+
+    what: str
+
+
+def _checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for key, value in pairs:
         if key in fields:
             raise ValueError(f"has JSON key {key[:80]!r} twice")
+        if (large := _too_large(value)) is not None:
+            raise ValueError(f"has {large.what} for {key[:80]!r}")
         fields[key] = value
     return fields
 
 
+def _too_large(value: Any) -> _TooLarge | None:
+    if isinstance(value, list):
+        return next((large for item in value if (large := _too_large(item)) is not None), None)
+    return value if isinstance(value, _TooLarge) else None
+
+
+def _float(literal: str) -> float:
+    return value if math.isfinite(value := float(literal)) else _refused(f"{literal[:40]}, too large for a float,")
+
+
 def _integer(digits: str) -> int | float:
     if len(digits) > _MAX_DIGITS:
-        raise ValueError(f"has an integer of {len(digits)} digits; at most {_MAX_DIGITS}")
+        return _refused(f"an integer of {len(digits)} digits (at most {_MAX_DIGITS})")
     return -0.0 if digits == "-0" else int(digits)  # no integer has that sign
+
+
+def _refused(what: str) -> _TooLarge:
+    large = _TooLarge(math.inf)
+    large.what = what
+    return large

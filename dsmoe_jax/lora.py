@@ -18,12 +18,14 @@ from jax.sharding import Mesh, Sharding
 
 from dsmoe_jax.axes import Array, PRNGKeyArray
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.config_spellings import show_value
 from dsmoe_jax.kernels.operand import LowRank, Operand, Quantized
 from dsmoe_jax.layers.weights import Initializer
 from dsmoe_jax.model import ParamSpec, abstract
 from dsmoe_jax.sharding import sharding
 
 LORA_A, LORA_B = ".lora_a", ".lora_b"
+_LARGEST: Final = 1e30  # fits float32, with room for a product
 PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -46,12 +48,12 @@ class LoraConfig:
         """`ValueError` for a value that means nothing."""
         ranks = ((f"rank_pattern {key!r:.80}", r) for key, r in self.rank_pattern.items())
         for name, value in (("r", self.r), *ranks):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < _LARGEST:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {show_value(value)}")
         alphas = ((f"alpha_pattern {key!r:.80}", alpha) for key, alpha in self.alpha_pattern.items())
         for name, value in (("lora_alpha", self.lora_alpha), *alphas):
-            if not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, not {value}")
+            if not abs(value) <= _LARGEST:  # NaN is not, either
+                raise ValueError(f"{name} must be a finite number, at most {_LARGEST:g}, not {show_value(value)}")
         if self.layers_to_transform and isinstance(self.target_modules, str):
             raise ValueError("layers_to_transform goes with a list of target_modules, not with a regular expression")
         if self.layers_pattern and not self.layers_to_transform:

@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dsmoe_jax"
 
 # From the ground up; a room may import its own floor and those below it.
 FLOORS = (
-    {"json_file", "axes", "progress", "locks", "new_file", "new_folder", "xla_options"},
+    {"json_file", "axes", "progress", "locks", "new_file", "new_folder", "xla_options", "config_spellings"},
     {"config", "chat_template", "array_files", "codebooks"},
-    {"tokenizer", "sharding", "manifest", "vocabulary"},
+    {"tokenizer", "sharding", "manifest", "vocabulary", "special_ids"},
     {"kernels", "cache"},
     {"layers"},
     {"model"},

@@ -85,11 +85,39 @@ BAD = [
     ({"hidden_size": 36, "num_attention_heads": 4, "num_key_value_heads": 4}, "hidden_size"),  # odd head width
     ({"n_routed_experts": 8}, "num_experts_per_tok"),
     ({"n_routed_experts": 8, "num_experts_per_tok": 9}, "num_experts_per_tok"),
-    (MOE | {"n_shared_experts": 0}, "n_shared_experts"),
+    (MOE | {"n_shared_experts": -1}, "n_shared_experts"),
+    (MOE | {"num_experts_per_tok": 0}, "num_experts_per_tok"),
+    (MOE | {"n_shared_experts": False}, "n_shared_experts"),
+    ({"rope_theta": 10**400}, "rope_theta .* an integer of 1329 bits"),
+    ({"rope_theta": 1e31}, "rope_theta"),
+    ({"initializer_range": 1e300}, "initializer_range"),
+    ({"hidden_size": 64.5}, "hidden_size"),
+    ({"bos_token_id": [1, 2]}, r"bos_token_id must be one token id, not \[1, 2\]"),
+    ({"eos_token_id": [1, "2"]}, "eos_token_id"),
+    ({"eos_token_id": [True]}, "eos_token_id"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ({"architectures": "DeepseekForCausalLM"}, "architectures"),
     (MOE | {"moe_layer_freq": 0}, "moe_layer_freq"),
     ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling.type"),
-    ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling.factor"),
-    ({"rope_scaling": {"type": "linear", "factor": 1.0}}, "rope_scaling.factor"),
+    ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor"),
+    ({"rope_scaling": {"type": "linear", "factor": True}}, "rope_scaling.factor"),
+    ({"rope_scaling": {"type": "linear", "factor": 10**400}}, "rope_scaling.factor"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 1.0}}, "rope_scaling.factor"),
+    ({"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2.0}}, "contradict each other"),
+    ({"rope_scaling": {"type": "default", "factor": 2.0}}, "rope_scaling.factor 2.0"),
+    ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.factor 2.0"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 32}}, "rope_parameters.type 'yarn'"),
+    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters.full_attention"),
+    ({"rope_parameters": "default"}, "rope_parameters"),
+    (
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "rope_theta": 1e4},
+        r"rope_theta 10000.0 and rope_parameters.rope_theta 500000.0 contradict each other",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        "rope_scaling .* and rope_parameters None contradict each other",
+    ),
     ({"rope_scaling": {"type": "linear", "factor": math.nan}}, "rope_scaling.factor"),
     ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0, "low": 1}}, "rope_scaling"),
@@ -113,12 +141,151 @@ def test_a_bad_value_is_refused_in_one_line_that_names_it(fields: dict, named: s
 
 
 @pytest.mark.parametrize(
+    ("field", "meant"),
+    [
+        # other libraries' names
+        ("num_experts", "n_routed_experts"),
+        ("num_local_experts", "n_routed_experts"),
+        ("moe_num_experts", "n_routed_experts"),
+        ("num_experts_per_token", "num_experts_per_tok"),
+        ("moe_topk", "num_experts_per_tok"),
+        ("n_layer", "num_hidden_layers"),
+        ("n_head", "num_attention_heads"),
+        ("d_model", "hidden_size"),
+        ("ffn_hidden_size", "intermediate_size"),
+        ("rotary_base", "rope_theta"),
+        ("layer_norm_epsilon", "rms_norm_eps"),
+        # typing errors
+        ("n_routed_expert", "n_routed_experts"),
+        ("n_route_experts", "n_routed_experts"),
+        ("norm_topk_proc", "norm_topk_prob"),
+        ("hidden_sise", "hidden_size"),
+        ("rope_thetta", "rope_theta"),
+        ("seq_aus", "seq_aux"),
+        ("rope_paramters", "rope_parameters"),
+        ("firstKDenseReplace", "first_k_dense_replace"),
+        ("moe-intermediate-size", "moe_intermediate_size"),
+        ("num_expertz", "n_routed_experts"),
+        ("routed_scaling_facto", "routed_scaling_factor"),
+    ],
+)
+def test_a_mistyped_or_foreign_field_is_refused_with_the_right_name(field: str, meant: str):
+    with pytest.raises(ValueError, match=f"unknown field '{field}'; .*'{meant}'"):
+        ModelConfig.from_dict({field: 7})
+
+
+def test_a_foreign_name_beside_the_right_one_may_say_the_same():
+    fields = MOE | {"num_experts": 8, "num_local_experts": None, "num_layers": 30}
+
+    assert ModelConfig.from_dict(fields).n_routed_experts == 8
+    with pytest.raises(ValueError, match="num_experts"):
+        ModelConfig.from_dict(fields | {"num_experts": 16})
+
+
+# What PretrainedConfig of transformers 4.57 and 5 writes into a config.json beside a model's own fields.
+PRETRAINED = """
+_attn_implementation_autoset _attn_implementation _commit_hash _from_model_config _name_or_path _output_attentions
+add_cross_attention bad_words_ids begin_suppress_tokens cache_config cache_implementation chunk_size_feed_forward
+compile_config cross_attention_hidden_size decoder_start_token_id disable_compile diversity_penalty do_sample
+early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff
+exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id guidance_scale id2label
+is_assistant is_decoder is_encoder_decoder label2id length_penalty low_memory max_length max_new_tokens max_time
+min_length min_new_tokens min_p no_repeat_ngram_size num_assistant_tokens num_beam_groups num_beams num_labels
+num_return_sequences output_attentions output_hidden_states output_logits output_scores penalty_alpha prefix
+problem_type prompt_lookup_num_tokens remove_invalid_values renormalize_logits repetition_penalty return_dict
+return_dict_in_generate sep_token_id sequence_bias stop_strings suppress_tokens task_specific_params temperature
+tf_legacy_loss tie_encoder_decoder token_healing tokenizer_class top_h top_k top_p torchscript typical_p unk_token_id
+use_bfloat16 use_mtp watermarking_config ep_size output_router_logits router_z_loss_coef max_window_layers
+"""
+
+
+def test_what_transformers_writes_beside_the_models_fields_is_carried():
+    fields = dict.fromkeys(PRETRAINED.split(), 1)
+
+    assert dict(ModelConfig.from_dict(fields).extra) == fields
+
+
+# another spelling | what it means
+SAME = [
+    ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, {"rope_theta": 5e5}),
+    ({"rope_parameters": {"rope_theta": 5e5, "type": "default"}, "rope_theta": 500000}, {"rope_theta": 5e5}),
+    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0}, "rope_scaling": None}, {}),
+    ({"rope_parameters": None}, {}),
+    ({"rope_parameters": {}}, {}),
+    (
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    ),
+    (
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 2048}},
+        {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+    ),
+    (
+        {"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2.0, "rope_theta": None}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    ),
+    ({"rope_scaling": {"type": "default"}}, {}),
+    ({"rope_scaling": {}}, {}),
+    ({"rope_scaling": {"type": "linear", "factor": 1.0}}, {}),
+    ({"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}),
+    ({"torch_dtype": "torch.float16"}, {"torch_dtype": "float16"}),
+    ({"torch_dtype": None, "dtype": "torch.float16"}, {"torch_dtype": "float16"}),
+    ({"eos_token_id": [7]}, {"eos_token_id": 7}),
+    ({"eos_token_id": []}, {"eos_token_id": None}),
+    ({"eos_token_id": [7, 9, 7]}, {"eos_token_id": (7, 9)}),
+    ({"bos_token_id": [3], "pad_token_id": []}, {"bos_token_id": 3}),
+    ({"architectures": None}, {}),
+    ({"architectures": []}, {}),
+    ({"architectures": ["DeepseekModel"]}, {}),
+    (MOE | {"n_shared_experts": 0}, MOE),
+    ({"n_routed_experts": 0, "num_experts_per_tok": 0, "n_shared_experts": 0}, {}),
+    ({"attention_bias": None, "norm_topk_prob": None, "tie_word_embeddings": None, "use_cache": None}, {}),
+    ({"pretraining_tp": None}, {}),
+    ({"pretraining_tp": 0}, {}),
+    ({"hidden_size": 4096.0, "rope_theta": 10000}, {}),
+    ({"quantization_config": {}, "head_dim": 128, "routed_scaling_factor": 1.0, "topk_method": "gready"}, {}),
+    ({"layer_types": ["full_attention"] * 30, "n_group": 1, "topk_group": 1, "scoring_func": "softmax"}, {}),
+    ({"model_type": None}, {}),
+]
+
+
+@pytest.mark.parametrize(("spelling", "meaning"), SAME, ids=[f"{fields}"[:60] for fields, _ in SAME])
+def test_every_neutral_spelling_means_the_same(spelling: dict, meaning: dict):
+    config = ModelConfig.from_dict(spelling)
+
+    assert dataclasses.replace(config, extra={}) == ModelConfig(**meaning)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.to_dict()["architectures"] == ["DeepseekForCausalLM"]
+    assert "rope_parameters" not in config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("fields", "ids"),
+    [
+        ({"vocab_size": 1024}, (None, None)),
+        ({"vocab_size": 1024, "bos_token_id": 100000, "eos_token_id": [100001]}, (None, None)),
+        ({"vocab_size": 100001}, (100000, None)),
+        ({"vocab_size": 102400}, (100000, 100001)),
+        ({"vocab_size": 1024, "eos_token_id": 5}, (None, 5)),
+    ],
+    ids=str,
+)
+def test_default_ids_are_only_those_of_the_vocabulary(fields: dict, ids: tuple):
+    config = ModelConfig.from_dict(fields)
+
+    assert (config.bos_token_id, config.eos_token_id) == ids
+
+
+@pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("", "is not JSON"),
         ("[1]", "holds a list"),
         ('{"hidden_size": 64, "hidden_size": 32}', "twice"),
         ('{"hidden_size": NaN}', "hidden_size"),
+        ('{"rope_theta": 1e400}', "has 1e400, too large for a float, for 'rope_theta'"),
+        ('{"note": [[-1e999]]}', "has -1e999, too large for a float, for 'note'"),
+        (f'{{"rope_theta": {10**50}}}', r"an integer of 51 digits \(at most 40\) for 'rope_theta'"),
         ("[" * 100_000, "nested too deeply"),
         ("\xff", "is not JSON"),
     ],

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -218,6 +219,80 @@ def test_a_tied_checkpoint_with_another_head_is_refused(tmp_path: Path, wrong: s
         load_hf(tmp_path)
 
 
+# Folders of other libraries
+
+Renaming = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+def prefixed(prefix: str) -> Renaming:
+    return lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+# what another program made of the tensors | what the log says
+FOREIGN: dict[str, tuple[Renaming, str]] = {
+    **{
+        prefix: (prefixed(prefix), f"the prefix '{prefix}' of all tensors")
+        for prefix in ("module.", "_forward_module.", "base_model.model.", "model.", "module.model.", "student.")
+    },
+    "torch.compile": (prefixed("_orig_mod."), "wrappers in names such as '_orig_mod."),
+    "a wrapper of each layer": (
+        lambda t: {re.sub(r"(layers\.\d+\.)", r"\1_fsdp_wrapped_module._orig_mod.", name): x for name, x in t.items()},
+        "wrappers in names such as 'model.layers.0._fsdp_wrapped_module._orig_mod.",
+    ),
+    "buffers": (
+        lambda t: t | {"model.layers.1.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)},
+        "ignored: 'model.layers.1.self_attn.rotary_emb.inv_freq'",
+    ),
+    "buffers with a prefix": (
+        lambda t: prefixed("module.")(t | {"model.rotary_emb.inv_freq": np.ones(4, np.float32)}),
+        "'module.model.rotary_emb.inv_freq'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("rename", "said"), FOREIGN.values(), ids=FOREIGN)
+def test_names_of_wrappers_load_with_a_line(
+    tmp_path: Path, rename: Renaming, said: str, caplog: pytest.LogCaptureFixture
+):
+    source = write_hf(tmp_path, tiny(), random_params(tiny()))
+    write_tensors(source, rename(hf_tensors(tiny(), random_params(tiny()))))
+
+    with caplog.at_level("INFO"):
+        params = split(load_hf(source))[1]
+
+    assert said in caplog.text
+    assert all(same_bits(params[name], want) for name, want in random_params(tiny()).items())
+
+
+@pytest.mark.parametrize("form", ["without the head's module", "head alone"])
+def test_a_tied_model_may_be_stored_without_its_outer_module(tmp_path: Path, form: str):
+    config = tiny(tie_word_embeddings=True)
+    params = random_params(config)
+    source, tensors = write_hf(tmp_path, config, params), hf_tensors(config, params)
+    if form == "head alone":
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    else:
+        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    write_tensors(source, tensors)
+
+    loaded = split(load_hf(source))[1]
+
+    assert all(same_bits(loaded[name], want) for name, want in params.items())
+
+
+def test_empty_shared_experts_are_none(tmp_path: Path):
+    config = tiny(n_shared_experts=None)
+    source = write_hf(tmp_path, config, random_params(config))
+    edit("config.json", lambda fields: fields.update(n_shared_experts=0))(source)
+    empty = {
+        f"model.layers.1.mlp.shared_experts.{name}_proj.weight": np.zeros((0, 32), np.float32)
+        for name in ("gate", "up")
+    }
+    write_tensors(source, hf_tensors(config, random_params(config)) | empty)
+
+    assert load_hf(source).config == config
+
+
 # import_hf
 
 
@@ -330,6 +405,15 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "mixed stack": (change_tensors(lambda t: t.update({EXPERT: t[EXPERT].astype(np.float16)})), f"{EXPERT} is float16"),
     "int8": (change_tensors(lambda t: t.update({NORM: t[NORM].astype(np.int8)})), f"{NORM}.*I8"),
     "index names an absent tensor": (edit(INDEX, lambda i: i["weight_map"].update(absent=SHARD)), "absent"),
+    "an adapter inside": (
+        change_tensors(lambda t: t.update({"model.layers.0.self_attn.q_proj.lora_A.weight": t[NORM].copy()})),
+        "belongs to a LoRA adapter that is not merged",
+    ),
+    "some have a prefix": (
+        change_tensors(lambda t: t.update({f"module.{n}": t.pop(n) for n in list(t) if n != NORM})),
+        f"tensor '{NORM}' lacks the prefix 'module.' of the others",
+    ),
+    "two of one name": (change_tensors(lambda t: t.update({f"_orig_mod.{NORM}": t[NORM].copy()})), "mean the same"),
     "index lacks a tensor": (edit(INDEX, lambda i: i["weight_map"].pop(NORM)), NORM),
     "absolute shard": (place_in("{outside}"), NORM),
     "shard above": (place_in("../elsewhere.safetensors"), NORM),

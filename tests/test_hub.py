@@ -175,7 +175,7 @@ def test_without_huggingface_hub_one_line_says_how_to_get_it(monkeypatch: pytest
 def test_only_what_is_read_is_fetched_and_loads_bit_for_bit(hub: FakeHub, online: Client, checkpoint: dict[str, bytes]):
     beside = holding("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     ignored = holding(
-        "README.md", ".gitattributes", "modeling_deepseek.py", "configuration_deepseek.py", "model.safetensors",
+        "README.md", ".gitattributes", "modeling_deepseek.py", "configuration_deepseek.py",
         "pytorch_model.bin", BIN_INDEX, "original/consolidated.00.pth", "original/tokenizer.model", "tokenizer.py",
         "model-00003-of-00002.safetensors",
     )  # fmt: skip
@@ -212,14 +212,15 @@ CHOICES: dict[str, tuple[Mapping[str, bytes], set[str]]] = {
         holding("model.safetensors", "a.bin", **{BIN_INDEX: index("a.bin")}),
         {"model.safetensors"},
     ),
-    "shards, not one file": (
-        holding("model.safetensors", "b.safetensors", **{INDEX: index("b.safetensors", "b.safetensors")}),
+    "shards, not one bin": (
+        holding("pytorch_model.bin", "b.safetensors", **{INDEX: index("b.safetensors", "b.safetensors")}),
         {INDEX, "b.safetensors"},
     ),
-    "shards of bin, not one file": (
-        holding("pytorch_model.bin", "a.bin", **{BIN_INDEX: index("a.bin")}),
-        {BIN_INDEX, "a.bin"},
+    "one file, not an index whose shards are gone": (
+        holding("model.safetensors", "a.safetensors", **{INDEX: index("a.safetensors", "b.safetensors")}),
+        {INDEX, "model.safetensors"},
     ),
+    "shards of bin": (holding("a.bin", **{BIN_INDEX: index("a.bin")}), {BIN_INDEX, "a.bin"}),
     "one bin": (holding("pytorch_model.bin", "x.py"), {"pytorch_model.bin"}),
 }
 
@@ -358,6 +359,11 @@ REFUSED: dict[str, tuple[Mapping[str, bytes], dict[str, Any], str]] = {
         holding("a.safetensors", **{INDEX: index("a.safetensors", "b.safetensors")}),
         {},
         "the repository lacks b.safetensors, which model.safetensors.index.json names",
+    ),
+    "one file and shards": (
+        holding("model.safetensors", "a.safetensors", **{INDEX: index("a.safetensors")}),
+        {},
+        f"the repository holds two checkpoints, model.safetensors and the shards of {INDEX}; remove one of them",
     ),
     "empty index": (holding(**{INDEX: index()}), {}, "weight_map is missing, empty or not an object"),
     "index that is no JSON": (holding(**{INDEX: b"{"}), {}, f"{INDEX}: is not JSON"),

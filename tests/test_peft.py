@@ -334,6 +334,52 @@ def rewrite(folder: Path, change: Callable[[str, np.ndarray], np.ndarray | None]
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / WEIGHTS)
 
 
+NEUTRAL = {
+    "layers_pattern": [],
+    "layers_to_transform": [],
+    "modules_to_save": [],
+    "exclude_modules": [],
+    "rank_pattern": None,
+    "alpha_pattern": None,
+    "use_rslora": None,
+    "lora_dropout": None,
+    "use_dora": None,
+    "init_lora_weights": None,
+    "task_type": None,
+    "loftq_config": None,
+    "target_parameters": [],
+    "trainable_token_indices": {},
+    "lora_bias": False,
+    "peft_version": "0.18.1.dev0@abc",
+}
+
+
+@pytest.mark.parametrize("name", [*NEUTRAL, "all of them"])
+def test_a_neutral_value_is_read_as_if_it_were_absent(tmp_path: Path, name: str):
+    write_adapter(tmp_path / "adapter", GOOD, MODEL, drawn(GOOD))
+    edit(CONFIG, lambda old: old.update(NEUTRAL if name == "all of them" else {name: NEUTRAL[name]}))(
+        tmp_path / "adapter"
+    )
+
+    assert read_adapter(tmp_path / "adapter", MODEL).config == GOOD
+
+
+@pytest.mark.parametrize(
+    ("field", "default"),
+    [("lora_alpha", 8), ("r", 8), ("lora_dropout", 0.0), ("use_rslora", False), ("bias", None), ("rank_pattern", {})],
+)
+def test_an_absent_field_means_what_the_library_means(tmp_path: Path, field: str, default: Any):
+    config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, use_rslora=True, target_modules=("q_proj",))
+    write_adapter(tmp_path / "adapter", config, MODEL, drawn(config))
+    edit(CONFIG, lambda old: old.pop(field))(tmp_path / "adapter")
+
+    read = read_adapter(tmp_path / "adapter", MODEL)
+
+    assert read.config == (config if default is None else dataclasses.replace(config, **{field: default}))
+    if field == "lora_alpha":
+        assert set(scales(read.config).values()) == {8 / math.sqrt(8)}
+
+
 # --- what is refused ---
 
 Spoil = Callable[[Path], Any]
@@ -416,6 +462,11 @@ BAD: dict[str, tuple[Spoil, str]] = {
     "a rank of 0": (says(rank_pattern={"q_proj": 0}), "rank_pattern 'q_proj' must be a whole number of at least 1"),
     "alpha = nan": (says(lora_alpha=math.nan), "lora_alpha nan is not understood"),
     "alpha = inf": (says(alpha_pattern={"q_proj": math.inf}), "alpha_pattern .* is not understood"),
+    "alpha too large": (says(lora_alpha=1e300), "lora_alpha must be a finite number, at most 1e"),
+    "alpha = null": (says(lora_alpha=None), "lora_alpha None is not understood"),
+    "r = null": (says(r=None), "r None is not understood"),
+    "target = null": (says(target_modules=None), "target_modules None is not understood"),
+    "target absent": (edit(CONFIG, lambda old: old.pop("target_modules")), "target_modules is missing"),
     "all dropped": (says(lora_dropout=1.0), "lora_dropout must be at least 0 and below 1, not 1.0"),
     "rslora as a string": (says(use_rslora="yes"), "use_rslora 'yes' is not understood"),
     "version": (says(peft_version="new"), "peft_version 'new' is not understood"),
@@ -478,8 +529,10 @@ def test_what_is_not_understood_is_refused_in_one_line(
         ({"target_modules": ("q_proj", "qproj")}, "'qproj' matches no module of this model"),
         ({"modules_to_save": ("head_lm",)}, "'head_lm' matches no module of this model"),
         ({"r": 0}, "r must be a whole number of at least 1, not 0"),
-        ({"lora_alpha": math.inf}, "lora_alpha must be a finite number, not inf"),
-        ({"alpha_pattern": {"x": math.nan}}, "alpha_pattern 'x' must be a finite number, not nan"),
+        ({"r": 10**400}, "r must be a whole number of at least 1, not an integer of 1329 bits"),
+        ({"lora_alpha": math.inf}, "lora_alpha must be a finite number, at most 1e\\+30, not inf"),
+        ({"lora_alpha": 10**400}, "lora_alpha must be a finite number, at most 1e\\+30, not an integer of 1329 bits"),
+        ({"alpha_pattern": {"x": math.nan}}, "alpha_pattern 'x' must be a finite number, at most 1e\\+30, not nan"),
         ({"lora_dropout": -0.1}, "lora_dropout must be at least 0 and below 1, not -0.1"),
     ],
     ids=str,

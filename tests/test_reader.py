@@ -167,11 +167,12 @@ def test_arrays_outlive_the_reader_and_a_closed_reader_says_so(tmp_path: Path):
         reader.read("v")
 
 
-def test_prefers_safetensors_and_then_an_index(tmp_path: Path):
+def test_prefers_safetensors_of_one_file_or_of_many(tmp_path: Path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
     save_file({"single": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
     assert list(CheckpointReader(tmp_path).tensors) == ["single"]
 
+    (tmp_path / "model.safetensors").unlink()
     write_shards(tmp_path, {"a": SHARD_1, "b": SHARD_2})
 
     assert list(CheckpointReader(tmp_path).tensors) == ["a", "b"]
@@ -203,6 +204,60 @@ def test_refuses_a_missing_shard_an_empty_file_and_a_folder_in_its_place(tmp_pat
     (tmp_path / SHARD_2).unlink()
     (tmp_path / SHARD_2).mkdir()
     refuses(tmp_path, f"{SHARD_2}: is not a regular file")
+
+
+def test_a_stale_index_beside_a_single_file_is_ignored(tmp_path: Path):
+    write_shards(tmp_path, {"a": SHARD_1, "b": SHARD_2})
+    save_file({"c": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / SHARD_1).unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    (tmp_path / "optimizer.pt").write_bytes(b"")
+
+    reader = CheckpointReader(tmp_path)
+
+    assert list(reader.tensors) == ["c"]
+    assert reader.ignored == [SHARD_2, "model.safetensors.index.json", "pytorch_model.bin"]
+
+
+def test_a_broken_index_beside_a_single_file_is_ignored(tmp_path: Path):
+    save_file({"c": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text("{")
+
+    assert list(CheckpointReader(tmp_path).tensors) == ["c"]
+
+
+def test_a_single_file_beside_a_complete_set_of_shards_is_refused(tmp_path: Path):
+    write_shards(tmp_path, {"a": SHARD_1, "b": SHARD_2})
+    save_file({"c": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
+
+    refuses(tmp_path, r"holds two checkpoints, model\.safetensors and the shards of model\.safetensors\.index\.json")
+
+
+def test_an_index_of_a_single_file_is_read(tmp_path: Path):
+    save_file({"c": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"c": "./model.safetensors"}}')
+
+    assert list(CheckpointReader(tmp_path).tensors) == ["c"]
+
+
+def test_stale_shards_beside_a_valid_index_are_ignored(tmp_path: Path):
+    write_shards(tmp_path, {"a": SHARD_1, "b": SHARD_2}, **{"model-00003-of-00003.safetensors": ["z"]})
+
+    reader = CheckpointReader(tmp_path)
+
+    assert sorted(reader.tensors) == ["a", "b"]
+    assert reader.ignored == ["model-00003-of-00003.safetensors"]
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_buffers_of_rope_are_ignored(tmp_path: Path, indexed: bool):
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    listed = {buffer: SHARD_2} if indexed else {}
+    write_shards(tmp_path, {"a": SHARD_1, "b": SHARD_2} | listed, **{SHARD_2: ["b", buffer]})
+
+    reader = CheckpointReader(tmp_path)
+
+    assert (sorted(reader.tensors), reader.ignored) == (["a", "b"], [buffer])
 
 
 # fmt: off

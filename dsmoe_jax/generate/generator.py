@@ -15,15 +15,15 @@ from jax.sharding import Mesh
 
 from dsmoe_jax.checkpoint import DTYPES, as_dtype, load
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.convert import load_hf, load_hf_quantized, with_adapter
+from dsmoe_jax.convert import load_hf, load_hf_quantized, stored_dtypes, with_adapter
 from dsmoe_jax.generate.answer import Answer, Prefix, TokenLogprob
 from dsmoe_jax.generate.engine import Engine, Stats
 from dsmoe_jax.generate.memory import MemoryPlan, device_bytes
 from dsmoe_jax.generate.params import SamplingParams
 from dsmoe_jax.generate.scoring import Perplexity, Score, perplexity, score
 from dsmoe_jax.json_file import read_json
-from dsmoe_jax.manifest import is_native
-from dsmoe_jax.model import DeepSeekMoE, assemble, check_token_ids, split
+from dsmoe_jax.manifest import is_native, read_manifest
+from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, check_token_ids, split
 from dsmoe_jax.quantize import load_quantized, quantize_embedding
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files
@@ -369,23 +369,36 @@ def _check_memory(path: Path, dtype: Any, quantize: str | None, mesh: Any, optio
     Raises `ValueError` where the weights alone are more than there is.
     """
     config = ModelConfig.from_file(path)
-    stored = np.dtype(as_dtype(dtype) or DTYPES.get(config.torch_dtype or "", jnp.float32))
+    wanted = as_dtype(dtype)
     slots = options.get("context_length") or _SHORTEST_CONTEXT
     plan = MemoryPlan.of(
         config,
         rows=1,
         slots=slots,
-        dtype=stored,
+        dtype=_stored_dtypes(path, config) if wanted is None else wanted,
         cache_dtype=None if options.get("cache_dtype") is None else _cache_dtype(options["cache_dtype"]),
         quantize=quantize,
         prefill_chunk=options.get("prefill_chunk") or _defaults().prefill_chunk,
         mesh=mesh,
-        widened=jax.default_backend() == "cpu" and stored in _HALF,
+        widened=jax.default_backend() == "cpu",
     )
     if plan.total >= _WORTH_SAYING:
         _log.info("memory for one answer of %s tokens: %s", slots, plan)
     if (free := device_bytes()) is not None and plan.weights > free:
         raise ValueError(f"{path}: the weights take {plan.weights / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free")
+
+
+def _stored_dtypes(path: Path, config: ModelConfig) -> Mapping[str, Any]:
+    """By parameter, from the tensors; from what the config says of them where they are missing."""
+    said = DTYPES.get(config.torch_dtype or "", jnp.float32)
+    try:
+        if is_native(path):
+            found = {name: np.dtype(tensor["dtype"]) for name, tensor in read_manifest(path).tensors.items()}
+        else:
+            found = stored_dtypes(path)
+    except ValueError:  # loading says what is wrong
+        found = {}
+    return {name: found.get(name, said) for name in abstract(config)[1]}
 
 
 def _room_for_cache() -> int | None:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +41,7 @@ class MemoryPlan(NamedTuple):
         *,
         rows: int,
         slots: int,
-        dtype: Any = jnp.bfloat16,
+        dtype: Any | Mapping[str, Any] = jnp.bfloat16,
         cache_dtype: Any = None,
         quantize: str | None = None,
         prefill_chunk: int = 512,
@@ -49,7 +50,8 @@ class MemoryPlan(NamedTuple):
     ) -> "MemoryPlan":
         """What a `Generator` takes for `rows` answers of up to `slots` tokens, prompt included.
 
-        `dtype` is that of the weights, and of the cache unless `cache_dtype` says otherwise; `quantize` is a key of
+        `dtype` is that of the weights, one for all or each by its name (`convert.stored_dtypes`), and of the cache
+        unless `cache_dtype` says otherwise; `quantize` is a key of
         `SCHEMES`; `widened` says that weights outside the routed experts are kept in fp32, as on CPUs. `work` is a
         formula found from compiled programs: six states a layer and token of a piece, and twice its scores, in fp32.
         Raises `ValueError` for another scheme.
@@ -57,19 +59,19 @@ class MemoryPlan(NamedTuple):
         if quantize is not None and quantize not in SCHEMES:
             raise ValueError(f"scheme {quantize!r} is not one of {', '.join(SCHEMES)}")
         mesh = as_mesh(mesh)
-        outside = jnp.float32 if widened else dtype
+        dtype_of = dtype if isinstance(dtype, Mapping) else dict.fromkeys(abstract(config)[1], dtype)
+        widen = lambda own: jnp.float32 if widened and jnp.dtype(own).itemsize < 4 else own  # noqa: E731
         places, weights = shardings(config, mesh), 0
         for name, spec in abstract(config)[1].items():
-            own = dtype if ".experts." in name else outside
+            own = dtype_of[name] if ".experts." in name else widen(dtype_of[name])
             embedding = name == "embed" and not config.tie_word_embeddings
             if quantize is not None and (embedding or kind_of(name)):
                 scheme = "int8" if embedding else quantize
                 weights += _quantized_bytes(places[name].shard_shape(spec.shape), scheme)
             else:
                 weights += math.prod(places[name].shard_shape(spec.shape)) * jnp.dtype(own).itemsize
-        of_rows = functools.partial(
-            cache_bytes, config, dtype=outside if cache_dtype is None else cache_dtype, mesh=mesh
-        )
+        cached = widen(dtype_of["norm.weight"]) if cache_dtype is None else cache_dtype
+        of_rows = functools.partial(cache_bytes, config, dtype=cached, mesh=mesh)
         piece = min(prefill_chunk, slots)
         states, scores = 6 * config.num_hidden_layers * config.hidden_size, 2 * config.num_attention_heads * slots
         return cls(weights, of_rows(rows, slots), of_rows(1, slots), 4 * piece * (states + scores))

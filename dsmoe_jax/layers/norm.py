@@ -10,7 +10,7 @@ from dsmoe_jax.layers.weights import Initializer, weight
 class RMSNorm(nnx.Module):
     """x / rms(x), in fp32 and rounded back to x's dtype, and only then times the weight: the original's order."""
 
-    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs, dtype=jnp.float32):
+    def __init__(self, width: int, *, eps: float | int, rngs: nnx.Rngs, dtype=jnp.float32):
         self.eps = eps
         self.weight = weight(rngs, (width,), ("embed",), Initializer("constant", 1), dtype)
 

@@ -1,0 +1,201 @@
+"""Other spellings of a `config.json`: transformers 4 and 5, sister models, and typing errors.
+
+Start at `standardize`, which brings neutral spellings into one form; `check_unknown` refuses what looks like a field.
+"""
+
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, Final
+
+ROPE_SCALING_TYPES: Final = ("linear", "dynamic")
+_DEFAULT_ROPE: Final = "default"  # transformers' name for plain RoPE
+_DEFAULT_LENGTH: Final = 2048  # of the original config's max_position_embeddings
+_MAX_UNKNOWN: Final = 1000  # fields; comparing letters takes time
+_NEAR: Final = 0.83  # of difflib's ratio: one or two wrong letters of a name
+
+# What null means where the original's code treats it as a value.
+_NULLS: Final[dict[str, Any]] = {
+    "attention_bias": False,
+    "norm_topk_prob": False,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "pretraining_tp": 1,
+    "model_type": "deepseek",
+}
+
+# fmt: off
+# Our field: what other libraries and models call it.
+_SISTERS: Final[dict[str, tuple[str, ...]]] = {
+    "vocab_size":              ("n_vocab", "padded_vocab_size"),
+    "hidden_size":             ("d_model", "dim", "embed_dim", "embedding_size", "hidden_dim", "model_dim", "n_embd"),
+    "intermediate_size":       ("d_ff", "d_inner", "ffn_dim", "ffn_hidden_size", "inter_dim", "mlp_dim", "n_inner"),
+    "moe_intermediate_size":   ("expert_dim", "expert_ffn_hidden_size", "expert_hidden_size",
+                                "expert_intermediate_size", "moe_ffn_hidden_size", "moe_inter_dim", "moe_mlp_dim"),
+    "num_hidden_layers":       ("depth", "n_layer", "n_layers", "num_layer", "num_layers"),
+    "num_attention_heads":     ("heads", "n_head", "n_heads", "num_attn_heads", "num_head", "num_heads"),
+    "num_key_value_heads":     ("multi_query_group_num", "n_head_kv", "n_kv_head", "n_kv_heads", "num_kv_heads",
+                                "num_query_groups", "kv_heads"),
+    "n_shared_experts":        ("moe_num_shared_experts", "num_shared_expert", "num_shared_experts",
+                                "moe_shared_expert_intermediate_size", "shared_expert_intermediate_size"),
+    "n_routed_experts":        ("expert_num", "moe_num_experts", "n_experts", "num_expert", "num_experts",
+                                "num_local_experts", "num_moe_experts", "num_routed_experts"),
+    "num_experts_per_tok":     ("experts_per_token", "moe_k", "moe_router_topk", "moe_top_k", "moe_topk",
+                                "n_activated_experts", "n_expert_used", "num_activated_experts",
+                                "num_experts_per_token", "num_experts_topk", "num_selected_experts", "router_top_k",
+                                "router_topk", "top_k_experts", "topk", "num_active_experts"),
+    "moe_layer_freq":          ("decoder_sparse_step", "expert_layer_period", "moe_every_n_layers", "moe_frequency",
+                                "moe_layer_frequency", "moe_layer_interval"),
+    "first_k_dense_replace":   ("first_k_dense", "moe_layer_start_index", "n_dense_layers", "num_dense_layers"),
+    "norm_topk_prob":          ("moe_renormalize", "norm_topk_weights", "normalize_expert_weights",
+                                "normalize_topk_prob", "renormalize", "route_norm"),
+    "scoring_func":            ("moe_router_score_function", "router_score_func", "score_func", "score_function"),
+    "aux_loss_alpha":          ("aux_loss_coef", "aux_loss_coeff", "aux_loss_weight", "balance_loss_coef",
+                                "load_balancing_loss_coef", "moe_aux_loss_coef", "moe_aux_loss_coeff",
+                                "router_aux_loss_coef", "router_aux_loss_factor"),
+    "hidden_act":              ("activation", "activation_function", "ffn_act_fn", "hidden_activation"),
+    "max_position_embeddings": ("max_seq_len", "max_seq_length", "max_sequence_length", "n_ctx", "n_positions",
+                                "seq_length"),
+    "initializer_range":       ("init_method_std", "init_std", "initializer_std"),
+    "rms_norm_eps":            ("layer_norm_eps", "layer_norm_epsilon", "layernorm_eps", "layernorm_epsilon",
+                                "norm_eps", "norm_epsilon", "rms_eps"),
+    "tie_word_embeddings":     ("share_embeddings", "tie_embeddings", "tied_embeddings", "weight_tying"),
+    "rope_theta":              ("rope_base", "rope_freq_base", "rotary_base", "rotary_emb_base"),
+    "attention_bias":          ("add_bias_linear", "add_qkv_bias", "attn_bias", "bias", "qkv_bias", "use_bias"),
+    "attention_dropout":       ("attention_probs_dropout_prob", "attn_dropout", "attn_pdrop"),
+}
+
+# Fields of transformers' own configs that are near one of ours by their letters alone.
+_UNRELATED: Final = frozenset({
+    "boa_token_id", "boi_token_id", "decoder_start_token_id", "eoa_token_id", "eod_token_id", "eoi_token_id",
+    "forced_bos_token_id", "forced_eos_token_id", "hidden_dropout_prob", "max_length", "num_beam_groups",
+    "output_attentions", "router_z_loss_coef", "sep_token_id", "top_k", "torchscript", "typical_p", "unk_token_id",
+    "use_bfloat16",
+})
+# fmt: on
+_FIELD_OF: Final = {sister: field for field, sisters in _SISTERS.items() for sister in sisters}
+
+
+def standardize(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a `config.json` with every neutral spelling brought into the original's form.
+
+    Raises:
+        ValueError: two spellings contradict each other, or one means something DeepSeekMoE v1 does not compute.
+    """
+    fields = dict(fields)
+    for name, meaning in _NULLS.items():
+        if name in fields and fields[name] is None:
+            fields[name] = meaning
+    if (
+        type(fields.get("pretraining_tp")) is int and fields["pretraining_tp"] == 0
+    ):  # only values above 1 have an effect
+        fields["pretraining_tp"] = 1
+    for name in ("bos_token_id", "pad_token_id"):
+        if isinstance(ids := fields.get(name), list | tuple):
+            if len(ids) > 1:
+                raise ValueError(f"{name} must be one token id, not {show_value(ids)}")
+            fields[name] = next(iter(ids), None)
+    for name in ("torch_dtype", "dtype"):
+        if isinstance(dtype := fields.get(name), str):
+            fields[name] = dtype.removeprefix("torch.")
+    if fields.get("dtype") is not None:  # transformers prefers it, too
+        fields["torch_dtype"] = fields["dtype"]
+    layers = fields.get("layer_types")
+    if layers is not None and not (isinstance(layers, list) and all(kind == "full_attention" for kind in layers)):
+        raise ValueError(f"layer_types {show_value(layers)} is not supported, only 'full_attention' for every layer")
+    _standardize_rope(fields)
+    return fields
+
+
+def check_unknown(extra: Mapping[str, Any], known: Mapping[str, Any], foreign: Collection[str]) -> None:
+    """Refuse unknown fields that look like a known one.
+
+    Args:
+        extra: the unknown fields, with their values.
+        known: this model's fields, with their values.
+        foreign: names of sister models' fields that have been checked already.
+
+    Raises:
+        ValueError: a field is another model's name for one of ours with another value, or a near miss of a name.
+    """
+    if len(extra) > _MAX_UNKNOWN:
+        raise ValueError(f"{len(extra)} fields are unknown to this model; at most {_MAX_UNKNOWN}")
+    names = {*known, "dtype", "auto_map", "layer_types", "rope_parameters"}
+    simple = {_simple(name): name for name in (*_FIELD_OF, *foreign, *names)}
+    for name, value in extra.items():
+        if name in names or name in foreign or name in _UNRELATED:
+            continue
+        if (field := _FIELD_OF.get(name)) is not None:
+            if value is not None and not _same(value, known[field]):
+                raise ValueError(f"unknown field {name!r}; in this model it is called {field!r}")
+        elif near := difflib.get_close_matches(_simple(name), simple, n=1, cutoff=_NEAR):
+            meant = simple[near[0]]
+            raise ValueError(f"unknown field {show_value(name)}; did you mean {_FIELD_OF.get(meant, meant)!r}?")
+
+
+def _standardize_rope(fields: dict[str, Any]) -> None:
+    """Bring `rope_scaling` and transformers 5's `rope_parameters` into `rope_theta` and `rope_scaling`."""
+    thetas = {"rope_theta": fields["rope_theta"]} if fields.get("rope_theta") is not None else {}
+    scalings: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        value = fields.get(name)
+        if isinstance(value, Mapping) and value:
+            length = fields.get("max_position_embeddings", _DEFAULT_LENGTH)
+            theta, scalings[name] = _read_rope(name, value, length)
+            if theta is not None:
+                thetas[f"{name}.rope_theta"] = theta
+        elif value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"{name} must be null or an object, not {show_value(value)}")
+    fields.pop("rope_parameters", None)
+    for found in (thetas, scalings):
+        for name, value in found.items():
+            if value != (first := next(iter(found.values()))):
+                raise ValueError(
+                    f"{next(iter(found))} {show_value(first)} and {name} {show_value(value)} contradict each other"
+                )
+    if thetas:
+        fields["rope_theta"] = next(iter(thetas.values()))
+    if "rope_scaling" in fields or scalings:
+        fields["rope_scaling"] = next(iter(scalings.values()), None)
+
+
+def _read_rope(name: str, value: Mapping[str, Any], length: Any) -> tuple[Any, dict[str, Any] | None]:
+    """The base and the scaling (None: plain RoPE) that one such object says."""
+    rest = {key: item for key, item in value.items() if item is not None}
+    theta = rest.pop("rope_theta", None)
+    kinds = {key: rest.pop(key) for key in ("rope_type", "type") if key in rest}
+    kind, *other = kinds.values() or [_DEFAULT_ROPE]
+    if other and other[0] != kind:
+        raise ValueError(
+            f"{name}.rope_type {show_value(kind)} and {name}.type {show_value(other[0])} contradict each other"
+        )
+    allowed = (_DEFAULT_ROPE, *ROPE_SCALING_TYPES)
+    if kind not in allowed:
+        raise ValueError(f"{name}.type {show_value(kind)} is not supported, only {', '.join(map(repr, allowed))}")
+    neutral = {"partial_rotary_factor": 1, "attention_factor": 1, "original_max_position_embeddings": length}
+    if kind == _DEFAULT_ROPE:
+        neutral["factor"] = 1
+    for key, meaning in neutral.items():
+        if key in rest and not _same(found := rest.pop(key), meaning):
+            raise ValueError(f"{name}.{key} {show_value(found)} is not supported with type {kind!r}, only {meaning!r}")
+    if rest and kind == _DEFAULT_ROPE:
+        raise ValueError(f"{name}.{next(iter(rest))[:80]} is not supported with type {kind!r}")
+    return theta, None if kind == _DEFAULT_ROPE else {"type": kind, **rest}
+
+
+def _simple(name: str) -> str:
+    """Without case and punctuation: `hiddenSize` and `hidden-size` are near misses, too."""
+    return re.sub(r"[^a-z0-9]", "", name[:80].lower())
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Equal, and not a truth value where the other is a number."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+def show_value(value: Any) -> str:
+    """A value from an untrusted file in one short line."""
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python does not print the largest
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 160 else f"{text[:157]}..."
