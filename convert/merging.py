@@ -1,12 +1,13 @@
 """A checkpoint with an adapter multiplied into its weights: `merge_to`."""
 
-import tempfile
+import shutil
 from pathlib import Path
 from typing import Any, Final
 
 from dsmoe_jax.checkpoint import load, save
+from dsmoe_jax.locks import lock_name
 from dsmoe_jax.manifest import is_native
-from dsmoe_jax.new_folder import refuse_existing
+from dsmoe_jax.new_folder import refuse_existing, sibling
 
 from .exporter import export_hf
 from .importer import load_hf, travelling_files
@@ -27,12 +28,18 @@ def merge_to(
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
     checkpoint, out = Path(checkpoint), refuse_existing(out)
-    model = merge_adapter((load if is_native(checkpoint) else load_hf)(checkpoint, dtype=dtype), adapter)
-    beside = travelling_files(checkpoint)
-    if layout == "native":
-        save(model, out, beside=beside)
-    else:
-        with tempfile.TemporaryDirectory(prefix=".merging-", dir=out.parent) as folder:
-            save(model, Path(folder) / "native", beside=beside)
-            export_hf(Path(folder) / "native", out)
+    between = out.with_name(f".{out.name}.merging")
+    with lock_name(out, "merging.lock"):  # `save` and `export_hf` take the other one
+        for left in (between, sibling(between)):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        model = merge_adapter((load if is_native(checkpoint) else load_hf)(checkpoint, dtype=dtype), adapter)
+        beside = travelling_files(checkpoint)
+        if layout == "native":
+            save(model, out, beside=beside)
+        else:
+            try:
+                save(model, between, beside=beside)
+                export_hf(between, out)
+            finally:
+                shutil.rmtree(between, ignore_errors=True)
     return f"{checkpoint} with {adapter} merged into it: {out}"

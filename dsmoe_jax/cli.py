@@ -84,14 +84,16 @@ def verify(asked: argparse.Namespace) -> None:
     from pathlib import Path
 
     from dsmoe_jax.convert import verify
+    from dsmoe_jax.locks import lock_name
     from dsmoe_jax.manifest import Damage
     from dsmoe_jax.new_folder import write_json
     from dsmoe_jax.progress import bar
 
     native = Path(asked.native).absolute()
     file = Path(asked.report or native.parent / f"{native.name}.verify.json")
-    report = verify(asked.native, asked.hf, progress=bar)
-    write_json(file, report.to_dict())
+    with lock_name(file):
+        report = verify(asked.native, asked.hf, progress=bar)
+        write_json(file, report.to_dict())
     print(f"{report}; {file} has the SHA-256 of each")
     for found in report.mismatches[1:20]:
         print(f"  {Damage(**found)}")

@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from dsmoe_jax.locks import lock_name
+from dsmoe_jax.new_folder import refuse_existing
+
 _PROMPT: Final = "def __init__(self, "
 
 
@@ -20,10 +23,12 @@ def run(out: str | Path | None = None, *, steps: int = 150) -> None:
 
     Raises `ValueError` if `out` exists.
     """
-    if out is not None and Path(out).exists():
-        raise ValueError(f"{out} exists; nothing is overwritten")
-    with contextlib.nullcontext(out) if out is not None else tempfile.TemporaryDirectory() as folder:
-        _run(Path(folder), steps, kept=out is not None)
+    if out is None:
+        with tempfile.TemporaryDirectory() as folder:
+            _run(Path(folder), steps, kept=False)
+        return
+    with lock_name(Path(out)):
+        _run(refuse_existing(out), steps, kept=True)
 
 
 def _run(folder: Path, steps: int, kept: bool) -> None:

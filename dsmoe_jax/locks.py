@@ -21,10 +21,7 @@ _handles: set[int] = set()
 def lock_folder(folder: Path) -> Iterator[None]:
     """Make `folder` if need be and hold its lock; `ValueError` if another process does. A new one left empty goes."""
     new = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written: {error.strerror}") from None
+    _make(folder, folder)
     try:
         with _locked(folder, folder / ".lock"):
             yield
@@ -35,11 +32,22 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lock_name(path: Path) -> Iterator[None]:
-    """Hold the lock of a name in an existing folder, whether it is there or not; `ValueError` as `lock_folder`."""
+def lock_name(path: Path, suffix: str = "lock") -> Iterator[None]:
+    """Hold the lock of a name, whether anything is there or not; `ValueError` as `lock_folder`.
+
+    The folder it lies in is made if need be. `suffix` tells locks apart that may be held at once.
+    """
     path = path.absolute()
-    with _locked(path, path.parent / f".{path.name}.lock"):
+    _make(path.parent, path)
+    with _locked(path, path.parent / f".{path.name}.{suffix}"):
         yield
+
+
+def _make(folder: Path, path: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from None
 
 
 @contextlib.contextmanager

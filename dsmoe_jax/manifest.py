@@ -68,9 +68,9 @@ def write_manifest(folder: Path, arrays: Mapping[str, ArrayRecord], source: Mapp
             files[name] = hash_file(path)
     tensors = {name: record.tensor for name, record in arrays.items()}
     fields = {"format": FORMAT, "files": files, "tensors": tensors, "source": dict(source)}
-    own = own_hash(fields)
-    write_json(folder / HEADER, fields | {"sha256": own})
-    return own
+    sealed = with_own_hash(fields)
+    write_json(folder / HEADER, sealed)
+    return sealed["sha256"]
 
 
 def is_native(path: str | Path) -> bool:
@@ -189,6 +189,11 @@ def _tensor_of(name: str, manifest: Manifest) -> str | None:
 def own_hash(fields: Mapping[str, Any]) -> str:
     """The SHA-256 of a JSON object, whatever the order and the spacing of its fields in a file."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def with_own_hash(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON object with its own SHA-256 as one field more."""
+    return {**fields, "sha256": own_hash(fields)}
 
 
 # --- files too large to be read at every start ---

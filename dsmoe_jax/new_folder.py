@@ -99,11 +99,6 @@ def new_folder(path: str | Path, *, needs: int = 0, job: Mapping[str, Any] | Non
     """
     path = refuse_existing(path)
     folder = sibling(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror}") from None
-    draft = None
     with lock_name(path), contextlib.ExitStack() as stack:
         refuse_existing(path)  # the one who had the lock may have made it
         try:

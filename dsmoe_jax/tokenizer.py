@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 
 from dsmoe_jax import chat_template
 from dsmoe_jax.json_file import read_json
+from dsmoe_jax.manifest import check_files
 
 TOKENIZER_FILES: Final = (
     "tokenizer.json",
@@ -55,9 +56,10 @@ class Tokenizer:
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
         """Returns the tokenizer of `folder`: tokenizer.json, else tokenizer.model; other files are optional.
 
-        Raises ValueError where there is neither, or where a file cannot be read.
+        Raises ValueError where there is neither, where a file cannot be read, or is not as a manifest there says.
         """
         folder = Path(folder)
+        check_files(folder, *TOKENIZER_FILES)
         for name, backend in (("tokenizer.json", _JsonBackend), ("tokenizer.model", _ModelBackend)):
             if (folder / name).is_file():
                 older, newer = folder / "special_tokens_map.json", folder / "tokenizer_config.json"

@@ -526,19 +526,24 @@ def test_a_tokenizer_without_eos_is_refused_and_nothing_is_overwritten(tmp_path:
 
 
 def change(path: Path, **fields: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    kept = {name: value for name, value in json.loads(path.read_text()).items() if name != "sha256"}
+    path.write_text(json.dumps(kept | fields))
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no manifest": (lambda f: (f / "examples.json").unlink(), r"out: no examples \(no examples.json\)"),
     "format": (lambda f: change(f / "examples.json", format="x"), "format 'x', this version reads 'dsmoe examples 1'"),
+    "another digit": (
+        lambda f: (f / "examples.json").write_text((f / "examples.json").read_text().replace('"all"', '"oll"')),
+        "examples.json: damaged: its own SHA-256 is another",
+    ),
     "no splits": (lambda f: change(f / "examples.json", splits=[]), "no SHA-256 of the targets of train"),
     "no sum": (lambda f: change(f / "examples.json", splits={"train": {"sha256": 3}}), "no SHA-256 of the targets"),
     "no shards": (lambda f: (f / "manifest.json").unlink(), "out: no token shards"),
     "no targets": (lambda f: (f / "train.targets").unlink(), "train.targets: is missing"),
     "short": (
         lambda f: (f / "train.targets").write_bytes(b"\1"),
-        r"train.targets: has 1 bytes; the split has \d+ tokens",
+        r"train.targets: has 1 bytes, not \d+",
     ),
     "other bytes": (
         lambda f: (f / "train.targets").write_bytes(bytes((f / "train.targets").stat().st_size)),

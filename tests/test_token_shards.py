@@ -3,6 +3,7 @@
 Start at `test_every_format_gives_the_same_texts`; bad input is in the tables `BAD_SOURCES` and `DAMAGE`.
 """
 
+import errno
 import gzip
 import itertools
 import json
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dsmoe_jax import manifest as manifests
+from dsmoe_jax.array_files import hash_file
 from dsmoe_jax.tokenizer import Tokenizer
 from dsmoe_jax.train.data import (
     TokenShards,
@@ -514,6 +517,7 @@ def test_bad_arguments_get_one_line_and_leave_nothing(tmp_path: Path, tokenizer_
 def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
     def apply(folder: Path) -> None:
         manifest = json.loads((folder / "manifest.json").read_text())
+        manifest.pop("sha256")  # older ones have none, and are held to their form all the same
         change(manifest)
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
@@ -547,6 +551,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         edit(lambda m: m["splits"]["train"]["shards"][0]["tokens"].update(bytes=0)),
         "a shard of 0 bytes",
     ),
+    "another digit in the manifest": (
+        lambda folder: (folder / "manifest.json").write_text(
+            (folder / "manifest.json").read_text().replace('"eos_token_id": 1', '"eos_token_id": 3')
+        ),
+        "manifest.json: damaged: its own SHA-256 is another",
+    ),
     "no tokens": (lambda folder: (folder / TOKENS).unlink(), f"{TOKENS}: is missing"),
     "no boundaries": (lambda folder: (folder / BOUNDARIES).unlink(), f"{BOUNDARIES}: is missing"),
     "cut tokens": (cut(TOKENS), rf"{TOKENS}: has 528 bytes, not 530"),
@@ -576,7 +586,52 @@ def test_boundaries_that_do_not_ascend_are_refused_without_a_look_at_the_hashes(
         bad.tofile(tmp_path / "out" / BOUNDARIES)
 
         with pytest.raises(ValueError, match=f"{BOUNDARIES}: the boundaries of the documents do not ascend"):
-            TokenShards.open(tmp_path / "out")
+            TokenShards.open(tmp_path / "out", verify=False)
+
+
+def test_files_are_hashed_once_and_again_when_touched(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", holdout=0.0)
+    tokens, hashed = tmp_path / "out" / TOKENS, []
+    monkeypatch.setattr(manifests, "hash_file", lambda path: hashed.append(path.name) or hash_file(path))
+
+    TokenShards.open(tmp_path / "out")
+    first, hashed[:] = sorted(hashed), []
+    TokenShards.open(tmp_path / "out")
+    again = list(hashed)
+    stat = tokens.stat()
+    flip(TOKENS)(tmp_path / "out")
+    os.utime(tokens, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    assert first == [BOUNDARIES, TOKENS]
+    assert again == []
+    with pytest.raises(ValueError, match=f"{TOKENS}: has other bytes than were written"):
+        TokenShards.open(tmp_path / "out")
+
+
+def test_shards_in_a_folder_that_cannot_be_written_are_read(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", holdout=0.0)
+
+    def refuse(path: Path, fields: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(manifests, "write_json", refuse)
+
+    assert len(TokenShards.open(tmp_path / "out")) == len(TEXTS)
+    assert not (tmp_path / "out" / ".verified").exists()
+
+
+def test_an_id_beyond_the_vocabulary_is_never_read(tmp_path: Path, tokenizer_folder: Path):
+    tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", holdout=0.0)
+    shards = TokenShards.open(tmp_path / "out")
+    with (tmp_path / "out" / TOKENS).open("r+b") as file:  # while the run has it mapped
+        file.write(b"\xff\xff")
+
+    with pytest.raises(ValueError, match=rf"{TOKENS}: damaged: token id 65535 in document 0, the vocabulary has \d+"):
+        shards.read(0)
 
 
 def test_an_unknown_split_is_refused(tmp_path: Path, tokenizer_folder: Path):

@@ -193,7 +193,7 @@ def test_what_goes_wrong_in_the_background_is_raised_at_the_next_turn(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dsmoe_jax.train.checkpoints._write_whole", full)
+    monkeypatch.setattr("dsmoe_jax.train.checkpoints.write_json", full)
     checkpoints.save(2, state, FACTS)
 
     with pytest.raises(OSError, match="No space left"):

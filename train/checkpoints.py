@@ -2,6 +2,7 @@
 
 Start at `Checkpoints`. A folder `step-N` holds the whole state, as Orbax writes it, and a manifest with the SHA-256 of
 every file, written last: without one it is incomplete, with another hash it is damaged, and neither is restored.
+A damaged one is kept as `step-N.damaged` until a good one has taken its place.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from dsmoe_jax.array_files import hash_file, without_warnings
 from dsmoe_jax.checkpoint import check_names_and_shapes, together
 from dsmoe_jax.json_file import read_json
-from dsmoe_jax.manifest import own_hash
+from dsmoe_jax.manifest import own_hash, with_own_hash
 from dsmoe_jax.new_folder import sync, write_json
 
 from .step import TrainState
@@ -35,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints in `folder`; the last `keep_last` stay, and every one at a multiple of `keep_every`."""
+    """The checkpoints in `folder`: the last `keep_last` intact ones stay, and all at multiples of `keep_every`."""
 
     def __init__(self, folder: Path, *, keep_last: int = 3, keep_every: int | None = None):
         if keep_last < 1 or (keep_every is not None and keep_every < 1):
@@ -44,6 +45,7 @@ class Checkpoints:
         self._keep_last, self._keep_every = keep_last, keep_every
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
+        self._intact: dict[int, bool] = {}  # what was found, or written, by this process
 
     def save(self, step: int, state: TrainState, facts: Mapping[str, Any]) -> None:
         """Begin to write the state; the training may go on at once. `facts` (JSON) come back with it.
@@ -54,15 +56,18 @@ class Checkpoints:
 
         self.wait()
         home = self._home(step)
-        if (home / _MANIFEST).is_file():
+        if self._why_not(step) is None:
             return
-        if jax.process_index() == 0:
-            for left in self.folder.glob(f"{home.name}*"):  # by a run that was killed here
-                shutil.rmtree(left)
+        with together():
+            if jax.process_index() == 0:
+                for left in self.folder.glob(f"{home.name}?*"):  # by a run that was killed here
+                    shutil.rmtree(left)
+                if home.exists():
+                    home.rename(_damaged(home))
         # On CPU Orbax would read the very memory that the next step overwrites.
         on_host = jax.default_backend() == "cpu"
         leaves = {name: jnp.copy(leaf) if on_host else leaf for name, leaf in _flat(state).items()}
-        with together(), without_warnings():
+        with together(), _one_line_errors(home), without_warnings():
             context = ocp.Context()
             context.array.saving.use_compression = False
             with context:
@@ -86,13 +91,9 @@ class Checkpoints:
         """The step of the newest complete and intact checkpoint with its facts; says which it skipped, and why."""
         for step in sorted(self.steps(), reverse=True):
             home = self._home(step)
-            try:
-                with together():
-                    _check_files(home)
-            except ValueError as error:
-                _log.warning("%s is skipped: %s", home, error)
-            else:
+            if (why := self._why_not(step)) is None:
                 return step, read_json(home / _MANIFEST)["facts"]
+            _log.warning("%s is skipped: %s", home, why)
         return None
 
     def restore(self, step: int, like: TrainState) -> TrainState:
@@ -116,6 +117,19 @@ class Checkpoints:
     def _home(self, step: int) -> Path:
         return self.folder / f"step-{step:08}"
 
+    def _why_not(self, step: int) -> str | None:
+        """Why a checkpoint cannot be restored, None for an intact one; by all processes together."""
+        if self._intact.get(step):
+            return None
+        try:
+            with together():
+                _check_files(self._home(step), jax.process_index(), jax.process_count())
+        except ValueError as error:
+            self._intact[step] = False
+            return str(error)
+        self._intact[step] = True
+        return None
+
     def _seal(self, home: Path, step: int, writing: Any, facts: Mapping[str, Any]) -> None:
         """In the background: each process hashes its share of the files, then the first writes the manifest."""
         with _one_line_errors(home):
@@ -127,26 +141,43 @@ class Checkpoints:
             sync(path)
             sums[path.relative_to(home).as_posix()] = hash_file(path)
         if count > 1:
-            _write_whole(home / f"sums-{index}.json", sums)
+            write_json(home / f"sums-{index}.json", sums)
         if index:
+            self._intact[step] = True
             return
         for i in range(1, count):
             part = home / f"sums-{i}.json"
             _wait_for(part)
             sums |= read_json(part)
         fields = {"format": _FORMAT, "step": step, "files": sums, "facts": dict(facts)}
-        _write_whole(home / _MANIFEST, fields | {"sha256": own_hash(fields)})
+        write_json(home / _MANIFEST, with_own_hash(fields))
         for part in home.glob("sums-*.json"):
             part.unlink()
+        self._intact[step] = True
+        shutil.rmtree(_damaged(home), ignore_errors=True)
         self._forget_old()
 
     def _forget_old(self) -> None:
-        complete = sorted(step for step in self.steps() if (self._home(step) / _MANIFEST).is_file())
-        for step in complete[: -self._keep_last]:
-            if self._keep_every is None or step % self._keep_every:
-                home = self._home(step)
-                (home / _MANIFEST).unlink()  # first, so that a kill leaves nothing that looks whole
+        """Remove what is older than the last `keep_last` intact ones; by the first process alone, in the background."""
+        intact = 0
+        for step in sorted(self.steps(), reverse=True):
+            home = self._home(step)
+            if intact < self._keep_last:
+                intact += self._is_intact(step)
+            elif self._keep_every is None or step % self._keep_every:
+                (home / _MANIFEST).unlink(missing_ok=True)  # first, so that a kill leaves nothing that looks whole
                 shutil.rmtree(home, ignore_errors=True)
+
+    def _is_intact(self, step: int) -> bool:
+        if step not in self._intact:
+            try:
+                _check_files(self._home(step))
+            except ValueError as error:
+                _log.warning("%s does not count: %s", self._home(step), error)
+                self._intact[step] = False
+            else:
+                self._intact[step] = True
+        return self._intact[step]
 
 
 def _flat(state: Any) -> dict[str, Any]:
@@ -182,8 +213,12 @@ def _one_line_errors(home: Path) -> Iterator[None]:
         log.setLevel(level)
 
 
-def _check_files(home: Path) -> None:
-    """`ValueError` that says why a checkpoint cannot be restored; every process looks at its share of the files."""
+def _damaged(home: Path) -> Path:
+    return home.with_name(f"{home.name}.damaged")
+
+
+def _check_files(home: Path, index: int = 0, count: int = 1) -> None:
+    """`ValueError` that says why a checkpoint cannot be restored; process `index` of `count` looks at its share."""
     if not (home / _MANIFEST).is_file():
         raise ValueError("incomplete (no manifest)")
     manifest = read_json(home / _MANIFEST)
@@ -191,7 +226,7 @@ def _check_files(home: Path) -> None:
         raise ValueError("damaged: its manifest has been changed")
     if (version := manifest["format"]) != _FORMAT:
         raise ValueError(f"of format {version}, this version reads {_FORMAT}")
-    for name, sums in sorted(manifest["files"].items())[jax.process_index() :: jax.process_count()]:
+    for name, sums in sorted(manifest["files"].items())[index::count]:
         if not (home / name).is_file():
             raise ValueError(f"damaged: {name!r} is missing")
         if hash_file(home / name) != sums:
@@ -204,12 +239,3 @@ def _wait_for(path: Path) -> None:
         if time.monotonic() > until:
             raise TimeoutError(f"{path} did not come; does every process see this file system?")
         time.sleep(0.05)
-
-
-def _write_whole(path: Path, fields: dict[str, Any]) -> None:
-    """A JSON file that is there as a whole or not at all."""
-    growing = path.with_suffix(".new")
-    write_json(growing, fields)
-    sync(growing)
-    os.replace(growing, path)
-    sync(path.parent)

@@ -27,6 +27,7 @@ from dsmoe_jax.manifest import is_native, own_hash, read_manifest
 from dsmoe_jax.model import split
 from dsmoe_jax.new_folder import write_json
 from dsmoe_jax.quantize import SCHEMES, load_quantized
+from dsmoe_jax.special_ids import check_special_ids
 from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files
 
 from .config import RunConfig
@@ -118,6 +119,8 @@ def finetuning(config: FinetuneConfig, out: Path) -> Job:
             facts=facts,
         )
 
+    for line in check_special_ids(model, Tokenizer.from_pretrained(corpus.tokenizer or base), where=str(base)):
+        _log.warning("%s", line)  # an adapter is used with the config of its base
     adapter = config.lora
     plan = make_plan(adapter, model)
     onto = untied(model) if is_untied(plan, model) else model

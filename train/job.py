@@ -14,6 +14,7 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.kernels.operand import Operand
 from dsmoe_jax.manifest import read_manifest
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
+from dsmoe_jax.special_ids import SPECIAL_IDS, check_special_ids, within_vocabulary
 from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files
 
 from .config import RunConfig
@@ -23,7 +24,6 @@ from .resume import identity
 from .step import Trained
 
 MODEL: Final = "model"  # below the run's folder
-_TOKEN_IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 _log = logging.getLogger(__name__)
 
 
@@ -76,18 +76,23 @@ def make_facts(config: RunConfig, model: ModelConfig, corpus: Corpus, **others: 
 
 
 def with_token_ids(model: ModelConfig, corpus: Corpus) -> ModelConfig:
-    """The config with the special token ids of the run's tokenizer; without one, with none outside the vocabulary."""
-    if corpus.tokenizer is None:
-        ids = {name: getattr(model, name) for name in _TOKEN_IDS} | {"eos_token_id": corpus.eos_token_id}
-        ids = {name: i if i is not None and i < model.vocab_size else None for name, i in ids.items()}
-    else:
-        tokenizer = Tokenizer.from_pretrained(corpus.tokenizer)
-        ids = {name: getattr(tokenizer, name) for name in _TOKEN_IDS}
-        if model.pad_token_id is None:
-            ids["pad_token_id"] = None
-    for change in differences({name: getattr(model, name) for name in ids}, ids):
-        _log.info("%s, from the tokenizer", change)
-    return dataclasses.replace(model, **ids)
+    """The config with the special token ids of the run's tokenizer, and none outside the vocabulary.
+
+    Raises `ValueError` as `check_special_ids` does, and logs what it returns.
+    """
+    tokenizer = None if corpus.tokenizer is None else Tokenizer.from_pretrained(corpus.tokenizer)
+    own = {name: getattr(model, name) for name in SPECIAL_IDS}
+    bos, eos = (None, corpus.eos_token_id) if tokenizer is None else (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    ids = own | ({} if bos is None else {"bos_token_id": bos})
+    if eos is not None and eos not in model.eos_token_ids:
+        ids["eos_token_id"] = eos
+    ids = within_vocabulary(ids, model.vocab_size)
+    for change in differences(own, ids):
+        _log.info("%s, as in the tokenizer", change)
+    model = dataclasses.replace(model, **ids)
+    for line in check_special_ids(model, tokenizer):
+        _log.warning("%s", line)
+    return model
 
 
 def model_writer(model: ModelConfig, corpus: Corpus) -> Callable[[Path, Mapping[str, Array]], None]:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsmoe_jax.array_files import hash_file
 from dsmoe_jax.checkpoint import together
+from dsmoe_jax.locks import lock_folder
 from dsmoe_jax.manifest import damage, is_native, own_hash, read_manifest
 from dsmoe_jax.model import abstract, shardings
 from dsmoe_jax.new_folder import recover_folder, replace_folder, write_json
@@ -59,13 +60,18 @@ def run(config: RunConfig) -> Result:
     """Train, from the newest intact checkpoint in the run's folder if there is one.
 
     The same function on one device and on all processes of a cluster. SIGTERM and SIGINT end it after the step under
-    way, with a checkpoint. Raises `ValueError` for what the config gets wrong, and when too many updates in a row were
-    skipped.
+    way, with a checkpoint. Raises `ValueError` for what the config gets wrong, when another run is using the folder,
+    and when too many updates in a row were skipped.
     """
     start(config.processes)
     out, mesh = Path(config.out), None
-    with together():
+    with together():  # what is wrong is said before anything is made
         mesh = _check(config)
+    with _locked(out):
+        return _run(config, out, mesh)
+
+
+def _run(config: RunConfig, out: Path, mesh: Mesh | None) -> Result:
     out.mkdir(parents=True, exist_ok=True)
     _compile_once(out / _CACHE)
     with ExitStack() as stack:
@@ -76,12 +82,10 @@ def run(config: RunConfig) -> Result:
         if config.resume == "never" and checkpoints.steps():
             raise ValueError(f"{checkpoints.folder} has checkpoints; --resume auto goes on from them")
         found = checkpoints.newest()
-        resuming = found is not None
-        job = (
-            finetuning(config, out)
-            if isinstance(config, FinetuneConfig)
-            else pretraining(config, out, resuming=resuming)
-        )
+        if isinstance(config, FinetuneConfig):
+            job = finetuning(config, out)
+        else:
+            job = pretraining(config, out, resuming=found is not None)
         before, now = read_run(out), config.to_dict() | {"steps": job.steps, "model_config": job.model.to_dict()}
         if found is not None:
             check_resumable(checkpoints.folder, *found, job.facts)
@@ -90,6 +94,8 @@ def run(config: RunConfig) -> Result:
             log_changes(before, now, found[0])
         else:
             _warn_of_leftovers(job, out)
+        if (warmup := config.optimizer.warmup_steps) > job.steps:
+            _log.warning("optimizer.warmup_steps %d exceeds steps %d: warmup ends with the run", warmup, job.steps)
         stack.enter_context(nullcontext() if mesh is None else jax.set_mesh(mesh))
         corpus, trained = job.corpus, job.trained
         graph = abstract(job.model)[0]
@@ -130,13 +136,14 @@ def run(config: RunConfig) -> Result:
             evaluates = n % config.evaluate_every == 0 or n == job.steps
             if saves or evaluates:
                 clock.flush()
-                if saves:
-                    checkpoints.save(n, state, {**job.facts, "loss": float(metrics.loss)})
+                # Before the checkpoint: a run that goes on from it does not come back to this evaluation.
                 if evaluates and (evaluation := _evaluate(evaluate, state, frozen, corpus, mesh)):
                     if recorder is not None:
                         recorder.evaluation(n, *evaluation)
                     if best is not None:
                         best.offer(n, evaluation[0], state.params)
+                if saves:
+                    checkpoints.save(n, state, {**job.facts, "loss": float(metrics.loss)})
                 clock.restart()
         clock.flush()
         if metrics is not None:
@@ -173,8 +180,6 @@ def _check(config: RunConfig) -> Mesh | None:
         positions = int(positions * model.rope_scaling.factor)
     if length > positions:
         _log.warning("data.sequence_length %d exceeds the model's max_position_embeddings %d", length, positions)
-    if config.steps and config.optimizer.warmup_steps > config.steps:
-        _log.warning("optimizer.warmup_steps %d exceeds steps %d", config.optimizer.warmup_steps, config.steps)
     groups, alpha, experts = config.step.device_groups, config.step.device_alpha, model.n_routed_experts
     if experts is not None and experts % groups:
         raise ValueError(f"step.device_groups {groups} does not divide {experts} experts")
@@ -270,6 +275,16 @@ def _warn_of_leftovers(job: Job, out: Path) -> None:
             _log.warning(
                 "%s: left by an earlier run; %s", out / name, "it is replaced" if ours else "it stays as it is"
             )
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the lock of the run's folder; where another run holds it, all processes end."""
+    with ExitStack() as stack:
+        with together():
+            if jax.process_index() == 0:
+                stack.enter_context(lock_folder(out))
+        yield
 
 
 # --- the way ---

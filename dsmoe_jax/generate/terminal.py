@@ -22,7 +22,8 @@ from dsmoe_jax.generate.chat import Chat
 from dsmoe_jax.generate.generator import Completion, Generator
 from dsmoe_jax.generate.params import SamplingParams
 from dsmoe_jax.json_file import parse_json
-from dsmoe_jax.new_folder import refuse_existing
+from dsmoe_jax.locks import lock_name
+from dsmoe_jax.new_folder import refuse_existing, sibling
 from dsmoe_jax.progress import count
 
 Load = Callable[[], Generator]
@@ -200,21 +201,23 @@ def _replies(lines: Iterable[_Line], completions: Iterable[Completion]) -> Itera
 def _new_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file that has its name only when all of it is on disk; `ValueError` if there is one of that name already."""
     path = refuse_existing(path)
-    draft = path.parent / f".{path.name}.{os.getpid()}.incomplete"
-    try:
-        file = draft.open("wb")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror}") from None
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        refuse_existing(path)
-        draft.rename(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
+    draft = sibling(path)
+    with lock_name(path):
+        refuse_existing(path)  # the one who had the lock may have made it
+        try:
+            file = draft.open("wb")  # what a killed one left is overwritten
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written: {error.strerror}") from None
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            refuse_existing(path)
+            draft.rename(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
 
 
 # --- a conversation ---

@@ -2,19 +2,20 @@
 
 A folder of them holds `manifest.json` and, of each split (`train`, `heldout`), `SPLIT-00000.tokens`: all ids one after
 another, little-endian uint16 (uint32 for a vocabulary past 65,536), and `SPLIT-00000.documents`: where each document
-begins among them, and at last their number, little-endian uint64.
+begins among them, and at last their number, little-endian uint64. Who opens them hashes each file once; `.verified`
+notes which, where the folder can be written.
 """
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from dsmoe_jax.array_files import hash_file
 from dsmoe_jax.json_file import read_json
-from dsmoe_jax.manifest import own_hash
+from dsmoe_jax.manifest import HashCache, own_hash
 from dsmoe_jax.tokenizer import tokenizer_files
 
 MANIFEST: Final = "manifest.json"
@@ -22,6 +23,7 @@ FORMAT: Final = "dsmoe token shards 1"
 SPLITS: Final = ("train", "heldout")
 DTYPES: Final = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 BOUNDARY: Final = np.dtype("<u8")
+_VERIFIED: Final = ".verified"
 
 
 def shard_files(split: str, index: int) -> tuple[str, str]:
@@ -71,10 +73,12 @@ class TokenShards:
         self._first = np.cumsum([0, *(len(boundaries) - 1 for boundaries in self._boundaries)])
 
     @classmethod
-    def open(cls, folder: str | Path, split: str = "train", *, verify: bool = False) -> "TokenShards":
-        """The shards of a split, memory-mapped; `verify` reads every byte and compares its SHA-256.
+    def open(cls, folder: str | Path, split: str = "train", *, verify: bool = True) -> "TokenShards":
+        """The shards of a split, memory-mapped.
 
-        Raises `ValueError` in one line where the folder holds no token shards, or a file is missing or damaged.
+        `verify` compares the SHA-256 of every file, half a second a gigabyte and core, once: a file whose size, times
+        and inode are as they were then is not read again. Raises `ValueError` in one line where the folder holds no
+        token shards, or a file is missing or damaged.
         """
         folder = Path(folder)
         if not (folder / MANIFEST).is_file():
@@ -82,9 +86,9 @@ class TokenShards:
         manifest = _read_manifest(folder / MANIFEST)
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
-        for index, shard in enumerate(manifest["splits"][split]["shards"]):
-            for name in shard_files(split, index):
-                _check_file(folder / name, shard[name.rpartition(".")[2]], verify)
+        shards = enumerate(manifest["splits"][split]["shards"])
+        files = {name: shard[name.rpartition(".")[2]] for index, shard in shards for name in shard_files(split, index)}
+        check_files(folder, files, verify=verify)
         return cls(folder, split, manifest)
 
     def __len__(self) -> int:
@@ -92,11 +96,19 @@ class TokenShards:
         return len(self.lengths)
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Token ids `start` to `stop` of a document: a view of the file."""
+        """Token ids `start` to `stop` of a document: a view of the file. `ValueError` for one that is no token."""
         shard = int(np.searchsorted(self._first, document, side="right")) - 1
         begin = int(self._boundaries[shard][document - self._first[shard]])
         stop = int(self.lengths[document]) if stop is None else stop
-        return self._tokens[shard][begin + start : begin + stop]
+        ids = self._tokens[shard][begin + start : begin + stop]
+        # An embedding would read another row for it, or NaN; the file may have changed since it was opened.
+        if ids.size and (largest := ids.max()) >= self.vocab_size:
+            name = shard_files(self.split, shard)[0]
+            raise ValueError(
+                f"{self.folder / name}: damaged: token id {largest} in document {document}, "
+                f"the vocabulary has {self.vocab_size}"
+            )
+        return ids
 
     def check(self, *, tokenizer_hash: str | None = None, vocab_size: int | None = None) -> None:
         """`ValueError` if another tokenizer made the shards, or a model of `vocab_size` does not know all their ids."""
@@ -120,6 +132,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     fields = read_json(path)
     if (version := fields.get("format")) != FORMAT:
         raise ValueError(f"{path}: format {version!r}, this version reads {FORMAT!r}")
+    check_own_hash(path, fields)
 
     def field(table: Any, name: str, kind: type) -> Any:
         value = table.get(name) if isinstance(table, dict) else None
@@ -141,10 +154,21 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _check_file(path: Path, want: dict[str, Any], verify: bool) -> None:
-    if not path.is_file():
-        raise ValueError(f"{path}: is missing")
-    if (size := os.path.getsize(path)) != want["bytes"]:
-        raise ValueError(f"{path}: has {size} bytes, not {want['bytes']}")
-    if verify and hash_file(path)["sha256"] != want["sha256"]:
-        raise ValueError(f"{path}: has other bytes than were written: another SHA-256")
+def check_own_hash(path: Path, fields: dict[str, Any]) -> None:
+    """`ValueError` unless the manifest still has the SHA-256 that it gives of itself; older ones give none."""
+    said = fields.pop("sha256", None)
+    if said is not None and said != own_hash(fields):
+        raise ValueError(f"{path}: damaged: its own SHA-256 is another")
+
+
+def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, verify: bool) -> None:
+    """`ValueError` unless each file has the `bytes` of its row and, with `verify`, the `sha256`."""
+    for name, want in files.items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: is missing")
+        if (size := os.path.getsize(folder / name)) != want["bytes"]:
+            raise ValueError(f"{folder / name}: has {size} bytes, not {want['bytes']}")
+    if verify:
+        for path, found in HashCache(folder / _VERIFIED).hashes(folder / name for name in files).items():
+            if found != files[path.name]["sha256"]:
+                raise ValueError(f"{path}: has other bytes than were written: another SHA-256")

@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from dsmoe_jax.manifest import with_own_hash
 from dsmoe_jax.new_folder import check_space, new_folder, refuse_existing, write_json
 from dsmoe_jax.progress import Advance, silent
 from dsmoe_jax.tokenizer import Tokenizer
@@ -97,7 +98,7 @@ def tokenize(
                 raise ValueError(f"holdout {holdout} leaves none of {heldout.documents} documents to train on")
             splits = dict(zip(SPLITS, (train.finish(), heldout.finish()), strict=True))
             manifest = shards_manifest(tokenizer, dtype, holdout, sources, splits)
-            write_json(draft.folder / MANIFEST, manifest | {"text_bytes": text_bytes})
+            write_json(draft.folder / MANIFEST, with_own_hash(manifest | {"text_bytes": text_bytes}))
     except OSError as error:  # a full disk; what goes wrong with a source is a ValueError
         raise ValueError(f"{out} cannot be written: {error.strerror}") from None
     return Tokenized(Path(out), train.documents, train.tokens, heldout.documents, heldout.tokens, text_bytes)

@@ -9,11 +9,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from dsmoe_jax.array_files import hash_file
 from dsmoe_jax.json_file import read_json
 from dsmoe_jax.manifest import own_hash
 
 from ..data import TokenShards
+from ..data.shards import check_files, check_own_hash
 from .templates import Example
 
 MANIFEST: Final = "examples.json"
@@ -49,8 +49,8 @@ class Examples:
         self._ends = np.cumsum(shards.lengths)
 
     @classmethod
-    def open(cls, folder: str | Path, split: str = "train", *, verify: bool = False) -> "Examples":
-        """The examples of a split, memory-mapped; `verify` reads every byte and compares its SHA-256.
+    def open(cls, folder: str | Path, split: str = "train", *, verify: bool = True) -> "Examples":
+        """The examples of a split, memory-mapped; `verify` is that of `TokenShards.open`.
 
         Raises `ValueError` in one line where the folder holds no examples, or a file is missing or damaged.
         """
@@ -59,14 +59,9 @@ class Examples:
             raise ValueError(f"{folder}: no examples (no {MANIFEST})")
         shards = TokenShards.open(folder, split, verify=verify)
         want, path = _sha256_of(folder / MANIFEST, split), folder / targets_file(split)
-        if not path.is_file():
-            raise ValueError(f"{path}: is missing")
-        if (size := path.stat().st_size) != shards.tokens:
-            raise ValueError(f"{path}: has {size} bytes; the split has {shards.tokens} tokens")
-        if verify and hash_file(path)["sha256"] != want:
-            raise ValueError(f"{path}: has other bytes than were written: another SHA-256")
+        check_files(folder, {path.name: {"bytes": shards.tokens, "sha256": want}}, verify=verify)
         # No file can be mapped that has no bytes.
-        targets = np.asarray(np.memmap(path, np.uint8, mode="r")) if size else np.zeros(0, np.uint8)
+        targets = np.asarray(np.memmap(path, np.uint8, mode="r")) if shards.tokens else np.zeros(0, np.uint8)
         return cls(shards, targets, own_hash({"tokens": shards.digest, "targets": want}))
 
     def __len__(self) -> int:
@@ -89,6 +84,7 @@ def _sha256_of(path: Path, split: str) -> str:
     fields: dict[str, Any] = read_json(path)
     if (version := fields.get("format")) != FORMAT:
         raise ValueError(f"{path}: format {version!r:.80}, this version reads {FORMAT!r}")
+    check_own_hash(path, fields)
     try:
         want = fields["splits"][split]["sha256"]
     except (KeyError, TypeError):

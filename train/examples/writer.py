@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from dsmoe_jax.manifest import with_own_hash
 from dsmoe_jax.new_folder import new_folder, refuse_existing, write_json
 from dsmoe_jax.progress import Advance, silent
 from dsmoe_jax.tokenizer import Tokenizer
@@ -130,8 +131,8 @@ def write_examples(
                 "too_long": {too_long: longer},
                 "splits": {split: found for split, (_, found) in splits.items()},
             }
-            write_json(draft.folder / shards.MANIFEST, token_shards)
-            write_json(draft.folder / MANIFEST, manifest)
+            write_json(draft.folder / shards.MANIFEST, with_own_hash(token_shards))
+            write_json(draft.folder / MANIFEST, with_own_hash(manifest))
     except OSError as error:  # a full disk; what goes wrong with a source is a ValueError
         raise ValueError(f"{out} cannot be written: {error.strerror}") from None
     if longer:
