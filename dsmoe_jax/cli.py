@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import functools
 import logging
+import math
 import signal
 import sys
 import threading
@@ -237,10 +238,10 @@ def _train(config: Any, what: str, asked: argparse.Namespace) -> None:
         again = " ".join([f"dsmoe {asked.verb}", what, *asked.flags])
         print_status(f"stopped after step {result.steps} of {result.of}; `{again}` goes on from there")
         return
+    done = "run is complete: " if result.resumed_from == result.steps else ""
+    loss = "" if math.isnan(result.loss) else f", loss {result.loss:.4f}"
     held_out = "" if result.evaluation is None else f", {result.evaluation:.4f} on held-out text"
-    print_status(
-        f"{result.steps} steps, loss {result.loss:.4f}{held_out}, {result.skipped} updates skipped: {result.model}"
-    )
+    print_status(f"{done}{result.steps} steps{loss}{held_out}, {result.skipped} updates skipped: {result.model}")
 
 
 def _generator(asked: argparse.Namespace) -> Any:

@@ -84,8 +84,10 @@ class DeepSeekMoE(nnx.Module):
     ) -> "DeepSeekMoE":
         """A model with fresh weights, each drawn where it will lie: nothing is ever whole on one device first.
 
-        A weight depends on `seed` and its path alone, not on the mesh.
+        A weight depends on `seed` and its path alone, not on the mesh. Raises `ValueError` for a seed outside
+        [0, 2**32).
         """
+        check_seed(seed)
         places, key = shardings(config, mesh), jax.random.key(seed)
         params = {
             name: _drawer(spec.initializer, spec.shape, np.dtype(dtype), places[name])(_key_of(name, key))
@@ -243,6 +245,12 @@ class ParamSpec(NamedTuple):
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]  # logical names
     initializer: Initializer
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that `jax.random.key` would truncate to 32 bits."""
+    if not 0 <= seed < 1 << 32:
+        raise ValueError(f"seed must be in [0, 2**32), got {seed}")
 
 
 class Graph:

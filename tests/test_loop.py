@@ -247,7 +247,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 def test_another_stream_is_refused_by_the_name_of_what_changed(tmp_path: Path, home: Path, whole: Path):
     out = Path(shutil.copytree(whole, tmp_path / "out"))
 
-    with pytest.raises(ValueError, match="step 28 was trained on another stream: seed changed"):
+    with pytest.raises(ValueError, match="cannot resume from step 28: seed: the checkpoint has 0, this run 1;"):
         run(config(home, out, seed=1))
 
 

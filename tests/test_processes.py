@@ -14,6 +14,7 @@ import pytest
 
 from dsmoe_jax.checkpoint import load, save
 from dsmoe_jax.model import DeepSeekMoE
+from dsmoe_jax.vocabulary import train_tokenizer
 from tests.helpers.hf_folder import tiny
 
 pytestmark = pytest.mark.heavy
@@ -66,13 +67,25 @@ attempt("damage", lambda: load(f"{home}/out", mesh=MeshConfig(expert=4, fsdp=2))
 if index == 0:
     with open(f"{home}/out/parameters/state/embed/c/0/0", "r+b") as file:
         file.write(first)
+from dsmoe_jax.train.config import DataConfig, RunConfig
+from dsmoe_jax.train.loop import run
+own = lambda path: path if index == 0 else f"{path} of nobody"  # process 1 does not find it
+def trains(**changes):
+    data = DataConfig(sources=(changes.pop("source", "python-stdlib"),), tokenizer=changes.pop("tokenizer", None))
+    run(RunConfig(out=f"{home}/run", data=data, **changes))
+attempt("no model", lambda: trains(model=own(f"{home}/out/config.json")))
+attempt("no base", lambda: trains(init_from=own(f"{home}/out")))
+attempt("no data", lambda: trains(model=f"{home}/out/config.json", source=own(f"{home}/out")))
+attempt("no tokenizer", lambda: trains(model=f"{home}/out/config.json", tokenizer=own(f"{home}/tokenizer")))
 print(json.dumps(seen))
 """
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("processes")
+    home = tmp_path_factory.mktemp("processes")
+    train_tokenizer(["ab"] * 9, home / "tokenizer", 300)
+    return home
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +129,7 @@ def test_a_process_that_fails_is_known_to_all_and_nothing_is_left(seen: list[dic
 
     assert said[failing] == "OSError: no space left"
     assert said[1 - failing] == OTHER_FAILED
-    assert [process["left"] for process in seen] == [[], []]
+    assert [process["left"] for process in seen] == [["tokenizer"], ["tokenizer"]]
 
 
 def test_damage_that_one_process_finds_is_known_to_all(seen: list[dict[str, str]]):
@@ -124,3 +137,18 @@ def test_damage_that_one_process_finds_is_known_to_all(seen: list[dict[str, str]
 
     assert OTHER_FAILED in said
     assert sum("damaged checkpoint: 'parameters/state/embed/c/0/0'" in line for line in said) == 1
+
+
+@pytest.mark.parametrize(
+    ("scene", "named"), {"no model": "", "no base": "", "no tokenizer": "holds no tokenizer"}.items()
+)
+def test_what_one_process_cannot_find_ends_all(seen: list[dict[str, str]], scene: str, named: str):
+    said = [process[scene] for process in seen]
+
+    assert said[0] == OTHER_FAILED
+    assert "of nobody" in said[1]
+    assert named in said[1]
+
+
+def test_no_process_waits_for_data_that_are_not_there(seen: list[dict[str, str]]):
+    assert all(process["no data"].startswith("ValueError: ") for process in seen)

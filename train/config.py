@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from dsmoe_jax.config import PRESETS, ModelConfig
+from dsmoe_jax.model import check_seed
 from dsmoe_jax.paths import expand_user
 from dsmoe_jax.sharding import MeshConfig
 
@@ -41,7 +42,17 @@ class CheckpointConfig:
 
     every: int = 1000  # steps
     keep_last: int = 3
-    keep_every: int | None = None  # steps
+    keep_every: int | None = None  # steps; a multiple of `every`
+
+    def __post_init__(self) -> None:
+        """`ValueError` for intervals below 1, or that never meet."""
+        for name in ("every", "keep_last", "keep_every"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"checkpoints.{name} must be at least 1, got {value}")
+        if self.keep_every is not None and self.keep_every % self.every:
+            raise ValueError(
+                f"checkpoints.keep_every must be a multiple of checkpoints.every {self.every}, got {self.keep_every}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,6 +103,7 @@ class RunConfig:
         for name in ("sequence_length", "batch_size"):
             if (value := getattr(self.data, name)) < 1:
                 raise ValueError(f"data.{name} must be at least 1, not {value}")
+        check_seed(self.seed)
         if self.resume not in ("auto", "never"):
             raise ValueError(f"resume {self.resume!r} is not one of auto, never")
 

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -11,11 +11,12 @@ import jax
 
 from dsmoe_jax.checkpoint import together
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.json_file import read_json
 from dsmoe_jax.tokenizer import tokenizer_files
 from dsmoe_jax.vocabulary import train_tokenizer
 
 from .batch import Batch
-from .config import RunConfig
+from .config import DataConfig, RunConfig
 from .data import (
     Stream,
     TokenShards,
@@ -27,7 +28,9 @@ from .data import (
     tokenize,
     tokenizer_hash,
 )
+from .data.shards import MANIFEST as SHARDS_MANIFEST
 from .examples import is_examples
+from .inputs import Derived, Source
 
 _SHARDS: Final = "data"  # below the run's folder: what was tokenized for it
 _TOKENIZER: Final = "tokenizer"  # and the tokenizer that was trained for it
@@ -42,6 +45,9 @@ class Corpus(NamedTuple):
     tokenizer: Path | None  # its folder; None where only shards are known
     prefetch: int
     evaluate_batches: int
+    # What the datasets were made from, as JSON: `files` and their hashes, `options`, hashes of what is `heldout`.
+    inputs: Mapping[str, Any]
+    eos_token_id: int | None = None  # that ends a document, where no tokenizer says
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -57,39 +63,42 @@ class Corpus(NamedTuple):
         return itertools.islice(self.held_out(**_share()), self.evaluate_batches)
 
 
-def prepare(config: RunConfig, model_config: ModelConfig, out: Path) -> Corpus:
+def prepare(config: RunConfig, model_config: ModelConfig, out: Path, *, resuming: bool = False) -> Corpus:
     """Open the token shards of every source; what is text is tokenized first, once, below `out`.
 
-    Where no tokenizer is known a vocabulary is trained on the same texts, those that are held out left out.
+    Where no tokenizer is known a vocabulary is trained on the same texts, those that are held out left out. Shards and
+    tokenizer of an earlier start are made again when the texts or the options have changed; with `resuming`, where
+    checkpoints were trained on them, a change is refused.
 
     Raises `ValueError` for a source that is empty, broken or of examples, for shards made with another tokenizer,
     and for a vocabulary that is larger than the model's.
     """
     data = config.data
-    if examples := next((source for source in data.sources if is_examples(source)), None):
-        raise ValueError(f"{examples}: holds examples for `dsmoe finetune`; here their answers could not be told apart")
-    homes = [
-        Path(source) if is_token_shards(source) else out / _SHARDS / f"{i:02}" for i, source in enumerate(data.sources)
-    ]
-    texts = {source: home for source, home in zip(data.sources, homes, strict=True) if home != Path(source)}
-    tokenizer, trained = _tokenizer(config), out / _TOKENIZER
+    if data.weights and len(data.sources) == 1:
+        _log.warning("data.weights %s has no effect: there is one source", data.weights)
+    tokenizer = _tokenizer(config)
+    homes = []
+    with together():
+        if examples := next((source for source in data.sources if is_examples(source)), None):
+            raise ValueError(
+                f"{examples}: holds examples for `dsmoe finetune`; here their answers could not be told apart"
+            )
+        if tokenizer is not None and not tokenizer_files(tokenizer):
+            raise ValueError(f"{tokenizer}: holds no tokenizer")
+        homes = [Path(s) if is_token_shards(s) else out / _SHARDS / f"{i:02}" for i, s in enumerate(data.sources)]
+    texts = {home: source for source, home in zip(data.sources, homes, strict=True) if home != Path(source)}
     with together():
         if jax.process_index() == 0 and texts:
-            if tokenizer is None and not trained.exists():
-                _log.info("training a vocabulary of %d tokens on %s", model_config.vocab_size, ", ".join(texts))
-                found = (document.text for source in texts for document in documents(source, exclude=[out]))
-                seen = (text for text in found if not is_held_out(text.encode(), data.holdout))
-                train_tokenizer(seen, trained, model_config.vocab_size)
-            for source, home in texts.items():
-                if not home.exists():
-                    options = {"holdout": data.holdout, "split_special_tokens": data.split_special_tokens}
-                    _log.info("%s", tokenize(source, tokenizer or trained, home, exclude=[out], **options))
-    if tokenizer is None and trained.exists():
-        tokenizer = trained
-    shards, heldout = ([TokenShards.open(home, split) for home in homes] for split in ("train", "heldout"))
-    expected = None if tokenizer is None else tokenizer_hash(tokenizer)
-    for one in shards:
-        one.check(tokenizer_hash=expected, vocab_size=model_config.vocab_size)
+            _derive(config, model_config, out, texts, tokenizer, resuming)
+    shards, heldout = [], []
+    with together():
+        shards, heldout = ([TokenShards.open(home, split) for home in homes] for split in ("train", "heldout"))
+        if tokenizer is None:
+            tokenizer = _trained(out, shards)
+        expected = None if tokenizer is None else tokenizer_hash(tokenizer)
+        for one in shards:
+            one.check(tokenizer_hash=expected, vocab_size=model_config.vocab_size)
+        _check_holdout(data, homes, texts, heldout)
     stream = Stream(
         shards,
         data.weights,
@@ -105,7 +114,71 @@ def prepare(config: RunConfig, model_config: ModelConfig, out: Path) -> Corpus:
         batch_size=data.batch_size,
         mode=data.packing,
     )
-    return Corpus(stream, held_out, tokenizer, data.prefetch, config.evaluate_batches)
+    files = {source: one.digest for source, one in zip(data.sources, shards, strict=True)}
+    inputs = {"files": files, "options": {}, "heldout": [one.digest for one in heldout]}
+    eos = shards[0].eos_token_id
+    return Corpus(stream, held_out, tokenizer, data.prefetch, config.evaluate_batches, inputs, eos)
+
+
+def _derive(
+    config: RunConfig,
+    model_config: ModelConfig,
+    out: Path,
+    texts: Mapping[Path, str],
+    tokenizer: Path | None,
+    resuming: bool,
+) -> None:
+    """Make the tokenizer, if none is given, and the token shards of the texts, by their folder."""
+    holdout = config.data.holdout
+    derived = Derived(out, resuming=resuming)
+    split = config.data.split_special_tokens
+    sources = {home: Source.read(text, out) for home, text in texts.items()}
+
+    def train(home: Path) -> None:
+        _log.info("training a vocabulary of %d tokens on %s", model_config.vocab_size, ", ".join(texts.values()))
+        found = (document.text for text in texts.values() for document in documents(text, exclude=[out]))
+        seen = (text for text in found if not is_held_out(text.encode(), holdout))
+        train_tokenizer(seen, home, model_config.vocab_size)
+
+    if tokenizer is None:
+        options = {"vocab_size": model_config.vocab_size, "data.holdout": holdout}
+        derived.make(_TOKENIZER, list(sources.values()), options, train)
+        tokenizer = out / _TOKENIZER
+    made_by = {"data.holdout": holdout, "tokenizer": tokenizer_hash(tokenizer)}
+    made_by |= {"data.split_special_tokens": True} if split else {}
+    for home, source in sources.items():
+        write = functools.partial(
+            _tokenize, source.name, tokenizer, holdout=holdout, split_special_tokens=split, exclude=[out]
+        )
+        derived.make(home.relative_to(out).as_posix(), [source], made_by, write)
+
+
+def _tokenize(source: str, tokenizer: Path, home: Path, **options: Any) -> None:
+    _log.info("%s", tokenize(source, tokenizer, home, **options))
+
+
+def _trained(out: Path, shards: Sequence[TokenShards]) -> Path | None:
+    """The tokenizer that was trained in this run's folder, if it made the shards."""
+    trained = out / _TOKENIZER
+    if tokenizer_files(trained) and tokenizer_hash(trained) == shards[0].tokenizer_hash:
+        return trained
+    return None
+
+
+def _check_holdout(
+    data: DataConfig, homes: Sequence[Path], texts: Mapping[Path, str], heldout: Sequence[TokenShards]
+) -> None:
+    """Refuse a validation share that the shards do not have; warn where nothing is held out at all."""
+    asked = data.holdout != DataConfig.holdout
+    for home in homes:
+        share = read_json(home / SHARDS_MANIFEST).get("holdout", data.holdout)
+        if asked and share != data.holdout:
+            problem = f"data.holdout {data.holdout} has no effect on {home}: its shards were made with {share}"
+            if not texts:
+                raise ValueError(f"{problem}; leave it out, or tokenize the text again")
+            _log.warning("%s", problem)
+    if data.holdout and not sum(map(len, heldout)):
+        _log.warning("no document is held out: nothing to evaluate on; raise data.holdout (%s)", data.holdout)
 
 
 def _tokenizer(config: RunConfig) -> Path | None:

@@ -2,13 +2,12 @@
 
 import dataclasses
 import functools
-import json
 import logging
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final
+from typing import Annotated, Any, ClassVar, Final, NamedTuple
 
 import jax
 import tyro
@@ -27,19 +26,23 @@ from dsmoe_jax.generation_config import (
     with_config_eos,
 )
 from dsmoe_jax.info import count_parameters
+from dsmoe_jax.json_file import read_json
 from dsmoe_jax.kernels.operand import Operand
 from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.manifest import is_native, own_hash, read_manifest
 from dsmoe_jax.model import split
+from dsmoe_jax.new_folder import write_json
 from dsmoe_jax.paths import expand_user
 from dsmoe_jax.quantize import SCHEMES, load_quantized
+from dsmoe_jax.special_ids import check_special_ids
 from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files
 
 from .config import RunConfig
 from .corpus import Corpus
-from .data import Stream, find_files, tokenizer_hash
-from .examples import ExamplePacking, Examples, endings_of, example_batches, show, write_examples
-from .job import MODEL, Job, model_writer
+from .data import Stream, tokenizer_hash
+from .examples import ExamplePacking, Examples, endings_of, example_batches, show, template_hash, write_examples
+from .inputs import RECORD, Source, file_hashes
+from .job import MODEL, Job, make_facts, model_writer, with_token_ids
 from .optimizer import OptimizerConfig
 from .step import Trained
 
@@ -100,6 +103,8 @@ class FinetuneConfig(RunConfig):
         super().__post_init__()
         if not self.steps and not self.epochs > 0:
             raise ValueError(f"epochs must be more than 0, not {self.epochs}")
+        if self.model:
+            raise ValueError(f"model {self.model!r} cannot be chosen: it is that of the checkpoint")
         if self.quantize is not None and self.quantize not in SCHEMES:
             raise ValueError(f"quantize {self.quantize!r} is not one of {', '.join(SCHEMES)}")
         if self.quantize is not None and self.lora is None:
@@ -108,12 +113,17 @@ class FinetuneConfig(RunConfig):
 
 def finetuning(config: FinetuneConfig, out: Path) -> Job:
     """The whole of a model, or an adapter on it, on examples."""
-    base = Path(config.init_from or "")
-    if not is_native(base):
-        raise ValueError(f"{base}: not a native checkpoint; `dsmoe convert` makes one of a Hugging Face folder")
+    base, made_from = Path(config.init_from or ""), ""
+    with together():
+        if not is_native(base):
+            raise ValueError(f"{base}: not a native checkpoint; `dsmoe convert` makes one of a Hugging Face folder")
+        made_from = read_manifest(base).identity
     model = config.model_config()
     corpus, steps = examples(config, model, out)
-    facts = {"stream": corpus.identity, "base": {"sha256": read_manifest(base).sha256}}
+    adapter = None if config.lora is None else dataclasses.asdict(config.lora)
+    facts = make_facts(config, model, corpus, init_from=made_from, lora=adapter, quantize=config.quantize)
+    if config.lora is None:
+        model = with_token_ids(model, corpus)
     own = read_generation_config(base)
     stated = with_config_eos(own, model)
     endings = _endings(config, corpus, eos_token_ids(stated))
@@ -133,6 +143,8 @@ def finetuning(config: FinetuneConfig, out: Path) -> Job:
             facts=facts,
         )
 
+    for line in check_special_ids(model, Tokenizer.from_pretrained(corpus.tokenizer or base), where=str(base)):
+        _log.warning("%s", line)  # an adapter is used with the config of its base
     adapter = config.lora
     plan = make_plan(adapter, model)
     onto = untied(model) if is_untied(plan, model) else model
@@ -169,11 +181,7 @@ def finetuning(config: FinetuneConfig, out: Path) -> Job:
         fresh=fresh,
         result=ADAPTER,
         save=save,
-        facts={
-            **facts,
-            "base": facts["base"] | {"quantize": config.quantize},
-            "adapter": json.loads(json.dumps(dataclasses.asdict(adapter))),  # tuples are lists there
-        },
+        facts=facts,
         keep_best=True,
     )
 
@@ -187,12 +195,15 @@ def _endings(config: FinetuneConfig, corpus: Corpus, eos_token_ids: Sequence[int
 def examples(config: FinetuneConfig, model: ModelConfig, out: Path) -> tuple[Corpus, int]:
     """The examples of a run as its corpus, and its steps: those asked for, or as many as its epochs make."""
     data = config.data
-    tokenizer, train, heldout = open_examples(config, model, out)
+    tokenizer, train, heldout, inputs = open_examples(config, model, out)
     shape: dict[str, Any] = {"sequence_length": data.sequence_length, "mode": data.packing}
     stream = Stream([train], batch_size=data.batch_size, seed=config.seed, packing=ExamplePacking, **shape)
     held_out = functools.partial(example_batches, [heldout], batch_size=data.batch_size, **shape)
-    corpus = Corpus(stream, held_out, tokenizer, data.prefetch, config.evaluate_batches)
+    inputs = {**inputs, "heldout": [heldout.digest]}
+    corpus = Corpus(stream, held_out, tokenizer, data.prefetch, config.evaluate_batches, inputs)
     if config.steps:
+        if config.epochs != FinetuneConfig.epochs:
+            _log.warning("steps %d: epochs %s has no effect; steps 0 trains for epochs", config.steps, config.epochs)
         return corpus, config.steps
     full, packing = int(config.epochs), ExamplePacking(train, seed=config.seed, **shape)
     last = packing.rows_of(full)
@@ -200,18 +211,23 @@ def examples(config: FinetuneConfig, model: ModelConfig, out: Path) -> tuple[Cor
     return corpus, math.ceil(rows / data.batch_size)
 
 
-def open_examples(config: FinetuneConfig, model: ModelConfig, out: Path) -> tuple[Path, Examples, Examples]:
-    """The folder of the tokenizer, the examples of a run, and the held-out ones; they are written below `out` once.
+class OpenExamples(NamedTuple):
+    """The examples of a run."""
+
+    tokenizer: Path  # its folder
+    train: Examples
+    heldout: Examples
+    inputs: dict[str, Any]  # `files` and their hashes, and `options`
+
+
+def open_examples(config: FinetuneConfig, model: ModelConfig, out: Path) -> OpenExamples:
+    """The examples of a run; they are written below `out` once for all that has the same content.
 
     Raises `ValueError` for files that are empty or broken, and for a vocabulary that is larger than the model's.
     """
     data = config.data
-    if not data.files:
-        raise ValueError("no examples to train on; --data FILE names some")
     tokenizer = Path(data.tokenizer or config.init_from or "")
-    if not tokenizer_files(tokenizer):
-        raise ValueError(f"{tokenizer}: holds no tokenizer; --data.tokenizer names a folder that does")
-    asked = {
+    options = {
         "template": data.template,
         "format": data.format,
         "targets": data.targets,
@@ -220,21 +236,35 @@ def open_examples(config: FinetuneConfig, model: ModelConfig, out: Path) -> tupl
         "holdout": data.holdout,
         "split_special_tokens": data.split_special_tokens,
     }
-    # Other files, or the same ones after a change, are other examples.
-    files = [file.path for source in data.files for file in find_files(source, exclude=[out])]
-    made_of = {str(path): [(stat := path.stat()).st_size, stat.st_mtime_ns] for path in files}
-    home = out / _EXAMPLES / own_hash(asked | {"files": made_of, "tokenizer": tokenizer_hash(tokenizer)})[:12]
     with together():
-        if jax.process_index() == 0 and not home.exists():
-            home.parent.mkdir(parents=True, exist_ok=True)
-            _log.info("%s", write_examples(data.files, tokenizer, home, exclude=[out], **asked))
-    train, heldout = (Examples.open(home, split) for split in ("train", "heldout"))
-    train.check(tokenizer_hash=tokenizer_hash(tokenizer), vocab_size=model.vocab_size)
-    return tokenizer, train, heldout
+        if not data.files:
+            raise ValueError("no examples to train on; --data FILE names some")
+        if not tokenizer_files(tokenizer):
+            raise ValueError(f"{tokenizer}: holds no tokenizer; --data.tokenizer names a folder that does")
+        if jax.process_index() == 0:
+            made_by = {f"data.{name}": value for name, value in options.items()}
+            made_by |= {"data.template": template_hash(data.template), "data.tokenizer": tokenizer_hash(tokenizer)}
+            sources = [Source.read(source, out) for source in data.files]
+            home = own_hash({"sources": [source.sha256 for source in sources], "options": made_by})[:12]
+            if not (out / _EXAMPLES / home).exists():
+                (out / _EXAMPLES).mkdir(parents=True, exist_ok=True)
+                _log.info("%s", write_examples(data.files, tokenizer, out / _EXAMPLES / home, exclude=[out], **options))
+            files = {name: sha256 for source in data.files for name, sha256 in file_hashes(source, out).items()}
+            write_json(out / RECORD, {"folder": home, "files": files, "options": made_by})
+    inputs: dict[str, Any] = {}
+    splits: list[Examples] = []
+    with together():
+        inputs |= read_json(out / RECORD)
+        home = out / _EXAMPLES / inputs.pop("folder")
+        splits += [Examples.open(home, split) for split in ("train", "heldout")]
+        splits[0].check(tokenizer_hash=tokenizer_hash(tokenizer), vocab_size=model.vocab_size)
+    if data.holdout and not len(splits[1]):
+        _log.warning("no example is held out: nothing to evaluate on; raise data.holdout (%s)", data.holdout)
+    return OpenExamples(tokenizer, splits[0], splits[1], inputs)
 
 
 def show_examples(config: FinetuneConfig, count: int) -> None:
     """Print the first examples of a run with what is learnt of them in colour; nothing is trained or left behind."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer, train, _ = open_examples(config, config.model_config(), Path(folder))
-        show(train, Tokenizer.from_pretrained(tokenizer), count)
+        found = open_examples(config, config.model_config(), Path(folder))
+        show(found.train, Tokenizer.from_pretrained(found.tokenizer), count)

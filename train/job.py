@@ -1,25 +1,32 @@
 """What a run trains: all in which pretraining and fine-tuning differ. Start at `Job`; `pretraining` makes one."""
 
+import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from jax.sharding import Mesh
 
 from dsmoe_jax.axes import Array
-from dsmoe_jax.checkpoint import load, save
+from dsmoe_jax.checkpoint import load, save, together
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.generation_config import temporary_file
 from dsmoe_jax.kernels.operand import Operand
+from dsmoe_jax.manifest import read_manifest
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
-from dsmoe_jax.tokenizer import tokenizer_files
+from dsmoe_jax.special_ids import SPECIAL_IDS, check_special_ids, within_vocabulary
+from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files
 
 from .config import RunConfig
 from .corpus import Corpus, prepare
+from .inputs import differences
+from .resume import identity
 from .step import Trained
 
-MODEL = "model"  # below the run's folder
+MODEL: Final = "model"  # below the run's folder
+_log = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
@@ -37,10 +44,14 @@ class Job(NamedTuple):
     keep_best: bool = False  # whether what comes out is also kept from where it evaluated best
 
 
-def pretraining(config: RunConfig, out: Path) -> Job:
+def pretraining(config: RunConfig, out: Path, *, resuming: bool = False) -> Job:
     """All parameters of a model, fresh or those of `init_from`, on text."""
-    model = config.model_config()
-    corpus = prepare(config, model, out)
+    model, base = config.model_config(), None
+    with together():
+        if config.init_from is not None:
+            base = read_manifest(Path(config.init_from)).identity
+    corpus = prepare(config, model, out, resuming=resuming)
+    model = with_token_ids(model, corpus)
 
     def fresh(mesh: Mesh | None, frozen: Mapping[str, Operand]) -> Mapping[str, Array]:
         if config.init_from is not None:
@@ -56,8 +67,34 @@ def pretraining(config: RunConfig, out: Path) -> Job:
         fresh=fresh,
         result=MODEL,
         save=model_writer(model, corpus),
-        facts={"stream": corpus.identity},
+        facts=make_facts(config, model, corpus, init_from=base),
     )
+
+
+def make_facts(config: RunConfig, model: ModelConfig, corpus: Corpus, **others: Any) -> dict[str, Any]:
+    """The facts of a run: its settings (with `others`), its data, and what those were made from."""
+    settings = identity(config, model, **others)
+    return {"config": settings, "stream": corpus.identity, "inputs": dict(corpus.inputs)}
+
+
+def with_token_ids(model: ModelConfig, corpus: Corpus) -> ModelConfig:
+    """The config with the special token ids of the run's tokenizer, and none outside the vocabulary.
+
+    Raises `ValueError` as `check_special_ids` does, and logs what it returns.
+    """
+    tokenizer = None if corpus.tokenizer is None else Tokenizer.from_pretrained(corpus.tokenizer)
+    own = {name: getattr(model, name) for name in SPECIAL_IDS}
+    bos, eos = (None, corpus.eos_token_id) if tokenizer is None else (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    ids = own | ({} if bos is None else {"bos_token_id": bos})
+    if eos is not None and eos not in model.eos_token_ids:
+        ids["eos_token_id"] = eos
+    ids = within_vocabulary(ids, model.vocab_size)
+    for change in differences(own, ids):
+        _log.info("%s, as in the tokenizer", change)
+    model = dataclasses.replace(model, **ids)
+    for line in check_special_ids(model, tokenizer):
+        _log.warning("%s", line)
+    return model
 
 
 def model_writer(

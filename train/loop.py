@@ -1,7 +1,8 @@
 """A training run, read from top to bottom: `run`."""
 
-import dataclasses
+import contextlib
 import logging
+import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -15,28 +16,29 @@ from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dsmoe_jax.array_files import hash_file
 from dsmoe_jax.checkpoint import together
-from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.locks import lock_folder
-from dsmoe_jax.model import abstract
-from dsmoe_jax.new_folder import write_json
+from dsmoe_jax.manifest import damage, is_native, own_hash, read_manifest
+from dsmoe_jax.model import abstract, shardings
+from dsmoe_jax.new_folder import recover_folder, replace_folder, write_json
 from dsmoe_jax.sharding import BATCH_AXES, make_mesh
 from dsmoe_jax.xla_options import quiet_cache_reads
 
 from .batch import Batch
-from .best import Best
+from .best import BEST, Best
 from .checkpoints import Checkpoints
 from .config import RunConfig
 from .corpus import Corpus
-from .finetune import FinetuneConfig, finetuning
-from .job import Job, pretraining
-from .metrics import Recorder
+from .finetune import ADAPTER, FinetuneConfig, finetuning
+from .job import MODEL, Job, pretraining
+from .metrics import Recorder, read_records
 from .optimizer import make_optimizer
 from .processes import start
+from .resume import CONFIG, check_resumable, log_changes, read_run
 from .step import Metrics, TrainState, evaluate_step, init_state, make_step, state_shardings
 
 CHECKPOINTS: Final = "checkpoints"  # below the run's folder
-CONFIG: Final = "run.json"
 _CACHE: Final = "compiled"
 _NO_LOSS: Final = 1e-7  # nats; below it a softmax in fp32 cannot tell
 _log = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class Result(NamedTuple):
     evaluation: float | None  # mean cross-entropy on the held-out text, in nats
     skipped: int  # updates that were not made
     model: Path | None  # the trained model, a native checkpoint, or adapter; None if stopped
+    resumed_from: int = 0  # step of the checkpoint; equal to `steps` if there was nothing left to train
 
 
 @quiet_cache_reads()
@@ -63,34 +66,47 @@ def run(config: RunConfig) -> Result:
     and when too many updates in a row were skipped.
     """
     start(config.processes)
-    config.model_config()  # what is wrong with it is said before anything is made
-    with _locked(Path(config.out)):
-        return _run(config)
+    out, mesh = Path(config.out), None
+    with together():  # what is wrong is said before anything is made
+        mesh = _check(config)
+    with _locked(out):
+        return _run(config, out, mesh)
 
 
-def _run(config: RunConfig) -> Result:
-    out = Path(config.out)
-    mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
-    _check_divides(config, mesh)
+def _run(config: RunConfig, out: Path, mesh: Mesh | None) -> Result:
     out.mkdir(parents=True, exist_ok=True)
     _compile_once(out / _CACHE)
-    job = finetuning(config, out) if isinstance(config, FinetuneConfig) else pretraining(config, out)
-    config = dataclasses.replace(config, steps=job.steps)
-    corpus, trained = job.corpus, job.trained
-    graph = abstract(job.model)[0]
-    optimizer, schedule = make_optimizer(config.optimizer, config.steps)
-
     with ExitStack() as stack:
-        stack.enter_context(nullcontext() if mesh is None else jax.set_mesh(mesh))
         checkpoints = Checkpoints(
             out / CHECKPOINTS, keep_last=config.checkpoints.keep_last, keep_every=config.checkpoints.keep_every
         )
         stack.callback(checkpoints.close)
+        if config.resume == "never" and checkpoints.steps():
+            raise ValueError(f"{checkpoints.folder} has checkpoints; --resume auto goes on from them")
+        found = checkpoints.newest()
+        if isinstance(config, FinetuneConfig):
+            job = finetuning(config, out)
+        else:
+            job = pretraining(config, out, resuming=found is not None)
+        before, now = read_run(out), config.to_dict() | {"steps": job.steps, "model_config": job.model.to_dict()}
+        if found is not None:
+            check_resumable(checkpoints.folder, *found, job.facts)
+            if done := _finished(found[0], job, out, before.get("result")):
+                return done
+            log_changes(before, now, found[0])
+        else:
+            _warn_of_leftovers(job, out)
+        if (warmup := config.optimizer.warmup_steps) > job.steps:
+            _log.warning("optimizer.warmup_steps %d exceeds steps %d: warmup ends with the run", warmup, job.steps)
+        stack.enter_context(nullcontext() if mesh is None else jax.set_mesh(mesh))
+        corpus, trained = job.corpus, job.trained
+        graph = abstract(job.model)[0]
+        optimizer, schedule = make_optimizer(config.optimizer, job.steps)
         frozen = job.frozen(mesh)
-        state = _begin(config, job, optimizer, mesh, frozen, checkpoints)
+        state = _begin(config, job, optimizer, mesh, frozen, checkpoints, found)
         first = int(state.step)
         if jax.process_index() == 0:
-            write_json(out / CONFIG, config.to_dict() | {"model_config": job.model.to_dict()})
+            write_json(out / CONFIG, now)
         step = make_step(
             job.model,
             graph,
@@ -103,7 +119,7 @@ def _run(config: RunConfig) -> Result:
             trained=trained,
         )
         evaluate = evaluate_step(job.model, graph, config.step, trained)
-        recorder = stack.enter_context(_recorder(config, job.model, out, first))
+        recorder = stack.enter_context(_recorder(config, job, out, first))
         clock = _Clock(recorder, config)
         best = Best(out, job, first) if job.keep_best else None
         stop = stack.enter_context(_stop_signal())
@@ -111,7 +127,7 @@ def _run(config: RunConfig) -> Result:
         stack.callback(getattr(batches, "close", lambda: None))
 
         metrics, evaluation, n, stopped = None, None, first, False
-        while n < config.steps and not (stopped := _agreed(stop, n, config.log_every)):
+        while n < job.steps and not (stopped := _agreed(stop, n, config.log_every)):
             waited = -time.perf_counter()
             batch = _place(next(batches), mesh)
             waited += time.perf_counter()
@@ -119,7 +135,7 @@ def _run(config: RunConfig) -> Result:
             n += 1
             clock.tick(n, metrics, waited)
             saves = n % config.checkpoints.every == 0
-            evaluates = n % config.evaluate_every == 0 or n == config.steps
+            evaluates = n % config.evaluate_every == 0 or n == job.steps
             if saves or evaluates:
                 clock.flush()
                 # Before the checkpoint: a run that goes on from it does not come back to this evaluation.
@@ -129,18 +145,49 @@ def _run(config: RunConfig) -> Result:
                     if best is not None:
                         best.offer(n, evaluation[0], state.params)
                 if saves:
-                    checkpoints.save(n, state, job.facts)
+                    checkpoints.save(n, state, {**job.facts, "loss": float(metrics.loss)})
                 clock.restart()
         clock.flush()
-        if n > first:
-            checkpoints.save(n, state, job.facts)
+        if metrics is not None:
+            loss = float(metrics.loss)
+            checkpoints.save(n, state, {**job.facts, "loss": loss})
+        else:  # every step had been made: only the result is missing
+            loss = _last_loss(out, n, found)
+            evaluation = None if stopped else _evaluate(evaluate, state, frozen, corpus, mesh)
         checkpoints.wait()
-        result = None if stopped else out / job.result
-        if result is not None and not result.exists():
-            job.save(result, state.params)
-        loss = float("nan") if metrics is None else float(metrics.loss)
-        skipped = int(state.guard.skipped)
-    return Result(n, config.steps, stopped, loss, None if evaluation is None else evaluation[0], skipped, result)
+        held_out = None if evaluation is None else evaluation[0]
+        result = Result(n, job.steps, stopped, loss, held_out, int(state.guard.skipped), None, first)
+        if stopped:
+            return result
+        result = result._replace(model=out / job.result)
+        _write_result(out / job.result, job, state.params)
+        if jax.process_index() == 0:
+            record = {"step": n, "loss": loss if math.isfinite(loss) else None, "evaluation": held_out}
+            record |= {"skipped": result.skipped, "sha256": _sha256(out / job.result)}
+            write_json(out / CONFIG, now | {"result": record})
+    return result
+
+
+def _check(config: RunConfig) -> Mesh | None:
+    """The mesh, None on one device; `ValueError` for what cannot be, a line for what will have no effect."""
+    model, mesh = config.model_config(), make_mesh(config.mesh)
+    shardings(model, mesh)  # refuses what does not divide
+    ways, parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES])), config.step.accumulation
+    if config.data.batch_size % (ways * parts):
+        raise ValueError(
+            f"data.batch_size {config.data.batch_size} does not divide over {ways} devices x {parts} micro-batches"
+        )
+    length, positions = config.data.sequence_length, model.max_position_embeddings
+    if model.rope_scaling is not None:
+        positions = int(positions * model.rope_scaling.factor)
+    if length > positions:
+        _log.warning("data.sequence_length %d exceeds the model's max_position_embeddings %d", length, positions)
+    groups, alpha, experts = config.step.device_groups, config.step.device_alpha, model.n_routed_experts
+    if experts is not None and experts % groups:
+        raise ValueError(f"step.device_groups {groups} does not divide {experts} experts")
+    if (groups > 1) != (alpha > 0):
+        _log.warning("step.device_groups %d with step.device_alpha %s has no effect: both are needed", groups, alpha)
+    return None if mesh.size == 1 else mesh
 
 
 def _begin(
@@ -150,11 +197,9 @@ def _begin(
     mesh: Mesh | None,
     frozen: Mapping[str, Any],
     checkpoints: Checkpoints,
+    found: tuple[int, Mapping[str, Any]] | None,
 ) -> TrainState:
     """The state to go on from: a checkpoint's, or a fresh one."""
-    found = checkpoints.newest() if config.resume == "auto" else None
-    if config.resume == "never" and checkpoints.steps():
-        raise ValueError(f"{checkpoints.folder} has checkpoints; --resume auto goes on from them")
     places = state_shardings(job.model, optimizer, config.step, mesh, job.trained)
 
     def fresh(params: dict[str, Any]) -> TrainState:
@@ -162,19 +207,76 @@ def _begin(
 
     if found is None:
         return jax.jit(fresh, out_shardings=places, donate_argnums=0)(job.fresh(mesh, frozen))
-    step, known = found
-    for what, now in job.facts.items():
-        if changed := [name for name, value in now.items() if known.get(what, {}).get(name) != value]:
-            names = ", ".join(changed)
-            raise ValueError(f"{checkpoints.folder}: step {step} was trained on another {what}: {names} changed")
     params = {name: jax.ShapeDtypeStruct(spec.shape, np.float32) for name, spec in job.trained.specs.items()}
     like = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         jax.eval_shape(fresh, params),
         places,
     )
-    _log.info("going on after step %d of %d", step, config.steps)
-    return checkpoints.restore(step, like)
+    _log.info("going on after step %d of %d", found[0], job.steps)
+    return checkpoints.restore(found[0], like)
+
+
+# --- the result ---
+
+
+def _finished(step: int, job: Job, out: Path, record: Mapping[str, Any] | None) -> Result | None:
+    """The result of a run that has nothing left to do: all steps made, and what they gave is there, undamaged."""
+    path, done = out / job.result, False
+    with together():
+        if record is not None and step >= job.steps and record.get("step") == step:
+            done = jax.process_index() > 0 or _sha256(path) == record["sha256"]
+    if jax.process_count() > 1:
+        done = bool(multihost_utils.process_allgather(np.array(done)).all())
+    if not done or record is None:
+        return None
+    loss = float("nan") if record["loss"] is None else record["loss"]
+    return Result(step, job.steps, False, loss, record["evaluation"], record["skipped"], path, step)
+
+
+def _write_result(path: Path, job: Job, params: Mapping[str, Any]) -> None:
+    """Write what was trained in the place of what an earlier, shorter run left."""
+    new = path.with_name(f"{path.name}.new")
+    with together():
+        if jax.process_index() == 0:
+            recover_folder(path, new)
+    job.save(new, params)
+    with together():
+        if jax.process_index() == 0:
+            replace_folder(new, path)
+
+
+def _sha256(result: Path) -> str | None:
+    """The SHA-256 of all that is in the folder of a result; None where it is missing or damaged."""
+    if is_native(result):
+        try:
+            manifest = read_manifest(result)
+        except ValueError:
+            return None
+        return None if any(damage(result, manifest, manifest.files)) else manifest.sha256
+    files = sorted(path for path in result.rglob("*") if path.is_file())
+    return own_hash({path.name: hash_file(path) for path in files}) if files else None
+
+
+def _last_loss(out: Path, step: int, found: tuple[int, Mapping[str, Any]] | None) -> float:
+    """The loss of the last step, from its checkpoint or the records; NaN where neither has it."""
+    if found is not None and "loss" in found[1]:
+        return float(found[1]["loss"])
+    with contextlib.suppress(OSError, ValueError):
+        for record in reversed(read_records(out)):
+            if record["step"] == step and record.get("loss") is not None:
+                return record["loss"]
+    return float("nan")
+
+
+def _warn_of_leftovers(job: Job, out: Path) -> None:
+    """Name the results of an earlier run, without checkpoints to go on from."""
+    for name in (MODEL, ADAPTER, BEST):
+        if (out / name).exists():
+            ours = name == job.result or (name == BEST and job.keep_best)
+            _log.warning(
+                "%s: left by an earlier run; %s", out / name, "it is replaced" if ours else "it stays as it is"
+            )
 
 
 @contextmanager
@@ -231,16 +333,16 @@ class _Clock:
             )
 
 
-def _recorder(config: RunConfig, model_config: ModelConfig, out: Path, first: int) -> Recorder | nullcontext[None]:
+def _recorder(config: RunConfig, job: Job, out: Path, first: int) -> Recorder | nullcontext[None]:
     """Of process 0; the others say nothing."""
     if jax.process_index():
         return nullcontext()
     return Recorder(
         out,
-        config=model_config,
+        config=job.model,
         tokens_per_step=config.data.batch_size * config.data.sequence_length,
         sequence_length=config.data.sequence_length,
-        steps=config.steps,
+        steps=job.steps,
         sinks=config.sinks,
         log_every=config.log_every,
         resumed_from=first,
@@ -301,12 +403,3 @@ def _compile_once(folder: Path) -> None:
     compilation_cache.reset_cache()  # an earlier run of this process would keep its own
     jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-
-
-def _check_divides(config: RunConfig, mesh: Mesh | None) -> None:
-    ways = 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
-    parts = config.step.accumulation
-    if config.data.batch_size % (ways * parts):
-        raise ValueError(
-            f"data.batch_size {config.data.batch_size} does not divide over {ways} devices x {parts} micro-batches"
-        )

@@ -14,7 +14,7 @@ from .formats import FORMATS
 from .packing import MODES, ExamplePacking
 from .show import show
 from .store import Examples, is_examples
-from .templates import TARGETS, TEMPLATES
+from .templates import TARGETS, TEMPLATES, template_hash
 from .writer import TOO_LONG, Written, write_examples
 
 __all__ = [
@@ -30,5 +30,6 @@ __all__ = [
     "example_batches",
     "is_examples",
     "show",
+    "template_hash",
     "write_examples",
 ]

@@ -5,6 +5,7 @@ the line, for a conversation that it cannot write.
 """
 
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -59,6 +60,12 @@ def open_template(name: str | Path) -> Template:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"template {name} cannot be read: {error}") from None
     return functools.partial(_of_file, text)
+
+
+def template_hash(name: str | Path) -> str:
+    """A template's identity: its name in `TEMPLATES`, or the SHA-256 of its file; `ValueError` as `open_template`."""
+    open_template(name)
+    return str(name) if str(name) in TEMPLATES else hashlib.sha256(Path(name).read_bytes()).hexdigest()
 
 
 def example_of(line: Line, tokenizer: Tokenizer, template: Template, targets: str = "all") -> Example:

@@ -1,0 +1,490 @@
+"""What a run's folder may keep of an earlier start, and what it refuses. Most tests train nothing."""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from orbax.checkpoint import v1 as ocp
+
+import dsmoe_jax
+from dsmoe_jax.cli import main
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.model import DeepSeekMoE, check_seed, split
+from dsmoe_jax.sharding import MeshConfig, make_mesh
+from dsmoe_jax.tokenizer import Tokenizer
+from dsmoe_jax.train import loop
+from dsmoe_jax.train.best import Best
+from dsmoe_jax.train.config import CheckpointConfig, DataConfig, RunConfig
+from dsmoe_jax.train.corpus import prepare
+from dsmoe_jax.train.data import TokenShards
+from dsmoe_jax.train.finetune import ExamplesConfig, FinetuneConfig, finetuning, open_examples
+from dsmoe_jax.train.inputs import Source
+from dsmoe_jax.train.job import Job, pretraining
+from dsmoe_jax.train.loop import run
+from dsmoe_jax.train.optimizer import OptimizerConfig
+from dsmoe_jax.train.resume import check_resumable, identity, log_changes
+from dsmoe_jax.train.step import StepConfig
+from dsmoe_jax.vocabulary import train_tokenizer
+from tests.helpers.corpus import write_texts
+from tests.helpers.hf_folder import tiny
+
+pytestmark = pytest.mark.heavy
+
+VOCABULARY = 300
+STEPS = 2
+
+
+@pytest.fixture(autouse=True)
+def on_one_device(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    monkeypatch.setattr(loop, "_CACHE", str(tmp_path_factory.getbasetemp() / "compiled"))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model's config with DeepSeek's ids, and texts."""
+    home = tmp_path_factory.mktemp("resume")
+    model = tiny(vocab_size=VOCABULARY).to_dict() | {"bos_token_id": 270, "eos_token_id": 271, "num_hidden_layers": 2}
+    (home / "model.json").write_text(json.dumps(model))
+    write_texts(home / "a.jsonl", [f"alpha {n} beta {n * n}" for n in range(40)])
+    write_texts(home / "b.jsonl", [f"gamma {n} delta {n + n}" for n in range(40)])
+    return home
+
+
+def config(home: Path, out: Path, **changes: Any) -> RunConfig:
+    data = DataConfig(sources=(str(home / "a.jsonl"),), sequence_length=16, batch_size=2, holdout=0.2)
+    fields: dict[str, Any] = {
+        "out": str(out),
+        "model": str(home / "model.json"),
+        "steps": STEPS,
+        "data": dataclasses.replace(data, **changes.pop("data", {})),
+        "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=0),
+        "sinks": ("jsonl",),
+    }
+    return RunConfig(**(fields | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(home: Path) -> Path:
+    """The folder of a run of two steps; copy it before it is changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        run(config(home, home / "finished"))
+    return home / "finished"
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def embed(model: Path) -> np.ndarray:
+    return np.asarray(split(dsmoe_jax.load(model))[1]["embed"])
+
+
+# The result
+
+
+def test_a_longer_run_replaces_the_model(home: Path, copy: Path):
+    before = embed(copy / "model")
+
+    result = run(config(home, copy, steps=STEPS + 1))
+
+    with warnings.catch_warnings(action="ignore"):  # orbax: that no sharding is given
+        state = ocp.load(str(copy / "checkpoints" / f"step-{STEPS + 1:08}"))
+    assert (result.steps, result.resumed_from) == (STEPS + 1, STEPS)
+    assert (embed(copy / "model") == np.asarray(state["params/embed"])).all()
+    assert (embed(copy / "model") != before).any()
+    assert not list(copy.glob("*.new")) + list(copy.glob("*.old"))
+
+
+@pytest.mark.parametrize("steps", [STEPS, STEPS - 1], ids=["same", "fewer"])
+def test_a_finished_run_says_so_with_its_result(
+    home: Path, copy: Path, steps: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    known = json.loads((copy / "run.json").read_text())["result"]
+    monkeypatch.setattr(loop, "_begin", lambda *_: pytest.fail("nothing is left to train"))
+    flags = ["--data.sources", home / "a.jsonl", "--data.sequence-length", 16, "--data.batch-size", 2, "--steps", steps]
+    flags += ["--data.holdout", 0.2, "--model", home / "model.json", "--out", copy, "--sinks", "jsonl"]
+
+    assert main(["pretrain", "tiny", *map(str, flags)]) == 0
+
+    loss, evaluation = f"loss {known['loss']:.4f}", f"{known['evaluation']:.4f} on held-out text"
+    said = capsys.readouterr().out
+    assert said == f"run is complete: {STEPS} steps, {loss}, {evaluation}, 0 updates skipped: {copy / 'model'}\n"
+
+
+def test_a_lost_result_is_written_again(home: Path, copy: Path):
+    known = json.loads((copy / "run.json").read_text())["result"]
+    before = embed(copy / "model")
+    shutil.rmtree(copy / "model")
+    (copy / "metrics.jsonl").unlink()
+
+    result = run(config(home, copy))
+
+    assert (embed(copy / "model") == before).all()
+    assert (result.loss, result.evaluation) == (known["loss"], pytest.approx(known["evaluation"]))
+
+
+def test_a_damaged_result_is_written_again(home: Path, copy: Path):
+    before = embed(copy / "model")
+    file = max((path for path in (copy / "model").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+
+    run(config(home, copy))
+
+    assert (embed(copy / "model") == before).all()
+
+
+# The settings
+
+MODEL = tiny()
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "num_experts_per_tok: the checkpoint has 2, this run 1": ({}, {"num_experts_per_tok": 1}),
+    "rope_theta: the checkpoint has 10000.0, this run 123.0": ({}, {"rope_theta": 123.0}),
+    "rms_norm_eps: the checkpoint has 1e-06, this run 0.001": ({}, {"rms_norm_eps": 1e-3}),
+    "hidden_act: the checkpoint has 'silu', this run 'gelu'": ({}, {"hidden_act": "gelu"}),
+    "norm_topk_prob: the checkpoint has False, this run True": ({}, {"norm_topk_prob": True}),
+    "aux_loss_alpha: the checkpoint has 0.001, this run 0.5": ({}, {"aux_loss_alpha": 0.5}),
+    "rope_scaling: the checkpoint has None, this run {'type': 'linear', 'factor': 2.0}": (
+        {},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    ),
+    "optimizer.b2: the checkpoint has 0.95, this run 0.5": ({"optimizer": OptimizerConfig(b2=0.5)}, {}),
+    "optimizer.moments: the checkpoint has 'float32', this run 'factored'": (
+        {"optimizer": OptimizerConfig(moments="factored")},
+        {},
+    ),
+    "step.z_loss: the checkpoint has 0.0, this run 0.1": ({"step": StepConfig(z_loss=0.1)}, {}),
+    "step.device_groups: the checkpoint has 1, this run 2": ({"step": StepConfig(device_groups=2)}, {}),
+}
+FREE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "learning rate": ({"optimizer": OptimizerConfig(learning_rate=1.0, schedule="constant", warmup_steps=3)}, {}),
+    "steps": ({"steps": 7}, {}),
+    "how a step is computed": ({"step": StepConfig(accumulation=2, remat="full", compute_dtype="bfloat16")}, {}),
+    "mesh": ({"mesh": MeshConfig(expert=2)}, {}),
+    "neutral fields": ({}, {"use_cache": False, "torch_dtype": "bfloat16", "extra": {"a": 1}, "hidden_act": "swish"}),
+}
+
+
+def facts(settings: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    stream = {
+        "datasets": ["0"],
+        "weights": [1.0],
+        "sequence_length": 8,
+        "batch_size": 2,
+        "seed": 0,
+        "mode": "documents",
+    }
+    inputs = {"files": {"a": "0"}, "options": {}, "heldout": []}
+    config = identity(RunConfig(out="run", **settings), dataclasses.replace(MODEL, **fields))
+    return {"config": config, "stream": stream, "inputs": inputs}
+
+
+@pytest.mark.parametrize(("line", "change"), REFUSED.items(), ids=[line.partition(":")[0] for line in REFUSED])
+def test_what_changes_the_run_is_refused_by_name(line: str, change: tuple[dict[str, Any], dict[str, Any]]):
+    wanted = re.escape(f"run/checkpoints: cannot resume from step 20: {line}; choose another --out")
+
+    with pytest.raises(ValueError, match=f"^{wanted}$"):
+        check_resumable(Path("run/checkpoints"), 20, facts({}, {}), facts(*change))
+
+
+@pytest.mark.parametrize("change", FREE.values(), ids=FREE)
+def test_what_does_not_may_change(change: tuple[dict[str, Any], dict[str, Any]]):
+    check_resumable(Path("run/checkpoints"), 20, facts({}, {}), facts(*change))
+
+
+def test_another_spelling_is_the_same_model():
+    spelled, absent = ({"num_key_value_heads": heads} for heads in (MODEL.num_attention_heads, None))
+
+    check_resumable(Path("run/checkpoints"), 20, facts({}, spelled), facts({}, absent))
+
+
+def test_every_field_of_a_model_is_compared_or_neutral():
+    compared = identity(RunConfig(out="run"), MODEL).keys()
+
+    assert {field.name for field in dataclasses.fields(ModelConfig)} - compared == {
+        *("architectures", "bos_token_id", "eos_token_id", "extra", "pad_token_id", "pretraining_tp"),
+        *("torch_dtype", "transformers_version", "use_cache"),
+    }
+
+
+def test_a_legal_change_is_logged(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    before, now = (
+        RunConfig(out=out, optimizer=OptimizerConfig(learning_rate=lr)) for out, lr in (("a", 1.0), ("b", 0.5))
+    )
+
+    log_changes(before.to_dict(), now.to_dict(), 20)
+
+    assert caplog.messages == ["optimizer.learning_rate: 1.0 -> 0.5 (from step 20)"]
+
+
+def test_the_run_compares_before_it_trains(home: Path, copy: Path):
+    fields = json.loads((home / "model.json").read_text()) | {"num_experts_per_tok": 1}
+    (copy / "other.json").write_text(json.dumps(fields))
+    before = (copy / "run.json").read_bytes()
+
+    with pytest.raises(ValueError, match="num_experts_per_tok: the checkpoint has 2, this run 1;"):
+        run(config(home, copy, model=str(copy / "other.json"), steps=STEPS + 1))
+
+    assert (copy / "run.json").read_bytes() == before
+
+
+# The data
+
+
+def prepared(home: Path, out: Path, *, resuming: bool = False, **data: Any) -> str:
+    """The first document that a run would train on."""
+    one = config(home, out, data=data)
+    corpus = prepare(one, one.model_config(), out, resuming=resuming)
+    assert corpus.tokenizer is not None
+    return Tokenizer.from_pretrained(corpus.tokenizer).decode(TokenShards.open(out / "data" / "00").read(0))
+
+
+def test_other_texts_are_read_afresh(home: Path, tmp_path: Path):
+    assert prepared(home, tmp_path).startswith("alpha")
+    assert prepared(home, tmp_path, sources=(str(home / "b.jsonl"),)).startswith("gamma")
+
+
+def test_an_edited_text_is_read_afresh(home: Path, tmp_path: Path):
+    text = Path(shutil.copy(home / "a.jsonl", tmp_path / "text.jsonl"))
+    before = text.stat()
+    assert prepared(home, tmp_path / "run", sources=(str(text),)).startswith("alpha")
+
+    text.write_text(text.read_text().replace("alpha", "ALPHA"))  # of the same size
+    os.utime(text, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    assert prepared(home, tmp_path / "run", sources=(str(text),)).startswith("ALPHA")
+
+
+@pytest.mark.parametrize("change", [{"holdout": 0.4}, {"tokenizer": "own"}], ids=str)
+def test_other_options_make_other_shards(home: Path, tmp_path: Path, change: dict[str, Any]):
+    train_tokenizer(["alpha beta"] * 9, tmp_path / "own", VOCABULARY)
+    change = change | ({"tokenizer": str(tmp_path / "own")} if "tokenizer" in change else {})
+    prepared(home, tmp_path / "run")
+    before = TokenShards.open(tmp_path / "run" / "data" / "00").digest
+
+    prepared(home, tmp_path / "run", **change)
+
+    assert TokenShards.open(tmp_path / "run" / "data" / "00").digest != before
+
+
+def test_a_copied_or_touched_text_is_the_same(home: Path, tmp_path: Path):
+    text = Path(shutil.copy(home / "a.jsonl", tmp_path / "copy.jsonl"))
+    os.utime(text, (1, 1))
+    prepared(home, tmp_path / "run")
+    made = (tmp_path / "run" / "data" / "00").stat().st_ino
+
+    prepared(home, tmp_path / "run", resuming=True, sources=(str(text),))
+
+    assert (tmp_path / "run" / "data" / "00").stat().st_ino == made
+    assert Source.read(str(text), tmp_path).sha256 == Source.read(str(home / "a.jsonl"), tmp_path).sha256
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"sources": ("b.jsonl",)}, r"data\.sources: .*a\.jsonl -> .*b\.jsonl"),
+        ({"sources": ("a.jsonl", "b.jsonl")}, r"data\.sources: .*a\.jsonl -> .*a\.jsonl, .*b\.jsonl"),
+        ({"holdout": 0.4}, r"data\.holdout: 0\.2 -> 0\.4"),
+    ],
+    ids=["other", "more", "holdout"],
+)
+def test_checkpoints_are_not_continued_on_other_data(home: Path, copy: Path, change: dict[str, Any], line: str):
+    if "sources" in change:
+        change = {"sources": tuple(str(home / name) for name in change["sources"])}
+    before = TokenShards.open(copy / "data" / "00").digest
+
+    with pytest.raises(ValueError, match=f"cannot resume on other data: {line}"):
+        run(config(home, copy, data=change, steps=STEPS + 1))
+
+    assert TokenShards.open(copy / "data" / "00").digest == before
+
+
+def test_shards_keep_the_share_they_were_made_with(home: Path, copy: Path):
+    shards = {"sources": (str(copy / "data" / "00"),), "tokenizer": str(copy / "tokenizer")}
+
+    with pytest.raises(ValueError, match=r"data.holdout 0.3 has no effect on .*00: its shards were made with 0.2;"):
+        prepared(home, copy, **shards, holdout=0.3)
+
+
+def test_the_best_of_a_discarded_try_does_not_count(tmp_path: Path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "evaluation.json").write_text(json.dumps({"step": 6, "loss": 0.5}))
+    job: Any = Job(*[None] * 7, lambda path, params: path.mkdir(), {}, True)  # type: ignore[arg-type]
+
+    Best(tmp_path, job, 6).offer(8, 0.6, {})
+    kept = json.loads((tmp_path / "best" / "evaluation.json").read_text())["step"]
+    Best(tmp_path, job, 4).offer(5, 0.6, {})
+
+    assert (kept, json.loads((tmp_path / "best" / "evaluation.json").read_text())["step"]) == (6, 5)
+
+
+# Examples to fine-tune on
+
+
+@pytest.fixture(scope="module")
+def base(home: Path) -> Path:
+    """A checkpoint whose config has ids of another tokenizer than the one beside it."""
+    train_tokenizer(["User: a\n\nAssistant: b"] * 9, home / "tokenizer", VOCABULARY)
+    model = DeepSeekMoE.init(ModelConfig.from_file(home / "model.json"))
+    dsmoe_jax.save(model, home / "base", beside=sorted((home / "tokenizer").iterdir()))
+    (home / "examples.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{n}", "completion": "b"}) + "\n" for n in range(40))
+    )
+    (home / "template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    return home / "base"
+
+
+def finetune(home: Path, base: Path, out: Path, **data: Any) -> FinetuneConfig:
+    data = {"files": (str(home / "examples.jsonl"),), "sequence_length": 32, "batch_size": 2, "holdout": 0.2} | data
+    return FinetuneConfig(out=str(out), init_from=str(base), data=ExamplesConfig(**data))
+
+
+def test_a_template_is_known_by_its_content(home: Path, base: Path, tmp_path: Path):
+    template = Path(shutil.copy(home / "template.jinja", tmp_path / "template.jinja"))
+    chats = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chats.write_text(json.dumps({"messages": turns}) + "\n")
+    one = finetune(home, base, tmp_path, files=(str(chats),), template=str(template), holdout=0.0)
+    model = one.model_config()
+
+    first = open_examples(one, model, tmp_path).train
+    template.write_text(template.read_text().replace("content", "content | upper"))
+    edited = open_examples(one, model, tmp_path).train
+    os.utime(chats, (1, 1))
+    touched = open_examples(one, model, tmp_path).train
+
+    assert first.digest != edited.digest
+    assert edited.folder == touched.folder
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"holdout": 0.5}, "data.holdout: the checkpoint has 0.2, this run 0.5"),
+        ({"files": ("other.jsonl",)}, "other.jsonl is new"),
+        ({"sequence_length": 64}, "data.sequence_length: the checkpoint has 32, this run 64"),
+    ],
+    ids=["holdout", "file", "length"],
+)
+def test_examples_that_changed_are_named(home: Path, base: Path, tmp_path: Path, change: dict[str, Any], line: str):
+    if "files" in change:
+        (tmp_path / "other.jsonl").write_text((home / "examples.jsonl").read_text().replace('"b"', '"c"'))
+        change = {"files": (str(tmp_path / "other.jsonl"),)}
+    known, now = (finetuning(finetune(home, base, tmp_path, **data), tmp_path).facts for data in ({}, change))
+
+    with pytest.raises(ValueError, match=line):
+        check_resumable(tmp_path, 1, json.loads(json.dumps(known)), now)
+
+
+# Ids
+
+
+def test_a_run_has_the_ids_of_its_tokenizer(finished: Path):
+    model, tokenizer = ModelConfig.from_file(finished / "model"), Tokenizer.from_pretrained(finished / "model")
+
+    assert (model.bos_token_id, model.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
+
+
+def test_a_fine_tuned_model_has_the_ids_of_its_tokenizer(home: Path, base: Path, tmp_path: Path):
+    job = finetuning(finetune(home, base, tmp_path), tmp_path)
+
+    assert (job.model.bos_token_id, job.model.eos_token_id) == (0, 1)
+
+
+def test_shards_alone_give_the_end_token(home: Path, copy: Path, tmp_path: Path):
+    one = config(home, tmp_path, data={"sources": (str(copy / "data" / "00"),), "holdout": DataConfig.holdout})
+
+    assert pretraining(one, tmp_path).model.eos_token_id == 1
+
+
+# Requests that cannot be met
+
+
+REQUESTS: dict[str, tuple[Callable[[], object], str]] = {
+    "seed": (lambda: RunConfig(out="run", seed=1 << 32), r"seed must be in \[0, 2\*\*32\), got 4294967296"),
+    "negative seed": (lambda: RunConfig(out="run", seed=-1), r"seed must be in \[0, 2\*\*32\), got -1"),
+    "weights": (lambda: DeepSeekMoE.init(MODEL, seed=1 << 32), "seed must be in"),
+    "keep_every": (
+        lambda: CheckpointConfig(every=10, keep_every=15),
+        "checkpoints.keep_every must be a multiple of checkpoints.every 10, got 15",
+    ),
+    "model of a fine-tuning run": (lambda: FinetuneConfig(model="tiny"), "model 'tiny' cannot be chosen"),
+}
+
+
+@pytest.mark.parametrize(("make", "line"), REQUESTS.values(), ids=REQUESTS)
+def test_a_request_that_cannot_be_met_is_refused(make: Callable[[], object], line: str):
+    with pytest.raises(ValueError, match=line):
+        make()
+
+
+def test_the_largest_seed_is_used_whole():
+    check_seed((1 << 32) - 1)
+
+    drawn = [np.asarray(split(DeepSeekMoE.init(MODEL, seed=seed))[1]["embed"]) for seed in (0, (1 << 32) - 1)]
+
+    assert (drawn[0] != drawn[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"mesh": MeshConfig(fsdp=8)}, r"mesh \(data=1, fsdp=8, expert=1, tensor=1\) needs 8 devices, there are 1"),
+        ({"mesh": MeshConfig(expert=4)}, "does not divide 1 devices"),
+        ({"step": StepConfig(device_groups=3, device_alpha=0.1)}, "step.device_groups 3 does not divide 8 experts"),
+    ],
+    ids=["fsdp", "expert", "groups"],
+)
+def test_a_run_that_cannot_be_is_refused_before_it_begins(
+    home: Path, tmp_path: Path, changes: dict[str, Any], line: str
+):
+    with pytest.raises(ValueError, match=line):
+        run(config(home, tmp_path / "run", **changes))
+
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"data": {"sequence_length": 1024}}, "data.sequence_length 1024 exceeds the model's max_position_embeddings"),
+        ({"step": StepConfig(device_groups=2)}, "step.device_groups 2 with step.device_alpha 0.0 has no effect"),
+    ],
+    ids=["length", "groups"],
+)
+def test_a_legal_request_without_effect_is_said(
+    home: Path, tmp_path: Path, changes: dict[str, Any], line: str, caplog: pytest.LogCaptureFixture
+):
+    loop._check(config(home, tmp_path, **changes))
+
+    assert line in caplog.text
+
+
+def test_a_share_without_a_document_is_said(home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    prepared(home, tmp_path, holdout=1e-9)
+
+    assert "held out" in caplog.text
+
+
+def test_steps_take_the_place_of_epochs(home: Path, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    one = dataclasses.replace(finetune(home, base, tmp_path), steps=3, epochs=5.0)
+
+    assert finetuning(one, tmp_path).steps == 3
+    assert "steps 3: epochs 5.0 has no effect" in caplog.text
