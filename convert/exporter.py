@@ -15,7 +15,6 @@ import numpy as np
 from dsmoe_jax.array_files import open_array, pieces_of, raw_bytes
 from dsmoe_jax.checkpoint import as_dtype, check_count, check_names_and_shapes
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.generation_config import GENERATION_CONFIG
 from dsmoe_jax.manifest import PARAMETERS, Manifest, damage, read_manifest
 from dsmoe_jax.model import abstract
 from dsmoe_jax.new_file import NewFile
@@ -24,7 +23,7 @@ from dsmoe_jax.progress import Advance, Meter, silent
 
 from .cast import Cast, Loss
 from .conversion import Conversion
-from .importer import travelling_files
+from .importer import GENERATION_CONFIG, travelling_files
 from .names import export_order
 from .reader import SAFETENSORS_DTYPES
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from dsmoe_jax.checkpoint import load, save
+from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.generation_config import (
     GENERATION_CONFIG,
     add_endings,
@@ -38,17 +40,23 @@ def merge_to(
         raise ValueError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
     checkpoint, out = Path(checkpoint), refuse_existing(out)
     model = merge_adapter((load if is_native(checkpoint) else load_hf)(checkpoint, dtype=dtype), adapter)
-    beside = travelling_files(checkpoint)
-    fields = with_config_eos(read_generation_config(checkpoint), model.config)
-    endings = add_endings(fields, read_generation_config(adapter))
-    with contextlib.ExitStack() as stack:
-        if endings != fields:
-            own = (file for file in beside if file.name != GENERATION_CONFIG)
-            beside = (*own, *stack.enter_context(temporary_file(endings)))
+    with _beside(checkpoint, adapter, model.config) as beside:
         if layout == "native":
             save(model, out, beside=beside)
         else:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".merging-", dir=out.parent))
-            save(model, Path(folder) / "native", beside=beside)
-            export_hf(Path(folder) / "native", out)
+            with tempfile.TemporaryDirectory(prefix=".merging-", dir=out.parent) as folder:
+                save(model, Path(folder) / "native", beside=beside)
+                export_hf(Path(folder) / "native", out)
     return f"{checkpoint} with {adapter} merged into it: {out}"
+
+
+@contextlib.contextmanager
+def _beside(checkpoint: Path, adapter: str | Path, config: ModelConfig) -> Iterator[tuple[Path, ...]]:
+    """What stands beside the checkpoint's weights, its generation config with the adapter's endings added."""
+    files = travelling_files(checkpoint)
+    fields = with_config_eos(read_generation_config(checkpoint), config)
+    if (endings := add_endings(fields, read_generation_config(adapter))) == fields:
+        yield files
+        return
+    with temporary_file(endings) as file:
+        yield (*(path for path in files if path.name != GENERATION_CONFIG), *file)
