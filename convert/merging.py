@@ -2,10 +2,12 @@
 
 import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from dsmoe_jax.checkpoint import load, save
+from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.generation_config import (
     GENERATION_CONFIG,
     add_endings,
@@ -40,23 +42,29 @@ def merge_to(
         raise ValueError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
     checkpoint, out = user_path(checkpoint, "checkpoint"), refuse_existing(out)
     between = out.with_name(f".{out.name}.merging")
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(lock_name(out, "merging.lock"))  # `save` and `export_hf` take the other one
+    with lock_name(out, "merging.lock"):  # `save` and `export_hf` take the other one
         for left in (between, sibling(between)):  # by a run that was killed
             shutil.rmtree(left, ignore_errors=True)
         model = merge_adapter((load if is_native(checkpoint) else load_hf)(checkpoint, dtype=dtype), adapter)
-        beside = travelling_files(checkpoint)
-        fields = with_config_eos(read_generation_config(checkpoint), model.config)
-        endings = add_endings(fields, read_generation_config(adapter))
-        if endings != fields:
-            own = (file for file in beside if file.name != GENERATION_CONFIG)
-            beside = (*own, *stack.enter_context(temporary_file(endings)))
-        if layout == "native":
-            save(model, out, beside=beside)
-        else:
+        with _beside(checkpoint, adapter, model.config) as beside:
+            if layout == "native":
+                save(model, out, beside=beside)
+                return f"{checkpoint} with {adapter} merged into it: {out}"
             try:
                 save(model, between, beside=beside)
                 export_hf(between, out)
             finally:
                 shutil.rmtree(between, ignore_errors=True)
     return f"{checkpoint} with {adapter} merged into it: {out}"
+
+
+@contextlib.contextmanager
+def _beside(checkpoint: Path, adapter: str | Path, config: ModelConfig) -> Iterator[tuple[Path, ...]]:
+    """What stands beside the checkpoint's weights, its generation config with the adapter's endings added."""
+    files = travelling_files(checkpoint)
+    fields = with_config_eos(read_generation_config(checkpoint), config)
+    if (endings := add_endings(fields, read_generation_config(adapter))) == fields:
+        yield files
+        return
+    with temporary_file(endings) as file:
+        yield (*(path for path in files if path.name != GENERATION_CONFIG), *file)

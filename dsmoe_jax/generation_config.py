@@ -24,7 +24,8 @@ def read_generation_config(folder: str | Path) -> dict[str, Any]:
         return {}
     fields = read_json(path)
     try:
-        eos_token_ids(fields), stop_strings(fields)
+        eos_token_ids(fields)
+        stop_strings(fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return fields
