@@ -41,7 +41,7 @@ from dsmoe_jax.train.metrics import read_records
 from dsmoe_jax.train.optimizer import OptimizerConfig
 from dsmoe_jax.train.recipes import FINETUNING
 from dsmoe_jax.vocabulary import train_tokenizer
-from tests.helpers.hf_folder import tiny
+from tests.helpers.hf_folder import flip_bit, tiny
 
 pytestmark = pytest.mark.heavy
 
@@ -223,6 +223,22 @@ def test_the_best_adapter_stays_when_later_ones_are_worse(home: Path, tmp_path: 
     assert all((best[name] == value).all() for name, value in weights(tmp_path / "out" / "best").items())
     assert any((best[name] != value).any() for name, value in last.items())
     assert read_adapter(tmp_path / "out" / "best", MODEL).config.r == 4
+
+
+def test_a_damaged_best_is_named_and_replaced(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    said = iter([2.0, 3.0])
+    monkeypatch.setattr(loop, "_evaluate", lambda *_: (next(said), 1))
+    run(config(home, tmp_path / "out", steps=2, evaluate_every=2))
+    flip_bit(tmp_path / "out" / "best" / WEIGHTS, -1)
+
+    run(config(home, tmp_path / "out", steps=4, evaluate_every=2))
+
+    best, last = weights(tmp_path / "out" / "best"), weights(tmp_path / "out" / "adapter")
+    assert f"best is damaged, the next evaluation replaces it: {WEIGHTS!r} has other bytes" in caplog.text
+    assert json.loads((tmp_path / "out" / "best" / "evaluation.json").read_text())["loss"] == 3.0
+    assert best.keys() == last.keys()
 
 
 @pytest.mark.slow

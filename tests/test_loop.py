@@ -29,6 +29,7 @@ from jax.experimental.compilation_cache import compilation_cache
 import dsmoe_jax
 from dsmoe_jax.cli import main
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.locks import lock_folder
 from dsmoe_jax.model import split
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.train import loop
@@ -177,6 +178,16 @@ def test_twenty_steps_follow_the_committed_curve(tmp_path: Path, home: Path):
 
     want = json.loads((GOLDEN / "curve.json").read_text())
     np.testing.assert_allclose(list(losses(tmp_path / "out").values()), want["loss"], rtol=CURVE)
+
+
+def test_a_second_run_in_the_folder_is_refused_in_one_line(tmp_path: Path, home: Path):
+    (tmp_path / "link").symlink_to("out")
+
+    with lock_folder(tmp_path / "out"):
+        for path in (tmp_path / "out", tmp_path / "link"):
+            with pytest.raises(ValueError, match=rf"{path.name} is in use by another process \(pid {os.getpid()}\); "):
+                run(config(home, path))
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 # Going on

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from dsmoe_jax.checkpoint import save
 from dsmoe_jax.cli import main
 from dsmoe_jax.generate import Chat, Generator
 from dsmoe_jax.generate.generator import Stream
+from dsmoe_jax.locks import lock_name
 from dsmoe_jax.model import DeepSeekMoE
 from tests import test_generate
 from tests.helpers.hf_folder import make_tokenizer, snapshot
@@ -280,6 +282,19 @@ def test_answers_go_to_a_new_file_that_is_never_there_in_part(
     assert err.splitlines()[1] == f"dsmoe generate: {out} exists; nothing is overwritten"
     assert interrupted == 130
     assert set(tmp_path.iterdir()) == {file, out}
+
+
+def test_answers_into_one_file_are_written_by_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture, model: Path, prompts: Callable[..., Path]
+):
+    file, out = prompts({"prompt": "a"}), tmp_path / "answers.jsonl"
+
+    with lock_name(out):
+        code = run("generate", model, "--file", file, "--out", out, *FEW)
+
+    assert code == 2
+    assert f"dsmoe generate: {out} is in use by another process (pid {os.getpid()}); " in capsys.readouterr().err
+    assert set(tmp_path.iterdir()) == {file}
 
 
 def test_a_file_whose_lines_are_all_refused_loads_no_model(

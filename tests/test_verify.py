@@ -17,10 +17,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import dsmoe_jax
 from dsmoe_jax.cli import main
 from dsmoe_jax.convert import Report, export_hf, import_hf, verify
+from dsmoe_jax.info import describe
 from dsmoe_jax.locks import lock_name
 from dsmoe_jax.manifest import HEADER, manifest_damage, read_manifest
+from dsmoe_jax.quantize import load_quantized
 from tests.helpers.hf_folder import (
     VARIANTS,
     edit,
@@ -163,6 +166,69 @@ def test_a_flipped_bit_anywhere_in_the_manifest_is_reported_or_refused(native: P
         (native / HEADER).write_bytes(whole)
 
     assert min(seen.values()) > 50
+
+
+@pytest.mark.parametrize("file", ["config.json", *BESIDE, HEADER])
+def test_whoever_opens_a_damaged_checkpoint_is_refused(native: Path, tmp_path: Path, file: str):
+    flip_bit(native / file, (native / file).read_bytes().index(b"}") - 1)  # mostly still JSON
+
+    for open_it in (
+        dsmoe_jax.load,
+        dsmoe_jax.Generator.from_pretrained,
+        lambda folder: load_quantized(folder, "int8"),
+        lambda folder: export_hf(folder, tmp_path / "out"),
+        lambda folder: import_hf(folder, tmp_path / "out"),
+        read_manifest,
+    ):
+        with pytest.raises(
+            ValueError, match=r"damaged checkpoint|is not JSON|is a native checkpoint already"
+        ) as refused:
+            open_it(native)
+        assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "open_it"),
+    [("tokenizer.json", dsmoe_jax.Tokenizer.from_pretrained), ("config.json", lambda folder: describe(str(folder)))],
+    ids=["tokenizer", "info"],
+)
+def test_those_who_open_one_file_alone_check_it(native: Path, file: str, open_it: Callable[[Path], Any]):
+    (native / file).write_bytes((native / file).read_bytes() + b" ")
+
+    with pytest.raises(ValueError, match=rf"native: damaged checkpoint: '{file}' has \d+ bytes, not \d+"):
+        open_it(native)
+
+
+def test_a_file_added_later_is_named_in_the_log(native: Path, caplog: pytest.LogCaptureFixture):
+    (native / "README.md").write_text("mine")
+    (native / "chat_template.jinja").write_text("{{ messages }}")
+
+    read_manifest(native)
+
+    assert [record.message for record in caplog.records] == [
+        f"{native}: chat_template.jinja is not in the manifest: it was added later, and is used unchecked"
+    ]
+
+
+def test_the_same_weights_have_the_same_manifest(tmp_path: Path, made: Path):
+    shutil.copytree(made.parent / "hf", tmp_path / "elsewhere")
+
+    again = import_hf(tmp_path / "elsewhere", tmp_path / "again").path
+
+    assert snapshot(again) == snapshot(made)
+
+
+def test_the_identity_is_that_of_the_model_alone(tmp_path: Path, made: Path):
+    hf = Path(shutil.copytree(made.parent / "hf", tmp_path / "hf"))
+    (hf / "tokenizer_config.json").write_text("{   }")
+    other = import_hf(hf, tmp_path / "tokenizer").path
+    edit("config.json", lambda fields: fields.update(rope_theta=20000.0))(hf)
+    changed = import_hf(hf, tmp_path / "rope").path
+
+    assert read_manifest(other).sha256 != read_manifest(made).sha256
+    assert read_manifest(other).identity == read_manifest(made).identity
+    assert read_manifest(changed).identity != read_manifest(made).identity
 
 
 def refusal(native: Path) -> str | None:
