@@ -15,8 +15,10 @@ import logging
 import math
 import mmap
 import operator
+import os
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,6 +39,8 @@ _STAMPS: Final = (  # file of the frame, what names a time or a place in it, wha
     ("commit_success.txt", r"(successful) to .*", r"\1"),
 )
 _PART_BYTES: Final = 8 << 20  # an expert of the 16B has 5.8 MB
+_OS_ERROR: Final = re.compile(r"os_error_code='(\d+)'")  # in a message of tensorstore
+_hooks: list[Callable[[Any], Any]] = []  # that of before for what nobody can catch
 _DTYPES: Final[dict[str, np.dtype]] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -63,7 +67,7 @@ def write_frame(folder: Path, dtypes: Mapping[str, np.dtype]) -> None:
     saving = context.array.saving
     saving.use_ocdbt, saving.use_zarr3, saving.use_compression = False, True, False
     saving.enable_write_sharding_file = False
-    with context, without_warnings():
+    with context, writing_errors(folder):
         ocp.save(str(folder), {name: np.zeros((1,), dtype) for name, dtype in dtypes.items()})
 
 
@@ -85,6 +89,37 @@ def without_warnings() -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
+
+
+@contextlib.contextmanager
+def writing_errors(path: Path) -> Iterator[None]:
+    """What Orbax and tensorstore raise as they write `path`, as the `OSError` that it was, and nothing beside it.
+
+    Orbax logs the stacks of its threads as well, and Python those of callbacks into event loops that are closed by
+    then: hundreds of lines for a full disk, which say no more, some of them after the exception.
+    """
+    if sys.unraisablehook is not _ignore_closed_loops:
+        _hooks[:] = [sys.unraisablehook]
+        sys.unraisablehook = _ignore_closed_loops
+        logging.getLogger("absl").addFilter(_is_not_of_a_thread)
+    with without_warnings():
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            found = _OS_ERROR.search(str(error))
+            number = int(found[1]) if found else getattr(error, "errno", None)
+            if number is None:
+                raise
+            raise OSError(number, os.strerror(number), str(path)) from None
+
+
+def _ignore_closed_loops(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _hooks[0](unraisable)
+
+
+def _is_not_of_a_thread(record: logging.LogRecord) -> bool:
+    return "_SignalingThread" not in record.getMessage()
 
 
 class ArrayWriter:

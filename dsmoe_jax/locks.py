@@ -20,6 +20,7 @@ _handles: set[int] = set()
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Make `folder` if need be and hold its lock; `ValueError` if another process does. A new one left empty goes."""
+    folder = folder.absolute()
     new = not folder.exists()
     _make(folder, folder)
     try:

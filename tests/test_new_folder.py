@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from dsmoe_jax import new_folder as module
-from dsmoe_jax.new_folder import Draft, check_space, new_folder, sibling
+from dsmoe_jax.new_folder import Draft, check_space, new_folder, recover_folder, replace_folder, sibling, write_json
 from tests.helpers.hf_folder import snapshot
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -380,3 +380,77 @@ def test_a_draft_outside_a_job_keeps_no_journal(tmp_path: Path):
 
     assert draft.finished == {"a": 1}
     assert list(tmp_path.iterdir()) == []
+
+
+# In the place of another
+
+
+class Killed(BaseException):
+    """Nothing after it is done, as after SIGKILL."""
+
+
+def two_folders(tmp_path: Path) -> tuple[Path, Path]:
+    """A new one, and the one that it replaces."""
+    for name in ("best.new", "best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    return tmp_path / "best.new", tmp_path / "best"
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_folder_takes_the_place_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool):
+    new, path = two_folders(tmp_path)
+    if not exchanges:
+        monkeypatch.setattr(module, "_exchange", lambda *_: False)
+
+    replace_folder(new, path)
+
+    assert snapshot(tmp_path) == {"best": None, "best/file": b"best.new"}
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+@pytest.mark.parametrize("at", range(6))
+def test_a_replacement_killed_anywhere_leaves_one_of_the_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, exchanges: bool
+):
+    new, path = two_folders(tmp_path)
+    steps = iter(range(100))
+
+    def killing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*arguments: Any, **options: Any) -> Any:
+            if next(steps) == at:
+                raise Killed
+            return original(*arguments, **options)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        if not exchanges:
+            patch.setattr(module, "_exchange", lambda *_: False)
+        patch.setattr(Path, "rename", killing(Path.rename))
+        patch.setattr(module, "sync_tree", killing(module.sync_tree))
+        patch.setattr(shutil, "rmtree", killing(shutil.rmtree))
+        with contextlib.suppress(Killed):
+            replace_folder(new, path)
+        assert not exchanges or path.exists()
+
+    recover_folder(path, new)
+
+    found = snapshot(tmp_path)
+    assert found.keys() == {"best", "best/file"}
+    assert found["best/file"] in (b"best", b"best.new")
+
+
+def test_a_small_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "report.json"
+    write_json(file, {"n": 1})
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", full)
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*report\.json'"):
+        write_json(file, {"n": 2})
+
+    assert snapshot(tmp_path) == {"report.json": b'{\n  "n": 1\n}\n'}

@@ -214,8 +214,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_fills_while_orbax_writes_gets_one_line_and_the_last_checkpoint_stays(
-    small_disk: Path, state: TrainState, caplog: pytest.LogCaptureFixture
+    small_disk: Path, state: TrainState, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr("dsmoe_jax.train.checkpoints._check_space", lambda *_: None)
     checkpoints = saved(small_disk, state, 1)
 
     checkpoints.save(2, state, FACTS)
@@ -229,6 +230,68 @@ def test_a_disk_that_fills_while_orbax_writes_gets_one_line_and_the_last_checkpo
     subprocess.run(["mount", "-o", "remount,size=9m", small_disk], check=True)
     assert saved(small_disk, state, 2).newest() == (2, FACTS)
     assert sorted(path.name for path in small_disk.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+@pytest.mark.parametrize("room", [4, 12, 100, 420])
+def test_a_full_disk_is_one_line_at_any_file(
+    small_disk: Path, state: TrainState, room: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    subprocess.run(["mount", "-o", f"remount,size={room}k", small_disk], check=True)
+    monkeypatch.setattr("dsmoe_jax.train.checkpoints._check_space", lambda *_: None)  # it fills up afterwards
+    checkpoints = Checkpoints(small_disk / "new")
+
+    def save() -> None:
+        checkpoints.save(1, state, FACTS)
+        checkpoints.wait()
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*step-00000001'$"):
+        save()
+    checkpoints.close()
+
+    assert capfd.readouterr().err == ""
+    assert checkpoints.newest() is None
+
+
+def test_too_little_room_is_known_before_anything_is_written(small_disk: Path, state: TrainState):
+    subprocess.run(["mount", "-o", "remount,size=300k", small_disk], check=True)
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*step-00000001'$"):
+        Checkpoints(small_disk).save(1, state, FACTS)
+
+    assert list(small_disk.iterdir()) == []
+
+
+def test_a_damaged_step_is_saved_again_when_it_is_reached(copy: Path, state: TrainState):
+    flip_bit(data_file(copy / "step-00000020"), -100)
+    checkpoints = Checkpoints(copy, keep_last=2)
+    checkpoints.newest()
+
+    checkpoints.save(20, state, FACTS)
+    aside = copy / "step-00000020.damaged"
+    assert aside.exists()
+    checkpoints.wait()
+
+    assert not aside.exists()
+    assert Checkpoints(copy).newest() == (20, FACTS)
+    assert sorted(path.name for path in copy.iterdir()) == ["step-00000010", "step-00000020"]
+
+
+def test_a_damaged_step_is_saved_again_by_one_that_did_not_look(copy: Path, state: TrainState):
+    flip_bit(data_file(copy / "step-00000020"), -100)
+
+    saved(copy, state, 20).close()
+
+    assert Checkpoints(copy).newest() == (20, FACTS)
+
+
+def test_only_intact_checkpoints_are_counted(copy: Path, state: TrainState):
+    flip_bit(data_file(copy / "step-00000020"), -100)
+
+    saved(copy, state, 30, keep_last=2).close()
+    assert sorted(Checkpoints(copy).steps()) == [10, 20, 30]
+
+    saved(copy, state, 40, keep_last=2).close()
+    assert sorted(Checkpoints(copy).steps()) == [30, 40]
 
 
 def test_the_manifest_lists_every_file(two: Path):

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 
 from dsmoe_jax.cli import main
 from dsmoe_jax.convert import Report, export_hf, import_hf, verify
+from dsmoe_jax.locks import lock_name
 from dsmoe_jax.manifest import HEADER, manifest_damage, read_manifest
 from tests.helpers.hf_folder import (
     VARIANTS,
@@ -481,3 +483,31 @@ def test_typed_with_nothing_to_compare_it_ends_with_2_and_one_line(native: Path,
     assert code == 2
     assert err.count("\n") == 1
     assert "not a native checkpoint" in err
+
+
+def test_typed_twice_into_one_report_the_second_is_refused(native: Path, capsys: pytest.CaptureFixture):
+    file = native.parent / "report.json"
+
+    with lock_name(file):
+        code = main(["verify", str(native), "--report", str(file)])
+
+    assert code == 2
+    assert f"dsmoe verify: {file} is in use by another process (pid {os.getpid()}); " in capsys.readouterr().err
+    assert not file.exists()
+
+
+def test_typed_on_a_full_disk_no_half_report_is_left(native: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("a file system can be mounted here by nobody, or by root alone")
+    try:
+        code = main(["verify", str(native), "--report", str(disk / "report.json")])
+        left = list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+    err = capsys.readouterr().err
+    assert code == 2
+    assert err == f"dsmoe verify: [Errno 28] No space left on device: '{disk / 'report.json'}'\n"
+    assert left == []

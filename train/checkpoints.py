@@ -5,13 +5,13 @@ every file, written last: without one it is incomplete, with another hash it is 
 A damaged one is kept as `step-N.damaged` until a good one has taken its place.
 """
 
-import contextlib
+import errno
 import logging
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +19,7 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 
-from dsmoe_jax.array_files import hash_file, without_warnings
+from dsmoe_jax.array_files import hash_file, without_warnings, writing_errors
 from dsmoe_jax.checkpoint import check_names_and_shapes, together
 from dsmoe_jax.json_file import read_json
 from dsmoe_jax.manifest import own_hash, with_own_hash
@@ -30,7 +30,7 @@ from .step import TrainState
 _MANIFEST: Final = "manifest.json"
 _FORMAT: Final = 1
 _NAME: Final = re.compile(r"step-(\d{8})")
-_OS_ERROR: Final = re.compile(r"os_error_code='(\d+)'")  # in a message of tensorstore
+_FILES: Final = 40  # that a checkpoint has at least, folders included
 _WAIT: Final = 1800  # seconds for the slowest process to hash its files
 _log = logging.getLogger(__name__)
 
@@ -67,7 +67,9 @@ class Checkpoints:
         # On CPU Orbax would read the very memory that the next step overwrites.
         on_host = jax.default_backend() == "cpu"
         leaves = {name: jnp.copy(leaf) if on_host else leaf for name, leaf in _flat(state).items()}
-        with together(), _one_line_errors(home), without_warnings():
+        with together(), writing_errors(home):
+            if jax.process_index() == 0:
+                _check_space(self.folder, leaves)
             context = ocp.Context()
             context.array.saving.use_compression = False
             with context:
@@ -132,7 +134,7 @@ class Checkpoints:
 
     def _seal(self, home: Path, step: int, writing: Any, facts: Mapping[str, Any]) -> None:
         """In the background: each process hashes its share of the files, then the first writes the manifest."""
-        with _one_line_errors(home):
+        with writing_errors(home):
             writing.result()
         index, count = jax.process_index(), jax.process_count()
         files = sorted(path for path in home.rglob("*") if path.is_file() and not path.name.startswith("sums-"))
@@ -194,23 +196,13 @@ def _key(entry: Any) -> str:
     return str(next(getattr(entry, name) for name in ("name", "key", "idx") if hasattr(entry, name)))
 
 
-@contextlib.contextmanager
-def _one_line_errors(home: Path) -> Iterator[None]:
-    """What tensorstore says of a full disk, as the `OSError` that it was.
-
-    Orbax logs the stacks of three threads beside it, which say no more.
-    """
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    except ValueError as error:
-        if code := _OS_ERROR.search(str(error)):
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(home)) from None
-        raise
-    finally:
-        log.setLevel(level)
+def _check_space(folder: Path, leaves: Mapping[str, Any]) -> None:
+    """`OSError` for a disk too full, before Orbax begins; it may fill up later all the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    disk = os.statvfs(folder)
+    size = sum(leaf.nbytes for leaf in leaves.values())
+    if size > disk.f_bavail * disk.f_frsize or (disk.f_files and disk.f_favail < _FILES):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _damaged(home: Path) -> Path:

@@ -1,0 +1,295 @@
+"""Kills runs, conversions and replacements of a folder again and again, and compares with undisturbed ones.
+
+    python -m tests.kills --kills 100
+
+Start at `JOBS`. Before each restart of a run a file of its newest checkpoint may be damaged as well.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+# What depends on the clock, the machine, or how often the run was started.
+_NOT_COMPARED: Final = ("seconds", "tokens_per_second", "data_wait", "mfu", "memory", "resumed_from", "run", "/load")
+
+
+class Job(NamedTuple):
+    """Something to kill: how it is done, what came out of it, and what may be damaged between two tries."""
+
+    work: Callable[[Path, Path], None]  # of the inputs and the folder
+    outcome: Callable[[Path], Any]
+    damage: Callable[[Path, random.Random], None] = lambda out, chance: None
+
+
+# --- the jobs ---
+
+
+def pretrain(home: Path, out: Path) -> None:
+    """24 steps of a very small model, a checkpoint every third."""
+    from dsmoe_jax.train.config import CheckpointConfig, DataConfig, RunConfig
+    from dsmoe_jax.train.loop import run
+
+    run(
+        RunConfig(
+            out=str(out / "run"),
+            model=str(home / "model.json"),
+            steps=24,
+            data=DataConfig(
+                sources=(str(home / "shards"),), tokenizer=str(home / "tokenizer"), sequence_length=24, batch_size=4
+            ),
+            checkpoints=CheckpointConfig(every=3, keep_last=2),
+            evaluate_every=4,
+            evaluate_batches=2,
+            sinks=("jsonl",),
+        )
+    )
+
+
+def finetune(home: Path, out: Path) -> None:
+    """20 steps of an adapter, evaluated every second, so that `best` is often replaced."""
+    from dsmoe_jax.lora import LoraConfig
+    from dsmoe_jax.train.config import CheckpointConfig
+    from dsmoe_jax.train.finetune import ExamplesConfig, FinetuneConfig
+    from dsmoe_jax.train.loop import run
+
+    run(
+        FinetuneConfig(
+            out=str(out / "run"),
+            init_from=str(home / "base"),
+            steps=20,
+            data=ExamplesConfig(files=(str(home / "examples.jsonl"),), sequence_length=64, batch_size=4, holdout=0.1),
+            checkpoints=CheckpointConfig(every=3, keep_last=2),
+            evaluate_every=2,
+            evaluate_batches=2,
+            sinks=("jsonl",),
+            lora=LoraConfig(r=4, lora_alpha=8),
+        )
+    )
+
+
+def convert(home: Path, out: Path) -> None:
+    """There and back: a native checkpoint of a Hugging Face folder, and such a folder of it."""
+    from dsmoe_jax.convert import export_hf, import_hf
+
+    if not (out / "native").exists():
+        import_hf(home / "hf", out / "native")
+    if not (out / "hf").exists():
+        export_hf(out / "native", out / "hf", max_shard_size="200KB")
+
+
+def replace(_: Path, out: Path) -> None:
+    """50 times a folder of two files that belong together in the place of the one before."""
+    from dsmoe_jax.new_folder import recover_folder, replace_folder, write_json
+
+    new, best = out / "best.new", out / "best"
+    recover_folder(best, new)
+    first = json.loads((best / "a.json").read_text())["n"] + 1 if best.exists() else 0
+    for n in range(first, 50):
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        for name in ("a.json", "b.json"):
+            write_json(new / name, {"n": n})
+        replace_folder(new, best)
+        if n % 10 == 9:
+            time.sleep(0.01)
+
+
+# --- what is compared, what is damaged ---
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def run_outcome(out: Path) -> dict[str, Any]:
+    """The weights of a run, those that were best, the names in its folders, and its records."""
+    from dsmoe_jax.train.metrics import read_records
+
+    run = out / "run"
+    records = [
+        {name: value for name, value in record.items() if not any(mark in name for mark in _NOT_COMPARED)}
+        for record in read_records(run)
+    ]
+    found = {name: files_of(run / name) for name in ("model", "adapter", "best") if (run / name).exists()}
+    names = sorted(path.name for path in (*run.iterdir(), *(run / "checkpoints").iterdir()))
+    return {"files": found, "names": names, "records": records}
+
+
+def damage_newest(out: Path, chance: random.Random) -> None:
+    """Half of the time: turn a bit of a file of the newest checkpoint, cut it, or remove it."""
+    steps = sorted((out / "run" / "checkpoints").glob("step-*"))
+    files = sorted(path for path in steps[-1].rglob("*") if path.is_file() and path.stat().st_size) if steps else []
+    if not files or chance.random() < 0.5:
+        return
+    file = chance.choice(files)
+    data = bytearray(file.read_bytes())
+    match chance.choice(("bit", "cut", "remove")):
+        case "bit":
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+            file.write_bytes(data)
+        case "cut":
+            file.write_bytes(data[: chance.randrange(len(data))])
+        case "remove":
+            file.unlink()
+
+
+JOBS: Final[dict[str, Job]] = {
+    "pretrain": Job(pretrain, run_outcome, damage_newest),
+    "finetune": Job(finetune, run_outcome, damage_newest),
+    "convert": Job(convert, files_of),
+    "replace": Job(replace, files_of),
+}
+
+
+# --- kills ---
+
+
+def make_inputs(home: Path) -> None:
+    """A tokenizer, token shards, examples, a base, and a Hugging Face folder, all very small."""
+    import dsmoe_jax
+    from dsmoe_jax.model import DeepSeekMoE
+    from dsmoe_jax.tokenizer import tokenizer_files
+    from dsmoe_jax.train.data import tokenize
+    from dsmoe_jax.vocabulary import train_tokenizer
+    from tests.helpers.hf_folder import random_params, tiny, write_hf
+
+    rng = random.Random(0)
+    words = ["alpha", "beta", "gamma", "delta", "moe", "(x)", "return"]
+    texts = [" ".join(rng.choices(words, k=rng.randint(5, 60))) for _ in range(200)]
+    (home / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    pairs = [{"instruction": text[:20], "output": text[20:60]} for text in texts[:80]]
+    (home / "examples.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    train_tokenizer(texts * 3, home / "tokenizer", 300)
+    tokenize(home / "text.jsonl", home / "tokenizer", home / "shards", holdout=0.1)
+    model = tiny(vocab_size=300)
+    (home / "model.json").write_text(json.dumps(model.to_dict()))
+    dsmoe_jax.save(DeepSeekMoE.init(model, seed=1), home / "base", beside=tokenizer_files(home / "tokenizer"))
+    large = tiny(vocab_size=512, hidden_size=128, intermediate_size=256, moe_intermediate_size=128)
+    write_hf(home / "hf", large, random_params(large))
+
+
+def child(work: Callable[[], Any]) -> int:
+    """Do `work` in a fork of this process, which must have started no backend; returns its pid."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        work()
+        code = 0
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(code)
+
+
+def finish(work: Callable[[], Any]) -> None:
+    """`work` in a child, to its end."""
+    _, status = os.waitpid(child(work), 0)
+    if status:
+        raise AssertionError(f"ended with status {status}")
+
+
+def kill_after(work: Callable[[], Any], seconds: float) -> bool:
+    """`work` in a child that is killed after `seconds`; whether it was at work still."""
+    pid = child(work)
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            if status:
+                raise AssertionError(f"ended with status {status}")
+            return False
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return True
+
+
+def torment(name: str, home: Path, kills: int, seed: int = 0) -> int:
+    """Kill a job `kills` times, starting it afresh whenever it is done; returns how many outcomes were compared.
+
+    Raises `AssertionError` for one that is not as that of an undisturbed job.
+    """
+    job, chance = JOBS[name], random.Random(f"{name} {seed}")
+    with tempfile.TemporaryDirectory(prefix=f"kills-{name}-") as folder:
+        want, seconds = _undisturbed(job, home, Path(folder) / "undisturbed")
+        done, compared, out = 0, 0, Path(folder) / "killed"
+
+        def work() -> None:
+            job.work(home, out)
+
+        while done < kills:
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir()
+            tries = 0
+            while done < kills and tries < 8:
+                if not kill_after(work, chance.uniform(0, 1) * seconds):
+                    break
+                done, tries = done + 1, tries + 1
+                job.damage(out, chance)
+            finish(work)
+            compared += 1
+            if (got := job.outcome(out)) != want:
+                raise AssertionError(f"{name}: after {tries} kills: {_first_difference(got, want)}")
+    return compared
+
+
+def _undisturbed(job: Job, home: Path, out: Path) -> tuple[Any, float]:
+    out.mkdir()
+    started = time.monotonic()
+    finish(lambda: job.work(home, out))
+    return job.outcome(out), time.monotonic() - started
+
+
+def _first_difference(got: Any, want: Any, place: str = "") -> str:
+    if isinstance(got, dict) and isinstance(want, dict) and got.keys() == want.keys():
+        name = next(name for name in got if got[name] != want[name])
+        return _first_difference(got[name], want[name], f"{place}/{name}")
+    if isinstance(got, list) and isinstance(want, list) and len(got) == len(want):
+        at = next(i for i in range(len(got)) if got[i] != want[i])
+        return _first_difference(got[at], want[at], f"{place}/{at}")
+    return f"{place}: {str(got)[:300]}, not {str(want)[:300]}"
+
+
+def main() -> None:
+    """Split the kills over the jobs and say what came of each."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
+    asked = parser.parse_args()
+    logging.basicConfig(level=logging.ERROR)
+    with tempfile.TemporaryDirectory(prefix="kills-inputs-") as folder:
+        finish(lambda: make_inputs(Path(folder)))
+        for i, name in enumerate(asked.jobs):
+            kills = asked.kills // len(asked.jobs) + (i < asked.kills % len(asked.jobs))
+            started = time.monotonic()
+            compared = torment(name, Path(folder), kills, asked.seed)
+            print(f"{name}: {kills} kills, {compared} outcomes equal, {time.monotonic() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA says of every program in the cache where it was compiled
+    with contextlib.suppress(ImportError):  # here, so that the children need not
+        import dsmoe_jax.train.loop  # noqa: F401
+    main()
