@@ -26,20 +26,19 @@ class Best:
     """The best result of a run; one that goes on knows the best of before."""
 
     def __init__(self, out: Path, job: Job, first: int):
-        """Find the best up to step `first`; one that is later, damaged, or of other facts is replaced by the next."""
+        """Find the best of before step `first`; a later one is of a try that was discarded, and does not count."""
         self._folder, self._save = out / BEST, job.save
         self._new = self._folder.with_name(f"{BEST}.new")
-        # "inputs" hold file names, which may change while the content stays.
-        self._facts = own_hash({what: facts for what, facts in job.facts.items() if what != "inputs"})
         self._loss = float("inf")
         with together():
             if jax.process_index() == 0:
                 recover_folder(self._folder, self._new)
         if self._folder.exists():
             try:
-                self._loss = _read_record(self._folder, self._facts, first)["loss"]
+                known = _read_record(self._folder)
+                self._loss = known["loss"] if known["step"] <= first else self._loss
             except ValueError as error:
-                _log.warning("%s does not count, the next evaluation replaces it: %s", self._folder, error)
+                _log.warning("%s is damaged, the next evaluation replaces it: %s", self._folder, error)
 
     def offer(self, step: int, loss: float, params: Mapping[str, Array]) -> None:
         """Keep the parameters if they are the best; by all processes together."""
@@ -53,27 +52,22 @@ class Best:
             if jax.process_index() == 0:
                 names = sorted(path.relative_to(self._new) for path in self._new.rglob("*") if path.is_file())
                 files = {name.as_posix(): hash_file(self._new / name) for name in names}
-                record = {"step": step, "loss": loss, "facts": self._facts, "files": files}
-                write_json(self._new / _RECORD, with_own_hash(record))
+                write_json(self._new / _RECORD, with_own_hash({"step": step, "loss": loss, "files": files}))
                 replace_folder(self._new, self._folder)
         self._loss = loss
         _log.info("best held-out loss so far, %.4f after step %d: %s", loss, step, self._folder)
 
 
-def _read_record(folder: Path, facts: str, first: int) -> dict[str, Any]:
+def _read_record(folder: Path) -> dict[str, Any]:
     """The record of an intact folder; `ValueError` for any other. Older records have step and loss alone."""
     record = read_json(folder / _RECORD)
     if "sha256" in record and record.pop("sha256") != own_hash(record):
-        raise ValueError(f"damaged: {_RECORD} has been changed")
+        raise ValueError(f"{_RECORD} has been changed")
     if type(record.get("loss")) is not float or type(record.get("step")) is not int:
-        raise ValueError(f"damaged: {_RECORD} has no step or no loss")
-    if record.get("facts", facts) != facts:
-        raise ValueError("another run wrote it")
-    if record["step"] > first:
-        raise ValueError(f"it is of step {record['step']}, the run resumes from step {first}")
+        raise ValueError(f"{_RECORD} has no step or no loss")
     for name, sums in record.get("files", {}).items():
         if not (folder / name).is_file():
-            raise ValueError(f"damaged: {name!r} is missing")
+            raise ValueError(f"{name!r} is missing")
         if hash_file(folder / name) != sums:
-            raise ValueError(f"damaged: {name!r} has other bytes than were written")
+            raise ValueError(f"{name!r} has other bytes than were written")
     return record
