@@ -42,11 +42,7 @@ def _run(argv: Sequence[str] | None, interrupted: threading.Event) -> int:
         argv = sys.argv[1:] if argv is None else argv
         for argument in argv:
             _utf8(argument)
-        try:
-            asked = _parse(argv)
-        except SystemExit:
-            sys.stdout.flush()  # of --help
-            raise
+        asked = _parse(argv)
         verb = f"dsmoe {asked.verb}"
         set_environment()
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
