@@ -377,6 +377,16 @@ def test_an_interrupted_import_is_an_interrupt(monkeypatch: pytest.MonkeyPatch, 
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_broken_pipe_that_is_not_stdout_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    def broken(_: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setitem(VERBS, "info", (broken, *VERBS["info"][1:]))
+
+    assert run("info", "tiny") == 2
+    assert capsys.readouterr().err == "dsmoe info: [Errno 32] Broken pipe\n"
+
+
 def test_an_argument_that_is_not_utf8_is_refused(capsys: pytest.CaptureFixture):
     assert run("convert", "a\udcff", "b") == 2
     assert capsys.readouterr().err == "dsmoe: argument 'a\\udcff' is not UTF-8\n"
