@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NoReturn
 
 from dsmoe_jax import __version__
-from dsmoe_jax.streams import flush_or_discard, open_standard_streams, print_error, print_status
+from dsmoe_jax.streams import flush_or_discard, open_standard_streams, print_error, print_status, reader_has_left
 from dsmoe_jax.xla_options import set_environment
 
 
@@ -43,11 +43,7 @@ def _run(argv: Sequence[str] | None, interrupted: threading.Event) -> int:
         argv = sys.argv[1:] if argv is None else argv
         for argument in argv:
             _utf8(argument)
-        try:
-            asked = _parse(argv)
-        except SystemExit:
-            sys.stdout.flush()  # of --help
-            raise
+        asked = _parse(argv)
         verb = f"dsmoe {asked.verb}"
         set_environment()
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -56,9 +52,9 @@ def _run(argv: Sequence[str] | None, interrupted: threading.Event) -> int:
             logging.getLogger(library).setLevel(logging.ERROR)
         asked.run(asked)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of stdout (head, say) has gone
-        return 0
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and reader_has_left():  # head, say; a pipe of ours is a failure
+            return 0
         if interrupted.is_set():  # an import that is interrupted fails in its own way
             return _interrupted()
         if not isinstance(error, (ValueError, OSError)):

@@ -7,6 +7,7 @@ encoding that cannot show what a model writes. Start at `open_standard_streams`.
 import codecs
 import contextlib
 import os
+import select
 import sys
 from typing import Any, Final, TextIO
 
@@ -58,6 +59,15 @@ def print_error(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
     except OSError:
         _discard(sys.stderr)
+
+
+def reader_has_left() -> bool:
+    """Whether whoever read stdout or stderr through a pipe has closed it."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # pytest's streams have no descriptor
+            poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def flush_or_discard() -> None:

@@ -4,6 +4,7 @@ Start at `test_the_demo_runs_and_keeps_its_checkpoints`.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -359,3 +360,100 @@ def test_the_16bs_forward_compiles_in_a_minute():
     assert time.process_time() - started < COMPILE_SECONDS
     memory: Any = compiled.memory_analysis()
     assert memory.argument_size_in_bytes >= 32_751_456_256
+
+
+# Its surroundings
+
+
+def shell(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A line of bash, where `dsmoe` is the command; verbs that do not import jax, so it is quick."""
+    command = f'dsmoe() {{ "{sys.executable}" -m dsmoe_jax "$@"; }}; {script}'
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment
+    return subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        ("dsmoe info tiny <&- >&- 2>&-", 0),
+        ("dsmoe info nothing >&- 2>&-", 2),
+        ("dsmoe --help | head -c0; exit ${PIPESTATUS[0]}", 0),
+        ("dsmoe info nothing 2>&1 >/dev/null | head -c0; exit ${PIPESTATUS[0]}", 2),
+        ("dsmoe info tiny >/dev/full", 2),
+        ("mkdir gone && cd gone && rmdir ../gone && dsmoe info tiny", 0),
+        ("dsmoe info $'\\xff'", 2),
+    ],
+)
+def test_no_surroundings_end_in_a_traceback(tmp_path: Path, script: str, code: int):
+    done = shell(script, tmp_path)
+
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") <= 1
+
+
+def test_a_file_does_not_get_the_place_of_a_closed_stream(tmp_path: Path):
+    script = (
+        f'"{sys.executable}" -c "import sys; from dsmoe_jax.streams import *; open_standard_streams(); '
+        "file = open('data', 'w'); print('lost'); print('lost', file=sys.stderr); file.write('kept'); "
+        'sys.exit(file.fileno() < 3)" <&- >&- 2>&-'
+    )
+
+    done = shell(script, tmp_path)
+
+    assert done.returncode == 0
+    assert (tmp_path / "data").read_text() == "kept"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_what_a_terminal_cannot_show_is_escaped(tmp_path: Path, encoding: str):
+    script = f'"{sys.executable}" -c "from dsmoe_jax.streams import *; open_standard_streams(); print(chr(0x6f22))"'
+
+    done = shell(script, tmp_path, PYTHONIOENCODING=encoding)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\u6f22\n", "")
+
+
+def test_a_job_goes_on_when_its_reader_leaves(tmp_path: Path):
+    script = (
+        f'"{sys.executable}" -c "from dsmoe_jax.streams import print_status as say; '
+        "[say('line') for _ in range(20000)]; open('done', 'w')\" | head -n1"
+    )
+
+    done = shell(script, tmp_path)
+
+    assert (done.stdout, done.stderr) == ("line\n", "")
+    assert (tmp_path / "done").exists()
+
+
+def test_an_interrupted_import_is_an_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    def interrupted(_: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise ImportError("numpy was not imported") from None
+
+    monkeypatch.setitem(VERBS, "info", (interrupted, *VERBS["info"][1:]))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    assert run("info", "tiny") == 130
+    assert capsys.readouterr().err == "\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_broken_pipe_that_is_not_stdout_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    def broken(_: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setitem(VERBS, "info", (broken, *VERBS["info"][1:]))
+
+    assert run("info", "tiny") == 2
+    assert capsys.readouterr().err == "dsmoe info: [Errno 32] Broken pipe\n"
+
+
+def test_an_argument_that_is_not_utf8_is_refused(capsys: pytest.CaptureFixture):
+    assert run("convert", "a\udcff", "b") == 2
+    assert capsys.readouterr().err == "dsmoe: argument 'a\\udcff' is not UTF-8\n"

@@ -330,7 +330,7 @@ def _conversion(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
     small = ModelConfig.preset("tiny")
     monkeypatch.setattr(conversion.ModelConfig, "preset", lambda name: small)
-    called("tests.benchmarks.conversion", conversion.main, "--rounds", "1", "--out", "reports")(arguments, monkeypatch)
+    called("conversion", conversion.main, "--rounds", "1", "--out", "reports")(arguments, monkeypatch)
 
 
 def _training(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,16 +360,13 @@ def _instructions(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def _abstract(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recipe `tiny`, compiled for the device that is there; tests/test_compiled_for_gpu.py has the cards."""
+    """The recipe `tiny` for the device that is there; tests/test_compiled_for_gpu.py has the cards."""
     from tests.benchmarks import abstract
 
-    run = RECIPES["tiny"]()
-    case = abstract.Case(run, run.model_config(), None, (1, 2, 16)) if hasattr(abstract, "Case") else None
-    known = abstract.cases(None)
-    monkeypatch.setattr(abstract, "cases", lambda card: dict.fromkeys(known, case))
-    monkeypatch.setattr(abstract, "compiled", lambda *_, **__: {})
-    names = [name for name in arguments if name in known]
-    called("abstract", abstract.main)(names, monkeypatch)
+    small = RECIPES["tiny"]()
+    case = abstract.Case(small, small.model_config(), None, tokens=16)
+    monkeypatch.setattr(abstract, "cases", lambda card: {"tiny": case})
+    called("abstract", abstract.main)([], monkeypatch)
 
 
 def _gpu(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

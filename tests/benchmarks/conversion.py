@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("conversion.work"), help="new folder, deleted at the end")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "reports", help="for the report")
     asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)  # before the hour that it takes
     asked.work.mkdir(parents=True)
     try:
         results = {
