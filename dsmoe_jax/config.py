@@ -133,16 +133,14 @@ class ModelConfig:
         fields = standardize(fields)
         fields.pop("auto_map", None)
         _check_choice("model_type", fields.pop("model_type", MODEL_TYPE), (MODEL_TYPE,))
-        known = {field.name for field in dataclasses.fields(cls)} - {"extra"}
-        config = cls(
-            **{name: value for name, value in fields.items() if name in known},
-            extra={name: value for name, value in fields.items() if name not in known},
-        )
-        foreign = _FOREIGN | {"head_dim": (None, config.head_dim)}
-        for name, neutral in foreign.items():
-            if name in config.extra:
-                _check_choice(name, config.extra[name], neutral)
-        check_unknown(config.extra, {name: getattr(config, name) for name in known}, foreign)
+        defaults = {field.name: field.default for field in dataclasses.fields(cls) if field.name != "extra"}
+        known = {name: fields.get(name, default) for name, default in defaults.items()}
+        extra = {name: value for name, value in fields.items() if name not in known}
+        check_unknown(extra, known, {*_FOREIGN, "head_dim"})  # first: a mistyped field is missing under its own name
+        config = cls(**{name: value for name, value in fields.items() if name in known}, extra=extra)
+        for name, neutral in (_FOREIGN | {"head_dim": (None, config.head_dim)}).items():
+            if name in extra:
+                _check_choice(name, extra[name], neutral)
         return config
 
     def to_dict(self) -> dict[str, Any]:
