@@ -161,7 +161,7 @@ def world(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     """A copy of it, and where everything runs."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    before = jax.config.jax_compilation_cache_dir
+    before = jax.config.values["jax_compilation_cache_dir"]
     yield tmp_path
     jax.config.update("jax_compilation_cache_dir", before)  # a run sets it to a folder of its own
     compilation_cache.reset_cache()
