@@ -3,15 +3,18 @@
 Start at `VERBS`. A user's mistake gets one line on stderr and exit code 2.
 """
 
+import _thread
 import argparse
 import contextlib
 import functools
 import logging
 import math
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, Final, NoReturn
 
 from dsmoe_jax import __version__
@@ -30,11 +33,15 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 2 for a user's mistake, 130 if interrupted."""
     open_standard_streams()
+    code = 0
     try:
         with _interrupts() as interrupted:
-            return _run(argv, interrupted)
+            code = _run(argv, interrupted)
     finally:
         flush_or_discard()
+    if argv is None and code == 130:
+        os._exit(code)  # XLA's threads may be at work, and Python crashes when it shuts down under them
+    return code
 
 
 def _run(argv: Sequence[str] | None, interrupted: threading.Event) -> int:
@@ -83,23 +90,46 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """Set once Ctrl-C is pressed, which raises `KeyboardInterrupt` as ever; a job that ignores it goes on to."""
+    """Set once Ctrl-C is pressed, which raises `KeyboardInterrupt` where that ends the job.
+
+    Within an import it is put off, since extension modules print it or go on half initialized; within a callback of the
+    garbage collector Python only reports it, so it is raised again. A job that ignores SIGINT goes on doing so.
+    """
     pressed = threading.Event()
 
-    def press(*_: Any) -> None:
+    def press(_: int, frame: FrameType | None) -> None:
         pressed.set()
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                return _interrupt_soon()
+            frame = frame.f_back
         raise KeyboardInterrupt
 
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler and (
-        threading.current_thread() is threading.main_thread()
-    )
-    if ours:
-        signal.signal(signal.SIGINT, press)
+    def unraisable(report: Any) -> None:
+        if issubclass(report.exc_type, KeyboardInterrupt):
+            _interrupt_soon()
+        else:
+            hook(report)
+
+    if threading.current_thread() is not threading.main_thread() or (
+        signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield pressed
+        return
+    hook = sys.unraisablehook
+    signal.signal(signal.SIGINT, press)
+    sys.unraisablehook = unraisable
     try:
         yield pressed
     finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.unraisablehook = hook
+
+
+def _interrupt_soon() -> None:
+    again = threading.Timer(0.1, _thread.interrupt_main)
+    again.daemon = True
+    again.start()
 
 
 def _interrupted() -> int:

@@ -428,20 +428,43 @@ def test_a_job_goes_on_when_its_reader_leaves(tmp_path: Path):
     assert (tmp_path / "done").exists()
 
 
-def test_an_interrupted_import_is_an_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    def interrupted(_: Any) -> None:
-        try:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5)
-        except KeyboardInterrupt:
-            raise ImportError("numpy was not imported") from None
+def interrupt(then: Callable[[], None]) -> Callable[[Any], None]:
+    """A verb that is interrupted while it does something, and would go on for ten seconds."""
 
-    monkeypatch.setitem(VERBS, "info", (interrupted, *VERBS["info"][1:]))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    def verb(_: Any) -> None:
+        then()
+        time.sleep(10)
+
+    return verb
+
+
+def press() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def import_slowly() -> None:
+    """A module that is interrupted, and fails if it is told so."""
+    exec("import slowly_imported")
+
+
+class Pressed:
+    def __del__(self) -> None:
+        press()
+
+
+@pytest.mark.parametrize("where", [press, import_slowly, Pressed], ids=["a call", "an import", "a finalizer"])
+def test_an_interrupt_ends_a_verb_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, where: Callable[[], None]
+):
+    source = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.2)\nDONE = True\n"
+    (tmp_path / "slowly_imported.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(VERBS, "info", (interrupt(where), *VERBS["info"][1:]))
+    monkeypatch.setattr(signal, "default_int_handler", signal.getsignal(signal.SIGINT))
 
     assert run("info", "tiny") == 130
     assert capsys.readouterr().err == "\n"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert where is not import_slowly or sys.modules.pop("slowly_imported").DONE
 
 
 def test_a_broken_pipe_that_is_not_stdout_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
