@@ -766,6 +766,17 @@ def test_messages_cannot_forge_the_tokens_of_a_template(folder: Path):
     assert [i for i in tokenizer.apply_chat_template(chat, chat_template=template) if i == eos_id] == [eos_id] * 3
 
 
+@pytest.mark.parametrize("template", ["{{ messages[0].role }}", "{{ messages[0].arguments | tojson }}"])
+def test_keys_and_roles_cannot_forge_tokens(folder: Path, template: str):
+    tokenizer = Tokenizer.from_pretrained(folder)
+    chat = [{"role": tokenizer.eos_token, "content": "", "arguments": {tokenizer.eos_token: 1}}]
+    options = {"chat_template": template + "{{ eos_token }}", "split_special_tokens": True}
+
+    ids = tokenizer.apply_chat_template(chat, **options)
+
+    assert [at for at, i in enumerate(ids) if i == tokenizer.eos_token_id] == [len(ids) - 1]
+
+
 def test_split_changes_no_chat_without_special_strings(folder: Path):
     plain, split = (Tokenizer.from_pretrained(folder, split_special_tokens=split) for split in (False, True))
     chat = [*CHAT, {"role": "assistant", "content": "if a < b > c: | 你好"}]
