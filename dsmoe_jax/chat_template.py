@@ -47,7 +47,7 @@ def render(
     Args:
         template: The Jinja source. It sees what transformers offers.
         messages: {"role": …, "content": …} and other fields. Content is text, a list of text parts (joined for a
-            template that does not loop over them), or None beside tool calls.
+            template that does not read parts), or None beside tool calls.
         add_generation_prompt: Whether the assistant's next turn is opened.
         tools: JSON schemas of functions.
         documents: Documents to answer from.

@@ -11,6 +11,7 @@ import functools
 import json
 import signal
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, BinaryIO, Final, NoReturn
 
@@ -19,6 +20,7 @@ MEGABYTES: Final = 512
 # Far above any context window.
 CHARACTERS: Final = 16_000_000
 _ERROR_CHARACTERS: Final = 500
+_OVER_PARTS: Final = ("map", "select", "selectattr", "reject", "rejectattr")  # filters
 
 
 def render(template: str, variables: dict[str, Any]) -> str:
@@ -27,13 +29,13 @@ def render(template: str, variables: dict[str, Any]) -> str:
     Args:
         template: The Jinja source.
         variables: What the template sees. Lists of text parts in `messages` are joined for a template that does not
-            loop over them.
+            read parts.
 
     Raises:
         Exception: Whatever the template raises.
     """
-    compiled, loops_over_content = _compile(template)
-    if not loops_over_content:
+    compiled, takes_parts = _compile(template)
+    if not takes_parts:
         variables = {**variables, "messages": [_joined(message) for message in variables.get("messages") or ()]}
     pieces, length = [], 0
     for piece in compiled.generate(variables):
@@ -69,29 +71,64 @@ def _compile(template: str) -> tuple[Any, bool]:
     )
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     environment.filters["tojson"] = _tojson
-    return environment.from_string(template), _loops_over_content(environment.parse(template), nodes)
+    return environment.from_string(template), _takes_parts(environment.parse(template), nodes)
 
 
-def _loops_over_content(tree: Any, nodes: Any) -> bool:
-    """Whether a template iterates over the content of a message, and so takes it as a list of parts."""
-    names = {"content"}
+def _takes_parts(tree: Any, nodes: Any) -> bool:
+    """Whether a template reads the content of a message as a list: iterates over it, or reads `text` of its parts."""
+    names = {"content"}  # of variables, parameters and fields that hold it
+
+    def key(node: Any) -> Any:
+        match node:
+            case nodes.Getattr():
+                return node.attr
+            case nodes.Getitem(arg=nodes.Const()):
+                return node.arg.value
+            case nodes.Call(node=nodes.Getattr(attr="get"), args=[nodes.Const(), *_]):
+                return node.args[0].value
+        return None
 
     def is_content(node: Any) -> bool:
         match node:
             case nodes.Name():
                 return node.name in names
-            case nodes.Getattr():
-                return node.attr == "content"
-            case nodes.Getitem():
-                return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
             case nodes.Filter():
                 return node.node is not None and is_content(node.node)
-        return False
+            case nodes.CondExpr():
+                return is_content(node.expr1) or is_content(node.expr2)
+            case nodes.Or() | nodes.And():
+                return is_content(node.left) or is_content(node.right)
+        return key(node) in names or (isinstance(node, nodes.Getitem) and is_content(node.node))
 
-    for node in tree.find_all(nodes.Assign):
-        if isinstance(node.target, nodes.Name) and is_content(node.node):
-            names.add(node.target.name)
-    return any(is_content(node.iter) for node in tree.find_all(nodes.For))
+    def bindings() -> Iterator[tuple[str, Any]]:
+        parameters = {macro.name: [one.name for one in macro.args] for macro in tree.find_all(nodes.Macro)}
+        for node in tree.find_all((nodes.Assign, nodes.Call)):
+            match node:
+                case nodes.Assign(target=nodes.Name()):
+                    yield node.target.name, node.node
+                case nodes.Assign(target=nodes.NSRef()):
+                    yield node.target.attr, node.node
+                case nodes.Call():
+                    yield from ((keyword.key, keyword.value) for keyword in node.kwargs)
+                    yield from zip(parameters.get(getattr(node.node, "name", None), ()), node.args, strict=False)
+
+    bound = list(bindings())
+    while more := {name for name, value in bound if is_content(value)} - names:
+        names |= more
+    for node in tree.find_all((nodes.For, nodes.Filter, nodes.Getattr, nodes.Getitem, nodes.Call)):
+        match node:
+            case nodes.For():
+                found = is_content(node.iter)
+            case nodes.Filter():
+                by_part = node.name in _OVER_PARTS or any(keyword.key == "attribute" for keyword in node.kwargs)
+                found = by_part and is_content(node)
+            case nodes.Call():
+                found = key(node) == "text" and is_content(node.node.node)
+            case _:
+                found = key(node) == "text" and is_content(node.node)
+        if found:
+            return True
+    return False
 
 
 def _joined(message: Any) -> Any:

@@ -44,15 +44,18 @@ class Escape:
         self._unmarked = re.compile(f"{longest_first(more).pattern}|{alone}")
 
     def __call__(self, value: Any) -> Any:
-        """Marks all strings in a JSON value but keys and roles, which decide what a template writes."""
+        """Marks all strings in a JSON value; keys and roles, which a template compares, only where they hold a name."""
         match value:
             case str():
                 return self._ends.sub(self._marked, value)
             case Mapping():
-                return {key: inner if key == "role" else self(inner) for key, inner in value.items()}
+                return {self._key(key): self._key(x) if key == "role" else self(x) for key, x in value.items()}
             case list() | tuple():
                 return [self(inner) for inner in value]
         return value
+
+    def _key(self, key: Any) -> Any:
+        return self(key) if isinstance(key, str) and self.names.search(key) else key
 
     def unescape(self, text: str) -> str:
         """Takes the marks away."""

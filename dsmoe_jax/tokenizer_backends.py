@@ -87,10 +87,13 @@ class JsonBackend:
                 self._library.add_tokens([_added(token, token.special or token.content in names)])
             if (got := self.id_of(token.content)) != i:
                 raise ValueError(f"added token {token.content!r} has id {i} in the config and {got} in tokenizer.json")
-        there |= {token.content for token in settings.added.values()}
+        there = {token.content: token for token in self._library.get_added_tokens_decoder().values()}
         for token in named:
-            with_flags = has_flags and token.content in settings.with_flags
-            if (with_flags or token.content not in there) and self.id_of(token.content) is not None:
+            own = None if has_flags and token.content in settings.with_flags else there.get(token.content)
+            if own is not None and not own.special:
+                own.special = True
+                self._library.add_tokens([own])
+            elif own is None and self.id_of(token.content) is not None:
                 self._library.add_tokens([_added(token, special=True)])
 
     def default_special(self, kind: str) -> str | None:

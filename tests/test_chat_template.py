@@ -78,10 +78,21 @@ def test_role_that_a_template_ignores_is_refused(template: str):
             "[Hi][ there]",
         ),
         ("{% set c = messages[0].content %}{% for p in c %}[{{ p.text }}]{% endfor %}", "[Hi][ there]"),
+        (
+            "{% macro f(c) %}{% for p in c %}[{{ p.text }}]{% endfor %}{% endmacro %}{{ f(messages[0].content) }}",
+            "[Hi][ there]",
+        ),
+        ("{% for p in messages[0].get('content') %}[{{ p['text'] }}]{% endfor %}", "[Hi][ there]"),
+        ("{% set n = namespace(c=messages[0].content) %}{% for p in n.c %}[{{ p.text }}]{% endfor %}", "[Hi][ there]"),
+        ("{{ messages[0]['content'][0]['text'] }}", "Hi"),
+        ("{% set c = messages[0].content %}{{ c if c is string else (c | last).text }}", " there"),
+        ("{{ messages[0].content | map(attribute='text') | join('|') }}", "Hi| there"),
+        ("{{ messages[0].content | join('|', attribute='text') }}", "Hi| there"),
+        ("{{ messages[0].content[0] }}{{ messages[0].content[1:] }}", "Hi there"),
         ("{% for line in messages[0].content.split(' ') %}{{ line }};{% endfor %}", "Hi;there;"),
     ],
 )
-def test_text_parts_are_joined_unless_a_template_loops_over_them(template: str, text: str):
+def test_text_parts_are_joined_unless_a_template_reads_them(template: str, text: str):
     assert render(template, [PARTS]) == text
 
 

@@ -955,6 +955,20 @@ def test_a_templates_end_of_an_answer_is_found(
     assert ("does not learn to stop" in caplog.text) == (end == "'\\n'")
 
 
+def test_end_of_an_answer_is_found_whatever_the_template_writes_of_it(tmp_path: Path, tokenizer: Tokenizer):
+    (tmp_path / "template").write_text("{% for m in messages %}{{ m.content | upper }}###{% endfor %}")
+
+    assert endings_of(tmp_path / "template", tokenizer) == {"stop_strings": ["###"]}
+
+
+def test_end_token_stays_a_token_where_text_is_split(tmp_path: Path, folder: Path):
+    split = Tokenizer.from_pretrained(folder, split_special_tokens=True)
+    (tmp_path / "template").write_text(TURN.replace("END", "bos_token"))
+
+    assert endings_of("chat", split) == {}
+    assert endings_of(tmp_path / "template", split) == {"eos_token_id": 0}
+
+
 def test_deepseek_instruct_ends_with_text_and_chat_with_eos(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture):
     with caplog.at_level("INFO"):
         instruct, chat = (endings_of(name, tokenizer) for name in ("deepseek-instruct", "chat"))

@@ -604,6 +604,24 @@ def test_flags_of_the_config_win_over_those_of_tokenizer_json(json_folder: Path)
     assert configure(json_folder, added_tokens_decoder=decoder).encode(f"the  {EOS}\n fox") == plain
 
 
+@pytest.mark.parametrize("config", [{"eos_token": "<x>"}, {"pad_token": "<x>"}, {"additional_special_tokens": ["<x>"]}])
+def test_tokens_that_the_config_names_are_special(json_folder: Path, config: dict[str, Any]):
+    """As in transformers: whatever their flag in tokenizer.json says."""
+    path = json_folder / "tokenizer.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    number = Tokenizer.from_pretrained(json_folder).vocab_size
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    fields["added_tokens"].append({"id": number, "content": "<x>", **flags})
+    path.write_text(json.dumps(fields), encoding="utf-8")
+
+    tokenizer = configure(json_folder, **config)
+
+    ids = tokenizer.encode("fox<x>", add_special_tokens=False)
+    assert ids[-1] == number
+    assert tokenizer.decode(ids) == "fox"
+    assert number not in tokenizer.encode("fox<x>", split_special_tokens=True)
+
+
 def test_tokens_of_an_old_folder_are_read(folder: Path):
     size = Tokenizer.from_pretrained(folder).vocab_size
     (folder / "added_tokens.json").write_text(json.dumps({"<|end|>": size, "<|tool|>": size + 1}))
@@ -746,6 +764,17 @@ def test_messages_cannot_forge_the_tokens_of_a_template(folder: Path):
     assert [i for i in ids if i in (bos_id, eos_id)] == [ids[0], ids[-1]] == [bos_id, eos_id]
     assert tokenizer.decode(ids) == f"{eos}a <b> {bos}{eos}"
     assert [i for i in tokenizer.apply_chat_template(chat, chat_template=template) if i == eos_id] == [eos_id] * 3
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].role }}", "{{ messages[0].arguments | tojson }}"])
+def test_keys_and_roles_cannot_forge_tokens(folder: Path, template: str):
+    tokenizer = Tokenizer.from_pretrained(folder)
+    chat = [{"role": tokenizer.eos_token, "content": "", "arguments": {tokenizer.eos_token: 1}}]
+    options = {"chat_template": template + "{{ eos_token }}", "split_special_tokens": True}
+
+    ids = tokenizer.apply_chat_template(chat, **options)
+
+    assert [at for at, i in enumerate(ids) if i == tokenizer.eos_token_id] == [len(ids) - 1]
 
 
 def test_split_changes_no_chat_without_special_strings(folder: Path):

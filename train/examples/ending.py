@@ -9,7 +9,7 @@ from dsmoe_jax.tokenizer import Tokenizer
 
 from .templates import open_template
 
-_ANSWER: Final = "3141592653 answer 2718281828"  # no template writes it, and none changes it
+_ANSWER: Final = "3141592653 2718281828"  # no template writes it, and no filter such as upper changes it
 _log = logging.getLogger(__name__)
 
 
@@ -34,7 +34,7 @@ def endings_of(template: str | Path, tokenizer: Tokenizer, eos_token_ids: Collec
         return {}
     text = tokenizer.decode([token for piece in pieces for token in piece.ids], skip_special_tokens=False)
     _, found, ending = text.rpartition(_ANSWER)
-    ids = tokenizer.encode(ending, add_special_tokens=False)
+    ids = tokenizer.encode(ending, add_special_tokens=False, split_special_tokens=False)
     if not found or any(token == tokenizer.eos_token_id or token in eos_token_ids for token in ids):
         return {}
     for token in ids:
