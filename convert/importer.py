@@ -47,6 +47,7 @@ from .names import TIED_HEAD, hf_names, hf_shapes, is_stacked
 from .reader import CheckpointReader, path_inside
 from .torch_pickle import show
 
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _log = logging.getLogger(__name__)
 
 
@@ -192,6 +193,12 @@ def special_ids_beside(folder: Path, config: ModelConfig) -> SpecialIds:
 
 def check_tensors(path: str | Path, config: ModelConfig, reader: CheckpointReader) -> None:
     """Refuse a folder of which not every name, shape and dtype is as its config says; no tensor is read for it."""
+    adapter, *weights = _ADAPTER
+    if (reader.folder / adapter).is_file() and any((reader.folder / name).is_file() for name in weights):
+        raise ValueError(
+            f"{path}: holds a model and an adapter ({adapter}), of which transformers loads the adapter and its "
+            "base; move one of them to a folder of its own"
+        )
     adopt_names(reader, config)
     if reader.ignored:
         more = f" and {len(reader.ignored) - 8} more" if len(reader.ignored) > 8 else ""
