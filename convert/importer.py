@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import numpy as np
@@ -47,7 +47,10 @@ from .names import TIED_HEAD, hf_names, hf_shapes, is_stacked
 from .reader import CheckpointReader, path_inside
 from .torch_pickle import show
 
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_ADAPTER: Final = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+# What an export has for transformers; see exporter.py. It is written anew, and never run here.
+CODE: Final = "configuration_deepseek.py"
+AUTO_MAP: Final = {"AutoConfig": "configuration_deepseek.DeepseekConfig"}
 _log = logging.getLogger(__name__)
 
 
@@ -204,7 +207,7 @@ def check_tensors(path: str | Path, config: ModelConfig, reader: CheckpointReade
         more = f" and {len(reader.ignored) - 8} more" if len(reader.ignored) > 8 else ""
         _log.info("%s: ignored: %s%s", path, ", ".join(map(show, reader.ignored[:8])), more)
     check_count(path, config, len(reader.tensors), per_stack=config.n_routed_experts or 0)
-    if "auto_map" in read_json(Path(path) / "config.json"):
+    if read_json(Path(path) / "config.json").get("auto_map", AUTO_MAP) != AUTO_MAP:
         _log.info("%s: auto_map is dropped, no code travels with a checkpoint", path)
     shapes = hf_shapes(config)
     found = {name: info.shape for name, info in reader.tensors.items()}
