@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
+import dsmoe_jax
 from dsmoe_jax.array_files import open_array, pieces_of, raw_bytes
 from dsmoe_jax.checkpoint import as_dtype, check_count, check_names_and_shapes
 from dsmoe_jax.config import ModelConfig
@@ -26,13 +27,15 @@ from dsmoe_jax.special_ids import SPECIAL_IDS, exported_ids, within_vocabulary
 
 from .cast import Cast, Loss
 from .conversion import Conversion
-from .importer import SpecialIds, special_ids_beside, travelling_files
+from .importer import AUTO_MAP, CODE, SpecialIds, special_ids_beside, travelling_files
 from .names import export_order
 from .reader import SAFETENSORS_DTYPES
 
 _INDEX: Final = "model.safetensors.index.json"
 _UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _CODES: Final = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
+# Our own class for transformers' AutoConfig, which knows no model_type "deepseek"; vLLM and SGLang ask it first.
+_CODE: Final = Path(dsmoe_jax.__file__).with_name("configuration_deepseek.py.txt")
 _log = logging.getLogger(__name__)
 
 
@@ -92,9 +95,12 @@ def export_hf(
     """Write the native checkpoint as the new Hugging Face folder `out`: safetensors, index, config, tokenizer.
 
     What was imported from such a folder goes out tensor for tensor and bit for bit; each is compared with the SHA-256
-    in the manifest on its way. `max_shard_size` is in bytes, or "5GB", "500MB", "2GiB"; `dtype` ("float32", "bfloat16"
-    or "float16") casts, and the answer says what that lost. A run that was interrupted goes on where it stopped. Raises
-    `ValueError` if `out` exists, for a damaged checkpoint, and if the disk has no room.
+    in the manifest on its way. `configuration_deepseek.py` and `auto_map` let transformers' `AutoConfig` read the
+    config with `trust_remote_code=True`.
+
+    `max_shard_size` is in bytes, or "5GB", "500MB", "2GiB"; `dtype` ("float32", "bfloat16" or "float16") casts, and the
+    answer says what that lost. A run that was interrupted goes on where it stopped. Raises `ValueError` if `out` exists,
+    for a damaged checkpoint, and if the disk has no room.
     """
     started = time.perf_counter()
     wanted, limit = as_dtype(dtype), parse_size(max_shard_size)
@@ -216,4 +222,5 @@ def _write_beside(
         write_json(folder / GENERATION_CONFIG, kept | lost)
     weight_map = {name: file for file, names in shards.items() for name in names}
     write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    write_json(folder / "config.json", fields)
+    (folder / CODE).write_bytes(_CODE.read_bytes())
+    write_json(folder / "config.json", fields | {"auto_map": AUTO_MAP})

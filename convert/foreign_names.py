@@ -12,6 +12,7 @@ from .reader import CheckpointReader
 from .torch_pickle import show
 
 _EMBEDDING = "embed_tokens.weight"
+_VALUE_HEAD = "v_head."
 # What wrappers of single modules put between the parts of a name.
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
@@ -19,9 +20,9 @@ _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_
 def adopt_names(reader: CheckpointReader, config: ModelConfig) -> None:
     """Rename the reader's tensors to Hugging Face's names, and drop what says nothing.
 
-    A prefix is dropped where all tensors have it. Tensors without `model.` (of the model without its head) get it, a
-    tied head is an embedding, and the empty shared experts of `n_shared_experts` 0 are dropped. `reader.ignored` says
-    what was changed.
+    A prefix is dropped where all tensors have it, and so is the value head of TRL. Tensors without `model.` (of the
+    model without its head) get it, a tied head is an embedding, and the empty shared experts of `n_shared_experts` 0
+    are dropped. `reader.ignored` says what was changed.
 
     Raises:
         ValueError: the folder holds LoRA factors, some tensors alone have the prefix, or two get the same name.
@@ -31,6 +32,9 @@ def adopt_names(reader: CheckpointReader, config: ModelConfig) -> None:
             f"{reader.folder}: tensor {show(lora)} belongs to a LoRA adapter that is not merged; "
             "merge it first, or load base and adapter from folders of their own"
         )
+    if heads := [name for name in reader.tensors if name.startswith(_VALUE_HEAD)]:
+        reader.ignored += heads
+        reader.tensors = {name: info for name, info in reader.tensors.items() if name not in heads}
     renamed = {name: _WRAPPERS.sub("", name) for name in reader.tensors}
     if inside := next((name for name, plain in renamed.items() if name != plain), None):
         reader.ignored.append(f"wrappers in names such as {show(inside)}")

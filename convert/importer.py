@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import numpy as np
@@ -47,6 +47,10 @@ from .names import TIED_HEAD, hf_names, hf_shapes, is_stacked
 from .reader import CheckpointReader, path_inside
 from .torch_pickle import show
 
+_ADAPTER: Final = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+# What an export has for transformers; see exporter.py. It is written anew, and never run here.
+CODE: Final = "configuration_deepseek.py"
+AUTO_MAP: Final = {"AutoConfig": "configuration_deepseek.DeepseekConfig"}
 _log = logging.getLogger(__name__)
 
 
@@ -192,12 +196,18 @@ def special_ids_beside(folder: Path, config: ModelConfig) -> SpecialIds:
 
 def check_tensors(path: str | Path, config: ModelConfig, reader: CheckpointReader) -> None:
     """Refuse a folder of which not every name, shape and dtype is as its config says; no tensor is read for it."""
+    adapter, *weights = _ADAPTER
+    if (reader.folder / adapter).is_file() and any((reader.folder / name).is_file() for name in weights):
+        raise ValueError(
+            f"{path}: holds a model and an adapter ({adapter}), of which transformers loads the adapter and its "
+            "base; move one of them to a folder of its own"
+        )
     adopt_names(reader, config)
     if reader.ignored:
         more = f" and {len(reader.ignored) - 8} more" if len(reader.ignored) > 8 else ""
         _log.info("%s: ignored: %s%s", path, ", ".join(map(show, reader.ignored[:8])), more)
     check_count(path, config, len(reader.tensors), per_stack=config.n_routed_experts or 0)
-    if "auto_map" in read_json(Path(path) / "config.json"):
+    if read_json(Path(path) / "config.json").get("auto_map", AUTO_MAP) != AUTO_MAP:
         _log.info("%s: auto_map is dropped, no code travels with a checkpoint", path)
     shapes = hf_shapes(config)
     found = {name: info.shape for name, info in reader.tensors.items()}

@@ -41,7 +41,7 @@ _WHOLE: Final = ("embed_tokens", "lm_head")  # saved under their own names by `s
 _FIXED: Final[dict[str, tuple[Any, ...]]] = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", None),
-    "bias": ("none",),
+    "bias": ("none", None),
 }
 _OURS: Final = frozenset(field.name for field in dataclasses.fields(LoraConfig))
 _WITHOUT_EFFECT: Final = frozenset(
@@ -242,6 +242,8 @@ def _field(name: str, value: Any) -> Any:
             return tuple(layers) or None
         case ("rank_pattern" | "alpha_pattern", dict()) if all(_is_number(number) for number in value.values()):
             return value
+        case "r", float() if value.is_integer():
+            return int(value)
         case ("r" | "lora_alpha" | "lora_dropout", int() | float()) if _is_number(value):
             return value
     raise ValueError(f"{name} {value!r:.80} is not understood")

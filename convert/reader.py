@@ -7,7 +7,6 @@ Read `CheckpointReader` first: it finds the files, checks them against their ind
 
 import mmap
 import os
-import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final
@@ -17,7 +16,7 @@ import numpy as np
 
 from dsmoe_jax.json_file import MAX_JSON_BYTES, parse_json, read_json
 
-from .torch_pickle import TensorInfo, count_elements, read_torch_file, show
+from .torch_pickle import TensorInfo, count_elements, is_buffer, read_torch_file, show
 
 __all__ = ["CheckpointReader", "TensorInfo", "choose_layout", "read_index", "read_safetensors"]
 
@@ -27,6 +26,15 @@ SAFETENSORS_DTYPES: Final[dict[str, np.dtype]] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_BUFFER_DTYPES: Final = SAFETENSORS_DTYPES | {
+    "F64": np.dtype(np.float64),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
 }
 
 
@@ -193,11 +201,6 @@ def choose_layout(
     return found[0] if shards == {single[0]} else single
 
 
-def is_buffer(name: str) -> bool:
-    """Whether a tensor is what older releases of transformers stored of RoPE, and what the model computes itself."""
-    return re.search(r"(^|\.)rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$", name) is not None
-
-
 def read_safetensors(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
     """Where each tensor of a safetensors file lies: 8 bytes of header length, the header in JSON, the data.
 
@@ -226,9 +229,9 @@ def read_safetensors(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
                 raise ValueError(f"describes tensor {show(name)} otherwise than by dtype, shape and data_offsets")
         if bad := [number for number in (*sizes, begin, end) if type(number) is not int]:
             raise ValueError(f"tensor {show(name)} has {show(bad[0])} for a dimension or an offset")
-        if code not in SAFETENSORS_DTYPES:
+        dtype, shape = (_BUFFER_DTYPES if is_buffer(name) else SAFETENSORS_DTYPES).get(code), tuple(sizes)
+        if dtype is None:
             raise ValueError(f"tensor {show(name)} has dtype {show(code)}; weights are F32, F16 or BF16")
-        dtype, shape = SAFETENSORS_DTYPES[code], tuple(sizes)
         nbytes = count_elements(name, shape, dtype.itemsize) * dtype.itemsize
         if end - begin != nbytes:
             bounds = f"{show(begin)} to {show(end)}"

@@ -11,6 +11,7 @@ import io
 import math
 import mmap
 import pickletools
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
@@ -32,13 +33,22 @@ MAX_RANK: Final = 64  # numpy's own bound
 _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL: Final = 1001
 
-# What torch calls a storage, and its element; None is a kind we know by name and refuse: weights are floats.
-_STORAGES: Final[dict[str, np.dtype | None]] = {
+# What torch calls a storage, and its element.
+_STORAGES: Final[dict[str, np.dtype]] = {
     "torch.FloatStorage": np.dtype(np.float32),
     "torch.HalfStorage": np.dtype(np.float16),
     "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    **{f"torch.{kind}Storage": None for kind in ("Double", "Long", "Int", "Short", "Char", "Byte", "Bool")},
+    # Those of buffers alone.
+    "torch.DoubleStorage": np.dtype(np.float64),
+    "torch.LongStorage": np.dtype(np.int64),
+    "torch.IntStorage": np.dtype(np.int32),
+    "torch.ShortStorage": np.dtype(np.int16),
+    "torch.CharStorage": np.dtype(np.int8),
+    "torch.ByteStorage": np.dtype(np.uint8),
+    "torch.BoolStorage": np.dtype(np.bool_),
 }
+_WEIGHTS: Final = tuple(_STORAGES.values())[:3]
+_BUFFER: Final = re.compile(r"(^|\.)(rotary_emb\.[a-z_]+|masked_bias|causal_mask|position_ids)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +80,11 @@ def read_torch_file(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
     if nbytes > 2 * len(mapped):
         raise ValueError(f"has tensors of {nbytes} bytes in a file of {len(mapped)}; at most twice its size")
     return tensors
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is what older releases of transformers stored beside weights: what the model computes itself."""
+    return _BUFFER.search(name) is not None
 
 
 def show(value: object) -> str:
@@ -119,7 +134,7 @@ def _locate(name: str, tensor: object, places: _Places, file: str) -> TensorInfo
         raise ValueError(f"entry {show(name)} is {show(tensor)}, not a tensor")
     storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
     dtype = _STORAGES[storage.kind]
-    if dtype is None:
+    if dtype not in _WEIGHTS and not is_buffer(name):
         raise ValueError(f"tensor {show(name)} has dtype {storage.kind}; weights are F32, F16 or BF16")
     if storage.key not in places:
         raise ValueError(f"tensor {show(name)} needs storage {show(storage.key)}, which the file lacks")
@@ -430,7 +445,7 @@ def _read_legacy(mapped: mmap.mmap) -> tuple[Any, _Places]:
         if storage is None or key in places:
             raise ValueError(f"lists storage {show(key)} twice, or no tensor uses it")
         dtype = _STORAGES[storage.kind]
-        if dtype is None:
+        if dtype not in _WEIGHTS:
             raise ValueError(f"has a storage of {storage.kind}; weights are F32, F16 or BF16")
         numel, position = int.from_bytes(mapped[position : position + 8], "little"), position + 8
         if numel != storage.numel or position + numel * dtype.itemsize > len(mapped):

@@ -15,9 +15,10 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.manifest import Damage, damage, manifest_damage, read_manifest, strangers
 from dsmoe_jax.paths import user_path
 from dsmoe_jax.progress import Meter, silent
+from dsmoe_jax.special_ids import exported_ids
 
 from .exporter import NativeReader
-from .importer import check_tensors
+from .importer import check_tensors, special_ids_beside
 from .reader import CheckpointReader
 
 # Fields of config.json that say nothing of what the model computes, or what the tensors themselves say.
@@ -78,8 +79,14 @@ def _differences(native: NativeReader, folder: Path, report: Report, progress: M
     theirs = ModelConfig.from_file(folder)
     with CheckpointReader(folder) as reader, ThreadPoolExecutor(1) as hasher:
         check_tensors(folder, native.config, reader)
-        for name, value in native.config.to_dict().items():
-            if name not in _NOT_COMPARED and value != (other := theirs.to_dict().get(name)):
+        fields, other_fields = native.config.to_dict(), theirs.to_dict()
+        # An export has the tokenizer's ids where the config has none of the vocabulary.
+        tokenizer = special_ids_beside(native.folder, native.config).tokenizer
+        exported = exported_ids(fields, tokenizer, native.config.vocab_size)
+        for name, value in fields.items():
+            other = other_fields.get(name)
+            same = other in (value, exported[name]) or repr(other) == repr(value)  # NaN equals nothing
+            if name not in _NOT_COMPARED and not same:
                 yield Damage("config.json", None, f"has {name} {value!r}, {folder} {other!r}")
         report.tensors, report.hashes = len(native.order), {}
         report.bytes = sum(native.read(name).nbytes for name in native.order)

@@ -136,9 +136,9 @@ class ModelConfig:
         defaults = {field.name: field.default for field in dataclasses.fields(cls) if field.name != "extra"}
         known = {name: fields.get(name, default) for name, default in defaults.items()}
         extra = {name: value for name, value in fields.items() if name not in known}
-        check_unknown(extra, known, {*_FOREIGN, "head_dim"})  # first: a mistyped field is missing under its own name
+        check_unknown(extra, known, {*_FOREIGN, *_IMPLIED})  # first: a mistyped field is missing under its own name
         config = cls(**{name: value for name, value in fields.items() if name in known}, extra=extra)
-        for name, neutral in (_FOREIGN | {"head_dim": (None, config.head_dim)}).items():
+        for name, neutral in (_FOREIGN | _implied(config)).items():
             if name in extra:
                 _check_choice(name, extra[name], neutral)
         return config
@@ -240,7 +240,33 @@ _FOREIGN: Final[dict[str, tuple[Any, ...]]] = {
     "clip_qkv":                (None,),
     "mlp_only_layers":         (None, []),
     "pruned_heads":            (None, {}),
+    "qk_layernorm":            (None, False),
+    "rotary_pct":              (None, 1),
+    "rope_pct":                (None, 1),
+    "rope_ratio":              (None, 1),
+    "scale_emb":               (None, 1),
+    "scale_depth":             (None,),
+    "residual_scale":          (None, 1),
+    "route_scale":             (None, 1),
+    "n_expert_groups":         (None, 0, 1),
+    "n_limited_groups":        (None, 0, 1),
+    "num_mtp_layers":          (None, 0),
+    "mtp_num_layers":          (None, 0),
+    "o_bias":                  (None, False),
+    "lm_head_bias":            (None, False),
+    "router_bias":             (None, False),
+    "expert_bias":             (None, False),
+    "use_expert_bias":         (None, False),
+    "moe_router_enable_expert_bias": (None, False),
+    "attention_output_gate":   (None, False),
+    "swiglu_limit":            (None,),
+    "dropout":                 (None, 0),
+    "hidden_dropout":          (None, 0),
+    "resid_pdrop":             (None, 0),
+    "embd_pdrop":              (None, 0),
 }
+# Fields of other configs that say what this one says already, or contradict it.
+_IMPLIED: Final = ("head_dim", "rotary_dim", "kv_channels", "original_max_position_embeddings")
 
 _BASE: Final[dict[str, Any]] = {"bos_token_id": 100000, "eos_token_id": 100001, "torch_dtype": "bfloat16"}
 
@@ -290,6 +316,7 @@ def _normalized(config: ModelConfig) -> dict[str, Any]:
     ):
         raise ValueError(f"architectures must be null or a list of strings, not {show_value(config.architectures)}")
     eos = config.eos_token_id
+    eos = int(eos) if type(eos) is float and eos.is_integer() else eos
     if isinstance(eos, list | tuple):
         for token in eos:
             _check("eos_token_id", token, *_TOKEN_ID)
@@ -314,6 +341,11 @@ def _normalized(config: ModelConfig) -> dict[str, Any]:
             if fields.get(name, getattr(config, name)) == default >= config.vocab_size:
                 fields[name] = None
     return fields
+
+
+def _implied(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
+    width, length = config.head_dim, config.max_position_embeddings
+    return {name: (None, value) for name, value in zip(_IMPLIED, (width, width, width, length), strict=True)}
 
 
 def _check(name: str, value: Any, kinds: tuple[type | None, ...], low: float, high: float) -> None:

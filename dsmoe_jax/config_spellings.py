@@ -30,42 +30,58 @@ _NULLS: Final[dict[str, Any]] = {
 # fmt: off
 # Our field: what other libraries and models call it.
 _SISTERS: Final[dict[str, tuple[str, ...]]] = {
-    "vocab_size":              ("n_vocab", "padded_vocab_size"),
-    "hidden_size":             ("d_model", "dim", "embed_dim", "embedding_size", "hidden_dim", "model_dim", "n_embd"),
-    "intermediate_size":       ("d_ff", "d_inner", "ffn_dim", "ffn_hidden_size", "inter_dim", "mlp_dim", "n_inner"),
-    "moe_intermediate_size":   ("expert_dim", "expert_ffn_hidden_size", "expert_hidden_size",
-                                "expert_intermediate_size", "moe_ffn_hidden_size", "moe_inter_dim", "moe_mlp_dim"),
-    "num_hidden_layers":       ("depth", "n_layer", "n_layers", "num_layer", "num_layers"),
-    "num_attention_heads":     ("heads", "n_head", "n_heads", "num_attn_heads", "num_head", "num_heads"),
-    "num_key_value_heads":     ("multi_query_group_num", "n_head_kv", "n_kv_head", "n_kv_heads", "num_kv_heads",
-                                "num_query_groups", "kv_heads"),
-    "n_shared_experts":        ("moe_num_shared_experts", "num_shared_expert", "num_shared_experts",
-                                "moe_shared_expert_intermediate_size", "shared_expert_intermediate_size"),
-    "n_routed_experts":        ("expert_num", "moe_num_experts", "n_experts", "num_expert", "num_experts",
-                                "num_local_experts", "num_moe_experts", "num_routed_experts"),
-    "num_experts_per_tok":     ("experts_per_token", "moe_k", "moe_router_topk", "moe_top_k", "moe_topk",
-                                "n_activated_experts", "n_expert_used", "num_activated_experts",
-                                "num_experts_per_token", "num_experts_topk", "num_selected_experts", "router_top_k",
-                                "router_topk", "top_k_experts", "topk", "num_active_experts"),
-    "moe_layer_freq":          ("decoder_sparse_step", "expert_layer_period", "moe_every_n_layers", "moe_frequency",
-                                "moe_layer_frequency", "moe_layer_interval"),
-    "first_k_dense_replace":   ("first_k_dense", "first_k_dense_layers", "moe_layer_start_index", "n_dense_layers",
+    "vocab_size":              ("n_vocab", "padded_vocab_size", "vocabulary_size"),
+    "hidden_size":             ("base_emb_dim", "d_model", "dim", "emb_dim", "embed_dim", "embedding_length",
+                                "embedding_size", "hidden_dim", "model_dim", "n_embd"),
+    "intermediate_size":       ("base_mlp_dim", "d_ff", "d_inner", "feed_forward_length", "ffn_dim", "ffn_hidden_size",
+                                "inter_dim", "mlp_dim", "n_inner"),
+    "moe_intermediate_size":   ("base_moe_mlp_dim", "expert_dim", "expert_feed_forward_length",
+                                "expert_ffn_hidden_size", "expert_hidden_size", "expert_intermediate_size",
+                                "moe_ffn_hidden_size", "moe_inter_dim", "moe_mlp_dim"),
+    "num_hidden_layers":       ("base_num_decoder_layers", "block_count", "depth", "n_block", "n_layer", "n_layers",
+                                "num_block", "num_decoder_layers", "num_layer", "num_layers"),
+    "num_attention_heads":     ("base_num_query_heads", "head_count", "heads", "n_head", "n_heads", "num_attn_heads",
+                                "num_head", "num_heads", "num_query_heads"),
+    "num_key_value_heads":     ("base_num_kv_heads", "head_count_kv", "kv_heads", "multi_query_group_num", "n_head_kv",
+                                "n_kv_head", "n_kv_heads", "num_kv_heads", "num_query_groups"),
+    "n_shared_experts":        ("expert_shared_count", "moe_num_shared_experts", "moe_shared_expert_intermediate_size",
+                                "num_shared", "num_shared_expert", "num_shared_experts",
+                                "shared_expert_intermediate_size"),
+    "n_routed_experts":        ("expert_count", "expert_num", "moe_num_experts", "n_experts", "num_expert",
+                                "num_experts", "num_local_experts", "num_moe_experts", "num_routed_experts"),
+    "num_experts_per_tok":     ("expert_used_count", "experts_per_token", "moe_k", "moe_router_topk", "moe_top_k",
+                                "moe_topk", "n_activated_experts", "n_expert_used", "num_activated_experts",
+                                "num_active_experts", "num_experts_per_token", "num_experts_to_select",
+                                "num_experts_topk", "num_selected_experts", "router_top_k", "router_topk",
+                                "top_k_experts", "topk"),
+    "moe_layer_freq":          ("decoder_sparse_step", "expert_layer_period", "moe_every_n_layers", "moe_freq",
+                                "moe_frequency", "moe_layer_frequency", "moe_layer_interval"),
+    "first_k_dense_replace":   ("first_k_dense", "first_k_dense_layers", "first_num_dense_layers",
+                                "leading_dense_block_count", "moe_layer_start_index", "n_dense_layers",
                                 "num_dense_layers", "num_first_dense_layers"),
     "norm_topk_prob":          ("moe_renormalize", "norm_topk", "norm_topk_weights", "normalize_expert_weights",
                                 "normalize_topk_prob", "renormalize", "route_norm"),
-    "scoring_func":            ("moe_router_score_function", "router_score_func", "score_func", "score_function"),
-    "aux_loss_alpha":          ("aux_loss", "aux_loss_coef", "aux_loss_coeff", "aux_loss_weight", "balance_loss_coef",
-                                "load_balancing_loss_coef", "moe_aux_loss_coef", "moe_aux_loss_coeff",
-                                "router_aux_loss_coef", "router_aux_loss_factor"),
+    "scoring_func":            ("moe_router_score_function", "router_score_func", "score_func", "score_function",
+                                "scoring", "scoring_function"),
+    "aux_loss_alpha":          ("aux_alpha", "aux_loss", "aux_loss_coef", "aux_loss_coeff", "aux_loss_weight",
+                                "balance_alpha", "balance_loss_coef", "load_balancing_loss_coef", "moe_aux_loss_coef",
+                                "moe_aux_loss_coeff", "router_aux_loss_coef", "router_aux_loss_factor"),
     "hidden_act":              ("act", "act_fn", "activation", "activation_function", "ffn_act_fn",
                                 "hidden_activation"),
-    "max_position_embeddings": ("max_seq_len", "max_seq_length", "max_sequence_length", "n_ctx", "n_positions",
+    "max_position_embeddings": ("block_size", "context_length", "context_size", "max_context_length", "max_positions",
+                                "max_seq_len", "max_seq_length", "max_sequence_length", "n_ctx", "n_positions",
                                 "seq_length"),
-    "initializer_range":       ("init_method_std", "init_std", "initializer_std"),
-    "rms_norm_eps":            ("layer_norm_eps", "layer_norm_epsilon", "layernorm_eps", "layernorm_epsilon",
-                                "norm_eps", "norm_epsilon", "rms_eps"),
+    "initializer_range":       ("init_method_std", "init_range", "init_std", "initializer_std"),
+    "rms_norm_eps":            ("layer_norm_eps", "layer_norm_epsilon", "layer_norm_rms_epsilon", "layernorm_eps",
+                                "layernorm_epsilon", "norm_eps", "norm_epsilon", "normalization_layer_epsilon",
+                                "rms_eps"),
     "tie_word_embeddings":     ("share_embeddings", "tie_embeddings", "tie_weights", "tied_embeddings", "weight_tying"),
-    "rope_theta":              ("base", "rope_base", "rope_freq_base", "rotary_base", "rotary_emb_base", "theta"),
+    "rope_theta":              ("base", "rope_base", "rope_freq_base", "rope_max_timescale", "rotary_base",
+                                "rotary_emb_base", "theta"),
+    "rope_scaling":            ("rope", "rope_scale", "rope_scaling_config", "rotary_scaling"),
+    "bos_token_id":            ("bos_id",),
+    "eos_token_id":            ("eos_id",),
+    "pad_token_id":            ("pad_id",),
     "attention_bias":          ("add_bias_linear", "add_qkv_bias", "attn_bias", "bias", "qkv_bias", "use_bias"),
     "attention_dropout":       ("attention_probs_dropout_prob", "attn_dropout", "attn_pdrop"),
 }
@@ -126,16 +142,18 @@ def check_unknown(extra: Mapping[str, Any], known: Mapping[str, Any], foreign: C
     if len(extra) > _MAX_UNKNOWN:
         raise ValueError(f"{len(extra)} fields are unknown to this model; at most {_MAX_UNKNOWN}")
     names = {*known, "dtype", "auto_map", "layer_types", "rope_parameters"}
-    simple = {_simple(name): name for name in (*_FIELD_OF, *foreign, *names)}
+    candidates = (*_FIELD_OF, *foreign, *names)
+    simple, by_words = ({form(name): name for name in candidates} for form in (_simple, _words))
     for name, value in extra.items():
         if name in names or name in foreign or name in _UNRELATED:
             continue
         if (field := _FIELD_OF.get(name)) is not None:
             if value is not None and not _same(value, known[field]):
                 raise ValueError(f"unknown field {name!r}; in this model it is called {field!r}")
-        elif near := difflib.get_close_matches(_simple(name), simple, n=1, cutoff=_NEAR):
-            meant = simple[near[0]]
+        elif meant := _meant(name, simple, by_words):
             raise ValueError(f"unknown field {show_value(name)}; did you mean {_FIELD_OF.get(meant, meant)!r}?")
+        elif isinstance(value, Mapping) and (inner := [field for field in _SISTERS if field in value]):
+            raise ValueError(f"{show_value(name)} holds {inner[0]!r}; a field of this model stands at the top level")
 
 
 def _standardize_rope(fields: dict[str, Any]) -> None:
@@ -186,6 +204,18 @@ def _read_rope(name: str, value: Mapping[str, Any], length: Any) -> tuple[Any, d
     if rest and kind == _DEFAULT_ROPE:
         raise ValueError(f"{name}.{next(iter(rest))[:80]} is not supported with type {kind!r}")
     return theta, None if kind == _DEFAULT_ROPE else {"type": kind, **rest}
+
+
+def _meant(name: str, simple: Mapping[str, str], by_words: Mapping[str, str]) -> str | None:
+    """The name of these that one looks like: in its letters, or of the same words."""
+    near = difflib.get_close_matches(_simple(name), simple, n=1, cutoff=_NEAR)
+    return simple[near[0]] if near else by_words.get(_words(name))
+
+
+def _words(name: str) -> str:
+    """Its words without those that only say that it counts: `n_experts_routed` and `num_routed_expert` are the same."""
+    words = {word.rstrip("s") for word in re.findall(r"[a-z0-9]+", name[:80].lower())}
+    return " ".join(sorted(words - {"n", "num", "number", "nr", "of"}))
 
 
 def _simple(name: str) -> str:

@@ -53,18 +53,19 @@ def check_special_ids(
         f"{prefix}{name} {token} of {source} is {outside}"
         for (source, name), tokens in ids.items()
         for token in tokens
-        if not (0 <= token < V or (name == "pad_token_id" and token == -1))  # -1: no padding, in Llama's configs
+        if not _fits(name, token, V)
     ]
     bos, own_bos = ids.get((_TOKENIZER, "bos_token_id"), ()), ids[_CONFIG, "bos_token_id"]
     eos = ids.get((_TOKENIZER, "eos_token_id"), ())
     stops = ids[_GENERATION, "eos_token_id"] or ids[_CONFIG, "eos_token_id"] or eos
-    if stops and min(*stops, *eos, V) >= V:
+    inside = [token for token in (*stops, *eos) if _fits("eos_token_id", token, V)]
+    if stops and not inside:
         raise ValueError(f"{prefix}eos_token_id {stops[0]} is {outside}, so generation would never stop")
     if bos and bos[0] >= V:
         raise ValueError(f"{prefix}bos_token_id {bos[0]} of {_TOKENIZER} is {outside}")
     if bos and own_bos and bos != own_bos:
         lines.append(f"{prefix}bos_token_id is {own_bos[0]} in {_CONFIG}, {bos[0]} in {_TOKENIZER}")
-    if eos and eos[0] not in stops and min(stops) < V:
+    if eos and eos[0] not in stops and any(token in inside for token in stops):
         lines.append(
             f"{prefix}eos_token_id {eos[0]} of {_TOKENIZER} is not among {list(stops)}, where generation stops"
         )
@@ -80,6 +81,11 @@ def token_ids(name: str, value: Any, where: str = "") -> tuple[int, ...]:
     return tokens
 
 
+def _fits(name: str, token: int, vocab_size: int) -> bool:
+    """Whether the token is in the vocabulary; a padding id of -1, in Llama's configs, says that there is none."""
+    return 0 <= token < vocab_size or (name == "pad_token_id" and token == -1)
+
+
 def with_tokenizer_ids(config: ModelConfig, tokenizer: SpecialTokens) -> ModelConfig:
     """The config with the tokenizer's BOS and EOS in place of its own, for a model that is trained with it."""
     own = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
@@ -87,11 +93,14 @@ def with_tokenizer_ids(config: ModelConfig, tokenizer: SpecialTokens) -> ModelCo
 
 
 def within_vocabulary(fields: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """The fields of a config without special ids outside the vocabulary: null, or what is left of a list."""
+    """The fields of a config without token ids outside the vocabulary: null, or what is left of a list."""
     kept = dict(fields)
+    for name, value in fields.items():
+        if name.endswith("_token_id") and type(value) is int and not _fits(name, value, vocab_size):
+            kept[name] = None
     for name in SPECIAL_IDS:
         tokens = token_ids(name, fields.get(name))
-        inside = [token for token in tokens if token < vocab_size]
+        inside = [token for token in tokens if _fits(name, token, vocab_size)]
         if len(inside) < len(tokens):
             kept[name] = inside if len(inside) > 1 else next(iter(inside), None)
     return kept

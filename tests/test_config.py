@@ -168,11 +168,41 @@ def test_a_bad_value_is_refused_in_one_line_that_names_it(fields: dict, named: s
         ("moe-intermediate-size", "moe_intermediate_size"),
         ("num_expertz", "n_routed_experts"),
         ("routed_scaling_facto", "routed_scaling_factor"),
+        # the same words
+        ("n_experts_routed", "n_routed_experts"),
+        ("layers_hidden", "num_hidden_layers"),
+        ("number_of_heads", "num_attention_heads"),
+        ("context_length", "max_position_embeddings"),
+        ("leading_dense_block_count", "first_k_dense_replace"),
+        ("expert_used_count", "num_experts_per_tok"),
+        ("rotary_scaling", "rope_scaling"),
     ],
 )
 def test_a_mistyped_or_foreign_field_is_refused_with_the_right_name(field: str, meant: str):
     with pytest.raises(ValueError, match=f"unknown field '{field}'; .*'{meant}'"):
         ModelConfig.from_dict({field: 7})
+
+
+@pytest.mark.parametrize("name", ["text_config", "ffn_config", "model_args"])
+def test_fields_of_the_model_in_a_nested_config_are_refused(name: str):
+    with pytest.raises(ValueError, match=f"'{name}' holds 'hidden_size'; .* at the top level"):
+        ModelConfig.from_dict({name: {"dtype": "float32", "hidden_size": 64}, "vision": {"depth": 3}})
+
+
+@pytest.mark.parametrize(
+    ("neutral", "other"),
+    [
+        ({"rotary_dim": 128, "kv_channels": 128, "original_max_position_embeddings": 2048}, {"rotary_dim": 64}),
+        ({"qk_layernorm": False, "router_bias": None, "num_mtp_layers": 0}, {"qk_layernorm": True}),
+        ({"rotary_pct": 1.0, "rope_ratio": 1, "scale_emb": 1, "route_scale": 1.0}, {"scale_emb": 12}),
+        ({"resid_pdrop": 0.0, "embd_pdrop": 0, "dropout": None}, {"dropout": 0.1}),
+    ],
+    ids=str,
+)
+def test_what_other_models_compute_is_accepted_where_neutral(neutral: dict, other: dict):
+    assert dict(ModelConfig.from_dict(neutral).extra) == neutral
+    with pytest.raises(ValueError, match=f"{next(iter(other))} .* is not supported, only"):
+        ModelConfig.from_dict(other)
 
 
 def test_a_foreign_name_beside_the_right_one_may_say_the_same():
@@ -212,6 +242,7 @@ SAME = [
     ({"rope_parameters": {"rope_theta": 5e5, "type": "default"}, "rope_theta": 500000}, {"rope_theta": 5e5}),
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0}, "rope_scaling": None}, {}),
     ({"rope_parameters": None}, {}),
+    ({"eos_token_id": 7.0}, {"eos_token_id": 7}),
     ({"rope_parameters": {}}, {}),
     (
         {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2}},

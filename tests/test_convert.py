@@ -243,6 +243,10 @@ FOREIGN: dict[str, tuple[Renaming, str]] = {
         lambda t: t | {"model.layers.1.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)},
         "ignored: 'model.layers.1.self_attn.rotary_emb.inv_freq'",
     ),
+    "a value head of TRL": (
+        lambda t: t | {"v_head.summary.weight": np.ones((1, 32), np.float32)},
+        "ignored: 'v_head.summary.weight'",
+    ),
     "buffers with a prefix": (
         lambda t: prefixed("module.")(t | {"model.rotary_emb.inv_freq": np.ones(4, np.float32)}),
         "'module.model.rotary_emb.inv_freq'",
@@ -408,6 +412,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an adapter inside": (
         change_tensors(lambda t: t.update({"model.layers.0.self_attn.q_proj.lora_A.weight": t[NORM].copy()})),
         "belongs to a LoRA adapter that is not merged",
+    ),
+    "an adapter beside": (
+        lambda folder: [(folder / f"adapter_{name}").write_text("{}") for name in ("config.json", "model.bin")],
+        r"holds a model and an adapter \(adapter_config.json\)",
     ),
     "some have a prefix": (
         change_tensors(lambda t: t.update({f"module.{n}": t.pop(n) for n in list(t) if n != NORM})),

@@ -4,6 +4,8 @@ Start at `test_a_golden_checkpoint_comes_back_bit_for_bit`. What comes back is r
 from the bytes by hand; `test_export_torch.py` has PyTorch load and run it.
 """
 
+import ast
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import export_hf, import_hf
 from dsmoe_jax.convert.cast import Cast
 from dsmoe_jax.convert.exporter import parse_size
@@ -204,12 +207,36 @@ def missing_fields(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """The fields that the folder's config lacks or says otherwise: 1 is not 1.0, nor is it true."""
     found = fields_of(folder)
     text = functools.partial(json.dumps, sort_keys=True)
-    assert "auto_map" not in found
     return {
         name: value
         for name, value in wanted.items()
         if name != "auto_map" and text(value) != text(found.get(name, "absent"))
     }
+
+
+def test_an_export_has_its_own_code_alone(tmp_path: Path):
+    source = write_hf(tmp_path / "hf", tiny(), random_params(tiny()))
+    evil = {"AutoConfig": "configuration_deepseek.Evil", "AutoModel": "modeling_deepseek.Evil"}
+    (source / "config.json").write_text(json.dumps(fields_of(source) | {"auto_map": evil}))
+    for name in ("configuration_deepseek.py", "modeling_deepseek.py"):
+        (source / name).write_text("raise SystemExit")
+
+    back = round_trip(source, tmp_path)
+
+    assert fields_of(back)["auto_map"] == {"AutoConfig": "configuration_deepseek.DeepseekConfig"}
+    (code,) = back.glob("*.py")
+    known = {field.name for field in dataclasses.fields(ModelConfig)} - {"torch_dtype", "extra"}
+    assert code.name == "configuration_deepseek.py"
+    assert known - {"architectures", "transformers_version"} == defaults_of(code)
+
+
+def defaults_of(code: Path) -> set[str]:
+    """The fields that the class sets: those of its table, and the parameters of `__init__`."""
+    tree = ast.parse(code.read_text(encoding="utf-8"))
+    (table,) = (node.value for node in tree.body if isinstance(node, ast.AnnAssign))
+    (init,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    assert table is not None
+    return {*ast.literal_eval(table)} | {arg.arg for arg in init.args.args[1:]}
 
 
 def test_every_field_of_the_config_comes_back_with_its_value_known_or_not(tmp_path: Path):
@@ -260,6 +287,7 @@ def test_the_tokenizer_and_the_generation_config_come_back_byte_for_byte(tmp_pat
     assert {path.name for path in back.iterdir()} == {
         *beside,
         "config.json",
+        "configuration_deepseek.py",
         INDEX,
         "model-00001-of-00001.safetensors",
     }

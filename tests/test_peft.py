@@ -350,6 +350,8 @@ NEUTRAL = {
     "target_parameters": [],
     "trainable_token_indices": {},
     "lora_bias": False,
+    "bias": None,
+    "r": float(GOOD.r),
     "peft_version": "0.18.1.dev0@abc",
 }
 

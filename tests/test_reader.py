@@ -260,6 +260,16 @@ def test_buffers_of_rope_are_ignored(tmp_path: Path, indexed: bool):
     assert (sorted(reader.tensors), reader.ignored) == (["a", "b"], [buffer])
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.int64, np.bool_], ids=lambda dtype: dtype.__name__)
+def test_buffers_are_ignored_whatever_their_dtype(tmp_path: Path, dtype: type):
+    buffers = {"model.rotary_emb.inv_freq": np.ones(4, dtype), "model.causal_mask": np.ones((2, 2), dtype)}
+    save_file({"a": np.ones(3, np.float32)} | buffers, tmp_path / "model.safetensors")
+
+    reader = CheckpointReader(tmp_path)
+
+    assert (list(reader.tensors), sorted(reader.ignored)) == (["a"], sorted(buffers))
+
+
 # fmt: off
 INDEX_DISAGREEMENTS = {
     "absent": ({"a": SHARD_1, "b": SHARD_2, "c": SHARD_2}, {}, f"{SHARD_2}: lacks tensor 'c'"),

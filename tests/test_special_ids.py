@@ -75,6 +75,7 @@ def test_what_is_legal_and_looks_wrong_is_said(fields: dict, tokenizer: Any, gen
         ({"eos_token_id": 64}, None, None, "eos_token_id 64 is outside the vocabulary of 64 tokens, so generation"),
         ({"eos_token_id": [64, 99]}, Tokens(None, 64), None, "generation would never stop"),
         ({}, None, {"eos_token_id": 64}, "generation would never stop"),
+        ({}, None, {"eos_token_id": -1}, "generation would never stop"),
         ({"bos_token_id": None}, Tokens(bos_token_id=64), None, "bos_token_id 64 of the tokenizer is outside"),
         ({}, None, {"eos_token_id": "1"}, "generation_config.json: eos_token_id must be a token id or a list of them"),
         ({}, None, {"eos_token_id": [True]}, "eos_token_id must be a token id"),
@@ -96,6 +97,12 @@ def test_ids_outside_the_vocabulary_are_taken_out():
     fields = {"eos_token_id": [1, 64, 2], "bos_token_id": [64], "pad_token_id": 63, "top_k": 5}
 
     assert within_vocabulary(fields, 64) == fields | {"eos_token_id": [1, 2], "bos_token_id": None}
+
+
+def test_other_token_ids_outside_the_vocabulary_are_taken_out():
+    fields = {"decoder_start_token_id": 99, "unk_token_id": 3, "eos_token_id": -1, "pad_token_id": -1}
+
+    assert within_vocabulary(fields, 64) == fields | {"decoder_start_token_id": None, "eos_token_id": None}
 
 
 @pytest.fixture(scope="module")

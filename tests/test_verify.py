@@ -5,6 +5,7 @@ Start at `test_a_flipped_bit_in_any_file_is_reported_with_the_file_and_the_tenso
 
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -409,6 +410,15 @@ def test_a_difference_from_a_folder_is_reported(native: Path, spoil: Callable[[P
     assert [tuple(one.values()) for one in report.mismatches] == [
         (file, tensor, what.format(native=native, hf=hf)) for file, tensor, what in wrong
     ]
+
+
+def test_an_export_with_other_special_ids_is_the_same_model(tmp_path: Path):
+    model = tiny(pad_token_id=tiny().vocab_size, extra={"note": math.nan})
+    import_hf(write_hf(tmp_path / "hf", model, random_params(model)), tmp_path / "native")
+    export_hf(tmp_path / "native", tmp_path / "back")
+
+    assert json.loads((tmp_path / "back/config.json").read_text())["pad_token_id"] is None
+    assert verify(tmp_path / "native", tmp_path / "back").mismatches == []
 
 
 def test_minus_zero_is_not_zero_and_a_nan_is_itself_in_its_own_bits_alone(tmp_path: Path):
