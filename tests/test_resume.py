@@ -284,6 +284,18 @@ def test_other_options_make_other_shards(home: Path, tmp_path: Path, change: dic
     assert TokenShards.open(tmp_path / "run" / "data" / "00").digest != before
 
 
+def test_a_damaged_tokenizer_of_the_run_is_refused(home: Path, tmp_path: Path):
+    assert prepared(home, tmp_path).startswith("alpha")
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"alpha"', '"alphb"'))
+
+    with pytest.raises(ValueError, match=r"tokenizer: has other bytes than were written; remove it to have it made ag"):
+        prepared(home, tmp_path)
+
+    shutil.rmtree(file.parent)
+    assert prepared(home, tmp_path).startswith("alpha")
+
+
 def test_a_copied_or_touched_text_is_the_same(home: Path, tmp_path: Path):
     text = Path(shutil.copy(home / "a.jsonl", tmp_path / "copy.jsonl"))
     os.utime(text, (1, 1))

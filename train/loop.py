@@ -154,6 +154,8 @@ def _run(config: RunConfig, out: Path, mesh: Mesh | None) -> Result:
         else:  # every step had been made: only the result is missing
             loss = _last_loss(out, n, found)
             evaluation = None if stopped else _evaluate(evaluate, state, frozen, corpus, mesh)
+            if evaluation and best is not None:
+                best.offer(n, evaluation[0], state.params)
         checkpoints.wait()
         held_out = None if evaluation is None else evaluation[0]
         result = Result(n, job.steps, stopped, loss, held_out, int(state.guard.skipped), None, first)
