@@ -21,6 +21,7 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.generation_config import GENERATION_CONFIG
 from dsmoe_jax.json_file import read_json
 from dsmoe_jax.lora import LORA_A, LORA_B, LoraConfig, Plan, attach, merge, place, specs
+from dsmoe_jax.manifest import RECORD, check_record
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
 from dsmoe_jax.new_folder import new_folder, write_json
 from dsmoe_jax.paths import user_path
@@ -67,13 +68,19 @@ class Adapter(NamedTuple):
 def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
     """The adapter in the folder `path`, for a base of this config.
 
-    Raises `ValueError` in one line for a config that means more than this project computes, and for tensors that are
-    missing, surplus or of another shape than config and base ask for. If it replaces the embedding or the head of a
+    Raises `ValueError` in one line for a config that means more than this project computes, for tensors that are
+    missing, surplus or of another shape than config and base ask for, and for files that are not as the
+    `evaluation.json` beside them says. If it replaces the embedding or the head of a
     model that ties them, the base must be `untied` first.
     """
     path = user_path(path, "adapter")
     if not os.path.lexists(path / CONFIG):
         raise ValueError(f"{path}: no adapter (no {CONFIG})")
+    if (path / RECORD).is_file():
+        try:
+            check_record(path)
+        except ValueError as error:
+            raise ValueError(f"{path}: damaged adapter: {error}") from None
     fields = read_json(path_inside(path, CONFIG))
     try:
         config, rules = _lora_config(fields), _rules(fields)

@@ -23,6 +23,7 @@ from dsmoe_jax.progress import Advance
 
 PARAMETERS: Final = "parameters"  # the Orbax folder inside a checkpoint
 HEADER: Final = "dsmoe_jax.json"  # marks a native checkpoint
+RECORD: Final = "evaluation.json"  # of an adapter: where it evaluated so, and the hashes of its files
 FORMAT: Final = 2
 _READ_BYTES: Final = 1 << 20
 # What changes the meaning of a checkpoint, though its manifest need not name it.
@@ -195,6 +196,21 @@ def own_hash(fields: Mapping[str, Any]) -> str:
 def with_own_hash(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON object with its own SHA-256 as one field more."""
     return {**fields, "sha256": own_hash(fields)}
+
+
+def check_record(folder: Path) -> dict[str, Any]:
+    """The `evaluation.json` in a folder; `ValueError` if it, or a file that it names, is not as it was written."""
+    record = read_json(folder / RECORD)
+    if "sha256" not in record:  # older ones, and those of others
+        return record
+    if record.pop("sha256") != own_hash(record):
+        raise ValueError(f"{RECORD} has been changed")
+    for name, sums in record.get("files", {}).items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{name!r} is missing")
+        if hash_file(folder / name) != sums:
+            raise ValueError(f"{name!r} has other bytes than were written")
+    return record
 
 
 # --- files too large to be read at every start ---

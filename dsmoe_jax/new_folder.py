@@ -20,6 +20,7 @@ from dsmoe_jax.locks import lock_name
 from dsmoe_jax.paths import user_path
 
 _JOURNAL: Final = "journal.jsonl"
+_REWRITTEN: Final = f"{_JOURNAL}.new"
 _AT_FDCWD: Final = -100  # of linux/fcntl.h: paths are relative to the working directory
 _RENAME_EXCHANGE: Final = 2
 _log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class Draft:
             self._clear()
         # Rewritten whole: a killed writer may have left half a line at its end.
         lines = [head, *(_entry(unit, record) for unit, record in self.finished.items())]
-        rewritten = folder / f"{_JOURNAL}.new"
+        rewritten = folder / _REWRITTEN
         rewritten.write_text("\n".join(lines) + "\n", encoding="utf-8")
         rewritten.rename(folder / _JOURNAL)
         self._journal = (folder / _JOURNAL).open("a", encoding="utf-8")
@@ -106,9 +107,12 @@ def new_folder(path: str | Path, *, needs: int = 0, job: Mapping[str, Any] | Non
             folder.mkdir(exist_ok=True)
             if folder.is_symlink():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            draft = Draft(folder, job)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                (folder / _REWRITTEN).unlink(missing_ok=True)
+                folder.rmdir()  # a new one: it is empty
             raise ValueError(f"{path} cannot be written: {error.strerror}") from None
-        draft = Draft(folder, job)
         stack.callback(draft.close)
         kept = bool(draft.finished)
         try:
@@ -121,6 +125,8 @@ def new_folder(path: str | Path, *, needs: int = 0, job: Mapping[str, Any] | Non
                 _log.info("%s keeps what is finished; the same command goes on from there", folder)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+                raise OSError(error.errno, error.strerror, str(path)) from None
             raise
         (folder / _JOURNAL).unlink(missing_ok=True)
         refuse_existing(path)

@@ -232,6 +232,8 @@ def test_a_damaged_best_is_named_and_replaced(
     monkeypatch.setattr(loop, "_evaluate", lambda *_: (next(said), 1))
     run(config(home, tmp_path / "out", steps=2, evaluate_every=2))
     flip_bit(tmp_path / "out" / "best" / WEIGHTS, -1)
+    with pytest.raises(ValueError, match=f"best: damaged adapter: {WEIGHTS!r} has other bytes than were written"):
+        read_adapter(tmp_path / "out" / "best", MODEL)
 
     run(config(home, tmp_path / "out", steps=4, evaluate_every=2))
 

@@ -6,6 +6,7 @@ Start at `test_a_run_that_was_stopped_goes_on_bit_for_bit_for_twenty_steps_and_m
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 import os
@@ -475,6 +476,14 @@ def test_every_recipe_is_a_whole_config_of_a_preset(name: str):
 
     assert recipe.model_config() == ModelConfig.preset(recipe.model)
     assert parse(recipe, [], prog=name) == recipe
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_mistaken_flag_is_one_line_without_its_box(encoding: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+
+    with pytest.raises(ValueError, match=r"^Error parsing RunConfig: steps must be at least 1, not 0$"):
+        parse(RECIPES["tiny"](), ["--steps", "0"], prog="tiny")
 
 
 def test_flags_change_a_recipe():

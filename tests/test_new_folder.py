@@ -363,6 +363,23 @@ def test_a_disk_too_full_to_go_on_keeps_what_is_finished(tmp_path: Path, free_by
     assert found == ["a", "b"]
 
 
+def test_a_disk_that_fills_is_named_by_its_path(tmp_path: Path):
+    with pytest.raises(OSError, match=r"No space left on device: '.*/name'"):
+        write_units(tmp_path / "name", "a", stop=OSError(28, "No space left on device"))
+
+
+def test_a_disk_too_full_for_a_journal_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(path: Path, *_: Any, **__: Any) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+
+    with pytest.raises(ValueError, match=r"name cannot be written: No space left on device"):
+        write_units(tmp_path / "name", "a")
+    assert not list(tmp_path.iterdir())
+
+
 def test_room_is_looked_for_where_the_folder_will_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked: list[Path] = []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or Usage(9, 9, 9))

@@ -25,6 +25,7 @@ from dsmoe_jax.sharding import MeshConfig, make_mesh
 from dsmoe_jax.tokenizer import Tokenizer
 from dsmoe_jax.train import loop
 from dsmoe_jax.train.best import Best
+from dsmoe_jax.train.checkpoints import Checkpoints
 from dsmoe_jax.train.config import CheckpointConfig, DataConfig, RunConfig
 from dsmoe_jax.train.corpus import prepare
 from dsmoe_jax.train.data import TokenShards
@@ -284,6 +285,18 @@ def test_other_options_make_other_shards(home: Path, tmp_path: Path, change: dic
     assert TokenShards.open(tmp_path / "run" / "data" / "00").digest != before
 
 
+def test_a_damaged_tokenizer_of_the_run_is_refused(home: Path, tmp_path: Path):
+    assert prepared(home, tmp_path).startswith("alpha")
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"alpha"', '"alphb"'))
+
+    with pytest.raises(ValueError, match=r"tokenizer: has other bytes than were written; remove it to have it made ag"):
+        prepared(home, tmp_path)
+
+    shutil.rmtree(file.parent)
+    assert prepared(home, tmp_path).startswith("alpha")
+
+
 def test_a_copied_or_touched_text_is_the_same(home: Path, tmp_path: Path):
     text = Path(shutil.copy(home / "a.jsonl", tmp_path / "copy.jsonl"))
     os.utime(text, (1, 1))
@@ -354,6 +367,30 @@ def base(home: Path) -> Path:
 def finetune(home: Path, base: Path, out: Path, **data: Any) -> FinetuneConfig:
     data = {"files": (str(home / "examples.jsonl"),), "sequence_length": 32, "batch_size": 2, "holdout": 0.2} | data
     return FinetuneConfig(out=str(out), init_from=str(base), data=ExamplesConfig(**data))
+
+
+def test_a_model_beside_another_to_start_from_is_named(
+    home: Path, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    wide = json.loads((home / "model.json").read_text()) | {"intermediate_size": 80, "bos_token_id": 3}
+    (tmp_path / "wide.json").write_text(json.dumps(wide))
+
+    loop._check(config(home, tmp_path / "out", init_from=str(base)))  # the same
+    assert not caplog.records
+    loop._check(config(home, tmp_path / "out", model=str(tmp_path / "wide.json"), init_from=str(base)))
+
+    assert f"wide.json has no effect: that of init_from {base} is trained (other intermediate_size)" in caplog.text
+
+
+def test_processes_that_see_other_checkpoints_end(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    seen = [np.array([2, 2]), np.array([2, -1])]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(loop.multihost_utils, "process_allgather", lambda newest: seen.pop(0))
+    checkpoints = Checkpoints(copy / "checkpoints")
+
+    loop._agree_on(checkpoints)
+    with pytest.raises(ValueError, match="checkpoints: not all processes see the same checkpoints"):
+        loop._agree_on(checkpoints)
 
 
 def test_a_template_is_known_by_its_content(home: Path, base: Path, tmp_path: Path):

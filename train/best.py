@@ -11,14 +11,12 @@ import jax
 from dsmoe_jax.array_files import hash_file
 from dsmoe_jax.axes import Array
 from dsmoe_jax.checkpoint import together
-from dsmoe_jax.json_file import read_json
-from dsmoe_jax.manifest import own_hash, with_own_hash
+from dsmoe_jax.manifest import RECORD, check_record, with_own_hash
 from dsmoe_jax.new_folder import recover_folder, replace_folder, write_json
 
 from .job import Job
 
 BEST: Final = "best"
-_RECORD: Final = "evaluation.json"
 _log = logging.getLogger(__name__)
 
 
@@ -52,7 +50,7 @@ class Best:
             if jax.process_index() == 0:
                 names = sorted(path.relative_to(self._new) for path in self._new.rglob("*") if path.is_file())
                 files = {name.as_posix(): hash_file(self._new / name) for name in names}
-                write_json(self._new / _RECORD, with_own_hash({"step": step, "loss": loss, "files": files}))
+                write_json(self._new / RECORD, with_own_hash({"step": step, "loss": loss, "files": files}))
                 replace_folder(self._new, self._folder)
         self._loss = loss
         _log.info("best held-out loss so far, %.4f after step %d: %s", loss, step, self._folder)
@@ -60,14 +58,7 @@ class Best:
 
 def _read_record(folder: Path) -> dict[str, Any]:
     """The record of an intact folder; `ValueError` for any other. Older records have step and loss alone."""
-    record = read_json(folder / _RECORD)
-    if "sha256" in record and record.pop("sha256") != own_hash(record):
-        raise ValueError(f"{_RECORD} has been changed")
+    record = check_record(folder)
     if type(record.get("loss")) is not float or type(record.get("step")) is not int:
-        raise ValueError(f"{_RECORD} has no step or no loss")
-    for name, sums in record.get("files", {}).items():
-        if not (folder / name).is_file():
-            raise ValueError(f"{name!r} is missing")
-        if hash_file(folder / name) != sums:
-            raise ValueError(f"{name!r} has other bytes than were written")
+        raise ValueError(f"{RECORD} has no step or no loss")
     return record

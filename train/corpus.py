@@ -142,7 +142,7 @@ def _derive(
 
     if tokenizer is None:
         options = {"vocab_size": model_config.vocab_size, "data.holdout": holdout}
-        derived.make(_TOKENIZER, list(sources.values()), options, train)
+        derived.make(_TOKENIZER, list(sources.values()), options, train, tokenizer_hash)
         tokenizer = out / _TOKENIZER
     made_by = {"data.holdout": holdout, "tokenizer": tokenizer_hash(tokenizer)}
     made_by |= {"data.split_special_tokens": True} if split else {}

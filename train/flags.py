@@ -60,7 +60,7 @@ def parse_finetuning(checkpoint: str, flags: Sequence[str]) -> tuple[FinetuneCon
 
 def _one_line(boxed: str) -> str:
     """What tyro says in a box, without the box and the help under it."""
-    lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in boxed.splitlines()]
+    lines = [re.sub(r"[│╭╮╰╯─]+|-{3,}", " ", line).strip() for line in boxed.splitlines()]
     title, *rest = [*lines, ""]
     told = []
     for line in rest:

@@ -85,7 +85,12 @@ class Derived:
             self._record = read_json(out / RECORD)
 
     def make(
-        self, name: str, sources: Sequence[Source], options: Mapping[str, Any], write: Callable[[Path], None]
+        self,
+        name: str,
+        sources: Sequence[Source],
+        options: Mapping[str, Any],
+        write: Callable[[Path], None],
+        digest: Callable[[Path], str] | None = None,
     ) -> None:
         """Have `write` make the folder `name` unless it is there already, made from the same inputs.
 
@@ -94,12 +99,15 @@ class Derived:
           sources: What is read; copies under other names count as the same.
           options: All else that decides what is written, as JSON.
           write: Makes the folder, atomically.
+          digest: The SHA-256 of what is in it, to find damage in a folder without a manifest of its own.
         """
         home, known = self._out / name, self._record.get(name)
         inputs = {"sources": [list(source) for source in sources], "options": dict(options)}
         if home.exists():
             changes = ["its inputs are not recorded"] if known is None else list(_changes(known, inputs))
             if not changes:
+                if digest is not None and known is not None and digest(home) != known.get("sha256", digest(home)):
+                    raise ValueError(f"{home}: has other bytes than were written; remove it to have it made again")
                 return
             if self._resuming and known is not None:
                 raise ValueError(f"{home}: cannot resume on other data: {'; '.join(changes)}")
@@ -114,6 +122,9 @@ class Derived:
         write_json(self._out / RECORD, self._record)
         if not home.exists():
             write(home)
+            if digest is not None:
+                self._record[name] = {**inputs, "sha256": digest(home)}
+                write_json(self._out / RECORD, self._record)
 
 
 def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

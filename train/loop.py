@@ -1,6 +1,7 @@
 """A training run, read from top to bottom: `run`."""
 
 import contextlib
+import dataclasses
 import logging
 import math
 import signal
@@ -31,11 +32,12 @@ from .checkpoints import Checkpoints
 from .config import RunConfig
 from .corpus import Corpus
 from .finetune import ADAPTER, FinetuneConfig, finetuning
+from .inputs import differences
 from .job import MODEL, Job, pretraining
 from .metrics import Recorder, read_records
 from .optimizer import make_optimizer
 from .processes import start
-from .resume import CONFIG, check_resumable, log_changes, read_run
+from .resume import CONFIG, check_resumable, identity, log_changes, read_run
 from .step import Metrics, TrainState, evaluate_step, init_state, make_step, state_shardings
 
 CHECKPOINTS: Final = "checkpoints"  # below the run's folder
@@ -81,6 +83,7 @@ def _run(config: RunConfig, out: Path, mesh: Mesh | None) -> Result:
             out / CHECKPOINTS, keep_last=config.checkpoints.keep_last, keep_every=config.checkpoints.keep_every
         )
         stack.callback(checkpoints.close)
+        _agree_on(checkpoints)
         if config.resume == "never" and checkpoints.steps():
             raise ValueError(f"{checkpoints.folder} has checkpoints; --resume auto goes on from them")
         found = checkpoints.newest()
@@ -154,6 +157,8 @@ def _run(config: RunConfig, out: Path, mesh: Mesh | None) -> Result:
         else:  # every step had been made: only the result is missing
             loss = _last_loss(out, n, found)
             evaluation = None if stopped else _evaluate(evaluate, state, frozen, corpus, mesh)
+            if evaluation and best is not None:
+                best.offer(n, evaluation[0], state.params)
         checkpoints.wait()
         held_out = None if evaluation is None else evaluation[0]
         result = Result(n, job.steps, stopped, loss, held_out, int(state.guard.skipped), None, first)
@@ -182,6 +187,15 @@ def _check(config: RunConfig) -> Mesh | None:
         positions = int(positions * model.rope_scaling.factor)
     if length > positions:
         _log.warning("data.sequence_length %d exceeds the model's max_position_embeddings %d", length, positions)
+    if config.init_from is not None and config.model not in ("", RunConfig.model):
+        asked = dataclasses.replace(config, init_from=None).model_config()
+        if changes := [change.name for change in differences(identity(config, asked), identity(config, model))]:
+            _log.warning(
+                "model %s has no effect: that of init_from %s is trained (other %s)",
+                config.model,
+                config.init_from,
+                ", ".join(changes),
+            )
     groups, alpha, experts = config.step.device_groups, config.step.device_alpha, model.n_routed_experts
     if experts is not None and experts % groups:
         raise ValueError(f"step.device_groups {groups} does not divide {experts} experts")
@@ -276,6 +290,17 @@ def _warn_of_leftovers(job: Job, out: Path) -> None:
             ours = name == job.result or (name == BEST and job.keep_best)
             _log.warning(
                 "%s: left by an earlier run; %s", out / name, "it is replaced" if ours else "it stays as it is"
+            )
+
+
+def _agree_on(checkpoints: Checkpoints) -> None:
+    """`ValueError` unless all processes see the same checkpoints; otherwise they would wait for one another."""
+    if jax.process_count() > 1:
+        newest = np.array(max(checkpoints.steps(), default=-1))
+        seen = multihost_utils.process_allgather(newest).ravel()
+        if (seen != seen[0]).any():
+            raise ValueError(
+                f"{checkpoints.folder}: not all processes see the same checkpoints; is it a shared folder?"
             )
 
 

@@ -174,11 +174,11 @@ class TensorBoard:
             self._writer = None
             return
         self._summary = Summary
-        # What an interrupted run wrote past its checkpoint is hidden. The suffix: a file is named after the second, and
-        # a run that is resumed within it would write over the first one's.
+        # What an earlier try wrote past the step this one goes on from is hidden. The suffix: a file is named after the
+        # second, and a run that is resumed within it would write over the first one's.
         self._writer = SummaryWriter(
             logdir=str(run.folder / "tensorboard"),
-            purge_step=run.resumed_from + 1 if run.resumed_from else None,
+            purge_step=run.resumed_from + 1,
             filename_suffix=f".{run.resumed_from}",
         )
 

@@ -6,6 +6,7 @@ Mistakes are a `ValueError`, where possible before the model is loaded. On stdou
 import contextlib
 import dataclasses
 import difflib
+import errno
 import itertools
 import json
 import logging
@@ -217,8 +218,10 @@ def _new_file(path: str | Path) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
             refuse_existing(path)
             draft.rename(path)
-        except BaseException:
+        except BaseException as error:
             draft.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+                raise OSError(error.errno, error.strerror, str(path)) from None
             raise
 
 
