@@ -447,6 +447,10 @@ READ: dict[str, tuple[dict[str, Any], list[tuple[str, Any]]]] = {
                            {"from": "function_call", "value": '{"name": "look", "arguments": {}}'},
                            {"from": "observation", "value": "5"}, {"from": "gpt", "value": "5!"}]},
         [("user", "q"), (A, None), ("tool", "5"), (A, "5!")]),
+    "the first question again": ({"messages": CHAT, "prompt": " q", "prompt_id": "7"}, chat(*CHAT)),
+    "marks of what holds anyway": (
+        {"messages": CHAT, "train": True, "loss_mask": [1], "train_on_inputs": False, "mask_prompt": True, "loss": 2.5},
+        chat(*CHAT)),
     "fields of nothing": (
         {"messages": [CHAT[0], {**CHAT[1], "tool_calls": [], "name": None, "refusal": ""}], "tools": "[]", "image": ""},
         chat(*CHAT)),
@@ -463,6 +467,15 @@ UNREAD: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": "a", "completion": "b", "system": "S"}, "has 'system': the format completion does not read it"),
     "a completion's tools": ({"prompt": "a", "completion": "b", "tools": [TOOL]}, "does not read it beside texts"),
     "context": ({"instruction": "q", "output": "a", "context": "c"}, "has 'context': the format instruction does not"),
+    "a question": ({"messages": CHAT, "question": "c"}, "has 'question': the format messages does not read it"),
+    "another spelling": ({"messages": CHAT, "systemPrompt": "S"}, "has 'systemPrompt': the format messages does not"),
+    "a path of an image": ({"messages": CHAT, "image_path": "a.png"}, "has 'image_path': only text is supported"),
+    "packed tokens": ({"input_ids": [1, 2], "labels": [1, 2], "cu_seqlens": [0, 1, 2]}, "has 'cu_seqlens': the format"),
+    "a line not to learn": ({"messages": CHAT, "train": False}, "has train False; only 1 is supported"),
+    "a mask of turns": ({"messages": CHAT, "loss_mask": [0]}, r"has loss_mask \[0\]; only 1 is supported"),
+    "weights of tokens": (
+        {"input_ids": [1, 2], "labels": [1, 2], "loss_weights": [0, 1]}, r"has loss_weights \[0, 1\]; only 1 is supp"),
+    "a masked history": ({"messages": CHAT, "mask_history": True}, "has mask_history True; only 0 is supported"),
     "two systems": (
         {"messages": [{"role": "system", "content": "S"}, *CHAT], "system": "T"}, "has two system messages, one of"),
     "history of one": ({"instruction": "q", "output": "a", "history": [["q"]]}, "list of pairs of texts as 'history'"),

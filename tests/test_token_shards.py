@@ -32,6 +32,7 @@ from dsmoe_jax.train.data import (
     source_bytes,
     tokenize,
     tokenizer_hash,
+    warn_of_overlap,
     writer,
 )
 from dsmoe_jax.train.data.shards import shard_files
@@ -198,8 +199,22 @@ def test_what_this_project_wrote_is_no_text(
         assert reason in caplog.text
     with pytest.raises(ValueError, match=f"{tmp_path}/native: is a native checkpoint, not a folder of data"):
         texts_of(tmp_path / "native")
+    with pytest.raises(ValueError, match=f"{tmp_path}/native: is a native checkpoint, not a folder of data"):
+        texts_of(f"{tmp_path}/native/*")
     with pytest.raises(ValueError, match="is what this command writes to"):
         texts_of(tmp_path / "own", exclude=[tmp_path / "own"])
+
+
+def test_a_file_of_two_sources_and_a_pipe_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    (tmp_path / "a.txt").write_text("a")
+    os.mkfifo(tmp_path / "pipe")
+
+    warn_of_overlap([tmp_path, tmp_path / "a.txt"])
+
+    assert texts_of(tmp_path) == ["a"]
+    assert f"{tmp_path}/a.txt: is in source {tmp_path} already; it is read twice" in caplog.text
+    assert f"left out what is no regular file: {tmp_path}/pipe" in caplog.text
 
 
 BROKEN_LINES = {

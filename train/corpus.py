@@ -27,6 +27,7 @@ from .data import (
     loader,
     tokenize,
     tokenizer_hash,
+    warn_of_overlap,
 )
 from .data.shards import MANIFEST as SHARDS_MANIFEST
 from .examples import is_examples
@@ -132,6 +133,7 @@ def _derive(
     holdout = config.data.holdout
     derived = Derived(out, resuming=resuming)
     split = config.data.split_special_tokens
+    warn_of_overlap(list(texts.values()), [out])
     sources = {home: Source.read(text, out) for home, text in texts.items()}
 
     def train(home: Path) -> None:

@@ -12,7 +12,7 @@ from .loader import loader
 from .mixture import Mixture
 from .packing import MODES, Packing
 from .shards import TokenShards, is_token_shards, tokenizer_hash
-from .sources import PYTHON_STDLIB, Document, documents, find_files, source_bytes
+from .sources import PYTHON_STDLIB, Document, documents, find_files, source_bytes, warn_of_overlap
 from .stream import Stream
 from .writer import Tokenized, is_held_out, tokenize
 
@@ -34,4 +34,5 @@ __all__ = [
     "source_bytes",
     "tokenize",
     "tokenizer_hash",
+    "warn_of_overlap",
 ]

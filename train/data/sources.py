@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import sysconfig
-from collections.abc import Collection, Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -114,6 +114,17 @@ def find_files(source: str | Path, exclude: Iterable[Path] = ()) -> list[TextFil
     return find(source, exclude).files
 
 
+def warn_of_overlap(sources: Sequence[str | Path], exclude: Iterable[Path] = ()) -> None:
+    """Say where a file is in several of the sources: each of them is read."""
+    first: dict[Any, int] = {}
+    for number, source in enumerate(sources if len(sources) > 1 else ()):
+        for file in find_files(source, exclude):
+            identity = _identity(file.path)
+            if (other := first.setdefault(identity, number)) != number:
+                _log.warning("%s: is in source %s already; it is read twice", file.path, sources[other])
+                break  # one line a source
+
+
 class Found(NamedTuple):
     """The files of a source, and what was left out, by reason."""
 
@@ -138,8 +149,7 @@ def find(source: str | Path, exclude: Iterable[Path] = ()) -> Found:
         if (identity := _identity(path)) in walk.excluded:
             raise ValueError(f"{source}: is what this command writes to")
         if path.is_dir():
-            if kind := _kind_of(path, os.listdir(path) if os.access(path, os.R_OK) else ()):
-                raise ValueError(f"{source}: is {kind}, not a folder of data")
+            _refuse_no_data(path)
             walk.below(path, above=_ancestors(path))
         elif not path.is_file():
             raise ValueError(f"{source}: is not a regular file")
@@ -148,6 +158,8 @@ def find(source: str | Path, exclude: Iterable[Path] = ()) -> Found:
     elif glob.has_magic(source):
         parts = Path(source).parts
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts))
+        if root.is_dir():
+            _refuse_no_data(root)
         for match in sorted(glob.glob(source, recursive=True)):
             path = Path(match)
             folders = [path, *path.parents] if path.is_dir() else [*path.parents]
@@ -199,6 +211,8 @@ class _Walk:
             self._leave_out("files of a model or tokenizer", path)
         elif path.is_file():
             self.add(path, _identity(path), named=False)
+        else:
+            self._leave_out("what is no regular file", path)
 
     def add(self, path: Path, identity: Any, *, named: bool) -> None:
         """The file, unless it is excluded or was added under another name."""
@@ -213,10 +227,7 @@ class _Walk:
     def leaves_out(self, folders: Iterable[Path]) -> bool:
         """Whether one of the folders, from the outermost, is no data."""
         for folder in folders:
-            if _identity(folder) in self.excluded:
-                kind = "what this command writes"
-            else:
-                kind = _kind_of(folder, os.listdir(folder) if os.access(folder, os.R_OK) else ())
+            kind = "what this command writes" if _identity(folder) in self.excluded else _kind_of(folder)
             if kind:
                 self._leave_out(kind, folder)
                 return True
@@ -236,12 +247,20 @@ def _ancestors(folder: Path) -> set[tuple[int, int]]:
     return {_identity(parent) for parent in folder.resolve().parents}
 
 
-def _kind_of(folder: Path, names: Collection[str]) -> str | None:
+def _refuse_no_data(folder: Path) -> None:
+    if kind := _kind_of(folder):
+        raise ValueError(f"{folder}: is {kind}, not a folder of data")
+
+
+def _kind_of(folder: Path) -> str | None:
     """What this project wrote the folder as, if it did."""
+    names = os.listdir(folder) if os.access(folder, os.R_OK) else ()
     if RUN in names and ("checkpoints" in names or "metrics.jsonl" in names):
         return "a training run"
     if HEADER in names:
         return "a native checkpoint"
+    if "_CHECKPOINT_METADATA" in names:
+        return "a checkpoint of Orbax"
     if MANIFEST in names and is_token_shards(folder):
         return "token shards"
     return None

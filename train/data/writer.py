@@ -16,7 +16,7 @@ from dsmoe_jax.progress import Advance, silent
 from dsmoe_jax.tokenizer import Tokenizer
 
 from .shards import BOUNDARY, DTYPES, FORMAT, MANIFEST, SPLITS, is_token_shards, shard_files, tokenizer_hash
-from .sources import Document, documents, source_bytes
+from .sources import Document, documents, source_bytes, warn_of_overlap
 
 _SAMPLE: Final = 0.01  # share of the sources after which the size of the rest is foreseen
 _log = logging.getLogger(__name__)
@@ -87,6 +87,7 @@ def tokenize(
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
     exclude = [Path(out), *exclude]
+    warn_of_overlap(sources, exclude)
     total = sum(source_bytes(source, exclude) for source in sources)
 
     text_bytes = 0

@@ -5,6 +5,7 @@ Every `ValueError` from here is worded to follow the name of the line.
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -32,15 +33,25 @@ _ABOUT_A_TURN: Final = frozenset((
     "id", "uuid", "turn_id", "message_id", "parent_id", "index", "timestamp", "created_at", "date",
     "source", "lang", "language", "model", "score", "rating",
 ))
-# Fields of a line that speak to the model: refused where the format does not read them.
-_UNREAD: Final = (
-    "system", "system_prompt", "history", "input", "context", "tools", "functions", "documents", "suffix",
-    "reasoning", "reasoning_content", "thinking", "thoughts", "chat_template_kwargs", "segment_ids", "seq_idx",
-)
+# Fields of a line that speak to the model: refused where the format does not read them. Spelled as `_plain` has them.
+_UNREAD: Final = frozenset((
+    "system", "systemprompt", "systemmessage", "history", "input", "context", "background", "passage", "knowledge",
+    "preamble", "persona", "prefix", "suffix", "instruction", "instructions", "prompt", "query", "question",
+    "demonstrations", "fewshot", "tools", "availabletools", "functions", "documents",
+    "reasoning", "reasoningcontent", "thinking", "thought", "thoughts", "cot", "chainofthought", "chattemplatekwargs",
+    "segmentids", "sequenceids", "seqidx", "seqlens", "seqlengths", "sequencelengths", "cuseqlens", "inputsembeds",
+    "decoderinputids",
+))
 _UNSUPPORTED: Final = {
-    **dict.fromkeys(("chosen", "rejected", "kto_tag"), "preference data is not supported"),
-    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "only text is supported"),
+    **dict.fromkeys(("chosen", "rejected", "ktotag", "chosenresponse", "rejectedresponse", "responsechosen",
+                     "responserejected"), "preference data is not supported"),
+    **dict.fromkeys((f"{kind}{end}" for kind in ("image", "audio", "video")
+                     for end in ("", "s", "path", "paths", "url", "urls", "file", "files")), "only text is supported"),
+    **dict.fromkeys(("pixelvalues", "attachments"), "only text is supported"),
 }
+# Fields of a line that say what is learned: they must say what holds anyway.
+_SAYS_LEARNED: Final = re.compile(r"(.*_)?(mask|weight)s?|train(ing|able)?|learn|loss|mask_prompt")
+_SAYS_NOT_LEARNED: Final = re.compile(r"train_on_(input|prompt)s?|mask_history")
 _SYSTEM: Final = ("system", "system_prompt")
 # fmt: on
 
@@ -90,21 +101,38 @@ def read_line(fields: Fields, format: str = AUTO) -> Line:
 
     What cannot be read but speaks to the model is refused; `ignored_fields` has the rest.
     """
-    for field, why in _UNSUPPORTED.items():
-        if not _is_blank(fields.get(field)):
+    for field, value in fields.items():
+        if (why := _UNSUPPORTED.get(_plain(field))) and not _is_blank(value):
             raise ValueError(f"has {field!r}: {why}")
     name = _find(fields, format)
     entry = FORMATS[name]
-    for field in _UNREAD:
-        if field not in entry.also and not _is_blank(fields.get(field)):
-            raise ValueError(f"has {field!r}: the format {name} does not read it")
+    others = {field: value for field, value in fields.items() if field not in (*entry.fields, *entry.also)}
+    for field, value in others.items():
+        if (wanted := _wanted(field, value)) is None:
+            continue
+        if any(one != wanted for one in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"has {field} {value!r:.80}; only {wanted:d} is supported")
     if isinstance(fields.get("label"), bool):
         raise ValueError("has a bool as 'label': preference data is not supported")
-    if fields.get("train_on_input"):
-        raise ValueError(f"has train_on_input {fields['train_on_input']!r:.80}: only answers are learned")
-    if (weight := fields.get("weight")) is not None and weight != 1:
-        raise ValueError(f"has weight {weight!r:.80}; only 1 is supported")
-    return entry.read(fields)
+    line = entry.read(fields)
+    said = {text.strip() for text in texts_of(line)}
+    for field, value in others.items():
+        again = isinstance(value, str) and value.strip() in said  # as some data sets have the first question
+        if _plain(field) in _UNREAD and not _is_blank(value) and not again:
+            raise ValueError(f"has {field!r}: the format {name} does not read it")
+    return line
+
+
+def _plain(field: str) -> str:
+    """The name of a field in one of its spellings: system_prompt, systemPrompt, System-Prompt."""
+    return re.sub(r"[^a-z0-9]", "", field.lower())
+
+
+def _wanted(field: str, value: Any) -> bool | None:
+    """What a field of a line must say because it is about what is learned; None if it is not."""
+    if value is None or field == "special_tokens_mask" or (field == "loss" and isinstance(value, float)):
+        return None
+    return True if _SAYS_LEARNED.fullmatch(field) else False if _SAYS_NOT_LEARNED.fullmatch(field) else None
 
 
 def _find(fields: Fields, format: str) -> str:
@@ -127,8 +155,12 @@ def _find(fields: Fields, format: str) -> str:
 def ignored_fields(fields: Fields, format: str = AUTO) -> set[str]:
     """The names of the fields that `read_line` does not read and that say nothing to the model."""
     entry = FORMATS[_find(fields, format)]
-    known = (*entry.fields, *entry.also, "weight", "train_on_input")
-    ignored = {name for name, value in fields.items() if name not in known and not _is_blank(value)}
+    known = (*entry.fields, *entry.also)
+    ignored = {
+        name
+        for name, value in fields.items()
+        if name not in known and not _is_blank(value) and _wanted(name, value) is None
+    }
     for field in ("messages", "conversations"):
         for turn in fields[field] if isinstance(fields.get(field), list) else ():
             if isinstance(turn, Mapping):

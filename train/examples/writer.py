@@ -17,7 +17,7 @@ from dsmoe_jax.progress import Advance, silent
 from dsmoe_jax.tokenizer import Tokenizer
 
 from ..data import formats as files
-from ..data import is_held_out, shards, source_bytes
+from ..data import is_held_out, shards, source_bytes, warn_of_overlap
 from ..data.sources import Lines, find
 from ..data.writer import SpecialTokenCount, Split, shards_manifest, warn_if_none_held_out
 from .formats import AUTO, FORMATS, Conversation, Line, ignored_fields, read_line, texts_of
@@ -114,6 +114,7 @@ def write_examples(
 
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     exclude = [Path(out), *exclude]
+    warn_of_overlap(sources, exclude)
     total = sum(source_bytes(source, exclude) for source in sources)
     count = longer = longest = 0
     try:
