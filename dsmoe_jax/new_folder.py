@@ -110,8 +110,9 @@ def new_folder(path: str | Path, *, needs: int = 0, job: Mapping[str, Any] | Non
             draft = Draft(folder, job)
         except OSError as error:
             with contextlib.suppress(OSError):
-                (folder / _REWRITTEN).unlink(missing_ok=True)
-                folder.rmdir()  # a new one: it is empty
+                if not folder.is_symlink():
+                    (folder / _REWRITTEN).unlink(missing_ok=True)
+                    folder.rmdir()  # a new one: it is empty
             raise ValueError(f"{path} cannot be written: {error.strerror}") from None
         stack.callback(draft.close)
         kept = bool(draft.finished)

@@ -205,6 +205,8 @@ def _new_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file that has its name only when all of it is on disk; `ValueError` if there is one of that name already."""
     path = refuse_existing(path)
     draft = sibling(path)
+    if not path.parent.is_dir():  # a lock would make it
+        raise ValueError(f"{path} cannot be written: {os.strerror(errno.ENOENT)}")
     with lock_name(path):
         refuse_existing(path)  # the one who had the lock may have made it
         try:
