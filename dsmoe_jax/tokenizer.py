@@ -119,7 +119,7 @@ class Tokenizer:
             split_special_tokens: Whether the strings of special tokens in it are text; by default the attribute.
 
         Raises:
-            ValueError: If `text` is not a string or holds half of a surrogate pair.
+            ValueError: If `text` is not a string or holds half of a surrogate pair, or the tokenizer fails on it.
         """
         options = {"add_special_tokens": add_special_tokens, "split_special_tokens": split_special_tokens}
         return self.encode_batch([text], **options)[0]
@@ -131,7 +131,13 @@ class Tokenizer:
         if isinstance(texts, str):
             raise ValueError("texts to encode must be several strings, got one")
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
-        found = self._backend.encode([_checked_text(text) for text in texts], split)
+        checked = [_checked_text(text) for text in texts]
+        try:
+            found = self._backend.encode(checked, split)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of tokenizers: over a pattern without end, say; no Exception
+                raise
+            raise ValueError(f"the tokenizer failed on a text: {' '.join(str(error).split())[:200]}") from None
         return [[*self._before, *ids, *self._after] for ids in found] if add_special_tokens else found
 
     def count_special_tokens(self, text: str) -> int:

@@ -838,3 +838,16 @@ def test_bad_input_is_refused_by_name(folder: Path, call: Callable[[Any], Any], 
 
     with pytest.raises(ValueError, match=message):
         call(tokenizer)
+
+
+def test_a_pattern_that_does_not_end_is_refused_in_one_line(tmp_path: Path):
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$b|(a|a)*c"}, "behavior": "Isolated", "invert": False}
+    vocabulary = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    tokens = [{"id": 1, "content": "<eos>", "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+               "normalized": False}]  # fmt: skip
+    fields = {"version": "1.0", "added_tokens": tokens, "pre_tokenizer": pattern, "model": vocabulary}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+
+    with pytest.raises(ValueError, match="the tokenizer failed on a text: Onig: Regex search error"):
+        Tokenizer.from_pretrained(tmp_path).encode("a" * 100)
