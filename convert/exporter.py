@@ -99,8 +99,8 @@ def export_hf(
     config with `trust_remote_code=True`.
 
     `max_shard_size` is in bytes, or "5GB", "500MB", "2GiB"; `dtype` ("float32", "bfloat16" or "float16") casts, and the
-    answer says what that lost. A run that was interrupted goes on where it stopped. Raises `ValueError` if `out` exists,
-    for a damaged checkpoint, and if the disk has no room.
+    answer says what that lost. A run that was interrupted goes on where it stopped. Raises `ValueError` if `out`
+    exists, for a damaged checkpoint, and if the disk has no room.
     """
     started = time.perf_counter()
     wanted, limit = as_dtype(dtype), parse_size(max_shard_size)

@@ -351,7 +351,7 @@ NEUTRAL = {
     "trainable_token_indices": {},
     "lora_bias": False,
     "bias": None,
-    "r": float(GOOD.r),
+    "r": 2.0,
     "peft_version": "0.18.1.dev0@abc",
 }
 
