@@ -196,12 +196,12 @@ def test_eos_ids_outside_the_vocabulary_leave_the_tokenizers(
 
 
 def test_a_config_whose_eos_is_outside_the_vocabulary_is_warned_of(caplog: pytest.LogCaptureFixture):
-    config = dataclasses.replace(SMALL, eos_token_id=100001)
+    config = dataclasses.replace(SMALL, eos_token_id=5000)
 
     made = Generator(assemble(config, split(small_model())[1]))
 
     assert made.eos_token_ids == frozenset()
-    assert "eos_token_id 100001 is outside the vocabulary of 2048: no EOS token ends an answer" in caplog.text
+    assert "eos_token_id 5000 is outside the vocabulary of 2048: no EOS token ends an answer" in caplog.text
     with pytest.raises(ValueError, match="eos_token_id 2048 is outside the vocabulary of 2048"):
         Generator(small_model(), eos_token_id=[1, 2048])
 

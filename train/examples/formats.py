@@ -106,7 +106,9 @@ def read_line(fields: Fields, format: str = AUTO) -> Line:
             raise ValueError(f"has {field!r}: {why}")
     name = _find(fields, format)
     entry = FORMATS[name]
-    others = {field: value for field, value in fields.items() if field not in (*entry.fields, *entry.also)}
+    # Who names a format leaves the fields of the other formats.
+    left = () if format == AUTO else [field for other in FORMATS.values() for field in other.fields]
+    others = {field: value for field, value in fields.items() if field not in (*entry.fields, *entry.also, *left)}
     for field, value in others.items():
         if (wanted := _wanted(field, value)) is None:
             continue
