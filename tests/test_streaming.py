@@ -354,7 +354,7 @@ def test_a_disk_that_fills_midway_keeps_what_is_finished_and_the_next_run_goes_o
         verb = ["convert"] if way.convert is import_hf else ["export", "--max-shard-size", "10000"]
         code = main([*verb, str(way.source), str(tmp_path / "out")])
         assert code == 2
-        assert capsys.readouterr().err.splitlines()[-1].endswith("No space left on device")
+        assert f"No space left on device: '{tmp_path / 'out'}'" in capsys.readouterr().err.splitlines()[-1]
     else:
         with pytest.raises(OSError, match="No space left on device"):
             way.run(tmp_path / "out")

@@ -101,7 +101,9 @@ def weight_dtypes(path: Path, config: ModelConfig) -> Mapping[str, Any]:
     said = DTYPES.get(config.torch_dtype or "", jnp.float32)
     try:
         if is_native(path):
-            found = {name: np.dtype(tensor["dtype"]) for name, tensor in read_manifest(path).tensors.items()}
+            found = {
+                name: np.dtype(tensor["dtype"]) for name, tensor in read_manifest(path, verify=False).tensors.items()
+            }
         else:
             found = stored_dtypes(path)
     except ValueError:  # loading says what is wrong
