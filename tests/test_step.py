@@ -133,7 +133,7 @@ PLAIN = StepConfig()
 POLICIES = ("none", "dots", "full")
 PARTS = (1, 2, 4)
 
-# Every pair of a mesh, a number of micro-batches and a remat policy is in one of these rows; one of each mesh is not slow.
+# Every pair of a mesh, a number of micro-batches and a remat policy is in one of these rows; one a mesh is not slow.
 PAIRWISE = [
     pytest.param(mesh, parts, POLICIES[(i + j) % 3], marks=[] if j == i % 3 else [pytest.mark.slow])
     for i, mesh in enumerate(MESHES)
