@@ -3,7 +3,6 @@
 Start at `render`. Templates come with a downloaded checkpoint: template_worker.py runs them in a sandbox with limits.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -30,7 +29,6 @@ _FILE: Final = "chat_template.jinja"
 _MORE: Final = "additional_chat_templates"  # a folder: NAME.jinja
 _PROCESSOR: Final = "chat_template.json"  # that of a multimodal model, which older releases wrote
 _MAX_BYTES: Final = 1_000_000
-_log = logging.getLogger("dsmoe_jax")
 
 
 def render(

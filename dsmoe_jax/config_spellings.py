@@ -107,10 +107,8 @@ def standardize(fields: Mapping[str, Any]) -> dict[str, Any]:
     for name, meaning in _NULLS.items():
         if name in fields and fields[name] is None:
             fields[name] = meaning
-    if (
-        type(fields.get("pretraining_tp")) is int and fields["pretraining_tp"] == 0
-    ):  # only values above 1 have an effect
-        fields["pretraining_tp"] = 1
+    if type(fields.get("pretraining_tp")) is int and fields["pretraining_tp"] == 0:
+        fields["pretraining_tp"] = 1  # only values above 1 have an effect
     for name in ("bos_token_id", "pad_token_id"):
         if isinstance(ids := fields.get(name), list | tuple):
             if len(ids) > 1:

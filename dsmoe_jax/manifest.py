@@ -20,6 +20,7 @@ from dsmoe_jax.json_file import read_json
 from dsmoe_jax.new_folder import write_json
 from dsmoe_jax.paths import user_path
 from dsmoe_jax.progress import Advance
+from dsmoe_jax.tokenizer_files import TOKENIZER_FILES
 
 PARAMETERS: Final = "parameters"  # the Orbax folder inside a checkpoint
 HEADER: Final = "dsmoe_jax.json"  # marks a native checkpoint
@@ -27,10 +28,7 @@ RECORD: Final = "evaluation.json"  # of an adapter: where it evaluated so, and t
 FORMAT: Final = 2
 _READ_BYTES: Final = 1 << 20
 # What changes the meaning of a checkpoint, though its manifest need not name it.
-_MEANINGFUL: Final = frozenset(
-    {"added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json", "generation_config.json"}
-    | {"special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"}
-)
+_MEANINGFUL: Final = frozenset({"config.json", "generation_config.json", "vocab.json", *TOKENIZER_FILES})
 _log = logging.getLogger(__name__)
 
 

@@ -101,7 +101,7 @@ def new_folder(path: str | Path, *, needs: int = 0, job: Mapping[str, Any] | Non
     """
     path = refuse_existing(path)
     folder = sibling(path)
-    with lock_name(path), contextlib.ExitStack() as stack:
+    with lock_name(path), naming_full_disk(path), contextlib.ExitStack() as stack:
         refuse_existing(path)  # the one who had the lock may have made it
         try:
             folder.mkdir(exist_ok=True)
@@ -126,13 +126,22 @@ def new_folder(path: str | Path, *, needs: int = 0, job: Mapping[str, Any] | Non
                 _log.info("%s keeps what is finished; the same command goes on from there", folder)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
-                raise OSError(error.errno, error.strerror, str(path)) from None
             raise
         (folder / _JOURNAL).unlink(missing_ok=True)
         refuse_existing(path)
         folder.rename(path)
         sync(path.parent)
+
+
+@contextlib.contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Name `path` in the `OSError` of a full disk that names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 def replace_folder(new: Path, path: Path) -> None:

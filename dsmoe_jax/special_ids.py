@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.config_spellings import show_value
@@ -13,6 +13,20 @@ _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "the
 
 class SpecialTokens(Protocol):
     """What is asked of a tokenizer."""
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The id of BOS, if there is one."""
+        ...
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id of EOS, if there is one."""
+        ...
+
+
+class TokenIds(NamedTuple):
+    """The ids alone, where there is no tokenizer."""
 
     bos_token_id: int | None
     eos_token_id: int | None
@@ -87,8 +101,13 @@ def _fits(name: str, token: int, vocab_size: int) -> bool:
 
 
 def with_tokenizer_ids(config: ModelConfig, tokenizer: SpecialTokens) -> ModelConfig:
-    """The config with the tokenizer's BOS and EOS in place of its own, for a model that is trained with it."""
+    """The config with the tokenizer's BOS and EOS in place of its own, for a model that is trained with it.
+
+    Its EOS ids stay where the tokenizer's is among them.
+    """
     own = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+    if own["eos_token_id"] in config.eos_token_ids:
+        own["eos_token_id"] = None
     return dataclasses.replace(config, **{name: token for name, token in own.items() if token is not None})
 
 

@@ -8,24 +8,15 @@ import logging
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from dsmoe_jax import chat_template
 from dsmoe_jax.manifest import check_files
 from dsmoe_jax.paths import user_path
 from dsmoe_jax.special_tokens import Escape
 from dsmoe_jax.tokenizer_backends import Backend, JsonBackend, ModelBackend
-from dsmoe_jax.tokenizer_files import KINDS, Settings, read_settings
+from dsmoe_jax.tokenizer_files import KINDS, TOKENIZER_FILES, Settings, read_settings
 
-TOKENIZER_FILES: Final = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 _log = logging.getLogger("dsmoe_jax")
 
 

@@ -11,6 +11,16 @@ from typing import Any, Final, NamedTuple
 
 from dsmoe_jax.json_file import read_json
 
+# What belongs to a tokenizer and travels with a checkpoint.
+TOKENIZER_FILES: Final = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 KINDS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _ADDITIONAL: Final = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS: Final = ("lstrip", "rstrip", "single_word", "normalized", "special")

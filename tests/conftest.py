@@ -5,6 +5,7 @@ On a machine with a GPU some of the extra `test` may be absent: `tests/gpu` need
 
 import importlib.util
 import os
+from collections.abc import Iterator
 
 # Before jax starts. On CPU, LLVM does not optimise: the suite compiles thousands of small programs and runs each once
 # or twice (a third of its time). What the environment asks for comes last and holds.
@@ -37,3 +38,25 @@ def pytest_report_header() -> list[str]:
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     if not pluginmanager.hasplugin("timeout"):
         parser.addini("timeout", "seconds a test may take; nothing enforces it: pytest-timeout is not installed")
+
+
+@pytest.fixture
+def no_compilation_cache() -> Iterator[None]:
+    """A run turns it on for its process; the other tests are without."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def on_one_device(
+    no_compilation_cache: None, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Runs see one device of the eight, and share what was compiled; the other tests are without that."""
+    from dsmoe_jax.sharding import make_mesh
+    from dsmoe_jax.train import loop
+
+    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    monkeypatch.setattr(loop, "_CACHE", str(tmp_path_factory.getbasetemp() / "compiled"))

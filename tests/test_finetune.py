@@ -9,7 +9,6 @@ import math
 import os
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import dsmoe_jax
 from dsmoe_jax import Generator, lora
@@ -27,7 +25,7 @@ from dsmoe_jax.convert.peft import WEIGHTS, read_adapter, write_adapter
 from dsmoe_jax.convert.peft_matching import make_plan
 from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.model import DeepSeekMoE, split
-from dsmoe_jax.sharding import MeshConfig, make_mesh
+from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.tokenizer import tokenizer_files
 from dsmoe_jax.train import loop
 from dsmoe_jax.train.batch import Batch
@@ -43,22 +41,12 @@ from dsmoe_jax.train.recipes import FINETUNING
 from dsmoe_jax.vocabulary import train_tokenizer
 from tests.helpers.hf_folder import flip_bit, tiny
 
-pytestmark = pytest.mark.heavy
+pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("on_one_device")]
 
 VOCABULARY = 300
 MODEL = tiny(vocab_size=VOCABULARY, initializer_range=0.2)
 LORA = LoraConfig(r=4, lora_alpha=8)
 PACKED = 1e-6  # relative
-
-
-@pytest.fixture(autouse=True)
-def on_one_device(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Runs here see one device of the eight, and share what was compiled; the other tests are without that."""
-    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-    monkeypatch.setattr(loop, "_CACHE", str(tmp_path_factory.getbasetemp() / "compiled"))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

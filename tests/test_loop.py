@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import dsmoe_jax
 from dsmoe_jax.cli import main
@@ -46,19 +45,11 @@ from dsmoe_jax.train.step import StepConfig
 from dsmoe_jax.vocabulary import train_tokenizer
 from tests.helpers.hf_folder import flip_bit, tiny
 
-pytestmark = pytest.mark.heavy
+pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("no_compilation_cache")]
 
 VOCABULARY = 300
 ONE_DEVICE = MeshConfig(data=1, fsdp=1)
 STEPS = 28
-
-
-@pytest.fixture(autouse=True)
-def no_compilation_cache() -> Iterator[None]:
-    """A run turns it on for its process; the other tests are without."""
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ import pytest
 
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.train.loop import run
-from tests.test_loop import config, home, losses, no_compilation_cache  # noqa: F401  fixtures
+from tests.test_loop import config, home, losses  # noqa: F401  fixtures
 
-pytestmark = pytest.mark.heavy
+pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("no_compilation_cache")]
 
 TIMEOUT = 200
 STEPS = 6

@@ -244,12 +244,13 @@ def open_examples(config: FinetuneConfig, model: ModelConfig, out: Path) -> Open
         if jax.process_index() == 0:
             made_by = {f"data.{name}": value for name, value in options.items()}
             made_by |= {"data.template": template_hash(data.template), "data.tokenizer": tokenizer_hash(tokenizer)}
-            sources = [Source.read(source, out) for source in data.files]
-            home = own_hash({"sources": [source.sha256 for source in sources], "options": made_by})[:12]
+            hashes = {source: file_hashes(source, out) for source in data.files}
+            sources = [Source.of(source, hashes[source]).sha256 for source in data.files]
+            home = own_hash({"sources": sources, "options": made_by})[:12]
             if not (out / _EXAMPLES / home).exists():
                 (out / _EXAMPLES).mkdir(parents=True, exist_ok=True)
                 _log.info("%s", write_examples(data.files, tokenizer, out / _EXAMPLES / home, exclude=[out], **options))
-            files = {name: sha256 for source in data.files for name, sha256 in file_hashes(source, out).items()}
+            files = {name: sha256 for of_source in hashes.values() for name, sha256 in of_source.items()}
             write_json(out / RECORD, {"folder": home, "files": files, "options": made_by})
     inputs: dict[str, Any] = {}
     splits: list[Examples] = []

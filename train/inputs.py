@@ -41,7 +41,12 @@ class Source(NamedTuple):
     @classmethod
     def read(cls, name: str, out: Path) -> "Source":
         """The source of that name; `ValueError` if it has no files."""
-        files = [[reader_of(Path(path)).__name__, sha256] for path, sha256 in file_hashes(name, out).items()]
+        return cls.of(name, file_hashes(name, out))
+
+    @classmethod
+    def of(cls, name: str, hashes: Mapping[str, str]) -> "Source":
+        """The source of that name with these files, by their path, in their order."""
+        files = [[reader_of(Path(path)).__name__, sha256] for path, sha256 in hashes.items()]
         return cls(name, own_hash({"files": files, "stdlib": name == PYTHON_STDLIB}))
 
 
@@ -106,7 +111,8 @@ class Derived:
         if home.exists():
             changes = ["its inputs are not recorded"] if known is None else list(_changes(known, inputs))
             if not changes:
-                if digest is not None and known is not None and digest(home) != known.get("sha256", digest(home)):
+                said = None if known is None else known.get("sha256")
+                if digest is not None and said is not None and digest(home) != said:
                     raise ValueError(f"{home}: has other bytes than were written; remove it to have it made again")
                 return
             if self._resuming and known is not None:

@@ -16,7 +16,7 @@ from dsmoe_jax.generation_config import temporary_file
 from dsmoe_jax.kernels.operand import Operand
 from dsmoe_jax.manifest import read_manifest
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
-from dsmoe_jax.special_ids import SPECIAL_IDS, check_special_ids, within_vocabulary
+from dsmoe_jax.special_ids import SPECIAL_IDS, TokenIds, check_special_ids, with_tokenizer_ids, within_vocabulary
 from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files
 
 from .config import RunConfig
@@ -83,12 +83,10 @@ def with_token_ids(model: ModelConfig, corpus: Corpus) -> ModelConfig:
     Raises `ValueError` as `check_special_ids` does, and logs what it returns.
     """
     tokenizer = None if corpus.tokenizer is None else Tokenizer.from_pretrained(corpus.tokenizer)
-    own = {name: getattr(model, name) for name in SPECIAL_IDS}
-    bos, eos = (None, corpus.eos_token_id) if tokenizer is None else (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    ids = own | ({} if bos is None else {"bos_token_id": bos})
-    if eos is not None and eos not in model.eos_token_ids:
-        ids["eos_token_id"] = eos
-    ids = within_vocabulary(ids, model.vocab_size)
+    # Token shards alone say where a document ends.
+    known = tokenizer or TokenIds(None, corpus.eos_token_id)
+    own, new = ({name: getattr(one, name) for name in SPECIAL_IDS} for one in (model, with_tokenizer_ids(model, known)))
+    ids = within_vocabulary(new, model.vocab_size)
     for change in differences(own, ids):
         _log.info("%s, as in the tokenizer", change)
     model = dataclasses.replace(model, **ids)

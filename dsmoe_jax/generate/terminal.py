@@ -24,7 +24,7 @@ from dsmoe_jax.generate.generator import Completion, Generator
 from dsmoe_jax.generate.params import SamplingParams
 from dsmoe_jax.json_file import parse_json
 from dsmoe_jax.locks import lock_name
-from dsmoe_jax.new_folder import refuse_existing, sibling
+from dsmoe_jax.new_folder import naming_full_disk, refuse_existing, sibling
 from dsmoe_jax.paths import user_path
 from dsmoe_jax.progress import count
 
@@ -207,7 +207,7 @@ def _new_file(path: str | Path) -> Iterator[BinaryIO]:
     draft = sibling(path)
     if not path.parent.is_dir():  # a lock would make it
         raise ValueError(f"{path} cannot be written: {os.strerror(errno.ENOENT)}")
-    with lock_name(path):
+    with lock_name(path), naming_full_disk(path):
         refuse_existing(path)  # the one who had the lock may have made it
         try:
             file = draft.open("wb")  # what a killed one left is overwritten
@@ -220,10 +220,8 @@ def _new_file(path: str | Path) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
             refuse_existing(path)
             draft.rename(path)
-        except BaseException as error:
+        except BaseException:
             draft.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
-                raise OSError(error.errno, error.strerror, str(path)) from None
             raise
 
 
