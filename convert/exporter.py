@@ -12,30 +12,30 @@ from typing import Any, Final
 
 import numpy as np
 
-import dsmoe_jax
-from dsmoe_jax.array_files import open_array, pieces_of, raw_bytes
-from dsmoe_jax.checkpoint import as_dtype, check_count, check_names_and_shapes
+from dsmoe_jax.checkpoint.manifest import PARAMETERS, Manifest, read_manifest
+from dsmoe_jax.checkpoint.native import as_dtype, check_count, check_names_and_shapes
+from dsmoe_jax.checkpoint.zarr_io import open_array, pieces_of, raw_bytes
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.generation_config import GENERATION_CONFIG
-from dsmoe_jax.manifest import PARAMETERS, Manifest, read_manifest
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.model import abstract
-from dsmoe_jax.new_file import NewFile
-from dsmoe_jax.new_folder import Draft, new_folder, refuse_existing, write_json
-from dsmoe_jax.paths import user_path
 from dsmoe_jax.progress import Advance, Meter, silent
-from dsmoe_jax.special_ids import SPECIAL_IDS, exported_ids, within_vocabulary
+from dsmoe_jax.storage.atomic_dir import Draft, new_folder, refuse_existing, write_json
+from dsmoe_jax.storage.direct_io import NewFile
+from dsmoe_jax.storage.paths import user_path
+from dsmoe_jax.text.generation_config import GENERATION_CONFIG
+from dsmoe_jax.text.special_ids import SPECIAL_IDS, exported_ids, within_vocabulary
 
 from .cast import Cast, Loss
 from .conversion import Conversion
 from .importer import AUTO_MAP, CODE, SpecialIds, special_ids_beside, travelling_files
-from .names import export_order
+from .param_mapping import export_order
 from .reader import SAFETENSORS_DTYPES
 
 _INDEX: Final = "model.safetensors.index.json"
 _UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _CODES: Final = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 # Our own class for transformers' AutoConfig, which knows no model_type "deepseek"; vLLM and SGLang ask it first.
-_CODE: Final = Path(dsmoe_jax.__file__).with_name("configuration_deepseek.py.txt")
+_CODE: Final = Path(__file__).with_name("configuration_deepseek.py.txt")
 _log = logging.getLogger(__name__)
 
 
@@ -55,7 +55,7 @@ class NativeReader:
         self._arrays = {name: open_array(folder / PARAMETERS, name) for name in found}
         for name, array in self._arrays.items():
             if (said := self.manifest.tensors[name]["dtype"]) != array.dtype.name or array.shape != found[name]:
-                raise ValueError(
+                raise DSMoEError(
                     f"{folder}: tensor {name} is {array.dtype} {list(array.shape)}, its manifest has {said}"
                 )
         self.order = {hf_name: (ours, expert) for hf_name, ours, expert in export_order(self.config)}
@@ -79,7 +79,7 @@ class _Proof:
     def check(self) -> None:
         for name, tensor in self._native.manifest.tensors.items():
             if self._digests[name].hexdigest() != tensor.get("sha256"):
-                raise ValueError(
+                raise DSMoEError(
                     f"{self._native.folder}: damaged checkpoint: tensor {name} has other bytes than were written"
                 )
 
@@ -141,7 +141,7 @@ def parse_size(size: int | str) -> int:
     """Bytes of "5GB" and the like; `ValueError` where it is no such size, or 0."""
     match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?) ?([KMG]i?B)?", str(size))
     if match is None or (found := int(float(match[1]) * _UNITS[match[2] or ""])) < 1:
-        raise ValueError(f"max_shard_size {size!r} is not a number of bytes such as 5GB, 500MB or 2GiB")
+        raise DSMoEError(f"max_shard_size {size!r} is not a number of bytes such as 5GB, 500MB or 2GiB")
     return found
 
 

@@ -6,8 +6,9 @@ Start at `adopt_names`.
 import re
 
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.errors import DSMoEError
 
-from .names import TIED_HEAD
+from .param_mapping import TIED_HEAD
 from .reader import CheckpointReader
 from .torch_pickle import show
 
@@ -28,7 +29,7 @@ def adopt_names(reader: CheckpointReader, config: ModelConfig) -> None:
         ValueError: the folder holds LoRA factors, some tensors alone have the prefix, or two get the same name.
     """
     if lora := next((name for name in reader.tensors if ".lora_" in name), None):
-        raise ValueError(
+        raise DSMoEError(
             f"{reader.folder}: tensor {show(lora)} belongs to a LoRA adapter that is not merged; "
             "merge it first, or load base and adapter from folders of their own"
         )
@@ -42,7 +43,7 @@ def adopt_names(reader: CheckpointReader, config: ModelConfig) -> None:
     if prefix:
         for name, plain in renamed.items():
             if not plain.startswith(prefix):
-                raise ValueError(f"{reader.folder}: tensor {show(name)} lacks the prefix {show(prefix)} of the others")
+                raise DSMoEError(f"{reader.folder}: tensor {show(name)} lacks the prefix {show(prefix)} of the others")
         renamed = {name: plain.removeprefix(prefix) for name, plain in renamed.items()}
         reader.ignored.append(f"the prefix {show(prefix)} of all tensors")
     if _EMBEDDING in renamed.values():
@@ -52,7 +53,7 @@ def adopt_names(reader: CheckpointReader, config: ModelConfig) -> None:
     original: dict[str, str] = {}
     for name, plain in renamed.items():
         if plain in original:
-            raise ValueError(f"{reader.folder}: tensors {show(original[plain])} and {show(name)} mean the same")
+            raise DSMoEError(f"{reader.folder}: tensors {show(original[plain])} and {show(name)} mean the same")
         original[plain] = name
     reader.tensors = {renamed[name]: info for name, info in reader.tensors.items()}
     if config.n_shared_experts is None:

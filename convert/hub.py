@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
-from dsmoe_jax.new_folder import check_space
-from dsmoe_jax.tokenizer import TOKENIZER_FILES
+from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.storage.atomic_dir import check_space
+from dsmoe_jax.text.tokenizer import TOKENIZER_FILES
 
 from .reader import LAYOUTS, choose_layout, read_index
 from .torch_pickle import show
@@ -49,15 +50,15 @@ def fetch(repository: str, *, revision: str | None = None) -> Snapshot:
     """
     try:
         if not _NAME.fullmatch(repository):
-            raise ValueError("is no name of a repository, owner/name")
+            raise DSMoEError("is no name of a repository, owner/name")
         try:
             from huggingface_hub import constants
         except ImportError:
-            raise ValueError("the hub needs huggingface_hub: pip install 'dsmoe_jax[hub]'") from None
+            raise DSMoEError("the hub needs huggingface_hub: pip install 'dsmoe_jax[hub]'") from None
         load = _from_cache if constants.HF_HUB_OFFLINE else _from_hub
         folder = load(repository, revision or constants.DEFAULT_REVISION)
     except ValueError as error:
-        raise ValueError(f"{repository}: {error}") from None
+        raise DSMoEError(f"{repository}: {error}") from None
     return Snapshot(folder, repository, folder.name)
 
 
@@ -76,9 +77,9 @@ def _from_hub(repository: str, revision: str) -> Path:
     # Every file is asked for at this commit: the branch may move while they come.
     sha = info.sha or ""
     if not re.fullmatch(r"[0-9a-f]{40}", sha):
-        raise ValueError(f"the hub names {show(sha)} for the commit of revision {revision!r}")
+        raise DSMoEError(f"the hub names {show(sha)} for the commit of revision {revision!r}")
     if CONFIG not in files:
-        raise ValueError(f"the repository holds no {CONFIG}")
+        raise DSMoEError(f"the repository holds no {CONFIG}")
     folder = get(CONFIG, sha).parent
     weights = _weights(files, "the repository", lambda name: get(name, sha))
     wanted = [name for name in (*_BESIDE, *weights) if name in files]
@@ -97,7 +98,7 @@ def _from_cache(repository: str, revision: str) -> Path:
     where = f"HF_HUB_OFFLINE is set and the cache, {constants.HF_HUB_CACHE},"
     config = try_to_load_from_cache(repository, CONFIG, revision=revision)
     if not isinstance(config, str):
-        raise ValueError(f"{where} holds no {CONFIG} of revision {revision!r}")
+        raise DSMoEError(f"{where} holds no {CONFIG} of revision {revision!r}")
     folder = Path(config).parent
     _weights({file.name for file in folder.iterdir() if file.is_file()}, where, folder.joinpath)
     return folder
@@ -108,15 +109,15 @@ def _weights(files: Collection[str], where: str, get: Callable[[str], Path]) -> 
     try:
         chosen = choose_layout(files, files.__contains__, lambda index: read_index(get(index)).values())
     except ValueError as error:
-        raise ValueError(f"{where} {error}") from None
+        raise DSMoEError(f"{where} {error}") from None
     if chosen is None:
-        raise ValueError(f"{where} holds no weights; looked for {', '.join(name for name, _, _ in LAYOUTS)}")
+        raise DSMoEError(f"{where} holds no weights; looked for {', '.join(name for name, _, _ in LAYOUTS)}")
     name, is_index, _ = chosen
     if not is_index:
         return [name]
     shards = dict.fromkeys(read_index(get(name)).values())
     if missing := next((shard for shard in shards if shard not in files), None):
-        raise ValueError(f"{where} lacks {missing}, which {name} names")
+        raise DSMoEError(f"{where} lacks {missing}, which {name} names")
     return [name, *shards]
 
 
@@ -139,7 +140,7 @@ def _in_one_line(revision: str) -> Iterator[None]:
         from huggingface_hub import errors
 
         cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
-        raise ValueError(_say(cause or error, revision)) from None
+        raise DSMoEError(_say(cause or error, revision)) from None
 
 
 # What to do about an answer of the hub.

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dsmoe_jax.array_files import pieces_of, raw_bytes
-from dsmoe_jax.checkpoint import (
+from dsmoe_jax.checkpoint.manifest import is_native
+from dsmoe_jax.checkpoint.native import (
     Parameter,
     as_dtype,
     check_count,
@@ -25,25 +25,26 @@ from dsmoe_jax.checkpoint import (
     seal,
     write_parameters,
 )
+from dsmoe_jax.checkpoint.zarr_io import pieces_of, raw_bytes
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.generation_config import GENERATION_CONFIG
-from dsmoe_jax.json_file import read_json
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.kernels.operand import Operand
-from dsmoe_jax.manifest import is_native
 from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, shardings
-from dsmoe_jax.new_folder import new_folder, refuse_existing
-from dsmoe_jax.paths import user_path
 from dsmoe_jax.progress import Meter, silent
 from dsmoe_jax.quantize import read_quantized
 from dsmoe_jax.sharding import MeshConfig
-from dsmoe_jax.special_ids import check_special_ids
-from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files
+from dsmoe_jax.storage.atomic_dir import new_folder, refuse_existing
+from dsmoe_jax.storage.paths import user_path
+from dsmoe_jax.storage.strict_json import read_json
+from dsmoe_jax.text.generation_config import GENERATION_CONFIG
+from dsmoe_jax.text.special_ids import check_special_ids
+from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
 from .cast import Cast, Loss
 from .conversion import Conversion
 from .foreign_names import adopt_names
 from .hub import fetch, is_repository
-from .names import TIED_HEAD, hf_names, hf_shapes, is_stacked
+from .param_mapping import TIED_HEAD, hf_names, hf_shapes, is_stacked
 from .reader import CheckpointReader, path_inside
 from .torch_pickle import show
 
@@ -134,9 +135,9 @@ def import_hf(
         snapshot = fetch(str(source), revision=revision)
         folder, origin = snapshot.folder, {"repository": snapshot.repository, "revision": snapshot.revision}
     elif revision is not None:
-        raise ValueError(f"revision {revision!r} goes with a repository on the hub, {source} is none")
+        raise DSMoEError(f"revision {revision!r} goes with a repository on the hub, {source} is none")
     if is_native(folder):
-        raise ValueError(f"{source} is a native checkpoint already")
+        raise DSMoEError(f"{source} is a native checkpoint already")
     config = ModelConfig.from_file(folder)
     with CheckpointReader(folder) as reader:
         check_tensors(folder, config, reader)
@@ -198,7 +199,7 @@ def check_tensors(path: str | Path, config: ModelConfig, reader: CheckpointReade
     """Refuse a folder of which not every name, shape and dtype is as its config says; no tensor is read for it."""
     adapter, *weights = _ADAPTER
     if (reader.folder / adapter).is_file() and any((reader.folder / name).is_file() for name in weights):
-        raise ValueError(
+        raise DSMoEError(
             f"{path}: holds a model and an adapter ({adapter}), of which transformers loads the adapter and its "
             "base; move one of them to a folder of its own"
         )
@@ -213,14 +214,14 @@ def check_tensors(path: str | Path, config: ModelConfig, reader: CheckpointReade
     found = {name: info.shape for name, info in reader.tensors.items()}
     if config.tie_word_embeddings and found.get(TIED_HEAD) == found.get(embedding := hf_names(config)["embed"][0]):
         if not _same_bits(reader.read(TIED_HEAD), reader.read(embedding)):
-            raise ValueError(f"{path}: {TIED_HEAD} differs from {embedding} though tie_word_embeddings is true")
+            raise DSMoEError(f"{path}: {TIED_HEAD} differs from {embedding} though tie_word_embeddings is true")
         del found[TIED_HEAD]
     check_names_and_shapes(path, shapes, found)
     for parts in hf_names(config).values():
         first = reader.tensors[parts[0]].dtype
         for part in parts:
             if (dtype := reader.tensors[part].dtype) != first:
-                raise ValueError(f"{path}: tensor {part} is {dtype}, {parts[0]} of the same stack is {first}")
+                raise DSMoEError(f"{path}: tensor {part} is {dtype}, {parts[0]} of the same stack is {first}")
 
 
 def stored_dtypes(path: str | Path) -> dict[str, np.dtype]:

@@ -6,19 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from dsmoe_jax.checkpoint import load, save
+from dsmoe_jax.checkpoint.manifest import is_native
+from dsmoe_jax.checkpoint.native import load, save
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.generation_config import (
+from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.storage.atomic_dir import refuse_existing, sibling
+from dsmoe_jax.storage.locks import lock_name
+from dsmoe_jax.storage.paths import user_path
+from dsmoe_jax.text.generation_config import (
     GENERATION_CONFIG,
     add_endings,
     read_generation_config,
     temporary_file,
     with_config_eos,
 )
-from dsmoe_jax.locks import lock_name
-from dsmoe_jax.manifest import is_native
-from dsmoe_jax.new_folder import refuse_existing, sibling
-from dsmoe_jax.paths import user_path
 
 from .exporter import export_hf
 from .importer import load_hf, travelling_files
@@ -39,7 +40,7 @@ def merge_to(
     and `read_adapter` do, and if `out` exists.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
+        raise DSMoEError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
     checkpoint, out = user_path(checkpoint, "checkpoint"), refuse_existing(out)
     between = out.with_name(f".{out.name}.merging")
     with lock_name(out, "merging.lock"):  # `save` and `export_hf` take the other one

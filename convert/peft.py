@@ -17,16 +17,17 @@ from typing import Any, Final, NamedTuple
 import jax
 import numpy as np
 
+from dsmoe_jax.checkpoint.manifest import RECORD, check_record
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.generation_config import GENERATION_CONFIG
-from dsmoe_jax.json_file import read_json
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.lora import LORA_A, LORA_B, LoraConfig, Plan, attach, merge, place, specs
-from dsmoe_jax.manifest import RECORD, check_record
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
-from dsmoe_jax.new_folder import new_folder, write_json
-from dsmoe_jax.paths import user_path
+from dsmoe_jax.storage.atomic_dir import new_folder, write_json
+from dsmoe_jax.storage.paths import user_path
+from dsmoe_jax.storage.strict_json import read_json
+from dsmoe_jax.text.generation_config import GENERATION_CONFIG
 
-from .names import hf_names, is_stacked
+from .param_mapping import hf_names, is_stacked
 from .peft_matching import RELEASES, Rules, is_untied, make_plan, modules, untied
 from .reader import CheckpointReader, path_inside, read_safetensors
 from .torch_pickle import read_torch_file, show
@@ -75,17 +76,17 @@ def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
     """
     path = user_path(path, "adapter")
     if not os.path.lexists(path / CONFIG):
-        raise ValueError(f"{path}: no adapter (no {CONFIG})")
+        raise DSMoEError(f"{path}: no adapter (no {CONFIG})")
     if (path / RECORD).is_file():
         try:
             check_record(path)
         except ValueError as error:
-            raise ValueError(f"{path}: damaged adapter: {error}") from None
+            raise DSMoEError(f"{path}: damaged adapter: {error}") from None
     fields = read_json(path_inside(path, CONFIG))
     try:
         config, rules = _lora_config(fields), _rules(fields)
     except ValueError as error:
-        raise ValueError(f"{path / CONFIG}: {error}") from None
+        raise DSMoEError(f"{path / CONFIG}: {error}") from None
     with CheckpointReader(path, _LAYOUTS) as reader:
         unlisted = [end for end in _WHOLE if any(name.endswith(f".{end}.weight") for name in reader.tensors)]
         saved = tuple(dict.fromkeys((*config.modules_to_save, *unlisted)))
@@ -93,7 +94,7 @@ def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
         try:
             plan = make_plan(config, model, rules=rules, strict=False)
         except ValueError as error:
-            raise ValueError(f"{path / CONFIG}: {error}") from None
+            raise DSMoEError(f"{path / CONFIG}: {error}") from None
         parts = _parts(plan, model)
         _check_tensors(path, {name: info.shape for name, info in reader.tensors.items()}, parts)
         shapes = {name: spec.shape for name, spec in specs(plan, _whole_config(plan, model)).items()}
@@ -106,14 +107,14 @@ def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
 def _check_tensors(path: Path, found: Mapping[str, tuple[int, ...]], parts: Mapping[str, "_Part"]) -> None:
     for name, shape in found.items():
         if name not in parts:
-            raise ValueError(f"{path}: tensor {name} belongs to no part of this adapter of this base")
+            raise DSMoEError(f"{path}: tensor {name} belongs to no part of this adapter of this base")
         if shape != parts[name].shape:
-            raise ValueError(
+            raise DSMoEError(
                 f"{path}: tensor {name} has shape {list(shape)}, rank and base ask for {list(parts[name].shape)}"
             )
     if missing := sorted(parts.keys() - found.keys()):
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise ValueError(f"{path}: tensor {missing[0]} is missing{more}")
+        raise DSMoEError(f"{path}: tensor {missing[0]} is missing{more}")
 
 
 def write_adapter(
@@ -216,18 +217,18 @@ def _whole_config(plan: Plan, model: ModelConfig) -> ModelConfig:
 def _lora_config(fields: Mapping[str, Any]) -> LoraConfig:
     for name, allowed in _FIXED.items():
         if fields.get(name, allowed[0]) not in allowed:
-            raise ValueError(f"{name} {fields[name]!r:.80} is not supported, only {allowed[0]!r}")
+            raise DSMoEError(f"{name} {fields[name]!r:.80} is not supported, only {allowed[0]!r}")
     init = fields.get("init_lora_weights", True)
     if not isinstance(init, bool | str | None) or init not in _INITS:
-        raise ValueError(f"init_lora_weights {init!r:.80} changes the base's weights, which are not here")
+        raise DSMoEError(f"init_lora_weights {init!r:.80} changes the base's weights, which are not here")
     if not isinstance(base := fields.get("base_model_name_or_path"), str | None):
-        raise ValueError(f"base_model_name_or_path {base!r:.80} is not understood")
+        raise DSMoEError(f"base_model_name_or_path {base!r:.80} is not understood")
     known = {*_FIXED, *_OURS, *_WITHOUT_EFFECT, "init_lora_weights"}
     for name, value in fields.items():
         if name not in known and value not in (None, False, "", 0) and value != [] and value != {}:
-            raise ValueError(f"{show(name)} {value!r:.80} is not supported")
+            raise DSMoEError(f"{show(name)} {value!r:.80} is not supported")
     if "target_modules" not in fields:  # peft's default goes by the model type, and it has none for this one
-        raise ValueError("target_modules is missing")
+        raise DSMoEError("target_modules is missing")
     said = {name: value for name, value in fields.items() if value is not None or name in _REQUIRED}
     return LoraConfig(**{name: _field(name, value) for name, value in (_DEFAULTS | said).items() if name in _OURS})
 
@@ -253,7 +254,7 @@ def _field(name: str, value: Any) -> Any:
             return int(value)
         case ("r" | "lora_alpha" | "lora_dropout", int() | float()) if _is_number(value):
             return value
-    raise ValueError(f"{name} {value!r:.80} is not understood")
+    raise DSMoEError(f"{name} {value!r:.80} is not understood")
 
 
 def _rules(fields: Mapping[str, Any]) -> Rules:
@@ -262,7 +263,7 @@ def _rules(fields: Mapping[str, Any]) -> Rules:
     if (version := fields.get("peft_version")) is not None:
         numbers = re.match(r"(\d{1,4})\.(\d{1,4})", version) if isinstance(version, str) else None
         if numbers is None:
-            raise ValueError(f"peft_version {version!r:.80} is not understood")
+            raise DSMoEError(f"peft_version {version!r:.80} is not understood")
         release = int(numbers[1]), int(numbers[2])
     return RELEASES[max((since for since in RELEASES if since <= release), default=(0, 13))]
 

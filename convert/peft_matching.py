@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.lora import PROJECTIONS, LoraConfig, Plan, Target
 
-from .names import hf_names
+from .param_mapping import hf_names
 from .torch_pickle import show
 
 _EVERYTHING: Final = "all-linear"
@@ -46,7 +47,7 @@ def make_plan(config: LoraConfig, model: ModelConfig, *, rules: Rules | None = N
     plan, *others = (_plan(config, paths_of, rules, strict) for rules in ([rules] if rules else RELEASES.values()))
     for other in others:
         for name in (name for name in paths_of if plan.targets.get(name) != other.targets.get(name)):
-            raise ValueError(
+            raise DSMoEError(
                 f"releases of peft disagree on {paths_of[name][0]}, or on another expert's: give rank_pattern and "
                 "alpha_pattern the same keys, each in parentheses, and layers_to_transform a layers_pattern"
             )
@@ -63,19 +64,19 @@ def _plan(config: LoraConfig, paths_of: Mapping[str, Sequence[str]], rules: Rule
         for path in paths:
             hit = is_target(path)
             if hit and not _is_linear(path):
-                raise ValueError(f"target_modules: {path} cannot be adapted, only {', '.join(PROJECTIONS)}")
+                raise DSMoEError(f"target_modules: {path} cannot be adapted, only {', '.join(PROJECTIONS)}")
             rank, alpha = rank_and_alpha(path) if hit else (0, 0.0)
             ranks.append(rank)
             scales.append(alpha / (math.sqrt(rank) if config.use_rslora else rank) if rank else 0.0)
         if any(ranks):
             if name in saved:
-                raise ValueError(f"{paths[0]} is both in target_modules and in modules_to_save")
+                raise DSMoEError(f"{paths[0]} is both in target_modules and in modules_to_save")
             targets[name] = Target(tuple(ranks), tuple(scales))
     wanted = config.target_modules if not isinstance(config.target_modules, str) else ()
     if strict and (idle := [entry for entry in (*wanted, *config.modules_to_save) if entry not in matched]):
-        raise ValueError(f"{idle[0]!r:.80} matches no module of this model")
+        raise DSMoEError(f"{idle[0]!r:.80} matches no module of this model")
     if not targets:
-        raise ValueError(f"target_modules {config.target_modules!r:.80} match no module of this model")
+        raise DSMoEError(f"target_modules {config.target_modules!r:.80} match no module of this model")
     return Plan(targets, saved, config.lora_dropout)
 
 
@@ -140,7 +141,7 @@ def _is_saved(name: str, paths: Sequence[str], config: LoraConfig, matched: set[
     hits = [_saving(path, config.modules_to_save) for path in paths]
     matched.update(*hits)
     if any(hits) and not all(hits):
-        raise ValueError(f"modules_to_save: some experts of {name} alone cannot be saved whole")
+        raise DSMoEError(f"modules_to_save: some experts of {name} alone cannot be saved whole")
     return all(hits)
 
 
@@ -175,4 +176,4 @@ def _compiled(pattern: str, field: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{field}: {pattern!r:.80} is no regular expression ({show(str(error))})") from None
+        raise DSMoEError(f"{field}: {pattern!r:.80} is no regular expression ({show(str(error))})") from None

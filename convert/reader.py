@@ -14,7 +14,8 @@ from typing import Final
 import ml_dtypes
 import numpy as np
 
-from dsmoe_jax.json_file import MAX_JSON_BYTES, parse_json, read_json
+from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.storage.strict_json import MAX_JSON_BYTES, parse_json, read_json
 
 from .torch_pickle import TensorInfo, count_elements, is_buffer, read_torch_file, show
 
@@ -59,7 +60,7 @@ class CheckpointReader:
         self.tensors, self.ignored = {}, []
         self._maps: dict[str, mmap.mmap] = {}
         if not self.folder.is_dir():
-            raise ValueError(f"{self.folder}: no such folder")
+            raise DSMoEError(f"{self.folder}: no such folder")
         layouts = LAYOUTS if layouts is None else layouts
         name, is_index, parse = self._find_weights(layouts)
         index = None
@@ -70,23 +71,23 @@ class CheckpointReader:
             for tensor, info in self._read_file(file, parse).items():
                 if len(tensor) > MAX_NAME or not tensor.isprintable():
                     rule = f"a name has at most {MAX_NAME} characters, all printable"
-                    raise ValueError(f"{self.folder / file}: tensor {show(tensor)} is misnamed: {rule}")
+                    raise DSMoEError(f"{self.folder / file}: tensor {show(tensor)} is misnamed: {rule}")
                 if tensor in self.tensors:
                     both = f"{show(self.tensors[tensor].file)} and {show(file)}"
-                    raise ValueError(f"{self.folder}: tensor {show(tensor)} lies in both {both}")
+                    raise DSMoEError(f"{self.folder}: tensor {show(tensor)} lies in both {both}")
                 if is_buffer(tensor):
                     self.ignored.append(tensor)
                     continue
                 if index and tensor not in index:
-                    raise ValueError(f"{self.folder / file}: tensor {show(tensor)} is not in {name}")
+                    raise DSMoEError(f"{self.folder / file}: tensor {show(tensor)} is not in {name}")
                 self.tensors[tensor] = info
         for tensor, file in (index or {}).items():
             if is_buffer(tensor):
                 continue
             if tensor not in self.tensors or self.tensors[tensor].file != file:
-                raise ValueError(f"{self.folder / file}: lacks tensor {show(tensor)}, which {name} places there")
+                raise DSMoEError(f"{self.folder / file}: lacks tensor {show(tensor)}, which {name} places there")
         if not self.tensors:
-            raise ValueError(f"{self.folder / name}: holds no tensor")
+            raise DSMoEError(f"{self.folder / name}: holds no tensor")
         self.ignored += self._other_files({name, *self._maps}, layouts)
 
     def read(self, name: str) -> np.ndarray:
@@ -97,9 +98,9 @@ class CheckpointReader:
         """
         info = self.tensors.get(name)
         if info is None:
-            raise ValueError(f"{self.folder}: holds no tensor {show(name)}")
+            raise DSMoEError(f"{self.folder}: holds no tensor {show(name)}")
         if info.file not in self._maps:
-            raise ValueError(f"{self.folder}: closed, so tensor {show(name)} cannot be read")
+            raise DSMoEError(f"{self.folder}: closed, so tensor {show(name)} cannot be read")
         if 0 in info.shape:
             empty = np.zeros(info.shape, info.dtype)
             empty.flags.writeable = False
@@ -125,10 +126,10 @@ class CheckpointReader:
         try:
             chosen = choose_layout(present, lambda file: os.path.lexists(self.folder / file), self._shards, layouts)
         except ValueError as error:
-            raise ValueError(f"{self.folder}: {error}") from None
+            raise DSMoEError(f"{self.folder}: {error}") from None
         if chosen is None:
             names = ", ".join(name for name, _, _ in layouts)
-            raise ValueError(f"{self.folder}: no weights; looked for {names}")
+            raise DSMoEError(f"{self.folder}: no weights; looked for {names}")
         return chosen
 
     def _shards(self, index: str) -> set[str]:
@@ -145,25 +146,25 @@ class CheckpointReader:
         path = path_inside(self.folder, name)
         try:
             if path.stat().st_size == 0:
-                raise ValueError("is empty")
+                raise DSMoEError("is empty")
             with path.open("rb") as file:
                 self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             return parse(self._maps[name], name)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{self.folder / name}: {error}") from error
+            raise DSMoEError(f"{self.folder / name}: {error}") from error
 
 
 def read_index(path: Path) -> dict[str, str]:
     """An index's map from tensor to shard; ValueError, in one line, unless each shard is a weights' file beside it."""
     shards = read_json(path).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise ValueError(f"{path}: weight_map is missing, empty or not an object")
+        raise DSMoEError(f"{path}: weight_map is missing, empty or not an object")
     end = Path(path.name.removesuffix(".index.json")).suffix
     for tensor, file in shards.items():
         file = file.removeprefix("./") if isinstance(file, str) else file
         if not is_file_name(file) or not file.endswith(end):
             rule = f"a shard is a {end} file beside its index"
-            raise ValueError(f"{path}: tensor {show(tensor)} is in {show(file)}; {rule}")
+            raise DSMoEError(f"{path}: tensor {show(tensor)} is in {show(file)}; {rule}")
         shards[tensor] = file
     return shards
 
@@ -182,7 +183,7 @@ def choose_layout(
     Args:
         present: which of the layouts' files are there.
         exists: whether a shard is there.
-        shards_of: the files that an index names; may raise ValueError for a broken one.
+        shards_of: the files that an index names; may raise DSMoEError for a broken one.
         layouts: as `LAYOUTS`.
 
     Raises:
@@ -197,7 +198,7 @@ def choose_layout(
     except ValueError:
         return single
     if shards != {single[0]} and all(map(exists, shards)):
-        raise ValueError(f"holds two checkpoints, {single[0]} and the shards of {index}; remove one of them")
+        raise DSMoEError(f"holds two checkpoints, {single[0]} and the shards of {index}; remove one of them")
     return found[0] if shards == {single[0]} else single
 
 
@@ -210,13 +211,13 @@ def read_safetensors(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
     """
     length = int.from_bytes(mapped[:8], "little")
     if length > MAX_JSON_BYTES:
-        raise ValueError(f"has a header of {length} bytes; at most {MAX_JSON_BYTES}")
+        raise DSMoEError(f"has a header of {length} bytes; at most {MAX_JSON_BYTES}")
     data = 8 + length
     if data > len(mapped):
-        raise ValueError(f"has a header up to byte {data} of a file of {len(mapped)}")
+        raise DSMoEError(f"has a header up to byte {data} of a file of {len(mapped)}")
     header = parse_json(mapped[8:data])
     if mapped[8:9] != b"{":  # the format allows no space before it
-        raise ValueError("has a header that does not start with {")
+        raise DSMoEError("has a header that does not start with {")
     _check_metadata(header.pop("__metadata__", {}))
 
     tensors: dict[str, TensorInfo] = {}
@@ -226,35 +227,35 @@ def read_safetensors(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
             case {"dtype": str(code), "shape": list(sizes), "data_offsets": [begin, end], **rest} if not rest:
                 pass
             case _:
-                raise ValueError(f"describes tensor {show(name)} otherwise than by dtype, shape and data_offsets")
+                raise DSMoEError(f"describes tensor {show(name)} otherwise than by dtype, shape and data_offsets")
         if bad := [number for number in (*sizes, begin, end) if type(number) is not int]:
-            raise ValueError(f"tensor {show(name)} has {show(bad[0])} for a dimension or an offset")
+            raise DSMoEError(f"tensor {show(name)} has {show(bad[0])} for a dimension or an offset")
         dtype, shape = (_BUFFER_DTYPES if is_buffer(name) else SAFETENSORS_DTYPES).get(code), tuple(sizes)
         if dtype is None:
-            raise ValueError(f"tensor {show(name)} has dtype {show(code)}; weights are F32, F16 or BF16")
+            raise DSMoEError(f"tensor {show(name)} has dtype {show(code)}; weights are F32, F16 or BF16")
         nbytes = count_elements(name, shape, dtype.itemsize) * dtype.itemsize
         if end - begin != nbytes:
             bounds = f"{show(begin)} to {show(end)}"
-            raise ValueError(f"tensor {show(name)} lies from {bounds}; its shape and dtype need {nbytes} bytes")
+            raise DSMoEError(f"tensor {show(name)} lies from {bounds}; its shape and dtype need {nbytes} bytes")
         tensors[name] = TensorInfo(dtype, shape, file, data + begin)
         ranges.append((begin, end, name))
 
     filled = 0
     for begin, end, name in sorted(ranges):
         if begin != filled:
-            raise ValueError(f"tensor {show(name)} starts at {show(begin)}; the one before it ends at {filled}")
+            raise DSMoEError(f"tensor {show(name)} starts at {show(begin)}; the one before it ends at {filled}")
         filled = end
     if filled != len(mapped) - data:
-        raise ValueError(f"has tensors up to byte {show(filled)} of its data; it has {len(mapped) - data} bytes")
+        raise DSMoEError(f"has tensors up to byte {show(filled)} of its data; it has {len(mapped) - data} bytes")
     return tensors
 
 
 def _check_metadata(metadata: object) -> None:
     if not isinstance(metadata, dict):
-        raise ValueError("has a __metadata__ that is not an object")
+        raise DSMoEError("has a __metadata__ that is not an object")
     for key, value in metadata.items():
         if not isinstance(value, str):
-            raise ValueError(f"has __metadata__ {show(key)} that is {show(value)}, not a string")
+            raise DSMoEError(f"has __metadata__ {show(key)} that is {show(value)}, not a string")
         (key + value).encode()  # half a surrogate pair is no text
 
 
@@ -275,13 +276,13 @@ def path_inside(folder: Path, name: str) -> Path:
     try:
         path = Path(os.path.realpath(folder / name, strict=True))
     except OSError as error:
-        raise ValueError(f"{folder / name}: cannot be opened: {error.strerror}") from error
+        raise DSMoEError(f"{folder / name}: cannot be opened: {error.strerror}") from error
     stores = [folder / "blobs" for folder in home.parents[1:3]] if home.parent.name == "snapshots" else []
     if not any(path.is_relative_to(home) for home in [home, *stores]):
         end = repr(str(path))[-200:-1]  # a folder's name may hold a line break
-        raise ValueError(f"{folder / name}: links to {end}, outside the checkpoint")
+        raise DSMoEError(f"{folder / name}: links to {end}, outside the checkpoint")
     if not path.is_file():
-        raise ValueError(f"{folder / name}: is not a regular file")
+        raise DSMoEError(f"{folder / name}: is not a regular file")
     return path
 
 

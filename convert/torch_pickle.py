@@ -21,6 +21,8 @@ from typing import IO, Any, Final, cast
 import ml_dtypes
 import numpy as np
 
+from dsmoe_jax.errors import DSMoEError
+
 # Room for 12 thousand tensors a file, 40 opcodes and 150 bytes each. An opcode makes up to 110 bytes of objects, an
 # entry of the zip's directory 600: a file must not be able to take more memory than its own size and a little.
 MAX_PICKLE_BYTES: Final = 8 << 20
@@ -71,14 +73,14 @@ def read_torch_file(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
     read = _read_zip if mapped[:4] == b"PK\x03\x04" else _read_legacy
     state, places = read(mapped)
     if not isinstance(state, dict):
-        raise ValueError(f"holds a {type(state).__name__}, not a dictionary of tensors")
+        raise DSMoEError(f"holds a {type(state).__name__}, not a dictionary of tensors")
     if len(state) > MAX_TENSORS:
-        raise ValueError(f"holds {len(state)} tensors; at most {MAX_TENSORS}")
+        raise DSMoEError(f"holds {len(state)} tensors; at most {MAX_TENSORS}")
     tensors = {name: _locate(name, entry, places, file) for name, entry in state.items()}
     # Tied weights are one storage under two names; a storage under a thousand names is a bomb.
     nbytes = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
     if nbytes > 2 * len(mapped):
-        raise ValueError(f"has tensors of {nbytes} bytes in a file of {len(mapped)}; at most twice its size")
+        raise DSMoEError(f"has tensors of {nbytes} bytes in a file of {len(mapped)}; at most twice its size")
     return tensors
 
 
@@ -97,11 +99,11 @@ def show(value: object) -> str:
 def count_elements(name: str, shape: tuple[int, ...], itemsize: int) -> int:
     """The number of elements of `shape`; ValueError where an array of that shape cannot exist."""
     if len(shape) > MAX_RANK:
-        raise ValueError(f"tensor {show(name)} has {len(shape)} dimensions; at most {MAX_RANK}")
+        raise DSMoEError(f"tensor {show(name)} has {len(shape)} dimensions; at most {MAX_RANK}")
     if bad := [size for size in shape if not 0 <= size < 2**63]:
-        raise ValueError(f"tensor {show(name)} has a dimension of {show(bad[0])}; it must be in [0, 2**63)")
+        raise DSMoEError(f"tensor {show(name)} has a dimension of {show(bad[0])}; it must be in [0, 2**63)")
     if math.prod(max(size, 1) for size in shape) * itemsize >= 2**63:
-        raise ValueError(f"tensor {show(name)} has shape {show(str(shape))}: 2**63 bytes or more")
+        raise DSMoEError(f"tensor {show(name)} has shape {show(str(shape))}: 2**63 bytes or more")
     return math.prod(shape)
 
 
@@ -131,28 +133,28 @@ _Places = dict[str, tuple[int, int]]  # a storage's key -> its first byte in the
 def _locate(name: str, tensor: object, places: _Places, file: str) -> TensorInfo:
     """Turn a view on a storage into bytes of the file, once no element of it can lie outside the storage."""
     if not isinstance(tensor, _Tensor):
-        raise ValueError(f"entry {show(name)} is {show(tensor)}, not a tensor")
+        raise DSMoEError(f"entry {show(name)} is {show(tensor)}, not a tensor")
     storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
     dtype = _STORAGES[storage.kind]
     if dtype not in _WEIGHTS and not is_buffer(name):
-        raise ValueError(f"tensor {show(name)} has dtype {storage.kind}; weights are F32, F16 or BF16")
+        raise DSMoEError(f"tensor {show(name)} has dtype {storage.kind}; weights are F32, F16 or BF16")
     if storage.key not in places:
-        raise ValueError(f"tensor {show(name)} needs storage {show(storage.key)}, which the file lacks")
+        raise DSMoEError(f"tensor {show(name)} needs storage {show(storage.key)}, which the file lacks")
     start, nbytes = places[storage.key]
     if storage.numel * dtype.itemsize != nbytes:
-        raise ValueError(
+        raise DSMoEError(
             f"tensor {show(name)} says storage {show(storage.key)} holds {show(storage.numel)} x {dtype}; "
             f"it has {nbytes} bytes"
         )
     count = count_elements(name, shape, dtype.itemsize)
     if len(strides) != len(shape) or min(strides, default=0) < 0 or tensor.offset < 0:
-        raise ValueError(f"tensor {show(name)} has a negative offset or stride, or strides of another rank")
+        raise DSMoEError(f"tensor {show(name)} has a negative offset or stride, or strides of another rank")
     last = tensor.offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if count and last >= storage.numel:
-        raise ValueError(f"tensor {show(name)} reaches element {show(last)} of a storage of {storage.numel}")
+        raise DSMoEError(f"tensor {show(name)} reaches element {show(last)} of a storage of {storage.numel}")
     # A stride of 0 repeats elements: without this bound a file of 100 bytes could claim a terabyte.
     if count > storage.numel:
-        raise ValueError(f"tensor {show(name)} repeats {storage.numel} stored elements into {count}")
+        raise DSMoEError(f"tensor {show(name)} repeats {storage.numel} stored elements into {count}")
     # The stride of a dimension of one element is never used, and may be too large for numpy.
     steps = tuple((stride if size > 1 else 1) * dtype.itemsize for size, stride in zip(shape, strides, strict=True))
     return TensorInfo(dtype, shape, file, start + (tensor.offset * dtype.itemsize if count else 0), steps)
@@ -160,23 +162,23 @@ def _locate(name: str, tensor: object, places: _Places, file: str) -> TensorInfo
 
 def _ordered_dict(*items: object) -> dict:
     if items:
-        raise ValueError("calls collections.OrderedDict with arguments; torch fills it afterwards")
+        raise DSMoEError("calls collections.OrderedDict with arguments; torch fills it afterwards")
     return {}
 
 
 def _tensor(storage, offset, shape, strides, requires_grad, hooks, metadata=None) -> _Tensor:
     # The metadata may say "conjugate" or "negative", which would change every value.
     if not isinstance(storage, _Storage) or type(offset) is not int or metadata:
-        raise ValueError("calls _rebuild_tensor_v2 with arguments torch does not write")
+        raise DSMoEError("calls _rebuild_tensor_v2 with arguments torch does not write")
     for sizes in (shape, strides):
         if type(sizes) is not tuple or len(sizes) > MAX_RANK or any(type(size) is not int for size in sizes):
-            raise ValueError(f"has a shape or stride that is no tuple of at most {MAX_RANK} integers")
+            raise DSMoEError(f"has a shape or stride that is no tuple of at most {MAX_RANK} integers")
     return _Tensor(storage, offset, shape, strides)
 
 
 def _parameter(data, requires_grad, hooks) -> _Tensor:
     if not isinstance(data, _Tensor):
-        raise ValueError(f"calls _rebuild_parameter with {show(data)}, not a tensor")
+        raise DSMoEError(f"calls _rebuild_parameter with {show(data)}, not a tensor")
     return data
 
 
@@ -198,7 +200,7 @@ class _Machine:
 
     def protocol(self, number: int) -> None:
         if number > 2:
-            raise ValueError(f"is a pickle of protocol {number}; torch writes and reads protocol 2")
+            raise DSMoEError(f"is a pickle of protocol {number}; torch writes and reads protocol 2")
 
     def pop(self, count: int) -> list:
         if count > len(self.stack):
@@ -213,13 +215,13 @@ class _Machine:
     def push_global(self, name: str) -> None:
         name = name.replace(" ", ".", 1)
         if name not in _CALLS and name not in _STORAGES:
-            raise ValueError(f"asks for {show(name)}; allowed are {', '.join(_CALLS)} and torch's storages")
+            raise DSMoEError(f"asks for {show(name)}; allowed are {', '.join(_CALLS)} and torch's storages")
         self.stack.append(_Global(name))
 
     def call(self) -> None:
         function, arguments = self.pop(2)
         if not isinstance(function, _Global) or function.name not in _CALLS or type(arguments) is not tuple:
-            raise ValueError(f"calls {show(getattr(function, 'name', function))}, which is no function here")
+            raise DSMoEError(f"calls {show(getattr(function, 'name', function))}, which is no function here")
         self.stack.append(_CALLS[function.name](*arguments))
 
     def push_storage(self) -> None:
@@ -227,30 +229,30 @@ class _Machine:
             case ("storage", _Global(name=kind), str(key), str(), int(numel), *view) if view in ([], [None]):
                 storage = _Storage(kind, key, numel)
             case _:
-                raise ValueError("has a persistent id other than ('storage', type, key, location, size)")
+                raise DSMoEError("has a persistent id other than ('storage', type, key, location, size)")
         if kind not in _STORAGES or numel < 0 or self.storages.setdefault(key, storage) != storage:
-            raise ValueError(f"describes storage {show(key)} wrongly or in two ways: {show(numel)} x {kind}")
+            raise DSMoEError(f"describes storage {show(key)} wrongly or in two ways: {show(numel)} x {kind}")
         self.stack.append(storage)
 
     def set_items(self, items: list) -> None:
         target = self.stack[-1]
         if type(target) is not dict or len(items) % 2:
-            raise ValueError(f"sets {len(items)} keys and values on {show(target)}")
+            raise DSMoEError(f"sets {len(items)} keys and values on {show(target)}")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) is not str or key in target:
-                raise ValueError(f"has key {show(key)}, which is no string or is there twice")
+                raise DSMoEError(f"has key {show(key)}, which is no string or is there twice")
             target[key] = value
 
     def append_items(self, items: list) -> None:
         if type(self.stack[-1]) is not list:
-            raise ValueError(f"appends to {show(self.stack[-1])}")
+            raise DSMoEError(f"appends to {show(self.stack[-1])}")
         self.stack[-1].extend(items)
 
     def set_attributes(self) -> None:
         """A state_dict carries `_metadata`, the versions of its modules: no weights, so it is dropped."""
         target, state = self.pop(2)
         if type(target) is not dict or type(state) is not dict or state.keys() != {"_metadata"}:
-            raise ValueError(f"sets attributes other than _metadata on {show(target)}")
+            raise DSMoEError(f"sets attributes other than _metadata on {show(target)}")
         self.stack.append(target)
 
 
@@ -293,15 +295,15 @@ _OPCODES: Final[dict[str, Callable[[_Machine, Any], object]]] = {
 def _read_global(stream: io.BytesIO) -> str:
     module, name = stream.readline(_MAX_GLOBAL), stream.readline(_MAX_GLOBAL)
     if not module.endswith(b"\n") or not name.endswith(b"\n"):
-        raise ValueError(f"asks for {show(str(module + name))}, which is no module and name in two lines")
+        raise DSMoEError(f"asks for {show(str(module + name))}, which is no module and name in two lines")
     return f"{module[:-1].decode('ascii')} {name[:-1].decode('ascii')}"
 
 
 def _read_string(stream: io.BytesIO) -> str:
     if (size := int.from_bytes(stream.read(4), "little")) > MAX_STRING:
-        raise ValueError(f"has a string of {size} bytes; at most {MAX_STRING}")
+        raise DSMoEError(f"has a string of {size} bytes; at most {MAX_STRING}")
     if len(data := stream.read(size)) < size:
-        raise ValueError(f"has a string of {size} bytes, of which {len(data)} are there")
+        raise DSMoEError(f"has a string of {size} bytes, of which {len(data)} are there")
     return data.decode()
 
 
@@ -321,14 +323,14 @@ def _operations(stream: io.BytesIO) -> Iterator[tuple[str, Any]]:
     while code := stream.read(1):
         opcode = _BY_CODE.get(code)
         if opcode is None:
-            raise ValueError(f"has unknown pickle opcode {code!r}")
+            raise DSMoEError(f"has unknown pickle opcode {code!r}")
         if opcode.name not in _OPCODES:
-            raise ValueError(f"uses pickle opcode {opcode.name}, which no tensor needs")
+            raise DSMoEError(f"uses pickle opcode {opcode.name}, which no tensor needs")
         reader = opcode.arg and _READERS.get(opcode.name, opcode.arg.reader)
         yield opcode.name, reader and reader(stream)
         if opcode.name == "STOP":
             return
-    raise ValueError("pickle exhausted before seeing STOP")
+    raise DSMoEError("pickle exhausted before seeing STOP")
 
 
 def _unpickle(stream: io.BytesIO, opcodes_left: Iterator[int]) -> tuple[Any, dict[str, _Storage]]:
@@ -338,15 +340,15 @@ def _unpickle(stream: io.BytesIO, opcodes_left: Iterator[int]) -> tuple[Any, dic
     try:
         for name, argument in _operations(stream):
             if next(opcodes_left, None) is None:
-                raise ValueError(f"has pickles of more than {MAX_OPCODES} opcodes")
+                raise DSMoEError(f"has pickles of more than {MAX_OPCODES} opcodes")
             _OPCODES[name](machine, argument)
             count += 1
     except ValueError:
         raise
     except Exception as error:  # An empty stack, an unknown memo entry, a call with too few arguments ...
-        raise ValueError(f"has a damaged pickle: {type(error).__name__} at opcode {count}") from error
+        raise DSMoEError(f"has a damaged pickle: {type(error).__name__} at opcode {count}") from error
     if len(machine.stack) != 1:
-        raise ValueError(f"has a pickle that ends with {len(machine.stack)} values; it must be 1")
+        raise DSMoEError(f"has a pickle that ends with {len(machine.stack)} values; it must be 1")
     return machine.stack[0], machine.storages
 
 
@@ -355,35 +357,35 @@ def _read_zip(mapped: mmap.mmap) -> tuple[Any, _Places]:
     try:
         archive = zipfile.ZipFile(cast(IO[bytes], _Directory(mapped)))
     except _TooLargeError as error:
-        raise ValueError(str(error)) from None
+        raise DSMoEError(str(error)) from None
     except Exception as error:  # zipfile answers damage with half a dozen types
-        raise ValueError(f"is cut short or is not a zip archive: {show(str(error))}") from error
+        raise DSMoEError(f"is cut short or is not a zip archive: {show(str(error))}") from error
     places: _Places = {}
     end = 0
     for member in sorted(archive.infolist(), key=lambda member: member.header_offset):
         if member.filename in places:
-            raise ValueError(f"has member {show(member.filename)} twice")
+            raise DSMoEError(f"has member {show(member.filename)} twice")
         if member.header_offset < end:
-            raise ValueError(f"has member {show(member.filename)} inside the one before it")
+            raise DSMoEError(f"has member {show(member.filename)} inside the one before it")
         places[member.filename] = start, size = _member_place(mapped, member)
         end = start + size
     if end > archive.start_dir:
-        raise ValueError(f"has members up to byte {end}, its directory starts at {archive.start_dir}")
+        raise DSMoEError(f"has members up to byte {end}, its directory starts at {archive.start_dir}")
     pickles = [name for name in places if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise ValueError(f"has {len(pickles)} members called <root>/data.pkl; it must be 1")
+        raise DSMoEError(f"has {len(pickles)} members called <root>/data.pkl; it must be 1")
     root = pickles[0].removesuffix("data.pkl")
     start, size = places.get(f"{root}byteorder", (0, 0))
     if size and mapped[start : start + min(size, 16)] != b"little":
-        raise ValueError("has a byteorder other than little")
+        raise DSMoEError("has a byteorder other than little")
     start, size = places[f"{root}data.pkl"]
     if size > MAX_PICKLE_BYTES:
-        raise ValueError(f"has a data.pkl of {size} bytes; at most {MAX_PICKLE_BYTES}")
+        raise DSMoEError(f"has a data.pkl of {size} bytes; at most {MAX_PICKLE_BYTES}")
     state, storages = _unpickle(io.BytesIO(mapped[start : start + size]), iter(range(MAX_OPCODES)))
     prefix = f"{root}data/"
     data = {name.removeprefix(prefix): place for name, place in places.items() if name.startswith(prefix)}
     if unused := data.keys() - storages.keys():
-        raise ValueError(f"has storage {show(min(unused))}, which no tensor uses")
+        raise DSMoEError(f"has storage {show(min(unused))}, which no tensor uses")
     return state, data
 
 
@@ -411,16 +413,16 @@ def _member_place(mapped: mmap.mmap, member: zipfile.ZipInfo) -> tuple[int, int]
     """Where a stored member's bytes lie. Its own header is asked, since only that knows its length."""
     name, offset, size = show(member.filename), member.header_offset, member.file_size
     if member.compress_type != zipfile.ZIP_STORED or member.compress_size != size or member.flag_bits & 1:
-        raise ValueError(f"has compressed or encrypted member {name}; torch stores them as they are")
+        raise DSMoEError(f"has compressed or encrypted member {name}; torch stores them as they are")
     if not 0 <= offset <= len(mapped) - 30 or mapped[offset : offset + 4] != b"PK\x03\x04":
-        raise ValueError(f"has member {name} at byte {offset}, where no member starts")
+        raise DSMoEError(f"has member {name} at byte {offset}, where no member starts")
     name_size, extra_size = struct.unpack("<HH", mapped[offset + 26 : offset + 30])
     encoded = member.orig_filename.encode("utf-8" if member.flag_bits & 0x800 else "cp437")
     if mapped[offset + 30 : offset + 30 + name_size] != encoded:
-        raise ValueError(f"has member {name}, whose own header gives another name")
+        raise DSMoEError(f"has member {name}, whose own header gives another name")
     start = offset + 30 + name_size + extra_size
     if start + size > len(mapped):
-        raise ValueError(f"has member {name} up to byte {start + size} of a file of {len(mapped)}")
+        raise DSMoEError(f"has member {name} up to byte {start + size} of a file of {len(mapped)}")
     return start, size
 
 
@@ -428,32 +430,32 @@ def _read_legacy(mapped: mmap.mmap) -> tuple[Any, _Places]:
     """torch < 1.6: five pickles (magic, protocol, system, state, keys), then each storage with its size."""
     stream, left = io.BytesIO(mapped[:MAX_PICKLE_BYTES]), iter(range(MAX_OPCODES))
     if mapped[:2] != b"\x80\x02" or _unpickle(stream, left)[0] != _LEGACY_MAGIC:
-        raise ValueError("is neither a torch zip archive nor a legacy torch file")
+        raise DSMoEError("is neither a torch zip archive nor a legacy torch file")
     if (protocol := _unpickle(stream, left)[0]) != _LEGACY_PROTOCOL:
-        raise ValueError(f"has legacy protocol {show(protocol)}; it must be {_LEGACY_PROTOCOL}")
+        raise DSMoEError(f"has legacy protocol {show(protocol)}; it must be {_LEGACY_PROTOCOL}")
     system = _unpickle(stream, left)[0]
     if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise ValueError("was not written by a little-endian machine")
+        raise DSMoEError("was not written by a little-endian machine")
     state, storages = _unpickle(stream, left)
     keys, _ = _unpickle(stream, left)
     if not isinstance(keys, list) or any(type(key) is not str for key in keys):
-        raise ValueError(f"has {show(keys)} where the list of its storages must be")
+        raise DSMoEError(f"has {show(keys)} where the list of its storages must be")
     places: _Places = {}
     position = stream.tell()
     for key in keys:
         storage = storages.get(key)
         if storage is None or key in places:
-            raise ValueError(f"lists storage {show(key)} twice, or no tensor uses it")
+            raise DSMoEError(f"lists storage {show(key)} twice, or no tensor uses it")
         dtype = _STORAGES[storage.kind]
         if dtype not in _WEIGHTS:
-            raise ValueError(f"has a storage of {storage.kind}; weights are F32, F16 or BF16")
+            raise DSMoEError(f"has a storage of {storage.kind}; weights are F32, F16 or BF16")
         numel, position = int.from_bytes(mapped[position : position + 8], "little"), position + 8
         if numel != storage.numel or position + numel * dtype.itemsize > len(mapped):
             left = max(0, len(mapped) - position)
             given = f"announced are {numel} and {left} bytes follow"
-            raise ValueError(f"storage {show(key)} must be {show(storage.numel)} x {dtype}; {given}")
+            raise DSMoEError(f"storage {show(key)} must be {show(storage.numel)} x {dtype}; {given}")
         places[key] = (position, numel * dtype.itemsize)
         position += numel * dtype.itemsize
     if position != len(mapped):
-        raise ValueError(f"has {len(mapped) - position} bytes after its last storage")
+        raise DSMoEError(f"has {len(mapped) - position} bytes after its last storage")
     return state, places

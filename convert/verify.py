@@ -10,12 +10,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from dsmoe_jax.array_files import pieces_of, raw_bytes
+from dsmoe_jax.checkpoint.manifest import Damage, damage, manifest_damage, read_manifest, strangers
+from dsmoe_jax.checkpoint.zarr_io import pieces_of, raw_bytes
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.manifest import Damage, damage, manifest_damage, read_manifest, strangers
-from dsmoe_jax.paths import user_path
 from dsmoe_jax.progress import Meter, silent
-from dsmoe_jax.special_ids import exported_ids
+from dsmoe_jax.storage.paths import user_path
+from dsmoe_jax.text.special_ids import exported_ids
 
 from .exporter import NativeReader
 from .importer import check_tensors, special_ids_beside

@@ -7,12 +7,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsmoe_jax.checkpoint import load, save
+    from dsmoe_jax.checkpoint.native import load, save
     from dsmoe_jax.config import ModelConfig
     from dsmoe_jax.generate import Completion, Generator
     from dsmoe_jax.model import DeepSeekMoE
     from dsmoe_jax.sharding import MeshConfig, make_mesh
-    from dsmoe_jax.tokenizer import Tokenizer
+    from dsmoe_jax.text.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
@@ -21,9 +21,9 @@ _HOME = {
     "DeepSeekMoE": "model",
     "MeshConfig": "sharding",
     "make_mesh": "sharding",
-    "load": "checkpoint",
-    "save": "checkpoint",
-    "Tokenizer": "tokenizer",
+    "load": "checkpoint.native",
+    "save": "checkpoint.native",
+    "Tokenizer": "text.tokenizer",
     "Generator": "generate",
     "Completion": "generate",
 }

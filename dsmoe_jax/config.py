@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from dsmoe_jax.config_spellings import ROPE_SCALING_TYPES, check_unknown, show_value, standardize
-from dsmoe_jax.json_file import read_json
-from dsmoe_jax.paths import user_path
+from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.storage.paths import user_path
+from dsmoe_jax.storage.strict_json import read_json
 
 MODEL_TYPE: Final = "deepseek"
 ARCHITECTURES: Final = ("DeepseekForCausalLM",)
@@ -82,14 +83,14 @@ class ModelConfig:
         object.__setattr__(self, "rope_scaling", _rope_scaling(self.rope_scaling))
         heads, kv_heads = self.num_attention_heads, self.num_kv_heads
         if self.hidden_size % (2 * heads):  # rotary embeddings turn pairs
-            raise ValueError(f"hidden_size {self.hidden_size} is not an even multiple of num_attention_heads {heads}")
+            raise DSMoEError(f"hidden_size {self.hidden_size} is not an even multiple of num_attention_heads {heads}")
         if self.rope_scaling is not None and self.rope_scaling.type == "dynamic" and self.head_dim == 2:
-            raise ValueError("rope_scaling.type 'dynamic' needs heads wider than 2 (hidden_size / num_attention_heads)")
+            raise DSMoEError("rope_scaling.type 'dynamic' needs heads wider than 2 (hidden_size / num_attention_heads)")
         if heads % kv_heads:
-            raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+            raise DSMoEError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
         if self.n_routed_experts is not None:
             if self.num_experts_per_tok is None:
-                raise ValueError(f"num_experts_per_tok is missing though n_routed_experts is {self.n_routed_experts}")
+                raise DSMoEError(f"num_experts_per_tok is missing though n_routed_experts is {self.n_routed_experts}")
             _check("num_experts_per_tok", self.num_experts_per_tok, (int,), 1, self.n_routed_experts)
 
     @property
@@ -161,7 +162,7 @@ class ModelConfig:
         try:
             return cls.from_dict(fields)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise DSMoEError(f"{path}: {error}") from None
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":
@@ -314,7 +315,7 @@ def _normalized(config: ModelConfig) -> dict[str, Any]:
     if not isinstance(config.architectures, list | tuple | None) or not all(
         isinstance(name, str) for name in config.architectures or ()
     ):
-        raise ValueError(f"architectures must be null or a list of strings, not {show_value(config.architectures)}")
+        raise DSMoEError(f"architectures must be null or a list of strings, not {show_value(config.architectures)}")
     eos = config.eos_token_id
     eos = int(eos) if type(eos) is float and eos.is_integer() else eos
     if isinstance(eos, list | tuple):
@@ -353,18 +354,18 @@ def _check(name: str, value: Any, kinds: tuple[type | None, ...], low: float, hi
         return
     if type(value) not in kinds:
         wanted = " or ".join("null" if kind is None else kind.__name__ for kind in kinds)
-        raise ValueError(f"{name} must be {wanted}, not {show_value(value)}")
+        raise DSMoEError(f"{name} must be {wanted}, not {show_value(value)}")
     if isinstance(value, str):
         return
     assert value is not None  # no field accepts None without naming it
     if not low <= value <= high:  # NaN is in no interval
-        raise ValueError(f"{name} must be a finite number in [{low}, {high}], not {show_value(value)}")
+        raise DSMoEError(f"{name} must be a finite number in [{low}, {high}], not {show_value(value)}")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     # True == 1 in Python; a type that differs is a value that differs, except between int and float.
     if not any(value == c and isinstance(value, bool) == isinstance(c, bool) for c in choices):
-        raise ValueError(f"{name} {show_value(value)} is not supported, only {', '.join(repr(c) for c in choices)}")
+        raise DSMoEError(f"{name} {show_value(value)} is not supported, only {', '.join(repr(c) for c in choices)}")
 
 
 def _rope_scaling(value: Any) -> RopeScaling | None:
@@ -373,9 +374,9 @@ def _rope_scaling(value: Any) -> RopeScaling | None:
         return None
     fields = value._asdict() if isinstance(value, RopeScaling) else value
     if not isinstance(fields, Mapping) or set(fields) != {"type", "factor"}:
-        raise ValueError(f"rope_scaling must be null or hold exactly `type` and `factor`, not {show_value(value)}")
+        raise DSMoEError(f"rope_scaling must be null or hold exactly `type` and `factor`, not {show_value(value)}")
     _check_choice("rope_scaling.type", fields["type"], ROPE_SCALING_TYPES)
     factor = fields["factor"]
     if type(factor) not in (int, float) or not 1 <= factor <= _LARGEST or (factor == 1 and fields["type"] != "linear"):
-        raise ValueError(f"rope_scaling.factor must be a finite number > 1, not {show_value(factor)}")
+        raise DSMoEError(f"rope_scaling.factor must be a finite number > 1, not {show_value(factor)}")
     return None if factor == 1 else RopeScaling(fields["type"], float(factor))

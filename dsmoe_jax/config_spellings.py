@@ -8,6 +8,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
+from dsmoe_jax.errors import DSMoEError
+
 ROPE_SCALING_TYPES: Final = ("linear", "dynamic")
 _DEFAULT_ROPE: Final = "default"  # transformers' name for plain RoPE
 _DEFAULT_LENGTH: Final = 2048  # of the original config's max_position_embeddings
@@ -112,7 +114,7 @@ def standardize(fields: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("bos_token_id", "pad_token_id"):
         if isinstance(ids := fields.get(name), list | tuple):
             if len(ids) > 1:
-                raise ValueError(f"{name} must be one token id, not {show_value(ids)}")
+                raise DSMoEError(f"{name} must be one token id, not {show_value(ids)}")
             fields[name] = next(iter(ids), None)
     for name in ("torch_dtype", "dtype"):
         if isinstance(dtype := fields.get(name), str):
@@ -121,7 +123,7 @@ def standardize(fields: Mapping[str, Any]) -> dict[str, Any]:
         fields["torch_dtype"] = fields["dtype"]
     layers = fields.get("layer_types")
     if layers is not None and not (isinstance(layers, list) and all(kind == "full_attention" for kind in layers)):
-        raise ValueError(f"layer_types {show_value(layers)} is not supported, only 'full_attention' for every layer")
+        raise DSMoEError(f"layer_types {show_value(layers)} is not supported, only 'full_attention' for every layer")
     _standardize_rope(fields)
     return fields
 
@@ -138,7 +140,7 @@ def check_unknown(extra: Mapping[str, Any], known: Mapping[str, Any], foreign: C
         ValueError: a field is another model's name for one of ours with another value, or a near miss of a name.
     """
     if len(extra) > _MAX_UNKNOWN:
-        raise ValueError(f"{len(extra)} fields are unknown to this model; at most {_MAX_UNKNOWN}")
+        raise DSMoEError(f"{len(extra)} fields are unknown to this model; at most {_MAX_UNKNOWN}")
     names = {*known, "dtype", "auto_map", "layer_types", "rope_parameters"}
     candidates = (*_FIELD_OF, *foreign, *names)
     simple, by_words = ({form(name): name for name in candidates} for form in (_simple, _words))
@@ -147,11 +149,11 @@ def check_unknown(extra: Mapping[str, Any], known: Mapping[str, Any], foreign: C
             continue
         if (field := _FIELD_OF.get(name)) is not None:
             if value is not None and not _same(value, known[field]):
-                raise ValueError(f"unknown field {name!r}; in this model it is called {field!r}")
+                raise DSMoEError(f"unknown field {name!r}; in this model it is called {field!r}")
         elif meant := _meant(name, simple, by_words):
-            raise ValueError(f"unknown field {show_value(name)}; did you mean {_FIELD_OF.get(meant, meant)!r}?")
+            raise DSMoEError(f"unknown field {show_value(name)}; did you mean {_FIELD_OF.get(meant, meant)!r}?")
         elif isinstance(value, Mapping) and (inner := [field for field in _SISTERS if field in value]):
-            raise ValueError(f"{show_value(name)} holds {inner[0]!r}; a field of this model stands at the top level")
+            raise DSMoEError(f"{show_value(name)} holds {inner[0]!r}; a field of this model stands at the top level")
 
 
 def _standardize_rope(fields: dict[str, Any]) -> None:
@@ -166,12 +168,12 @@ def _standardize_rope(fields: dict[str, Any]) -> None:
             if theta is not None:
                 thetas[f"{name}.rope_theta"] = theta
         elif value is not None and not isinstance(value, Mapping):
-            raise ValueError(f"{name} must be null or an object, not {show_value(value)}")
+            raise DSMoEError(f"{name} must be null or an object, not {show_value(value)}")
     fields.pop("rope_parameters", None)
     for found in (thetas, scalings):
         for name, value in found.items():
             if value != (first := next(iter(found.values()))):
-                raise ValueError(
+                raise DSMoEError(
                     f"{next(iter(found))} {show_value(first)} and {name} {show_value(value)} contradict each other"
                 )
     if thetas:
@@ -187,20 +189,20 @@ def _read_rope(name: str, value: Mapping[str, Any], length: Any) -> tuple[Any, d
     kinds = {key: rest.pop(key) for key in ("rope_type", "type") if key in rest}
     kind, *other = kinds.values() or [_DEFAULT_ROPE]
     if other and other[0] != kind:
-        raise ValueError(
+        raise DSMoEError(
             f"{name}.rope_type {show_value(kind)} and {name}.type {show_value(other[0])} contradict each other"
         )
     allowed = (_DEFAULT_ROPE, *ROPE_SCALING_TYPES)
     if kind not in allowed:
-        raise ValueError(f"{name}.type {show_value(kind)} is not supported, only {', '.join(map(repr, allowed))}")
+        raise DSMoEError(f"{name}.type {show_value(kind)} is not supported, only {', '.join(map(repr, allowed))}")
     neutral = {"partial_rotary_factor": 1, "attention_factor": 1, "original_max_position_embeddings": length}
     if kind == _DEFAULT_ROPE:
         neutral["factor"] = 1
     for key, meaning in neutral.items():
         if key in rest and not _same(found := rest.pop(key), meaning):
-            raise ValueError(f"{name}.{key} {show_value(found)} is not supported with type {kind!r}, only {meaning!r}")
+            raise DSMoEError(f"{name}.{key} {show_value(found)} is not supported with type {kind!r}, only {meaning!r}")
     if rest and kind == _DEFAULT_ROPE:
-        raise ValueError(f"{name}.{next(iter(rest))[:80]} is not supported with type {kind!r}")
+        raise DSMoEError(f"{name}.{next(iter(rest))[:80]} is not supported with type {kind!r}")
     return theta, None if kind == _DEFAULT_ROPE else {"type": kind, **rest}
 
 

@@ -4,10 +4,11 @@ import math
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from dsmoe_jax.checkpoint.manifest import check_files
 from dsmoe_jax.config import PRESETS, ModelConfig
-from dsmoe_jax.manifest import check_files
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.model import abstract
-from dsmoe_jax.paths import expand_user
+from dsmoe_jax.storage.paths import expand_user
 
 # part of the model: how its parameters' paths are told
 _PARTS: Final = (
@@ -45,7 +46,7 @@ def describe(model: str) -> str:
     """The whole page for a preset's name, a `config.json`, or a folder that holds one."""
     model = expand_user(model, "model")
     if model not in PRESETS and not Path(model).exists():
-        raise ValueError(f"{model!r} is neither a path nor a preset ({', '.join(PRESETS)})")
+        raise DSMoEError(f"{model!r} is neither a path nor a preset ({', '.join(PRESETS)})")
     check_files(model, "config.json")
     config = ModelConfig.preset(model) if model in PRESETS else ModelConfig.from_file(model)
     counts = count_parameters(config)

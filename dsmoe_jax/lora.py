@@ -19,6 +19,7 @@ from jax.sharding import Mesh, Sharding
 from dsmoe_jax.axes import Array, PRNGKeyArray
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.config_spellings import show_value
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.kernels.operand import LowRank, Operand, Quantized
 from dsmoe_jax.layers.weights import Initializer
 from dsmoe_jax.model import ParamSpec, abstract
@@ -49,17 +50,17 @@ class LoraConfig:
         ranks = ((f"rank_pattern {key!r:.80}", r) for key, r in self.rank_pattern.items())
         for name, value in (("r", self.r), *ranks):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < _LARGEST:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {show_value(value)}")
+                raise DSMoEError(f"{name} must be a whole number of at least 1, not {show_value(value)}")
         alphas = ((f"alpha_pattern {key!r:.80}", alpha) for key, alpha in self.alpha_pattern.items())
         for name, value in (("lora_alpha", self.lora_alpha), *alphas):
             if not abs(value) <= _LARGEST:  # NaN is not, either
-                raise ValueError(f"{name} must be a finite number, at most {_LARGEST:g}, not {show_value(value)}")
+                raise DSMoEError(f"{name} must be a finite number, at most {_LARGEST:g}, not {show_value(value)}")
         if self.layers_to_transform and isinstance(self.target_modules, str):
-            raise ValueError("layers_to_transform goes with a list of target_modules, not with a regular expression")
+            raise DSMoEError("layers_to_transform goes with a list of target_modules, not with a regular expression")
         if self.layers_pattern and not self.layers_to_transform:
-            raise ValueError("layers_pattern goes with layers_to_transform")
+            raise DSMoEError("layers_pattern goes with layers_to_transform")
         if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout}")
+            raise DSMoEError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout}")
 
 
 class Target(NamedTuple):

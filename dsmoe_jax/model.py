@@ -18,10 +18,11 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import Mesh, Sharding
 
 from dsmoe_jax.axes import Array, Bool, Float, Int, PRNGKeyArray
-from dsmoe_jax.cache import KVCache, LayerCache
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.kernels.matmul import matmul
 from dsmoe_jax.kernels.operand import Quantized
+from dsmoe_jax.kv_cache import KVCache, LayerCache
 from dsmoe_jax.layers.block import Block
 from dsmoe_jax.layers.norm import RMSNorm
 from dsmoe_jax.layers.rope import rotation
@@ -121,7 +122,7 @@ class DeepSeekMoE(nnx.Module):
         positions = jnp.broadcast_to(arange, token_ids.shape) if position_ids is None else jnp.asarray(position_ids)
         for name, value in (("attention_mask", mask), ("position_ids", positions)):
             if value.shape != token_ids.shape:
-                raise ValueError(f"{name} has shape {value.shape}, token_ids {token_ids.shape}")
+                raise DSMoEError(f"{name} has shape {value.shape}, token_ids {token_ids.shape}")
         graph, params = split(self)
         if isinstance(arange, Tracer):
             token_ids = pin_to_mesh_of(params, token_ids)
@@ -229,10 +230,10 @@ def check_token_ids(token_ids: Any, vocab_size: int) -> Int[Array, "B T"]:
     """The ids as an int [B, T] array; `ValueError` where they are none, or outside the vocabulary (JAX would clamp)."""
     ids = token_ids if isinstance(token_ids, Tracer) else np.asarray(token_ids)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
-        raise ValueError(f"token_ids must be non-empty int [B, T], not {ids.dtype} {list(ids.shape)}")
+        raise DSMoEError(f"token_ids must be non-empty int [B, T], not {ids.dtype} {list(ids.shape)}")
     if not isinstance(ids, Tracer) and (ids.min() < 0 or ids.max() >= vocab_size):
         worst = ids.min() if ids.min() < 0 else ids.max()
-        raise ValueError(f"token id {worst} is outside the vocabulary of {vocab_size}")
+        raise DSMoEError(f"token id {worst} is outside the vocabulary of {vocab_size}")
     return jnp.asarray(token_ids, jnp.int32)
 
 
@@ -250,7 +251,7 @@ class ParamSpec(NamedTuple):
 def check_seed(seed: int) -> None:
     """Refuse a seed that `jax.random.key` would truncate to 32 bits."""
     if not 0 <= seed < 1 << 32:
-        raise ValueError(f"seed must be in [0, 2**32), got {seed}")
+        raise DSMoEError(f"seed must be in [0, 2**32), got {seed}")
 
 
 class Graph:

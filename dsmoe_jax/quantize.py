@@ -17,16 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from dsmoe_jax.array_files import open_array
 from dsmoe_jax.axes import Array, Float
-from dsmoe_jax.checkpoint import as_dtype, check_names_and_shapes, open_checkpoint
-from dsmoe_jax.codebooks import DYNAMIC, NF4, nearest
+from dsmoe_jax.checkpoint.manifest import PARAMETERS
+from dsmoe_jax.checkpoint.native import as_dtype, check_names_and_shapes, open_checkpoint
+from dsmoe_jax.checkpoint.zarr_io import open_array
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.kernels.codebooks import DYNAMIC, NF4, nearest
 from dsmoe_jax.kernels.operand import LowRank, Operand, Quantized
-from dsmoe_jax.manifest import PARAMETERS
 from dsmoe_jax.model import abstract, shardings
-from dsmoe_jax.paths import user_path
 from dsmoe_jax.sharding import MeshConfig, as_mesh, sharding
+from dsmoe_jax.storage.paths import user_path
 
 
 class Scheme(NamedTuple):
@@ -83,7 +84,7 @@ def quantize(
             for array, leaf in zip(arrays, jax.tree.leaves(encode(matrix)), strict=True):
                 array[n - start] = leaf
                 if not np.isfinite(array[n - start]).all():  # of a tile, the scale shows it
-                    raise ValueError(f"{name}{f'[{n}]' if stacked else ''} has values that are not finite")
+                    raise DSMoEError(f"{name}{f'[{n}]' if stacked else ''} has values that are not finite")
         return arrays
 
     def placed(n: int) -> Array:
@@ -137,9 +138,9 @@ def _encode(
 
 def _scheme(name: str, into: int, weight: str) -> Scheme:
     if name not in SCHEMES:
-        raise ValueError(f"scheme {name!r} is not one of {', '.join(SCHEMES)}")
+        raise DSMoEError(f"scheme {name!r} is not one of {', '.join(SCHEMES)}")
     if SCHEMES[name].codebook is not None and into % 2:
-        raise ValueError(f"{weight} has rows of {into} values; {name} packs two into a byte")
+        raise DSMoEError(f"{weight} has rows of {into} values; {name} packs two into a byte")
     return SCHEMES[name]
 
 
@@ -155,7 +156,7 @@ def quantize_params(params: Mapping[str, Operand], scheme: str, *, double: bool 
     """The parameters of a model (`model.split`), those of `KINDS` quantised, on the devices where they lie."""
     for name, value in params.items():
         if isinstance(value, Quantized | LowRank):
-            raise ValueError(f"{name} is not dense; quantise before adapters are added, and once")
+            raise DSMoEError(f"{name} is not dense; quantise before adapters are added, and once")
     return {
         name: quantize(value, scheme, double=double, name=name) if kind_of(name) else value
         for name, value in params.items()

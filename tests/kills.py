@@ -50,9 +50,9 @@ def pretrain(home: Path, out: Path) -> None:
                 sources=(str(home / "shards"),), tokenizer=str(home / "tokenizer"), sequence_length=24, batch_size=4
             ),
             checkpoints=CheckpointConfig(every=3, keep_last=2),
-            evaluate_every=4,
-            evaluate_batches=2,
-            sinks=("jsonl",),
+            eval_interval=4,
+            eval_batches=2,
+            trackers=("jsonl",),
         )
     )
 
@@ -69,11 +69,13 @@ def finetune(home: Path, out: Path) -> None:
             out=str(out / "run"),
             init_from=str(home / "base"),
             steps=20,
-            data=ExamplesConfig(files=(str(home / "examples.jsonl"),), sequence_length=64, batch_size=4, holdout=0.1),
+            data=ExamplesConfig(
+                files=(str(home / "examples.jsonl"),), sequence_length=64, batch_size=4, val_fraction=0.1
+            ),
             checkpoints=CheckpointConfig(every=3, keep_last=2),
-            evaluate_every=2,
-            evaluate_batches=2,
-            sinks=("jsonl",),
+            eval_interval=2,
+            eval_batches=2,
+            trackers=("jsonl",),
             lora=LoraConfig(r=4, lora_alpha=8),
         )
     )
@@ -91,7 +93,7 @@ def convert(home: Path, out: Path) -> None:
 
 def replace(_: Path, out: Path) -> None:
     """50 times a folder of two files that belong together in the place of the one before."""
-    from dsmoe_jax.new_folder import recover_folder, replace_folder, write_json
+    from dsmoe_jax.storage.atomic_dir import recover_folder, replace_folder, write_json
 
     new, best = out / "best.new", out / "best"
     recover_folder(best, new)
@@ -165,9 +167,9 @@ def make_inputs(home: Path) -> None:
     """A tokenizer, token shards, examples, a base, and a Hugging Face folder, all very small."""
     import dsmoe_jax
     from dsmoe_jax.model import DeepSeekMoE
-    from dsmoe_jax.tokenizer import tokenizer_files
+    from dsmoe_jax.text.tokenizer import tokenizer_files
+    from dsmoe_jax.text.train_tokenizer import train_tokenizer
     from dsmoe_jax.train.data import tokenize
-    from dsmoe_jax.vocabulary import train_tokenizer
     from tests.helpers.hf_folder import random_params, tiny, write_hf
 
     rng = random.Random(0)
@@ -177,7 +179,7 @@ def make_inputs(home: Path) -> None:
     pairs = [{"instruction": text[:20], "output": text[20:60]} for text in texts[:80]]
     (home / "examples.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     train_tokenizer(texts * 3, home / "tokenizer", 300)
-    tokenize(home / "text.jsonl", home / "tokenizer", home / "shards", holdout=0.1)
+    tokenize(home / "text.jsonl", home / "tokenizer", home / "shards", val_fraction=0.1)
     model = tiny(vocab_size=300)
     (home / "model.json").write_text(json.dumps(model.to_dict()))
     dsmoe_jax.save(DeepSeekMoE.init(model, seed=1), home / "base", beside=tokenizer_files(home / "tokenizer"))

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsmoe_jax.axes import Array
-from dsmoe_jax.cache import KVCache
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, split
 from dsmoe_jax.quantize import KINDS, SCHEMES, kind_of, quantize_embedding, quantize_params, relative_error, usage
 from tests.helpers import golden

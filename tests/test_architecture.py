@@ -12,25 +12,25 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dsmoe_jax"
 
 # From the ground up; a room may import its own floor and those below it.
 FLOORS = (
-    {"json_file", "axes", "progress", "locks", "new_file", "new_folder", "paths", "streams", "xla_options"}
-    | {"jinja_sandbox", "special_tokens", "config_spellings"},
-    {"template_worker", "tokenizer_files"},
-    {"config", "chat_template", "array_files", "codebooks", "tokenizer_backends"},
-    {"tokenizer", "sharding", "manifest", "vocabulary", "special_ids", "generation_config"},
-    {"kernels", "cache"},
+    {"axes", "progress", "storage", "xla_options"},
+    {"config_spellings"},
+    {"config"},
+    {"text"},
+    {"kernels", "sharding"},
+    {"kv_cache"},
     {"layers"},
     {"model"},
     {"checkpoint", "info", "lora", "quantize"},
     {"convert"},
     {"generate"},
-    {"train", "demo"},
+    {"train"},
     {"cli"},
     {"__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 # What the model computes may not ask where it runs: only these files speak of the mesh or communicate.
-COMMUNICATORS = {"layers/dispatch.py"}
+COMMUNICATORS = {"layers/token_dispatcher.py"}
 COLLECTIVES = {"shard_map", "psum", "psum_scatter", "all_gather", "all_to_all", "ppermute", "axis_index"}
 HEAVY = {"torch", "transformers", "tensorflow"}
 
@@ -84,12 +84,12 @@ def test_a_room_imports_only_from_its_own_floor_and_lower_ones(file: str):
 
 
 def test_the_check_sees_an_import_from_above_and_a_relative_one():
-    tree = ast.parse("from dsmoe_jax.layers.moe import MoE\nfrom dsmoe_jax import model\nfrom .names import x")
+    tree = ast.parse("from dsmoe_jax.layers.moe import MoE\nfrom dsmoe_jax import model\nfrom .param_mapping import x")
 
     assert imports("convert/reader.py", tree) == {
         "dsmoe_jax.layers.moe",
         "dsmoe_jax.model",
-        "dsmoe_jax.convert.names",
+        "dsmoe_jax.convert.param_mapping",
     }
 
 

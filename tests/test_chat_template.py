@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from dsmoe_jax import jinja_sandbox, template_worker
-from dsmoe_jax.chat_template import DEEPSEEK, find_templates, render
+from dsmoe_jax.text import jinja_sandbox, template_worker
+from dsmoe_jax.text.chat_template import DEEPSEEK, find_templates, render
 
 USER = {"role": "user", "content": "Hi"}
 CHAT = [USER, {"role": "assistant", "content": "Yo"}, {"role": "user", "content": "2"}]
@@ -167,7 +167,7 @@ def test_threads_get_their_own_texts():
 
 def test_worker_ends_with_its_parent():
     program = (
-        "from dsmoe_jax import template_worker as w; w.render('x', {}); print(w._worker.process.pid, flush=True);"
+        "from dsmoe_jax.text import template_worker as w; w.render('x', {}); print(w._worker.process.pid, flush=True);"
         "import os; os._exit(0)"
     )
 

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import pytest
 
 import dsmoe_jax
-from dsmoe_jax.cli import VERBS, main
+from dsmoe_jax.checkpoint.manifest import is_native
+from dsmoe_jax.cli.commands import VERBS, main
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import import_hf
 from dsmoe_jax.generate import Chat, Generator
 from dsmoe_jax.info import describe
-from dsmoe_jax.manifest import is_native
 from dsmoe_jax.model import _forward, abstract, split
 from tests.helpers.hf_folder import make_tokenizer, random_params, snapshot, tiny, write_hf
 
@@ -261,7 +261,7 @@ def test_an_empty_path_is_refused_by_name(
 
 def test_an_empty_path_is_refused_by_functions_too(tmp_path: Path):
     from dsmoe_jax.convert import export_hf, load_hf, merge_to, verify
-    from dsmoe_jax.train.examples import Examples
+    from dsmoe_jax.train.sft import Examples
 
     calls: list[Callable[[str], Any]] = [
         dsmoe_jax.load,
@@ -396,7 +396,7 @@ def test_no_surroundings_end_in_a_traceback(tmp_path: Path, script: str, code: i
 
 def test_a_file_does_not_get_the_place_of_a_closed_stream(tmp_path: Path):
     script = (
-        f'"{sys.executable}" -c "import sys; from dsmoe_jax.streams import *; open_standard_streams(); '
+        f'"{sys.executable}" -c "import sys; from dsmoe_jax.cli.streams import *; open_standard_streams(); '
         "file = open('data', 'w'); print('lost'); print('lost', file=sys.stderr); file.write('kept'); "
         'sys.exit(file.fileno() < 3)" <&- >&- 2>&-'
     )
@@ -409,7 +409,7 @@ def test_a_file_does_not_get_the_place_of_a_closed_stream(tmp_path: Path):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_what_a_terminal_cannot_show_is_escaped(tmp_path: Path, encoding: str):
-    script = f'"{sys.executable}" -c "from dsmoe_jax.streams import *; open_standard_streams(); print(chr(0x6f22))"'
+    script = f'"{sys.executable}" -c "from dsmoe_jax.cli.streams import *; open_standard_streams(); print(chr(0x6f22))"'
 
     done = shell(script, tmp_path, PYTHONIOENCODING=encoding)
 
@@ -418,7 +418,7 @@ def test_what_a_terminal_cannot_show_is_escaped(tmp_path: Path, encoding: str):
 
 def test_a_job_goes_on_when_its_reader_leaves(tmp_path: Path):
     script = (
-        f'"{sys.executable}" -c "from dsmoe_jax.streams import print_status as say; '
+        f'"{sys.executable}" -c "from dsmoe_jax.cli.streams import print_status as say; '
         "[say('line') for _ in range(20000)]; open('done', 'w')\" | head -n1"
     )
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.generate.memory import MemoryPlan
+from dsmoe_jax.generate.memory_plan import MemoryPlan
 from dsmoe_jax.generate.programs import Batch, empty, extend, step
 from dsmoe_jax.kernels import grouped_matmul, plain
 from dsmoe_jax.kernels.expert_ffn import expert_ffn

@@ -22,7 +22,7 @@ from safetensors import safe_open
 import dsmoe_jax
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import import_hf, load_hf
-from dsmoe_jax.convert.names import hf_names, hf_shapes
+from dsmoe_jax.convert.param_mapping import hf_names, hf_shapes
 from dsmoe_jax.convert.reader import CheckpointReader
 from dsmoe_jax.model import abstract, split
 from tests.helpers import golden

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.text.train_tokenizer import train_tokenizer
 from dsmoe_jax.train.config import DataConfig, RunConfig
 from dsmoe_jax.train.corpus import prepare
 from dsmoe_jax.train.data import is_held_out
-from dsmoe_jax.train.examples import write_examples
-from dsmoe_jax.vocabulary import train_tokenizer
+from dsmoe_jax.train.sft import write_examples
 from tests.helpers.corpus import write_texts
 from tests.helpers.hf_folder import snapshot, tiny
 
@@ -22,7 +22,7 @@ HOLDOUT = 0.3
 
 def prepared(out: Path, model: ModelConfig, *sources: Path) -> dict[str, Any]:
     """The files of the tokenizer that is trained where none is known."""
-    data = DataConfig(sources=tuple(map(str, sources)), holdout=HOLDOUT, sequence_length=16)
+    data = DataConfig(sources=tuple(map(str, sources)), val_fraction=HOLDOUT, sequence_length=16)
 
     corpus = prepare(RunConfig(out=str(out), data=data), model, out)
 

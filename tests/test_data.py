@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsmoe_jax.tokenizer import Tokenizer
+from dsmoe_jax.text.tokenizer import Tokenizer
 from dsmoe_jax.train.batch import Batch
 from dsmoe_jax.train.data import Mixture, Stream, TokenShards, evaluation_batches, loader, tokenize
 from tests.helpers.corpus import byte_tokenizer, hand_made_shards, write_texts
@@ -267,7 +267,7 @@ def test_what_is_held_out_is_never_seen_in_training(tmp_path: Path):
     texts = [f"document {n} of many" for n in range(120)]
     folder = byte_tokenizer(tmp_path / "tokenizer")
     tokenizer = Tokenizer.from_pretrained(folder)
-    tokenize(write_texts(tmp_path / "a.jsonl", texts), folder, tmp_path / "out", holdout=0.2)
+    tokenize(write_texts(tmp_path / "a.jsonl", texts), folder, tmp_path / "out", val_fraction=0.2)
     train, heldout = (TokenShards.open(tmp_path / "out", split) for split in ("train", "heldout"))
     stream = stream_of([train], weights=[], sequence_length=64)
 
@@ -335,7 +335,7 @@ def test_datasets_of_different_tokenizers_are_not_mixed(tmp_path: Path):
     other = byte_tokenizer(tmp_path / "other", fill=1)
     text = write_texts(tmp_path / "a.jsonl", ["some text"])
     for tokenizer in (one, other):
-        tokenize(text, tokenizer, tmp_path / f"{tokenizer.name}.out", holdout=0.0)
+        tokenize(text, tokenizer, tmp_path / f"{tokenizer.name}.out", val_fraction=0.0)
 
     with pytest.raises(ValueError, match=r"other.out: made with another tokenizer"):
         stream_of([TokenShards.open(tmp_path / f"{name}.out") for name in ("one", "other")])

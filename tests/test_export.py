@@ -16,13 +16,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from dsmoe_jax.checkpoint.manifest import read_manifest
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import export_hf, import_hf
 from dsmoe_jax.convert.cast import Cast
 from dsmoe_jax.convert.exporter import parse_size
 from dsmoe_jax.convert.reader import CheckpointReader
-from dsmoe_jax.manifest import read_manifest
-from dsmoe_jax.tokenizer import TOKENIZER_FILES
+from dsmoe_jax.text.tokenizer import TOKENIZER_FILES
 from tests.helpers import golden, hostile
 from tests.helpers.hf_folder import (
     INDEX,

@@ -11,7 +11,7 @@ from dsmoe_jax.kernels import few_tokens
 from dsmoe_jax.kernels.expert_ffn import VARIABLE
 from dsmoe_jax.kernels.few_tokens import by_choice, by_expert, form
 from dsmoe_jax.kernels.operand import Experts, expert_of_rows
-from dsmoe_jax.layers.dispatch import Dispatch, routed_experts
+from dsmoe_jax.layers.token_dispatcher import Dispatch, routed_experts
 from dsmoe_jax.model import merge, split
 from tests.helpers import golden, reference
 from tests.helpers.conformance import BF16, DENSE, FP32, KINDS, D, E, F, assert_near

@@ -26,19 +26,19 @@ from dsmoe_jax.convert.peft_matching import make_plan
 from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.model import DeepSeekMoE, split
 from dsmoe_jax.sharding import MeshConfig
-from dsmoe_jax.tokenizer import tokenizer_files
+from dsmoe_jax.text.tokenizer import tokenizer_files
+from dsmoe_jax.text.train_tokenizer import train_tokenizer
 from dsmoe_jax.train import loop
 from dsmoe_jax.train.batch import Batch
 from dsmoe_jax.train.config import CheckpointConfig
-from dsmoe_jax.train.examples import ExamplePacking, Examples, write_examples
 from dsmoe_jax.train.finetune import ExamplesConfig, FinetuneConfig, finetuning
 from dsmoe_jax.train.flags import parse_finetuning
 from dsmoe_jax.train.loop import run
-from dsmoe_jax.train.loss import head_loss
+from dsmoe_jax.train.loss import chunked_cross_entropy
 from dsmoe_jax.train.metrics import read_records
 from dsmoe_jax.train.optimizer import OptimizerConfig
 from dsmoe_jax.train.recipes import FINETUNING
-from dsmoe_jax.vocabulary import train_tokenizer
+from dsmoe_jax.train.sft import ExamplePacking, Examples, write_examples
 from tests.helpers.hf_folder import flip_bit, tiny
 
 pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("on_one_device")]
@@ -71,12 +71,14 @@ def config(home: Path, out: Path, **changes: Any) -> FinetuneConfig:
         "out": str(out),
         "init_from": str(home / "base"),
         "steps": 12,
-        "data": ExamplesConfig(files=(str(home / "examples.jsonl"),), sequence_length=64, batch_size=8, holdout=0.1),
+        "data": ExamplesConfig(
+            files=(str(home / "examples.jsonl"),), sequence_length=64, batch_size=8, val_fraction=0.1
+        ),
         "optimizer": OptimizerConfig(learning_rate=1e-2, schedule="cosine", warmup_steps=2, weight_decay=0.0),
         "checkpoints": CheckpointConfig(every=100),
-        "evaluate_every": 6,
-        "evaluate_batches": 2,
-        "sinks": ("jsonl",),
+        "eval_interval": 6,
+        "eval_batches": 2,
+        "trackers": ("jsonl",),
         "lora": LORA,
     }
     return FinetuneConfig(**(fields | changes))
@@ -200,9 +202,9 @@ def test_the_best_adapter_stays_when_later_ones_are_worse(home: Path, tmp_path: 
     said = iter([3.0, 2.0, 4.0, 2.5])
     monkeypatch.setattr(loop, "_evaluate", lambda *_: (next(said), 1))
 
-    run(config(home, tmp_path / "out", steps=6, evaluate_every=2))  # 3, 2, 4
+    run(config(home, tmp_path / "out", steps=6, eval_interval=2))  # 3, 2, 4
     best = weights(tmp_path / "out" / "best")
-    run(config(home, tmp_path / "out", steps=8, evaluate_every=2))  # and, after a restart, 2.5
+    run(config(home, tmp_path / "out", steps=8, eval_interval=2))  # and, after a restart, 2.5
 
     last = weights(tmp_path / "out" / "adapter")
     record = json.loads((tmp_path / "out" / "best" / "evaluation.json").read_text())
@@ -218,12 +220,12 @@ def test_a_damaged_best_is_named_and_replaced(
 ):
     said = iter([2.0, 3.0])
     monkeypatch.setattr(loop, "_evaluate", lambda *_: (next(said), 1))
-    run(config(home, tmp_path / "out", steps=2, evaluate_every=2))
+    run(config(home, tmp_path / "out", steps=2, eval_interval=2))
     flip_bit(tmp_path / "out" / "best" / WEIGHTS, -1)
     with pytest.raises(ValueError, match=f"best: damaged adapter: {WEIGHTS!r} has other bytes than were written"):
         read_adapter(tmp_path / "out" / "best", MODEL)
 
-    run(config(home, tmp_path / "out", steps=4, evaluate_every=2))
+    run(config(home, tmp_path / "out", steps=4, eval_interval=2))
 
     best, last = weights(tmp_path / "out" / "best"), weights(tmp_path / "out" / "adapter")
     assert f"best is damaged, the next evaluation replaces it: {WEIGHTS!r} has other bytes" in caplog.text
@@ -246,7 +248,7 @@ def test_ten_times_stopped_after_a_step_is_as_if_undisturbed(
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_place", stopping)
         for n in range(1, 11):
-            result = run(config(home, tmp_path / "out", lora=dropping, evaluate_every=100))
+            result = run(config(home, tmp_path / "out", lora=dropping, eval_interval=100))
             assert (result.steps, result.stopped) == (n, True)
     run(config(home, tmp_path / "out", lora=dropping))
 
@@ -292,7 +294,7 @@ def test_a_run_whose_loss_is_not_finite_stops_and_keeps_what_it_had(
         patch.setattr(loop, "make_step", poisoned)
         line = r"^4 updates in a row were skipped: loss nan, .* at step 10; .* are good$"
         with pytest.raises(ValueError, match=line):
-            run(config(home, tmp_path / "out", steps=30, most_skipped=3))
+            run(config(home, tmp_path / "out", steps=30, max_consecutive_skips=3))
 
     again = weights(tmp_path / "out" / "best")
     assert all((kept[name] == again[name]).all() for name in kept)
@@ -301,11 +303,11 @@ def test_a_run_whose_loss_is_not_finite_stops_and_keeps_what_it_had(
 
 def test_a_run_whose_loss_is_zero_stops(home: Path, tmp_path: Path):
     (tmp_path / "same.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
-    data = dataclasses.replace(config(home, tmp_path).data, files=(str(tmp_path / "same.jsonl"),), holdout=0.0)
+    data = dataclasses.replace(config(home, tmp_path).data, files=(str(tmp_path / "same.jsonl"),), val_fraction=0.0)
     fast = OptimizerConfig(learning_rate=0.3, schedule="constant", warmup_steps=0, weight_decay=0.0)
 
     with pytest.raises(ValueError, match=r"^the loss has been 0 for 4 steps at step \d+: "):
-        run(config(home, tmp_path / "out", data=data, lora=None, optimizer=fast, steps=200, most_skipped=3))
+        run(config(home, tmp_path / "out", data=data, lora=None, optimizer=fast, steps=200, max_consecutive_skips=3))
 
 
 # --- losses ---
@@ -321,7 +323,7 @@ def test_packed_examples_have_the_losses_they_have_alone(home: Path, tmp_path: P
         batch = Batch(*map(jnp.asarray, np.stack([packing.row(n) for n in packing.rows_of(0)], axis=1)))
         hidden = model.hidden(batch.token_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids)
         head = split(model)[1]["head.weight"]
-        return float(head_loss(hidden.states, head, batch.labels).cross_entropy), len(batch.labels)
+        return float(chunked_cross_entropy(hidden.states, head, batch.labels).cross_entropy), len(batch.labels)
 
     (packed, rows), (alone, examples_alone) = total("packed"), total("alone")
 
@@ -336,7 +338,7 @@ def test_masked_tokens_give_no_gradient(home: Path, tmp_path: Path):
     states = jax.random.normal(jax.random.key(0), (1, 64, 32))
     head = jax.random.normal(jax.random.key(1), (VOCABULARY, 32))
 
-    grads = jax.grad(lambda states: head_loss(states, head, labels).total)(states)
+    grads = jax.grad(lambda states: chunked_cross_entropy(states, head, labels).total)(states)
 
     learnt = jnp.abs(grads[0]).max(axis=-1) > 0
     assert (learnt == (labels[0] != -100)).all()
@@ -351,7 +353,7 @@ def test_the_verbs_finetune_merge_and_generate_go_together(
 ):
     base, out = str(home / "base"), str(tmp_path / "run")
     flags = ["--data", str(home / "examples.jsonl"), "--recipe", "tiny", "--lora.r", "4", "--steps", "2", "--out", out]
-    small = ["--data.sequence-length", "64", "--data.batch-size", "8", "--sinks", "jsonl"]
+    small = ["--data.sequence-length", "64", "--data.batch-size", "8", "--trackers", "jsonl"]
 
     assert main(["finetune", base, *flags, *small]) == 0
     assert main(["merge", base, f"{out}/adapter", str(tmp_path / "merged")]) == 0

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsmoe_jax.cache import KVCache
-from dsmoe_jax.checkpoint import save
+from dsmoe_jax.checkpoint.native import save
 from dsmoe_jax.config import ModelConfig, RopeScaling
 from dsmoe_jax.generate import Chat, Generator, SamplingParams
 from dsmoe_jax.generate.generator import for_generation
 from dsmoe_jax.generate.programs import bucket, step
+from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.model import DeepSeekMoE, assemble, merge, split
-from dsmoe_jax.tokenizer import Tokenizer
+from dsmoe_jax.text.tokenizer import Tokenizer
 from tests.helpers import golden, reference
 from tests.helpers.hf_folder import make_tokenizer
 

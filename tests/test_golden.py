@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsmoe_jax.cache import KVCache
 from dsmoe_jax.generate import Generator
+from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.model import merge, split
 from tests.helpers import golden
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsmoe_jax.cache import KVCache
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.kernels.attention import attention
-from dsmoe_jax.layers.dispatch import Sorted, combine, dispatch
+from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.layers.norm import RMSNorm
 from dsmoe_jax.layers.rope import rotate, rotation
 from dsmoe_jax.layers.router import Router
+from dsmoe_jax.layers.token_dispatcher import Sorted, combine, dispatch
 from dsmoe_jax.model import DeepSeekMoE, merge, split
 from tests.helpers import reference
 from tests.helpers.hf_folder import tiny

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from dsmoe_jax.locks import lock_folder, lock_name
+from dsmoe_jax.storage.locks import lock_folder, lock_name
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from dsmoe_jax.locks import lock_folder
+from dsmoe_jax.storage.locks import lock_folder
 with lock_folder(Path(sys.argv[1])):
     if sys.argv[2:] and os.fork() == 0:
         time.sleep(60)

@@ -29,9 +29,10 @@ import pytest
 import dsmoe_jax
 from dsmoe_jax.cli import main
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.locks import lock_folder
 from dsmoe_jax.model import split
 from dsmoe_jax.sharding import MeshConfig
+from dsmoe_jax.storage.locks import lock_folder
+from dsmoe_jax.text.train_tokenizer import train_tokenizer
 from dsmoe_jax.train import loop
 from dsmoe_jax.train.checkpoints import Checkpoints
 from dsmoe_jax.train.config import CheckpointConfig, DataConfig, RunConfig
@@ -42,7 +43,6 @@ from dsmoe_jax.train.metrics import read_records
 from dsmoe_jax.train.optimizer import OptimizerConfig
 from dsmoe_jax.train.recipes import RECIPES
 from dsmoe_jax.train.step import StepConfig
-from dsmoe_jax.vocabulary import train_tokenizer
 from tests.helpers.hf_folder import flip_bit, tiny
 
 pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("no_compilation_cache")]
@@ -61,7 +61,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [" ".join(rng.choices(words, k=rng.randint(5, 60))) for _ in range(200)]
     (home / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     train_tokenizer(texts * 3, home / "tokenizer", VOCABULARY)
-    tokenize(home / "text.jsonl", home / "tokenizer", home / "shards", holdout=0.1)
+    tokenize(home / "text.jsonl", home / "tokenizer", home / "shards", val_fraction=0.1)
     (home / "model.json").write_text(json.dumps(tiny(vocab_size=VOCABULARY).to_dict()))
     return home
 
@@ -76,9 +76,9 @@ def config(home: Path, out: Path, **changes: Any) -> RunConfig:
         ),
         "optimizer": OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup_steps=2),
         "checkpoints": CheckpointConfig(every=4),
-        "evaluate_every": 6,
-        "evaluate_batches": 2,
-        "sinks": ("jsonl",),
+        "eval_interval": 6,
+        "eval_batches": 2,
+        "trackers": ("jsonl",),
         "mesh": MeshConfig(fsdp=8),
     }
     return RunConfig(**(fields | changes))
@@ -135,7 +135,7 @@ def test_a_run_leaves_a_model_that_generates_records_and_its_config(home: Path, 
     generator = dsmoe_jax.Generator.from_pretrained(whole / "model")
 
     assert [record["step"] for record in records if "loss" in record] == list(range(1, STEPS + 1))
-    assert [record["step"] for record in records if "evaluation/loss" in record] == [6, 12, 18, 24, STEPS]
+    assert [record["step"] for record in records if "eval/loss" in record] == [6, 12, 18, 24, STEPS]
     assert losses(whole)[STEPS] < losses(whole)[1] - 0.3
     assert json.loads((whole / "run.json").read_text())["steps"] == STEPS
     assert len(generator(["moe"], max_new_tokens=4, ignore_eos=True)[0].tokens) == 4
@@ -161,12 +161,12 @@ def test_twenty_steps_follow_the_committed_curve(tmp_path: Path, home: Path):
         tokenizer=str(GOLDEN / "tokenizer"),
         sequence_length=64,
         batch_size=8,
-        holdout=0.0,
+        val_fraction=0.0,
     )
     model = tmp_path / "model.json"
     model.write_text(json.dumps(tiny(vocab_size=512).to_dict()))
 
-    run(config(home, tmp_path / "out", model=str(model), data=data, steps=20, evaluate_every=20))
+    run(config(home, tmp_path / "out", model=str(model), data=data, steps=20, eval_interval=20))
 
     want = json.loads((GOLDEN / "curve.json").read_text())
     np.testing.assert_allclose(list(losses(tmp_path / "out").values()), want["loss"], rtol=CURVE)
@@ -225,7 +225,14 @@ def test_accumulation_gives_the_same_run(tmp_path: Path, home: Path, whole: Path
     model = json.loads((home / "model.json").read_text())
     assert model["seq_aux"]
 
-    run(config(home, tmp_path / "out", mesh=MeshConfig(data=4, fsdp=1, tensor=2), step=StepConfig(accumulation=2)))
+    run(
+        config(
+            home,
+            tmp_path / "out",
+            mesh=MeshConfig(data=4, fsdp=1, tensor=2),
+            step=StepConfig(gradient_accumulation_steps=2),
+        )
+    )
 
     for step, loss in losses(whole).items():
         assert losses(tmp_path / "out")[step] == pytest.approx(loss, abs=1e-4)
@@ -315,7 +322,7 @@ def test_too_many_skipped_updates_in_a_row_stop_the_run(
     monkeypatch.setattr(loop, "make_step", broken)
 
     with pytest.raises(ValueError, match="3 updates in a row were skipped: loss nan"):
-        run(config(home, tmp_path / "out", most_skipped=2))
+        run(config(home, tmp_path / "out", max_consecutive_skips=2))
 
 
 PROGRAM = """
@@ -500,7 +507,7 @@ def test_flags_change_a_recipe():
 def test_the_verbs_tokenize_and_pretrain(tmp_path: Path, home: Path, capsys: pytest.CaptureFixture):
     shards, out = tmp_path / "shards", tmp_path / "out"
     flags = ["--out", out, "--model", home / "model.json", "--steps", 2, "--data.sources", shards, "--mesh.fsdp", 8]
-    flags += ["--data.tokenizer", home / "tokenizer", "--data.sequence-length", 24, "--sinks", "jsonl"]
+    flags += ["--data.tokenizer", home / "tokenizer", "--data.sequence-length", 24, "--trackers", "jsonl"]
 
     codes = [
         main(["tokenize", str(home / "text.jsonl"), "--tokenizer", str(home / "tokenizer"), "--out", str(shards)]),

@@ -18,17 +18,17 @@ import optax
 import pytest
 
 from dsmoe_jax import lora
-from dsmoe_jax.checkpoint import load, save
+from dsmoe_jax.checkpoint.native import load, save
 from dsmoe_jax.convert import load_hf, peft
 from dsmoe_jax.convert.merging import merge_to
-from dsmoe_jax.convert.names import export_order
+from dsmoe_jax.convert.param_mapping import export_order
 from dsmoe_jax.convert.peft_matching import make_plan, modules, untied
 from dsmoe_jax.generate import Generator
 from dsmoe_jax.kernels.operand import Quantized
 from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.model import assemble, merge, shardings, split
 from dsmoe_jax.quantize import quantize_params
-from dsmoe_jax.tokenizer import tokenizer_files
+from dsmoe_jax.text.tokenizer import tokenizer_files
 from dsmoe_jax.train import balance_loss, cross_entropy
 from tests.helpers import golden
 from tests.helpers.adapters import random_adapter

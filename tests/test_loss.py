@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.convert.names import hf_names, is_stacked
+from dsmoe_jax.convert.param_mapping import hf_names, is_stacked
 from dsmoe_jax.layers.router import Routing
 from dsmoe_jax.model import merge, split
 from dsmoe_jax.sharding import make_mesh
@@ -81,7 +81,7 @@ def test_right_padding_counts_in_the_balance_loss_as_in_the_original():
 
 
 def plain_head_loss(states, head, targets, z_loss=0.0):
-    """The slow obvious twin of `head_loss`: all logits at once."""
+    """The slow obvious twin of `chunked_cross_entropy`: all logits at once."""
     logits = jnp.einsum("btd,vd->btv", states, head)
     log_sum = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, targets[:, :, None].clip(0), axis=-1)[:, :, 0]
@@ -104,15 +104,15 @@ def test_the_loss_in_chunks_and_its_gradients_equal_the_plain_one(
     states, head, targets = head_inputs()
     monkeypatch.setattr(loss, "_CHUNK_BYTES", tokens * 4 * len(head))
 
-    got, got_grads = jax.value_and_grad(lambda s, h: 3 * loss.head_loss(s, h, targets, z_loss=z_loss).total, (0, 1))(
-        states, head
-    )
+    got, got_grads = jax.value_and_grad(
+        lambda s, h: 3 * loss.chunked_cross_entropy(s, h, targets, z_loss=z_loss).total, (0, 1)
+    )(states, head)
     want, want_grads = jax.value_and_grad(lambda s, h: 3 * plain_head_loss(s, h, targets, z_loss), (0, 1))(states, head)
 
     np.testing.assert_allclose(got, want, rtol=1e-5)
     for mine, plain in zip(got_grads, want_grads, strict=True):
         np.testing.assert_allclose(mine, plain, rtol=1e-4, atol=1e-4)
-    assert loss.head_loss(states, head, targets, z_loss=z_loss).cross_entropy == pytest.approx(
+    assert loss.chunked_cross_entropy(states, head, targets, z_loss=z_loss).cross_entropy == pytest.approx(
         float(plain_head_loss(states, head, targets)), rel=1e-5
     )
 
@@ -124,7 +124,9 @@ def test_the_loss_in_chunks_is_the_same_on_every_mesh(mesh: str, V: int):
     want, want_grads = jax.value_and_grad(lambda s, h: plain_head_loss(s, h, targets, 0.1), (0, 1))(states, head)
 
     with jax.set_mesh(make_mesh(MESHES[mesh])):
-        run = jax.jit(jax.value_and_grad(lambda s, h: loss.head_loss(s, h, targets, z_loss=0.1).total, (0, 1)))
+        run = jax.jit(
+            jax.value_and_grad(lambda s, h: loss.chunked_cross_entropy(s, h, targets, z_loss=0.1).total, (0, 1))
+        )
         got, got_grads = run(states, head)
 
     np.testing.assert_allclose(got, want, rtol=1e-5)
@@ -135,7 +137,11 @@ def test_the_loss_in_chunks_is_the_same_on_every_mesh(mesh: str, V: int):
 def test_no_array_of_all_logits_is_made():
     states, head, targets = head_inputs(B=4, T=64, V=2**15)
 
-    compiled = jax.jit(jax.grad(lambda s, h: loss.head_loss(s, h, targets).total, (0, 1))).lower(states, head).compile()
+    compiled = (
+        jax.jit(jax.grad(lambda s, h: loss.chunked_cross_entropy(s, h, targets).total, (0, 1)))
+        .lower(states, head)
+        .compile()
+    )
 
     all_logits = 4 * 64 * 2**15 * 4
     plain = jax.jit(jax.grad(lambda s, h: plain_head_loss(s, h, targets), (0, 1))).lower(states, head).compile()

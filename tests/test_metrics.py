@@ -17,7 +17,7 @@ import pytest
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.info import count_parameters
 from dsmoe_jax.train.metrics import Recorder, flops_per_token, peak_flops, read_records
-from dsmoe_jax.train.picture import draw
+from dsmoe_jax.train.plotting import draw
 from dsmoe_jax.train.step import Metrics
 from tests.benchmarks.plan import flops
 
@@ -35,11 +35,11 @@ def metrics(seed: int = 0, **changes: Any) -> Metrics:
         balance=aux[0],
         device_balance=aux[1],
         z_loss=scalar[2],
-        gradient_norm=scalar[3],
+        grad_norm=scalar[3],
         learning_rate=scalar[4],
         skipped=np.bool_(False),
-        skipped_in_all=np.int32(4),
-        skipped_in_a_row=np.int32(0),
+        total_skips=np.int32(4),
+        consecutive_skips=np.int32(0),
         load=load,
         entropy=aux[2],
         extra_passes=np.zeros(3, np.float32),
@@ -52,13 +52,13 @@ def device(kind: str, peak: int | None = None) -> SimpleNamespace:
     return SimpleNamespace(device_kind=kind, process_index=0, memory_stats=lambda: stats)
 
 
-def recorder(folder: Path, sinks: tuple[str, ...] = ("jsonl",), **options: Any) -> Recorder:
+def recorder(folder: Path, trackers: tuple[str, ...] = ("jsonl",), **options: Any) -> Recorder:
     options = {"tokens_per_step": 2048, "sequence_length": 256, "steps": 100, "devices": [device("cpu")]} | options
-    return Recorder(folder, config=CONFIG, sinks=sinks, **options)
+    return Recorder(folder, config=CONFIG, trackers=trackers, **options)
 
 
-def write(folder: Path, these: range, sinks: tuple[str, ...] = ("jsonl",), **options: Any) -> None:
-    with recorder(folder, sinks, **options) as record:
+def write(folder: Path, these: range, trackers: tuple[str, ...] = ("jsonl",), **options: Any) -> None:
+    with recorder(folder, trackers, **options) as record:
         for step in these:
             record.record(step, metrics(step), seconds=0.5, data_wait=0.001)
 
@@ -120,9 +120,9 @@ def test_every_number_of_a_record_is_what_a_slow_sum_says(tmp_path: Path):
 
     aux = [sum(float(x) for x in losses) for losses in (said.balance, said.device_balance)]
     assert [got["balance_loss"], got["device_balance_loss"]] == pytest.approx(aux)
-    for name in ("loss", "cross_entropy", "z_loss", "gradient_norm", "learning_rate"):
+    for name in ("loss", "cross_entropy", "z_loss", "grad_norm", "learning_rate"):
         assert got[name] == float(getattr(said, name))
-    assert (got["skipped"], got["skipped_in_all"], got["skipped_in_a_row"]) == (0, 4, 0)
+    assert (got["skipped"], got["total_skips"], got["consecutive_skips"]) == (0, 4, 0)
     assert (got["tokens_per_second"], got["data_wait_share"]) == (8192, 0.04)
     assert got["mfu"] == pytest.approx(8192 * flops_per_token(CONFIG, 256) / (2 * 989e12))
     assert got["device_memory_bytes"] == 7
@@ -152,7 +152,7 @@ def test_a_dense_model_has_no_routing_to_speak_of(tmp_path: Path):
     said = metrics(load=np.zeros((0, 0)), balance=none, device_balance=none, entropy=none, extra_passes=none)
 
     with Recorder(
-        tmp_path, config=dense, tokens_per_step=8, sequence_length=8, steps=1, sinks=("jsonl", "console")
+        tmp_path, config=dense, tokens_per_step=8, sequence_length=8, steps=1, trackers=("jsonl", "console")
     ) as record:
         record.record(1, said, seconds=1.0, data_wait=0.0)
 
@@ -172,16 +172,14 @@ def test_the_load_of_each_expert_is_recorded_at_both_ends_and_every_so_often(tmp
 
 def test_what_is_not_finite_is_null_and_named_in_strict_json(tmp_path: Path):
     with recorder(tmp_path) as record:
-        record.record(
-            1, metrics(loss=np.float32(math.nan), gradient_norm=np.float32(math.inf)), seconds=1.0, data_wait=0.0
-        )
+        record.record(1, metrics(loss=np.float32(math.nan), grad_norm=np.float32(math.inf)), seconds=1.0, data_wait=0.0)
 
     def refuse(name: str) -> None:
         raise AssertionError(name)
 
     got = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
-    assert got["not_finite"] == ["loss", "gradient_norm"]
-    assert (got["loss"], got["gradient_norm"]) == (None, None)
+    assert got["not_finite"] == ["loss", "grad_norm"]
+    assert (got["loss"], got["grad_norm"]) == (None, None)
 
 
 def test_the_first_record_of_a_run_has_its_facts(tmp_path: Path):
@@ -261,12 +259,12 @@ def test_the_console_has_a_line_every_so_many_steps_and_one_an_evaluation(tmp_pa
     caplog.set_level(logging.INFO)
     said = metrics(
         loss=np.float32(5.12), cross_entropy=np.float32(5.11), balance=np.full(3, 0.004, np.float32),
-        device_balance=np.zeros(3), gradient_norm=np.float32(0.8), learning_rate=np.float32(1e-3),
-        load=np.array([[1] * 15 + [3]] * 3, np.float32), skipped_in_all=np.int32(0),
+        device_balance=np.zeros(3), grad_norm=np.float32(0.8), learning_rate=np.float32(1e-3),
+        load=np.array([[1] * 15 + [3]] * 3, np.float32), total_skips=np.int32(0),
     )  # fmt: skip
     peaks = {"devices": [device("NVIDIA A100-SXM4-80GB")], "tokens_per_step": 12_300_000}
 
-    with recorder(tmp_path, ("console",), log_every=50, steps=120, **peaks) as record:
+    with recorder(tmp_path, ("console",), log_interval=50, steps=120, **peaks) as record:
         for step in range(1, 121):
             record.record(step, said, seconds=1.0, data_wait=0.1)
         record.evaluation(120, 4.98, 512)

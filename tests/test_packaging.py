@@ -26,7 +26,8 @@ def test_the_rooms_at_the_root_are_mapped_into_the_package():
 
 
 def test_every_data_file_of_a_package_is_listed():
-    listed = {ROOT / "dsmoe_jax" / name for name in SETTINGS["package-data"]["dsmoe_jax"]}
+    home = SETTINGS["package-dir"]
+    listed = {ROOT / home[package] / name for package, names in SETTINGS["package-data"].items() for name in names}
 
     found = {
         path

@@ -15,7 +15,7 @@ import pytest
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import load_hf
-from dsmoe_jax.convert.names import export_order
+from dsmoe_jax.convert.param_mapping import export_order
 from dsmoe_jax.convert.peft import CONFIG, WEIGHTS, merge_adapter, read_adapter, with_adapter, write_adapter
 from dsmoe_jax.lora import PROJECTIONS
 from dsmoe_jax.model import split

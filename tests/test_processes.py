@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from dsmoe_jax.checkpoint import load, save
+from dsmoe_jax.checkpoint.native import load, save
 from dsmoe_jax.model import DeepSeekMoE
-from dsmoe_jax.vocabulary import train_tokenizer
+from dsmoe_jax.text.train_tokenizer import train_tokenizer
 from tests.helpers.hf_folder import tiny
 
 pytestmark = pytest.mark.heavy
@@ -33,11 +33,12 @@ import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(coordinator, num_processes=2, process_id=index)
 from jax.experimental.multihost_utils import sync_global_devices
-from dsmoe_jax import DeepSeekMoE, MeshConfig, array_files, load, save
+from dsmoe_jax import DeepSeekMoE, MeshConfig, load, save
+from dsmoe_jax.checkpoint import zarr_io
 from tests.helpers.hf_folder import tiny
 
 model = DeepSeekMoE.init(tiny(), mesh=MeshConfig(fsdp=4, expert=2))
-write, seen = array_files.ArrayWriter.write, {}
+write, seen = zarr_io.ArrayWriter.write, {}
 
 def full_disk(*_):
     raise OSError("no space left")
@@ -50,9 +51,9 @@ def attempt(scene, step):
     sync_global_devices(scene)
 
 for failing in (0, 1):
-    array_files.ArrayWriter.write = full_disk if index == failing else write
+    zarr_io.ArrayWriter.write = full_disk if index == failing else write
     attempt(f"process {failing} cannot write", lambda: save(model, f"{home}/out"))
-array_files.ArrayWriter.write = write
+zarr_io.ArrayWriter.write = write
 seen["left"] = os.listdir(home)
 sync_global_devices("seen")
 attempt("save", lambda: save(model, f"{home}/out"))

@@ -17,10 +17,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsmoe_jax.checkpoint import load, save
-from dsmoe_jax.codebooks import DYNAMIC, NF4, nearest
+from dsmoe_jax.checkpoint.native import load, save
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import import_hf, load_hf_quantized
+from dsmoe_jax.kernels.codebooks import DYNAMIC, NF4, nearest
 from dsmoe_jax.kernels.operand import EXPERT_AXES, LowRank, Quantized, leaf_axes
 from dsmoe_jax.model import abstract, assemble, split
 from dsmoe_jax.quantize import (

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from dsmoe_jax.cli import VERBS, _parse, main
+from dsmoe_jax.cli.commands import VERBS, _parse, main
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import import_hf
 from dsmoe_jax.train.flags import parse, parse_finetuning
@@ -34,7 +34,7 @@ PAGE: Final = (ROOT / "README.md").read_text(encoding="utf-8")
 FAST: Final = {("Quick start", "python"), ("Conversion", "python"), ("Conversion", "bash")}
 
 _RUN: Final = [
-    *("--steps", "1", "--sinks", "jsonl", "--step.accumulation", "1"),
+    *("--steps", "1", "--trackers", "jsonl", "--step.gradient-accumulation-steps", "1"),
     *("--data.sequence-length", "32", "--data.batch-size", "8"),
 ]
 _OWN_TEXT: Final = ["--data.sources", "book.txt", "--data.tokenizer", "moe16b"]

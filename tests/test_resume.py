@@ -21,7 +21,8 @@ from dsmoe_jax.cli import main
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.model import DeepSeekMoE, check_seed, split
 from dsmoe_jax.sharding import MeshConfig, make_mesh
-from dsmoe_jax.tokenizer import Tokenizer
+from dsmoe_jax.text.tokenizer import Tokenizer
+from dsmoe_jax.text.train_tokenizer import train_tokenizer
 from dsmoe_jax.train import loop
 from dsmoe_jax.train.best import Best
 from dsmoe_jax.train.checkpoints import Checkpoints
@@ -35,7 +36,6 @@ from dsmoe_jax.train.loop import run
 from dsmoe_jax.train.optimizer import OptimizerConfig
 from dsmoe_jax.train.resume import check_resumable, identity, log_changes
 from dsmoe_jax.train.step import StepConfig
-from dsmoe_jax.vocabulary import train_tokenizer
 from tests.helpers.corpus import write_texts
 from tests.helpers.hf_folder import tiny
 
@@ -57,14 +57,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(home: Path, out: Path, **changes: Any) -> RunConfig:
-    data = DataConfig(sources=(str(home / "a.jsonl"),), sequence_length=16, batch_size=2, holdout=0.2)
+    data = DataConfig(sources=(str(home / "a.jsonl"),), sequence_length=16, batch_size=2, val_fraction=0.2)
     fields: dict[str, Any] = {
         "out": str(out),
         "model": str(home / "model.json"),
         "steps": STEPS,
         "data": dataclasses.replace(data, **changes.pop("data", {})),
         "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=0),
-        "sinks": ("jsonl",),
+        "trackers": ("jsonl",),
     }
     return RunConfig(**(fields | changes))
 
@@ -110,7 +110,7 @@ def test_a_finished_run_says_so_with_its_result(
     known = json.loads((copy / "run.json").read_text())["result"]
     monkeypatch.setattr(loop, "_begin", lambda *_: pytest.fail("nothing is left to train"))
     flags = ["--data.sources", home / "a.jsonl", "--data.sequence-length", 16, "--data.batch-size", 2, "--steps", steps]
-    flags += ["--data.holdout", 0.2, "--model", home / "model.json", "--out", copy, "--sinks", "jsonl"]
+    flags += ["--data.val-fraction", 0.2, "--model", home / "model.json", "--out", copy, "--trackers", "jsonl"]
 
     assert main(["pretrain", "tiny", *map(str, flags)]) == 0
 
@@ -166,7 +166,10 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 FREE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "learning rate": ({"optimizer": OptimizerConfig(learning_rate=1.0, schedule="constant", warmup_steps=3)}, {}),
     "steps": ({"steps": 7}, {}),
-    "how a step is computed": ({"step": StepConfig(accumulation=2, remat="full", compute_dtype="bfloat16")}, {}),
+    "how a step is computed": (
+        {"step": StepConfig(gradient_accumulation_steps=2, remat="full", compute_dtype="bfloat16")},
+        {},
+    ),
     "mesh": ({"mesh": MeshConfig(expert=2)}, {}),
     "neutral fields": ({}, {"use_cache": False, "torch_dtype": "bfloat16", "extra": {"a": 1}, "hidden_act": "swish"}),
 }
@@ -263,7 +266,7 @@ def test_an_edited_text_is_read_afresh(home: Path, tmp_path: Path):
     assert prepared(home, tmp_path / "run", sources=(str(text),)).startswith("ALPHA")
 
 
-@pytest.mark.parametrize("change", [{"holdout": 0.4}, {"tokenizer": "own"}], ids=str)
+@pytest.mark.parametrize("change", [{"val_fraction": 0.4}, {"tokenizer": "own"}], ids=str)
 def test_other_options_make_other_shards(home: Path, tmp_path: Path, change: dict[str, Any]):
     train_tokenizer(["alpha beta"] * 9, tmp_path / "own", VOCABULARY)
     change = change | ({"tokenizer": str(tmp_path / "own")} if "tokenizer" in change else {})
@@ -304,9 +307,9 @@ def test_a_copied_or_touched_text_is_the_same(home: Path, tmp_path: Path):
     [
         ({"sources": ("b.jsonl",)}, r"data\.sources: .*a\.jsonl -> .*b\.jsonl"),
         ({"sources": ("a.jsonl", "b.jsonl")}, r"data\.sources: .*a\.jsonl -> .*a\.jsonl, .*b\.jsonl"),
-        ({"holdout": 0.4}, r"data\.holdout: 0\.2 -> 0\.4"),
+        ({"val_fraction": 0.4}, r"data\.val_fraction: 0\.2 -> 0\.4"),
     ],
-    ids=["other", "more", "holdout"],
+    ids=["other", "more", "val_fraction"],
 )
 def test_checkpoints_are_not_continued_on_other_data(home: Path, copy: Path, change: dict[str, Any], line: str):
     if "sources" in change:
@@ -322,8 +325,10 @@ def test_checkpoints_are_not_continued_on_other_data(home: Path, copy: Path, cha
 def test_shards_keep_the_share_they_were_made_with(home: Path, copy: Path):
     shards = {"sources": (str(copy / "data" / "00"),), "tokenizer": str(copy / "tokenizer")}
 
-    with pytest.raises(ValueError, match=r"data.holdout 0.3 has no effect on .*00: its shards were made with 0.2;"):
-        prepared(home, copy, **shards, holdout=0.3)
+    with pytest.raises(
+        ValueError, match=r"data.val_fraction 0.3 has no effect on .*00: its shards were made with 0.2;"
+    ):
+        prepared(home, copy, **shards, val_fraction=0.3)
 
 
 def test_the_best_of_a_discarded_try_does_not_count(tmp_path: Path):
@@ -355,7 +360,12 @@ def base(home: Path) -> Path:
 
 
 def finetune(home: Path, base: Path, out: Path, **data: Any) -> FinetuneConfig:
-    data = {"files": (str(home / "examples.jsonl"),), "sequence_length": 32, "batch_size": 2, "holdout": 0.2} | data
+    data = {
+        "files": (str(home / "examples.jsonl"),),
+        "sequence_length": 32,
+        "batch_size": 2,
+        "val_fraction": 0.2,
+    } | data
     return FinetuneConfig(out=str(out), init_from=str(base), data=ExamplesConfig(**data))
 
 
@@ -388,7 +398,7 @@ def test_a_template_is_known_by_its_content(home: Path, base: Path, tmp_path: Pa
     chats = tmp_path / "chats.jsonl"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     chats.write_text(json.dumps({"messages": turns}) + "\n")
-    one = finetune(home, base, tmp_path, files=(str(chats),), template=str(template), holdout=0.0)
+    one = finetune(home, base, tmp_path, files=(str(chats),), template=str(template), val_fraction=0.0)
     model = one.model_config()
 
     first = open_examples(one, model, tmp_path).train
@@ -404,11 +414,11 @@ def test_a_template_is_known_by_its_content(home: Path, base: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"holdout": 0.5}, "data.holdout: the checkpoint has 0.2, this run 0.5"),
+        ({"val_fraction": 0.5}, "data.val_fraction: the checkpoint has 0.2, this run 0.5"),
         ({"files": ("other.jsonl",)}, "other.jsonl is new"),
         ({"sequence_length": 64}, "data.sequence_length: the checkpoint has 32, this run 64"),
     ],
-    ids=["holdout", "file", "length"],
+    ids=["val_fraction", "file", "length"],
 )
 def test_examples_that_changed_are_named(home: Path, base: Path, tmp_path: Path, change: dict[str, Any], line: str):
     if "files" in change:
@@ -436,7 +446,9 @@ def test_a_fine_tuned_model_has_the_ids_of_its_tokenizer(home: Path, base: Path,
 
 
 def test_shards_alone_give_the_end_token(home: Path, copy: Path, tmp_path: Path):
-    one = config(home, tmp_path, data={"sources": (str(copy / "data" / "00"),), "holdout": DataConfig.holdout})
+    one = config(
+        home, tmp_path, data={"sources": (str(copy / "data" / "00"),), "val_fraction": DataConfig.val_fraction}
+    )
 
     assert pretraining(one, tmp_path).model.eos_token_id == 1
 
@@ -505,7 +517,7 @@ def test_a_legal_request_without_effect_is_said(
 
 
 def test_a_share_without_a_document_is_said(home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    prepared(home, tmp_path, holdout=1e-9)
+    prepared(home, tmp_path, val_fraction=1e-9)
 
     assert "held out" in caplog.text
 

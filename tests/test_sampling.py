@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsmoe_jax.generate.choice import Sampler, Tally, _heaviest, _kept_logits, adjustments, choose, log_probabilities
-from dsmoe_jax.generate.params import _NUMBERS, SamplingParams
+from dsmoe_jax.generate.sampling import Sampler, Tally, _heaviest, _kept_logits, adjustments, choose, log_probabilities
+from dsmoe_jax.generate.sampling_params import _NUMBERS, SamplingParams
 
 heaviest = jax.jit(_heaviest)
 DRAWS = 4000

@@ -1,6 +1,6 @@
 """The mesh and the table of axes: who gets which part of which array, and that it changes no result.
 
-Start at `test_loss_and_all_gradients_equal_one_device`; `test_dispatch.py` does the same for the routed experts alone.
+Start at `test_loss_and_all_gradients_equal_one_device`; `test_token_dispatcher.py` does so for the routed experts.
 """
 
 import functools
@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from dsmoe_jax.checkpoint import load, save
+from dsmoe_jax.checkpoint.native import load, save
 from dsmoe_jax.convert import load_hf
 from dsmoe_jax.generate import Generator
-from dsmoe_jax.layers.dispatch import STRATEGIES, Dispatch
+from dsmoe_jax.layers.token_dispatcher import STRATEGIES, Dispatch
 from dsmoe_jax.model import DeepSeekMoE, assemble, merge, shardings, split
 from dsmoe_jax.sharding import MeshConfig, make_mesh, place_batch
 from dsmoe_jax.train import balance_loss, cross_entropy

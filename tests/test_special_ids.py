@@ -11,11 +11,11 @@ import tokenizers
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import export_hf, import_hf
-from dsmoe_jax.json_file import read_json
-from dsmoe_jax.new_folder import write_json
-from dsmoe_jax.special_ids import check_special_ids, with_tokenizer_ids, within_vocabulary
-from dsmoe_jax.tokenizer import Tokenizer
-from dsmoe_jax.vocabulary import train_tokenizer
+from dsmoe_jax.storage.atomic_dir import write_json
+from dsmoe_jax.storage.strict_json import read_json
+from dsmoe_jax.text.special_ids import check_special_ids, with_tokenizer_ids, within_vocabulary
+from dsmoe_jax.text.tokenizer import Tokenizer
+from dsmoe_jax.text.train_tokenizer import train_tokenizer
 from tests.helpers.hf_folder import edit, random_params, tiny, write_hf
 
 

@@ -64,7 +64,13 @@ class Run:
         start = jax.jit(lambda params: init_state(model.config, params, transformation, options), out_shardings=places)
         self.state: TrainState = start(params)
         self.step = make_step(
-            model.config, graph, transformation, schedule, options, clip_norm=optimizer.clip_norm, mesh=self.mesh
+            model.config,
+            graph,
+            transformation,
+            schedule,
+            options,
+            max_grad_norm=optimizer.max_grad_norm,
+            mesh=self.mesh,
         )
 
     def __call__(self, batch: Batch) -> Metrics:
@@ -90,7 +96,7 @@ def test_ten_steps_of_adamw_follow_the_originals_curve(case: str):
         warmup_steps=0,
         eps=hyper["eps"],
         weight_decay=hyper["weight_decay"],
-        clip_norm=hyper["clip_global_norm"],
+        max_grad_norm=hyper["clip_global_norm"],
         decay="all",
     )
     run = Run(golden.model(case), optimizer=optimizer)
@@ -101,7 +107,7 @@ def test_ten_steps_of_adamw_follow_the_originals_curve(case: str):
     for name, values in (
         ("ce", [float(m.cross_entropy) for m in got]),
         ("aux_sum", [float(m.balance.sum()) for m in got]),
-        ("grad_norm_before_clip", [float(m.gradient_norm) for m in got]),
+        ("grad_norm_before_clip", [float(m.grad_norm) for m in got]),
     ):
         np.testing.assert_allclose(values, want[name], rtol=CURVE, err_msg=name)
 
@@ -123,7 +129,7 @@ def _one_step(options: StepConfig, mesh: MeshConfig | None, changes: tuple[tuple
 
 
 def check_equal(got: tuple[Metrics, dict], want: tuple[Metrics, dict]) -> None:
-    for name in ("loss", "cross_entropy", "balance", "load", "entropy", "gradient_norm"):
+    for name in ("loss", "cross_entropy", "balance", "load", "entropy", "grad_norm"):
         np.testing.assert_allclose(getattr(got[0], name), getattr(want[0], name), rtol=EQUAL, atol=EQUAL, err_msg=name)
     for name, moment in want[1].items():
         np.testing.assert_allclose(got[1][name], moment, rtol=0, atol=EQUAL, err_msg=name)
@@ -141,22 +147,24 @@ PAIRWISE = [
 ]
 
 
-@pytest.mark.parametrize(("mesh", "accumulation", "remat"), PAIRWISE)
+@pytest.mark.parametrize(("mesh", "gradient_accumulation_steps", "remat"), PAIRWISE)
 def test_a_step_is_the_same_over_meshes_micro_batches_and_remat(mesh: str, accumulation: int, remat: str):
-    got = one_step(StepConfig(accumulation=accumulation, remat=remat), MESHES[mesh])
+    got = one_step(StepConfig(gradient_accumulation_steps=accumulation, remat=remat), MESHES[mesh])
 
     check_equal(got, one_step(PLAIN))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "accumulation", "remat"), list(itertools.product(MESHES, PARTS, POLICIES)))
+@pytest.mark.parametrize(
+    ("mesh", "gradient_accumulation_steps", "remat"), list(itertools.product(MESHES, PARTS, POLICIES))
+)
 def test_a_step_is_the_same_in_every_combination(mesh: str, accumulation: int, remat: str):
-    got = one_step(StepConfig(accumulation=accumulation, remat=remat), MESHES[mesh])
+    got = one_step(StepConfig(gradient_accumulation_steps=accumulation, remat=remat), MESHES[mesh])
 
     check_equal(got, one_step(PLAIN))
 
 
-@pytest.mark.parametrize("accumulation", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("gradient_accumulation_steps", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_micro_batches_of_unequal_targets_weigh_by_them(accumulation: int):
     config = tiny()
     batch = random_batch(config)
@@ -164,10 +172,12 @@ def test_micro_batches_of_unequal_targets_weigh_by_them(accumulation: int):
     labels[::2, 3:] = -100
     batch = batch._replace(labels=labels)
 
-    whole, parts = (Run(DeepSeekMoE.init(config), StepConfig(accumulation=n))(batch) for n in (1, accumulation))
+    whole, parts = (
+        Run(DeepSeekMoE.init(config), StepConfig(gradient_accumulation_steps=n))(batch) for n in (1, accumulation)
+    )
 
     np.testing.assert_allclose(parts.cross_entropy, whole.cross_entropy, rtol=EQUAL)
-    np.testing.assert_allclose(parts.gradient_norm, whole.gradient_norm, rtol=EQUAL)
+    np.testing.assert_allclose(parts.grad_norm, whole.grad_norm, rtol=EQUAL)
 
 
 def test_bfloat16_computes_near_float32_on_fp32_weights():
@@ -277,11 +287,12 @@ UNCOUNTED = StepConfig(count_padding=False, bias_update_rate=0.01, device_groups
 
 
 @pytest.mark.parametrize(
-    ("seq_aux", "accumulation", "mesh"), [(True, 1, None), (False, 2, None), (True, 2, "expert=4,fsdp=2")]
+    ("seq_aux", "gradient_accumulation_steps", "mesh"),
+    [(True, 1, None), (False, 2, None), (True, 2, "expert=4,fsdp=2")],
 )
 def test_padding_changes_no_metric_and_no_router_bias(seq_aux: bool, accumulation: int, mesh: str | None):
     config = tiny(aux_loss_alpha=0.1, seq_aux=seq_aux)
-    options = dataclasses.replace(UNCOUNTED, accumulation=accumulation)
+    options = dataclasses.replace(UNCOUNTED, gradient_accumulation_steps=accumulation)
     # Micro-batches take turns by row, so that whole rows of padding must come in numbers that keep their halves alike.
     short = random_batch(config, rows=16)
     runs = [Run(DeepSeekMoE.init(config), options, mesh=MESHES[mesh] if mesh else None) for _ in range(2)]
@@ -289,7 +300,7 @@ def test_padding_changes_no_metric_and_no_router_bias(seq_aux: bool, accumulatio
     alone, among_padding = runs[0](short), runs[1](padded(short, 7, rows=16))
 
     assert float(alone.load.sum()) == 16 * 12 * 2 * len(alone.load)
-    for name in ("loss", "balance", "device_balance", "load", "entropy", "gradient_norm"):
+    for name in ("loss", "balance", "device_balance", "load", "entropy", "grad_norm"):
         np.testing.assert_allclose(
             getattr(among_padding, name), getattr(alone, name), rtol=1e-5, atol=1e-6, err_msg=name
         )
@@ -320,9 +331,9 @@ def test_a_micro_batch_of_padding_alone_counts_for_nothing(blank: str):
     spread = Batch(*(one.reshape(8, -1) for one in rows))
 
     alone = Run(DeepSeekMoE.init(config), UNCOUNTED)(batch)
-    shared = Run(DeepSeekMoE.init(config), dataclasses.replace(UNCOUNTED, accumulation=2))(spread)
+    shared = Run(DeepSeekMoE.init(config), dataclasses.replace(UNCOUNTED, gradient_accumulation_steps=2))(spread)
 
-    for name in ("loss", "balance", "device_balance", "load", "entropy", "gradient_norm"):
+    for name in ("loss", "balance", "device_balance", "load", "entropy", "grad_norm"):
         np.testing.assert_allclose(getattr(shared, name), getattr(alone, name), rtol=1e-5, atol=1e-6, err_msg=name)
 
 
@@ -453,9 +464,9 @@ def test_small_moments_take_less_memory_and_learn(moments: str):
     ("make", "named"),
     [
         (lambda: OptimizerConfig(schedule="linear"), "schedule 'linear' is not one of paper, cosine, constant"),
-        (lambda: OptimizerConfig(clip_norm=0.0), "clip_norm must be positive or None, not 0.0"),
+        (lambda: OptimizerConfig(max_grad_norm=0.0), "max_grad_norm must be positive or None, not 0.0"),
         (lambda: StepConfig(remat="all"), "remat 'all' is not one of none, dots, full"),
-        (lambda: StepConfig(accumulation=0), "accumulation must be at least 1, not 0"),
+        (lambda: StepConfig(gradient_accumulation_steps=0), "accumulation must be at least 1, not 0"),
     ],
 )
 def test_a_value_that_means_nothing_is_refused(make: Any, named: str):

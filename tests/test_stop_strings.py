@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dsmoe_jax.generate.text import TextStream
-from dsmoe_jax.tokenizer import Tokenizer
+from dsmoe_jax.text.tokenizer import Tokenizer
 from tests.helpers.hf_folder import make_tokenizer
 
 TEXT = "def naïve(x): # 日本語 🙂🙂 aaab aaaab\n\n    return 'ünïcödé' + x\n\n\nnaïve('🙂')"

@@ -19,14 +19,14 @@ from typing import Any, Final
 import ml_dtypes
 import pytest
 
-from dsmoe_jax.checkpoint import load
+from dsmoe_jax.checkpoint.manifest import read_manifest
+from dsmoe_jax.checkpoint.native import load
 from dsmoe_jax.cli import main
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import Conversion, export_hf, import_hf, load_hf, verify
-from dsmoe_jax.convert.names import hf_shapes
-from dsmoe_jax.manifest import read_manifest
-from dsmoe_jax.new_file import NewFile
-from dsmoe_jax.new_folder import sibling
+from dsmoe_jax.convert.param_mapping import hf_shapes
+from dsmoe_jax.storage.atomic_dir import sibling
+from dsmoe_jax.storage.direct_io import NewFile
 from tests.helpers.hf_folder import (
     hf_tensors,
     random_params,
@@ -208,7 +208,7 @@ def test_a_conversion_killed_between_its_last_file_and_its_name_goes_on(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dsmoe_jax.new_folder.sync_tree", killed)
+        patch.setattr("dsmoe_jax.storage.atomic_dir.sync_tree", killed)
         with pytest.raises(KeyboardInterrupt):
             way.run(tmp_path / "out")
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from dsmoe_jax import progress
-from dsmoe_jax.checkpoint import save
+from dsmoe_jax.checkpoint.native import save
 from dsmoe_jax.cli import main
 from dsmoe_jax.generate import Chat, Generator
 from dsmoe_jax.generate.generator import Stream
-from dsmoe_jax.locks import lock_name
 from dsmoe_jax.model import DeepSeekMoE
+from dsmoe_jax.storage.locks import lock_name
 from tests import test_generate
 from tests.helpers.hf_folder import make_tokenizer, snapshot
 

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsmoe_jax import manifest as manifests
-from dsmoe_jax.array_files import hash_file
-from dsmoe_jax.tokenizer import Tokenizer
+from dsmoe_jax.checkpoint import manifest as manifests
+from dsmoe_jax.checkpoint.zarr_io import hash_file
+from dsmoe_jax.text.tokenizer import Tokenizer
 from dsmoe_jax.train.data import (
     TokenShards,
     documents,
@@ -459,7 +459,7 @@ def test_shards_round_trip_to_the_text(tmp_path: Path, tokenizer_folder: Path):
     path = write_texts(tmp_path / "a.jsonl", TEXTS)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
 
-    made = tokenize(path, tokenizer_folder, tmp_path / "out", holdout=0.0)
+    made = tokenize(path, tokenizer_folder, tmp_path / "out", val_fraction=0.0)
     shards = TokenShards.open(tmp_path / "out", verify=True)
 
     assert [tokenizer.decode(ids) for ids in ids_of(shards)] == TEXTS
@@ -471,7 +471,7 @@ def test_shards_round_trip_to_the_text(tmp_path: Path, tokenizer_folder: Path):
 
 
 def test_a_part_of_a_document_is_a_view_of_the_file(tmp_path: Path, tokenizer_folder: Path):
-    tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", holdout=0.0)
+    tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", val_fraction=0.0)
     shards = TokenShards.open(tmp_path / "out")
 
     part = shards.read(3, 2, 5)
@@ -486,9 +486,9 @@ def test_a_shard_is_closed_when_it_is_full_and_no_document_crosses(
     tmp_path: Path, tokenizer_folder: Path, shard_tokens: int
 ):
     path = write_texts(tmp_path / "a.jsonl", TEXTS)
-    tokenize(path, tokenizer_folder, tmp_path / "one", holdout=0.0)
+    tokenize(path, tokenizer_folder, tmp_path / "one", val_fraction=0.0)
 
-    tokenize(path, tokenizer_folder, tmp_path / "many", holdout=0.0, shard_tokens=shard_tokens)
+    tokenize(path, tokenizer_folder, tmp_path / "many", val_fraction=0.0, shard_tokens=shard_tokens)
 
     shards = TokenShards.open(tmp_path / "many", verify=True)
     sizes = [file.stat().st_size // 2 for file in sorted((tmp_path / "many").glob("*.tokens"))]
@@ -503,7 +503,7 @@ def test_a_vocabulary_past_65536_takes_uint32(tmp_path: Path):
     path = write_texts(tmp_path / "a.jsonl", TEXTS)
 
     for folder in (small, large):
-        tokenize(path, folder, tmp_path / f"{folder.name}.out", holdout=0.0)
+        tokenize(path, folder, tmp_path / f"{folder.name}.out", val_fraction=0.0)
     narrow, wide = (TokenShards.open(tmp_path / f"{name}.out", verify=True) for name in ("small", "large"))
 
     assert (narrow.dtype, wide.dtype) == (np.dtype("<u2"), np.dtype("<u4"))
@@ -514,7 +514,7 @@ def test_the_same_shards_made_twice_are_byte_identical(tmp_path: Path, tokenizer
     path = write_texts(tmp_path / "a.jsonl", TEXTS * 20)
 
     for name in ("one", "two"):
-        tokenize(path, tokenizer_folder, tmp_path / name, holdout=0.3, shard_tokens=100)
+        tokenize(path, tokenizer_folder, tmp_path / name, val_fraction=0.3, shard_tokens=100)
 
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
 
@@ -524,10 +524,10 @@ def test_how_many_documents_are_encoded_together_changes_no_byte(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
 ):
     path = write_texts(tmp_path / "a.jsonl", TEXTS * 20)
-    tokenize(path, tokenizer_folder, tmp_path / "usual", holdout=0.3)
+    tokenize(path, tokenizer_folder, tmp_path / "usual", val_fraction=0.3)
 
     monkeypatch.setattr(writer, "_AT_ONCE", at_once)
-    tokenize(path, tokenizer_folder, tmp_path / "other", holdout=0.3)
+    tokenize(path, tokenizer_folder, tmp_path / "other", val_fraction=0.3)
 
     assert snapshot(tmp_path / "usual") == snapshot(tmp_path / "other")
 
@@ -535,7 +535,7 @@ def test_how_many_documents_are_encoded_together_changes_no_byte(
 def test_several_sources_follow_one_another(tmp_path: Path, tokenizer_folder: Path):
     sources = [write_texts(tmp_path / f"{i}.jsonl", [text]) for i, text in enumerate(TEXTS)]
 
-    tokenize(sources, tokenizer_folder, tmp_path / "out", holdout=0.0)
+    tokenize(sources, tokenizer_folder, tmp_path / "out", val_fraction=0.0)
 
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
     assert [tokenizer.decode(ids) for ids in ids_of(TokenShards.open(tmp_path / "out"))] == TEXTS
@@ -560,7 +560,7 @@ def test_what_is_held_out_depends_on_the_text_alone_and_copies_stay_together(tmp
 
     found = []
     for name, some in (("a", texts), ("b", [*more, *texts[::-1]])):
-        tokenize(write_texts(tmp_path / f"{name}.jsonl", some), tokenizer_folder, tmp_path / name, holdout=0.25)
+        tokenize(write_texts(tmp_path / f"{name}.jsonl", some), tokenizer_folder, tmp_path / name, val_fraction=0.25)
         splits = [ids_of(TokenShards.open(tmp_path / name, split, verify=True)) for split in ("train", "heldout")]
         found.append([[tokenizer.decode(ids) for ids in split] for split in splits])
 
@@ -587,7 +587,7 @@ def test_special_strings_in_documents_are_counted_and_split_on_request(
     (tmp_path / "a.txt").write_text(f"a{tokenizer.eos_token}b{tokenizer.eos_token}")
 
     with caplog.at_level("INFO"):
-        tokenize(tmp_path / "a.txt", tokenizer_folder, tmp_path / "out", holdout=0.0, split_special_tokens=split)
+        tokenize(tmp_path / "a.txt", tokenizer_folder, tmp_path / "out", val_fraction=0.0, split_special_tokens=split)
 
     what = "are encoded as text" if split else "become control tokens; split_special_tokens encodes them as text"
     assert f"2 special-token strings in the text of 1 documents {what}" in caplog.text
@@ -597,7 +597,7 @@ def test_special_strings_in_documents_are_counted_and_split_on_request(
 
 def test_shards_know_their_tokenizer_and_their_vocabulary(tmp_path: Path, tokenizer_folder: Path):
     other = byte_tokenizer(tmp_path / "other", fill=1)
-    tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", holdout=0.0)
+    tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", val_fraction=0.0)
     shards = TokenShards.open(tmp_path / "out")
 
     shards.check(tokenizer_hash=tokenizer_hash(tokenizer_folder), vocab_size=258)
@@ -673,11 +673,11 @@ def test_a_disk_without_room_for_the_rest_is_refused_while_there_is_room(
 
     if short:
         with pytest.raises(ValueError, match=r"out needs 0\.00 GB more; .* has 0\.00 GB free"):
-            tokenize(sources, tokenizer_folder, tmp_path / "out", holdout=0.0)
+            tokenize(sources, tokenizer_folder, tmp_path / "out", val_fraction=0.0)
         assert snapshot(tmp_path) == before
         assert len(list(free)) == 3  # refused at the first look
     else:
-        assert tokenize(sources, tokenizer_folder, tmp_path / "out", holdout=0.0).tokens == 4 * 1002
+        assert tokenize(sources, tokenizer_folder, tmp_path / "out", val_fraction=0.0).tokens == 4 * 1002
 
 
 def test_nothing_is_overwritten(tmp_path: Path, tokenizer_folder: Path):
@@ -691,14 +691,14 @@ def test_bad_arguments_get_one_line_and_leave_nothing(tmp_path: Path, tokenizer_
     path = write_texts(tmp_path / "a.jsonl", TEXTS)
     empty = tmp_path / "empty"
     empty.mkdir()
-    tokenize(path, tokenizer_folder, tmp_path / "done", holdout=0.0)
+    tokenize(path, tokenizer_folder, tmp_path / "done", val_fraction=0.0)
     no_eos = byte_tokenizer(tmp_path / "no_eos", eos=False)
     before = snapshot(tmp_path)
     bad: tuple[tuple[Any, Path, dict[str, Any], str], ...] = (
         ([], tokenizer_folder, {}, "no sources"),
-        (path, tokenizer_folder, {"holdout": 1.0}, "holdout must be at least 0 and less than 1"),
-        (path, tokenizer_folder, {"holdout": -0.1}, "holdout must be"),
-        (path, tokenizer_folder, {"holdout": 1 - 1e-12}, "leaves none of 5 documents to train on"),
+        (path, tokenizer_folder, {"val_fraction": 1.0}, "val_fraction must be at least 0 and less than 1"),
+        (path, tokenizer_folder, {"val_fraction": -0.1}, "val_fraction must be"),
+        (path, tokenizer_folder, {"val_fraction": 1 - 1e-12}, "leaves none of 5 documents to train on"),
         (path, tokenizer_folder, {"shard_tokens": 0}, "shard_tokens must be at least 1"),
         (tmp_path / "done", tokenizer_folder, {}, "done: holds token shards already"),
         ([path, tmp_path / "nowhere"], tokenizer_folder, {}, "nowhere: does not exist"),
@@ -769,7 +769,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize(("spoil", "problem"), DAMAGE.values(), ids=DAMAGE)
 def test_damaged_shards_get_one_line(tmp_path: Path, tokenizer_folder: Path, spoil: Callable, problem: str):
-    tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", holdout=0.0)
+    tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", val_fraction=0.0)
     spoil(tmp_path / "out")
 
     with pytest.raises(ValueError, match=problem) as refused:
@@ -779,7 +779,7 @@ def test_damaged_shards_get_one_line(tmp_path: Path, tokenizer_folder: Path, spo
 
 
 def test_boundaries_that_do_not_ascend_are_refused_without_a_look_at_the_hashes(tmp_path: Path, tokenizer_folder: Path):
-    tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", holdout=0.0)
+    tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", val_fraction=0.0)
     good = np.fromfile(tmp_path / "out" / BOUNDARIES, "<u8")
     for at, value in ((0, 1), (2, good[1]), (2, 2**63), (5, good[5] + 1)):
         bad = good.copy()
@@ -793,7 +793,7 @@ def test_boundaries_that_do_not_ascend_are_refused_without_a_look_at_the_hashes(
 def test_files_are_hashed_once_and_again_when_touched(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", holdout=0.0)
+    tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", val_fraction=0.0)
     tokens, hashed = tmp_path / "out" / TOKENS, []
     monkeypatch.setattr(manifests, "hash_file", lambda path: hashed.append(path.name) or hash_file(path))
 
@@ -814,7 +814,7 @@ def test_files_are_hashed_once_and_again_when_touched(
 def test_shards_in_a_folder_that_cannot_be_written_are_read(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", holdout=0.0)
+    tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", val_fraction=0.0)
 
     def refuse(path: Path, fields: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
@@ -826,7 +826,7 @@ def test_shards_in_a_folder_that_cannot_be_written_are_read(
 
 
 def test_an_id_beyond_the_vocabulary_is_never_read(tmp_path: Path, tokenizer_folder: Path):
-    tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", holdout=0.0)
+    tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", val_fraction=0.0)
     shards = TokenShards.open(tmp_path / "out")
     with (tmp_path / "out" / TOKENS).open("r+b") as file:  # while the run has it mapped
         file.write(b"\xff\xff")
@@ -836,7 +836,7 @@ def test_an_id_beyond_the_vocabulary_is_never_read(tmp_path: Path, tokenizer_fol
 
 
 def test_an_unknown_split_is_refused(tmp_path: Path, tokenizer_folder: Path):
-    tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", holdout=0.0)
+    tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", val_fraction=0.0)
 
     with pytest.raises(ValueError, match="split 'test' is not one of train, heldout"):
         TokenShards.open(tmp_path / "out", "test")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files
+from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
 SHARED = Path(__file__).parents[2] / "shared" / "tokenizer"
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -404,7 +404,7 @@ def test_tokenizer_json_is_preferred(json_folder: Path, model_file: Path):
 
 def test_importing_the_module_loads_no_heavy_library():
     heavy = {"jax", "tokenizers", "sentencepiece", "jinja2"}
-    program = f"import sys, dsmoe_jax.tokenizer; print({heavy} & set(sys.modules))"
+    program = f"import sys, dsmoe_jax.text.tokenizer; print({heavy} & set(sys.modules))"
 
     got = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True)
 

@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 
 import dsmoe_jax
+from dsmoe_jax.checkpoint.manifest import HEADER, manifest_damage, read_manifest
 from dsmoe_jax.cli import main
 from dsmoe_jax.convert import Report, export_hf, import_hf, verify
 from dsmoe_jax.info import describe
-from dsmoe_jax.locks import lock_name
-from dsmoe_jax.manifest import HEADER, manifest_damage, read_manifest
 from dsmoe_jax.quantize import load_quantized
+from dsmoe_jax.storage.locks import lock_name
 from tests.helpers.hf_folder import (
     VARIANTS,
     edit,

@@ -8,11 +8,12 @@ from typing import Any, Final
 
 import jax
 
-from dsmoe_jax.array_files import hash_file
 from dsmoe_jax.axes import Array
-from dsmoe_jax.checkpoint import together
-from dsmoe_jax.manifest import RECORD, check_record, with_own_hash
-from dsmoe_jax.new_folder import recover_folder, replace_folder, write_json
+from dsmoe_jax.checkpoint.manifest import RECORD, check_record, with_own_hash
+from dsmoe_jax.checkpoint.native import collective_errors
+from dsmoe_jax.checkpoint.zarr_io import hash_file
+from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.storage.atomic_dir import recover_folder, replace_folder, write_json
 
 from .job import Job
 
@@ -28,7 +29,7 @@ class Best:
         self._folder, self._save = out / BEST, job.save
         self._new = self._folder.with_name(f"{BEST}.new")
         self._loss = float("inf")
-        with together():
+        with collective_errors():
             if jax.process_index() == 0:
                 recover_folder(self._folder, self._new)
         if self._folder.exists():
@@ -42,11 +43,11 @@ class Best:
         """Keep the parameters if they are the best; by all processes together."""
         if not loss < self._loss:
             return
-        with together():
+        with collective_errors():
             if jax.process_index() == 0:
                 shutil.rmtree(self._new, ignore_errors=True)
         self._save(self._new, params)
-        with together():
+        with collective_errors():
             if jax.process_index() == 0:
                 names = sorted(path.relative_to(self._new) for path in self._new.rglob("*") if path.is_file())
                 files = {name.as_posix(): hash_file(self._new / name) for name in names}
@@ -60,5 +61,5 @@ def _read_record(folder: Path) -> dict[str, Any]:
     """The record of an intact folder; `ValueError` for any other. Older records have step and loss alone."""
     record = check_record(folder)
     if type(record.get("loss")) is not float or type(record.get("step")) is not int:
-        raise ValueError(f"{RECORD} has no step or no loss")
+        raise DSMoEError(f"{RECORD} has no step or no loss")
     return record

@@ -19,11 +19,12 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 
-from dsmoe_jax.array_files import hash_file, without_warnings, writing_errors
-from dsmoe_jax.checkpoint import check_names_and_shapes, together
-from dsmoe_jax.json_file import read_json
-from dsmoe_jax.manifest import own_hash, with_own_hash
-from dsmoe_jax.new_folder import sync, write_json
+from dsmoe_jax.checkpoint.manifest import own_hash, with_own_hash
+from dsmoe_jax.checkpoint.native import check_names_and_shapes, collective_errors
+from dsmoe_jax.checkpoint.zarr_io import hash_file, without_warnings, writing_errors
+from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.storage.atomic_dir import sync, write_json
+from dsmoe_jax.storage.strict_json import read_json
 
 from .step import TrainState
 
@@ -40,7 +41,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep_last: int = 3, keep_every: int | None = None):
         if keep_last < 1 or (keep_every is not None and keep_every < 1):
-            raise ValueError(f"keep_last and keep_every must be at least 1, not {keep_last} and {keep_every}")
+            raise DSMoEError(f"keep_last and keep_every must be at least 1, not {keep_last} and {keep_every}")
         self.folder = folder
         self._keep_last, self._keep_every = keep_last, keep_every
         self._worker = ThreadPoolExecutor(1, "checkpoint")
@@ -58,7 +59,7 @@ class Checkpoints:
         home = self._home(step)
         if self._why_not(step) is None:
             return
-        with together():
+        with collective_errors():
             if jax.process_index() == 0:
                 for left in self.folder.glob(f"{home.name}?*"):  # by a run that was killed here
                     shutil.rmtree(left)
@@ -67,7 +68,7 @@ class Checkpoints:
         # On CPU Orbax would read the very memory that the next step overwrites.
         on_host = jax.default_backend() == "cpu"
         leaves = {name: jnp.copy(leaf) if on_host else leaf for name, leaf in _flat(state).items()}
-        with together(), writing_errors(home):
+        with collective_errors(), writing_errors(home):
             if jax.process_index() == 0:
                 _check_space(self.folder, leaves)
             context = ocp.Context()
@@ -124,7 +125,7 @@ class Checkpoints:
         if self._intact.get(step):
             return None
         try:
-            with together():
+            with collective_errors():
                 _check_files(self._home(step), jax.process_index(), jax.process_count())
         except ValueError as error:
             self._intact[step] = False
@@ -212,17 +213,17 @@ def _damaged(home: Path) -> Path:
 def _check_files(home: Path, index: int = 0, count: int = 1) -> None:
     """`ValueError` that says why a checkpoint cannot be restored; process `index` of `count` looks at its share."""
     if not (home / _MANIFEST).is_file():
-        raise ValueError("incomplete (no manifest)")
+        raise DSMoEError("incomplete (no manifest)")
     manifest = read_json(home / _MANIFEST)
     if manifest.pop("sha256", None) != own_hash(manifest):
-        raise ValueError("damaged: its manifest has been changed")
+        raise DSMoEError("damaged: its manifest has been changed")
     if (version := manifest["format"]) != _FORMAT:
-        raise ValueError(f"of format {version}, this version reads {_FORMAT}")
+        raise DSMoEError(f"of format {version}, this version reads {_FORMAT}")
     for name, sums in sorted(manifest["files"].items())[index::count]:
         if not (home / name).is_file():
-            raise ValueError(f"damaged: {name!r} is missing")
+            raise DSMoEError(f"damaged: {name!r} is missing")
         if hash_file(home / name) != sums:
-            raise ValueError(f"damaged: {name!r} has other bytes than were written")
+            raise DSMoEError(f"damaged: {name!r} has other bytes than were written")
 
 
 def _wait_for(path: Path) -> None:

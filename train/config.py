@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from dsmoe_jax.config import PRESETS, ModelConfig
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.model import check_seed
-from dsmoe_jax.paths import expand_user
 from dsmoe_jax.sharding import MeshConfig
+from dsmoe_jax.storage.paths import expand_user
 
 from .optimizer import OptimizerConfig
 from .step import StepConfig
@@ -23,7 +24,7 @@ class DataConfig:
     sequence_length: int = 256
     batch_size: int = 8  # rows of all devices and micro-batches together
     packing: str = "documents"  # documents in a row do not see each other; or "contiguous"
-    holdout: float = 0.01  # share of the documents that is kept for evaluation
+    val_fraction: float = 0.01  # share of the documents that is kept for evaluation
     split_special_tokens: bool = False  # the strings of special tokens in a text are text, not control tokens
     prefetch: int = 2  # batches
 
@@ -33,7 +34,7 @@ class DataConfig:
         if self.tokenizer is not None:
             object.__setattr__(self, "tokenizer", expand_user(self.tokenizer, "data.tokenizer"))
         if self.weights and len(self.weights) != len(self.sources):
-            raise ValueError(f"{len(self.weights)} data.weights for {len(self.sources)} data.sources")
+            raise DSMoEError(f"{len(self.weights)} data.weights for {len(self.sources)} data.sources")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,9 +49,9 @@ class CheckpointConfig:
         """`ValueError` for intervals below 1, or that never meet."""
         for name in ("every", "keep_last", "keep_every"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"checkpoints.{name} must be at least 1, got {value}")
+                raise DSMoEError(f"checkpoints.{name} must be at least 1, got {value}")
         if self.keep_every is not None and self.keep_every % self.every:
-            raise ValueError(
+            raise DSMoEError(
                 f"checkpoints.keep_every must be a multiple of checkpoints.every {self.every}, got {self.keep_every}"
             )
 
@@ -70,7 +71,7 @@ class RunConfig:
     """A training run."""
 
     _LEAST: ClassVar[Mapping[str, int]] = dict.fromkeys(
-        ("steps", "log_every", "evaluate_every", "evaluate_batches", "most_skipped"), 1
+        ("steps", "log_interval", "eval_interval", "eval_batches", "max_consecutive_skips"), 1
     )
 
     out: str  # the run's folder: checkpoints, records, the resolved config, the final model
@@ -85,11 +86,11 @@ class RunConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     checkpoints: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     processes: ProcessConfig = dataclasses.field(default_factory=ProcessConfig)
-    log_every: int = 10
-    evaluate_every: int = 200
-    evaluate_batches: int = 8
-    sinks: tuple[str, ...] = ("console", "jsonl", "tensorboard")
-    most_skipped: int = 10  # updates in a row; then the run stops
+    log_interval: int = 10
+    eval_interval: int = 200
+    eval_batches: int = 8
+    trackers: tuple[str, ...] = ("console", "jsonl", "tensorboard")
+    max_consecutive_skips: int = 10  # updates in a row; then the run stops
     aux_loss_alpha: float | None = None  # default: the model's own
 
     def __post_init__(self) -> None:
@@ -99,13 +100,13 @@ class RunConfig:
                 object.__setattr__(self, name, expand_user(value, name))
         for name, least in self._LEAST.items():
             if (value := getattr(self, name)) < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}")
+                raise DSMoEError(f"{name} must be at least {least}, not {value}")
         for name in ("sequence_length", "batch_size"):
             if (value := getattr(self.data, name)) < 1:
-                raise ValueError(f"data.{name} must be at least 1, not {value}")
+                raise DSMoEError(f"data.{name} must be at least 1, not {value}")
         check_seed(self.seed)
         if self.resume not in ("auto", "never"):
-            raise ValueError(f"resume {self.resume!r} is not one of auto, never")
+            raise DSMoEError(f"resume {self.resume!r} is not one of auto, never")
 
     def model_config(self) -> ModelConfig:
         """The model that is trained."""

@@ -9,11 +9,12 @@ from typing import Any, Final, NamedTuple
 
 import jax
 
-from dsmoe_jax.checkpoint import together
+from dsmoe_jax.checkpoint.native import collective_errors
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.json_file import read_json
-from dsmoe_jax.tokenizer import tokenizer_files
-from dsmoe_jax.vocabulary import train_tokenizer
+from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.storage.strict_json import read_json
+from dsmoe_jax.text.tokenizer import tokenizer_files
+from dsmoe_jax.text.train_tokenizer import train_tokenizer
 
 from .batch import Batch
 from .config import DataConfig, RunConfig
@@ -30,8 +31,8 @@ from .data import (
     warn_of_overlap,
 )
 from .data.shards import MANIFEST as SHARDS_MANIFEST
-from .examples import is_examples
 from .inputs import Derived, Source
+from .sft import is_examples
 
 _SHARDS: Final = "data"  # below the run's folder: what was tokenized for it
 _TOKENIZER: Final = "tokenizer"  # and the tokenizer that was trained for it
@@ -45,7 +46,7 @@ class Corpus(NamedTuple):
     held_out: Callable[..., Iterator[Batch]]  # of process_index and process_count: the batches to evaluate on
     tokenizer: Path | None  # its folder; None where only shards are known
     prefetch: int
-    evaluate_batches: int
+    eval_batches: int
     # What the datasets were made from, as JSON: `files` and their hashes, `options`, hashes of what is `heldout`.
     inputs: Mapping[str, Any]
     eos_token_id: int | None = None  # that ends a document, where no tokenizer says
@@ -61,7 +62,7 @@ class Corpus(NamedTuple):
 
     def evaluation(self) -> Iterator[Batch]:
         """This process's rows of the first batches of what is held out, the same every time."""
-        return itertools.islice(self.held_out(**_share()), self.evaluate_batches)
+        return itertools.islice(self.held_out(**_share()), self.eval_batches)
 
 
 def prepare(config: RunConfig, model_config: ModelConfig, out: Path, *, resuming: bool = False) -> Corpus:
@@ -79,20 +80,20 @@ def prepare(config: RunConfig, model_config: ModelConfig, out: Path, *, resuming
         _log.warning("data.weights %s has no effect: there is one source", data.weights)
     tokenizer = _tokenizer(config)
     homes = []
-    with together():
+    with collective_errors():
         if examples := next((source for source in data.sources if is_examples(source)), None):
-            raise ValueError(
+            raise DSMoEError(
                 f"{examples}: holds examples for `dsmoe finetune`; here their answers could not be told apart"
             )
         if tokenizer is not None and not tokenizer_files(tokenizer):
-            raise ValueError(f"{tokenizer}: holds no tokenizer")
+            raise DSMoEError(f"{tokenizer}: holds no tokenizer")
         homes = [Path(s) if is_token_shards(s) else out / _SHARDS / f"{i:02}" for i, s in enumerate(data.sources)]
     texts = {home: source for source, home in zip(data.sources, homes, strict=True) if home != Path(source)}
-    with together():
+    with collective_errors():
         if jax.process_index() == 0 and texts:
             _derive(config, model_config, out, texts, tokenizer, resuming)
     shards, heldout = [], []
-    with together():
+    with collective_errors():
         shards, heldout = ([TokenShards.open(home, split) for home in homes] for split in ("train", "heldout"))
         if tokenizer is None:
             tokenizer = _trained(out, shards)
@@ -118,7 +119,7 @@ def prepare(config: RunConfig, model_config: ModelConfig, out: Path, *, resuming
     files = {source: one.digest for source, one in zip(data.sources, shards, strict=True)}
     inputs = {"files": files, "options": {}, "heldout": [one.digest for one in heldout]}
     eos = shards[0].eos_token_id
-    return Corpus(stream, held_out, tokenizer, data.prefetch, config.evaluate_batches, inputs, eos)
+    return Corpus(stream, held_out, tokenizer, data.prefetch, config.eval_batches, inputs, eos)
 
 
 def _derive(
@@ -130,7 +131,7 @@ def _derive(
     resuming: bool,
 ) -> None:
     """Make the tokenizer, if none is given, and the token shards of the texts, by their folder."""
-    holdout = config.data.holdout
+    val_fraction = config.data.val_fraction
     derived = Derived(out, resuming=resuming)
     split = config.data.split_special_tokens
     warn_of_overlap(list(texts.values()), [out])
@@ -139,18 +140,18 @@ def _derive(
     def train(home: Path) -> None:
         _log.info("training a vocabulary of %d tokens on %s", model_config.vocab_size, ", ".join(texts.values()))
         found = (document.text for text in texts.values() for document in documents(text, exclude=[out]))
-        seen = (text for text in found if not is_held_out(text.encode(), holdout))
+        seen = (text for text in found if not is_held_out(text.encode(), val_fraction))
         train_tokenizer(seen, home, model_config.vocab_size)
 
     if tokenizer is None:
-        options = {"vocab_size": model_config.vocab_size, "data.holdout": holdout}
+        options = {"vocab_size": model_config.vocab_size, "data.val_fraction": val_fraction}
         derived.make(_TOKENIZER, list(sources.values()), options, train, tokenizer_hash)
         tokenizer = out / _TOKENIZER
-    made_by = {"data.holdout": holdout, "tokenizer": tokenizer_hash(tokenizer)}
+    made_by = {"data.val_fraction": val_fraction, "tokenizer": tokenizer_hash(tokenizer)}
     made_by |= {"data.split_special_tokens": True} if split else {}
     for home, source in sources.items():
         write = functools.partial(
-            _tokenize, source.name, tokenizer, holdout=holdout, split_special_tokens=split, exclude=[out]
+            _tokenize, source.name, tokenizer, val_fraction=val_fraction, split_special_tokens=split, exclude=[out]
         )
         derived.make(home.relative_to(out).as_posix(), [source], made_by, write)
 
@@ -171,16 +172,18 @@ def _check_holdout(
     data: DataConfig, homes: Sequence[Path], texts: Mapping[Path, str], heldout: Sequence[TokenShards]
 ) -> None:
     """Refuse a validation share that the shards do not have; warn where nothing is held out at all."""
-    asked = data.holdout != DataConfig.holdout
+    asked = data.val_fraction != DataConfig.val_fraction
     for home in homes:
-        share = read_json(home / SHARDS_MANIFEST).get("holdout", data.holdout)
-        if asked and share != data.holdout:
-            problem = f"data.holdout {data.holdout} has no effect on {home}: its shards were made with {share}"
+        share = read_json(home / SHARDS_MANIFEST).get("val_fraction", data.val_fraction)
+        if asked and share != data.val_fraction:
+            problem = (
+                f"data.val_fraction {data.val_fraction} has no effect on {home}: its shards were made with {share}"
+            )
             if not texts:
-                raise ValueError(f"{problem}; leave it out, or tokenize the text again")
+                raise DSMoEError(f"{problem}; leave it out, or tokenize the text again")
             _log.warning("%s", problem)
-    if data.holdout and not sum(map(len, heldout)):
-        _log.warning("no document is held out: nothing to evaluate on; raise data.holdout (%s)", data.holdout)
+    if data.val_fraction and not sum(map(len, heldout)):
+        _log.warning("no document is held out: nothing to evaluate on; raise data.val_fraction (%s)", data.val_fraction)
 
 
 def _tokenizer(config: RunConfig) -> Path | None:

@@ -15,36 +15,37 @@ from jax.sharding import Mesh
 
 from dsmoe_jax import lora
 from dsmoe_jax.axes import Array
-from dsmoe_jax.checkpoint import load, together, whole
+from dsmoe_jax.checkpoint.manifest import is_native, own_hash, read_manifest
+from dsmoe_jax.checkpoint.native import collective_errors, load, whole
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.peft import prepare_base, write_adapter
 from dsmoe_jax.convert.peft_matching import is_untied, make_plan, untied
-from dsmoe_jax.generation_config import (
+from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.info import count_parameters
+from dsmoe_jax.kernels.operand import Operand
+from dsmoe_jax.lora import LoraConfig
+from dsmoe_jax.model import split
+from dsmoe_jax.quantize import SCHEMES, load_quantized
+from dsmoe_jax.storage.atomic_dir import write_json
+from dsmoe_jax.storage.paths import expand_user
+from dsmoe_jax.storage.strict_json import read_json
+from dsmoe_jax.text.generation_config import (
     add_endings,
     eos_token_ids,
     read_generation_config,
     with_config_eos,
 )
-from dsmoe_jax.info import count_parameters
-from dsmoe_jax.json_file import read_json
-from dsmoe_jax.kernels.operand import Operand
-from dsmoe_jax.lora import LoraConfig
-from dsmoe_jax.manifest import is_native, own_hash, read_manifest
-from dsmoe_jax.model import split
-from dsmoe_jax.new_folder import write_json
-from dsmoe_jax.paths import expand_user
-from dsmoe_jax.quantize import SCHEMES, load_quantized
-from dsmoe_jax.special_ids import check_special_ids
-from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files
+from dsmoe_jax.text.special_ids import check_special_ids
+from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
 from .config import RunConfig
 from .corpus import Corpus
 from .data import Stream, tokenizer_hash
-from .examples import ExamplePacking, Examples, endings_of, example_batches, show, template_hash, write_examples
 from .inputs import RECORD, Source, file_hashes
 from .job import MODEL, Job, make_facts, model_writer, with_token_ids
 from .optimizer import OptimizerConfig
-from .step import Trained
+from .sft import ExamplePacking, Examples, endings_of, example_batches, show, template_hash, write_examples
+from .step import Trainable
 
 ADAPTER: Final = "adapter"  # below the run's folder
 _EXAMPLES: Final = "examples"
@@ -67,7 +68,7 @@ class ExamplesConfig:
     too_long: str = "truncate"  # or "drop", or "refuse"
     batch_size: int = 64  # rows of all devices and micro-batches together
     packing: str = "packed"  # whole examples side by side in a row, apart from one another; or "alone"
-    holdout: float = 0.02  # share of the examples that is kept for evaluation
+    val_fraction: float = 0.02  # share of the examples that is kept for evaluation
     split_special_tokens: bool = False  # the strings of special tokens in messages are text, not control tokens
     prefetch: int = 2  # batches
 
@@ -102,21 +103,21 @@ class FinetuneConfig(RunConfig):
         """`ValueError` for a value that means nothing."""
         super().__post_init__()
         if not self.steps and not self.epochs > 0:
-            raise ValueError(f"epochs must be more than 0, not {self.epochs}")
+            raise DSMoEError(f"epochs must be more than 0, not {self.epochs}")
         if self.model:
-            raise ValueError(f"model {self.model!r} cannot be chosen: it is that of the checkpoint")
+            raise DSMoEError(f"model {self.model!r} cannot be chosen: it is that of the checkpoint")
         if self.quantize is not None and self.quantize not in SCHEMES:
-            raise ValueError(f"quantize {self.quantize!r} is not one of {', '.join(SCHEMES)}")
+            raise DSMoEError(f"quantize {self.quantize!r} is not one of {', '.join(SCHEMES)}")
         if self.quantize is not None and self.lora is None:
-            raise ValueError(f"a base in {self.quantize} cannot be trained itself; --lora trains adapters on it")
+            raise DSMoEError(f"a base in {self.quantize} cannot be trained itself; --lora trains adapters on it")
 
 
 def finetuning(config: FinetuneConfig, out: Path) -> Job:
     """The whole of a model, or an adapter on it, on examples."""
     base, made_from = Path(config.init_from or ""), ""
-    with together():
+    with collective_errors():
         if not is_native(base):
-            raise ValueError(f"{base}: not a native checkpoint; `dsmoe convert` makes one of a Hugging Face folder")
+            raise DSMoEError(f"{base}: not a native checkpoint; `dsmoe convert` makes one of a Hugging Face folder")
         made_from = read_manifest(base).identity
     model = config.model_config()
     corpus, steps = examples(config, model, out)
@@ -135,7 +136,7 @@ def finetuning(config: FinetuneConfig, out: Path) -> Job:
             model=model,
             corpus=corpus,
             steps=steps,
-            trained=Trained.whole(model),
+            trained=Trainable.whole(model),
             frozen=lambda mesh: {},
             fresh=lambda mesh, frozen: split(load(base, dtype="float32", mesh=mesh))[1],
             result=MODEL,
@@ -163,7 +164,7 @@ def finetuning(config: FinetuneConfig, out: Path) -> Job:
 
     def save(path: Path, params: Mapping[str, Array]) -> None:
         on_host = {name: whole(value) for name, value in params.items()}
-        with together():
+        with collective_errors():
             if jax.process_index() == 0:
                 write_adapter(path, adapter, model, on_host, base=str(base), generation=endings)
 
@@ -172,7 +173,7 @@ def finetuning(config: FinetuneConfig, out: Path) -> Job:
         model=onto,
         corpus=corpus,
         steps=steps,
-        trained=Trained(
+        trained=Trainable(
             lora.specs(plan, onto),
             lambda trained, frozen, key: lora.attach(plan, frozen, trained, key),
             adapter.lora_dropout,
@@ -200,7 +201,7 @@ def examples(config: FinetuneConfig, model: ModelConfig, out: Path) -> tuple[Cor
     stream = Stream([train], batch_size=data.batch_size, seed=config.seed, packing=ExamplePacking, **shape)
     held_out = functools.partial(example_batches, [heldout], batch_size=data.batch_size, **shape)
     inputs = {**inputs, "heldout": [heldout.digest]}
-    corpus = Corpus(stream, held_out, tokenizer, data.prefetch, config.evaluate_batches, inputs)
+    corpus = Corpus(stream, held_out, tokenizer, data.prefetch, config.eval_batches, inputs)
     if config.steps:
         if config.epochs != FinetuneConfig.epochs:
             _log.warning("steps %d: epochs %s has no effect; steps 0 trains for epochs", config.steps, config.epochs)
@@ -233,14 +234,14 @@ def open_examples(config: FinetuneConfig, model: ModelConfig, out: Path) -> Open
         "targets": data.targets,
         "sequence_length": data.sequence_length,
         "too_long": data.too_long,
-        "holdout": data.holdout,
+        "val_fraction": data.val_fraction,
         "split_special_tokens": data.split_special_tokens,
     }
-    with together():
+    with collective_errors():
         if not data.files:
-            raise ValueError("no examples to train on; --data FILE names some")
+            raise DSMoEError("no examples to train on; --data FILE names some")
         if not tokenizer_files(tokenizer):
-            raise ValueError(f"{tokenizer}: holds no tokenizer; --data.tokenizer names a folder that does")
+            raise DSMoEError(f"{tokenizer}: holds no tokenizer; --data.tokenizer names a folder that does")
         if jax.process_index() == 0:
             made_by = {f"data.{name}": value for name, value in options.items()}
             made_by |= {"data.template": template_hash(data.template), "data.tokenizer": tokenizer_hash(tokenizer)}
@@ -254,13 +255,13 @@ def open_examples(config: FinetuneConfig, model: ModelConfig, out: Path) -> Open
             write_json(out / RECORD, {"folder": home, "files": files, "options": made_by})
     inputs: dict[str, Any] = {}
     splits: list[Examples] = []
-    with together():
+    with collective_errors():
         inputs |= read_json(out / RECORD)
         home = out / _EXAMPLES / inputs.pop("folder")
         splits += [Examples.open(home, split) for split in ("train", "heldout")]
         splits[0].check(tokenizer_hash=tokenizer_hash(tokenizer), vocab_size=model.vocab_size)
-    if data.holdout and not len(splits[1]):
-        _log.warning("no example is held out: nothing to evaluate on; raise data.holdout (%s)", data.holdout)
+    if data.val_fraction and not len(splits[1]):
+        _log.warning("no example is held out: nothing to evaluate on; raise data.val_fraction (%s)", data.val_fraction)
     return OpenExamples(tokenizer, splits[0], splits[1], inputs)
 
 

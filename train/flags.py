@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import tyro
 
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.lora import LoraConfig
 
 from .config import RunConfig
@@ -33,7 +34,7 @@ def parse(recipe: Config, flags: Sequence[str], *, prog: str) -> Config:
     except SystemExit as end:
         if not end.code:
             raise
-        raise ValueError(_one_line(said.getvalue())) from None
+        raise DSMoEError(_one_line(said.getvalue())) from None
 
 
 def parse_finetuning(checkpoint: str, flags: Sequence[str]) -> tuple[FinetuneConfig, int]:
@@ -48,9 +49,9 @@ def parse_finetuning(checkpoint: str, flags: Sequence[str]) -> tuple[FinetuneCon
     try:
         asked, rest = own.parse_known_args(list(flags))
     except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
+        raise DSMoEError(str(error)) from None
     if asked.recipe not in FINETUNING:
-        raise ValueError(f"recipe {asked.recipe!r} does not exist, only {', '.join(FINETUNING)}")
+        raise DSMoEError(f"recipe {asked.recipe!r} does not exist, only {', '.join(FINETUNING)}")
     recipe = dataclasses.replace(FINETUNING[asked.recipe](), init_from=checkpoint)
     if recipe.lora is None and any(flag == "--lora" or flag.startswith("--lora.") for flag in rest):
         recipe = dataclasses.replace(recipe, lora=LoraConfig())

@@ -12,9 +12,10 @@ from itertools import starmap
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from dsmoe_jax.json_file import read_json
-from dsmoe_jax.manifest import HashCache, own_hash
-from dsmoe_jax.new_folder import write_json
+from dsmoe_jax.checkpoint.manifest import HashCache, own_hash
+from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.storage.atomic_dir import write_json
+from dsmoe_jax.storage.strict_json import read_json
 
 from .data import PYTHON_STDLIB, find_files
 from .data.formats import reader_of
@@ -113,10 +114,10 @@ class Derived:
             if not changes:
                 said = None if known is None else known.get("sha256")
                 if digest is not None and said is not None and digest(home) != said:
-                    raise ValueError(f"{home}: has other bytes than were written; remove it to have it made again")
+                    raise DSMoEError(f"{home}: has other bytes than were written; remove it to have it made again")
                 return
             if self._resuming and known is not None:
-                raise ValueError(f"{home}: cannot resume on other data: {'; '.join(changes)}")
+                raise DSMoEError(f"{home}: cannot resume on other data: {'; '.join(changes)}")
             if self._resuming:
                 _log.warning("%s: its inputs are not recorded; using it as it is", home)
             else:

@@ -10,20 +10,20 @@ from typing import Any, Final, NamedTuple
 from jax.sharding import Mesh
 
 from dsmoe_jax.axes import Array
-from dsmoe_jax.checkpoint import load, save, together
+from dsmoe_jax.checkpoint.manifest import read_manifest
+from dsmoe_jax.checkpoint.native import collective_errors, load, save
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.generation_config import temporary_file
 from dsmoe_jax.kernels.operand import Operand
-from dsmoe_jax.manifest import read_manifest
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
-from dsmoe_jax.special_ids import SPECIAL_IDS, TokenIds, check_special_ids, with_tokenizer_ids, within_vocabulary
-from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files
+from dsmoe_jax.text.generation_config import temporary_file
+from dsmoe_jax.text.special_ids import SPECIAL_IDS, TokenIds, check_special_ids, with_tokenizer_ids, within_vocabulary
+from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
 from .config import RunConfig
 from .corpus import Corpus, prepare
 from .inputs import differences
 from .resume import identity
-from .step import Trained
+from .step import Trainable
 
 MODEL: Final = "model"  # below the run's folder
 _log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Job(NamedTuple):
     model: ModelConfig
     corpus: Corpus
     steps: int
-    trained: Trained
+    trained: Trainable
     frozen: Callable[[Mesh | None], Mapping[str, Operand]]  # the parameters that stay as they are stored
     fresh: Callable[[Mesh | None, Mapping[str, Operand]], Mapping[str, Array]]  # what is trained, before the first step
     result: str  # the name of what comes out, below the run's folder
@@ -47,7 +47,7 @@ class Job(NamedTuple):
 def pretraining(config: RunConfig, out: Path, *, resuming: bool = False) -> Job:
     """All parameters of a model, fresh or those of `init_from`, on text."""
     model, base = config.model_config(), None
-    with together():
+    with collective_errors():
         if config.init_from is not None:
             base = read_manifest(Path(config.init_from)).identity
     corpus = prepare(config, model, out, resuming=resuming)
@@ -62,7 +62,7 @@ def pretraining(config: RunConfig, out: Path, *, resuming: bool = False) -> Job:
         model=model,
         corpus=corpus,
         steps=config.steps,
-        trained=Trained.whole(model),
+        trained=Trainable.whole(model),
         frozen=lambda mesh: {},
         fresh=fresh,
         result=MODEL,

@@ -17,13 +17,14 @@ from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsmoe_jax.array_files import hash_file
-from dsmoe_jax.checkpoint import together
-from dsmoe_jax.locks import lock_folder
-from dsmoe_jax.manifest import damage, is_native, own_hash, read_manifest
+from dsmoe_jax.checkpoint.manifest import damage, is_native, own_hash, read_manifest
+from dsmoe_jax.checkpoint.native import collective_errors
+from dsmoe_jax.checkpoint.zarr_io import hash_file
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.model import abstract, shardings
-from dsmoe_jax.new_folder import recover_folder, replace_folder, write_json
 from dsmoe_jax.sharding import BATCH_AXES, make_mesh
+from dsmoe_jax.storage.atomic_dir import recover_folder, replace_folder, write_json
+from dsmoe_jax.storage.locks import lock_folder
 from dsmoe_jax.xla_options import quiet_cache_reads
 
 from .batch import Batch
@@ -31,12 +32,12 @@ from .best import BEST, Best
 from .checkpoints import Checkpoints
 from .config import RunConfig
 from .corpus import Corpus
+from .distributed import start
 from .finetune import ADAPTER, FinetuneConfig, finetuning
 from .inputs import differences
 from .job import MODEL, Job, pretraining
 from .metrics import Recorder, read_records
 from .optimizer import make_optimizer
-from .processes import start
 from .resume import CONFIG, check_resumable, identity, log_changes, read_run
 from .step import Metrics, TrainState, evaluate_step, init_state, make_step, state_shardings
 
@@ -69,7 +70,7 @@ def run(config: RunConfig) -> Result:
     """
     start(config.processes)
     out, mesh = Path(config.out), None
-    with together():  # what is wrong is said before anything is made
+    with collective_errors():  # what is wrong is said before anything is made
         mesh = _check(config)
     with _locked(out):
         return _run(config, out, mesh)
@@ -85,7 +86,7 @@ def _run(config: RunConfig, out: Path, mesh: Mesh | None) -> Result:
         stack.callback(checkpoints.close)
         _agree_on(checkpoints)
         if config.resume == "never" and checkpoints.steps():
-            raise ValueError(f"{checkpoints.folder} has checkpoints; --resume auto goes on from them")
+            raise DSMoEError(f"{checkpoints.folder} has checkpoints; --resume auto goes on from them")
         found = checkpoints.newest()
         if isinstance(config, FinetuneConfig):
             job = finetuning(config, out)
@@ -116,7 +117,7 @@ def _run(config: RunConfig, out: Path, mesh: Mesh | None) -> Result:
             optimizer,
             schedule,
             config.step,
-            clip_norm=config.optimizer.clip_norm,
+            max_grad_norm=config.optimizer.max_grad_norm,
             mesh=mesh,
             seed=config.seed,
             trained=trained,
@@ -130,7 +131,7 @@ def _run(config: RunConfig, out: Path, mesh: Mesh | None) -> Result:
         stack.callback(getattr(batches, "close", lambda: None))
 
         metrics, evaluation, n, stopped = None, None, first, False
-        while n < job.steps and not (stopped := _agreed(stop, n, config.log_every)):
+        while n < job.steps and not (stopped := _agreed(stop, n, config.log_interval)):
             waited = -time.perf_counter()
             batch = _place(next(batches), mesh)
             waited += time.perf_counter()
@@ -138,7 +139,7 @@ def _run(config: RunConfig, out: Path, mesh: Mesh | None) -> Result:
             n += 1
             clock.tick(n, metrics, waited)
             saves = n % config.checkpoints.every == 0
-            evaluates = n % config.evaluate_every == 0 or n == job.steps
+            evaluates = n % config.eval_interval == 0 or n == job.steps
             if saves or evaluates:
                 clock.flush()
                 # Before the checkpoint: a run that goes on from it does not come back to this evaluation.
@@ -177,9 +178,9 @@ def _check(config: RunConfig) -> Mesh | None:
     """The mesh, None on one device; `ValueError` for what cannot be, a line for what will have no effect."""
     model, mesh = config.model_config(), make_mesh(config.mesh)
     shardings(model, mesh)  # refuses what does not divide
-    ways, parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES])), config.step.accumulation
+    ways, parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES])), config.step.gradient_accumulation_steps
     if config.data.batch_size % (ways * parts):
-        raise ValueError(
+        raise DSMoEError(
             f"data.batch_size {config.data.batch_size} does not divide over {ways} devices x {parts} micro-batches"
         )
     length, positions = config.data.sequence_length, model.max_position_embeddings
@@ -198,7 +199,7 @@ def _check(config: RunConfig) -> Mesh | None:
             )
     groups, alpha, experts = config.step.device_groups, config.step.device_alpha, model.n_routed_experts
     if experts is not None and experts % groups:
-        raise ValueError(f"step.device_groups {groups} does not divide {experts} experts")
+        raise DSMoEError(f"step.device_groups {groups} does not divide {experts} experts")
     if (groups > 1) != (alpha > 0):
         _log.warning("step.device_groups %d with step.device_alpha %s has no effect: both are needed", groups, alpha)
     return None if mesh.size == 1 else mesh
@@ -237,7 +238,7 @@ def _begin(
 def _finished(step: int, job: Job, out: Path, record: Mapping[str, Any] | None) -> Result | None:
     """The result of a run that has nothing left to do: all steps made, and what they gave is there, undamaged."""
     path, done = out / job.result, False
-    with together():
+    with collective_errors():
         if record is not None and step >= job.steps and record.get("step") == step:
             done = jax.process_index() > 0 or _sha256(path) == record["sha256"]
     if jax.process_count() > 1:
@@ -251,11 +252,11 @@ def _finished(step: int, job: Job, out: Path, record: Mapping[str, Any] | None) 
 def _write_result(path: Path, job: Job, params: Mapping[str, Any]) -> None:
     """Write what was trained in the place of what an earlier, shorter run left."""
     new = path.with_name(f"{path.name}.new")
-    with together():
+    with collective_errors():
         if jax.process_index() == 0:
             recover_folder(path, new)
     job.save(new, params)
-    with together():
+    with collective_errors():
         if jax.process_index() == 0:
             replace_folder(new, path)
 
@@ -299,7 +300,7 @@ def _agree_on(checkpoints: Checkpoints) -> None:
         newest = np.array(max(checkpoints.steps(), default=-1))
         seen = multihost_utils.process_allgather(newest).ravel()
         if (seen != seen[0]).any():
-            raise ValueError(
+            raise DSMoEError(
                 f"{checkpoints.folder}: not all processes see the same checkpoints; is it a shared folder?"
             )
 
@@ -308,7 +309,7 @@ def _agree_on(checkpoints: Checkpoints) -> None:
 def _locked(out: Path) -> Iterator[None]:
     """Hold the lock of the run's folder; where another run holds it, all processes end."""
     with ExitStack() as stack:
-        with together():
+        with collective_errors():
             if jax.process_index() == 0:
                 stack.enter_context(lock_folder(out))
         yield
@@ -345,14 +346,14 @@ class _Clock:
         if self._recorder is not None:
             self._recorder.record(step, metrics, seconds=now - self._since, data_wait=waited)
         self._since = now
-        if (in_a_row := int(metrics.skipped_in_a_row)) > self._config.most_skipped:
-            raise ValueError(
+        if (in_a_row := int(metrics.consecutive_skips)) > self._config.max_consecutive_skips:
+            raise DSMoEError(
                 f"{in_a_row} updates in a row were skipped: loss {float(metrics.loss):.4g}, gradient norm "
-                f"{float(metrics.gradient_norm):.4g} at step {step}; the checkpoints in {self._config.out} are good"
+                f"{float(metrics.grad_norm):.4g} at step {step}; the checkpoints in {self._config.out} are good"
             )
         self._nothing_left = self._nothing_left + 1 if metrics.cross_entropy < _NO_LOSS else 0
-        if self._nothing_left > self._config.most_skipped:
-            raise ValueError(
+        if self._nothing_left > self._config.max_consecutive_skips:
+            raise DSMoEError(
                 f"the loss has been 0 for {self._nothing_left} steps at step {step}: the data give the answer away, or "
                 f"are learnt by heart; what was kept in {self._config.out} is from before"
             )
@@ -368,8 +369,8 @@ def _recorder(config: RunConfig, job: Job, out: Path, first: int) -> Recorder | 
         tokens_per_step=config.data.batch_size * config.data.sequence_length,
         sequence_length=config.data.sequence_length,
         steps=job.steps,
-        sinks=config.sinks,
-        log_every=config.log_every,
+        trackers=config.trackers,
+        log_interval=config.log_interval,
         resumed_from=first,
         name=out.name,
     )

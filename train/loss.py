@@ -1,6 +1,6 @@
 """What is minimised: the cross-entropy of the next token, and what keeps the experts' load balanced.
 
-`head_loss` is the one of training: it never holds the logits of more than a chunk of tokens. `cross_entropy` is the
+Training uses `chunked_cross_entropy`, which holds the logits of one chunk of tokens at a time; `cross_entropy` is the
 plain one, from logits.
 """
 
@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from dsmoe_jax.axes import Array, Bool, Float, Int
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.layers.router import Routing
 from dsmoe_jax.sharding import BATCH_AXES, TENSOR, current_mesh
 
@@ -50,7 +51,7 @@ class HeadLoss(NamedTuple):
     cross_entropy: Float[Array, ""]
 
 
-def head_loss(
+def chunked_cross_entropy(
     states: Float[Array, "B T D"], head: Float[Array, "V D"], targets: Int[Array, "B T"], *, z_loss: float = 0.0
 ) -> HeadLoss:
     """The loss of the next token from the states after the final norm; `targets` are shifted already.
@@ -179,7 +180,7 @@ def device_balance_loss(
     def one(routed: Routing) -> Float[Array, ""]:
         f, P = _shares(routed, counted, by_sequence=False)
         if groups < 1 or f.size % groups:
-            raise ValueError(f"{f.size} experts do not divide into {groups} groups")
+            raise DSMoEError(f"{f.size} experts do not divide into {groups} groups")
         return alpha * (f.reshape(groups, -1).mean(axis=1) * P.reshape(groups, -1).sum(axis=1)).sum()
 
     return {layer: one(routed) for layer, routed in routing.items()}

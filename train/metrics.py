@@ -1,6 +1,6 @@
 """What a run says of itself: one flat dict a step, to the console, to metrics.jsonl, to TensorBoard, to W&B.
 
-Start at `Recorder`; sinks.py is where its dicts go, `read_records` reads them back.
+Start at `Recorder`; trackers.py is where its dicts go, `read_records` reads them back.
 """
 
 import contextlib
@@ -16,10 +16,11 @@ import jax
 import numpy as np
 
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.info import count_parameters
 
-from .sinks import RECORDS, SINKS, Run, Sink
 from .step import Metrics
+from .trackers import RECORDS, SINKS, Run, Sink
 
 # fmt: off
 # Dense bf16 FLOP/s by a part of jax's `device_kind`; the first row that fits holds. From NVIDIA's data sheets of each
@@ -84,18 +85,18 @@ class Recorder:
         tokens_per_step: int,
         sequence_length: int,
         steps: int,
-        sinks: Sequence[str] = ("console", "jsonl", "tensorboard"),
+        trackers: Sequence[str] = ("console", "jsonl", "tensorboard"),
         devices: Sequence[Any] | None = None,
-        log_every: int = 10,
+        log_interval: int = 10,
         heat_every: int = 50,
         resumed_from: int = 0,
         name: str = "",
     ):
         """Open the sinks; `ValueError` for a name that is none."""
         if unknown := [sink for sink in sinks if sink not in SINKS]:
-            raise ValueError(f"sink {unknown[0]!r} is not one of {', '.join(SINKS)}")
-        if min(log_every, heat_every) < 1:
-            raise ValueError(f"log_every {log_every} and heat_every {heat_every} must be at least 1")
+            raise DSMoEError(f"sink {unknown[0]!r} is not one of {', '.join(SINKS)}")
+        if min(log_interval, heat_every) < 1:
+            raise DSMoEError(f"log_interval {log_interval} and heat_every {heat_every} must be at least 1")
         self._devices = jax.devices() if devices is None else devices
         self._layers = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
         self._tokens, self._steps, self._heat_every = tokens_per_step, steps, heat_every
@@ -116,8 +117,8 @@ class Recorder:
         folder.mkdir(parents=True, exist_ok=True)
         self._open = contextlib.ExitStack()
         with contextlib.ExitStack() as opening:  # closes the others if one does not open
-            run = Run(folder, facts, steps, log_every, resumed_from)
-            self._sinks: list[Sink] = [opening.enter_context(contextlib.closing(SINKS[sink](run))) for sink in sinks]
+            run = Run(folder, facts, steps, log_interval, resumed_from)
+            self._sinks: list[Sink] = [opening.enter_context(contextlib.closing(SINKS[sink](run))) for sink in trackers]
             self._open = opening.pop_all()
 
     def record(self, step: int, metrics: Metrics, *, seconds: float, data_wait: float) -> None:
@@ -129,8 +130,8 @@ class Recorder:
             **{name: float(getattr(metrics, name)) for name in ("loss", "cross_entropy", "z_loss")},
             "balance_loss": float(np.sum(metrics.balance)),
             "device_balance_loss": float(np.sum(metrics.device_balance)),
-            **{name: float(getattr(metrics, name)) for name in ("gradient_norm", "learning_rate")},
-            **{name: int(getattr(metrics, name)) for name in ("skipped", "skipped_in_all", "skipped_in_a_row")},
+            **{name: float(getattr(metrics, name)) for name in ("grad_norm", "learning_rate")},
+            **{name: int(getattr(metrics, name)) for name in ("skipped", "total_skips", "consecutive_skips")},
             "seconds": seconds,
             "tokens_per_second": rate,
             **({} if self._peak is None else {"mfu": rate * self._flops / self._peak}),
@@ -144,7 +145,7 @@ class Recorder:
 
     def evaluation(self, step: int, loss: float, tokens: int) -> None:
         """Note the mean loss of `tokens` held-out tokens after `step` steps."""
-        self._write(step, {"step": step, "evaluation/loss": float(loss), "evaluation/tokens": int(tokens)})
+        self._write(step, {"step": step, "eval/loss": float(loss), "eval/tokens": int(tokens)})
 
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
         for sink in self._sinks:
@@ -178,7 +179,7 @@ def read_records(folder: str | Path, *, superseded: bool = False) -> list[dict[s
                 record = json.loads(line)
                 resumed = record.get("resumed_from")
             except (ValueError, AttributeError):
-                raise ValueError(f"{file} line {number} is not a record") from None
+                raise DSMoEError(f"{file} line {number} is not a record") from None
             if resumed is not None and not superseded:
                 records = [one for one in records if one["step"] <= resumed]
             records.append(record)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from dsmoe_jax.axes import Array
+from dsmoe_jax.errors import DSMoEError
 
 _PAPER_DECAY: Final = 0.316  # arXiv 2401.06066, section 4.1.3: at 80 % and again at 90 % of the steps
 
@@ -20,25 +21,25 @@ class OptimizerConfig:
     learning_rate: float = 1.08e-3
     schedule: str = "paper"  # a key of SCHEDULES
     warmup_steps: int = 2000
-    final_ratio: float = 0.1  # of the learning rate, where a cosine ends
+    min_lr_ratio: float = 0.1  # of the learning rate, where a cosine ends
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
     decay: str = "matrices"  # or "all": norms and biases too
-    clip_norm: float | None = 1.0  # of all gradients together
+    max_grad_norm: float | None = 1.0  # of all gradients together
     moments: str = "float32"  # or "bfloat16" (the first one), or "factored" (as in Adafactor: no first one)
 
     def __post_init__(self) -> None:
         """`ValueError` for a value that means nothing."""
         for name, table in (("schedule", SCHEDULES), ("decay", _DECAYED), ("moments", _MOMENTS)):
             if (value := getattr(self, name)) not in table:
-                raise ValueError(f"{name} {value!r} is not one of {', '.join(table)}")
+                raise DSMoEError(f"{name} {value!r} is not one of {', '.join(table)}")
         for name, low in (("learning_rate", 0), ("warmup_steps", 0), ("weight_decay", 0), ("eps", 0)):
             if not getattr(self, name) >= low:
-                raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm must be positive or None, not {self.clip_norm}")
+                raise DSMoEError(f"{name} must be at least {low}, not {getattr(self, name)}")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise DSMoEError(f"max_grad_norm must be positive or None, not {self.max_grad_norm}")
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -76,7 +77,7 @@ def _paper(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def _cosine(config: OptimizerConfig, steps: int) -> optax.Schedule:
     warmup = min(config.warmup_steps, steps)
-    decay = optax.cosine_decay_schedule(config.learning_rate, max(1, steps - warmup), alpha=config.final_ratio)
+    decay = optax.cosine_decay_schedule(config.learning_rate, max(1, steps - warmup), alpha=config.min_lr_ratio)
     return lambda count: decay(count - warmup)
 
 

@@ -45,7 +45,7 @@ def deepseek_moe_2b() -> RunConfig:
         steps=25_000,
         data=DataConfig(sources=("data",), sequence_length=2048, batch_size=2048),
         optimizer=OptimizerConfig(learning_rate=1.08e-3),
-        step=StepConfig(compute_dtype="bfloat16", accumulation=8, remat="dots"),
+        step=StepConfig(compute_dtype="bfloat16", gradient_accumulation_steps=8, remat="dots"),
     )
 
 
@@ -57,7 +57,7 @@ def deepseek_moe_16b() -> RunConfig:
         steps=106_449,
         data=DataConfig(sources=("data",), sequence_length=4096, batch_size=4608),
         optimizer=OptimizerConfig(learning_rate=4.2e-4),
-        step=StepConfig(compute_dtype="bfloat16", accumulation=9, remat="full"),
+        step=StepConfig(compute_dtype="bfloat16", gradient_accumulation_steps=9, remat="full"),
         mesh=MeshConfig(fsdp=-1),
     )
 
@@ -70,7 +70,9 @@ def deepseek_moe_145b() -> RunConfig:
         steps=13_000,
         data=DataConfig(sources=("data",), sequence_length=4096, batch_size=4608),
         optimizer=OptimizerConfig(learning_rate=3.0e-4, schedule="constant"),
-        step=StepConfig(compute_dtype="bfloat16", accumulation=9, remat="full", device_groups=4, device_alpha=0.05),
+        step=StepConfig(
+            compute_dtype="bfloat16", gradient_accumulation_steps=9, remat="full", device_groups=4, device_alpha=0.05
+        ),
         mesh=MeshConfig(fsdp=-1, expert=4),
     )
 
@@ -86,7 +88,7 @@ RECIPES: Final[dict[str, Callable[[], RunConfig]]] = {
 def full_8x40gb() -> FinetuneConfig:
     """All weights of the 16B on eight GPUs of 40 GB: 64 rows of 1,024, the state split over all eight."""
     return FinetuneConfig(
-        step=StepConfig(compute_dtype="bfloat16", accumulation=8, remat="full"),
+        step=StepConfig(compute_dtype="bfloat16", gradient_accumulation_steps=8, remat="full"),
         optimizer=OptimizerConfig(
             learning_rate=2e-5, schedule="cosine", warmup_steps=10, weight_decay=0.0, moments="factored"
         ),
@@ -97,7 +99,7 @@ def full_8x40gb() -> FinetuneConfig:
 def lora_1x80gb() -> FinetuneConfig:
     """Adapters of rank 8 on every projection of the 16B in bf16, on one GPU of 80 GB."""
     return FinetuneConfig(
-        step=StepConfig(compute_dtype="bfloat16", accumulation=16, remat="full"),
+        step=StepConfig(compute_dtype="bfloat16", gradient_accumulation_steps=16, remat="full"),
         optimizer=OptimizerConfig(learning_rate=2e-4, schedule="cosine", warmup_steps=10, weight_decay=0.0, b2=0.999),
         lora=LoraConfig(r=8, lora_alpha=32, lora_dropout=0.1),
     )
@@ -106,7 +108,9 @@ def lora_1x80gb() -> FinetuneConfig:
 def qlora_1x80gb() -> FinetuneConfig:
     """The same over weights in nf4 (arXiv 2305.14314), gradients clipped at 0.3."""
     recipe = lora_1x80gb()
-    return dataclasses.replace(recipe, quantize="nf4", optimizer=dataclasses.replace(recipe.optimizer, clip_norm=0.3))
+    return dataclasses.replace(
+        recipe, quantize="nf4", optimizer=dataclasses.replace(recipe.optimizer, max_grad_norm=0.3)
+    )
 
 
 def tiny_finetune() -> FinetuneConfig:

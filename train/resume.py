@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.json_file import read_json
+from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.storage.strict_json import read_json
 
 from .config import RunConfig
 from .inputs import differences, short
@@ -25,8 +26,8 @@ _NEUTRAL: Final = frozenset(
 )
 # What may change from one start to the next, by part: how fast, how long, on what, not what is learned.
 _FREE: Final[Mapping[str, frozenset[str]]] = {
-    "optimizer": frozenset({"learning_rate", "schedule", "warmup_steps", "final_ratio"}),
-    "step": frozenset({"accumulation", "compute_dtype", "remat"}),
+    "optimizer": frozenset({"learning_rate", "schedule", "warmup_steps", "min_lr_ratio"}),
+    "step": frozenset({"gradient_accumulation_steps", "compute_dtype", "remat"}),
 }
 _NOT_COMPARED: Final = frozenset({"out", "resume", "processes", "model_config", "result"})
 _NAMES: Final = {"mode": "data.packing"}  # of the stream's fields as flags; the others are called as in `data`
@@ -67,7 +68,7 @@ def check_resumable(folder: Path, step: int, known: Mapping[str, Any], now: Mapp
         elif inputs.get("heldout", now["inputs"]["heldout"]) != now["inputs"]["heldout"]:
             problems = ["other validation data"]
     if problems:
-        raise ValueError(f"{folder}: cannot resume from step {step}: {'; '.join(problems)}; choose another --out")
+        raise DSMoEError(f"{folder}: cannot resume from step {step}: {'; '.join(problems)}; choose another --out")
 
 
 def read_run(out: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from dsmoe_jax.axes import Array, Bool, Float, Int
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.kernels.operand import LowRank, Operand, Quantized
 from dsmoe_jax.layers.router import Routing
 from dsmoe_jax.model import REMAT, Hidden, ParamSpec, abstract, merge, shardings
@@ -22,7 +23,7 @@ from dsmoe_jax.sharding import constrain, sharding
 from dsmoe_jax.xla_options import compiler_options
 
 from .batch import Batch
-from .loss import IGNORED, balance_loss, device_balance_loss, head_loss
+from .loss import IGNORED, balance_loss, chunked_cross_entropy, device_balance_loss
 from .optimizer import clip
 
 _DTYPES: Final = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -36,7 +37,7 @@ _NOTHING: Final[Mapping[str, Operand]] = MappingProxyType({})
 class StepConfig:
     """What a step computes, apart from model and optimizer."""
 
-    accumulation: int = 1  # micro-batches whose gradients are added up
+    gradient_accumulation_steps: int = 1  # micro-batches whose gradients are added up
     compute_dtype: str = "float32"  # or "bfloat16"; master weights and optimizer state are fp32 always
     remat: str = "none"  # a key of `dsmoe_jax.model.REMAT`
     z_loss: float = 0.0
@@ -49,12 +50,12 @@ class StepConfig:
         """`ValueError` for a value that means nothing."""
         for name, table in (("compute_dtype", _DTYPES), ("remat", REMAT)):
             if (value := getattr(self, name)) not in table:
-                raise ValueError(f"{name} {value!r} is not one of {', '.join(table)}")
-        if self.accumulation < 1:
-            raise ValueError(f"accumulation must be at least 1, not {self.accumulation}")
+                raise DSMoEError(f"{name} {value!r} is not one of {', '.join(table)}")
+        if self.gradient_accumulation_steps < 1:
+            raise DSMoEError(f"accumulation must be at least 1, not {self.gradient_accumulation_steps}")
 
 
-class Trained(NamedTuple):
+class Trainable(NamedTuple):
     """Which arrays are trained, and how they and what stays as it is make up the model's parameters."""
 
     specs: Mapping[str, ParamSpec]
@@ -63,7 +64,7 @@ class Trained(NamedTuple):
     dropout: float = 0.0
 
     @classmethod
-    def whole(cls, config: ModelConfig) -> "Trained":
+    def whole(cls, config: ModelConfig) -> "Trainable":
         """Every parameter."""
         return cls(abstract(config)[1], lambda trained, frozen, key: trained)
 
@@ -102,11 +103,11 @@ class Metrics(NamedTuple):
     balance: Float[Array, "layers"]
     device_balance: Float[Array, "layers"]
     z_loss: Float[Array, ""]
-    gradient_norm: Float[Array, ""]  # before it was clipped
+    grad_norm: Float[Array, ""]  # before it was clipped
     learning_rate: Float[Array, ""]
     skipped: Bool[Array, ""]
-    skipped_in_all: Int[Array, ""]
-    skipped_in_a_row: Int[Array, ""]
+    total_skips: Int[Array, ""]
+    consecutive_skips: Int[Array, ""]
     load: Float[Array, "layers E"]  # non-padding tokens routed to each expert
     entropy: Float[Array, "layers"]  # of the router's scores, mean over non-padding tokens, in nats
     extra_passes: Float[Array, "layers"]
@@ -126,7 +127,7 @@ def state_shardings(
     optimizer: optax.GradientTransformation,
     options: StepConfig,
     mesh: Mesh | None,
-    trained: Trained | None = None,
+    trained: Trainable | None = None,
 ) -> TrainState:
     """Where every leaf of the state lies: what has a parameter's name and shape beside it, the rest everywhere.
 
@@ -153,10 +154,10 @@ def make_step(
     schedule: optax.Schedule,
     options: StepConfig,
     *,
-    clip_norm: float | None = 1.0,
+    max_grad_norm: float | None = 1.0,
     mesh: Mesh | None = None,
     seed: int = 0,
-    trained: Trained | None = None,
+    trained: Trainable | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The compiled step, a function of (state, batch, frozen parameters); call it under `jax.set_mesh(mesh)`.
 
@@ -168,25 +169,25 @@ def make_step(
     where loss or gradient norm is not finite, or above the mean of the last 128 steps by more than 6 standard
     deviations; the batch has then been read all the same.
     """
-    trained = Trained.whole(config) if trained is None else trained
+    trained = Trainable.whole(config) if trained is None else trained
     places = state_shardings(config, optimizer, options, mesh, trained)
 
     def step(state: TrainState, batch: Batch, frozen: Mapping[str, Operand] = _NOTHING) -> tuple[TrainState, Metrics]:
         grads, report = _gradients(config, graph, options, seed, trained, state, batch, frozen)
         if mesh is not None:
             grads = jax.lax.with_sharding_constraint(grads, places.params)
-        grads, norm = clip(grads, clip_norm)
+        grads, norm = clip(grads, max_grad_norm)
         good = _is_good(state.guard, report.loss, norm)
         updates, moments = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)  # noqa: E731
         guard = _seen(state.guard, report.loss, norm, good)
         metrics = report._replace(
-            gradient_norm=norm,
+            grad_norm=norm,
             learning_rate=jnp.asarray(schedule(_updates(state)), jnp.float32),
             skipped=~good,
-            skipped_in_all=guard.skipped,
-            skipped_in_a_row=guard.in_a_row,
+            total_skips=guard.skipped,
+            consecutive_skips=guard.in_a_row,
         )
         bias = keep(_moved(state.router_bias, report.load, options.bias_update_rate), state.router_bias)
         new = TrainState(state.step + 1, keep(params, state.params), keep(moments, state.optimizer), bias, guard)
@@ -196,10 +197,10 @@ def make_step(
 
 
 def evaluate_step(
-    config: ModelConfig, graph: Any, options: StepConfig, trained: Trained | None = None
+    config: ModelConfig, graph: Any, options: StepConfig, trained: Trainable | None = None
 ) -> Callable[..., tuple[Array, Array]]:
     """A compiled function of (trained, router_bias, batch, frozen): the sum of the cross-entropies, how many."""
-    trained = Trained.whole(config) if trained is None else trained
+    trained = Trainable.whole(config) if trained is None else trained
 
     def evaluate(
         params: dict[str, Array],
@@ -208,7 +209,7 @@ def evaluate_step(
         frozen: Mapping[str, Operand] = _NOTHING,
     ) -> tuple[Array, Array]:
         hidden, head = _hidden(graph, trained.complete(params, frozen, None), router_bias, batch, options, None)
-        return head_loss(hidden.states, head, batch.labels).cross_entropy, (batch.labels != IGNORED).sum()
+        return chunked_cross_entropy(hidden.states, head, batch.labels).cross_entropy, (batch.labels != IGNORED).sum()
 
     return jax.jit(evaluate)
 
@@ -221,13 +222,13 @@ def _gradients(
     graph: Any,
     options: StepConfig,
     seed: int,
-    trained: Trained,
+    trained: Trainable,
     state: TrainState,
     batch: Batch,
     frozen: Mapping[str, Operand],
 ) -> tuple[dict[str, Array], Metrics]:
     """The sum of the micro-batches' gradients, and what they report together."""
-    parts = options.accumulation
+    parts = options.gradient_accumulation_steps
     targets = jnp.maximum((batch.labels != IGNORED).sum(), 1)
     valid = batch.segment_ids > 0
     tokens = jnp.maximum(valid.sum(), 1)
@@ -239,7 +240,7 @@ def _gradients(
         dropout_key = None if key is None else jax.random.fold_in(key, index)
         whole = trained.complete(params, frozen, dropout_key)
         hidden, head = _hidden(graph, whole, state.router_bias, micro, options, dropout_key)
-        sums = head_loss(hidden.states, head, micro.labels, z_loss=options.z_loss)
+        sums = chunked_cross_entropy(hidden.states, head, micro.labels, z_loss=options.z_loss)
         valid = micro.segment_ids > 0
         counted = None if options.count_padding else valid
         # A micro-batch's share of the means over the whole batch.
@@ -333,11 +334,11 @@ def _report(
         balance=_stack([balance.get(i, zero) for i in routing]),
         device_balance=_stack([device.get(i, zero) for i in routing]),
         z_loss=(sums.total - sums.cross_entropy) / targets,
-        gradient_norm=zero,
+        grad_norm=zero,
         learning_rate=zero,
         skipped=jnp.zeros((), bool),
-        skipped_in_all=jnp.zeros((), jnp.int32),
-        skipped_in_a_row=jnp.zeros((), jnp.int32),
+        total_skips=jnp.zeros((), jnp.int32),
+        consecutive_skips=jnp.zeros((), jnp.int32),
         load=_stack([_load(one, valid) for one in routed], config.n_routed_experts or 0),
         entropy=_stack([_entropy(one.scores, valid) / tokens for one in routed]),
         extra_passes=_stack([one.extra_passes for one in routed]),

@@ -4,7 +4,7 @@ from dsmoe_jax.generate.answer import TokenLogprob
 from dsmoe_jax.generate.chat import Chat
 from dsmoe_jax.generate.engine import Engine, Stats
 from dsmoe_jax.generate.generator import Completion, Generator
-from dsmoe_jax.generate.params import SamplingParams
+from dsmoe_jax.generate.sampling_params import SamplingParams
 from dsmoe_jax.generate.scoring import Perplexity, Score
 
 __all__ = [

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dsmoe_jax.cache import KVCache
-from dsmoe_jax.generate.params import SamplingParams
+from dsmoe_jax.generate.sampling_params import SamplingParams
 from dsmoe_jax.generate.text import TextStream
+from dsmoe_jax.kv_cache import KVCache
 
 
 class TokenLogprob(NamedTuple):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.generate.answer import Prefix
 from dsmoe_jax.generate.generator import Generator, Stream
 
@@ -39,7 +40,7 @@ class Chat:
         """
         tokenizer = self.generator.tokenizer
         if tokenizer is None:
-            raise ValueError("a chat needs a tokenizer, and this generator has none")
+            raise DSMoEError("a chat needs a tokenizer, and this generator has none")
         asked = [*self.messages, {"role": "user", "content": text}]
         ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True)
         stream = self.generator.start(ids, prefix=self._prefix, keep=True, **self.params)

@@ -20,17 +20,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsmoe_jax.axes import Array
-from dsmoe_jax.cache import KVCache
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.generate import programs
 from dsmoe_jax.generate.answer import Answer, Prefix, Request, TokenLogprob
-from dsmoe_jax.generate.choice import Sampler, Tally, adjustments
-from dsmoe_jax.generate.memory import cache_bytes
-from dsmoe_jax.generate.params import SamplingParams
+from dsmoe_jax.generate.memory_plan import cache_bytes
 from dsmoe_jax.generate.programs import Batch, Chosen, bucket, power_of_two
+from dsmoe_jax.generate.sampling import Sampler, Tally, adjustments
+from dsmoe_jax.generate.sampling_params import SamplingParams
 from dsmoe_jax.generate.text import TextStream
+from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.sharding import mesh_of
-from dsmoe_jax.tokenizer import Tokenizer
+from dsmoe_jax.text.tokenizer import Tokenizer
 
 _LOOK_AHEAD: Final = 256  # tokens of an answer that the cache has room for at once; longer ones make it grow
 _TOP: Final = 20  # log-probabilities that are computed where anybody asks for some
@@ -133,16 +134,16 @@ class Engine:
         for a prompt that with its answer exceeds the context or the memory for the cache.
         """
         if len(ids) + asked.max_new_tokens > self._context:
-            raise ValueError(
+            raise DSMoEError(
                 f"a prompt of {len(ids)} tokens and max_new_tokens {asked.max_new_tokens} "
                 f"exceed the context_length of {self._context}"
             )
         if (text or asked.stop) and self._tokenizer is None:
-            raise ValueError("text or a stop string needs a tokenizer, and this generator has none")
+            raise DSMoEError("text or a stop string needs a tokenizer, and this generator has none")
         request = Request(tuple(ids), asked, seed if asked.seed is None else asked.seed, prefix, keep)
         need = self._bytes(1, bucket(request.most))
         if self._budget is not None and need > self._budget:
-            raise ValueError(
+            raise DSMoEError(
                 f"a prompt of {len(ids)} tokens and max_new_tokens {asked.max_new_tokens} need {need / 1e9:.3g} GB "
                 f"of key-value cache, and there are {self._budget / 1e9:.3g} GB"
             )

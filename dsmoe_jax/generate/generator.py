@@ -14,27 +14,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dsmoe_jax.checkpoint import DTYPES, as_dtype, load
+from dsmoe_jax.checkpoint.manifest import is_native
+from dsmoe_jax.checkpoint.native import DTYPES, as_dtype, load
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import load_hf, load_hf_quantized, with_adapter
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.generate.answer import Answer, Prefix, TokenLogprob
 from dsmoe_jax.generate.engine import Engine, Stats
-from dsmoe_jax.generate.memory import MemoryPlan, device_bytes, weight_dtypes
-from dsmoe_jax.generate.params import SamplingParams
+from dsmoe_jax.generate.memory_plan import MemoryPlan, device_bytes, weight_dtypes
+from dsmoe_jax.generate.sampling_params import SamplingParams
 from dsmoe_jax.generate.scoring import Perplexity, Score, perplexity, score
-from dsmoe_jax.generation_config import (
+from dsmoe_jax.model import DeepSeekMoE, assemble, check_token_ids, split
+from dsmoe_jax.quantize import load_quantized, quantize_embedding
+from dsmoe_jax.sharding import MeshConfig
+from dsmoe_jax.storage.paths import user_path
+from dsmoe_jax.text.generation_config import (
     add_endings,
     eos_token_ids,
     read_generation_config,
     with_config_eos,
 )
-from dsmoe_jax.generation_config import stop_strings as stop_strings_of
-from dsmoe_jax.manifest import is_native
-from dsmoe_jax.model import DeepSeekMoE, assemble, check_token_ids, split
-from dsmoe_jax.paths import user_path
-from dsmoe_jax.quantize import load_quantized, quantize_embedding
-from dsmoe_jax.sharding import MeshConfig
-from dsmoe_jax.tokenizer import Tokenizer, tokenizer_files
+from dsmoe_jax.text.generation_config import stop_strings as stop_strings_of
+from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
 Message = Mapping[str, str]  # {"role": "user", "content": "…"}
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -103,7 +104,7 @@ class Generator:
         self.eos_token_ids = frozenset(eos_token_ids({"eos_token_id": eos_token_id}))
         for token in self.eos_token_ids:
             if not 0 <= token < self.config.vocab_size:
-                raise ValueError(f"eos_token_id {token} is outside the vocabulary of {self.config.vocab_size}")
+                raise DSMoEError(f"eos_token_id {token} is outside the vocabulary of {self.config.vocab_size}")
         self.stop_strings = SamplingParams(stop=stop_strings).stop
         self.stats = Stats()  # of the last call or stream
         self._requests = 0  # so far: the seed of those that name none
@@ -169,9 +170,9 @@ class Generator:
         a prompt gets a completion that says so, and the others are answered.
         """
         if isinstance(prompts, str | bytes) or not len(prompts):
-            raise ValueError("prompts must be a non-empty list, one entry per completion")
+            raise DSMoEError("prompts must be a non-empty list, one entry per completion")
         if errors not in ("raise", "return"):
-            raise ValueError(f"errors must be 'raise' or 'return', not {errors!r}")
+            raise DSMoEError(f"errors must be 'raise' or 'return', not {errors!r}")
         engine = self.engine()
         asked = self._asked(params, keywords, len(prompts))
         queued: list[list[Answer] | str] = []
@@ -235,7 +236,7 @@ class Generator:
         """One answer in the making, with its engine; see `Engine.submit` for `prefix` and `keep`."""
         (asked,) = self._asked(params, keywords, 1)
         if asked.n != 1:
-            raise ValueError(f"a stream has one answer, n must be 1, not {asked.n}")
+            raise DSMoEError(f"a stream has one answer, n must be 1, not {asked.n}")
         engine = self.engine()
         (answer,) = self._submit(engine, prompt, asked, text=True, prefix=prefix, keep=keep)
         return Stream(engine, answer)
@@ -259,19 +260,19 @@ class Generator:
         vocabulary, and a chat whose roles do not alternate.
         """
         if not len(prompt):
-            raise ValueError("a prompt is empty")
+            raise DSMoEError("a prompt is empty")
         if isinstance(prompt, str) or isinstance(prompt[0], Mapping):
             if self.tokenizer is None:
-                raise ValueError("a prompt of text needs a tokenizer, and this generator has none: give token ids")
+                raise DSMoEError("a prompt of text needs a tokenizer, and this generator has none: give token ids")
             if isinstance(prompt, str):
                 ids = self.tokenizer.encode(prompt)
             else:
                 ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True)  # type: ignore[arg-type]
                 _check_turns(prompt)  # type: ignore[arg-type]
             if not ids:
-                raise ValueError("a prompt has no tokens")
+                raise DSMoEError("a prompt has no tokens")
             if (highest := max(ids)) >= self.config.vocab_size:  # a tokenizer of another model
-                raise ValueError(f"token id {highest} is outside the vocabulary of {self.config.vocab_size}")
+                raise DSMoEError(f"token id {highest} is outside the vocabulary of {self.config.vocab_size}")
             return ids
         return check_token_ids(np.asarray(prompt)[None], self.config.vocab_size)[0].tolist()
 
@@ -288,7 +289,7 @@ class Generator:
         Raises `ValueError` as `scoring.score` and `encode` do.
         """
         if len(prompts) != len(continuations):
-            raise ValueError(f"there are {len(prompts)} prompts and {len(continuations)} continuations")
+            raise DSMoEError(f"there are {len(prompts)} prompts and {len(continuations)} continuations")
         pairs = [self._pair(prompt, rest) for prompt, rest in zip(prompts, continuations, strict=True)]
         options = {"context_length": self.context_length} | options
         return score(self._graph, self._params, self.config, pairs, **options)
@@ -300,7 +301,7 @@ class Generator:
         options = {"context_length": self.context_length, "prefix": None if begun else prefix} | options
         if isinstance(text, str):
             if self.tokenizer is None:
-                raise ValueError("a text needs a tokenizer, and this generator has none: give token ids")
+                raise DSMoEError("a text needs a tokenizer, and this generator has none: give token ids")
             options = {"text_bytes": len(text.encode())} | options
             text = self.tokenizer.encode(text, add_special_tokens=False)
         return perplexity(self._graph, self._params, self.config, text, **options)
@@ -316,7 +317,7 @@ class Generator:
         if not isinstance(continuation, str):
             return (self.encode(prompt) if len(prompt) else self._empty_context()), list(continuation)
         if self.tokenizer is None:
-            raise ValueError("a continuation of text needs a tokenizer, and this generator has none: give token ids")
+            raise DSMoEError("a continuation of text needs a tokenizer, and this generator has none: give token ids")
         if isinstance(prompt, str) and (context := prompt.rstrip()):
             before = self.encode(context)
             return before, self.encode(prompt + continuation)[len(before) :]
@@ -328,7 +329,7 @@ class Generator:
 
     def _empty_context(self) -> list[int]:
         if (prefix := self.prefix_token_id) is None:
-            raise ValueError("an empty prompt needs a BOS or EOS token to begin with, and this model has neither")
+            raise DSMoEError("an empty prompt needs a BOS or EOS token to begin with, and this model has neither")
         return [prefix]
 
     # --- small things ---
@@ -338,12 +339,12 @@ class Generator:
     ) -> list[SamplingParams]:
         """The parameters of each prompt."""
         if params is not None and keywords:
-            raise ValueError(f"give params or keywords, not both: {', '.join(keywords)}")
+            raise DSMoEError(f"give params or keywords, not both: {', '.join(keywords)}")
         if params is None:
             params = SamplingParams.of(**keywords)
         each = [params] * prompts if isinstance(params, SamplingParams) else list(params)
         if len(each) != prompts:
-            raise ValueError(f"there are {prompts} prompts and {len(each)} params")
+            raise DSMoEError(f"there are {prompts} prompts and {len(each)} params")
         return each
 
     def _submit(self, engine: Engine, prompt: Prompt, asked: SamplingParams, **options: Any) -> list[Answer]:
@@ -409,9 +410,9 @@ def _check_turns(messages: Sequence[Message]) -> None:
     for index, role in enumerate(spoken):
         if role != ("user", "assistant")[index % 2]:
             place = index + len(roles) - len(spoken)
-            raise ValueError(f"message {place} of the chat is the {role}'s, and it is the other's turn")
+            raise DSMoEError(f"message {place} of the chat is the {role}'s, and it is the other's turn")
     if not spoken or spoken[-1] != "user":
-        raise ValueError("the last message of a chat must be the user's")
+        raise DSMoEError("the last message of a chat must be the user's")
 
 
 class _Defaults(NamedTuple):
@@ -445,7 +446,7 @@ def _check_memory(path: Path, dtype: Any, quantize: str | None, mesh: Any, optio
     if plan.total >= _WORTH_SAYING:
         _log.info("memory for one answer of %s tokens: %s", slots, plan)
     if (free := device_bytes()) is not None and plan.weights > free:
-        raise ValueError(f"{path}: the weights take {plan.weights / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free")
+        raise DSMoEError(f"{path}: the weights take {plan.weights / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free")
 
 
 def _room_for_cache() -> int | None:
@@ -459,12 +460,12 @@ def _cache_dtype(value: Any) -> np.dtype:
     for name, dtype in known.items():
         if value == name or (not isinstance(value, str) and value in (dtype, dtype.type)):
             return dtype
-    raise ValueError(f"cache_dtype must be one of {', '.join(known)}, not {value!r}")
+    raise DSMoEError(f"cache_dtype must be one of {', '.join(known)}, not {value!r}")
 
 
 def _at_least(least: int, name: str, value: int | None, default: int) -> int:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value!r}")
+        raise DSMoEError(f"{name} must be at least {least}, not {value!r}")
     return value

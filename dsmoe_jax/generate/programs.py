@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from dsmoe_jax.axes import Array, Bool, Float, Int
-from dsmoe_jax.cache import KVCache
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.generate.choice import Logprobs, Sampler, Tally, choose, log_probabilities
+from dsmoe_jax.generate.sampling import Logprobs, Sampler, Tally, choose, log_probabilities
+from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.model import merge
 from dsmoe_jax.sharding import constrain
 

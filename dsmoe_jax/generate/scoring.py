@@ -16,6 +16,7 @@ import numpy as np
 
 from dsmoe_jax.axes import Array, Bool, Float, Int
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.generate.programs import bucket, power_of_two
 from dsmoe_jax.model import merge
 from dsmoe_jax.sharding import mesh_of
@@ -72,7 +73,7 @@ def score(
     """
     for name, value in (("context_length", context_length), ("max_tokens", max_tokens)):
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+            raise DSMoEError(f"{name} must be at least 1, not {value}")
     checked = [_checked(i, pair, config.vocab_size, context_length) for i, pair in enumerate(pairs)]
     batches = _plan([pair.length for pair in checked], config, context_length, max_tokens)
     results = (_run(graph, params, batch, [checked[i] for i in batch.pairs]) for batch in batches)
@@ -121,12 +122,12 @@ def perplexity(
     """
     window = min(context_length, config.max_position_embeddings) if window is None else window
     if window > context_length:
-        raise ValueError(f"window {window} is above the context_length of {context_length}")
+        raise DSMoEError(f"window {window} is above the context_length of {context_length}")
     windows = rolling_windows(tokens, prefix=prefix, window=window, stride=stride)
     if not windows:
-        raise ValueError(f"there is nothing to predict: tokens has length {len(tokens)} and prefix is {prefix}")
+        raise DSMoEError(f"there is nothing to predict: tokens has length {len(tokens)} and prefix is {prefix}")
     if text_bytes is not None and text_bytes < 1:
-        raise ValueError(f"text_bytes must be at least 1, not {text_bytes}")
+        raise DSMoEError(f"text_bytes must be at least 1, not {text_bytes}")
     limits = {"context_length": context_length, "max_tokens": max_tokens}
     scores = score(graph, params, config, windows, **limits, progress=progress)
     nll = -math.fsum(one.logprob for one in scores)
@@ -154,9 +155,9 @@ def rolling_windows(
     """
     stride = window if stride is None else stride
     if window < 1:
-        raise ValueError(f"window must be at least 1, not {window}")
+        raise DSMoEError(f"window must be at least 1, not {window}")
     if not 1 <= stride <= window:
-        raise ValueError(f"stride must be between 1 and the window of {window}, not {stride}")
+        raise DSMoEError(f"stride must be between 1 and the window of {window}, not {stride}")
     text = [*([] if prefix is None else [prefix]), *tokens]
     pairs, done, new = [], 1, window
     while done < len(text):
@@ -187,19 +188,19 @@ class _Batch(NamedTuple):
 
 def _checked(index: int, pair: tuple[Tokens, Tokens], vocab_size: int, context_length: int) -> _Pair:
     if len(pair) != 2:
-        raise ValueError(f"pair {index} must be (context, continuation), and has {len(pair)} entries")
+        raise DSMoEError(f"pair {index} must be (context, continuation), and has {len(pair)} entries")
     context, continuation = map(np.asarray, pair)
     for name, ids in (("context", context), ("continuation", continuation)):
         if not ids.size:
-            raise ValueError(f"pair {index}: the {name} is empty")
+            raise DSMoEError(f"pair {index}: the {name} is empty")
         if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(f"pair {index}: the {name} must be token ids [T], not {ids.dtype} {list(ids.shape)}")
+            raise DSMoEError(f"pair {index}: the {name} must be token ids [T], not {ids.dtype} {list(ids.shape)}")
         for worst in (ids.min(), ids.max()):
             if not 0 <= worst < vocab_size:
-                raise ValueError(f"pair {index}: {name} id {worst} is outside the vocabulary of {vocab_size}")
+                raise DSMoEError(f"pair {index}: {name} id {worst} is outside the vocabulary of {vocab_size}")
     read = len(context) + len(continuation) - 1
     if read > context_length:
-        raise ValueError(
+        raise DSMoEError(
             f"pair {index}: {len(context)} tokens of context and {len(continuation)} of continuation, all but the last "
             f"to be read, exceed the context_length of {context_length}"
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dsmoe_jax.tokenizer import DecodeStream
+from dsmoe_jax.text.tokenizer import DecodeStream
 
 
 class TextStream:

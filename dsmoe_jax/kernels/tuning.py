@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import jax
 
-from dsmoe_jax.json_file import parse_json, read_json
+from dsmoe_jax.storage.strict_json import parse_json, read_json
 
 VARIABLE: Final = "DSMOE_TUNING"
 _FILE: Final = "tuned.json"

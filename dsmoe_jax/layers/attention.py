@@ -4,9 +4,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsmoe_jax.axes import Array, Bool, Float, Int, PRNGKeyArray
-from dsmoe_jax.cache import LayerCache
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.kernels.attention import attention
+from dsmoe_jax.kv_cache import LayerCache
 from dsmoe_jax.layers.rope import Rotation, rotate
 from dsmoe_jax.layers.weights import Linear
 

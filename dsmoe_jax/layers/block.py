@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsmoe_jax.axes import Array, Bool, Float, Int, PRNGKeyArray
-from dsmoe_jax.cache import LayerCache
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.kv_cache import LayerCache
 from dsmoe_jax.layers.attention import Attention
 from dsmoe_jax.layers.mlp import MLP
 from dsmoe_jax.layers.moe import MoE

@@ -10,9 +10,9 @@ from flax import nnx
 from dsmoe_jax.axes import Array, Bool, Float
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.kernels.operand import EXPERT_AXES, Experts
-from dsmoe_jax.layers.dispatch import Dispatch, routed_experts
 from dsmoe_jax.layers.mlp import MLP
 from dsmoe_jax.layers.router import Router, Routing
+from dsmoe_jax.layers.token_dispatcher import Dispatch, routed_experts
 from dsmoe_jax.layers.weights import Initializer, weight
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from dsmoe_jax.cli import Parser
+from dsmoe_jax.cli.commands import Parser
 from dsmoe_jax.config import ModelConfig
 from tests.benchmarks import machine, plan, report
 from tests.benchmarks.children import ENVIRONMENT, NEEDS, Child

@@ -33,7 +33,7 @@ from dsmoe_jax.train.batch import Batch
 from dsmoe_jax.train.config import RunConfig
 from dsmoe_jax.train.optimizer import make_optimizer
 from dsmoe_jax.train.recipes import FINETUNING, RECIPES
-from dsmoe_jax.train.step import Trained, init_state, make_step, state_shardings
+from dsmoe_jax.train.step import Trainable, init_state, make_step, state_shardings
 from tests.benchmarks import cards
 
 # XLA:CPU orders the operations of each function in more than linear time: in one piece the 145B takes above 15 minutes,
@@ -85,14 +85,14 @@ def main() -> None:
 def compiled(case: Case, *, apart: bool = True) -> dict[str, Any]:
     """Seconds and bytes of one recipe's step; blocks `apart` are functions of their own."""
     run, config, mesh, tokens = case
-    options = dataclasses.replace(run.step, accumulation=2)
+    options = dataclasses.replace(run.step, gradient_accumulation_steps=2)
     optimizer, schedule = make_optimizer(run.optimizer, max(run.steps, 100))
-    trained, frozen = Trained.whole(config), {}
+    trained, frozen = Trainable.whole(config), {}
     if adapter := getattr(run, "lora", None):
         plan = make_plan(adapter, config)
         frozen = _frozen(config, getattr(run, "quantize", None), mesh)
         attach = lambda own, frozen, key: lora.attach(plan, frozen, own, key)  # noqa: E731
-        trained = Trained(lora.specs(plan, config), attach, adapter.lora_dropout)
+        trained = Trainable(lora.specs(plan, config), attach, adapter.lora_dropout)
     places = state_shardings(config, optimizer, options, mesh, trained)
     params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in trained.specs.items()}
     state = jax.tree.map(
@@ -100,7 +100,7 @@ def compiled(case: Case, *, apart: bool = True) -> dict[str, Any]:
         jax.eval_shape(lambda params: init_state(config, params, optimizer, options), params),
         places,
     )
-    shape = ((1 if mesh is None else mesh.size) * options.accumulation, tokens)
+    shape = ((1 if mesh is None else mesh.size) * options.gradient_accumulation_steps, tokens)
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding("batch", shape, ("batch", None), mesh))
     inputs = (state, Batch(rows, rows, rows, rows), frozen)
     step = make_step(config, abstract(config)[0], optimizer, schedule, options, mesh=mesh, trained=trained)

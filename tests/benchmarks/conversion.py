@@ -23,11 +23,11 @@ from typing import Any, Final
 import numpy as np
 from safetensors import safe_open
 
-from dsmoe_jax import array_files
+from dsmoe_jax.checkpoint import zarr_io
 from dsmoe_jax.config import PRESETS, ModelConfig
 from dsmoe_jax.convert import export_hf, import_hf, verify
-from dsmoe_jax.convert.names import export_order, hf_shapes
-from dsmoe_jax.new_folder import write_json
+from dsmoe_jax.convert.param_mapping import export_order, hf_shapes
+from dsmoe_jax.storage.atomic_dir import write_json
 from tests.benchmarks import machine
 from tests.benchmarks.timing import spread
 
@@ -116,11 +116,11 @@ def hashing(work: Path, rounds: int) -> dict[str, list[float]]:
     taken: dict[str, list[float]] = {"hashed": [], "not hashed": []}
     for _ in range(rounds):
         for how, library in (("hashed", hashlib), ("not hashed", NoHashes)):
-            array_files.hashlib = library  # type: ignore[assignment]
+            zarr_io.hashlib = library  # type: ignore[assignment]
             os.sync()
             taken[how].append(_timed(lambda: save(model, work / "saved")))
             shutil.rmtree(work / "saved")
-    array_files.hashlib = hashlib
+    zarr_io.hashlib = hashlib
     return taken
 
 

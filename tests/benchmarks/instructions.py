@@ -53,8 +53,8 @@ def main() -> None:
                 optimizer=OptimizerConfig(
                     learning_rate=asked.learning_rate, schedule="cosine", warmup_steps=50, weight_decay=0.0, b2=0.99
                 ),
-                evaluate_every=500,
-                sinks=("jsonl",),
+                eval_interval=500,
+                trackers=("jsonl",),
             )
             started = time.perf_counter()
             result = run(dataclasses.replace(config, **WAYS[way]))

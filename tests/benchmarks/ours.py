@@ -10,11 +10,11 @@ import numpy as np
 import optax
 
 from dsmoe_jax.axes import Array
-from dsmoe_jax.cache import KVCache
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import load_hf
 from dsmoe_jax.generate.generator import for_generation
 from dsmoe_jax.generate.programs import Batch, prefill, step
+from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.model import DeepSeekMoE, merge, split
 from dsmoe_jax.train import cross_entropy
 from tests.benchmarks import plan

@@ -28,7 +28,7 @@ from dsmoe_jax.train.batch import Batch
 from dsmoe_jax.train.config import CheckpointConfig, DataConfig, RunConfig
 from dsmoe_jax.train.loss import shifted
 from dsmoe_jax.train.optimizer import OptimizerConfig, make_optimizer
-from dsmoe_jax.train.step import StepConfig, Trained, init_state, make_step
+from dsmoe_jax.train.step import StepConfig, Trainable, init_state, make_step
 from tests.benchmarks.timing import spread
 
 ROWS, TOKENS = 4, 256
@@ -92,11 +92,11 @@ def _step(
     optimizer, schedule = make_optimizer(OptimizerConfig(warmup_steps=0, schedule="constant"), 100)
     frozen: Any = {}
     if adapter is None:
-        trained, first = Trained.whole(config), jax.tree.map(jnp.copy, params)
+        trained, first = Trainable.whole(config), jax.tree.map(jnp.copy, params)
     else:
         plan = make_plan(adapter, config)
         frozen = params if scheme is None else quantize_params(params, scheme)
-        trained = Trained(lora.specs(plan, config), lambda own, frozen, key: lora.attach(plan, frozen, own, key))
+        trained = Trainable(lora.specs(plan, config), lambda own, frozen, key: lora.attach(plan, frozen, own, key))
         first = lora.init(plan, config, frozen, jax.random.key(0))
     state = init_state(config, first, optimizer, StepConfig())
     step = make_step(config, abstract(config)[0], optimizer, schedule, StepConfig(), trained=trained)
@@ -142,7 +142,7 @@ def _between_steps(preset: str) -> float:
                 steps=12,
                 data=DataConfig(sequence_length=TOKENS, batch_size=ROWS),
                 checkpoints=CheckpointConfig(every=100),
-                evaluate_every=100,
+                eval_interval=100,
             )
         )
     pauses = np.subtract(called[2:], ready[1:-1])

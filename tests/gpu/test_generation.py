@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsmoe_jax.cache import KVCache
 from dsmoe_jax.generate import Completion, Generator
 from dsmoe_jax.kernels import few_tokens
 from dsmoe_jax.kernels.expert_ffn import BACKENDS, VARIABLE, Backend
+from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.model import assemble, merge, split
 from dsmoe_jax.quantize import quantize_embedding, quantize_params
 from tests.gpu.backends import SERVING, skip_without

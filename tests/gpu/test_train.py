@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from dsmoe_jax.convert.names import hf_names, is_stacked
+from dsmoe_jax.convert.param_mapping import hf_names, is_stacked
 from dsmoe_jax.model import DeepSeekMoE, split
 from dsmoe_jax.train import step as train_step
 from dsmoe_jax.train.batch import Batch
 from dsmoe_jax.train.optimizer import OptimizerConfig, make_optimizer
-from dsmoe_jax.train.step import Metrics, StepConfig, Trained, init_state
+from dsmoe_jax.train.step import Metrics, StepConfig, Trainable, init_state
 from tests.helpers import golden
 from tests.helpers.conformance import assert_near
 from tests.test_step import (
@@ -44,7 +44,7 @@ def differentiated(options: StepConfig, device: Any = None) -> tuple[Metrics, di
     graph, params = split(model)
     transformation, _ = make_optimizer(OptimizerConfig(), 10)
     of_model = functools.partial(
-        train_step._gradients, model.config, graph, options, 0, Trained.whole(model.config), frozen={}
+        train_step._gradients, model.config, graph, options, 0, Trainable.whole(model.config), frozen={}
     )
     # What a program reads decides where it runs. Copies: nothing then lies where the model does.
     given: Any = jax.device_put(({name: np.asarray(value) for name, value in params.items()}, batch()), device)
@@ -70,7 +70,7 @@ def test_losses_and_gradients_equal_the_originals():
 
 @pytest.mark.parametrize(
     "options",
-    [StepConfig(), StepConfig(accumulation=3, remat="full")],
+    [StepConfig(), StepConfig(gradient_accumulation_steps=3, remat="full")],
     ids=["plain", "micro-batches, all recomputed"],
 )
 def test_losses_and_gradients_are_those_of_the_cpu(options: StepConfig, cpu: Any):

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
 
-from dsmoe_jax.json_file import MAX_DEPTH, check_depth
+from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.storage.strict_json import MAX_DEPTH, check_depth
 
 MAX_LINE_BYTES: Final = 32 << 20  # of a line or a row, uncompressed; the longest books have a quarter of it
 MAX_TEXT_BYTES: Final = 1 << 30  # of a file that is one text
@@ -47,9 +48,9 @@ def read_file(path: Path, field: str | None) -> Iterator[Entry]:
     try:
         yield from reader_of(path)(path, field)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{path}: reading it needs {error.name}: pip install 'dsmoe_jax[data]'") from None
+        raise DSMoEError(f"{path}: reading it needs {error.name}: pip install 'dsmoe_jax[data]'") from None
     except Exception as error:  # the libraries of the formats have no common class
-        raise ValueError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+        raise DSMoEError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
 
 
 def reader_of(path: Path) -> Reader:
@@ -60,7 +61,7 @@ def reader_of(path: Path) -> Reader:
 def read_text(path: Path, field: str | None) -> Iterator[Entry]:
     """The file is one text."""
     if (size := path.stat().st_size) > MAX_TEXT_BYTES:
-        raise ValueError(f"has {size:,} bytes, one text at most {MAX_TEXT_BYTES:,}: split it, or write it as .jsonl")
+        raise DSMoEError(f"has {size:,} bytes, one text at most {MAX_TEXT_BYTES:,}: split it, or write it as .jsonl")
     with path.open("rb") as file:
         data = file.read(_READ_BYTES)
         if b"\0" not in data:  # else there is no need for the rest
@@ -98,14 +99,14 @@ def _read_parquet(path: Path, field: str | None) -> Iterator[Entry]:
     # As dictionaries: one long text that many rows have is there once.
     with parquet.ParquetFile(path, read_dictionary=texts) as file:
         if field is not None and field not in file.schema_arrow.names:
-            raise ValueError(f"it has no column {field!r}, only {', '.join(file.schema_arrow.names)}")
+            raise DSMoEError(f"it has no column {field!r}, only {', '.join(file.schema_arrow.names)}")
         for group in range(file.num_row_groups):
             rows = _rows_at_once(file.metadata.row_group(group), field, row)
             names = None if field is None else [field]
             for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=names):
                 if (longest := max(map(_longest, batch.columns), default=0)) > MAX_LINE_BYTES:
                     where = f"rows {row + 1} to {row + batch.num_rows}"
-                    raise ValueError(f"one of {where} has {longest:,} bytes, at most {MAX_LINE_BYTES:,} are allowed")
+                    raise DSMoEError(f"one of {where} has {longest:,} bytes, at most {MAX_LINE_BYTES:,} are allowed")
                 # Row by row: a dictionary's text becomes a new one wherever it is used.
                 for values in zip(*batch.columns, strict=True):
                     row += 1
@@ -124,7 +125,7 @@ def _small_texts(metadata: Any) -> list[str]:
             if size > _SMALL_COLUMN:
                 large.add(name)
                 if size > _MAX_RATIO * column.total_compressed_size:
-                    raise ValueError(f"its column {name} has {size:,} bytes in {column.total_compressed_size:,}")
+                    raise DSMoEError(f"its column {name} has {size:,} bytes in {column.total_compressed_size:,}")
     return sorted(texts - large)
 
 
@@ -147,7 +148,7 @@ def _rows_at_once(group: Any, field: str | None, done: int) -> int:
     read = [column for column in columns if field is None or column.path_in_schema.split(".")[0] == field]
     mean = sum(column.total_uncompressed_size for column in read) // max(group.num_rows, 1)
     if mean > MAX_LINE_BYTES:
-        raise ValueError(f"its rows from {done + 1} on have {mean:,} bytes on average, at most {MAX_LINE_BYTES:,} each")
+        raise DSMoEError(f"its rows from {done + 1} on have {mean:,} bytes on average, at most {MAX_LINE_BYTES:,} each")
     return min(max(_ROWS_BYTES // max(mean, 1), 1), _ROWS)
 
 
@@ -158,10 +159,10 @@ def _lines(lines: Any, file: BinaryIO, field: str | None) -> Iterator[Entry]:
         if not (line := lines.readline(MAX_LINE_BYTES + 1)):
             return
         if len(line) > MAX_LINE_BYTES:
-            raise ValueError(f"line {number} has more than {MAX_LINE_BYTES:,} bytes, the most that a line may have")
+            raise DSMoEError(f"line {number} has more than {MAX_LINE_BYTES:,} bytes, the most that a line may have")
         blank = blank + 1 if line.isspace() else 0
         if blank > _MAX_BLANK:
-            raise ValueError(f"lines {number - _MAX_BLANK} to {number} are blank")
+            raise DSMoEError(f"lines {number - _MAX_BLANK} to {number} are blank")
         if not blank:
             yield Entry(f":{number}", *_parsed(line, field), file.tell())
 

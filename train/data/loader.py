@@ -6,6 +6,8 @@ from typing import Final
 import grain
 import numpy as np
 
+from dsmoe_jax.errors import DSMoEError
+
 from ..batch import Batch
 from .stream import Stream, local_rows, stack
 
@@ -24,9 +26,9 @@ def loader(
     """
     mine = local_rows(stream.batch_size, process_index, process_count)
     if start_step < 0:
-        raise ValueError(f"start_step must be at least 0, not {start_step}")
+        raise DSMoEError(f"start_step must be at least 0, not {start_step}")
     if prefetch < 0:
-        raise ValueError(f"prefetch must be at least 0, not {prefetch}")
+        raise DSMoEError(f"prefetch must be at least 0, not {prefetch}")
     # The rows are chosen before grain sees them: what it packed or shuffled would depend on the number of processes.
     rows = grain.MapDataset.source(_Rows(stream, start_step, mine))
     options = grain.ReadOptions(num_threads=min(_THREADS, prefetch), prefetch_buffer_size=prefetch)

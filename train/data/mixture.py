@@ -8,6 +8,8 @@ from typing import Final
 
 import numpy as np
 
+from dsmoe_jax.errors import DSMoEError
+
 from .shuffle import shuffled
 
 _BLOCK: Final = 256  # samples, if no weight is smaller than one of them
@@ -25,16 +27,16 @@ class Mixture:
     def __init__(self, weights: Sequence[float], *, seed: int):
         for weight in weights:
             if not (math.isfinite(weight) and weight > 0):
-                raise ValueError(f"weights must be positive and finite, got {weight}")
+                raise DSMoEError(f"weights must be positive and finite, got {weight}")
         if not weights:
-            raise ValueError("a mixture of no datasets")
+            raise DSMoEError("a mixture of no datasets")
         exact = [Fraction(weight) for weight in weights]
         self._shares = [weight / sum(exact) for weight in exact]
         self._seed = seed
         # With a sample of every dataset in every block no rounded total ever falls, so no count is negative.
         self.block = max(_BLOCK, math.ceil(1 / min(self._shares)))
         if self.block > _LARGEST_BLOCK:
-            raise ValueError(f"weight {min(weights)} is less than one sample in {_LARGEST_BLOCK}")
+            raise DSMoEError(f"weight {min(weights)} is less than one sample in {_LARGEST_BLOCK}")
         self._cached = functools.lru_cache(maxsize=8)(self._build)
 
     def place(self, n: int) -> tuple[int, int]:

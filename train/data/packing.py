@@ -13,6 +13,8 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from dsmoe_jax.errors import DSMoEError
+
 from ..loss import IGNORED
 from .shards import TokenShards
 from .shuffle import shuffled
@@ -65,7 +67,7 @@ class Packing:
     ):
         check_shape(sequence_length=sequence_length, mode=mode)
         if not len(shards):
-            raise ValueError(f"{shards.folder}: no documents to train on")
+            raise DSMoEError(f"{shards.folder}: no documents to train on")
         self._shards, self._length, self._mode = shards, sequence_length, mode
         self._key = (seed, dataset)
         # Threads that wait for the same epoch build it once; a row reaches into two at most, but for tiny datasets.
@@ -130,6 +132,6 @@ def lay_out(pieces: Sequence[np.ndarray], length: int, mode: str) -> np.ndarray:
 def check_shape(*, sequence_length: int, mode: str) -> None:
     """`ValueError` for rows that cannot be."""
     if sequence_length < 1:
-        raise ValueError(f"sequence_length must be at least 1, not {sequence_length}")
+        raise DSMoEError(f"sequence_length must be at least 1, not {sequence_length}")
     if mode not in MODES:
-        raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
+        raise DSMoEError(f"mode {mode!r} is not one of {', '.join(MODES)}")

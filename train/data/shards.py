@@ -14,10 +14,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from dsmoe_jax.json_file import read_json
-from dsmoe_jax.manifest import HashCache, own_hash
-from dsmoe_jax.paths import user_path
-from dsmoe_jax.tokenizer import tokenizer_files
+from dsmoe_jax.checkpoint.manifest import HashCache, own_hash
+from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.storage.paths import user_path
+from dsmoe_jax.storage.strict_json import read_json
+from dsmoe_jax.text.tokenizer import tokenizer_files
 
 MANIFEST: Final = "manifest.json"
 FORMAT: Final = "dsmoe token shards 1"
@@ -68,7 +69,7 @@ class TokenShards:
         self._boundaries = [_map(folder / boundaries, BOUNDARY) for _, boundaries in names]
         for (_, name), tokens, boundaries in zip(names, self._tokens, self._boundaries, strict=True):
             if boundaries[0] or boundaries[-1] != len(tokens) or (boundaries[1:] <= boundaries[:-1]).any():
-                raise ValueError(f"{folder / name}: the boundaries of the documents do not ascend from 0 to the end")
+                raise DSMoEError(f"{folder / name}: the boundaries of the documents do not ascend from 0 to the end")
         self.lengths = np.concatenate([np.zeros(0, np.int64), *(np.diff(b).astype(np.int64) for b in self._boundaries)])
         self.tokens = int(self.lengths.sum())
         self._first = np.cumsum([0, *(len(boundaries) - 1 for boundaries in self._boundaries)])
@@ -83,10 +84,10 @@ class TokenShards:
         """
         folder = user_path(folder, "folder")
         if not (folder / MANIFEST).is_file():
-            raise ValueError(f"{folder}: no token shards (no {MANIFEST})")
+            raise DSMoEError(f"{folder}: no token shards (no {MANIFEST})")
         manifest = _read_manifest(folder / MANIFEST)
         if split not in SPLITS:
-            raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
+            raise DSMoEError(f"split {split!r} is not one of {', '.join(SPLITS)}")
         shards = enumerate(manifest["splits"][split]["shards"])
         files = {name: shard[name.rpartition(".")[2]] for index, shard in shards for name in shard_files(split, index)}
         check_files(folder, files, verify=verify)
@@ -105,7 +106,7 @@ class TokenShards:
         # An embedding would read another row for it, or NaN; the file may have changed since it was opened.
         if ids.size and (largest := ids.max()) >= self.vocab_size:
             name = shard_files(self.split, shard)[0]
-            raise ValueError(
+            raise DSMoEError(
                 f"{self.folder / name}: damaged: token id {largest} in document {document}, "
                 f"the vocabulary has {self.vocab_size}"
             )
@@ -114,12 +115,12 @@ class TokenShards:
     def check(self, *, tokenizer_hash: str | None = None, vocab_size: int | None = None) -> None:
         """`ValueError` if another tokenizer made the shards, or a model of `vocab_size` does not know all their ids."""
         if tokenizer_hash is not None and tokenizer_hash != self.tokenizer_hash:
-            raise ValueError(
+            raise DSMoEError(
                 f"{self.folder}: made with another tokenizer (SHA-256 {self.tokenizer_hash[:12]}…, "
                 f"not {tokenizer_hash[:12]}…); tokenize the text again"
             )
         if vocab_size is not None and self.vocab_size > vocab_size:
-            raise ValueError(
+            raise DSMoEError(
                 f"{self.folder}: made with a vocabulary of {self.vocab_size}; the model's vocab_size is {vocab_size}"
             )
 
@@ -132,26 +133,26 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     """The manifest; `ValueError` if anything in it is not of the kind that is read here."""
     fields = read_json(path)
     if (version := fields.get("format")) != FORMAT:
-        raise ValueError(f"{path}: format {version!r}, this version reads {FORMAT!r}")
+        raise DSMoEError(f"{path}: format {version!r}, this version reads {FORMAT!r}")
     check_own_hash(path, fields)
 
     def field(table: Any, name: str, kind: type) -> Any:
         value = table.get(name) if isinstance(table, dict) else None
         if type(value) is not kind:
-            raise ValueError(f"{path}: `{name}` must be a {kind.__name__}, got {value!r:.80}")
+            raise DSMoEError(f"{path}: `{name}` must be a {kind.__name__}, got {value!r:.80}")
         return value
 
     for name, kind in {"vocab_size": int, "eos_token_id": int, "tokenizer_sha256": str, "splits": dict}.items():
         field(fields, name, kind)
     if field(fields, "dtype", str) not in DTYPES:
-        raise ValueError(f"{path}: dtype {fields['dtype']!r:.80} is not one of {', '.join(DTYPES)}")
+        raise DSMoEError(f"{path}: dtype {fields['dtype']!r:.80} is not one of {', '.join(DTYPES)}")
     for split in SPLITS:
         for shard in field(field(fields["splits"], split, dict), "shards", list):
             for kind, dtype, least in (("tokens", DTYPES[fields["dtype"]], 1), ("documents", BOUNDARY, 2)):
                 size = field(field(shard, kind, dict), "bytes", int)
                 field(shard[kind], "sha256", str)
                 if size < least * dtype.itemsize or size % dtype.itemsize:
-                    raise ValueError(f"{path}: a shard of {size} bytes of {kind}")
+                    raise DSMoEError(f"{path}: a shard of {size} bytes of {kind}")
     return fields
 
 
@@ -159,17 +160,17 @@ def check_own_hash(path: Path, fields: dict[str, Any]) -> None:
     """`ValueError` unless the manifest still has the SHA-256 that it gives of itself; older ones give none."""
     said = fields.pop("sha256", None)
     if said is not None and said != own_hash(fields):
-        raise ValueError(f"{path}: damaged: its own SHA-256 is another")
+        raise DSMoEError(f"{path}: damaged: its own SHA-256 is another")
 
 
 def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, verify: bool) -> None:
     """`ValueError` unless each file has the `bytes` of its row and, with `verify`, the `sha256`."""
     for name, want in files.items():
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: is missing")
+            raise DSMoEError(f"{folder / name}: is missing")
         if (size := os.path.getsize(folder / name)) != want["bytes"]:
-            raise ValueError(f"{folder / name}: has {size} bytes, not {want['bytes']}")
+            raise DSMoEError(f"{folder / name}: has {size} bytes, not {want['bytes']}")
     if verify:
         for path, found in HashCache(folder / _VERIFIED).hashes(folder / name for name in files).items():
             if found != files[path.name]["sha256"]:
-                raise ValueError(f"{path}: has other bytes than were written: another SHA-256")
+                raise DSMoEError(f"{path}: has other bytes than were written: another SHA-256")

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from dsmoe_jax.errors import DSMoEError
+
 
 def shuffled(count: int, seed: int, *key: int) -> np.ndarray:
     """The numbers below `count` in an order, int64, that (seed, *key) decides.
@@ -9,6 +11,6 @@ def shuffled(count: int, seed: int, *key: int) -> np.ndarray:
     They are sorted by the raw bits of Philox: numpy promises those for all its versions, but not its `permutation`.
     """
     if seed < 0:
-        raise ValueError(f"seed must be at least 0, not {seed}")
+        raise DSMoEError(f"seed must be at least 0, not {seed}")
     bits = np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)).random_raw(count)
     return np.argsort(bits, kind="stable")

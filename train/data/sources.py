@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from dsmoe_jax.manifest import HEADER
-from dsmoe_jax.paths import expand_user
+from dsmoe_jax.checkpoint.manifest import HEADER
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.progress import Advance
+from dsmoe_jax.storage.paths import expand_user
 
 from .formats import Entry, read_file, read_text, reader_of
 from .shards import MANIFEST, is_token_shards
@@ -84,7 +85,7 @@ def documents(
             done = entry.done
             if entry.value is None and as_text:
                 if file.named:
-                    raise ValueError(f"{file.path}: {entry.problem}")
+                    raise DSMoEError(f"{file.path}: {entry.problem}")
                 passed += 1
             elif lines.whole(entry) and entry.value is not None:
                 if (text := clean(entry.value)) and not text.isspace():
@@ -96,7 +97,7 @@ def documents(
     if blank or passed:
         _log.info("%s: passed over %d blank texts and %d files that are not UTF-8 text", source, blank, passed)
     if not count:
-        raise ValueError(f"{source}: holds no text")
+        raise DSMoEError(f"{source}: holds no text")
 
 
 def source_bytes(source: str | Path, exclude: Iterable[Path] = ()) -> int:
@@ -147,12 +148,12 @@ def find(source: str | Path, exclude: Iterable[Path] = ()) -> Found:
     if os.path.lexists(source):
         path = Path(source)
         if (identity := _identity(path)) in walk.excluded:
-            raise ValueError(f"{source}: is what this command writes to")
+            raise DSMoEError(f"{source}: is what this command writes to")
         if path.is_dir():
             _refuse_no_data(path)
             walk.below(path, above=_ancestors(path))
         elif not path.is_file():
-            raise ValueError(f"{source}: is not a regular file")
+            raise DSMoEError(f"{source}: is not a regular file")
         else:
             walk.add(path, identity, named=True)
     elif glob.has_magic(source):
@@ -167,10 +168,10 @@ def find(source: str | Path, exclude: Iterable[Path] = ()) -> Found:
                 continue
             walk.below(path, above=_ancestors(root)) if path.is_dir() else walk.file(path)
     else:
-        raise ValueError(f"{source}: does not exist")
+        raise DSMoEError(f"{source}: does not exist")
     if not walk.files:
         left_out = "; ".join(f"left out {reason}: {paths[0]}" for reason, paths in walk.left_out.items())
-        raise ValueError(f"{source}: no files{f' ({left_out})' if left_out else ''}")
+        raise DSMoEError(f"{source}: no files{f' ({left_out})' if left_out else ''}")
     return Found(walk.files, walk.left_out)
 
 
@@ -249,7 +250,7 @@ def _ancestors(folder: Path) -> set[tuple[int, int]]:
 
 def _refuse_no_data(folder: Path) -> None:
     if kind := _kind_of(folder):
-        raise ValueError(f"{folder}: is {kind}, not a folder of data")
+        raise DSMoEError(f"{folder}: is {kind}, not a folder of data")
 
 
 def _kind_of(folder: Path) -> str | None:
@@ -273,7 +274,7 @@ def _has_model(folder: Path) -> bool:
 
 
 def _refuse(error: OSError) -> None:
-    raise ValueError(f"{error.filename}: cannot be read ({error.strerror})")
+    raise DSMoEError(f"{error.filename}: cannot be read ({error.strerror})")
 
 
 def _stdlib() -> list[TextFile]:
@@ -320,13 +321,13 @@ class Lines:
         if self._broken <= _NAMED_LINES:
             _log.warning("%s: left out", line)
         if self._broken == self._count == _HOPELESS:
-            raise ValueError(f"{self._path}: the first {_HOPELESS} lines are all broken: {self._first}")
+            raise DSMoEError(f"{self._path}: the first {_HOPELESS} lines are all broken: {self._first}")
         return False
 
     def end(self) -> None:
         """`ValueError` if too many were broken."""
         if self._broken > self._most * self._count or 0 < self._broken == self._count:
-            raise ValueError(
+            raise DSMoEError(
                 f"{self._path}: {self._broken} of {self._count} lines are broken, "
                 f"at most {100 * self._most:g} % may be; the first: {self._first}"
             )

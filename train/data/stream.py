@@ -5,6 +5,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from dsmoe_jax.errors import DSMoEError
+
 from ..batch import Batch
 from .mixture import Mixture
 from .packing import Packing
@@ -47,11 +49,11 @@ class Stream:
     ):
         weights = weights or [1.0] * len(datasets)
         if not datasets:
-            raise ValueError("no datasets to train on")
+            raise DSMoEError("no datasets to train on")
         if len(weights) != len(datasets):
-            raise ValueError(f"{len(weights)} weights for {len(datasets)} datasets")
+            raise DSMoEError(f"{len(weights)} weights for {len(datasets)} datasets")
         if seed < 0:
-            raise ValueError(f"seed must be at least 0, not {seed}")
+            raise DSMoEError(f"seed must be at least 0, not {seed}")
         for other in datasets[1:]:
             other.check(tokenizer_hash=datasets[0].tokenizer_hash)
         local_rows(batch_size, 0, 1)  # refuses an empty batch
@@ -93,10 +95,10 @@ def local_rows(batch_size: int, process_index: int, process_count: int) -> range
     Raises `ValueError` if the batch does not divide.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        raise DSMoEError(f"batch_size must be at least 1, not {batch_size}")
     if not 0 <= process_index < process_count:
-        raise ValueError(f"process {process_index} of {process_count}")
+        raise DSMoEError(f"process {process_index} of {process_count}")
     if batch_size % process_count:
-        raise ValueError(f"batch_size {batch_size} does not divide over {process_count} processes")
+        raise DSMoEError(f"batch_size {batch_size} does not divide over {process_count} processes")
     local = batch_size // process_count
     return range(process_index * local, (process_index + 1) * local)

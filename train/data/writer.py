@@ -10,10 +10,11 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from dsmoe_jax.manifest import with_own_hash
-from dsmoe_jax.new_folder import check_space, new_folder, refuse_existing, write_json
+from dsmoe_jax.checkpoint.manifest import with_own_hash
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.progress import Advance, silent
-from dsmoe_jax.tokenizer import Tokenizer
+from dsmoe_jax.storage.atomic_dir import check_space, new_folder, refuse_existing, write_json
+from dsmoe_jax.text.tokenizer import Tokenizer
 
 from .shards import BOUNDARY, DTYPES, FORMAT, MANIFEST, SPLITS, is_token_shards, shard_files, tokenizer_hash
 from .sources import Document, documents, source_bytes, warn_of_overlap
@@ -47,7 +48,7 @@ def tokenize(
     out: str | Path,
     *,
     shard_tokens: int = 1 << 27,
-    holdout: float = 0.01,
+    val_fraction: float = 0.01,
     field: str = "text",
     most_broken: float = 0.01,
     split_special_tokens: bool = False,
@@ -57,8 +58,8 @@ def tokenize(
     """Write the texts of `sources` (see `documents`) as a new folder of token shards, complete or not at all.
 
     A document is what the tokenizer makes of it (bos in front, if it adds one) and eos. A shard is closed when it has
-    `shard_tokens`; no document crosses shards. About the share `holdout` of the documents is kept for evaluation: which
-    ones depends on their text alone, so copies of a text are never on both sides, whatever else is tokenized with it.
+    `shard_tokens`; no document crosses shards. About the share `val_fraction` of the documents is kept for
+    evaluation: which ones depends on their text alone, so copies of a text are never on both sides, whatever else is tokenized with it.
 
     The string of a special token within a text becomes that token, as everywhere with `Tokenizer`, unless
     `split_special_tokens`; the log has how many there are. Where documents end is known from the boundaries, not from
@@ -72,18 +73,18 @@ def tokenize(
     """
     sources = [sources] if isinstance(sources, str | Path) else list(sources)
     if not sources:
-        raise ValueError("no sources to tokenize")
-    if not 0 <= holdout < 1:
-        raise ValueError(f"holdout must be at least 0 and less than 1, not {holdout}")
+        raise DSMoEError("no sources to tokenize")
+    if not 0 <= val_fraction < 1:
+        raise DSMoEError(f"val_fraction must be at least 0 and less than 1, not {val_fraction}")
     if shard_tokens < 1:
-        raise ValueError(f"shard_tokens must be at least 1, not {shard_tokens}")
+        raise DSMoEError(f"shard_tokens must be at least 1, not {shard_tokens}")
     if shards := next((source for source in sources if is_token_shards(source)), None):
-        raise ValueError(f"{shards}: holds token shards already, no text")
+        raise DSMoEError(f"{shards}: holds token shards already, no text")
     refuse_existing(out)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder, split_special_tokens=split_special_tokens or None)
     special = SpecialTokenCount(tokenizer)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{tokenizer_folder}: the tokenizer has no eos token to end a document with")
+        raise DSMoEError(f"{tokenizer_folder}: the tokenizer has no eos token to end a document with")
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
     exclude = [Path(out), *exclude]
@@ -103,19 +104,21 @@ def tokenize(
                     for document in some:
                         special.add([document.text])
                     for text, ids in _encoded(some, tokenizer, tokenizer.eos_token_id):
-                        (heldout if is_held_out(text, holdout) else train).add(ids)
+                        (heldout if is_held_out(text, val_fraction) else train).add(ids)
                         text_bytes += len(text)
                     space.check(train.size + heldout.size)
             if not train.documents:
-                raise ValueError(f"holdout {holdout} leaves none of {heldout.documents} documents to train on")
+                raise DSMoEError(
+                    f"val_fraction {val_fraction} leaves none of {heldout.documents} documents to train on"
+                )
             splits = dict(zip(SPLITS, (train.finish(), heldout.finish()), strict=True))
-            manifest = shards_manifest(tokenizer, dtype, holdout, sources, splits)
+            manifest = shards_manifest(tokenizer, dtype, val_fraction, sources, splits)
             manifest |= {"text_bytes": text_bytes, "split_special_tokens": tokenizer.split_special_tokens}
             write_json(draft.folder / MANIFEST, with_own_hash(manifest))
     except OSError as error:  # a full disk; what goes wrong with a source is a ValueError
-        raise ValueError(f"{out} cannot be written: {error.strerror}") from None
+        raise DSMoEError(f"{out} cannot be written: {error.strerror}") from None
     special.log(out, "documents")
-    warn_if_none_held_out(out, holdout, "documents", train.documents, heldout.documents)
+    warn_if_none_held_out(out, val_fraction, "documents", train.documents, heldout.documents)
     return Tokenized(Path(out), train.documents, train.tokens, heldout.documents, heldout.tokens, text_bytes)
 
 
@@ -144,7 +147,7 @@ class SpecialTokenCount:
 
 
 def shards_manifest(
-    tokenizer: Tokenizer, dtype: str, holdout: float, sources: Iterable[str | Path], splits: Mapping[Any, Any]
+    tokenizer: Tokenizer, dtype: str, val_fraction: float, sources: Iterable[str | Path], splits: Mapping[Any, Any]
 ) -> dict[str, Any]:
     """The manifest of token shards, also of those that hold examples."""
     return {
@@ -153,18 +156,20 @@ def shards_manifest(
         "vocab_size": tokenizer.vocab_size,
         "eos_token_id": tokenizer.eos_token_id,
         "dtype": dtype,
-        "holdout": holdout,
+        "val_fraction": val_fraction,
         "sources": [str(source) for source in sources],
         "splits": dict(splits),
     }
 
 
-def warn_if_none_held_out(out: str | Path, holdout: float, what: str, train: int, heldout: int) -> None:
+def warn_if_none_held_out(out: str | Path, val_fraction: float, what: str, train: int, heldout: int) -> None:
     """Say that a share came to nothing, and which share would not have."""
-    if holdout and not heldout:
+    if val_fraction and not heldout:
         enough = min(5, train // 2)
         more = f"; {enough / train:.2g} would hold out about {enough}" if enough else ""
-        _log.warning("%s: holdout %g holds out none of %d %s: no evaluation%s", out, holdout, train, what, more)
+        _log.warning(
+            "%s: val_fraction %g holds out none of %d %s: no evaluation%s", out, val_fraction, train, what, more
+        )
 
 
 def is_held_out(text: bytes, share: float) -> bool:

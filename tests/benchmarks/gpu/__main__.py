@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from dsmoe_jax.cli import Parser
+from dsmoe_jax.cli.commands import Parser
 from tests.benchmarks import machine
 from tests.benchmarks.gpu import parts, report
 

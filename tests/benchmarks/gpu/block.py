@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsmoe_jax.layers.dispatch import Sorted, combine, dispatch
 from dsmoe_jax.layers.rope import rotation
+from dsmoe_jax.layers.token_dispatcher import Sorted, combine, dispatch
 from dsmoe_jax.model import DeepSeekMoE
 from tests.benchmarks import plan
 from tests.benchmarks.gpu import experts, timing, work

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from dsmoe_jax.axes import Array
 from dsmoe_jax.kernels import few_tokens
 from dsmoe_jax.kernels.operand import Experts
-from dsmoe_jax.layers.dispatch import Dispatch, routed_experts
+from dsmoe_jax.layers.token_dispatcher import Dispatch, routed_experts
 from tests.benchmarks.gpu import timing, work
 from tests.benchmarks.gpu.cases import Case
 from tests.benchmarks.gpu.sizes import Sizes

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsmoe_jax.cache import KVCache
 from dsmoe_jax.generate.programs import Batch, empty, prefill, step
+from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.model import abstract, merge
 from tests.benchmarks import plan
 from tests.benchmarks.gpu import timing, training, work

@@ -14,7 +14,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from dsmoe_jax.generate.memory import device_bytes
+from dsmoe_jax.generate.memory_plan import device_bytes
 from dsmoe_jax.kernels import attention
 from dsmoe_jax.train.metrics import peak_flops
 from tests.benchmarks.gpu.cases import UnableError, turns

@@ -19,7 +19,7 @@ from dsmoe_jax.quantize import kind_of, quantized_form
 from dsmoe_jax.train.batch import Batch
 from dsmoe_jax.train.loss import shifted
 from dsmoe_jax.train.optimizer import OptimizerConfig, make_optimizer
-from dsmoe_jax.train.step import StepConfig, Trained, init_state, make_step
+from dsmoe_jax.train.step import StepConfig, Trainable, init_state, make_step
 from tests.benchmarks.gpu import timing, work
 from tests.benchmarks.gpu.cases import Case, UnableError, turns
 from tests.benchmarks.gpu.sizes import Sizes
@@ -77,7 +77,7 @@ def step_row(
     """The figures of one step; frozen weights, if any, are noise of the right kind."""
     options = StepConfig(compute_dtype="bfloat16", remat=remat)
     optimizer, schedule = make_optimizer(OptimizerConfig(warmup_steps=0, schedule="constant", learning_rate=1e-5), 1000)
-    trained, frozen = Trained.whole(config), {}
+    trained, frozen = Trainable.whole(config), {}
     if adapter is None:
         if not _fits(config):
             raise UnableError(
@@ -87,7 +87,7 @@ def step_row(
     else:
         plan = make_plan(adapter, config)
         frozen = noise_params(config, scheme, jnp.dtype(sizes.dtype))
-        trained = Trained(lora.specs(plan, config), lambda own, frozen, key: lora.attach(plan, frozen, own, key))
+        trained = Trainable(lora.specs(plan, config), lambda own, frozen, key: lora.attach(plan, frozen, own, key))
         params = lora.init(plan, config, frozen, jax.random.key(0))
     # Committed to the device, as the step gives them back: else the compiled program would refuse its own results.
     state = jax.device_put(init_state(config, params, optimizer, options), jax.devices()[0])

@@ -20,9 +20,9 @@ from typing import Any, Final
 
 import jax
 
-from dsmoe_jax.json_file import read_json
 from dsmoe_jax.kernels import tuning as tuned
 from dsmoe_jax.kernels.expert_ffn import Legs
+from dsmoe_jax.storage.strict_json import read_json
 from tests.benchmarks import machine
 from tests.benchmarks.gpu import experts, timing
 from tests.benchmarks.gpu.cases import Case, serve

@@ -1,0 +1,111 @@
+"""Small JSON files from a place that is not trusted."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from dsmoe_jax.errors import DSMoEError
+
+# Room for 65 thousand tensors (a 145B's index has 24 thousand). Formats allow more, but what is parsed takes ten times
+# its size in memory, and a checkpoint must not be able to take more than its own size and a little.
+MAX_JSON_BYTES: Final = 8_000_000
+MAX_PARSED_BYTES: Final = 64_000_000
+MAX_DEPTH: Final = 64  # what parses must also survive a repr, a copy and a second look, which take more stack
+_MAX_DIGITS: Final = 40  # of an integer; 64 bits have 20, and float32 ends there
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; `ValueError` where there is none, or one that names a key twice."""
+    try:
+        if path.exists() and not path.is_file():  # reading a pipe waits, reading a device never ends
+            raise DSMoEError("is not a regular file")
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise DSMoEError(f"has {path.stat().st_size} bytes; at most {MAX_JSON_BYTES}")
+        return parse_json(data)
+    except FileNotFoundError:
+        raise DSMoEError(f"{path}: does not exist") from None
+    except OSError as error:
+        raise DSMoEError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise DSMoEError(f"{path}: {error}") from None
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """The object in some UTF-8 JSON; `ValueError` as in `read_json`, worded to follow the name of the file."""
+    if len(data) > MAX_JSON_BYTES:
+        raise DSMoEError(f"has {len(data)} bytes of JSON; at most {MAX_JSON_BYTES}")
+    try:
+        text = data.decode("utf-8")
+        if (size := _parsed_size(text)) > MAX_PARSED_BYTES:
+            raise DSMoEError(f"has JSON that may take {size} bytes in memory; at most {MAX_PARSED_BYTES}")
+        fields = json.loads(text, object_pairs_hook=_checked_object, parse_int=_integer, parse_float=_float)
+    except RecursionError:
+        raise DSMoEError("has JSON nested too deeply") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DSMoEError(f"is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise DSMoEError(f"holds a {type(fields).__name__} where a JSON object must be")
+    check_depth(fields)
+    return fields
+
+
+def _parsed_size(text: str) -> int:
+    """A bound on what `json.loads` allocates: measured, a key is below 250 bytes and any other value below 80.
+
+    One emoji makes every character of `text` 4 bytes wide, and so may be its strings.
+    """
+    return 2 * sys.getsizeof(text) + 250 * text.count(":") + 80 * (text.count(",") + text.count("["))
+
+
+def check_depth(value: Any) -> None:
+    """`ValueError` for a value nested deeper than `MAX_DEPTH`."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inside = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [child for children in inside for child in children if isinstance(child, dict | list)]
+        if not level:
+            return
+    raise DSMoEError(f"has JSON nested too deeply; at most {MAX_DEPTH} levels")
+
+
+class _TooLarge(float):
+    """A number in the file that is larger than any we can hold; refused where its key is known."""
+
+    what: str
+
+
+def _checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in fields:
+            raise DSMoEError(f"has JSON key {key[:80]!r} twice")
+        if (large := _too_large(value)) is not None:
+            raise DSMoEError(f"has {large.what} for {key[:80]!r}")
+        fields[key] = value
+    return fields
+
+
+def _too_large(value: Any) -> _TooLarge | None:
+    if isinstance(value, list):
+        return next((large for item in value if (large := _too_large(item)) is not None), None)
+    return value if isinstance(value, _TooLarge) else None
+
+
+def _float(literal: str) -> float:
+    return value if math.isfinite(value := float(literal)) else _refused(f"{literal[:40]}, too large for a float,")
+
+
+def _integer(digits: str) -> int | float:
+    if len(digits) > _MAX_DIGITS:
+        return _refused(f"an integer of {len(digits)} digits (at most {_MAX_DIGITS})")
+    return -0.0 if digits == "-0" else int(digits)  # no integer has that sign
+
+
+def _refused(what: str) -> _TooLarge:
+    large = _TooLarge(math.inf)
+    large.what = what
+    return large

@@ -1,0 +1,1 @@
+"""Text: tokenizers, their special tokens and chat templates, and training a vocabulary."""

@@ -1,0 +1,130 @@
+"""A process that renders chat templates within limits on time, memory and output: `render`.
+
+A template comes with a downloaded checkpoint. Jinja's sandbox keeps it from files and objects, not from `9**9**9`.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Final, NamedTuple
+
+from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.text import jinja_sandbox
+
+_PROGRAM: Final = str(Path(jinja_sandbox.__file__).absolute())
+# What UTF-8 takes at most, and the byte before it.
+_LONGEST_RESPONSE: Final = 4 * jinja_sandbox.CHARACTERS + 1
+
+
+class _Worker(NamedTuple):
+    process: subprocess.Popen[bytes]
+    requests: BinaryIO
+    responses: BinaryIO
+
+
+_lock = threading.Lock()
+_worker: _Worker | None = None
+_inherited: list[_Worker] = []  # of the process that forked this one: kept, since they are not ours to end
+
+
+def render(template: str, variables: Mapping[str, Any]) -> str:
+    """Renders a template in the worker, which is started with the first call and ends with this process.
+
+    Args:
+        template: The Jinja source.
+        variables: What the template sees; values that JSON can carry.
+
+    Raises:
+        ValueError: If the template fails or reaches a limit; the text of the error follows "the chat template failed".
+    """
+    try:
+        request = json.dumps({"template": template, "variables": dict(variables)}).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DSMoEError(f"its variables are not JSON: {error}") from None
+    with _lock:
+        try:
+            response = _exchange(_started(), request)
+        except BaseException:  # KeyboardInterrupt too: what is on the way would be read as the next response.
+            _stop()
+            raise
+    text = response[1:].decode("utf-8", "surrogatepass")
+    if response[:1] != b"+":
+        raise DSMoEError(text)
+    return text
+
+
+def _exchange(worker: _Worker, request: bytes) -> bytes:
+    try:
+        worker.requests.write(len(request).to_bytes(8, "little"))
+        worker.requests.write(request)
+        worker.requests.flush()
+        head = worker.responses.read(8)
+        size = int.from_bytes(head, "little")
+        response = worker.responses.read(size) if len(head) == 8 and 0 < size <= _LONGEST_RESPONSE else b""
+    except BrokenPipeError:
+        size, response = 0, b""
+    if not response or len(response) != size:
+        raise DSMoEError(_why_ended(worker.process))
+    return response
+
+
+def _why_ended(process: subprocess.Popen[bytes]) -> str:
+    try:
+        code = process.wait(timeout=1)
+    except subprocess.TimeoutExpired:
+        return "its process sent a malformed response"
+    if code == -14:  # SIGALRM
+        return f"it took more than {jinja_sandbox.SECONDS} s"
+    return f"its process ended with exit code {code}; memory is limited to {jinja_sandbox.MEGABYTES} MB"
+
+
+def _started() -> _Worker:
+    global _worker
+    if _worker is not None and _worker.process.poll() is not None:
+        _stop()
+    if _worker is None:
+        if not sys.executable:
+            raise DSMoEError("it needs a Python process of its own, and sys.executable is empty")
+        # -I: nothing of the environment or the current folder; a session of its own: Ctrl-C is not for it.
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-W", "ignore", _PROGRAM, str(jinja_sandbox.SECONDS), *filter(None, sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        _worker = _Worker(process, process.stdin, process.stdout)  # type: ignore[arg-type]
+    return _worker
+
+
+def _stop() -> None:
+    global _worker
+    if _worker is None:
+        return
+    worker, _worker = _worker, None
+    worker.process.kill()
+    worker.process.wait()
+    for pipe in (worker.requests, worker.responses):
+        with contextlib.suppress(OSError):  # What was not sent yet has no reader.
+            pipe.close()
+
+
+def _after_fork() -> None:
+    global _lock, _worker
+    _lock = threading.Lock()
+    if _worker is not None:
+        _inherited.append(_worker)
+        _worker = None
+
+
+atexit.register(_stop)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

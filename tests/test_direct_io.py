@@ -1,0 +1,53 @@
+"""A file written past the page cache is, byte for byte, what was given to it."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dsmoe_jax.storage import direct_io
+from dsmoe_jax.storage.direct_io import NewFile
+
+
+def some_bytes(size: int) -> bytes:
+    return np.random.default_rng(size).bytes(size)
+
+
+def refuse_direct(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a file system does that has no direct writes."""
+    original = os.open
+
+    def opened(path: Any, flags: int, *rest: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return original(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", opened)
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "through the cache"])
+@pytest.mark.parametrize("sizes", [[1], [4096], [4095, 2, 5000], [100] * 300, [9000, 1, 8192, 3], []], ids=str)
+def test_any_run_of_pieces_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], direct: bool):
+    monkeypatch.setattr(direct_io, "_BUFFER", 8192)
+    if not direct:
+        refuse_direct(monkeypatch)
+    pieces = [some_bytes(size) for size in sizes]
+
+    with NewFile(tmp_path / "file") as file:
+        for piece in pieces:
+            file.write(piece)
+
+    assert (tmp_path / "file").read_bytes() == b"".join(pieces)
+    assert file.size == sum(sizes)
+
+
+def test_an_existing_file_is_not_written_over(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"mine")
+
+    with pytest.raises(FileExistsError):
+        NewFile(tmp_path / "file")
+
+    assert (tmp_path / "file").read_bytes() == b"mine"

@@ -1,0 +1,268 @@
+"""Native checkpoints: the round trip, what is refused, and restoring straight onto a mesh.
+
+Start at `test_what_is_saved_comes_back_bit_for_bit`.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from dsmoe_jax.checkpoint.native import load, save
+from dsmoe_jax.model import DeepSeekMoE, assemble, split
+from tests.helpers.hf_folder import edit, random_params, resealed, snapshot, tiny, write_hf
+from tests.helpers.meshes import MESHES, check_parts
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "everything": {},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True},
+    "dense": {"n_routed_experts": None, "num_experts_per_tok": None, "n_shared_experts": None},
+}
+
+
+def model_of(dtype: Any = np.float32, **changes: Any) -> DeepSeekMoE:
+    config = tiny(**changes)
+    return assemble(config, {name: jnp.asarray(array) for name, array in random_params(config, dtype).items()})
+
+
+def differing(got: DeepSeekMoE, want: dict[str, np.ndarray]) -> list[str]:
+    """The names of the parameters that differ in dtype, shape or any bit."""
+    arrays = {name: np.asarray(array) for name, array in split(got)[1].items()}
+    assert arrays.keys() == want.keys()
+    return [
+        name
+        for name, array in arrays.items()
+        if (array.dtype, array.shape, array.tobytes()) != (want[name].dtype, want[name].shape, want[name].tobytes())
+    ]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint to load, not to change."""
+    path = tmp_path_factory.mktemp("checkpoint") / "saved"
+    save(model_of(), path)
+    return path
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    """A checkpoint to spoil."""
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+# The round trip
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path, changes: dict, dtype: Any):
+    save(model_of(dtype, **changes), tmp_path / "out")
+
+    model = load(tmp_path / "out")
+
+    assert model.config == tiny(**changes)
+    assert differing(model, random_params(tiny(**changes), dtype)) == []
+
+
+def test_load_casts_as_it_reads(saved: Path):
+    model = load(saved, dtype="bfloat16")
+
+    assert differing(model, random_params(tiny(), ml_dtypes.bfloat16)) == []
+
+
+def test_an_unknown_dtype_is_refused(saved: Path):
+    with pytest.raises(ValueError, match="dtype 'int4' is not one of float32, bfloat16, float16"):
+        load(saved, dtype="int4")
+
+
+def test_a_relative_path_and_a_moved_checkpoint_load(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    copy.rename(copy.parent / "moved")
+    monkeypatch.chdir(copy.parent)
+
+    model = load("moved")
+
+    assert differing(model, random_params(tiny())) == []
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "checkpoint"])
+def test_save_refuses_to_overwrite(tmp_path: Path, saved: Path, kind: str):
+    out = tmp_path / "out"
+    {"folder": out.mkdir, "file": out.touch, "checkpoint": lambda: shutil.copytree(saved, out)}[kind]()
+    before = snapshot(tmp_path)
+
+    with pytest.raises(ValueError, match="out exists; nothing is overwritten"):
+        save(model_of(), out)
+
+    assert snapshot(tmp_path) == before
+
+
+def test_save_below_a_file_is_refused_in_one_line(tmp_path: Path):
+    (tmp_path / "file").touch()
+
+    with pytest.raises(ValueError, match="cannot be written") as refused:
+        save(model_of(), tmp_path / "file" / "out")
+
+    assert "\n" not in str(refused.value)
+
+
+def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+        save(model_of(), tmp_path / "out", beside=[tmp_path / "tokenizer.json"])
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stop", [OSError("disk full"), KeyboardInterrupt()], ids=["full disk", "Ctrl-C"])
+def test_a_save_stopped_at_its_last_file_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
+):
+    def fail(folder: Path, arrays: dict, source: dict) -> str:
+        assert arrays
+        assert list(folder.iterdir())
+        raise stop
+
+    monkeypatch.setattr(native, "write_manifest", fail)
+
+    with pytest.raises(type(stop)):
+        save(model_of(), tmp_path / "out")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def weights_file(folder: Path) -> Path:
+    return max((file for file in (folder / "parameters").rglob("*") if file.is_file()), key=lambda f: f.stat().st_size)
+
+
+def flip(at: float) -> Callable[[Path], None]:
+    """One bit of the weights turned, at that part of their file."""
+
+    def spoil(folder: Path) -> None:
+        data = bytearray(weights_file(folder).read_bytes())
+        data[int(at * len(data))] ^= 1
+        weights_file(folder).write_bytes(data)
+
+    return spoil
+
+
+HEADER = "dsmoe_jax.json"
+METADATA = "parameters/state/_METADATA"
+
+# what is done to the checkpoint | what the one line must say
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "not there": (lambda folder: folder.rename(folder.parent / "away"), "copy: not a native checkpoint"),
+    "no header": (lambda folder: (folder / HEADER).unlink(), "copy: not a native checkpoint"),
+    "another format": (edit(HEADER, lambda h: h.update(format=3)), "checkpoint format 3, this version reads 2"),
+    "a header that is no JSON": (lambda folder: (folder / HEADER).write_text("{"), "dsmoe_jax.json: is not JSON"),
+    "a header without files": (edit(HEADER, lambda h: h.pop("files")), "`files` must list"),
+    "a header without tensors": (edit(HEADER, lambda h: h.pop("tensors")), "`tensors` must list"),
+    "a header that leads out": (
+        resealed(edit(HEADER, lambda h: h["files"].update({"parameters/../../x": {"bytes": 0, "sha256": ""}}))),
+        r"'parameters/\.\./\.\./x' is missing",
+    ),
+    "a header without sums": (
+        edit(HEADER, lambda h: h["files"].update({METADATA: {}})),
+        "must have bytes and sha256",
+    ),
+    "a header with other sums": (
+        resealed(edit(HEADER, lambda h: h["files"].update({METADATA: {"bytes": 1, "sha256": ""}}))),
+        "_METADATA' has",
+    ),
+    "a tensor of another dtype": (
+        edit(HEADER, lambda h: h["tensors"]["embed"].update(dtype="int4")),
+        "int4.* does not describe a tensor",
+    ),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "damaged checkpoint: 'config.json' is missing"),
+    "another config": (
+        lambda folder: (folder / "config.json").write_text(
+            (folder / "config.json").read_text().replace("e-06", "e-02")
+        ),
+        "damaged checkpoint: 'config.json' has other bytes than were written",
+    ),
+    "an edited header": (
+        edit(HEADER, lambda h: h["source"].update(repository="other")),
+        "damaged checkpoint: 'dsmoe_jax.json' has been changed",
+    ),
+    "a layer more": (
+        resealed(edit("config.json", lambda c: c.update(num_hidden_layers=3))),
+        r"layers\.2\.\S+ is missing \(and 12 more\)",
+    ),
+    "a layer less": (
+        resealed(edit("config.json", lambda c: c.update(num_hidden_layers=1))),
+        r"layers\.1\.\S+ belongs to nothing that the config asks for \(and 12 more\)",
+    ),
+    "tied": (
+        resealed(edit("config.json", lambda c: c.update(tie_word_embeddings=True))),
+        r"head\.weight belongs to nothing",
+    ),
+    "other experts": (
+        resealed(edit("config.json", lambda c: c.update(moe_intermediate_size=8, n_shared_experts=4))),
+        r"layers\.1\.moe\.experts\.down has shape \[8, 32, 16\], the config asks for \[8, 32, 8\]",
+    ),
+    "missing weights": (lambda folder: weights_file(folder).unlink(), "damaged checkpoint: .* is missing"),
+    "empty weights": (lambda folder: os.truncate(weights_file(folder), 0), "damaged checkpoint: .* has 0 bytes"),
+    "truncated weights": (lambda folder: os.truncate(weights_file(folder), 50_000), "damaged .* has 50000 bytes"),
+    "a bit at the start": (flip(0.0), r"damaged checkpoint: .*SHA-256 \(tensor \S+\)"),
+    "a bit in the middle": (flip(0.5), r"damaged checkpoint: .*SHA-256 \(tensor \S+\)"),
+    "a bit at the end": (flip(0.9999), r"damaged checkpoint: .*SHA-256 \(tensor \S+\)"),
+    "no metadata": (lambda folder: (folder / METADATA).unlink(), "damaged checkpoint: .*_METADATA' is missing"),
+    "no parameters": (lambda folder: shutil.rmtree(folder / "parameters"), "damaged checkpoint: .* is missing"),
+    "empty parameters, sums and all": (
+        resealed(
+            lambda folder: (
+                shutil.rmtree(folder / "parameters"),
+                (folder / "parameters").mkdir(),
+                edit(HEADER, lambda h: h.update(files={"config.json": {}}))(folder),
+            )
+        ),
+        "damaged checkpoint: ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "named"), BAD.values(), ids=BAD)
+def test_a_bad_checkpoint_is_refused_in_one_line(copy: Path, spoil: Callable[[Path], Any], named: str):
+    spoil(copy)
+
+    with pytest.raises(ValueError, match=named) as refused:
+        load(copy)
+
+    assert "\n" not in str(refused.value)
+    assert str(copy) in str(refused.value)
+
+
+def test_a_hugging_face_folder_is_no_native_checkpoint(tmp_path: Path):
+    write_hf(tmp_path, tiny(), random_params(tiny()))
+
+    with pytest.raises(ValueError, match="not a native checkpoint"):
+        load(tmp_path)
+
+
+# The mesh
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_each_device_restores_its_own_part(saved: Path, mesh: str):
+    model = load(saved, mesh=MESHES[mesh])
+
+    check_parts(model, mesh)
+    assert differing(model, random_params(tiny())) == []
+
+
+def test_a_checkpoint_saved_from_a_mesh_loads_on_another_and_on_one_device(tmp_path: Path, saved: Path):
+    save(load(saved, mesh=MESHES["fsdp=8"]), tmp_path / "out")
+
+    elsewhere, alone = load(tmp_path / "out", mesh=MESHES["expert=4,fsdp=2"]), load(tmp_path / "out")
+
+    check_parts(elsewhere, "expert=4,fsdp=2")
+    assert differing(elsewhere, random_params(tiny())) == []
+    assert differing(alone, random_params(tiny())) == []

@@ -1,0 +1,246 @@
+"""Examples in rows: each whole, once an epoch, with labels where it has targets; and the batches made of them.
+
+Start at `test_a_row_by_eye`.
+"""
+
+import functools
+import itertools
+import json
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dsmoe_jax.train.data import Stream, loader
+from dsmoe_jax.train.sft import ExamplePacking, Examples, example_batches, write_examples
+from dsmoe_jax.train.sft.packing import fit, lay_out_examples
+from dsmoe_jax.train.sft.templates import Example
+from tests.helpers.corpus import byte_tokenizer
+
+T = 32
+modes = pytest.mark.parametrize("mode", ["packed", "alone"])
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("examples")
+
+
+def write(home: Path, name: str, lengths: list[int], **options: Any) -> Path:
+    """Examples of these lengths; the tokens of one are its number in base 250 and then what follows from it."""
+    rng = np.random.default_rng(len(lengths))
+    lines = []
+    for number, size in enumerate(lengths):
+        ids = [2 + number // 250, 2 + number % 250, *rng.integers(2, 250, size - 2).tolist()]
+        learned = rng.random(size) < 0.5
+        learned[-1] = True
+        labels = [token if target else -100 for token, target in zip(ids, learned, strict=True)]
+        lines.append(json.dumps({"input_ids": ids, "labels": labels}))
+    (home / f"{name}.jsonl").write_text("\n".join(lines))
+    tokenizer = home / "tokenizer"
+    if not tokenizer.exists():
+        byte_tokenizer(tokenizer)
+    write_examples(home / f"{name}.jsonl", tokenizer, home / name, sequence_length=T, **options)
+    return home / name
+
+
+@pytest.fixture(scope="module")
+def examples(home: Path) -> Examples:
+    return Examples.open(write(home, "many", np.random.default_rng(0).integers(2, T + 1, 300).tolist()))
+
+
+@pytest.fixture(scope="module")
+def few(home: Path) -> Examples:
+    return Examples.open(write(home, "few", [3, 32, 7, 20, 12]))
+
+
+def unpack(rows: np.ndarray) -> list[tuple[list[int], list[int]]]:
+    """The examples in some rows, [rows, 4, T]: their ids, and their labels."""
+    found = []
+    for ids, labels, segments, positions in rows:
+        for segment in range(1, segments.max() + 1):
+            here = segments == segment
+            assert positions[here].tolist() == list(range(here.sum()))
+            assert (np.diff(np.flatnonzero(here)) == 1).all()
+            found.append((ids[here].tolist(), labels[here].tolist()))
+        padding = segments == 0
+        assert not ids[padding].any()
+        assert (labels[padding] == -100).all()
+        assert (np.diff(padding.astype(int)) >= 0).all()  # at the end
+    return found
+
+
+def twin(examples: Examples) -> list[tuple[list[int], list[int]]]:
+    """Each example's ids and labels, token by token."""
+    found = []
+    for number in range(len(examples)):
+        tokens, is_target = (field.tolist() for field in examples.read(number))
+        labels = [tokens[n + 1] if n + 1 < len(tokens) and is_target[n + 1] else -100 for n in range(len(tokens))]
+        found.append((tokens, labels))
+    return found
+
+
+def epoch_of(packing: ExamplePacking, epoch: int) -> np.ndarray:
+    return np.stack([packing.row(n) for n in packing.rows_of(epoch)])
+
+
+def test_a_row_by_eye():
+    first = Example(np.array([0, 7, 8, 9], np.int32), np.array([False, False, True, True]))
+    second = Example(np.array([0, 5, 6], np.int32), np.array([False, True, False]))
+
+    assert lay_out_examples([first, second], 8).tolist() == [
+        [0, 7, 8, 9, 0, 5, 6, 0],
+        [-100, 8, 9, -100, 5, -100, -100, -100],
+        [1, 1, 1, 1, 2, 2, 2, 0],
+        [0, 1, 2, 3, 0, 1, 2, 0],
+    ]
+    assert lay_out_examples([], 2).tolist() == [[0, 0], [-100, -100], [0, 0], [0, 0]]
+
+
+def test_examples_fit_by_eye():
+    sizes = [6, 5, 4, 5, 3, 10, 1]
+
+    assert fit(sizes, 10, 8).tolist() == [0, 1, 0, 1, 2, 3, 2]  # each row as full as can be
+    assert fit(sizes, 10, 1).tolist() == [0, 1, 1, 2, 2, 3, 4]  # in their order
+    assert fit(sizes, 10, 0).tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+@modes
+def test_every_epoch_holds_every_example_exactly_once(examples: Examples, mode: str):
+    packing = ExamplePacking(examples, sequence_length=T, seed=3, mode=mode)
+
+    epochs = [epoch_of(packing, epoch) for epoch in range(3)]
+
+    assert all(sorted(unpack(rows)) == sorted(twin(examples)) for rows in epochs)
+    assert len({str(unpack(rows)) for rows in epochs}) == 3  # each in an order of its own
+    if mode == "alone":
+        assert all(rows[:, 2].max() == 1 for rows in epochs)
+    else:
+        assert all((rows[:, 2] > 0).mean() > 0.93 for rows in epochs)
+        assert len({len(rows) for rows in epochs}) > 1
+
+
+def test_epochs_follow_one_another_without_a_seam(examples: Examples):
+    packing = ExamplePacking(examples, sequence_length=T, seed=3)
+
+    numbers = [n for epoch in (3, 0, 1, 2) for n in packing.rows_of(epoch)]
+
+    assert sorted(numbers) == list(range(len(numbers)))
+
+
+@modes
+def test_a_row_does_not_depend_on_what_was_asked_before_nor_on_threads(few: Examples, mode: str):
+    make = functools.partial(ExamplePacking, few, sequence_length=T, seed=5, mode=mode)
+    numbers = [*range(60)]
+    want = [make().row(n).tolist() for n in numbers]
+
+    shared = make()
+    with ThreadPoolExecutor(4) as pool:
+        threads = list(pool.map(lambda n: shared.row(n).tolist(), numbers))
+    backwards = make()
+
+    assert want == threads
+    assert want == [backwards.row(n).tolist() for n in numbers[::-1]][::-1]
+
+
+def test_seeds_and_datasets_have_orders_of_their_own(examples: Examples):
+    keys = itertools.product((0, 1), (0, 1))
+    packings = [ExamplePacking(examples, sequence_length=T, seed=seed, dataset=dataset) for seed, dataset in keys]
+
+    assert len({str(epoch_of(packing, 0)) for packing in packings}) == 4
+
+
+def test_emptier_rows_do_not_gather_at_the_end_of_an_epoch(examples: Examples):
+    packing = ExamplePacking(examples, sequence_length=T, seed=0)
+    emptiest = [(epoch_of(packing, epoch)[:, 2] == 0).sum(axis=1).argmax() for epoch in range(8)]
+
+    places = np.array(emptiest) / len(packing.rows_of(0))
+
+    assert places.min() < 0.5
+
+
+def test_a_wider_row_holds_more_examples(few: Examples):
+    packing = ExamplePacking(few, sequence_length=80, seed=0)
+
+    assert len(packing.rows_of(0)) == 1
+    assert sorted(unpack(epoch_of(packing, 0))) == sorted(twin(few))
+
+
+def test_a_stream_of_examples_is_the_same_however_it_is_read(examples: Examples, few: Examples):
+    def stream(**options: Any) -> Stream:
+        usual: dict[str, Any] = {"sequence_length": T, "batch_size": 4, "seed": 7, "mode": "packed"}
+        return Stream([examples, few], [3.0, 1.0], packing=ExamplePacking, **(usual | options))
+
+    whole = [[field.tolist() for field in stream().batch(step)] for step in range(20)]
+    halves = [loader(stream(), process_index=h, process_count=2) for h in (0, 1)]
+    joined = [
+        [np.concatenate(fields).tolist() for fields in zip(*(next(half) for half in halves), strict=True)]
+        for _ in range(20)
+    ]
+    for half in halves:
+        half.close()  # pyright: ignore
+
+    assert joined == whole
+    same, other = stream().identity, stream(mode="alone").identity
+    assert same["datasets"] == [examples.digest, few.digest]
+    assert [name for name in same if same[name] != other[name]] == ["mode"]
+    assert json.loads(json.dumps(same)) == same
+
+
+def test_examples_of_two_tokenizers_are_not_mixed(tmp_path: Path, few: Examples):
+    byte_tokenizer(tmp_path / "tokenizer", fill=1)
+    other = Examples.open(write(tmp_path, "other", [4, 5]))
+
+    with pytest.raises(ValueError, match="other: made with another tokenizer"):
+        Stream([few, other], sequence_length=T, batch_size=2, seed=0, mode="packed", packing=ExamplePacking)
+
+
+@modes
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_evaluation_reads_every_example_once_in_order(examples: Examples, few: Examples, mode: str, processes: int):
+    parts = [
+        [
+            np.stack(batch, axis=1)
+            for batch in example_batches(
+                [examples, few],
+                sequence_length=T,
+                batch_size=8,
+                mode=mode,
+                process_index=h,
+                process_count=processes,
+            )
+        ]
+        for h in range(processes)
+    ]
+
+    rows = np.concatenate([np.concatenate(batches) for batches in zip(*parts, strict=True)])
+    found, want = unpack(rows), twin(examples)
+    assert len(rows) % 8 == 0
+    assert Counter(map(str, found)) == Counter(map(str, want + twin(few)))
+    assert [one for one in found if one in want] == want
+    assert twin(few)[0] in found[:30]  # the datasets take turns
+
+
+def test_nothing_held_out_is_no_batch(examples: Examples):
+    empty = Examples.open(examples.folder, "heldout", verify=True)
+
+    assert list(example_batches([empty], sequence_length=T, batch_size=2)) == []
+    assert list(example_batches([], sequence_length=T, batch_size=2)) == []
+    with pytest.raises(ValueError, match="many: no examples to train on"):
+        ExamplePacking(empty, sequence_length=T, seed=0)
+
+
+def test_rows_that_cannot_be_are_refused(examples: Examples):
+    with pytest.raises(ValueError, match="many: has an example of 32 tokens; sequence_length is 31"):
+        ExamplePacking(examples, sequence_length=31, seed=0)
+    with pytest.raises(ValueError, match="mode 'documents' is not one of packed, alone"):
+        ExamplePacking(examples, sequence_length=T, seed=0, mode="documents")
+    with pytest.raises(ValueError, match="seed must be at least 0, not -1"):
+        ExamplePacking(examples, sequence_length=T, seed=-1).row(0)
+    with pytest.raises(ValueError, match="sequence_length is 31"):
+        example_batches([examples], sequence_length=31, batch_size=2)
+    with pytest.raises(ValueError, match="batch_size 3 does not divide over 2 processes"):
+        example_batches([examples], sequence_length=T, batch_size=3, process_count=2)
