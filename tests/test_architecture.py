@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dsmoe_jax"
 
 # From the ground up; a room may import its own floor and those below it.
 FLOORS = (
-    {"axes", "progress", "storage", "xla_options"},
+    {"axes", "errors", "progress", "xla_options"},
+    {"storage"},
     {"config_spellings"},
     {"config"},
     {"text"},

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from dsmoe_jax.checkpoint import native
 from dsmoe_jax.checkpoint.native import load, save
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
 from tests.helpers.hf_folder import edit, random_params, resealed, snapshot, tiny, write_hf

@@ -147,7 +147,7 @@ PAIRWISE = [
 ]
 
 
-@pytest.mark.parametrize(("mesh", "gradient_accumulation_steps", "remat"), PAIRWISE)
+@pytest.mark.parametrize(("mesh", "accumulation", "remat"), PAIRWISE)
 def test_a_step_is_the_same_over_meshes_micro_batches_and_remat(mesh: str, accumulation: int, remat: str):
     got = one_step(StepConfig(gradient_accumulation_steps=accumulation, remat=remat), MESHES[mesh])
 
@@ -155,16 +155,14 @@ def test_a_step_is_the_same_over_meshes_micro_batches_and_remat(mesh: str, accum
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("mesh", "gradient_accumulation_steps", "remat"), list(itertools.product(MESHES, PARTS, POLICIES))
-)
+@pytest.mark.parametrize(("mesh", "accumulation", "remat"), list(itertools.product(MESHES, PARTS, POLICIES)))
 def test_a_step_is_the_same_in_every_combination(mesh: str, accumulation: int, remat: str):
     got = one_step(StepConfig(gradient_accumulation_steps=accumulation, remat=remat), MESHES[mesh])
 
     check_equal(got, one_step(PLAIN))
 
 
-@pytest.mark.parametrize("gradient_accumulation_steps", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("accumulation", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_micro_batches_of_unequal_targets_weigh_by_them(accumulation: int):
     config = tiny()
     batch = random_batch(config)
@@ -287,7 +285,7 @@ UNCOUNTED = StepConfig(count_padding=False, bias_update_rate=0.01, device_groups
 
 
 @pytest.mark.parametrize(
-    ("seq_aux", "gradient_accumulation_steps", "mesh"),
+    ("seq_aux", "accumulation", "mesh"),
     [(True, 1, None), (False, 2, None), (True, 2, "expert=4,fsdp=2")],
 )
 def test_padding_changes_no_metric_and_no_router_bias(seq_aux: bool, accumulation: int, mesh: str | None):

@@ -20,7 +20,7 @@ from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.info import count_parameters
 
 from .step import Metrics
-from .trackers import RECORDS, SINKS, Run, Sink
+from .trackers import RECORDS, TRACKERS, Run, Tracker
 
 # fmt: off
 # Dense bf16 FLOP/s by a part of jax's `device_kind`; the first row that fits holds. From NVIDIA's data sheets of each
@@ -70,7 +70,7 @@ def peak_flops(devices: Sequence[Any]) -> float | None:
 
 
 class Recorder:
-    """Writes what a run says of itself into `folder` and to the other `sinks`; in one process only.
+    """Writes what a run says of itself into `folder` and to the other `trackers`; in one process only.
 
     `devices` are those of the whole mesh (default: all there are). The load of every expert is recorded at the first
     and the last step and every `heat_every` steps. A run that goes on from a checkpoint says from which step:
@@ -92,9 +92,9 @@ class Recorder:
         resumed_from: int = 0,
         name: str = "",
     ):
-        """Open the sinks; `ValueError` for a name that is none."""
-        if unknown := [sink for sink in sinks if sink not in SINKS]:
-            raise DSMoEError(f"sink {unknown[0]!r} is not one of {', '.join(SINKS)}")
+        """Open the trackers; `ValueError` for a name that is none."""
+        if unknown := [tracker for tracker in trackers if tracker not in TRACKERS]:
+            raise DSMoEError(f"sink {unknown[0]!r} is not one of {', '.join(TRACKERS)}")
         if min(log_interval, heat_every) < 1:
             raise DSMoEError(f"log_interval {log_interval} and heat_every {heat_every} must be at least 1")
         self._devices = jax.devices() if devices is None else devices
@@ -118,7 +118,9 @@ class Recorder:
         self._open = contextlib.ExitStack()
         with contextlib.ExitStack() as opening:  # closes the others if one does not open
             run = Run(folder, facts, steps, log_interval, resumed_from)
-            self._sinks: list[Sink] = [opening.enter_context(contextlib.closing(SINKS[sink](run))) for sink in trackers]
+            self._trackers: list[Tracker] = [
+                opening.enter_context(contextlib.closing(TRACKERS[tracker](run))) for tracker in trackers
+            ]
             self._open = opening.pop_all()
 
     def record(self, step: int, metrics: Metrics, *, seconds: float, data_wait: float) -> None:
@@ -148,8 +150,8 @@ class Recorder:
         self._write(step, {"step": step, "eval/loss": float(loss), "eval/tokens": int(tokens)})
 
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
-        for sink in self._sinks:
-            sink.write(step, values)
+        for tracker in self._trackers:
+            tracker.write(step, values)
 
     def close(self) -> None:
         """Let go of everything; harmless twice."""

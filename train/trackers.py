@@ -1,4 +1,4 @@
-"""Where the records of a run go: console, metrics.jsonl, TensorBoard, W&B. `SINKS`, at the end, is the table."""
+"""Where the records of a run go: console, metrics.jsonl, TensorBoard, W&B. `TRACKERS`, at the end, is the table."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ class Run(NamedTuple):
     resumed_from: int
 
 
-class Sink(Protocol):
+class Tracker(Protocol):
     """Takes the records of a run."""
 
     def write(self, step: int, values: Mapping[str, Any]) -> None: ...  # noqa: D102
@@ -231,7 +231,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, int | float]:
     return {key: value for key, value in values.items() if not isinstance(value, list)}
 
 
-SINKS: Final[dict[str, Callable[[Run], Sink]]] = {
+TRACKERS: Final[dict[str, Callable[[Run], Tracker]]] = {
     "console": Console,
     "jsonl": JsonLines,
     "tensorboard": TensorBoard,

@@ -59,7 +59,7 @@ def tokenize(
 
     A document is what the tokenizer makes of it (bos in front, if it adds one) and eos. A shard is closed when it has
     `shard_tokens`; no document crosses shards. About the share `val_fraction` of the documents is kept for
-    evaluation: which ones depends on their text alone, so copies of a text are never on both sides, whatever else is tokenized with it.
+    validation, chosen by their text alone: copies of a text are never in both splits.
 
     The string of a special token within a text becomes that token, as everywhere with `Tokenizer`, unless
     `split_special_tokens`; the log has how many there are. Where documents end is known from the boundaries, not from
