@@ -23,7 +23,7 @@ from dsmoe_jax.storage.atomic_dir import Draft, new_folder, refuse_existing, wri
 from dsmoe_jax.storage.direct_io import NewFile
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.text.generation_config import GENERATION_CONFIG
-from dsmoe_jax.text.special_ids import SPECIAL_IDS, drop_ids_outside_vocab, exported_ids
+from dsmoe_jax.text.special_ids import SPECIAL_IDS, drop_ids_outside_vocab, ids_for_export
 
 from .cast import Cast, Loss
 from .conversion import ConversionReport
@@ -212,7 +212,7 @@ def _write_beside(
         config = config.stored_as(stored.pop())
     for path in travelling_files(reader.folder):
         shutil.copyfile(path, folder / path.name)
-    fields = exported_ids(config.to_dict(), ids.tokenizer, config.vocab_size)
+    fields = ids_for_export(config.to_dict(), ids.tokenizer, config.vocab_size)
     if ids.generation_config is None:
         told = {name: fields[name] for name in SPECIAL_IDS if fields[name] is not None}
         write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **told})

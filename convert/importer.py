@@ -42,10 +42,10 @@ from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
 from .cast import Cast, Loss
 from .conversion import ConversionReport
-from .foreign_names import adopt_names
 from .hub import fetch, is_repo_id
 from .param_mapping import TIED_HEAD, hf_names, hf_shapes, is_stacked
 from .reader import CheckpointReader, path_inside
+from .tensor_names import adopt_names
 from .torch_pickle import show
 
 _ADAPTER: Final = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")

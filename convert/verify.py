@@ -15,7 +15,7 @@ from dsmoe_jax.checkpoint.zarr_io import pieces_of, raw_bytes
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.progress import Meter, silent
 from dsmoe_jax.storage.paths import user_path
-from dsmoe_jax.text.special_ids import exported_ids
+from dsmoe_jax.text.special_ids import ids_for_export
 
 from .exporter import NativeReader
 from .importer import check_tensors, special_ids_beside
@@ -82,7 +82,7 @@ def _differences(native: NativeReader, folder: Path, report: Report, progress: M
         fields, other_fields = native.config.to_dict(), theirs.to_dict()
         # An export has the tokenizer's ids where the config has none of the vocabulary.
         tokenizer = special_ids_beside(native.folder, native.config).tokenizer
-        exported = exported_ids(fields, tokenizer, native.config.vocab_size)
+        exported = ids_for_export(fields, tokenizer, native.config.vocab_size)
         for name, value in fields.items():
             other = other_fields.get(name)
             same = other in (value, exported[name]) or repr(other) == repr(value)  # NaN equals nothing

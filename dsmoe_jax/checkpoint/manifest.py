@@ -21,7 +21,7 @@ from dsmoe_jax.progress import Advance
 from dsmoe_jax.storage.atomic_dir import write_json
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.storage.strict_json import read_json
-from dsmoe_jax.text.tokenizer_files import TOKENIZER_FILES
+from dsmoe_jax.text.tokenizer_config import TOKENIZER_FILES
 
 PARAMETERS: Final = "parameters"  # the Orbax folder inside a checkpoint
 HEADER: Final = "dsmoe_jax.json"  # marks a native checkpoint
