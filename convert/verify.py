@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from dsmoe_jax.checkpoint.manifest import Damage, damage, manifest_damage, read_manifest, strangers
-from dsmoe_jax.checkpoint.zarr_io import pieces_of, raw_bytes
+from dsmoe_jax.checkpoint.manifest import Damage, damage, manifest_damage, read_manifest, unexpected_files
+from dsmoe_jax.checkpoint.zarr_io import raw_bytes, row_chunks
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.progress import Meter, silent
 from dsmoe_jax.storage.paths import user_path
@@ -65,7 +65,7 @@ def verify(native: str | Path, hf: str | Path | None = None, *, progress: Meter 
         found = [
             *manifest_damage(native),
             *damage(native, manifest, manifest.files, advance),
-            *strangers(native, manifest),
+            *unexpected_files(native, manifest),
         ]
     if hf is not None and not found:
         found += _differences(NativeReader(native), user_path(hf, "Hugging Face folder"), report, progress)
@@ -94,7 +94,7 @@ def _differences(native: NativeReader, folder: Path, report: Report, progress: M
             for name in native.order:
                 ours, other, digest = native.read(name), reader.read(name), hashlib.sha256()
                 differing = 0
-                for one, two in zip(pieces_of(ours), _pieces_like(ours, other), strict=True):
+                for one, two in zip(row_chunks(ours), _pieces_like(ours, other), strict=True):
                     data = raw_bytes(two)
                     hashing = hasher.submit(digest.update, data)
                     differing += _differing(one, two) if one.dtype == two.dtype else 0
@@ -108,9 +108,9 @@ def _differences(native: NativeReader, folder: Path, report: Report, progress: M
 
 
 def _pieces_like(ours: np.ndarray, other: np.ndarray) -> Iterator[np.ndarray]:
-    """`other` in runs of as many rows as `pieces_of(ours)` has."""
+    """`other` in runs of as many rows as `row_chunks(ours)` has."""
     start = 0
-    for piece in pieces_of(ours):
+    for piece in row_chunks(ours):
         yield other[start : start + len(piece)]
         start += len(piece)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Final
 
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.storage.atomic_dir import new_folder, write_json
+from dsmoe_jax.storage.atomic_dir import atomic_dir, write_json
 
 _BOS: Final = "<｜begin▁of▁sentence｜>"
 _EOS: Final = "<｜end▁of▁sentence｜>"
@@ -54,6 +54,6 @@ def train_tokenizer(texts: Iterable[str], output_dir: Path, vocab_size: int) -> 
         "clean_up_tokenization_spaces": False,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    with new_folder(output_dir) as draft:
+    with atomic_dir(output_dir) as draft:
         tokenizer.save(str(draft.folder / "tokenizer.json"))
         write_json(draft.folder / "tokenizer_config.json", tokenizer_config)
