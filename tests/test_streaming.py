@@ -190,7 +190,7 @@ def test_a_conversion_killed_at_any_moment_leaves_nothing_false_and_goes_on(
         else:
             assert code == -9
             assert not loads(staging_path(out)) or way.is_whole(staging_path(out))
-            reused = way.run(out).reused
+            reused = way.run(out).reused_bytes
             assert way.is_whole(out)
             left["some" if reused else "nothing"] += 1
         assert list(tmp_path.iterdir()) == [out]
@@ -214,7 +214,7 @@ def test_a_conversion_killed_between_its_last_file_and_its_name_goes_on(
 
     done = way.run(tmp_path / "out")
 
-    assert done.reused == done.bytes
+    assert done.reused_bytes == done.bytes
     assert way.is_whole(tmp_path / "out")
 
 
@@ -236,7 +236,7 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(tmp_path: Path, capl
 
     assert "keeps what is finished; the same command goes on from there" in caplog.text
     assert 0 < reused[0] < reused[1] < reused[2]
-    assert 0.5 * total < done.reused < done.bytes == total
+    assert 0.5 * total < done.reused_bytes < done.bytes == total
     assert "were there already, from an interrupted run" in str(done)
     assert way.is_whole(tmp_path / "out")
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
@@ -245,7 +245,7 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(tmp_path: Path, capl
 def test_an_undisturbed_conversion_reuses_nothing_and_says_nothing_of_it(tmp_path: Path, way: Way):
     done = way.run(tmp_path / "out")
 
-    assert done.reused == 0
+    assert done.reused_bytes == 0
     assert "already" not in str(done)
 
 
@@ -267,7 +267,7 @@ def test_what_was_imported_in_one_dtype_is_not_taken_for_another(tmp_path: Path,
 
     done = import_hf(source, tmp_path / "out", dtype=then)
 
-    assert done.reused == 0
+    assert done.reused_bytes == 0
     assert read_manifest(done.path).tensors == read_manifest(tmp_path / "want").tensors
 
 
@@ -279,7 +279,7 @@ def test_what_was_exported_otherwise_is_not_taken(tmp_path: Path, ways: dict[str
 
     done = way.run(tmp_path / "out")
 
-    assert done.reused == 0
+    assert done.reused_bytes == 0
     assert way.is_whole(done.path)
 
 
@@ -291,7 +291,7 @@ def test_a_source_that_has_changed_is_imported_anew(tmp_path: Path):
 
     done = import_hf(source, tmp_path / "out")
 
-    assert done.reused == 0
+    assert done.reused_bytes == 0
     assert verify(done.path, source).mismatches == []
 
 
@@ -306,7 +306,7 @@ def test_a_part_that_is_gone_or_cut_short_is_written_again(tmp_path: Path, ways:
 
     done = way.run(tmp_path / "out")
 
-    assert done.reused > 0
+    assert done.reused_bytes > 0
     assert way.is_whole(done.path)
 
 
@@ -364,7 +364,7 @@ def test_a_disk_that_fills_midway_keeps_what_is_finished_and_the_next_run_goes_o
     done = way.run(tmp_path / "out")
 
     assert left == [".out.incomplete"]
-    assert 0 < done.reused < done.bytes
+    assert 0 < done.reused_bytes < done.bytes
     assert way.is_whole(done.path)
     assert list(tmp_path.iterdir()) == [done.path]
 

@@ -21,7 +21,7 @@ import pytest
 import dsmoe_jax
 from dsmoe_jax.checkpoint.manifest import MODEL_MANIFEST, manifest_damage, read_manifest
 from dsmoe_jax.cli import main
-from dsmoe_jax.convert import Report, export_hf, import_hf, verify
+from dsmoe_jax.convert import VerificationReport, export_hf, import_hf, verify
 from dsmoe_jax.info import describe
 from dsmoe_jax.quantize import load_quantized
 from dsmoe_jax.storage.locks import lock_name
@@ -65,7 +65,7 @@ def native(tmp_path: Path, made: Path) -> Path:
     return tmp_path / "native"
 
 
-def found(report: Report) -> list[tuple[str, str | None]]:
+def found(report: VerificationReport) -> list[tuple[str, str | None]]:
     return [(one["file"], one["tensor"]) for one in report.mismatches]
 
 
