@@ -21,11 +21,11 @@ _EVERYTHING: Final = "all-linear"
 
 
 class MatchingRules(NamedTuple):
-    """How a PEFT release matches modules.
+    r"""How a PEFT release matches modules.
 
     Attributes:
         separate_patterns: rank_pattern and alpha_pattern match separately; before, one key decided for both.
-        grouped_keys: A pattern key K means `(.*\\.)?(K)$`; before, `.*\\.K$`.
+        grouped_keys: A pattern key K means `(.*\.)?(K)$`; before, `.*\.K$`.
         first_number: The layer of a path is its first number; before, its last, which is a routed expert's index.
     """
 

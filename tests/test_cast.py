@@ -1,6 +1,6 @@
 """Weights in another dtype: what the cast gives, and what it says that it lost.
 
-Start at `test_the_loss_is_that_of_a_slow_count`; its twin looks at one number at a time.
+Start at `test_cast_stats_equal_a_slow_count`; its twin looks at one number at a time.
 """
 
 import math
@@ -71,7 +71,7 @@ def nearest_even(number: float, wanted: np.dtype) -> float:
 
 
 @LOSSY
-def test_the_loss_is_that_of_a_slow_count(with_dtype: np.dtype, wanted: np.dtype):
+def test_cast_stats_equal_a_slow_count(with_dtype: np.dtype, wanted: np.dtype):
     before = numbers(with_dtype)
     cast = Cast(wanted)
 
@@ -83,7 +83,7 @@ def test_the_loss_is_that_of_a_slow_count(with_dtype: np.dtype, wanted: np.dtype
 
 
 @LOSSY
-def test_every_number_becomes_the_nearest_and_of_two_the_even_one(with_dtype: np.dtype, wanted: np.dtype):
+def test_cast_rounds_to_nearest_even(with_dtype: np.dtype, wanted: np.dtype):
     before = numbers(with_dtype)
 
     after = Cast(wanted)(before)
@@ -95,7 +95,7 @@ def test_every_number_becomes_the_nearest_and_of_two_the_even_one(with_dtype: np
 
 
 @pytest.mark.parametrize("with_dtype", [BF16, FP16], ids=str)
-def test_float32_holds_every_number_of_16_bits(with_dtype: np.dtype):
+def test_float32_represents_all_16_bit_values(with_dtype: np.dtype):
     before = numbers(with_dtype)
     cast = Cast(FP32)
 
@@ -111,7 +111,7 @@ def test_float32_holds_every_number_of_16_bits(with_dtype: np.dtype):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-def test_what_has_the_dtype_already_is_not_touched(dtype: np.dtype):
+def test_same_dtype_is_not_cast(dtype: np.dtype):
     before = numbers(dtype)
     same, none = Cast(dtype), Cast(None)
 
@@ -120,7 +120,7 @@ def test_what_has_the_dtype_already_is_not_touched(dtype: np.dtype):
     assert same.stats == none.stats == CastStats()
 
 
-def test_a_nan_is_not_counted_and_an_overflow_is_not_the_largest_error():
+def test_nan_and_overflow_are_not_in_the_max_error():
     cast = Cast(FP16)
 
     after = cast(np.array([math.nan, -math.nan, math.inf, 70_000, -1e30, 1 + 2**-12, 2.0], FP32))
@@ -129,7 +129,7 @@ def test_a_nan_is_not_counted_and_an_overflow_is_not_the_largest_error():
     assert after[3:5].tolist() == [math.inf, -math.inf]
 
 
-def test_the_loss_of_pieces_is_the_loss_of_the_whole():
+def test_cast_stats_of_chunks_add_up():
     whole, pieces = Cast(BF16), Cast(BF16)
 
     whole(numbers(FP32))
@@ -147,7 +147,7 @@ def test_the_loss_of_pieces_is_the_loss_of_the_whole():
         (CastStats(9, 2, 2, 0.0), "2 of 9 values changed, by 0 at most; 2 overflowed to infinity"),
     ],
 )
-def test_the_loss_is_told_in_one_line(loss: CastStats, line: str):
+def test_cast_stats_are_one_line(loss: CastStats, line: str):
     assert str(loss) == line
 
 
@@ -170,9 +170,7 @@ def config_loss(dtype: np.dtype) -> CastStats:
         ("float16", "float32", False),
     ],
 )
-def test_convert_and_export_tell_the_loss_where_there_is_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture, source: str, option: str, told: bool
-):
+def test_commands_print_cast_stats(tmp_path: Path, capsys: pytest.CaptureFixture, source: str, option: str, told: bool):
     hf = str(write_hf(tmp_path / "hf", tiny(), random_params(tiny()), source))
     native, kept, back = (str(tmp_path / name) for name in ("native", "kept", "back"))
 
@@ -192,7 +190,7 @@ def test_convert_and_export_tell_the_loss_where_there_is_one(
 
 
 @pytest.mark.parametrize("done_before", [10_000, 30_000, 59_000])
-def test_the_loss_of_an_interrupted_conversion_is_that_of_a_whole_one(tmp_path: Path, done_before: int):
+def test_cast_stats_of_a_resumed_conversion_are_complete(tmp_path: Path, done_before: int):
     hf = write_hf(tmp_path / "hf", tiny(), random_params(tiny()))
     import_hf(hf, tmp_path / "kept")
     ways: list[tuple[Callable[..., ConversionReport], Path, dict[str, int]]] = [

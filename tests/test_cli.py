@@ -186,7 +186,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "negative seed": ((*GENERATE, "--seed", "-2"), "seed"),
     "unknown dtype": ((*GENERATE, "--dtype", "int4"), "int4"),
     "OUT exists": (("convert", "{hf}", "{native}"), "exists"),
-    "converted already": (("convert", "{native}", "{tmp}/out"), "native checkpoint already"),
+    "converted already": (("convert", "{native}", "{tmp}/out"), "is already a native checkpoint"),
     "the demo's DIR exists": (("demo", "--out", "{native}"), "exists"),
     "unknown preset": (("info", "deepseek_moe_17b"), "deepseek_moe_16b"),
     "broken config": (("info", "{broken}"), "hidden_size must be int, not 'wide'"),

@@ -294,13 +294,13 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
     ),
     "one storage under a thousand names": (weights("pytorch_model.bin", one_storage_for_many), "at most twice its"),
     # pickle
-    "os.system": (weights("pytorch_model.bin", lambda: zip_file(called("os", "system"))), "asks for 'os.system'"),
+    "os.system": (weights("pytorch_model.bin", lambda: zip_file(called("os", "system"))), "imports 'os.system'"),
     "os.system, legacy": (weights("pytorch_model.bin", lambda: legacy_file(called("os", "system"))), "'os.system'"),
     "builtins.eval": (
         weights("pytorch_model.bin", lambda: zip_file(called("builtins", "eval", "open('ran', 'w')"))), "eval"
     ),
     "__reduce__ chain": (
-        pickled(HOOKS, group(named("os", "system")), b"R", group(text("touch ran")), b"R"), "asks for 'os.system'"
+        pickled(HOOKS, group(named("os", "system")), b"R", group(text("touch ran")), b"R"), "imports 'os.system'"
     ),
     "__reduce__ of a result": (pickled(HOOKS, group(text("touch ran")), b"R"), "calls a dict, which is no function"),
     "deep nesting": (pickled(b"]" * 50_000, b"a" * 49_999), "holds a list"),
@@ -341,7 +341,7 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
 
 
 @pytest.mark.parametrize(("spoil", "named"), HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_folder_is_refused_within_bounds_and_nothing_changes(
+def test_hostile_folder_is_rejected_within_limits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Spoil, named: str
 ):
     folder = tmp_path / "hf"
@@ -363,8 +363,8 @@ def test_a_hostile_folder_is_refused_within_bounds_and_nothing_changes(
 
 # What we refuse though the format allows it: other dtypes and what no checkpoint of this model has.
 STRICTER = re.compile(
-    r"weights are F32, F16 or BF16|is misnamed|JSON key .* twice|dimensions; at most|2\*\*63|nested too deeply"
-    r"|integer of \d+ digits|otherwise than by dtype, shape|holds no tensor|bytes; at most"
+    r"weights are F32, F16 or BF16|tensor name .* must have|JSON key .* twice|dimensions; at most|2\*\*63"
+    r"|nested too deeply|integer of \d+ digits|by dtype, shape and data_offsets only|has no tensors|bytes; at most"
     r"|__metadata__ that is not an object|does not start with {"
 )
 
@@ -444,7 +444,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
     monkeypatch.undo()
 
 
-def test_the_good_checkpoints_load(folders: dict[str, Path]):
+def test_valid_checkpoints_load(folders: dict[str, Path]):
     want = hf_tensors(SMALL, random_params(SMALL))
     for folder in folders.values():
         assert within_bounds(folder, lambda folder=folder: load_hf(folder)) is None
@@ -455,15 +455,13 @@ def test_the_good_checkpoints_load(folders: dict[str, Path]):
 @pytest.mark.parametrize("mutation", MUTATIONS)
 @settings(max_examples=15, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(r=st.randoms(use_true_random=False))
-def test_a_mutated_file_is_refused_in_one_line_or_loads_what_it_holds(
-    folders: dict[str, Path], mutation: str, r: Random
-):
+def test_mutated_file_loads_or_is_a_one_line_error(folders: dict[str, Path], mutation: str, r: Random):
     assert outcome(folders[MUTATIONS[mutation][0]], mutation, r)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_ten_thousand_mutated_files_are_refused_or_load_what_they_hold(folders: dict[str, Path]):
+def test_ten_thousand_mutated_files_load_or_are_rejected(folders: dict[str, Path]):
     counts = {mutation: Counter() for mutation in MUTATIONS}
     started, number = time.perf_counter(), 12_800
 

@@ -333,7 +333,7 @@ def test_a_merged_checkpoint_computes_what_the_adapter_does(tmp_path: Path, layo
 
     merged = (load if layout == "native" else load_hf)(tmp_path / "merged")
     want = peft.attach_adapter(load(tmp_path / "base"), tmp_path / "adapter")(IDS).logits
-    assert said.endswith(f"merged into it: {tmp_path / 'merged'}")
+    assert said == f"Merged {tmp_path / 'adapter'} into {tmp_path / 'base'}: {tmp_path / 'merged'}"
     assert not merged.config.tie_word_embeddings
     np.testing.assert_allclose(merged(IDS).logits, want, rtol=0, atol=golden.LOGITS)
     files = {path.name: path.read_bytes() for path in tokenizer_files(tmp_path / "tokenizer")}
@@ -342,7 +342,7 @@ def test_a_merged_checkpoint_computes_what_the_adapter_does(tmp_path: Path, layo
 
 
 def test_a_merge_that_cannot_be_leaves_nothing(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"layout 'pt' is not one of native, hf"):
+    with pytest.raises(ValueError, match=r"layout must be one of native, hf, got 'pt'"):
         merge_to(golden.folder("a_baseline"), golden.folder("a_baseline"), tmp_path / "out", layout="pt")
     with pytest.raises(ValueError, match=r"no adapter \(no adapter_config\.json\)"):
         merge_to(golden.folder("a_baseline"), golden.folder("a_baseline"), tmp_path / "out")

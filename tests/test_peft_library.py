@@ -1,6 +1,6 @@
 """Adapters of the peft library itself: what it makes we compute alike, and what we write it loads.
 
-Start at `test_an_adapter_that_peft_made_computes_the_same`. The model is PyTorch's, of `torch_model`; `CASES` are the
+Start at `test_adapter_of_peft_has_equal_outputs`. The model is PyTorch's, of `torch_model`; `CASES` are the
 ways to choose what is adapted, each as peft's `LoraConfig` takes it. They hold for every release since 0.13, the ones
 that read a config differently included (`convert.peft_matching.RELEASES`).
 """
@@ -165,7 +165,7 @@ def fields(folder: Path) -> dict[str, Any]:
 
 
 @every_case
-def test_an_adapter_that_peft_made_computes_the_same(tmp_path: Path, case: Case):
+def test_adapter_of_peft_has_equal_outputs(tmp_path: Path, case: Case):
     base, _ = write_base(tmp_path / "base", **case.model)
     theirs = make_adapter(tmp_path / "adapter", base, case)
     plain = np.asarray(load_hf(base)(IDS).logits)
@@ -178,7 +178,7 @@ def test_an_adapter_that_peft_made_computes_the_same(tmp_path: Path, case: Case)
 
 
 @every_case
-def test_merged_weights_are_pefts(tmp_path: Path, case: Case):
+def test_merged_weights_equal_peft(tmp_path: Path, case: Case):
     base, _ = write_base(tmp_path / "base", **case.model)
     theirs = make_adapter(tmp_path / "adapter", base, case).merge_and_unload()
 
@@ -195,7 +195,7 @@ def test_merged_weights_are_pefts(tmp_path: Path, case: Case):
 @pytest.mark.parametrize(
     "case", [case for case in CASES.values() if case.alike], ids=[name for name, case in CASES.items() if case.alike]
 )
-def test_what_we_write_peft_loads_as_its_own(tmp_path: Path, case: Case):
+def test_peft_loads_our_adapters(tmp_path: Path, case: Case):
     if case is CASES["router"] and RELEASE < (0, 15):
         pytest.xfail("before 0.15 peft does not load the adapters of gate_proj where gate is saved whole")
     base, config = write_base(tmp_path / "base", **case.model)
@@ -218,7 +218,7 @@ def test_what_we_write_peft_loads_as_its_own(tmp_path: Path, case: Case):
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.alike])
-def test_what_releases_read_differently_is_not_written(tmp_path: Path, name: str):
+def test_config_on_which_releases_disagree_is_not_written(tmp_path: Path, name: str):
     base, config = write_base(tmp_path / "base", **CASES[name].model)
     make_adapter(tmp_path / "adapter", base, CASES[name])
     adapter = read_adapter(tmp_path / "adapter", config)
@@ -228,7 +228,7 @@ def test_what_releases_read_differently_is_not_written(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize("target", ["gate", "lm_head", "embed_tokens"])
-def test_adapters_on_other_modules_are_refused_as_peft_does_or_by_name(tmp_path: Path, target: str):
+def test_adapters_on_other_modules_are_an_error(tmp_path: Path, target: str):
     base, config = write_base(tmp_path / "base")
     case = Case({"target_modules": ["q_proj", target]})
     if target == "gate":

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Protocol
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.config_aliases import show_value
@@ -15,18 +15,12 @@ _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "the
 class SpecialTokens(Protocol):
     """The part of `Tokenizer` used here; an id is None if the tokenizer has no such token."""
 
-    @property
-    def bos_token_id(self) -> int | None:
-        """Return the BOS id."""
-        ...
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """Return the EOS id."""
-        ...
+    bos_token_id: int | None
+    eos_token_id: int | None
 
 
-class SpecialTokenIds(NamedTuple):
+@dataclasses.dataclass
+class SpecialTokenIds:
     """BOS and EOS ids without a tokenizer."""
 
     bos_token_id: int | None

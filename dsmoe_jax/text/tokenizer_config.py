@@ -22,28 +22,22 @@ TOKENIZER_FILES: Final = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# fmt: off
 SPECIAL_TOKENS_ATTRIBUTES: Final = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )
+# fmt: on
 _ADDITIONAL: Final = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS: Final = ("lstrip", "rstrip", "single_word", "normalized", "special")
 # Llama classes add BOS and EOS by add_bos_token (default true) and add_eos_token, generic ones by the post-processor of
 # tokenizer.json.
 LLAMA_CLASSES: Final = ("LlamaTokenizer", "LlamaTokenizerFast", "DeepseekTokenizer", "DeepseekTokenizerFast")
+# fmt: off
 GENERIC_CLASSES: Final = (
-    "PreTrainedTokenizerFast",
-    "TokenizersBackend",
-    "GPT2Tokenizer",
-    "GPT2TokenizerFast",
-    "Qwen2Tokenizer",
+    "PreTrainedTokenizerFast", "TokenizersBackend", "GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer",
     "Qwen2TokenizerFast",
 )
+# fmt: on
 _log = logging.getLogger("dsmoe_jax")
 
 
