@@ -61,8 +61,13 @@ def imports(file: str, tree: ast.Module) -> set[str]:
             home = ["dsmoe_jax", *file.split("/")[:-1]]
             base = home[: len(home) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "dsmoe_jax" else {module}
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            found |= {name if module == "dsmoe_jax" or is_module(name) else module for name in names}
     return found
+
+
+def is_module(dotted: str) -> bool:
+    return PACKAGE.parent.joinpath(*dotted.split(".")).with_suffix(".py").is_file()
 
 
 def room_of(dotted_or_file: str) -> str:
