@@ -78,10 +78,7 @@ def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
     if not os.path.lexists(path / CONFIG):
         raise DSMoEError(f"{path}: no adapter (no {CONFIG})")
     if (path / RECORD).is_file():
-        try:
-            read_evaluation_record(path)
-        except ValueError as error:
-            raise DSMoEError(f"{path}: damaged adapter: {error}") from None
+        read_evaluation_record(path)
     fields = read_json(path_inside(path, CONFIG))
     try:
         config, rules = _lora_config(fields), _rules(fields)

@@ -17,8 +17,9 @@ from orbax.checkpoint import v1 as ocp
 
 from dsmoe_jax.checkpoint import zarr_io
 from dsmoe_jax.checkpoint.native import load, save
-from dsmoe_jax.checkpoint.zarr_io import ArrayRecord, ArrayWriter, hash_file, open_array, row_chunks, write_skeleton
+from dsmoe_jax.checkpoint.zarr_io import ArrayRecord, ArrayWriter, open_array, row_chunks, write_skeleton
 from dsmoe_jax.model import DeepSeekMoE, split
+from dsmoe_jax.storage.manifest import hash_file
 from tests.helpers.hf_folder import edit, same_bits, tiny
 from tests.helpers.meshes import MESHES
 

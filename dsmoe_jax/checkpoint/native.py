@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from dsmoe_jax.checkpoint.manifest import PARAMETERS, Manifest, damage, read_manifest, write_manifest
+from dsmoe_jax.checkpoint.manifest import PARAMETERS, Manifest, check_parameters, read_manifest, write_manifest
 from dsmoe_jax.checkpoint.zarr_io import (
     ArrayRecord,
     ArrayWriter,
@@ -116,10 +116,8 @@ def open_checkpoint(path: Path, *, verify: bool = True) -> tuple[ModelConfig, Ma
     config = ModelConfig.from_file(path)
     check_tensor_count(path, config, len(manifest.tensors))
     if verify:
-        files = [name for name in manifest.files if name.startswith(f"{PARAMETERS}/")]
         with collective_errors():
-            for found in damage(path, manifest, files[jax.process_index() :: jax.process_count()]):
-                raise DSMoEError(f"{path}: damaged checkpoint: {found}")
+            check_parameters(path, manifest, (jax.process_index(), jax.process_count()))
     return config, manifest
 
 
@@ -263,4 +261,4 @@ def _one_line_errors(path: Path) -> Iterator[None]:
             yield
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DSMoEError(f"{path}: damaged checkpoint: {reason[:300]}") from error
+        raise DSMoEError(f"{path}: damaged: {reason[:300]}") from error

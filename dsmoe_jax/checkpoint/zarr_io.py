@@ -30,9 +30,10 @@ import numpy as np
 
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.direct_io import DirectFile
+from dsmoe_jax.storage.manifest import hash_file
 from dsmoe_jax.storage.strict_json import read_json
 
-FRAME: Final = "state"  # the folder that Orbax makes for the one tree in a checkpoint
+STATE: Final = "state"  # the folder that Orbax makes for the one tree in a checkpoint
 CHUNK_BYTES: Final = 1 << 20  # what is in memory of an array while it is written; a cast holds some ten of them
 _WORKERS: Final = 6  # while some wait for the disk others hash, at 2 GB/s a core at best
 _STAMPS: Final = (  # file of the frame, what names a time or a place in it, what stands there instead
@@ -205,7 +206,7 @@ def open_array(folder: Path, name: str) -> np.ndarray:
 
     Raises `ValueError`, in one line, where the files are not as `ArrayWriter` writes them.
     """
-    home = folder / FRAME / name
+    home = folder / STATE / name
     spec = read_json(home / "zarr.json")
     try:
         shape, dtype = tuple(spec["shape"]), _DTYPES[spec["data_type"]]
@@ -246,16 +247,9 @@ def raw_bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def hash_file(path: Path) -> dict[str, Any]:
-    """The size and the SHA-256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
-
-
 def _describe(folder: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> tuple[Path, Path]:
     """Put the real array's description in the place of the frame's; returns its folder and, below it, its file."""
-    home = folder / FRAME / name
+    home = folder / STATE / name
     if home.exists():  # a run that was killed just here has removed it
         shutil.rmtree(home)
     home.mkdir()

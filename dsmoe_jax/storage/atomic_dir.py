@@ -20,8 +20,8 @@ from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.locks import lock_name
 from dsmoe_jax.storage.paths import user_path
 
-_JOURNAL: Final = "journal.jsonl"
-_REWRITTEN: Final = f"{_JOURNAL}.new"
+JOURNAL: Final = "journal.jsonl"
+_REWRITTEN: Final = f"{JOURNAL}.new"
 _AT_FDCWD: Final = -100  # of linux/fcntl.h: paths are relative to the working directory
 _RENAME_EXCHANGE: Final = 2
 _log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class StagingDir:
             self._clear()
             return
         head = json.dumps({"job": job}, sort_keys=True)
-        lines = _lines(folder / _JOURNAL)
+        lines = _lines(folder / JOURNAL)
         if lines and lines[0] == head:
             with contextlib.suppress(ValueError, LookupError, TypeError):  # a damaged line: its unit is written again
                 for line in lines[1:]:
@@ -52,8 +52,8 @@ class StagingDir:
         lines = [head, *(_entry(unit, record) for unit, record in self.finished.items())]
         rewritten = folder / _REWRITTEN
         rewritten.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        rewritten.rename(folder / _JOURNAL)
-        self._journal = (folder / _JOURNAL).open("a", encoding="utf-8")
+        rewritten.rename(folder / JOURNAL)
+        self._journal = (folder / JOURNAL).open("a", encoding="utf-8")
 
     def finish(self, unit: str, record: Any) -> None:
         """Note that `unit` is complete and on disk; `record` must be JSON. From any thread."""
@@ -128,7 +128,7 @@ def atomic_dir(path: str | Path, *, needs: int = 0, job: Mapping[str, Any] | Non
             else:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        (folder / _JOURNAL).unlink(missing_ok=True)
+        (folder / JOURNAL).unlink(missing_ok=True)
         check_new_path(path)
         folder.rename(path)
         sync(path.parent)
