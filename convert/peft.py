@@ -90,10 +90,7 @@ def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
     if not os.path.lexists(path / CONFIG):
         raise DSMoEError(f"{path}: not an adapter, {CONFIG} is missing")
     if (path / RECORD).is_file():
-        try:
-            read_evaluation_record(path)
-        except DSMoEError as error:
-            raise DSMoEError(f"{path}: damaged adapter: {error}") from None
+        read_evaluation_record(path)
     fields = read_json(path_inside(path, CONFIG))
     try:
         config, rules = _lora_config(fields), _rules(fields)

@@ -162,7 +162,7 @@ METADATA = "parameters/state/_METADATA"
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "not there": (lambda folder: folder.rename(folder.parent / "away"), "copy: not a native checkpoint"),
     "no header": (lambda folder: (folder / MODEL_MANIFEST).unlink(), "copy: not a native checkpoint"),
-    "another format": (edit(MODEL_MANIFEST, lambda h: h.update(format=3)), "checkpoint format 3, this version reads 2"),
+    "another format": (edit(MODEL_MANIFEST, lambda h: h.update(format=3)), "format must be 2, got 3"),
     "a header that is no JSON": (
         lambda folder: (folder / MODEL_MANIFEST).write_text("{"),
         "dsmoe_jax.json: is not JSON",
@@ -183,18 +183,18 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a tensor of another dtype": (
         edit(MODEL_MANIFEST, lambda h: h["tensors"]["embed"].update(dtype="int4")),
-        "int4.* does not describe a tensor",
+        "int4.* is not the shape and dtype of a tensor",
     ),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "damaged checkpoint: 'config.json' is missing"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "damaged: 'config.json' is missing"),
     "another config": (
         lambda folder: (folder / "config.json").write_text(
             (folder / "config.json").read_text().replace("e-06", "e-02")
         ),
-        "damaged checkpoint: 'config.json' has other bytes than were written",
+        "damaged: 'config.json' does not match its SHA-256",
     ),
     "an edited header": (
         edit(MODEL_MANIFEST, lambda h: h["source"].update(repository="other")),
-        "damaged checkpoint: 'dsmoe_jax.json' has been changed",
+        "damaged: 'dsmoe_jax.json' does not match",
     ),
     "a layer more": (
         resealed(edit("config.json", lambda c: c.update(num_hidden_layers=3))),
@@ -202,24 +202,24 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a layer less": (
         resealed(edit("config.json", lambda c: c.update(num_hidden_layers=1))),
-        r"layers\.1\.\S+ belongs to nothing that the config asks for \(and 12 more\)",
+        r"layers\.1\.\S+ is unexpected under this config \(and 12 more\)",
     ),
     "tied": (
         resealed(edit("config.json", lambda c: c.update(tie_word_embeddings=True))),
-        r"head\.weight belongs to nothing",
+        r"head\.weight is unexpected",
     ),
     "other experts": (
         resealed(edit("config.json", lambda c: c.update(moe_intermediate_size=8, n_shared_experts=4))),
         r"layers\.1\.moe\.experts\.down has shape \[8, 32, 16\], the config asks for \[8, 32, 8\]",
     ),
-    "missing weights": (lambda folder: weights_file(folder).unlink(), "damaged checkpoint: .* is missing"),
-    "empty weights": (lambda folder: os.truncate(weights_file(folder), 0), "damaged checkpoint: .* has 0 bytes"),
-    "truncated weights": (lambda folder: os.truncate(weights_file(folder), 50_000), "damaged .* has 50000 bytes"),
-    "a bit at the start": (flip(0.0), r"damaged checkpoint: .*SHA-256 \(tensor \S+\)"),
-    "a bit in the middle": (flip(0.5), r"damaged checkpoint: .*SHA-256 \(tensor \S+\)"),
-    "a bit at the end": (flip(0.9999), r"damaged checkpoint: .*SHA-256 \(tensor \S+\)"),
-    "no metadata": (lambda folder: (folder / METADATA).unlink(), "damaged checkpoint: .*_METADATA' is missing"),
-    "no parameters": (lambda folder: shutil.rmtree(folder / "parameters"), "damaged checkpoint: .* is missing"),
+    "missing weights": (lambda folder: weights_file(folder).unlink(), "damaged: .* is missing"),
+    "empty weights": (lambda folder: os.truncate(weights_file(folder), 0), "damaged: .* has 0 bytes"),
+    "truncated weights": (lambda folder: os.truncate(weights_file(folder), 50_000), "damaged: .* has 50000 bytes"),
+    "a bit at the start": (flip(0.0), r"damaged: .*SHA-256 \(tensor \S+\)"),
+    "a bit in the middle": (flip(0.5), r"damaged: .*SHA-256 \(tensor \S+\)"),
+    "a bit at the end": (flip(0.9999), r"damaged: .*SHA-256 \(tensor \S+\)"),
+    "no metadata": (lambda folder: (folder / METADATA).unlink(), "damaged: .*_METADATA' is missing"),
+    "no parameters": (lambda folder: shutil.rmtree(folder / "parameters"), "damaged: .* is missing"),
     "empty parameters, sums and all": (
         resealed(
             lambda folder: (
@@ -228,7 +228,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
                 edit(MODEL_MANIFEST, lambda h: h.update(files={"config.json": {}}))(folder),
             )
         ),
-        "damaged checkpoint: ",
+        "damaged: ",
     ),
 }
 

@@ -232,7 +232,7 @@ def test_interrupted_conversion_resumes(tmp_path: Path, caplog: pytest.LogCaptur
         reused.append(sum(path.stat().st_size for path in staging_path(tmp_path / "out").rglob("*") if path.is_file()))
     done = way.run(tmp_path / "out")
 
-    assert "keeps what is finished; the same command goes on from there" in caplog.text
+    assert "run the same command to resume" in caplog.text
     assert 0 < reused[0] < reused[1] < reused[2]
     assert 0.5 * total < done.reused_bytes < done.bytes == total
     assert "were already written" in str(done)

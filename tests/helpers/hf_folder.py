@@ -14,13 +14,12 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from dsmoe_jax.checkpoint.manifest import MODEL_MANIFEST, hash_json
-from dsmoe_jax.checkpoint.zarr_io import hash_file
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.param_mapping import hf_names, is_stacked
 from dsmoe_jax.model import abstract
 from dsmoe_jax.progress import Advance, Meter
 from dsmoe_jax.storage.atomic_dir import write_json
+from dsmoe_jax.storage.manifest import MODEL_MANIFEST, hash_file, hash_json
 from dsmoe_jax.text.train_tokenizer import train_tokenizer
 
 INDEX = "model.safetensors.index.json"
