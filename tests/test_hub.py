@@ -332,7 +332,7 @@ def test_interrupted_download_resumes(hub: FakeHub, online: Client, offline: Cli
 # Refusals
 
 FINE = holding("model.safetensors")
-HOSTILE = "a shard is a .safetensors file beside it"
+HOSTILE = "a shard must be a .safetensors file"
 
 # the files | what is wrong with the repository | what the one line says
 REFUSED: dict[str, tuple[Mapping[str, bytes], dict[str, Any], str]] = {
@@ -365,7 +365,7 @@ REFUSED: dict[str, tuple[Mapping[str, bytes], dict[str, Any], str]] = {
         {},
         f"the repository holds two checkpoints, model.safetensors and the shards of {INDEX}; remove one of them",
     ),
-    "empty index": (holding(**{INDEX: index()}), {}, "weight_map is missing, empty or not an object"),
+    "empty index": (holding(**{INDEX: index()}), {}, "weight_map must be a non-empty object"),
     "index that is no JSON": (holding(**{INDEX: b"{"}), {}, f"{INDEX}: is not JSON"),
     "no room": (FINE, {"sizes": {"model.safetensors": 10**18}}, "needs 1000000000.00 GB"),
 }

@@ -219,14 +219,7 @@ class Tokenizer:
         split_special_tokens: bool = False,
         **variables: Any,
     ) -> str:
-        """Render a conversation by the Jinja source of any template.
-
-        Args:
-            template: Jinja source.
-            messages: As in `render_chat`.
-            split_special_tokens: As in `render_chat`.
-            **variables: Template variables.
-        """
+        """Render a conversation like `render_chat`, by the Jinja source of any template."""
         text = chat_template.render(template, messages, **self.special_tokens_map | variables)
         if not split_special_tokens:
             return text

@@ -53,21 +53,13 @@ class AddedToken(NamedTuple):
 
 
 class TokenizerSettings(NamedTuple):
-    """The merged settings of a tokenizer.
+    """The merged settings of a tokenizer."""
 
-    Attributes:
-        config: Fields of tokenizer_config.json.
-        special_tokens: Special tokens by attribute (`bos_token` …), as far as the files name them.
-        with_flags: The special tokens whose flags the config spells out.
-        additional_special_tokens: Further special tokens.
-        added_tokens: Added tokens by id.
-    """
-
-    config: Mapping[str, Any]
-    special_tokens: dict[str, AddedToken | None]
-    with_flags: frozenset[str]
+    config: Mapping[str, Any]  # fields of tokenizer_config.json
+    special_tokens: dict[str, AddedToken | None]  # by attribute (`bos_token` …), if in a file
+    with_flags: frozenset[str]  # special tokens whose flags the config spells out
     additional_special_tokens: tuple[AddedToken, ...]
-    added_tokens: dict[int, AddedToken]
+    added_tokens: dict[int, AddedToken]  # by id
 
     @property
     def is_llama(self) -> bool:
