@@ -403,7 +403,7 @@ def test_every_recipe_is_a_run_and_its_flags_change_it():
         (["--quantize", "nf4"], "a base in nf4 cannot be trained itself; --lora trains adapters on it"),
         (["--lora", "--quantize", "int3"], "quantize 'int3' is not one of int8, int4, nf4"),
         (["--recipe", "huge"], "recipe 'huge' does not exist, only full, full_8x40gb, lora_1x80gb, qlora_1x80gb, tiny"),
-        (["--lora.r", "0"], "r must be a whole number of at least 1, not 0"),
+        (["--lora.r", "0"], "r must be an integer of at least 1, got 0"),
         (["--lora.target-modules", "qproj"], "'qproj' matches no module of this model"),
         (["--lora.target-modules", "gate"], "target_modules: model.layers.1.mlp.gate cannot be adapted"),
         (["--epochs", "0"], "epochs must be more than 0, not 0.0"),

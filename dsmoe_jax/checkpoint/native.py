@@ -33,6 +33,7 @@ from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, count_tensors, shar
 from dsmoe_jax.progress import Advance
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.storage.atomic_dir import StagingDir, atomic_dir, check_new_path, staging_path, sync_tree, write_json
+from dsmoe_jax.storage.manifest import find_damage
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.storage.strict_json import read_json
 
@@ -187,10 +188,8 @@ def is_written(staging: StagingDir, name: str) -> bool:
     """Whether an earlier run wrote this array and its files are still there."""
     if name not in staging.finished:
         return False
-    files = {
-        staging.folder / PARAMETERS / file: sums for file, sums in ArrayRecord(*staging.finished[name]).files.items()
-    }
-    return all(file.is_file() and file.stat().st_size == sums["bytes"] for file, sums in files.items())
+    files = ArrayRecord(*staging.finished[name]).files
+    return not any(find_damage(staging.folder / PARAMETERS, files, verify=False))
 
 
 def finalize(
