@@ -1,4 +1,4 @@
-"""Weights in another dtype: what the cast gives, and what it says that it lost.
+"""Casting weights and counting the changes.
 
 Start at `test_cast_stats_equal_a_slow_count`; its twin looks at one number at a time.
 """
@@ -30,7 +30,7 @@ EDGES = (
 
 
 def numbers(dtype: np.dtype) -> np.ndarray:
-    """Every number that 16 bits can be; of float32 the edges and some at random, NaN payloads among them."""
+    """Return all 16-bit values, or edge cases and random values of float32."""
     if dtype.itemsize == 2:
         return np.arange(1 << 16, dtype=np.uint16).view(dtype)
     random = np.frombuffer(np.random.default_rng(0).bytes(80_000), FP32)
@@ -43,7 +43,7 @@ def is_nan(array: np.ndarray) -> np.ndarray:
 
 
 def slow_loss(before: np.ndarray, wanted: np.dtype) -> CastStats:
-    """One number after another in Python's floats, which hold every value of the three dtypes."""
+    """Count value by value with Python floats, which represent all three dtypes."""
     changed, overflowed, largest = 0, 0, 0.0
     for number in before:
         with np.errstate(all="ignore"):
@@ -59,7 +59,7 @@ def slow_loss(before: np.ndarray, wanted: np.dtype) -> CastStats:
 
 
 def nearest_even(number: float, wanted: np.dtype) -> float:
-    """The number rounded by the rule itself, with Python's own pack for float16 and on the bits for bfloat16."""
+    """Round by Python's pack for float16 and by bits for bfloat16."""
     if wanted == FP16:
         try:
             return struct.unpack("<e", struct.pack("<e", number))[0]

@@ -1,4 +1,4 @@
-"""The import of Hugging Face checkpoints: the table of names, every bit of every weight, one line for every bad folder.
+"""Import of Hugging Face checkpoints: names, weights bit for bit, and errors.
 
 Start at `test_golden_checkpoint_is_imported_bit_for_bit`.
 """
@@ -46,7 +46,7 @@ every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIAN
 
 
 def original_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The parameters of the original PyTorch classes, written down from their constructors."""
+    """Return the parameters of the original PyTorch classes, from their constructors."""
     D, kv = c.hidden_size, c.num_kv_heads * c.head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab_size, D), "model.norm.weight": (D,)}
     if not c.tie_word_embeddings:
@@ -339,7 +339,7 @@ def remove_weights(folder: Path) -> None:
 
 
 def change_tensors(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
-    """The checkpoint as one file, its tensors changed."""
+    """Rewrite the checkpoint as one file with changed tensors."""
 
     def spoil(folder: Path) -> None:
         remove_weights(folder)
@@ -351,7 +351,7 @@ def change_tensors(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[
 
 
 def place_in(shard: str) -> Callable[[Path], None]:
-    """The index says that a tensor lies in `shard`, which is a good file outside the folder."""
+    """Place a tensor in `shard`, a valid file outside the folder."""
 
     def spoil(folder: Path) -> None:
         (folder / SHARD).rename(folder.parent / "elsewhere.safetensors")
@@ -367,7 +367,7 @@ def link_out(folder: Path) -> None:
 
 
 class Touch:
-    """Unpickled by pickle, it runs a command: the marker file would be made."""
+    """Write a pickle that would create a marker file."""
 
     def __init__(self, marker: Path):
         self.marker = marker

@@ -1,4 +1,4 @@
-"""The export: what was imported from a Hugging Face folder goes out tensor for tensor, bit for bit, config and all.
+"""Export: tensors, config and files round-trip bit for bit.
 
 Start at `test_golden_checkpoint_round_trips_bit_for_bit`. What comes back is read by the safetensors library, or
 from the bytes by hand; `test_export_torch.py` has PyTorch load and run it.
@@ -47,7 +47,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def round_trip(source: Path, work: Path, **options: Any) -> Path:
-    """The folder as it comes back, imported to `work/native` on the way."""
+    """Return the folder after an import to `work/native` and an export."""
     import_hf(source, work / "native")
     return export_hf(work / "native", work / "back", **options).path
 
@@ -57,7 +57,7 @@ def as_stored(tensors: dict[str, np.ndarray]) -> dict[str, Stored]:
 
 
 def differing(got: dict[str, Stored], want: dict[str, Stored]) -> list[str]:
-    """The names of tensors that are not in both, or not the same in dtype, shape and every bit."""
+    """Return the names of missing or unequal tensors."""
     return sorted(name for name in got.keys() | want.keys() if got.get(name) != want.get(name))
 
 
@@ -67,7 +67,7 @@ def fields_of(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A native checkpoint to export, not to change; its source is `hf` beside it."""
+    """Return a read-only native checkpoint with its source `hf`."""
     work = tmp_path_factory.mktemp("export")
     import_hf(write_hf(work / "hf", tiny(torch_dtype="float32"), random_params(tiny())), work / "native")
     return work / "native"
@@ -160,7 +160,7 @@ def test_duplicate_tied_head_is_exported_once(tmp_path: Path, form: str):
 
 
 def bin_file(tensors: dict[str, np.ndarray], shared: dict[str, str]) -> bytes:
-    """What `torch.save` writes of them; `shared` names those that look into another's storage."""
+    """Write them as `torch.save` does; `shared` names views of another's storage."""
     keys = {name: str(i) for i, name in enumerate(tensors)}
     rows = {
         name: hostile.row_by_row(keys[shared.get(name, name)], array.shape, array.size)
@@ -231,7 +231,7 @@ def test_export_has_only_our_config_class(tmp_path: Path):
 
 
 def defaults_of(code: Path) -> set[str]:
-    """The fields that the class sets: those of its table, and the parameters of `__init__`."""
+    """Return the fields that the class sets."""
     tree = ast.parse(code.read_text(encoding="utf-8"))
     (table,) = (node.value for node in tree.body if isinstance(node, ast.AnnAssign))
     (init,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))

@@ -1,4 +1,4 @@
-"""An independent reader proves the export: PyTorch loads it strictly, by Hugging Face's names, and computes the same.
+"""Exports loaded strictly by PyTorch give equal outputs.
 
 Start at `check_export`. Between an exported folder and its logits stands no code of ours but the test's own model.
 """
@@ -45,7 +45,7 @@ SPLIT = "20KB"
 
 
 def check_export(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of an exported folder, once its index and shards have been found to say the same."""
+    """Return every tensor of an exported folder after checking index and shards."""
     index = json.loads((folder / INDEX).read_text())
     files = sorted(folder.glob("*.safetensors"))
     shards = {file.name: load_file(file) for file in files}
@@ -63,7 +63,7 @@ def check_export(folder: Path) -> dict[str, Tensor]:
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a Hugging Face folder that PyTorch's own readers find in its files."""
+    """Return every tensor of a folder, read by PyTorch."""
     tensors = {}
     for file in folder.glob("model*.safetensors"):
         tensors |= load_file(file)
@@ -73,7 +73,7 @@ def stored(folder: Path) -> dict[str, Tensor]:
 
 
 def torch_logits(folder: Path, tensors: Mapping[str, Tensor], ids: np.ndarray) -> np.ndarray:
-    """What PyTorch computes in float32 with the folder's `config.json` and exactly these tensors."""
+    """Return PyTorch's float32 logits with the folder's config and exactly these tensors."""
     model = TorchModel(json.loads((folder / "config.json").read_text()))
     model.load_state_dict(tensors, strict=True)
     return model.eval()(torch.from_numpy(ids.astype(np.int64))).numpy()
@@ -91,7 +91,7 @@ def assert_same_bits(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> N
 
 
 def lively(tmp_path: Path, changes: Mapping[str, Any], dtype: str = "float32") -> Path:
-    """A tiny checkpoint whose weights are large enough for each of them to show in the logits."""
+    """Write a tiny checkpoint in which every weight affects the logits."""
     config = tiny(**changes)
     params = random_params(config)
     for name, value in params.items():
@@ -100,7 +100,7 @@ def lively(tmp_path: Path, changes: Mapping[str, Any], dtype: str = "float32") -
 
 
 def round_trip(source: Path, out: Path, max_shard_size: str = WHOLE) -> Path:
-    """Imported and exported again."""
+    """Import and export a folder."""
     import_hf(source, out / "native")
     export_hf(out / "native", out / "exported", max_shard_size=max_shard_size)
     return out / "exported"

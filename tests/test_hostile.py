@@ -1,4 +1,4 @@
-"""Checkpoints made to hurt: each is refused in one line, or loads what an independent reader finds in it.
+"""Hostile checkpoints: each is a one-line error or loads what an independent reader reads.
 
 Start at `HOSTILE`, folders that each try one thing; below it the same promise is held against mutated files. More
 hostile headers, pickles and zips, each as one file, are in test_reader.py.
@@ -55,7 +55,7 @@ MEGABYTES = 64_000_000  # beside twice the size of the files
 
 
 def within_bounds(folder: Path, attempt: Callable[[], object]) -> ValueError | None:
-    """Runs `attempt`; its refusal, or None if it found nothing wrong.
+    """Run `attempt` within limits; returns its error or None.
 
     Memory is what tracemalloc sees, Python's and numpy's: whatever a file can make the readers allocate is that.
     """
@@ -81,7 +81,7 @@ def within_bounds(folder: Path, attempt: Callable[[], object]) -> ValueError | N
 
 @pytest.fixture(scope="module", autouse=True)
 def memory():
-    """Python's allocations are counted while this file runs."""
+    """Trace Python's allocations."""
     tracemalloc.start()
     yield
     tracemalloc.stop()
@@ -96,7 +96,7 @@ EMPTY = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
 
 
 def weights(name: str, content: Callable[[], bytes]) -> Spoil:
-    """This file alone holds the weights."""
+    """Replace the weights by this file."""
 
     def spoil(folder: Path) -> None:
         for path in folder.glob("model*"):
@@ -119,7 +119,7 @@ def replaced(name: str, content: Callable[[], bytes]) -> Spoil:
 
 
 def placed_in(shard: str) -> Spoil:
-    """The index says that every tensor lies in `shard`."""
+    """Place every tensor in `shard`."""
     return replaced(
         INDEX,
         lambda: json.dumps({"weight_map": dict.fromkeys(hf_tensors(SMALL, random_params(SMALL)), shard)}).encode(),
@@ -160,14 +160,14 @@ def sparse(name: str, start: bytes, size: int) -> Spoil:
 
 @functools.cache
 def filled(item: str, brackets: str = "{}", size: int = 4_000_000) -> bytes:
-    """JSON of `item` over and over, larger than what is read; `#` in it counts in base 16."""
+    """Return JSON of repeated items beyond the size limit; `#` is a hexadecimal counter."""
     count = size // (len(item.encode()) + 5 * item.count("#") + 1)
     items = (item.replace("#", f"{i:05x}") for i in range(count)) if "#" in item else [item] * count
     return (brackets[0] + ",".join(items) + brackets[1]).encode()
 
 
 def bomb() -> bytes:
-    """A megabyte that says it is 2**20 bytes of weights."""
+    """Return a zip bomb."""
     return zip_file(state(("w", tensor(numel=2**18, shape=(2**18,)))), {"0": bytes(2**20)}, compression=8)
 
 
@@ -370,7 +370,7 @@ STRICTER = re.compile(
 
 
 def agrees_with_safetensors(file: Path, refused: ValueError | None, got: dict[str, np.ndarray]) -> None:
-    """The library is the judge: what it refuses we refuse, what both read is the same."""
+    """Compare with the safetensors library."""
     try:
         theirs = safetensors.deserialize(file.read_bytes())
     except safetensors.SafetensorError:
@@ -385,7 +385,7 @@ def agrees_with_safetensors(file: Path, refused: ValueError | None, got: dict[st
 
 
 def agrees_with_its_bytes(content: bytes, original: bytes, got: dict[str, np.ndarray]) -> None:
-    """Only bytes of tensors were changed: each tensor is what now lies where it lay."""
+    """Check tensors after a change of their bytes only."""
     tensors = hf_tensors(SMALL, random_params(SMALL))
     assert got.keys() == tensors.keys()
     for name, array in tensors.items():
@@ -394,7 +394,7 @@ def agrees_with_its_bytes(content: bytes, original: bytes, got: dict[str, np.nda
 
 
 def outcome(folder: Path, mutation: str, r: Random) -> str:
-    """Spoils one file of the good checkpoint in `folder`, opens it, puts the file back; what came of it."""
+    """Mutate one file of a valid checkpoint, open it and restore the file; returns the result."""
     form, name, spoil = MUTATIONS[mutation]
     files = good(form)
     content = spoil(r, files[name])
@@ -432,7 +432,7 @@ def outcome(folder: Path, mutation: str, r: Random) -> str:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """A good checkpoint of each form; what runs a command would leave a file in the working folder."""
+    """Return a valid checkpoint of each form."""
     paths = {}
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.chdir(tmp_path_factory.mktemp("working"))

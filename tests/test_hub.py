@@ -1,4 +1,4 @@
-"""Checkpoints from the hub, against a small one on loopback, by processes with the environment of a user.
+"""Downloads from a small hub on loopback, in subprocesses with a user's environment.
 
 Start at `test_only_needed_files_are_fetched`.
 """
@@ -46,7 +46,7 @@ for line in sys.stdin:
 
 
 class Client:
-    """A process that fetches."""
+    """A process that downloads."""
 
     def __init__(self, process: subprocess.Popen[str]):
         self.process = process
@@ -62,7 +62,7 @@ class Client:
         return Snapshot(Path(folder), name, sha)
 
     def refused(self, repository: str, revision: str | None = None, token: str = "") -> str:
-        """The one line."""
+        """Return the error message."""
         line = self.ask(repository, revision, token)["refused"]
         assert line.startswith(f"{repository}: ")
         assert line.isprintable()
@@ -119,7 +119,7 @@ def index(*shards: str) -> bytes:
 
 
 def holding(*names: str, **content: bytes) -> dict[str, bytes]:
-    """Files whose content does not matter, `fetch` does not open weights."""
+    """Return placeholder files; `fetch` does not open weights."""
     return {"config.json": b"{}"} | {name: name.encode() for name in names} | content
 
 

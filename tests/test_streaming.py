@@ -1,4 +1,4 @@
-"""Conversions of checkpoints larger than memory, killed at any moment, short of room: what is left, and going on.
+"""Conversions in constant memory, interrupted, killed and out of disk space.
 
 Start at `test_killed_conversion_resumes_correctly`.
 """
@@ -48,7 +48,7 @@ WIDE: Final = {"vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 1
 
 
 class Way:
-    """A direction of conversion with something to convert, and what becomes of it undisturbed."""
+    """A direction of conversion with its source and the expected result."""
 
     def __init__(self, convert: Callable[..., ConversionReport], source: Path, options: dict[str, Any], whole: Path):
         self.convert, self.source, self.options, self.whole = convert, source, options, whole
@@ -57,7 +57,7 @@ class Way:
         return self.convert(self.source, out, **self.options, **more)
 
     def is_whole(self, folder: Path) -> bool:
-        """Bit for bit what an undisturbed run made; a hidden sibling may have its journal still."""
+        """Return whether a folder equals the expected result; a staging directory may have its journal."""
         if self.convert is export_hf:
             return {n: data for n, data in snapshot(folder).items() if n != "journal.jsonl"} == snapshot(self.whole)
         same = read_manifest(folder).tensors == read_manifest(self.whole).tensors
@@ -65,7 +65,7 @@ class Way:
 
 
 def make_ways(work: Path, config: ModelConfig, shard: int) -> dict[str, Way]:
-    """Both directions of one checkpoint."""
+    """Return both directions of one checkpoint."""
     hf = write_hf(work / "hf", config, random_params(config))
     import_hf(hf, work / "native")
     export_hf(work / "native", work / "back", max_shard_size=shard)
@@ -86,7 +86,7 @@ def way(request: pytest.FixtureRequest, ways: dict[str, Way]) -> Way:
 
 
 def loads(folder: Path) -> bool:
-    """Whether anything takes the folder for a checkpoint, native or Hugging Face's."""
+    """Return whether the folder loads as a checkpoint."""
     for read in (load, load_hf):
         with contextlib.suppress(ValueError):
             read(folder)
@@ -128,13 +128,13 @@ for line in sys.stdin:
 
 
 class Server:
-    """The process that forks, from here."""
+    """The forking process."""
 
     def __init__(self, process: subprocess.Popen):
         self._process = process
 
     def run(self, way: Way, out: Path, seconds: float | None = None, units: int = 0) -> tuple[int, float]:
-        """The exit code of a conversion that is killed so long after so many units, and how long it took."""
+        """Kill a conversion some time after some units; returns exit code and time."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         journal = str(staging_path(out) / "journal.jsonl")
@@ -154,7 +154,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def larger_ways(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Way]]:
-    """Of 57 MB, so that there is time to be killed in."""
+    """Return a source of 57 MB, large enough to be killed in time."""
     config = tiny(
         vocab_size=4096, hidden_size=256, intermediate_size=1024, moe_intermediate_size=256, num_hidden_layers=4,
         n_routed_experts=16,
@@ -400,7 +400,7 @@ print(json.dumps(grown))
 
 
 def write_sparse(folder: Path, config: ModelConfig) -> int:
-    """A bfloat16 checkpoint of zeros that takes no room: a header and a hole; returns the tensors' bytes."""
+    """Write a sparse bfloat16 checkpoint of zeros; returns the tensors' bytes."""
     folder.mkdir()
     header, end = {}, 0
     for name, shape in hf_shapes(config).items():
