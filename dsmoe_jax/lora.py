@@ -7,7 +7,6 @@ parameter NAME, and full tensors that replace those of the base, under their nam
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -22,7 +21,7 @@ from dsmoe_jax.config_aliases import show_value
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.kernels.operand import LowRank, Operand, Quantized
 from dsmoe_jax.layers.weights import Initializer
-from dsmoe_jax.model import ParamSpec, abstract
+from dsmoe_jax.model import ParamSpec, abstract, key_of
 from dsmoe_jax.sharding import sharding
 
 LORA_A, LORA_B = ".lora_a", ".lora_b"
@@ -123,20 +122,13 @@ def specs(plan: Plan, config: ModelConfig) -> dict[str, ParamSpec]:
 
 
 def init(plan: Plan, config: ModelConfig, base: Mapping[str, Operand], key: PRNGKeyArray) -> dict[str, Array]:
-    """Initialize an adapter in fp32 that leaves the model unchanged; traceable.
-
-    Args:
-      plan: The parameters of the adapter.
-      config: The model.
-      base: Its parameters; the initial values of `plan.saved`.
-      key: Random key.
-    """
+    """Initialize an adapter in fp32 that leaves the model unchanged; traceable."""
     found = {}
     for name, spec in specs(plan, config).items():
         if name in base:
             found[name] = _dense(base[name]).astype(jnp.float32)
         else:
-            found[name] = spec.initializer.draw(_key_of(name, key), spec.shape, jnp.float32)
+            found[name] = spec.initializer.draw(key_of(name, key), spec.shape, jnp.float32)
     for name, target in plan.targets.items():
         found[name + LORA_A] *= _rank_mask(target, found[name + LORA_A].ndim)
     return found
@@ -173,7 +165,7 @@ def attach(
         a, b = adapter[name + LORA_A], adapter[name + LORA_B]
         if dropout_key is not None and plan.dropout:
             columns = (*a.shape[:-2], 1, a.shape[-1])
-            keep = jax.random.bernoulli(_key_of(name, dropout_key), 1 - plan.dropout, columns)
+            keep = jax.random.bernoulli(key_of(name, dropout_key), 1 - plan.dropout, columns)
             a = jnp.where(keep, a / (1 - plan.dropout), 0)
         params[name] = LowRank(base[name], a, b * _per_matrix(target.scales, b.ndim))
     return params | {name: adapter[name] for name in plan.saved}
@@ -217,7 +209,3 @@ def _dense(operand: Operand) -> Array:
         return operand  # type: ignore[return-value]
     one = Quantized.dequantize
     return (jax.vmap(one) if operand.codes.ndim == 3 else one)(operand)
-
-
-def _key_of(name: str, key: PRNGKeyArray) -> PRNGKeyArray:
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))

@@ -110,7 +110,7 @@ class DeepSeekMoE(nnx.Module):
         check_seed(seed)
         places, key = shardings(config, mesh), jax.random.key(seed)
         params = {
-            name: _drawer(spec.initializer, spec.shape, np.dtype(dtype), places[name])(_key_of(name, key))
+            name: _drawer(spec.initializer, spec.shape, np.dtype(dtype), places[name])(key_of(name, key))
             for name, spec in abstract(config)[1].items()
         }
         return assemble(config, params)
@@ -367,7 +367,8 @@ def _drawer(initializer: Initializer, shape: tuple[int, ...], dtype: np.dtype, p
     return jax.jit(lambda key: initializer.draw(key, shape, dtype), out_shardings=place)
 
 
-def _key_of(name: str, key: PRNGKeyArray) -> PRNGKeyArray:
+def key_of(name: str, key: PRNGKeyArray) -> PRNGKeyArray:
+    """The random key of a parameter."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 

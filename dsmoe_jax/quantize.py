@@ -241,18 +241,8 @@ def read_quantized(
 ) -> dict[str, Operand]:
     """Read and quantize the parameters of a model, each directly onto its devices.
 
-    The dense model is never in memory: a process reads the experts of its own devices, one at a time.
-
-    Args:
-      config: The model.
-      read_array: Returns the stored parameter of a name, memory-mapped.
-      scheme: A key of `SCHEMES`.
-      double: As in `quantize`.
-      dtype: Cast what is not quantized.
-      mesh: The devices; None is the default device.
-
-    Raises:
-      DSMoEError: As in `quantize`.
+    The dense model is never in memory: `read_array` returns mapped arrays by name, of which a process reads the
+    experts of its own devices, one at a time. `dtype` casts what is not quantized. Otherwise as `quantize`.
     """
     mesh, params = as_mesh(mesh), {}
     for name, place in shardings(config, mesh).items():

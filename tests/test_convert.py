@@ -182,7 +182,7 @@ def test_unknown_dtype_is_an_error(tmp_path: Path, dtype: str):
     source = write_hf(tmp_path / "hf", tiny(), random_params(tiny()))
     before = snapshot(tmp_path)
 
-    with pytest.raises(ValueError, match=r"dtype '.*' is not one of float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match=r"dtype must be one of float32, bfloat16, float16, got '.*'"):
         import_hf(source, tmp_path / "out", dtype=dtype)
 
     assert snapshot(tmp_path) == before

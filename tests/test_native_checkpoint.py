@@ -79,7 +79,7 @@ def test_load_casts_to_dtype(saved: Path):
 
 
 def test_an_unknown_dtype_is_rejected(saved: Path):
-    with pytest.raises(ValueError, match="dtype 'int4' is not one of float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got 'int4'"):
         load(saved, dtype="int4")
 
 

@@ -103,15 +103,7 @@ def is_native(path: str | Path) -> bool:
 
 
 def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
-    """Read the manifest of a native checkpoint.
-
-    Args:
-      folder: The checkpoint.
-      verify: Compare the manifest, and all files but the parameters, with their SHA-256.
-
-    Raises:
-      DSMoEError: There is no manifest, it is malformed, or a file does not match.
-    """
+    """Read the manifest of a native checkpoint; `verify` checks it, and all files but the parameters."""
     path = folder / MODEL_MANIFEST
     if not is_native(folder):
         raise DSMoEError(f"{folder}: not a native checkpoint (no {MODEL_MANIFEST})")
@@ -139,13 +131,7 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
 
 
 def find_damage(folder: Path, manifest: Manifest, advance: Advance = lambda step: None) -> Iterator[TensorDamage]:
-    """Yield everything in a native checkpoint that differs from its manifest; reads all files.
-
-    Args:
-      folder: The checkpoint.
-      manifest: Its manifest, read with `verify=False`.
-      advance: Called with the number of bytes as files are done.
-    """
+    """Yield all that differs from a manifest read with `verify=False`; reads all files, and tells `advance`."""
     if not manifest.intact:
         yield TensorDamage(MODEL_MANIFEST, None, MISMATCH)
     rows = manifest.other_files | manifest.parameter_files

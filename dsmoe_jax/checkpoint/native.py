@@ -13,13 +13,13 @@ from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dsmoe_jax.checkpoint.manifest import PARAMETERS, Manifest, check_parameters, read_manifest, write_manifest
 from dsmoe_jax.checkpoint.zarr_io import (
+    DTYPES,
     ArrayRecord,
     ArrayWriter,
     quiet_orbax,
@@ -37,7 +37,6 @@ from dsmoe_jax.storage.manifest import find_damage
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.storage.strict_json import read_json
 
-DTYPES: Final[dict[str, Any]] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 _SKELETON_UNIT: Final = "frame"  # in journals
 
 
@@ -156,16 +155,7 @@ class ArraySource(NamedTuple):
 def write_parameters(
     staging: StagingDir, parameters: Sequence[ArraySource], advance: Advance
 ) -> dict[str, ArrayRecord]:
-    """Write the arrays that an earlier run has not, a few chunks in memory at a time.
-
-    Args:
-      staging: The checkpoint.
-      parameters: All arrays of it.
-      advance: Called with the number of bytes as they are written.
-
-    Returns:
-      The manifest's entries by parameter.
-    """
+    """Write the arrays that an earlier run has not, in chunks; returns the manifest's entries by parameter."""
     folder = staging.folder / PARAMETERS
     if _SKELETON_UNIT not in staging.finished:
         for left in staging.folder.glob(f"{PARAMETERS}*"):  # by a killed run
@@ -199,18 +189,7 @@ def finalize(
     extra_files: Iterable[Path] = (),
     source: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """Write the other files of a checkpoint, the manifest last.
-
-    Args:
-      folder: The checkpoint, its parameters written.
-      config: The model.
-      records: What `write_parameters` returned.
-      extra_files: Files to copy into it.
-      source: Where it was converted from, for the manifest.
-
-    Returns:
-      The SHA-256 of the manifest.
-    """
+    """Write the files besides the parameters (`records`), the manifest last; returns the manifest's SHA-256."""
     for file in extra_files:
         shutil.copyfile(file, folder / file.name)
     write_json(folder / "config.json", config.to_dict())
@@ -218,13 +197,9 @@ def finalize(
 
 
 def check_tensor_count(source: str | Path, config: ModelConfig, found: int, per_stack: int = 1) -> None:
-    """Reject a config with far more tensors than the checkpoint, before anything is allocated per tensor.
+    """Reject a config with far more tensors than the `found` ones, before anything is allocated per tensor.
 
-    Args:
-      source: The checkpoint, for the error.
-      config: The config.
-      found: How many tensors the checkpoint has.
-      per_stack: How many of them make up one stack of experts.
+    `per_stack` tensors of the checkpoint make up one stack of experts.
     """
     expected = count_tensors(config, per_stack)
     if expected > 2 * found + 100:
@@ -233,12 +208,12 @@ def check_tensor_count(source: str | Path, config: ModelConfig, found: int, per_
 
 def as_dtype(dtype: Any) -> Any:
     """The numpy dtype of "float32", "bfloat16" or "float16", or of their types; None stays None."""
-    for name, known in DTYPES.items():
-        if dtype is not None and (dtype == name or (not isinstance(dtype, str) and np.dtype(dtype) == np.dtype(known))):
-            return np.dtype(known)
-    if dtype is not None:
-        raise DSMoEError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    return None
+    if dtype is None:
+        return None
+    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    if name not in DTYPES:
+        raise DSMoEError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return DTYPES[name]
 
 
 def check_names_and_shapes(

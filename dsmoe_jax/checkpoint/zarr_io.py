@@ -43,7 +43,7 @@ _STAMPS: Final = (  # file of the skeleton, pattern of a time or path in it, rep
 _INNER_CHUNK_BYTES: Final = 8 << 20  # an expert of the 16B has 5.8 MB
 _OS_ERROR: Final = re.compile(r"os_error_code='(\d+)'")  # in a message from tensorstore
 _hooks: list[Callable[[Any], Any]] = []  # the previous sys.unraisablehook
-_DTYPES: Final[dict[str, np.dtype]] = {
+DTYPES: Final[dict[str, np.dtype]] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
@@ -152,14 +152,9 @@ class ArrayWriter:
         chunks: Iterable[np.ndarray],
         note: Callable[[], Any] = lambda: None,
     ) -> None:
-        """Start writing an array; waits for a free worker, so that only arrays being written are in memory.
+        """Start writing an array from chunks, consecutive in C order; `note` is called after the last one.
 
-        Args:
-          name: The parameter.
-          shape: Its shape.
-          dtype: Its dtype.
-          chunks: Its values, consecutive in C order.
-          note: Called after the last chunk for `ArrayRecord.note`.
+        Waits for a free worker, so that only arrays being written are in memory.
         """
         self._free.acquire()
         if self._stopped:
@@ -217,7 +212,7 @@ def open_array(folder: Path, name: str) -> np.ndarray:
     home = folder / STATE / name
     spec = read_json(home / "zarr.json")
     try:
-        shape, dtype = tuple(spec["shape"]), _DTYPES[spec["data_type"]]
+        shape, dtype = tuple(spec["shape"]), DTYPES[spec["data_type"]]
         fits = spec == _spec(shape, dtype)
     except (LookupError, TypeError, ValueError, OverflowError):
         fits = False
@@ -238,7 +233,7 @@ def open_array(folder: Path, name: str) -> np.ndarray:
 def tensor_bytes(tensor: Mapping[str, Any]) -> int:
     """The size of a tensor from its entry in a manifest; `DSMoEError` for a malformed entry."""
     try:
-        return math.prod(map(operator.index, tensor["shape"])) * _DTYPES[tensor["dtype"]].itemsize
+        return math.prod(map(operator.index, tensor["shape"])) * DTYPES[tensor["dtype"]].itemsize
     except (KeyError, TypeError):
         raise DSMoEError(f"{str(dict(tensor))[:200]} is not the shape and dtype of a tensor") from None
 

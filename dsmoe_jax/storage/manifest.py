@@ -62,20 +62,9 @@ def read_manifest(
     require_hash: bool = True,
     renamed: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Read a manifest and check its form.
+    """Read a manifest and check its form, its format (`version`; None: any) and, with `verify`, its own SHA-256.
 
-    Args:
-      path: The manifest itself.
-      version: The expected `format`; None accepts any.
-      verify: Compare the manifest with its own SHA-256.
-      require_hash: Refuse a manifest without a SHA-256 of its own.
-      renamed: New names of fields, by those that older manifests have.
-
-    Returns:
-      The fields, `sha256` included.
-
-    Raises:
-      DSMoEError: The file is missing or malformed, has another format, or does not match its SHA-256.
+    Without `require_hash` it may have none, as older ones. `renamed` has new names of fields by those of older ones.
     """
     fields = read_json(path)
     if version is not None and fields.get("format") != version:
@@ -101,15 +90,10 @@ def find_damage(
     cache: "HashCache | None" = None,
     advance: Advance = lambda step: None,
 ) -> Iterator[Damage]:
-    """Yield the files that differ from their manifest, in its order; several are read at once.
+    """Yield the files that differ from their manifest, in its order; several are read in parallel.
 
-    Args:
-      folder: The folder that the paths are relative to.
-      files: What the manifest lists.
-      verify: Compare hashes; False compares sizes alone.
-      share: (i, n) checks each n-th file from the i-th on, for n processes that share the work.
-      cache: Hashes of files that have not changed since they were computed.
-      advance: Called with the number of bytes as files are done.
+    Without `verify` only sizes are compared. `share` (i, n) checks every n-th file from the i-th on, for n processes.
+    `cache` has the hashes of unchanged files. `advance` is called with the bytes of each file.
     """
     mine = dict(list(files.items())[share[0] :: share[1]])
     hashes: Mapping[Path, str] = {}
@@ -118,10 +102,13 @@ def find_damage(
 
     def check(name: str) -> Damage | None:
         row = mine[name]
-        found = _size_damage(folder, name, row)
-        if found is None and verify:
-            intact = hashes[folder / name] == row["sha256"] if cache else _matches(folder / name, row)
-            found = None if intact else Damage(name, MISMATCH)
+        try:
+            found = _size_damage(folder, name, row)
+            if found is None and verify:
+                intact = hashes[folder / name] == row["sha256"] if cache else _matches(folder / name, row)
+                found = None if intact else Damage(name, MISMATCH)
+        except OSError as error:
+            found = Damage(name, f"cannot be read ({error.strerror})")
         advance(row["bytes"])
         return found
 

@@ -7,15 +7,7 @@ from dsmoe_jax.errors import DSMoEError
 
 
 def expand_user(path: str | os.PathLike[str], name: str) -> str:
-    """Expand a leading `~` and change nothing else.
-
-    Args:
-      path: The path.
-      name: What it is, for the error.
-
-    Raises:
-      DSMoEError: The path is empty, as that of an unset shell variable; `Path("")` would be the current folder.
-    """
+    """Expand a leading `~`; `DSMoEError`, naming the argument, for an empty path, as of an unset shell variable."""
     text = os.fspath(path)
     if not text.strip():
         raise DSMoEError(f"{name} must be a path, got an empty string")
