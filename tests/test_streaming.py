@@ -419,7 +419,7 @@ def write_sparse(folder: Path, config: ModelConfig) -> int:
     ("changes", "dtype", "least", "bound"),
     [
         ({"n_routed_experts": 43}, None, LARGE, GROWTH),
-        ({"n_routed_experts": 4, "vocab_size": 25600}, "float32", 0, GROWTH),
+        pytest.param({"n_routed_experts": 4, "vocab_size": 25600}, "float32", 0, GROWTH, marks=pytest.mark.slow),
     ],
     ids=["as stored", "to float32"],
 )
