@@ -436,7 +436,7 @@ def test_folder_without_a_readable_tokenizer_is_refused(tmp_path: Path, files: d
     ("name", "content", "message"),
     [
         ("tokenizer_config.json", "{", "tokenizer_config.json: is not JSON"),
-        ("special_tokens_map.json", "[]", "special_tokens_map.json: holds a list"),
+        ("special_tokens_map.json", "[]", "special_tokens_map.json: must be a JSON object, got list"),
         (
             "tokenizer_config.json",
             '{"bos_token": "<no>"}',
