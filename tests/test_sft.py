@@ -18,10 +18,11 @@ from hypothesis import strategies
 
 from dsmoe_jax.text.tokenizer import Tokenizer
 from dsmoe_jax.train.data import TokenShards, is_token_shards, tokenizer_hash
-from dsmoe_jax.train.sft import FORMATS, Examples, endings_of, is_examples, show, write_examples
-from dsmoe_jax.train.sft.formats import Completion, Conversation, Tokens, read_line
-from dsmoe_jax.train.sft.shorten import shorten
-from dsmoe_jax.train.sft.templates import Example, example_of, open_template
+from dsmoe_jax.train.sft import FORMATS, Examples, infer_stop_config, is_examples, show, write_examples
+from dsmoe_jax.train.sft.formats import Completion, Conversation, Tokens, parse_record
+from dsmoe_jax.train.sft.truncate import truncate
+from dsmoe_jax.train.sft.examples import Example
+from dsmoe_jax.train.sft.templates import open_template, tokenize_record
 from tests.helpers.corpus import BOS, EOS, byte_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "tokenizer"
@@ -50,16 +51,16 @@ def said(*texts: str) -> Conversation:
 
 def spans(example: Example, tokenizer: Tokenizer) -> list[tuple[bool, str]]:
     """The example's text, cut where it begins or ceases to be learned."""
-    tokens, is_target = example
-    cuts = [0, *(np.flatnonzero(np.diff(is_target)) + 1), len(tokens)]
+    tokens, loss_mask = example
+    cuts = [0, *(np.flatnonzero(np.diff(loss_mask)) + 1), len(tokens)]
     return [
-        (bool(is_target[a]), tokenizer.decode(tokens[a:b], skip_special_tokens=False))
+        (bool(loss_mask[a]), tokenizer.decode(tokens[a:b], skip_special_tokens=False))
         for a, b in itertools.pairwise(cuts)
     ]
 
 
 def read(line: Any, tokenizer: Tokenizer, template: str | Path = "chat", targets: str = "all") -> Example:
-    return example_of(line, tokenizer, open_template(template), targets)
+    return tokenize_record(line, tokenizer, open_template(template), targets)
 
 
 # Strings of special tokens in the data
@@ -131,7 +132,7 @@ def test_masks_by_eye(tokenizer: Tokenizer):
         (False, "User: Bye\n\nAssistant:"),
         (True, f" See you{EOS}"),
     ]
-    assert spans(read(line, tokenizer, targets="last"), tokenizer) == [
+    assert spans(read(line, tokenizer, train_on="last"), tokenizer) == [
         (False, f"{BOS}User: Hi\n\nAssistant: Hello{EOS}User: Bye\n\nAssistant:"),
         (True, f" See you{EOS}"),
     ]
@@ -148,15 +149,15 @@ def test_masks_by_eye(tokenizer: Tokenizer):
         (True, "Hello\n<|EOT|>"),
     ]
     given = Tokens([0, 70, 71, 72, 73, 1], [False, True, True, False, True, True])
-    assert read(given, tokenizer).is_target.tolist() == given.is_target
-    assert read(given, tokenizer, targets="last").is_target.tolist() == [False] * 4 + [True] * 2
+    assert read(given, tokenizer).loss_mask.tolist() == given.loss_mask
+    assert read(given, tokenizer, train_on="last").loss_mask.tolist() == [False] * 4 + [True] * 2
 
 
 def test_a_chat_is_cut_where_inference_will_begin(tokenizer: Tokenizer):
     line = said("Hi", "Hello", "Bye", "See you")
-    tokens, is_target = read(line, tokenizer)
+    tokens, loss_mask = read(line, tokenizer)
 
-    for turn, begin in zip((1, 3), np.flatnonzero(np.diff(is_target.astype(int)) == 1) + 1, strict=True):
+    for turn, begin in zip((1, 3), np.flatnonzero(np.diff(loss_mask.astype(int)) == 1) + 1, strict=True):
         prompt = tokenizer.apply_chat_template(line.messages[:turn], add_generation_prompt=True)
         assert tokens[:begin].tolist() == prompt
 
@@ -166,7 +167,7 @@ def test_what_stands_after_the_last_answer_is_left_out(tokenizer: Tokenizer):
 
 
 def test_the_first_token_is_no_target_since_nothing_stands_before_it(tokenizer: Tokenizer):
-    assert read(Tokens([5, 6], [True, True]), tokenizer).is_target.tolist() == [False, True]
+    assert read(Tokens([5, 6], [True, True]), tokenizer).loss_mask.tolist() == [False, True]
     with pytest.raises(ValueError, match="has nothing to learn: no token of it is a target"):
         read(Tokens([5, 6], [True, False]), tokenizer)
 
@@ -240,9 +241,9 @@ def test_deepseek_instruct_is_the_original_token_for_token(tokenizer: Tokenizer,
         tokenizer = Tokenizer.from_pretrained(SHARED)
 
     for instruction, output in ODD_PAIRS:
-        tokens, is_target = read(said(instruction, output), tokenizer, "deepseek-instruct")
+        tokens, loss_mask = read(said(instruction, output), tokenizer, "deepseek-instruct")
 
-        assert (tokens.tolist(), is_target.tolist()) == original(tokenizer, instruction, output)
+        assert (tokens.tolist(), loss_mask.tolist()) == original(tokenizer, instruction, output)
 
 
 @pytest.mark.skipif(not (SHARED / "tokenizer.json").is_file(), reason="../shared/tokenizer is not here")
@@ -330,22 +331,22 @@ LINES: dict[str, tuple[dict[str, Any], Any]] = {
 def test_a_format_is_found_from_the_fields_or_named(fields: dict[str, Any], want: Any):
     names = [name for name, entry in FORMATS.items() if all(fields.get(field) is not None for field in entry.fields)]
 
-    assert read_line(fields) == want
-    assert [read_line(fields, name) for name in names] == [want]
+    assert parse_record(fields) == want
+    assert [parse_record(fields, name) for name in names] == [want]
 
 
 def test_a_system_turn_keeps_its_role():
     fields = {"conversations": [{"from": "system", "value": "S"}, {"from": "gpt", "value": "Hello"}]}
 
-    assert [message["role"] for message in read_line(fields).messages] == ["system", "assistant"]  # pyright: ignore
+    assert [message["role"] for message in parse_record(fields).messages] == ["system", "assistant"]  # pyright: ignore
 
 
 def test_lines_with_the_fields_of_two_formats_want_a_name():
     fields = {"prompt": "a", "completion": "b", "instruction": "c", "output": "d"}
 
-    assert read_line(fields, "completion") == Completion("a", "b")
+    assert parse_record(fields, "completion") == Completion("a", "b")
     with pytest.raises(ValueError, match="has the fields of instruction and of completion; name the format"):
-        read_line(fields)
+        parse_record(fields)
 
 
 def turns(*pairs: tuple[Any, Any]) -> dict[str, Any]:
@@ -358,16 +359,16 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
     "no object":        (["a"], "is not a JSON object"),
     "empty output":     ({"instruction": "a", "output": " \n"}, "has nothing to learn: its 'output' is empty"),
     "empty completion": ({"prompt": "a", "completion": ""}, "has nothing to learn: its 'completion' is empty"),
-    "not a text":       ({"instruction": 3, "output": "a"}, "has a int as 'instruction', not a text"),
-    "input":            ({"instruction": "a", "input": [], "output": "a"}, "has a list as 'input', not a text"),
-    "half a surrogate": ({"prompt": "\ud83d", "completion": "a"}, "half a surrogate pair"),
-    "not a list":       ({"messages": "a"}, "has a str as 'messages', not a list"),
+    "not a text":       ({"instruction": 3, "output": "a"}, "must have a string as 'instruction', got int"),
+    "input":            ({"instruction": "a", "input": [], "output": "a"}, "must have a string as 'input', got list"),
+    "half a surrogate": ({"prompt": "\ud83d", "completion": "a"}, "lone surrogate"),
+    "not a list":       ({"messages": "a"}, "must have a list as 'messages', got str"),
     "no turns":         ({"messages": []}, "has no turn of the assistant in 'messages'"),
     "no answer":        (turns(("user", "a")), "has no turn of the assistant in 'messages'"),
     "empty answer":     (turns(("user", "a"), ("assistant", "")), "has nothing to learn: its 'content' is empty"),
     "role":             (turns(("user", "a"), ("bot", "b")), "has turn 1 from 'bot'; known are system, user"),
     "list as a role":   (turns((["user"], "a")), "has turn 0 from ['user']"),
-    "no content":       (turns(("user", None)), "has a NoneType as 'content', not a text"),
+    "no content":       (turns(("user", None)), "must have a string as 'content', got NoneType"),
     "no role":          ({"messages": [{"from": "user"}]}, "has no 'role' and 'content' in turn 0 of 'messages'"),
     "lengths":          ({"input_ids": [1, 2], "labels": [1]}, "has 2 input_ids and 1 labels"),
     "ids":              ({"input_ids": "ab", "labels": [1]}, "something other than a list of integers as 'input_ids'"),
@@ -387,13 +388,13 @@ def test_a_broken_line_is_named_left_out_and_refused_where_there_are_too_many(
     good = {"instruction": "Hi", "output": "Hello"}
     source = jsonl(tmp_path / "a.jsonl", [good, line, good])
 
-    found = write_examples(source, folder, tmp_path / "out", sequence_length=LONG, most_broken=0.5)
+    found = write_examples(source, folder, tmp_path / "out", sequence_length=LONG, max_malformed_fraction=0.5)
 
     assert found.examples == 2
     assert f"{source}:2 " in caplog.text
     assert problem in caplog.text
     with pytest.raises(
-        ValueError, match=r"1 of 3 lines are broken, at most 1 % may be; the first: .*a.jsonl:2 "
+        ValueError, match=r"1 of 3 lines are malformed, at most 1 % may be; the first: .*a.jsonl:2 "
     ) as refused:
         write_examples(source, folder, tmp_path / "other", sequence_length=LONG)
     assert problem in str(refused.value)
@@ -503,7 +504,7 @@ UNREAD: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("fields", "want"), READ.values(), ids=READ)
 def test_every_turn_of_a_line_is_read(fields: dict[str, Any], want: list[tuple[str, Any]]):
-    line = read_line(fields)
+    line = parse_record(fields)
 
     assert isinstance(line, Conversation)
     assert chat(*line.messages) == want
@@ -512,7 +513,7 @@ def test_every_turn_of_a_line_is_read(fields: dict[str, Any], want: list[tuple[s
 @pytest.mark.parametrize(("fields", "problem"), UNREAD.values(), ids=UNREAD)
 def test_what_is_not_read_is_refused_by_name(fields: dict[str, Any], problem: str):
     with pytest.raises(ValueError, match=problem):
-        read_line(fields)
+        parse_record(fields)
 
 
 @pytest.mark.parametrize("padding", ["left", "right", "both"])
@@ -526,8 +527,8 @@ def test_padding_of_token_lines_is_taken_off(padding: str):
         "token_type_ids": [0] * (before + 3 + after),
     }
 
-    assert read_line(fields) == Tokens([5, 6, 7], [False, True, True])
-    assert read_line(fields | {"completion_mask": [0] * (before + 2) + [1] * (after + 1)}) == Tokens(
+    assert parse_record(fields) == Tokens([5, 6, 7], [False, True, True])
+    assert parse_record(fields | {"completion_mask": [0] * (before + 2) + [1] * (after + 1)}) == Tokens(
         [5, 6, 7], [False, False, True]
     )
 
@@ -537,7 +538,7 @@ def test_padding_of_token_lines_is_taken_off(padding: str):
 )
 def test_a_turn_that_is_not_to_be_learned_is_no_target(tokenizer: Tokenizer, mark: dict[str, Any]):
     messages = said("Hi", "Hello", "Bye", "See you").messages
-    line = read_line({"messages": [messages[0], messages[1] | mark, *messages[2:]]})
+    line = parse_record({"messages": [messages[0], messages[1] | mark, *messages[2:]]})
 
     want = [(False, f"{BOS}User: Hi\n\nAssistant: Hello{EOS}User: Bye\n\nAssistant:"), (True, f" See you{EOS}")]
     assert spans(read(line, tokenizer), tokenizer) == want
@@ -545,10 +546,10 @@ def test_a_turn_that_is_not_to_be_learned_is_no_target(tokenizer: Tokenizer, mar
 
 def test_only_the_completion_of_messages_is_learned(tokenizer: Tokenizer):
     messages = said("Hi", "Hello", "Bye", "See you").messages
-    line = read_line({"prompt": messages[:3], "completion": messages[3:]})
+    line = parse_record({"prompt": messages[:3], "completion": messages[3:]})
 
     assert spans(read(line, tokenizer), tokenizer)[-1] == (True, f" See you{EOS}")
-    assert read(line, tokenizer).is_target.sum() == len(f" See you{EOS}") - len(EOS) + 1
+    assert read(line, tokenizer).loss_mask.sum() == len(f" See you{EOS}") - len(EOS) + 1
 
 
 TOOLS = (
@@ -571,7 +572,7 @@ TOOL_LINE = {
 def test_a_template_that_knows_tools_writes_them(tmp_path: Path, tokenizer: Tokenizer):
     (tmp_path / "tools.jinja").write_text(TOOLS)
 
-    found = spans(read(read_line(TOOL_LINE), tokenizer, tmp_path / "tools.jinja"), tokenizer)
+    found = spans(read(parse_record(TOOL_LINE), tokenizer, tmp_path / "tools.jinja"), tokenizer)
 
     assert found == [
         (False, "<tool>look</tool>[user]q[assistant]"),
@@ -607,17 +608,17 @@ def test_what_a_template_ignores_is_refused_by_name(
     (tmp_path / "tools.jinja").write_text(TOOLS.replace(old, new) if old in TOOLS else TOOLS)
 
     with pytest.raises(ValueError, match=f"{problem} the chat template ignores"):
-        read(read_line(fields), tokenizer, tmp_path / "tools.jinja")
+        read(parse_record(fields), tokenizer, tmp_path / "tools.jinja")
 
 
 def test_a_template_that_fails_over_a_field_names_it(tokenizer: Tokenizer):
     with pytest.raises(ValueError, match="has 'tool_calls': the chat template failed"):
-        read(read_line({"messages": TOOL_LINE["messages"][:2]}), tokenizer)
+        read(parse_record({"messages": TOOL_LINE["messages"][:2]}), tokenizer)
 
 
 def test_the_instruct_template_refuses_what_it_ignores(tokenizer: Tokenizer):
     with pytest.raises(ValueError, match="has 'tools', which deepseek-instruct ignores"):
-        read(read_line({"messages": CHAT, "tools": [TOOL]}), tokenizer, "deepseek-instruct")
+        read(parse_record({"messages": CHAT, "tools": [TOOL]}), tokenizer, "deepseek-instruct")
 
 
 def test_neutral_fields_are_counted_and_named_once(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture):
@@ -655,7 +656,7 @@ CORPUS = [{"prompt": f"say {n}", "completion": "number " * (n % 7) + str(n)} for
 
 
 def examples_of(found: Examples) -> list[tuple[list[int], list[bool]]]:
-    return [(tokens.tolist(), is_target.tolist()) for tokens, is_target in map(found.read, range(len(found)))]
+    return [(tokens.tolist(), loss_mask.tolist()) for tokens, loss_mask in map(found.read, range(len(found)))]
 
 
 def test_a_folder_gives_back_what_was_written(tmp_path: Path, folder: Path, tokenizer: Tokenizer):
@@ -663,17 +664,17 @@ def test_a_folder_gives_back_what_was_written(tmp_path: Path, folder: Path, toke
 
     report = write_examples(source, folder, tmp_path / "out", sequence_length=LONG, val_fraction=0.2)
 
-    train, heldout = (Examples.open(tmp_path / "out", split, verify=True) for split in ("train", "heldout"))
+    train, validation = (Examples.open(tmp_path / "out", split, verify=True) for split in ("train", "validation"))
     want = [read(Completion(**line), tokenizer) for line in CORPUS]
-    pairs = [(tokens.tolist(), is_target.tolist()) for tokens, is_target in want]
-    assert sorted(examples_of(train) + examples_of(heldout)) == sorted(pairs)
+    pairs = [(tokens.tolist(), loss_mask.tolist()) for tokens, loss_mask in want]
+    assert sorted(examples_of(train) + examples_of(validation)) == sorted(pairs)
     assert examples_of(train) == [pair for pair in pairs if pair in examples_of(train)]  # in their order
-    assert 0 < len(heldout) < 30
+    assert 0 < len(validation) < 30
     assert (report.examples, report.tokens) == (len(train), train.tokens) == (len(train), train.lengths.sum())
-    assert report.targets == sum(sum(is_target) for _, is_target in examples_of(train))
-    assert (report.heldout_examples, report.heldout_tokens) == (len(heldout), heldout.tokens)
+    assert report.targets == sum(sum(loss_mask) for _, loss_mask in examples_of(train))
+    assert (report.validation_examples, report.validation_tokens) == (len(validation), validation.tokens)
     assert train.read(0).tokens.dtype == np.int32
-    assert train.read(0).is_target.dtype == bool
+    assert train.read(0).loss_mask.dtype == bool
     assert (train.vocab_size, train.tokenizer_hash) == (tokenizer.vocab_size, tokenizer_hash(folder))
 
 
@@ -684,7 +685,7 @@ def test_a_folder_is_token_shards_too_and_says_that_it_is_more(tmp_path: Path, f
     assert is_token_shards(tmp_path / "out")
     assert TokenShards.open(tmp_path / "out").tokens == Examples.open(tmp_path / "out").tokens
     assert not is_examples(tmp_path)
-    with pytest.raises(ValueError, match="out: holds examples already"):
+    with pytest.raises(ValueError, match="out: holds token shards, already tokenized"):
         write_examples(tmp_path / "out", folder, tmp_path / "other", sequence_length=LONG)
 
 
@@ -726,7 +727,7 @@ def test_a_folder_of_files_passes_over_what_holds_no_lines(tmp_path: Path, folde
     (home / "README.md").write_text("about")
 
     assert write_examples(home, folder, tmp_path / "out", sequence_length=LONG).examples == len(CORPUS)
-    assert "passed over 1 files" in caplog.text
+    assert "skipped 1 files" in caplog.text
 
 
 def test_what_is_held_out_depends_on_what_an_example_says_alone(tmp_path: Path, folder: Path):
@@ -741,19 +742,19 @@ def test_what_is_held_out_depends_on_what_an_example_says_alone(tmp_path: Path, 
         chats, folder, tmp_path / "chats", sequence_length=LONG, val_fraction=0.3, template="deepseek-instruct"
     )
 
-    def heldout(name: str) -> list[str]:
-        found = Examples.open(tmp_path / name, "heldout")
+    def validation(name: str) -> list[str]:
+        found = Examples.open(tmp_path / name, "validation")
         decode = Tokenizer.from_pretrained(folder).decode
-        answers = [decode(tokens[is_target]) for tokens, is_target in map(found.read, range(len(found)))]
+        answers = [decode(tokens[loss_mask]) for tokens, loss_mask in map(found.read, range(len(found)))]
         return sorted(answer.removesuffix("\n<|EOT|>").strip() for answer in answers)
 
-    assert heldout("twice") == sorted(heldout("one") * 2)
-    assert heldout("turned") == heldout("one") == heldout("chats")
+    assert validation("twice") == sorted(validation("one") * 2)
+    assert validation("turned") == validation("one") == validation("chats")
 
 
 def test_the_digest_knows_tokens_and_targets(tmp_path: Path, folder: Path):
     chats = jsonl(tmp_path / "a.jsonl", [{"messages": said("a", "b", "c", "d").messages}])
-    for name, options in {"one": {}, "same": {}, "last": {"targets": "last"}, "short": {"sequence_length": 40}}.items():
+    for name, options in {"one": {}, "same": {}, "last": {"train_on": "last"}, "short": {"sequence_length": 40}}.items():
         write_examples(chats, folder, tmp_path / name, **({"sequence_length": LONG} | options))
 
     one, same, last, short = (Examples.open(tmp_path / name) for name in ("one", "same", "last", "short"))
@@ -768,28 +769,28 @@ def test_examples_of_another_tokenizer_or_a_larger_vocabulary_are_refused(tmp_pa
     found = Examples.open(tmp_path / "out")
 
     found.check(tokenizer_hash=tokenizer_hash(folder), vocab_size=258)
-    with pytest.raises(ValueError, match="out: made with another tokenizer"):
+    with pytest.raises(ValueError, match="out: written with another tokenizer"):
         found.check(tokenizer_hash=tokenizer_hash(byte_tokenizer(tmp_path / "other", fill=1)))
-    with pytest.raises(ValueError, match="made with a vocabulary of 258; the model's vocab_size is 200"):
+    with pytest.raises(ValueError, match="the model's vocab_size must be at least 258, got 200"):
         found.check(vocab_size=200)
 
 
 # fmt: off
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "no sources":      ({"sources": []}, "no sources of examples"),
+    "sources must name at least one source":      ({"sources": []}, "sources must name at least one source"),
     "no such source":  ({"sources": "nowhere.jsonl"}, "nowhere.jsonl: does not exist"),
     "no file of lines": ({"sources": __file__}, "test_sft.py: is not one of .jsonl, .jsonl.gz"),
-    "only other files": ({"sources": f"{Path(__file__).parent}/test_examples*.py"}, "holds no examples"),
+    "only other files": ({"sources": f"{Path(__file__).parent}/test_examples*.py"}, "no examples found"),
     "format":          ({"format": "alpaca"}, "format 'alpaca' is not one of auto, instruction, messages, sharegpt"),
     "targets":         ({"targets": "first"}, "targets 'first' is not one of all, last"),
-    "too_long":        ({"too_long": "cut"}, "too_long 'cut' is not one of truncate, drop, refuse"),
+    "excess_length_strategy":        ({"excess_length_strategy": "cut"}, "too_long 'cut' is not one of truncate, drop, refuse"),
     "template":        ({"template": "mine"}, "template 'mine' is not one of chat, deepseek-instruct, nor a file"),
     "template folder": ({"template": "/"}, "template / cannot be read"),
-    "length":          ({"sequence_length": 1}, "sequence_length must be at least 2, a token and its target, not 1"),
-    "val_fraction":         ({"val_fraction": 1.0}, "val_fraction must be at least 0 and less than 1, not 1.0"),
+    "length":          ({"sequence_length": 1}, "sequence_length must be at least 2, a token and its label, got 1"),
+    "val_fraction":         ({"val_fraction": 1.0}, "val_fraction must be in \[0, 1\), got 1.0"),
     "all held out":    ({"val_fraction": 0.9999999}, "val_fraction 0.9999999 leaves none of 60 examples to train on"),
-    "a long example":  ({"sequence_length": 30, "too_long": "refuse"}, r"a.jsonl:5 has 36 tokens; sequence_len"),
-    "all are long":    ({"sequence_length": 7, "too_long": "drop"}, "all of 60 examples have more tokens than"),
+    "a long example":  ({"sequence_length": 30, "excess_length_strategy": "refuse"}, r"a.jsonl:5 has 36 tokens; sequence_len"),
+    "all are long":    ({"sequence_length": 7, "excess_length_strategy": "drop"}, "all of 60 examples have more tokens than"),
 }
 # fmt: on
 
@@ -811,14 +812,14 @@ def test_what_cannot_be_written_gets_one_line_and_leaves_nothing(
 def test_an_empty_file_holds_no_examples(tmp_path: Path, folder: Path, content: bytes):
     (tmp_path / "a.jsonl").write_bytes(content)
 
-    with pytest.raises(ValueError, match=r"a.jsonl: holds no examples"):
+    with pytest.raises(ValueError, match=r"a.jsonl: no examples found"):
         write_examples(tmp_path / "a.jsonl", folder, tmp_path / "out", sequence_length=LONG)
 
 
 def test_a_tokenizer_without_eos_is_refused_and_nothing_is_overwritten(tmp_path: Path, folder: Path):
     source = jsonl(tmp_path / "a.jsonl", CORPUS)
 
-    with pytest.raises(ValueError, match="the tokenizer has no eos token to end an answer with"):
+    with pytest.raises(ValueError, match="the tokenizer has no EOS token"):
         write_examples(source, byte_tokenizer(tmp_path / "t", eos=False), tmp_path / "out", sequence_length=LONG)
     with pytest.raises(ValueError, match="exists; nothing is overwritten"):
         write_examples(source, folder, tmp_path, sequence_length=LONG)
@@ -834,7 +835,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "format": (lambda f: change(f / "examples.json", format="x"), "format 'x', this version reads 'dsmoe examples 1'"),
     "another digit": (
         lambda f: (f / "examples.json").write_text((f / "examples.json").read_text().replace('"all"', '"oll"')),
-        "examples.json: damaged: its own SHA-256 is another",
+        "examples.json: damaged: SHA-256 mismatch",
     ),
     "no splits": (lambda f: change(f / "examples.json", splits=[]), "no SHA-256 of the targets of train"),
     "no sum": (lambda f: change(f / "examples.json", splits={"train": {"sha256": 3}}), "no SHA-256 of the targets"),
@@ -869,22 +870,22 @@ def test_a_damaged_folder_is_refused_in_one_line(
 
 def masked(*runs: tuple[bool, int], bos: bool = True) -> Example:
     """Tokens 1, 2 and so on after bos 0, in runs that are targets or not."""
-    is_target = np.concatenate([np.full(size, learned) for learned, size in runs])
-    return Example(np.arange(len(is_target), dtype=np.int32) + (not bos), is_target)
+    loss_mask = np.concatenate([np.full(size, learned) for learned, size in runs])
+    return Example(np.arange(len(loss_mask), dtype=np.int32) + (not bos), loss_mask)
 
 
 def test_what_is_cut_by_eye():
-    short = shorten(masked((False, 3), (True, 3), (False, 4)), 8, 0)
+    short = truncate(masked((False, 3), (True, 3), (False, 4)), 8, 0)
     assert short.tokens.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
 
-    late = shorten(masked((False, 10), (True, 6)), 6, 0)  # half a row of targets
+    late = truncate(masked((False, 10), (True, 6)), 6, 0)  # half a row of targets
     assert late.tokens.tolist() == [0, 8, 9, 10, 11, 12]
-    assert late.is_target.tolist() == [False] * 3 + [True] * 3
+    assert late.loss_mask.tolist() == [False] * 3 + [True] * 3
 
-    few = shorten(masked((False, 10), (True, 1), (False, 2), (True, 9)), 6, 0)  # the whole of a small answer
+    few = truncate(masked((False, 10), (True, 1), (False, 2), (True, 9)), 6, 0)  # the whole of a small answer
     assert few.tokens.tolist() == [0, 6, 7, 8, 9, 10]
 
-    bare = shorten(masked((False, 10), (True, 6), bos=False), 6, 0)
+    bare = truncate(masked((False, 10), (True, 6), bos=False), 6, 0)
     assert bare.tokens.tolist() == [8, 9, 10, 11, 12, 13]
 
 
@@ -895,17 +896,17 @@ runs = strategies.lists(strategies.tuples(strategies.booleans(), strategies.inte
 @hypothesis.given(runs=runs, bos=strategies.booleans(), length=strategies.integers(2, 40))
 def test_no_example_is_left_without_targets(runs: list[tuple[bool, int]], bos: bool, length: int):
     example = masked((False, 1), *runs, (True, 1), bos=bos)
-    first = int(example.is_target.argmax())
-    run = int(np.append(example.is_target[first:], False).argmin())
+    first = int(example.loss_mask.argmax())
+    run = int(np.append(example.loss_mask[first:], False).argmin())
 
-    tokens, is_target = shorten(example, length, 0)
+    tokens, loss_mask = truncate(example, length, 0)
 
-    assert len(tokens) == len(is_target) == min(length, len(example.tokens))
-    assert is_target.sum() >= min(run, length // 2) > 0
-    assert not is_target[0]
+    assert len(tokens) == len(loss_mask) == min(length, len(example.tokens))
+    assert loss_mask.sum() >= min(run, length // 2) > 0
+    assert not loss_mask[0]
     assert (tokens[0] == 0) == bos
     assert (np.diff(tokens[1:]) == 1).all()  # one stretch of the example
-    assert is_target.tolist() == example.is_target[tokens - (not bos)].tolist()
+    assert loss_mask.tolist() == example.loss_mask[tokens - (not bos)].tolist()
 
 
 def test_long_examples_are_cut_or_left_out_and_counted_once(
@@ -916,7 +917,7 @@ def test_long_examples_are_cut_or_left_out_and_counted_once(
     whole = Examples.open(tmp_path / "whole").lengths
 
     for too_long, done in {"truncate": "were truncated", "drop": "were left out"}.items():
-        report = write_examples(source, folder, tmp_path / too_long, sequence_length=40, too_long=too_long)
+        report = write_examples(source, folder, tmp_path / too_long, sequence_length=40, excess_length_strategy=too_long)
         assert report.too_long == (whole > 40).sum() > 0
         longest = f"{report.too_long} of 60 examples had more than 40 tokens (the longest {whole.max()}) and {done}"
         assert caplog.text.count(longest) == 1
@@ -964,7 +965,7 @@ def test_a_templates_end_of_an_answer_is_found(
 ):
     (tmp_path / "template").write_text(TURN.replace("END", end))
 
-    found = endings_of(tmp_path / "template", tokenizer)
+    found = infer_stop_config(tmp_path / "template", tokenizer)
 
     assert found == fields
     assert ("does not learn to stop" in caplog.text) == (end == "'\\n'")
@@ -973,20 +974,20 @@ def test_a_templates_end_of_an_answer_is_found(
 def test_end_of_an_answer_is_found_whatever_the_template_writes_of_it(tmp_path: Path, tokenizer: Tokenizer):
     (tmp_path / "template").write_text("{% for m in messages %}{{ m.content | upper }}###{% endfor %}")
 
-    assert endings_of(tmp_path / "template", tokenizer) == {"stop_strings": ["###"]}
+    assert infer_stop_config(tmp_path / "template", tokenizer) == {"stop_strings": ["###"]}
 
 
 def test_end_token_stays_a_token_where_text_is_split(tmp_path: Path, folder: Path):
     split = Tokenizer.from_pretrained(folder, split_special_tokens=True)
     (tmp_path / "template").write_text(TURN.replace("END", "bos_token"))
 
-    assert endings_of("chat", split) == {}
-    assert endings_of(tmp_path / "template", split) == {"eos_token_id": 0}
+    assert infer_stop_config("chat", split) == {}
+    assert infer_stop_config(tmp_path / "template", split) == {"eos_token_id": 0}
 
 
 def test_deepseek_instruct_ends_with_text_and_chat_with_eos(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture):
     with caplog.at_level("INFO"):
-        instruct, chat = (endings_of(name, tokenizer) for name in ("deepseek-instruct", "chat"))
+        instruct, chat = (infer_stop_config(name, tokenizer) for name in ("deepseek-instruct", "chat"))
 
     assert (instruct, chat) == ({"stop_strings": ["<|EOT|>"]}, {})
     (line,) = [record.message for record in caplog.records if "Template" in record.message]

@@ -27,12 +27,12 @@ from dsmoe_jax.train.data import (
     TokenShards,
     documents,
     formats,
-    is_held_out,
+    is_validation,
     is_token_shards,
     source_bytes,
     tokenize,
     tokenizer_hash,
-    warn_of_overlap,
+    warn_on_overlap,
     writer,
 )
 from dsmoe_jax.train.data.shards import shard_files
@@ -95,7 +95,7 @@ def test_a_folder_is_read_in_the_order_of_its_paths_and_what_is_no_text_is_passe
     found = texts_of(tmp_path)
 
     assert found == ["1", "2", "a/z", "b", "c/d/e"]
-    assert "passed over 1 blank texts and 2 files that are not UTF-8 text" in caplog.text
+    assert "skipped 1 blank texts" in caplog.text
 
 
 def test_a_pattern_finds_each_file_once(tmp_path: Path):
@@ -170,9 +170,9 @@ def test_links_are_followed_once_and_lead_nowhere_twice(tmp_path: Path, caplog: 
     found = texts_of(home)
 
     assert found == ["a", "c", "b"]
-    assert f"left out links that lead nowhere: {home}/dangling" in caplog.text
-    assert f"names of files that are read already: {home}/thrice.txt, {home}/twice.txt" in caplog.text
-    assert f"are read already: {home}/sub/loop" in caplog.text.replace(f"{home}/up, ", "")
+    assert f"left out dangling links: {home}/dangling" in caplog.text
+    assert f"left out duplicate names of files: {home}/thrice.txt, {home}/twice.txt" in caplog.text
+    assert f"left out links to a parent folder or one already read: {home}/sub/loop" in caplog.text.replace(f"{home}/up, ", "")
 
 
 @pytest.mark.parametrize("pattern", ["", "/**", "/**/*.*", "/*"])
@@ -193,7 +193,7 @@ def test_what_this_project_wrote_is_no_text(
         f"left out a training run: {tmp_path}/runs/x",
         f"left out a native checkpoint: {tmp_path}/native",
         f"left out token shards: {tmp_path}/shards",
-        f"left out what this command writes: {tmp_path}/own",
+        f"left out the output of this command: {tmp_path}/own",
         f"left out files of a model or tokenizer: {tmp_path}/hf/",
     ):
         assert reason in caplog.text
@@ -201,7 +201,7 @@ def test_what_this_project_wrote_is_no_text(
         texts_of(tmp_path / "native")
     with pytest.raises(ValueError, match=f"{tmp_path}/native: is a native checkpoint, not a folder of data"):
         texts_of(f"{tmp_path}/native/*")
-    with pytest.raises(ValueError, match="is what this command writes to"):
+    with pytest.raises(ValueError, match="is the output of this command"):
         texts_of(tmp_path / "own", exclude=[tmp_path / "own"])
 
 
@@ -210,11 +210,11 @@ def test_a_file_of_two_sources_and_a_pipe_are_said(tmp_path: Path, caplog: pytes
     (tmp_path / "a.txt").write_text("a")
     os.mkfifo(tmp_path / "pipe")
 
-    warn_of_overlap([tmp_path, tmp_path / "a.txt"])
+    warn_on_overlap([tmp_path, tmp_path / "a.txt"])
 
     assert texts_of(tmp_path) == ["a"]
-    assert f"{tmp_path}/a.txt: is in source {tmp_path} already; it is read twice" in caplog.text
-    assert f"left out what is no regular file: {tmp_path}/pipe" in caplog.text
+    assert f"{tmp_path}/a.txt: already in source {tmp_path}; reading it twice" in caplog.text
+    assert f"left out special files: {tmp_path}/pipe" in caplog.text
 
 
 BROKEN_LINES = {
@@ -222,9 +222,9 @@ BROKEN_LINES = {
     b"[1]": "is not a JSON object",
     b'"text"': "is not a JSON object",
     b'{"txt": "a"}': "has no field 'text'",
-    b'{"text": null}': "has a NoneType as 'text', not a text",
-    b'{"text": 3}': "has a int as 'text', not a text",
-    b'{"text": "\\ud800"}': "has half of a surrogate pair",
+    b'{"text": null}': "must have a string as 'text', got NoneType",
+    b'{"text": 3}': "must have a string as 'text', got int",
+    b'{"text": "\\ud800"}': "has a lone surrogate",
     b'{"text": "\xff"}': "is not UTF-8",
     b"[" * 100_000: "is not JSON",
     b'{"text": "a", "more": ' + b"[" * 70 + b"]" * 70 + b"}": "has JSON nested too deeply; at most 64 levels",
@@ -243,16 +243,16 @@ def test_a_broken_line_is_named_in_the_log_and_left_out(
 
     assert texts_of(path) == ["a"] * 120
     assert f"{path}:62 {problem}: left out" in caplog.text
-    assert "left out 1 broken lines of 121" in caplog.text
+    assert "skipped 1 malformed lines of 121" in caplog.text
 
 
 def test_the_log_names_ten_broken_lines_and_counts_all(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "a.jsonl").write_bytes((jsonl(["a"]) + b"{\n") * 30)
 
-    texts_of(tmp_path / "a.jsonl", most_broken=0.5)
+    texts_of(tmp_path / "a.jsonl", max_malformed_fraction=0.5)
 
     assert caplog.text.count("is not JSON: left out") == 10
-    assert "left out 30 broken lines of 60" in caplog.text
+    assert "skipped 30 malformed lines of 60" in caplog.text
 
 
 def test_one_line_in_a_hundred_may_be_broken_and_not_one_more(tmp_path: Path):
@@ -262,27 +262,27 @@ def test_one_line_in_a_hundred_may_be_broken_and_not_one_more(tmp_path: Path):
 
     path.write_bytes(jsonl(["a"] * 98) + b"{\n")
     with pytest.raises(
-        ValueError, match=r"a.jsonl: 1 of 99 lines are broken, at most 1 % may be; the first: .*:99 is not"
+        ValueError, match=r"a.jsonl: 1 of 99 lines are malformed, at most 1 % may be; the first: .*:99 is not"
     ):
         texts_of(path)
 
 
 def test_a_file_without_one_whole_line_is_refused_whatever_may_be_broken(tmp_path: Path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(["a"] * 2, "txt"))
-    with pytest.raises(ValueError, match="2 of 2 lines are broken"):
-        texts_of(tmp_path / "a.jsonl", most_broken=1.0)
+    with pytest.raises(ValueError, match="2 of 2 lines are malformed"):
+        texts_of(tmp_path / "a.jsonl", max_malformed_fraction=1.0)
 
     (tmp_path / "a.jsonl").write_bytes(jsonl(["a"] * 1001, "txt"))
-    with pytest.raises(ValueError, match=r"the first 1000 lines are all broken: .*:1 has no field 'text'"):
-        texts_of(tmp_path / "a.jsonl", most_broken=1.0)
+    with pytest.raises(ValueError, match=r"the first 1000 lines are all malformed: .*:1 has no field 'text'"):
+        texts_of(tmp_path / "a.jsonl", max_malformed_fraction=1.0)
 
 
 def test_a_parquet_row_without_text_is_a_broken_line(tmp_path: Path):
     pytest.importorskip("pyarrow")
     path = write_texts(tmp_path / "a.parquet", ["a", None, "b"])  # pyright: ignore
 
-    assert texts_of(path, most_broken=0.5) == ["a", "b"]
-    with pytest.raises(ValueError, match=r"1 of 3 lines are broken.*:2 has a NoneType as 'text'"):
+    assert texts_of(path, max_malformed_fraction=0.5) == ["a", "b"]
+    with pytest.raises(ValueError, match=r"1 of 3 lines are malformed.*:2 has a NoneType as 'text'"):
         texts_of(path)
 
 
@@ -292,15 +292,15 @@ BAD_SOURCES: dict[str, tuple[dict[str, bytes], str, str]] = {
     "no match": ({}, "*.txt", r"\*.txt: no files"),
     "empty folder": ({}, "", "no files"),
     "only hidden": ({"__hidden": b"a"}, "", "no files"),
-    "blank": ({"a__txt": b" \n"}, "a.txt", "a.txt: holds no text"),
-    "no lines": ({"a__jsonl": b"\n"}, "a.jsonl", "a.jsonl: holds no text"),
-    "only binary": ({"a": b"\0"}, "", "holds no text"),
-    "named binary": ({"a__txt": b"a\0"}, "a.txt", "a.txt: is not text: it has zero bytes"),
+    "blank": ({"a__txt": b" \n"}, "a.txt", "a.txt: no text found"),
+    "no lines": ({"a__jsonl": b"\n"}, "a.jsonl", "a.jsonl: no text found"),
+    "only binary": ({"a": b"\0"}, "", "no text found"),
+    "named binary": ({"a__txt": b"a\0"}, "a.txt", "a.txt: is not text: contains null bytes"),
     "named latin-1": ({"a__txt": b"\xe4"}, "a.txt", "a.txt: is not UTF-8"),
     "no gzip": ({"a__jsonl__gz": b"junk"}, "a.jsonl.gz", "a.jsonl.gz: cannot be read"),
     "torn gzip": ({"a__jsonl__gz": gzip.compress(jsonl(TEXTS))[:-9]}, "a.jsonl.gz", "a.jsonl.gz: cannot be read"),
     "no zstd": ({"a__jsonl__zst": b"junkjunk"}, "a.jsonl.zst", "a.jsonl.zst: cannot be read"),
-    "torn zstd": ({"a__jsonl__zst": ZST}, "a.jsonl.zst", "a.jsonl.zst: cannot be read .its end is missing"),
+    "torn zstd": ({"a__jsonl__zst": ZST}, "a.jsonl.zst", "a.jsonl.zst: cannot be read .truncated"),
     "no parquet": ({"a__parquet": b"junk"}, "a.parquet", "a.parquet: cannot be read"),
 }
 
@@ -322,7 +322,7 @@ def test_a_line_that_is_too_long_is_refused_by_number(tmp_path: Path, monkeypatc
     monkeypatch.setattr(formats, "MAX_LINE_BYTES", 1000)
     write_texts(tmp_path / f"a{end}", ["a" * 900, "b", "c" * 990, "d"])
 
-    with pytest.raises(ValueError, match=r"cannot be read .line 3 has more than 1,000 bytes, the most that a line may"):
+    with pytest.raises(ValueError, match=r"cannot be read .a line may have at most 1,000 bytes, line 3 has more"):
         texts_of(tmp_path / f"a{end}")
 
 
@@ -335,7 +335,7 @@ def test_a_long_line_of_zstd_takes_little_memory(tmp_path: Path):
             bomb.write(bytes(1 << 20))
     tracemalloc.start()
 
-    with pytest.raises(ValueError, match="line 1 has more than 33,554,432 bytes"):
+    with pytest.raises(ValueError, match="a line may have at most 33,554,432 bytes, line 1 has more"):
         texts_of(path)
 
     assert tracemalloc.get_traced_memory()[1] < 150e6
@@ -366,7 +366,7 @@ def test_json_that_takes_much_memory_is_a_broken_line(tmp_path: Path, monkeypatc
     monkeypatch.setattr(formats, "_MAX_PARSED_BYTES", 50_000)
     (tmp_path / "a.jsonl").write_bytes(jsonl(["a"]) + b'{"text": "b", "more": [' + b"[]," * 400 + b"[]]}\n")
 
-    with pytest.raises(ValueError, match=r"a.jsonl:2 has JSON that may take [\d,]+ bytes in memory, at most 50,000"):
+    with pytest.raises(ValueError, match=r"a.jsonl:2 has JSON that may take [\d,]+ bytes in memory, more than 50,000"):
         texts_of(tmp_path / "a.jsonl")
 
 
@@ -374,7 +374,7 @@ def test_a_text_that_is_too_large_is_refused_unread(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"a")
     os.truncate(tmp_path / "a.txt", 1 << 36)
 
-    with pytest.raises(ValueError, match=r"has 68,719,476,736 bytes, one text at most 1,073,741,824: split it"):
+    with pytest.raises(ValueError, match=r"at most 1,073,741,824 bytes, got 68,719,476,736: split it"):
         texts_of(tmp_path / "a.txt")
 
 
@@ -406,7 +406,7 @@ def test_a_column_packed_beyond_reason_is_refused(tmp_path: Path, monkeypatch: p
     table = pyarrow.table({"text": ["a" * 3_000_000]})
     parquet.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
 
-    with pytest.raises(ValueError, match=r"its column text has 3,000,\d\d\d bytes in [\d,]+\)"):
+    with pytest.raises(ValueError, match=r"column text expands from [\d,]+ to 3,000,\d\d\d bytes"):
         texts_of(tmp_path / "a.parquet")
 
 
@@ -425,7 +425,7 @@ def test_a_zstd_file_that_is_cut_anywhere_is_refused(tmp_path: Path):
     for size in range(1, len(whole)):
         (tmp_path / "a.jsonl.zst").write_bytes(whole[:size])
         try:
-            ends += [size] if len(texts_of(tmp_path / "a.jsonl.zst", most_broken=0.2)) else []
+            ends += [size] if len(texts_of(tmp_path / "a.jsonl.zst", max_malformed_fraction=0.2)) else []
         except ValueError:
             continue
 
@@ -436,7 +436,7 @@ def test_a_parquet_file_without_the_column_is_told_what_it_has(tmp_path: Path):
     pytest.importorskip("pyarrow")
     path = write_texts(tmp_path / "a.parquet", TEXTS)
 
-    with pytest.raises(ValueError, match="it has no column 'body', only id, text"):
+    with pytest.raises(ValueError, match="has no column 'body', only id, text"):
         texts_of(path, field="body")
 
 
@@ -448,7 +448,7 @@ def test_a_missing_library_is_named_with_the_way_to_get_it(
     for name in (module, "pyarrow.parquet"):
         monkeypatch.setitem(sys.modules, name, None)
 
-    with pytest.raises(ValueError, match=rf"needs {module}.*: pip install 'dsmoe_jax\[data\]'"):
+    with pytest.raises(ValueError, match=rf"requires {module}.*: pip install 'dsmoe_jax\[data\]'"):
         texts_of(tmp_path / f"a{end}")
 
 
@@ -465,7 +465,7 @@ def test_shards_round_trip_to_the_text(tmp_path: Path, tokenizer_folder: Path):
     assert [tokenizer.decode(ids) for ids in ids_of(shards)] == TEXTS
     assert ids_of(shards) == [[0, *tokenizer.encode(text, add_special_tokens=False), 1] for text in TEXTS]
     assert shards.lengths.tolist() == [len(text.encode()) + 2 for text in TEXTS]
-    assert (made.documents, made.tokens, made.heldout_documents) == (len(TEXTS), shards.tokens, 0)
+    assert (made.documents, made.tokens, made.validation_documents) == (len(TEXTS), shards.tokens, 0)
     assert (shards.vocab_size, shards.eos_token_id, shards.dtype) == (258, 1, np.dtype("<u2"))
     assert str(made) == f"{tmp_path}/out: 265 tokens of 5 documents to train on, 0 of 0 held out; 0.0 MB of text"
 
@@ -526,7 +526,7 @@ def test_how_many_documents_are_encoded_together_changes_no_byte(
     path = write_texts(tmp_path / "a.jsonl", TEXTS * 20)
     tokenize(path, tokenizer_folder, tmp_path / "usual", val_fraction=0.3)
 
-    monkeypatch.setattr(writer, "_AT_ONCE", at_once)
+    monkeypatch.setattr(writer, "_BATCH_CHARS", at_once)
     tokenize(path, tokenizer_folder, tmp_path / "other", val_fraction=0.3)
 
     assert snapshot(tmp_path / "usual") == snapshot(tmp_path / "other")
@@ -548,8 +548,8 @@ def test_the_standard_library_can_be_tokenized_and_the_progress_ends_where_it_sh
 
     made = tokenize("python-stdlib", tokenizer_folder, tmp_path / "out")
 
-    assert made.documents + made.heldout_documents == 50
-    assert made.tokens + made.heldout_tokens == made.text_bytes + 100
+    assert made.documents + made.validation_documents == 50
+    assert made.tokens + made.validation_tokens == made.text_bytes + 100
     assert is_token_shards(tmp_path / "out")
 
 
@@ -561,20 +561,20 @@ def test_what_is_held_out_depends_on_the_text_alone_and_copies_stay_together(tmp
     found = []
     for name, some in (("a", texts), ("b", [*more, *texts[::-1]])):
         tokenize(write_texts(tmp_path / f"{name}.jsonl", some), tokenizer_folder, tmp_path / name, val_fraction=0.25)
-        splits = [ids_of(TokenShards.open(tmp_path / name, split, verify=True)) for split in ("train", "heldout")]
+        splits = [ids_of(TokenShards.open(tmp_path / name, split, verify=True)) for split in ("train", "validation")]
         found.append([[tokenizer.decode(ids) for ids in split] for split in splits])
 
-    (train, heldout), (train_again, heldout_again) = found
-    assert sorted(train + heldout) == sorted(texts)
-    assert not set(train) & set(heldout)
-    assert set(heldout) == set(heldout_again) - set(more)
+    (train, validation), (train_again, heldout_again) = found
+    assert sorted(train + validation) == sorted(texts)
+    assert not set(train) & set(validation)
+    assert set(validation) == set(heldout_again) - set(more)
     assert set(train) == set(train_again) - set(more)
-    assert 30 <= len(set(heldout)) <= 70
+    assert 30 <= len(set(validation)) <= 70
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
 def test_about_the_share_is_held_out(share: float):
-    held = sum(is_held_out(str(n).encode(), share) for n in range(20_000))
+    held = sum(is_validation(str(n).encode(), share) for n in range(20_000))
 
     assert held / 20_000 == pytest.approx(share, abs=0.02 if share else 0)
 
@@ -603,9 +603,9 @@ def test_shards_know_their_tokenizer_and_their_vocabulary(tmp_path: Path, tokeni
     shards.check(tokenizer_hash=tokenizer_hash(tokenizer_folder), vocab_size=258)
     shards.check()
 
-    with pytest.raises(ValueError, match=r"out: made with another tokenizer .*; tokenize the text again"):
+    with pytest.raises(ValueError, match=r"out: written with another tokenizer .*; tokenize the text again"):
         shards.check(tokenizer_hash=tokenizer_hash(other))
-    with pytest.raises(ValueError, match="out: made with a vocabulary of 258; the model's vocab_size is 257"):
+    with pytest.raises(ValueError, match="out: the model's vocab_size must be at least 258, got 257"):
         shards.check(vocab_size=257)
 
 
@@ -634,7 +634,7 @@ def test_an_interrupted_run_leaves_nothing(
             raise error
 
         monkeypatch.setattr(writer, "documents", stopping)
-        monkeypatch.setattr(writer, "_AT_ONCE", 2)
+        monkeypatch.setattr(writer, "_BATCH_CHARS", 2)
 
         with pytest.raises(type(error)):
             tokenize(path, tokenizer_folder, tmp_path / "out", shard_tokens=50)
@@ -644,7 +644,7 @@ def test_an_interrupted_run_leaves_nothing(
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device here that is always full")
 @pytest.mark.parametrize("copies", [1, 2000], ids=["at the end", "in the middle"])
-@pytest.mark.parametrize("full", ["tokens", "documents"])
+@pytest.mark.parametrize("full", ["tokens", "block_causal"])
 def test_a_full_disk_gets_one_line_and_leaves_nothing(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, full: str, copies: int
 ):
@@ -695,17 +695,17 @@ def test_bad_arguments_get_one_line_and_leave_nothing(tmp_path: Path, tokenizer_
     no_eos = byte_tokenizer(tmp_path / "no_eos", eos=False)
     before = snapshot(tmp_path)
     bad: tuple[tuple[Any, Path, dict[str, Any], str], ...] = (
-        ([], tokenizer_folder, {}, "no sources"),
-        (path, tokenizer_folder, {"val_fraction": 1.0}, "val_fraction must be at least 0 and less than 1"),
+        ([], tokenizer_folder, {}, "sources must name at least one source"),
+        (path, tokenizer_folder, {"val_fraction": 1.0}, r"val_fraction must be in \[0, 1\)"),
         (path, tokenizer_folder, {"val_fraction": -0.1}, "val_fraction must be"),
         (path, tokenizer_folder, {"val_fraction": 1 - 1e-12}, "leaves none of 5 documents to train on"),
         (path, tokenizer_folder, {"shard_tokens": 0}, "shard_tokens must be at least 1"),
-        (tmp_path / "done", tokenizer_folder, {}, "done: holds token shards already"),
+        (tmp_path / "done", tokenizer_folder, {}, "done: holds token shards, already tokenized"),
         ([path, tmp_path / "nowhere"], tokenizer_folder, {}, "nowhere: does not exist"),
         (empty, tokenizer_folder, {}, "empty: no files"),
         (path, empty, {}, "no tokenizer in"),
-        (path, no_eos, {}, "has no eos token to end a document with"),
-        (path, tokenizer_folder, {"field": "body"}, "5 of 5 lines are broken"),
+        (path, no_eos, {}, "has no EOS token"),
+        (path, tokenizer_folder, {"field": "body"}, "5 of 5 lines are malformed"),
     )
     for sources, tokenizer, options, problem in bad:
         with pytest.raises(ValueError, match=problem) as refused:
@@ -738,7 +738,7 @@ def cut(name: str) -> Callable[[Path], Any]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-2])
 
 
-TOKENS, BOUNDARIES = "train-00000.tokens", "train-00000.documents"
+TOKENS, OFFSETS = "train-00000.tokens", "train-00000.documents"
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), r"out: no token shards \(no manifest.json\)"),
     "no JSON": (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json: is not JSON"),
@@ -746,7 +746,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no vocabulary": (edit(lambda m: m.pop("vocab_size")), "`vocab_size` must be a int, got None"),
     "a true vocabulary": (edit(lambda m: m.update(vocab_size=True)), "`vocab_size` must be a int, got True"),
     "another dtype": (edit(lambda m: m.update(dtype="float32")), "dtype 'float32' is not one of uint16, uint32"),
-    "no split": (edit(lambda m: m["splits"].pop("heldout")), "`heldout` must be a dict"),
+    "no split": (edit(lambda m: m["splits"].pop("validation")), "`validation` must be a dict"),
     "shards of text": (edit(lambda m: m["splits"]["train"].update(shards=["a"])), "`tokens` must be a dict"),
     "an empty shard": (
         edit(lambda m: m["splits"]["train"]["shards"][0]["tokens"].update(bytes=0)),
@@ -756,14 +756,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: (folder / "manifest.json").write_text(
             (folder / "manifest.json").read_text().replace('"eos_token_id": 1', '"eos_token_id": 3')
         ),
-        "manifest.json: damaged: its own SHA-256 is another",
+        "manifest.json: damaged: SHA-256 mismatch",
     ),
     "no tokens": (lambda folder: (folder / TOKENS).unlink(), f"{TOKENS}: is missing"),
-    "no boundaries": (lambda folder: (folder / BOUNDARIES).unlink(), f"{BOUNDARIES}: is missing"),
+    "no boundaries": (lambda folder: (folder / OFFSETS).unlink(), f"{OFFSETS}: is missing"),
     "cut tokens": (cut(TOKENS), rf"{TOKENS}: has 528 bytes, not 530"),
-    "cut boundaries": (cut(BOUNDARIES), rf"{BOUNDARIES}: has 46 bytes, not 48"),
+    "cut boundaries": (cut(OFFSETS), rf"{OFFSETS}: has 46 bytes, not 48"),
     "a flipped token": (flip(TOKENS), f"{TOKENS}: has other bytes than were written"),
-    "a flipped boundary": (flip(BOUNDARIES), f"{BOUNDARIES}: has other bytes than were written"),
+    "a flipped boundary": (flip(OFFSETS), f"{OFFSETS}: has other bytes than were written"),
 }
 
 
@@ -780,13 +780,13 @@ def test_damaged_shards_get_one_line(tmp_path: Path, tokenizer_folder: Path, spo
 
 def test_boundaries_that_do_not_ascend_are_refused_without_a_look_at_the_hashes(tmp_path: Path, tokenizer_folder: Path):
     tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", val_fraction=0.0)
-    good = np.fromfile(tmp_path / "out" / BOUNDARIES, "<u8")
+    good = np.fromfile(tmp_path / "out" / OFFSETS, "<u8")
     for at, value in ((0, 1), (2, good[1]), (2, 2**63), (5, good[5] + 1)):
         bad = good.copy()
         bad[at] = value
-        bad.tofile(tmp_path / "out" / BOUNDARIES)
+        bad.tofile(tmp_path / "out" / OFFSETS)
 
-        with pytest.raises(ValueError, match=f"{BOUNDARIES}: the boundaries of the documents do not ascend"):
+        with pytest.raises(ValueError, match=f"{OFFSETS}: document offsets must ascend from 0"):
             TokenShards.open(tmp_path / "out", verify=False)
 
 
@@ -805,7 +805,7 @@ def test_files_are_hashed_once_and_again_when_touched(
     flip(TOKENS)(tmp_path / "out")
     os.utime(tokens, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
-    assert first == [BOUNDARIES, TOKENS]
+    assert first == [OFFSETS, TOKENS]
     assert again == []
     with pytest.raises(ValueError, match=f"{TOKENS}: has other bytes than were written"):
         TokenShards.open(tmp_path / "out")
@@ -831,12 +831,12 @@ def test_an_id_beyond_the_vocabulary_is_never_read(tmp_path: Path, tokenizer_fol
     with (tmp_path / "out" / TOKENS).open("r+b") as file:  # while the run has it mapped
         file.write(b"\xff\xff")
 
-    with pytest.raises(ValueError, match=rf"{TOKENS}: damaged: token id 65535 in document 0, the vocabulary has \d+"):
+    with pytest.raises(ValueError, match=rf"{TOKENS}: damaged: token ids must be below vocab_size \d+, got 65535 in document 0"):
         shards.read(0)
 
 
 def test_an_unknown_split_is_refused(tmp_path: Path, tokenizer_folder: Path):
     tokenize(write_texts(tmp_path / "a.jsonl", TEXTS), tokenizer_folder, tmp_path / "out", val_fraction=0.0)
 
-    with pytest.raises(ValueError, match="split 'test' is not one of train, heldout"):
+    with pytest.raises(ValueError, match="split must be one of train, validation, got 'test'"):
         TokenShards.open(tmp_path / "out", "test")
