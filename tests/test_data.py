@@ -15,7 +15,7 @@ import pytest
 
 from dsmoe_jax.text.tokenizer import Tokenizer
 from dsmoe_jax.train.batch import Batch
-from dsmoe_jax.train.data import Mixture, Stream, TokenShards, validation_batches, loader, tokenize
+from dsmoe_jax.train.data import Mixture, Stream, TokenShards, loader, tokenize, validation_batches
 from tests.helpers.corpus import byte_tokenizer, hand_made_shards, write_texts
 
 B, T = 8, 16
@@ -308,7 +308,10 @@ BAD: dict[str, tuple[Callable[[list[TokenShards]], Any], str]] = {
         lambda d: loader(stream_of(d), process_count=3),
         "batch_size must be divisible by 3 processes, got 8",
     ),
-    "process": (lambda d: loader(stream_of(d), process_index=2, process_count=2), r"process_index must be in \[0, 2\), got 2"),
+    "process": (
+        lambda d: loader(stream_of(d), process_index=2, process_count=2),
+        r"process_index must be in \[0, 2\), got 2",
+    ),
     "start": (lambda d: loader(stream_of(d), start_step=-1), "start_step must be at least 0, got -1"),
     "prefetch": (lambda d: loader(stream_of(d), prefetch=-1), "prefetch must be at least 0, got -1"),
     "evaluation of nothing": (

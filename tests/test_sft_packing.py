@@ -16,11 +16,12 @@ import pytest
 
 from dsmoe_jax.train.data import Stream, loader, validation_batches
 from dsmoe_jax.train.sft import ExamplePacking, Examples, write_examples
-from dsmoe_jax.train.sft.packing import best_fit, pack_examples
 from dsmoe_jax.train.sft.examples import Example
+from dsmoe_jax.train.sft.packing import best_fit, pack_examples
 from tests.helpers.corpus import byte_tokenizer
 
 T = 32
+BEST_FIT: dict[str, Any] = {"packer": ExamplePacking, "packing": "best_fit"}
 modes = pytest.mark.parametrize("mode", ["best_fit", "none"])
 
 
@@ -228,8 +229,8 @@ def test_evaluation_reads_every_example_once_in_order(examples: Examples, few: E
 def test_nothing_held_out_is_no_batch(examples: Examples):
     empty = Examples.open(examples.folder, "validation", verify=True)
 
-    assert list(validation_batches([empty], packer=ExamplePacking, packing="best_fit", sequence_length=T, batch_size=2)) == []
-    assert list(validation_batches([], packer=ExamplePacking, packing="best_fit", sequence_length=T, batch_size=2)) == []
+    assert list(validation_batches([empty], **BEST_FIT, sequence_length=T, batch_size=2)) == []
+    assert list(validation_batches([], **BEST_FIT, sequence_length=T, batch_size=2)) == []
     with pytest.raises(ValueError, match="many: no examples to train on"):
         ExamplePacking(empty, sequence_length=T, seed=0)
 
@@ -242,6 +243,6 @@ def test_rows_that_cannot_be_are_refused(examples: Examples):
     with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
         ExamplePacking(examples, sequence_length=T, seed=-1).sequence(0)
     with pytest.raises(ValueError, match="the longest example, got 31"):
-        validation_batches([examples], packer=ExamplePacking, packing="best_fit", sequence_length=31, batch_size=2)
+        validation_batches([examples], **BEST_FIT, sequence_length=31, batch_size=2)
     with pytest.raises(ValueError, match="batch_size must be divisible by 2 processes, got 3"):
-        validation_batches([examples], packer=ExamplePacking, packing="best_fit", sequence_length=T, batch_size=3, process_count=2)
+        validation_batches([examples], **BEST_FIT, sequence_length=T, batch_size=3, process_count=2)
