@@ -13,14 +13,14 @@ from typing import Any, Final
 import numpy as np
 
 from dsmoe_jax.checkpoint.manifest import PARAMETERS, Manifest, read_manifest
-from dsmoe_jax.checkpoint.native import as_dtype, check_count, check_names_and_shapes
-from dsmoe_jax.checkpoint.zarr_io import open_array, pieces_of, raw_bytes
+from dsmoe_jax.checkpoint.native import as_dtype, check_names_and_shapes, check_tensor_count
+from dsmoe_jax.checkpoint.zarr_io import open_array, raw_bytes, row_chunks
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.model import abstract
 from dsmoe_jax.progress import Advance, Meter, silent
-from dsmoe_jax.storage.atomic_dir import Draft, new_folder, refuse_existing, write_json
-from dsmoe_jax.storage.direct_io import NewFile
+from dsmoe_jax.storage.atomic_dir import StagingDir, atomic_dir, check_new_path, write_json
+from dsmoe_jax.storage.direct_io import DirectFile
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.text.generation_config import GENERATION_CONFIG
 from dsmoe_jax.text.special_ids import SPECIAL_IDS, exported_ids, within_vocabulary
@@ -49,7 +49,7 @@ class NativeReader:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         self.config = ModelConfig.from_file(folder)
-        check_count(folder, self.config, len(self.manifest.tensors))
+        check_tensor_count(folder, self.config, len(self.manifest.tensors))
         found = {name: tuple(tensor["shape"]) for name, tensor in self.manifest.tensors.items()}
         check_names_and_shapes(folder, {name: spec.shape for name, spec in abstract(self.config)[1].items()}, found)
         self._arrays = {name: open_array(folder / PARAMETERS, name) for name in found}
@@ -104,7 +104,7 @@ def export_hf(
     """
     started = time.perf_counter()
     wanted, limit = as_dtype(dtype), parse_size(max_shard_size)
-    out = refuse_existing(out)
+    out = check_new_path(out)
     reader = NativeReader(user_path(native, "checkpoint"))
     ids = special_ids_beside(reader.folder, reader.config)
     for line in ids.lines:
@@ -114,7 +114,7 @@ def export_hf(
     total = sum(sizes.values())
     job = {"export": str(reader.folder.resolve()), "manifest": reader.manifest.sha256, "shards": [limit, str(wanted)]}
     proof, loss, reused = _Proof(reader), Loss(), 0
-    with new_folder(out, needs=total, job=job) as draft, progress("exporting", total) as advance:
+    with atomic_dir(out, needs=total, job=job) as draft, progress("exporting", total) as advance:
         for file, names in shards.items():
             if file in draft.finished and (draft.folder / file).is_file():
                 reused += sum(sizes[name] for name in names)
@@ -159,7 +159,7 @@ def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
 
 
 def _write_shard(
-    draft: Draft,
+    draft: StagingDir,
     file: str,
     names: list[str],
     reader: NativeReader,
@@ -170,10 +170,10 @@ def _write_shard(
     cast = Cast(dtype)
     path = draft.folder / file
     path.unlink(missing_ok=True)  # what an interrupted run left of it
-    with NewFile(path) as out, ThreadPoolExecutor(1) as hasher:
+    with DirectFile(path) as out, ThreadPoolExecutor(1) as hasher:
         out.write(_header(names, reader, dtype))
         for name in names:
-            for piece in pieces_of(reader.read(name)):
+            for piece in row_chunks(reader.read(name)):
                 data = raw_bytes(piece)
                 hashing = hasher.submit(proof.see, name, data)
                 cast_piece = cast(piece)
@@ -209,7 +209,7 @@ def _write_beside(
     config = reader.config
     stored = {(dtype or reader.read(name).dtype).name for name in reader.order}
     if len(stored) == 1:
-        config = config.stored_as(stored.pop())
+        config = config.with_dtype(stored.pop())
     for path in travelling_files(reader.folder):
         shutil.copyfile(path, folder / path.name)
     fields = exported_ids(config.to_dict(), ids.tokenizer, config.vocab_size)

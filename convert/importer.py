@@ -17,15 +17,15 @@ from jax.sharding import Mesh
 
 from dsmoe_jax.checkpoint.manifest import is_native
 from dsmoe_jax.checkpoint.native import (
-    Parameter,
+    ArraySource,
     as_dtype,
-    check_count,
     check_names_and_shapes,
+    check_tensor_count,
+    finalize,
     is_written,
-    seal,
     write_parameters,
 )
-from dsmoe_jax.checkpoint.zarr_io import pieces_of, raw_bytes
+from dsmoe_jax.checkpoint.zarr_io import raw_bytes, row_chunks
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.kernels.operand import Operand
@@ -33,7 +33,7 @@ from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, shardings
 from dsmoe_jax.progress import Meter, silent
 from dsmoe_jax.quantize import read_quantized
 from dsmoe_jax.sharding import MeshConfig
-from dsmoe_jax.storage.atomic_dir import new_folder, refuse_existing
+from dsmoe_jax.storage.atomic_dir import atomic_dir, check_new_path
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.text.generation_config import GENERATION_CONFIG
@@ -129,7 +129,7 @@ def import_hf(
     """
     started = time.perf_counter()
     wanted = as_dtype(dtype)
-    out = refuse_existing(out)
+    out = check_new_path(out)
     folder, origin = user_path(source, "source"), {}
     if is_repository(source):
         snapshot = fetch(str(source), revision=revision)
@@ -142,7 +142,7 @@ def import_hf(
     with CheckpointReader(folder) as reader:
         check_tensors(folder, config, reader)
         if wanted is not None:
-            config = config.stored_as(wanted.name)
+            config = config.with_dtype(wanted.name)
         beside = travelling_files(folder)
         for file in beside:
             path_inside(folder, file.name)  # or refused: a link may lead anywhere
@@ -152,12 +152,12 @@ def import_hf(
         total = sum(parameter.nbytes for parameter in parameters)
         job = {"import": str(folder.resolve()), "files": _versions(reader), "config": config.to_dict()}
         job["dtype"] = str(wanted)  # the config may name it already where the tensors are of several
-        with new_folder(out, needs=total, job=job) as draft, progress("converting", total) as advance:
+        with atomic_dir(out, needs=total, job=job) as draft, progress("converting", total) as advance:
             reused = sum(parameter.nbytes for parameter in parameters if is_written(draft, parameter.name))
             if reused:
                 _log.info("%s: goes on after %.2f of %.2f GB", out, reused / 1e9, total / 1e9)
             records = write_parameters(draft, parameters, advance)
-            proof = seal(draft.folder, config, records, beside, origin)
+            proof = finalize(draft.folder, config, records, beside, origin)
     return Conversion(
         path=out,
         tensors=sum(map(len, hf_names(config).values())),
@@ -207,7 +207,7 @@ def check_tensors(path: str | Path, config: ModelConfig, reader: CheckpointReade
     if reader.ignored:
         more = f" and {len(reader.ignored) - 8} more" if len(reader.ignored) > 8 else ""
         _log.info("%s: ignored: %s%s", path, ", ".join(map(show, reader.ignored[:8])), more)
-    check_count(path, config, len(reader.tensors), per_stack=config.n_routed_experts or 0)
+    check_tensor_count(path, config, len(reader.tensors), per_stack=config.n_routed_experts or 0)
     if read_json(Path(path) / "config.json").get("auto_map", AUTO_MAP) != AUTO_MAP:
         _log.info("%s: auto_map is dropped, no code travels with a checkpoint", path)
     shapes = hf_shapes(config)
@@ -228,24 +228,24 @@ def stored_dtypes(path: str | Path) -> dict[str, np.dtype]:
     """The dtype of each of our parameters as the folder stores it, from the headers alone."""
     config = ModelConfig.from_file(path)
     with CheckpointReader(path) as reader:
-        check_count(path, config, len(reader.tensors), per_stack=config.n_routed_experts or 0)
+        check_tensor_count(path, config, len(reader.tensors), per_stack=config.n_routed_experts or 0)
         adopt_names(reader, config)
         found = {name: info.dtype for name, info in reader.tensors.items()}
     return {name: found[parts[0]] for name, parts in hf_names(config).items() if parts[0] in found}
 
 
-def _parameters(config: ModelConfig, reader: CheckpointReader, dtype: np.dtype | None) -> list[Parameter]:
+def _parameters(config: ModelConfig, reader: CheckpointReader, dtype: np.dtype | None) -> list[ArraySource]:
     """Our parameters, each with its pieces: the rows of its tensors, one after another."""
 
-    def parameter(name: str, parts: tuple[str, ...]) -> Parameter:
+    def parameter(name: str, parts: tuple[str, ...]) -> ArraySource:
         cast = Cast(dtype)
 
         def pieces() -> Iterator[np.ndarray]:
             for part in parts:
-                yield from map(cast, pieces_of(reader.read(part)))
+                yield from map(cast, row_chunks(reader.read(part)))
 
         stored = reader.tensors[parts[0]].dtype
-        return Parameter(name, abstract(config)[1][name].shape, dtype or stored, pieces, lambda: cast.loss)
+        return ArraySource(name, abstract(config)[1][name].shape, dtype or stored, pieces, lambda: cast.loss)
 
     return [parameter(name, parts) for name, parts in hf_names(config).items()]
 
@@ -269,5 +269,5 @@ def _copy(views: list[np.ndarray], dtype: np.dtype | None) -> np.ndarray:
 
 
 def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
-    pairs = zip(pieces_of(one), pieces_of(other), strict=True)
+    pairs = zip(row_chunks(one), row_chunks(other), strict=True)
     return one.dtype == other.dtype and all(raw_bytes(a) == raw_bytes(b) for a, b in pairs)

@@ -10,7 +10,7 @@ from dsmoe_jax.checkpoint.manifest import is_native
 from dsmoe_jax.checkpoint.native import load, save
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.storage.atomic_dir import refuse_existing, sibling
+from dsmoe_jax.storage.atomic_dir import check_new_path, staging_path
 from dsmoe_jax.storage.locks import lock_name
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.text.generation_config import (
@@ -41,18 +41,18 @@ def merge_to(
     """
     if layout not in LAYOUTS:
         raise DSMoEError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
-    checkpoint, out = user_path(checkpoint, "checkpoint"), refuse_existing(out)
+    checkpoint, out = user_path(checkpoint, "checkpoint"), check_new_path(out)
     between = out.with_name(f".{out.name}.merging")
     with lock_name(out, "merging.lock"):  # `save` and `export_hf` take the other one
-        for left in (between, sibling(between)):  # by a run that was killed
+        for left in (between, staging_path(between)):  # by a run that was killed
             shutil.rmtree(left, ignore_errors=True)
         model = merge_adapter((load if is_native(checkpoint) else load_hf)(checkpoint, dtype=dtype), adapter)
         with _beside(checkpoint, adapter, model.config) as beside:
             if layout == "native":
-                save(model, out, beside=beside)
+                save(model, out, extra_files=beside)
                 return f"{checkpoint} with {adapter} merged into it: {out}"
             try:
-                save(model, between, beside=beside)
+                save(model, between, extra_files=beside)
                 export_hf(between, out)
             finally:
                 shutil.rmtree(between, ignore_errors=True)

@@ -17,12 +17,12 @@ from typing import Any, Final, NamedTuple
 import jax
 import numpy as np
 
-from dsmoe_jax.checkpoint.manifest import RECORD, check_record
+from dsmoe_jax.checkpoint.manifest import RECORD, read_evaluation_record
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.lora import LORA_A, LORA_B, LoraConfig, Plan, attach, merge, place, specs
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
-from dsmoe_jax.storage.atomic_dir import new_folder, write_json
+from dsmoe_jax.storage.atomic_dir import atomic_dir, write_json
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.text.generation_config import GENERATION_CONFIG
@@ -78,10 +78,7 @@ def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
     if not os.path.lexists(path / CONFIG):
         raise DSMoEError(f"{path}: no adapter (no {CONFIG})")
     if (path / RECORD).is_file():
-        try:
-            check_record(path)
-        except ValueError as error:
-            raise DSMoEError(f"{path}: damaged adapter: {error}") from None
+        read_evaluation_record(path)
     fields = read_json(path_inside(path, CONFIG))
     try:
         config, rules = _lora_config(fields), _rules(fields)
@@ -135,7 +132,7 @@ def write_adapter(
 
     plan = make_plan(config, model)
     tensors = to_peft(plan, model, params)
-    with new_folder(user_path(path, "adapter"), needs=sum(tensor.nbytes for tensor in tensors.values())) as draft:
+    with atomic_dir(user_path(path, "adapter"), needs=sum(tensor.nbytes for tensor in tensors.values())) as draft:
         save_file(tensors, draft.folder / WEIGHTS, metadata={"format": "pt"})
         write_json(draft.folder / CONFIG, _peft_fields(config, base))
         if generation:

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from dsmoe_jax.checkpoint.manifest import Damage, damage, manifest_damage, read_manifest, strangers
-from dsmoe_jax.checkpoint.zarr_io import pieces_of, raw_bytes
+from dsmoe_jax.checkpoint.manifest import TensorDamage, find_damage, read_manifest
+from dsmoe_jax.checkpoint.zarr_io import raw_bytes, row_chunks
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.progress import Meter, silent
 from dsmoe_jax.storage.paths import user_path
@@ -62,11 +62,7 @@ def verify(native: str | Path, hf: str | Path | None = None, *, progress: Meter 
     report.hashes = {name: str(tensor.get("sha256")) for name, tensor in manifest.tensors.items()}
     report.bytes = sum(sums["bytes"] for sums in manifest.files.values())
     with progress("checking", report.bytes) as advance:
-        found = [
-            *manifest_damage(native),
-            *damage(native, manifest, manifest.files, advance),
-            *strangers(native, manifest),
-        ]
+        found = list(find_damage(native, manifest, advance))
     if hf is not None and not found:
         found += _differences(NativeReader(native), user_path(hf, "Hugging Face folder"), report, progress)
     report.mismatches = [{"file": one.file, "tensor": one.tensor, "what": one.what} for one in found]
@@ -74,7 +70,7 @@ def verify(native: str | Path, hf: str | Path | None = None, *, progress: Meter 
     return report
 
 
-def _differences(native: NativeReader, folder: Path, report: Report, progress: Meter) -> Iterator[Damage]:
+def _differences(native: NativeReader, folder: Path, report: Report, progress: Meter) -> Iterator[TensorDamage]:
     """Where the Hugging Face folder holds something else; fills in the report's counts and hashes."""
     theirs = ModelConfig.from_file(folder)
     with CheckpointReader(folder) as reader, ThreadPoolExecutor(1) as hasher:
@@ -87,14 +83,14 @@ def _differences(native: NativeReader, folder: Path, report: Report, progress: M
             other = other_fields.get(name)
             same = other in (value, exported[name]) or repr(other) == repr(value)  # NaN equals nothing
             if name not in _NOT_COMPARED and not same:
-                yield Damage("config.json", None, f"has {name} {value!r}, {folder} {other!r}")
+                yield TensorDamage("config.json", None, f"has {name} {value!r}, {folder} {other!r}")
         report.tensors, report.hashes = len(native.order), {}
         report.bytes = sum(native.read(name).nbytes for name in native.order)
         with progress("comparing", report.bytes) as advance:
             for name in native.order:
                 ours, other, digest = native.read(name), reader.read(name), hashlib.sha256()
                 differing = 0
-                for one, two in zip(pieces_of(ours), _pieces_like(ours, other), strict=True):
+                for one, two in zip(row_chunks(ours), _pieces_like(ours, other), strict=True):
                     data = raw_bytes(two)
                     hashing = hasher.submit(digest.update, data)
                     differing += _differing(one, two) if one.dtype == two.dtype else 0
@@ -102,15 +98,17 @@ def _differences(native: NativeReader, folder: Path, report: Report, progress: M
                     advance(one.nbytes)
                 report.hashes[name] = digest.hexdigest()
                 if ours.dtype != other.dtype:
-                    yield Damage(reader.tensors[name].file, name, f"is {other.dtype}, {ours.dtype} in {native.folder}")
+                    what = f"is {other.dtype}, {ours.dtype} in {native.folder}"
+                    yield TensorDamage(reader.tensors[name].file, name, what)
                 elif differing:
-                    yield Damage(reader.tensors[name].file, name, f"differs in {differing:,} of {ours.size:,} values")
+                    what = f"differs in {differing:,} of {ours.size:,} values"
+                    yield TensorDamage(reader.tensors[name].file, name, what)
 
 
 def _pieces_like(ours: np.ndarray, other: np.ndarray) -> Iterator[np.ndarray]:
-    """`other` in runs of as many rows as `pieces_of(ours)` has."""
+    """`other` in runs of as many rows as `row_chunks(ours)` has."""
     start = 0
-    for piece in pieces_of(ours):
+    for piece in row_chunks(ours):
         yield other[start : start + len(piece)]
         start += len(piece)
 

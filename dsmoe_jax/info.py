@@ -4,10 +4,10 @@ import math
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from dsmoe_jax.checkpoint.manifest import check_files
 from dsmoe_jax.config import PRESETS, ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.model import abstract
+from dsmoe_jax.storage.manifest import check_listed_files
 from dsmoe_jax.storage.paths import expand_user
 
 # part of the model: how its parameters' paths are told
@@ -47,7 +47,7 @@ def describe(model: str) -> str:
     model = expand_user(model, "model")
     if model not in PRESETS and not Path(model).exists():
         raise DSMoEError(f"{model!r} is neither a path nor a preset ({', '.join(PRESETS)})")
-    check_files(model, "config.json")
+    check_listed_files(Path(model), ["config.json"])
     config = ModelConfig.preset(model) if model in PRESETS else ModelConfig.from_file(model)
     counts = count_parameters(config)
     lines = [

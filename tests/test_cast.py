@@ -20,7 +20,7 @@ from tests.helpers.hf_folder import hf_tensors, random_params, stop_after, store
 FP32, BF16, FP16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 
 LOSSY = pytest.mark.parametrize(
-    ("stored_as", "wanted"), [(FP32, BF16), (FP32, FP16), (BF16, FP16), (FP16, BF16)], ids=str
+    ("with_dtype", "wanted"), [(FP32, BF16), (FP32, FP16), (BF16, FP16), (FP16, BF16)], ids=str
 )
 EDGES = (
     0.0, -0.0, 1.0, 1 + 2**-7, 1 + 2**-8, 1 + 3 * 2**-9, 1 + 2**-10, 1 + 2**-11, 1 + 3 * 2**-11, 65503.0, 65504.0,
@@ -71,20 +71,20 @@ def nearest_even(number: float, wanted: np.dtype) -> float:
 
 
 @LOSSY
-def test_the_loss_is_that_of_a_slow_count(stored_as: np.dtype, wanted: np.dtype):
-    before = numbers(stored_as)
+def test_the_loss_is_that_of_a_slow_count(with_dtype: np.dtype, wanted: np.dtype):
+    before = numbers(with_dtype)
     cast = Cast(wanted)
 
     cast(before)
 
     assert cast.loss == slow_loss(before, wanted)
     assert 0 < cast.loss.changed < cast.loss.values
-    assert (cast.loss.overflowed > 0) == (stored_as != FP16)
+    assert (cast.loss.overflowed > 0) == (with_dtype != FP16)
 
 
 @LOSSY
-def test_every_number_becomes_the_nearest_and_of_two_the_even_one(stored_as: np.dtype, wanted: np.dtype):
-    before = numbers(stored_as)
+def test_every_number_becomes_the_nearest_and_of_two_the_even_one(with_dtype: np.dtype, wanted: np.dtype):
+    before = numbers(with_dtype)
 
     after = Cast(wanted)(before)
 
@@ -94,15 +94,15 @@ def test_every_number_becomes_the_nearest_and_of_two_the_even_one(stored_as: np.
     np.testing.assert_array_equal(np.signbit(after)[~is_nan(after)], np.signbit(before)[~is_nan(before)])
 
 
-@pytest.mark.parametrize("stored_as", [BF16, FP16], ids=str)
-def test_float32_holds_every_number_of_16_bits(stored_as: np.dtype):
-    before = numbers(stored_as)
+@pytest.mark.parametrize("with_dtype", [BF16, FP16], ids=str)
+def test_float32_holds_every_number_of_16_bits(with_dtype: np.dtype):
+    before = numbers(with_dtype)
     cast = Cast(FP32)
 
     after = cast(before)
 
     with np.errstate(invalid="ignore"):
-        back = after.astype(stored_as)
+        back = after.astype(with_dtype)
     finite = ~is_nan(before)
     assert after.dtype == FP32
     assert back[finite].tobytes() == before[finite].tobytes()

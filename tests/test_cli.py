@@ -132,7 +132,7 @@ def test_the_demo_learns_travels_and_keeps_its_checkpoints(tmp_path: Path, capsy
     kept = {path.name for path in (tmp_path / "demo").iterdir()}
     assert kept - {"demo.png"} == {"run", "hf", "native"}
     assert is_native(tmp_path / "demo" / "native")
-    assert ModelConfig.from_file(tmp_path / "demo" / "hf") == ModelConfig.preset("tiny").stored_as("float32")
+    assert ModelConfig.from_file(tmp_path / "demo" / "hf") == ModelConfig.preset("tiny").with_dtype("float32")
 
 
 def test_every_verb_explains_itself(capsys: pytest.CaptureFixture):
@@ -191,7 +191,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown preset": (("info", "deepseek_moe_17b"), "deepseek_moe_16b"),
     "broken config": (("info", "{broken}"), "hidden_size must be int, not 'wide'"),
     "broken config to convert": (("convert", "{broken}", "{tmp}/out"), "hidden_size"),
-    "damaged checkpoint": (("generate", "{damaged}", "--prompt", "def"), "damaged checkpoint"),
+    "damaged checkpoint": (("generate", "{damaged}", "--prompt", "def"), ": damaged: "),
 }
 MAKE: dict[str, Callable[[Path], Path]] = {"{broken}": broken_config, "{damaged}": damaged}
 
@@ -291,7 +291,7 @@ def test_a_mistake_leaves_no_traceback_on_a_terminal(tmp_path: Path):
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert "damaged checkpoint" in done.stderr
+    assert ": damaged: " in done.stderr
 
 
 def test_a_reader_that_leaves_early_is_no_error():

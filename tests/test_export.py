@@ -440,7 +440,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no manifest": (lambda native: (native / "dsmoe_jax.json").unlink(), "not a native checkpoint"),
     "another config": (
         lambda native: (native / "config.json").write_text(json.dumps(tiny(vocab_size=32).to_dict())),
-        "damaged checkpoint: 'config.json' has",
+        "damaged: 'config.json' ",
     ),
     "another model": (
         resealed(lambda native: (native / "config.json").write_text(json.dumps(tiny(vocab_size=32).to_dict()))),

@@ -62,7 +62,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer(texts * 3, home / "tokenizer", VOCABULARY)
     # With logits as large as a trained model's: adapters do not reach the head.
     model = DeepSeekMoE.init(MODEL, seed=1)
-    dsmoe_jax.save(model, home / "base", beside=tokenizer_files(home / "tokenizer"))
+    dsmoe_jax.save(model, home / "base", extra_files=tokenizer_files(home / "tokenizer"))
     return home
 
 
@@ -222,13 +222,14 @@ def test_a_damaged_best_is_named_and_replaced(
     monkeypatch.setattr(loop, "_evaluate", lambda *_: (next(said), 1))
     run(config(home, tmp_path / "out", steps=2, eval_interval=2))
     flip_bit(tmp_path / "out" / "best" / WEIGHTS, -1)
-    with pytest.raises(ValueError, match=f"best: damaged adapter: {WEIGHTS!r} has other bytes than were written"):
+    with pytest.raises(ValueError, match=f"best: damaged: {WEIGHTS!r} does not match its SHA-256"):
         read_adapter(tmp_path / "out" / "best", MODEL)
 
     run(config(home, tmp_path / "out", steps=4, eval_interval=2))
 
     best, last = weights(tmp_path / "out" / "best"), weights(tmp_path / "out" / "adapter")
-    assert f"best is damaged, the next evaluation replaces it: {WEIGHTS!r} has other bytes" in caplog.text
+    assert "best is damaged, the next evaluation replaces it" in caplog.text
+    assert f"{WEIGHTS!r} does not match its SHA-256" in caplog.text
     assert json.loads((tmp_path / "out" / "best" / "evaluation.json").read_text())["loss"] == 3.0
     assert best.keys() == last.keys()
 
@@ -323,7 +324,9 @@ def test_packed_examples_have_the_losses_they_have_alone(home: Path, tmp_path: P
         batch = Batch(*map(jnp.asarray, np.stack([packing.sequence(n) for n in packing.sequences_of(0)], axis=1)))
         hidden = model.hidden(batch.token_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids)
         head = split(model)[1]["head.weight"]
-        return float(chunked_cross_entropy(hidden.states, head, batch.labels).cross_entropy), len(batch.labels)
+        return float(chunked_cross_entropy(hidden.last_hidden_state, head, batch.labels).cross_entropy), len(
+            batch.labels
+        )
 
     (packed, rows), (alone, examples_alone) = total("best_fit"), total("none")
 

@@ -137,7 +137,7 @@ def test_damage_that_one_process_finds_is_known_to_all(seen: list[dict[str, str]
     said = [process["damage"] for process in seen]
 
     assert OTHER_FAILED in said
-    assert sum("damaged checkpoint: 'parameters/state/embed/c/0/0'" in line for line in said) == 1
+    assert sum("damaged: 'parameters/state/embed/c/0/0'" in line for line in said) == 1
 
 
 @pytest.mark.parametrize(

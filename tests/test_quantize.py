@@ -381,7 +381,7 @@ def test_each_device_holds_its_own_experts_and_all_that_is_not_split(saved: Path
 def test_a_damaged_checkpoint_is_refused_as_load_refuses_it(copy: Path):
     flip_bit(copy / "parameters/state/embed/c/0/0", at=100)
 
-    with pytest.raises(ValueError, match=r"damaged checkpoint: .*SHA-256 \(tensor embed\)"):
+    with pytest.raises(ValueError, match=r"damaged: .*SHA-256 \(tensor embed\)"):
         load_quantized(copy, "nf4")
 
     assert load_quantized(copy, "nf4", verify=False)[0] == tiny()

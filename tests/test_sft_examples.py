@@ -271,15 +271,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "format": (lambda f: change(f, format="x"), "format must be 'dsmoe token shards 2', got 'x'"),
     "another digit": (
         lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text().replace('"all"', '"oll"')),
-        "manifest.json: damaged: SHA-256 mismatch",
+        "damaged: 'manifest.json' does not match its SHA-256",
     ),
     "no splits": (lambda f: change(f, splits=[]), "`splits` must be of type dict"),
     "no files": (lambda f: change(f, files={}), "`train-00000.tokens` must be of type dict, got None"),
-    "no mask": (lambda f: (f / MASK).unlink(), f"{MASK}: is missing"),
-    "short": (lambda f: (f / MASK).write_bytes(b"\1"), rf"{MASK}: has 1 bytes, not \d+"),
+    "no mask": (lambda f: (f / MASK).unlink(), f"'{MASK}' is missing"),
+    "short": (lambda f: (f / MASK).write_bytes(b"\1"), rf"'{MASK}' has 1 bytes, expected \d+"),
     "other bytes": (
         lambda f: (f / MASK).write_bytes(bytes((f / MASK).stat().st_size)),
-        f"{MASK}: has other bytes than were written",
+        f"'{MASK}' does not match its SHA-256",
     ),
 }
 

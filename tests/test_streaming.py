@@ -25,8 +25,8 @@ from dsmoe_jax.cli import main
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import Conversion, export_hf, import_hf, load_hf, verify
 from dsmoe_jax.convert.param_mapping import hf_shapes
-from dsmoe_jax.storage.atomic_dir import sibling
-from dsmoe_jax.storage.direct_io import NewFile
+from dsmoe_jax.storage.atomic_dir import staging_path
+from dsmoe_jax.storage.direct_io import DirectFile
 from tests.helpers.hf_folder import (
     hf_tensors,
     random_params,
@@ -137,7 +137,7 @@ class Server:
         """The exit code of a conversion that is killed so long after so many units, and how long it took."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        journal = str(sibling(out) / "journal.jsonl")
+        journal = str(staging_path(out) / "journal.jsonl")
         command = (way.convert.__name__, str(way.source), str(out), way.options, seconds, units, journal)
         print(json.dumps(command), file=self._process.stdin, flush=True)
         code, took = json.loads(self._process.stdout.readline())
@@ -189,7 +189,7 @@ def test_a_conversion_killed_at_any_moment_leaves_nothing_false_and_goes_on(
             left["all"] += 1
         else:
             assert code == -9
-            assert not loads(sibling(out)) or way.is_whole(sibling(out))
+            assert not loads(staging_path(out)) or way.is_whole(staging_path(out))
             reused = way.run(out).reused
             assert way.is_whole(out)
             left["some" if reused else "nothing"] += 1
@@ -229,9 +229,9 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(tmp_path: Path, capl
     for share in (0.3, 0.6, 0.9):
         with pytest.raises(KeyboardInterrupt):
             way.run(tmp_path / "out", progress=stop_after(int(share * total)))
-        assert not loads(sibling(tmp_path / "out"))
+        assert not loads(staging_path(tmp_path / "out"))
         assert not (tmp_path / "out").exists()
-        reused.append(sum(path.stat().st_size for path in sibling(tmp_path / "out").rglob("*") if path.is_file()))
+        reused.append(sum(path.stat().st_size for path in staging_path(tmp_path / "out").rglob("*") if path.is_file()))
     done = way.run(tmp_path / "out")
 
     assert "keeps what is finished; the same command goes on from there" in caplog.text
@@ -299,7 +299,7 @@ def test_a_part_that_is_gone_or_cut_short_is_written_again(tmp_path: Path, ways:
     way = ways["import"]
     with pytest.raises(KeyboardInterrupt):
         way.run(tmp_path / "out", progress=stop_after(100_000))
-    state = sibling(tmp_path / "out") / "parameters" / "state"
+    state = staging_path(tmp_path / "out") / "parameters" / "state"
     (state / "embed" / "c" / "0" / "0").unlink()
     (state / "layers.0.mlp.up.weight" / "c" / "0" / "0").write_bytes(b"cut")
     shutil.rmtree(state / "norm.weight")  # where a run is killed that was about to write it
@@ -342,14 +342,14 @@ def test_both_numbers_are_told_of_a_large_checkpoint(tmp_path: Path, monkeypatch
 def test_a_disk_that_fills_midway_keeps_what_is_finished_and_the_next_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, way: Way, typed: bool
 ):
-    flush, calls = NewFile._flush, iter(range(3))
+    flush, calls = DirectFile._flush, iter(range(3))
 
-    def until_full(file: NewFile, size: int) -> None:
+    def until_full(file: DirectFile, size: int) -> None:
         if next(calls, None) is None:
             raise OSError(28, "No space left on device")
         flush(file, size)
 
-    monkeypatch.setattr(NewFile, "_flush", until_full)
+    monkeypatch.setattr(DirectFile, "_flush", until_full)
     if typed:
         verb = ["convert"] if way.convert is import_hf else ["export", "--max-shard-size", "10000"]
         code = main([*verb, str(way.source), str(tmp_path / "out")])

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsmoe_jax.checkpoint import manifest as manifests
-from dsmoe_jax.checkpoint.zarr_io import hash_file
+from dsmoe_jax.storage import manifest as manifests
+from dsmoe_jax.storage.manifest import hash_file
 from dsmoe_jax.text.tokenizer import Tokenizer
 from dsmoe_jax.train.data import (
     TokenShards,
@@ -343,14 +343,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: (folder / "manifest.json").write_text(
             (folder / "manifest.json").read_text().replace('"eos_token_id": 1', '"eos_token_id": 3')
         ),
-        "manifest.json: damaged: SHA-256 mismatch",
+        "damaged: 'manifest.json' does not match its SHA-256",
     ),
-    "no tokens": (lambda folder: (folder / TOKENS).unlink(), f"{TOKENS}: is missing"),
-    "no boundaries": (lambda folder: (folder / OFFSETS).unlink(), f"{OFFSETS}: is missing"),
-    "cut tokens": (cut(TOKENS), rf"{TOKENS}: has 528 bytes, not 530"),
-    "cut boundaries": (cut(OFFSETS), rf"{OFFSETS}: has 46 bytes, not 48"),
-    "a flipped token": (flip(TOKENS), f"{TOKENS}: has other bytes than were written"),
-    "a flipped boundary": (flip(OFFSETS), f"{OFFSETS}: has other bytes than were written"),
+    "no tokens": (lambda folder: (folder / TOKENS).unlink(), f"'{TOKENS}' is missing"),
+    "no boundaries": (lambda folder: (folder / OFFSETS).unlink(), f"'{OFFSETS}' is missing"),
+    "cut tokens": (cut(TOKENS), rf"'{TOKENS}' has 528 bytes, expected 530"),
+    "cut boundaries": (cut(OFFSETS), rf"'{OFFSETS}' has 46 bytes, expected 48"),
+    "a flipped token": (flip(TOKENS), f"'{TOKENS}' does not match its SHA-256"),
+    "a flipped boundary": (flip(OFFSETS), f"'{OFFSETS}' does not match its SHA-256"),
 }
 
 
@@ -394,7 +394,7 @@ def test_files_are_hashed_once_until_they_change(
 
     assert first == [OFFSETS, TOKENS]
     assert again == []
-    with pytest.raises(ValueError, match=f"{TOKENS}: has other bytes than were written"):
+    with pytest.raises(ValueError, match=f"'{TOKENS}' does not match its SHA-256"):
         TokenShards.open(tmp_path / "out")
 
 

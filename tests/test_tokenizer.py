@@ -483,7 +483,7 @@ def test_malformed_added_tokens_are_refused(model_folder: Path, added: Any):
 # --- flags of a folder: the ids are those of transformers 4.57.6 ---
 
 
-def pieces_of(folder: Path, text: str, *, dummy_prefix: bool = True) -> list[int]:
+def row_chunks(folder: Path, text: str, *, dummy_prefix: bool = True) -> list[int]:
     """What sentencepiece alone makes of a text."""
     import sentencepiece
 
@@ -506,8 +506,8 @@ def test_without_legacy_no_space_goes_before_text_after_a_token(
 ):
     tokenizer = configure(model_folder, legacy=False, add_bos_token=False)
 
-    before_ids = pieces_of(model_folder, before) if before else []
-    after_ids = pieces_of(model_folder, after, dummy_prefix=spaced) if after else []
+    before_ids = row_chunks(model_folder, before) if before else []
+    after_ids = row_chunks(model_folder, after, dummy_prefix=spaced) if after else []
     assert tokenizer.encode(text) == [*before_ids, tokenizer.eos_token_id, *after_ids]
 
 
@@ -516,7 +516,7 @@ def test_with_legacy_each_part_begins_with_a_space(model_folder: Path, legacy: A
     config = {} if legacy == "absent" else {"legacy": legacy}
     tokenizer = configure(model_folder, add_bos_token=False, **config)
 
-    the, fox = (pieces_of(model_folder, text) for text in ("the", "fox"))
+    the, fox = (row_chunks(model_folder, text) for text in ("the", "fox"))
 
     assert tokenizer.encode("the</s>fox") == [*the, tokenizer.eos_token_id, *fox]
 
@@ -524,7 +524,7 @@ def test_with_legacy_each_part_begins_with_a_space(model_folder: Path, legacy: A
 def test_without_legacy_and_prefix_space_a_text_begins_as_it_is(model_folder: Path):
     tokenizer = configure(model_folder, legacy=False, add_prefix_space=False, add_bos_token=False)
 
-    assert tokenizer.encode("the fox") == pieces_of(model_folder, "the fox", dummy_prefix=False)
+    assert tokenizer.encode("the fox") == row_chunks(model_folder, "the fox", dummy_prefix=False)
     assert tokenizer.decode(tokenizer.encode("the fox")) == "the fox"
 
 
@@ -583,7 +583,7 @@ def test_flags_of_added_tokens_are_obeyed(model_folder: Path, flags: dict[str, b
     decoder = {"2": {"content": "</s>", "special": True, **flags}}
     tokenizer = configure(model_folder, added_tokens_decoder=decoder, eos_token="</s>", add_bos_token=False)
 
-    before, after = (pieces_of(model_folder, part) for part in rest)
+    before, after = (row_chunks(model_folder, part) for part in rest)
 
     assert tokenizer.encode(text) == [*before, 2, *after]
 
@@ -592,7 +592,7 @@ def test_single_word_token_within_a_word_is_text(model_folder: Path):
     decoder = {"2": {"content": "</s>", "special": True, "single_word": True}}
     tokenizer = configure(model_folder, added_tokens_decoder=decoder, eos_token="</s>", add_bos_token=False)
 
-    parts = pieces_of(model_folder, "the</s>"), pieces_of(model_folder, "fox")
+    parts = row_chunks(model_folder, "the</s>"), row_chunks(model_folder, "fox")
     assert tokenizer.encode("the</s>fox") == [*parts[0], *parts[1]]
 
 

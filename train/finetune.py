@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from dsmoe_jax import lora
 from dsmoe_jax.axes import Array
-from dsmoe_jax.checkpoint.manifest import is_native, own_hash, read_manifest
-from dsmoe_jax.checkpoint.native import collective_errors, load, whole
+from dsmoe_jax.checkpoint.manifest import is_native, read_manifest
+from dsmoe_jax.checkpoint.native import collective_errors, gather_to_host, load
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.peft import prepare_base, write_adapter
 from dsmoe_jax.convert.peft_matching import is_untied, make_plan, untied
@@ -27,6 +27,7 @@ from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.model import split
 from dsmoe_jax.quantize import SCHEMES, load_quantized
 from dsmoe_jax.storage.atomic_dir import write_json
+from dsmoe_jax.storage.manifest import hash_json
 from dsmoe_jax.storage.paths import expand_user
 from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.text.generation_config import (
@@ -163,7 +164,7 @@ def finetuning(config: FinetuneConfig, out: Path) -> Job:
         return draw(dict(frozen), key)
 
     def save(path: Path, params: Mapping[str, Array]) -> None:
-        on_host = {name: whole(value) for name, value in params.items()}
+        on_host = {name: gather_to_host(value) for name, value in params.items()}
         with collective_errors():
             if jax.process_index() == 0:
                 write_adapter(path, adapter, model, on_host, base=str(base), generation=endings)
@@ -249,7 +250,7 @@ def open_examples(config: FinetuneConfig, model: ModelConfig, out: Path) -> Open
             made_by |= {"data.template": template_hash(data.template), "data.tokenizer": tokenizer_hash(tokenizer)}
             hashes = {source: file_hashes(source, out) for source in data.files}
             sources = [Source.of(source, hashes[source]).sha256 for source in data.files]
-            home = own_hash({"sources": sources, "options": made_by})[:12]
+            home = hash_json({"sources": sources, "options": made_by})[:12]
             if not (out / _EXAMPLES / home).exists():
                 (out / _EXAMPLES).mkdir(parents=True, exist_ok=True)
                 _log.info(

@@ -142,7 +142,8 @@ class Generator:
             model = with_adapter(model, adapter)
         tokenizer = None
         if tokenizer_files(path):
-            tokenizer = Tokenizer.from_pretrained(path, split_special_tokens=split_special_tokens)
+            # Loading the model has verified the files.
+            tokenizer = Tokenizer.from_pretrained(path, split_special_tokens=split_special_tokens, verify=False)
         fields = with_config_eos(read_generation_config(path), model.config)
         if adapter is not None:
             fields = add_endings(fields, read_generation_config(adapter))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Final, NamedTuple, Protocol
 
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.config_spellings import show_value
+from dsmoe_jax.config_aliases import show_value
 from dsmoe_jax.errors import DSMoEError
 
 SPECIAL_IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")

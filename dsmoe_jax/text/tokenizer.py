@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsmoe_jax.checkpoint.manifest import check_files
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.storage.manifest import check_listed_files
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.text import chat_template
 from dsmoe_jax.text.special_tokens import Escape
@@ -74,20 +74,24 @@ class Tokenizer:
         self._escape = Escape(backend.placeholders)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, split_special_tokens: bool | None = None) -> "Tokenizer":
+    def from_pretrained(
+        cls, folder: str | Path, *, split_special_tokens: bool | None = None, verify: bool = True
+    ) -> "Tokenizer":
         """Opens the tokenizer of a folder.
 
         Args:
             folder: Holds tokenizer.json, else tokenizer.model; other files are optional.
             split_special_tokens: Whether the strings of special tokens in a text are encoded as text; by default as
                 tokenizer_config.json says, else not.
+            verify: Whether its files are compared with the folder's manifest, if there is one.
 
         Raises:
             ValueError: If there is neither file, a file cannot be read or does not match the folder's manifest, or
                 the folder has a setting that would give other ids than transformers does.
         """
         folder = user_path(folder, "tokenizer folder")
-        check_files(folder, *TOKENIZER_FILES)
+        if verify:
+            check_listed_files(folder, TOKENIZER_FILES)
         for name, backend in (("tokenizer.json", JsonBackend), ("tokenizer.model", ModelBackend)):
             if (folder / name).is_file():
                 settings = read_settings(folder)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Final
 
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.storage.atomic_dir import new_folder, write_json
+from dsmoe_jax.storage.atomic_dir import atomic_dir, write_json
 
 _BOS: Final = "<｜begin▁of▁sentence｜>"
 _EOS: Final = "<｜end▁of▁sentence｜>"
@@ -46,6 +46,6 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> None
         "clean_up_tokenization_spaces": False,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    with new_folder(folder) as draft:
+    with atomic_dir(folder) as draft:
         tokenizer.save(str(draft.folder / "tokenizer.json"))
         write_json(draft.folder / "tokenizer_config.json", special)

@@ -7,15 +7,14 @@ split. The first reader hashes each file once and records that in `.verified` wh
 """
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from dsmoe_jax.checkpoint.manifest import HashCache, own_hash
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.storage.manifest import HashCache, check_files, hash_json, read_manifest
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.text.tokenizer import tokenizer_files
@@ -83,7 +82,7 @@ class TokenShards:
         # As format 1 had it, so that runs resume on shards of either format.
         hashes = [{kind: manifest["files"][name] for kind, name in shard.items()} for shard in shards]
         counts = {name: self._split[name] for name in ("documents", "tokens")}
-        self.digest = own_hash({"dtype": manifest["dtype"], **counts, "shards": hashes})
+        self.digest = hash_json({"dtype": manifest["dtype"], **counts, "shards": hashes})
         self._tokens = [_map(folder / shard["tokens"], self.dtype) for shard in shards]
         self._offsets = [_map(folder / shard["documents"], OFFSET) for shard in shards]
         for shard, tokens, offsets in zip(shards, self._tokens, self._offsets, strict=True):
@@ -113,7 +112,8 @@ class TokenShards:
         entry = manifest["splits"][split]
         names = [name for shard in entry["shards"] for name in shard.values()]
         names += [entry["loss_mask"]] if "loss_mask" in entry else []
-        check_files(folder, {name: manifest["files"][name] for name in names}, verify=verify)
+        files = {name: manifest["files"][name] for name in names}
+        check_files(folder, files, verify=verify, cache=HashCache(folder / _VERIFIED))
         return cls(folder, split, manifest)
 
     def __len__(self) -> int:
@@ -161,10 +161,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise DSMoEError(f"{folder}: no token shards (no {MANIFEST})")
-    fields = read_json(path)
+    fields = read_manifest(path, None, require_hash=False)
     if (version := fields.get("format")) not in (FORMAT, _FORMAT_1):
         raise DSMoEError(f"{path}: format must be {FORMAT!r}, got {version!r:.80}")
-    check_own_hash(path, fields)
     try:
         if version == _FORMAT_1:
             fields |= _from_format_1(folder, fields)
@@ -174,43 +173,37 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def _check_types(fields: Mapping[str, Any]) -> None:
+def _check_types(fields: dict[str, Any]) -> None:
     def field(table: Any, name: str, kind: type) -> Any:
         value = table.get(name) if isinstance(table, dict) else None
         if type(value) is not kind:
             raise DSMoEError(f"`{name}` must be of type {kind.__name__}, got {value!r:.80}")
         return value
 
-    kinds = {"vocab_size": int, "eos_token_id": int, "tokenizer_sha256": str, "dtype": str, "files": dict}
-    for name, kind in kinds.items():
-        field(fields, name, kind)
-    if fields["dtype"] not in DTYPES:
-        raise DSMoEError(f"`dtype` must be one of {', '.join(DTYPES)}, got {fields['dtype']!r:.80}")
-
     def check_file(name: str, dtype: np.dtype, least: int) -> None:
         entry = field(fields["files"], name, dict)
-        size = field(entry, "bytes", int)
-        field(entry, "sha256", str)
+        size, _ = field(entry, "bytes", int), field(entry, "sha256", str)
         if Path(name).name != name or size < least * dtype.itemsize or size % dtype.itemsize:
             raise DSMoEError(f"{name!r:.80} has impossible size {size}")
 
+    for name, kind in {"vocab_size": int, "eos_token_id": int, "tokenizer_sha256": str, "files": dict}.items():
+        field(fields, name, kind)
+    if field(fields, "dtype", str) not in DTYPES:
+        raise DSMoEError(f"`dtype` must be one of {', '.join(DTYPES)}, got {fields['dtype']!r:.80}")
     for split in SPLITS:
         entry = field(field(fields, "splits", dict), split, dict)
-        for name in ("documents", "tokens"):
-            field(entry, name, int)
+        size = {name: field(entry, name, int) for name in ("documents", "tokens")}
         for shard in field(entry, "shards", list):
             check_file(field(shard, "tokens", str), DTYPES[fields["dtype"]], 1)
             check_file(field(shard, "documents", str), OFFSET, 2)
         if "loss_mask" in entry:
-            check_file(field(entry, "loss_mask", str), np.dtype(np.uint8), entry["tokens"])
+            check_file(field(entry, "loss_mask", str), np.dtype(np.uint8), size["tokens"])
 
 
 def _from_format_1(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate the fields of a manifest that version 0.1 wrote."""
-    masks = None
-    if (folder / _EXAMPLES_1).is_file():
-        masks = read_json(folder / _EXAMPLES_1)
-        check_own_hash(folder / _EXAMPLES_1, masks)
+    """Translate the manifest of version 0.1, in which shards list their files and `examples.json` the loss masks."""
+    has_masks = (folder / _EXAMPLES_1).is_file()
+    masks = read_manifest(folder / _EXAMPLES_1, None, require_hash=False)["splits"] if has_masks else {}
     files, splits = {}, {}
     for split, old in _SPLITS_1.items():
         entry = splits[split] = dict(fields["splits"][old])
@@ -219,27 +212,7 @@ def _from_format_1(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
             names = {kind: f"{old}-{index:05d}.{kind}" for kind in ("tokens", "documents")}
             files |= {name: shard[kind] for kind, name in names.items()}
             entry["shards"].append(names)
-        if masks is not None:
+        if has_masks:
             entry["loss_mask"] = f"{old}.targets"
-            files[entry["loss_mask"]] = {"bytes": entry["tokens"], "sha256": masks["splits"][old]["sha256"]}
+            files[entry["loss_mask"]] = {"bytes": entry["tokens"], "sha256": masks[old]["sha256"]}
     return {"files": files, "splits": splits, "val_fraction": fields.get("val_fraction", fields.get("holdout"))}
-
-
-def check_own_hash(path: Path, fields: dict[str, Any]) -> None:
-    """Raise `DSMoEError` unless the manifest matches its own SHA-256, if it has one."""
-    recorded = fields.pop("sha256", None)
-    if recorded is not None and recorded != own_hash(fields):
-        raise DSMoEError(f"{path}: damaged: SHA-256 mismatch")
-
-
-def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, verify: bool) -> None:
-    """Raise `DSMoEError` unless each file has its `bytes` and, with `verify`, its `sha256`."""
-    for name, want in files.items():
-        if not (folder / name).is_file():
-            raise DSMoEError(f"{folder / name}: is missing")
-        if (size := os.path.getsize(folder / name)) != want["bytes"]:
-            raise DSMoEError(f"{folder / name}: has {size} bytes, not {want['bytes']}")
-    if verify:
-        for path, found in HashCache(folder / _VERIFIED).hashes(folder / name for name in files).items():
-            if found != files[path.name]["sha256"]:
-                raise DSMoEError(f"{path}: has other bytes than were written: another SHA-256")

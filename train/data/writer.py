@@ -11,10 +11,10 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from dsmoe_jax.checkpoint.manifest import with_own_hash
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.progress import Advance, silent
-from dsmoe_jax.storage.atomic_dir import check_space, new_folder, refuse_existing, write_json
+from dsmoe_jax.storage.atomic_dir import atomic_dir, check_new_path, check_space
+from dsmoe_jax.storage.manifest import write_manifest
 from dsmoe_jax.text.tokenizer import Tokenizer
 
 from .shards import DTYPES, FORMAT, MANIFEST, OFFSET, SPLITS, is_token_shards, tokenizer_hash
@@ -108,14 +108,19 @@ def tokenize(
         DSMoEError: An argument, a source or the tokenizer is invalid, the output exists, or the disk is (or, by
             extrapolation, will be) full.
     """
-    if shard_tokens < 1:
-        raise DSMoEError(f"shard_tokens must be at least 1, got {shard_tokens}")
-    options = {"val_fraction": val_fraction, "split_special_tokens": split_special_tokens, "exclude": exclude}
+    writer = ShardWriter(
+        sources,
+        tokenizer_folder,
+        out,
+        unit="documents",
+        shard_tokens=shard_tokens,
+        val_fraction=val_fraction,
+        split_special_tokens=split_special_tokens,
+        exclude=exclude,
+    )
+    reading = {"field": field, "max_malformed_fraction": max_malformed_fraction, "exclude": writer.exclude}
     text_bytes = 0
-    with shard_writer(
-        sources, tokenizer_folder, out, shard_tokens=shard_tokens, progress=progress, **options
-    ) as writer:
-        reading = {"field": field, "max_malformed_fraction": max_malformed_fraction, "exclude": writer.exclude}
+    with writer.open(progress):
         for source in writer.sources:
             for batch in _batches(documents(source, advance=writer.advance, **reading)):
                 encoded = writer.tokenizer.encode_batch(document.text for document in batch)
@@ -131,61 +136,8 @@ def tokenize(
     return writer.stats()._replace(text_bytes=text_bytes)
 
 
-@contextlib.contextmanager
-def shard_writer(
-    sources: str | Path | Sequence[str | Path],
-    tokenizer_folder: str | Path,
-    out: str | Path,
-    *,
-    unit: str = "documents",
-    shard_tokens: int = SHARD_TOKENS,
-    val_fraction: float,
-    split_special_tokens: bool,
-    exclude: Iterable[Path],
-    progress: Progress,
-) -> Iterator["ShardWriter"]:
-    """Open a new folder of token shards; it is finalized when the block ends without an error.
-
-    The arguments are those of `tokenize`; `unit` is "documents" or "examples".
-    """
-    sources = [sources] if isinstance(sources, str | Path) else list(sources)
-    if not sources:
-        raise DSMoEError("sources must name at least one source")
-    if not 0 <= val_fraction < 1:
-        raise DSMoEError(f"val_fraction must be in [0, 1), got {val_fraction}")
-    if shards := next((source for source in sources if is_token_shards(source)), None):
-        raise DSMoEError(f"{shards}: holds token shards, already tokenized")
-    refuse_existing(out)
-    tokenizer = Tokenizer.from_pretrained(tokenizer_folder, split_special_tokens=split_special_tokens or None)
-    if tokenizer.eos_token_id is None:
-        raise DSMoEError(f"{tokenizer_folder}: the tokenizer has no EOS token")
-    exclude = [Path(out), *exclude]
-    warn_on_overlap(sources, exclude)
-    total = sum(source_bytes(source, exclude) for source in sources)
-    try:
-        with new_folder(out) as draft, progress("tokenizing", total) as advance, ExitStack() as stack:
-            writer = ShardWriter(
-                draft.folder,
-                Path(out),
-                tokenizer,
-                sources,
-                exclude,
-                unit,
-                shard_tokens,
-                val_fraction,
-                total,
-                advance,
-                stack,
-            )
-            yield writer
-            writer.finalize()
-    except OSError as error:  # a full disk; problems of a source are ValueErrors
-        raise DSMoEError(f"{out} cannot be written: {error.strerror}") from None
-    writer.log()
-
-
 class ShardWriter:
-    """Token shards being written. Use `shard_writer`.
+    """Writes documents or examples as token shards; see `tokenize` for the arguments.
 
     Attributes:
         sources: The sources to read.
@@ -197,31 +149,53 @@ class ShardWriter:
 
     def __init__(
         self,
-        folder: Path,
-        out: Path,
-        tokenizer: Tokenizer,
-        sources: Sequence[str | Path],
-        exclude: Sequence[Path],
+        sources: str | Path | Sequence[str | Path],
+        tokenizer_folder: str | Path,
+        out: str | Path,
+        *,
         unit: str,
-        shard_tokens: int,
+        shard_tokens: int = SHARD_TOKENS,
         val_fraction: float,
-        total: int,
-        advance: Advance,
-        stack: ExitStack,
+        split_special_tokens: bool,
+        exclude: Iterable[Path],
     ):
-        """Open the files of both splits; `stack` closes them."""
-        assert tokenizer.eos_token_id is not None
-        self.tokenizer, self.eos = tokenizer, tokenizer.eos_token_id
-        self.sources, self.exclude = sources, exclude
+        """Check the arguments; `unit` is "documents" or "examples"."""
+        self.sources = [sources] if isinstance(sources, str | Path) else list(sources)
+        if not self.sources:
+            raise DSMoEError("sources must name at least one source")
+        if not 0 <= val_fraction < 1:
+            raise DSMoEError(f"val_fraction must be in [0, 1), got {val_fraction}")
+        if shard_tokens < 1:
+            raise DSMoEError(f"shard_tokens must be at least 1, got {shard_tokens}")
+        if shards := next((source for source in self.sources if is_token_shards(source)), None):
+            raise DSMoEError(f"{shards}: holds token shards, already tokenized")
+        check_new_path(out)
+        self.tokenizer = Tokenizer.from_pretrained(tokenizer_folder, split_special_tokens=split_special_tokens or None)
+        if self.tokenizer.eos_token_id is None:
+            raise DSMoEError(f"{tokenizer_folder}: the tokenizer has no EOS token")
+        self.eos, self.exclude = self.tokenizer.eos_token_id, [Path(out), *exclude]
         self.fields: dict[str, Any] = {}
-        self._folder, self._out, self._unit, self._val_fraction = folder, out, unit, val_fraction
-        self._dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-        masked = unit == "examples"
-        self._train, self._validation = (
-            _Split(folder, split, DTYPES[self._dtype], shard_tokens, masked, stack) for split in SPLITS
-        )
-        self._total, self._read, self._advance = total, 0, advance
+        self._out, self._unit = Path(out), unit
+        self._shard_tokens, self._val_fraction = shard_tokens, val_fraction
         self._special_tokens = self._with_special_tokens = 0
+
+    @contextlib.contextmanager
+    def open(self, progress: Progress) -> Iterator[None]:
+        """Open the shards; they are finalized when the block ends without an error."""
+        warn_on_overlap(self.sources, self.exclude)
+        self._total, self._read = sum(source_bytes(source, self.exclude) for source in self.sources), 0
+        dtype = "uint16" if self.tokenizer.vocab_size <= 1 << 16 else "uint32"
+        try:
+            with atomic_dir(self._out) as staging, progress("tokenizing", self._total) as advance, ExitStack() as stack:
+                self._advance, masked = advance, self._unit == "examples"
+                self._train, self._validation = (
+                    _Split(staging.folder, split, DTYPES[dtype], self._shard_tokens, masked, stack) for split in SPLITS
+                )
+                yield
+                write_manifest(staging.folder / MANIFEST, self._finalize(dtype))
+        except OSError as error:  # a full disk; problems of a source are ValueErrors
+            raise DSMoEError(f"{self._out} cannot be written: {error.strerror}") from None
+        self._report()
 
     def split_of(self, content: bytes) -> "_Split":
         """Return the split of a document or example, a pure function of its content."""
@@ -244,27 +218,27 @@ class ShardWriter:
             written = self._train.size + self._validation.size
             check_space(self._out, written * (self._total - self._read) // max(self._read, 1))
 
-    def finalize(self) -> None:
-        """Close the shards and write the manifest."""
+    def _finalize(self, dtype: str) -> dict[str, Any]:
+        """Close the shards and return the manifest."""
         if not self._train.documents:
             total = f"{self._validation.documents} {self._unit}"
             raise DSMoEError(f"val_fraction {self._val_fraction} leaves none of {total} to train on")
         splits = dict(zip(SPLITS, (self._train.finalize(), self._validation.finalize()), strict=True))
-        fields = {
+        return {
             "format": FORMAT,
             "tokenizer_sha256": tokenizer_hash(self.tokenizer.files[0].parent),
             "vocab_size": self.tokenizer.vocab_size,
             "eos_token_id": self.eos,
-            "dtype": self._dtype,
+            "dtype": dtype,
             "val_fraction": self._val_fraction,
             "split_special_tokens": self.tokenizer.split_special_tokens,
             "sources": [str(source) for source in self.sources],
             "files": self._train.files | self._validation.files,
             "splits": splits,
+            **self.fields,
         }
-        write_json(self._folder / MANIFEST, with_own_hash({**fields, **self.fields}))
 
-    def log(self) -> None:
+    def _report(self) -> None:
         """Log what a user should know of the result."""
         if self._special_tokens:
             found = f"{self._special_tokens:,} special-token strings in {self._with_special_tokens:,} {self._unit}"

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsmoe_jax.checkpoint.manifest import own_hash
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.storage.manifest import hash_json
 
 from ..data.shards import TokenShards
 
@@ -35,7 +35,7 @@ class Examples(TokenShards):
         # An empty file cannot be mapped.
         self._mask = np.asarray(np.memmap(folder / name, np.uint8, mode="r")) if self.tokens else np.zeros(0, np.uint8)
         self._ends = np.cumsum(self.lengths)
-        self.digest = own_hash({"tokens": self.digest, "targets": manifest["files"][name]["sha256"]})
+        self.digest = hash_json({"tokens": self.digest, "targets": manifest["files"][name]["sha256"]})
 
     @classmethod
     def open(cls, folder: str | Path, split: str = "train", *, verify: bool = True) -> "Examples":

@@ -1,4 +1,4 @@
-"""Writing of fine-tuning examples: `write_examples` turns records into token shards with loss masks."""
+"""Writing of fine-tuning examples: `write_examples`."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.progress import silent
 
 from ..data.sources import read_source
-from ..data.writer import Progress, ShardStats, shard_writer
+from ..data.writer import Progress, ShardStats, ShardWriter
 from .examples import Example
 from .formats import AUTO, FORMATS, Conversation, Record, ignored_fields, parse_record, texts_of
 from .templates import TRAIN_ON, open_template, tokenize_record
@@ -69,16 +69,17 @@ def write_examples(
         raise DSMoEError(f"sequence_length must be at least 2, a token and its label, got {sequence_length}")
     render = open_template(template)
     ignored: Counter[str] = Counter()
-    options = {"val_fraction": val_fraction, "split_special_tokens": split_special_tokens, "exclude": exclude}
+    options: dict[str, Any] = {"split_special_tokens": split_special_tokens, "exclude": exclude}
+    writer = ShardWriter(sources, tokenizer_folder, out, unit="examples", val_fraction=val_fraction, **options)
+
+    def parse(fields: Mapping[str, Any]) -> tuple[Record, Example]:
+        record = parse_record(fields, format)
+        example = tokenize_record(record, writer.tokenizer, render, train_on)
+        ignored.update(ignored_fields(fields, format))
+        return record, example
+
     count = overlong = longest = 0
-    with shard_writer(sources, tokenizer_folder, out, unit="examples", progress=progress, **options) as writer:
-
-        def parse(fields: Mapping[str, Any]) -> tuple[Record, Example]:
-            record = parse_record(fields, format)
-            example = tokenize_record(record, writer.tokenizer, render, train_on)
-            ignored.update(ignored_fields(fields, format))
-            return record, example
-
+    with writer.open(progress):
         reading: dict[str, Any] = {"parse": parse, "advance": writer.advance, "exclude": writer.exclude}
         for source in writer.sources:
             records = read_source(source, None, max_malformed_fraction=max_malformed_fraction, **reading)
