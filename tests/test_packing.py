@@ -1,6 +1,6 @@
-"""DocumentPacking: which token stands in which row, against a line of tokens written out in full.
+"""Packing of documents, compared with a token-by-token reference.
 
-Start at `test_a_row_by_eye`. The shards here give every token an id of its own, so that none can be mistaken.
+Start at `test_packed_sequence_matches_literals`. Every token of the shards has its own id.
 """
 
 import functools
@@ -20,14 +20,14 @@ from dsmoe_jax.train.data.packing import pack
 from dsmoe_jax.train.data.shuffle import shuffled
 from tests.helpers.corpus import hand_made_shards
 
-CORPORA: dict[str, tuple[list[int], int]] = {  # lengths of documents, tokens of a row
-    "several documents a row": ([3, 1, 4, 1, 5, 9, 2, 6, 5, 3], 16),
-    "documents longer than a row": ([50, 7, 31], 8),
+CORPORA: dict[str, tuple[list[int], int]] = {  # lengths of documents, tokens of a sequence
+    "several documents per sequence": ([3, 1, 4, 1, 5, 9, 2, 6, 5, 3], 16),
+    "documents longer than a sequence": ([50, 7, 31], 8),
     "one document": ([23], 5),
-    "rows of one token": ([3, 1, 2], 1),
-    "an epoch in whole rows": ([4, 8, 12], 8),
-    "an epoch of one row": ([5, 3], 8),
-    "an epoch shorter than a row": ([2, 1], 10),
+    "sequences of one token": ([3, 1, 2], 1),
+    "an epoch in whole sequences": ([4, 8, 12], 8),
+    "an epoch of one sequence": ([5, 3], 8),
+    "an epoch shorter than a sequence": ([2, 1], 10),
     "documents of one token": ([1] * 30, 7),
 }
 corpora = pytest.mark.parametrize(("lengths", "T"), CORPORA.values(), ids=CORPORA)
@@ -35,12 +35,12 @@ modes = pytest.mark.parametrize("mode", ["block_causal", "causal"])
 
 
 def twin(shards: TokenShards, T: int, mode: str, epochs: int, seed: int) -> list[list[list[int]]]:
-    """The rows in the order in which they are cut, token by token."""
+    """The sequences in the order in which they are cut, token by token."""
     line = []
     for epoch in range(epochs):
         for document in shuffled(len(shards), seed, 0, epoch, 0):
             line += [((epoch, document), int(token)) for token in shards.read(int(document))]
-    rows = []
+    sequences = []
     for start in range(0, len(line) - T, T):
         ids, labels, segments, positions = [], [], [], []
         for at in range(start, start + T):
@@ -51,15 +51,15 @@ def twin(shards: TokenShards, T: int, mode: str, epochs: int, seed: int) -> list
             positions.append(0 if begins else positions[-1] + 1)
             ends = mode == "block_causal" and line[at + 1][0] != document
             labels.append(-100 if ends else line[at + 1][1])
-        rows.append([ids, labels, segments, positions])
-    return rows
+        sequences.append([ids, labels, segments, positions])
+    return sequences
 
 
 def sequences_of(packing: DocumentPacking, numbers: Any) -> list[list[list[int]]]:
     return [packing.sequence(n).tolist() for n in numbers]
 
 
-def test_a_row_by_eye():
+def test_packed_sequence_matches_literals():
     pieces = [np.array([7, 8, 9]), np.array([5]), np.array([1, 2, 3, 4])]
 
     assert pack(pieces, 6, "block_causal").tolist() == [
@@ -77,7 +77,7 @@ def test_a_row_by_eye():
 
 
 @modes
-def test_what_is_missing_in_a_row_is_padding(mode: str):
+def test_short_sequence_is_padded(mode: str):
     assert pack([np.array([7, 8])], 4, mode).tolist() == [
         [7, 8, 0, 0],
         [8, -100, -100, -100],
@@ -89,9 +89,7 @@ def test_what_is_missing_in_a_row_is_padding(mode: str):
 
 @modes
 @corpora
-def test_the_rows_of_each_epoch_are_those_of_the_written_out_line(
-    tmp_path: Path, lengths: list[int], T: int, mode: str
-):
+def test_sequences_match_the_reference(tmp_path: Path, lengths: list[int], T: int, mode: str):
     shards = hand_made_shards(tmp_path / "s", lengths, shards=min(3, len(lengths)))
     packing = DocumentPacking(shards, sequence_length=T, seed=3, packing=mode)
     want = twin(shards, T, mode, epochs=15, seed=3)
@@ -101,20 +99,20 @@ def test_the_rows_of_each_epoch_are_those_of_the_written_out_line(
         got = sequences_of(packing, numbers)
 
         assert sorted(got) == sorted(want[numbers.start : numbers.stop])
-        assert got[-1:] == want[numbers.start : numbers.stop][-1:]  # the last row stays last
+        assert got[-1:] == want[numbers.start : numbers.stop][-1:]  # the last sequence stays last
 
 
 @modes
 @corpora
-def test_every_token_of_every_epoch_is_read_exactly_once(tmp_path: Path, lengths: list[int], T: int, mode: str):
+def test_every_token_of_an_epoch_is_read_once(tmp_path: Path, lengths: list[int], T: int, mode: str):
     shards = hand_made_shards(tmp_path / "s", lengths)
     packing = DocumentPacking(shards, sequence_length=T, seed=0, packing=mode)
 
-    rows = np.stack([packing.sequence(n) for n in range(shards.tokens)])  # T epochs are that many whole rows
+    sequences = np.stack([packing.sequence(n) for n in range(shards.tokens)])  # T epochs are that many whole sequences
 
     firsts = set((np.cumsum(lengths) - lengths + 1).tolist())
-    labels = Counter(rows[:, 1].ravel().tolist())
-    assert Counter(rows[:, 0].ravel().tolist()) == {token: T for token in range(1, shards.tokens + 1)}
+    labels = Counter(sequences[:, 1].ravel().tolist())
+    assert Counter(sequences[:, 0].ravel().tolist()) == {token: T for token in range(1, shards.tokens + 1)}
     if mode == "block_causal":
         ignored = labels.pop(-100, 0)
         assert labels == {token: T for token in range(1, shards.tokens + 1) if token not in firsts}
@@ -126,7 +124,7 @@ def test_every_token_of_every_epoch_is_read_exactly_once(tmp_path: Path, lengths
 
 
 @corpora
-def test_epochs_share_the_rows_among_them_without_a_seam(tmp_path: Path, lengths: list[int], T: int):
+def test_epochs_are_contiguous(tmp_path: Path, lengths: list[int], T: int):
     packing = DocumentPacking(hand_made_shards(tmp_path / "s", lengths), sequence_length=T, seed=0)
 
     numbers = [n for epoch in range(20) for n in packing.sequences_of(epoch)]
@@ -136,7 +134,7 @@ def test_epochs_share_the_rows_among_them_without_a_seam(tmp_path: Path, lengths
 
 
 @modes
-def test_a_document_longer_than_a_row_goes_on_in_another(tmp_path: Path, mode: str):
+def test_long_document_continues_in_another_sequence(tmp_path: Path, mode: str):
     packing = DocumentPacking(hand_made_shards(tmp_path / "s", [20]), sequence_length=8, seed=0, packing=mode)
 
     first, second = sorted(sequences_of(packing, range(2)))
@@ -146,7 +144,7 @@ def test_a_document_longer_than_a_row_goes_on_in_another(tmp_path: Path, mode: s
 
 
 @modes
-def test_a_document_that_follows_itself_in_the_next_epoch_is_another_segment(tmp_path: Path, mode: str):
+def test_document_repeated_across_epochs_is_a_new_segment(tmp_path: Path, mode: str):
     packing = DocumentPacking(hand_made_shards(tmp_path / "s", [3]), sequence_length=7, seed=0, packing=mode)
 
     labels, segments, positions = packing.sequence(0)[1:].tolist()
@@ -157,8 +155,8 @@ def test_a_document_that_follows_itself_in_the_next_epoch_is_another_segment(tmp
     assert labels == ([2, 3, -100, 2, 3, -100, 2] if apart else [2, 3, 1, 2, 3, 1, 2])
 
 
-def test_a_row_does_not_depend_on_what_was_asked_before_nor_on_threads(tmp_path: Path):
-    shards = hand_made_shards(tmp_path / "s", CORPORA["several documents a row"][0])
+def test_sequences_do_not_depend_on_access_order_or_threads(tmp_path: Path):
+    shards = hand_made_shards(tmp_path / "s", CORPORA["several documents per sequence"][0])
     make = functools.partial(DocumentPacking, shards, sequence_length=4, seed=5)
     numbers = [*range(100)]
     want = sequences_of(make(), numbers)
@@ -172,7 +170,7 @@ def test_a_row_does_not_depend_on_what_was_asked_before_nor_on_threads(tmp_path:
     assert want == backwards == alone == threads
 
 
-def test_seeds_datasets_and_epochs_have_orders_of_their_own(tmp_path: Path):
+def test_seed_dataset_and_epoch_determine_the_order(tmp_path: Path):
     shards = hand_made_shards(tmp_path / "s", [4] * 50)
     keys = itertools.product((0, 1), (0, 1))
     packings = [DocumentPacking(shards, sequence_length=8, seed=seed, dataset=dataset) for seed, dataset in keys]
@@ -182,11 +180,11 @@ def test_seeds_datasets_and_epochs_have_orders_of_their_own(tmp_path: Path):
     assert len({str(order) for order in orders}) == 8
 
 
-def test_rows_are_shuffled_once_more(tmp_path: Path):
+def test_sequences_are_shuffled(tmp_path: Path):
     shards = hand_made_shards(tmp_path / "s", [1000])
-    rows = sequences_of(DocumentPacking(shards, sequence_length=10, seed=0), range(100))
+    sequences = sequences_of(DocumentPacking(shards, sequence_length=10, seed=0), range(100))
 
-    firsts = [ids[0] for ids, *_ in rows]
+    firsts = [ids[0] for ids, *_ in sequences]
 
     assert firsts != sorted(firsts)
     assert sorted(firsts) == list(range(1, 1001, 10))
@@ -199,14 +197,14 @@ GOLDEN = (
 )
 
 
-def test_the_shuffle_is_the_same_for_ever():
+def test_shuffle_matches_golden_values():
     assert shuffled(12, 0).tolist() == GOLDEN[0]
     assert shuffled(12, 7, 1, 2, 3).tolist() == GOLDEN[1]
     assert shuffled(12, 2**63, 1 << 31).tolist() == GOLDEN[2]
     assert shuffled(0, 0).tolist() == []
 
 
-def test_every_place_is_as_likely_in_a_shuffle():
+def test_shuffle_is_uniform():
     places = np.stack([shuffled(5, seed) for seed in range(5000)])
 
     counts = np.stack([np.bincount(column, minlength=5) for column in places.T])
@@ -214,7 +212,7 @@ def test_every_place_is_as_likely_in_a_shuffle():
     np.testing.assert_allclose(counts, 1000, atol=150)
 
 
-def test_the_index_of_a_million_documents_takes_a_second_and_a_few_words_each(tmp_path: Path):
+def test_index_of_a_million_documents_is_small_and_fast(tmp_path: Path):
     shards = hand_made_shards(tmp_path / "s", [1, 2, 3, 2] * 250_000)
     packing = DocumentPacking(shards, sequence_length=256, seed=0)
     tracemalloc.start()
@@ -229,7 +227,7 @@ def test_the_index_of_a_million_documents_takes_a_second_and_a_few_words_each(tm
     assert peak < 4 * 8 * len(shards)
 
 
-def test_rows_that_cannot_be_are_refused(tmp_path: Path):
+def test_bad_shapes_are_refused(tmp_path: Path):
     shards = hand_made_shards(tmp_path / "s", [3, 4])
 
     with pytest.raises(ValueError, match="sequence_length must be at least 1, got 0"):

@@ -1,4 +1,4 @@
-"""The data of a run: its sources as token shards, and the batches of this process. Start at `prepare`."""
+"""The data of a run: token shards, and batches of them. Start at `prepare`."""
 
 import functools
 import itertools
@@ -69,12 +69,12 @@ class Corpus(NamedTuple):
         return loader(self.stream, start_step=step, prefetch=self.prefetch, **_share())
 
     def validation_batches(self) -> Iterator[Batch]:
-        """Iterate over this process's part of the first validation batches, the same every time."""
+        """Iterate over this process's part of the first validation batches."""
         return itertools.islice(self.validation(**_share()), self.eval_batches)
 
 
 def prepare(config: RunConfig, model_config: ModelConfig, out: Path, *, resuming: bool = False) -> Corpus:
-    """Open the token shards of every source; texts are tokenized first, once, below `out`.
+    """Open the token shards of every source; texts are tokenized first, once.
 
     If the config names no tokenizer, one is trained on the training split of the texts. Both are made again when the
     texts or the options have changed since an earlier start.
@@ -147,7 +147,7 @@ def _derive(
     tokenizer: Path | None,
     resuming: bool,
 ) -> None:
-    """Train the tokenizer, if none is provided, and tokenize the texts into their folders."""
+    """Train the tokenizer, if there is none, and tokenize the texts."""
     val_fraction = config.data.val_fraction
     derived = DerivedFolders(out, resuming=resuming)
     split = config.data.split_special_tokens
@@ -188,7 +188,7 @@ def _trained(out: Path, shards: Sequence[TokenShards]) -> Path | None:
 def _check_val_fraction(
     data: DataConfig, shards: Sequence[TokenShards], texts: Mapping[Path, str], validation: Sequence[TokenShards]
 ) -> None:
-    """Refuse a validation fraction that the shards do not have; warn if there is no validation data at all."""
+    """Refuse a validation fraction that the shards do not have."""
     for dataset in shards:
         if data.val_fraction == DataConfig.val_fraction or dataset.val_fraction in (None, data.val_fraction):
             continue

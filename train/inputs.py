@@ -1,7 +1,7 @@
-"""Folders that a run derives from its inputs, identified by content, not by name or time. Start at `DerivedFolders`.
+"""Folders that a run derives from its inputs. Start at `DerivedFolders`.
 
-`run/inputs.json` (RECORD) has, for each derived folder (tokenizer, token shards), the hashes of the texts and the
-options that it was made from.
+Inputs are identified by content, not by name or time. `run/inputs.json` (RECORD) has, for each derived folder
+(tokenizer, token shards), the hashes of the texts and the options that it was made from.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 def file_hashes(source: str | Path, out: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file of a source, by path; `out` has a cache of them."""
+    """Return the SHA-256 of each file of a source, by path, with a cache in `out`."""
     files = [file.path for file in find_files(source, exclude=[out])]
     known = HashCache(out / _HASHES).hashes(files)
     return {str(path): known[path] for path in files}
@@ -80,7 +80,7 @@ def short(value: Any) -> str:
 
 
 class DerivedFolders:
-    """The folders that a run derives from its inputs, each made again when its inputs have changed.
+    """The folders that a run derives from its inputs, rebuilt when these change.
 
     With `resuming` a change is refused instead: checkpoints were trained on what is there.
     """

@@ -1,4 +1,4 @@
-"""Pretraining data: text in, batches out, as a pure function of (seed, step, index).
+"""Pretraining data: batches as a pure function of (seed, step, index).
 
 sources.py   files, folders, patterns, the standard library   formats.py     readers of file formats
 writer.py    texts to token shards, once                      shards.py      the shards, memory-mapped

@@ -1,4 +1,4 @@
-"""Readers of data files, one entry at a time. Start at `FORMATS`: the suffix selects the reader.
+"""Readers of data files. Start at `FORMATS`: the suffix selects the reader.
 
 A reader yields an `Entry` per text (or per record, if no field is named), valid or malformed.
 """
@@ -43,15 +43,7 @@ Reader = Callable[[Path, str | None], Iterator[Entry]]  # the field; None: all o
 
 
 def read_file(path: Path, field: str | None) -> Iterator[Entry]:
-    """Iterate over the entries of a file.
-
-    Args:
-        path: The file.
-        field: The field that holds the text; None reads whole records.
-
-    Raises:
-        DSMoEError: The file cannot be read to its end.
-    """
+    """Iterate over the entries of a file; `DSMoEError` if it cannot be read to its end."""
     try:
         yield from reader_of(path)(path, field)
     except ModuleNotFoundError as error:
@@ -124,7 +116,7 @@ def _read_parquet(path: Path, field: str | None) -> Iterator[Entry]:
 
 
 def _small_texts(metadata: Any) -> list[str]:
-    """Return the text columns that are small enough to read as dictionaries; refuse a decompression bomb."""
+    """Return the text columns to read as dictionaries; refuse a decompression bomb."""
     large, texts = set(), set()
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):
@@ -152,7 +144,7 @@ def _longest(column: Any) -> int:
 
 
 def _rows_at_once(group: Any, field: str | None, done: int) -> int:
-    """Return how many rows of a row group to read per batch; refuse rows that are too large on average."""
+    """Return the rows per batch of a row group; refuse rows that are too large."""
     columns = [group.column(i) for i in range(group.num_columns)]
     read = [column for column in columns if field is None or column.path_in_schema.split(".")[0] == field]
     mean = sum(column.total_uncompressed_size for column in read) // max(group.num_rows, 1)
@@ -233,7 +225,7 @@ def _value_of(fields: dict[str, Any], field: str | None) -> tuple[Any, str]:
 
 
 class _Unzstd(io.RawIOBase):
-    """A zstd file of one or more frames. zstandard's own reader accepts a truncated file."""
+    """A zstd file of one or more frames; zstandard's reader accepts truncated ones."""
 
     def __init__(self, file: BinaryIO):
         self._file = file

@@ -18,7 +18,7 @@ _THREADS: Final = 2  # a batch takes a millisecond, most of it in Python
 def loader(
     stream: Stream, *, start_step: int = 0, process_index: int = 0, process_count: int = 1, prefetch: int = 2
 ) -> Iterator[Batch]:
-    """Iterate over this process's part of batches `start_step`, `start_step` + 1, … without end.
+    """Iterate over this process's part of the batches from `start_step` on, endlessly.
 
     The step is the only state, so a loader started at any step continues any other.
 

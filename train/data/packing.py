@@ -1,4 +1,4 @@
-"""Packing of documents into sequences of a fixed length. Start at `DocumentPacking.sequence`.
+"""Packing of documents into sequences. Start at `DocumentPacking.sequence`.
 
 The documents of each epoch are shuffled and concatenated, epoch after epoch. The endless token stream is cut every
 `sequence_length` tokens, so each token of an epoch is in exactly one sequence; the last sequence of an epoch may extend
@@ -66,7 +66,7 @@ class Packing(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def in_order(cls, data: TokenShards, *, sequence_length: int, packing: str) -> tuple[int, Builder]:
-        """Pack without shuffling; return the number of sequences and the function that builds one."""
+        """Pack without shuffling; return the number of sequences, and a builder."""
 
     @abc.abstractmethod
     def sequences_of(self, epoch: int) -> range:
@@ -168,15 +168,10 @@ class DocumentPacking(Packing):
 
 
 def pack(pieces: Sequence[np.ndarray], length: int, packing: str = "block_causal") -> np.ndarray:
-    """Pack pieces of documents into one sequence, padded to its length.
+    """Pack pieces of documents into one sequence, int32 [4, length], with padding.
 
-    Args:
-        pieces: Token ids, one array per document. One token beyond `length`, if any, is the label of the last position.
-        length: Tokens per sequence.
-        packing: See `DocumentPacking`.
-
-    Returns:
-        int32 [4, length]: token ids, labels, segment ids (0 is padding), positions.
+    Its rows are token ids, labels, segment ids (0 is padding) and positions. One token beyond `length`, if any, is the
+    label of the last position.
     """
     sequence = np.zeros((4, length), np.int32)
     token_ids, labels, segment_ids, positions = sequence

@@ -1,4 +1,4 @@
-"""Token shards: tokenized documents or examples in memory-mapped files, written once. Start at `TokenShards`.
+"""Token shards: tokenized data in memory-mapped files. Start at `TokenShards`.
 
 A folder holds `manifest.json` and, per split (`train`, `validation`) and shard, `SPLIT-00000.tokens`: the concatenated
 token ids, little-endian uint16 (uint32 for a vocabulary beyond 65,536), and `SPLIT-00000.documents`: the offset of each
@@ -51,7 +51,7 @@ def _fields(path: str | Path) -> dict[str, Any]:
 
 
 def tokenizer_hash(folder: str | Path) -> str:
-    """Return the SHA-256 over the bytes of a tokenizer's files, in the order of their names."""
+    """Return the SHA-256 of a tokenizer's files, in the order of their names."""
     digest = hashlib.sha256()
     for path in sorted(tokenizer_files(folder), key=lambda path: path.name):
         digest.update(path.read_bytes())
@@ -140,7 +140,7 @@ class TokenShards:
         return ids
 
     def check(self, *, tokenizer_hash: str | None = None, vocab_size: int | None = None) -> None:
-        """Raise `DSMoEError` if another tokenizer wrote the shards, or `vocab_size` is too small for them."""
+        """Raise `DSMoEError` for another tokenizer, or a `vocab_size` that is too small."""
         if tokenizer_hash is not None and tokenizer_hash != self.tokenizer_hash:
             raise DSMoEError(
                 f"{self.folder}: written with another tokenizer (SHA-256 {self.tokenizer_hash[:12]}…, "
@@ -201,7 +201,7 @@ def _check_types(fields: dict[str, Any]) -> None:
 
 
 def _from_format_1(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate the manifest of version 0.1, in which shards list their files and `examples.json` the loss masks."""
+    """Translate a manifest of version 0.1; `examples.json` has the loss masks."""
     has_masks = (folder / _EXAMPLES_1).is_file()
     masks = read_manifest(folder / _EXAMPLES_1, None, require_hash=False)["splits"] if has_masks else {}
     files, splits = {}, {}

@@ -1,4 +1,4 @@
-"""Sources of text and records: files, folders, patterns, the Python standard library. Start at `documents`."""
+"""Sources: files, folders, patterns, the standard library. Start at `documents`."""
 
 import glob
 import itertools
@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 
 class Document(NamedTuple):
-    """A text and where it came from: FILE, FILE:LINE of a .jsonl, FILE:ROW of a .parquet."""
+    """A text and its location: FILE, FILE:LINE of .jsonl, FILE:ROW of .parquet."""
 
     where: str
     text: str
@@ -102,18 +102,10 @@ def read_source(
     exclude: Iterable[Path],
     advance: Advance,
 ) -> Iterator[tuple[str, Any]]:
-    """Iterate over the values of a source and where they are; see `documents`.
+    """Iterate over the locations and values of a source; see `documents`.
 
-    Args:
-        source: See `documents`.
-        field: The field to read; None reads whole records, and no files of plain text.
-        parse: Applied to each value; a `ValueError` makes its line malformed.
-        max_malformed_fraction: See `documents`.
-        exclude: See `documents`.
-        advance: See `documents`.
-
-    Raises:
-        DSMoEError: A file cannot be read or has too many malformed lines, or the source holds nothing of the kind.
+    Without a `field` whole records are read, and plain text files are skipped. A `ValueError` of `parse`, which is
+    applied to each value, makes its line malformed.
     """
     count = skipped = 0
     found = resolve_source(source, exclude)
@@ -336,11 +328,11 @@ def _refuse(error: OSError) -> None:
 
 
 def _stdlib() -> list[SourceFile]:
-    """Find the standard library's sources, without site-packages and tests: the same on every machine with this Python.
+    """Find the standard library's sources, without site-packages and tests.
 
-    Files with non-ASCII characters, character tables (codecs, known by their hexadecimal numbers) and the rulers of all
-    others (`_without_rulers`) are left out: they repeat tokens that are rare elsewhere, with gradients so large that
-    training skips the batch as an outlier.
+    They are the same on every machine with this Python. Files with non-ASCII characters, character tables (codecs,
+    known by their hexadecimal numbers) and the rulers of all others (`_without_rulers`) are left out: they repeat
+    tokens that are rare elsewhere, with gradients so large that training skips the batch as an outlier.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
 

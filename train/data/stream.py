@@ -76,7 +76,7 @@ class Stream:
         }
 
     def sequence(self, n: int) -> np.ndarray:
-        """Return sequence `n` of the stream, int32 [4, sequence_length], the fields of a `Batch`."""
+        """Return sequence `n` of the stream, int32 [4, sequence_length]."""
         dataset, number = self._mixture.place(n)
         return self._packed[dataset].sequence(number)
 
@@ -92,7 +92,7 @@ def stack(sequences: Sequence[np.ndarray]) -> Batch:
 
 
 def local_indices(batch_size: int, process_index: int, process_count: int) -> range:
-    """Return which sequences of every batch this process reads; processes in order make up the batch.
+    """Return which sequences of every batch this process reads.
 
     Raises:
         DSMoEError: The batch does not divide over the processes.

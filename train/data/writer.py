@@ -1,4 +1,4 @@
-"""Writing of token shards: `tokenize` for text, and the `ShardWriter` that fine-tuning examples share with it."""
+"""Writing of token shards. Start at `tokenize`."""
 
 import array
 import contextlib
@@ -213,7 +213,7 @@ class ShardWriter:
         self._advance(step)
 
     def check_space(self) -> None:
-        """Raise `DSMoEError` if the disk has no room for the rest, extrapolated from what is written."""
+        """Raise `DSMoEError` if the disk has no room for the rest, by extrapolation."""
         if self._read >= self._total * _SAMPLE:
             written = self._train.size + self._validation.size
             check_space(self._out, written * (self._total - self._read) // max(self._read, 1))
@@ -260,7 +260,7 @@ class ShardWriter:
 
 
 def is_validation(content: bytes, val_fraction: float) -> bool:
-    """Whether a document or example is in the validation split: a pure function of its content."""
+    """Whether a document or example with this content is in the validation split."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()) < val_fraction * 2**64
 
 

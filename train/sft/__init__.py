@@ -1,4 +1,4 @@
-"""Fine-tuning data: records of conversations, completions or tokens in, batches with labels in the loss mask out.
+"""Fine-tuning data: conversations, completions or tokens, with loss masks.
 
 formats.py    records of known formats          templates.py          records to tokens and loss masks
 truncate.py   examples that are too long        template_coverage.py  whether a template ignores something

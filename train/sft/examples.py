@@ -1,4 +1,4 @@
-"""Fine-tuning examples on disk: token shards with a loss mask. Start at `Examples`."""
+"""Fine-tuning examples: token shards with a loss mask. Start at `Examples`."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ class Example(NamedTuple):
 
 
 class Examples(TokenShards):
-    """The examples of one split: `TokenShards` in which each document is an example and has a loss mask."""
+    """The examples of one split: `TokenShards` whose documents have loss masks."""
 
     def __init__(self, folder: Path, split: str, manifest: dict[str, Any]):
         """Use `open`."""

@@ -1,4 +1,4 @@
-"""Formats of fine-tuning records: Alpaca, messages, ShareGPT, completions, tokens. Start at `FORMATS`, at the end.
+"""Formats of fine-tuning records. Start at `FORMATS`, at the end.
 
 Every error is worded to follow the record's location.
 """
@@ -144,7 +144,7 @@ def _plain(field: str) -> str:
 
 
 def _required(field: str, value: Any) -> bool | None:
-    """Return the value that a field that selects the loss must have; None for other fields."""
+    """Return the required value of a field that selects the loss; None for others."""
     if value is None or field == "special_tokens_mask" or (field == "loss" and isinstance(value, float)):
         return None
     return True if _LOSS_ON.fullmatch(field) else False if _LOSS_OFF.fullmatch(field) else None
@@ -211,7 +211,7 @@ def _instruction(fields: Fields) -> Conversation:
 
 
 def _history(fields: Fields) -> list[tuple[Message, Message]]:
-    """Return earlier rounds, [[prompt, response], …] as in LLaMA-Factory; the responses have a loss, too."""
+    """Return earlier rounds, [[prompt, response], …] as in LLaMA-Factory."""
     history = fields.get("history")
     if _is_blank(history):
         return []
@@ -298,7 +298,7 @@ def _conversation(fields: Fields, field: str, who: str, what: str, roles: Mappin
 
 
 def _with_mask(turns: list[tuple[Message, bool]], messages: list[Message], fields: Fields) -> Conversation:
-    """Return the messages as a conversation; the assistant's `turns` say which have a loss."""
+    """Return the messages as a conversation, with the loss of each assistant turn."""
     mask = tuple(has_loss for message, has_loss in turns if message["role"] == "assistant")
     return Conversation(messages, _objects(fields, "tools"), _objects(fields, "documents"), () if all(mask) else mask)
 
@@ -311,7 +311,7 @@ def _turns(fields: Fields, field: str, who: str, what: str, roles: Mapping[str, 
 
 
 def _turn(number: int, turn: Any, field: str, who: str, what: str, roles: Mapping[str, str]) -> tuple[Message, bool]:
-    """Return a message with all fields that are input of the model, and whether it may have a loss."""
+    """Return a message with the fields that the model reads, and whether it has a loss."""
     where = f"turn {number} of {field!r}"
     extra = {} if not isinstance(turn, Mapping) else {k: v for k, v in turn.items() if not _is_blank(v)}
     calls = "tool_calls" in extra or "function_call" in extra

@@ -41,7 +41,7 @@ class _Bins(NamedTuple):
 
 
 class ExamplePacking(Packing):
-    """Whole examples in sequences of `sequence_length` tokens; epochs may have different numbers of sequences.
+    """Whole examples in sequences; epochs may have different numbers of them.
 
     With `packing="best_fit"` a sequence holds as many examples as fit, each with its own segment ID and positions from
     0: attention is block-diagonal and causal. With "none" it holds one example.
@@ -67,7 +67,7 @@ class ExamplePacking(Packing):
 
     @classmethod
     def in_order(cls, data: TokenShards, *, sequence_length: int, packing: str) -> tuple[int, Builder]:
-        """See `Packing.in_order`; an example that does not fit into the open sequence begins the next."""
+        """See `Packing.in_order`; an example that does not fit begins a sequence."""
         cls.check(data, sequence_length=sequence_length, packing=packing)
         assert isinstance(data, Examples)
         bins = _Bins.of(data.lengths, np.arange(len(data)), sequence_length, min(_MAX_OPEN[packing], 1))
@@ -103,15 +103,8 @@ def best_fit(lengths: Sequence[int], capacity: int, max_open: int) -> np.ndarray
     """Assign examples to bins by online best fit.
 
     An example goes to the fullest open bin that has room for it, or opens a bin; beyond `max_open` bins the fullest is
-    closed. With one open bin the examples keep their order.
-
-    Args:
-        lengths: Tokens of each example.
-        capacity: Tokens of a bin, at least the largest length.
-        max_open: Bins that are open at a time; 0 gives every example its own.
-
-    Returns:
-        int64 [examples], the bin of each example, numbered as they are opened.
+    closed. With one open bin the examples keep their order; with 0 each has its own. Returns the bin of each example,
+    int64 [examples], numbered as they are opened.
     """
     bins, count = [], 0
     unfilled: list[tuple[int, int]] = []  # ascending: free tokens, bin
@@ -130,7 +123,7 @@ def best_fit(lengths: Sequence[int], capacity: int, max_open: int) -> np.ndarray
 
 
 def pack_examples(examples: Sequence[Example], length: int) -> np.ndarray:
-    """Pack examples into one sequence, int32 [4, length]; see `pack`. Labels outside the loss mask are ignored."""
+    """Pack examples into one sequence, int32 [4, length]; see `pack`."""
     sequence = pack([example.tokens for example in examples], length)
     if examples:
         predicted = np.concatenate([example.loss_mask for example in examples])[1:]

@@ -17,7 +17,7 @@ _VISIBLE: Final = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 1
 
 
 def show(examples: Examples, tokenizer: Tokenizer, count: int, console: "Console | None" = None) -> None:
-    """Print the first examples, special tokens included, with their loss tokens highlighted.
+    """Print the first examples with their loss tokens highlighted.
 
     Args:
         examples: The examples.

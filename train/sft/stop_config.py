@@ -1,4 +1,4 @@
-"""Stop tokens and strings of a chat template, for the generation config: `infer_stop_config`."""
+"""Stop tokens and strings of a chat template: `infer_stop_config`."""
 
 import logging
 from collections.abc import Collection
@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 def infer_stop_config(
     template: str | Path, tokenizer: Tokenizer, eos_token_ids: Collection[int] = ()
 ) -> dict[str, Any]:
-    """Infer the generation config fields that a model trained with this template needs to stop.
+    """Infer the generation config that a model trained with the template needs.
 
     Args:
         template: See `open_template`.

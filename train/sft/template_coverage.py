@@ -1,4 +1,4 @@
-"""Check that a chat template renders everything in a record: `check_template_coverage`."""
+"""Check that a chat template ignores nothing: `check_template_coverage`."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -15,19 +15,10 @@ Messages = Sequence[Mapping[str, Any]]
 def check_template_coverage(
     render: Callable[..., str], messages: Messages, variables: Mapping[str, Any], text: str
 ) -> None:
-    """Refuse a message, a field of one, or a variable that the template silently ignores.
+    """Refuse messages, fields or variables that the template silently ignores.
 
-    Whatever may be missing from `text` is changed and rendered again: a template that uses it renders another text, or
-    fails.
-
-    Args:
-        render: Renders messages, with `add_generation_prompt` and variables.
-        messages: The messages.
-        variables: Tools and documents.
-        text: What `render` makes of them.
-
-    Raises:
-        DSMoEError: The template ignores something.
+    Whatever may be missing from `text`, which `render` made of the messages, is changed and rendered again: a template
+    that uses it renders another text, or fails.
     """
     for what, other_messages, other_variables in _changes(messages, variables, text):
         try:

@@ -1,4 +1,4 @@
-"""Chat templates and tokenization of records. Start at `tokenize_record`; `TEMPLATES` is the table.
+"""Chat templates and tokenization. Start at `tokenize_record` and `TEMPLATES`.
 
 A template turns a conversation into pieces with or without loss. Its errors are worded to follow the record's location.
 """
@@ -57,7 +57,7 @@ def open_template(name: str | Path) -> Template:
 
 
 def template_hash(name: str | Path) -> str:
-    """Return a template's identity: its name in `TEMPLATES`, or the SHA-256 of its file."""
+    """Return a template's name in `TEMPLATES`, or the SHA-256 of its file."""
     open_template(name)
     return str(name) if str(name) in TEMPLATES else hashlib.sha256(Path(name).read_bytes()).hexdigest()
 
@@ -120,7 +120,7 @@ def _jinja(text: str, messages: Messages, tokenizer: Tokenizer, **variables: Any
 def _by_turn(
     render: Callable[..., str], messages: Messages, tokenizer: Tokenizer, variables: dict[str, Any]
 ) -> list[Piece]:
-    """Encode each assistant turn separately, from the generation prompt to the end of the turn."""
+    """Encode each assistant turn, from generation prompt to end, separately."""
     pieces, written, last = [], "", 0
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -140,7 +140,7 @@ def _by_turn(
 
 
 def _deepseek_instruct(messages: Messages, tokenizer: Tokenizer, **variables: Any) -> list[Piece]:
-    """As the original: tokenize the full text; the first tokens, as many as the prompt alone has, have no loss."""
+    """Tokenize as the original: no loss for as many tokens as the prompt alone has."""
     if [message["role"] for message in messages] != ["user", "assistant"]:
         raise DSMoEError("must be one user turn and one assistant turn for deepseek-instruct")
     if more := [*variables, *(name for message in messages for name in message if name not in ("role", "content"))]:
@@ -170,7 +170,7 @@ def _tokens(record: Tokens, tokenizer: Tokenizer) -> list[Piece]:
 
 
 def _with_bos(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Encode a prompt: with BOS if the tokenizer adds one, without the EOS that it may add."""
+    """Encode a prompt: with BOS, if the tokenizer adds one, but without EOS."""
     bos = [token for token in tokenizer.encode("")[:1] if token == tokenizer.bos_token_id]
     return bos + tokenizer.encode(text, add_special_tokens=False)
 

@@ -9,15 +9,7 @@ def truncate(example: Example, length: int, bos: int | None) -> Example:
     """Truncate an example to `length` tokens, keeping tokens with loss.
 
     The end is cut, unless that leaves fewer than min(first run of loss tokens, length // 2) of them. Then the start of
-    the prompt is cut instead, except for its BOS, and the example ends with the last of that number.
-
-    Args:
-        example: The example.
-        length: Maximum tokens.
-        bos: BOS id; None if there is none.
-
-    Returns:
-        A stretch of the example.
+    the prompt is cut instead, except for its `bos`, and the example ends with the last of that number.
     """
     tokens, loss_mask = example
     if len(tokens) <= length:

@@ -38,7 +38,7 @@ def write_examples(
     exclude: Iterable[Path] = (),
     progress: Progress = silent,
 ) -> ShardStats:
-    """Tokenize conversations and completions into a new folder of examples, written atomically.
+    """Tokenize conversations and completions into a new folder, written atomically.
 
     Args:
         sources: Files, folders or patterns of .jsonl, .jsonl.gz, .jsonl.zst or .parquet.
