@@ -6,6 +6,8 @@ On a machine with a GPU some of the extra `test` may be absent: `tests/gpu` need
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before jax starts. On CPU, LLVM does not optimise: the suite compiles thousands of small programs and runs each once
 # or twice (a third of its time). What the environment asks for comes last and holds.
@@ -21,6 +23,9 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import jaxtyping
 import pytest
+
+if TYPE_CHECKING:
+    from dsmoe_jax.text.tokenizer import Tokenizer
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -60,3 +65,18 @@ def on_one_device(
 
     monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     monkeypatch.setattr(loop, "_CACHE", str(tmp_path_factory.getbasetemp() / "compiled"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of bytes, shared: copy it before changing it."""
+    from tests.helpers.corpus import byte_tokenizer
+
+    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer") / "bytes")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder: Path) -> "Tokenizer":
+    from dsmoe_jax.text.tokenizer import Tokenizer
+
+    return Tokenizer.from_pretrained(tokenizer_folder)

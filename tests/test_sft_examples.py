@@ -20,16 +20,6 @@ from tests.helpers.sft import CHAT, RECORDS, jsonl, read, said
 LONG = 10_000
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer") / "bytes")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer.from_pretrained(folder)
-
-
 CORPUS = [{"prompt": f"say {n}", "completion": "number " * (n % 7) + str(n)} for n in range(60)]
 
 
@@ -41,45 +31,45 @@ CORPUS = [{"prompt": f"say {n}", "completion": "number " * (n % 7) + str(n)} for
     ],
 )
 def test_special_token_strings_in_examples_are_counted(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, split: bool, said_of_them: str
+    tokenizer_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, split: bool, said_of_them: str
 ):
     lines = [{"prompt": f"a{EOS}{EOS}", "completion": BOS}, {"prompt": "a", "completion": "b"}]
     lines += [{"messages": said(f"x{EOS}", "y").messages}]
 
     with caplog.at_level(logging.INFO):
         source = jsonl(tmp_path / "a.jsonl", lines)
-        write_examples(source, folder, tmp_path / "out", sequence_length=LONG, split_special_tokens=split)
+        write_examples(source, tokenizer_folder, tmp_path / "out", sequence_length=LONG, split_special_tokens=split)
 
     assert said_of_them in caplog.text
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["split_special_tokens"] is split
 
 
-def test_ignored_fields_are_logged_once(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture):
+def test_ignored_fields_are_logged_once(tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
     lines = [{"messages": [{**CHAT[0], "id": n}, CHAT[1]], "source": "web", "score": n, "weight": 1} for n in range(3)]
 
-    write_examples(jsonl(tmp_path / "a.jsonl", lines), folder, tmp_path / "out", sequence_length=LONG)
+    write_examples(jsonl(tmp_path / "a.jsonl", lines), tokenizer_folder, tmp_path / "out", sequence_length=LONG)
 
     assert caplog.text.count("ignored fields: messages[].id (3 lines), score (3 lines), source (3 lines)") == 1
 
 
-def test_empty_validation_split_is_logged(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture):
+def test_empty_validation_split_is_logged(tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture):
     source = jsonl(tmp_path / "a.jsonl", CORPUS[:10])
 
-    write_examples(source, folder, tmp_path / "out", sequence_length=LONG, val_fraction=1e-9)
+    write_examples(source, tokenizer_folder, tmp_path / "out", sequence_length=LONG, val_fraction=1e-9)
 
     assert (
         "no validation split: val_fraction 1e-09 selects none of 10 examples; 0.5 would select about 5" in caplog.text
     )
 
 
-def test_files_of_the_run_are_excluded(tmp_path: Path, folder: Path):
+def test_files_of_the_run_are_excluded(tmp_path: Path, tokenizer_folder: Path):
     jsonl(tmp_path / "a.jsonl", CORPUS)
     run = tmp_path / "runs" / "x"
     run.mkdir(parents=True)
     jsonl(run / "metrics.jsonl", [{"step": 1}] * 9)
 
-    found = write_examples(tmp_path, folder, run / "examples", sequence_length=LONG, exclude=[run])
+    found = write_examples(tmp_path, tokenizer_folder, run / "examples", sequence_length=LONG, exclude=[run])
 
     assert found.train.documents == len(CORPUS)
 
@@ -88,10 +78,10 @@ def examples_of(found: Examples) -> list[tuple[list[int], list[bool]]]:
     return [(tokens.tolist(), loss_mask.tolist()) for tokens, loss_mask in map(found.example, range(len(found)))]
 
 
-def test_examples_round_trip(tmp_path: Path, folder: Path, tokenizer: Tokenizer):
+def test_examples_round_trip(tmp_path: Path, tokenizer_folder: Path, tokenizer: Tokenizer):
     source = jsonl(tmp_path / "a.jsonl", CORPUS)
 
-    report = write_examples(source, folder, tmp_path / "out", sequence_length=LONG, val_fraction=0.2)
+    report = write_examples(source, tokenizer_folder, tmp_path / "out", sequence_length=LONG, val_fraction=0.2)
 
     train, validation = (Examples.open(tmp_path / "out", split, verify=True) for split in ("train", "validation"))
     want = [read(Completion(**line), tokenizer) for line in CORPUS]
@@ -104,21 +94,21 @@ def test_examples_round_trip(tmp_path: Path, folder: Path, tokenizer: Tokenizer)
     assert report.validation[:2] == (len(validation), validation.tokens)
     assert train.example(0).tokens.dtype == np.int32
     assert train.example(0).loss_mask.dtype == bool
-    assert (train.vocab_size, train.tokenizer_hash) == (tokenizer.vocab_size, tokenizer_hash(folder))
+    assert (train.vocab_size, train.tokenizer_hash) == (tokenizer.vocab_size, tokenizer_hash(tokenizer_folder))
 
 
-def test_examples_are_token_shards_with_loss_masks(tmp_path: Path, folder: Path):
-    write_examples(jsonl(tmp_path / "a.jsonl", CORPUS), folder, tmp_path / "out", sequence_length=LONG)
+def test_examples_are_token_shards_with_loss_masks(tmp_path: Path, tokenizer_folder: Path):
+    write_examples(jsonl(tmp_path / "a.jsonl", CORPUS), tokenizer_folder, tmp_path / "out", sequence_length=LONG)
 
     assert is_examples(tmp_path / "out")
     assert is_token_shards(tmp_path / "out")
     assert TokenShards.open(tmp_path / "out").tokens == Examples.open(tmp_path / "out").tokens
     assert not is_examples(tmp_path)
     with pytest.raises(ValueError, match="out: holds token shards, already tokenized"):
-        write_examples(tmp_path / "out", folder, tmp_path / "other", sequence_length=LONG)
+        write_examples(tmp_path / "out", tokenizer_folder, tmp_path / "other", sequence_length=LONG)
 
 
-def test_file_formats_give_equal_examples(tmp_path: Path, folder: Path):
+def test_file_formats_give_equal_examples(tmp_path: Path, tokenizer_folder: Path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet, zstandard = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("zstandard")
     lines = [*({"messages": said(f"q {n}", f"a {n}").messages} for n in range(9))]
@@ -128,7 +118,8 @@ def test_file_formats_give_equal_examples(tmp_path: Path, folder: Path):
     parquet.write_table(pyarrow.Table.from_pylist(lines), tmp_path / "d.parquet")
 
     digests = {
-        write_examples(path, folder, tmp_path / path.name[0], sequence_length=LONG) and Examples.open(home).digest
+        write_examples(path, tokenizer_folder, tmp_path / path.name[0], sequence_length=LONG)
+        and Examples.open(home).digest
         for path in sorted(tmp_path.iterdir())
         for home in [tmp_path / path.name[0]]
     }
@@ -136,44 +127,53 @@ def test_file_formats_give_equal_examples(tmp_path: Path, folder: Path):
     assert len(digests) == 1
 
 
-def test_parquet_rows_may_mix_formats(tmp_path: Path, folder: Path):
+def test_parquet_rows_may_mix_formats(tmp_path: Path, tokenizer_folder: Path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     lines = [fields for fields, _ in RECORDS.values()]
     schema = sorted({name for fields in lines for name in fields} - {"id"})
     rows = [{name: fields.get(name) for name in schema} for fields in lines if "id" not in fields]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
 
-    found = write_examples(tmp_path / "a.parquet", folder, tmp_path / "out", sequence_length=LONG)
+    found = write_examples(tmp_path / "a.parquet", tokenizer_folder, tmp_path / "out", sequence_length=LONG)
 
     assert found.train.documents == len(rows)
 
 
-def test_other_files_in_a_folder_are_skipped(tmp_path: Path, folder: Path, caplog: Any):
+def test_other_files_in_a_folder_are_skipped(tmp_path: Path, tokenizer_folder: Path, caplog: Any):
     caplog.set_level(logging.INFO)
     home = tmp_path / "data"
     home.mkdir()
     jsonl(home / "a.jsonl", CORPUS)
     (home / "README.md").write_text("about")
 
-    assert write_examples(home, folder, tmp_path / "out", sequence_length=LONG).train.documents == len(CORPUS)
+    assert write_examples(home, tokenizer_folder, tmp_path / "out", sequence_length=LONG).train.documents == len(CORPUS)
     assert "skipped 1 files" in caplog.text
 
 
-def test_validation_split_depends_on_content_alone(tmp_path: Path, folder: Path):
+def test_validation_split_depends_on_content_alone(tmp_path: Path, tokenizer_folder: Path):
     pairs = [{"instruction": f"say {n}", "output": str(n)} for n in range(30)]
     for name, lines in {"one": pairs, "twice": pairs * 2, "turned": pairs[::-1]}.items():
         write_examples(
-            jsonl(tmp_path / f"{name}.jsonl", lines), folder, tmp_path / name, sequence_length=LONG, val_fraction=0.3
+            jsonl(tmp_path / f"{name}.jsonl", lines),
+            tokenizer_folder,
+            tmp_path / name,
+            sequence_length=LONG,
+            val_fraction=0.3,
         )
     chats = [{"messages": said(line["instruction"], line["output"]).messages} for line in pairs]
     chats = jsonl(tmp_path / "chats.jsonl", chats)
     write_examples(
-        chats, folder, tmp_path / "chats", sequence_length=LONG, val_fraction=0.3, template="deepseek-instruct"
+        chats,
+        tokenizer_folder,
+        tmp_path / "chats",
+        sequence_length=LONG,
+        val_fraction=0.3,
+        template="deepseek-instruct",
     )
 
     def validation(name: str) -> list[str]:
         found = Examples.open(tmp_path / name, "validation")
-        decode = Tokenizer.from_pretrained(folder).decode
+        decode = Tokenizer.from_pretrained(tokenizer_folder).decode
         answers = [decode(tokens[loss_mask]) for tokens, loss_mask in map(found.example, range(len(found)))]
         return sorted(answer.removesuffix("\n<|EOT|>").strip() for answer in answers)
 
@@ -181,7 +181,7 @@ def test_validation_split_depends_on_content_alone(tmp_path: Path, folder: Path)
     assert validation("turned") == validation("one") == validation("chats")
 
 
-def test_digest_covers_tokens_and_loss_masks(tmp_path: Path, folder: Path):
+def test_digest_covers_tokens_and_loss_masks(tmp_path: Path, tokenizer_folder: Path):
     chats = jsonl(tmp_path / "a.jsonl", [{"messages": said("a", "b", "c", "d").messages}])
     for name, options in {
         "one": {},
@@ -189,7 +189,7 @@ def test_digest_covers_tokens_and_loss_masks(tmp_path: Path, folder: Path):
         "last": {"train_on": "last"},
         "short": {"sequence_length": 40},
     }.items():
-        write_examples(chats, folder, tmp_path / name, **({"sequence_length": LONG} | options))
+        write_examples(chats, tokenizer_folder, tmp_path / name, **({"sequence_length": LONG} | options))
 
     one, same, last, short = (Examples.open(tmp_path / name) for name in ("one", "same", "last", "short"))
 
@@ -198,11 +198,11 @@ def test_digest_covers_tokens_and_loss_masks(tmp_path: Path, folder: Path):
     assert np.array_equal(one.example(0).tokens, last.example(0).tokens)
 
 
-def test_other_tokenizer_or_small_vocabulary_is_refused(tmp_path: Path, folder: Path):
-    write_examples(jsonl(tmp_path / "a.jsonl", CORPUS), folder, tmp_path / "out", sequence_length=LONG)
+def test_other_tokenizer_or_small_vocabulary_is_refused(tmp_path: Path, tokenizer_folder: Path):
+    write_examples(jsonl(tmp_path / "a.jsonl", CORPUS), tokenizer_folder, tmp_path / "out", sequence_length=LONG)
     found = Examples.open(tmp_path / "out")
 
-    found.check(tokenizer_hash=tokenizer_hash(folder), vocab_size=258)
+    found.check(tokenizer_hash=tokenizer_hash(tokenizer_folder), vocab_size=258)
     with pytest.raises(ValueError, match="out: written with another tokenizer"):
         found.check(tokenizer_hash=tokenizer_hash(byte_tokenizer(tmp_path / "other", fill=1)))
     with pytest.raises(ValueError, match="the model's vocab_size must be at least 258, got 200"):
@@ -231,36 +231,36 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("options", "problem"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
 def test_bad_arguments_give_one_line_and_no_output(
-    tmp_path: Path, folder: Path, options: dict[str, Any], problem: str
+    tmp_path: Path, tokenizer_folder: Path, options: dict[str, Any], problem: str
 ):
     usual = {"sources": jsonl(tmp_path / "a.jsonl", CORPUS), "sequence_length": LONG}
 
     with pytest.raises(ValueError, match=problem) as refused:
-        write_examples(tokenizer_folder=folder, out=tmp_path / "out", **(usual | options))
+        write_examples(tokenizer_folder=tokenizer_folder, out=tmp_path / "out", **(usual | options))
 
     assert "\n" not in str(refused.value)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n"])
-def test_empty_file_is_refused(tmp_path: Path, folder: Path, content: bytes):
+def test_empty_file_is_refused(tmp_path: Path, tokenizer_folder: Path, content: bytes):
     (tmp_path / "a.jsonl").write_bytes(content)
 
     with pytest.raises(ValueError, match=r"a.jsonl: no examples found"):
-        write_examples(tmp_path / "a.jsonl", folder, tmp_path / "out", sequence_length=LONG)
+        write_examples(tmp_path / "a.jsonl", tokenizer_folder, tmp_path / "out", sequence_length=LONG)
 
 
-def test_missing_eos_and_existing_output_are_refused(tmp_path: Path, folder: Path):
+def test_missing_eos_and_existing_output_are_refused(tmp_path: Path, tokenizer_folder: Path):
     source = jsonl(tmp_path / "a.jsonl", CORPUS)
 
     with pytest.raises(ValueError, match="the tokenizer has no EOS token"):
         write_examples(source, byte_tokenizer(tmp_path / "t", eos=False), tmp_path / "out", sequence_length=LONG)
     with pytest.raises(ValueError, match="exists; nothing is overwritten"):
-        write_examples(source, folder, tmp_path, sequence_length=LONG)
+        write_examples(source, tokenizer_folder, tmp_path, sequence_length=LONG)
 
 
-def change(folder: Path, **fields: Any) -> None:
-    path = folder / "manifest.json"
+def change(home: Path, **fields: Any) -> None:
+    path = home / "manifest.json"
     retained = {name: value for name, value in json.loads(path.read_text()).items() if name != "sha256"}
     path.write_text(json.dumps(retained | fields))
 
@@ -286,9 +286,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize(("damage", "problem"), DAMAGE.values(), ids=DAMAGE)
 def test_damaged_examples_give_one_line(
-    tmp_path: Path, folder: Path, damage: Callable[[Path], Any], problem: str
+    tmp_path: Path, tokenizer_folder: Path, damage: Callable[[Path], Any], problem: str
 ):
-    write_examples(jsonl(tmp_path / "a.jsonl", CORPUS), folder, tmp_path / "out", sequence_length=LONG)
+    write_examples(jsonl(tmp_path / "a.jsonl", CORPUS), tokenizer_folder, tmp_path / "out", sequence_length=LONG)
     damage(tmp_path / "out")
 
     with pytest.raises(ValueError, match=problem) as refused:
@@ -298,15 +298,15 @@ def test_damaged_examples_give_one_line(
 
 
 def test_overlong_examples_are_truncated_or_dropped(
-    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture
 ):
     source = jsonl(tmp_path / "a.jsonl", CORPUS)
-    write_examples(source, folder, tmp_path / "whole", sequence_length=LONG)
+    write_examples(source, tokenizer_folder, tmp_path / "whole", sequence_length=LONG)
     whole = Examples.open(tmp_path / "whole").lengths
 
     for strategy, done in {"truncate": "truncated", "drop": "dropped"}.items():
         report = write_examples(
-            source, folder, tmp_path / strategy, sequence_length=40, excess_length_strategy=strategy
+            source, tokenizer_folder, tmp_path / strategy, sequence_length=40, excess_length_strategy=strategy
         )
         assert report.overlong == (whole > 40).sum() > 0
         longest = f"{done} {report.overlong} of 60 examples (longer than 40 tokens, the longest {whole.max()})"
@@ -316,13 +316,13 @@ def test_overlong_examples_are_truncated_or_dropped(
     assert Examples.open(tmp_path / "drop").lengths.tolist() == whole[whole <= 40].tolist()
 
 
-def test_show_highlights_loss_tokens(tmp_path: Path, folder: Path, tokenizer: Tokenizer):
+def test_show_highlights_loss_tokens(tmp_path: Path, tokenizer_folder: Path, tokenizer: Tokenizer):
     from io import StringIO
 
     from rich.console import Console
 
     lines = [{"prompt": "a [bold]\x1b[2J", "completion": "b" * 200}, {"prompt": "c", "completion": "d"}]
-    write_examples(jsonl(tmp_path / "a.jsonl", lines), folder, tmp_path / "out", sequence_length=LONG)
+    write_examples(jsonl(tmp_path / "a.jsonl", lines), tokenizer_folder, tmp_path / "out", sequence_length=LONG)
     plain, colored = StringIO(), StringIO()
 
     show(Examples.open(tmp_path / "out"), tokenizer, 1, Console(file=plain))

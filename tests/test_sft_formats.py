@@ -5,23 +5,11 @@ from typing import Any
 
 import pytest
 
-from dsmoe_jax.text.tokenizer import Tokenizer
 from dsmoe_jax.train.sft import FORMATS, write_examples
 from dsmoe_jax.train.sft.formats import Completion, Conversation, Tokens, parse_record
-from tests.helpers.corpus import byte_tokenizer
 from tests.helpers.sft import CALL, CHAT, RECORDS, TOOL, A, jsonl, turns
 
 LONG = 10_000
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer") / "bytes")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(("fields", "want"), RECORDS.values(), ids=RECORDS)
@@ -75,12 +63,12 @@ MALFORMED: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize(("line", "problem"), MALFORMED.values(), ids=MALFORMED)
 def test_malformed_record_is_logged_and_skipped_or_refused(
-    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture, line: Any, problem: str
+    tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture, line: Any, problem: str
 ):
     good = {"instruction": "Hi", "output": "Hello"}
     source = jsonl(tmp_path / "a.jsonl", [good, line, good])
 
-    found = write_examples(source, folder, tmp_path / "out", sequence_length=LONG, max_malformed_fraction=0.5)
+    found = write_examples(source, tokenizer_folder, tmp_path / "out", sequence_length=LONG, max_malformed_fraction=0.5)
 
     assert found.train.documents == 2
     assert f"{source}:2 " in caplog.text
@@ -88,17 +76,17 @@ def test_malformed_record_is_logged_and_skipped_or_refused(
     with pytest.raises(
         ValueError, match=r"1 of 3 lines are malformed, at most 1 % may be; the first: .*a.jsonl:2 "
     ) as refused:
-        write_examples(source, folder, tmp_path / "other", sequence_length=LONG)
+        write_examples(source, tokenizer_folder, tmp_path / "other", sequence_length=LONG)
     assert problem in str(refused.value)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "other").exists()
 
 
-def test_named_format_refuses_other_records(tmp_path: Path, folder: Path):
+def test_named_format_refuses_other_records(tmp_path: Path, tokenizer_folder: Path):
     source = jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}])
 
     with pytest.raises(ValueError, match=r"a.jsonl:1 has no field 'instruction'"):
-        write_examples(source, folder, tmp_path / "out", format="instruction", sequence_length=LONG)
+        write_examples(source, tokenizer_folder, tmp_path / "out", format="instruction", sequence_length=LONG)
 
 
 def chat(*messages: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -21,30 +21,20 @@ SHARED = Path(__file__).parents[2] / "shared" / "tokenizer"
 LONG = 10_000
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer") / "bytes")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer.from_pretrained(folder)
-
-
 @pytest.mark.parametrize("template", ["chat", "file", "deepseek-instruct"])
-def test_split_special_tokens_keeps_strings_in_messages_as_text(folder: Path, tmp_path: Path, template: str):
+def test_split_special_tokens_keeps_strings_in_messages_as_text(tokenizer_folder: Path, tmp_path: Path, template: str):
     if template == "file":
         (tmp_path / "t").write_text("{% for m in messages %}{{ bos_token + m.content + eos_token }}{% endfor %}")
     line = said(f"a{EOS}b", f"c{BOS}d{EOS}")
     example_by = {
         split: read(
             line,
-            Tokenizer.from_pretrained(folder, split_special_tokens=split),
+            Tokenizer.from_pretrained(tokenizer_folder, split_special_tokens=split),
             tmp_path / "t" if template == "file" else template,
         )
         for split in (False, True)
     }
-    tokenizer = Tokenizer.from_pretrained(folder)
+    tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
 
     control = {split: [i for i in tokens.tolist() if i in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
                for split, (tokens, _) in example_by.items()}  # fmt: skip
@@ -55,8 +45,8 @@ def test_split_special_tokens_keeps_strings_in_messages_as_text(folder: Path, tm
     assert f"a{EOS}b" in tokenizer.decode(example_by[True].tokens)
 
 
-def test_split_special_tokens_keeps_strings_in_completions(folder: Path):
-    tokenizer = Tokenizer.from_pretrained(folder, split_special_tokens=True)
+def test_split_special_tokens_keeps_strings_in_completions(tokenizer_folder: Path):
+    tokenizer = Tokenizer.from_pretrained(tokenizer_folder, split_special_tokens=True)
 
     tokens = read(Completion(f"a{EOS}", f"b{EOS}"), tokenizer).tokens.tolist()
 
@@ -223,12 +213,14 @@ def test_template_may_be_a_jinja_file(tmp_path: Path, tokenizer: Tokenizer):
         ("{% for m in messages[-2:] %}{{ m.content }};{% endfor %}", 3),
     ],
 )
-def test_template_without_a_stable_prefix_is_refused(tmp_path: Path, folder: Path, template: str, turn: int):
+def test_template_without_a_stable_prefix_is_refused(tmp_path: Path, tokenizer_folder: Path, template: str, turn: int):
     (tmp_path / "bad.jinja").write_text(template)
     source = jsonl(tmp_path / "a.jsonl", [{"messages": said("a", "b", "c", "d").messages}])
 
     with pytest.raises(ValueError, match=rf"a.jsonl:1 cannot be split at turn {turn}: the template renders") as refused:
-        write_examples(source, folder, tmp_path / "out", template=tmp_path / "bad.jinja", sequence_length=LONG)
+        write_examples(
+            source, tokenizer_folder, tmp_path / "out", template=tmp_path / "bad.jinja", sequence_length=LONG
+        )
 
     assert "\n" not in str(refused.value)
 
@@ -352,8 +344,8 @@ def test_stop_config_survives_filters_of_the_template(tmp_path: Path, tokenizer:
     assert infer_stop_config(tmp_path / "template", tokenizer) == {"stop_strings": ["###"]}
 
 
-def test_stop_token_stays_a_token_with_split_special_tokens(tmp_path: Path, folder: Path):
-    split = Tokenizer.from_pretrained(folder, split_special_tokens=True)
+def test_stop_token_stays_a_token_with_split_special_tokens(tmp_path: Path, tokenizer_folder: Path):
+    split = Tokenizer.from_pretrained(tokenizer_folder, split_special_tokens=True)
     (tmp_path / "template").write_text(TURN.replace("END", "bos_token"))
 
     assert infer_stop_config("chat", split) == {}

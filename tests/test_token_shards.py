@@ -30,20 +30,6 @@ from tests.helpers.corpus import TEXTS, byte_tokenizer, ids_of, write_texts
 from tests.helpers.hf_folder import snapshot
 
 
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer") / "bytes")
-
-
-def files(folder: Path, **contents: bytes) -> Path:
-    """Files by name, in which __ is a dot and _ a slash."""
-    for name, data in contents.items():
-        path = folder / name.replace("__", ".").replace("_", "/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return folder
-
-
 def test_shards_round_trip(tmp_path: Path, tokenizer_folder: Path):
     path = write_texts(tmp_path / "a.jsonl", TEXTS)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
@@ -247,7 +233,7 @@ def test_full_disk_gives_one_line_and_leaves_nothing(
 def test_disk_space_for_the_rest_is_checked_early(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, short: int
 ):
-    files(tmp_path, a__txt=b"x" * 1000)
+    (tmp_path / "a.txt").write_bytes(b"x" * 1000)
     sources = [tmp_path / "a.txt"] * 4  # 1,002 tokens of two bytes each, and a boundary of eight
     free = iter([10**9, *(3 * 2012 - step * 2012 - short for step in range(4))])  # new_folder asks first
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=next(free)))

@@ -33,19 +33,22 @@ class Packing(abc.ABC):
     CHOICES: ClassVar[Sequence[str]]  # values of `packing`
     UNIT: ClassVar[str] = "documents"
 
-    def __init__(self, data: TokenShards, *, sequence_length: int, seed: int, packing: str, dataset: int = 0):
+    def __init__(
+        self, data: TokenShards, *, sequence_length: int, seed: int, packing: str | None = None, dataset: int = 0
+    ):
         """Pack a dataset.
 
         Args:
             data: The token shards of one split.
             sequence_length: Tokens per sequence.
             seed: Seed of all shuffles, at least 0.
-            packing: One of `CHOICES`.
+            packing: One of `CHOICES`; the first by default.
             dataset: Index of the dataset in its mixture; it keys the shuffles.
 
         Raises:
             DSMoEError: An argument is out of range, or the dataset is empty.
         """
+        packing = packing or self.CHOICES[0]
         self.check(data, sequence_length=sequence_length, packing=packing)
         if not len(data):
             raise DSMoEError(f"{data.folder}: no {self.UNIT} to train on")
@@ -117,10 +120,6 @@ class DocumentPacking(Packing):
     """
 
     CHOICES: ClassVar = ("block_causal", "causal")
-
-    def __init__(self, data: TokenShards, *, packing: str = "block_causal", **options: Any):
-        """See `Packing`."""
-        super().__init__(data, packing=packing, **options)
 
     @classmethod
     def in_order(cls, data: TokenShards, *, sequence_length: int, packing: str) -> tuple[int, Builder]:

@@ -51,9 +51,9 @@ class ExamplePacking(Packing):
     UNIT: ClassVar = "examples"
     _data: Examples
 
-    def __init__(self, data: Examples, *, packing: str = "best_fit", **options: Any):
+    def __init__(self, data: Examples, **options: Any):
         """See `Packing`."""
-        super().__init__(data, packing=packing, **options)
+        super().__init__(data, **options)
         self._firsts = [0]  # the first sequence of each epoch that is packed, and of the next
 
     @classmethod
