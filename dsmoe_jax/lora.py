@@ -50,11 +50,11 @@ class LoraConfig:
         ranks = ((f"rank_pattern {key!r:.80}", r) for key, r in self.rank_pattern.items())
         for name, value in (("r", self.r), *ranks):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < _LARGEST:
-                raise DSMoEError(f"{name} must be a whole number of at least 1, not {show_value(value)}")
+                raise DSMoEError(f"{name} must be a whole number of at least 1, got {show_value(value)}")
         alphas = ((f"alpha_pattern {key!r:.80}", alpha) for key, alpha in self.alpha_pattern.items())
         for name, value in (("lora_alpha", self.lora_alpha), *alphas):
             if not abs(value) <= _LARGEST:  # NaN is not, either
-                raise DSMoEError(f"{name} must be a finite number, at most {_LARGEST:g}, not {show_value(value)}")
+                raise DSMoEError(f"{name} must be a finite number, at most {_LARGEST:g}, got {show_value(value)}")
         if self.layers_to_transform and isinstance(self.target_modules, str):
             raise DSMoEError("layers_to_transform goes with a list of target_modules, not with a regular expression")
         if self.layers_pattern and not self.layers_to_transform:

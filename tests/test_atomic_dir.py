@@ -184,7 +184,7 @@ def test_an_equal_job_goes_on_from_what_is_finished(
     found = write_units(tmp_path / "out", "abc", job=json.loads(json.dumps(JOB)))
 
     assert left == ["a", "b", "half", "journal.jsonl"]
-    assert "keeps what is finished; the same command goes on from there" in caplog.text
+    assert "run the same command to resume" in caplog.text
     assert found == ["a", "b"]
     assert snapshot(tmp_path) == {"out": None} | {f"out/{name}": data for name, data in files_of("abc").items()}
 
@@ -213,7 +213,7 @@ def test_what_another_job_left_is_discarded_and_the_log_says_so(
     found = write_units(tmp_path / "out", "c", job=job)
 
     assert found == []
-    assert "what another, unfinished run left is discarded" in caplog.text
+    assert "Discarding the incomplete output of another job" in caplog.text
     assert snapshot(tmp_path) == {"out": None, "out/c": b"data of c"}
 
 

@@ -403,7 +403,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "shard one byte short": (lambda f: os.truncate(f / SHARD, (f / SHARD).stat().st_size - 1), SHARD),
     "missing tensor": (change_tensors(lambda t: t.pop(NORM)), f"{NORM} is missing"),
     "missing expert": (change_tensors(lambda t: t.pop(EXPERT)), f"{EXPERT} is missing"),
-    "surplus tensor": (change_tensors(lambda t: t.update(more=t[NORM].copy())), "more belongs to nothing"),
+    "surplus tensor": (change_tensors(lambda t: t.update(more=t[NORM].copy())), "more is unexpected"),
     "wrong shape": (change_tensors(lambda t: t.update({NORM: t[NORM][:-1].copy()})), rf"{NORM} .*\[31\].*\[32\]"),
     "transposed": (change_tensors(lambda t: t.update({EXPERT: t[EXPERT].T.copy()})), rf"{EXPERT} .*\[32, 16\]"),
     "mixed stack": (change_tensors(lambda t: t.update({EXPERT: t[EXPERT].astype(np.float16)})), f"{EXPERT} is float16"),

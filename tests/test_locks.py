@@ -18,8 +18,12 @@ import os, sys, time
 from pathlib import Path
 from dsmoe_jax.storage.locks import lock_folder
 with lock_folder(Path(sys.argv[1])):
-    if sys.argv[2:] and os.fork() == 0:
-        time.sleep(60)
+    if sys.argv[2:]:
+        ready, started = os.pipe()
+        if os.fork() == 0:
+            os.write(started, b"x")
+            time.sleep(60)
+        os.read(ready, 1)
     print("holds", flush=True)
     sys.stdin.read()
 """

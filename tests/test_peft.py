@@ -499,7 +499,7 @@ BAD: dict[str, tuple[Spoil, str]] = {
     "no config": (lambda folder: (folder / CONFIG).unlink(), rf"no adapter \(no {CONFIG}\)"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "no weights; looked for adapter_model"),
     "no JSON": (instead(CONFIG, b"{"), "is not JSON"),
-    "a list": (instead(CONFIG, b"[]"), "holds a list where a JSON object must be"),
+    "a list": (instead(CONFIG, b"[]"), "must be a JSON object, got list"),
     "no safetensors": (instead(WEIGHTS, b"{}"), "header"),
     "config elsewhere": (linked_away(CONFIG), "links to .*, outside the checkpoint"),
     "weights elsewhere": (linked_away(WEIGHTS), "links to .*, outside the checkpoint"),

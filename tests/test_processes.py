@@ -20,7 +20,7 @@ from tests.helpers.hf_folder import tiny
 pytestmark = pytest.mark.heavy
 
 TIMEOUT = 120
-OTHER_FAILED = "ValueError: another process failed; its own message says why"
+OTHER_FAILED = "DSMoEError: another process failed; see its log"
 
 # What each process runs; its arguments are its number, the coordinator and a folder. It prints a JSON object at its
 # end: what it saw in each scene.

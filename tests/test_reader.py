@@ -296,7 +296,7 @@ def test_refuses_an_index_that_disagrees_with_its_shards(tmp_path: Path, case: s
 BAD_INDEXES = {
     "not JSON": (b"{", "index.json: is not JSON: Expecting"),
     "not UTF-8": (b'{"\xff": 1}', "index.json: is not JSON: 'utf-8' codec"),
-    "not an object": (b"[]", "holds a list where a JSON object must be"),
+    "not an object": (b"[]", "must be a JSON object, got list"),
     "no weight_map": (b"{}", "weight_map is missing"),
     "weight_map is a list": (b'{"weight_map": ["a"]}', "weight_map is missing, empty or not an object"),
     "weight_map is empty": (b'{"weight_map": {}}', "weight_map is missing, empty"),
@@ -383,7 +383,7 @@ BAD_SAFETENSORS = {
     "bytes left": (built(TWO, bytes(17)), "up to byte 16 of its data; it has 17 bytes"),
     "not UTF-8": (built(b'{"\xff": 1}'), "codec can't decode"),
     "not JSON": (built(b"{nonsense}"), "Expecting property name"),
-    "not an object": (built([TWO]), "holds a list where a JSON object must be"),
+    "not an object": (built([TWO]), "must be a JSON object, got list"),
     "nested": (built(b"[" * 200_000), "nested too deeply"),
     "no tensor": (built({}, b""), "holds no tensor"),
     "metadata": (built({"__metadata__": 1, **TWO}), "a __metadata__ that is not an object"),

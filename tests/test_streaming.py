@@ -234,7 +234,7 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(tmp_path: Path, capl
         reused.append(sum(path.stat().st_size for path in staging_path(tmp_path / "out").rglob("*") if path.is_file()))
     done = way.run(tmp_path / "out")
 
-    assert "keeps what is finished; the same command goes on from there" in caplog.text
+    assert "run the same command to resume" in caplog.text
     assert 0 < reused[0] < reused[1] < reused[2]
     assert 0.5 * total < done.reused < done.bytes == total
     assert "were there already, from an interrupted run" in str(done)

@@ -202,7 +202,7 @@ def test_a_null_field_of_a_line_is_an_absent_one(
 # a line | what its error says
 REFUSED: dict[str, tuple[Any, str]] = {
     "no JSON": ('{"prompt": ', "is not JSON"),
-    "no object": ('["a"]', "holds a list where a JSON object must be"),
+    "no object": ('["a"]', "must be a JSON object, got list"),
     "a key twice": ('{"prompt": "a", "prompt": "b"}', "'prompt' twice"),
     "no prompt": ({"seed": 1}, "needs one of prompt, tokens, messages, and has none"),
     "two prompts": ({"prompt": "a", "tokens": [1]}, "and has prompt and tokens"),

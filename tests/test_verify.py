@@ -448,7 +448,7 @@ def test_minus_zero_is_not_zero_and_a_nan_is_itself_in_its_own_bits_alone(tmp_pa
 # what is done to the Hugging Face folder | what the one line must say
 NOTHING_TO_COMPARE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a tensor missing": (rewritten(lambda tensors: tensors.pop(EXPERT)), rf"tensor {EXPERT} is missing"),
-    "a tensor more": (rewritten(lambda t: t.update(more=t["model.norm.weight"].copy())), "more belongs to nothing"),
+    "a tensor more": (rewritten(lambda t: t.update(more=t["model.norm.weight"].copy())), "more is unexpected"),
     "another shape": (
         rewritten(lambda t: t.update({EXPERT: t[EXPERT].T.copy()})), rf"{EXPERT} has shape \[32, 16\]"
     ),
@@ -471,7 +471,7 @@ def test_a_folder_of_other_tensors_is_refused_in_one_line(native: Path, spoil: C
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"num_hidden_layers": 3}, r"layers\.2\.\S+ belongs to nothing that the config asks for \(and 33 more\)"),
+        ({"num_hidden_layers": 3}, r"layers\.2\.\S+ is unexpected under this config \(and 33 more\)"),
         ({"num_hidden_layers": 1}, r"layers\.1\.\S+ is missing"),
         ({"vocab_size": 32}, r"has shape \[32, 32\], the config asks for \[64, 32\]"),
         ({"tie_word_embeddings": True}, r"lm_head\.weight is missing"),

@@ -77,7 +77,7 @@ def bytes_read() -> int:
 def test_orbax_tensorstore_and_our_map_read_what_was_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any
 ):
-    monkeypatch.setattr(zarr_io, "_PART_BYTES", SMALL_PART)
+    monkeypatch.setattr(zarr_io, "_INNER_CHUNK_BYTES", SMALL_PART)
     arrays = {"x".join(map(str, shape)): array_of(shape, dtype) for shape in SHAPES}
 
     write(tmp_path / "out", arrays)
@@ -105,7 +105,7 @@ def test_parts_of_their_real_size_are_read_too(tmp_path: Path, shape: tuple[int,
 
 
 def test_a_reader_of_one_expert_reads_its_part_and_the_index_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(zarr_io, "_PART_BYTES", 4_096)
+    monkeypatch.setattr(zarr_io, "_INNER_CHUNK_BYTES", 4_096)
     experts = array_of((16, 32, 32), np.float32)
     write(tmp_path / "out", {"experts": experts})
     opened = tensorstore_of(tmp_path / "out", "experts")
@@ -118,7 +118,7 @@ def test_a_reader_of_one_expert_reads_its_part_and_the_index_alone(tmp_path: Pat
 
 
 def test_a_checkpoint_in_many_parts_loads_onto_a_mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(zarr_io, "_PART_BYTES", SMALL_PART)
+    monkeypatch.setattr(zarr_io, "_INNER_CHUNK_BYTES", SMALL_PART)
     model = DeepSeekMoE.init(tiny())
     save(model, tmp_path / "out")
 
@@ -257,7 +257,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_files_that_are_not_as_they_were_written_are_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], Any], named: str
 ):
-    monkeypatch.setattr(zarr_io, "_PART_BYTES", SMALL_PART)
+    monkeypatch.setattr(zarr_io, "_INNER_CHUNK_BYTES", SMALL_PART)
     write(tmp_path / "out", {"a": array_of((16, 5), np.float32)})
     spoil(tmp_path / "out")
 
