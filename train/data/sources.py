@@ -1,5 +1,6 @@
 """Sources: files, folders, patterns, the standard library. Start at `documents`."""
 
+import functools
 import glob
 import itertools
 import logging
@@ -193,7 +194,7 @@ def resolve_source(source: str | Path, exclude: Iterable[Path] = ()) -> SourceFi
     """Find the files of a source; see `find_files`."""
     source = expand_user(source, "source")
     if source == PYTHON_STDLIB:
-        return SourceFiles(_stdlib(), {})
+        return SourceFiles(list(_stdlib()), {})
     walk = _Walk(exclude)
     if os.path.lexists(source):
         path = Path(source)
@@ -327,7 +328,8 @@ def _refuse(error: OSError) -> None:
     raise DSMoEError(f"{error.filename}: cannot be read ({error.strerror})")
 
 
-def _stdlib() -> list[SourceFile]:
+@functools.cache
+def _stdlib() -> tuple[SourceFile, ...]:
     """Find the standard library's sources, without site-packages and tests.
 
     They are the same on every machine with this Python. Files with non-ASCII characters, character tables (codecs,
@@ -343,11 +345,8 @@ def _stdlib() -> list[SourceFile]:
     found = (Path(home) / name for home, _, names in os.walk(library) for name in names if name.endswith(".py"))
     sources = sorted((path for path in found if belongs(path)), key=lambda path: path.relative_to(library).as_posix())
     contents = ((path, path.read_bytes()) for path in sources if path.is_file())
-    return [
-        SourceFile(path, False)
-        for path, text in contents
-        if text.isascii() and len(_HEXADECIMAL.findall(text)) < _TABLE
-    ]
+    ascii_texts = ((path, text) for path, text in contents if text.isascii())
+    return tuple(SourceFile(path, False) for path, text in ascii_texts if len(_HEXADECIMAL.findall(text)) < _TABLE)
 
 
 def _without_rulers(text: str) -> str:
