@@ -182,9 +182,9 @@ def facts(settings: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
         "sequence_length": 8,
         "batch_size": 2,
         "seed": 0,
-        "mode": "documents",
+        "packing": "block_causal",
     }
-    inputs = {"files": {"a": "0"}, "options": {}, "heldout": []}
+    inputs = {"files": {"a": "0"}, "options": {}, "validation": []}
     config = identity(RunConfig(out="run", **settings), dataclasses.replace(MODEL, **fields))
     return {"config": config, "stream": stream, "inputs": inputs}
 
@@ -283,7 +283,7 @@ def test_a_damaged_tokenizer_of_the_run_is_refused(home: Path, tmp_path: Path):
     file = tmp_path / "tokenizer" / "tokenizer.json"
     file.write_text(file.read_text().replace('"alpha"', '"alphb"'))
 
-    with pytest.raises(ValueError, match=r"tokenizer: has other bytes than were written; remove it to have it made ag"):
+    with pytest.raises(ValueError, match=r"tokenizer: damaged: SHA-256 mismatch; remove it to have it made ag"):
         prepared(home, tmp_path)
 
     shutil.rmtree(file.parent)
@@ -316,7 +316,7 @@ def test_checkpoints_are_not_continued_on_other_data(home: Path, copy: Path, cha
         change = {"sources": tuple(str(home / name) for name in change["sources"])}
     before = TokenShards.open(copy / "data" / "00").digest
 
-    with pytest.raises(ValueError, match=f"cannot resume on other data: {line}"):
+    with pytest.raises(ValueError, match=f"cannot resume on changed data: {line}"):
         run(config(home, copy, data=change, steps=STEPS + 1))
 
     assert TokenShards.open(copy / "data" / "00").digest == before
@@ -326,7 +326,7 @@ def test_shards_keep_the_share_they_were_made_with(home: Path, copy: Path):
     shards = {"sources": (str(copy / "data" / "00"),), "tokenizer": str(copy / "tokenizer")}
 
     with pytest.raises(
-        ValueError, match=r"data.val_fraction 0.3 has no effect on .*00: its shards were made with 0.2;"
+        ValueError, match=r"data.val_fraction 0.3 has no effect on .*00, tokenized with 0.2;"
     ):
         prepared(home, copy, **shards, val_fraction=0.3)
 
@@ -519,7 +519,7 @@ def test_a_legal_request_without_effect_is_said(
 def test_a_share_without_a_document_is_said(home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     prepared(home, tmp_path, val_fraction=1e-9)
 
-    assert "held out" in caplog.text
+    assert "No validation documents" in caplog.text
 
 
 def test_steps_take_the_place_of_epochs(home: Path, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):

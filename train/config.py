@@ -23,7 +23,7 @@ class DataConfig:
     tokenizer: str | None = None  # a folder; default: that of `init_from`, or one trained on the sources
     sequence_length: int = 256
     batch_size: int = 8  # rows of all devices and micro-batches together
-    packing: str = "documents"  # documents in a row do not see each other; or "contiguous"
+    packing: str = "block_causal"  # attention within documents, by segment IDs; or "causal": across them
     val_fraction: float = 0.01  # share of the documents that is kept for evaluation
     split_special_tokens: bool = False  # the strings of special tokens in a text are text, not control tokens
     prefetch: int = 2  # batches

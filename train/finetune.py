@@ -41,11 +41,11 @@ from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
 from .config import RunConfig
 from .corpus import Corpus
-from .data import Stream, tokenizer_hash
+from .data import Stream, tokenizer_hash, validation_batches
 from .inputs import RECORD, Source, file_hashes
 from .job import MODEL, Job, make_facts, model_writer, with_token_ids
 from .optimizer import OptimizerConfig
-from .sft import ExamplePacking, Examples, endings_of, example_batches, show, template_hash, write_examples
+from .sft import ExamplePacking, Examples, infer_stop_config, show, template_hash, write_examples
 from .step import Trainable
 
 ADAPTER: Final = "adapter"  # below the run's folder
@@ -63,12 +63,12 @@ class ExamplesConfig:
     # The tokenizer's own, "chat"; "deepseek-instruct", whose answers end with the text <|EOT|> instead of an EOS token
     # (generation_config.json of the result gets it as a stop string); or a file of Jinja.
     template: str = "chat"
-    targets: str = "all"  # turns of the assistant, or the "last" one
+    train_on: str = "all"  # assistant turns in the loss, or the "last" one
     tokenizer: str | None = None  # a folder; default: that of the model
     sequence_length: int = 1024
-    too_long: str = "truncate"  # or "drop", or "refuse"
+    excess_length_strategy: str = "truncate"  # or "drop", or "raise"
     batch_size: int = 64  # rows of all devices and micro-batches together
-    packing: str = "packed"  # whole examples side by side in a row, apart from one another; or "alone"
+    packing: str = "best_fit"  # as many whole examples per sequence as fit, each with its segment ID; or "none"
     val_fraction: float = 0.02  # share of the examples that is kept for evaluation
     split_special_tokens: bool = False  # the strings of special tokens in messages are text, not control tokens
     prefetch: int = 2  # batches
@@ -191,24 +191,26 @@ def finetuning(config: FinetuneConfig, out: Path) -> Job:
 def _endings(config: FinetuneConfig, corpus: Corpus, eos_token_ids: Sequence[int]) -> dict[str, Any]:
     """What the result's generation config needs beside the base's, so that it stops where it learns to."""
     assert corpus.tokenizer is not None
-    return endings_of(config.data.template, Tokenizer.from_pretrained(corpus.tokenizer), eos_token_ids)
+    return infer_stop_config(config.data.template, Tokenizer.from_pretrained(corpus.tokenizer), eos_token_ids)
 
 
 def examples(config: FinetuneConfig, model: ModelConfig, out: Path) -> tuple[Corpus, int]:
     """The examples of a run as its corpus, and its steps: those asked for, or as many as its epochs make."""
     data = config.data
-    tokenizer, train, heldout, inputs = open_examples(config, model, out)
-    shape: dict[str, Any] = {"sequence_length": data.sequence_length, "mode": data.packing}
-    stream = Stream([train], batch_size=data.batch_size, seed=config.seed, packing=ExamplePacking, **shape)
-    held_out = functools.partial(example_batches, [heldout], batch_size=data.batch_size, **shape)
-    inputs = {**inputs, "heldout": [heldout.digest]}
-    corpus = Corpus(stream, held_out, tokenizer, data.prefetch, config.eval_batches, inputs)
+    tokenizer, train, validation, inputs = open_examples(config, model, out)
+    shape: dict[str, Any] = {"sequence_length": data.sequence_length, "packing": data.packing}
+    stream = Stream([train], batch_size=data.batch_size, seed=config.seed, packer=ExamplePacking, **shape)
+    batches = functools.partial(
+        validation_batches, [validation], batch_size=data.batch_size, packer=ExamplePacking, **shape
+    )
+    inputs = {**inputs, "validation": [validation.digest]}
+    corpus = Corpus(stream, batches, tokenizer, data.prefetch, config.eval_batches, inputs)
     if config.steps:
         if config.epochs != FinetuneConfig.epochs:
             _log.warning("steps %d: epochs %s has no effect; steps 0 trains for epochs", config.steps, config.epochs)
         return corpus, config.steps
     full, packing = int(config.epochs), ExamplePacking(train, seed=config.seed, **shape)
-    last = packing.rows_of(full)
+    last = packing.sequences_of(full)
     rows = last.start + math.ceil((config.epochs - full) * len(last))
     return corpus, math.ceil(rows / data.batch_size)
 
@@ -218,7 +220,7 @@ class OpenExamples(NamedTuple):
 
     tokenizer: Path  # its folder
     train: Examples
-    heldout: Examples
+    validation: Examples
     inputs: dict[str, Any]  # `files` and their hashes, and `options`
 
 
@@ -232,9 +234,9 @@ def open_examples(config: FinetuneConfig, model: ModelConfig, out: Path) -> Open
     options = {
         "template": data.template,
         "format": data.format,
-        "targets": data.targets,
+        "train_on": data.train_on,
         "sequence_length": data.sequence_length,
-        "too_long": data.too_long,
+        "excess_length_strategy": data.excess_length_strategy,
         "val_fraction": data.val_fraction,
         "split_special_tokens": data.split_special_tokens,
     }
@@ -251,7 +253,9 @@ def open_examples(config: FinetuneConfig, model: ModelConfig, out: Path) -> Open
             home = hash_json({"sources": sources, "options": made_by})[:12]
             if not (out / _EXAMPLES / home).exists():
                 (out / _EXAMPLES).mkdir(parents=True, exist_ok=True)
-                _log.info("%s", write_examples(data.files, tokenizer, out / _EXAMPLES / home, exclude=[out], **options))
+                _log.info(
+                    "Wrote %s", write_examples(data.files, tokenizer, out / _EXAMPLES / home, exclude=[out], **options)
+                )
             files = {name: sha256 for of_source in hashes.values() for name, sha256 in of_source.items()}
             write_json(out / RECORD, {"folder": home, "files": files, "options": made_by})
     inputs: dict[str, Any] = {}
@@ -259,7 +263,7 @@ def open_examples(config: FinetuneConfig, model: ModelConfig, out: Path) -> Open
     with collective_errors():
         inputs |= read_json(out / RECORD)
         home = out / _EXAMPLES / inputs.pop("folder")
-        splits += [Examples.open(home, split) for split in ("train", "heldout")]
+        splits += [Examples.open(home, split) for split in ("train", "validation")]
         splits[0].check(tokenizer_hash=tokenizer_hash(tokenizer), vocab_size=model.vocab_size)
     if data.val_fraction and not len(splits[1]):
         _log.warning("no example is held out: nothing to evaluate on; raise data.val_fraction (%s)", data.val_fraction)

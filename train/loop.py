@@ -381,7 +381,7 @@ def _evaluate(
 ) -> tuple[float, int] | None:
     """The mean cross-entropy of the held-out text, and over how many tokens; None if nothing is held out."""
     total, count = 0.0, 0
-    for batch in corpus.evaluation():
+    for batch in corpus.validation_batches():
         ce, counted = evaluate(state.params, state.router_bias, _place(batch, mesh), frozen)
         total, count = total + float(ce), count + int(counted)
     return (total / count, count) if count else None

@@ -65,7 +65,7 @@ def check_resumable(folder: Path, step: int, known: Mapping[str, Any], now: Mapp
         inputs = known.get("inputs", {})
         if old.get("datasets") != new["datasets"]:
             problems = list(_data_changes(inputs, now["inputs"])) or ["other data"]
-        elif inputs.get("heldout", now["inputs"]["heldout"]) != now["inputs"]["heldout"]:
+        elif inputs.get("validation", now["inputs"]["validation"]) != now["inputs"]["validation"]:
             problems = ["other validation data"]
     if problems:
         raise DSMoEError(f"{folder}: cannot resume from step {step}: {'; '.join(problems)}; choose another --out")
