@@ -15,7 +15,7 @@ import pytest
 from dsmoe_jax.checkpoint.native import save
 from dsmoe_jax.config import ModelConfig, RopeScaling
 from dsmoe_jax.generate import Chat, Generator, SamplingParams
-from dsmoe_jax.generate.generator import for_generation
+from dsmoe_jax.generate.loading import upcast_for_cpu
 from dsmoe_jax.generate.programs import bucket, step
 from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.model import DeepSeekMoE, assemble, merge, split
@@ -641,7 +641,7 @@ def test_on_cpu_half_precision_weights_outside_the_experts_are_widened_and_it_is
     with caplog.at_level("INFO", logger="dsmoe_jax"):
         answers = Generator(model)(prompts, max_new_tokens=6, ignore_eos=True)
 
-    params = for_generation(split(model)[1])
+    params = upcast_for_cpu(split(model)[1])
     assert {name for name, value in params.items() if value.dtype == jnp.bfloat16} == {
         f"layers.1.moe.experts.{part}" for part in ("gate", "up", "down")
     }
