@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dsmoe_jax"
 FLOORS = (
     {"axes", "errors", "progress", "xla_options"},
     {"storage"},
-    {"config_spellings"},
+    {"config_aliases"},
     {"config"},
     {"text"},
     {"kernels", "sharding"},

@@ -19,9 +19,9 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 
-from dsmoe_jax.checkpoint.manifest import own_hash, with_own_hash
+from dsmoe_jax.checkpoint.manifest import add_hash, hash_json
 from dsmoe_jax.checkpoint.native import check_names_and_shapes, collective_errors
-from dsmoe_jax.checkpoint.zarr_io import hash_file, without_warnings, writing_errors
+from dsmoe_jax.checkpoint.zarr_io import hash_file, orbax_write_errors, quiet_orbax
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.atomic_dir import sync, write_json
 from dsmoe_jax.storage.strict_json import read_json
@@ -68,7 +68,7 @@ class Checkpoints:
         # On CPU Orbax would read the very memory that the next step overwrites.
         on_host = jax.default_backend() == "cpu"
         leaves = {name: jnp.copy(leaf) if on_host else leaf for name, leaf in _flat(state).items()}
-        with collective_errors(), writing_errors(home):
+        with collective_errors(), orbax_write_errors(home):
             if jax.process_index() == 0:
                 _check_space(self.folder, leaves)
             context = ocp.Context()
@@ -105,7 +105,7 @@ class Checkpoints:
 
         home = self._home(step)
         wanted = _flat(like)
-        with without_warnings():
+        with quiet_orbax():
             stored = dict(ocp.metadata(str(home.absolute())).metadata)
             check_names_and_shapes(home, _shapes(wanted), _shapes(stored))
             leaves = ocp.load(str(home.absolute()), wanted)
@@ -135,7 +135,7 @@ class Checkpoints:
 
     def _seal(self, home: Path, step: int, writing: Any, facts: Mapping[str, Any]) -> None:
         """In the background: each process hashes its share of the files, then the first writes the manifest."""
-        with writing_errors(home):
+        with orbax_write_errors(home):
             writing.result()
         index, count = jax.process_index(), jax.process_count()
         files = sorted(path for path in home.rglob("*") if path.is_file() and not path.name.startswith("sums-"))
@@ -153,7 +153,7 @@ class Checkpoints:
             _wait_for(part)
             sums |= read_json(part)
         fields = {"format": _FORMAT, "step": step, "files": sums, "facts": dict(facts)}
-        write_json(home / _MANIFEST, with_own_hash(fields))
+        write_json(home / _MANIFEST, add_hash(fields))
         for part in home.glob("sums-*.json"):
             part.unlink()
         self._intact[step] = True
@@ -215,7 +215,7 @@ def _check_files(home: Path, index: int = 0, count: int = 1) -> None:
     if not (home / _MANIFEST).is_file():
         raise DSMoEError("incomplete (no manifest)")
     manifest = read_json(home / _MANIFEST)
-    if manifest.pop("sha256", None) != own_hash(manifest):
+    if manifest.pop("sha256", None) != hash_json(manifest):
         raise DSMoEError("damaged: its manifest has been changed")
     if (version := manifest["format"]) != _FORMAT:
         raise DSMoEError(f"of format {version}, this version reads {_FORMAT}")

@@ -18,7 +18,7 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.kernels.operand import LowRank, Operand, Quantized
 from dsmoe_jax.layers.router import Routing
-from dsmoe_jax.model import REMAT, Hidden, ParamSpec, abstract, merge, shardings
+from dsmoe_jax.model import REMAT, DecoderOutput, ParamSpec, abstract, merge, shardings
 from dsmoe_jax.sharding import constrain, sharding
 from dsmoe_jax.xla_options import compiler_options
 
@@ -209,7 +209,9 @@ def evaluate_step(
         frozen: Mapping[str, Operand] = _NOTHING,
     ) -> tuple[Array, Array]:
         hidden, head = _hidden(graph, trained.complete(params, frozen, None), router_bias, batch, options, None)
-        return chunked_cross_entropy(hidden.states, head, batch.labels).cross_entropy, (batch.labels != IGNORED).sum()
+        return chunked_cross_entropy(hidden.last_hidden_state, head, batch.labels).cross_entropy, (
+            batch.labels != IGNORED
+        ).sum()
 
     return jax.jit(evaluate)
 
@@ -240,7 +242,7 @@ def _gradients(
         dropout_key = None if key is None else jax.random.fold_in(key, index)
         whole = trained.complete(params, frozen, dropout_key)
         hidden, head = _hidden(graph, whole, state.router_bias, micro, options, dropout_key)
-        sums = chunked_cross_entropy(hidden.states, head, micro.labels, z_loss=options.z_loss)
+        sums = chunked_cross_entropy(hidden.last_hidden_state, head, micro.labels, z_loss=options.z_loss)
         valid = micro.segment_ids > 0
         counted = None if options.count_padding else valid
         # A micro-batch's share of the means over the whole batch.
@@ -287,7 +289,7 @@ def _hidden(
     batch: Batch,
     options: StepConfig,
     dropout_key: Any,
-) -> tuple[Hidden, Any]:
+) -> tuple[DecoderOutput, Any]:
     """The states before the head, and the head's weight, in the dtype of computation."""
     dtype = _DTYPES[options.compute_dtype]
     # The router is fp32 whatever the rest is.

@@ -305,7 +305,7 @@ def _score_batch(
     B, T = token_ids.shape
     valid = jnp.arange(T)[None, :] < counts[:, None]
     # Dynamic NTK depends on the longest row, not on the bucket.
-    states = model.hidden(token_ids, valid, rope_length=counts.max()).states.reshape(B * T, -1)
+    states = model.hidden(token_ids, valid, rope_length=counts.max()).last_hidden_state.reshape(B * T, -1)
 
     def chunk(i: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
         logits = model.logits(states[positions[i]])
