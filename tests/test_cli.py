@@ -18,12 +18,13 @@ import pytest
 
 import dsmoe_jax
 from dsmoe_jax.checkpoint.manifest import is_native
-from dsmoe_jax.cli.commands import VERBS, main
+from dsmoe_jax.cli.commands import VERBS
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import import_hf
 from dsmoe_jax.generate import Chat, Generator
 from dsmoe_jax.info import describe
 from dsmoe_jax.model import _forward, abstract, split
+from tests.helpers.command import run
 from tests.helpers.hf_folder import make_tokenizer, random_params, snapshot, tiny, write_hf
 
 HELP_SECONDS = 0.7  # the best of three
@@ -45,14 +46,6 @@ def native(hf: Path) -> Path:
     """The same, converted."""
     import_hf(hf, hf.parent / "native")
     return hf.parent / "native"
-
-
-def run(*arguments: Any) -> int:
-    """The exit code, argparse's own exit included."""
-    try:
-        return main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
 
 
 # The verbs

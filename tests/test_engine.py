@@ -9,10 +9,10 @@ import pytest
 
 from dsmoe_jax.config import RopeScaling
 from dsmoe_jax.generate import Engine, Generator, SamplingParams
-from dsmoe_jax.generate.answer import Answer, Prefix
 from dsmoe_jax.generate.programs import bucket, extend, insert, prefill, step
+from dsmoe_jax.generate.request import Output, Prefix
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
-from tests.test_generate import SMALL, small_model
+from tests.helpers.small import SMALL, small_model
 
 pytestmark = pytest.mark.heavy
 
@@ -53,7 +53,7 @@ def run(engine: Engine, limit: int = 10_000) -> None:
         assert limit, "the engine does not come to an end"
 
 
-def submit(engine: Engine, ids: Sequence[int], **keywords) -> list[Answer]:
+def submit(engine: Engine, ids: Sequence[int], **keywords) -> list[Output]:
     return engine.submit(ids, SamplingParams.of(**keywords))
 
 
@@ -66,7 +66,7 @@ def test_answers_do_not_depend_on_what_else_is_in_the_batch():
     together = generator()(given, params)
     alone = [answer for prompt, one in zip(given, params, strict=True) for answer in generator()([prompt], one)]
 
-    assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
+    assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
     assert [answer.finish_reason for answer in together] == [answer.finish_reason for answer in alone]
     for one, other in zip(together, alone, strict=True):
         assert (one.logprobs is None) == (other.logprobs is None)
@@ -82,7 +82,7 @@ def test_a_prompt_in_pieces_is_answered_like_one_at_once():
         generator(prefill_chunk=chunk)([prompt], max_new_tokens=12, ignore_eos=True)[0] for chunk in (512, CHUNK)
     )
 
-    assert at_once.tokens == in_pieces.tokens
+    assert at_once.token_ids == in_pieces.token_ids
 
 
 def test_requests_that_come_later_fill_rows_that_are_free():
@@ -97,7 +97,7 @@ def test_requests_that_come_later_fill_rows_that_are_free():
         engine.step()
     run(engine)
 
-    assert [answer.tokens for answer in answers] == [answer.tokens for answer in want]
+    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in want]
 
 
 def test_rows_are_given_first_come_first_served():
@@ -106,7 +106,7 @@ def test_rows_are_given_first_come_first_served():
 
     while engine.busy:
         engine.step()
-        order += [i for i, answer in enumerate(answers) if answer.chosen and i not in order]
+        order += [i for i, answer in enumerate(answers) if answer.num_sampled and i not in order]
 
     assert order == list(range(8))
 
@@ -118,17 +118,17 @@ def test_an_answer_goes_on_while_a_long_prompt_is_read():
     engine.step()
     (long,) = submit(engine, [7] * (8 * CHUNK), max_new_tokens=2, ignore_eos=True)
 
-    while not long.chosen:
-        before = first.chosen
+    while not long.num_sampled:
+        before = first.num_sampled
         engine.step()
-        assert first.chosen == before + 1 or first.chosen == 40
+        assert first.num_sampled == before + 1 or first.num_sampled == 40
 
 
 def test_few_rows_stand_free_while_requests_wait():
     made = generator()
     made(prompts(40, 30), [SamplingParams(max_new_tokens=n % 20 + 1, ignore_eos=True) for n in range(40)])
 
-    assert made.stats.free_rows < 0.2
+    assert made.stats.idle_fraction < 0.2
 
 
 # --- the seed ---
@@ -140,8 +140,8 @@ def test_n_answers_differ_and_the_first_is_that_of_n_1():
     several = generator()([[5, 6, 7]], n=3, **options)
     (one,) = generator()([[5, 6, 7]], **options)
 
-    assert several[0].tokens == one.tokens
-    assert len({tuple(answer.tokens) for answer in several}) == 3
+    assert several[0].token_ids == one.token_ids
+    assert len({tuple(answer.token_ids) for answer in several}) == 3
 
 
 def test_the_prompt_of_n_answers_is_read_once():
@@ -155,7 +155,7 @@ def test_the_prompt_of_n_answers_is_read_once():
 def test_without_a_seed_the_same_prompt_is_answered_differently_and_a_new_generator_repeats_it():
     def three() -> list[list[int]]:
         answers = generator()([[5, 6, 7]] * 3, temperature=1.0, max_new_tokens=8, ignore_eos=True)
-        return [answer.tokens for answer in answers]
+        return [answer.token_ids for answer in answers]
 
     assert len({tuple(tokens) for tokens in three()}) == 3
     assert three() == three()
@@ -183,13 +183,13 @@ def test_200_prompt_lengths_compile_no_more_programs_than_there_are_buckets():
 
 
 def test_the_cache_grows_by_buckets_and_the_answer_does_not_notice(monkeypatch: pytest.MonkeyPatch):
-    want = generator()([[5, 6]], max_new_tokens=60, ignore_eos=True)[0].tokens
-    monkeypatch.setattr("dsmoe_jax.generate.engine._LOOK_AHEAD", 4)
+    want = generator()([[5, 6]], max_new_tokens=60, ignore_eos=True)[0].token_ids
+    monkeypatch.setattr("dsmoe_jax.generate.engine._LOOKAHEAD", 4)
     made = generator()
 
     (got,) = made([[5, 6]], max_new_tokens=60, ignore_eos=True)
 
-    assert got.tokens == want
+    assert got.token_ids == want
     # Two layers of keys and values, two heads of 16 fp32 numbers, 96 slots: a bucket.
     assert made.stats.cache_bytes == 2 * 2 * 2 * 16 * 4 * bucket(61)
 
@@ -201,7 +201,7 @@ def test_an_int8_cache_takes_a_third_and_hardly_changes_the_logits():
     exact, rounded = (made([[5, 6, 7, 8] * 10], **options)[0] for made in (full, small))
 
     assert small.stats.cache_bytes * 3 <= full.stats.cache_bytes
-    same = [ours == theirs for ours, theirs in zip(exact.tokens, rounded.tokens, strict=True)]
+    same = [ours == theirs for ours, theirs in zip(exact.token_ids, rounded.token_ids, strict=True)]
     agree = same.index(False) if False in same else len(same)
     assert agree >= 6
     for ours, theirs in zip(exact.logprobs[:agree], rounded.logprobs[:agree], strict=True):  # type: ignore[index]
@@ -215,15 +215,15 @@ def test_an_int8_cache_takes_a_third_and_hardly_changes_the_logits():
 def test_a_prefix_is_not_read_again_and_changes_nothing():
     made, history = generator(), list(range(2, 60))
     engine = made.engine()
-    (answer,) = engine.submit(history, SamplingParams(max_new_tokens=6, ignore_eos=True), keep=True)
+    (answer,) = engine.submit(history, SamplingParams(max_new_tokens=6, ignore_eos=True), retain_prefix=True)
     run(engine)
-    again = [*history, *answer.tokens, 11, 12, 13]
+    again = [*history, *answer.token_ids, 11, 12, 13]
 
     engine = made.engine()
     (reused,) = engine.submit(again, SamplingParams(max_new_tokens=6, ignore_eos=True), prefix=answer.prefix)
     run(engine)
 
-    assert reused.tokens == made([again], max_new_tokens=6, ignore_eos=True)[0].tokens
+    assert reused.token_ids == made([again], max_new_tokens=6, ignore_eos=True)[0].token_ids
     assert engine.stats.reused_tokens == len(history) + 5
     assert engine.stats.prompt_tokens == 4
 
@@ -231,7 +231,7 @@ def test_a_prefix_is_not_read_again_and_changes_nothing():
 def test_of_a_prefix_only_what_is_shared_is_used():
     made = generator()
     engine = made.engine()
-    (answer,) = engine.submit(list(range(2, 60)), SamplingParams(max_new_tokens=4, ignore_eos=True), keep=True)
+    (answer,) = engine.submit(list(range(2, 60)), SamplingParams(max_new_tokens=4, ignore_eos=True), retain_prefix=True)
     run(engine)
     other = [*range(2, 40), 99, 98, 97]
 
@@ -240,16 +240,16 @@ def test_of_a_prefix_only_what_is_shared_is_used():
     run(engine)
 
     assert engine.stats.reused_tokens == 38
-    assert reused.tokens == made([other], max_new_tokens=6, ignore_eos=True)[0].tokens
+    assert reused.token_ids == made([other], max_new_tokens=6, ignore_eos=True)[0].token_ids
 
 
 def test_the_whole_prompt_may_be_known_but_for_its_last_token():
     prefix = Prefix((1, 2, 3), None)  # type: ignore[arg-type]
 
-    assert prefix.shared_with([1, 2, 3]) == 2
-    assert prefix.shared_with([1, 2, 3, 4]) == 2
-    assert prefix.shared_with([1, 5]) == 1
-    assert prefix.shared_with([4]) == 0
+    assert prefix.match([1, 2, 3]) == 2
+    assert prefix.match([1, 2, 3, 4]) == 2
+    assert prefix.match([1, 5]) == 1
+    assert prefix.match([4]) == 0
 
 
 # --- memory ---
@@ -261,7 +261,7 @@ def test_a_request_that_cannot_fit_is_refused_with_the_numbers_and_the_others_go
 
     fits, too_long = made([[5] * 40, [5] * 80], max_new_tokens=24, ignore_eos=True, errors="return")
 
-    assert len(fits.tokens) == 24
+    assert len(fits.token_ids) == 24
     assert too_long.finish_reason == "error"
     assert too_long.error is not None
     assert "80 tokens and max_new_tokens 24 need" in too_long.error
@@ -275,7 +275,7 @@ def test_rows_wait_for_memory():
 
     got = made(given, max_new_tokens=20, ignore_eos=True)
 
-    assert [answer.tokens for answer in got] == [answer.tokens for answer in want]
+    assert [answer.token_ids for answer in got] == [answer.token_ids for answer in want]
     assert made.stats.cache_bytes <= 2 * need
 
 
@@ -295,21 +295,21 @@ def test_a_cancelled_answer_frees_its_row_and_the_others_go_on():
     engine.cancel(second)
     run(engine)
 
-    assert first.finish_reason == second.finish_reason == "cancelled"
-    assert first.tokens == want[0].tokens[: len(first.tokens)]
-    assert second.tokens == []
-    assert third.tokens == want[1].tokens
+    assert first.finish_reason == second.finish_reason == "abort"
+    assert first.token_ids == want[0].token_ids[: len(first.token_ids)]
+    assert second.token_ids == []
+    assert third.token_ids == want[1].token_ids
 
 
 @pytest.mark.parametrize("stop", ["eos", "stop"])
 def test_an_answer_ends_at_the_first_ending_token(stop: str):
-    tokens = generator()([[5, 6, 7]], max_new_tokens=8, ignore_eos=True)[0].tokens
+    tokens = generator()([[5, 6, 7]], max_new_tokens=8, ignore_eos=True)[0].token_ids
     ending = generator(eos_token_id=tokens[3] if stop == "eos" else None)
 
     (answer,) = ending([[5, 6, 7]], max_new_tokens=8, stop_token_ids=[tokens[3]] if stop == "stop" else [])
 
-    assert answer.tokens == tokens[: tokens.index(tokens[3]) + 1]
-    assert answer.finish_reason == stop
+    assert answer.token_ids == tokens[: tokens.index(tokens[3]) + 1]
+    assert (answer.finish_reason, answer.stop_reason) == ("stop", None if stop == "eos" else tokens[3])
 
 
 # --- dynamic NTK ---
@@ -321,7 +321,7 @@ def test_under_dynamic_ntk_past_what_was_trained_nothing_is_read_in_pieces_or_fr
     prompt = np.random.default_rng(1).integers(2, SMALL.vocab_size, 40).tolist()
     at_once = Generator(DeepSeekMoE.init(config, seed=2), prefill_chunk=512)
 
-    got, want = (one([prompt], max_new_tokens=6, ignore_eos=True)[0].tokens for one in (made, at_once))
+    got, want = (one([prompt], max_new_tokens=6, ignore_eos=True)[0].token_ids for one in (made, at_once))
 
     assert got == want
 
@@ -333,5 +333,5 @@ def test_a_short_dynamic_prompt_is_answered_as_without_scaling():
 
     (got,), (want,) = (made(prompt, max_new_tokens=8, ignore_eos=True) for made in (scaled, generator()))
 
-    assert got.tokens == want.tokens
+    assert got.token_ids == want.token_ids
     assert scaled.stats.prompt_tokens == 50

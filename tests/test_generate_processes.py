@@ -36,7 +36,7 @@ from tests.test_generate_processes import PARAMS, PROMPTS
 
 model = DeepSeekMoE.init(tiny(), mesh=MeshConfig(fsdp=2, expert=4))
 generator = Generator(model, max_batch_size=4, prefill_chunk=32)
-print(json.dumps([answer.tokens for answer in generator(PROMPTS, PARAMS)]))
+print(json.dumps([answer.token_ids for answer in generator(PROMPTS, PARAMS)]))
 """
 
 
@@ -45,7 +45,7 @@ def test_two_processes_answer_as_one_does():
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     generator = Generator(DeepSeekMoE.init(tiny()), max_batch_size=4, prefill_chunk=32)
-    want = [answer.tokens for answer in generator(PROMPTS, PARAMS)]
+    want = [answer.token_ids for answer in generator(PROMPTS, PARAMS)]
 
     with contextlib.ExitStack() as stack:
         started = []

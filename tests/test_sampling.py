@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsmoe_jax.generate.sampling import Sampler, Tally, _heaviest, _kept_logits, adjustments, choose, log_probabilities
+from dsmoe_jax.generate.sampling import (
+    PenaltyState,
+    Sampler,
+    _filter_logits,
+    _heaviest,
+    log_probabilities,
+    penalty_arrays,
+    sample_tokens,
+)
 from dsmoe_jax.generate.sampling_params import _NUMBERS, SamplingParams
 
 heaviest = jax.jit(_heaviest)
@@ -18,28 +26,33 @@ LOGITS = np.random.default_rng(0).normal(size=12) * 1.5
 PROMPT, ANSWER = [1, 4, 4, 7], [4, 4, 9, 2, 2, 2]
 
 
-def tally_of(params: SamplingParams, vocab_size: int, prompt: list[int], answer: list[int]) -> Tally:
-    """One row's tally, the answer counted token by token."""
+def state_of(params: SamplingParams, vocab_size: int, prompt: list[int], answer: list[int]) -> PenaltyState:
+    """One row's state, the answer counted token by token."""
     ids = np.array([*prompt, 0, 3, 5], np.int32)  # padding, which must not count
-    tally = Tally.empty(1, vocab_size).with_row(
-        0, jnp.asarray(ids), len(prompt), *map(jnp.asarray, adjustments(params))
+    state = PenaltyState.empty(1, vocab_size).reset_row(
+        0, jnp.asarray(ids), len(prompt), *map(jnp.asarray, penalty_arrays(params))
     )
     for token in answer:
-        tally = tally.counted(jnp.array([token]), jnp.array([True]))
-    return tally
+        state = state.add_tokens(jnp.array([token]), jnp.array([True]))
+    return state
 
 
 def draws(
-    logits: np.ndarray, params: SamplingParams, tally: Tally | None = None, *, seed: int | None = None, index: int = 0
+    logits: np.ndarray,
+    params: SamplingParams,
+    state: PenaltyState | None = None,
+    *,
+    seed: int | None = None,
+    index: int = 0,
 ) -> np.ndarray:
     """The tokens of DRAWS steps of one row."""
     sampler = Sampler.of([(params, seed or params.seed or 0, index)], logits.size)
-    return np.asarray(_draws(jnp.asarray(logits, jnp.float32)[None], sampler, tally))
+    return np.asarray(_draws(jnp.asarray(logits, jnp.float32)[None], sampler, state))
 
 
 @jax.jit
-def _draws(logits: jax.Array, sampler: Sampler | None, tally: Tally | None) -> jax.Array:
-    return jax.vmap(lambda drawn: choose(logits, sampler, tally, drawn[None])[0])(jnp.arange(DRAWS))
+def _draws(logits: jax.Array, sampler: Sampler | None, state: PenaltyState | None) -> jax.Array:
+    return jax.vmap(lambda drawn: sample_tokens(logits, sampler, state, drawn[None])[0])(jnp.arange(DRAWS))
 
 
 def expected_logits(logits: np.ndarray, params: SamplingParams, prompt: list[int], answer: list[int]) -> list[float]:
@@ -116,10 +129,10 @@ def assert_drawn_from(counts: np.ndarray, want: np.ndarray) -> None:
 )
 def test_tokens_are_drawn_with_the_right_probabilities(asked: dict[str, Any], request: pytest.FixtureRequest):
     params = SamplingParams(**{"temperature": 1.0, "seed": len(request.node.name), **asked})
-    tally = tally_of(params, 12, PROMPT, ANSWER) if params.adjusts_logits else None
+    state = state_of(params, 12, PROMPT, ANSWER) if params.adjusts_logits else None
     want = expected_probabilities(expected_logits(LOGITS, params, PROMPT, ANSWER), params)
 
-    counts = np.bincount(draws(LOGITS, params, tally), minlength=12)
+    counts = np.bincount(draws(LOGITS, params, state), minlength=12)
 
     assert_drawn_from(counts, want)
 
@@ -135,8 +148,8 @@ def test_a_greedy_row_takes_the_first_of_the_likeliest_after_penalties():
     params = SamplingParams(repetition_penalty=10.0)
     logits = np.array([1.0, 5.0, 3.0, 3.0, -2.0])
 
-    free = choose(jnp.asarray(logits)[None], None, None, jnp.zeros(1, jnp.int32))
-    penalized = choose(jnp.asarray(logits)[None], None, tally_of(params, 5, [1], []), jnp.zeros(1, jnp.int32))
+    free = sample_tokens(jnp.asarray(logits)[None], None, None, jnp.zeros(1, jnp.int32))
+    penalized = sample_tokens(jnp.asarray(logits)[None], None, state_of(params, 5, [1], []), jnp.zeros(1, jnp.int32))
 
     assert (free.tolist(), penalized.tolist()) == ([1], [2])
 
@@ -147,7 +160,7 @@ def test_greedy_and_drawing_rows_share_a_batch():
     logits = jnp.tile(jnp.asarray(LOGITS, jnp.float32), (3, 1))
     sampler = Sampler.of(rows, 12)
 
-    tokens = jax.vmap(lambda drawn: choose(logits, sampler, None, jnp.full(3, drawn)))(jnp.arange(DRAWS))
+    tokens = jax.vmap(lambda drawn: sample_tokens(logits, sampler, None, jnp.full(3, drawn)))(jnp.arange(DRAWS))
 
     assert set(np.asarray(tokens)[:, [0, 2]].flat) == {LOGITS.argmax()}
     assert_drawn_from(np.bincount(tokens[:, 1], minlength=12), expected_probabilities(list(LOGITS), hot))
@@ -168,7 +181,7 @@ def test_the_draw_depends_on_seed_answer_and_step_and_not_on_the_batch():
     def batch(order: list[int]) -> list[int]:
         sampler = Sampler.of([rows[i] for i in order], 300)
         where = jnp.array(order)
-        return jax.jit(choose)(logits[where], sampler, None, drawn[where]).tolist()
+        return jax.jit(sample_tokens)(logits[where], sampler, None, drawn[where]).tolist()
 
     together = batch([0, 1, 2, 3, 4])
 
@@ -196,13 +209,15 @@ def test_parameters_that_ask_for_nothing_change_no_bit():
     sampler = Sampler.of([(plain, 4, 0), (asking, 4, 0)], 1000)
     both = jnp.tile(jnp.asarray(logits, jnp.float32), (2, 1))
 
-    beside = jax.vmap(lambda drawn: choose(both, sampler, Tally.empty(2, 1000), jnp.full(2, drawn))[0])(jnp.arange(50))
+    beside = jax.vmap(lambda drawn: sample_tokens(both, sampler, PenaltyState.empty(2, 1000), jnp.full(2, drawn))[0])(
+        jnp.arange(50)
+    )
 
     assert np.asarray(beside).tolist() == draws(logits, plain)[:50].tolist()
-    assert (Tally.empty(2, 1000).adjust(both) == both).all()
+    assert (PenaltyState.empty(2, 1000).apply(both) == both).all()
     # Not even what is too unlikely for a float32 is dropped.
     assert sampler is not None
-    assert jnp.isfinite(_kept_logits(20 * both, sampler)[0]).all()
+    assert jnp.isfinite(_filter_logits(20 * both, sampler)[0]).all()
 
 
 def test_half_precision_logits_are_drawn_from_in_full_precision():
@@ -212,14 +227,14 @@ def test_half_precision_logits_are_drawn_from_in_full_precision():
     half, full = (_draws(x, sampler, None) for x in (logits, logits.astype(jnp.float32)))
 
     assert half.tolist() == full.tolist()
-    assert Tally.empty(1, 12).adjust(logits).dtype == jnp.float32
+    assert PenaltyState.empty(1, 12).apply(logits).dtype == jnp.float32
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
 def test_broken_logits_still_give_a_token_of_the_vocabulary(bad: float):
     logits = np.full(8, bad)
 
-    assert 0 <= int(choose(jnp.asarray(logits)[None], None, None, jnp.array([0]))[0]) < 8
+    assert 0 <= int(sample_tokens(jnp.asarray(logits)[None], None, None, jnp.array([0]))[0]) < 8
     assert set(draws(logits, SamplingParams(temperature=1.0, top_k=2, top_p=0.5))) <= set(range(8))
 
 
@@ -277,54 +292,56 @@ def test_tokens_as_likely_as_the_last_one_kept_stay():
     assert set(draws(logits, SamplingParams(temperature=1.0, top_p=0.5))) == {0, 1, 2, 3}
 
 
-# --- the tally ---
+# --- the state ---
 
 
 def test_a_new_request_takes_over_its_row_and_no_other():
     old = SamplingParams(repetition_penalty=2.0, presence_penalty=1.0, frequency_penalty=0.5, logit_bias={3: 9.0})
-    tally = Tally.empty(3, 6)
-    take = jax.jit(lambda tally, row, ids, count, *rest: tally.with_row(row, ids, count, *rest))
+    state = PenaltyState.empty(3, 6)
+    take = jax.jit(lambda state, row, ids, count, *rest: state.reset_row(row, ids, count, *rest))
     for row in range(3):
-        tally = take(tally, row, jnp.array([1, 2, 0]), 2, *adjustments(old))
-        tally = tally.counted(jnp.array([4, 4, 4]), jnp.array([True] * 3))
-    before = jax.tree.map(np.asarray, tally)
+        state = take(state, row, jnp.array([1, 2, 0]), 2, *penalty_arrays(old))
+        state = state.add_tokens(jnp.array([4, 4, 4]), jnp.array([True] * 3))
+    before = jax.tree.map(np.asarray, state)
 
-    tally = take(tally, 1, jnp.array([5, 1, 1]), 1, *adjustments(SamplingParams()))
+    state = take(state, 1, jnp.array([5, 1, 1]), 1, *penalty_arrays(SamplingParams()))
 
-    fresh = Tally.empty(3, 6).with_row(1, jnp.array([5]), 1, *map(jnp.asarray, adjustments(SamplingParams())))
-    for now, was, new in zip(tally, before, fresh, strict=True):
+    fresh = PenaltyState.empty(3, 6).reset_row(
+        1, jnp.array([5]), 1, *map(jnp.asarray, penalty_arrays(SamplingParams()))
+    )
+    for now, was, new in zip(state, before, fresh, strict=True):
         assert np.asarray(now)[1].tolist() == np.asarray(new)[1].tolist()
         assert np.asarray(now)[[0, 2]].tolist() == was[[0, 2]].tolist()
-    assert np.asarray(tally.prompt)[1].nonzero()[0].tolist() == [5]
+    assert np.asarray(state.prompt_mask)[1].nonzero()[0].tolist() == [5]
     assert take._cache_size() == 1  # type: ignore[attr-defined]
 
 
 def test_only_active_rows_are_counted():
-    tally = Tally.empty(3, 4)
+    state = PenaltyState.empty(3, 4)
 
     for active in ([True, False, True], [True, False, False]):
-        tally = tally.counted(jnp.array([2, 2, 0]), jnp.array(active))
+        state = state.add_tokens(jnp.array([2, 2, 0]), jnp.array(active))
 
-    assert tally.answer.tolist() == [[0, 0, 2, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
+    assert state.output_counts.tolist() == [[0, 0, 2, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
 
 
 def test_rows_are_gathered_in_any_order():
     params = SamplingParams(presence_penalty=1.0)
-    tally = Tally.empty(3, 4).with_row(2, jnp.array([1]), 1, *map(jnp.asarray, adjustments(params)))
+    state = PenaltyState.empty(3, 4).reset_row(2, jnp.array([1]), 1, *map(jnp.asarray, penalty_arrays(params)))
 
-    gathered = tally.rows(jnp.array([2, 0, 2, 2]))
+    gathered = state.take(jnp.array([2, 0, 2, 2]))
 
-    assert gathered.prompt[:, 1].tolist() == [True, False, True, True]
+    assert gathered.prompt_mask[:, 1].tolist() == [True, False, True, True]
     assert gathered.presence.tolist() == [1.0, 0.0, 1.0, 1.0]
 
 
 def test_as_many_biases_as_allowed_fit():
     biases = {token: token / 10 - 15 for token in range(300)}
 
-    tally = tally_of(SamplingParams(logit_bias=biases), 320, [0], [])
+    state = state_of(SamplingParams(logit_bias=biases), 320, [0], [])
 
-    np.testing.assert_allclose(tally.bias[0, :300], list(biases.values()), rtol=1e-6)
-    assert not tally.bias[0, 300:].any()
+    np.testing.assert_allclose(state.bias[0, :300], list(biases.values()), rtol=1e-6)
+    assert not state.bias[0, 300:].any()
 
 
 # --- log-probabilities ---
@@ -359,55 +376,59 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [
-        ({"max_new_tokens": 0}, r"max_new_tokens must be in \[1, 16777216\], not 0"),
-        ({"max_new_tokens": 1.5}, "max_new_tokens must be an int, not 1.5"),
-        ({"max_new_tokens": True}, "max_new_tokens must be an int, not True"),
-        ({"temperature": -0.1}, r"temperature must be in \[0, 1000\], not -0.1"),
-        ({"temperature": NAN}, "temperature must be in .*, not nan"),
-        ({"temperature": INF}, "temperature must be in .*, not inf"),
-        ({"temperature": False}, "temperature must be a number, not False"),
-        ({"temperature": "hot"}, "temperature must be a number, not 'hot'"),
-        ({"temperature": 10**400}, r"temperature must be in \[0, 1000\], not 1000000"),
-        ({"temperature": np.zeros((40, 40))}, "temperature must be a number, not array"),
-        ({"top_k": -2}, r"top_k must be in \[1, 16777216\], not -2"),
-        ({"top_k": False}, "top_k must be an int or None, not False"),
-        ({"top_k": "5"}, "top_k must be an int or None, not '5'"),
-        ({"top_p": -0.1}, r"top_p must be in \[0, 1\], not -0.1"),
-        ({"top_p": 1.1}, "top_p must be in .*, not 1.1"),
-        ({"min_p": -0.1}, r"min_p must be in \[0, 1\], not -0.1"),
+        ({"max_new_tokens": 0}, r"max_new_tokens must be in \[1, 16777216\], got 0"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens must be an int, got 1.5"),
+        ({"max_new_tokens": True}, "max_new_tokens must be an int, got True"),
+        ({"temperature": -0.1}, r"temperature must be in \[0, 1000\], got -0.1"),
+        ({"temperature": NAN}, "temperature must be in .*, got nan"),
+        ({"temperature": INF}, "temperature must be in .*, got inf"),
+        ({"temperature": False}, "temperature must be a number, got False"),
+        ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+        ({"temperature": 10**400}, r"temperature must be in \[0, 1000\], got 1000000"),
+        ({"temperature": np.zeros((40, 40))}, "temperature must be a number, got array"),
+        ({"top_k": -2}, r"top_k must be in \[1, 16777216\], got -2"),
+        ({"top_k": False}, "top_k must be an int or None, got False"),
+        ({"top_k": "5"}, "top_k must be an int or None, got '5'"),
+        ({"top_p": -0.1}, r"top_p must be in \[0, 1\], got -0.1"),
+        ({"top_p": 1.1}, "top_p must be in .*, got 1.1"),
+        ({"min_p": -0.1}, r"min_p must be in \[0, 1\], got -0.1"),
         ({"min_p": 1.01}, "min_p must be in"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be in .*, not 0.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be in .*, got 0.0"),
         ({"repetition_penalty": -1.0}, "repetition_penalty must be in"),
-        ({"presence_penalty": 2.5}, r"presence_penalty must be in \[-2, 2\], not 2.5"),
-        ({"frequency_penalty": -2.5}, r"frequency_penalty must be in \[-2, 2\], not -2.5"),
-        ({"logit_bias": {-1: 1.0}}, r"a token id of logit_bias must be in \[0, 2147483647\], not -1"),
-        ({"logit_bias": {"7": 1.0}}, "a token id of logit_bias must be an int, not '7'"),
-        ({"logit_bias": {7: 101.0}}, r"logit_bias of token 7 must be in \[-100, 100\], not 101.0"),
-        ({"logit_bias": {7: NAN}}, "logit_bias of token 7 must be in .*, not nan"),
-        ({"logit_bias": {7: None}}, "logit_bias of token 7 must be a number, not None"),
-        ({"logit_bias": [1, 2]}, r"logit_bias must map token ids to numbers, not \[1, 2\]"),
-        ({"logit_bias": "text"}, "logit_bias must map token ids to numbers, not 'text'"),
-        ({"logit_bias": 0}, "logit_bias must map token ids to numbers, not 0"),
-        ({"logit_bias": dict.fromkeys(range(301), 1)}, "logit_bias must have at most 300 entries, not 301"),
-        ({"seed": -2}, "seed must be in .*, not -2"),
-        ({"seed": 1 << 32}, "seed must be in .*, not 4294967296"),
-        ({"seed": 1.0}, "seed must be an int or None, not 1.0"),
-        ({"stop": ""}, "stop must not hold an empty string"),
-        ({"stop": ["a", ""]}, "stop must not hold an empty string"),
-        ({"stop": [1]}, r"stop must be a string or a list of strings, not \[1\]"),
+        ({"presence_penalty": 2.5}, r"presence_penalty must be in \[-2, 2\], got 2.5"),
+        ({"frequency_penalty": -2.5}, r"frequency_penalty must be in \[-2, 2\], got -2.5"),
+        ({"logit_bias": {-1: 1.0}}, r"token id in logit_bias must be in \[0, 2147483647\], got -1"),
+        ({"logit_bias": {"7": 1.0}}, "token id in logit_bias must be an int, got '7'"),
+        ({"logit_bias": {7: 101.0}}, r"logit_bias\[7\] must be in \[-100, 100\], got 101.0"),
+        ({"logit_bias": {7: NAN}}, "logit_bias\[7\] must be in .*, got nan"),
+        ({"logit_bias": {7: None}}, "logit_bias\[7\] must be a number, got None"),
+        ({"logit_bias": [1, 2]}, r"logit_bias must map token ids to numbers, got \[1, 2\]"),
+        ({"logit_bias": "text"}, "logit_bias must map token ids to numbers, got 'text'"),
+        ({"logit_bias": 0}, "logit_bias must map token ids to numbers, got 0"),
+        ({"logit_bias": dict.fromkeys(range(301), 1)}, "logit_bias must have at most 300 entries, got 301"),
+        ({"seed": -2}, "seed must be in .*, got -2"),
+        ({"seed": 1 << 32}, "seed must be in .*, got 4294967296"),
+        ({"seed": 1.0}, "seed must be an int or None, got 1.0"),
+        ({"stop": ""}, "stop must not contain an empty string"),
+        ({"stop": ["a", ""]}, "stop must not contain an empty string"),
+        ({"stop": [1]}, r"stop must be a string or a list of strings, got \[1\]"),
         ({"stop": b"x"}, "stop must be a string or a list of strings"),
-        ({"stop": ["x"] * 65}, "stop must have at most 64 strings, not 65"),
-        ({"stop_token_ids": 3}, "stop_token_ids must be a list of token ids, not 3"),
-        ({"stop_token_ids": [1, -2]}, "a token id of stop_token_ids must be in .*, not -2"),
-        ({"stop_token_ids": ["a\nb"]}, "a token id of stop_token_ids must be an int"),
-        ({"n": 0}, r"n must be in \[1, 1024\], not 0"),
-        ({"n": 1025}, r"n must be in \[1, 1024\], not 1025"),
-        ({"ignore_eos": 1}, "ignore_eos must be True or False, not 1"),
-        ({"logprobs": 21}, r"logprobs must be in \[0, 20\], not 21"),
-        ({"logprobs": True}, "logprobs must be an int or None, not True"),
+        ({"stop": ["x"] * 65}, "stop must have at most 64 strings, got 65"),
+        ({"stop_token_ids": 3}, "stop_token_ids must be a list of token ids, got 3"),
+        ({"stop_token_ids": [1, -2]}, "token id in stop_token_ids must be in .*, got -2"),
+        ({"stop_token_ids": ["a\nb"]}, "token id in stop_token_ids must be an int"),
+        ({"n": 0}, r"n must be in \[1, 1024\], got 0"),
+        ({"n": 1025}, r"n must be in \[1, 1024\], got 1025"),
+        ({"ignore_eos": 1}, "ignore_eos must be True or False, got 1"),
+        ({"logprobs": 21}, r"logprobs must be in \[0, 20\], got 21"),
+        ({"logprobs": True}, "logprobs must be an int or None, got True"),
         ({"topk": 5}, "unknown sampling parameter 'topk'; did you mean 'top_k'?"),
-        ({"max_tokens": 5}, "unknown sampling parameter 'max_tokens'; did you mean 'max_new_tokens'?"),
-        ({"zebra": 5}, "unknown sampling parameter 'zebra'; there are max_new_tokens, temperature, top_k, "),
+        ({"max_tokens": 0}, r"max_tokens must be in \[1, 16777216\], got 0"),
+        (
+            {"max_tokens": 5, "max_new_tokens": 128},
+            "max_new_tokens and its alias max_tokens must be equal, got 128 and 5",
+        ),
+        ({"zebra": 5}, "unknown sampling parameter 'zebra'; allowed: max_new_tokens, temperature, top_k, "),
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, dict) else "",
 )
@@ -434,6 +455,14 @@ def test_the_bounds_themselves_are_allowed():
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(SamplingParams)])
 def test_none_is_the_default_of_every_parameter(name: str):
     assert SamplingParams.of(**{name: None}) == SamplingParams()
+
+
+def test_max_tokens_is_an_alias_of_max_new_tokens():
+    params = SamplingParams(max_tokens=5)
+
+    assert params == SamplingParams(max_new_tokens=5) == SamplingParams(max_new_tokens=5, max_tokens=5)
+    assert dataclasses.replace(params, max_new_tokens=6) == SamplingParams.of(max_tokens=6)
+    assert SamplingParams(max_tokens=None).max_new_tokens == 128
 
 
 @pytest.mark.parametrize("asked", [{"top_k": 0}, {"top_k": -1}, {"top_k": np.int64(-1)}, {"seed": -1}], ids=str)

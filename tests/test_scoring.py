@@ -16,13 +16,12 @@ from dsmoe_jax.generate import Generator, scoring
 from dsmoe_jax.generate.programs import bucket
 from dsmoe_jax.generate.scoring import Perplexity, Score, perplexity, rolling_windows, score
 from dsmoe_jax.model import DeepSeekMoE, split
-from tests import test_generate
-from tests.helpers import golden
+from tests.helpers import golden, small
 from tests.helpers.meshes import MESHES
 
 pytestmark = pytest.mark.heavy
 
-SMALL = dataclasses.replace(test_generate.SMALL, vocab_size=320)
+SMALL = dataclasses.replace(small.SMALL, vocab_size=320)
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}  # fp32, two orders of summation
 DYNAMIC = dataclasses.replace(SMALL, max_position_embeddings=20, rope_scaling=RopeScaling("dynamic", 2.0))
 
@@ -103,14 +102,14 @@ def test_the_numbers_of_two_hundred_pairs_are_those_of_each_alone_and_few_progra
     model, rng, budget = model_of(SMALL), random.Random(1), 512
     pairs = [random_pair(rng, rng.randint(1, 60)) for _ in range(200)]
     alone = [scored(model, [pair])[0] for pair in pairs]
-    before = scoring._scored._cache_size()  # type: ignore[attr-defined]
+    before = scoring._score_batch._cache_size()  # type: ignore[attr-defined]
 
     got = scored(model, pairs, max_tokens=budget)
 
     check_same(got, alone)
     lengths = {bucket(len(context) + len(continuation) - 1) for context, continuation in pairs}
     shapes = {(rows, length) for length in lengths for rows in (1, 2, 4, 8, 16, 32) if rows * length <= budget}
-    made = scoring._scored._cache_size() - before  # type: ignore[attr-defined]
+    made = scoring._score_batch._cache_size() - before  # type: ignore[attr-defined]
     assert 0 < made <= len(shapes)
     assert made <= 2 * len(lengths)  # full batches and what is left over
 
@@ -149,7 +148,7 @@ def test_the_plan_keeps_to_the_budget_and_takes_every_pair_once():
 
 def test_the_models_own_greedy_continuation_is_greedy_and_another_is_not():
     model, prompt = model_of(SMALL), [5, 6, 7]
-    answer = Generator(model)([prompt], max_new_tokens=6, ignore_eos=True)[0].tokens
+    answer = Generator(model)([prompt], max_new_tokens=6, ignore_eos=True)[0].token_ids
     last_wrong = [*answer[:-1], (answer[-1] + 1) % SMALL.vocab_size]
     first_wrong = [(answer[0] + 1) % SMALL.vocab_size, *answer[1:]]
 
@@ -176,7 +175,7 @@ def test_the_logits_of_all_positions_never_exist_at_once():
     shape = jax.ShapeDtypeStruct
     rows, places = shape((8, 128), np.int32), shape((8, 128), np.int32)
 
-    lowered = scoring._scored.lower(  # type: ignore[attr-defined]
+    lowered = scoring._score_batch.lower(  # type: ignore[attr-defined]
         graph, params, rows, shape((8,), np.int32), places, places, shape((), np.int32)
     ).as_text()
 
@@ -276,9 +275,9 @@ def test_the_perplexity_is_that_of_every_window_alone(stride: int | None, prefix
 
     windows = rolling_windows(text, prefix=prefix, window=16, stride=stride)
     nll = -sum(twin(model, pair).logprob for pair in windows)
-    assert got.tokens == (50 if prefix == 0 else 49)
+    assert got.num_tokens == (50 if prefix == 0 else 49)
     np.testing.assert_allclose(got.nll, nll, **CLOSE)
-    np.testing.assert_allclose(got.perplexity, math.exp(nll / got.tokens), rtol=1e-4)
+    np.testing.assert_allclose(got.perplexity, math.exp(nll / got.num_tokens), rtol=1e-4)
     assert got.bits_per_byte is not None
     np.testing.assert_allclose(got.bits_per_byte, nll / math.log(2) / 170, **CLOSE)
 
@@ -302,20 +301,20 @@ BAD_PAIRS = {
     "nothing to score": ([1],       [],       r"pair 1: the continuation is empty"),
     "past the end":    ([1, 320],   [1],      r"pair 1: context id 320 is outside the vocabulary of 320"),
     "negative":        ([1],        [2, -1],  r"pair 1: continuation id -1 is outside the vocabulary of 320"),
-    "floats":          ([1.5],      [1],      r"pair 1: the context must be token ids \[T\], not float64 \[1\]"),
-    "text":            ("import",   [1],      r"pair 1: the context must be token ids \[T\], not <U6 \[\]"),
-    "nested":          ([1],        [[1]],    r"pair 1: the continuation must be token ids \[T\], not int64 \[1, 1\]"),
+    "floats":          ([1.5],      [1],      r"pair 1: the context must be token ids \[T\], got float64 \[1\]"),
+    "text":            ("import",   [1],      r"pair 1: the context must be token ids \[T\], got <U6 \[\]"),
+    "nested":          ([1],        [[1]],    r"pair 1: the continuation must be token ids \[T\], got int64 \[1, 1\]"),
     "too long":        ([1] * 30,   [1] * 4,  r"pair 1: 30 tokens of context and 4 of .* context_length of 32"),
 }
 BAD_TEXTS = {
-    "no tokens":        ([],     {"prefix": 0},                    r"nothing to predict: tokens has length 0"),
-    "one alone":        ([1],    {"prefix": None},                 r"nothing to predict: tokens has length 1"),
+    "no tokens":        ([],     {"prefix": 0},                    r"no token to predict: tokens has length 0"),
+    "one alone":        ([1],    {"prefix": None},                 r"no token to predict: tokens has length 1"),
     "prefix":           ([1],    {"prefix": 320},                  r"context id 320 is outside the vocabulary of 320"),
-    "window past context": ([1], {"prefix": 0, "window": 33},      r"window 33 is above the context_length of 32"),
-    "no window":        ([1],    {"prefix": 0, "window": 0},       r"window must be at least 1, not 0"),
-    "no stride":        ([1],    {"prefix": 0, "stride": 0},       r"stride must be between 1 and .* 32, not 0"),
-    "wide stride":      ([1],    {"prefix": 0, "window": 4, "stride": 5}, r"stride must be between 1 .* of 4, not 5"),
-    "no bytes":         ([1],    {"prefix": 0, "text_bytes": 0},   r"text_bytes must be at least 1, not 0"),
+    "window past context": ([1], {"prefix": 0, "window": 33},      r"window must be at most context_length 32, got 33"),
+    "no window":        ([1],    {"prefix": 0, "window": 0},       r"window must be at least 1, got 0"),
+    "no stride":        ([1],    {"prefix": 0, "stride": 0},       r"stride must be in \[1, 32\], got 0"),
+    "wide stride":      ([1],    {"prefix": 0, "window": 4, "stride": 5}, r"stride must be in \[1, 4\], got 5"),
+    "no bytes":         ([1],    {"prefix": 0, "text_bytes": 0},   r"text_bytes must be at least 1, got 0"),
 }
 # fmt: on
 
@@ -336,7 +335,7 @@ def test_the_text_that_cannot_be_measured_is_refused(tokens, options, says: str)
 
 @pytest.mark.parametrize("name", ["context_length", "max_tokens"])
 def test_the_bounds_must_be_positive(name: str):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         scored(model_of(SMALL), [([1], [2])], **{name: 0})
 
 

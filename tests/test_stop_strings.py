@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dsmoe_jax.generate.text import TextStream
+from dsmoe_jax.generate.detokenizer import Detokenizer
 from dsmoe_jax.text.tokenizer import Tokenizer
 from tests.helpers.hf_folder import make_tokenizer
 
@@ -37,15 +37,17 @@ def may_be_shown(text: str, stops: list[str]) -> str:
 
 def assert_cut_as_a_whole(tokenizer: Tokenizer, ids: list[int], stops: list[str]) -> None:
     whole = tokenizer.decode(ids)
-    stream, plain = TextStream(tokenizer.decode_stream(), stops), tokenizer.decode_stream()
+    stream, plain = Detokenizer(tokenizer.decode_stream(), stops), tokenizer.decode_stream()
     given = decoded = ""
     for token in ids:
         given += stream.feed(token)
         decoded += plain.feed(token)
         assert given == may_be_shown(decoded, stops)
-    assert given + stream.flush() == cut(whole, stops)
-    assert stream.stopped == any(stop in whole for stop in stops)
-    assert stream.feed(ids[0]) == "" or not stream.stopped
+    given += stream.flush()
+    assert given == cut(whole, stops)
+    assert (stream.stop_string is not None) == any(stop in whole for stop in stops)
+    assert stream.stop_string is None or whole.startswith(stream.stop_string, len(given))
+    assert stream.feed(ids[0]) == "" or stream.stop_string is None
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -92,23 +94,23 @@ def test_a_stop_string_is_found_wherever_tokens_part_it(tokenizer: Tokenizer, st
 
 
 def test_nothing_follows_a_stop_string(tokenizer: Tokenizer):
-    stream = TextStream(tokenizer.decode_stream(), ["stop"])
+    stream = Detokenizer(tokenizer.decode_stream(), ["stop"])
 
     pieces = [stream.feed(token) for token in ids_of(tokenizer, "a", "s", "t", "o", "p", "q", "r")]
 
     assert pieces == ["a", "", "", "", "", "", ""]
-    assert stream.stopped
+    assert stream.stop_string == "stop"
     assert stream.flush() == ""
 
 
 def test_what_only_began_like_a_stop_string_comes_out(tokenizer: Tokenizer):
-    stream = TextStream(tokenizer.decode_stream(), ["stop"])
+    stream = Detokenizer(tokenizer.decode_stream(), ["stop"])
 
     pieces = [stream.feed(token) for token in ids_of(tokenizer, "s", "t", "s", "t", "o", "x", "s")]
 
     assert pieces == ["", "", "st", "", "", "stox", ""]
     assert stream.flush() == "s"
-    assert not stream.stopped
+    assert stream.stop_string is None
 
 
 @pytest.mark.parametrize(
@@ -120,26 +122,26 @@ def test_what_only_began_like_a_stop_string_comes_out(tokenizer: Tokenizer):
     ],
 )
 def test_of_overlapping_stop_strings_the_one_that_begins_first_cuts(tokenizer: Tokenizer, rest: str, text: str):
-    stream = TextStream(tokenizer.decode_stream(), ["bc", "abcd"])
+    stream = Detokenizer(tokenizer.decode_stream(), ["bc", "abcd"])
 
     given = "".join(stream.feed(token) for token in ids_of(tokenizer, "a", "b", "c", *rest))
 
     assert given + stream.flush() == text
-    assert stream.stopped
+    assert stream.stop_string == ("bc" if text else "abcd")
 
 
 def test_at_one_beginning_the_shorter_stop_string_ends_the_text_at_once(tokenizer: Tokenizer):
-    stream = TextStream(tokenizer.decode_stream(), ["abc", "ab"])
+    stream = Detokenizer(tokenizer.decode_stream(), ["abc", "ab"])
 
     for token in ids_of(tokenizer, "a", "b"):
         assert stream.feed(token) == ""
 
-    assert stream.stopped
+    assert stream.stop_string == "ab"
 
 
 def test_a_stream_without_stop_strings_holds_back_only_half_characters(tokenizer: Tokenizer):
     ids = ids_of(tokenizer, *TEXT)
-    stream, plain = TextStream(tokenizer.decode_stream()), tokenizer.decode_stream()
+    stream, plain = Detokenizer(tokenizer.decode_stream()), tokenizer.decode_stream()
 
     assert [stream.feed(token) for token in ids] == [plain.feed(token) for token in ids]
-    assert not stream.stopped
+    assert stream.stop_string is None
