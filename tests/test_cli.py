@@ -19,6 +19,7 @@ import pytest
 import dsmoe_jax
 from dsmoe_jax.checkpoint.manifest import is_native
 from dsmoe_jax.cli.commands import VERBS
+from dsmoe_jax.cli.flags import ARGUMENTS
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import import_hf
 from dsmoe_jax.generate import Chat, Generator
@@ -27,7 +28,7 @@ from dsmoe_jax.model import _forward, abstract, split
 from tests.helpers.command import run
 from tests.helpers.hf_folder import make_tokenizer, random_params, snapshot, tiny, write_hf
 
-HELP_SECONDS = 0.7  # the best of three
+HELP_SECONDS = 0.5  # the best of three
 COMPILE_SECONDS = 60  # of processor time, whatever else the machine does; the 16B's forward takes about 20
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -169,9 +170,9 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "no such path to convert": (("convert", "{tmp}/absent", "{tmp}/out"), "absent"),
     "a folder of nothing": (("generate", "{tmp}", "--prompt", "def"), "config.json"),
     "a prompt too long": ((*GENERATE, "--context-length", "8"), "context_length"),
-    "no context": ((*GENERATE, "--context-length", "1"), "context_length must be at least 2, not 1"),
+    "no context": ((*GENERATE, "--context-length", "1"), "context_length must be an int of at least 2, got 1"),
     "empty prompt": (("generate", "{native}", "--prompt", ""), "prompt is empty"),
-    "negative temperature": ((*GENERATE, "--temperature", "-1"), "temperature must be in [0, 1000], not -1.0"),
+    "negative temperature": ((*GENERATE, "--temperature", "-1"), "temperature must be in [0, 1000], got -1.0"),
     "temperature that is no number": ((*GENERATE, "--temperature", "nan"), "temperature"),
     "top-p 1.5": ((*GENERATE, "--top-p", "1.5"), "top_p"),
     "top-k -2": ((*GENERATE, "--top-k", "-2"), "top_k"),
@@ -452,7 +453,7 @@ def test_an_interrupt_ends_a_verb_in_silence(
     source = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.2)\nDONE = True\n"
     (tmp_path / "slowly_imported.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(VERBS, "info", (interrupt(where), *VERBS["info"][1:]))
+    monkeypatch.setitem(VERBS, "info", (interrupt(where), VERBS["info"][1]))
     monkeypatch.setattr(signal, "default_int_handler", signal.getsignal(signal.SIGINT))
 
     assert run("info", "tiny") == 130
@@ -464,10 +465,46 @@ def test_a_broken_pipe_that_is_not_stdout_is_an_error(monkeypatch: pytest.Monkey
     def broken(_: Any) -> None:
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setitem(VERBS, "info", (broken, *VERBS["info"][1:]))
+    monkeypatch.setitem(VERBS, "info", (broken, VERBS["info"][1]))
 
     assert run("info", "tiny") == 2
     assert capsys.readouterr().err == "dsmoe info: [Errno 32] Broken pipe\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), AssertionError("a bug")], ids=repr)
+def test_a_bug_shows_its_traceback_and_exits_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception
+):
+    def fail(_: Any) -> None:
+        raise error
+
+    monkeypatch.setitem(VERBS, "info", (fail, VERBS["info"][1]))
+
+    assert run("info", "tiny") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback (most recent call last):")
+    assert err.endswith("dsmoe info: internal error, please report it with the traceback above\n")
+
+
+@pytest.mark.parametrize("typed", [("--debug", "info", "nothing"), ("info", "nothing", "--debug")], ids=" ".join)
+def test_debug_shows_the_traceback_of_a_mistake(capsys: pytest.CaptureFixture, typed: tuple[str, ...]):
+    assert run(*typed) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback (most recent call last):")
+    assert err.splitlines()[-1].startswith("dsmoe info: ")
+
+
+def test_every_flag_has_a_help_text():
+    assert VERBS.keys() == ARGUMENTS.keys()
+    for arguments in ARGUMENTS.values():
+        assert all(options["help"] for _, options in arguments)
+
+
+def test_a_platform_without_a_device_is_refused(tmp_path: Path, native: Path):
+    done = shell(f"dsmoe generate {native} --prompt a", tmp_path, JAX_PLATFORMS="no_such_platform")
+
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("dsmoe generate: JAX has no device: ")
 
 
 def test_an_argument_that_is_not_utf8_is_refused(capsys: pytest.CaptureFixture):

@@ -35,7 +35,7 @@ def test_eos_ids_outside_the_vocabulary_leave_the_tokenizers(
 
     assert made.eos_token_ids == {1}
     first = named if isinstance(named, int) else named[0]
-    assert f"eos_token_id {first} is outside the vocabulary of 2048: answers end with 1" in caplog.text
+    assert f"eos_token_id {first} is outside the vocabulary of 2048: using 1" in caplog.text
 
 
 def test_a_config_whose_eos_is_outside_the_vocabulary_is_warned_of(caplog: pytest.LogCaptureFixture):
@@ -44,7 +44,7 @@ def test_a_config_whose_eos_is_outside_the_vocabulary_is_warned_of(caplog: pytes
     made = Generator(assemble(config, split(small_model())[1]))
 
     assert made.eos_token_ids == frozenset()
-    assert "eos_token_id 5000 is outside the vocabulary of 2048: no EOS token ends an answer" in caplog.text
+    assert "eos_token_id 5000 is outside the vocabulary of 2048: no EOS token is left" in caplog.text
     with pytest.raises(ValueError, match="eos_token_id 2048 is outside the vocabulary of 2048"):
         Generator(small_model(), eos_token_id=[1, 2048])
 
@@ -89,6 +89,7 @@ def test_an_end_of_sequence_that_is_no_token_id_is_refused(eos):
         ([[1, 2048]], {}, "2048 is outside the vocabulary of 2048"),
         ([[-1]], {}, "-1 is outside"),
         ([[0.5]], {}, "int"),
+        ([[1, [2]]], {}, "flat list of integers"),
         ([[1] * 5000], {}, "5000 tokens and max_new_tokens 128 exceed the context_length of 4096"),
         ([[1]], {"max_new_tokens": 4096}, "exceed the context_length"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens"),
@@ -113,11 +114,11 @@ def test_a_bad_call_is_refused_in_one_line(generator: Generator, prompts, option
     ("roles", "reason"),
     [
         (["assistant"], "message 0"),
-        (["user", "user"], "message 1 of the chat is the user's"),
-        (["system", "assistant"], "message 1 of the chat is the assistant's"),
-        (["user", "assistant"], "the last message of a chat must be the user's"),
-        (["system"], "the last message of a chat must be the user's"),
-        (["user", "system", "user"], "message 1 of the chat is the system's"),
+        (["user", "user"], "message 1 of the chat must have role 'assistant', got 'user'"),
+        (["system", "assistant"], "message 1 of the chat must have role 'user', got 'assistant'"),
+        (["user", "assistant"], "the last message of a chat must have role 'user'"),
+        (["system"], "the last message of a chat must have role 'user'"),
+        (["user", "system", "user"], "message 1 of the chat must have role 'assistant', got 'system'"),
     ],
 )
 def test_a_chat_whose_roles_do_not_alternate_is_refused(generator: Generator, roles: list[str], reason: str):
@@ -140,12 +141,12 @@ def test_one_bad_prompt_of_many_gets_its_error_and_the_others_their_answers(gene
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"context_length": 1}, "context_length must be at least 2, not 1"),
-        ({"max_batch_size": 0}, "max_batch_size must be at least 1, not 0"),
-        ({"prefill_chunk": 8}, "prefill_chunk must be at least 16, not 8"),
-        ({"cache_dtype": "int4"}, "cache_dtype must be one of float32, bfloat16, float16, int8, not 'int4'"),
+        ({"context_length": 1}, "context_length must be an int of at least 2, got 1"),
+        ({"max_batch_size": 0}, "max_batch_size must be an int of at least 1, got 0"),
+        ({"prefill_chunk": 8}, "prefill_chunk must be an int of at least 16, got 8"),
+        ({"cache_dtype": "int4"}, "cache_dtype must be one of float32, bfloat16, float16, int8, got 'int4'"),
         ({"cache_dtype": np.int32}, "cache_dtype must be one of"),
-        ({"cache_bytes": 0}, "cache_bytes must be at least 1, not 0"),
+        ({"cache_bytes": 0}, "cache_bytes must be an int of at least 1, got 0"),
         ({"max_batch_size": 2.0}, "max_batch_size"),
     ],
 )
@@ -157,7 +158,7 @@ def test_a_bad_option_of_the_generator_is_refused(options: dict, reason: str):
 def test_weights_that_exceed_the_memory_are_refused_before_they_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("dsmoe_jax.generate.loading.device_bytes", lambda: 100_000)
 
-    with pytest.raises(ValueError, match=r"native: the weights take 0\.000\d* GB|and 0\.0001 GB are free"):
+    with pytest.raises(ValueError, match=r"native: the weights take 0\.000\d* GB|only 0\.0001 GB are free"):
         Generator.from_pretrained(folder)
 
 

@@ -133,7 +133,7 @@ def test_a_file_is_answered_in_its_order(
     file = prompts(
         {"id": "first", "prompt": "def main("},
         "  ",
-        {"tokens": ids, "max_new_tokens": 2, "id": {"any": ["thing", 1]}},
+        {"token_ids": ids, "max_tokens": 2, "id": {"any": ["thing", 1]}},
         {"messages": chat, "n": 2, "temperature": 1, "seed": 5, "logprobs": 1},
     )
     options: dict[str, Any] = {"max_new_tokens": 4, "ignore_eos": True}
@@ -145,19 +145,17 @@ def test_a_file_is_answered_in_its_order(
 
     out, err = capsys.readouterr()
     got = lines(out)
-    logprobs = [answer.pop("logprobs") for answer in got[2:]]
+    logprobs = [output.pop("logprobs") for output in got[2:]]
+    length = {"finish_reason": "length", "stop_reason": None}
     assert code == 0
     assert got == [
-        {"id": "first", "text": one.text, "tokens": one.token_ids, "finish_reason": "length"},
-        {"id": {"any": ["thing", 1]}, "text": two.text, "tokens": two.token_ids, "finish_reason": "length"},
-        *(
-            {"text": a.text, "tokens": a.token_ids, "finish_reason": "length", "index": i}
-            for i, a in enumerate(several)
-        ),
+        {"id": "first", "text": one.text, "token_ids": one.token_ids, **length},
+        {"id": {"any": ["thing", 1]}, "text": two.text, "token_ids": two.token_ids, **length},
+        *({"text": a.text, "token_ids": a.token_ids, **length, "index": i} for i, a in enumerate(several)),
     ]
     assert all(set(entry) == {"logprob", "top"} and len(entry["top"]) == 1 for one in logprobs for entry in one)
     assert err.count("\n") == 1
-    assert err.startswith("4 answers, 14 tokens, ")
+    assert err.startswith("4 completions, 14 tokens, ")
     assert err.endswith(" tok/s\n")
 
 
@@ -165,7 +163,7 @@ def test_a_null_field_of_a_line_is_an_absent_one(
     capsys: pytest.CaptureFixture, model: Path, prompts: Callable[..., Path]
 ):
     fields = ("stop", "stop_token_ids", "logit_bias", "logprobs", "seed", "top_k", "top_p", "min_p", "n", "temperature")
-    null = dict.fromkeys((*fields, "max_new_tokens", "ignore_eos", "tokens", "messages"))
+    null = dict.fromkeys((*fields, "max_new_tokens", "ignore_eos", "max_tokens", "token_ids", "messages"))
     file = prompts({"prompt": "def main("}, {"prompt": "def main(", **null}, {"prompt": "def main(", "top_k": -1})
 
     code = run("generate", model, "--file", file, *FEW, "--temperature", "0.8", "--seed", "3")
@@ -180,24 +178,24 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no JSON": ('{"prompt": ', "is not JSON"),
     "no object": ('["a"]', "holds a list where a JSON object must be"),
     "a key twice": ('{"prompt": "a", "prompt": "b"}', "'prompt' twice"),
-    "no prompt": ({"seed": 1}, "needs one of prompt, tokens, messages, and has none"),
-    "two prompts": ({"prompt": "a", "tokens": [1]}, "and has prompt and tokens"),
+    "no prompt": ({"seed": 1}, "needs one of prompt, token_ids, messages, got none"),
+    "two prompts": ({"prompt": "a", "token_ids": [1]}, "got prompt and token_ids"),
     "prompt misspelt": ({"promt": "a"}, "unknown field 'promt'; did you mean 'prompt'?"),
-    "unknown field": ({"prompt": "a", "zzz": 1}, "unknown field 'zzz'; there are id, prompt, tokens"),
-    "a field without a name": ({"prompt": "a", "": 1}, "unknown field ''; there are id, prompt, tokens"),
-    "a number for a prompt": ({"prompt": 5}, "prompt must be a text"),
-    "a text for tokens": ({"tokens": "abc"}, "tokens must be a list of token ids"),
-    "true for a token": ({"tokens": [1, True]}, "tokens must be a list of token ids"),
-    "a token of another model": ({"tokens": [512]}, "token id 512 is outside the vocabulary of 512"),
+    "unknown field": ({"prompt": "a", "zzz": 1}, "unknown field 'zzz'; allowed: id, prompt, token_ids"),
+    "a field without a name": ({"prompt": "a", "": 1}, "unknown field ''; allowed: id, prompt, token_ids"),
+    "a number for a prompt": ({"prompt": 5}, "prompt must be a string"),
+    "a text for tokens": ({"token_ids": "abc"}, "token_ids must be a list of token ids"),
+    "true for a token": ({"token_ids": [1, True]}, "token_ids must be a list of token ids"),
+    "a token of another model": ({"token_ids": [512]}, "token id 512 is outside the vocabulary of 512"),
     "a text for messages": ({"messages": ["hi"]}, "messages must be a list of messages"),
     "an unknown role": ({"messages": [{"role": "usr", "content": "a"}]}, "role 'usr'"),
-    "the assistant begins": ({"messages": [{"role": "assistant", "content": "a"}]}, "the other's turn"),
-    "an empty prompt": ({"prompt": ""}, "a prompt is empty"),
+    "the assistant begins": ({"messages": [{"role": "assistant", "content": "a"}]}, "must have role 'user'"),
+    "an empty prompt": ({"prompt": ""}, "the prompt is empty"),
     "half a surrogate pair": ('{"prompt": "\\ud800"}', "surrogate"),
-    "a parameter out of range": ({"prompt": "a", "top_p": 2}, "top_p must be in [0, 1], not 2"),
-    "a parameter of another kind": ({"prompt": "a", "seed": "x"}, "seed must be an int or None, not 'x'"),
-    "no bias": ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias must be an int, not 'x'"),
-    "a bias for a token twice": ({"prompt": "a", "logit_bias": {"5": 1, "05": 1}}, "must be an int, not '05'"),
+    "a parameter out of range": ({"prompt": "a", "top_p": 2}, "top_p must be in [0, 1], got 2"),
+    "a parameter of another kind": ({"prompt": "a", "seed": "x"}, "seed must be an int or None, got 'x'"),
+    "no bias": ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias must be an int, got 'x'"),
+    "a bias for a token twice": ({"prompt": "a", "logit_bias": {"5": 1, "05": 1}}, "must be an int, got '05'"),
     "too long": ({"prompt": "a", "max_new_tokens": 5000}, "exceed the context_length of 4096"),
 }  # fmt: skip
 
@@ -219,9 +217,9 @@ def test_a_refused_line_says_why_in_its_place_and_the_others_go_on(
         name: one["error"] for name, one in zip(REFUSED, refused, strict=True) if REFUSED[name][1] not in one["error"]
     } == {}
     rate, why = err.splitlines()
-    assert rate.startswith("2 answers, 8 tokens, ")
+    assert rate.startswith("2 completions, 8 tokens, ")
     assert why.startswith(
-        f"dsmoe generate: {len(REFUSED)} of the {len(REFUSED) + 2} prompts in {file} failed; the first, line 2: "
+        f"dsmoe generate: {len(REFUSED)} of {len(REFUSED) + 2} prompts in {file} failed; first error, line 2: "
     )
     assert "is not JSON" in why
 
@@ -234,7 +232,7 @@ def test_a_refused_line_keeps_its_id_and_biases_have_texts_for_keys(
     code = run("generate", model, "--file", file, *FEW, "--stop-token-id", 9)
 
     assert code == 2
-    assert [one.get("id") or one["tokens"] for one in lines(capsys.readouterr().out)] == [7, [9]]
+    assert [one.get("id") or one["token_ids"] for one in lines(capsys.readouterr().out)] == [7, [9]]
 
 
 def test_answers_go_to_a_new_file_that_is_never_there_in_part(
@@ -283,7 +281,7 @@ def test_a_file_whose_lines_are_all_refused_loads_no_model(
     out, err = capsys.readouterr()
     assert code == 2
     assert [one["line"] for one in lines(out)] == [1, 2]
-    assert "2 of the 2 prompts" in err
+    assert "2 of 2 prompts" in err
 
 
 def test_a_person_sees_how_many_answers_are_done(
@@ -297,7 +295,7 @@ def test_a_person_sees_how_many_answers_are_done(
 
     assert code == 0
     assert sum(shown) == 3
-    assert "3 answers, 12 tokens" in capsys.readouterr().err
+    assert "3 completions, 12 tokens" in capsys.readouterr().err
 
 
 def test_a_bar_counts_only_for_a_person(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
@@ -313,29 +311,29 @@ def test_a_bar_counts_only_for_a_person(capsys: pytest.CaptureFixture, monkeypat
 
 # what is typed after the model | stdin, None for a terminal | what the one line says
 MISTAKES: dict[str, tuple[tuple[str, ...], bytes | None, str]] = {
-    "nothing to read": ((), None, "give a --prompt, a --file, or the prompt on stdin"),
+    "nothing to read": ((), None, "no prompt: pass --prompt, --file or text on stdin"),
     "empty stdin": ((), b"\n", "the prompt is empty"),
     "empty prompt": (("--prompt", ""), None, "the prompt is empty"),
     "stdin is no text": ((), b"ab\xff", "stdin is not UTF-8: byte 2 is 0xff"),
     "file is no text": (("--file", "{tmp}/latin1"), None, "latin1 is not UTF-8: byte 12 is 0xe4"),
     "file is not there": (("--file", "{tmp}/absent"), None, "absent"),
     "file is empty": (("--file", "{tmp}/blank"), None, "blank has no prompts"),
-    "two sources": (("--prompt", "a", "--file", "{tmp}/good"), None, "--prompt and --file exclude each other"),
-    "out without a file": (("--prompt", "a", "--out", "{tmp}/out"), None, "--out is for the answers to a --file"),
+    "two sources": (("--prompt", "a", "--file", "{tmp}/good"), None, "--prompt and --file are mutually exclusive"),
+    "out without a file": (("--prompt", "a", "--out", "{tmp}/out"), None, "--out needs --file"),
     "out exists": (("--file", "{tmp}/good", "--out", "{tmp}/blank"), None, "exists; nothing is overwritten"),
     "out has no folder": (("--file", "{tmp}/good", "--out", "{tmp}/a/b"), None, "b cannot be written: No such file"),
-    "several streams": (("--prompt", "a", "--n", "2"), None, "--n and --logprobs are for the answers to a --file"),
+    "several streams": (("--prompt", "a", "--n", "2"), None, "--n and --logprobs need --file"),
     "logprobs of a stream": (("--prompt", "a", "--logprobs", "2"), None, "--logprobs"),
-    "a flag out of range": (("--prompt", "a", "--min-p", "2"), None, "min_p must be in [0, 1], not 2.0"),
-    "a flag out of range for a file": (("--file", "{tmp}/good", "--n", "0"), None, "n must be in [1, 1024], not 0"),
-    "empty stop": (("--prompt", "a", "--stop", ""), None, "stop must not hold an empty string"),
+    "a flag out of range": (("--prompt", "a", "--min-p", "2"), None, "min_p must be in [0, 1], got 2.0"),
+    "a flag out of range for a file": (("--file", "{tmp}/good", "--n", "0"), None, "n must be in [1, 1024], got 0"),
+    "empty stop": (("--prompt", "a", "--stop", ""), None, "stop must not contain an empty string"),
     "no bias": (("--prompt", "a", "--logit-bias", "5"), None, "'5' is not ID=VALUE"),
     "a biased word": (("--prompt", "a", "--logit-bias", "a=1"), None, "'a=1' is not ID=VALUE"),
-    "a bias too large": (("--prompt", "a", "--logit-bias", "5=101"), None, "logit_bias of token 5 must be in"),
+    "a bias too large": (("--prompt", "a", "--logit-bias", "5=101"), None, "logit_bias[5] must be in"),
     "a bias elsewhere": (("--prompt", "a", "--logit-bias", "512=1"), None, "token 512 is outside the vocabulary"),
-    "unknown scheme": (("--prompt", "a", "--quantize", "int3"), None, "'int3' is not one of int8, int4, nf4"),
+    "unknown scheme": (("--prompt", "a", "--quantize", "int3"), None, "--quantize: invalid choice: 'int3'"),
     "unknown cache": (("--prompt", "a", "--cache-dtype", "int4"), None, "--cache-dtype: invalid choice: 'int4'"),
-    "no rows": (("--prompt", "a", "--max-batch-size", "0"), None, "max_batch_size must be at least 1, not 0"),
+    "no rows": (("--prompt", "a", "--max-batch-size", "0"), None, "max_batch_size must be an int of at least 1, got 0"),
     "no adapter": (("--prompt", "a", "--adapter", "{tmp}/absent"), None, "absent"),
 }
 

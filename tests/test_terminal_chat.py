@@ -19,7 +19,7 @@ pytestmark = pytest.mark.heavy
 
 CONFIG = dataclasses.replace(SMALL, vocab_size=512)
 FEW = ("--max-new-tokens", "4", "--ignore-eos")
-GREETING = "/help lists the commands; /quit, Ctrl-D or Ctrl-C ends the conversation.\n"
+GREETING = "/help lists the commands; /quit, Ctrl-D or Ctrl-C ends the chat.\n"
 
 
 @pytest.fixture(scope="session")
@@ -99,8 +99,8 @@ def test_what_a_chat_refuses_gets_one_line_and_it_goes_on(
     exists, nameless, unknown, long = err.splitlines()
     assert code == 0
     assert exists == f"dsmoe chat: {taken} exists; nothing is overwritten"
-    assert nameless == "dsmoe chat: /save needs the name of a new file"
-    assert unknown == "dsmoe chat: there is no /sing; /help lists the commands"
+    assert nameless == "dsmoe chat: /save needs the name of a new file, got ''"
+    assert unknown == "dsmoe chat: unknown command /sing; /help lists the commands"
     assert "exceed the context_length of 48" in long
     assert out.count("Assistant: ") == 1
     assert all(f"  {name} " in out for name in ("/save", "/reset", "/help", "/quit"))
@@ -178,5 +178,5 @@ def test_a_chats_flags_are_refused_before_its_model_is_loaded(
 
     below, unknown = capsys.readouterr().err.splitlines()
     assert codes == [2, 2]
-    assert "temperature must be in [0, 1000], not -1.0" in below
+    assert "temperature must be in [0, 1000], got -1.0" in below
     assert "--n" in unknown
