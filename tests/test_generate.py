@@ -31,10 +31,10 @@ def generator(folder: Path) -> Generator:
     return Generator.from_pretrained(folder)
 
 
-# --- prompts and answers ---
+# --- prompts and outputs ---
 
 
-def test_text_and_its_token_ids_are_the_same_prompt(generator: Generator):
+def test_text_and_its_token_ids_are_equivalent_prompts(generator: Generator):
     assert generator.tokenizer is not None
     ids = generator.tokenizer.encode("import os")
 
@@ -45,14 +45,14 @@ def test_text_and_its_token_ids_are_the_same_prompt(generator: Generator):
     assert (by_text.finish_reason, by_text.stop_reason) == ("length", None)
 
 
-def test_a_chat_is_rendered_with_the_generation_prompt(generator: Generator):
+def test_chat_is_rendered_with_the_generation_prompt(generator: Generator):
     assert generator.tokenizer is not None
     chat = [{"role": "user", "content": "hi"}]
 
     assert generator.encode(chat) == generator.tokenizer.apply_chat_template(chat, add_generation_prompt=True)
 
 
-def test_split_special_strings_of_prompts_stay_text(folder: Path):
+def test_split_special_tokens_encodes_them_as_text(folder: Path):
     generator = Generator.from_pretrained(folder, split_special_tokens=True)
     tokenizer = generator.tokenizer
     assert tokenizer is not None
@@ -64,7 +64,7 @@ def test_split_special_strings_of_prompts_stay_text(folder: Path):
     assert tokenizer.decode(text) == f"a{tokenizer.eos_token}"
 
 
-def test_a_stream_is_the_text_of_the_same_call(generator: Generator):
+def test_stream_equals_call(generator: Generator):
     options = {"max_new_tokens": 8, "temperature": 0.9, "seed": 3, "ignore_eos": True}
 
     pieces = list(generator.stream("import os", **options))
@@ -72,46 +72,46 @@ def test_a_stream_is_the_text_of_the_same_call(generator: Generator):
     assert "".join(pieces) == generator(["import os"], **options)[0].text
 
 
-def test_answers_do_not_depend_on_the_other_rows(generator: Generator):
+def test_outputs_do_not_depend_on_the_order_of_prompts(generator: Generator):
     prompts = [[5, 6, 7], list(range(10, 25)), [8]]
     options = {"max_new_tokens": 6, "ignore_eos": True}
 
     together = generator(prompts, **options)
     swapped = generator(prompts[::-1], **options)[::-1]
 
-    assert [answer.token_ids for answer in together] == [answer.token_ids for answer in swapped]
+    assert [output.token_ids for output in together] == [output.token_ids for output in swapped]
 
 
-def test_an_answer_ends_with_the_end_of_sequence_token_and_its_text_does_not(generator: Generator):
+def test_text_excludes_the_eos_token(generator: Generator):
     tokens = generator([[5, 6, 7]], max_new_tokens=8, ignore_eos=True)[0].token_ids
     ending = Generator(small_model(), generator.tokenizer, eos_token_id=tokens[3])
 
-    answer = ending([[5, 6, 7]], max_new_tokens=8)[0]
+    output = ending([[5, 6, 7]], max_new_tokens=8)[0]
 
-    assert answer.token_ids == tokens[: tokens.index(tokens[3]) + 1]
-    assert (answer.finish_reason, answer.stop_reason) == ("stop", None)
-    assert answer.text == ending.tokenizer.decode(answer.token_ids[:-1])  # type: ignore[union-attr]
-    assert "".join(ending.stream([5, 6, 7], max_new_tokens=8)) == answer.text
-
-
-def test_a_generator_without_a_tokenizer_answers_token_ids():
-    answer = Generator(small_model())([[1, 2, 3]], max_new_tokens=2, ignore_eos=True)[0]
-
-    assert len(answer.token_ids) == 2
-    assert answer.text == ""
+    assert output.token_ids == tokens[: tokens.index(tokens[3]) + 1]
+    assert (output.finish_reason, output.stop_reason) == ("stop", None)
+    assert output.text == ending.tokenizer.decode(output.token_ids[:-1])  # type: ignore[union-attr]
+    assert "".join(ending.stream([5, 6, 7], max_new_tokens=8)) == output.text
 
 
-def test_the_context_is_the_cache_and_not_max_position_embeddings():
+def test_generator_without_tokenizer_returns_token_ids():
+    output = Generator(small_model())([[1, 2, 3]], max_new_tokens=2, ignore_eos=True)[0]
+
+    assert len(output.token_ids) == 2
+    assert output.text == ""
+
+
+def test_context_may_exceed_max_position_embeddings():
     case = "d_rope_linear"  # max_position_embeddings 32
     prompt = golden.tensors(case)["in.input_ids"][0]  # 40 tokens
     model = golden.model(case)
 
-    answer = Generator(model)([prompt], max_new_tokens=2, ignore_eos=True)[0]
+    output = Generator(model)([prompt], max_new_tokens=2, ignore_eos=True)[0]
 
-    assert answer.token_ids[0] == int(np.argmax(golden.tensors(case)["logits"][0, -1]))
+    assert output.token_ids[0] == int(np.argmax(golden.tensors(case)["logits"][0, -1]))
 
 
-def test_dynamic_ntk_goes_by_the_longest_prompt_of_the_batch_and_not_by_the_bucket():
+def test_dynamic_ntk_uses_the_longest_prompt_not_the_bucket():
     scaled = RopeScaling("dynamic", 2.0)
     config = dataclasses.replace(SMALL, max_position_embeddings=6, rope_scaling=scaled)
     model = DeepSeekMoE.init(config, seed=2)
@@ -123,26 +123,26 @@ def test_dynamic_ntk_goes_by_the_longest_prompt_of_the_batch_and_not_by_the_buck
         hidden = merge(graph, params).hidden(ids, cache=cache, rope_length=length)
         return merge(graph, params).logits(hidden.last_hidden_state[:, -1]).argmax(-1), hidden.cache
 
-    answers = Generator(model)(prompts, max_new_tokens=new, ignore_eos=True)
+    outputs = Generator(model)(prompts, max_new_tokens=new, ignore_eos=True)
 
-    # One row at a time, without padding, told the length that transformers' left-padded batch has at each step.
-    for prompt, answer in zip(prompts, answers, strict=True):
+    # One unpadded row at a time, with the length of the left-padded batch of transformers at each step.
+    for prompt, output in zip(prompts, outputs, strict=True):
         token, cache = read(jnp.asarray([prompt]), KVCache.empty(config, 1, 16), jnp.int32(9))
         tokens = [int(token[0])]
         for more in range(1, new):
             token, cache = read(token[:, None], cache, jnp.int32(9 + more))
             tokens.append(int(token[0]))
-        assert answer.token_ids == tokens
+        assert output.token_ids == tokens
 
 
-def test_generation_config_names_the_end_of_sequence(tmp_path: Path):
+def test_eos_comes_from_generation_config(tmp_path: Path):
     shutil.copytree(golden.folder("a_baseline"), tmp_path / "hf")
     (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
 
     assert Generator.from_pretrained(tmp_path / "hf").eos_token_ids == {7, 9}
 
 
-def test_the_tokenizers_eos_ends_answers_too(folder: Path, tmp_path: Path):
+def test_eos_of_the_tokenizer_is_added(folder: Path, tmp_path: Path):
     shutil.copytree(folder, tmp_path / "native")
     (tmp_path / "native" / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "stop_strings": "x"}))
 
@@ -152,39 +152,39 @@ def test_the_tokenizers_eos_ends_answers_too(folder: Path, tmp_path: Path):
     assert made.stop_strings == ("x",)
 
 
-# --- how an answer ends ---
+# --- stopping ---
 
 
-def test_an_answer_stops_before_a_stop_string_in_a_call_and_in_a_stream(generator: Generator):
+def test_text_ends_before_the_stop_string(generator: Generator):
     options = {"max_new_tokens": 24, "ignore_eos": True}
     (whole,) = generator(["import os"], **options)
     stop = whole.text[9:12]
 
-    (answer,) = generator(["import os"], stop=[stop, "never to be seen"], **options)
+    (output,) = generator(["import os"], stop=[stop, "never to be seen"], **options)
     pieces = list(generator.stream("import os", stop=stop, **options))
 
-    assert answer.text == whole.text[: whole.text.index(stop)]
-    assert (answer.finish_reason, answer.stop_reason) == ("stop", stop)
-    assert len(answer.token_ids) < len(whole.token_ids)
-    assert "".join(pieces) == answer.text
+    assert output.text == whole.text[: whole.text.index(stop)]
+    assert (output.finish_reason, output.stop_reason) == ("stop", stop)
+    assert len(output.token_ids) < len(whole.token_ids)
+    assert "".join(pieces) == output.text
 
 
-def test_a_stop_string_of_the_model_ends_an_answer_as_eos_does(generator: Generator):
+def test_stop_string_of_the_model_acts_like_eos(generator: Generator):
     (whole,) = generator(["import os"], max_new_tokens=24, ignore_eos=True)
     stop, other = whole.text[9:12], whole.text[5:7]
     made = Generator(small_model(), generator.tokenizer, eos_token_id=[], stop_strings=[stop])
 
-    (answer,) = made(["import os"], max_new_tokens=24)
+    (output,) = made(["import os"], max_new_tokens=24)
     (sooner,) = made(["import os"], max_new_tokens=24, stop=other)
     (ignored,) = made(["import os"], max_new_tokens=24, ignore_eos=True)
 
-    assert answer.text == "".join(made.stream("import os", max_new_tokens=24)) == whole.text[: whole.text.index(stop)]
-    assert (answer.finish_reason, answer.stop_reason) == ("stop", stop)
+    assert output.text == "".join(made.stream("import os", max_new_tokens=24)) == whole.text[: whole.text.index(stop)]
+    assert (output.finish_reason, output.stop_reason) == ("stop", stop)
     assert sooner.text == whole.text[: min(whole.text.index(other), whole.text.index(stop))]
     assert ignored == whole
 
 
-def test_an_answer_without_its_stop_string_is_whole(generator: Generator):
+def test_absent_stop_string_changes_nothing(generator: Generator):
     options = {"max_new_tokens": 8, "ignore_eos": True}
 
     plain, stopping = (generator(["import os"], stop=stop, **options)[0] for stop in ([], ["never to be seen"]))
@@ -192,7 +192,7 @@ def test_an_answer_without_its_stop_string_is_whole(generator: Generator):
     assert stopping == plain
 
 
-def test_a_stream_that_is_closed_leaves_the_generator_usable(generator: Generator):
+def test_generator_is_usable_after_a_closed_stream(generator: Generator):
     options = {"max_new_tokens": 30, "ignore_eos": True}
     want = generator(["import os"], **options)[0].text
     pieces = generator.stream("import os", **options)
@@ -204,14 +204,14 @@ def test_a_stream_that_is_closed_leaves_the_generator_usable(generator: Generato
     assert generator(["import os"], **options)[0].text == want
 
 
-def test_log_probabilities_are_those_of_the_model(generator: Generator):
+def test_log_probabilities_match_the_model(generator: Generator):
     prompt = [5, 6, 7]
 
-    (answer,) = generator([prompt], max_new_tokens=5, ignore_eos=True, logprobs=3, temperature=0.7, top_k=5)
+    (output,) = generator([prompt], max_new_tokens=5, ignore_eos=True, logprobs=3, temperature=0.7, top_k=5)
 
-    ids = np.array([[*prompt, *answer.token_ids]])
+    ids = np.array([[*prompt, *output.token_ids]])
     want = np.asarray(jax.nn.log_softmax(small_model()(ids).logits[0]))[len(prompt) - 1 : -1]
-    for token, found, row in zip(answer.token_ids, answer.logprobs or [], want, strict=True):
+    for token, found, row in zip(output.token_ids, output.logprobs or [], want, strict=True):
         assert found.logprob == pytest.approx(row[token], abs=1e-4)
         assert list(found.top) == np.argsort(-row, kind="stable")[:3].tolist()
         assert list(found.top.values()) == pytest.approx(np.sort(row)[::-1][:3], abs=1e-4)
@@ -220,7 +220,7 @@ def test_log_probabilities_are_those_of_the_model(generator: Generator):
 # --- scoring ---
 
 
-def test_a_continuation_of_text_is_tokenized_with_its_prompt(generator: Generator):
+def test_text_continuation_is_tokenized_with_its_prompt(generator: Generator):
     assert generator.tokenizer is not None
     ids = generator.tokenizer.encode("import os, sys")
     begun = len(generator.tokenizer.encode("import"))
@@ -233,7 +233,7 @@ def test_a_continuation_of_text_is_tokenized_with_its_prompt(generator: Generato
 
 
 @pytest.mark.parametrize("prompt", ["", " ", "\n ", []], ids=repr)
-def test_an_empty_context_is_the_bos_token(generator: Generator, prompt: Any):
+def test_empty_context_is_bos(generator: Generator, prompt: Any):
     assert generator.tokenizer is not None
     blank = prompt if isinstance(prompt, str) else ""
     ids = generator.tokenizer.encode(blank + "import os", add_special_tokens=False)
@@ -241,11 +241,11 @@ def test_an_empty_context_is_the_bos_token(generator: Generator, prompt: Any):
     assert generator.score([prompt], ["import os"]) == generator.score([[0]], [ids])
 
 
-def test_an_empty_context_goes_before_token_ids(generator: Generator):
+def test_empty_context_precedes_token_ids(generator: Generator):
     assert generator.score([""], [[5, 6]]) == generator.score([[]], [[5, 6]]) == generator.score([[0]], [[5, 6]])
 
 
-def test_an_empty_context_is_eos_where_there_is_no_bos():
+def test_empty_context_is_eos_without_bos():
     parts = split(small_model())[1]
     with_eos, with_neither = (
         Generator(assemble(dataclasses.replace(SMALL, bos_token_id=None, eos_token_id=eos), parts)) for eos in (1, None)
@@ -257,19 +257,19 @@ def test_an_empty_context_is_eos_where_there_is_no_bos():
 
 
 @pytest.mark.parametrize("text", ["", []], ids=repr)
-def test_the_perplexity_of_nothing_is_refused(generator: Generator, text: Any):
+def test_perplexity_of_empty_text_is_refused(generator: Generator, text: Any):
     with pytest.raises(ValueError, match="no token to predict: tokens has length 0"):
         generator.perplexity(text)
 
 
-def test_perplexity_predicts_every_token_of_a_text_from_the_first_on(generator: Generator):
+def test_perplexity_predicts_every_token_including_the_first(generator: Generator):
     assert generator.tokenizer is not None
     text = "import os\n" * 20
     ids = generator.tokenizer.encode(text)
 
     by_text, by_ids = generator.perplexity(text, window=16), generator.perplexity(ids, window=16)
 
-    assert by_text.token_ids == by_ids.token_ids == len(ids) - 1  # the begin-of-sequence token is given
+    assert by_text.num_tokens == by_ids.num_tokens == len(ids) - 1  # BOS is not predicted
     assert by_text.nll == pytest.approx(by_ids.nll)
     assert by_text.bits_per_byte == pytest.approx(by_text.nll / np.log(2) / len(text))
 
@@ -277,7 +277,7 @@ def test_perplexity_predicts_every_token_of_a_text_from_the_first_on(generator: 
 # --- shapes ---
 
 
-def test_buckets_waste_at_most_a_third_and_are_few():
+def test_buckets_are_few_and_pad_at_most_a_third():
     sizes = {bucket(n) for n in range(1, 4097)}
 
     assert all(bucket(n) >= n for n in range(1, 4097))
@@ -285,7 +285,7 @@ def test_buckets_waste_at_most_a_third_and_are_few():
     assert len(sizes) == 17
 
 
-def test_a_new_prompt_length_in_the_same_bucket_is_no_new_program(generator: Generator):
+def test_prompt_lengths_of_one_bucket_share_a_program(generator: Generator):
     options = {"max_new_tokens": 4, "ignore_eos": True}
     generator([[5] * 9], **options)
     before = step._cache_size()  # type: ignore[attr-defined]
@@ -296,35 +296,35 @@ def test_a_new_prompt_length_in_the_same_bucket_is_no_new_program(generator: Gen
     assert step._cache_size() == before  # type: ignore[attr-defined]
 
 
-# --- the seed, and what the weights become ---
+# --- seeds and weights ---
 
 
-def test_the_seed_decides(generator: Generator):
-    def answer(seed: int) -> list[int]:
+def test_seed_determines_the_sample(generator: Generator):
+    def output(seed: int) -> list[int]:
         return generator([[5, 6]], max_new_tokens=8, temperature=1.0, seed=seed, ignore_eos=True)[0].token_ids
 
-    assert answer(1) == answer(1)
-    assert answer(1) != answer(2)
+    assert output(1) == output(1)
+    assert output(1) != output(2)
 
 
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
-def test_weights_are_quantised_as_they_are_loaded(folder: Path, quantize: str):
+def test_weights_are_quantized_while_loading(folder: Path, quantize: str):
     generator = Generator.from_pretrained(folder, quantize=quantize)
 
-    (answer,) = generator(["import os"], max_new_tokens=4, ignore_eos=True)
+    (output,) = generator(["import os"], max_new_tokens=4, ignore_eos=True)
 
     dense = sum(leaf.nbytes for leaf in jax.tree.leaves(split(small_model())[1]))
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(generator._params)) < 0.6 * dense
-    assert len(answer.token_ids) == 4
+    assert len(output.token_ids) == 4
 
 
-def test_on_cpu_half_precision_weights_outside_the_experts_are_widened_and_it_is_said(caplog: pytest.LogCaptureFixture):
+def test_half_precision_outside_experts_is_upcast_on_cpu(caplog: pytest.LogCaptureFixture):
     model = reference.random_model(SMALL, dtype=jnp.bfloat16)
     wide = assemble(model.config, {name: value.astype(jnp.float32) for name, value in split(model)[1].items()})
     prompts = [[3, 1, 4], [1, 5, 9, 2, 6]]
 
     with caplog.at_level("INFO", logger="dsmoe_jax"):
-        answers = Generator(model)(prompts, max_new_tokens=6, ignore_eos=True)
+        outputs = Generator(model)(prompts, max_new_tokens=6, ignore_eos=True)
 
     params = upcast_for_cpu(split(model)[1])
     assert {name for name, value in params.items() if value.dtype == jnp.bfloat16} == {
@@ -332,4 +332,4 @@ def test_on_cpu_half_precision_weights_outside_the_experts_are_widened_and_it_is
     }
     assert "from bfloat16 to float32" in caplog.text
     want = Generator(wide)(prompts, max_new_tokens=6, ignore_eos=True)
-    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in want]
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in want]

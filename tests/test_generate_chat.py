@@ -24,7 +24,7 @@ def generator(folder: Path) -> Generator:
     return Generator.from_pretrained(folder)
 
 
-def test_a_chat_keeps_its_history_and_forgets_on_reset(generator: Generator):
+def test_history_is_kept_until_reset(generator: Generator):
     chat = Chat(generator, max_new_tokens=4)
 
     first = "".join(chat.send("hello"))
@@ -40,7 +40,7 @@ def test_a_chat_keeps_its_history_and_forgets_on_reset(generator: Generator):
     assert chat.messages == []
 
 
-def test_an_answer_of_nothing_but_blanks_enters_the_history_as_an_empty_one(generator: Generator):
+def test_blank_reply_is_stored_as_empty(generator: Generator):
     assert generator.tokenizer is not None
     (blank,) = generator.tokenizer.encode(" ", add_special_tokens=False)
     chat = Chat(generator, max_new_tokens=4, logit_bias={blank: 100.0})
@@ -52,23 +52,23 @@ def test_an_answer_of_nothing_but_blanks_enters_the_history_as_an_empty_one(gene
     assert [message["content"] for message in chat.messages] == ["hello", "", "and now?", ""]
 
 
-def test_in_a_chat_of_ten_turns_only_what_is_new_is_read(generator: Generator):
+def test_only_new_tokens_of_each_turn_are_prefilled(generator: Generator):
     assert generator.tokenizer is not None
     chat, read = Chat(generator, max_new_tokens=20), []
     new = len(generator.tokenizer.encode("<eos>User: question 1, and some more words\n\nAssistant:")) + 2
 
     for turn in range(10):
-        answer = "".join(chat.send(f"question {turn}, and some more words"))
-        encoded = len(generator.tokenizer.encode(answer))  # afresh, perhaps to other tokens
+        output = "".join(chat.send(f"question {turn}, and some more words"))
+        encoded = len(generator.tokenizer.encode(output))  # afresh, perhaps to other tokens
         read.append((generator.stats.prompt_tokens, generator.stats.reused_tokens, encoded))
 
     assert read[0][1] == 0
-    for (prompt, reused, _), (_, before, answer) in zip(read[1:], read, strict=False):
-        assert prompt <= new + answer
+    for (prompt, reused, _), (_, before, output) in zip(read[1:], read, strict=False):
+        assert prompt <= new + output
         assert reused > before
 
 
-# What stands in front of an answer and what stands behind it are written in as many ways as there are templates.
+# Templates that add different text before and after a reply.
 TRIMS = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + (m['content'] | trim) + "
     "('\n\n' if m['role'] == 'user' else eos_token) }}{% endfor %}{{ 'assistant:' if add_generation_prompt }}"
@@ -100,7 +100,7 @@ TURNS = {
 
 
 @pytest.mark.parametrize(("template", "params"), TURNS.values(), ids=TURNS)
-def test_a_turn_reads_the_rendered_history_encoded_afresh(
+def test_every_turn_encodes_the_rendered_history(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str | None, params: dict
 ):
     tokenizer = Tokenizer.from_pretrained(folder)
@@ -128,7 +128,7 @@ def test_a_turn_reads_the_rendered_history_encoded_afresh(
     assert made([read[-1]], **params)[0].token_ids == chat.token_ids
 
 
-def test_an_answer_cut_by_a_stop_string_enters_the_history_as_it_was_shown(generator: Generator):
+def test_reply_is_stored_as_cut_by_the_stop_string(generator: Generator):
     whole = Chat(generator, max_new_tokens=12, ignore_eos=True)
     text = "".join(whole.send("hello"))
     stop = text[3:6]
@@ -140,7 +140,7 @@ def test_an_answer_cut_by_a_stop_string_enters_the_history_as_it_was_shown(gener
     assert chat.messages[-1]["content"] == shown
 
 
-def test_a_chat_takes_no_keys_from_a_stretched_turn():
+def test_keys_rotated_by_dynamic_ntk_are_not_reused():
     """Dynamic NTK turns the keys of a long turn by another base than those of a short one."""
     config = dataclasses.replace(SMALL, max_position_embeddings=24, rope_scaling=RopeScaling("dynamic", 2.0))
     params = SamplingParams(max_new_tokens=4, ignore_eos=True)
@@ -148,9 +148,9 @@ def test_a_chat_takes_no_keys_from_a_stretched_turn():
 
     for ids in (range(10, 40), range(10, 20)):
         engine = made.engine()
-        (answer,) = engine.submit(list(ids), params, retain_prefix=True)
+        (output,) = engine.submit(list(ids), params, retain_prefix=True)
         while engine.busy:
             engine.step()
-        kept.append(answer.prefix is not None)
+        kept.append(output.prefix is not None)
 
     assert kept == [False, True]

@@ -1,4 +1,4 @@
-"""Sampling: what a user may ask, and that tokens are drawn with the probabilities that `SamplingParams` describes."""
+"""Sampling: probabilities, thresholds, penalties, log-probabilities and validation of `SamplingParams`."""
 
 import dataclasses
 from typing import Any
@@ -23,16 +23,16 @@ heaviest = jax.jit(_heaviest)
 DRAWS = 4000
 FAR = 3.7  # standard deviations; what chance takes that far in one of ten thousand tests
 LOGITS = np.random.default_rng(0).normal(size=12) * 1.5
-PROMPT, ANSWER = [1, 4, 4, 7], [4, 4, 9, 2, 2, 2]
+PROMPT, OUTPUT = [1, 4, 4, 7], [4, 4, 9, 2, 2, 2]
 
 
-def state_of(params: SamplingParams, vocab_size: int, prompt: list[int], answer: list[int]) -> PenaltyState:
-    """One row's state, the answer counted token by token."""
+def state_of(params: SamplingParams, vocab_size: int, prompt: list[int], output: list[int]) -> PenaltyState:
+    """Return the state of one row after these output tokens."""
     ids = np.array([*prompt, 0, 3, 5], np.int32)  # padding, which must not count
     state = PenaltyState.empty(1, vocab_size).reset_row(
         0, jnp.asarray(ids), len(prompt), *map(jnp.asarray, penalty_arrays(params))
     )
-    for token in answer:
+    for token in output:
         state = state.add_tokens(jnp.array([token]), jnp.array([True]))
     return state
 
@@ -55,16 +55,16 @@ def _draws(logits: jax.Array, sampler: Sampler | None, state: PenaltyState | Non
     return jax.vmap(lambda drawn: sample_tokens(logits, sampler, state, drawn[None])[0])(jnp.arange(DRAWS))
 
 
-def expected_logits(logits: np.ndarray, params: SamplingParams, prompt: list[int], answer: list[int]) -> list[float]:
-    """Steps 1 to 3, token by token, as the docstring of SamplingParams says it."""
+def expected_logits(logits: np.ndarray, params: SamplingParams, prompt: list[int], output: list[int]) -> list[float]:
+    """Steps 1 to 3, token by token, as documented by SamplingParams."""
     adjusted = []
     for token, logit in enumerate(logits.astype(float)):
         logit += dict(params.logit_bias or ()).get(token, 0)
-        if token in prompt or token in answer:
+        if token in prompt or token in output:
             logit = logit / params.repetition_penalty if logit > 0 else logit * params.repetition_penalty
-        if token in answer:
+        if token in output:
             logit -= params.presence_penalty
-        adjusted.append(logit - params.frequency_penalty * answer.count(token))
+        adjusted.append(logit - params.frequency_penalty * output.count(token))
     return adjusted
 
 
@@ -94,11 +94,11 @@ def assert_drawn_from(counts: np.ndarray, want: np.ndarray) -> None:
     assert chi_square <= freedom * (1 - 2 / (9 * freedom) + FAR * np.sqrt(2 / (9 * freedom))) ** 3
 
 
-# --- what is drawn ---
+# --- samples ---
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "fields",
     [
         {"temperature": 1.0},
         {"temperature": 0.5},
@@ -127,24 +127,24 @@ def assert_drawn_from(counts: np.ndarray, want: np.ndarray) -> None:
     ],
     ids=str,
 )
-def test_tokens_are_drawn_with_the_right_probabilities(asked: dict[str, Any], request: pytest.FixtureRequest):
-    params = SamplingParams(**{"temperature": 1.0, "seed": len(request.node.name), **asked})
-    state = state_of(params, 12, PROMPT, ANSWER) if params.adjusts_logits else None
-    want = expected_probabilities(expected_logits(LOGITS, params, PROMPT, ANSWER), params)
+def test_samples_follow_the_expected_probabilities(fields: dict[str, Any], request: pytest.FixtureRequest):
+    params = SamplingParams(**{"temperature": 1.0, "seed": len(request.node.name), **fields})
+    state = state_of(params, 12, PROMPT, OUTPUT) if params.adjusts_logits else None
+    want = expected_probabilities(expected_logits(LOGITS, params, PROMPT, OUTPUT), params)
 
     counts = np.bincount(draws(LOGITS, params, state), minlength=12)
 
     assert_drawn_from(counts, want)
 
 
-def test_a_tiny_temperature_is_greedy_and_does_not_overflow():
+def test_tiny_temperature_is_greedy_and_does_not_overflow():
     logits = np.array([1.0, 1e4, 9.9e3])
 
     for temperature in (1e-5, 1e-30, 1e-42, 1e-300):
         assert set(draws(logits, SamplingParams(temperature=temperature, top_k=2, top_p=0.9))) == {1}
 
 
-def test_a_greedy_row_takes_the_first_of_the_likeliest_after_penalties():
+def test_greedy_takes_the_first_argmax_after_penalties():
     params = SamplingParams(repetition_penalty=10.0)
     logits = np.array([1.0, 5.0, 3.0, 3.0, -2.0])
 
@@ -154,7 +154,7 @@ def test_a_greedy_row_takes_the_first_of_the_likeliest_after_penalties():
     assert (free.tolist(), penalized.tolist()) == ([1], [2])
 
 
-def test_greedy_and_drawing_rows_share_a_batch():
+def test_greedy_and_sampled_rows_share_a_batch():
     hot = SamplingParams(temperature=1.0)
     rows = [(None, 0, 0), (hot, 3, 0), (SamplingParams(top_k=1, top_p=0.1), 0, 0)]
     logits = jnp.tile(jnp.asarray(LOGITS, jnp.float32), (3, 1))
@@ -171,9 +171,9 @@ def test_greedy_and_drawing_rows_share_a_batch():
     assert (sampler.top_p == 1).all()
 
 
-def test_the_draw_depends_on_seed_answer_and_step_and_not_on_the_batch():
-    asked: list[dict[str, Any]] = [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}]
-    params = [SamplingParams(temperature=1.2, **more) for more in asked]
+def test_sample_does_not_depend_on_the_batch():
+    fields: list[dict[str, Any]] = [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}]
+    params = [SamplingParams(temperature=1.2, **more) for more in fields]
     rows = [(p, 100 + i, i % 2) for i, p in enumerate(params)] + [(None, 0, 0)]
     logits = jnp.asarray(np.random.default_rng(1).normal(size=(5, 300)), jnp.float32)
     drawn = jnp.array([0, 7, 3, 1_000_000, 2])
@@ -189,7 +189,7 @@ def test_the_draw_depends_on_seed_answer_and_step_and_not_on_the_batch():
     assert [batch([i])[0] for i in range(5)] == together
 
 
-def test_another_seed_answer_or_step_draws_otherwise():
+def test_seed_index_and_position_change_the_sample():
     params = SamplingParams(temperature=1.0)
     base = draws(LOGITS, params, seed=1)
 
@@ -201,7 +201,7 @@ def test_another_seed_answer_or_step_draws_otherwise():
         assert abs((base == other).mean() - by_chance) < 5 * np.sqrt(0.25 / DRAWS)
 
 
-def test_parameters_that_ask_for_nothing_change_no_bit():
+def test_disabled_filters_change_no_bit():
     logits = np.random.default_rng(2).normal(size=1000) * 20
     plain = SamplingParams(temperature=1.0, seed=4)
     # Beside a row that asks for everything, so that nothing is skipped.
@@ -220,7 +220,7 @@ def test_parameters_that_ask_for_nothing_change_no_bit():
     assert jnp.isfinite(_filter_logits(20 * both, sampler)[0]).all()
 
 
-def test_half_precision_logits_are_drawn_from_in_full_precision():
+def test_half_precision_logits_are_sampled_in_fp32():
     logits = jnp.asarray(LOGITS, jnp.bfloat16)[None]
     sampler = Sampler.of([(SamplingParams(temperature=0.7), 1, 0)], 12)
 
@@ -231,18 +231,18 @@ def test_half_precision_logits_are_drawn_from_in_full_precision():
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
-def test_broken_logits_still_give_a_token_of_the_vocabulary(bad: float):
+def test_nan_logits_give_a_token_of_the_vocabulary(bad: float):
     logits = np.full(8, bad)
 
     assert 0 <= int(sample_tokens(jnp.asarray(logits)[None], None, None, jnp.array([0]))[0]) < 8
     assert set(draws(logits, SamplingParams(temperature=1.0, top_k=2, top_p=0.5))) <= set(range(8))
 
 
-# --- the cut-off ---
+# --- thresholds ---
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_cut_off_is_the_one_that_sorting_finds(seed: int):
+def test_threshold_matches_sorting(seed: int):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=200) * 10.0 ** rng.integers(-20, 20)
     x[rng.random(200) < 0.2] = -np.inf
@@ -267,7 +267,7 @@ def test_the_cut_off_is_the_one_that_sorting_finds(seed: int):
     assert np.asarray(too_much).all()
 
 
-def test_neighbouring_floats_are_told_apart():
+def test_threshold_separates_adjacent_floats():
     bits = np.arange(-8, 8, dtype=np.int32)
     x = np.concatenate([(np.float32(value).view(np.int32) + bits).view(np.float32) for value in (-3.0, 7e-5, 1e30)])
 
@@ -277,7 +277,7 @@ def test_neighbouring_floats_are_told_apart():
         assert x[np.asarray(kept)[0]].min() == np.sort(x)[-need]
 
 
-def test_each_row_has_a_cut_off_of_its_own():
+def test_every_row_has_its_own_threshold():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 50)), jnp.float32)
 
     kept = heaviest(x, jnp.ones(x.shape, jnp.int32), jnp.array([1, 5, 50, 20, 2]))
@@ -285,17 +285,17 @@ def test_each_row_has_a_cut_off_of_its_own():
     assert kept.sum(axis=1).tolist() == [1, 5, 50, 20, 2]
 
 
-def test_tokens_as_likely_as_the_last_one_kept_stay():
+def test_ties_at_the_threshold_are_kept():
     logits = np.array([2.0, 1.0, 1.0, 1.0, 0.0])
 
     assert set(draws(logits, SamplingParams(temperature=1.0, top_k=2))) == {0, 1, 2, 3}
     assert set(draws(logits, SamplingParams(temperature=1.0, top_p=0.5))) == {0, 1, 2, 3}
 
 
-# --- the state ---
+# --- penalties ---
 
 
-def test_a_new_request_takes_over_its_row_and_no_other():
+def test_reset_row_changes_no_other_row():
     old = SamplingParams(repetition_penalty=2.0, presence_penalty=1.0, frequency_penalty=0.5, logit_bias={3: 9.0})
     state = PenaltyState.empty(3, 6)
     take = jax.jit(lambda state, row, ids, count, *rest: state.reset_row(row, ids, count, *rest))
@@ -316,7 +316,7 @@ def test_a_new_request_takes_over_its_row_and_no_other():
     assert take._cache_size() == 1  # type: ignore[attr-defined]
 
 
-def test_only_active_rows_are_counted():
+def test_add_tokens_counts_active_rows_only():
     state = PenaltyState.empty(3, 4)
 
     for active in ([True, False, True], [True, False, False]):
@@ -325,7 +325,7 @@ def test_only_active_rows_are_counted():
     assert state.output_counts.tolist() == [[0, 0, 2, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
 
 
-def test_rows_are_gathered_in_any_order():
+def test_take_gathers_rows_in_any_order():
     params = SamplingParams(presence_penalty=1.0)
     state = PenaltyState.empty(3, 4).reset_row(2, jnp.array([1]), 1, *map(jnp.asarray, penalty_arrays(params)))
 
@@ -335,7 +335,7 @@ def test_rows_are_gathered_in_any_order():
     assert gathered.presence.tolist() == [1.0, 0.0, 1.0, 1.0]
 
 
-def test_as_many_biases_as_allowed_fit():
+def test_maximum_number_of_biases_fits():
     biases = {token: token / 10 - 15 for token in range(300)}
 
     state = state_of(SamplingParams(logit_bias=biases), 320, [0], [])
@@ -347,7 +347,7 @@ def test_as_many_biases_as_allowed_fit():
 # --- log-probabilities ---
 
 
-def test_log_probabilities_are_those_of_the_models_own_logits():
+def test_log_probabilities_match_log_softmax():
     logits = np.random.default_rng(3).normal(size=(2, 40)) * 3
     exact = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     token = np.array([5, 17])
@@ -360,21 +360,21 @@ def test_log_probabilities_are_those_of_the_models_own_logits():
     assert found.top_ids.tolist() == ranked.tolist()
 
 
-def test_the_log_probability_of_the_token_alone():
+def test_log_probability_of_the_token_alone():
     found = log_probabilities(jnp.zeros((3, 10)), jnp.array([0, 1, 2]), 0)
 
     assert found.top.shape == found.top_ids.shape == (3, 0)
     np.testing.assert_allclose(found.token, -np.log(10), rtol=1e-6)
 
 
-# --- what may be asked ---
+# --- validation ---
 
 
 NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(
-    ("asked", "reason"),
+    ("fields", "reason"),
     [
         ({"max_new_tokens": 0}, r"max_new_tokens must be in \[1, 16777216\], got 0"),
         ({"max_new_tokens": 1.5}, "max_new_tokens must be an int, got 1.5"),
@@ -432,28 +432,28 @@ NAN, INF = float("nan"), float("inf")
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, dict) else "",
 )
-def test_a_bad_parameter_is_refused_in_one_line(asked: dict[str, Any], reason: str):
+def test_invalid_parameter_is_refused_in_one_line(fields: dict[str, Any], reason: str):
     with pytest.raises(ValueError, match=f"^{reason}") as refused:
-        SamplingParams.of(**asked)
+        SamplingParams.of(**fields)
 
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 400
 
 
-def test_every_number_that_may_be_asked_has_a_bound():
+def test_every_number_has_a_bound():
     others = {"logit_bias", "stop", "stop_token_ids", "ignore_eos"}
 
     assert {field.name for field in dataclasses.fields(SamplingParams)} == _NUMBERS.keys() | others
 
 
-def test_the_bounds_themselves_are_allowed():
+def test_bounds_are_inclusive():
     for name, bound in _NUMBERS.items():
         for value in [bound.low, bound.high, *([None] if bound.optional else [])]:
             assert getattr(SamplingParams.of(**{name: value}), name) == value
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(SamplingParams)])
-def test_none_is_the_default_of_every_parameter(name: str):
+def test_none_means_the_default(name: str):
     assert SamplingParams.of(**{name: None}) == SamplingParams()
 
 
@@ -465,17 +465,17 @@ def test_max_tokens_is_an_alias_of_max_new_tokens():
     assert SamplingParams(max_tokens=None).max_new_tokens == 128
 
 
-@pytest.mark.parametrize("asked", [{"top_k": 0}, {"top_k": -1}, {"top_k": np.int64(-1)}, {"seed": -1}], ids=str)
-def test_a_value_that_disables_is_none(asked: dict[str, Any]):
-    assert SamplingParams.of(**asked) == SamplingParams()
+@pytest.mark.parametrize("fields", [{"top_k": 0}, {"top_k": -1}, {"top_k": np.int64(-1)}, {"seed": -1}], ids=str)
+def test_disabling_values_mean_none(fields: dict[str, Any]):
+    assert SamplingParams.of(**fields) == SamplingParams()
 
 
 @pytest.mark.parametrize("top_p", [0, 1e-9, 1e-300])
-def test_a_top_p_near_zero_leaves_the_likeliest_token(top_p: float):
+def test_top_p_near_zero_is_greedy(top_p: float):
     assert set(draws(LOGITS, SamplingParams(temperature=2.0, top_p=top_p))) == {int(LOGITS.argmax())}
 
 
-def test_every_spelling_has_one_form():
+def test_values_are_stored_in_canonical_form():
     one: dict[str, Any] = {"temperature": 1, "top_k": np.int64(3), "logit_bias": {9: 1, 2: np.float32(-0.5)}}
     other: dict[str, Any] = {"temperature": 1.0, "top_k": 3, "logit_bias": [(2, -0.5), (9, 1.0)]}
 
@@ -489,7 +489,7 @@ def test_every_spelling_has_one_form():
 
 
 @pytest.mark.parametrize(
-    ("asked", "adjusts"),
+    ("fields", "adjusts"),
     [
         ({}, False),
         ({"temperature": 1.0, "top_k": 4}, False),
@@ -499,12 +499,12 @@ def test_every_spelling_has_one_form():
         ({"logit_bias": {0: 1.0}}, True),
     ],
 )
-def test_a_tally_is_asked_for_only_where_logits_are_adjusted(asked: dict[str, Any], adjusts: bool):
-    assert SamplingParams(**asked).adjusts_logits is adjusts
+def test_adjusts_logits_only_with_biases_or_penalties(fields: dict[str, Any], adjusts: bool):
+    assert SamplingParams(**fields).adjusts_logits is adjusts
 
 
 @pytest.mark.parametrize("name", ["logit_bias", "stop_token_ids"])
-def test_a_token_outside_the_vocabulary_is_refused_by_name(name: str):
+def test_token_outside_the_vocabulary_is_refused(name: str):
     params = SamplingParams.of(**{name: {99: 1.0, 100: 1.0} if name == "logit_bias" else [100, 99]})
 
     params.check_vocabulary(101)

@@ -1,4 +1,4 @@
-"""Scoring: every number against the whole model's logits of one pair at a time, whatever the batches were."""
+"""Scoring and perplexity against the logits of one unbatched pair at a time."""
 
 import dataclasses
 import functools
@@ -75,7 +75,7 @@ def random_pair(rng: random.Random, length: int) -> Pair:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
-def test_the_scores_are_those_of_the_whole_models_logits(tied: bool):
+def test_scores_match_the_logits_of_the_model(tied: bool):
     model = model_of(dataclasses.replace(SMALL, tie_word_embeddings=tied))
     rng = random.Random(0)
     pairs = [random_pair(rng, length) for length in (1, 30, 7, 7)]
@@ -85,7 +85,7 @@ def test_the_scores_are_those_of_the_whole_models_logits(tied: bool):
     check_same(got, [twin(model, pair) for pair in pairs])
 
 
-def test_the_scores_are_those_of_the_original():
+def test_scores_match_the_original():
     ids, logits = (golden.tensors("a_baseline")[name] for name in ("in.input_ids", "logits"))
     cuts = (1, 20)
     pairs = [(row[:cut].tolist(), row[cut:].tolist()) for row, cut in zip(ids, cuts, strict=True)]
@@ -98,7 +98,7 @@ def test_the_scores_are_those_of_the_original():
 
 
 @pytest.mark.slow
-def test_the_numbers_of_two_hundred_pairs_are_those_of_each_alone_and_few_programs_made_them():
+def test_two_hundred_pairs_match_each_alone_with_few_programs():
     model, rng, budget = model_of(SMALL), random.Random(1), 512
     pairs = [random_pair(rng, rng.randint(1, 60)) for _ in range(200)]
     alone = [scored(model, [pair])[0] for pair in pairs]
@@ -114,7 +114,7 @@ def test_the_numbers_of_two_hundred_pairs_are_those_of_each_alone_and_few_progra
     assert made <= 2 * len(lengths)  # full batches and what is left over
 
 
-def test_the_order_of_the_results_is_that_of_the_pairs():
+def test_scores_keep_the_order_of_the_pairs():
     model, rng = model_of(SMALL), random.Random(3)
     pairs = [random_pair(rng, length) for length in (3, 40, 5, 40, 17, 1)]
     order = [4, 0, 5, 2, 1, 3]
@@ -124,7 +124,7 @@ def test_the_order_of_the_results_is_that_of_the_pairs():
     check_same(shuffled, [got[i] for i in order])
 
 
-def test_the_budget_of_tokens_changes_no_result():
+def test_max_tokens_does_not_change_scores():
     model, rng = model_of(SMALL), random.Random(4)
     pairs = [random_pair(rng, length) for length in (3, 20, 24, 30, 11)]
 
@@ -133,7 +133,7 @@ def test_the_budget_of_tokens_changes_no_result():
     check_same(one_by_one, together)
 
 
-def test_the_plan_keeps_to_the_budget_and_takes_every_pair_once():
+def test_batches_respect_max_tokens_and_cover_every_pair():
     rng = random.Random(5)
     lengths = [rng.randint(1, 300) for _ in range(500)]
 
@@ -146,18 +146,18 @@ def test_the_plan_keeps_to_the_budget_and_takes_every_pair_once():
     assert [batch.length for batch in batches] == sorted((batch.length for batch in batches), reverse=True)
 
 
-def test_the_models_own_greedy_continuation_is_greedy_and_another_is_not():
+def test_greedy_flag_marks_greedy_continuations_only():
     model, prompt = model_of(SMALL), [5, 6, 7]
-    answer = Generator(model)([prompt], max_new_tokens=6, ignore_eos=True)[0].token_ids
-    last_wrong = [*answer[:-1], (answer[-1] + 1) % SMALL.vocab_size]
-    first_wrong = [(answer[0] + 1) % SMALL.vocab_size, *answer[1:]]
+    output = Generator(model)([prompt], max_new_tokens=6, ignore_eos=True)[0].token_ids
+    last_wrong = [*output[:-1], (output[-1] + 1) % SMALL.vocab_size]
+    first_wrong = [(output[0] + 1) % SMALL.vocab_size, *output[1:]]
 
-    got = scored(model, [(prompt, answer), (prompt, last_wrong), (prompt, first_wrong), (prompt, answer[:1])])
+    got = scored(model, [(prompt, output), (prompt, last_wrong), (prompt, first_wrong), (prompt, output[:1])])
 
     assert [one.greedy for one in got] == [True, False, False, True]
 
 
-def test_the_progress_counts_pairs_up_to_all_of_them():
+def test_progress_counts_pairs():
     told = []
 
     scored(model_of(SMALL), [([1], [2])] * 3, max_tokens=16, progress=lambda *numbers: told.append(numbers))
@@ -165,11 +165,11 @@ def test_the_progress_counts_pairs_up_to_all_of_them():
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_the_score_of_no_pairs_is_no_score():
+def test_no_pairs_give_no_scores():
     assert scored(model_of(SMALL), []) == []
 
 
-def test_the_logits_of_all_positions_never_exist_at_once():
+def test_logits_are_computed_in_chunks():
     model = model_of(SMALL)
     graph, params = split(model)
     shape = jax.ShapeDtypeStruct
@@ -184,7 +184,7 @@ def test_the_logits_of_all_positions_never_exist_at_once():
     assert "8x128x320x" not in lowered
 
 
-def test_the_scores_on_a_mesh_are_those_on_one_device():
+def test_scores_on_a_mesh_match_one_device():
     config = dataclasses.replace(SMALL, n_routed_experts=8)
     one, many = (DeepSeekMoE.init(config, mesh=mesh) for mesh in (None, MESHES["expert=2,tensor=2,fsdp=2"]))
     rng = random.Random(6)
@@ -199,7 +199,7 @@ def test_the_scores_on_a_mesh_are_those_on_one_device():
 
 
 @pytest.mark.slow
-def test_the_padding_and_the_neighbours_of_a_stretched_pair_change_nothing():
+def test_stretched_pairs_do_not_depend_on_their_batch():
     model, rng = model_of(DYNAMIC), random.Random(7)
     lengths = (19, 20, 21, 22, 22, 24, 3, 40)  # the scaling begins after 20; 21 to 24 share a bucket
     pairs = [random_pair(rng, length) for length in lengths]
@@ -209,7 +209,7 @@ def test_the_padding_and_the_neighbours_of_a_stretched_pair_change_nothing():
     check_same(got, [twin(model, pair) for pair in pairs])
 
 
-def test_the_stretched_pairs_share_batches_with_their_own_length_only():
+def test_stretched_pairs_share_batches_by_length():
     lengths = [18, 19, 20, 21, 22, 22, 24]
 
     batches = scoring._plan(lengths, DYNAMIC, 256, 2048)
@@ -220,7 +220,7 @@ def test_the_stretched_pairs_share_batches_with_their_own_length_only():
 # --- rolling windows and perplexity ---
 
 
-def test_the_windows_are_these():
+def test_rolling_windows_match_examples():
     text = list(range(10, 22))
 
     # fmt: off
@@ -246,7 +246,7 @@ def test_the_windows_are_these():
     assert rolling_windows([], prefix=0, window=5) == []
 
 
-def test_the_windows_predict_every_token_once_from_what_stands_before_it():
+def test_windows_predict_every_token_once():
     rng = random.Random(8)
     for _ in range(500):
         window = rng.randint(1, 12)
@@ -267,7 +267,7 @@ def test_the_windows_predict_every_token_once_from_what_stands_before_it():
 
 @pytest.mark.parametrize("stride", [None, 3], ids="stride={}".format)
 @pytest.mark.parametrize("prefix", [0, None], ids="prefix={}".format)
-def test_the_perplexity_is_that_of_every_window_alone(stride: int | None, prefix: int | None):
+def test_perplexity_matches_windows_scored_alone(stride: int | None, prefix: int | None):
     model, rng = model_of(SMALL), random.Random(9)
     text = [rng.randrange(SMALL.vocab_size) for _ in range(50)]
 
@@ -282,7 +282,7 @@ def test_the_perplexity_is_that_of_every_window_alone(stride: int | None, prefix
     np.testing.assert_allclose(got.bits_per_byte, nll / math.log(2) / 170, **CLOSE)
 
 
-def test_the_window_is_by_default_what_the_model_was_trained_for():
+def test_default_window_is_max_position_embeddings():
     model, text = model_of(DYNAMIC), list(range(40))
 
     got = measured(model, text, prefix=0)
@@ -319,27 +319,27 @@ BAD_TEXTS = {
 # fmt: on
 
 
-@pytest.mark.parametrize(("context", "continuation", "says"), BAD_PAIRS.values(), ids=BAD_PAIRS)
-def test_the_pair_that_cannot_be_scored_is_named(context, continuation, says: str):
-    with pytest.raises(ValueError, match=says) as refused:
+@pytest.mark.parametrize(("context", "continuation", "message"), BAD_PAIRS.values(), ids=BAD_PAIRS)
+def test_invalid_pair_is_named(context, continuation, message: str):
+    with pytest.raises(ValueError, match=message) as refused:
         scored(model_of(SMALL), [([1], [2]), (context, continuation)], context_length=32)
 
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(("tokens", "options", "says"), BAD_TEXTS.values(), ids=BAD_TEXTS)
-def test_the_text_that_cannot_be_measured_is_refused(tokens, options, says: str):
-    with pytest.raises(ValueError, match=says):
+@pytest.mark.parametrize(("tokens", "options", "message"), BAD_TEXTS.values(), ids=BAD_TEXTS)
+def test_invalid_perplexity_arguments_are_refused(tokens, options, message: str):
+    with pytest.raises(ValueError, match=message):
         measured(model_of(SMALL), tokens, context_length=32, **options)
 
 
 @pytest.mark.parametrize("name", ["context_length", "max_tokens"])
-def test_the_bounds_must_be_positive(name: str):
+def test_limits_must_be_positive(name: str):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         scored(model_of(SMALL), [([1], [2])], **{name: 0})
 
 
-def test_the_longest_pair_that_fits_is_scored():
+def test_longest_pair_that_fits_is_scored():
     model = model_of(SMALL)
     pair = ([1] * 30, [1] * 3)
 

@@ -64,19 +64,17 @@ def prompts(tmp_path: Path) -> Callable[..., Path]:
 # --- one prompt ---
 
 
-def test_the_prompt_and_its_answer_are_all_that_stdout_gets(
-    capsys: pytest.CaptureFixture, model: Path, generator: Generator
-):
-    answer = generator(["def main("], max_new_tokens=4, ignore_eos=True)[0].text
+def test_stdout_gets_prompt_and_completion_only(capsys: pytest.CaptureFixture, model: Path, generator: Generator):
+    output = generator(["def main("], max_new_tokens=4, ignore_eos=True)[0].text
 
     code = run("generate", model, "--prompt", "def main(", *FEW)
 
-    assert (code, *capsys.readouterr()) == (0, f"def main({answer}\n", "")
+    assert (code, *capsys.readouterr()) == (0, f"def main({output}\n", "")
 
 
 @pytest.mark.parametrize("flags", [(), ("--prompt", "-")], ids=["no prompt", "a dash"])
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"], ids=["bare", "newline", "CRLF"])
-def test_a_prompt_is_read_from_stdin_without_the_newline_at_its_end(
+def test_stdin_prompt_drops_the_trailing_newline(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, model: Path, flags: tuple[str, ...], end: bytes
 ):
     asked = []
@@ -90,7 +88,7 @@ def test_a_prompt_is_read_from_stdin_without_the_newline_at_its_end(
     assert (code, *capsys.readouterr()) == (0, want + "!\n", "")
 
 
-def test_every_flag_arrives_as_the_parameter_of_its_name(monkeypatch: pytest.MonkeyPatch, model: Path):
+def test_flags_set_the_parameters_of_their_names(monkeypatch: pytest.MonkeyPatch, model: Path):
     seen: dict[str, Any] = {}
     generator = Generator.from_pretrained(model)
     monkeypatch.setattr(Generator, "from_pretrained", lambda **options: seen.update(options) or generator)
@@ -113,7 +111,7 @@ def test_every_flag_arrives_as_the_parameter_of_its_name(monkeypatch: pytest.Mon
     assert (got.logit_bias, got.ignore_eos, got.n) == (((5, -1.0), (7, 2.5)), True, 1)
 
 
-def test_a_quantised_model_with_a_small_cache_answers(capsys: pytest.CaptureFixture, model: Path):
+def test_quantized_model_with_int8_cache_generates(capsys: pytest.CaptureFixture, model: Path):
     code = run("generate", model, "--prompt", "def", *FEW, "--quantize", "int8", "--cache-dtype", "int8")
 
     out, err = capsys.readouterr()
@@ -124,7 +122,7 @@ def test_a_quantised_model_with_a_small_cache_answers(capsys: pytest.CaptureFixt
 # --- a file of prompts ---
 
 
-def test_a_file_is_answered_in_its_order(
+def test_file_outputs_keep_the_order_of_the_lines(
     capsys: pytest.CaptureFixture, model: Path, generator: Generator, prompts: Callable[..., Path]
 ):
     assert generator.tokenizer is not None
@@ -159,9 +157,7 @@ def test_a_file_is_answered_in_its_order(
     assert err.endswith(" tok/s\n")
 
 
-def test_a_null_field_of_a_line_is_an_absent_one(
-    capsys: pytest.CaptureFixture, model: Path, prompts: Callable[..., Path]
-):
+def test_null_field_means_absent(capsys: pytest.CaptureFixture, model: Path, prompts: Callable[..., Path]):
     fields = ("stop", "stop_token_ids", "logit_bias", "logprobs", "seed", "top_k", "top_p", "min_p", "n", "temperature")
     null = dict.fromkeys((*fields, "max_new_tokens", "ignore_eos", "max_tokens", "token_ids", "messages"))
     file = prompts({"prompt": "def main("}, {"prompt": "def main(", **null}, {"prompt": "def main(", "top_k": -1})
@@ -173,7 +169,7 @@ def test_a_null_field_of_a_line_is_an_absent_one(
     assert plain == nulls == disabled
 
 
-# a line | what its error says
+# line | error
 REFUSED: dict[str, tuple[Any, str]] = {
     "no JSON": ('{"prompt": ', "is not JSON"),
     "no object": ('["a"]', "holds a list where a JSON object must be"),
@@ -200,7 +196,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 
 
-def test_a_refused_line_says_why_in_its_place_and_the_others_go_on(
+def test_invalid_line_gets_its_error_and_others_complete(
     capsys: pytest.CaptureFixture, model: Path, prompts: Callable[..., Path]
 ):
     file = prompts({"prompt": "a"}, *(line for line, _ in REFUSED.values()), {"prompt": "a", "id": "\ud800"})
@@ -224,7 +220,7 @@ def test_a_refused_line_says_why_in_its_place_and_the_others_go_on(
     assert "is not JSON" in why
 
 
-def test_a_refused_line_keeps_its_id_and_biases_have_texts_for_keys(
+def test_invalid_line_keeps_its_id_and_bias_keys_are_strings(
     capsys: pytest.CaptureFixture, model: Path, prompts: Callable[..., Path]
 ):
     file = prompts({"id": 7, "prompt": "a", "zzz": 1}, {"prompt": "a", "logit_bias": {"9": 100}})
@@ -235,14 +231,14 @@ def test_a_refused_line_keeps_its_id_and_biases_have_texts_for_keys(
     assert [one.get("id") or one["token_ids"] for one in lines(capsys.readouterr().out)] == [7, [9]]
 
 
-def test_answers_go_to_a_new_file_that_is_never_there_in_part(
+def test_output_file_is_written_atomically(
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     model: Path,
     prompts: Callable[..., Path],
 ):
-    file, out = prompts({"prompt": "größe"}), tmp_path / "answers.jsonl"
+    file, out = prompts({"prompt": "größe"}), tmp_path / "outputs.jsonl"
     assert run("generate", model, "--file", file, *FEW) == 0
     want = capsys.readouterr().out
 
@@ -258,10 +254,10 @@ def test_answers_go_to_a_new_file_that_is_never_there_in_part(
     assert set(tmp_path.iterdir()) == {file, out}
 
 
-def test_answers_into_one_file_are_written_by_one(
+def test_output_file_is_locked(
     tmp_path: Path, capsys: pytest.CaptureFixture, model: Path, prompts: Callable[..., Path]
 ):
-    file, out = prompts({"prompt": "a"}), tmp_path / "answers.jsonl"
+    file, out = prompts({"prompt": "a"}), tmp_path / "outputs.jsonl"
 
     with lock_name(out):
         code = run("generate", model, "--file", file, "--out", out, *FEW)
@@ -271,7 +267,7 @@ def test_answers_into_one_file_are_written_by_one(
     assert set(tmp_path.iterdir()) == {file}
 
 
-def test_a_file_whose_lines_are_all_refused_loads_no_model(
+def test_file_of_invalid_lines_loads_no_model(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, model: Path, prompts: Callable[..., Path]
 ):
     monkeypatch.setattr(Generator, "from_pretrained", lambda **_: pytest.fail("it was loaded"))
@@ -284,7 +280,7 @@ def test_a_file_whose_lines_are_all_refused_loads_no_model(
     assert "2 of 2 prompts" in err
 
 
-def test_a_person_sees_how_many_answers_are_done(
+def test_progress_counts_completions_on_a_terminal(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, model: Path, prompts: Callable[..., Path]
 ):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
@@ -298,7 +294,7 @@ def test_a_person_sees_how_many_answers_are_done(
     assert "3 completions, 12 tokens" in capsys.readouterr().err
 
 
-def test_a_bar_counts_only_for_a_person(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+def test_progress_bars_are_shown_on_terminals_only(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     for person in (False, True):
         monkeypatch.setattr("sys.stderr.isatty", lambda person=person: person)
         for bar in (progress.bar, progress.count):
@@ -307,9 +303,9 @@ def test_a_bar_counts_only_for_a_person(capsys: pytest.CaptureFixture, monkeypat
         assert ("things" in capsys.readouterr().err) == person
 
 
-# --- mistakes of `generate` ---
+# --- invalid arguments ---
 
-# what is typed after the model | stdin, None for a terminal | what the one line says
+# arguments | stdin, None for a terminal | error
 MISTAKES: dict[str, tuple[tuple[str, ...], bytes | None, str]] = {
     "nothing to read": ((), None, "no prompt: pass --prompt, --file or text on stdin"),
     "empty stdin": ((), b"\n", "the prompt is empty"),
@@ -339,7 +335,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], bytes | None, str]] = {
 
 
 @pytest.mark.parametrize(("typed", "given", "named"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_gets_one_line_and_exit_code_2(
+def test_invalid_input_is_one_line_and_exit_code_2(
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,

@@ -56,7 +56,7 @@ def says(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return script
 
 
-def test_a_chat_keeps_its_history_until_it_is_reset(
+def test_history_is_kept_until_reset(
     capsys: pytest.CaptureFixture, model: Path, generator: Generator, says: Callable[..., None]
 ):
     talk = Chat(generator, max_new_tokens=4, ignore_eos=True)
@@ -65,12 +65,12 @@ def test_a_chat_keeps_its_history_until_it_is_reset(
 
     code = run("chat", model, *FEW)
 
-    turns = [f"User: Assistant: {answer}\n" for answer in (first, second, first)]
+    turns = [f"User: Assistant: {output}\n" for output in (first, second, first)]
     assert first != second
     assert (code, *capsys.readouterr()) == (0, f"{GREETING}{turns[0]}User: {turns[1]}User: {turns[2]}User: \n", "")
 
 
-def test_the_systems_message_comes_first_also_after_a_reset(
+def test_system_message_comes_first_and_survives_reset(
     tmp_path: Path, model: Path, says: Callable[..., None], capsys: pytest.CaptureFixture
 ):
     before, after = tmp_path / "before.json", tmp_path / "with a blank.json"
@@ -86,7 +86,7 @@ def test_the_systems_message_comes_first_also_after_a_reset(
     assert json.loads(after.read_text(encoding="utf-8")) == [system]
 
 
-def test_what_a_chat_refuses_gets_one_line_and_it_goes_on(
+def test_chat_continues_after_an_error(
     tmp_path: Path, model: Path, says: Callable[..., None], capsys: pytest.CaptureFixture
 ):
     taken = tmp_path / "taken.json"
@@ -108,7 +108,7 @@ def test_what_a_chat_refuses_gets_one_line_and_it_goes_on(
     assert list(tmp_path.iterdir()) == [taken]
 
 
-def test_ctrl_c_stops_an_answer_and_keeps_what_came(
+def test_ctrl_c_stops_a_reply_and_keeps_its_text(
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -138,7 +138,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_came(
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_a_second_ctrl_c_ends_the_chat(
+def test_second_ctrl_c_ends_the_chat(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, model: Path, says: Callable[..., None]
 ):
     def send(*_: Any) -> Iterator[str]:
@@ -155,7 +155,7 @@ def test_a_second_ctrl_c_ends_the_chat(
     assert "never" not in capsys.readouterr().out
 
 
-def test_a_person_is_told_the_rate(
+def test_rate_is_shown_on_a_terminal(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, model: Path, says: Callable[..., None]
 ):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
@@ -169,7 +169,7 @@ def test_a_person_is_told_the_rate(
     assert err.endswith(" tok/s\n")
 
 
-def test_a_chats_flags_are_refused_before_its_model_is_loaded(
+def test_invalid_flags_are_refused_before_loading(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, model: Path
 ):
     monkeypatch.setattr(Generator, "from_pretrained", lambda **_: pytest.fail("it was loaded"))
