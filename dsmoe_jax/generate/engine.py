@@ -178,7 +178,7 @@ class Engine:
                 f"exceed the context_length of {self._context}"
             )
         if (detokenize or params.stop) and self._tokenizer is None:
-            raise DSMoEError("text and stop strings need a tokenizer, and this generator has none")
+            raise DSMoEError("a stream or stop string needs a tokenizer, and this generator has none")
         seed = seed if params.seed is None else params.seed
         request = Request(tuple(token_ids), params, seed, prefix, retain_prefix)
         size = self._cache_bytes(1, bucket(request.max_length))
