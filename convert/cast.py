@@ -11,18 +11,11 @@ _HALF = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 
 
 class CastStats(NamedTuple):
-    """What a cast changed.
-
-    Attributes:
-        values: Number of values cast.
-        changed: Number of values that changed.
-        overflowed: Number of changed values that became infinite.
-        max_error: Largest finite change.
-    """
+    """Counts of the values that a cast changed, and the largest finite change."""
 
     values: int = 0
     changed: int = 0
-    overflowed: int = 0
+    overflowed: int = 0  # changed to infinity
     max_error: float = 0.0
 
     def __add__(self, other: Any) -> "CastStats":

@@ -27,17 +27,11 @@ _REPO_ID: Final = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9_][\w.-]*", re.ASCII | re.
 
 
 class Snapshot(NamedTuple):
-    """A downloaded revision of a repository.
+    """A downloaded revision of a repository."""
 
-    Attributes:
-        folder: Folder in the hub's cache.
-        repo_id: Name of the repository.
-        revision: SHA of the commit.
-    """
-
-    folder: Path
+    folder: Path  # in the hub's cache
     repo_id: str
-    revision: str
+    revision: str  # SHA of the commit
 
 
 def is_repo_id(source: str | Path) -> bool:

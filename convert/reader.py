@@ -88,14 +88,7 @@ class CheckpointReader:
         self.ignored += self._other_files({name, *self._maps}, layouts)
 
     def read(self, name: str) -> np.ndarray:
-        """Return a read-only view of the mapped tensor, valid after `close`; it may be strided or unaligned.
-
-        Args:
-            name: Name of the tensor.
-
-        Raises:
-            DSMoEError: There is no such tensor, or the reader is closed.
-        """
+        """Return a read-only view of the mapped tensor, valid after `close`; it may be strided or unaligned."""
         info = self.tensors.get(name)
         if info is None:
             raise DSMoEError(f"{self.folder}: has no tensor {quote(name)}")
@@ -178,16 +171,8 @@ def choose_layout(
     """Choose which weights of a folder to read; None if there are none.
 
     Safetensors are preferred to `.bin` files. An index with missing shards is stale and ignored if there is also a
-    single file, as in transformers.
-
-    Args:
-        present: Layout files in the folder.
-        exists: Returns whether a shard exists.
-        shards_of: Returns the shards of an index; may raise `DSMoEError` for a malformed one.
-        layouts: Layouts to choose from; default: `LAYOUTS`.
-
-    Raises:
-        DSMoEError: There are both a single file and a complete set of shards; programs differ in which they read.
+    single file, as in transformers. Both a single file and a complete set of shards are an error, since programs
+    differ in which they read. `shards_of` returns the shards of an index, `exists` whether a shard exists.
     """
     found = [layout for layout in (LAYOUTS if layouts is None else layouts) if layout[0] in present]
     if len(found) < 2 or not found[0][1] or found[0][0] != f"{found[1][0]}.index.json":
@@ -205,13 +190,7 @@ def choose_layout(
 def read_safetensors(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
     """Locate the tensors of a safetensors file: 8 bytes of header length, the header in JSON, the data.
 
-    Args:
-        mapped: The file.
-        file: Its name, for `TensorInfo.file`.
-
-    Raises:
-        DSMoEError: The header is malformed or larger than `MAX_JSON_BYTES`, a dtype is not F32, F16 or BF16, or the
-            tensors do not fill the data exactly, as the format requires.
+    Tensors must be F32, F16 or BF16 and fill the data exactly, as the format requires.
     """
     length = int.from_bytes(mapped[:8], "little")
     if length > MAX_JSON_BYTES:
@@ -275,10 +254,6 @@ def path_inside(folder: Path, name: str) -> Path:
 
     The hub cache has `snapshots/<revision>/` with links into the sibling `blobs/`, which may link into the `blobs/`
     shared by all repositories (huggingface_hub 2).
-
-    Args:
-        folder: The checkpoint.
-        name: Name of the file.
     """
     home = Path(os.path.realpath(folder))
     try:

@@ -15,21 +15,13 @@ _BUFFER: Final = re.compile(r"(^|\.)(rotary_emb\.[a-z_]+|masked_bias|causal_mask
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Location of a tensor in a checkpoint.
-
-    Attributes:
-        dtype: Element type.
-        shape: Shape.
-        file: File name inside the checkpoint's folder.
-        offset: Offset of the first element in bytes from the start of the file.
-        strides: Strides in bytes; None means C order.
-    """
+    """Location of a tensor in a checkpoint."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
-    file: str
-    offset: int
-    strides: tuple[int, ...] | None = None
+    file: str  # name inside the checkpoint's folder
+    offset: int  # bytes from the start of the file
+    strides: tuple[int, ...] | None = None  # bytes; None means C order
 
 
 def is_buffer(name: str) -> bool:

@@ -54,12 +54,7 @@ _WEIGHTS: Final = tuple(_STORAGES.values())[:3]
 def read_torch_file(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
     """Locate the tensors of a `.bin` file, zip (torch >= 1.6) or legacy, without reading the storages.
 
-    Args:
-        mapped: The file.
-        file: Its name, for `TensorInfo.file`.
-
-    Raises:
-        DSMoEError: The file is not a flat dictionary of float32, float16 or bfloat16 tensors inside their storages.
+    The file must be a flat dictionary of float32, float16 or bfloat16 tensors that lie inside their storages.
     """
     read = _read_zip if mapped[:4] == b"PK\x03\x04" else _read_legacy
     state, ranges = read(mapped)

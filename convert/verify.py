@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from dsmoe_jax.checkpoint.manifest import Damage, damage, manifest_damage, read_manifest, unexpected_files
+from dsmoe_jax.checkpoint.manifest import TensorDamage, find_damage, read_manifest
 from dsmoe_jax.checkpoint.zarr_io import raw_bytes, row_chunks
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.progress import Meter, silent
@@ -82,11 +82,7 @@ def verify(native: str | Path, hf: str | Path | None = None, *, progress: Meter 
     report.hashes = {name: str(tensor.get("sha256")) for name, tensor in manifest.tensors.items()}
     report.bytes = sum(sums["bytes"] for sums in manifest.files.values())
     with progress("checking", report.bytes) as advance:
-        found = [
-            *manifest_damage(native),
-            *damage(native, manifest, manifest.files, advance),
-            *unexpected_files(native, manifest),
-        ]
+        found = list(find_damage(native, manifest, advance))
     if hf is not None and not found:
         found += _differences(NativeReader(native), user_path(hf, "Hugging Face folder"), report, progress)
     report.mismatches = [{"file": one.file, "tensor": one.tensor, "what": one.what} for one in found]
@@ -94,7 +90,9 @@ def verify(native: str | Path, hf: str | Path | None = None, *, progress: Meter 
     return report
 
 
-def _differences(native: NativeReader, folder: Path, report: VerificationReport, progress: Meter) -> Iterator[Damage]:
+def _differences(
+    native: NativeReader, folder: Path, report: VerificationReport, progress: Meter
+) -> Iterator[TensorDamage]:
     """Yield the differences from the Hugging Face folder and fill in the report's sizes and hashes."""
     hf_config = ModelConfig.from_file(folder)
     with CheckpointReader(folder) as reader, ThreadPoolExecutor(1) as hasher:
@@ -107,7 +105,7 @@ def _differences(native: NativeReader, folder: Path, report: VerificationReport,
             other = hf_fields.get(name)
             same = other in (value, exported[name]) or repr(other) == repr(value)  # NaN differs from itself
             if name not in _NOT_COMPARED and not same:
-                yield Damage("config.json", None, f"has {name} {value!r}, {folder} {other!r}")
+                yield TensorDamage("config.json", None, f"has {name} {value!r}, {folder} {other!r}")
         report.tensors, report.hashes = len(native.order), {}
         report.bytes = sum(native.read(name).nbytes for name in native.order)
         with progress("comparing", report.bytes) as advance:
@@ -123,9 +121,11 @@ def _differences(native: NativeReader, folder: Path, report: VerificationReport,
                     advance(chunk.nbytes)
                 report.hashes[name] = digest.hexdigest()
                 if ours.dtype != other.dtype:
-                    yield Damage(reader.tensors[name].file, name, f"is {other.dtype}, {ours.dtype} in {native.folder}")
+                    what = f"is {other.dtype}, {ours.dtype} in {native.folder}"
+                    yield TensorDamage(reader.tensors[name].file, name, what)
                 elif differing:
-                    yield Damage(reader.tensors[name].file, name, f"differs in {differing:,} of {ours.size:,} values")
+                    what = f"differs in {differing:,} of {ours.size:,} values"
+                    yield TensorDamage(reader.tensors[name].file, name, what)
 
 
 def _count_differing(one: np.ndarray, two: np.ndarray) -> int:

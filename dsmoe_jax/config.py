@@ -1,6 +1,6 @@
-"""What the network *is*: `ModelConfig`, in Hugging Face's field names, with presets and validation.
+"""The architecture of a model: `ModelConfig`, in Hugging Face's field names, with presets and validation.
 
-Read the fields first, then `_LIMITS`; mesh, dtypes, kernels and training never enter here. Other spellings of the same
+Read the fields first, then `_LIMITS`. Mesh, dtypes, kernels and training are configured elsewhere. Other spellings of a
 config (transformers 5, other libraries) are read in `config_aliases.py`.
 """
 
@@ -22,7 +22,12 @@ _DEFAULT_EOS: Final = 100001
 
 
 class RopeScaling(NamedTuple):
-    """How positions past the trained length are squeezed in: `linear` or `dynamic` (NTK), by `factor` > 1."""
+    """Scaling of rotary embeddings beyond the trained length.
+
+    Attributes:
+      type: "linear", or "dynamic" (NTK).
+      factor: Above 1.
+    """
 
     type: str
     factor: float
@@ -30,20 +35,57 @@ class RopeScaling(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A DeepSeekMoE v1 model; names and defaults are those of the original `DeepseekConfig`.
+    """The architecture of a DeepSeekMoE v1 model; names and defaults are those of the original `DeepseekConfig`.
 
-    Raises `ValueError` naming the field, its value and the bound for anything the model does not support.
+    Attributes:
+      vocab_size: Rows of the embedding and of the head.
+      hidden_size: Width of the hidden states.
+      intermediate_size: Width of the dense feed-forward layers.
+      moe_intermediate_size: Width of one expert, routed or shared.
+      num_hidden_layers: Number of blocks.
+      num_attention_heads: Query heads.
+      num_key_value_heads: Key-value heads; None: as many as query heads.
+      n_shared_experts: Shared experts per MoE layer; None: none.
+      n_routed_experts: Routed experts per MoE layer; None: all layers are dense.
+      num_experts_per_tok: Top-k of the router.
+      moe_layer_freq: Every n-th layer is an MoE layer.
+      first_k_dense_replace: The first k layers are dense.
+      norm_topk_prob: Normalize the top-k router weights to sum to 1.
+      scoring_func: Scoring of the router; only "softmax".
+      aux_loss_alpha: Coefficient of the balance loss (arXiv 2401.06066, §3.3).
+      seq_aux: Compute the balance loss per sequence, not over the batch.
+      hidden_act: Activation of the feed-forward layers; one of `ACTIVATIONS`.
+      max_position_embeddings: Trained context length, in tokens.
+      initializer_range: Standard deviation of initial weights.
+      rms_norm_eps: Epsilon of the RMS norms.
+      use_cache: For transformers.
+      pad_token_id: Padding token.
+      bos_token_id: BOS token; by default None if the vocabulary has no such id.
+      eos_token_id: EOS token, or several; default as for BOS.
+      pretraining_tp: For transformers; only 1.
+      tie_word_embeddings: Use the embedding as the head.
+      rope_theta: Base of the rotary embeddings.
+      rope_scaling: Scaling of the rotary embeddings; a mapping with exactly `type` and `factor` is accepted too.
+      attention_bias: Whether the projections of attention have biases.
+      attention_dropout: Dropout of attention weights in training.
+      torch_dtype: Carried from config.json and back, as the next two.
+      transformers_version: Of the release that wrote config.json.
+      architectures: Always `ARCHITECTURES`.
+      extra: Fields of config.json unknown to this model.
+
+    Raises:
+      DSMoEError: A field has a value the model does not support; names field, value and bound.
     """
 
     vocab_size: int = 102400
     hidden_size: int = 4096
-    intermediate_size: int = 11008  # of the dense layers
-    moe_intermediate_size: int = 1407  # of one expert, routed or shared
+    intermediate_size: int = 11008
+    moe_intermediate_size: int = 1407
     num_hidden_layers: int = 30
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = 32  # None: as many as query heads
+    num_key_value_heads: int | None = 32
     n_shared_experts: int | None = None
-    n_routed_experts: int | None = None  # None: every layer is dense
+    n_routed_experts: int | None = None
     num_experts_per_tok: int | None = None
     moe_layer_freq: int = 1
     first_k_dense_replace: int = 0
@@ -57,22 +99,21 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     use_cache: bool = True
     pad_token_id: int | None = None
-    bos_token_id: int | None = _DEFAULT_BOS  # None by default where the vocabulary has no such id; likewise EOS
-    eos_token_id: int | tuple[int, ...] | None = _DEFAULT_EOS  # several: generation stops at any of them
+    bos_token_id: int | None = _DEFAULT_BOS
+    eos_token_id: int | tuple[int, ...] | None = _DEFAULT_EOS
     pretraining_tp: int = 1
     tie_word_embeddings: bool = False
     rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None  # a mapping with exactly `type` and `factor` is accepted too
+    rope_scaling: RopeScaling | None = None
     attention_bias: bool = False
     attention_dropout: float = 0.0
-    # Carried from config.json and back, never interpreted.
     torch_dtype: str | None = None
     transformers_version: str | None = None
-    architectures: tuple[str, ...] = ARCHITECTURES  # always, whatever config.json says
+    architectures: tuple[str, ...] = ARCHITECTURES
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        """Validate every field; see `_LIMITS` for the bounds."""
+        """Validate all fields; see `_LIMITS` for the bounds."""
         for name, value in _normalized(self).items():
             object.__setattr__(self, name, value)
         for name, (kinds, low, high) in _LIMITS.items():
@@ -82,7 +123,7 @@ class ModelConfig:
         _check_choice("pretraining_tp", self.pretraining_tp, (1,))
         object.__setattr__(self, "rope_scaling", _rope_scaling(self.rope_scaling))
         heads, kv_heads = self.num_attention_heads, self.num_kv_heads
-        if self.hidden_size % (2 * heads):  # rotary embeddings turn pairs
+        if self.hidden_size % (2 * heads):  # rotary embeddings rotate pairs
             raise DSMoEError(f"hidden_size {self.hidden_size} is not an even multiple of num_attention_heads {heads}")
         if self.rope_scaling is not None and self.rope_scaling.type == "dynamic" and self.head_dim == 2:
             raise DSMoEError("rope_scaling.type 'dynamic' needs heads wider than 2 (hidden_size / num_attention_heads)")
@@ -95,27 +136,27 @@ class ModelConfig:
 
     @property
     def num_kv_heads(self) -> int:
-        """`num_key_value_heads`, with None read as one per query head."""
+        """`num_key_value_heads`, or `num_attention_heads` for None."""
         return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Every id of `eos_token_id`: none, one or several."""
+        """The ids in `eos_token_id`: none, one or several."""
         eos = self.eos_token_id
         return () if eos is None else eos if isinstance(eos, tuple) else (eos,)
 
     def with_dtype(self, dtype: str) -> "ModelConfig":
-        """The config of the same model with its weights in `dtype`, under both names that transformers gives it."""
+        """The config with `dtype` as the dtype of the weights, under both names that transformers has for it."""
         extra = {**self.extra, "dtype": dtype} if "dtype" in self.extra else self.extra
         return dataclasses.replace(self, torch_dtype=dtype, extra=extra)
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """Width of an attention head."""
         return self.hidden_size // self.num_attention_heads
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether `layer` (from 0) has routed experts instead of a dense feed-forward."""
+        """Whether `layer`, counted from 0, is an MoE layer."""
         return (
             self.n_routed_experts is not None
             and layer >= self.first_k_dense_replace
@@ -124,12 +165,16 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
-        """A config from the fields of a `config.json`.
+        """Make a config from the fields of a `config.json`.
 
-        Spellings of other releases and libraries mean the same (`config_aliases.standardize`). `auto_map` is dropped:
-        no code travels. Fields unknown to this model are kept in `extra`, but for those that change what other models
-        compute (refused unless they hold the value that leaves DeepSeekMoE v1 as it is), and for those that look like
-        a mistyped field or are another model's name for one (refused with the right name).
+        Spellings of other releases are standardized, `auto_map` is dropped, and unknown fields go to `extra`.
+
+        Args:
+          fields: The object in the file.
+
+        Raises:
+          DSMoEError: A field is invalid, looks like a misspelled one, is another model's name for one, or changes what
+            related models compute and has a value that DeepSeekMoE v1 does not implement.
         """
         fields = standardize(fields)
         fields.pop("auto_map", None)
@@ -137,7 +182,7 @@ class ModelConfig:
         defaults = {field.name: field.default for field in dataclasses.fields(cls) if field.name != "extra"}
         known = {name: fields.get(name, default) for name, default in defaults.items()}
         extra = {name: value for name, value in fields.items() if name not in known}
-        check_unknown(extra, known, {*_FOREIGN, *_IMPLIED})  # first: a mistyped field is missing under its own name
+        check_unknown(extra, known, {*_FOREIGN, *_IMPLIED})  # first: a misspelled field is missing under its name
         config = cls(**{name: value for name, value in fields.items() if name in known}, extra=extra)
         for name, neutral in (_FOREIGN | _implied(config)).items():
             if name in extra:
@@ -145,7 +190,7 @@ class ModelConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of a `config.json` that says the same; `from_dict` is its inverse."""
+        """The fields of a `config.json`; the inverse of `from_dict`."""
         fields = dataclasses.asdict(self)
         extra = fields.pop("extra")
         fields["architectures"] = list(self.architectures)
@@ -155,7 +200,7 @@ class ModelConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelConfig":
-        """A config from a `config.json`, or from the folder that holds one."""
+        """Read a config from a `config.json`, or from a folder with one."""
         path = user_path(path, "config")
         path = path / "config.json" if path.is_dir() else path
         fields = read_json(path)
@@ -166,14 +211,14 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":
-        """A named model; `PRESETS` lists them."""
+        """The config of a model in `PRESETS`."""
         _check_choice("preset", name, tuple(PRESETS))
         return cls(**PRESETS[name])
 
 
 # fmt: off
-_SIZE: Final = ((int,), 1, 1 << 24)  # no real size comes near; refused before anything is allocated
-_LARGEST: Final = 1e30  # every number fits float32, with room for its powers
+_SIZE: Final = ((int,), 1, 1 << 24)  # beyond any real size; rejected before anything is allocated
+_LARGEST: Final = 1e30  # fits float32, with room for powers
 _TOKEN_ID: Final = ((int, None), 0, 1 << 31)
 # field: (accepted types, lowest, highest)
 _LIMITS: Final[dict[str, tuple[tuple[type | None, ...], float, float]]] = {
@@ -208,7 +253,7 @@ _LIMITS: Final[dict[str, tuple[tuple[type | None, ...], float, float]]] = {
     "transformers_version":    ((str, None), 0, 0),
 }
 
-# Fields of related models (DeepSeek V2 and V3, Llama) with the values under which v1 computes the same.
+# Fields of related models (DeepSeek V2 and V3, Llama) with the values that are equivalent to v1.
 _FOREIGN: Final[dict[str, tuple[Any, ...]]] = {
     "routed_scaling_factor":   (None, 1),
     "topk_method":             (None, "greedy", "gready"),  # DeepSeek V2's own default is misspelled
@@ -266,14 +311,14 @@ _FOREIGN: Final[dict[str, tuple[Any, ...]]] = {
     "resid_pdrop":             (None, 0),
     "embd_pdrop":              (None, 0),
 }
-# Fields of other configs that say what this one says already, or contradict it.
+# Redundant fields of other configs, which must agree with the rest.
 _IMPLIED: Final = ("head_dim", "rotary_dim", "kv_channels", "original_max_position_embeddings")
 
 _BASE: Final[dict[str, Any]] = {"bos_token_id": 100000, "eos_token_id": 100001, "torch_dtype": "bfloat16"}
 
 # The paper's three models (arXiv 2401.06066, table 7) and two small ones. The paper gives expert widths as ratios of
-# a standard feed-forward; 864 and 1408 are the widths that give its totals. The dense layer of the 145B is twice the
-# standard feed-forward, as the 16B's is: 1.99B, 16.38B and 144.61B parameters in all (paper: 2.0, 16.4, 144.6).
+# a standard feed-forward; 864 and 1408 reproduce its totals. The dense layer of the 145B is twice the standard
+# feed-forward, as that of the 16B: 1.99B, 16.38B and 144.61B parameters in total (paper: 2.0, 16.4, 144.6).
 PRESETS: Final[dict[str, dict[str, Any]]] = {
     "deepseek_moe_16b": _BASE | {
         "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408,
@@ -311,11 +356,11 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
 
 
 def _normalized(config: ModelConfig) -> dict[str, Any]:
-    """The fields that have several spellings, each in its one form."""
+    """Canonical values of the fields that can be written in several ways."""
     if not isinstance(config.architectures, list | tuple | None) or not all(
         isinstance(name, str) for name in config.architectures or ()
     ):
-        raise DSMoEError(f"architectures must be null or a list of strings, not {show_value(config.architectures)}")
+        raise DSMoEError(f"architectures must be null or a list of strings, got {show_value(config.architectures)}")
     eos = config.eos_token_id
     eos = int(eos) if type(eos) is float and eos.is_integer() else eos
     if isinstance(eos, list | tuple):
@@ -325,18 +370,18 @@ def _normalized(config: ModelConfig) -> dict[str, Any]:
         eos = eos if len(eos) > 1 else next(iter(eos), None)
     else:
         _check("eos_token_id", eos, *_TOKEN_ID)
-    # 0 experts are none at all; the original writes null.
+    # 0 experts means none; the original writes null.
     experts = {name: getattr(config, name) for name in ("n_shared_experts", "n_routed_experts", "num_experts_per_tok")}
     without = {name: None for name, value in experts.items() if type(value) is int and value == 0}
     if "n_routed_experts" not in without and config.n_routed_experts is not None:
         without.pop("num_experts_per_tok", None)
-    whole = {
-        name: int(value)  # 64.0, as programs write it that know only one kind of number
+    integers = {
+        name: int(value)  # 64.0, as written by programs with one number type
         for name, (kinds, _, _) in _LIMITS.items()
         if type(value := getattr(config, name)) is float and float not in kinds and value.is_integer()
     }
-    fields = {**whole, **without, "architectures": ARCHITECTURES, "eos_token_id": eos}
-    # A smaller vocabulary has the original's default ids only because nobody said otherwise.
+    fields = {**integers, **without, "architectures": ARCHITECTURES, "eos_token_id": eos}
+    # The original's default ids mean nothing in a smaller vocabulary.
     if type(config.vocab_size) is int:
         for name, default in (("bos_token_id", _DEFAULT_BOS), ("eos_token_id", _DEFAULT_EOS)):
             if fields.get(name, getattr(config, name)) == default >= config.vocab_size:
@@ -353,30 +398,30 @@ def _check(name: str, value: Any, kinds: tuple[type | None, ...], low: float, hi
     if value is None and None in kinds:
         return
     if type(value) not in kinds:
-        wanted = " or ".join("null" if kind is None else kind.__name__ for kind in kinds)
-        raise DSMoEError(f"{name} must be {wanted}, not {show_value(value)}")
+        allowed = " or ".join("null" if kind is None else kind.__name__ for kind in kinds)
+        raise DSMoEError(f"{name} must be {allowed}, got {show_value(value)}")
     if isinstance(value, str):
         return
-    assert value is not None  # no field accepts None without naming it
+    assert value is not None  # only fields with None in `kinds` accept it
     if not low <= value <= high:  # NaN is in no interval
-        raise DSMoEError(f"{name} must be a finite number in [{low}, {high}], not {show_value(value)}")
+        raise DSMoEError(f"{name} must be a finite number in [{low}, {high}], got {show_value(value)}")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    # True == 1 in Python; a type that differs is a value that differs, except between int and float.
+    # True == 1 in Python, but is not the same choice.
     if not any(value == c and isinstance(value, bool) == isinstance(c, bool) for c in choices):
         raise DSMoEError(f"{name} {show_value(value)} is not supported, only {', '.join(repr(c) for c in choices)}")
 
 
 def _rope_scaling(value: Any) -> RopeScaling | None:
-    """Null, or exactly {"type": "linear" | "dynamic", "factor": a number > 1}; a linear factor of 1 changes nothing."""
+    """Parse null or {"type": "linear" | "dynamic", "factor": number > 1}; a linear factor of 1 is no scaling."""
     if value is None:
         return None
     fields = value._asdict() if isinstance(value, RopeScaling) else value
     if not isinstance(fields, Mapping) or set(fields) != {"type", "factor"}:
-        raise DSMoEError(f"rope_scaling must be null or hold exactly `type` and `factor`, not {show_value(value)}")
+        raise DSMoEError(f"rope_scaling must be null or hold exactly `type` and `factor`, got {show_value(value)}")
     _check_choice("rope_scaling.type", fields["type"], ROPE_SCALING_TYPES)
     factor = fields["factor"]
     if type(factor) not in (int, float) or not 1 <= factor <= _LARGEST or (factor == 1 and fields["type"] != "linear"):
-        raise DSMoEError(f"rope_scaling.factor must be a finite number > 1, not {show_value(factor)}")
+        raise DSMoEError(f"rope_scaling.factor must be a finite number > 1, got {show_value(factor)}")
     return None if factor == 1 else RopeScaling(fields["type"], float(factor))

@@ -1,6 +1,6 @@
-"""Other spellings of a `config.json`: transformers 4 and 5, sister models, and typing errors.
+"""Aliases in a `config.json`: transformers 4 and 5, related models, and misspellings.
 
-Start at `standardize`, which brings neutral spellings into one form; `check_unknown` refuses what looks like a field.
+Start at `standardize`, which converts equivalent spellings; `check_unknown` rejects fields that resemble known ones.
 """
 
 import difflib
@@ -13,10 +13,10 @@ from dsmoe_jax.errors import DSMoEError
 ROPE_SCALING_TYPES: Final = ("linear", "dynamic")
 _DEFAULT_ROPE: Final = "default"  # transformers' name for plain RoPE
 _DEFAULT_LENGTH: Final = 2048  # of the original config's max_position_embeddings
-_MAX_UNKNOWN: Final = 300  # fields; comparing letters takes time
-_NEAR: Final = 0.83  # of difflib's ratio: one or two wrong letters of a name
+_MAX_UNKNOWN: Final = 300  # fields; fuzzy matching is slow
+_NEAR: Final = 0.83  # difflib ratio: one or two wrong letters
 
-# What null means in the original's code, which tests or multiplies by these.
+# What null means in the original code, which tests these or multiplies by them.
 _NULLS: Final[dict[str, Any]] = {
     "attention_bias": False,
     "norm_topk_prob": False,
@@ -30,8 +30,8 @@ _NULLS: Final[dict[str, Any]] = {
 }
 
 # fmt: off
-# Our field: what other libraries and models call it.
-_SISTERS: Final[dict[str, tuple[str, ...]]] = {
+# Field: its names in other libraries and models.
+_ALIASES: Final[dict[str, tuple[str, ...]]] = {
     "vocab_size":              ("n_vocab", "padded_vocab_size", "vocabulary_size"),
     "hidden_size":             ("base_emb_dim", "d_model", "dim", "emb_dim", "embed_dim", "embedding_length",
                                 "embedding_size", "hidden_dim", "model_dim", "n_embd"),
@@ -88,7 +88,7 @@ _SISTERS: Final[dict[str, tuple[str, ...]]] = {
     "attention_dropout":       ("attention_probs_dropout_prob", "attn_dropout", "attn_pdrop"),
 }
 
-# Fields of transformers' own configs that are near one of ours by their letters alone.
+# Fields of transformers' configs that only look similar to one of ours.
 _UNRELATED: Final = frozenset({
     "boa_token_id", "boi_token_id", "decoder_start_token_id", "eoa_token_id", "eod_token_id", "eoi_token_id",
     "forced_bos_token_id", "forced_eos_token_id", "hidden_dropout_prob", "max_length", "num_beam_groups",
@@ -96,14 +96,14 @@ _UNRELATED: Final = frozenset({
     "use_bfloat16",
 })
 # fmt: on
-_FIELD_OF: Final = {sister: field for field, sisters in _SISTERS.items() for sister in sisters}
+_FIELD_OF: Final = {alias: field for field, aliases in _ALIASES.items() for alias in aliases}
 
 
 def standardize(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a `config.json` with every neutral spelling brought into the original's form.
+    """Convert equivalent spellings in the fields of a `config.json` to those of the original.
 
     Raises:
-        ValueError: two spellings contradict each other, or one means something DeepSeekMoE v1 does not compute.
+        DSMoEError: Two spellings contradict each other, or one is not supported by DeepSeekMoE v1.
     """
     fields = dict(fields)
     for name, meaning in _NULLS.items():
@@ -114,12 +114,12 @@ def standardize(fields: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("bos_token_id", "pad_token_id"):
         if isinstance(ids := fields.get(name), list | tuple):
             if len(ids) > 1:
-                raise DSMoEError(f"{name} must be one token id, not {show_value(ids)}")
+                raise DSMoEError(f"{name} must be one token id, got {show_value(ids)}")
             fields[name] = next(iter(ids), None)
     for name in ("torch_dtype", "dtype"):
         if isinstance(dtype := fields.get(name), str):
             fields[name] = dtype.removeprefix("torch.")
-    if fields.get("dtype") is not None:  # transformers prefers it, too
+    if fields.get("dtype") is not None:  # takes precedence in transformers, too
         fields["torch_dtype"] = fields["dtype"]
     layers = fields.get("layer_types")
     if layers is not None and not (isinstance(layers, list) and all(kind == "full_attention" for kind in layers)):
@@ -129,15 +129,15 @@ def standardize(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_unknown(extra: Mapping[str, Any], known: Mapping[str, Any], foreign: Collection[str]) -> None:
-    """Refuse unknown fields that look like a known one.
+    """Reject unknown fields that resemble a known one.
 
     Args:
-        extra: the unknown fields, with their values.
-        known: this model's fields, with their values.
-        foreign: names of sister models' fields that have been checked already.
+        extra: The unknown fields and their values.
+        known: The fields of this model and their values.
+        foreign: Names of fields of related models, which are checked elsewhere.
 
     Raises:
-        ValueError: a field is another model's name for one of ours with another value, or a near miss of a name.
+        DSMoEError: A field is a misspelled one, or another model's name for one with another value.
     """
     if len(extra) > _MAX_UNKNOWN:
         raise DSMoEError(f"{len(extra)} fields are unknown to this model; at most {_MAX_UNKNOWN}")
@@ -152,12 +152,12 @@ def check_unknown(extra: Mapping[str, Any], known: Mapping[str, Any], foreign: C
                 raise DSMoEError(f"unknown field {name!r}; in this model it is called {field!r}")
         elif meant := _meant(name, simple, by_words):
             raise DSMoEError(f"unknown field {show_value(name)}; did you mean {_FIELD_OF.get(meant, meant)!r}?")
-        elif isinstance(value, Mapping) and (inner := [field for field in _SISTERS if field in value]):
-            raise DSMoEError(f"{show_value(name)} holds {inner[0]!r}; a field of this model stands at the top level")
+        elif isinstance(value, Mapping) and (inner := [field for field in _ALIASES if field in value]):
+            raise DSMoEError(f"{show_value(name)} holds {inner[0]!r}, which must be at the top level")
 
 
 def _standardize_rope(fields: dict[str, Any]) -> None:
-    """Bring `rope_scaling` and transformers 5's `rope_parameters` into `rope_theta` and `rope_scaling`."""
+    """Convert `rope_scaling` and `rope_parameters` of transformers 5 to `rope_theta` and `rope_scaling`."""
     thetas = {"rope_theta": fields["rope_theta"]} if fields.get("rope_theta") is not None else {}
     scalings: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
@@ -168,7 +168,7 @@ def _standardize_rope(fields: dict[str, Any]) -> None:
             if theta is not None:
                 thetas[f"{name}.rope_theta"] = theta
         elif value is not None and not isinstance(value, Mapping):
-            raise DSMoEError(f"{name} must be null or an object, not {show_value(value)}")
+            raise DSMoEError(f"{name} must be null or an object, got {show_value(value)}")
     fields.pop("rope_parameters", None)
     for found in (thetas, scalings):
         for name, value in found.items():
@@ -183,7 +183,7 @@ def _standardize_rope(fields: dict[str, Any]) -> None:
 
 
 def _read_rope(name: str, value: Mapping[str, Any], length: Any) -> tuple[Any, dict[str, Any] | None]:
-    """The base and the scaling (None: plain RoPE) that one such object says."""
+    """The base and the scaling (None: plain RoPE) in one of these objects."""
     rest = {key: item for key, item in value.items() if item is not None}
     theta = rest.pop("rope_theta", None)
     kinds = {key: rest.pop(key) for key in ("rope_type", "type") if key in rest}
@@ -207,30 +207,30 @@ def _read_rope(name: str, value: Mapping[str, Any], length: Any) -> tuple[Any, d
 
 
 def _meant(name: str, simple: Mapping[str, str], by_words: Mapping[str, str]) -> str | None:
-    """The name of these that one looks like: in its letters, or of the same words."""
+    """The known name that a name resembles, by letters or by words."""
     near = difflib.get_close_matches(_simple(name), simple, n=1, cutoff=_NEAR)
     return simple[near[0]] if near else by_words.get(_words(name))
 
 
 def _words(name: str) -> str:
-    """Its words without those that only say that it counts: `n_experts_routed` and `num_routed_expert` are the same."""
+    """Its words in order, without those for counts: `n_experts_routed` equals `num_routed_expert`."""
     words = {word.rstrip("s") for word in re.findall(r"[a-z0-9]+", name[:80].lower())}
     return " ".join(sorted(words - {"n", "num", "number", "nr", "of"}))
 
 
 def _simple(name: str) -> str:
-    """Without case and punctuation: `hiddenSize` and `hidden-size` are near misses, too."""
+    """Without case and punctuation, to match `hiddenSize` and `hidden-size`."""
     return re.sub(r"[^a-z0-9]", "", name[:80].lower())
 
 
 def _same(value: Any, other: Any) -> bool:
-    """Equal, and not a truth value where the other is a number."""
+    """Whether two values are equal, and both or neither are booleans."""
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def show_value(value: Any) -> str:
-    """A value from an untrusted file in one short line."""
-    if isinstance(value, int) and value.bit_length() > 1000:  # Python does not print the largest
+    """Format a value from an untrusted file in one short line."""
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to print very large ones
         return f"an integer of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 160 else f"{text[:157]}..."

@@ -1,16 +1,16 @@
-"""What `dsmoe info` prints: parameter counts, bytes and the layer plan, from the model's own abstract description."""
+"""The output of `dsmoe info`: parameter counts, bytes and layers. Start at `describe`."""
 
 import math
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from dsmoe_jax.checkpoint.manifest import check_files
 from dsmoe_jax.config import PRESETS, ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.model import abstract
+from dsmoe_jax.storage.manifest import check_listed_files
 from dsmoe_jax.storage.paths import expand_user
 
-# part of the model: how its parameters' paths are told
+# part of the model, substring of its parameters' paths
 _PARTS: Final = (
     ("embedding", "embed"),
     ("attention", ".attention."),
@@ -25,7 +25,13 @@ _BYTES: Final = {"bfloat16": 2, "float32": 4}
 
 
 class Counts(NamedTuple):
-    """Parameters in all, and those that one token visits (the whole embedding table and head included)."""
+    """Parameter counts of a model.
+
+    Attributes:
+      total: All parameters.
+      activated: Parameters used per token, the full embedding and head included.
+      parts: All parameters by part of the model.
+    """
 
     total: int
     activated: int
@@ -33,21 +39,21 @@ class Counts(NamedTuple):
 
 
 def count_parameters(config: ModelConfig) -> Counts:
-    """Count the parameters of the model, part by part."""
+    """Count the parameters of a model by part."""
     parts = dict.fromkeys((part for part, _ in _PARTS), 0)
     for name, spec in abstract(config)[1].items():
         parts[next(part for part, mark in _PARTS if mark in name)] += math.prod(spec.shape)
     total, routed = sum(parts.values()), parts["routed experts"]
-    visited = routed * (config.num_experts_per_tok or 0) // (config.n_routed_experts or 1)
-    return Counts(total, total - routed + visited, parts)
+    used = routed * (config.num_experts_per_tok or 0) // (config.n_routed_experts or 1)
+    return Counts(total, total - routed + used, parts)
 
 
 def describe(model: str) -> str:
-    """The whole page for a preset's name, a `config.json`, or a folder that holds one."""
+    """Describe a preset, a `config.json`, or a folder with one, for a terminal."""
     model = expand_user(model, "model")
     if model not in PRESETS and not Path(model).exists():
-        raise DSMoEError(f"{model!r} is neither a path nor a preset ({', '.join(PRESETS)})")
-    check_files(model, "config.json")
+        raise DSMoEError(f"model must be a path or a preset ({', '.join(PRESETS)}), got {model!r}")
+    check_listed_files(Path(model), ["config.json"])
     config = ModelConfig.preset(model) if model in PRESETS else ModelConfig.from_file(model)
     counts = count_parameters(config)
     lines = [
@@ -63,7 +69,7 @@ def describe(model: str) -> str:
 
 
 def _layer_plan(config: ModelConfig) -> list[str]:
-    """One line for each run of layers of the same kind."""
+    """One line for consecutive layers of the same kind."""
     heads, kv_heads = config.num_attention_heads, config.num_kv_heads
     shared = "no" if config.n_shared_experts is None else config.n_shared_experts
     kinds = {

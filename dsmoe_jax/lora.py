@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) on any projection, those of every routed expert included.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on any projection, routed experts included.
 
-Start at `attach`. An adapter is a flat dict of arrays beside the model's own: for each adapted parameter NAME its
-factors `NAME.lora_a` and `NAME.lora_b`, and whole tensors under their own names that take the place of the base's. The
-plan says which parameters those are; from Hugging Face's module names it is made in `convert.peft_matching`.
+Start at `attach`. An adapter is a flat dict of arrays: the factors `NAME.lora_a` and `NAME.lora_b` of each adapted
+parameter NAME, and full tensors that replace those of the base, under their names. Its `Plan` lists both;
+`convert.peft_matching` makes one from Hugging Face's module names.
 """
 
 import dataclasses
@@ -32,51 +32,78 @@ PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_p
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """What is adapted, and how; the fields, and what they match, are those of the peft library."""
+    """Configuration of an adapter; the fields and their matching are those of the peft library.
+
+    Attributes:
+      r: Rank.
+      lora_alpha: α of the scale α / r.
+      target_modules: Suffixes of module paths to adapt, or a regex over full paths.
+      lora_dropout: Dropout of the input of A in training.
+      use_rslora: Scale by α / √r (arXiv 2312.03732).
+      rank_pattern: `r` by regex over module paths.
+      alpha_pattern: `lora_alpha` by regex over module paths.
+      modules_to_save: Suffixes of paths of modules to train in full.
+      layers_to_transform: Layers to adapt; None: all.
+      layers_pattern: Name of the list of layers in module paths.
+
+    Raises:
+      DSMoEError: A field is out of range, or fields contradict each other.
+    """
 
     r: int = 8
     lora_alpha: float = 32
-    target_modules: tuple[str, ...] | str = PROJECTIONS  # ends of module paths; a string: a regex over whole paths
+    target_modules: tuple[str, ...] | str = PROJECTIONS
     lora_dropout: float = 0.0
-    use_rslora: bool = False  # scale α / √r (arXiv 2312.03732), not α / r
-    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)  # regex over paths -> r
-    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)  # regex over paths -> lora_alpha
-    modules_to_save: tuple[str, ...] = ()  # ends of module paths: trained whole
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: str | None = None
 
     def __post_init__(self) -> None:
-        """`ValueError` for a value that means nothing."""
+        """Validate all fields."""
         ranks = ((f"rank_pattern {key!r:.80}", r) for key, r in self.rank_pattern.items())
         for name, value in (("r", self.r), *ranks):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < _LARGEST:
-                raise DSMoEError(f"{name} must be a whole number of at least 1, not {show_value(value)}")
+                raise DSMoEError(f"{name} must be an integer of at least 1, got {show_value(value)}")
         alphas = ((f"alpha_pattern {key!r:.80}", alpha) for key, alpha in self.alpha_pattern.items())
         for name, value in (("lora_alpha", self.lora_alpha), *alphas):
-            if not abs(value) <= _LARGEST:  # NaN is not, either
-                raise DSMoEError(f"{name} must be a finite number, at most {_LARGEST:g}, not {show_value(value)}")
+            if not abs(value) <= _LARGEST:  # also rejects NaN
+                raise DSMoEError(f"{name} must be a finite number, at most {_LARGEST:g}, got {show_value(value)}")
         if self.layers_to_transform and isinstance(self.target_modules, str):
-            raise DSMoEError("layers_to_transform goes with a list of target_modules, not with a regular expression")
+            raise DSMoEError("layers_to_transform needs a list of target_modules, not a regex")
         if self.layers_pattern and not self.layers_to_transform:
-            raise DSMoEError("layers_pattern goes with layers_to_transform")
+            raise DSMoEError("layers_pattern needs layers_to_transform")
         if not 0 <= self.lora_dropout < 1:
-            raise DSMoEError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout}")
+            raise DSMoEError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
 
 
 class Target(NamedTuple):
-    """An adapted parameter: rank and scale of each of its matrices, one or as many as there are experts."""
+    """An adapted parameter.
 
-    ranks: tuple[int, ...]  # 0: this expert is not adapted
+    Attributes:
+      ranks: The rank of its matrix, or of each expert's; 0 is not adapted.
+      scales: The scale of each.
+    """
+
+    ranks: tuple[int, ...]
     scales: tuple[float, ...]
 
     @property
     def width(self) -> int:
-        """The rank of the stored factors; those of lower rank are filled up with zeros, which stay zeros."""
+        """The rank of the stored factors; lower ranks are padded with zeros, which stay zero."""
         return max(self.ranks)
 
 
 class Plan(NamedTuple):
-    """What an adapter holds: the adapted parameters, and those that it replaces."""
+    """The parameters of an adapter.
+
+    Attributes:
+      targets: The adapted parameters of the base, by name.
+      saved: Names of the parameters it replaces.
+      dropout: As `LoraConfig.lora_dropout`.
+    """
 
     targets: Mapping[str, Target]
     saved: tuple[str, ...] = ()
@@ -84,10 +111,7 @@ class Plan(NamedTuple):
 
 
 def specs(plan: Plan, config: ModelConfig) -> dict[str, ParamSpec]:
-    """Shape, logical axes and initialiser of every array of an adapter.
-
-    A is drawn from U(-1/√in, 1/√in) and B is zero, as in peft; what is saved whole is as in the model.
-    """
+    """Describe every array of an adapter: A is drawn from U(-1/√in, 1/√in), B is zero, as in peft."""
     base, found = abstract(config)[1], {}
     for name, target in plan.targets.items():
         *experts, out, into = base[name].shape
@@ -99,7 +123,14 @@ def specs(plan: Plan, config: ModelConfig) -> dict[str, ParamSpec]:
 
 
 def init(plan: Plan, config: ModelConfig, base: Mapping[str, Operand], key: PRNGKeyArray) -> dict[str, Array]:
-    """A fresh adapter, fp32, that changes nothing yet; traceable. What is saved whole is a copy of the base's."""
+    """Initialize an adapter in fp32 that leaves the model unchanged; traceable.
+
+    Args:
+      plan: The parameters of the adapter.
+      config: The model.
+      base: Its parameters; the initial values of `plan.saved`.
+      key: Random key.
+    """
     found = {}
     for name, spec in specs(plan, config).items():
         if name in base:
@@ -107,70 +138,77 @@ def init(plan: Plan, config: ModelConfig, base: Mapping[str, Operand], key: PRNG
         else:
             found[name] = spec.initializer.draw(_key_of(name, key), spec.shape, jnp.float32)
     for name, target in plan.targets.items():
-        found[name + LORA_A] *= _rows_in_use(target, found[name + LORA_A].ndim)
+        found[name + LORA_A] *= _rank_mask(target, found[name + LORA_A].ndim)
     return found
 
 
 def shardings(plan: Plan, config: ModelConfig, mesh: Mesh | None) -> dict[str, Sharding]:
-    """Where every array of an adapter lies: split as the weight it stands beside, but for its rank."""
+    """The sharding of every array of an adapter: that of its weight, except along the rank."""
     return {name: sharding(name, spec.shape, spec.axes, mesh) for name, spec in specs(plan, config).items()}
 
 
 def place(
     plan: Plan, config: ModelConfig, adapter: Mapping[str, np.ndarray], base: Mapping[str, Operand]
 ) -> dict[str, Array]:
-    """The arrays of an adapter on the devices that the base lies on."""
-    beside = jax.tree.leaves(dict(base))[0].sharding
-    places = shardings(plan, config, getattr(beside, "mesh", None))
+    """Move the arrays of an adapter to the devices of the base."""
+    mesh = getattr(jax.tree.leaves(dict(base))[0].sharding, "mesh", None)
+    places = shardings(plan, config, mesh)
     return {name: jax.device_put(value, places[name]) for name, value in adapter.items()}
 
 
 def attach(
     plan: Plan, base: Mapping[str, Operand], adapter: Mapping[str, Array], dropout_key: PRNGKeyArray | None = None
 ) -> dict[str, Any]:
-    """The model's parameters with the adapter on them, nothing multiplied out; traceable.
+    """Add an adapter to the parameters of a model without merging; traceable.
 
-    With a key, inputs of the factors are dropped: here by column, the same ones for all tokens of the call, so that
-    every kernel, device and recomputation drops the same. peft draws for each token by itself; the mean is equal.
+    Args:
+      plan: The parameters of the adapter.
+      base: The parameters of the model.
+      adapter: The arrays of the adapter.
+      dropout_key: Enables dropout. It drops columns of A, the same for all tokens of the call, so that all kernels,
+        devices and recomputations agree; peft draws per token, with the same mean.
     """
     params: dict[str, Any] = dict(base)
     for name, target in plan.targets.items():
         a, b = adapter[name + LORA_A], adapter[name + LORA_B]
         if dropout_key is not None and plan.dropout:
             columns = (*a.shape[:-2], 1, a.shape[-1])
-            kept = jax.random.bernoulli(_key_of(name, dropout_key), 1 - plan.dropout, columns)
-            a = jnp.where(kept, a / (1 - plan.dropout), 0)
-        params[name] = LowRank(base[name], a, b * _beside(target.scales, b.ndim))
+            keep = jax.random.bernoulli(_key_of(name, dropout_key), 1 - plan.dropout, columns)
+            a = jnp.where(keep, a / (1 - plan.dropout), 0)
+        params[name] = LowRank(base[name], a, b * _per_matrix(target.scales, b.ndim))
     return params | {name: adapter[name] for name in plan.saved}
 
 
 def merge(plan: Plan, base: Mapping[str, Operand], adapter: Mapping[str, Array]) -> dict[str, Array]:
-    """The model's parameters with the adapter multiplied into them, W + (B A) · s, each in the dtype it had.
+    """Merge an adapter into the parameters: W + (B A) · s, summed in fp32 as in peft, in the dtype of W.
 
-    Quantised ones become fp32. Summed in fp32, as peft does it.
+    Args:
+      plan: The parameters of the adapter.
+      base: The parameters of the model; quantized ones become fp32.
+      adapter: The arrays of the adapter.
     """
     params = {name: _dense(value) for name, value in base.items()}
     for name, target in plan.targets.items():
         a, b = adapter[name + LORA_A], adapter[name + LORA_B]
-        delta = jnp.matmul(b, a, precision="highest") * _beside(target.scales, b.ndim)
+        delta = jnp.matmul(b, a, precision="highest") * _per_matrix(target.scales, b.ndim)
         params[name] = (params[name].astype(jnp.float32) + delta).astype(params[name].dtype)
     return params | {name: adapter[name].astype(params[name].dtype) for name in plan.saved}
 
 
 def count(plan: Plan, config: ModelConfig) -> int:
-    """How many values are trained; what fills up lower ranks is not counted."""
+    """The number of trained values, padding of lower ranks excluded."""
     base = abstract(config)[1]
     factors = sum(sum(base[name].shape[-2:]) * sum(target.ranks) for name, target in plan.targets.items())
     return factors + sum(math.prod(base[name].shape) for name in plan.saved)
 
 
-def _rows_in_use(target: Target, ndim: int) -> np.ndarray:
-    """One for each row of A that belongs to the rank of its matrix, zero for those that fill it up."""
-    return (np.arange(target.width, dtype=np.float32)[:, None] < _beside(target.ranks, ndim)).astype(np.float32)
+def _rank_mask(target: Target, ndim: int) -> np.ndarray:
+    """1 for the rows of A within the rank of their matrix, 0 for padding."""
+    return (np.arange(target.width, dtype=np.float32)[:, None] < _per_matrix(target.ranks, ndim)).astype(np.float32)
 
 
-def _beside(values: Sequence[float], ndim: int) -> np.ndarray:
-    """In a shape that multiplies a stack [E, …, …] by each expert's value, or one matrix."""
+def _per_matrix(values: Sequence[float], ndim: int) -> np.ndarray:
+    """Reshape one value per matrix to broadcast over a stack [E, …, …], or a matrix."""
     return np.asarray(values, np.float32).reshape(*(-1,) * (ndim - 2), 1, 1)
 
 

@@ -1,7 +1,7 @@
-"""DeepSeekMoE: embed, blocks (a list, unrolled), norm, logits.
+"""DeepSeekMoE: embedding, unrolled decoder blocks, final norm, head.
 
-Start at `DeepSeekMoE.hidden`. At every jit boundary the model is a pair (graph, parameters): the graph is hashable
-and static, the parameters a flat dict of arrays by dotted path, such as `layers.1.moe.experts.gate`.
+Start at `DeepSeekMoE.hidden`. At jit boundaries the model is a pair (graph, parameters): the graph is hashable and
+static, the parameters are a flat dict of arrays by dotted path, such as `layers.1.moe.experts.gate`.
 """
 
 import functools
@@ -39,7 +39,7 @@ from dsmoe_jax.sharding import (
 )
 
 _STATES: Final = ("batch", None, None)  # the logical axes of hidden states
-# What of a block's forward pass is kept for the backward pass; the rest is computed again.
+# What is saved of a block's forward pass for the backward pass; the rest is recomputed.
 REMAT: Final[dict[str, Any]] = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -48,25 +48,38 @@ REMAT: Final[dict[str, Any]] = {
 
 
 class ModelOutput(NamedTuple):
-    """What `model(token_ids)` returns."""
+    """What `model(token_ids)` returns.
 
-    logits: Float[Array, "B T V"]  # float32
-    routing: dict[int, Routing]  # by index of the MoE layer
-    # The embeddings, then every block's output, the last one after the final norm: L + 1 states, as in transformers.
+    Attributes:
+      logits: float32 [B, T, V].
+      routing: Router outputs by index of the MoE layer.
+      hidden_states: The embeddings and every block's output, the last one after the final norm: L + 1 arrays
+        [B, T, D], as in transformers.
+    """
+
+    logits: Float[Array, "B T V"]
+    routing: dict[int, Routing]
     hidden_states: tuple[Float[Array, "B T D"], ...] | None = None
 
 
 class DecoderOutput(NamedTuple):
-    """What `model.hidden` returns: the states before the head and what came up on the way."""
+    """What `model.hidden` returns.
 
-    last_hidden_state: Float[Array, "B T D"]  # after the final norm
+    Attributes:
+      last_hidden_state: [B, T, D], after the final norm.
+      routing: Router outputs by index of the MoE layer.
+      cache: The updated cache, if there was one.
+      hidden_states: The embeddings and every block's output, before the final norm: L + 1 arrays [B, T, D].
+    """
+
+    last_hidden_state: Float[Array, "B T D"]
     routing: dict[int, Routing]
     cache: KVCache | None
-    hidden_states: tuple[Float[Array, "B T D"], ...]  # the embeddings and every block's output, before the final norm
+    hidden_states: tuple[Float[Array, "B T D"], ...]
 
 
 class DeepSeekMoE(nnx.Module):
-    """The decoder. `DeepSeekMoE.init` makes a random one in place on a mesh; `dsmoe_jax.load` restores a saved one."""
+    """The decoder. `DeepSeekMoE.init` makes a random one, `dsmoe_jax.load` loads a checkpoint."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         V, D, std = config.vocab_size, config.hidden_size, config.initializer_range
@@ -83,10 +96,16 @@ class DeepSeekMoE(nnx.Module):
     def init(
         cls, config: ModelConfig, *, seed: int = 0, dtype=jnp.float32, mesh: Mesh | MeshConfig | None = None
     ) -> "DeepSeekMoE":
-        """A model with fresh weights, each drawn where it will lie: nothing is ever whole on one device first.
+        """Initialize a model, each weight directly in its sharding.
 
-        A weight depends on `seed` and its path alone, not on the mesh. Raises `ValueError` for a seed outside
-        [0, 2**32).
+        Args:
+          config: The architecture.
+          seed: Determines the weights, whatever the mesh; in [0, 2**32).
+          dtype: Of the weights.
+          mesh: The devices; None is the default device.
+
+        Raises:
+          DSMoEError: The seed is out of range, or a size does not divide over the mesh.
         """
         check_seed(seed)
         places, key = shardings(config, mesh), jax.random.key(seed)
@@ -104,25 +123,25 @@ class DeepSeekMoE(nnx.Module):
         *,
         output_hidden_states: bool = False,
     ) -> ModelOutput:
-        """Logits for every position; works under JAX's and Flax's transformations (jit, grad, vmap, checkpoint) too.
+        """Compute the logits of every position; works under transformations of JAX and Flax.
 
         Args:
           token_ids: int [B, T].
-          attention_mask: [B, T], 1 for tokens and 0 for padding on either side; what stands at padding is undefined.
-          position_ids: int [B, T]; default 0 … T-1 for every row, wherever its padding is.
-          output_hidden_states: also return the L + 1 hidden states.
+          attention_mask: [B, T], 1 for tokens and 0 for padding on either side; outputs at padding are undefined.
+          position_ids: int [B, T]; default 0 … T-1 in every row, padding included.
+          output_hidden_states: Also return the L + 1 hidden states.
 
-        Raises `ValueError` for shapes that do not agree and for ids outside the vocabulary; traced ids are not compared
-        with the vocabulary.
+        Raises:
+          DSMoEError: Shapes do not agree, or an id is outside the vocabulary; traced ids are not checked.
         """
         token_ids = check_token_ids(token_ids, self.config.vocab_size)
-        # The defaults are filled in here, so that a call with them and one without are the same program.
+        # Defaults are filled in outside jit, so that calls with and without them share a program.
         mask = jnp.ones_like(token_ids) if attention_mask is None else jnp.asarray(attention_mask, jnp.int32)
         arange = jnp.arange(token_ids.shape[1], dtype=jnp.int32)
         positions = jnp.broadcast_to(arange, token_ids.shape) if position_ids is None else jnp.asarray(position_ids)
         for name, value in (("attention_mask", mask), ("position_ids", positions)):
             if value.shape != token_ids.shape:
-                raise DSMoEError(f"{name} has shape {value.shape}, token_ids {token_ids.shape}")
+                raise DSMoEError(f"{name} must have the shape of token_ids, {token_ids.shape}, got {value.shape}")
         graph, params = split(self)
         if isinstance(arange, Tracer):
             token_ids = pin_to_mesh_of(params, token_ids)
@@ -143,16 +162,20 @@ class DeepSeekMoE(nnx.Module):
         router_bias: Mapping[int, Float[Array, "E"]] | None = None,
         remat: str = "none",
     ) -> DecoderOutput:
-        """The states before the head; traceable, unchecked, without a jit of its own.
+        """Compute the hidden states before the head; traceable, unchecked, not jitted.
 
-        With a cache, the T tokens go on where each row of it ends; `attention_mask` then says which of them are real
-        (padding to the right): only those count towards the row's length and visit routed experts; the row's slots
-        must hold all T, padding included. `prefill` promises that the cache is empty: the T tokens then look only at
-        one another.
-        `rope_length` is the length that dynamic NTK scaling goes by, default all keys of the call, padding included.
-        `dropout_key` turns attention dropout on. Tokens of different `segment_ids` do not see each other (documents
-        packed into one row, without a cache). `router_bias` moves the choice of experts, see `Router`. `remat` is a
-        key of `REMAT`, applied block by block.
+        Args:
+          token_ids: int [B, T].
+          attention_mask: [B, T], 1 for valid tokens. With a cache, padding must be on the right; it does not count
+            towards the lengths and is not routed, but needs slots.
+          position_ids: int [B, T]; default from the cache's lengths on, or from 0.
+          cache: Keys and values of earlier tokens; the T tokens are appended.
+          prefill: The cache is empty, so the T tokens attend to each other only.
+          rope_length: Length for dynamic NTK scaling; default all keys of the call, padding included.
+          dropout_key: Enables attention dropout.
+          segment_ids: int [B, T]; attention is block-diagonal over segments. Not with a cache.
+          router_bias: Bias on expert selection by layer, see `Router`.
+          remat: A key of `REMAT`, applied to each block.
         """
         T = token_ids.shape[1]
         start = None if cache is None or prefill else cache.lengths
@@ -162,36 +185,36 @@ class DeepSeekMoE(nnx.Module):
         if rope_length is None:
             rope_length = T if start is None else start.max() + T
         mask = _causal(token_ids, attention_mask, segment_ids) if cache is None or prefill else cache.mask(T)
-        real = None if cache is None or attention_mask is None else attention_mask != 0
-        x = constrain(self._embedded(token_ids), _STATES)
-        turn = rotation(self.config, position_ids, rope_length, x.dtype)
-        trace, written, routing = [x], [], {}
+        valid = None if cache is None or attention_mask is None else attention_mask != 0
+        x = constrain(self._embed(token_ids), _STATES)
+        rope = rotation(self.config, position_ids, rope_length, x.dtype)
+        hidden_states, layer_caches, routing = [x], [], {}
         for i, block in enumerate(self.layers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
             layer_cache = None if cache is None else cache.layers[i]
             bias = None if router_bias is None else router_bias.get(i)
-            own_graph, own_params = nnx.split(block)
-            operands = (x, turn, mask, layer_cache, start, key, bias, real)
-            x, layer_cache, routed = _block(own_graph, remat, own_params, *operands)
+            graph, params = nnx.split(block)
+            operands = (x, rope, mask, layer_cache, start, key, bias, valid)
+            x, layer_cache, routed = _block(graph, remat, params, *operands)
             x = constrain(x, _STATES)
-            trace.append(x)
-            written.append(layer_cache)
+            hidden_states.append(x)
+            layer_caches.append(layer_cache)
             if routed is not None:
                 routing[i] = routed
         if cache is not None:
             new = T if attention_mask is None else attention_mask.astype(jnp.int32).sum(axis=1)
-            cache = KVCache(tuple(written), cache.lengths + new)
-        return DecoderOutput(self.norm(x), routing, cache, tuple(trace))
+            cache = KVCache(tuple(layer_caches), cache.lengths + new)
+        return DecoderOutput(self.norm(x), routing, cache, tuple(hidden_states))
 
-    def _embedded(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def _embed(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         table = self.embed.get_value()
-        if isinstance(table, Quantized):  # a row a token, each with its scale
+        if isinstance(table, Quantized):  # int8 rows, each with its scale
             return (table.codes[token_ids] * table.scales[token_ids]).astype(self.norm.weight[...].dtype)
-        # The table is completed along fsdp before it is looked up: tokens are split over that axis, too.
+        # All-gather along fsdp before the lookup: tokens are split over that axis, too.
         return constrain(table, ("vocab", None))[token_ids]
 
     def logits(self, states: Float[Array, "*tokens D"]) -> Float[Array, "*tokens V"]:
-        """The head: float32 logits of states that are past the final norm."""
+        """The head: float32 logits of hidden states after the final norm."""
         weight = self.embed[...] if self.head is None else self.head.weight[...]
         logits = matmul(states, weight, preferred_element_type=jnp.float32)
         return constrain(logits, ("batch", *(None,) * (logits.ndim - 2), "vocab"))
@@ -199,9 +222,9 @@ class DeepSeekMoE(nnx.Module):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _block(graph: Any, remat: str, params: Any, *operands: Any) -> tuple[Array, LayerCache | None, Routing | None]:
-    """A block with its rematerialisation: equal layers are traced and lowered once."""
+    """A block with its rematerialization; jitted, so that equal layers are traced and lowered once."""
     run = lambda params, *operands: nnx.merge(graph, params)(*operands)  # noqa: E731
-    # Who compiles may ask XLA to keep blocks as functions of their own; not what they call.
+    # A compiler option may ask XLA not to inline blocks; what they call stays inlineable.
     with set_xla_metadata(inlineable=None):
         return (run if remat == "none" else jax.checkpoint(run, policy=REMAT[remat]))(params, *operands)
 
@@ -210,8 +233,8 @@ def _block(graph: Any, remat: str, params: Any, *operands: Any) -> tuple[Array, 
 def _forward(graph, params, token_ids, attention_mask, position_ids, output_hidden_states: bool) -> ModelOutput:
     model = merge(graph, params)
     hidden = model.hidden(token_ids, attention_mask, position_ids)
-    trace = (*hidden.hidden_states[:-1], hidden.last_hidden_state) if output_hidden_states else None
-    return ModelOutput(model.logits(hidden.last_hidden_state), hidden.routing, trace)
+    states = (*hidden.hidden_states[:-1], hidden.last_hidden_state) if output_hidden_states else None
+    return ModelOutput(model.logits(hidden.last_hidden_state), hidden.routing, states)
 
 
 def _causal(
@@ -227,10 +250,10 @@ def _causal(
 
 
 def check_token_ids(token_ids: Any, vocab_size: int) -> Int[Array, "B T"]:
-    """The ids as an int [B, T] array; `ValueError` where they are none, or outside the vocabulary (JAX would clamp)."""
+    """Return the ids as int32 [B, T]; `DSMoEError` if malformed or outside the vocabulary, where JAX would clamp."""
     ids = token_ids if isinstance(token_ids, Tracer) else np.asarray(token_ids)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
-        raise DSMoEError(f"token_ids must be non-empty int [B, T], not {ids.dtype} {list(ids.shape)}")
+        raise DSMoEError(f"token_ids must be non-empty int [B, T], got {ids.dtype} {list(ids.shape)}")
     if not isinstance(ids, Tracer) and (ids.min() < 0 or ids.max() >= vocab_size):
         worst = ids.min() if ids.min() < 0 else ids.max()
         raise DSMoEError(f"token id {worst} is outside the vocabulary of {vocab_size}")
@@ -241,62 +264,67 @@ def check_token_ids(token_ids: Any, vocab_size: int) -> Int[Array, "B T"]:
 
 
 class ParamSpec(NamedTuple):
-    """What a parameter is, without its values."""
+    """Description of a parameter.
+
+    Attributes:
+      shape: Its shape.
+      axes: The logical name of each axis.
+      initializer: Draws its initial values.
+    """
 
     shape: tuple[int, ...]
-    axes: tuple[str | None, ...]  # logical names
+    axes: tuple[str | None, ...]
     initializer: Initializer
 
 
 def check_seed(seed: int) -> None:
-    """Refuse a seed that `jax.random.key` would truncate to 32 bits."""
+    """Reject a seed that `jax.random.key` would truncate to 32 bits."""
     if not 0 <= seed < 1 << 32:
         raise DSMoEError(f"seed must be in [0, 2**32), got {seed}")
 
 
 class Graph:
-    """What a model is without its parameters, as a static argument of `jax.jit`.
+    """A model without its parameters, for static arguments of `jax.jit`.
 
-    Its hash is made once: that of Flax's own definition takes milliseconds, at every call of a jitted function.
+    The hash is computed once: that of Flax's graph definition takes milliseconds per call of a jitted function.
     """
 
     def __init__(self, definition: Any):
         self.definition, self._hash = definition, hash(definition)
 
     def __hash__(self) -> int:
-        """That of the definition."""
+        """The hash of the definition."""
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        """Whether the definitions are equal; at once for the same graph."""
+        """Whether the definitions are equal."""
         if self is other:
             return True
         return isinstance(other, Graph) and self._hash == other._hash and self.definition == other.definition
 
 
 def split(model: DeepSeekMoE) -> tuple[Graph, dict[str, Any]]:
-    """The static graph and the parameters by dotted path."""
+    """Split a model into its static graph and its parameters by dotted path."""
     definition, state = nnx.split(model)
     return Graph(definition), {_join(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
 def merge(graph: Graph, params: Mapping[str, Any]) -> DeepSeekMoE:
-    """The model that `split` took apart; cheap enough to stand inside every traced function.
+    """The inverse of `split`; cheap enough for every traced function.
 
-    In the place of the weight of a projection may stand any operand (`kernels.operand`), in that of the embedding
-    int8 rows.
+    Weights of projections may be any operand (`kernels.operand`), the embedding may be int8.
     """
     return nnx.merge(graph.definition, nnx.from_flat_state([(_split(name), value) for name, value in params.items()]))
 
 
 def assemble(config: ModelConfig, params: Mapping[str, Any]) -> DeepSeekMoE:
-    """A model around parameters that came from elsewhere."""
+    """Make a model from its parameters by dotted path."""
     return merge(abstract(config)[0], params)
 
 
 @functools.lru_cache(maxsize=16)
 def abstract(config: ModelConfig) -> tuple[Graph, dict[str, ParamSpec]]:
-    """The graph and every parameter's shape and logical axes; init, restore and import all follow from it."""
+    """The graph and the description of every parameter, without allocating any; cached."""
     definition, state = nnx.split(nnx.eval_shape(lambda: DeepSeekMoE(config, rngs=nnx.Rngs(0))))
     specs = {
         _join(path): ParamSpec(tuple(leaf.shape), leaf.logical_axes, leaf.initializer)
@@ -306,10 +334,7 @@ def abstract(config: ModelConfig) -> tuple[Graph, dict[str, ParamSpec]]:
 
 
 def count_tensors(config: ModelConfig, per_stack: int = 1) -> int:
-    """How many parameters a model of this config has, without making anything for each of them.
-
-    A stack of experts counts as `per_stack`.
-    """
+    """The number of parameter tensors, computed without anything per tensor; a stack of experts is `per_stack`."""
     moe = sum(map(config.is_moe_layer, range(config.num_hidden_layers)))
     dense = config.num_hidden_layers - moe
     layer = 6 + 4 * config.attention_bias
@@ -324,9 +349,10 @@ def count_tensors(config: ModelConfig, per_stack: int = 1) -> int:
 
 
 def shardings(config: ModelConfig, mesh: Mesh | MeshConfig | None) -> dict[str, Sharding]:
-    """Where every parameter lies on the mesh, or on the default device.
+    """The sharding of every parameter on the mesh, or the default device.
 
-    Raises `ValueError` naming the size that does not divide; a head is never split.
+    Raises:
+      DSMoEError: A size does not divide over the mesh; heads are never split.
     """
     mesh = as_mesh(mesh)
     if mesh is not None:
@@ -337,7 +363,7 @@ def shardings(config: ModelConfig, mesh: Mesh | MeshConfig | None) -> dict[str, 
 
 @functools.lru_cache(maxsize=64)
 def _drawer(initializer: Initializer, shape: tuple[int, ...], dtype: np.dtype, place: Sharding):
-    """One program for all weights of a shape: random bits take seconds to compile."""
+    """A program shared by all weights of a shape: random bits take seconds to compile."""
     return jax.jit(lambda key: initializer.draw(key, shape, dtype), out_shardings=place)
 
 

@@ -1,8 +1,8 @@
-"""Quantised weights as a transform of the parameters: int8, int4 and NF4, of a model or of a checkpoint as it is read.
+"""Weight quantization: int8, int4 and NF4, of a model in memory or of a checkpoint while it is read.
 
-Start at `SCHEMES`, then `quantize`. What is quantised are the weights in `KINDS`: the projections of attention and of
-the dense, shared and routed feed-forward layers. Embedding, head, norms, biases and routers stay as they are, as in
-QLoRA, which leaves the head alone, too: they are few, and a router's near-ties decide which experts run.
+Start at `SCHEMES`, then `quantize`. The weights in `KINDS` are quantized: projections of attention and of dense, shared
+and routed feed-forward layers. Embedding, head, norms, biases and routers stay dense, as in QLoRA: they are small, and
+near-ties in a router decide which experts run.
 """
 
 import functools
@@ -31,19 +31,25 @@ from dsmoe_jax.storage.paths import user_path
 
 
 class Scheme(NamedTuple):
-    """How weights become codes: those of a tile, divided by their scale, are rounded to the nearest value."""
+    """A quantization scheme: the weights of a tile, divided by its scale, are rounded to the nearest value.
 
-    codebook: tuple[float, ...] | None  # the values that codes stand for; None: the code itself
-    largest: float  # what the largest weight of a tile becomes
-    tile: int | None  # weights that share a scale, running row-major over a matrix; None: a row, so one output
+    Attributes:
+      codebook: The value of each code; None: the code itself.
+      largest: What the largest weight of a tile maps to.
+      tile: Weights per scale, row-major over a matrix; None: one row, so one output.
+    """
+
+    codebook: tuple[float, ...] | None
+    largest: float
+    tile: int | None
 
 
 # fmt: off
 SCHEMES: Final[dict[str, Scheme]] = {
     #               codebook                    largest  tile
     "int8": Scheme(None,                        127,     None),
-    "int4": Scheme(tuple(map(float, range(-8, 8))), 7,   64),  # symmetric: -8 is not used
-    "nf4":  Scheme(NF4,                         1,       64),  # as bitsandbytes
+    "int4": Scheme(tuple(map(float, range(-8, 8))), 7,   64),  # symmetric: -8 is unused
+    "nf4":  Scheme(NF4,                         1,       64),  # as in bitsandbytes
 }
 KINDS: Final[dict[str, str]] = {
     "attention": r"layers\.\d+\.attention\.[qkvo]\.weight",
@@ -52,19 +58,24 @@ KINDS: Final[dict[str, str]] = {
     "routed":    r"layers\.\d+\.moe\.experts\.\w+",
 }
 # fmt: on
-_SCALES_TILE: Final = 256  # scales that share a scale of their own
+_SCALES_TILE: Final = 256  # scales per second-level scale
 
 
 def quantize(
     weight: Any, scheme: str, *, double: bool = True, mesh: Mesh | None = None, name: str = "weight"
 ) -> Quantized:
-    """The weight [O, I], or the stack [E, O, I] (a sequence of matrices, too), in a scheme of `SCHEMES`.
+    """Quantize a weight, with one matrix at a time in memory in fp32.
 
-    One matrix at a time is in memory in fp32, from where it lies: a NumPy array, a mapped file, a JAX array. `double`
-    quantises the scales of 4-bit schemes in turn, which saves 0.37 bits a weight. On a mesh (default: the one that
-    `weight` lies on) experts are split as dense ones are, everything else is on every device: tiles run across rows.
+    Args:
+      weight: [O, I], or a stack or sequence [E, O, I]; a NumPy array, a memory-mapped file or a JAX array.
+      scheme: A key of `SCHEMES`.
+      double: Quantize the scales of 4-bit schemes as well, which saves 0.37 bits per weight.
+      mesh: The devices; default those of `weight`. Experts are sharded as dense ones, all else is replicated, as tiles
+        span rows.
+      name: The parameter, for errors.
 
-    Raises `ValueError`, calling the weight `name`, for values that are not finite and for rows that cannot be packed.
+    Raises:
+      DSMoEError: The weight has values that are not finite, or rows that cannot be packed.
     """
     stacked = getattr(weight, "ndim", 3) == 3
     matrices: Any = weight if stacked else (weight,)
@@ -76,14 +87,14 @@ def quantize(
 
     @functools.cache
     def part(start: int, stop: int) -> list[np.ndarray]:
-        """The leaves of these matrices' operand: made once for all devices that hold them."""
+        """The leaves for some matrices, computed once for all devices that have them."""
         arrays = [np.empty((stop - start, *leaf.shape), leaf.dtype) for leaf in leaves]
         for n in range(start, stop):
-            # Off the mesh: on it, sums would be taken in another order.
+            # Not on the mesh, where sums are in another order.
             matrix = matrices[n] if mesh is None else np.asarray(matrices[n])
             for array, leaf in zip(arrays, jax.tree.leaves(encode(matrix)), strict=True):
                 array[n - start] = leaf
-                if not np.isfinite(array[n - start]).all():  # of a tile, the scale shows it
+                if not np.isfinite(array[n - start]).all():  # the scale of a tile shows it
                     raise DSMoEError(f"{name}{f'[{n}]' if stacked else ''} has values that are not finite")
         return arrays
 
@@ -101,7 +112,7 @@ def quantize(
 
 @functools.partial(jax.jit, static_argnames=("scheme", "double"))
 def quantize_matrix(weight: Float[Array, "O I"], scheme: Scheme, double: bool) -> Quantized:
-    """The operand of one matrix; traceable, unchecked."""
+    """Quantize one matrix; traceable, unchecked."""
     O, I = weight.shape  # noqa: E741
     tile = scheme.tile or I
     codes, scales = _encode(weight.astype(jnp.float32).reshape(-1), scheme.codebook, scheme.largest, tile)
@@ -109,8 +120,8 @@ def quantize_matrix(weight: Float[Array, "O I"], scheme: Scheme, double: bool) -
     if scheme.codebook is None:
         return Quantized(codes, scales.reshape(O, 1), tile=tile)
     if double:
-        # Their mean is taken off first, then as the weights (arXiv 2305.14314, §3). As a sum of parts it is rounded
-        # before it is subtracted; XLA would fuse the division of `mean` with that.
+        # Subtract the mean, then quantize as weights (arXiv 2305.14314, §3). As a sum of products the mean is rounded
+        # before the subtraction; XLA would fuse the division of `mean` with it.
         offset = (scales * np.float32(1 / len(scales))).sum()
         scales = Quantized(
             *_encode(scales - offset, DYNAMIC, 1, _SCALES_TILE), offset=offset, tile=_SCALES_TILE, codebook=DYNAMIC
@@ -119,7 +130,7 @@ def quantize_matrix(weight: Float[Array, "O I"], scheme: Scheme, double: bool) -
 
 
 def quantized_spec(shape: tuple[int, ...], scheme: str, *, double: bool = True) -> Quantized:
-    """What a weight [O, I] or [E, O, I] is once it is quantised: shapes and dtypes, nothing is computed."""
+    """Shapes and dtypes of a quantized weight [O, I] or [E, O, I]; nothing is computed."""
     encode = functools.partial(quantize_matrix, scheme=SCHEMES[scheme], double=double)
     return jax.eval_shape(jax.vmap(encode) if len(shape) == 3 else encode, jax.ShapeDtypeStruct(shape, jnp.float32))
 
@@ -127,10 +138,10 @@ def quantized_spec(shape: tuple[int, ...], scheme: str, *, double: bool = True) 
 def _encode(
     values: Float[Array, "n"], codebook: tuple[float, ...] | None, largest: float, tile: int
 ) -> tuple[Array, Array]:
-    """The code of every value and the scale of every tile."""
+    """The codes of all values and the scales of all tiles."""
     tiles = jnp.pad(values, (0, -len(values) % tile)).reshape(-1, tile)
     scales = jnp.abs(tiles).max(axis=1) * np.float32(1 / largest)
-    # A tile of zeros has a scale without a reciprocal; its codes are those of zero.
+    # The scale of a tile of zeros has no reciprocal; its codes are those of zero.
     factors = jnp.where(scales < np.finfo(np.float32).tiny, 0, 1 / scales)
     units = (tiles * factors[:, None]).reshape(-1)[: len(values)]
     return jnp.round(units).astype(jnp.int8) if codebook is None else nearest(units, codebook), scales
@@ -138,9 +149,9 @@ def _encode(
 
 def _scheme(name: str, into: int, weight: str) -> Scheme:
     if name not in SCHEMES:
-        raise DSMoEError(f"scheme {name!r} is not one of {', '.join(SCHEMES)}")
+        raise DSMoEError(f"scheme must be one of {', '.join(SCHEMES)}, got {name!r}")
     if SCHEMES[name].codebook is not None and into % 2:
-        raise DSMoEError(f"{weight} has rows of {into} values; {name} packs two into a byte")
+        raise DSMoEError(f"{weight} must have rows of even length for {name}, got {into}")
     return SCHEMES[name]
 
 
@@ -148,15 +159,24 @@ def _scheme(name: str, into: int, weight: str) -> Scheme:
 
 
 def kind_of(name: str) -> str | None:
-    """The kind, of `KINDS`, of the parameter called `name`; None if it is not quantised."""
+    """The key in `KINDS` of the parameter `name`; None if it is not quantized."""
     return next((kind for kind, pattern in KINDS.items() if re.fullmatch(pattern, name)), None)
 
 
 def quantize_params(params: Mapping[str, Operand], scheme: str, *, double: bool = True) -> dict[str, Operand]:
-    """The parameters of a model (`model.split`), those of `KINDS` quantised, on the devices where they lie."""
+    """Quantize the parameters of a model that are in `KINDS`, on their devices.
+
+    Args:
+      params: From `model.split`.
+      scheme: A key of `SCHEMES`.
+      double: As in `quantize`.
+
+    Raises:
+      DSMoEError: A parameter is already quantized or has an adapter, and as in `quantize`.
+    """
     for name, value in params.items():
         if isinstance(value, Quantized | LowRank):
-            raise DSMoEError(f"{name} is not dense; quantise before adapters are added, and once")
+            raise DSMoEError(f"{name} must be dense: quantize once, before adding adapters")
     return {
         name: quantize(value, scheme, double=double, name=name) if kind_of(name) else value
         for name, value in params.items()
@@ -164,10 +184,7 @@ def quantize_params(params: Mapping[str, Operand], scheme: str, *, double: bool 
 
 
 def quantize_embedding(params: Mapping[str, Operand]) -> dict[str, Operand]:
-    """The parameters with the embedding in int8, a scale for each token, unless it is the head as well.
-
-    For generation; training wants it dense.
-    """
+    """Quantize the embedding to int8 with a scale per token, unless it is tied to the head; for generation."""
     if "head.weight" not in params:
         return dict(params)
     return {**params, "embed": quantize(params["embed"], "int8", name="embed")}
@@ -182,73 +199,100 @@ def load_quantized(
     mesh: Mesh | MeshConfig | None = None,
     verify: bool = True,
 ) -> tuple[ModelConfig, dict[str, Operand]]:
-    """The config and the parameters of a native checkpoint, quantised as they are read: see `read_quantized`.
+    """Load a native checkpoint and quantize it while reading.
 
-    Otherwise as `dsmoe_jax.load`.
+    Args:
+      path: The checkpoint.
+      scheme: A key of `SCHEMES`.
+      double: As in `quantize`.
+      dtype: Cast what is not quantized; None keeps the stored dtype.
+      mesh: The devices; None is the default device.
+      verify: As in `dsmoe_jax.load`.
+
+    Returns:
+      The config, and the parameters by dotted path.
+
+    Raises:
+      DSMoEError: As in `dsmoe_jax.load` and `quantize`.
     """
     path = user_path(path, "checkpoint")
     folder = path / PARAMETERS
-    wanted = as_dtype(dtype)
+    target = as_dtype(dtype)
     config, manifest = open_checkpoint(path, verify=verify)
     shapes = {name: spec.shape for name, spec in abstract(config)[1].items()}
     check_names_and_shapes(path, shapes, {name: tuple(tensor["shape"]) for name, tensor in manifest.tensors.items()})
 
-    def stored(name: str) -> np.ndarray:
+    def read_array(name: str) -> np.ndarray:
         array = open_array(folder, name)
         check_names_and_shapes(path, {name: shapes[name]}, {name: array.shape})
         return array
 
-    return config, read_quantized(config, stored, scheme, double=double, dtype=wanted, mesh=mesh)
+    return config, read_quantized(config, read_array, scheme, double=double, dtype=target, mesh=mesh)
 
 
 def read_quantized(
     config: ModelConfig,
-    stored: Callable[[str], Any],
+    read_array: Callable[[str], Any],
     scheme: str,
     *,
     double: bool = True,
     dtype: np.dtype | None = None,
     mesh: Mesh | MeshConfig | None = None,
 ) -> dict[str, Operand]:
-    """The parameters of a model, made of what `stored` gives for each name, each straight onto its devices.
+    """Read and quantize the parameters of a model, each directly onto its devices.
 
-    The dense model is nowhere in memory: of a stack, a process reads the experts of its own devices, one at a time.
-    `dtype` casts what is not quantised. Raises `ValueError` as `quantize` does.
+    The dense model is never in memory: a process reads the experts of its own devices, one at a time.
+
+    Args:
+      config: The model.
+      read_array: Returns the stored parameter of a name, memory-mapped.
+      scheme: A key of `SCHEMES`.
+      double: As in `quantize`.
+      dtype: Cast what is not quantized.
+      mesh: The devices; None is the default device.
+
+    Raises:
+      DSMoEError: As in `quantize`.
     """
     mesh, params = as_mesh(mesh), {}
     for name, place in shardings(config, mesh).items():
-        value = stored(name)
+        value = read_array(name)
         if kind_of(name):
             params[name] = quantize(value, scheme, double=double, mesh=mesh, name=name)
         else:
             copy = functools.partial(_copy, value, dtype or value.dtype)
             params[name] = jax.make_array_from_callback(value.shape, place, copy)
-    jax.block_until_ready(params)  # a file may be closed now
+    jax.block_until_ready(params)  # the caller may close the files now
     return params
 
 
 def _copy(stored: np.ndarray, dtype: np.dtype, index: Any) -> np.ndarray:
-    """In memory of our own: an array that aliased a mapped file would change and die with it."""
+    """A copy: an array that aliases a mapped file would change and end with it."""
     return np.array(stored[index], dtype)
 
 
-# --- what it costs, what it saves ---
+# --- memory and error ---
 
 
 class Usage(NamedTuple):
-    """How many weights there are of a kind, and how many bytes they take."""
+    """Memory of the weights of a kind.
+
+    Attributes:
+      weights: How many there are.
+      bytes: Their size.
+    """
 
     weights: int
     bytes: int
 
     @property
     def bits(self) -> float:
-        """Bits a weight."""
+        """Bits per weight."""
         return 8 * self.bytes / self.weights
 
 
 def usage(params: Mapping[str, Operand]) -> dict[str, Usage]:
-    """The memory of a model's parameters by kind (`KINDS`; the rest is "other"), without that of adapters."""
+    """The memory of parameters by kind (`KINDS`, the rest is "other"), without adapters."""
     used: dict[str, Usage] = {}
     for name, value in params.items():
         base = value.base if isinstance(value, LowRank) else value
@@ -261,7 +305,7 @@ def usage(params: Mapping[str, Operand]) -> dict[str, Usage]:
 
 
 def relative_error(dense: Mapping[str, Any], quantized: Mapping[str, Operand]) -> dict[str, float]:
-    """By kind, the rms of what quantising changed over the rms of the dense weights."""
+    """The rms of the quantization error over the rms of the dense weights, by kind."""
     squares: dict[str, tuple[float, float]] = {}
     for name, value in quantized.items():
         if isinstance(value, Quantized):
@@ -269,16 +313,16 @@ def relative_error(dense: Mapping[str, Any], quantized: Mapping[str, Operand]) -
                 matrix = np.asarray(matrix, np.float64)
                 change = np.asarray(_dequantize(operand)) - matrix
                 kind = kind_of(name) or name
-                changed, whole = squares.get(kind, (0.0, 0.0))
-                squares[kind] = changed + np.square(change).sum(), whole + np.square(matrix).sum()
-    return {kind: math.sqrt(changed / whole) for kind, (changed, whole) in squares.items()}
+                error, total = squares.get(kind, (0.0, 0.0))
+                squares[kind] = error + np.square(change).sum(), total + np.square(matrix).sum()
+    return {kind: math.sqrt(error / total) for kind, (error, total) in squares.items()}
 
 
 _dequantize = jax.jit(Quantized.dequantize)
 
 
 def _matrices(dense: Any, quantized: Quantized) -> Sequence[tuple[Any, Quantized]]:
-    """Each matrix of a weight or stack with its operand."""
+    """The matrices of a weight or stack, each with its operand."""
     if dense.ndim == 2:
         return [(dense, quantized)]
     return [(dense[e], jax.tree.map(lambda leaf, e=e: leaf[e], quantized)) for e in range(len(dense))]

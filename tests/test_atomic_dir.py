@@ -1,6 +1,6 @@
 """A new folder: under its name only when complete, one writer at a time, and gone on with after an interruption.
 
-Start at `test_a_folder_gets_its_name_when_the_block_ends`. No conversion here; `test_streaming.py` has those.
+Start at `test_the_folder_appears_when_the_block_ends`. No conversion here; `test_streaming.py` has those.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ def files_of(units: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("job", [None, JOB], ids=["no job", "job"])
-def test_a_folder_gets_its_name_when_the_block_ends(tmp_path: Path, job: Any):
+def test_the_folder_appears_when_the_block_ends(tmp_path: Path, job: Any):
     out = tmp_path / "new" / "out"
 
     with atomic_dir(out, job=job) as draft:
@@ -85,7 +85,7 @@ def test_a_folder_gets_its_name_when_the_block_ends(tmp_path: Path, job: Any):
     assert snapshot(tmp_path) == {"new": None, "new/out": None, "new/out/deep": None, "new/out/deep/file": b"x"}
 
 
-def test_a_relative_path_is_below_the_folder_where_the_writer_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_relative_path_survives_a_chdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
 
@@ -95,7 +95,7 @@ def test_a_relative_path_is_below_the_folder_where_the_writer_began(tmp_path: Pa
     assert sorted(snapshot(tmp_path)) == ["elsewhere", "out"]
 
 
-def test_every_byte_is_on_disk_before_the_folder_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_everything_is_fsynced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     synced: list[tuple[str, bool]] = []
     out = tmp_path / "out"
     monkeypatch.setattr(module, "sync", lambda path: synced.append((path.name, out.exists())))
@@ -116,7 +116,7 @@ MAKE: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
-def test_an_existing_path_is_refused_and_stays_as_it_is(tmp_path: Path, make: Callable[[Path], Any]):
+def test_an_existing_path_is_rejected_and_unchanged(tmp_path: Path, make: Callable[[Path], Any]):
     make(tmp_path / "out")
     before = snapshot(tmp_path)
 
@@ -127,7 +127,7 @@ def test_an_existing_path_is_refused_and_stays_as_it_is(tmp_path: Path, make: Ca
 
 
 @pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
-def test_what_appears_under_the_name_meanwhile_is_not_overwritten(tmp_path: Path, make: Callable[[Path], Any]):
+def test_a_folder_made_meanwhile_is_not_overwritten(tmp_path: Path, make: Callable[[Path], Any]):
     def write() -> None:
         with atomic_dir(tmp_path / "out"):
             make(tmp_path / "out")
@@ -140,7 +140,7 @@ def test_what_appears_under_the_name_meanwhile_is_not_overwritten(tmp_path: Path
 
 
 @pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to(path.parent)], ids=["file", "link"])
-def test_something_else_in_the_drafts_place_is_refused_in_one_line(tmp_path: Path, make: Callable[[Path], Any]):
+def test_a_file_in_place_of_the_staging_dir_is_rejected(tmp_path: Path, make: Callable[[Path], Any]):
     make(tmp_path / ".out.incomplete")
     before = snapshot(tmp_path)
 
@@ -165,7 +165,7 @@ def test_a_failure_without_a_job_leaves_nothing(tmp_path: Path, error: BaseExcep
 @pytest.mark.parametrize(
     ("units", "error"), [("ab", ValueError("bad input")), ("", KeyboardInterrupt())], ids=["bad input", "at once"]
 )
-def test_a_bad_input_and_a_stop_before_the_first_unit_leave_nothing(tmp_path: Path, units: str, error: BaseException):
+def test_early_failures_leave_nothing(tmp_path: Path, units: str, error: BaseException):
     with pytest.raises(type(error)):
         write_units(tmp_path / "out", units, stop=error)
 
@@ -173,9 +173,7 @@ def test_a_bad_input_and_a_stop_before_the_first_unit_leave_nothing(tmp_path: Pa
 
 
 @every_failure
-def test_an_equal_job_goes_on_from_what_is_finished(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: BaseException
-):
+def test_an_equal_job_resumes(tmp_path: Path, caplog: pytest.LogCaptureFixture, error: BaseException):
     caplog.set_level(logging.INFO)
     with pytest.raises(type(error)):
         write_units(tmp_path / "out", "ab", stop=error)
@@ -184,12 +182,12 @@ def test_an_equal_job_goes_on_from_what_is_finished(
     found = write_units(tmp_path / "out", "abc", job=json.loads(json.dumps(JOB)))
 
     assert left == ["a", "b", "half", "journal.jsonl"]
-    assert "keeps what is finished; the same command goes on from there" in caplog.text
+    assert "run the same command to resume" in caplog.text
     assert found == ["a", "b"]
     assert snapshot(tmp_path) == {"out": None} | {f"out/{name}": data for name, data in files_of("abc").items()}
 
 
-def test_a_run_may_be_interrupted_again_and_again(tmp_path: Path):
+def test_a_job_may_be_interrupted_repeatedly(tmp_path: Path):
     found = []
     for units in ("a", "ab", "abc"):
         with interrupted(tmp_path / "out", units):
@@ -202,9 +200,7 @@ def test_a_run_may_be_interrupted_again_and_again(tmp_path: Path):
 
 
 @pytest.mark.parametrize("job", [None, {"convert": "y"}, {**JOB, "more": None}], ids=["none", "another", "more"])
-def test_what_another_job_left_is_discarded_and_the_log_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, job: Any
-):
+def test_output_of_another_job_is_discarded_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture, job: Any):
     caplog.set_level(logging.INFO)
     with interrupted(tmp_path / "out", "ab"):
         (staging_path(tmp_path / "out") / "deep").mkdir()
@@ -213,7 +209,7 @@ def test_what_another_job_left_is_discarded_and_the_log_says_so(
     found = write_units(tmp_path / "out", "c", job=job)
 
     assert found == []
-    assert "what another, unfinished run left is discarded" in caplog.text
+    assert "Discarding the incomplete output of another job" in caplog.text
     assert snapshot(tmp_path) == {"out": None, "out/c": b"data of c"}
 
 
@@ -232,7 +228,7 @@ TORN = {
 
 
 @pytest.mark.parametrize("tear", TORN.values(), ids=TORN)
-def test_a_torn_journal_costs_at_most_its_units(tmp_path: Path, tear: Callable[[Path], Any]):
+def test_a_truncated_journal_loses_only_its_units(tmp_path: Path, tear: Callable[[Path], Any]):
     with interrupted(tmp_path / "out", "ab"):
         tear(staging_path(tmp_path / "out") / "journal.jsonl")
 
@@ -245,7 +241,7 @@ def test_a_torn_journal_costs_at_most_its_units(tmp_path: Path, tear: Callable[[
     assert snapshot(tmp_path) == {"out": None} | {f"out/{name}": data for name, data in files_of("abcd").items()}
 
 
-def test_a_damaged_line_ends_what_is_believed_of_the_journal(tmp_path: Path):
+def test_the_journal_is_read_up_to_a_damaged_line(tmp_path: Path):
     with interrupted(tmp_path / "out", "abc"):
         journal = staging_path(tmp_path / "out") / "journal.jsonl"
         lines = journal.read_text().splitlines()
@@ -282,7 +278,7 @@ def held_by_another_process(path: Path) -> Iterator[subprocess.Popen]:
 
 
 @pytest.mark.parametrize("job", [None, {"convert": "x"}], ids=["no job", "the same job"])
-def test_a_second_writer_is_refused_and_the_first_does_not_notice(tmp_path: Path, job: Any):
+def test_a_second_writer_is_rejected(tmp_path: Path, job: Any):
     with held_by_another_process(tmp_path / "out") as first:
         before = snapshot(tmp_path)
 
@@ -295,7 +291,7 @@ def test_a_second_writer_is_refused_and_the_first_does_not_notice(tmp_path: Path
     assert snapshot(tmp_path) == {"out": None, "out/a": b"theirs"}
 
 
-def test_a_second_writer_in_this_process_is_refused_too(tmp_path: Path):
+def test_a_second_writer_in_this_process_is_rejected(tmp_path: Path):
     with atomic_dir(tmp_path / "out") as draft:
         with pytest.raises(ValueError, match="out is in use by another process"):
             write_units(tmp_path / "out", "b")
@@ -304,7 +300,7 @@ def test_a_second_writer_in_this_process_is_refused_too(tmp_path: Path):
     assert sorted(snapshot(tmp_path)) == ["out", "out/a"]
 
 
-def test_a_killed_writer_holds_nothing_and_its_units_are_found(tmp_path: Path):
+def test_a_killed_writer_releases_its_lock_and_units_resume(tmp_path: Path):
     with held_by_another_process(tmp_path / "out") as first:
         first.send_signal(signal.SIGKILL)
         first.wait(30)
@@ -326,9 +322,7 @@ def free_bytes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda free: monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12 - free, free))
 
 
-def test_a_disk_too_full_is_refused_with_both_numbers_before_anything_is_written(
-    tmp_path: Path, free_bytes: Callable[[int], None]
-):
+def test_a_full_disk_is_rejected_before_writing(tmp_path: Path, free_bytes: Callable[[int], None]):
     free_bytes(1_230_000_000)
 
     with pytest.raises(ValueError, match=r"out needs 5\.60 GB more; .* has 1\.23 GB free"):
@@ -347,7 +341,7 @@ def test_just_enough_room_is_enough(tmp_path: Path, free_bytes: Callable[[int], 
     assert sorted(snapshot(tmp_path)) == ["just", "just/a"]
 
 
-def test_what_a_draft_holds_already_needs_no_room(tmp_path: Path, free_bytes: Callable[[int], None]):
+def test_resumed_output_counts_towards_the_space(tmp_path: Path, free_bytes: Callable[[int], None]):
     with interrupted(tmp_path / "out", "ab"):
         held = sum(path.stat().st_size for path in staging_path(tmp_path / "out").iterdir())
     free_bytes(50)
@@ -359,7 +353,7 @@ def test_what_a_draft_holds_already_needs_no_room(tmp_path: Path, free_bytes: Ca
     assert found == ["a", "b"]
 
 
-def test_a_disk_too_full_to_go_on_keeps_what_is_finished(tmp_path: Path, free_bytes: Callable[[int], None]):
+def test_a_disk_too_full_to_resume_keeps_finished_units(tmp_path: Path, free_bytes: Callable[[int], None]):
     with interrupted(tmp_path / "out", "ab"):
         free_bytes(10)
 
@@ -371,12 +365,12 @@ def test_a_disk_too_full_to_go_on_keeps_what_is_finished(tmp_path: Path, free_by
     assert found == ["a", "b"]
 
 
-def test_a_disk_that_fills_is_named_by_its_path(tmp_path: Path):
+def test_a_full_disk_is_reported_with_its_path(tmp_path: Path):
     with pytest.raises(OSError, match=r"No space left on device: '.*/name'"):
         write_units(tmp_path / "name", "a", stop=OSError(28, "No space left on device"))
 
 
-def test_a_disk_too_full_for_a_journal_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_disk_too_full_for_the_journal_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(path: Path, *_: Any, **__: Any) -> None:
         path.touch()
         raise OSError(28, "No space left on device")
@@ -388,7 +382,7 @@ def test_a_disk_too_full_for_a_journal_keeps_nothing(tmp_path: Path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_room_is_looked_for_where_the_folder_will_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_space_is_checked_on_the_disk_of_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked: list[Path] = []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or Usage(9, 9, 9))
 
@@ -397,7 +391,7 @@ def test_room_is_looked_for_where_the_folder_will_be(tmp_path: Path, monkeypatch
     assert asked == [tmp_path]
 
 
-def test_a_draft_outside_a_job_keeps_no_journal(tmp_path: Path):
+def test_without_a_job_there_is_no_journal(tmp_path: Path):
     draft = StagingDir(tmp_path, None)
 
     draft.finish("a", 1)
@@ -423,7 +417,7 @@ def two_folders(tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("exchanges", [True, False])
-def test_a_folder_takes_the_place_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool):
+def test_a_folder_replaces_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool):
     new, path = two_folders(tmp_path)
     if not exchanges:
         monkeypatch.setattr(module, "_exchange", lambda *_: False)
@@ -435,7 +429,7 @@ def test_a_folder_takes_the_place_of_another(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("exchanges", [True, False])
 @pytest.mark.parametrize("at", range(6))
-def test_a_replacement_killed_anywhere_leaves_one_of_the_two(
+def test_a_killed_replacement_leaves_one_of_the_two(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, exchanges: bool
 ):
     new, path = two_folders(tmp_path)
@@ -466,7 +460,7 @@ def test_a_replacement_killed_anywhere_leaves_one_of_the_two(
     assert found["best/file"] in (b"best", b"best.new")
 
 
-def test_a_small_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_small_files_are_replaced_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "report.json"
     write_json(file, {"n": 1})
 

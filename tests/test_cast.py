@@ -1,6 +1,6 @@
-"""Weights in another dtype: what the cast gives, and what it says that it lost.
+"""Casting weights and counting the changes.
 
-Start at `test_the_loss_is_that_of_a_slow_count`; its twin looks at one number at a time.
+Start at `test_cast_stats_equal_a_slow_count`; its twin looks at one number at a time.
 """
 
 import math
@@ -30,7 +30,7 @@ EDGES = (
 
 
 def numbers(dtype: np.dtype) -> np.ndarray:
-    """Every number that 16 bits can be; of float32 the edges and some at random, NaN payloads among them."""
+    """Return all 16-bit values, or edge cases and random values of float32."""
     if dtype.itemsize == 2:
         return np.arange(1 << 16, dtype=np.uint16).view(dtype)
     random = np.frombuffer(np.random.default_rng(0).bytes(80_000), FP32)
@@ -43,7 +43,7 @@ def is_nan(array: np.ndarray) -> np.ndarray:
 
 
 def slow_loss(before: np.ndarray, wanted: np.dtype) -> CastStats:
-    """One number after another in Python's floats, which hold every value of the three dtypes."""
+    """Count value by value with Python floats, which represent all three dtypes."""
     changed, overflowed, largest = 0, 0, 0.0
     for number in before:
         with np.errstate(all="ignore"):
@@ -59,7 +59,7 @@ def slow_loss(before: np.ndarray, wanted: np.dtype) -> CastStats:
 
 
 def nearest_even(number: float, wanted: np.dtype) -> float:
-    """The number rounded by the rule itself, with Python's own pack for float16 and on the bits for bfloat16."""
+    """Round by Python's pack for float16 and by bits for bfloat16."""
     if wanted == FP16:
         try:
             return struct.unpack("<e", struct.pack("<e", number))[0]
@@ -71,7 +71,7 @@ def nearest_even(number: float, wanted: np.dtype) -> float:
 
 
 @LOSSY
-def test_the_loss_is_that_of_a_slow_count(with_dtype: np.dtype, wanted: np.dtype):
+def test_cast_stats_equal_a_slow_count(with_dtype: np.dtype, wanted: np.dtype):
     before = numbers(with_dtype)
     cast = Cast(wanted)
 
@@ -83,7 +83,7 @@ def test_the_loss_is_that_of_a_slow_count(with_dtype: np.dtype, wanted: np.dtype
 
 
 @LOSSY
-def test_every_number_becomes_the_nearest_and_of_two_the_even_one(with_dtype: np.dtype, wanted: np.dtype):
+def test_cast_rounds_to_nearest_even(with_dtype: np.dtype, wanted: np.dtype):
     before = numbers(with_dtype)
 
     after = Cast(wanted)(before)
@@ -95,7 +95,7 @@ def test_every_number_becomes_the_nearest_and_of_two_the_even_one(with_dtype: np
 
 
 @pytest.mark.parametrize("with_dtype", [BF16, FP16], ids=str)
-def test_float32_holds_every_number_of_16_bits(with_dtype: np.dtype):
+def test_float32_represents_all_16_bit_values(with_dtype: np.dtype):
     before = numbers(with_dtype)
     cast = Cast(FP32)
 
@@ -111,7 +111,7 @@ def test_float32_holds_every_number_of_16_bits(with_dtype: np.dtype):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-def test_what_has_the_dtype_already_is_not_touched(dtype: np.dtype):
+def test_same_dtype_is_not_cast(dtype: np.dtype):
     before = numbers(dtype)
     same, none = Cast(dtype), Cast(None)
 
@@ -120,7 +120,7 @@ def test_what_has_the_dtype_already_is_not_touched(dtype: np.dtype):
     assert same.stats == none.stats == CastStats()
 
 
-def test_a_nan_is_not_counted_and_an_overflow_is_not_the_largest_error():
+def test_nan_and_overflow_are_not_in_the_max_error():
     cast = Cast(FP16)
 
     after = cast(np.array([math.nan, -math.nan, math.inf, 70_000, -1e30, 1 + 2**-12, 2.0], FP32))
@@ -129,7 +129,7 @@ def test_a_nan_is_not_counted_and_an_overflow_is_not_the_largest_error():
     assert after[3:5].tolist() == [math.inf, -math.inf]
 
 
-def test_the_loss_of_pieces_is_the_loss_of_the_whole():
+def test_cast_stats_of_chunks_add_up():
     whole, pieces = Cast(BF16), Cast(BF16)
 
     whole(numbers(FP32))
@@ -147,7 +147,7 @@ def test_the_loss_of_pieces_is_the_loss_of_the_whole():
         (CastStats(9, 2, 2, 0.0), "2 of 9 values changed, by 0 at most; 2 overflowed to infinity"),
     ],
 )
-def test_the_loss_is_told_in_one_line(loss: CastStats, line: str):
+def test_cast_stats_are_one_line(loss: CastStats, line: str):
     assert str(loss) == line
 
 
@@ -170,9 +170,7 @@ def config_loss(dtype: np.dtype) -> CastStats:
         ("float16", "float32", False),
     ],
 )
-def test_convert_and_export_tell_the_loss_where_there_is_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture, source: str, option: str, told: bool
-):
+def test_commands_print_cast_stats(tmp_path: Path, capsys: pytest.CaptureFixture, source: str, option: str, told: bool):
     hf = str(write_hf(tmp_path / "hf", tiny(), random_params(tiny()), source))
     native, kept, back = (str(tmp_path / name) for name in ("native", "kept", "back"))
 
@@ -192,7 +190,7 @@ def test_convert_and_export_tell_the_loss_where_there_is_one(
 
 
 @pytest.mark.parametrize("done_before", [10_000, 30_000, 59_000])
-def test_the_loss_of_an_interrupted_conversion_is_that_of_a_whole_one(tmp_path: Path, done_before: int):
+def test_cast_stats_of_a_resumed_conversion_are_complete(tmp_path: Path, done_before: int):
     hf = write_hf(tmp_path / "hf", tiny(), random_params(tiny()))
     import_hf(hf, tmp_path / "kept")
     ways: list[tuple[Callable[..., ConversionReport], Path, dict[str, int]]] = [

@@ -176,12 +176,12 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "negative seed": ((*GENERATE, "--seed", "-2"), "seed"),
     "unknown dtype": ((*GENERATE, "--dtype", "int4"), "int4"),
     "OUT exists": (("convert", "{hf}", "{native}"), "exists"),
-    "converted already": (("convert", "{native}", "{tmp}/out"), "native checkpoint already"),
+    "converted already": (("convert", "{native}", "{tmp}/out"), "is already a native checkpoint"),
     "the demo's DIR exists": (("demo", "--out", "{native}"), "exists"),
     "unknown preset": (("info", "deepseek_moe_17b"), "deepseek_moe_16b"),
     "broken config": (("info", "{broken}"), "hidden_size must be int, not 'wide'"),
     "broken config to convert": (("convert", "{broken}", "{tmp}/out"), "hidden_size"),
-    "damaged checkpoint": (("generate", "{damaged}", "--prompt", "def"), "damaged checkpoint"),
+    "damaged checkpoint": (("generate", "{damaged}", "--prompt", "def"), ": damaged: "),
 }
 MAKE: dict[str, Callable[[Path], Path]] = {"{broken}": broken_config, "{damaged}": damaged}
 
@@ -281,7 +281,7 @@ def test_invalid_input_shows_no_traceback(tmp_path: Path):
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert "damaged checkpoint" in done.stderr
+    assert ": damaged: " in done.stderr
 
 
 def test_closed_pipe_is_no_error():

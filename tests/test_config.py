@@ -57,7 +57,7 @@ def test_missing_fields_take_the_originals_defaults():
     assert (config.aux_loss_alpha, config.seq_aux, config.norm_topk_prob) == (0.001, True, False)
 
 
-def test_unknown_harmless_fields_are_kept_and_code_is_not():
+def test_harmless_unknown_fields_are_carried_but_not_code():
     config = ModelConfig.from_dict({"my_note": {"a": [1]}, "auto_map": {"AutoModel": "evil.Model"}, "head_dim": 128})
 
     assert config.to_dict()["my_note"] == {"a": [1]}
@@ -93,7 +93,7 @@ BAD = [
     ({"rope_theta": 1e31}, "rope_theta"),
     ({"initializer_range": 1e300}, "initializer_range"),
     ({"hidden_size": 64.5}, "hidden_size"),
-    ({"bos_token_id": [1, 2]}, r"bos_token_id must be one token id, not \[1, 2\]"),
+    ({"bos_token_id": [1, 2]}, r"bos_token_id must be one token id, got \[1, 2\]"),
     ({"eos_token_id": [1, "2"]}, "eos_token_id"),
     ({"eos_token_id": [True]}, "eos_token_id"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
@@ -134,7 +134,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("fields", "named"), BAD, ids=[f"{fields}"[:60] for fields, _ in BAD])
-def test_a_bad_value_is_refused_in_one_line_that_names_it(fields: dict, named: str):
+def test_bad_values_are_rejected_by_name(fields: dict, named: str):
     with pytest.raises(ValueError, match=named) as refused:
         ModelConfig.from_dict(fields)
 
@@ -178,14 +178,14 @@ def test_a_bad_value_is_refused_in_one_line_that_names_it(fields: dict, named: s
         ("rotary_scaling", "rope_scaling"),
     ],
 )
-def test_a_mistyped_or_foreign_field_is_refused_with_the_right_name(field: str, meant: str):
+def test_misspelled_and_foreign_fields_are_rejected(field: str, meant: str):
     with pytest.raises(ValueError, match=f"unknown field '{field}'; .*'{meant}'"):
         ModelConfig.from_dict({field: 7})
 
 
 @pytest.mark.parametrize("name", ["text_config", "ffn_config", "model_args"])
-def test_fields_of_the_model_in_a_nested_config_are_refused(name: str):
-    with pytest.raises(ValueError, match=f"'{name}' holds 'hidden_size'; .* at the top level"):
+def test_fields_in_a_nested_config_are_rejected(name: str):
+    with pytest.raises(ValueError, match=f"'{name}' holds 'hidden_size', which must be at the top level"):
         ModelConfig.from_dict({name: {"dtype": "float32", "hidden_size": 64}, "vision": {"depth": 3}})
 
 
@@ -199,13 +199,13 @@ def test_fields_of_the_model_in_a_nested_config_are_refused(name: str):
     ],
     ids=str,
 )
-def test_what_other_models_compute_is_accepted_where_neutral(neutral: dict, other: dict):
+def test_neutral_fields_of_other_models_are_accepted(neutral: dict, other: dict):
     assert dict(ModelConfig.from_dict(neutral).extra) == neutral
     with pytest.raises(ValueError, match=f"{next(iter(other))} .* is not supported, only"):
         ModelConfig.from_dict(other)
 
 
-def test_a_foreign_name_beside_the_right_one_may_say_the_same():
+def test_an_alias_may_repeat_the_field():
     fields = MOE | {"num_experts": 8, "num_local_experts": None, "num_layers": 30}
 
     assert ModelConfig.from_dict(fields).n_routed_experts == 8
@@ -230,7 +230,7 @@ use_bfloat16 use_mtp watermarking_config ep_size output_router_logits router_z_l
 """
 
 
-def test_what_transformers_writes_beside_the_models_fields_is_carried():
+def test_other_fields_of_transformers_are_carried():
     fields: dict[str, Any] = dict.fromkeys(PRETRAINED.split(), 1)
 
     assert dict(ModelConfig.from_dict(fields).extra) == fields
@@ -286,7 +286,7 @@ SAME = [
 
 
 @pytest.mark.parametrize(("spelling", "meaning"), SAME, ids=[f"{fields}"[:60] for fields, _ in SAME])
-def test_every_neutral_spelling_means_the_same(spelling: dict, meaning: dict):
+def test_equivalent_spellings_give_equal_configs(spelling: dict, meaning: dict):
     config = ModelConfig.from_dict(spelling)
 
     assert dataclasses.replace(config, extra={}) == ModelConfig(**meaning)
@@ -306,7 +306,7 @@ def test_every_neutral_spelling_means_the_same(spelling: dict, meaning: dict):
     ],
     ids=str,
 )
-def test_default_ids_are_only_those_of_the_vocabulary(fields: dict, ids: tuple):
+def test_default_ids_are_within_the_vocabulary(fields: dict, ids: tuple):
     config = ModelConfig.from_dict(fields)
 
     assert (config.bos_token_id, config.eos_token_id) == ids
@@ -326,7 +326,7 @@ def test_default_ids_are_only_those_of_the_vocabulary(fields: dict, ids: tuple):
         ("\xff", "is not JSON"),
     ],
 )
-def test_a_bad_config_json_is_refused_with_its_path(tmp_path: Path, text: str, reason: str):
+def test_a_bad_config_json_is_rejected_with_its_path(tmp_path: Path, text: str, reason: str):
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
 
     with pytest.raises(ValueError, match=reason) as refused:
@@ -352,6 +352,6 @@ def test_info_shows_the_layer_plan_of_a_folder():
     assert "8 routed experts of width 24, top-3, 2 shared" in page
 
 
-def test_info_refuses_what_is_neither_a_preset_nor_a_path():
+def test_info_rejects_an_unknown_model():
     with pytest.raises(ValueError, match="deepseek_moe_17b"):
         describe("deepseek_moe_17b")

@@ -1,6 +1,6 @@
-"""The import of Hugging Face checkpoints: the table of names, every bit of every weight, one line for every bad folder.
+"""Import of Hugging Face checkpoints: names, weights bit for bit, and errors.
 
-Start at `test_every_tensor_of_a_golden_checkpoint_arrives_bit_for_bit`.
+Start at `test_golden_checkpoint_is_imported_bit_for_bit`.
 """
 
 import json
@@ -46,7 +46,7 @@ every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIAN
 
 
 def original_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The parameters of the original PyTorch classes, written down from their constructors."""
+    """Return the parameters of the original PyTorch classes, from their constructors."""
     D, kv = c.hidden_size, c.num_kv_heads * c.head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab_size, D), "model.norm.weight": (D,)}
     if not c.tie_word_embeddings:
@@ -75,7 +75,7 @@ def original_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 @every_variant
-def test_each_parameter_has_its_own_names_and_they_are_the_originals(changes: dict):
+def test_hf_names_are_unique_and_complete(changes: dict):
     config = tiny(**changes)
 
     names = hf_names(config)
@@ -86,7 +86,7 @@ def test_each_parameter_has_its_own_names_and_they_are_the_originals(changes: di
     assert hf_shapes(config) == original_shapes(config)
 
 
-def test_the_16b_has_the_published_names_and_shapes():
+def test_16b_has_the_published_names_and_shapes():
     config = ModelConfig.preset("deepseek_moe_16b")
 
     shapes = hf_shapes(config)
@@ -116,7 +116,7 @@ def independent_tensors(case: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("case", golden.COMMITTED)
-def test_every_tensor_of_a_golden_checkpoint_arrives_bit_for_bit(case: str):
+def test_golden_checkpoint_is_imported_bit_for_bit(case: str):
     want = independent_tensors(case)
 
     model = load_hf(golden.folder(case))
@@ -126,7 +126,7 @@ def test_every_tensor_of_a_golden_checkpoint_arrives_bit_for_bit(case: str):
     assert [name for name in want if not same_bits(got[name], want[name])] == []
 
 
-def test_an_expert_lies_at_its_number_in_the_stack():
+def test_experts_are_stacked_by_index():
     want = independent_tensors("a_baseline")
 
     params = split(load_hf(golden.folder("a_baseline")))[1]
@@ -139,7 +139,7 @@ def test_an_expert_lies_at_its_number_in_the_stack():
 
 @every_variant
 @pytest.mark.parametrize("shards", [1, 3])
-def test_every_variant_loads_from_one_file_and_from_shards(tmp_path: Path, changes: dict, shards: int):
+def test_every_variant_loads_from_one_file_and_shards(tmp_path: Path, changes: dict, shards: int):
     config = tiny(**changes)
     params = random_params(config)
 
@@ -151,7 +151,7 @@ def test_every_variant_loads_from_one_file_and_from_shards(tmp_path: Path, chang
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
-def test_without_a_dtype_what_is_stored_is_kept(tmp_path: Path, stored: str):
+def test_default_keeps_the_stored_dtype(tmp_path: Path, stored: str):
     params = random_params(tiny())
 
     got = split(load_hf(write_hf(tmp_path, tiny(), params, stored)))[1]
@@ -178,7 +178,7 @@ def test_bfloat16_rounds_float32_to_nearest(tmp_path: Path):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp32", "", "float64"])
-def test_an_unknown_dtype_is_refused_and_nothing_is_written(tmp_path: Path, dtype: str):
+def test_unknown_dtype_is_an_error(tmp_path: Path, dtype: str):
     source = write_hf(tmp_path / "hf", tiny(), random_params(tiny()))
     before = snapshot(tmp_path)
 
@@ -191,7 +191,7 @@ def test_an_unknown_dtype_is_refused_and_nothing_is_written(tmp_path: Path, dtyp
 # Tied embeddings
 
 
-def test_a_tied_checkpoint_may_store_its_embedding_a_second_time(tmp_path: Path):
+def test_tied_checkpoint_may_store_the_head_too(tmp_path: Path):
     config = tiny(tie_word_embeddings=True)
     params = random_params(config)
     write_hf(tmp_path, config, params)
@@ -204,7 +204,7 @@ def test_a_tied_checkpoint_may_store_its_embedding_a_second_time(tmp_path: Path)
 
 
 @pytest.mark.parametrize("wrong", ["values", "shape", "dtype"])
-def test_a_tied_checkpoint_with_another_head_is_refused(tmp_path: Path, wrong: str):
+def test_tied_checkpoint_with_another_head_is_an_error(tmp_path: Path, wrong: str):
     config = tiny(tie_word_embeddings=True)
     params = random_params(config)
     head = {
@@ -241,11 +241,11 @@ FOREIGN: dict[str, tuple[Renaming, str]] = {
     ),
     "buffers": (
         lambda t: t | {"model.layers.1.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)},
-        "ignored: 'model.layers.1.self_attn.rotary_emb.inv_freq'",
+        "Ignoring in .*'model.layers.1.self_attn.rotary_emb.inv_freq'",
     ),
     "a value head of TRL": (
         lambda t: t | {"v_head.summary.weight": np.ones((1, 32), np.float32)},
-        "ignored: 'v_head.summary.weight'",
+        "Ignoring in .*'v_head.summary.weight'",
     ),
     "buffers with a prefix": (
         lambda t: prefixed("module.")(t | {"model.rotary_emb.inv_freq": np.ones(4, np.float32)}),
@@ -255,7 +255,7 @@ FOREIGN: dict[str, tuple[Renaming, str]] = {
 
 
 @pytest.mark.parametrize(("rename", "said"), FOREIGN.values(), ids=FOREIGN)
-def test_names_of_wrappers_load_with_a_line(
+def test_wrapper_prefixes_are_dropped_and_logged(
     tmp_path: Path, rename: Renaming, said: str, caplog: pytest.LogCaptureFixture
 ):
     source = write_hf(tmp_path, tiny(), random_params(tiny()))
@@ -264,12 +264,12 @@ def test_names_of_wrappers_load_with_a_line(
     with caplog.at_level("INFO"):
         params = split(load_hf(source))[1]
 
-    assert said in caplog.text
+    assert re.search(said, caplog.text)
     assert all(same_bits(params[name], want) for name, want in random_params(tiny()).items())
 
 
 @pytest.mark.parametrize("form", ["without the head's module", "head alone"])
-def test_a_tied_model_may_be_stored_without_its_outer_module(tmp_path: Path, form: str):
+def test_tied_model_may_lack_the_model_prefix(tmp_path: Path, form: str):
     config = tiny(tie_word_embeddings=True)
     params = random_params(config)
     source, tensors = write_hf(tmp_path, config, params), hf_tensors(config, params)
@@ -300,7 +300,7 @@ def test_empty_shared_experts_are_none(tmp_path: Path):
 # import_hf
 
 
-def test_an_imported_checkpoint_is_the_same_model_with_its_files_beside_it(tmp_path: Path):
+def test_imported_checkpoint_is_the_same_model(tmp_path: Path):
     source = write_hf(tmp_path / "hf", tiny(), random_params(tiny()), shards=2)
     beside = {
         "generation_config.json": b'{"eos_token_id":   1}\n',
@@ -339,7 +339,7 @@ def remove_weights(folder: Path) -> None:
 
 
 def change_tensors(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
-    """The checkpoint as one file, its tensors changed."""
+    """Rewrite the checkpoint as one file with changed tensors."""
 
     def spoil(folder: Path) -> None:
         remove_weights(folder)
@@ -351,7 +351,7 @@ def change_tensors(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[
 
 
 def place_in(shard: str) -> Callable[[Path], None]:
-    """The index says that a tensor lies in `shard`, which is a good file outside the folder."""
+    """Place a tensor in `shard`, a valid file outside the folder."""
 
     def spoil(folder: Path) -> None:
         (folder / SHARD).rename(folder.parent / "elsewhere.safetensors")
@@ -367,7 +367,7 @@ def link_out(folder: Path) -> None:
 
 
 class Touch:
-    """Unpickled by pickle, it runs a command: the marker file would be made."""
+    """Write a pickle that would create a marker file."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -403,7 +403,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "shard one byte short": (lambda f: os.truncate(f / SHARD, (f / SHARD).stat().st_size - 1), SHARD),
     "missing tensor": (change_tensors(lambda t: t.pop(NORM)), f"{NORM} is missing"),
     "missing expert": (change_tensors(lambda t: t.pop(EXPERT)), f"{EXPERT} is missing"),
-    "surplus tensor": (change_tensors(lambda t: t.update(more=t[NORM].copy())), "more belongs to nothing"),
+    "surplus tensor": (change_tensors(lambda t: t.update(more=t[NORM].copy())), "more is unexpected"),
     "wrong shape": (change_tensors(lambda t: t.update({NORM: t[NORM][:-1].copy()})), rf"{NORM} .*\[31\].*\[32\]"),
     "transposed": (change_tensors(lambda t: t.update({EXPERT: t[EXPERT].T.copy()})), rf"{EXPERT} .*\[32, 16\]"),
     "mixed stack": (change_tensors(lambda t: t.update({EXPERT: t[EXPERT].astype(np.float16)})), f"{EXPERT} is float16"),
@@ -411,17 +411,20 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "index names an absent tensor": (edit(INDEX, lambda i: i["weight_map"].update(absent=SHARD)), "absent"),
     "an adapter inside": (
         change_tensors(lambda t: t.update({"model.layers.0.self_attn.q_proj.lora_A.weight": t[NORM].copy()})),
-        "belongs to a LoRA adapter that is not merged",
+        "belongs to an unmerged LoRA adapter",
     ),
     "an adapter beside": (
         lambda folder: [(folder / f"adapter_{name}").write_text("{}") for name in ("config.json", "model.bin")],
-        r"holds a model and an adapter \(adapter_config.json\)",
+        r"holds both a model and an adapter \(adapter_config.json\)",
     ),
     "some have a prefix": (
         change_tensors(lambda t: t.update({f"module.{n}": t.pop(n) for n in list(t) if n != NORM})),
         f"tensor '{NORM}' lacks the prefix 'module.' of the others",
     ),
-    "two of one name": (change_tensors(lambda t: t.update({f"_orig_mod.{NORM}": t[NORM].copy()})), "mean the same"),
+    "two of one name": (
+        change_tensors(lambda t: t.update({f"_orig_mod.{NORM}": t[NORM].copy()})),
+        "have the same normalized name",
+    ),
     "index lacks a tensor": (edit(INDEX, lambda i: i["weight_map"].pop(NORM)), NORM),
     "absolute shard": (place_in("{outside}"), NORM),
     "shard above": (place_in("../elsewhere.safetensors"), NORM),
@@ -435,7 +438,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize(("spoil", "named"), BAD.values(), ids=BAD)
-def test_a_bad_folder_is_refused_in_one_line_and_nothing_is_written(tmp_path: Path, spoil: Callable, named: str):
+def test_invalid_folder_is_a_one_line_error(tmp_path: Path, spoil: Callable, named: str):
     source = write_hf(tmp_path / "hf", tiny(), random_params(tiny()), shards=2)
     spoil(source)
     before = snapshot(tmp_path)
@@ -449,7 +452,7 @@ def test_a_bad_folder_is_refused_in_one_line_and_nothing_is_written(tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_an_existing_out_is_refused_and_stays_as_it_is(tmp_path: Path, kind: str):
+def test_existing_output_dir_is_an_error(tmp_path: Path, kind: str):
     source = write_hf(tmp_path / "hf", tiny(), random_params(tiny()))
     out = tmp_path / "out"
     if kind == "folder":
@@ -464,11 +467,11 @@ def test_an_existing_out_is_refused_and_stays_as_it_is(tmp_path: Path, kind: str
     assert snapshot(tmp_path) == before
 
 
-def test_a_native_checkpoint_is_not_converted_again(tmp_path: Path):
+def test_native_checkpoint_cannot_be_imported(tmp_path: Path):
     import_hf(write_hf(tmp_path / "hf", tiny(), random_params(tiny())), tmp_path / "native")
     before = snapshot(tmp_path)
 
-    with pytest.raises(ValueError, match="native is a native checkpoint already"):
+    with pytest.raises(ValueError, match="native is already a native checkpoint"):
         import_hf(tmp_path / "native", tmp_path / "out")
 
     assert snapshot(tmp_path) == before

@@ -30,7 +30,7 @@ def refuse_direct(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "through the cache"])
 @pytest.mark.parametrize("sizes", [[1], [4096], [4095, 2, 5000], [100] * 300, [9000, 1, 8192, 3], []], ids=str)
-def test_any_run_of_pieces_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], direct: bool):
+def test_writes_of_any_sizes_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], direct: bool):
     monkeypatch.setattr(direct_io, "_BUFFER", 8192)
     if not direct:
         refuse_direct(monkeypatch)
@@ -44,7 +44,7 @@ def test_any_run_of_pieces_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert file.size == sum(sizes)
 
 
-def test_an_existing_file_is_not_written_over(tmp_path: Path):
+def test_an_existing_file_is_not_overwritten(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"mine")
 
     with pytest.raises(FileExistsError):

@@ -1,6 +1,6 @@
-"""The export: what was imported from a Hugging Face folder goes out tensor for tensor, bit for bit, config and all.
+"""Export: tensors, config and files round-trip bit for bit.
 
-Start at `test_a_golden_checkpoint_comes_back_bit_for_bit`. What comes back is read by the safetensors library, or
+Start at `test_golden_checkpoint_round_trips_bit_for_bit`. What comes back is read by the safetensors library, or
 from the bytes by hand; `test_export_torch.py` has PyTorch load and run it.
 """
 
@@ -47,7 +47,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def round_trip(source: Path, work: Path, **options: Any) -> Path:
-    """The folder as it comes back, imported to `work/native` on the way."""
+    """Return the folder after an import to `work/native` and an export."""
     import_hf(source, work / "native")
     return export_hf(work / "native", work / "back", **options).path
 
@@ -57,7 +57,7 @@ def as_stored(tensors: dict[str, np.ndarray]) -> dict[str, Stored]:
 
 
 def differing(got: dict[str, Stored], want: dict[str, Stored]) -> list[str]:
-    """The names of tensors that are not in both, or not the same in dtype, shape and every bit."""
+    """Return the names of missing or unequal tensors."""
     return sorted(name for name in got.keys() | want.keys() if got.get(name) != want.get(name))
 
 
@@ -67,7 +67,7 @@ def fields_of(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A native checkpoint to export, not to change; its source is `hf` beside it."""
+    """Return a read-only native checkpoint with its source `hf`."""
     work = tmp_path_factory.mktemp("export")
     import_hf(write_hf(work / "hf", tiny(torch_dtype="float32"), random_params(tiny())), work / "native")
     return work / "native"
@@ -77,7 +77,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", golden.CASES)
-def test_a_golden_checkpoint_comes_back_bit_for_bit(tmp_path: Path, case: str):
+def test_golden_checkpoint_round_trips_bit_for_bit(tmp_path: Path, case: str):
     source = golden.folder(case)
     want = stored(source)
     if not want:  # no other reader of .bin files without torch
@@ -93,7 +93,7 @@ def test_a_golden_checkpoint_comes_back_bit_for_bit(tmp_path: Path, case: str):
 
 @every_dtype
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_every_variant_comes_back_bit_for_bit(tmp_path: Path, changes: dict, dtype: str):
+def test_every_variant_round_trips_bit_for_bit(tmp_path: Path, changes: dict, dtype: str):
     source = write_hf(tmp_path / "hf", tiny(**changes), random_params(tiny(**changes)), dtype, shards=2)
 
     back = round_trip(source, tmp_path, max_shard_size="30KB")
@@ -103,7 +103,7 @@ def test_every_variant_comes_back_bit_for_bit(tmp_path: Path, changes: dict, dty
 
 
 @every_dtype
-def test_nan_payloads_zeros_signs_infinities_and_subnormals_keep_their_bits(tmp_path: Path, dtype: str):
+def test_special_values_keep_their_bits(tmp_path: Path, dtype: str):
     config = tiny(vocab_size=2048)  # its embedding has 2**16 numbers: every one there is of 16 bits
     rng = np.random.default_rng(0)
     tensors: dict[str, Any] = {
@@ -131,7 +131,7 @@ def norms_wide(config: Any) -> dict[str, np.ndarray]:
     return {name: array.astype(dtype(name)) for name, array in hf_tensors(config, random_params(config)).items()}
 
 
-def test_tensors_of_several_dtypes_keep_each_its_own(tmp_path: Path):
+def test_mixed_dtypes_are_preserved(tmp_path: Path):
     write_hf(tmp_path / "hf", tiny(torch_dtype="bfloat16"), random_params(tiny()))
     write_tensors(tmp_path / "hf", norms_wide(tiny()))
 
@@ -143,7 +143,7 @@ def test_tensors_of_several_dtypes_keep_each_its_own(tmp_path: Path):
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
-def test_a_tied_checkpoint_that_stores_its_head_twice_comes_back_with_one(tmp_path: Path, form: str):
+def test_duplicate_tied_head_is_exported_once(tmp_path: Path, form: str):
     config = tiny(tie_word_embeddings=True)
     tensors = hf_tensors(config, random_params(config))
     twice = tensors | {HEAD: tensors["model.embed_tokens.weight"].copy()}
@@ -160,7 +160,7 @@ def test_a_tied_checkpoint_that_stores_its_head_twice_comes_back_with_one(tmp_pa
 
 
 def bin_file(tensors: dict[str, np.ndarray], shared: dict[str, str]) -> bytes:
-    """What `torch.save` writes of them; `shared` names those that look into another's storage."""
+    """Write them as `torch.save` does; `shared` names views of another's storage."""
     keys = {name: str(i) for i, name in enumerate(tensors)}
     rows = {
         name: hostile.row_by_row(keys[shared.get(name, name)], array.shape, array.size)
@@ -170,7 +170,7 @@ def bin_file(tensors: dict[str, np.ndarray], shared: dict[str, str]) -> bytes:
     return hostile.zip_file(content, {keys[name]: tensors[name].tobytes() for name in tensors if name not in shared})
 
 
-def test_what_comes_back_is_imported_as_the_same_checkpoint(tmp_path: Path, native: Path):
+def test_import_of_an_export_is_the_same_checkpoint(tmp_path: Path, native: Path):
     export_hf(native, tmp_path / "back", max_shard_size="20KB")
 
     import_hf(tmp_path / "back", tmp_path / "again")
@@ -204,7 +204,7 @@ ODD_FIELDS: dict[str, Any] = {
 
 
 def missing_fields(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """The fields that the folder's config lacks or says otherwise: 1 is not 1.0, nor is it true."""
+    """Return the fields that are missing or differ; 1 differs from 1.0 and true."""
     found = fields_of(folder)
     text = functools.partial(json.dumps, sort_keys=True)
     return {
@@ -214,7 +214,7 @@ def missing_fields(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_an_export_has_its_own_code_alone(tmp_path: Path):
+def test_export_has_only_our_config_class(tmp_path: Path):
     source = write_hf(tmp_path / "hf", tiny(), random_params(tiny()))
     evil = {"AutoConfig": "configuration_deepseek.Evil", "AutoModel": "modeling_deepseek.Evil"}
     (source / "config.json").write_text(json.dumps(fields_of(source) | {"auto_map": evil}))
@@ -231,7 +231,7 @@ def test_an_export_has_its_own_code_alone(tmp_path: Path):
 
 
 def defaults_of(code: Path) -> set[str]:
-    """The fields that the class sets: those of its table, and the parameters of `__init__`."""
+    """Return the fields that the class sets."""
     tree = ast.parse(code.read_text(encoding="utf-8"))
     (table,) = (node.value for node in tree.body if isinstance(node, ast.AnnAssign))
     (init,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
@@ -239,7 +239,7 @@ def defaults_of(code: Path) -> set[str]:
     return {*ast.literal_eval(table)} | {arg.arg for arg in init.args.args[1:]}
 
 
-def test_every_field_of_the_config_comes_back_with_its_value_known_or_not(tmp_path: Path):
+def test_config_fields_round_trip(tmp_path: Path):
     config = tiny(num_key_value_heads=None)
     source = write_hf(tmp_path / "hf", config, random_params(config))
     fields = fields_of(source) | ODD_FIELDS
@@ -251,7 +251,7 @@ def test_every_field_of_the_config_comes_back_with_its_value_known_or_not(tmp_pa
 
 
 @pytest.mark.parametrize("field", ["model_type", "architectures", "torch_dtype"])
-def test_what_a_loader_looks_for_is_there_though_the_source_did_not_say_it(tmp_path: Path, field: str):
+def test_export_has_all_fields_that_loaders_need(tmp_path: Path, field: str):
     source = write_hf(tmp_path / "hf", tiny(), random_params(tiny()), "float16")
     fields = fields_of(source)
     fields.pop(field, None)
@@ -265,7 +265,7 @@ def test_what_a_loader_looks_for_is_there_though_the_source_did_not_say_it(tmp_p
 
 @every_dtype
 @pytest.mark.parametrize("said", ["float32", "bfloat16", None])
-def test_the_dtype_in_the_config_is_that_of_the_tensors(tmp_path: Path, said: str | None, dtype: str):
+def test_config_has_the_dtype_of_the_tensors(tmp_path: Path, said: str | None, dtype: str):
     source = write_hf(tmp_path / "hf", tiny(torch_dtype=said, extra={"dtype": said}), random_params(tiny()), dtype)
 
     back = round_trip(source, tmp_path)
@@ -273,7 +273,7 @@ def test_the_dtype_in_the_config_is_that_of_the_tensors(tmp_path: Path, said: st
     assert missing_fields(back, {"torch_dtype": dtype, "dtype": dtype}) == {}
 
 
-def test_the_tokenizer_and_the_generation_config_come_back_byte_for_byte(tmp_path: Path):
+def test_tokenizer_and_generation_config_round_trip(tmp_path: Path):
     source = write_hf(tmp_path / "hf", tiny(), random_params(tiny()))
     beside = {name: f'{{"{name}":\t"é｜"}}\r\n'.encode() for name in (*TOKENIZER_FILES, "generation_config.json")}
     for name, data in beside.items():
@@ -300,7 +300,7 @@ def test_the_tokenizer_and_the_generation_config_come_back_byte_for_byte(tmp_pat
         ({"bos_token_id": None, "pad_token_id": 3}, {"eos_token_id": 1, "pad_token_id": 3}),
     ],
 )
-def test_a_generation_config_is_made_where_there_was_none(tmp_path: Path, changes: dict, made: dict):
+def test_missing_generation_config_is_created(tmp_path: Path, changes: dict, made: dict):
     source = write_hf(tmp_path / "hf", tiny(**changes), random_params(tiny()))
 
     back = round_trip(source, tmp_path)
@@ -343,7 +343,7 @@ def check_layout(folder: Path, limit: int) -> int:
     ("size", "limit"), [(1, 1), (5_000, 5_000), ("20KB", 20_000), ("16KiB", 1 << 14), ("5GB", 5 * 10**9)]
 )
 @pytest.mark.parametrize("several_dtypes", [False, True], ids=["one dtype", "several dtypes"])
-def test_shards_keep_to_their_size_and_to_the_format(tmp_path: Path, size: int | str, limit: int, several_dtypes: bool):
+def test_shards_respect_size_and_format(tmp_path: Path, size: int | str, limit: int, several_dtypes: bool):
     source = write_hf(tmp_path / "hf", tiny(), random_params(tiny()))
     if several_dtypes:
         write_tensors(source, norms_wide(tiny()))
@@ -356,7 +356,7 @@ def test_shards_keep_to_their_size_and_to_the_format(tmp_path: Path, size: int |
     assert differing(stored(back), stored(source)) == []
 
 
-def test_a_shard_takes_all_that_fits_and_no_byte_more(tmp_path: Path, native: Path):
+def test_shards_are_filled_to_the_limit(tmp_path: Path, native: Path):
     whole = sum(len(tensor.data) for tensor in stored(native.parent / "hf").values())
 
     just, short = (export_hf(native, tmp_path / str(size), max_shard_size=size).path for size in (whole, whole - 1))
@@ -371,7 +371,7 @@ def test_a_shard_takes_all_that_fits_and_no_byte_more(tmp_path: Path, native: Pa
         ("7KiB", 7 << 10), ("1.5GB", 1_500_000_000), ("10 MB", 10_000_000), ("123", 123), (123, 123),
     ],
 )  # fmt: skip
-def test_a_shards_size_may_be_told_as_people_do(size: int | str, nbytes: int):
+def test_shard_size_accepts_units(size: int | str, nbytes: int):
     got = parse_size(size)
 
     assert got == nbytes
@@ -382,8 +382,8 @@ def test_a_shards_size_may_be_told_as_people_do(size: int | str, nbytes: int):
     ["", "GB", "5TB", "5gb", "-5GB", "0", 0, -1, "1e9", "0.1", "5GB\n", "5GB 5GB", "nan", True, None, "9" * 400],
     ids=lambda size: repr(size)[:12],
 )
-def test_a_size_that_is_none_is_refused_in_one_line(tmp_path: Path, native: Path, size: Any):
-    with pytest.raises(ValueError, match=r"max_shard_size .* is not a number of bytes such as 5GB") as refused:
+def test_invalid_shard_size_is_an_error(tmp_path: Path, native: Path, size: Any):
+    with pytest.raises(ValueError, match=r"max_shard_size must be a size such as 5GB") as refused:
         export_hf(native, tmp_path / "back", max_shard_size=size)
 
     assert "\n" not in str(refused.value)
@@ -394,7 +394,7 @@ def test_a_size_that_is_none_is_refused_in_one_line(tmp_path: Path, native: Path
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_an_export_may_cast_and_says_what_that_lost(tmp_path: Path, native: Path, dtype: str):
+def test_export_cast_is_reported(tmp_path: Path, native: Path, dtype: str):
     tensors = hf_tensors(tiny(), random_params(tiny()))
     cast = Cast(np.dtype(DTYPES[dtype]))
     want = {name: cast(array) for name, array in tensors.items()}
@@ -408,7 +408,7 @@ def test_an_export_may_cast_and_says_what_that_lost(tmp_path: Path, native: Path
     check_layout(done.path, 20_000)
 
 
-def test_an_export_that_keeps_the_dtype_loses_nothing_and_says_nothing_of_it(tmp_path: Path, native: Path):
+def test_export_without_cast_reports_no_change(tmp_path: Path, native: Path):
     kept = export_hf(native, tmp_path / "kept")
     same = export_hf(native, tmp_path / "same", dtype="float32")
 
@@ -424,23 +424,26 @@ DATA = "parameters/state/{}"
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "first bit of the first tensor": (
         lambda native: flip_bit(native / DATA.format("embed/c/0/0"), 0),
-        "damaged checkpoint: tensor embed has other bytes than were written",
+        "damaged checkpoint: SHA-256 mismatch of tensor embed",
     ),
     "last bit of the last tensor": (
         lambda native: flip_bit(native / DATA.format("head.weight/c/0/0"), -17, 7),
-        r"damaged checkpoint: tensor head\.weight has other bytes than were written",
+        r"damaged checkpoint: SHA-256 mismatch of tensor head\.weight",
     ),
     "an expert": (
         lambda native: flip_bit(native / DATA.format("layers.1.moe.experts.up/c/0/0/0"), 9_000, 3),
         r"damaged checkpoint: tensor layers\.1\.moe\.experts\.up has other bytes",
     ),
-    "the index of parts": (lambda native: flip_bit(native / DATA.format("norm.weight/c/0"), -1), "another index"),
+    "the index of parts": (
+        lambda native: flip_bit(native / DATA.format("norm.weight/c/0"), -1),
+        "or their index",
+    ),
     "a description": (lambda native: flip_bit(native / DATA.format("embed/zarr.json"), 20), "zarr.json"),
     "a file gone": (lambda native: (native / DATA.format("embed/c/0/0")).unlink(), "embed/c/0/0: cannot be read"),
     "no manifest": (lambda native: (native / "dsmoe_jax.json").unlink(), "not a native checkpoint"),
     "another config": (
         lambda native: (native / "config.json").write_text(json.dumps(tiny(vocab_size=32).to_dict())),
-        "damaged checkpoint: 'config.json' has",
+        "damaged: 'config.json' ",
     ),
     "another model": (
         resealed(lambda native: (native / "config.json").write_text(json.dumps(tiny(vocab_size=32).to_dict()))),
@@ -450,9 +453,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize(("spoil", "named"), BAD.values(), ids=BAD)
-def test_a_damaged_checkpoint_is_refused_in_one_line_and_nothing_is_left(
-    tmp_path: Path, spoil: Callable[[Path], Any], named: str
-):
+def test_export_of_a_damaged_checkpoint_is_an_error(tmp_path: Path, spoil: Callable[[Path], Any], named: str):
     native = tmp_path / "native"
     import_hf(write_hf(tmp_path / "hf", tiny(), random_params(tiny())), native)
     spoil(native)
@@ -464,21 +465,21 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_and_nothing_is_left(
     assert list(tmp_path.glob("new/*")) == []
 
 
-def test_damage_in_what_an_interrupted_run_exported_is_found_by_the_next_and_nothing_is_left(tmp_path: Path):
+def test_resumed_export_detects_damage_of_the_first_run(tmp_path: Path):
     native, out = tmp_path / "native", tmp_path / "new" / "back"
     import_hf(write_hf(tmp_path / "hf", tiny(), random_params(tiny())), native)
     with pytest.raises(KeyboardInterrupt):
         export_hf(native, out, max_shard_size="20KB", progress=stop_after(60_000))
     flip_bit(native / DATA.format("embed/c/0/0"), 0)
 
-    with pytest.raises(ValueError, match="tensor embed has other bytes than were written"):
+    with pytest.raises(ValueError, match="SHA-256 mismatch of tensor embed"):
         export_hf(native, out, max_shard_size="20KB")
 
     assert list(out.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "checkpoint"])
-def test_an_existing_out_is_refused_and_stays_as_it_is(tmp_path: Path, native: Path, kind: str):
+def test_existing_output_dir_is_an_error(tmp_path: Path, native: Path, kind: str):
     out = tmp_path / "out"
     {"folder": out.mkdir, "file": out.touch, "checkpoint": lambda: export_hf(native, out)}[kind]()
     before = snapshot(tmp_path)
@@ -489,7 +490,7 @@ def test_an_existing_out_is_refused_and_stays_as_it_is(tmp_path: Path, native: P
     assert snapshot(tmp_path) == before
 
 
-def test_a_hugging_face_folder_is_not_exported_again(tmp_path: Path, native: Path):
+def test_hf_folder_cannot_be_exported(tmp_path: Path, native: Path):
     with pytest.raises(ValueError, match="hf: not a native checkpoint"):
         export_hf(native.parent / "hf", tmp_path / "out")
 

@@ -1,4 +1,4 @@
-"""An independent reader proves the export: PyTorch loads it strictly, by Hugging Face's names, and computes the same.
+"""Exports loaded strictly by PyTorch give equal outputs.
 
 Start at `check_export`. Between an exported folder and its logits stands no code of ours but the test's own model.
 """
@@ -45,7 +45,7 @@ SPLIT = "20KB"
 
 
 def check_export(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of an exported folder, once its index and shards have been found to say the same."""
+    """Return every tensor of an exported folder after checking index and shards."""
     index = json.loads((folder / INDEX).read_text())
     files = sorted(folder.glob("*.safetensors"))
     shards = {file.name: load_file(file) for file in files}
@@ -63,7 +63,7 @@ def check_export(folder: Path) -> dict[str, Tensor]:
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a Hugging Face folder that PyTorch's own readers find in its files."""
+    """Return every tensor of a folder, read by PyTorch."""
     tensors = {}
     for file in folder.glob("model*.safetensors"):
         tensors |= load_file(file)
@@ -73,7 +73,7 @@ def stored(folder: Path) -> dict[str, Tensor]:
 
 
 def torch_logits(folder: Path, tensors: Mapping[str, Tensor], ids: np.ndarray) -> np.ndarray:
-    """What PyTorch computes in float32 with the folder's `config.json` and exactly these tensors."""
+    """Return PyTorch's float32 logits with the folder's config and exactly these tensors."""
     model = TorchModel(json.loads((folder / "config.json").read_text()))
     model.load_state_dict(tensors, strict=True)
     return model.eval()(torch.from_numpy(ids.astype(np.int64))).numpy()
@@ -91,7 +91,7 @@ def assert_same_bits(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> N
 
 
 def lively(tmp_path: Path, changes: Mapping[str, Any], dtype: str = "float32") -> Path:
-    """A tiny checkpoint whose weights are large enough for each of them to show in the logits."""
+    """Write a tiny checkpoint in which every weight affects the logits."""
     config = tiny(**changes)
     params = random_params(config)
     for name, value in params.items():
@@ -100,7 +100,7 @@ def lively(tmp_path: Path, changes: Mapping[str, Any], dtype: str = "float32") -
 
 
 def round_trip(source: Path, out: Path, max_shard_size: str = WHOLE) -> Path:
-    """Imported and exported again."""
+    """Import and export a folder."""
     import_hf(source, out / "native")
     export_hf(out / "native", out / "exported", max_shard_size=max_shard_size)
     return out / "exported"
@@ -110,7 +110,7 @@ def round_trip(source: Path, out: Path, max_shard_size: str = WHOLE) -> Path:
 
 
 @every_case
-def test_the_reader_computes_what_the_original_did(case: str):
+def test_torch_reference_has_the_original_logits(case: str):
     want = golden.tensors(case)
 
     logits = torch_logits(golden.folder(case), stored(golden.folder(case)), want["in.input_ids"])
@@ -118,7 +118,7 @@ def test_the_reader_computes_what_the_original_did(case: str):
     np.testing.assert_allclose(logits, want["logits"], rtol=0, atol=golden.LOGITS)
 
 
-def test_no_tensor_could_be_another_unnoticed(tmp_path: Path):
+def test_tensors_cannot_be_swapped_unnoticed(tmp_path: Path):
     source = lively(tmp_path, {"attention_bias": True})
     tensors = stored(source)
     want = torch_logits(source, tensors, IDS)
@@ -132,7 +132,7 @@ def test_no_tensor_could_be_another_unnoticed(tmp_path: Path):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
-def test_a_tensor_too_few_or_too_many_is_refused(tmp_path: Path, tied: bool):
+def test_missing_or_unexpected_tensor_is_an_error(tmp_path: Path, tied: bool):
     source = lively(tmp_path, {"tie_word_embeddings": tied})
     tensors = stored(source)
     embedding = tensors["model.embed_tokens.weight"]
@@ -147,7 +147,7 @@ def test_a_tensor_too_few_or_too_many_is_refused(tmp_path: Path, tied: bool):
 
 
 @every_case
-def test_an_exported_golden_checkpoint_gives_the_originals_logits_and_bits(tmp_path: Path, case: str):
+def test_exported_golden_checkpoint_has_the_original_logits(tmp_path: Path, case: str):
     source, want = golden.folder(case), golden.tensors(case)
 
     exported = round_trip(source, tmp_path)
@@ -159,7 +159,7 @@ def test_an_exported_golden_checkpoint_gives_the_originals_logits_and_bits(tmp_p
 
 
 @every_variant
-def test_every_exported_variant_gives_our_logits_and_the_sources_bits(tmp_path: Path, changes: dict[str, Any]):
+def test_exported_variants_have_equal_logits_and_bits(tmp_path: Path, changes: dict[str, Any]):
     source = lively(tmp_path, changes)
     ours = np.asarray(load_hf(source)(IDS).logits)
 
@@ -172,7 +172,7 @@ def test_every_exported_variant_gives_our_logits_and_the_sources_bits(tmp_path: 
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_an_export_in_half_precision_keeps_its_bits_and_its_float32_logits(tmp_path: Path, dtype: str):
+def test_half_precision_export_keeps_bits_and_logits(tmp_path: Path, dtype: str):
     source = lively(tmp_path, {}, dtype)
     ours = np.asarray(load_hf(source, dtype="float32")(IDS).logits)
 
@@ -184,7 +184,7 @@ def test_an_export_in_half_precision_keeps_its_bits_and_its_float32_logits(tmp_p
     np.testing.assert_allclose(torch_logits(exported, tensors, IDS), ours, rtol=0, atol=golden.LOGITS)
 
 
-def test_a_cast_on_the_way_out_rounds_as_pytorch_does(tmp_path: Path):
+def test_cast_rounds_like_pytorch(tmp_path: Path):
     source = lively(tmp_path, {})
     import_hf(source, tmp_path / "native")
 
@@ -195,7 +195,7 @@ def test_a_cast_on_the_way_out_rounds_as_pytorch_does(tmp_path: Path):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
-def test_an_export_in_several_shards_is_the_same_model(tmp_path: Path, tied: bool):
+def test_export_in_several_shards_is_the_same_model(tmp_path: Path, tied: bool):
     source = lively(tmp_path, {"tie_word_embeddings": tied})
     ours = np.asarray(load_hf(source)(IDS).logits)
 

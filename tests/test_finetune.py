@@ -222,13 +222,14 @@ def test_a_damaged_best_is_named_and_replaced(
     monkeypatch.setattr(loop, "_evaluate", lambda *_: (next(said), 1))
     run(config(home, tmp_path / "out", steps=2, eval_interval=2))
     flip_bit(tmp_path / "out" / "best" / WEIGHTS, -1)
-    with pytest.raises(ValueError, match=f"best: damaged adapter: {WEIGHTS!r} has other bytes than were written"):
+    with pytest.raises(ValueError, match=f"best: damaged: {WEIGHTS!r} does not match its SHA-256"):
         read_adapter(tmp_path / "out" / "best", MODEL)
 
     run(config(home, tmp_path / "out", steps=4, eval_interval=2))
 
     best, last = weights(tmp_path / "out" / "best"), weights(tmp_path / "out" / "adapter")
-    assert f"best is damaged, the next evaluation replaces it: {WEIGHTS!r} has other bytes" in caplog.text
+    assert "best is damaged, the next evaluation replaces it" in caplog.text
+    assert f"{WEIGHTS!r} does not match its SHA-256" in caplog.text
     assert json.loads((tmp_path / "out" / "best" / "evaluation.json").read_text())["loss"] == 3.0
     assert best.keys() == last.keys()
 
@@ -402,7 +403,7 @@ def test_every_recipe_is_a_run_and_its_flags_change_it():
         (["--quantize", "nf4"], "a base in nf4 cannot be trained itself; --lora trains adapters on it"),
         (["--lora", "--quantize", "int3"], "quantize 'int3' is not one of int8, int4, nf4"),
         (["--recipe", "huge"], "recipe 'huge' does not exist, only full, full_8x40gb, lora_1x80gb, qlora_1x80gb, tiny"),
-        (["--lora.r", "0"], "r must be a whole number of at least 1, not 0"),
+        (["--lora.r", "0"], "r must be an integer of at least 1, got 0"),
         (["--lora.target-modules", "qproj"], "'qproj' matches no module of this model"),
         (["--lora.target-modules", "gate"], "target_modules: model.layers.1.mlp.gate cannot be adapted"),
         (["--epochs", "0"], "epochs must be more than 0, not 0.0"),

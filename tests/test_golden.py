@@ -25,7 +25,7 @@ def forward(case: str, dtype: str = "float32"):
 
 
 @every_case
-def test_logits_and_every_hidden_state_equal_the_originals(case: str):
+def test_logits_and_hidden_states_equal_the_original(case: str):
     want = golden.tensors(case)
 
     out = forward(case)
@@ -37,7 +37,7 @@ def test_logits_and_every_hidden_state_equal_the_originals(case: str):
         np.testing.assert_allclose(states, want[f"hidden.{i}"], rtol=0, atol=golden.LOGITS)
 
 
-def test_the_last_state_before_the_final_norm_equals_the_originals():
+def test_the_last_hidden_state_equals_the_original():
     model, want = golden.model("a_baseline"), golden.tensors("a_baseline")
     graph, params = split(model)
 
@@ -47,7 +47,7 @@ def test_the_last_state_before_the_final_norm_equals_the_originals():
 
 
 @every_case
-def test_the_same_experts_are_chosen_with_the_same_weights(case: str):
+def test_routing_equals_the_original(case: str):
     want = golden.tensors(case)
 
     routing = forward(case).routing
@@ -63,7 +63,7 @@ def test_the_same_experts_are_chosen_with_the_same_weights(case: str):
 
 
 @every_case
-def test_left_padded_logits_equal_the_originals(case: str):
+def test_left_padded_logits_equal_the_original(case: str):
     model, want = golden.model(case), golden.tensors(case)
     ids, mask = want["in.leftpad.input_ids"], want["in.leftpad.attention_mask"]
 
@@ -75,7 +75,7 @@ def test_left_padded_logits_equal_the_originals(case: str):
 
 
 @every_case
-def test_cached_steps_equal_the_originals(case: str):
+def test_cached_steps_equal_the_original(case: str):
     model, want = golden.model(case), golden.tensors(case)
     ids, first = want["in.input_ids"], golden.expected(case)["cache_prefill_len"]
     graph, params = split(model)
@@ -96,7 +96,7 @@ def test_cached_steps_equal_the_originals(case: str):
 
 
 @every_case
-def test_greedy_ids_equal_the_originals_alone_in_a_batch_and_up_to_the_end_of_sequence(case: str):
+def test_greedy_ids_equal_the_original(case: str):
     model, want = golden.model(case), golden.expected(case)["generation"]
     prompts = [golden.tensors(case)[f"in.gen.prompt{i}"][0] for i in range(3)]
     new = len(want["prompt0"])
@@ -115,7 +115,7 @@ def test_greedy_ids_equal_the_originals_alone_in_a_batch_and_up_to_the_end_of_se
 
 
 @every_case
-def test_bf16_is_as_near_to_fp32_as_the_originals(case: str):
+def test_bf16_is_as_close_to_fp32_as_the_original(case: str):
     want, original = golden.tensors(case)["logits"], golden.expected(case)
 
     logits = np.asarray(forward(case, "bfloat16").logits)

@@ -1,6 +1,6 @@
-"""Checkpoints from the hub, against a small one on loopback, by processes with the environment of a user.
+"""Downloads from a small hub on loopback, in subprocesses with a user's environment.
 
-Start at `test_only_what_is_read_is_fetched_and_loads_bit_for_bit`.
+Start at `test_only_needed_files_are_fetched`.
 """
 
 import json
@@ -46,7 +46,7 @@ for line in sys.stdin:
 
 
 class Client:
-    """A process that fetches."""
+    """A process that downloads."""
 
     def __init__(self, process: subprocess.Popen[str]):
         self.process = process
@@ -62,7 +62,7 @@ class Client:
         return Snapshot(Path(folder), name, sha)
 
     def refused(self, repository: str, revision: str | None = None, token: str = "") -> str:
-        """The one line."""
+        """Return the error message."""
         line = self.ask(repository, revision, token)["refused"]
         assert line.startswith(f"{repository}: ")
         assert line.isprintable()
@@ -119,7 +119,7 @@ def index(*shards: str) -> bytes:
 
 
 def holding(*names: str, **content: bytes) -> dict[str, bytes]:
-    """Files whose content does not matter, `fetch` does not open weights."""
+    """Return placeholder files; `fetch` does not open weights."""
     return {"config.json": b"{}"} | {name: name.encode() for name in names} | content
 
 
@@ -147,7 +147,7 @@ def holding(*names: str, **content: bytes) -> dict[str, bytes]:
         "ä/b": False,
     }.items(),
 )
-def test_a_repository_s_name_is_owner_slash_name_and_no_path_here(
+def test_repo_id_is_owner_slash_name_and_no_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, expected: bool
 ):
     (tmp_path / "here" / "model").mkdir(parents=True)
@@ -157,12 +157,12 @@ def test_a_repository_s_name_is_owner_slash_name_and_no_path_here(
     assert is_repo_id(source) is expected
 
 
-def test_what_is_no_name_is_refused():
-    with pytest.raises(ValueError, match=r"^a/b/c: is no name of a repository, owner/name$"):
+def test_invalid_repo_id_is_an_error():
+    with pytest.raises(ValueError, match=r"^a/b/c: the repository id must have the form owner/name$"):
         fetch("a/b/c")
 
 
-def test_without_huggingface_hub_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+def test_missing_huggingface_hub_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
 
     with pytest.raises(ValueError, match=r"^a/b: the hub needs huggingface_hub: pip install 'dsmoe_jax\[hub\]'$"):
@@ -172,7 +172,7 @@ def test_without_huggingface_hub_one_line_says_how_to_get_it(monkeypatch: pytest
 # Which files
 
 
-def test_only_what_is_read_is_fetched_and_loads_bit_for_bit(hub: FakeHub, online: Client, checkpoint: dict[str, bytes]):
+def test_only_needed_files_are_fetched(hub: FakeHub, online: Client, checkpoint: dict[str, bytes]):
     beside = holding("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     ignored = holding(
         "README.md", ".gitattributes", "modeling_deepseek.py", "configuration_deepseek.py",
@@ -194,7 +194,7 @@ def test_only_what_is_read_is_fetched_and_loads_bit_for_bit(hub: FakeHub, online
     assert [name for name in want if np.asarray(got[name]).tobytes() != want[name].tobytes()] == []
 
 
-def test_a_repository_of_bin_files_loads_as_its_folder_does(hub: FakeHub, online: Client):
+def test_repository_of_bin_files_loads_like_its_folder(hub: FakeHub, online: Client):
     source = golden.folder("k_bin_shards")
     hub.add("tests/bins", read(source))
 
@@ -226,7 +226,7 @@ CHOICES: dict[str, tuple[Mapping[str, bytes], set[str]]] = {
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_weights_are_chosen_as_the_reader_prefers_them(hub: FakeHub, online: Client, choice: str):
+def test_hub_weights_are_chosen_as_by_the_reader(hub: FakeHub, online: Client, choice: str):
     files, expected = CHOICES[choice]
     name = f"choices/{list(CHOICES).index(choice)}"
     hub.add(name, files)
@@ -236,7 +236,7 @@ def test_weights_are_chosen_as_the_reader_prefers_them(hub: FakeHub, online: Cli
     assert set(hub.fetched(name)) == {"config.json"} | expected
 
 
-def test_a_blob_in_the_store_that_repositories_share_loads(hub: FakeHub, online: Client, checkpoint: dict[str, bytes]):
+def test_shared_blob_of_the_cache_loads(hub: FakeHub, online: Client, checkpoint: dict[str, bytes]):
     hub.add("tests/shared", checkpoint)
     snapshot = online.fetch("tests/shared")
     blobs = snapshot.folder.parent.parent / "blobs"
@@ -254,7 +254,7 @@ def test_a_blob_in_the_store_that_repositories_share_loads(hub: FakeHub, online:
 # Revisions and the cache
 
 
-def test_a_branch_a_tag_and_a_commit_resolve_to_the_commit(hub: FakeHub, online: Client):
+def test_revision_resolves_to_the_commit(hub: FakeHub, online: Client):
     repository = hub.add("tests/revisions", holding("model.safetensors"))
     main = repository.branches["main"]
     other = repository.commit(holding("pytorch_model.bin"), branch="pr/1")
@@ -268,7 +268,7 @@ def test_a_branch_a_tag_and_a_commit_resolve_to_the_commit(hub: FakeHub, online:
     assert not (found["main"].folder / "pytorch_model.bin").exists()
 
 
-def test_a_second_fetch_downloads_nothing_and_a_moved_branch_only_what_changed(hub: FakeHub, online: Client):
+def test_second_fetch_downloads_only_changes(hub: FakeHub, online: Client):
     repository = hub.add("tests/twice", holding("model.safetensors", "tokenizer.json"))
     first = online.fetch("tests/twice")
     before = hub.fetched("tests/twice")
@@ -288,7 +288,7 @@ def test_a_second_fetch_downloads_nothing_and_a_moved_branch_only_what_changed(h
     assert read(third.folder) == repository.commits[sha]
 
 
-def test_offline_the_cached_snapshot_is_used(hub: FakeHub, online: Client, offline: Client):
+def test_offline_uses_the_cached_snapshot(hub: FakeHub, online: Client, offline: Client):
     hub.add("tests/offline", holding("a.safetensors", **{INDEX: index("a.safetensors")}))
     fetched = online.fetch("tests/offline")
     asked = len(hub.requests)
@@ -299,16 +299,16 @@ def test_offline_the_cached_snapshot_is_used(hub: FakeHub, online: Client, offli
     assert len(hub.requests) == asked
 
 
-def test_offline_what_is_not_cached_is_refused_by_name(hub: FakeHub, offline: Client, cache: Path):
+def test_offline_a_missing_file_is_named(hub: FakeHub, offline: Client, cache: Path):
     hub.add("tests/uncached", holding("model.safetensors"))
 
     line = offline.refused("tests/uncached", "v1")
 
-    assert line.endswith(f"HF_HUB_OFFLINE is set and the cache, {cache}/hub, holds no config.json of revision 'v1'")
+    assert line.endswith(f"HF_HUB_OFFLINE is set and the cache, {cache}/hub, has no config.json of revision 'v1'")
     assert not hub.fetched("tests/uncached")
 
 
-def test_an_interrupted_download_is_completed_by_the_next(hub: FakeHub, online: Client, offline: Client):
+def test_interrupted_download_resumes(hub: FakeHub, online: Client, offline: Client):
     files = holding("a.safetensors", **{INDEX: index("a.safetensors", "b.safetensors")})
     # huggingface_hub writes in pieces of 10 MiB, so one piece arrives.
     files["b.safetensors"] = np.random.default_rng(0).bytes((10 << 20) + 5000)
@@ -332,23 +332,23 @@ def test_an_interrupted_download_is_completed_by_the_next(hub: FakeHub, online: 
 # Refusals
 
 FINE = holding("model.safetensors")
-HOSTILE = "a shard is a .safetensors file beside it"
+HOSTILE = "a shard must be a .safetensors file"
 
 # the files | what is wrong with the repository | what the one line says
 REFUSED: dict[str, tuple[Mapping[str, bytes], dict[str, Any], str]] = {
-    "absent": (FINE, {"listing": "absent"}, "shows no such repository"),
+    "absent": (FINE, {"listing": "absent"}, "no such repository on"),
     "gated": (FINE, {"download": "gated"}, "its owner grants access"),
     "gated, listing too": (FINE, {"listing": "gated"}, "its owner grants access"),
-    "bad token": (FINE, {"listing": "bad token"}, "answered 401; it does not accept the token"),
-    "bad token for files": (FINE, {"download": "bad token"}, "answered 401; it does not accept the token"),
-    "forbidden": (FINE, {"listing": "forbidden"}, "answered 403; the token"),
-    "forbidden files": (FINE, {"download": "forbidden"}, "answered 403; the token"),
-    "too many requests": (FINE, {"listing": "busy"}, "answered 429; too many requests"),
-    "hub out of order": (FINE, {"listing": "broken"}, "answered 503"),
+    "bad token": (FINE, {"listing": "bad token"}, "returned HTTP 401; it does not accept the token"),
+    "bad token for files": (FINE, {"download": "bad token"}, "returned HTTP 401; it does not accept the token"),
+    "forbidden": (FINE, {"listing": "forbidden"}, "returned HTTP 403; the token"),
+    "forbidden files": (FINE, {"download": "forbidden"}, "returned HTTP 403; the token"),
+    "too many requests": (FINE, {"listing": "busy"}, "returned HTTP 429; too many requests"),
+    "hub out of order": (FINE, {"listing": "broken"}, "returned HTTP 503"),
     "line dead": (FINE, {"listing": "silent"}, "cannot be fetched from 127.0.0.1"),
     "another server": (FINE, {"listing": "garbage"}, "cannot be fetched from 127.0.0.1"),
-    "no weights": (holding("README.md", "tf_model.h5"), {}, "the repository holds no weights; looked for model.safe"),
-    "no config": ({"model.safetensors": b""}, {}, "the repository holds no config.json"),
+    "no weights": (holding("README.md", "tf_model.h5"), {}, "the repository has no weights; looked for model.safe"),
+    "no config": ({"model.safetensors": b""}, {}, "the repository has no config.json"),
     "shard above": (holding(**{INDEX: index("../../x.safetensors")}), {}, HOSTILE),
     "shard in a folder": (holding("a/x.safetensors", **{INDEX: index("a/x.safetensors")}), {}, HOSTILE),
     "absolute shard": (holding(**{INDEX: index("/x.safetensors")}), {}, HOSTILE),
@@ -365,14 +365,14 @@ REFUSED: dict[str, tuple[Mapping[str, bytes], dict[str, Any], str]] = {
         {},
         f"the repository holds two checkpoints, model.safetensors and the shards of {INDEX}; remove one of them",
     ),
-    "empty index": (holding(**{INDEX: index()}), {}, "weight_map is missing, empty or not an object"),
+    "empty index": (holding(**{INDEX: index()}), {}, "weight_map must be a non-empty object"),
     "index that is no JSON": (holding(**{INDEX: b"{"}), {}, f"{INDEX}: is not JSON"),
     "no room": (FINE, {"sizes": {"model.safetensors": 10**18}}, "needs 1000000000.00 GB"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_wrong_is_said_in_one_line_before_a_weight_is_fetched(hub: FakeHub, online: Client, case: str):
+def test_errors_precede_the_download_of_weights(hub: FakeHub, online: Client, case: str):
     files, wrong, said = REFUSED[case]
     name = f"refused/{list(REFUSED).index(case)}"
     hub.add(name, files, **wrong)
@@ -383,17 +383,17 @@ def test_what_is_wrong_is_said_in_one_line_before_a_weight_is_fetched(hub: FakeH
     assert set(hub.fetched(name)) <= {"config.json", INDEX}
 
 
-def test_an_unknown_repository_and_revision_are_refused_by_name(hub: FakeHub, online: Client):
+def test_unknown_repository_or_revision_is_an_error(hub: FakeHub, online: Client):
     hub.add("tests/known", FINE)
 
-    assert "no folder here; 127.0.0.1:" in online.refused("tests/unknown")
+    assert "no such folder, and no such repository on 127.0.0.1:" in online.refused("tests/unknown")
     assert online.refused("tests/known", "v7").endswith(": has no revision 'v7'")
 
 
 # The token
 
 
-def test_the_token_goes_with_every_request(hub: FakeHub, online: Client):
+def test_token_is_sent_with_every_request(hub: FakeHub, online: Client):
     hub.add("tests/private", FINE)
 
     online.fetch("tests/private", token=TOKEN)
@@ -402,7 +402,7 @@ def test_the_token_goes_with_every_request(hub: FakeHub, online: Client):
 
 
 @pytest.mark.parametrize("wrong", ["absent", "gated", "bad token", "forbidden", "silent", "garbage"])
-def test_the_token_is_in_no_error(hub: FakeHub, online: Client, wrong: str):
+def test_token_is_in_no_error(hub: FakeHub, online: Client, wrong: str):
     hub.add(f"secret/{wrong.replace(' ', '-')}", FINE, listing=wrong)
 
     answer = online.ask(f"secret/{wrong.replace(' ', '-')}", token=TOKEN)
@@ -411,7 +411,7 @@ def test_the_token_is_in_no_error(hub: FakeHub, online: Client, wrong: str):
     assert TOKEN not in answer["refused"] + answer["traceback"]
 
 
-def test_a_token_that_no_header_may_hold_is_in_no_error_either(hub: FakeHub, online: Client):
+def test_malformed_token_is_in_no_error(hub: FakeHub, online: Client):
     hub.add("tests/malformed", FINE)
 
     answer = online.ask("tests/malformed", token=f"{TOKEN}\v{TOKEN}")
@@ -420,7 +420,7 @@ def test_a_token_that_no_header_may_hold_is_in_no_error_either(hub: FakeHub, onl
     assert TOKEN not in answer["traceback"]
 
 
-def test_every_place_the_reader_looks_in_has_a_choice_here():
+def test_every_layout_of_the_reader_is_tested():
     fetched = set().union(*(expected for _, expected in CHOICES.values()))
 
     assert {name for name, _, _ in our_hub.LAYOUTS} <= fetched

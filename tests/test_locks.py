@@ -18,8 +18,12 @@ import os, sys, time
 from pathlib import Path
 from dsmoe_jax.storage.locks import lock_folder
 with lock_folder(Path(sys.argv[1])):
-    if sys.argv[2:] and os.fork() == 0:
-        time.sleep(60)
+    if sys.argv[2:]:
+        ready, started = os.pipe()
+        if os.fork() == 0:
+            os.write(started, b"x")
+            time.sleep(60)
+        os.read(ready, 1)
     print("holds", flush=True)
     sys.stdin.read()
 """
@@ -45,7 +49,7 @@ def take(folder: Path) -> None:
         pass
 
 
-def test_a_second_process_is_refused_whatever_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_second_process_is_rejected_by_any_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "link").symlink_to("run")
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -56,7 +60,7 @@ def test_a_second_process_is_refused_whatever_the_path(tmp_path: Path, monkeypat
             assert "\n" not in str(refused.value)
 
 
-def test_a_killed_holder_blocks_nobody(tmp_path: Path):
+def test_a_killed_holder_releases_the_lock(tmp_path: Path):
     with held(tmp_path / "run") as first:
         first.send_signal(signal.SIGKILL)
         first.wait(30)
@@ -66,7 +70,7 @@ def test_a_killed_holder_blocks_nobody(tmp_path: Path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_a_child_that_outlives_its_killed_parent_holds_nothing(tmp_path: Path):
+def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path):
     with held(tmp_path / "run", "fork") as first:
         first.send_signal(signal.SIGKILL)
         first.wait(30)
@@ -74,7 +78,7 @@ def test_a_child_that_outlives_its_killed_parent_holds_nothing(tmp_path: Path):
         take(tmp_path / "run")
 
 
-def test_nothing_is_left_and_an_empty_new_folder_goes(tmp_path: Path):
+def test_lock_files_and_empty_new_folders_are_removed(tmp_path: Path):
     (tmp_path / "old").mkdir()
 
     take(tmp_path / "old")
@@ -86,7 +90,7 @@ def test_nothing_is_left_and_an_empty_new_folder_goes(tmp_path: Path):
     assert list((tmp_path / "old").iterdir()) == []
 
 
-def test_names_are_locked_each_on_its_own(tmp_path: Path):
+def test_names_are_locked_independently(tmp_path: Path):
     a, b = tmp_path / "a", tmp_path / "b"
     refused = pytest.raises(ValueError, match="a is in use by another process")
 
@@ -94,7 +98,7 @@ def test_names_are_locked_each_on_its_own(tmp_path: Path):
         pass
 
 
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path):
+def test_an_unwritable_place_is_reported_in_one_line(tmp_path: Path):
     (tmp_path / "file").touch()
 
     for lock in (

@@ -1,6 +1,6 @@
 """The whole model against its slow twin, over everything a config can ask for; padding, positions, init, refusals.
 
-Start at `test_logits_equal_the_twins`.
+Start at `test_logits_equal_the_reference`.
 """
 
 import ast
@@ -91,7 +91,7 @@ def assert_logits(got: Any, want: Any, where: Any = np.s_[:]):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_equal_the_twins(variant: str):
+def test_logits_equal_the_reference(variant: str):
     model = reference.random_model(tiny(**VARIANTS[variant]))
 
     out = model(IDS)
@@ -108,7 +108,7 @@ OF_THE_SAME_SHAPES = ["norm_topk_prob", "linear rope", "dynamic rope, beyond", "
 
 
 @pytest.mark.parametrize("variant", OF_THE_SAME_SHAPES)
-def test_the_twin_tells_the_variants_apart(variant: str):
+def test_the_reference_distinguishes_the_variants(variant: str):
     """An option that changed nothing would prove nothing above."""
     plain = reference.random_model(tiny(**ONE_LAYER))
     other = assemble(tiny(**VARIANTS[variant]), split(plain)[1])
@@ -118,7 +118,7 @@ def test_the_twin_tells_the_variants_apart(variant: str):
     assert np.abs(changed - logits).max() > 1e1 * LOGITS
 
 
-def test_every_hidden_state_equals_the_twins():
+def test_every_hidden_state_equals_the_reference():
     out = base()(IDS, output_hidden_states=True)
 
     want = reference.forward(base(), IDS)
@@ -133,7 +133,7 @@ def test_every_hidden_state_equals_the_twins():
     ("first", "every", "experts", "layers"),
     [(0, 1, 8, [0, 1, 2, 3, 4]), (1, 2, 8, [2, 4]), (3, 1, 8, [3, 4]), (5, 1, 8, []), (0, 1, None, [])],
 )
-def test_routing_is_told_for_the_moe_layers_alone(first: int, every: int, experts: int | None, layers: list[int]):
+def test_routing_is_returned_for_moe_layers(first: int, every: int, experts: int | None, layers: list[int]):
     plan = {"first_k_dense_replace": first, "moe_layer_freq": every, "num_hidden_layers": 5}
     model = reference.random_model(tiny(n_routed_experts=experts, **plan))
 
@@ -157,7 +157,7 @@ def test_bf16_runs_and_stays_near_fp32():
 
 
 @pytest.mark.parametrize(("positions", "kind"), [("default", bool), ("counted", int)])
-def test_padding_on_either_side_leaves_the_logits_of_real_tokens_unchanged(positions: str, kind: type):
+def test_padding_does_not_change_valid_logits(positions: str, kind: type):
     """Row 0 is padded on the left, row 1 on the right; rope is relative, so a shifted row gives the same."""
     mask = np.ones(IDS.shape, int)
     mask[0, :5], mask[1, 8:] = 0, 0
@@ -173,7 +173,7 @@ def test_padding_on_either_side_leaves_the_logits_of_real_tokens_unchanged(posit
     assert np.isfinite(out.logits).all()
 
 
-def test_positions_with_gaps_are_honoured():
+def test_positions_with_gaps():
     positions = np.array([[0, 1, 2, 9, 10, 11, 3, 4, 5, 30, 31, 60], [5, 5, 5, 6, 6, 7, 7, 8, 0, 0, 1, 1]])
 
     out = base()(IDS, np.ones_like(IDS), positions)
@@ -230,7 +230,7 @@ def gradients_of_the_whole_program() -> dict[str, Any]:
 
 @pytest.mark.parametrize("mesh", [None, MESH])
 @pytest.mark.parametrize("way", LOGITS_BY)
-def test_a_transformed_model_gives_the_same_logits(way: str, mesh: str | None):
+def test_transformations_give_the_same_logits(way: str, mesh: str | None):
     logits = LOGITS_BY[way](*shallow(mesh), ODD)
 
     assert_logits(logits, reference.forward(merge(*shallow()), np.asarray(ODD)).logits)
@@ -238,7 +238,7 @@ def test_a_transformed_model_gives_the_same_logits(way: str, mesh: str | None):
 
 @pytest.mark.parametrize("mesh", [None, MESH])
 @pytest.mark.parametrize("way", GRADS_BY)
-def test_every_way_to_differentiate_gives_the_same(way: str, mesh: str | None):
+def test_all_ways_to_differentiate_agree(way: str, mesh: str | None):
     grads = GRADS_BY[way](lambda model: (model(ODD).logits ** 2).sum(), *shallow(mesh))
 
     for name, want in gradients_of_the_whole_program().items():
@@ -268,7 +268,7 @@ def test_mask_and_positions_may_be_traced():
     assert_logits(traced, np.asarray(merge(graph, params)(ODD, mask, positions).logits), np.s_[1:])
 
 
-def test_an_adapter_on_an_int8_base_is_differentiated_through_the_model():
+def test_gradients_of_an_adapter_on_an_int8_base():
     graph, params = shallow()
     config, base = merge(graph, params).config, params | quantize_params({QUERY: params[QUERY]}, "int8")
     plan = make_plan(lora.LoraConfig(r=2, target_modules=("q_proj", "gate_proj")), config)
@@ -288,7 +288,7 @@ def test_an_adapter_on_an_int8_base_is_differentiated_through_the_model():
 @pytest.mark.parametrize(
     "ids", [jnp.arange(3), jnp.ones((1, 2)), jnp.zeros((0, 3), int)], ids=["rank", "dtype", "size"]
 )
-def test_traced_ids_of_another_kind_are_refused(ids: jax.Array):
+def test_traced_ids_of_a_wrong_type_are_rejected(ids: jax.Array):
     with pytest.raises(ValueError, match=r"token_ids must be non-empty int \[B, T\]"):
         jax.jit(base())(ids)
 
@@ -323,7 +323,7 @@ def test_every_field_of_the_config_is_read_somewhere():
 # Parameters and init
 
 
-def test_every_parameter_names_each_of_its_axes():
+def test_every_parameter_has_logical_axes():
     for changes in ({}, {"attention_bias": True, "tie_word_embeddings": True}):
         state = nnx.state(reference.random_model(tiny(**changes)))
 
@@ -348,7 +348,7 @@ SQUARE = tiny(
 )
 
 
-def test_init_repeats_itself_for_a_seed_and_for_no_other():
+def test_init_depends_on_the_seed():
     again = split(DeepSeekMoE.init(SQUARE, seed=0))[1]
 
     for name, value in fresh(0).items():
@@ -356,13 +356,13 @@ def test_init_repeats_itself_for_a_seed_and_for_no_other():
         assert np.array_equal(value, fresh(1)[name]) == name.endswith(("norm.weight", "bias")), name
 
 
-def test_no_two_parameters_start_alike():
+def test_all_parameters_start_differently():
     drawn = [value.ravel()[:100].tobytes() for name, value in fresh(0).items() if value.ndim > 1]
 
     assert len(set(drawn)) == len(drawn)
 
 
-def test_init_draws_what_the_original_draws():
+def test_init_has_the_distributions_of_the_original():
     """N(0, initializer_range), norms 1, biases 0; the router alone U(±1/√D): no init of the original reaches it."""
     bound = 32**-0.5
     for name, value in fresh(0).items():
@@ -396,12 +396,12 @@ def test_init_draws_what_the_original_draws():
     ],
     ids=str,
 )
-def test_token_ids_that_are_none_are_refused_with_the_numbers(token_ids: Any, message: str):
+def test_malformed_token_ids_are_rejected(token_ids: Any, message: str):
     with pytest.raises(ValueError, match=message):
         base()(token_ids)
 
 
-def test_a_mask_or_positions_of_another_shape_are_refused_with_both_shapes():
+def test_masks_and_positions_of_another_shape_are_rejected():
     other = np.ones((2, 11), int)
 
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 11\), token_ids \(2, 12\)"):

@@ -1,6 +1,6 @@
-"""Adapters of the peft library itself: what it makes we compute alike, and what we write it loads.
+"""Compatibility with the PEFT library, in both directions.
 
-Start at `test_an_adapter_that_peft_made_computes_the_same`. The model is PyTorch's, of `torch_model`; `CASES` are the
+Start at `test_adapter_of_peft_has_equal_outputs`. The model is PyTorch's, of `torch_model`; `CASES` are the
 ways to choose what is adapted, each as peft's `LoraConfig` takes it. They hold for every release since 0.13, the ones
 that read a config differently included (`convert.peft_matching.RELEASES`).
 """
@@ -45,7 +45,7 @@ FF = ("gate_proj", "up_proj", "down_proj")
 
 
 class Case(NamedTuple):
-    """What is adapted, in which model, how it is saved, and whether all releases of peft read its config alike."""
+    """An adapter case: config, model, how it is saved, and whether all PEFT releases agree."""
 
     options: dict[str, Any]
     model: dict[str, Any] = {}  # noqa: RUF012 (nobody writes to it)
@@ -85,7 +85,7 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 class HubConfig(PretrainedConfig):
-    """The fields of a `config.json`, as transformers keeps them and as `torch_model` looks them up."""
+    """Config fields as attributes, as in transformers."""
 
     def __init__(self, fields: Mapping[str, Any]):
         super().__init__(tie_word_embeddings=fields["tie_word_embeddings"])
@@ -96,7 +96,7 @@ class HubConfig(PretrainedConfig):
 
 
 class HubModel(PreTrainedModel):
-    """`TorchModel` as peft wants it; a head that is tied is a module here."""
+    """`TorchModel` with the interface of PEFT; a tied head is a module."""
 
     def __init__(self, fields: Mapping[str, Any]):
         super().__init__(HubConfig(fields))
@@ -116,11 +116,11 @@ class HubModel(PreTrainedModel):
         return self.lm_head
 
     def prepare_inputs_for_generation(self) -> None:
-        """Asked for, never called."""
+        """Required by PEFT, never called."""
 
 
 def write_base(folder: Path, **changes: Any) -> tuple[Path, ModelConfig]:
-    """A model whose weights all show in the logits."""
+    """Return a model in which every weight affects the logits."""
     config = tiny(**changes)
     params = random_params(config)
     for name, value in params.items():
@@ -136,7 +136,7 @@ def base_model(folder: Path) -> HubModel:
 
 
 def make_adapter(folder: Path, base: Path, case: Case) -> Any:
-    """peft's model with a random adapter, which it saves as `folder`."""
+    """Return PEFT's model with a random adapter, saved as `folder`."""
     options = {"r": 4, "lora_alpha": 7, "target_modules": list(PROJECTIONS), "task_type": "CAUSAL_LM"}
     model = peft.get_peft_model(base_model(base), peft.LoraConfig(**(options | case.options)))
     torch.manual_seed(0)
@@ -159,13 +159,13 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def fields(folder: Path) -> dict[str, Any]:
-    """What a config says, without what is empty, and lists in any order."""
+    """Return a config's non-empty fields with sorted lists."""
     found = json.loads((folder / CONFIG).read_text())
     return {name: sorted(value) if isinstance(value, list) else value for name, value in found.items() if value}
 
 
 @every_case
-def test_an_adapter_that_peft_made_computes_the_same(tmp_path: Path, case: Case):
+def test_adapter_of_peft_has_equal_outputs(tmp_path: Path, case: Case):
     base, _ = write_base(tmp_path / "base", **case.model)
     theirs = make_adapter(tmp_path / "adapter", base, case)
     plain = np.asarray(load_hf(base)(IDS).logits)
@@ -178,7 +178,7 @@ def test_an_adapter_that_peft_made_computes_the_same(tmp_path: Path, case: Case)
 
 
 @every_case
-def test_merged_weights_are_pefts(tmp_path: Path, case: Case):
+def test_merged_weights_equal_peft(tmp_path: Path, case: Case):
     base, _ = write_base(tmp_path / "base", **case.model)
     theirs = make_adapter(tmp_path / "adapter", base, case).merge_and_unload()
 
@@ -195,7 +195,7 @@ def test_merged_weights_are_pefts(tmp_path: Path, case: Case):
 @pytest.mark.parametrize(
     "case", [case for case in CASES.values() if case.alike], ids=[name for name, case in CASES.items() if case.alike]
 )
-def test_what_we_write_peft_loads_as_its_own(tmp_path: Path, case: Case):
+def test_peft_loads_our_adapters(tmp_path: Path, case: Case):
     if case is CASES["router"] and RELEASE < (0, 15):
         pytest.xfail("before 0.15 peft does not load the adapters of gate_proj where gate is saved whole")
     base, config = write_base(tmp_path / "base", **case.model)
@@ -218,7 +218,7 @@ def test_what_we_write_peft_loads_as_its_own(tmp_path: Path, case: Case):
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.alike])
-def test_what_releases_read_differently_is_not_written(tmp_path: Path, name: str):
+def test_config_on_which_releases_disagree_is_not_written(tmp_path: Path, name: str):
     base, config = write_base(tmp_path / "base", **CASES[name].model)
     make_adapter(tmp_path / "adapter", base, CASES[name])
     adapter = read_adapter(tmp_path / "adapter", config)
@@ -228,7 +228,7 @@ def test_what_releases_read_differently_is_not_written(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize("target", ["gate", "lm_head", "embed_tokens"])
-def test_adapters_on_other_modules_are_refused_as_peft_does_or_by_name(tmp_path: Path, target: str):
+def test_adapters_on_other_modules_are_an_error(tmp_path: Path, target: str):
     base, config = write_base(tmp_path / "base")
     case = Case({"target_modules": ["q_proj", target]})
     if target == "gate":

@@ -1,6 +1,6 @@
-"""Conversions of checkpoints larger than memory, killed at any moment, short of room: what is left, and going on.
+"""Conversions in constant memory, interrupted, killed and out of disk space.
 
-Start at `test_a_conversion_killed_at_any_moment_leaves_nothing_false_and_goes_on`.
+Start at `test_killed_conversion_resumes_correctly`.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ WIDE: Final = {"vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 1
 
 
 class Way:
-    """A direction of conversion with something to convert, and what becomes of it undisturbed."""
+    """A direction of conversion with its source and the expected result."""
 
     def __init__(self, convert: Callable[..., ConversionReport], source: Path, options: dict[str, Any], whole: Path):
         self.convert, self.source, self.options, self.whole = convert, source, options, whole
@@ -57,7 +57,7 @@ class Way:
         return self.convert(self.source, out, **self.options, **more)
 
     def is_whole(self, folder: Path) -> bool:
-        """Bit for bit what an undisturbed run made; a hidden sibling may have its journal still."""
+        """Return whether a folder equals the expected result; a staging directory may have its journal."""
         if self.convert is export_hf:
             return {n: data for n, data in snapshot(folder).items() if n != "journal.jsonl"} == snapshot(self.whole)
         same = read_manifest(folder).tensors == read_manifest(self.whole).tensors
@@ -65,7 +65,7 @@ class Way:
 
 
 def make_ways(work: Path, config: ModelConfig, shard: int) -> dict[str, Way]:
-    """Both directions of one checkpoint."""
+    """Return both directions of one checkpoint."""
     hf = write_hf(work / "hf", config, random_params(config))
     import_hf(hf, work / "native")
     export_hf(work / "native", work / "back", max_shard_size=shard)
@@ -86,7 +86,7 @@ def way(request: pytest.FixtureRequest, ways: dict[str, Way]) -> Way:
 
 
 def loads(folder: Path) -> bool:
-    """Whether anything takes the folder for a checkpoint, native or Hugging Face's."""
+    """Return whether the folder loads as a checkpoint."""
     for read in (load, load_hf):
         with contextlib.suppress(ValueError):
             read(folder)
@@ -128,13 +128,13 @@ for line in sys.stdin:
 
 
 class Server:
-    """The process that forks, from here."""
+    """The forking process."""
 
     def __init__(self, process: subprocess.Popen):
         self._process = process
 
     def run(self, way: Way, out: Path, seconds: float | None = None, units: int = 0) -> tuple[int, float]:
-        """The exit code of a conversion that is killed so long after so many units, and how long it took."""
+        """Kill a conversion some time after some units; returns exit code and time."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         journal = str(staging_path(out) / "journal.jsonl")
@@ -154,7 +154,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def larger_ways(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Way]]:
-    """Of 57 MB, so that there is time to be killed in."""
+    """Return a source of 57 MB, large enough to be killed in time."""
     config = tiny(
         vocab_size=4096, hidden_size=256, intermediate_size=1024, moe_intermediate_size=256, num_hidden_layers=4,
         n_routed_experts=16,
@@ -165,7 +165,7 @@ def larger_ways(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
 
 
 @pytest.mark.parametrize("direction", ["import", pytest.param("export", marks=pytest.mark.slow)])
-def test_a_conversion_killed_at_any_moment_leaves_nothing_false_and_goes_on(
+def test_killed_conversion_resumes_correctly(
     tmp_path: Path, larger_ways: dict[str, Way], server: Server, direction: str
 ):
     way = larger_ways[direction]
@@ -200,9 +200,7 @@ def test_a_conversion_killed_at_any_moment_leaves_nothing_false_and_goes_on(
     assert left.total() == KILLS
 
 
-def test_a_conversion_killed_between_its_last_file_and_its_name_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: Way
-):
+def test_conversion_killed_before_the_rename_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: Way):
     def killed(folder: Path) -> None:
         if folder.name.endswith(".incomplete"):
             raise KeyboardInterrupt
@@ -221,7 +219,7 @@ def test_a_conversion_killed_between_its_last_file_and_its_name_goes_on(
 # Interrupted
 
 
-def test_an_interrupted_conversion_goes_on_where_it_stopped(tmp_path: Path, caplog: pytest.LogCaptureFixture, way: Way):
+def test_interrupted_conversion_resumes(tmp_path: Path, caplog: pytest.LogCaptureFixture, way: Way):
     caplog.set_level(logging.INFO)
     total = sum(len(tensor.data) for tensor in stored(way.whole if way.convert is export_hf else way.source).values())
     reused = []
@@ -234,15 +232,15 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(tmp_path: Path, capl
         reused.append(sum(path.stat().st_size for path in staging_path(tmp_path / "out").rglob("*") if path.is_file()))
     done = way.run(tmp_path / "out")
 
-    assert "keeps what is finished; the same command goes on from there" in caplog.text
+    assert "run the same command to resume" in caplog.text
     assert 0 < reused[0] < reused[1] < reused[2]
     assert 0.5 * total < done.reused_bytes < done.bytes == total
-    assert "were there already, from an interrupted run" in str(done)
+    assert "were already written" in str(done)
     assert way.is_whole(tmp_path / "out")
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
-def test_an_undisturbed_conversion_reuses_nothing_and_says_nothing_of_it(tmp_path: Path, way: Way):
+def test_uninterrupted_conversion_reuses_nothing(tmp_path: Path, way: Way):
     done = way.run(tmp_path / "out")
 
     assert done.reused_bytes == 0
@@ -259,7 +257,7 @@ def mixed(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(("first", "then"), [(None, "bfloat16"), ("bfloat16", None), (None, "float32")])
-def test_what_was_imported_in_one_dtype_is_not_taken_for_another(tmp_path: Path, first: str | None, then: str | None):
+def test_import_with_another_dtype_starts_over(tmp_path: Path, first: str | None, then: str | None):
     source = mixed(tmp_path / "hf")
     import_hf(source, tmp_path / "want", dtype=then)
     with pytest.raises(KeyboardInterrupt):
@@ -272,7 +270,7 @@ def test_what_was_imported_in_one_dtype_is_not_taken_for_another(tmp_path: Path,
 
 
 @pytest.mark.parametrize("other", [{"dtype": "float16"}, {"max_shard_size": 9_999}])
-def test_what_was_exported_otherwise_is_not_taken(tmp_path: Path, ways: dict[str, Way], other: dict[str, Any]):
+def test_export_with_other_options_starts_over(tmp_path: Path, ways: dict[str, Way], other: dict[str, Any]):
     way = ways["export"]
     with pytest.raises(KeyboardInterrupt):
         export_hf(way.source, tmp_path / "out", **(way.options | other), progress=stop_after(50_000))
@@ -283,7 +281,7 @@ def test_what_was_exported_otherwise_is_not_taken(tmp_path: Path, ways: dict[str
     assert way.is_whole(done.path)
 
 
-def test_a_source_that_has_changed_is_imported_anew(tmp_path: Path):
+def test_changed_source_starts_over(tmp_path: Path):
     source = write_hf(tmp_path / "hf", tiny(), random_params(tiny()))
     with pytest.raises(KeyboardInterrupt):
         import_hf(source, tmp_path / "out", progress=stop_after(100_000))
@@ -295,7 +293,7 @@ def test_a_source_that_has_changed_is_imported_anew(tmp_path: Path):
     assert verify(done.path, source).mismatches == []
 
 
-def test_a_part_that_is_gone_or_cut_short_is_written_again(tmp_path: Path, ways: dict[str, Way]):
+def test_missing_or_truncated_part_is_rewritten(tmp_path: Path, ways: dict[str, Way]):
     way = ways["import"]
     with pytest.raises(KeyboardInterrupt):
         way.run(tmp_path / "out", progress=stop_after(100_000))
@@ -315,9 +313,7 @@ def test_a_part_that_is_gone_or_cut_short_is_written_again(tmp_path: Path, ways:
 Usage = namedtuple("Usage", "total used free")
 
 
-def test_a_disk_too_full_is_refused_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: Way
-):
+def test_free_space_is_checked_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: Way):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**6, 9 * 10**5, 10**5))
     before = snapshot(tmp_path)
 
@@ -327,7 +323,7 @@ def test_a_disk_too_full_is_refused_before_anything_is_written(
     assert snapshot(tmp_path) == before
 
 
-def test_both_numbers_are_told_of_a_large_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_large_checkpoint_sizes_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     size = write_sparse(tmp_path / "hf", tiny(**WIDE, n_routed_experts=64))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12, 1_230_000_000))
 
@@ -339,7 +335,7 @@ def test_both_numbers_are_told_of_a_large_checkpoint(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("typed", [False, True], ids=["called", "typed"])
-def test_a_disk_that_fills_midway_keeps_what_is_finished_and_the_next_run_goes_on(
+def test_conversion_resumes_after_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, way: Way, typed: bool
 ):
     flush, calls = DirectFile._flush, iter(range(3))
@@ -404,7 +400,7 @@ print(json.dumps(grown))
 
 
 def write_sparse(folder: Path, config: ModelConfig) -> int:
-    """A bfloat16 checkpoint of zeros that takes no room: a header and a hole; returns the tensors' bytes."""
+    """Write a sparse bfloat16 checkpoint of zeros; returns the tensors' bytes."""
     folder.mkdir()
     header, end = {}, 0
     for name, shape in hf_shapes(config).items():
@@ -427,7 +423,7 @@ def write_sparse(folder: Path, config: ModelConfig) -> int:
     ],
     ids=["as stored", "to float32"],
 )
-def test_memory_does_not_grow_with_the_checkpoint(
+def test_memory_is_independent_of_checkpoint_size(
     tmp_path: Path, changes: dict[str, Any], dtype: str | None, least: int, bound: int
 ):
     write_sparse(tmp_path / "small", tiny())

@@ -172,7 +172,7 @@ def test_null_field_means_absent(capsys: pytest.CaptureFixture, model: Path, pro
 # line | error
 REFUSED: dict[str, tuple[Any, str]] = {
     "no JSON": ('{"prompt": ', "is not JSON"),
-    "no object": ('["a"]', "holds a list where a JSON object must be"),
+    "no object": ('["a"]', "must be a JSON object, got list"),
     "a key twice": ('{"prompt": "a", "prompt": "b"}', "'prompt' twice"),
     "no prompt": ({"seed": 1}, "needs one of prompt, token_ids, messages, got none"),
     "two prompts": ({"prompt": "a", "token_ids": [1]}, "got prompt and token_ids"),

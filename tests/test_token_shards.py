@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsmoe_jax.checkpoint import manifest as manifests
-from dsmoe_jax.checkpoint.zarr_io import hash_file
+from dsmoe_jax.storage import manifest as manifests
+from dsmoe_jax.storage.manifest import hash_file
 from dsmoe_jax.text.tokenizer import Tokenizer
 from dsmoe_jax.train.data import (
     TokenShards,

@@ -48,7 +48,7 @@ def test_missing_or_unreadable_tokenizer_is_an_error(tmp_path: Path, files: dict
     ("name", "content", "message"),
     [
         ("tokenizer_config.json", "{", "tokenizer_config.json: is not JSON"),
-        ("special_tokens_map.json", "[]", "special_tokens_map.json: holds a list"),
+        ("special_tokens_map.json", "[]", "special_tokens_map.json: must be a JSON object"),
         (
             "tokenizer_config.json",
             '{"bos_token": "<no>"}',

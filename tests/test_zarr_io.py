@@ -1,6 +1,6 @@
 """Arrays on disk: what is written here is read by Orbax and by tensorstore, and nothing else is opened.
 
-Start at `test_orbax_tensorstore_and_our_map_read_what_was_written`.
+Start at `test_orbax_tensorstore_and_mmap_read_the_arrays`.
 """
 
 import hashlib
@@ -17,8 +17,9 @@ from orbax.checkpoint import v1 as ocp
 
 from dsmoe_jax.checkpoint import zarr_io
 from dsmoe_jax.checkpoint.native import load, save
-from dsmoe_jax.checkpoint.zarr_io import ArrayRecord, ArrayWriter, hash_file, open_array, row_chunks, write_skeleton
+from dsmoe_jax.checkpoint.zarr_io import ArrayRecord, ArrayWriter, open_array, row_chunks, write_skeleton
 from dsmoe_jax.model import DeepSeekMoE, split
+from dsmoe_jax.storage.manifest import hash_file
 from tests.helpers.hf_folder import edit, same_bits, tiny
 from tests.helpers.meshes import MESHES
 
@@ -73,10 +74,8 @@ def bytes_read() -> int:
 
 
 @every_dtype
-def test_orbax_tensorstore_and_our_map_read_what_was_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any
-):
-    monkeypatch.setattr(zarr_io, "_PART_BYTES", SMALL_PART)
+def test_orbax_tensorstore_and_mmap_read_the_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any):
+    monkeypatch.setattr(zarr_io, "_INNER_CHUNK_BYTES", SMALL_PART)
     arrays = {"x".join(map(str, shape)): array_of(shape, dtype) for shape in SHAPES}
 
     write(tmp_path / "out", arrays)
@@ -93,7 +92,7 @@ def test_orbax_tensorstore_and_our_map_read_what_was_written(
 
 
 @pytest.mark.parametrize("shape", [(12, 1024, 512), (11, 1024, 512), (1 << 22,)], ids=str)
-def test_parts_of_their_real_size_are_read_too(tmp_path: Path, shape: tuple[int, ...]):
+def test_inner_chunks_of_full_size_are_read(tmp_path: Path, shape: tuple[int, ...]):
     array = array_of(shape, np.float32)
 
     write(tmp_path / "out", {"a": array})
@@ -103,8 +102,8 @@ def test_parts_of_their_real_size_are_read_too(tmp_path: Path, shape: tuple[int,
     assert tensorstore_of(tmp_path / "out", "a").chunk_layout.read_chunk.shape[0] < shape[0]
 
 
-def test_a_reader_of_one_expert_reads_its_part_and_the_index_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(zarr_io, "_PART_BYTES", 4_096)
+def test_reading_one_expert_reads_only_its_inner_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(zarr_io, "_INNER_CHUNK_BYTES", 4_096)
     experts = array_of((16, 32, 32), np.float32)
     write(tmp_path / "out", {"experts": experts})
     opened = tensorstore_of(tmp_path / "out", "experts")
@@ -116,8 +115,8 @@ def test_a_reader_of_one_expert_reads_its_part_and_the_index_alone(tmp_path: Pat
     assert bytes_read() - before == experts[11].nbytes + 16 * 16
 
 
-def test_a_checkpoint_in_many_parts_loads_onto_a_mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(zarr_io, "_PART_BYTES", SMALL_PART)
+def test_many_inner_chunks_load_onto_a_mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(zarr_io, "_INNER_CHUNK_BYTES", SMALL_PART)
     model = DeepSeekMoE.init(tiny())
     save(model, tmp_path / "out")
 
@@ -130,7 +129,7 @@ def test_a_checkpoint_in_many_parts_loads_onto_a_mesh(tmp_path: Path, monkeypatc
 # What the writer does
 
 
-def test_the_record_has_the_sums_of_the_tensor_and_of_its_files(tmp_path: Path):
+def test_the_record_has_hashes_of_tensor_and_files(tmp_path: Path):
     array = array_of((6, 5), ml_dtypes.bfloat16)
 
     record = write(tmp_path / "out", {"a": array})["a"]
@@ -158,7 +157,7 @@ def test_the_record_has_the_sums_of_the_tensor_and_of_its_files(tmp_path: Path):
     ],
     ids=["whole", "rows", "uneven", "pieces of a row", "columns first", "strided"],
 )
-def test_how_an_array_is_cut_and_lies_in_memory_is_not_to_be_seen(tmp_path: Path, pieces: Callable):
+def test_files_do_not_depend_on_chunks_or_memory_layout(tmp_path: Path, pieces: Callable):
     array = array_of((8, 3, 5), np.float16)
 
     record = write(tmp_path / "out", {"a": array}, pieces)["a"]
@@ -168,12 +167,12 @@ def test_how_an_array_is_cut_and_lies_in_memory_is_not_to_be_seen(tmp_path: Path
 
 
 @pytest.mark.parametrize("rows", [3, 5], ids=["too few", "too many"])
-def test_a_wrong_number_of_rows_is_our_own_mistake(tmp_path: Path, rows: int):
+def test_a_wrong_number_of_rows_is_an_assertion_error(tmp_path: Path, rows: int):
     with pytest.raises(AssertionError, match="a got"):
         write(tmp_path / "out", {"a": array_of((4, 2), np.float32)}, lambda array: [array_of((rows, 2), np.float32)])
 
 
-def test_an_array_is_done_when_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_array_is_done_once_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     events, fsync = [], os.fsync
 
     def note(file: int) -> None:
@@ -192,7 +191,7 @@ def test_an_array_is_done_when_it_is_on_disk(tmp_path: Path, monkeypatch: pytest
     assert all(events.index(("synced", name)) < events.index(("done", name)) for name in "ab")
 
 
-def test_a_disk_that_fails_when_it_is_waited_for_fails_the_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_fsync_error_fails_the_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(file: int) -> None:
         raise OSError(5, "Input/output error")
 
@@ -253,10 +252,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize(("spoil", "named"), BAD.values(), ids=BAD)
-def test_files_that_are_not_as_they_were_written_are_refused_in_one_line(
+def test_damaged_array_files_are_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], Any], named: str
 ):
-    monkeypatch.setattr(zarr_io, "_PART_BYTES", SMALL_PART)
+    monkeypatch.setattr(zarr_io, "_INNER_CHUNK_BYTES", SMALL_PART)
     write(tmp_path / "out", {"a": array_of((16, 5), np.float32)})
     spoil(tmp_path / "out")
 
@@ -267,7 +266,7 @@ def test_files_that_are_not_as_they_were_written_are_refused_in_one_line(
     assert len(str(refused.value)) < 600
 
 
-def test_a_map_is_read_only_and_outlives_its_file(tmp_path: Path):
+def test_a_mapped_array_is_read_only_and_outlives_its_file(tmp_path: Path):
     array = array_of((16, 5), np.float32)
     write(tmp_path / "out", {"a": array})
 

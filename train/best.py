@@ -9,11 +9,11 @@ from typing import Any, Final
 import jax
 
 from dsmoe_jax.axes import Array
-from dsmoe_jax.checkpoint.manifest import RECORD, add_hash, read_evaluation_record
+from dsmoe_jax.checkpoint.manifest import RECORD, read_evaluation_record
 from dsmoe_jax.checkpoint.native import collective_errors
-from dsmoe_jax.checkpoint.zarr_io import hash_file
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.atomic_dir import recover_folder, replace_folder, write_json
+from dsmoe_jax.storage.manifest import add_hash, hash_file
 
 from .job import Job
 

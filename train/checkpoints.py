@@ -19,11 +19,11 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 
-from dsmoe_jax.checkpoint.manifest import add_hash, hash_json
 from dsmoe_jax.checkpoint.native import check_names_and_shapes, collective_errors
-from dsmoe_jax.checkpoint.zarr_io import hash_file, orbax_write_errors, quiet_orbax
+from dsmoe_jax.checkpoint.zarr_io import orbax_write_errors, quiet_orbax
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.atomic_dir import sync, write_json
+from dsmoe_jax.storage.manifest import add_hash, hash_file, hash_json
 from dsmoe_jax.storage.strict_json import read_json
 
 from .step import TrainState

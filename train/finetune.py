@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from dsmoe_jax import lora
 from dsmoe_jax.axes import Array
-from dsmoe_jax.checkpoint.manifest import hash_json, is_native, read_manifest
+from dsmoe_jax.checkpoint.manifest import is_native, read_manifest
 from dsmoe_jax.checkpoint.native import collective_errors, gather_to_host, load
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.peft import untie_for_adapter, write_adapter
@@ -27,6 +27,7 @@ from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.model import split
 from dsmoe_jax.quantize import SCHEMES, load_quantized
 from dsmoe_jax.storage.atomic_dir import write_json
+from dsmoe_jax.storage.manifest import hash_json
 from dsmoe_jax.storage.paths import expand_user
 from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.text.generation_config import (

@@ -12,9 +12,9 @@ from itertools import starmap
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from dsmoe_jax.checkpoint.manifest import HashCache, hash_json
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.atomic_dir import write_json
+from dsmoe_jax.storage.manifest import HashCache, hash_json
 from dsmoe_jax.storage.strict_json import read_json
 
 from .data import PYTHON_STDLIB, find_files

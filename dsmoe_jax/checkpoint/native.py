@@ -1,8 +1,7 @@
-"""Native checkpoints: a folder with `config.json`, the tokenizer's files, the parameters and a manifest of all bytes.
+"""Native checkpoints: a folder with `config.json`, the tokenizer's files, the parameters and a manifest of all files.
 
-Start at `save` and `load`. A checkpoint appears under its name only when it is complete, and does not depend on the
-mesh or the number of processes that saved it. `write_parameters` and `finalize` are its writing in two steps, for those
-whose parameters come from elsewhere.
+Start at `save` and `load`. Writes are atomic, and a checkpoint does not depend on the mesh or the number of processes
+that saved it. Parameters from another source are written in two steps, `write_parameters` and `finalize`.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from dsmoe_jax.checkpoint.manifest import PARAMETERS, Manifest, damage, read_manifest, write_manifest
+from dsmoe_jax.checkpoint.manifest import PARAMETERS, Manifest, check_parameters, read_manifest, write_manifest
 from dsmoe_jax.checkpoint.zarr_io import (
     ArrayRecord,
     ArrayWriter,
@@ -34,19 +33,24 @@ from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, count_tensors, shar
 from dsmoe_jax.progress import Advance
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.storage.atomic_dir import StagingDir, atomic_dir, check_new_path, staging_path, sync_tree, write_json
+from dsmoe_jax.storage.manifest import find_damage
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.storage.strict_json import read_json
 
 DTYPES: Final[dict[str, Any]] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-_FRAME_UNIT: Final = "frame"
+_SKELETON_UNIT: Final = "frame"  # in journals
 
 
 def save(model: DeepSeekMoE, path: str | Path, *, extra_files: Sequence[Path] = ()) -> None:
-    """Write `model` to the new folder `path`, with copies of the `extra_files` (tokenizer, generation config).
+    """Save a model as a native checkpoint; atomic, and collective over all processes.
 
-    Several processes save together: each takes its share of the parameters, writes them whole and hashes them; `path`
-    must be on a file system that all of them see. Raises `ValueError` if `path` exists or the disk is too full.
-    Nothing is left behind when it fails.
+    Args:
+      model: The model; its parameters may be sharded. Each process gathers, writes and hashes a share of them.
+      path: The folder to make, on a file system shared by all processes.
+      extra_files: Files to copy into it: tokenizer, generation config.
+
+    Raises:
+      DSMoEError: `path` exists, or the disk is too full.
     """
     path = check_new_path(path)
     params = split(model)[1]
@@ -63,7 +67,7 @@ def save(model: DeepSeekMoE, path: str | Path, *, extra_files: Sequence[Path] = 
                 strip_timestamps(folder / PARAMETERS)
         with collective_errors() as errors, ArrayWriter(folder / PARAMETERS, records.__setitem__) as writer:
             for i, (name, value) in enumerate(params.items()):
-                array = gather_to_host(value)  # by all processes, even where one has failed: the others wait for it
+                array = gather_to_host(value)  # collective, so even after an error
                 if i % jax.process_count() == index and not errors:
                     try:
                         writer.write(name, array.shape, array.dtype, row_chunks(array))
@@ -82,44 +86,44 @@ def save(model: DeepSeekMoE, path: str | Path, *, extra_files: Sequence[Path] = 
 def load(
     path: str | Path, *, dtype: Any = None, mesh: Mesh | MeshConfig | None = None, verify: bool = True
 ) -> DeepSeekMoE:
-    """Restore a native checkpoint, each parameter straight onto the devices of `mesh` (None: the default device).
+    """Load a native checkpoint.
 
-    `dtype` ("float32", "bfloat16" or "float16") casts as it reads; None keeps what is stored. `verify` compares every
-    file of the manifest with its SHA-256 first, half a second a gigabyte and core: Orbax alone lets a flipped bit
-    pass in silence. Several processes share that out. Raises `ValueError` for a folder that is no native checkpoint,
-    or a damaged one.
+    Args:
+      path: The checkpoint.
+      dtype: "float32", "bfloat16" or "float16" to cast to while reading; None keeps the stored dtype.
+      mesh: The devices to load onto, sharded; None is the default device.
+      verify: Compare every file with its SHA-256 first, 0.5 s per GB and core, divided among processes. Orbax alone
+        does not detect a flipped bit.
+
+    Raises:
+      DSMoEError: The folder is not a native checkpoint, or is damaged.
     """
     from orbax.checkpoint import v1 as ocp
 
     path = user_path(path, "checkpoint")
-    wanted_dtype = as_dtype(dtype)
+    target = as_dtype(dtype)
     config, _ = open_checkpoint(path, verify=verify)
     parameters = str(path.absolute() / PARAMETERS)
     with _one_line_errors(path):
         stored = dict(ocp.metadata(parameters).metadata)
         shapes = {name: meta.shape for name, meta in stored.items()}
     check_names_and_shapes(path, {name: spec.shape for name, spec in abstract(config)[1].items()}, shapes)
-    wanted = {
-        name: jax.ShapeDtypeStruct(stored[name].shape, wanted_dtype or stored[name].dtype, sharding=place)
+    specs = {
+        name: jax.ShapeDtypeStruct(stored[name].shape, target or stored[name].dtype, sharding=place)
         for name, place in shardings(config, mesh).items()
     }
     with _one_line_errors(path):
-        return assemble(config, ocp.load(parameters, wanted))
+        return assemble(config, ocp.load(parameters, specs))
 
 
 def open_checkpoint(path: Path, *, verify: bool = True) -> tuple[ModelConfig, Manifest]:
-    """The config and the manifest of a native checkpoint, with the checks of `load`; no parameter is read but for them.
-
-    Every process must call it.
-    """
+    """Read the config and the manifest of a native checkpoint, with the checks of `load`; collective."""
     manifest = read_manifest(path, verify=verify)
     config = ModelConfig.from_file(path)
     check_tensor_count(path, config, len(manifest.tensors))
     if verify:
-        files = [name for name in manifest.files if name.startswith(f"{PARAMETERS}/")]
         with collective_errors():
-            for found in damage(path, manifest, files[jax.process_index() :: jax.process_count()]):
-                raise DSMoEError(f"{path}: damaged checkpoint: {found}")
+            check_parameters(path, manifest, (jax.process_index(), jax.process_count()))
     return config, manifest
 
 
@@ -127,46 +131,65 @@ def open_checkpoint(path: Path, *, verify: bool = True) -> tuple[ModelConfig, Ma
 
 
 class ArraySource(NamedTuple):
-    """An array that is to be written: its runs of rows in order, and what there is to note of it after the last."""
+    """An array to write.
+
+    Attributes:
+      name: The parameter.
+      shape: Its shape.
+      dtype: Its dtype.
+      chunks: Reads its values, consecutive in C order.
+      note: Called after the last chunk for `ArrayRecord.note`.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    pieces: Callable[[], Iterable[np.ndarray]]
+    chunks: Callable[[], Iterable[np.ndarray]]
     note: Callable[[], Any] = lambda: None
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_parameters(draft: StagingDir, parameters: Sequence[ArraySource], advance: Advance) -> dict[str, ArrayRecord]:
-    """Write the arrays that `draft` does not hold yet, a few pieces in memory at a time."""
-    folder = draft.folder / PARAMETERS
-    if _FRAME_UNIT not in draft.finished:
-        for left in draft.folder.glob(f"{PARAMETERS}*"):  # by a run that was killed here
+def write_parameters(
+    staging: StagingDir, parameters: Sequence[ArraySource], advance: Advance
+) -> dict[str, ArrayRecord]:
+    """Write the arrays that an earlier run has not, a few chunks in memory at a time.
+
+    Args:
+      staging: The checkpoint.
+      parameters: All arrays of it.
+      advance: Called with the number of bytes as they are written.
+
+    Returns:
+      The manifest's entries by parameter.
+    """
+    folder = staging.folder / PARAMETERS
+    if _SKELETON_UNIT not in staging.finished:
+        for left in staging.folder.glob(f"{PARAMETERS}*"):  # by a killed run
             shutil.rmtree(left)
         write_skeleton(folder, {parameter.name: parameter.dtype for parameter in parameters})
         strip_timestamps(folder)
         sync_tree(folder)
-        draft.finish(_FRAME_UNIT, None)
-    with ArrayWriter(folder, lambda name, record: draft.finish(name, list(record))) as writer:
+        staging.finish(_SKELETON_UNIT, None)
+    with ArrayWriter(folder, lambda name, record: staging.finish(name, list(record))) as writer:
         for parameter in parameters:
-            if is_written(draft, parameter.name):
+            if is_written(staging, parameter.name):
                 advance(parameter.nbytes)
             else:
-                name, shape, dtype, pieces, note = parameter
-                writer.write(name, shape, dtype, _metered(pieces(), advance), note)
-    return {parameter.name: ArrayRecord(*draft.finished[parameter.name]) for parameter in parameters}
+                name, shape, dtype, chunks, note = parameter
+                writer.write(name, shape, dtype, _metered(chunks(), advance), note)
+    return {parameter.name: ArrayRecord(*staging.finished[parameter.name]) for parameter in parameters}
 
 
-def is_written(draft: StagingDir, name: str) -> bool:
-    """Whether an earlier run wrote this array, and its files are still there."""
-    if name not in draft.finished:
+def is_written(staging: StagingDir, name: str) -> bool:
+    """Whether an earlier run wrote this array and its files are still there."""
+    if name not in staging.finished:
         return False
-    files = {draft.folder / PARAMETERS / file: sums for file, sums in ArrayRecord(*draft.finished[name]).files.items()}
-    return all(file.is_file() and file.stat().st_size == sums["bytes"] for file, sums in files.items())
+    files = ArrayRecord(*staging.finished[name]).files
+    return not any(find_damage(staging.folder / PARAMETERS, files, verify=False))
 
 
 def finalize(
@@ -176,7 +199,18 @@ def finalize(
     extra_files: Iterable[Path] = (),
     source: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """Write all that stands beside the parameters, the manifest last; returns the manifest's SHA-256."""
+    """Write the other files of a checkpoint, the manifest last.
+
+    Args:
+      folder: The checkpoint, its parameters written.
+      config: The model.
+      records: What `write_parameters` returned.
+      extra_files: Files to copy into it.
+      source: Where it was converted from, for the manifest.
+
+    Returns:
+      The SHA-256 of the manifest.
+    """
     for file in extra_files:
         shutil.copyfile(file, folder / file.name)
     write_json(folder / "config.json", config.to_dict())
@@ -184,17 +218,21 @@ def finalize(
 
 
 def check_tensor_count(source: str | Path, config: ModelConfig, found: int, per_stack: int = 1) -> None:
-    """Refuse a config whose model has far more tensors than `found`, before anything is made for each of them.
+    """Reject a config with far more tensors than the checkpoint, before anything is allocated per tensor.
 
-    `per_stack` is how many tensors of the checkpoint make up one of our stacks of experts.
+    Args:
+      source: The checkpoint, for the error.
+      config: The config.
+      found: How many tensors the checkpoint has.
+      per_stack: How many of them make up one stack of experts.
     """
-    wanted = count_tensors(config, per_stack)
-    if wanted > 2 * found + 100:
-        raise DSMoEError(f"{source}: config.json asks for {wanted:,} tensors, the checkpoint holds {found:,}")
+    expected = count_tensors(config, per_stack)
+    if expected > 2 * found + 100:
+        raise DSMoEError(f"{source}: config.json asks for {expected:,} tensors, the checkpoint holds {found:,}")
 
 
 def as_dtype(dtype: Any) -> Any:
-    """The numpy dtype of weights called "float32", "bfloat16" or "float16" (or its type); None stays None."""
+    """The numpy dtype of "float32", "bfloat16" or "float16", or of their types; None stays None."""
     for name, known in DTYPES.items():
         if dtype is not None and (dtype == name or (not isinstance(dtype, str) and np.dtype(dtype) == np.dtype(known))):
             return np.dtype(known)
@@ -204,15 +242,15 @@ def as_dtype(dtype: Any) -> Any:
 
 
 def check_names_and_shapes(
-    source: str | Path, wanted: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]
+    source: str | Path, expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]
 ) -> None:
-    """Refuse a checkpoint whose tensors are not exactly the wanted ones; names the first, and how many more."""
-    missing, surplus = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    for what, names in (("is missing", missing), ("belongs to nothing that the config asks for", surplus)):
+    """Raise `DSMoEError` unless the shapes `found`, by name, are `expected`; names the first, and how many more."""
+    missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    for what, names in (("is missing", missing), ("is unexpected under this config", surplus)):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise DSMoEError(f"{source}: tensor {names[0]} {what}{more}")
-    for name, shape in wanted.items():
+    for name, shape in expected.items():
         if tuple(found[name]) != tuple(shape):
             raise DSMoEError(
                 f"{source}: tensor {name} has shape {list(found[name])}, the config asks for {list(shape)}"
@@ -221,7 +259,7 @@ def check_names_and_shapes(
 
 @contextlib.contextmanager
 def collective_errors() -> Iterator[list[Exception]]:
-    """What all processes do before any goes on; it fails in all of them if it fails in one."""
+    """Run the block on all processes; an error on one, raised or added to the list, is raised on all."""
     errors: list[Exception] = []
     try:
         yield errors
@@ -233,34 +271,34 @@ def collective_errors() -> Iterator[list[Exception]]:
     if errors:
         raise errors[0]
     if failed:
-        raise DSMoEError("another process failed; its own message says why")
+        raise DSMoEError("another process failed; see its log")
 
 
 def gather_to_host(value: jax.Array) -> np.ndarray:
-    """All of a parameter in host memory, for as long as it is held; every process must ask."""
+    """Gather a parameter into host memory; collective."""
     if not value.is_fully_addressable and not value.is_fully_replicated:
         return multihost_utils.process_allgather(value, tiled=True)
-    # A handle of its own: JAX keeps the host's copy with the handle that it was asked of.
-    parts = [shard.data for shard in value.addressable_shards]
-    return np.asarray(jax.make_array_from_single_device_arrays(value.shape, value.sharding, parts))
+    # A new handle: JAX caches the host copy in the handle it was requested from.
+    shards = [shard.data for shard in value.addressable_shards]
+    return np.asarray(jax.make_array_from_single_device_arrays(value.shape, value.sharding, shards))
 
 
 def _records_file(folder: Path, process: int) -> Path:
     return folder / f"records-{process}.json"
 
 
-def _metered(pieces: Iterable[np.ndarray], advance: Advance) -> Iterator[np.ndarray]:
-    for piece in pieces:
-        yield piece
-        advance(piece.nbytes)
+def _metered(chunks: Iterable[np.ndarray], advance: Advance) -> Iterator[np.ndarray]:
+    for chunk in chunks:
+        yield chunk
+        advance(chunk.nbytes)
 
 
 @contextlib.contextmanager
 def _one_line_errors(path: Path) -> Iterator[None]:
-    """Orbax and tensorstore report damage in many types and many lines; a user needs one."""
+    """Turn errors of Orbax and tensorstore, of many types and lines, into a `DSMoEError` of one line."""
     try:
         with quiet_orbax():
             yield
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DSMoEError(f"{path}: damaged checkpoint: {reason[:300]}") from error
+        raise DSMoEError(f"{path}: damaged: {reason[:300]}") from error

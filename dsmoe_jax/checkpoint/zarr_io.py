@@ -1,11 +1,11 @@
-"""Arrays on disk, as Orbax reads them: one zarr array a parameter, all its bytes in one file, row after row.
+"""Arrays as zarr files that Orbax reads: one array per parameter, all its bytes in one file, in C order.
 
-`ArrayWriter` writes them as their bytes come, whatever their size, and hashes on the way; `open_array` maps one.
-Orbax itself writes the frame around them (`write_skeleton`), so its metadata are Orbax's own; its
-way of writing arrays holds several times the largest one in memory, and gives files that do not tell their tensor.
+`ArrayWriter` writes them in chunks, whatever their size, and hashes them on the way; `open_array` maps one. Orbax
+writes the metadata around them (`write_skeleton`), but not the arrays: it would hold several times the largest one in
+memory, and its files do not name their tensor.
 
-A file is the array in C order, then an index of its parts, 16 bytes each: zarr 3's sharding codec without compression.
-A reader of a few experts, or of a few rows, reads those parts alone.
+A file is the array in C order, then an index of its inner chunks, 16 bytes each: zarr 3's sharding codec without
+compression. A reader of a few experts, or of a few rows, reads only their inner chunks.
 """
 
 import contextlib
@@ -30,18 +30,19 @@ import numpy as np
 
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.direct_io import DirectFile
+from dsmoe_jax.storage.manifest import hash_file
 from dsmoe_jax.storage.strict_json import read_json
 
-FRAME: Final = "state"  # the folder that Orbax makes for the one tree in a checkpoint
-CHUNK_BYTES: Final = 1 << 20  # what is in memory of an array while it is written; a cast holds some ten of them
-_WORKERS: Final = 6  # while some wait for the disk others hash, at 2 GB/s a core at best
-_STAMPS: Final = (  # file of the frame, what names a time or a place in it, what stands there instead
+STATE: Final = "state"  # the folder that Orbax makes for the tree of arrays
+CHUNK_BYTES: Final = 1 << 20  # of an array in memory while it is written; a cast holds some ten of them
+_WORKERS: Final = 6  # some wait for the disk while others hash, at 2 GB/s per core at best
+_STAMPS: Final = (  # file of the skeleton, pattern of a time or path in it, replacement
     ("_CHECKPOINT_METADATA", r'(_timestamp_nsecs": )\d+', r"\g<1>0"),
     ("commit_success.txt", r"(successful) to .*", r"\1"),
 )
-_PART_BYTES: Final = 8 << 20  # an expert of the 16B has 5.8 MB
-_OS_ERROR: Final = re.compile(r"os_error_code='(\d+)'")  # in a message of tensorstore
-_hooks: list[Callable[[Any], Any]] = []  # that of before for what nobody can catch
+_INNER_CHUNK_BYTES: Final = 8 << 20  # an expert of the 16B has 5.8 MB
+_OS_ERROR: Final = re.compile(r"os_error_code='(\d+)'")  # in a message from tensorstore
+_hooks: list[Callable[[Any], Any]] = []  # the previous sys.unraisablehook
 _DTYPES: Final[dict[str, np.dtype]] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -50,17 +51,23 @@ _DTYPES: Final[dict[str, np.dtype]] = {
 
 
 class ArrayRecord(NamedTuple):
-    """What the manifest says of an array: its tensor (dtype, shape, SHA-256 of its bytes in C order) and its files."""
+    """The manifest's entries for an array.
+
+    Attributes:
+      tensor: dtype, shape, and the SHA-256 of its bytes in C order.
+      files: bytes and sha256 by path in the folder of the parameters.
+      note: JSON from the source of the array, such as the loss of a cast.
+    """
 
     tensor: dict[str, Any]
-    files: dict[str, dict[str, Any]]  # by path below the checkpoint's parameters: bytes and SHA-256
-    note: Any = None  # what the one who gave the pieces has to say
+    files: dict[str, dict[str, Any]]
+    note: Any = None
 
 
 def write_skeleton(folder: Path, dtypes: Mapping[str, np.dtype]) -> None:
-    """Have Orbax make the checkpoint `folder`, its arrays of one element each; all processes must call it.
+    """Write an Orbax checkpoint whose arrays have one element each; collective over all processes.
 
-    Call `strip_timestamps` once, from one process, when all have returned.
+    Call `strip_timestamps` from one process afterwards.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -73,7 +80,7 @@ def write_skeleton(folder: Path, dtypes: Mapping[str, np.dtype]) -> None:
 
 
 def strip_timestamps(folder: Path) -> None:
-    """Take out of the frame when and where it was made: the same arrays give the same bytes everywhere."""
+    """Remove time and path of creation from the skeleton, so that equal arrays give equal bytes."""
     for file, pattern, text in _STAMPS:
         path = folder / file
         if path.is_file():
@@ -82,7 +89,7 @@ def strip_timestamps(folder: Path) -> None:
 
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """Without what Orbax says of checkpoints that hold no OCDBT database: that its files were not found."""
+    """Silence the warnings of Orbax about checkpoints without an OCDBT database."""
     log = logging.getLogger("absl")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -94,10 +101,10 @@ def quiet_orbax() -> Iterator[None]:
 
 @contextlib.contextmanager
 def orbax_write_errors(path: Path) -> Iterator[None]:
-    """What Orbax and tensorstore raise as they write `path`, as the `OSError` that it was, and nothing beside it.
+    """Turn errors of Orbax and tensorstore while writing `path` into the underlying `OSError`.
 
-    Orbax logs the stacks of its threads as well, and Python those of callbacks into event loops that are closed by
-    then: hundreds of lines for a full disk, which say no more, some of them after the exception.
+    Orbax also logs the stacks of its threads, and Python those of callbacks into closed event loops: hundreds of
+    redundant lines for a full disk, some after the exception. They are silenced.
     """
     if sys.unraisablehook is not _ignore_closed_loops:
         _hooks[:] = [sys.unraisablehook]
@@ -124,9 +131,9 @@ def _is_not_of_a_thread(record: logging.LogRecord) -> bool:
 
 
 class ArrayWriter:
-    """Writes arrays into a frame, a few at a time, and tells `done` of each, from any thread, once it is on disk.
+    """Writes arrays into a skeleton, a few in parallel; leaving the `with` block waits for all of them.
 
-    Leave the `with` block to have waited for all of them.
+    `done(name, record)` is called from any thread once an array is on disk.
     """
 
     def __init__(self, folder: Path, done: Callable[[str, ArrayRecord], object]):
@@ -142,27 +149,32 @@ class ArrayWriter:
         name: str,
         shape: tuple[int, ...],
         dtype: np.dtype,
-        pieces: Iterable[np.ndarray],
+        chunks: Iterable[np.ndarray],
         note: Callable[[], Any] = lambda: None,
     ) -> None:
-        """Begin to write one array from `pieces`, which follow one another in C order; `note` is asked after the last.
+        """Start writing an array; waits for a free worker, so that only arrays being written are in memory.
 
-        Waits for a worker that is free, so no more arrays are held than are being written.
+        Args:
+          name: The parameter.
+          shape: Its shape.
+          dtype: Its dtype.
+          chunks: Its values, consecutive in C order.
+          note: Called after the last chunk for `ArrayRecord.note`.
         """
         self._free.acquire()
         if self._stopped:
             self._free.release()
             return
-        writing = self._pool.submit(self._write, name, shape, dtype, pieces, note)
+        writing = self._pool.submit(self._write, name, shape, dtype, chunks, note)
         writing.add_done_callback(lambda _: self._free.release())
         self._writing.append(writing)
 
     def __enter__(self) -> "ArrayWriter":
-        """The writer."""
+        """Return the writer."""
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Wait for what is on its way to the disk; raise what went wrong there."""
+        """Wait for the workers and raise their first error."""
         self._stopped = kind is not None or self._stopped
         self._pool.shutdown()
         if kind is None:
@@ -170,7 +182,7 @@ class ArrayWriter:
                 writing.result()
 
     def _write(
-        self, name: str, shape: tuple[int, ...], dtype: np.dtype, pieces: Iterable[np.ndarray], note: Callable[[], Any]
+        self, name: str, shape: tuple[int, ...], dtype: np.dtype, chunks: Iterable[np.ndarray], note: Callable[[], Any]
     ) -> None:
         try:
             home, file = _describe(self._folder, name, shape, dtype)
@@ -178,10 +190,10 @@ class ArrayWriter:
             path = home / file
             path.parent.mkdir(parents=True)
             with DirectFile(path) as out:
-                for piece in pieces:
-                    if self._stopped:  # another array failed, or the one who waits gave up
+                for chunk in chunks:
+                    if self._stopped:  # another array failed, or the caller did
                         return
-                    data = raw_bytes(piece)
+                    data = raw_bytes(chunk)
                     digest.update(data)
                     out.write(data)
                 if out.size != (size := math.prod(shape) * dtype.itemsize):
@@ -201,11 +213,8 @@ class ArrayWriter:
 
 
 def open_array(folder: Path, name: str) -> np.ndarray:
-    """A read-only view on the array's mapped file; it stays valid as long as something holds it.
-
-    Raises `ValueError`, in one line, where the files are not as `ArrayWriter` writes them.
-    """
-    home = folder / FRAME / name
+    """A read-only, memory-mapped array; `DSMoEError` if its files are not as `ArrayWriter` writes them."""
+    home = folder / STATE / name
     spec = read_json(home / "zarr.json")
     try:
         shape, dtype = tuple(spec["shape"]), _DTYPES[spec["data_type"]]
@@ -213,7 +222,7 @@ def open_array(folder: Path, name: str) -> np.ndarray:
     except (LookupError, TypeError, ValueError, OverflowError):
         fits = False
     if not fits:
-        raise DSMoEError(f"{home / 'zarr.json'}: does not describe an array as this package writes it")
+        raise DSMoEError(f"{home / 'zarr.json'}: is not the metadata of an array written by this package")
     path = home / _file(len(shape))
     try:
         with path.open("rb") as file:
@@ -222,41 +231,34 @@ def open_array(folder: Path, name: str) -> np.ndarray:
         raise DSMoEError(f"{path}: cannot be read: {error}") from None
     size = math.prod(shape) * dtype.itemsize
     if len(mapped) != size + len(_index(shape, dtype)) or mapped[size:] != _index(shape, dtype):
-        raise DSMoEError(f"{path}: {len(mapped)} bytes, or another index than an array of {list(shape)} {dtype} has")
+        raise DSMoEError(f"{path}: {len(mapped)} bytes, or their index, do not match an array of {list(shape)} {dtype}")
     return np.ndarray(shape, dtype, mapped)
 
 
 def tensor_bytes(tensor: Mapping[str, Any]) -> int:
-    """How many bytes a tensor has of which a manifest gives dtype and shape; `ValueError` where that is no tensor."""
+    """The size of a tensor from its entry in a manifest; `DSMoEError` for a malformed entry."""
     try:
         return math.prod(map(operator.index, tensor["shape"])) * _DTYPES[tensor["dtype"]].itemsize
     except (KeyError, TypeError):
-        raise DSMoEError(f"{str(dict(tensor))[:200]} does not describe a tensor") from None
+        raise DSMoEError(f"{str(dict(tensor))[:200]} is not the shape and dtype of a tensor") from None
 
 
 def row_chunks(array: np.ndarray, limit: int = CHUNK_BYTES) -> Iterator[np.ndarray]:
-    """The array in runs along its first axis of at most `limit` bytes, or of one row."""
+    """Split an array along its first axis into chunks of at most `limit` bytes, or of one row."""
     rows = max(1, limit // max(1, math.prod(array.shape[1:]) * array.itemsize))
     for start in range(0, array.shape[0], rows):
         yield array[start : start + rows]
 
 
 def raw_bytes(array: np.ndarray) -> memoryview:
-    """The array's bytes in C order, copied only where it lies otherwise."""
+    """The bytes of an array in C order, copied only if it is not contiguous."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def hash_file(path: Path) -> dict[str, Any]:
-    """The size and the SHA-256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
-
-
 def _describe(folder: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> tuple[Path, Path]:
-    """Put the real array's description in the place of the frame's; returns its folder and, below it, its file."""
-    home = folder / FRAME / name
-    if home.exists():  # a run that was killed just here has removed it
+    """Replace the skeleton's metadata of an array; returns its folder and, relative to it, its file."""
+    home = folder / STATE / name
+    if home.exists():  # a killed run may have removed it
         shutil.rmtree(home)
     home.mkdir()
     (home / "zarr.json").write_text(json.dumps(_spec(shape, dtype)), encoding="utf-8")
@@ -267,23 +269,23 @@ def _file(rank: int) -> Path:
     return Path("c", *["0"] * rank)
 
 
-def _parts(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Into how many equal runs of rows the array is divided: the fewest of at most `_PART_BYTES`."""
-    least = -(-math.prod(shape) * dtype.itemsize // _PART_BYTES)
+def _inner_chunks(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """How many inner chunks the array is divided into: the fewest, equal ones of at most `_INNER_CHUNK_BYTES`."""
+    least = -(-math.prod(shape) * dtype.itemsize // _INNER_CHUNK_BYTES)
     return next((n for n in range(max(1, least), min(shape[0], 1 << 16) + 1) if shape[0] % n == 0), 1)
 
 
 def _index(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    parts = _parts(shape, dtype)
-    size = math.prod(shape) * dtype.itemsize // parts
-    return np.array([(i * size, size) for i in range(parts)], "<u8").tobytes()
+    count = _inner_chunks(shape, dtype)
+    size = math.prod(shape) * dtype.itemsize // count
+    return np.array([(i * size, size) for i in range(count)], "<u8").tobytes()
 
 
 def _spec(shape: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
     """The `zarr.json` of an array (zarr 3 core specification, sharding codec 1.0)."""
     little = {"name": "bytes", "configuration": {"endian": "little"}}
-    part = [shape[0] // _parts(shape, dtype), *shape[1:]]
-    sharding = {"chunk_shape": part, "codecs": [little], "index_codecs": [little]}
+    inner = [shape[0] // _inner_chunks(shape, dtype), *shape[1:]]
+    sharding = {"chunk_shape": inner, "codecs": [little], "index_codecs": [little]}
     return {
         "zarr_format": 3,
         "node_type": "array",

@@ -145,7 +145,7 @@ def verify(args: argparse.Namespace) -> None:
     """`dsmoe verify`."""
     from pathlib import Path
 
-    from dsmoe_jax.checkpoint.manifest import Damage
+    from dsmoe_jax.checkpoint.manifest import TensorDamage
     from dsmoe_jax.convert import verify
     from dsmoe_jax.progress import bar
     from dsmoe_jax.storage.atomic_dir import write_json
@@ -158,9 +158,9 @@ def verify(args: argparse.Namespace) -> None:
         write_json(file, report.to_dict())
     print_status(f"{report}; {file} has the SHA-256 of each")
     for found in report.mismatches[1:20]:
-        print_status(f"  {Damage(**found)}")
+        print_status(f"  {TensorDamage(**found)}")
     if report.mismatches:
-        raise DSMoEError(str(Damage(**report.mismatches[0])))
+        raise DSMoEError(str(TensorDamage(**report.mismatches[0])))
 
 
 def tokenize(args: argparse.Namespace) -> None:

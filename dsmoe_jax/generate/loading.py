@@ -62,7 +62,8 @@ def load(
         model = attach_adapter(model, adapter)
     tokenizer = None
     if tokenizer_files(path):
-        tokenizer = Tokenizer.from_pretrained(path, split_special_tokens=split_special_tokens)
+        # Loading the model has verified the files.
+        tokenizer = Tokenizer.from_pretrained(path, split_special_tokens=split_special_tokens, verify=False)
     fields = with_default_eos(read_generation_config(path), model.config)
     if adapter is not None:
         fields = merge_stop_conditions(fields, read_generation_config(adapter))

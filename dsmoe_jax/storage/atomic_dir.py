@@ -1,7 +1,7 @@
-"""A folder that appears under its name only when it is complete; what an interrupted writer left can be gone on with.
+"""Atomic, resumable writes of folders and small files.
 
-Start at `atomic_dir`. The folder grows as a hidden sibling, `.NAME.incomplete`, with a journal of the units that are
-finished and on disk; the journal goes just before the folder gets its name.
+Start at `atomic_dir`. Output goes to the staging directory `.NAME.incomplete`, is fsynced, and is renamed into place. A
+journal in it lists the units of work that are complete and on disk, so that an interrupted job can resume.
 """
 
 import contextlib
@@ -20,18 +20,23 @@ from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.locks import lock_name
 from dsmoe_jax.storage.paths import user_path
 
-_JOURNAL: Final = "journal.jsonl"
-_REWRITTEN: Final = f"{_JOURNAL}.new"
+JOURNAL: Final = "journal.jsonl"
+_REWRITTEN: Final = f"{JOURNAL}.new"
 _AT_FDCWD: Final = -100  # of linux/fcntl.h: paths are relative to the working directory
 _RENAME_EXCHANGE: Final = 2
 _log = logging.getLogger(__name__)
 
 
 class StagingDir:
-    """A folder that is being written. `finished` holds what earlier runs of the same job recorded, by unit."""
+    """A folder that is being written; made by `atomic_dir`.
+
+    Attributes:
+      folder: Where to write.
+      finished: Records of the complete units, those of earlier runs of the same job included, by unit.
+    """
 
     def __init__(self, folder: Path, job: Mapping[str, Any] | None):
-        """Open the journal, or begin a new one where it belongs to another job; use `atomic_dir`."""
+        """Open the journal, or start a new one if it belongs to another job."""
         self.folder = folder
         self.finished: dict[str, Any] = {}
         self._lock = threading.Lock()
@@ -40,23 +45,23 @@ class StagingDir:
             self._clear()
             return
         head = json.dumps({"job": job}, sort_keys=True)
-        lines = _lines(folder / _JOURNAL)
+        lines = _lines(folder / JOURNAL)
         if lines and lines[0] == head:
-            with contextlib.suppress(ValueError, LookupError, TypeError):  # a damaged line: its unit is written again
+            with contextlib.suppress(ValueError, LookupError, TypeError):  # a damaged line: its unit is redone
                 for line in lines[1:]:
                     entry = json.loads(line)
                     self.finished[entry["unit"]] = entry["record"]
         else:
             self._clear()
-        # Rewritten whole: a killed writer may have left half a line at its end.
+        # Rewritten: a killed writer may have left a truncated last line.
         lines = [head, *(_entry(unit, record) for unit, record in self.finished.items())]
         rewritten = folder / _REWRITTEN
         rewritten.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        rewritten.rename(folder / _JOURNAL)
-        self._journal = (folder / _JOURNAL).open("a", encoding="utf-8")
+        rewritten.rename(folder / JOURNAL)
+        self._journal = (folder / JOURNAL).open("a", encoding="utf-8")
 
     def finish(self, unit: str, record: Any) -> None:
-        """Note that `unit` is complete and on disk; `record` must be JSON. From any thread."""
+        """Record that `unit` is complete and on disk; thread-safe. `record` must be JSON."""
         with self._lock:
             self.finished[unit] = record
             if self._journal is not None:
@@ -65,24 +70,24 @@ class StagingDir:
                 os.fsync(self._journal.fileno())
 
     def close(self) -> None:
-        """Let go of the journal."""
+        """Close the journal."""
         if self._journal is not None:
             self._journal.close()
 
     def _clear(self) -> None:
         if left := list(self.folder.iterdir()):
-            _log.info("%s: what another, unfinished run left is discarded", self.folder)
+            _log.info("Discarding the incomplete output of another job: %s", self.folder)
         for entry in left:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def staging_path(path: Path) -> Path:
-    """Where the folder `path` grows until it is complete."""
+    """The staging directory of the folder `path`."""
     return path.parent / f".{path.name}.incomplete"
 
 
 def check_new_path(path: str | Path) -> Path:
-    """The absolute path of a folder that is to be made; `ValueError` if there is something already."""
+    """The absolute path of an output that must not exist; `DSMoEError` if it does."""
     path = user_path(path, "output path").absolute()
     if os.path.lexists(path):
         raise DSMoEError(f"{path} exists; nothing is overwritten")
@@ -91,44 +96,47 @@ def check_new_path(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_dir(path: str | Path, *, needs: int = 0, job: Mapping[str, Any] | None = None) -> Iterator[StagingDir]:
-    """A `StagingDir` that becomes `path`, every byte of it on disk, when the block ends well.
+    """Yield a `StagingDir` that is renamed to `path`, all bytes on disk, when the block succeeds.
 
-    The disk must have room for `needs` bytes, those that the draft holds already counted.
+    Args:
+      path: The folder to make.
+      needs: Bytes that it will have, for a check of the free disk space; resumed output counts.
+      job: JSON of all that determines the content. With one, a failure other than a `ValueError` (a full disk,
+        Ctrl-C) leaves the staging directory, and the next call with an equal job resumes from it. Without one, or for
+        another job, the staging directory is removed.
 
-    Without `job` it vanishes when the block fails. With one (JSON that says all that decides the content) a failure
-    that is not the input's fault, a full disk or Ctrl-C, leaves it, and the next `atomic_dir` with an equal job goes on
-    from it; a draft of another job is discarded. Raises `ValueError` if `path` exists or is being written already, and
-    if the disk is too full.
+    Raises:
+      DSMoEError: `path` exists or is being written by another process, or the disk is too full.
     """
     path = check_new_path(path)
     folder = staging_path(path)
     with lock_name(path), name_full_disk(path), contextlib.ExitStack() as stack:
-        check_new_path(path)  # the one who had the lock may have made it
+        check_new_path(path)  # the previous holder of the lock may have made it
         try:
             folder.mkdir(exist_ok=True)
             if folder.is_symlink():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-            draft = StagingDir(folder, job)
+            staging = StagingDir(folder, job)
         except OSError as error:
             with contextlib.suppress(OSError):
                 if not folder.is_symlink():
                     (folder / _REWRITTEN).unlink(missing_ok=True)
-                    folder.rmdir()  # a new one: it is empty
+                    folder.rmdir()  # only a new one is empty
             raise DSMoEError(f"{path} cannot be written: {error.strerror}") from None
-        stack.callback(draft.close)
-        kept = bool(draft.finished)
+        stack.callback(staging.close)
+        resumable = bool(staging.finished)
         try:
             check_space(path, needs - _size(folder))
-            kept = False
-            yield draft
+            resumable = False
+            yield staging
             sync_tree(folder)
         except BaseException as error:
-            if kept or (draft.finished and job is not None and not isinstance(error, ValueError)):
-                _log.info("%s keeps what is finished; the same command goes on from there", folder)
+            if resumable or (staging.finished and job is not None and not isinstance(error, ValueError)):
+                _log.info("Keeping completed work in %s; run the same command to resume", folder)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        (folder / _JOURNAL).unlink(missing_ok=True)
+        (folder / JOURNAL).unlink(missing_ok=True)
         check_new_path(path)
         folder.rename(path)
         sync(path.parent)
@@ -136,7 +144,7 @@ def atomic_dir(path: str | Path, *, needs: int = 0, job: Mapping[str, Any] | Non
 
 @contextlib.contextmanager
 def name_full_disk(path: Path) -> Iterator[None]:
-    """Name `path` in the `OSError` of a full disk that names no file."""
+    """Add `path` to the `OSError` of a full disk that has no file name."""
     try:
         yield
     except OSError as error:
@@ -146,10 +154,10 @@ def name_full_disk(path: Path) -> Iterator[None]:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Put the complete folder `new` in the place of `path` and remove what was there.
+    """Replace `path` by the complete folder `new`, atomically.
 
-    At every moment one of the two is found at `path`, whole. Where the file system cannot exchange two names there is
-    an instant without; `recover_folder` ends what a kill left then.
+    Where the file system cannot exchange two names, `path` is missing for an instant; `recover_folder` repairs what a
+    kill left then.
     """
     sync_tree(new)
     old = _old(path)
@@ -165,7 +173,7 @@ def replace_folder(new: Path, path: Path) -> None:
 
 
 def recover_folder(path: Path, new: Path) -> None:
-    """End a `replace_folder` that was killed, and remove what it, or the making of `new`, left."""
+    """Complete a `replace_folder` that was killed, and remove leftovers of it and of the writing of `new`."""
     old = _old(path)
     if old.exists() and not path.exists():  # `new` was complete, or `path` had not been moved
         (new if new.exists() else old).rename(path)
@@ -179,7 +187,7 @@ def _old(path: Path) -> Path:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; False where system or file system cannot."""
+    """Exchange two names atomically; False if the system or the file system cannot."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     if renameat2 is None:
         return False
@@ -187,7 +195,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def check_space(path: Path, needed: int) -> None:
-    """`ValueError` unless the disk that `path` will lie on has `needed` bytes free."""
+    """Raise `DSMoEError` unless the disk of `path` has `needed` bytes free."""
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if needed > free:
@@ -195,23 +203,23 @@ def check_space(path: Path, needed: int) -> None:
 
 
 def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write a small JSON file the way Hugging Face does, sorted, two spaces: atomically, and on disk."""
+    """Write a small JSON file atomically, as Hugging Face formats it: sorted, two spaces."""
     write_file(path, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a small file atomically, in the place of one of that name, and wait for the disk; `OSError` names it."""
-    path = Path(os.path.realpath(path))  # a link stays, and what it leads to is written
-    draft = path.with_name(f".{path.name}.new")
+    """Write or replace a small file atomically and fsync it; an `OSError` names it."""
+    path = Path(os.path.realpath(path))  # a link stays, its target is replaced
+    temporary = path.with_name(f".{path.name}.new")
     try:
-        with draft.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        draft.replace(path)
+        temporary.replace(path)
         sync(path.parent)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
@@ -220,7 +228,7 @@ def _entry(unit: str, record: Any) -> str:
 
 
 def _lines(journal: Path) -> list[str]:
-    """The journal's whole lines; the last may be torn."""
+    """The complete lines of the journal; the last one may be truncated."""
     try:
         return journal.read_text(encoding="utf-8").split("\n")[:-1]
     except (FileNotFoundError, UnicodeDecodeError):
@@ -232,7 +240,7 @@ def _size(folder: Path) -> int:
 
 
 def sync_tree(folder: Path) -> None:
-    """Wait until all files and folders of `folder` are on disk."""
+    """Fsync all files and folders of `folder`."""
     for home, _, files in os.walk(folder):
         for name in files:
             sync(Path(home) / name)
@@ -240,7 +248,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until the file or folder is on disk."""
+    """Fsync a file or folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,6 +1,6 @@
-"""One writer at a time: `lock_folder` for a folder that is worked in, `lock_name` for a file or folder to be made.
+"""Exclusive locks for writers: `lock_folder` for a folder in use, `lock_name` for a file or folder to be made.
 
-The kernel holds the lock, and releases it when its process ends, however it ends. Readers need none.
+The kernel releases a lock when its process ends, however it ends. Readers need none.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _handles: set[int] = set()
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Make `folder` if need be and hold its lock; `ValueError` if another process does. A new one left empty goes."""
+    """Make `folder` if needed and hold its lock; `DSMoEError` if another process does. A new, empty one is removed."""
     folder = folder.absolute()
     new = not folder.exists()
     _make(folder, folder)
@@ -36,9 +36,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock_name(path: Path, suffix: str = "lock") -> Iterator[None]:
-    """Hold the lock of a name, whether anything is there or not; `ValueError` as `lock_folder`.
+    """Hold the lock of a path that need not exist; raises as `lock_folder`.
 
-    The folder it lies in is made if need be. `suffix` tells locks apart that may be held at once.
+    Its parent is made if needed. Locks of different `suffix` may be held at once.
     """
     path = path.absolute()
     _make(path.parent, path)
@@ -61,7 +61,7 @@ def _locked(path: Path, file: Path) -> Iterator[None]:
         yield
     finally:
         _handles.discard(handle)
-        file.unlink(missing_ok=True)  # first: who opens it from here on gets a new file, and a lock of its own
+        file.unlink(missing_ok=True)  # before closing: the next process then creates and locks a new file
         os.close(handle)
 
 
@@ -74,7 +74,7 @@ def _acquire(path: Path, file: Path) -> int:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.stat(file), os.fstat(handle)):
-                with contextlib.suppress(OSError):  # a full disk: the lock holds without a name on it
+                with contextlib.suppress(OSError):  # a full disk: the lock works without the pid
                     os.ftruncate(handle, 0)
                     os.pwrite(handle, b"%d" % os.getpid(), 0)
                 return handle
@@ -89,13 +89,13 @@ def _acquire(path: Path, file: Path) -> int:
             if error.errno not in _UNSUPPORTED:
                 os.close(handle)
                 raise
-            _log.warning("%s cannot be locked (%s): let no other process write there", path, error.strerror)
+            _log.warning("Cannot lock %s (%s); make sure that no other process writes to it", path, error.strerror)
             return handle
-        os.close(handle)  # the holder of before has just removed its file
+        os.close(handle)  # the previous holder has just removed its file
 
 
 def _close_in_child() -> None:
-    """A forked child that outlives its parent must not keep the locks."""
+    """Release the locks in a forked child, which may outlive its parent."""
     for handle in _handles:
         with contextlib.suppress(OSError):
             os.close(handle)

@@ -1,4 +1,4 @@
-"""Paths as users write them: `~` is expanded, an empty one is refused."""
+"""Paths from users: `~` is expanded, an empty path is an error."""
 
 import os
 from pathlib import Path
@@ -7,10 +7,14 @@ from dsmoe_jax.errors import DSMoEError
 
 
 def expand_user(path: str | os.PathLike[str], name: str) -> str:
-    """Returns `path` with a leading `~` expanded, spelled as it was otherwise.
+    """Expand a leading `~` and change nothing else.
 
-    Raises ValueError, by `name`, for an empty path: `Path("")` would be the current folder. An unset shell variable
-    gives one.
+    Args:
+      path: The path.
+      name: What it is, for the error.
+
+    Raises:
+      DSMoEError: The path is empty, as that of an unset shell variable; `Path("")` would be the current folder.
     """
     text = os.fspath(path)
     if not text.strip():
@@ -19,5 +23,5 @@ def expand_user(path: str | os.PathLike[str], name: str) -> str:
 
 
 def user_path(path: str | os.PathLike[str], name: str) -> Path:
-    """Returns `path` as a Path, as `expand_user` does."""
+    """`expand_user`, as a Path."""
     return Path(expand_user(path, name))

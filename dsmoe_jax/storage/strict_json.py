@@ -1,4 +1,4 @@
-"""Small JSON files from a place that is not trusted."""
+"""Strict parsing of small, untrusted JSON files. Start at `read_json`."""
 
 import json
 import math
@@ -8,18 +8,18 @@ from typing import Any, Final
 
 from dsmoe_jax.errors import DSMoEError
 
-# Room for 65 thousand tensors (a 145B's index has 24 thousand). Formats allow more, but what is parsed takes ten times
-# its size in memory, and a checkpoint must not be able to take more than its own size and a little.
+# Enough for 65 thousand tensors (a 145B's index has 24 thousand). Parsed JSON takes ten times its size in memory, and a
+# checkpoint must not take much more memory than its own size.
 MAX_JSON_BYTES: Final = 8_000_000
 MAX_PARSED_BYTES: Final = 64_000_000
-MAX_DEPTH: Final = 64  # what parses must also survive a repr, a copy and a second look, which take more stack
-_MAX_DIGITS: Final = 40  # of an integer; 64 bits have 20, and float32 ends there
+MAX_DEPTH: Final = 64  # repr and copy of the result take more stack than parsing
+_MAX_DIGITS: Final = 40  # of an integer; 64 bits have 20, the largest float32 has 39
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; `ValueError` where there is none, or one that names a key twice."""
+    """Read the object in a JSON file; `DSMoEError` if it is missing, too large, malformed or has duplicate keys."""
     try:
-        if path.exists() and not path.is_file():  # reading a pipe waits, reading a device never ends
+        if path.exists() and not path.is_file():  # a pipe would block, a device never ends
             raise DSMoEError("is not a regular file")
         with path.open("rb") as file:
             data = file.read(MAX_JSON_BYTES + 1)
@@ -35,7 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
-    """The object in some UTF-8 JSON; `ValueError` as in `read_json`, worded to follow the name of the file."""
+    """Parse a JSON object in UTF-8; raises as `read_json`, worded to follow the file name."""
     if len(data) > MAX_JSON_BYTES:
         raise DSMoEError(f"has {len(data)} bytes of JSON; at most {MAX_JSON_BYTES}")
     try:
@@ -48,21 +48,21 @@ def parse_json(data: bytes) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DSMoEError(f"is not JSON: {error}") from None
     if not isinstance(fields, dict):
-        raise DSMoEError(f"holds a {type(fields).__name__} where a JSON object must be")
+        raise DSMoEError(f"must be a JSON object, got {type(fields).__name__}")
     check_depth(fields)
     return fields
 
 
 def _parsed_size(text: str) -> int:
-    """A bound on what `json.loads` allocates: measured, a key is below 250 bytes and any other value below 80.
+    """An upper bound on what `json.loads` allocates: measured, a key takes < 250 bytes and any other value < 80.
 
-    One emoji makes every character of `text` 4 bytes wide, and so may be its strings.
+    One emoji makes every character of `text`, and of its strings, 4 bytes wide.
     """
     return 2 * sys.getsizeof(text) + 250 * text.count(":") + 80 * (text.count(",") + text.count("["))
 
 
 def check_depth(value: Any) -> None:
-    """`ValueError` for a value nested deeper than `MAX_DEPTH`."""
+    """Raise `DSMoEError` for a value nested deeper than `MAX_DEPTH`."""
     level = [value]
     for _ in range(MAX_DEPTH):
         inside = (item.values() if isinstance(item, dict) else item for item in level)
@@ -73,7 +73,7 @@ def check_depth(value: Any) -> None:
 
 
 class _TooLarge(float):
-    """A number in the file that is larger than any we can hold; refused where its key is known."""
+    """A number that is too large; rejected where its key is known."""
 
     what: str
 

@@ -44,14 +44,7 @@ def render(
 ) -> str:
     """Render messages as one text.
 
-    Args:
-        template: Jinja source, with the functions and filters of transformers.
-        messages: `{"role": …, "content": …}` and other fields. Content is a string, a list of text parts (joined for
-            a template that does not read parts), or None with tool calls.
-        add_generation_prompt: Whether to open the assistant's next turn.
-        tools: JSON schemas of functions.
-        documents: Documents for retrieval-augmented generation.
-        **variables: Further template variables such as `bos_token`.
+    The arguments are those of `Tokenizer.render_chat`; content may also be None with tool calls.
 
     Raises:
         DSMoEError: A message is malformed or ignored by the template, or the template fails.
@@ -90,18 +83,10 @@ def renders_same(render: Callable[[], str], text: str) -> bool:
 
 
 def read_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Read the chat templates of a tokenizer.
+    """Return the chat templates of a tokenizer by name; `config` is its tokenizer_config.json.
 
-    Args:
-        folder: Folder of the tokenizer.
-        config: Fields of its tokenizer_config.json.
-
-    Returns:
-        Templates by name. "default" comes from chat_template.jinja, else tokenizer_config.json, else
-        chat_template.json; without any template it is DeepSeek's.
-
-    Raises:
-        DSMoEError: A template cannot be read.
+    "default" comes from chat_template.jinja, else tokenizer_config.json, else chat_template.json; without any template
+    it is DeepSeek's.
     """
     templates = _named(f"{folder}/tokenizer_config.json", config.get("chat_template"))
     if not templates and (folder / _PROCESSOR_FILE).is_file():

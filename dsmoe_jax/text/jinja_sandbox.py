@@ -23,16 +23,7 @@ _ITERATING_FILTERS: Final = ("map", "select", "selectattr", "reject", "rejectatt
 
 
 def render(template: str, variables: dict[str, Any]) -> str:
-    """Render a template.
-
-    Args:
-        template: Jinja source.
-        variables: Template variables. Lists of text parts in `messages` are joined for a template that does not read
-            parts.
-
-    Raises:
-        Exception: Any error of the template.
-    """
+    """Render a template; lists of text parts in `messages` are joined for a template that does not read parts."""
     compiled, takes_parts = _compile(template)
     if not takes_parts:
         variables = {**variables, "messages": [_joined(message) for message in variables.get("messages") or ()]}

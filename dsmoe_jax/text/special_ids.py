@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Protocol
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.config_aliases import show_value
@@ -15,18 +15,12 @@ _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "the
 class SpecialTokens(Protocol):
     """The part of `Tokenizer` used here; an id is None if the tokenizer has no such token."""
 
-    @property
-    def bos_token_id(self) -> int | None:
-        """Return the BOS id."""
-        ...
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """Return the EOS id."""
-        ...
+    bos_token_id: int | None
+    eos_token_id: int | None
 
 
-class SpecialTokenIds(NamedTuple):
+@dataclasses.dataclass
+class SpecialTokenIds:
     """BOS and EOS ids without a tokenizer."""
 
     bos_token_id: int | None
@@ -93,16 +87,7 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
 
 
 def token_ids(name: str, value: Any, where: str = "") -> tuple[int, ...]:
-    """Return the ids of a field that holds one, several or none.
-
-    Args:
-        name: Name of the field, for the message.
-        value: Value of the field.
-        where: Prefix of the message.
-
-    Raises:
-        DSMoEError: An id is not an int in [-1, 2**31).
-    """
+    """Return the ids of the field `name`, one, several or none; errors start with `where`."""
     tokens = as_tuple(value)
     for token in tokens:
         if type(token) is not int or not -1 <= token < 1 << 31:
@@ -116,12 +101,7 @@ def _is_valid(name: str, token: int, vocab_size: int) -> bool:
 
 
 def with_tokenizer_ids(config: ModelConfig, tokenizer: SpecialTokens) -> ModelConfig:
-    """Return the config with the tokenizer's BOS and EOS ids, for training.
-
-    Args:
-        config: Model config; its EOS ids stay if the tokenizer's is among them.
-        tokenizer: Tokenizer of the run.
-    """
+    """Return the config with the tokenizer's BOS id, and its EOS id unless it is among the config's."""
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
     if ids["eos_token_id"] in config.eos_token_ids:
         ids["eos_token_id"] = None

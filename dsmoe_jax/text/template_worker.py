@@ -34,11 +34,7 @@ _inherited: list[_Worker] = []  # of the parent process; referenced, so that the
 
 
 def render(template: str, variables: Mapping[str, Any]) -> str:
-    """Render a template in the worker process, which starts with the first call.
-
-    Args:
-        template: Jinja source.
-        variables: Template variables, JSON values.
+    """Render a template with JSON variables in the worker process, which starts with the first call.
 
     Raises:
         DSMoEError: The template fails or reaches a limit; the message continues "the chat template failed: ".

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsmoe_jax.checkpoint.manifest import check_files
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.storage.manifest import check_listed_files
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.text import chat_template
 from dsmoe_jax.text.escaping import SpecialTokenEscaper
@@ -79,20 +79,24 @@ class Tokenizer:
         self._escape = SpecialTokenEscaper(backend.placeholders)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, split_special_tokens: bool | None = None) -> "Tokenizer":
+    def from_pretrained(
+        cls, folder: str | Path, *, split_special_tokens: bool | None = None, verify: bool = True
+    ) -> "Tokenizer":
         """Load the tokenizer of a folder.
 
         Args:
             folder: Holds tokenizer.json or tokenizer.model; the first wins, other files are optional.
             split_special_tokens: Whether special-token strings in a text are encoded as text; default:
                 tokenizer_config.json's value, else False.
+            verify: Whether to check the files against the folder's manifest, if any.
 
         Raises:
             DSMoEError: Neither file exists, a file is malformed or does not match the folder's manifest, or a setting
                 is not supported.
         """
         folder = user_path(folder, "tokenizer folder")
-        check_files(folder, *TOKENIZER_FILES)
+        if verify:
+            check_listed_files(folder, TOKENIZER_FILES)
         for name, backend in (("tokenizer.json", TokenizersBackend), ("tokenizer.model", SentencePieceBackend)):
             if (folder / name).is_file():
                 settings = read_settings(folder)
@@ -215,14 +219,7 @@ class Tokenizer:
         split_special_tokens: bool = False,
         **variables: Any,
     ) -> str:
-        """Render a conversation by the Jinja source of any template.
-
-        Args:
-            template: Jinja source.
-            messages: As in `render_chat`.
-            split_special_tokens: As in `render_chat`.
-            **variables: Template variables.
-        """
+        """Render a conversation like `render_chat`, by the Jinja source of any template."""
         text = chat_template.render(template, messages, **self.special_tokens_map | variables)
         if not split_special_tokens:
             return text

@@ -22,28 +22,22 @@ TOKENIZER_FILES: Final = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# fmt: off
 SPECIAL_TOKENS_ATTRIBUTES: Final = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )
+# fmt: on
 _ADDITIONAL: Final = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS: Final = ("lstrip", "rstrip", "single_word", "normalized", "special")
 # Llama classes add BOS and EOS by add_bos_token (default true) and add_eos_token, generic ones by the post-processor of
 # tokenizer.json.
 LLAMA_CLASSES: Final = ("LlamaTokenizer", "LlamaTokenizerFast", "DeepseekTokenizer", "DeepseekTokenizerFast")
+# fmt: off
 GENERIC_CLASSES: Final = (
-    "PreTrainedTokenizerFast",
-    "TokenizersBackend",
-    "GPT2Tokenizer",
-    "GPT2TokenizerFast",
-    "Qwen2Tokenizer",
+    "PreTrainedTokenizerFast", "TokenizersBackend", "GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer",
     "Qwen2TokenizerFast",
 )
+# fmt: on
 _log = logging.getLogger("dsmoe_jax")
 
 
@@ -59,21 +53,13 @@ class AddedToken(NamedTuple):
 
 
 class TokenizerSettings(NamedTuple):
-    """The merged settings of a tokenizer.
+    """The merged settings of a tokenizer."""
 
-    Attributes:
-        config: Fields of tokenizer_config.json.
-        special_tokens: Special tokens by attribute (`bos_token` …), as far as the files name them.
-        with_flags: The special tokens whose flags the config spells out.
-        additional_special_tokens: Further special tokens.
-        added_tokens: Added tokens by id.
-    """
-
-    config: Mapping[str, Any]
-    special_tokens: dict[str, AddedToken | None]
-    with_flags: frozenset[str]
+    config: Mapping[str, Any]  # fields of tokenizer_config.json
+    special_tokens: dict[str, AddedToken | None]  # by attribute (`bos_token` …), if in a file
+    with_flags: frozenset[str]  # special tokens whose flags the config spells out
     additional_special_tokens: tuple[AddedToken, ...]
-    added_tokens: dict[int, AddedToken]
+    added_tokens: dict[int, AddedToken]  # by id
 
     @property
     def is_llama(self) -> bool:

@@ -22,7 +22,7 @@ from tests.helpers import golden
 from tests.test_engine import test_requests_that_come_later_fill_rows_that_are_free  # noqa: F401
 from tests.test_golden import (
     every_case,
-    test_greedy_ids_equal_the_originals_alone_in_a_batch_and_up_to_the_end_of_sequence,  # noqa: F401
+    test_greedy_ids_equal_the_original,  # noqa: F401
 )
 
 CASE = "a_baseline"

@@ -15,7 +15,7 @@ from tests.test_golden import (
     test_bf16_is_as_near_to_fp32_as_the_originals,  # noqa: F401
     test_left_padded_logits_equal_the_originals,  # noqa: F401
     test_logits_and_every_hidden_state_equal_the_originals,  # noqa: F401
-    test_the_same_experts_are_chosen_with_the_same_weights,  # noqa: F401
+    test_routing_equals_the_original,  # noqa: F401
 )
 
 FP32 = 1e-5  # of the largest value; TF32, with a mantissa of 10 bits, sits near 3e-4

@@ -1,4 +1,4 @@
-"""A small Hugging Face hub on loopback: what huggingface_hub asks for, and every request remembered.
+"""A small Hugging Face hub on loopback that records every request.
 
 Start at `FakeHub`. A `Repository` says what it holds and what is wrong with it.
 """
@@ -29,7 +29,7 @@ REFUSALS: dict[str, tuple[int, str, str]] = {
 
 @dataclass
 class Repository:
-    """The files of each commit, the commit of each branch, and what is wrong."""
+    """Files by commit, commits by branch, and simulated failures."""
 
     commits: dict[str, Mapping[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Repository:
     cut: dict[str, int] = field(default_factory=dict)  # after so many bytes of a file the line breaks, then the hub
 
     def commit(self, files: Mapping[str, bytes], branch: str = "main") -> str:
-        """Returns the SHA of a new commit at the head of `branch`."""
+        """Return the SHA of a new commit at the head of `branch`."""
         sha = hashlib.sha1(f"{branch} {len(self.commits)} {sorted(files)}".encode()).hexdigest()
         self.commits[sha] = files
         self.branches[branch] = sha
@@ -54,7 +54,7 @@ class Request(NamedTuple):
 
 
 class FakeHub:
-    """Repositories by name, at `url`."""
+    """Repositories by name, served at `url`."""
 
     def __init__(self, url: str):
         self.url = url
@@ -62,23 +62,23 @@ class FakeHub:
         self.requests: list[Request] = []
 
     def add(self, name: str, files: Mapping[str, bytes], **wrong: Any) -> Repository:
-        """Returns a new repository with one commit."""
+        """Return a new repository with one commit."""
         repository = self.repositories[name] = Repository(**wrong)
         repository.commit(files)
         return repository
 
     def fetched(self, name: str) -> list[str]:
-        """The files of a repository whose content was asked for, in order."""
+        """Return the downloaded files of a repository, in order."""
         return [r.file for r in self.requests if r.repository == name and r.method == "GET" and r.file]
 
     def listed(self, name: str) -> int:
-        """How often a repository was listed."""
+        """Return how often a repository was listed."""
         return sum(r.repository == name and not r.file for r in self.requests)
 
 
 @contextlib.contextmanager
 def serve() -> Iterator[FakeHub]:
-    """A hub on a free port, until the block ends."""
+    """Serve a hub on a free port."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.daemon_threads, server.block_on_close = True, False
     hub = FakeHub(f"http://127.0.0.1:{server.server_address[1]}")
@@ -112,10 +112,10 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815
 
     def log_message(self, *_: Any) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
     def _find(self, name: str, revision: str, file: str) -> tuple[Repository, str] | None:
-        """The repository and the commit, once neither is missing or refused."""
+        """Return repository and commit, or None after an error response."""
         hub: FakeHub = self.server.hub  # pyright: ignore[reportAttributeAccessIssue]
         hub.requests.append(Request(self.command, name, file, self.headers.get("Authorization", "")))
         repository = hub.repositories.get(name, Repository(listing="absent", download="absent"))

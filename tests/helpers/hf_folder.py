@@ -1,4 +1,4 @@
-"""Small checkpoints in the Hugging Face layout, written on the spot. Start at `write_hf`.
+"""Write small checkpoints in the Hugging Face layout. Start at `write_hf`.
 
 Behind it what the tests of conversions share: a reader that is not ours, and ways to spoil and to interrupt.
 """
@@ -14,13 +14,12 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from dsmoe_jax.checkpoint.manifest import MODEL_MANIFEST, hash_json
-from dsmoe_jax.checkpoint.zarr_io import hash_file
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.param_mapping import hf_names, is_stacked
 from dsmoe_jax.model import abstract
 from dsmoe_jax.progress import Advance, Meter
 from dsmoe_jax.storage.atomic_dir import write_json
+from dsmoe_jax.storage.manifest import MODEL_MANIFEST, hash_file, hash_json
 from dsmoe_jax.text.train_tokenizer import train_tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -38,7 +37,7 @@ VARIANTS: Final[dict[str, dict[str, Any]]] = {
 
 
 def tiny(**changes: Any) -> ModelConfig:
-    """The smallest model with everything in it: a dense layer and a MoE layer, shared experts, grouped queries."""
+    """Return the smallest config with all parts: a dense layer and a MoE layer, shared experts, grouped queries."""
     fields: dict[str, Any] = {
         "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -49,13 +48,13 @@ def tiny(**changes: Any) -> ModelConfig:
 
 
 def random_params(config: ModelConfig, dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    """Every parameter by our name, drawn by numpy: nothing to compile."""
+    """Return random parameters by our names; nothing is compiled."""
     rng = np.random.default_rng(0)
     return {name: (0.1 * rng.standard_normal(spec.shape)).astype(dtype) for name, spec in abstract(config)[1].items()}
 
 
 def hf_tensors(config: ModelConfig, params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same by Hugging Face's names, experts apart."""
+    """Return the tensors by Hugging Face's names."""
     tensors = {}
     for name, parts in hf_names(config).items():
         tensors |= dict(zip(parts, params[name] if is_stacked(name) else [params[name]], strict=True))
@@ -63,7 +62,7 @@ def hf_tensors(config: ModelConfig, params: dict[str, np.ndarray]) -> dict[str, 
 
 
 def write_tensors(folder: Path, tensors: dict[str, np.ndarray], *, shards: int = 1) -> None:
-    """`model.safetensors`, or that many shards and their index."""
+    """Write `model.safetensors`, or shards and their index."""
     if shards == 1:
         return save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     names = sorted(tensors)
@@ -76,7 +75,7 @@ def write_tensors(folder: Path, tensors: dict[str, np.ndarray], *, shards: int =
 
 
 def make_tokenizer(folder: Path, vocab_size: int) -> None:
-    """A tokenizer that was trained on the sources of this project's tests."""
+    """Train a tokenizer on the sources of the tests."""
     texts = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.parent.glob("test_*.py"))]
     train_tokenizer(texts, folder, vocab_size)
 
@@ -84,7 +83,7 @@ def make_tokenizer(folder: Path, vocab_size: int) -> None:
 def write_hf(
     folder: Path, config: ModelConfig, params: dict[str, np.ndarray], dtype: str = "float32", *, shards: int = 1
 ) -> Path:
-    """A whole checkpoint without a tokenizer; returns its folder."""
+    """Write a checkpoint without a tokenizer; returns its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     as_dtype = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype]
     tensors = {name: tensor.astype(as_dtype) for name, tensor in hf_tensors(config, params).items()}
@@ -94,7 +93,7 @@ def write_hf(
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
-    """Everything under `folder`, hidden or not: files with their bytes, folders and links with None."""
+    """Return all paths under `folder`: files with their bytes, folders and links with None."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() and not path.is_symlink() else None
         for path in folder.rglob("*")
@@ -102,7 +101,7 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 
 
 class Stored(NamedTuple):
-    """A tensor as the safetensors library finds it in a file."""
+    """A tensor as read by the safetensors library."""
 
     dtype: str  # F32, BF16 or F16
     shape: tuple[int, ...]
@@ -110,7 +109,7 @@ class Stored(NamedTuple):
 
 
 def stored(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the folder's `model*.safetensors`, none of them in two files."""
+    """Return every tensor of the folder's `model*.safetensors`, each in one file."""
     tensors: dict[str, Stored] = {}
     for file in sorted(folder.glob("model*.safetensors")):
         for name, found in safetensors.deserialize(file.read_bytes()):
@@ -125,7 +124,7 @@ def same_bits(got: Any, want: np.ndarray) -> bool:
 
 
 def edit(file: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    """What changes the fields of a JSON file in a folder."""
+    """Return a function that changes the fields of a JSON file in a folder."""
 
     def spoil(folder: Path) -> None:
         fields = json.loads((folder / file).read_text())
@@ -150,7 +149,7 @@ def resealed(spoil: Callable[[Path], Any]) -> Callable[[Path], None]:
 
 
 def flip_bit(file: Path, at: int, bit: int = 0) -> None:
-    """Turn one bit of the byte `at`, which may count from the end."""
+    """Flip one bit of the byte `at`, which may be negative."""
     data = bytearray(file.read_bytes())
     data[at] ^= 1 << bit
     file.write_bytes(data)

@@ -1,7 +1,7 @@
-"""Files that are not what they seem: builders of broken ones, and mutations of whole ones.
+"""Malformed and hostile files.
 
 The first half assembles safetensors headers, pickles, zips and legacy files byte by byte; the second, from `good`
-on, spoils a good checkpoint at random.
+on, mutates a valid checkpoint at random.
 """
 
 import functools
@@ -20,9 +20,23 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import pytest
 
 from dsmoe_jax.config import _FOREIGN, _LIMITS
+from dsmoe_jax.convert.reader import CheckpointReader
 from tests.helpers.hf_folder import INDEX, hf_tensors, random_params, tiny, write_hf
+
+
+def assert_rejected(folder: Path, match: str) -> None:
+    with pytest.raises(ValueError, match=match) as caught:
+        CheckpointReader(folder)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def same_bits(got: np.ndarray, want: np.ndarray) -> bool:
+    return got.dtype == want.dtype and got.shape == want.shape and got.tobytes() == want.tobytes()
+
 
 # safetensors
 
@@ -116,7 +130,7 @@ def called(module: str, name: str, argument: str = "touch ran") -> bytes:
 
 @functools.cache
 def good(form: str) -> dict[str, bytes]:
-    """The files of a small whole checkpoint: `single` or `shards` (safetensors), `zip` or `legacy` (.bin)."""
+    """Return the files of a small valid checkpoint: `single` or `shards` (safetensors), `zip` or `legacy` (.bin)."""
     with tempfile.TemporaryDirectory() as name:
         folder = write_hf(Path(name), SMALL, random_params(SMALL), shards=2 if form == "shards" else 1)
         files = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -224,7 +238,7 @@ def written(document: Any) -> bytes:
 
 
 def spoil_spelling(r: Random, text: bytes) -> bytes:
-    """Now and then what `json.dumps` never writes: a key twice, spaces, another zero, a second document."""
+    """Sometimes add what `json.dumps` never writes: duplicate keys, spaces, another zero, a second document."""
     if r.random() < 0.8:
         return text
     old, new = r.choice(
@@ -359,7 +373,7 @@ OPCODES = (
 
 
 def spoil_bin(r: Random, data: bytes) -> bytes:
-    """The pickle of the tensors inside a zip or a legacy file; what surrounds it stays whole."""
+    """The pickle of the tensors inside a zip or a legacy file; the rest is unchanged."""
     if data[:2] == b"PK":
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = {name: archive.read(name) for name in archive.namelist()}
@@ -377,7 +391,7 @@ def spoil_bin(r: Random, data: bytes) -> bytes:
 
 
 def spoil_storage(r: Random, data: bytes) -> bytes:
-    """Bytes of one tensor, and nothing else."""
+    """Change bytes of one tensor only."""
     raw = r.choice([array.tobytes() for array in hf_tensors(SMALL, random_params(SMALL)).values()])
     start = data.index(raw)
     changed = bytearray(data)

@@ -14,8 +14,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from dsmoe_jax.checkpoint.manifest import HashCache, hash_json
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.storage.manifest import HashCache, hash_json
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.text.tokenizer import tokenizer_files

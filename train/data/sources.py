@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from dsmoe_jax.checkpoint.manifest import MODEL_MANIFEST
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.progress import Advance
+from dsmoe_jax.storage.manifest import MODEL_MANIFEST
 from dsmoe_jax.storage.paths import expand_user
 
 from .formats import Entry, read_file, read_text, reader_of

@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from dsmoe_jax.checkpoint.manifest import hash_json
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.storage.manifest import hash_json
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.storage.strict_json import read_json
 

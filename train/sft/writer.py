@@ -11,10 +11,10 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from dsmoe_jax.checkpoint.manifest import add_hash
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.progress import Advance, silent
 from dsmoe_jax.storage.atomic_dir import atomic_dir, check_new_path, write_json
+from dsmoe_jax.storage.manifest import add_hash
 from dsmoe_jax.text.tokenizer import Tokenizer
 
 from ..data import formats as files
