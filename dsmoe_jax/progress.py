@@ -1,9 +1,10 @@
-"""Progress of long operations, shown on a terminal.
+"""Progress of long operations, shown on a terminal, and temporary log levels.
 
 A long-running function takes a `Meter`: `silent` (the default) or `bar`, which the command line passes.
 """
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -47,3 +48,15 @@ def _bar(what: str, total: int, *columns: str) -> Iterator[Advance]:
     with shown:
         task = shown.add_task(what, total=total)
         yield lambda step: shown.advance(task, step)
+
+
+@contextlib.contextmanager
+def log_level(logger: str, level: int) -> Iterator[None]:
+    """Set the level of a logger within the context."""
+    log = logging.getLogger(logger)
+    before = log.level
+    log.setLevel(level)
+    try:
+        yield
+    finally:
+        log.setLevel(before)

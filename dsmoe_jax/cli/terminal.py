@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
 
@@ -21,7 +22,7 @@ from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.generate.chat import Chat
 from dsmoe_jax.generate.generator import Completion, Generator
 from dsmoe_jax.generate.sampling_params import FIELD_NAMES, SamplingParams, suggest
-from dsmoe_jax.progress import count
+from dsmoe_jax.progress import count, log_level
 from dsmoe_jax.storage.atomic_dir import check_new_path, name_full_disk, staging_path
 from dsmoe_jax.storage.locks import lock_name
 from dsmoe_jax.storage.paths import user_path
@@ -30,16 +31,9 @@ from dsmoe_jax.storage.strict_json import parse_json
 Load = Callable[[], Generator]
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> AbstractContextManager[None]:
     """Log warnings only: log lines of the engine would interleave with the text."""
-    log = logging.getLogger("dsmoe_jax")
-    before = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
+    return log_level("dsmoe_jax", logging.WARNING)
 
 
 def generate(
