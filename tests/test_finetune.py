@@ -68,14 +68,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(home: Path, out: Path, **changes: Any) -> FinetuneConfig:
     fields: dict[str, Any] = {
-        "out": str(out),
+        "output_dir": str(out),
         "init_from": str(home / "base"),
         "steps": 12,
         "data": ExamplesConfig(
             files=(str(home / "examples.jsonl"),), sequence_length=64, batch_size=8, val_fraction=0.1
         ),
         "optimizer": OptimizerConfig(learning_rate=1e-2, schedule="cosine", warmup_steps=2, weight_decay=0.0),
-        "checkpoints": CheckpointConfig(every=100),
+        "checkpoint": CheckpointConfig(interval=100),
         "eval_interval": 6,
         "eval_batches": 2,
         "trackers": ("jsonl",),
@@ -103,7 +103,7 @@ def test_a_result_stops_where_its_template_ends(home: Path, tmp_path: Path, adap
     made = config(home, tmp_path / "out", **changes)
     data = dataclasses.replace(made.data, template="deepseek-instruct", sequence_length=512)
     job = finetuning(dataclasses.replace(made, data=data), tmp_path / "out")
-    job.save(tmp_path / "result", job.fresh(None, job.frozen(None)))
+    job.save(tmp_path / "result", job.init_params(None, job.load_frozen(None)))
 
     if adapted:
         merge_to(home / "base", tmp_path / "result", tmp_path / "merged")
@@ -122,7 +122,7 @@ def test_a_result_stops_where_its_template_ends(home: Path, tmp_path: Path, adap
 def test_a_template_that_ends_with_eos_adds_no_generation_config(home: Path, tmp_path: Path):
     job = finetuning(config(home, tmp_path / "out"), tmp_path / "out")
 
-    job.save(tmp_path / "result", job.fresh(None, job.frozen(None)))
+    job.save(tmp_path / "result", job.init_params(None, job.load_frozen(None)))
 
     assert not (tmp_path / "result" / "generation_config.json").exists()
 
@@ -170,7 +170,7 @@ def test_only_adapters_are_in_the_state_and_its_moments(home: Path, tmp_path: Pa
     wanted = set(lora.specs(plan, MODEL))
     assert set(state.params) == wanted
     is_shape = lambda leaf: isinstance(leaf, tuple) and all(isinstance(size, int) for size in leaf)  # noqa: E731
-    held = sum(math.prod(shape) for shape in jax.tree.leaves(state.optimizer, is_leaf=is_shape) if shape)
+    held = sum(math.prod(shape) for shape in jax.tree.leaves(state.opt_state, is_leaf=is_shape) if shape)
     trained = sum(math.prod(shape) for shape in state.params.values())
     assert held == 2 * trained
 
@@ -195,7 +195,7 @@ def test_epochs_decide_how_many_steps_there_are(home: Path, tmp_path: Path):
 
     (folder,) = (tmp_path / "out" / "examples").iterdir()
     rows = len(Examples.open(folder))
-    assert result.steps == result.of == -(-int(np.ceil(1.5 * rows)) // 16)
+    assert result.steps == result.total_steps == -(-int(np.ceil(1.5 * rows)) // 16)
 
 
 def test_the_best_adapter_stays_when_later_ones_are_worse(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -352,7 +352,18 @@ def test_the_verbs_finetune_merge_and_generate_go_together(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     base, out = str(home / "base"), str(tmp_path / "run")
-    flags = ["--data", str(home / "examples.jsonl"), "--recipe", "tiny", "--lora.r", "4", "--steps", "2", "--out", out]
+    flags = [
+        "--data",
+        str(home / "examples.jsonl"),
+        "--recipe",
+        "tiny",
+        "--lora.r",
+        "4",
+        "--steps",
+        "2",
+        "--output-dir",
+        out,
+    ]
     small = ["--data.sequence-length", "64", "--data.batch-size", "8", "--trackers", "jsonl"]
 
     assert main(["finetune", base, *flags, *small]) == 0
@@ -371,7 +382,18 @@ def test_show_prints_examples_and_trains_nothing(home: Path, tmp_path: Path, cap
     out = tmp_path / "run"
 
     assert (
-        main(["finetune", str(home / "base"), "--data", str(home / "examples.jsonl"), "--show", "3", "--out", str(out)])
+        main(
+            [
+                "finetune",
+                str(home / "base"),
+                "--data",
+                str(home / "examples.jsonl"),
+                "--show",
+                "3",
+                "--output-dir",
+                str(out),
+            ]
+        )
         == 0
     )
 
@@ -413,7 +435,7 @@ def test_what_cannot_be_is_said_in_one_line(
     home: Path, tmp_path: Path, flags: list[str], line: str, capsys: pytest.CaptureFixture[str]
 ):
     data = [] if line.startswith("no examples") else ["--data", str(home / "examples.jsonl")]
-    base = ["finetune", str(home / "base"), "--out", str(tmp_path / "out")]
+    base = ["finetune", str(home / "base"), "--output-dir", str(tmp_path / "out")]
 
     assert main([*base, *data, *flags]) == 2
 

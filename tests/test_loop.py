@@ -68,14 +68,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(home: Path, out: Path, **changes: Any) -> RunConfig:
     fields: dict[str, Any] = {
-        "out": str(out),
+        "output_dir": str(out),
         "model": str(home / "model.json"),
         "steps": STEPS,
         "data": DataConfig(
             sources=(str(home / "shards"),), tokenizer=str(home / "tokenizer"), sequence_length=24, batch_size=8
         ),
         "optimizer": OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup_steps=2),
-        "checkpoints": CheckpointConfig(every=4),
+        "checkpoint": CheckpointConfig(interval=4),
         "eval_interval": 6,
         "eval_batches": 2,
         "trackers": ("jsonl",),
@@ -506,7 +506,18 @@ def test_flags_change_a_recipe():
 
 def test_the_verbs_tokenize_and_pretrain(tmp_path: Path, home: Path, capsys: pytest.CaptureFixture):
     shards, out = tmp_path / "shards", tmp_path / "out"
-    flags = ["--out", out, "--model", home / "model.json", "--steps", 2, "--data.sources", shards, "--mesh.fsdp", 8]
+    flags = [
+        "--output-dir",
+        out,
+        "--model",
+        home / "model.json",
+        "--steps",
+        2,
+        "--data.sources",
+        shards,
+        "--mesh.fsdp",
+        8,
+    ]
     flags += ["--data.tokenizer", home / "tokenizer", "--data.sequence-length", 24, "--trackers", "jsonl"]
 
     codes = [

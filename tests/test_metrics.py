@@ -32,17 +32,17 @@ def metrics(seed: int = 0, **changes: Any) -> Metrics:
     fields: Any = dict(
         loss=scalar[0],
         cross_entropy=scalar[1],
-        balance=aux[0],
-        device_balance=aux[1],
+        balance_loss=aux[0],
+        device_balance_loss=aux[1],
         z_loss=scalar[2],
         grad_norm=scalar[3],
         learning_rate=scalar[4],
         skipped=np.bool_(False),
         total_skips=np.int32(4),
         consecutive_skips=np.int32(0),
-        load=load,
+        expert_load=load,
         entropy=aux[2],
-        extra_passes=np.zeros(3, np.float32),
+        overflow_passes=np.zeros(3, np.float32),
     )
     return Metrics(**fields | changes)
 
@@ -60,7 +60,7 @@ def recorder(folder: Path, trackers: tuple[str, ...] = ("jsonl",), **options: An
 def write(folder: Path, these: range, trackers: tuple[str, ...] = ("jsonl",), **options: Any) -> None:
     with recorder(folder, trackers, **options) as record:
         for step in these:
-            record.record(step, metrics(step), seconds=0.5, data_wait=0.001)
+            record.record(step, metrics(step), seconds=0.5, data_loading_seconds=0.001)
 
 
 # What is counted
@@ -110,30 +110,30 @@ def test_the_peak_is_that_of_all_devices_and_unknown_where_one_is():
 
 def test_every_number_of_a_record_is_what_a_slow_sum_says(tmp_path: Path):
     said = metrics()
-    load = said.load.tolist()
+    load = said.expert_load.tolist()
     load[1][5] = load[1][6] = 0.0
     h100s = [device("NVIDIA H100 80GB HBM3", peak=peak) for peak in (5, 7)]
 
     with recorder(tmp_path, devices=h100s) as record:
-        record.record(1, said._replace(load=np.array(load, np.float32)), seconds=0.25, data_wait=0.01)
+        record.record(1, said._replace(expert_load=np.array(load, np.float32)), seconds=0.25, data_loading_seconds=0.01)
     (got,) = read_records(tmp_path)
 
-    aux = [sum(float(x) for x in losses) for losses in (said.balance, said.device_balance)]
+    aux = [sum(float(x) for x in losses) for losses in (said.balance_loss, said.device_balance_loss)]
     assert [got["balance_loss"], got["device_balance_loss"]] == pytest.approx(aux)
     for name in ("loss", "cross_entropy", "z_loss", "grad_norm", "learning_rate"):
         assert got[name] == float(getattr(said, name))
     assert (got["skipped"], got["total_skips"], got["consecutive_skips"]) == (0, 4, 0)
-    assert (got["tokens_per_second"], got["data_wait_share"]) == (8192, 0.04)
+    assert (got["tokens_per_second"], got["data_loading_share"]) == (8192, 0.04)
     assert got["mfu"] == pytest.approx(8192 * flops_per_token(CONFIG, 256) / (2 * 989e12))
     assert got["device_memory_bytes"] == 7
     for n, layer in enumerate(LAYERS):
-        assert got[f"moe/{layer}/max_over_mean_load"] == pytest.approx(max(load[n]) / (sum(load[n]) / E))
+        assert got[f"moe/{layer}/load_imbalance"] == pytest.approx(max(load[n]) / (sum(load[n]) / E))
         assert got[f"moe/{layer}/unused_experts"] == load[n].count(0.0)
-        assert got[f"moe/{layer}/balance_loss"] == float(said.balance[n])
+        assert got[f"moe/{layer}/balance_loss"] == float(said.balance_loss[n])
         assert got[f"moe/{layer}/entropy"] == float(said.entropy[n])
-        assert got[f"moe/{layer}/load"] == load[n]
-    assert got["max_over_mean_load"] == max(got[f"moe/{layer}/max_over_mean_load"] for layer in LAYERS)
-    assert (got["unused_experts"], got["extra_passes"]) == (2, 0)
+        assert got[f"moe/{layer}/expert_load"] == load[n]
+    assert got["load_imbalance"] == max(got[f"moe/{layer}/load_imbalance"] for layer in LAYERS)
+    assert (got["unused_experts"], got["overflow_passes"]) == (2, 0)
 
 
 def test_without_a_known_device_there_is_no_mfu_and_memory_is_the_processes(tmp_path: Path):
@@ -149,12 +149,14 @@ def test_without_a_known_device_there_is_no_mfu_and_memory_is_the_processes(tmp_
 def test_a_dense_model_has_no_routing_to_speak_of(tmp_path: Path):
     dense = ModelConfig.from_dict({**CONFIG.to_dict(), "n_routed_experts": None, "num_experts_per_tok": None})
     none = np.zeros(0, np.float32)
-    said = metrics(load=np.zeros((0, 0)), balance=none, device_balance=none, entropy=none, extra_passes=none)
+    said = metrics(
+        expert_load=np.zeros((0, 0)), balance_loss=none, device_balance_loss=none, entropy=none, overflow_passes=none
+    )
 
     with Recorder(
         tmp_path, config=dense, tokens_per_step=8, sequence_length=8, steps=1, trackers=("jsonl", "console")
     ) as record:
-        record.record(1, said, seconds=1.0, data_wait=0.0)
+        record.record(1, said, seconds=1.0, data_loading_seconds=0.0)
 
     assert not [key for key in read_records(tmp_path)[0] if "load" in key or key.startswith("moe/")]
     pytest.importorskip("matplotlib")
@@ -164,7 +166,7 @@ def test_a_dense_model_has_no_routing_to_speak_of(tmp_path: Path):
 def test_the_load_of_each_expert_is_recorded_at_both_ends_and_every_so_often(tmp_path: Path):
     write(tmp_path, range(1, 26), heat_every=10, steps=25)
 
-    assert [one["step"] for one in read_records(tmp_path) if "moe/1/load" in one] == [1, 10, 20, 25]
+    assert [one["step"] for one in read_records(tmp_path) if "moe/1/expert_load" in one] == [1, 10, 20, 25]
 
 
 # metrics.jsonl
@@ -172,7 +174,9 @@ def test_the_load_of_each_expert_is_recorded_at_both_ends_and_every_so_often(tmp
 
 def test_what_is_not_finite_is_null_and_named_in_strict_json(tmp_path: Path):
     with recorder(tmp_path) as record:
-        record.record(1, metrics(loss=np.float32(math.nan), grad_norm=np.float32(math.inf)), seconds=1.0, data_wait=0.0)
+        record.record(
+            1, metrics(loss=np.float32(math.nan), grad_norm=np.float32(math.inf)), seconds=1.0, data_loading_seconds=0.0
+        )
 
     def refuse(name: str) -> None:
         raise AssertionError(name)
@@ -196,8 +200,8 @@ def test_the_first_record_of_a_run_has_its_facts(tmp_path: Path):
 def test_a_resumed_run_appends_and_the_steps_it_did_again_count_once(tmp_path: Path):
     write(tmp_path, range(1, 8))
     with recorder(tmp_path, resumed_from=4) as record:
-        record.evaluation(4, 3.5, 512)
-        record.record(5, metrics(50), seconds=1.0, data_wait=0.0)
+        record.record_eval(4, 3.5, 512)
+        record.record(5, metrics(50), seconds=1.0, data_loading_seconds=0.0)
 
     counted, every = read_records(tmp_path), read_records(tmp_path, superseded=True)
 
@@ -249,7 +253,7 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
 
     with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"), recorder(tmp_path) as record:
-        record.evaluation(1, 2.0, 3)
+        record.record_eval(1, 2.0, 3)
 
 
 # The other sinks
@@ -258,16 +262,16 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path):
 def test_the_console_has_a_line_every_so_many_steps_and_one_an_evaluation(tmp_path: Path, caplog):
     caplog.set_level(logging.INFO)
     said = metrics(
-        loss=np.float32(5.12), cross_entropy=np.float32(5.11), balance=np.full(3, 0.004, np.float32),
-        device_balance=np.zeros(3), grad_norm=np.float32(0.8), learning_rate=np.float32(1e-3),
-        load=np.array([[1] * 15 + [3]] * 3, np.float32), total_skips=np.int32(0),
+        loss=np.float32(5.12), cross_entropy=np.float32(5.11), balance_loss=np.full(3, 0.004, np.float32),
+        device_balance_loss=np.zeros(3), grad_norm=np.float32(0.8), learning_rate=np.float32(1e-3),
+        expert_load=np.array([[1] * 15 + [3]] * 3, np.float32), total_skips=np.int32(0),
     )  # fmt: skip
     peaks = {"devices": [device("NVIDIA A100-SXM4-80GB")], "tokens_per_step": 12_300_000}
 
     with recorder(tmp_path, ("console",), log_interval=50, steps=120, **peaks) as record:
         for step in range(1, 121):
-            record.record(step, said, seconds=1.0, data_wait=0.1)
-        record.evaluation(120, 4.98, 512)
+            record.record(step, said, seconds=1.0, data_loading_seconds=0.1)
+        record.record_eval(120, 4.98, 512)
 
     head = "loss 5.12 ce 5.11 aux 0.012 norm 0.8 lr 1.0e-03 12.3M tok/s"
     share = 12.3e6 * flops_per_token(CONFIG, 256) / 312e12
@@ -287,7 +291,7 @@ def test_on_a_terminal_there_is_a_bar_and_the_log_appears_above_it(tmp_path: Pat
     logging.getLogger().setLevel(logging.WARNING)
 
     with recorder(tmp_path, ("console",)) as record:
-        record.record(40, metrics(loss=np.float32(5.12)), seconds=1.0, data_wait=0.0)
+        record.record(40, metrics(loss=np.float32(5.12)), seconds=1.0, data_loading_seconds=0.0)
         logging.getLogger("elsewhere").warning("saved")
         assert handler.stream is not terminal
 
@@ -345,7 +349,7 @@ def test_a_resumed_run_goes_on_in_its_page_of_wandb(tmp_path: Path, monkeypatch)
     assert len(pages) == 2
     assert len(set(pages)) == 1
     assert [one if one == "end" else one["step"] for one in logged] == [1, "end", 2, "end"]
-    assert "moe/1/load" not in logged[0]
+    assert "moe/1/expert_load" not in logged[0]
 
 
 def test_wandb_is_asked_for_by_name_so_its_absence_is_an_error(tmp_path: Path, monkeypatch):
@@ -368,9 +372,9 @@ def test_a_run_becomes_a_picture(tmp_path: Path):
     with recorder(tmp_path, heat_every=10, name="tiny") as record:
         for step in range(1, 61):
             lost = {"cross_entropy": np.float32(math.nan)} if step == 30 else {}
-            dead = metrics(step).load * (np.arange(E) != 3)
-            record.record(step, metrics(step, load=dead, **lost), seconds=1.0, data_wait=0.0)
-        record.evaluation(60, 2.0, 512)
+            dead = metrics(step).expert_load * (np.arange(E) != 3)
+            record.record(step, metrics(step, expert_load=dead, **lost), seconds=1.0, data_loading_seconds=0.0)
+        record.record_eval(60, 2.0, 512)
 
     draw(tmp_path, tmp_path / "run.png")
 

@@ -73,7 +73,7 @@ from dsmoe_jax.train.loop import run
 own = lambda path: path if index == 0 else f"{path} of nobody"  # process 1 does not find it
 def trains(**changes):
     data = DataConfig(sources=(changes.pop("source", "python-stdlib"),), tokenizer=changes.pop("tokenizer", None))
-    run(RunConfig(out=f"{home}/run", data=data, **changes))
+    run(RunConfig(output_dir=f"{home}/run", data=data, **changes))
 attempt("no model", lambda: trains(model=own(f"{home}/out/config.json")))
 attempt("no base", lambda: trains(init_from=own(f"{home}/out")))
 attempt("no data", lambda: trains(model=f"{home}/out/config.json", source=own(f"{home}/out")))

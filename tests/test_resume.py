@@ -59,7 +59,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(home: Path, out: Path, **changes: Any) -> RunConfig:
     data = DataConfig(sources=(str(home / "a.jsonl"),), sequence_length=16, batch_size=2, val_fraction=0.2)
     fields: dict[str, Any] = {
-        "out": str(out),
+        "output_dir": str(out),
         "model": str(home / "model.json"),
         "steps": STEPS,
         "data": dataclasses.replace(data, **changes.pop("data", {})),
@@ -110,7 +110,7 @@ def test_a_finished_run_says_so_with_its_result(
     known = json.loads((copy / "run.json").read_text())["result"]
     monkeypatch.setattr(loop, "_begin", lambda *_: pytest.fail("nothing is left to train"))
     flags = ["--data.sources", home / "a.jsonl", "--data.sequence-length", 16, "--data.batch-size", 2, "--steps", steps]
-    flags += ["--data.val-fraction", 0.2, "--model", home / "model.json", "--out", copy, "--trackers", "jsonl"]
+    flags += ["--data.val-fraction", 0.2, "--model", home / "model.json", "--output-dir", copy, "--trackers", "jsonl"]
 
     assert main(["pretrain", "tiny", *map(str, flags)]) == 0
 
@@ -128,7 +128,7 @@ def test_a_lost_result_is_written_again(home: Path, copy: Path):
     result = run(config(home, copy))
 
     assert (embed(copy / "model") == before).all()
-    assert (result.loss, result.evaluation) == (known["loss"], pytest.approx(known["evaluation"]))
+    assert (result.loss, result.eval_loss) == (known["loss"], pytest.approx(known["evaluation"]))
 
 
 def test_a_damaged_result_is_written_again(home: Path, copy: Path):
@@ -161,7 +161,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "step.z_loss: the checkpoint has 0.0, this run 0.1": ({"step": StepConfig(z_loss=0.1)}, {}),
-    "step.device_groups: the checkpoint has 1, this run 2": ({"step": StepConfig(device_groups=2)}, {}),
+    "step.device_balance_groups: the checkpoint has 1, this run 2": ({"step": StepConfig(device_balance_groups=2)}, {}),
 }
 FREE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "learning rate": ({"optimizer": OptimizerConfig(learning_rate=1.0, schedule="constant", warmup_steps=3)}, {}),
@@ -185,13 +185,13 @@ def facts(settings: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
         "mode": "documents",
     }
     inputs = {"files": {"a": "0"}, "options": {}, "heldout": []}
-    config = identity(RunConfig(out="run", **settings), dataclasses.replace(MODEL, **fields))
+    config = identity(RunConfig(output_dir="run", **settings), dataclasses.replace(MODEL, **fields))
     return {"config": config, "stream": stream, "inputs": inputs}
 
 
 @pytest.mark.parametrize(("line", "change"), REFUSED.items(), ids=[line.partition(":")[0] for line in REFUSED])
 def test_what_changes_the_run_is_refused_by_name(line: str, change: tuple[dict[str, Any], dict[str, Any]]):
-    wanted = re.escape(f"run/checkpoints: cannot resume from step 20: {line}; choose another --out")
+    wanted = re.escape(f"run/checkpoints: cannot resume from step 20: {line}; choose another --output-dir")
 
     with pytest.raises(ValueError, match=f"^{wanted}$"):
         check_resumable(Path("run/checkpoints"), 20, facts({}, {}), facts(*change))
@@ -209,7 +209,7 @@ def test_another_spelling_is_the_same_model():
 
 
 def test_every_field_of_a_model_is_compared_or_neutral():
-    compared = identity(RunConfig(out="run"), MODEL).keys()
+    compared = identity(RunConfig(output_dir="run"), MODEL).keys()
 
     assert {field.name for field in dataclasses.fields(ModelConfig)} - compared == {
         *("architectures", "bos_token_id", "eos_token_id", "extra", "pad_token_id", "pretraining_tp"),
@@ -220,7 +220,7 @@ def test_every_field_of_a_model_is_compared_or_neutral():
 def test_a_legal_change_is_logged(caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
     before, now = (
-        RunConfig(out=out, optimizer=OptimizerConfig(learning_rate=lr)) for out, lr in (("a", 1.0), ("b", 0.5))
+        RunConfig(output_dir=out, optimizer=OptimizerConfig(learning_rate=lr)) for out, lr in (("a", 1.0), ("b", 0.5))
     )
 
     log_changes(before.to_dict(), now.to_dict(), 20)
@@ -366,7 +366,7 @@ def finetune(home: Path, base: Path, out: Path, **data: Any) -> FinetuneConfig:
         "batch_size": 2,
         "val_fraction": 0.2,
     } | data
-    return FinetuneConfig(out=str(out), init_from=str(base), data=ExamplesConfig(**data))
+    return FinetuneConfig(output_dir=str(out), init_from=str(base), data=ExamplesConfig(**data))
 
 
 def test_a_model_beside_another_to_start_from_is_named(
@@ -388,9 +388,9 @@ def test_processes_that_see_other_checkpoints_end(copy: Path, monkeypatch: pytes
     monkeypatch.setattr(loop.multihost_utils, "process_allgather", lambda newest: seen.pop(0))
     checkpoints = Checkpoints(copy / "checkpoints")
 
-    loop._agree_on(checkpoints)
+    loop._check_same_checkpoints(checkpoints)
     with pytest.raises(ValueError, match="checkpoints: not all processes see the same checkpoints"):
-        loop._agree_on(checkpoints)
+        loop._check_same_checkpoints(checkpoints)
 
 
 def test_a_template_is_known_by_its_content(home: Path, base: Path, tmp_path: Path):
@@ -424,7 +424,7 @@ def test_examples_that_changed_are_named(home: Path, base: Path, tmp_path: Path,
     if "files" in change:
         (tmp_path / "other.jsonl").write_text((home / "examples.jsonl").read_text().replace('"b"', '"c"'))
         change = {"files": (str(tmp_path / "other.jsonl"),)}
-    known, now = (finetuning(finetune(home, base, tmp_path, **data), tmp_path).facts for data in ({}, change))
+    known, now = (finetuning(finetune(home, base, tmp_path, **data), tmp_path).resume_metadata for data in ({}, change))
 
     with pytest.raises(ValueError, match=line):
         check_resumable(tmp_path, 1, json.loads(json.dumps(known)), now)
@@ -457,12 +457,12 @@ def test_shards_alone_give_the_end_token(home: Path, copy: Path, tmp_path: Path)
 
 
 REQUESTS: dict[str, tuple[Callable[[], object], str]] = {
-    "seed": (lambda: RunConfig(out="run", seed=1 << 32), r"seed must be in \[0, 2\*\*32\), got 4294967296"),
-    "negative seed": (lambda: RunConfig(out="run", seed=-1), r"seed must be in \[0, 2\*\*32\), got -1"),
+    "seed": (lambda: RunConfig(output_dir="run", seed=1 << 32), r"seed must be in \[0, 2\*\*32\), got 4294967296"),
+    "negative seed": (lambda: RunConfig(output_dir="run", seed=-1), r"seed must be in \[0, 2\*\*32\), got -1"),
     "weights": (lambda: DeepSeekMoE.init(MODEL, seed=1 << 32), "seed must be in"),
-    "keep_every": (
-        lambda: CheckpointConfig(every=10, keep_every=15),
-        "checkpoints.keep_every must be a multiple of checkpoints.every 10, got 15",
+    "keep_period": (
+        lambda: CheckpointConfig(interval=10, keep_period=15),
+        "checkpoint.keep_period must be a multiple of checkpoint.interval 10, got 15",
     ),
     "model of a fine-tuning run": (lambda: FinetuneConfig(model="tiny"), "model 'tiny' cannot be chosen"),
 }
@@ -487,7 +487,10 @@ def test_the_largest_seed_is_used_whole():
     [
         ({"mesh": MeshConfig(fsdp=8)}, r"mesh \(data=1, fsdp=8, expert=1, tensor=1\) needs 8 devices, there are 1"),
         ({"mesh": MeshConfig(expert=4)}, "does not divide 1 devices"),
-        ({"step": StepConfig(device_groups=3, device_alpha=0.1)}, "step.device_groups 3 does not divide 8 experts"),
+        (
+            {"step": StepConfig(device_balance_groups=3, device_balance_alpha=0.1)},
+            "step.device_balance_groups 3 does not divide 8 experts",
+        ),
     ],
     ids=["fsdp", "expert", "groups"],
 )
@@ -504,7 +507,10 @@ def test_a_run_that_cannot_be_is_refused_before_it_begins(
     ("changes", "line"),
     [
         ({"data": {"sequence_length": 1024}}, "data.sequence_length 1024 exceeds the model's max_position_embeddings"),
-        ({"step": StepConfig(device_groups=2)}, "step.device_groups 2 with step.device_alpha 0.0 has no effect"),
+        (
+            {"step": StepConfig(device_balance_groups=2)},
+            "step.device_balance_groups 2 with step.device_balance_alpha 0.0 has no effect",
+        ),
     ],
     ids=["length", "groups"],
 )

@@ -104,10 +104,10 @@ def test_a_state_is_restored_onto_a_mesh_and_back(tmp_path: Path, two: Path, sta
 @pytest.mark.parametrize(
     ("options", "left"),
     [
-        ({"keep_last": 1}, [5]),
-        ({"keep_last": 2}, [4, 5]),
-        ({"keep_last": 1, "keep_every": 2}, [2, 4, 5]),
-        ({"keep_last": 9}, [1, 2, 3, 4, 5]),
+        ({"max_to_keep": 1}, [5]),
+        ({"max_to_keep": 2}, [4, 5]),
+        ({"max_to_keep": 1, "keep_period": 2}, [2, 4, 5]),
+        ({"max_to_keep": 9}, [1, 2, 3, 4, 5]),
     ],
 )
 def test_the_last_ones_stay_and_every_nth(tmp_path: Path, state: TrainState, options: dict[str, int], left: list[int]):
@@ -263,7 +263,7 @@ def test_too_little_room_is_known_before_anything_is_written(small_disk: Path, s
 
 def test_a_damaged_step_is_saved_again_when_it_is_reached(copy: Path, state: TrainState):
     flip_bit(data_file(copy / "step-00000020"), -100)
-    checkpoints = Checkpoints(copy, keep_last=2)
+    checkpoints = Checkpoints(copy, max_to_keep=2)
     checkpoints.newest()
 
     checkpoints.save(20, state, FACTS)
@@ -287,10 +287,10 @@ def test_a_damaged_step_is_saved_again_by_one_that_did_not_look(copy: Path, stat
 def test_only_intact_checkpoints_are_counted(copy: Path, state: TrainState):
     flip_bit(data_file(copy / "step-00000020"), -100)
 
-    saved(copy, state, 30, keep_last=2).close()
+    saved(copy, state, 30, max_to_keep=2).close()
     assert sorted(Checkpoints(copy).steps()) == [10, 20, 30]
 
-    saved(copy, state, 40, keep_last=2).close()
+    saved(copy, state, 40, max_to_keep=2).close()
     assert sorted(Checkpoints(copy).steps()) == [30, 40]
 
 

@@ -27,11 +27,11 @@ import json, sys
 from pathlib import Path
 asked = json.loads(sys.argv[1])
 from dsmoe_jax.sharding import MeshConfig
-from dsmoe_jax.train.config import ProcessConfig
+from dsmoe_jax.train.config import DistributedConfig
 from tests.test_loop import config, run
-processes = ProcessConfig(coordinator=asked["coordinator"], processes=2, index=asked["index"])
+distributed = DistributedConfig(coordinator_address=asked["coordinator"], num_processes=2, process_id=asked["index"])
 mesh = MeshConfig(**asked["mesh"])
-run(config(Path(asked["home"]), Path(asked["out"]), mesh=mesh, steps=asked["steps"], processes=processes))
+run(config(Path(asked["home"]), Path(asked["out"]), mesh=mesh, steps=asked["steps"], distributed=distributed))
 """
 
 

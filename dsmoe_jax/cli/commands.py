@@ -263,12 +263,12 @@ def _train(config: Any, what: str, asked: argparse.Namespace) -> None:
     result = run(config)
     if result.stopped:
         again = " ".join([f"dsmoe {asked.verb}", what, *asked.flags])
-        print_status(f"stopped after step {result.steps} of {result.of}; `{again}` goes on from there")
+        print_status(f"stopped after step {result.steps} of {result.total_steps}; `{again}` goes on from there")
         return
     done = "run is complete: " if result.resumed_from == result.steps else ""
     loss = "" if math.isnan(result.loss) else f", loss {result.loss:.4f}"
-    held_out = "" if result.evaluation is None else f", {result.evaluation:.4f} on held-out text"
-    print_status(f"{done}{result.steps} steps{loss}{held_out}, {result.skipped} updates skipped: {result.model}")
+    held_out = "" if result.eval_loss is None else f", {result.eval_loss:.4f} on held-out text"
+    print_status(f"{done}{result.steps} steps{loss}{held_out}, {result.total_skips} updates skipped: {result.model}")
 
 
 def _generator(asked: argparse.Namespace) -> Any:

@@ -69,7 +69,7 @@ def training_config(folder: Path, steps: int):
     recipe = tiny()
     return dataclasses.replace(
         recipe,
-        out=str(folder / "run"),
+        output_dir=str(folder / "run"),
         steps=steps,
         optimizer=dataclasses.replace(recipe.optimizer, learning_rate=2e-3, warmup_steps=min(20, steps)),
         log_interval=max(1, steps // 10),
@@ -85,20 +85,20 @@ def _train(config, picture: Path) -> Path:
 
     started = time.perf_counter()
     result = train(config)
-    records = [record for record in read_records(config.out) if "loss" in record]
+    records = [record for record in read_records(config.output_dir) if "loss" in record]
     first, last = records[0], records[-1]
     print_status(
         f"trained {result.steps} steps in {time.perf_counter() - started:.0f} s: loss {first['loss']:.2f} to "
-        f"{last['loss']:.2f}, {result.evaluation:.2f} on held-out files"
+        f"{last['loss']:.2f}, {result.eval_loss:.2f} on held-out files"
     )
-    busiest, unused = last["max_over_mean_load"], last["unused_experts"]
+    busiest, unused = last["load_imbalance"], last["unused_experts"]
     print_status(f"  the busiest expert has {busiest:.1f} times the mean load, {unused} are unused")
     if importlib.util.find_spec("matplotlib") is None:
         print_status("  no picture: pip install 'dsmoe_jax[demo]'")
     else:
         from dsmoe_jax.train.plotting import draw
 
-        draw(Path(config.out), picture)
+        draw(Path(config.output_dir), picture)
         print_status(f"  loss and load of the experts: {picture}")
     assert result.model is not None
     return result.model
