@@ -25,7 +25,7 @@ import pytest
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Where arrays are, shapes are checked; the other rooms check what users give them themselves, and are tested for it.
-ROOMS_OF_ARRAYS = ("cache", "kernels", "layers", "model", "train")
+ROOMS_OF_ARRAYS = ("kv_cache", "kernels", "layers", "model", "train")
 CHECKS_SHAPES = importlib.util.find_spec("beartype") is not None
 if CHECKS_SHAPES:
     jaxtyping.install_import_hook([f"dsmoe_jax.{room}" for room in ROOMS_OF_ARRAYS], "beartype.beartype")

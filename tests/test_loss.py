@@ -84,7 +84,7 @@ def plain_head_loss(states, head, targets, z_loss=0.0):
     """The slow obvious twin of `chunked_cross_entropy`: all logits at once."""
     logits = jnp.einsum("btd,vd->btv", states, head)
     log_sum = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, targets[:, :, None].clip_by_global_norm(0), axis=-1)[:, :, 0]
+    picked = jnp.take_along_axis(logits, targets[:, :, None].clip(0), axis=-1)[:, :, 0]
     counted = targets != IGNORED
     return jnp.where(counted, log_sum - picked + z_loss * log_sum**2, 0).sum()
 

@@ -18,8 +18,8 @@ from dsmoe_jax.axes import Array
 from dsmoe_jax.checkpoint.manifest import is_native, own_hash, read_manifest
 from dsmoe_jax.checkpoint.native import collective_errors, load, whole
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.convert.peft import prepare_base, write_adapter
-from dsmoe_jax.convert.peft_matching import is_untied, make_plan, untied
+from dsmoe_jax.convert.peft import untie_for_adapter, write_adapter
+from dsmoe_jax.convert.peft_matching import make_plan, untied_config, unties_embeddings
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.info import count_parameters
 from dsmoe_jax.kernels.operand import Operand
@@ -30,10 +30,10 @@ from dsmoe_jax.storage.atomic_dir import write_json
 from dsmoe_jax.storage.paths import expand_user
 from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.text.generation_config import (
-    add_endings,
     eos_token_ids,
+    merge_stop_conditions,
     read_generation_config,
-    with_config_eos,
+    with_default_eos,
 )
 from dsmoe_jax.text.special_ids import check_special_ids
 from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
@@ -163,7 +163,7 @@ def finetuning(config: FinetuneConfig, output_dir: Path) -> Job:
     if config.lora is None:
         model = with_token_ids(model, corpus)
     base_generation = read_generation_config(base)
-    with_eos = with_config_eos(base_generation, model)
+    with_eos = with_default_eos(base_generation, model)
     assert corpus.tokenizer is not None
     tokenizer = Tokenizer.from_pretrained(corpus.tokenizer)
     # Stop tokens and strings that the template adds to the base's.
@@ -171,7 +171,7 @@ def finetuning(config: FinetuneConfig, output_dir: Path) -> Job:
     if config.lora is None:
         ids = {name: getattr(model, name) for name in ("bos_token_id", "pad_token_id")} | with_eos
         known = {name: value for name, value in ids.items() if value is not None}
-        generation = add_endings(known, endings) if base_generation or endings else {}
+        generation = merge_stop_conditions(known, endings) if base_generation or endings else {}
         return Job(
             model=model,
             corpus=corpus,
@@ -188,14 +188,14 @@ def finetuning(config: FinetuneConfig, output_dir: Path) -> Job:
         _log.warning("%s", line)  # an adapter is used with the config of its base
     adapter = config.lora
     plan = make_plan(adapter, model)
-    onto = untied(model) if is_untied(plan, model) else model
+    onto = untied_config(model) if unties_embeddings(plan, model) else model
 
     def load_frozen(mesh: Mesh | None) -> Mapping[str, Operand]:
         if config.quantize is None:
             params = split(load(base, mesh=mesh))[1]
         else:
             params = load_quantized(base, config.quantize, mesh=mesh)[1]
-        return prepare_base(plan, model, params)[1]
+        return untie_for_adapter(plan, model, params)[1]
 
     def init_params(mesh: Mesh | None, frozen: Mapping[str, Operand]) -> Mapping[str, Array]:
         key = jax.random.key(config.seed)
