@@ -1,15 +1,15 @@
-"""Weights from PyTorch checkpoints in the Hugging Face layout, and back. Imported as `dsmoe_jax.convert`."""
+"""Convert weights from and to PyTorch checkpoints in the Hugging Face layout. Imported as `dsmoe_jax.convert`."""
 
-from .conversion import ConversionReport
+from .cast import ConversionReport
 from .exporter import export_hf
 from .importer import import_hf, load_hf, load_hf_quantized, stored_dtypes
 from .merging import merge_to
 from .peft import attach_adapter, merge_adapter, read_adapter, write_adapter
-from .verify import Report, verify
+from .verify import VerificationReport, verify
 
 __all__ = [
     "ConversionReport",
-    "Report",
+    "VerificationReport",
     "attach_adapter",
     "export_hf",
     "import_hf",

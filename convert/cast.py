@@ -1,5 +1,7 @@
-"""Weights to another dtype, with a count of what that changes. Start at `Cast`."""
+"""Cast weights and count what changes (`Cast`), and report a finished conversion (`ConversionReport`)."""
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -8,46 +10,91 @@ import numpy as np
 _HALF = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 
 
-class Loss(NamedTuple):
-    """What a cast changed: of `values` numbers, those that came out otherwise, and the largest finite difference."""
+class CastStats(NamedTuple):
+    """What a cast changed.
+
+    Attributes:
+        values: Number of values cast.
+        changed: Number of values that changed.
+        overflowed: Number of changed values that became infinite.
+        max_error: Largest finite change.
+    """
 
     values: int = 0
     changed: int = 0
-    overflowed: int = 0  # of the changed ones, those that became infinite
+    overflowed: int = 0
     max_error: float = 0.0
 
-    def __add__(self, other: Any) -> "Loss":
-        """Both together."""
+    def __add__(self, other: Any) -> "CastStats":
+        """Return the combined statistics."""
         values, changed, overflowed = (a + b for a, b in zip(self[:3], other[:3], strict=True))
-        return Loss(values, changed, overflowed, max(self.max_error, other[3]))
+        return CastStats(values, changed, overflowed, max(self.max_error, other[3]))
 
     def __str__(self) -> str:
-        """One line for a user."""
-        part = f"{self.changed:,} of {self.values:,} values changed, by {self.max_error:.3g} at most"
-        return part + (f"; {self.overflowed:,} overflowed to infinity" if self.overflowed else "")
+        """Return a one-line summary."""
+        line = f"{self.changed:,} of {self.values:,} values changed, by {self.max_error:.3g} at most"
+        return line + (f"; {self.overflowed:,} overflowed to infinity" if self.overflowed else "")
 
 
 class Cast:
-    """Casts arrays to `dtype` (None: leaves them) and adds up the loss."""
+    """Casts arrays to `dtype` (None: no cast), rounding to nearest even, and collects `stats`."""
 
     def __init__(self, dtype: np.dtype | None):
         self.dtype = dtype
-        self.loss = Loss()
+        self.stats = CastStats()
 
     def __call__(self, array: np.ndarray) -> np.ndarray:
-        """The array in the dtype, rounded to nearest even."""
+        """Return the cast array."""
         if self.dtype is None or array.dtype == self.dtype:
             return array
         with np.errstate(over="ignore", invalid="ignore"):
             cast = array.astype(self.dtype)
         if not (array.dtype in _HALF and self.dtype == np.float32):
-            self.loss += _loss(array.astype(np.float32), cast.astype(np.float32))
+            self.stats += _compare(array.astype(np.float32), cast.astype(np.float32))
         return cast
 
 
-def _loss(before: np.ndarray, after: np.ndarray) -> Loss:
+def _compare(before: np.ndarray, after: np.ndarray) -> CastStats:
     changed = (before != after) & ~(np.isnan(before) & np.isnan(after))
     overflowed = changed & np.isinf(after)
     finite = changed & ~overflowed
     error = float(np.abs(before[finite] - after[finite]).max(initial=0.0))
-    return Loss(before.size, int(changed.sum()), int(overflowed.sum()), error)
+    return CastStats(before.size, int(changed.sum()), int(overflowed.sum()), error)
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """Summary of a finished import or export, printed by `dsmoe convert` and `dsmoe export`.
+
+    Attributes:
+        path: The new checkpoint.
+        tensors: Number of Hugging Face tensors, one per expert.
+        bytes: Bytes of all tensors.
+        reused_bytes: Bytes written by an earlier, interrupted run.
+        seconds: Wall-clock time.
+        cast_stats: What the cast changed.
+        checksum: How the bytes were verified.
+    """
+
+    path: Path
+    tensors: int
+    bytes: int
+    reused_bytes: int
+    seconds: float
+    cast_stats: CastStats
+    checksum: str
+
+    def __str__(self) -> str:
+        """Return a summary of a few lines."""
+        rate = (self.bytes - self.reused_bytes) / self.seconds / 1e9
+        size = f"{self.tensors:,} tensors, {_size(self.bytes)}"
+        lines = [f"{self.path}: {size} in {self.seconds:.1f} s ({rate:.2f} GB/s)"]
+        if self.reused_bytes:
+            lines.append(f"  resumed: {_size(self.reused_bytes)} were already written")
+        if self.cast_stats.changed:
+            lines.append(f"  cast: {self.cast_stats}")
+        return "\n".join([*lines, f"  {self.checksum}"])
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -1,4 +1,4 @@
-"""A checkpoint with an adapter multiplied into its weights: `merge_to`."""
+"""Merge an adapter into a checkpoint's weights: `merge_to`."""
 
 import contextlib
 import shutil
@@ -10,7 +10,7 @@ from dsmoe_jax.checkpoint.manifest import is_native
 from dsmoe_jax.checkpoint.native import load, save
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.storage.atomic_dir import refuse_existing, sibling
+from dsmoe_jax.storage.atomic_dir import check_new_path, staging_path
 from dsmoe_jax.storage.locks import lock_name
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.text.generation_config import (
@@ -22,50 +22,58 @@ from dsmoe_jax.text.generation_config import (
 )
 
 from .exporter import export_hf
-from .importer import load_hf, travelling_files
+from .importer import extra_files, load_hf
 from .peft import merge_adapter
 
 LAYOUTS: Final = ("native", "hf")
 
 
 def merge_to(
-    checkpoint: str | Path, adapter: str | Path, out: str | Path, *, layout: str = "native", dtype: Any = None
+    checkpoint: str | Path, adapter: str | Path, output_dir: str | Path, *, layout: str = "native", dtype: Any = None
 ) -> str:
-    """Write the checkpoint with the adapter merged as the new folder `out`, tokenizer beside it; says what it did.
+    """Write a checkpoint with an adapter merged into its weights.
 
-    The adapter's EOS ids and stop strings are added to those of the generation config.
+    The whole model is held in memory. The adapter's EOS ids and stop strings are added to the generation config.
 
-    `checkpoint` is native or in the Hugging Face layout; `layout` is that of `out`, "native" or "hf". `dtype` casts
-    before merging; by default weights keep theirs. The whole model is held in memory. Raises `ValueError` as loading
-    and `read_adapter` do, and if `out` exists.
+    Args:
+        checkpoint: Native checkpoint or Hugging Face folder.
+        adapter: Folder of a PEFT adapter.
+        output_dir: New checkpoint.
+        layout: Layout of `output_dir`, "native" or "hf".
+        dtype: "float32", "bfloat16" or "float16" to cast before merging; default: the stored dtypes.
+
+    Returns:
+        A one-line summary.
+
+    Raises:
+        DSMoEError: `output_dir` exists, or the checkpoint or adapter is invalid.
     """
     if layout not in LAYOUTS:
-        raise DSMoEError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
-    checkpoint, out = user_path(checkpoint, "checkpoint"), refuse_existing(out)
-    between = out.with_name(f".{out.name}.merging")
-    with lock_name(out, "merging.lock"):  # `save` and `export_hf` take the other one
-        for left in (between, sibling(between)):  # by a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        raise DSMoEError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    checkpoint, output_dir = user_path(checkpoint, "checkpoint"), check_new_path(output_dir)
+    scratch = output_dir.with_name(f".{output_dir.name}.merging")
+    native = output_dir if layout == "native" else scratch
+    with lock_name(output_dir, "merging.lock"):  # `save` and `export_hf` take the other lock
+        for leftover in (scratch, staging_path(scratch)):  # of a killed run
+            shutil.rmtree(leftover, ignore_errors=True)
         model = merge_adapter((load if is_native(checkpoint) else load_hf)(checkpoint, dtype=dtype), adapter)
-        with _beside(checkpoint, adapter, model.config) as beside:
-            if layout == "native":
-                save(model, out, beside=beside)
-                return f"{checkpoint} with {adapter} merged into it: {out}"
-            try:
-                save(model, between, beside=beside)
-                export_hf(between, out)
-            finally:
-                shutil.rmtree(between, ignore_errors=True)
-    return f"{checkpoint} with {adapter} merged into it: {out}"
+        try:
+            with _merged_files(checkpoint, adapter, model.config) as files:
+                save(model, native, extra_files=files)
+            if layout == "hf":
+                export_hf(native, output_dir)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return f"Merged {adapter} into {checkpoint}: {output_dir}"
 
 
 @contextlib.contextmanager
-def _beside(checkpoint: Path, adapter: str | Path, config: ModelConfig) -> Iterator[tuple[Path, ...]]:
-    """What stands beside the checkpoint's weights, its generation config with the adapter's endings added."""
-    files = travelling_files(checkpoint)
+def _merged_files(checkpoint: Path, adapter: str | Path, config: ModelConfig) -> Iterator[tuple[Path, ...]]:
+    """Yield the checkpoint's extra files with the adapter's stop conditions in the generation config."""
+    files = extra_files(checkpoint)
     fields = with_default_eos(read_generation_config(checkpoint), config)
-    if (endings := merge_stop_conditions(fields, read_generation_config(adapter))) == fields:
+    if (merged := merge_stop_conditions(fields, read_generation_config(adapter))) == fields:
         yield files
         return
-    with temporary_generation_config(endings) as file:
+    with temporary_generation_config(merged) as file:
         yield (*(path for path in files if path.name != GENERATION_CONFIG), *file)

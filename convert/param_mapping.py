@@ -1,7 +1,7 @@
-"""The table: Hugging Face's tensor names and ours.
+"""Map our parameter names to Hugging Face's tensor names.
 
-Weights lie the same way in both, [out, in], so the only turn is a stack: where a row has `{e}`, one of our tensors
-holds all experts' tensors along a new first axis.
+Weights are [out, in] in both, so the only transformation is stacking: where a row has `{e}`, one of our parameters
+stacks the tensors of all experts along a new first axis.
 """
 
 import math
@@ -42,22 +42,22 @@ _TABLE: Final[tuple[tuple[str, str], ...]] = (
 _HF_NAME: Final[dict[str, str]] = dict(_TABLE)
 _ROW: Final[dict[str, int]] = {ours: row for row, (ours, _) in enumerate(_TABLE)}
 
-# A tied model has no head of its own, but PyTorch's `.bin` files may store the embedding a second time under this name.
+# PyTorch's `.bin` files may store the tied embedding a second time under this name.
 TIED_HEAD: Final = "lm_head.weight"
 
 
 def hf_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """For each of our parameters the HF tensors it is made of: one, or one per expert in the order of the stack."""
+    """Return the HF tensors of each of our parameters: one, or one per expert in stack order."""
     return {name: _hf_names(name, config) for name in abstract(config)[1]}
 
 
 def is_stacked(name: str) -> bool:
-    """Whether our parameter `name` is a stack over experts."""
+    """Return whether our parameter is a stack over experts."""
     return "{e}" in _HF_NAME[_pattern(name)]
 
 
 def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of the HF checkpoint."""
+    """Return the shape of every HF tensor."""
     specs = abstract(config)[1]
     return {
         hf_name: specs[name].shape[1:] if is_stacked(name) else specs[name].shape
@@ -67,9 +67,9 @@ def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def export_order(config: ModelConfig) -> list[tuple[str, str, int | None]]:
-    """Every HF tensor as (its name, our parameter, its place in our stack or None), layer by layer."""
+    """Return (HF name, our parameter, expert index or None) of every HF tensor, layer by layer."""
 
-    def place(entry: tuple[str, str, int | None]) -> tuple[float, int, int]:
+    def position(entry: tuple[str, str, int | None]) -> tuple[float, int, int]:
         _, ours, expert = entry
         layer = re.search(r"layers\.(\d+)", ours)
         outside = -1 if ours == "embed" else math.inf
@@ -80,7 +80,7 @@ def export_order(config: ModelConfig) -> list[tuple[str, str, int | None]]:
         for ours, parts in hf_names(config).items()
         for e, hf_name in enumerate(parts)
     ]
-    return sorted(entries, key=place)
+    return sorted(entries, key=position)
 
 
 def _hf_names(name: str, config: ModelConfig) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
-"""LoRA adapters as the peft library stores them, in and out. Start at `read_adapter`.
+"""Read, write, attach and merge LoRA adapters in PEFT's format. Start at `read_adapter`.
 
-What is written has the fields of peft 0.13, which refuses later ones. Unlike peft, nothing is passed over: every tensor
-of the file has its place and every place its tensor. `peft_matching.py` says what a config means for a model.
+Adapters are written with the fields of PEFT 0.13, which rejects later ones. Unlike PEFT, nothing is ignored: every
+tensor in a file must belong to the adapter. peft_matching.py matches a config with a model.
 """
 
 import dataclasses
@@ -17,102 +17,112 @@ from typing import Any, Final, NamedTuple
 import jax
 import numpy as np
 
-from dsmoe_jax.checkpoint.manifest import RECORD, check_record
+from dsmoe_jax.checkpoint.manifest import RECORD, read_evaluation_record
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.lora import LORA_A, LORA_B, LoraConfig, Plan, attach, merge, place, specs
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
-from dsmoe_jax.storage.atomic_dir import new_folder, write_json
+from dsmoe_jax.storage.atomic_dir import atomic_dir, write_json
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.text.generation_config import GENERATION_CONFIG
 
 from .param_mapping import hf_names, is_stacked
-from .peft_matching import RELEASES, Rules, make_plan, modules, untied_config, unties_embeddings
+from .peft_matching import RELEASES, MatchingRules, make_plan, modules, untied_config, unties_embeddings
 from .reader import CheckpointReader, path_inside, read_safetensors
-from .torch_pickle import read_torch_file, show
+from .tensor_info import quote
+from .torch_pickle import read_torch_file
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 _LAYOUTS: Final = ((WEIGHTS, False, read_safetensors), ("adapter_model.bin", False, read_torch_file))
 _PREFIX: Final = "base_model.model."
-_WHOLE: Final = ("embed_tokens", "lm_head")  # saved under their own names by `save_embedding_layers`, listed or not
+_EMBEDDINGS: Final = ("embed_tokens", "lm_head")  # saved by `save_embedding_layers` even if not in modules_to_save
 
-# The fields that change what an adapter computes: the only values that are understood here. What is in no row must be
-# null, false or empty; a config that says anything else is refused rather than read in part.
+# Supported values of fields that change what an adapter computes. Fields in none of these tables must be null, false or
+# empty.
 _FIXED: Final[dict[str, tuple[Any, ...]]] = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", None),
     "bias": ("none", None),
 }
-_OURS: Final = frozenset(field.name for field in dataclasses.fields(LoraConfig))
-_WITHOUT_EFFECT: Final = frozenset(
+_LORA_FIELDS: Final = frozenset(field.name for field in dataclasses.fields(LoraConfig))
+_IGNORED_FIELDS: Final = frozenset(
     {"auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "megatron_config", "megatron_core"}
     | {"peft_version", "qalora_group_size", "revision", "runtime_config"}
 )
-# What peft means by a field that is absent, where `LoraConfig` has another default.
+# PEFT's defaults that differ from those of `LoraConfig`.
 _DEFAULTS: Final[dict[str, Any]] = {"lora_alpha": 8}
-_REQUIRED: Final = ("r", "lora_alpha", "target_modules")  # null means nothing here
-_INITS: Final = (None, True, False, "gaussian", "eva", "orthogonal")  # the others change the base's weights
+_REQUIRED: Final = ("r", "lora_alpha", "target_modules")  # must not be null
+_INITS: Final = (None, True, False, "gaussian", "eva", "orthogonal")  # others change the base's weights
 _WRITTEN_SINCE: Final = {"exclude_modules": (0, 14), "corda_config": (0, 15)}  # `peft_version` itself since 0.18
 
 
 class Adapter(NamedTuple):
-    """An adapter with all that is known of it."""
+    """A PEFT adapter.
+
+    Attributes:
+        config: LoRA config.
+        plan: The base's parameters that it adapts or replaces.
+        params: fp32 arrays by the names of `dsmoe_jax.lora`.
+        base: `base_model_name_or_path`.
+    """
 
     config: LoraConfig
     plan: Plan
-    params: dict[str, np.ndarray]  # fp32, by the names of `dsmoe_jax.lora`
-    base: str | None  # what its config says of the model it was made for
+    params: dict[str, np.ndarray]
+    base: str | None
 
 
 def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
-    """The adapter in the folder `path`, for a base of this config.
+    """Read an adapter from a folder.
 
-    Raises `ValueError` in one line for a config that means more than this project computes, for tensors that are
-    missing, surplus or of another shape than config and base ask for, and for files that are not as the
-    `evaluation.json` beside them says. If it replaces the embedding or the head of a
-    model that ties them, the base must be `untied` first.
+    Args:
+        path: Folder with adapter_config.json and the weights.
+        model: Config of the base. If the adapter replaces a tied embedding or head, `untie_for_adapter` prepares the
+            base's parameters.
+
+    Raises:
+        DSMoEError: The config is not supported, a tensor is missing, unexpected or of another shape, or a file does
+            not match the folder's `evaluation.json`.
     """
     path = user_path(path, "adapter")
     if not os.path.lexists(path / CONFIG):
-        raise DSMoEError(f"{path}: no adapter (no {CONFIG})")
+        raise DSMoEError(f"{path}: not an adapter, {CONFIG} is missing")
     if (path / RECORD).is_file():
         try:
-            check_record(path)
-        except ValueError as error:
+            read_evaluation_record(path)
+        except DSMoEError as error:
             raise DSMoEError(f"{path}: damaged adapter: {error}") from None
     fields = read_json(path_inside(path, CONFIG))
     try:
         config, rules = _lora_config(fields), _rules(fields)
-    except ValueError as error:
+    except DSMoEError as error:
         raise DSMoEError(f"{path / CONFIG}: {error}") from None
     with CheckpointReader(path, _LAYOUTS) as reader:
-        unlisted = [end for end in _WHOLE if any(name.endswith(f".{end}.weight") for name in reader.tensors)]
+        unlisted = [end for end in _EMBEDDINGS if any(name.endswith(f".{end}.weight") for name in reader.tensors)]
         saved = tuple(dict.fromkeys((*config.modules_to_save, *unlisted)))
         config = dataclasses.replace(config, modules_to_save=saved)
         try:
             plan = make_plan(config, model, rules=rules, strict=False)
-        except ValueError as error:
+        except DSMoEError as error:
             raise DSMoEError(f"{path / CONFIG}: {error}") from None
-        parts = _parts(plan, model)
-        _check_tensors(path, {name: info.shape for name, info in reader.tensors.items()}, parts)
-        shapes = {name: spec.shape for name, spec in specs(plan, _whole_config(plan, model)).items()}
+        slots = _slots(plan, model)
+        _check_tensors(path, {name: info.shape for name, info in reader.tensors.items()}, slots)
+        shapes = {name: spec.shape for name, spec in specs(plan, _base_config(plan, model)).items()}
         params = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-        for name, part in parts.items():
-            params[part.name][part.index] = reader.read(name)
+        for name, slot in slots.items():
+            params[slot.name][slot.index] = reader.read(name)
     return Adapter(config, plan, params, fields.get("base_model_name_or_path"))
 
 
-def _check_tensors(path: Path, found: Mapping[str, tuple[int, ...]], parts: Mapping[str, "_Part"]) -> None:
+def _check_tensors(path: Path, found: Mapping[str, tuple[int, ...]], slots: Mapping[str, "_Slot"]) -> None:
     for name, shape in found.items():
-        if name not in parts:
-            raise DSMoEError(f"{path}: tensor {name} belongs to no part of this adapter of this base")
-        if shape != parts[name].shape:
-            raise DSMoEError(
-                f"{path}: tensor {name} has shape {list(shape)}, rank and base ask for {list(parts[name].shape)}"
-            )
-    if missing := sorted(parts.keys() - found.keys()):
+        if name not in slots:
+            raise DSMoEError(f"{path}: unexpected tensor {name}: the config does not adapt this module of the base")
+        if shape != slots[name].shape:
+            raise DSMoEError(f"{path}: tensor {name} must have shape {list(slots[name].shape)}, got {list(shape)}")
+    if missing := sorted(slots.keys() - found.keys()):
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise DSMoEError(f"{path}: tensor {missing[0]} is missing{more}")
 
@@ -126,16 +136,24 @@ def write_adapter(
     base: str | None = None,
     generation: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Write the adapter to the new folder `path`, with the fields and names that peft 0.13.2 reads; fp32.
+    """Write an adapter in fp32, readable by PEFT 0.13.2 and later.
 
-    `base` is noted as the model it was made for; `generation` are fields of a `generation_config.json`, which is
-    written where there are any. Raises `ValueError` if `path` exists or the disk is too full.
+    Args:
+        path: New folder.
+        config: LoRA config.
+        model: Config of the base.
+        params: Arrays by the names of `dsmoe_jax.lora`.
+        base: `base_model_name_or_path`.
+        generation: Fields of a `generation_config.json`, written if there are any.
+
+    Raises:
+        DSMoEError: `path` exists, or the disk is too full.
     """
     from safetensors.numpy import save_file
 
     plan = make_plan(config, model)
     tensors = to_peft(plan, model, params)
-    with new_folder(user_path(path, "adapter"), needs=sum(tensor.nbytes for tensor in tensors.values())) as draft:
+    with atomic_dir(user_path(path, "adapter"), needs=sum(tensor.nbytes for tensor in tensors.values())) as draft:
         save_file(tensors, draft.folder / WEIGHTS, metadata={"format": "pt"})
         write_json(draft.folder / CONFIG, _peft_fields(config, base))
         if generation:
@@ -143,45 +161,55 @@ def write_adapter(
 
 
 def attach_adapter(model: DeepSeekMoE, path: str | Path) -> DeepSeekMoE:
-    """The model with the adapter in the folder `path` on it, nothing multiplied out; raises as `read_adapter` does."""
-    config, params = model.config, split(model)[1]
-    adapter = read_adapter(path, config)
-    config, params = untie_for_adapter(adapter.plan, config, params)
-    return assemble(config, attach(adapter.plan, params, place(adapter.plan, config, adapter.params, params)))
+    """Return the model with an adapter attached, unmerged.
+
+    Args:
+        model: The base.
+        path: Folder of the adapter; errors as in `read_adapter`.
+    """
+    plan, config, params, adapter = _load_onto(model, path)
+    return assemble(config, attach(plan, params, adapter))
 
 
 def merge_adapter(model: DeepSeekMoE, path: str | Path) -> DeepSeekMoE:
-    """The model with the adapter in the folder `path` multiplied into its weights, each in the dtype it had."""
+    """Return the model with an adapter merged into its weights, which keep their dtypes.
+
+    Args:
+        model: The base.
+        path: Folder of the adapter; errors as in `read_adapter`.
+    """
+    plan, config, params, adapter = _load_onto(model, path)
+    return assemble(config, jax.jit(partial(merge, plan))(params, adapter))
+
+
+def _load_onto(model: DeepSeekMoE, path: str | Path) -> tuple[Plan, ModelConfig, dict[str, Any], dict[str, jax.Array]]:
+    """Return the adapter's plan, the base's config and parameters, and the adapter's parameters on its devices."""
     config, params = model.config, split(model)[1]
     adapter = read_adapter(path, config)
     config, params = untie_for_adapter(adapter.plan, config, params)
-    placed = place(adapter.plan, config, adapter.params, params)
-    return assemble(config, jax.jit(partial(merge, adapter.plan))(params, placed))
+    return adapter.plan, config, params, place(adapter.plan, config, adapter.params, params)
 
 
 def untie_for_adapter(plan: Plan, model: ModelConfig, params: Mapping[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
-    """Config and parameters that the adapter goes onto: with a head of their own if it takes apart what is tied."""
+    """Return config and parameters of the base, with a separate head if the adapter unties it."""
     if not unties_embeddings(plan, model):
         return model, dict(params)
     return untied_config(model), {**params, "head.weight": params["embed"]}
 
 
-# --- names ---
-
-
-class _Part(NamedTuple):
-    """Where a tensor of the file lies in our parameters."""
+class _Slot(NamedTuple):
+    """Place of a PEFT tensor in our parameters."""
 
     name: str
     index: tuple[Any, ...]
     shape: tuple[int, ...]
 
 
-def _parts(plan: Plan, model: ModelConfig) -> dict[str, _Part]:
-    """By the names of the file. Of a stack over experts a tensor is one expert's; ranks are filled up with zeros."""
-    whole = _whole_config(plan, model)
-    shapes = {name: spec.shape for name, spec in specs(plan, whole).items()}
-    paths_of, names, parts = modules(whole), hf_names(whole), {}
+def _slots(plan: Plan, model: ModelConfig) -> dict[str, _Slot]:
+    """Return the slot of each PEFT tensor: of a stack one expert's, its rank zero-padded to the largest."""
+    base = _base_config(plan, model)
+    shapes = {name: spec.shape for name, spec in specs(plan, base).items()}
+    paths_of, names, slots = modules(base), hf_names(base), {}
 
     def at(name: str, n: int) -> tuple[int, ...]:
         return (n,) if is_stacked(name) else ()
@@ -191,27 +219,24 @@ def _parts(plan: Plan, model: ModelConfig) -> dict[str, _Part]:
         for n, (path, r) in enumerate(zip(paths_of[name], target.ranks, strict=True)):
             if r:
                 rank = slice(r)
-                parts[f"{_PREFIX}{path}.lora_A.weight"] = _Part(name + LORA_A, (*at(name, n), rank), (r, into))
-                parts[f"{_PREFIX}{path}.lora_B.weight"] = _Part(name + LORA_B, (*at(name, n), ..., rank), (out, r))
+                slots[f"{_PREFIX}{path}.lora_A.weight"] = _Slot(name + LORA_A, (*at(name, n), rank), (r, into))
+                slots[f"{_PREFIX}{path}.lora_B.weight"] = _Slot(name + LORA_B, (*at(name, n), ..., rank), (out, r))
     for name in plan.saved:
         for n, hf_name in enumerate(names[name]):
-            parts[f"{_PREFIX}{hf_name}"] = _Part(
+            slots[f"{_PREFIX}{hf_name}"] = _Slot(
                 name, at(name, n), shapes[name][1:] if is_stacked(name) else shapes[name]
             )
-    return parts
+    return slots
 
 
 def to_peft(plan: Plan, model: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The tensors of the file, fp32."""
+    """Return the tensors in PEFT's layout, fp32."""
     host = {name: np.asarray(value, np.float32) for name, value in params.items()}
-    return {name: np.ascontiguousarray(host[part.name][part.index]) for name, part in _parts(plan, model).items()}
+    return {name: np.ascontiguousarray(host[slot.name][slot.index]) for name, slot in _slots(plan, model).items()}
 
 
-def _whole_config(plan: Plan, model: ModelConfig) -> ModelConfig:
+def _base_config(plan: Plan, model: ModelConfig) -> ModelConfig:
     return untied_config(model) if unties_embeddings(plan, model) else model
-
-
-# --- the config file ---
 
 
 def _lora_config(fields: Mapping[str, Any]) -> LoraConfig:
@@ -220,21 +245,23 @@ def _lora_config(fields: Mapping[str, Any]) -> LoraConfig:
             raise DSMoEError(f"{name} {fields[name]!r:.80} is not supported, only {allowed[0]!r}")
     init = fields.get("init_lora_weights", True)
     if not isinstance(init, bool | str | None) or init not in _INITS:
-        raise DSMoEError(f"init_lora_weights {init!r:.80} changes the base's weights, which are not here")
+        raise DSMoEError(f"init_lora_weights {init!r:.80} is not supported: it changes the base's weights")
     if not isinstance(base := fields.get("base_model_name_or_path"), str | None):
-        raise DSMoEError(f"base_model_name_or_path {base!r:.80} is not understood")
-    known = {*_FIXED, *_OURS, *_WITHOUT_EFFECT, "init_lora_weights"}
+        raise DSMoEError(f"base_model_name_or_path {base!r:.80} is not supported")
+    known = {*_FIXED, *_LORA_FIELDS, *_IGNORED_FIELDS, "init_lora_weights"}
     for name, value in fields.items():
         if name not in known and value not in (None, False, "", 0) and value != [] and value != {}:
-            raise DSMoEError(f"{show(name)} {value!r:.80} is not supported")
-    if "target_modules" not in fields:  # peft's default goes by the model type, and it has none for this one
+            raise DSMoEError(f"{quote(name)} {value!r:.80} is not supported")
+    if "target_modules" not in fields:  # PEFT has no default for this model type
         raise DSMoEError("target_modules is missing")
-    said = {name: value for name, value in fields.items() if value is not None or name in _REQUIRED}
-    return LoraConfig(**{name: _field(name, value) for name, value in (_DEFAULTS | said).items() if name in _OURS})
+    given = {name: value for name, value in fields.items() if value is not None or name in _REQUIRED}
+    return LoraConfig(
+        **{name: _field(name, value) for name, value in (_DEFAULTS | given).items() if name in _LORA_FIELDS}
+    )
 
 
 def _field(name: str, value: Any) -> Any:
-    """The value in the type that `LoraConfig` has; `ValueError` for another one."""
+    """Convert a value to the type of the `LoraConfig` field."""
     match name, value:
         case ("target_modules", str()) | ("use_rslora", bool()):
             return value
@@ -254,16 +281,16 @@ def _field(name: str, value: Any) -> Any:
             return int(value)
         case ("r" | "lora_alpha" | "lora_dropout", int() | float()) if _is_number(value):
             return value
-    raise DSMoEError(f"{name} {value!r:.80} is not understood")
+    raise DSMoEError(f"{name} {value!r:.80} is not supported")
 
 
-def _rules(fields: Mapping[str, Any]) -> Rules:
-    """Those of the release that wrote the file."""
+def _rules(fields: Mapping[str, Any]) -> MatchingRules:
+    """Return the rules of the release that wrote the file."""
     release = max([(0, 13), *(since for name, since in _WRITTEN_SINCE.items() if name in fields)])
     if (version := fields.get("peft_version")) is not None:
         numbers = re.match(r"(\d{1,4})\.(\d{1,4})", version) if isinstance(version, str) else None
         if numbers is None:
-            raise DSMoEError(f"peft_version {version!r:.80} is not understood")
+            raise DSMoEError(f"peft_version {version!r:.80} is not supported")
         release = int(numbers[1]), int(numbers[2])
     return RELEASES[max((since for since in RELEASES if since <= release), default=(0, 13))]
 
@@ -273,10 +300,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _peft_fields(config: LoraConfig, base: str | None) -> dict[str, Any]:
-    """What peft 0.13.2 writes; it stumbles over any field that it does not know."""
-    own = dataclasses.asdict(config)
-    lists = {name: list(own[name]) for name in ("layers_to_transform", "modules_to_save") if own[name]}
-    target = own["target_modules"]
+    """Return the fields of PEFT 0.13.2, which fails on unknown ones."""
+    layers, saved, target = config.layers_to_transform, config.modules_to_save, config.target_modules
     return {
         "alpha_pattern": dict(config.alpha_pattern),
         "auto_mapping": None,
@@ -287,13 +312,13 @@ def _peft_fields(config: LoraConfig, base: str | None) -> dict[str, Any]:
         "init_lora_weights": True,
         "layer_replication": None,
         "layers_pattern": config.layers_pattern,
-        "layers_to_transform": lists.get("layers_to_transform"),
+        "layers_to_transform": list(layers) if layers else None,
         "loftq_config": {},
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
         "megatron_config": None,
         "megatron_core": "megatron.core",
-        "modules_to_save": lists.get("modules_to_save"),
+        "modules_to_save": list(saved) or None,
         "peft_type": "LORA",
         "r": config.r,
         "rank_pattern": dict(config.rank_pattern),

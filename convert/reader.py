@@ -1,8 +1,6 @@
-"""Every tensor of a Hugging Face checkpoint folder by name, memory-mapped and checked before it is believed.
+"""Read the tensors of a Hugging Face checkpoint folder by name, memory-mapped and validated.
 
-Read `CheckpointReader` first: it finds the files, checks them against their index and hands out arrays.
-`read_index` below it reads an index, `read_safetensors` one safetensors file; `torch_pickle.py` does the latter for
-`.bin` files.
+Read `CheckpointReader` first. `read_safetensors` parses a safetensors file, torch_pickle.py a `.bin` file.
 """
 
 import mmap
@@ -17,11 +15,10 @@ import numpy as np
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.strict_json import MAX_JSON_BYTES, parse_json, read_json
 
-from .torch_pickle import TensorInfo, count_elements, is_buffer, read_torch_file, show
+from .tensor_info import TensorInfo, count_elements, is_buffer, quote
+from .torch_pickle import read_torch_file
 
-__all__ = ["CheckpointReader", "TensorInfo", "choose_layout", "read_index", "read_safetensors"]
-
-MAX_NAME: Final = 250  # characters of a tensor's name, bytes of a file's
+MAX_NAME: Final = 250  # characters of a tensor name, bytes of a file name
 
 SAFETENSORS_DTYPES: Final[dict[str, np.dtype]] = {
     "F32": np.dtype(np.float32),
@@ -40,22 +37,22 @@ _BUFFER_DTYPES: Final = SAFETENSORS_DTYPES | {
 
 
 class CheckpointReader:
-    """Every tensor of a Hugging Face checkpoint folder by name, memory-mapped, read when asked for.
+    """Reads tensors of a Hugging Face checkpoint folder on demand.
 
-    `tensors` maps each name to its `TensorInfo` (dtype, shape, file). Opening reads headers and indexes only,
-    and checks them all; the files must not change while the reader or one of its arrays is alive. Files are chosen as
-    in `choose_layout`. `ignored` names files and tensors that are there and not read: those of other layouts, stale
-    indexes and shards, and buffers that the model computes itself.
+    Opening validates headers and indexes only. The files must not change while the reader or one of its arrays is
+    alive.
+
+    Attributes:
+        folder: The folder.
+        tensors: Location, dtype and shape of each tensor.
+        ignored: Files and tensors that are not read: other layouts, stale indexes and shards, recomputed buffers.
     """
 
     tensors: dict[str, TensorInfo]
     ignored: list[str]
 
     def __init__(self, folder: str | Path, layouts: "Layouts | None" = None):
-        """Open `folder`; ValueError, in one line, if anything about its files is not as it must be.
-
-        `layouts` says where to look, as `LAYOUTS` does for a model.
-        """
+        """Open the weights that `choose_layout` selects among `layouts` (default: `LAYOUTS`)."""
         self.folder = Path(folder)
         self.tensors, self.ignored = {}, []
         self._maps: dict[str, mmap.mmap] = {}
@@ -65,63 +62,66 @@ class CheckpointReader:
         name, is_index, parse = self._find_weights(layouts)
         index = None
         if is_index:
-            path_inside(self.folder, name)  # refuses a link that leads out
+            path_inside(self.folder, name)  # rejects links that lead outside
             index = read_index(self.folder / name)
         for file in dict.fromkeys(index.values()) if index else [name]:
             for tensor, info in self._read_file(file, parse).items():
                 if len(tensor) > MAX_NAME or not tensor.isprintable():
-                    rule = f"a name has at most {MAX_NAME} characters, all printable"
-                    raise DSMoEError(f"{self.folder / file}: tensor {show(tensor)} is misnamed: {rule}")
+                    rule = f"must have at most {MAX_NAME} characters, all printable"
+                    raise DSMoEError(f"{self.folder / file}: tensor name {quote(tensor)} {rule}")
                 if tensor in self.tensors:
-                    both = f"{show(self.tensors[tensor].file)} and {show(file)}"
-                    raise DSMoEError(f"{self.folder}: tensor {show(tensor)} lies in both {both}")
+                    both = f"{quote(self.tensors[tensor].file)} and {quote(file)}"
+                    raise DSMoEError(f"{self.folder}: tensor {quote(tensor)} is in both {both}")
                 if is_buffer(tensor):
                     self.ignored.append(tensor)
                     continue
                 if index and tensor not in index:
-                    raise DSMoEError(f"{self.folder / file}: tensor {show(tensor)} is not in {name}")
+                    raise DSMoEError(f"{self.folder / file}: tensor {quote(tensor)} is not in {name}")
                 self.tensors[tensor] = info
         for tensor, file in (index or {}).items():
             if is_buffer(tensor):
                 continue
             if tensor not in self.tensors or self.tensors[tensor].file != file:
-                raise DSMoEError(f"{self.folder / file}: lacks tensor {show(tensor)}, which {name} places there")
+                raise DSMoEError(f"{self.folder / file}: tensor {quote(tensor)} of {name} is missing")
         if not self.tensors:
-            raise DSMoEError(f"{self.folder / name}: holds no tensor")
+            raise DSMoEError(f"{self.folder / name}: has no tensors")
         self.ignored += self._other_files({name, *self._maps}, layouts)
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor `name` as a read-only view on the mapped file; bfloat16 is `ml_dtypes.bfloat16`.
+        """Return a read-only view of the mapped tensor, valid after `close`; it may be strided or unaligned.
 
-        The view stays valid after `close`. It may be strided or unaligned where the file is; numpy and JAX
-        read both. Raises ValueError if there is no such tensor or the reader is closed.
+        Args:
+            name: Name of the tensor.
+
+        Raises:
+            DSMoEError: There is no such tensor, or the reader is closed.
         """
         info = self.tensors.get(name)
         if info is None:
-            raise DSMoEError(f"{self.folder}: holds no tensor {show(name)}")
+            raise DSMoEError(f"{self.folder}: has no tensor {quote(name)}")
         if info.file not in self._maps:
-            raise DSMoEError(f"{self.folder}: closed, so tensor {show(name)} cannot be read")
+            raise DSMoEError(f"{self.folder}: the reader is closed, cannot read tensor {quote(name)}")
         if 0 in info.shape:
             empty = np.zeros(info.shape, info.dtype)
             empty.flags.writeable = False
             return empty
-        # numpy checks once more that shape and strides stay inside the file.
+        # numpy checks again that shape and strides stay inside the file.
         return np.ndarray(info.shape, info.dtype, self._maps[info.file], info.offset, info.strides)
 
     def close(self) -> None:
-        """Let go of the files. Each stays mapped until the last array read from it is gone."""
+        """Release the files; each stays mapped while an array read from it is alive."""
         self._maps.clear()
 
     def __enter__(self) -> "CheckpointReader":
-        """The reader itself, closed at the end of the `with` block."""
+        """Return the reader."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close."""
+        """Close the reader."""
         self.close()
 
     def _find_weights(self, layouts: "Layouts") -> tuple[str, bool, "_Parser"]:
-        # A dangling link is an error, not an absence.
+        # A dangling link counts as present and fails when it is opened.
         present = {name for name, _, _ in layouts if os.path.lexists(self.folder / name)}
         try:
             chosen = choose_layout(present, lambda file: os.path.lexists(self.folder / file), self._shards, layouts)
@@ -133,11 +133,11 @@ class CheckpointReader:
         return chosen
 
     def _shards(self, index: str) -> set[str]:
-        path_inside(self.folder, index)  # refuses a link that leads out
+        path_inside(self.folder, index)
         return set(read_index(self.folder / index).values())
 
     def _other_files(self, read: set[str], layouts: "Layouts") -> list[str]:
-        """What looks like weights beside those that were read."""
+        """Return other files that look like weights."""
         ends = tuple({Path(name.removesuffix(".index.json")).suffix for name, _, _ in layouts})
         names = sorted(entry.name for entry in os.scandir(self.folder) if entry.name not in read)
         return [name for name in names if name.removesuffix(".index.json").endswith(ends)]
@@ -155,16 +155,16 @@ class CheckpointReader:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """An index's map from tensor to shard; ValueError, in one line, unless each shard is a weights' file beside it."""
+    """Return an index's map from tensor to shard; shards are weight files in the same folder."""
     shards = read_json(path).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise DSMoEError(f"{path}: weight_map is missing, empty or not an object")
+        raise DSMoEError(f"{path}: weight_map must be a non-empty object")
     end = Path(path.name.removesuffix(".index.json")).suffix
     for tensor, file in shards.items():
         file = file.removeprefix("./") if isinstance(file, str) else file
         if not is_file_name(file) or not file.endswith(end):
-            rule = f"a shard is a {end} file beside its index"
-            raise DSMoEError(f"{path}: tensor {show(tensor)} is in {show(file)}; {rule}")
+            rule = f"a shard must be a {end} file in the same folder"
+            raise DSMoEError(f"{path}: tensor {quote(tensor)} is in {quote(file)}; {rule}")
         shards[tensor] = file
     return shards
 
@@ -175,19 +175,19 @@ def choose_layout(
     shards_of: Callable[[str], Collection[str]],
     layouts: "Layouts | None" = None,
 ) -> "tuple[str, bool, _Parser] | None":
-    """Where the weights of a folder are read from; None where there are none.
+    """Choose which weights of a folder to read; None if there are none.
 
-    Safetensors are preferred to `.bin` files. Beside a single file, an index whose shards are not all there is stale
-    and is not read, as in transformers.
+    Safetensors are preferred to `.bin` files. An index with missing shards is stale and ignored if there is also a
+    single file, as in transformers.
 
     Args:
-        present: which of the layouts' files are there.
-        exists: whether a shard is there.
-        shards_of: the files that an index names; may raise DSMoEError for a broken one.
-        layouts: as `LAYOUTS`.
+        present: Layout files in the folder.
+        exists: Returns whether a shard exists.
+        shards_of: Returns the shards of an index; may raise `DSMoEError` for a malformed one.
+        layouts: Layouts to choose from; default: `LAYOUTS`.
 
     Raises:
-        ValueError: a single file lies beside a complete set of shards; programs differ in which they read.
+        DSMoEError: There are both a single file and a complete set of shards; programs differ in which they read.
     """
     found = [layout for layout in (LAYOUTS if layouts is None else layouts) if layout[0] in present]
     if len(found) < 2 or not found[0][1] or found[0][0] != f"{found[1][0]}.index.json":
@@ -195,7 +195,7 @@ def choose_layout(
     (index, *_), single = found[:2]
     try:
         shards = set(shards_of(index))
-    except ValueError:
+    except DSMoEError:
         return single
     if shards != {single[0]} and all(map(exists, shards)):
         raise DSMoEError(f"holds two checkpoints, {single[0]} and the shards of {index}; remove one of them")
@@ -203,11 +203,15 @@ def choose_layout(
 
 
 def read_safetensors(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
-    """Where each tensor of a safetensors file lies: 8 bytes of header length, the header in JSON, the data.
+    """Locate the tensors of a safetensors file: 8 bytes of header length, the header in JSON, the data.
 
-    The tensors must fill the data exactly, without hole or overlap, as the format demands. Raises ValueError,
-    in one line, on anything else, on a dtype other than F32, F16 and BF16, and on a header past `MAX_JSON_BYTES`,
-    a twelfth of the format's own bound.
+    Args:
+        mapped: The file.
+        file: Its name, for `TensorInfo.file`.
+
+    Raises:
+        DSMoEError: The header is malformed or larger than `MAX_JSON_BYTES`, a dtype is not F32, F16 or BF16, or the
+            tensors do not fill the data exactly, as the format requires.
     """
     length = int.from_bytes(mapped[:8], "little")
     if length > MAX_JSON_BYTES:
@@ -227,26 +231,26 @@ def read_safetensors(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
             case {"dtype": str(code), "shape": list(sizes), "data_offsets": [begin, end], **rest} if not rest:
                 pass
             case _:
-                raise DSMoEError(f"describes tensor {show(name)} otherwise than by dtype, shape and data_offsets")
+                raise DSMoEError(f"must describe tensor {quote(name)} by dtype, shape and data_offsets only")
         if bad := [number for number in (*sizes, begin, end) if type(number) is not int]:
-            raise DSMoEError(f"tensor {show(name)} has {show(bad[0])} for a dimension or an offset")
+            raise DSMoEError(f"tensor {quote(name)} has {quote(bad[0])} for a dimension or an offset")
         dtype, shape = (_BUFFER_DTYPES if is_buffer(name) else SAFETENSORS_DTYPES).get(code), tuple(sizes)
         if dtype is None:
-            raise DSMoEError(f"tensor {show(name)} has dtype {show(code)}; weights are F32, F16 or BF16")
+            raise DSMoEError(f"tensor {quote(name)} has dtype {quote(code)}; weights are F32, F16 or BF16")
         nbytes = count_elements(name, shape, dtype.itemsize) * dtype.itemsize
         if end - begin != nbytes:
-            bounds = f"{show(begin)} to {show(end)}"
-            raise DSMoEError(f"tensor {show(name)} lies from {bounds}; its shape and dtype need {nbytes} bytes")
+            bounds = f"{quote(begin)} to {quote(end)}"
+            raise DSMoEError(f"tensor {quote(name)} spans {bounds}; its shape and dtype need {nbytes} bytes")
         tensors[name] = TensorInfo(dtype, shape, file, data + begin)
         ranges.append((begin, end, name))
 
     filled = 0
     for begin, end, name in sorted(ranges):
         if begin != filled:
-            raise DSMoEError(f"tensor {show(name)} starts at {show(begin)}; the one before it ends at {filled}")
+            raise DSMoEError(f"tensor {quote(name)} starts at {quote(begin)}; the one before it ends at {filled}")
         filled = end
     if filled != len(mapped) - data:
-        raise DSMoEError(f"has tensors up to byte {show(filled)} of its data; it has {len(mapped) - data} bytes")
+        raise DSMoEError(f"has tensors up to byte {quote(filled)} of its data; it has {len(mapped) - data} bytes")
     return tensors
 
 
@@ -255,22 +259,26 @@ def _check_metadata(metadata: object) -> None:
         raise DSMoEError("has a __metadata__ that is not an object")
     for key, value in metadata.items():
         if not isinstance(value, str):
-            raise DSMoEError(f"has __metadata__ {show(key)} that is {show(value)}, not a string")
-        (key + value).encode()  # half a surrogate pair is no text
+            raise DSMoEError(f"has __metadata__ {quote(key)} that is {quote(value)}, not a string")
+        (key + value).encode()  # raises for a lone surrogate
 
 
 def is_file_name(value: object) -> bool:
-    """Whether `value` names a file without saying anything about folders, in characters one can print."""
+    """Return whether `value` is a printable file name without folders."""
     if not isinstance(value, str) or not value.isprintable() or value in ("", ".", ".."):
         return False
     return "/" not in value and "\\" not in value and len(value.encode()) <= MAX_NAME
 
 
 def path_inside(folder: Path, name: str) -> Path:
-    """The regular file `name` of `folder`, links followed; ValueError where they lead out of the checkpoint.
+    """Return the path of a regular file in a checkpoint; links must not lead outside.
 
-    Hugging Face's hub cache keeps `snapshots/<revision>/` as links into `blobs/` beside `snapshots`, and these may be
-    links once more, into the `blobs/` that all its repositories share (huggingface_hub 2).
+    The hub cache has `snapshots/<revision>/` with links into the sibling `blobs/`, which may link into the `blobs/`
+    shared by all repositories (huggingface_hub 2).
+
+    Args:
+        folder: The checkpoint.
+        name: Name of the file.
     """
     home = Path(os.path.realpath(folder))
     try:
@@ -279,7 +287,7 @@ def path_inside(folder: Path, name: str) -> Path:
         raise DSMoEError(f"{folder / name}: cannot be opened: {error.strerror}") from error
     stores = [folder / "blobs" for folder in home.parents[1:3]] if home.parent.name == "snapshots" else []
     if not any(path.is_relative_to(home) for home in [home, *stores]):
-        end = repr(str(path))[-200:-1]  # a folder's name may hold a line break
+        end = repr(str(path))[-200:-1]  # a path may contain line breaks
         raise DSMoEError(f"{folder / name}: links to {end}, outside the checkpoint")
     if not path.is_file():
         raise DSMoEError(f"{folder / name}: is not a regular file")
@@ -289,7 +297,7 @@ def path_inside(folder: Path, name: str) -> Path:
 _Parser = Callable[[mmap.mmap, str], dict[str, TensorInfo]]
 Layouts = tuple[tuple[str, bool, _Parser], ...]
 
-# Where weights are looked for, the preferred first (`choose_layout`): the file, whether it is an index, its parser.
+# (file, whether it is an index, parser), in order of preference.
 LAYOUTS: Final[Layouts] = (
     ("model.safetensors.index.json", True, read_safetensors),
     ("model.safetensors", False, read_safetensors),

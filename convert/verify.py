@@ -1,4 +1,4 @@
-"""Is every bit still there? `verify` checks a native checkpoint, alone or against the folder it was converted from."""
+"""Verify a native checkpoint against its manifest and the folder it was converted from: `verify`."""
 
 import hashlib
 import time
@@ -10,62 +10,82 @@ from typing import Any, Final
 
 import numpy as np
 
-from dsmoe_jax.checkpoint.manifest import Damage, damage, manifest_damage, read_manifest, strangers
-from dsmoe_jax.checkpoint.zarr_io import pieces_of, raw_bytes
+from dsmoe_jax.checkpoint.manifest import Damage, damage, manifest_damage, read_manifest, unexpected_files
+from dsmoe_jax.checkpoint.zarr_io import raw_bytes, row_chunks
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.progress import Meter, silent
 from dsmoe_jax.storage.paths import user_path
-from dsmoe_jax.text.special_ids import exported_ids
+from dsmoe_jax.text.special_ids import ids_for_export
 
 from .exporter import NativeReader
-from .importer import check_tensors, special_ids_beside
+from .importer import check_tensors, read_special_ids
 from .reader import CheckpointReader
 
-# Fields of config.json that say nothing of what the model computes, or what the tensors themselves say.
+# Config fields without effect on the model, or implied by the tensors.
 _NOT_COMPARED: Final = ("torch_dtype", "dtype", "transformers_version", "architectures", "use_cache")
 
 
 @dataclass
-class Report:
-    """What `verify` found; `asdict` of it is the JSON report."""
+class VerificationReport:
+    """Result of `verify`; `to_dict` gives the JSON report.
+
+    Attributes:
+        native: The native checkpoint.
+        hf: The Hugging Face folder it was compared with, if any.
+        tensors: Number of tensors compared.
+        bytes: Bytes of the tensors compared, or of the files hashed.
+        mismatches: One dict for each mismatch: file, tensor and what is wrong.
+        hashes: SHA-256 by tensor; with `hf` by Hugging Face's names.
+        seconds: Wall-clock time.
+    """
 
     native: str
     hf: str | None
     tensors: int = 0
-    bytes: int = 0  # of the tensors that were compared, or of the files that were hashed
-    mismatches: list[dict[str, Any]] = field(default_factory=list)  # file, tensor, what
-    hashes: dict[str, str] = field(default_factory=dict)  # SHA-256 by tensor, in Hugging Face's names if compared
+    bytes: int = 0
+    mismatches: list[dict[str, Any]] = field(default_factory=list)
+    hashes: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the report as JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
-        """One line."""
-        what = f"{self.tensors:,} tensors, {self.bytes / 1e9:.3f} GB in {self.seconds:.1f} s"
-        equal = "all bits as they were written" if self.hf is None else f"bit for bit those of {self.hf}"
-        found = f"{len(self.mismatches)} mismatches" if self.mismatches else equal
-        return f"{self.native}: {what}: {found}"
+        """Return a one-line summary."""
+        size = f"{self.tensors:,} tensors, {self.bytes / 1e9:.3f} GB in {self.seconds:.1f} s"
+        equal = "all checksums match" if self.hf is None else f"bitwise equal to {self.hf}"
+        result = f"{len(self.mismatches)} mismatches" if self.mismatches else equal
+        return f"{self.native}: {size}: {result}"
 
 
-def verify(native: str | Path, hf: str | Path | None = None, *, progress: Meter = silent) -> Report:
-    """Compare every file and tensor of a native checkpoint with its manifest, then every tensor with those of `hf`.
+def verify(native: str | Path, hf: str | Path | None = None, *, progress: Meter = silent) -> VerificationReport:
+    """Compare a native checkpoint with its manifest, and its tensors with those of a Hugging Face folder.
 
-    Reads everything, a few megabytes at a time. Raises `ValueError` only where there is nothing to compare: no native
-    checkpoint, or no Hugging Face folder of the same tensors; every other finding is a mismatch in the report.
+    Reads every byte, a few megabytes at a time.
+
+    Args:
+        native: Native checkpoint.
+        hf: Hugging Face folder to compare with, bit for bit.
+        progress: Progress meter.
+
+    Returns:
+        The report; every difference is one of its mismatches.
+
+    Raises:
+        DSMoEError: There is nothing to compare: `native` is no native checkpoint, or `hf` has other tensors.
     """
     started = time.perf_counter()
     native = user_path(native, "checkpoint")
-    manifest = read_manifest(native, verify=False)  # what is found goes into the report
-    report = Report(str(native), None if hf is None else str(hf), len(manifest.tensors))
+    manifest = read_manifest(native, verify=False)  # its damage is reported below
+    report = VerificationReport(str(native), None if hf is None else str(hf), len(manifest.tensors))
     report.hashes = {name: str(tensor.get("sha256")) for name, tensor in manifest.tensors.items()}
     report.bytes = sum(sums["bytes"] for sums in manifest.files.values())
     with progress("checking", report.bytes) as advance:
         found = [
             *manifest_damage(native),
             *damage(native, manifest, manifest.files, advance),
-            *strangers(native, manifest),
+            *unexpected_files(native, manifest),
         ]
     if hf is not None and not found:
         found += _differences(NativeReader(native), user_path(hf, "Hugging Face folder"), report, progress)
@@ -74,18 +94,18 @@ def verify(native: str | Path, hf: str | Path | None = None, *, progress: Meter 
     return report
 
 
-def _differences(native: NativeReader, folder: Path, report: Report, progress: Meter) -> Iterator[Damage]:
-    """Where the Hugging Face folder holds something else; fills in the report's counts and hashes."""
-    theirs = ModelConfig.from_file(folder)
+def _differences(native: NativeReader, folder: Path, report: VerificationReport, progress: Meter) -> Iterator[Damage]:
+    """Yield the differences from the Hugging Face folder and fill in the report's sizes and hashes."""
+    hf_config = ModelConfig.from_file(folder)
     with CheckpointReader(folder) as reader, ThreadPoolExecutor(1) as hasher:
         check_tensors(folder, native.config, reader)
-        fields, other_fields = native.config.to_dict(), theirs.to_dict()
-        # An export has the tokenizer's ids where the config has none of the vocabulary.
-        tokenizer = special_ids_beside(native.folder, native.config).tokenizer
-        exported = exported_ids(fields, tokenizer, native.config.vocab_size)
+        fields, hf_fields = native.config.to_dict(), hf_config.to_dict()
+        # An export takes the tokenizer's ids for missing or invalid ones.
+        tokenizer = read_special_ids(native.folder, native.config).tokenizer
+        exported = ids_for_export(fields, tokenizer, native.config.vocab_size)
         for name, value in fields.items():
-            other = other_fields.get(name)
-            same = other in (value, exported[name]) or repr(other) == repr(value)  # NaN equals nothing
+            other = hf_fields.get(name)
+            same = other in (value, exported[name]) or repr(other) == repr(value)  # NaN differs from itself
             if name not in _NOT_COMPARED and not same:
                 yield Damage("config.json", None, f"has {name} {value!r}, {folder} {other!r}")
         report.tensors, report.hashes = len(native.order), {}
@@ -93,13 +113,14 @@ def _differences(native: NativeReader, folder: Path, report: Report, progress: M
         with progress("comparing", report.bytes) as advance:
             for name in native.order:
                 ours, other, digest = native.read(name), reader.read(name), hashlib.sha256()
-                differing = 0
-                for one, two in zip(pieces_of(ours), _pieces_like(ours, other), strict=True):
-                    data = raw_bytes(two)
-                    hashing = hasher.submit(digest.update, data)
-                    differing += _differing(one, two) if one.dtype == two.dtype else 0
+                differing = start = 0
+                for chunk in row_chunks(ours):
+                    other_chunk = other[start : start + len(chunk)]
+                    start += len(chunk)
+                    hashing = hasher.submit(digest.update, raw_bytes(other_chunk))
+                    differing += _count_differing(chunk, other_chunk) if ours.dtype == other.dtype else 0
                     hashing.result()
-                    advance(one.nbytes)
+                    advance(chunk.nbytes)
                 report.hashes[name] = digest.hexdigest()
                 if ours.dtype != other.dtype:
                     yield Damage(reader.tensors[name].file, name, f"is {other.dtype}, {ours.dtype} in {native.folder}")
@@ -107,17 +128,9 @@ def _differences(native: NativeReader, folder: Path, report: Report, progress: M
                     yield Damage(reader.tensors[name].file, name, f"differs in {differing:,} of {ours.size:,} values")
 
 
-def _pieces_like(ours: np.ndarray, other: np.ndarray) -> Iterator[np.ndarray]:
-    """`other` in runs of as many rows as `pieces_of(ours)` has."""
-    start = 0
-    for piece in pieces_of(ours):
-        yield other[start : start + len(piece)]
-        start += len(piece)
-
-
-def _differing(one: np.ndarray, two: np.ndarray) -> int:
-    """How many values have other bits."""
-    if raw_bytes(one) == raw_bytes(two):  # compares memory, several times as fast as counting
+def _count_differing(one: np.ndarray, two: np.ndarray) -> int:
+    """Return the number of values with different bits."""
+    if raw_bytes(one) == raw_bytes(two):  # memory comparison, several times as fast as counting
         return 0
     bits = np.dtype(f"u{one.itemsize}")
     return int((np.ascontiguousarray(one).view(bits) != np.ascontiguousarray(two).view(bits)).sum())

@@ -1,7 +1,7 @@
 """What the network *is*: `ModelConfig`, in Hugging Face's field names, with presets and validation.
 
 Read the fields first, then `_LIMITS`; mesh, dtypes, kernels and training never enter here. Other spellings of the same
-config (transformers 5, other libraries) are read in `config_spellings.py`.
+config (transformers 5, other libraries) are read in `config_aliases.py`.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from dsmoe_jax.config_spellings import ROPE_SCALING_TYPES, check_unknown, show_value, standardize
+from dsmoe_jax.config_aliases import ROPE_SCALING_TYPES, check_unknown, show_value, standardize
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.storage.strict_json import read_json
@@ -104,7 +104,7 @@ class ModelConfig:
         eos = self.eos_token_id
         return () if eos is None else eos if isinstance(eos, tuple) else (eos,)
 
-    def stored_as(self, dtype: str) -> "ModelConfig":
+    def with_dtype(self, dtype: str) -> "ModelConfig":
         """The config of the same model with its weights in `dtype`, under both names that transformers gives it."""
         extra = {**self.extra, "dtype": dtype} if "dtype" in self.extra else self.extra
         return dataclasses.replace(self, torch_dtype=dtype, extra=extra)
@@ -126,7 +126,7 @@ class ModelConfig:
     def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
         """A config from the fields of a `config.json`.
 
-        Spellings of other releases and libraries mean the same (`config_spellings.standardize`). `auto_map` is dropped:
+        Spellings of other releases and libraries mean the same (`config_aliases.standardize`). `auto_map` is dropped:
         no code travels. Fields unknown to this model are kept in `extra`, but for those that change what other models
         compute (refused unless they hold the value that leaves DeepSeekMoE v1 as it is), and for those that look like
         a mistyped field or are another model's name for one (refused with the right name).

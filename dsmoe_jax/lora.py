@@ -18,7 +18,7 @@ from jax.sharding import Mesh, Sharding
 
 from dsmoe_jax.axes import Array, PRNGKeyArray
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.config_spellings import show_value
+from dsmoe_jax.config_aliases import show_value
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.kernels.operand import LowRank, Operand, Quantized
 from dsmoe_jax.layers.weights import Initializer

@@ -56,13 +56,13 @@ class ModelOutput(NamedTuple):
     hidden_states: tuple[Float[Array, "B T D"], ...] | None = None
 
 
-class Hidden(NamedTuple):
+class DecoderOutput(NamedTuple):
     """What `model.hidden` returns: the states before the head and what came up on the way."""
 
-    states: Float[Array, "B T D"]  # after the final norm
+    last_hidden_state: Float[Array, "B T D"]  # after the final norm
     routing: dict[int, Routing]
     cache: KVCache | None
-    trace: tuple[Float[Array, "B T D"], ...]  # the embeddings and every block's output, before the final norm
+    hidden_states: tuple[Float[Array, "B T D"], ...]  # the embeddings and every block's output, before the final norm
 
 
 class DeepSeekMoE(nnx.Module):
@@ -142,7 +142,7 @@ class DeepSeekMoE(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         router_bias: Mapping[int, Float[Array, "E"]] | None = None,
         remat: str = "none",
-    ) -> Hidden:
+    ) -> DecoderOutput:
         """The states before the head; traceable, unchecked, without a jit of its own.
 
         With a cache, the T tokens go on where each row of it ends; `attention_mask` then says which of them are real
@@ -181,7 +181,7 @@ class DeepSeekMoE(nnx.Module):
         if cache is not None:
             new = T if attention_mask is None else attention_mask.astype(jnp.int32).sum(axis=1)
             cache = KVCache(tuple(written), cache.lengths + new)
-        return Hidden(self.norm(x), routing, cache, tuple(trace))
+        return DecoderOutput(self.norm(x), routing, cache, tuple(trace))
 
     def _embedded(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         table = self.embed.get_value()
@@ -210,8 +210,8 @@ def _block(graph: Any, remat: str, params: Any, *operands: Any) -> tuple[Array, 
 def _forward(graph, params, token_ids, attention_mask, position_ids, output_hidden_states: bool) -> ModelOutput:
     model = merge(graph, params)
     hidden = model.hidden(token_ids, attention_mask, position_ids)
-    trace = (*hidden.trace[:-1], hidden.states) if output_hidden_states else None
-    return ModelOutput(model.logits(hidden.states), hidden.routing, trace)
+    trace = (*hidden.hidden_states[:-1], hidden.last_hidden_state) if output_hidden_states else None
+    return ModelOutput(model.logits(hidden.last_hidden_state), hidden.routing, trace)
 
 
 def _causal(

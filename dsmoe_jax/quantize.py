@@ -118,7 +118,7 @@ def quantize_matrix(weight: Float[Array, "O I"], scheme: Scheme, double: bool) -
     return Quantized(codes[:, ::2] << 4 | codes[:, 1::2], scales, tile=tile, codebook=scheme.codebook)
 
 
-def quantized_form(shape: tuple[int, ...], scheme: str, *, double: bool = True) -> Quantized:
+def quantized_spec(shape: tuple[int, ...], scheme: str, *, double: bool = True) -> Quantized:
     """What a weight [O, I] or [E, O, I] is once it is quantised: shapes and dtypes, nothing is computed."""
     encode = functools.partial(quantize_matrix, scheme=SCHEMES[scheme], double=double)
     return jax.eval_shape(jax.vmap(encode) if len(shape) == 3 else encode, jax.ShapeDtypeStruct(shape, jnp.float32))

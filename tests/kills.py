@@ -182,7 +182,7 @@ def make_inputs(home: Path) -> None:
     tokenize(home / "text.jsonl", home / "tokenizer", home / "shards", val_fraction=0.1)
     model = tiny(vocab_size=300)
     (home / "model.json").write_text(json.dumps(model.to_dict()))
-    dsmoe_jax.save(DeepSeekMoE.init(model, seed=1), home / "base", beside=tokenizer_files(home / "tokenizer"))
+    dsmoe_jax.save(DeepSeekMoE.init(model, seed=1), home / "base", extra_files=tokenizer_files(home / "tokenizer"))
     large = tiny(vocab_size=512, hidden_size=128, intermediate_size=256, moe_intermediate_size=128)
     write_hf(home / "hf", large, random_params(large))
 

@@ -45,7 +45,7 @@ def logits(model: DeepSeekMoE, ids: np.ndarray, cache_dtype) -> np.ndarray:
     def read(cache: KVCache, token: Array) -> tuple[KVCache, Array]:
         hidden = model.hidden(token[:, None], cache=cache)
         assert hidden.cache is not None
-        return hidden.cache, model.logits(hidden.states[:, 0])
+        return hidden.cache, model.logits(hidden.last_hidden_state[:, 0])
 
     return np.asarray(jax.jit(lambda ids: jax.lax.scan(read, empty, ids.T)[1])(jnp.asarray(ids))).swapaxes(0, 1)
 

@@ -20,12 +20,12 @@ import pytest
 
 from dsmoe_jax.storage import atomic_dir as module
 from dsmoe_jax.storage.atomic_dir import (
-    Draft,
+    StagingDir,
+    atomic_dir,
     check_space,
-    new_folder,
     recover_folder,
     replace_folder,
-    sibling,
+    staging_path,
     write_json,
 )
 from tests.helpers.hf_folder import snapshot
@@ -42,7 +42,7 @@ every_failure = pytest.mark.parametrize("error", FAILURES.values(), ids=FAILURES
 
 def write_units(path: Path, units: str, job: Any = JOB, stop: BaseException | None = None, needs: int = 0) -> list[str]:
     """Write a file for each unit that an earlier run has not, then stop; returns those it found finished."""
-    with new_folder(path, job=job, needs=needs) as draft:
+    with atomic_dir(path, job=job, needs=needs) as draft:
         found = sorted(draft.finished)
         for unit in units:
             if unit not in draft.finished:
@@ -74,14 +74,14 @@ def files_of(units: str) -> dict[str, bytes]:
 def test_a_folder_gets_its_name_when_the_block_ends(tmp_path: Path, job: Any):
     out = tmp_path / "new" / "out"
 
-    with new_folder(out, job=job) as draft:
+    with atomic_dir(out, job=job) as draft:
         (draft.folder / "deep").mkdir()
         (draft.folder / "deep" / "file").write_text("x")
         draft.finish("deep", None)
         inside = (draft.folder, out.exists())
 
     assert inside == (tmp_path / "new" / ".out.incomplete", False)
-    assert sibling(out) == inside[0]
+    assert staging_path(out) == inside[0]
     assert snapshot(tmp_path) == {"new": None, "new/out": None, "new/out/deep": None, "new/out/deep/file": b"x"}
 
 
@@ -89,7 +89,7 @@ def test_a_relative_path_is_below_the_folder_where_the_writer_began(tmp_path: Pa
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
 
-    with new_folder("out"):
+    with atomic_dir("out"):
         monkeypatch.chdir(tmp_path / "elsewhere")
 
     assert sorted(snapshot(tmp_path)) == ["elsewhere", "out"]
@@ -129,7 +129,7 @@ def test_an_existing_path_is_refused_and_stays_as_it_is(tmp_path: Path, make: Ca
 @pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 def test_what_appears_under_the_name_meanwhile_is_not_overwritten(tmp_path: Path, make: Callable[[Path], Any]):
     def write() -> None:
-        with new_folder(tmp_path / "out"):
+        with atomic_dir(tmp_path / "out"):
             make(tmp_path / "out")
 
     with pytest.raises(ValueError, match="out exists; nothing is overwritten"):
@@ -179,7 +179,7 @@ def test_an_equal_job_goes_on_from_what_is_finished(
     caplog.set_level(logging.INFO)
     with pytest.raises(type(error)):
         write_units(tmp_path / "out", "ab", stop=error)
-    left = sorted(path.name for path in sibling(tmp_path / "out").iterdir())
+    left = sorted(path.name for path in staging_path(tmp_path / "out").iterdir())
 
     found = write_units(tmp_path / "out", "abc", job=json.loads(json.dumps(JOB)))
 
@@ -193,7 +193,7 @@ def test_a_run_may_be_interrupted_again_and_again(tmp_path: Path):
     found = []
     for units in ("a", "ab", "abc"):
         with interrupted(tmp_path / "out", units):
-            found.append(len((sibling(tmp_path / "out") / "journal.jsonl").read_text().splitlines()) - 1)
+            found.append(len((staging_path(tmp_path / "out") / "journal.jsonl").read_text().splitlines()) - 1)
 
     last = write_units(tmp_path / "out", "abcd")
 
@@ -207,8 +207,8 @@ def test_what_another_job_left_is_discarded_and_the_log_says_so(
 ):
     caplog.set_level(logging.INFO)
     with interrupted(tmp_path / "out", "ab"):
-        (sibling(tmp_path / "out") / "deep").mkdir()
-        (sibling(tmp_path / "out") / "link").symlink_to(tmp_path)
+        (staging_path(tmp_path / "out") / "deep").mkdir()
+        (staging_path(tmp_path / "out") / "link").symlink_to(tmp_path)
 
     found = write_units(tmp_path / "out", "c", job=job)
 
@@ -234,10 +234,10 @@ TORN = {
 @pytest.mark.parametrize("tear", TORN.values(), ids=TORN)
 def test_a_torn_journal_costs_at_most_its_units(tmp_path: Path, tear: Callable[[Path], Any]):
     with interrupted(tmp_path / "out", "ab"):
-        tear(sibling(tmp_path / "out") / "journal.jsonl")
+        tear(staging_path(tmp_path / "out") / "journal.jsonl")
 
     with interrupted(tmp_path / "out", "abc"):
-        left = (sibling(tmp_path / "out") / "journal.jsonl").read_text().splitlines()
+        left = (staging_path(tmp_path / "out") / "journal.jsonl").read_text().splitlines()
     found = write_units(tmp_path / "out", "abcd")
 
     assert [json.loads(line)["unit"] for line in left[1:]] == ["a", "b", "c"]
@@ -247,7 +247,7 @@ def test_a_torn_journal_costs_at_most_its_units(tmp_path: Path, tear: Callable[[
 
 def test_a_damaged_line_ends_what_is_believed_of_the_journal(tmp_path: Path):
     with interrupted(tmp_path / "out", "abc"):
-        journal = sibling(tmp_path / "out") / "journal.jsonl"
+        journal = staging_path(tmp_path / "out") / "journal.jsonl"
         lines = journal.read_text().splitlines()
         journal.write_text("\n".join([*lines[:2], "\0" * 20, lines[3]]) + "\n")
 
@@ -260,8 +260,8 @@ def test_a_damaged_line_ends_what_is_believed_of_the_journal(tmp_path: Path):
 
 HOLD = """
 import sys, time
-from dsmoe_jax.storage.atomic_dir import new_folder
-with new_folder(sys.argv[1], job={"convert": "x"}) as draft:
+from dsmoe_jax.storage.atomic_dir import atomic_dir
+with atomic_dir(sys.argv[1], job={"convert": "x"}) as draft:
     (draft.folder / "a").write_text("theirs")
     draft.finish("a", None)
     print("holds", flush=True)
@@ -296,7 +296,7 @@ def test_a_second_writer_is_refused_and_the_first_does_not_notice(tmp_path: Path
 
 
 def test_a_second_writer_in_this_process_is_refused_too(tmp_path: Path):
-    with new_folder(tmp_path / "out") as draft:
+    with atomic_dir(tmp_path / "out") as draft:
         with pytest.raises(ValueError, match="out is in use by another process"):
             write_units(tmp_path / "out", "b")
         (draft.folder / "a").touch()
@@ -349,7 +349,7 @@ def test_just_enough_room_is_enough(tmp_path: Path, free_bytes: Callable[[int], 
 
 def test_what_a_draft_holds_already_needs_no_room(tmp_path: Path, free_bytes: Callable[[int], None]):
     with interrupted(tmp_path / "out", "ab"):
-        held = sum(path.stat().st_size for path in sibling(tmp_path / "out").iterdir())
+        held = sum(path.stat().st_size for path in staging_path(tmp_path / "out").iterdir())
     free_bytes(50)
 
     with pytest.raises(ValueError, match="more; "):
@@ -398,7 +398,7 @@ def test_room_is_looked_for_where_the_folder_will_be(tmp_path: Path, monkeypatch
 
 
 def test_a_draft_outside_a_job_keeps_no_journal(tmp_path: Path):
-    draft = Draft(tmp_path, None)
+    draft = StagingDir(tmp_path, None)
 
     draft.finish("a", 1)
     draft.close()

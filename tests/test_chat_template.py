@@ -1,4 +1,4 @@
-"""Chat templates: what they see, and the limits on what they may take. The values are those of transformers 4.57.6."""
+"""Chat templates: variables, text parts and resource limits. The values are those of transformers 4.57.6."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ PARTS = {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "t
         ("{{ unset_token }}|{{ unset_token is defined }}", "|False"),
     ],
 )
-def test_template_sees_what_transformers_offers(template: str, text: str):
+def test_template_features_of_transformers(template: str, text: str):
     assert render(template, CHAT) == text
 
 
@@ -49,7 +49,7 @@ def test_tools_and_documents_reach_the_template():
     assert text == "ftTrue"
 
 
-def test_other_fields_and_roles_reach_a_template_that_writes_them():
+def test_other_fields_and_roles_reach_the_template():
     template = (
         "{% for m in messages %}{{ m.role }}:{{ m.content or m.tool_calls[0].function.name }}:{{ m.name }};{% endfor %}"
     )
@@ -60,7 +60,7 @@ def test_other_fields_and_roles_reach_a_template_that_writes_them():
 @pytest.mark.parametrize(
     "template", [DEEPSEEK_TEMPLATE, "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"]
 )
-def test_role_that_a_template_ignores_is_refused(template: str):
+def test_role_ignored_by_the_template_is_an_error(template: str):
     with pytest.raises(ValueError, match="message 1 has role 'tool', which the chat template ignores; allowed are sys"):
         render(template, [USER, TOOL])
 
@@ -113,7 +113,7 @@ def test_text_parts_are_joined_unless_a_template_reads_them(template: str, text:
         ("{{ raise_exception('a\n' * 10**6) }}", "a a a"),
     ],
 )
-def test_template_that_takes_too_much_is_refused(template: str, reason: str):
+def test_template_beyond_a_limit_is_an_error(template: str, reason: str):
     with pytest.raises(ValueError, match=r"^the chat template failed: ") as caught:
         render(template, CHAT)
 
@@ -126,10 +126,10 @@ def test_template_that_takes_too_much_is_refused(template: str, reason: str):
     "template",
     [
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{{ 9 ** (9 ** 9) }}",  # one multiplication in C, which no Python code can interrupt
+        "{{ 9 ** (9 ** 9) }}",  # one multiplication in C, not interruptible from Python
     ],
 )
-def test_template_that_takes_too_long_is_ended(template: str, monkeypatch: pytest.MonkeyPatch):
+def test_template_beyond_the_time_limit_is_killed(template: str, monkeypatch: pytest.MonkeyPatch):
     template_worker._stop()
     monkeypatch.setattr(jinja_sandbox, "SECONDS", 0.3)
 
@@ -137,10 +137,10 @@ def test_template_that_takes_too_long_is_ended(template: str, monkeypatch: pytes
         render(template, CHAT)
 
     assert render("{{ messages[0].content }}", CHAT) == "Hi"  # in a new worker
-    template_worker._stop()  # which has the short limit, too
+    template_worker._stop()  # has the short limit too
 
 
-def test_worker_that_was_killed_is_replaced():
+def test_killed_worker_is_restarted():
     render("x", CHAT)
     worker = template_worker._worker
     assert worker is not None
@@ -151,7 +151,7 @@ def test_worker_that_was_killed_is_replaced():
     assert render("y", CHAT) == "y"
 
 
-def test_threads_get_their_own_texts():
+def test_concurrent_renders_do_not_mix():
     found: dict[int, str] = {}
     threads = [
         threading.Thread(target=lambda i=i: found.update({i: render("{{ n }}" * 99, CHAT, n=i)})) for i in range(16)
@@ -183,8 +183,8 @@ def test_worker_ends_with_its_parent():
         assert not Path(f"/proc/{pid}").exists()
 
 
-def test_what_json_cannot_carry_is_refused():
-    with pytest.raises(ValueError, match="failed: its variables are not JSON: Object of type object is not JSON"):
+def test_variables_must_be_json():
+    with pytest.raises(ValueError, match="failed: its variables must be JSON: Object of type object is not JSON"):
         render("x", CHAT, thing=object())
     with pytest.raises(ValueError, match="tools must be a list of JSON objects, got"):
         render("x", CHAT, tools=[print])  # type: ignore[list-item]
@@ -213,7 +213,7 @@ def test_templates_are_found_by_name(
     assert read_chat_templates(tmp_path, config) == templates
 
 
-def test_template_file_of_many_megabytes_is_refused(tmp_path: Path):
+def test_template_file_size_is_limited(tmp_path: Path):
     with (tmp_path / "chat_template.jinja").open("wb") as file:
         os.truncate(file.fileno(), 10**9)
 

@@ -132,7 +132,7 @@ def test_the_demo_learns_travels_and_keeps_its_checkpoints(tmp_path: Path, capsy
     kept = {path.name for path in (tmp_path / "demo").iterdir()}
     assert kept - {"demo.png"} == {"run", "hf", "native"}
     assert is_native(tmp_path / "demo" / "native")
-    assert ModelConfig.from_file(tmp_path / "demo" / "hf") == ModelConfig.preset("tiny").stored_as("float32")
+    assert ModelConfig.from_file(tmp_path / "demo" / "hf") == ModelConfig.preset("tiny").with_dtype("float32")
 
 
 def test_every_verb_explains_itself(capsys: pytest.CaptureFixture):

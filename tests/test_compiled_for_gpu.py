@@ -22,7 +22,7 @@ from dsmoe_jax.generate.programs import Batch, empty, extend, step
 from dsmoe_jax.kernels import grouped_matmul, plain
 from dsmoe_jax.kernels.expert_ffn import expert_ffn
 from dsmoe_jax.model import abstract
-from dsmoe_jax.quantize import kind_of, quantized_form
+from dsmoe_jax.quantize import kind_of, quantized_spec
 from tests.benchmarks import cards
 
 pytestmark = pytest.mark.heavy
@@ -56,7 +56,7 @@ def params(scheme: str | None) -> dict[str, Any]:
     for name, spec in abstract(CONFIG)[1].items():
         found[name] = jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16)
         if scheme is not None and (kind_of(name) or name == "embed"):
-            found[name] = quantized_form(spec.shape, scheme, double=False)
+            found[name] = quantized_spec(spec.shape, scheme, double=False)
     return found
 
 

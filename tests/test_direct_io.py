@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dsmoe_jax.storage import direct_io
-from dsmoe_jax.storage.direct_io import NewFile
+from dsmoe_jax.storage.direct_io import DirectFile
 
 
 def some_bytes(size: int) -> bytes:
@@ -36,7 +36,7 @@ def test_any_run_of_pieces_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         refuse_direct(monkeypatch)
     pieces = [some_bytes(size) for size in sizes]
 
-    with NewFile(tmp_path / "file") as file:
+    with DirectFile(tmp_path / "file") as file:
         for piece in pieces:
             file.write(piece)
 
@@ -48,6 +48,6 @@ def test_an_existing_file_is_not_written_over(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"mine")
 
     with pytest.raises(FileExistsError):
-        NewFile(tmp_path / "file")
+        DirectFile(tmp_path / "file")
 
     assert (tmp_path / "file").read_bytes() == b"mine"

@@ -403,8 +403,8 @@ def test_an_export_may_cast_and_says_what_that_lost(tmp_path: Path, native: Path
 
     assert differing(stored(done.path), as_stored(want)) == []
     assert missing_fields(done.path, {"torch_dtype": dtype}) == {}
-    assert done.loss == cast.loss
-    assert f"the cast loses: {cast.loss}" in str(done)
+    assert done.cast_stats == cast.stats
+    assert f"cast: {cast.stats}" in str(done)
     check_layout(done.path, 20_000)
 
 

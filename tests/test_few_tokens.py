@@ -124,7 +124,9 @@ def test_a_golden_model_says_the_same_by_either_form(few: few_tokens.Form, monke
 
     hidden = jax.jit(lambda params, ids: merge(graph, params).hidden(ids))(params, jnp.asarray(want["in.input_ids"]))
 
-    np.testing.assert_allclose(merge(graph, params).logits(hidden.states), want["logits"], rtol=0, atol=golden.LOGITS)
+    np.testing.assert_allclose(
+        merge(graph, params).logits(hidden.last_hidden_state), want["logits"], rtol=0, atol=golden.LOGITS
+    )
 
 
 def test_rows_find_their_expert_by_search_and_by_comparison(monkeypatch: pytest.MonkeyPatch):

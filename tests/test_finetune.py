@@ -62,7 +62,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer(texts * 3, home / "tokenizer", VOCABULARY)
     # With logits as large as a trained model's: adapters do not reach the head.
     model = DeepSeekMoE.init(MODEL, seed=1)
-    dsmoe_jax.save(model, home / "base", beside=tokenizer_files(home / "tokenizer"))
+    dsmoe_jax.save(model, home / "base", extra_files=tokenizer_files(home / "tokenizer"))
     return home
 
 
@@ -323,7 +323,9 @@ def test_packed_examples_have_the_losses_they_have_alone(home: Path, tmp_path: P
         batch = Batch(*map(jnp.asarray, np.stack([packing.row(n) for n in packing.rows_of(0)], axis=1)))
         hidden = model.hidden(batch.token_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids)
         head = split(model)[1]["head.weight"]
-        return float(chunked_cross_entropy(hidden.states, head, batch.labels).cross_entropy), len(batch.labels)
+        return float(chunked_cross_entropy(hidden.last_hidden_state, head, batch.labels).cross_entropy), len(
+            batch.labels
+        )
 
     (packed, rows), (alone, examples_alone) = total("packed"), total("alone")
 

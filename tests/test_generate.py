@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A native checkpoint with a tokenizer."""
     home = tmp_path_factory.mktemp("generate")
     make_tokenizer(home / "tokenizer", 2048)
-    save(small_model(), home / "native", beside=sorted((home / "tokenizer").iterdir()))
+    save(small_model(), home / "native", extra_files=sorted((home / "tokenizer").iterdir()))
     return home / "native"
 
 
@@ -150,7 +150,7 @@ def test_dynamic_ntk_goes_by_the_longest_prompt_of_the_batch_and_not_by_the_buck
     @jax.jit
     def read(ids: jax.Array, cache: KVCache, length: jax.Array):
         hidden = merge(graph, params).hidden(ids, cache=cache, rope_length=length)
-        return merge(graph, params).logits(hidden.states[:, -1]).argmax(-1), hidden.cache
+        return merge(graph, params).logits(hidden.last_hidden_state[:, -1]).argmax(-1), hidden.cache
 
     answers = Generator(model)(prompts, max_new_tokens=new, ignore_eos=True)
 

@@ -43,7 +43,7 @@ def test_the_last_state_before_the_final_norm_equals_the_originals():
 
     hidden = jax.jit(lambda p, ids: merge(graph, p).hidden(ids))(params, jnp.asarray(want["in.input_ids"]))
 
-    np.testing.assert_allclose(hidden.trace[-1], want["hidden.last_prenorm"], rtol=0, atol=golden.LOGITS)
+    np.testing.assert_allclose(hidden.hidden_states[-1], want["hidden.last_prenorm"], rtol=0, atol=golden.LOGITS)
 
 
 @every_case
@@ -84,7 +84,7 @@ def test_cached_steps_equal_the_originals(case: str):
     def read(params, ids, cache):
         model = merge(graph, params)
         hidden = model.hidden(ids, cache=cache)
-        return model.logits(hidden.states[:, -1]), hidden.cache
+        return model.logits(hidden.last_hidden_state[:, -1]), hidden.cache
 
     logits, cache = read(params, jnp.asarray(ids[:, :first]), KVCache.empty(model.config, len(ids), ids.shape[1]))
     steps = [logits]

@@ -429,7 +429,7 @@ def whole_model(rope: str) -> tuple[DeepSeekMoE, Any, Any]:
     def read(ids, mask, cache):
         model = merge(graph, params)
         hidden = model.hidden(ids, mask, cache=cache)
-        return model.logits(hidden.states), hidden.cache
+        return model.logits(hidden.last_hidden_state), hidden.cache
 
     return model, read, params
 
@@ -489,7 +489,7 @@ def test_an_empty_cache_is_filled_as_if_it_had_been_written_slot_by_slot():
     def fill(params, ids, mask):
         model = merge(graph, params)
         hidden = model.hidden(ids, mask, cache=KVCache.empty(model.config, 2, SLOTS), prefill=True)
-        return model.logits(hidden.states), hidden.cache
+        return model.logits(hidden.last_hidden_state), hidden.cache
 
     logits, cache = fill(params, ids, mask)
 

@@ -61,7 +61,7 @@ def case() -> dict[str, Any]:
 def losses(case: dict[str, Any], trained: dict[str, Any]):
     model = merge(case["graph"], lora.attach(case["adapter"].plan, case["base"], trained))
     hidden = model.hidden(jnp.asarray(case["tensors"]["in.train.input_ids"]))
-    ce = cross_entropy(model.logits(hidden.states), jnp.asarray(case["tensors"]["in.train.labels"]))
+    ce = cross_entropy(model.logits(hidden.last_hidden_state), jnp.asarray(case["tensors"]["in.train.labels"]))
     aux = balance_loss(case["config"], hidden.routing)
     return ce + sum(aux.values()), (ce, aux)
 
@@ -196,7 +196,7 @@ IDS = jnp.asarray(np.random.default_rng(0).integers(2, 64, (8, 6)), jnp.int32)
 
 def logits_of(plan: lora.Plan, base: dict[str, Any], adapter: dict[str, Any]) -> Any:
     model = assemble(SMALL, lora.attach(plan, base, adapter))
-    return model.logits(model.hidden(IDS).states)
+    return model.logits(model.hidden(IDS).last_hidden_state)
 
 
 def logits_and_gradients(plan: lora.Plan, base: dict[str, Any], adapter: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -324,7 +324,7 @@ def test_a_single_expert_is_a_stack_too():
 def test_a_merged_checkpoint_computes_what_the_adapter_does(tmp_path: Path, layout: str, tied: bool):
     config = tiny(vocab_size=300, tie_word_embeddings=tied)
     make_tokenizer(tmp_path / "tokenizer", 300)
-    save(random_model(config), tmp_path / "base", beside=tokenizer_files(tmp_path / "tokenizer"))
+    save(random_model(config), tmp_path / "base", extra_files=tokenizer_files(tmp_path / "tokenizer"))
     lora_config = LoraConfig(r=2, target_modules=("up_proj", "q_proj"), modules_to_save=("lm_head",))
     params = random_adapter(make_plan(lora_config, config), untied_config(config))
     peft.write_adapter(tmp_path / "adapter", lora_config, config, params)

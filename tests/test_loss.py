@@ -22,7 +22,7 @@ CE, AUX, GRADIENT = 1e-5, 1e-6, 1e-3  # the first two absolute, the last relativ
 def losses(params, graph, config: ModelConfig, batch: dict, mask=None):
     model = merge(graph, params)
     hidden = model.hidden(jnp.asarray(batch["in.train.input_ids"]), mask)
-    ce = cross_entropy(model.logits(hidden.states), jnp.asarray(batch["in.train.labels"]))
+    ce = cross_entropy(model.logits(hidden.last_hidden_state), jnp.asarray(batch["in.train.labels"]))
     aux = balance_loss(config, hidden.routing)
     return ce + sum(aux.values()), (ce, aux)
 

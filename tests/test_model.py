@@ -223,7 +223,7 @@ def gradients_of_the_whole_program() -> dict[str, Any]:
 
     def loss(params: dict[str, Any]) -> jax.Array:
         model = merge(graph, params)
-        return (model.logits(model.hidden(ODD).states) ** 2).sum()
+        return (model.logits(model.hidden(ODD).last_hidden_state) ** 2).sum()
 
     return jax.jit(jax.grad(loss))(params)
 
@@ -276,7 +276,7 @@ def test_an_adapter_on_an_int8_base_is_differentiated_through_the_model():
 
     def loss(adapter: dict[str, Any], whole: bool) -> jax.Array:
         model = merge(graph, lora.attach(plan, base, adapter))
-        return ((model(ODD).logits if whole else model.logits(model.hidden(ODD).states)) ** 2).sum()
+        return ((model(ODD).logits if whole else model.logits(model.hidden(ODD).last_hidden_state)) ** 2).sum()
 
     grads = jax.grad(loss)(adapter, True)
 

@@ -118,7 +118,7 @@ def test_save_below_a_file_is_refused_in_one_line(tmp_path: Path):
 
 def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
-        save(model_of(), tmp_path / "out", beside=[tmp_path / "tokenizer.json"])
+        save(model_of(), tmp_path / "out", extra_files=[tmp_path / "tokenizer.json"])
 
     assert list(tmp_path.iterdir()) == []
 
@@ -155,31 +155,34 @@ def flip(at: float) -> Callable[[Path], None]:
     return spoil
 
 
-HEADER = "dsmoe_jax.json"
+MODEL_MANIFEST = "dsmoe_jax.json"
 METADATA = "parameters/state/_METADATA"
 
 # what is done to the checkpoint | what the one line must say
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "not there": (lambda folder: folder.rename(folder.parent / "away"), "copy: not a native checkpoint"),
-    "no header": (lambda folder: (folder / HEADER).unlink(), "copy: not a native checkpoint"),
-    "another format": (edit(HEADER, lambda h: h.update(format=3)), "checkpoint format 3, this version reads 2"),
-    "a header that is no JSON": (lambda folder: (folder / HEADER).write_text("{"), "dsmoe_jax.json: is not JSON"),
-    "a header without files": (edit(HEADER, lambda h: h.pop("files")), "`files` must list"),
-    "a header without tensors": (edit(HEADER, lambda h: h.pop("tensors")), "`tensors` must list"),
+    "no header": (lambda folder: (folder / MODEL_MANIFEST).unlink(), "copy: not a native checkpoint"),
+    "another format": (edit(MODEL_MANIFEST, lambda h: h.update(format=3)), "checkpoint format 3, this version reads 2"),
+    "a header that is no JSON": (
+        lambda folder: (folder / MODEL_MANIFEST).write_text("{"),
+        "dsmoe_jax.json: is not JSON",
+    ),
+    "a header without files": (edit(MODEL_MANIFEST, lambda h: h.pop("files")), "`files` must list"),
+    "a header without tensors": (edit(MODEL_MANIFEST, lambda h: h.pop("tensors")), "`tensors` must list"),
     "a header that leads out": (
-        resealed(edit(HEADER, lambda h: h["files"].update({"parameters/../../x": {"bytes": 0, "sha256": ""}}))),
+        resealed(edit(MODEL_MANIFEST, lambda h: h["files"].update({"parameters/../../x": {"bytes": 0, "sha256": ""}}))),
         r"'parameters/\.\./\.\./x' is missing",
     ),
     "a header without sums": (
-        edit(HEADER, lambda h: h["files"].update({METADATA: {}})),
+        edit(MODEL_MANIFEST, lambda h: h["files"].update({METADATA: {}})),
         "must have bytes and sha256",
     ),
     "a header with other sums": (
-        resealed(edit(HEADER, lambda h: h["files"].update({METADATA: {"bytes": 1, "sha256": ""}}))),
+        resealed(edit(MODEL_MANIFEST, lambda h: h["files"].update({METADATA: {"bytes": 1, "sha256": ""}}))),
         "_METADATA' has",
     ),
     "a tensor of another dtype": (
-        edit(HEADER, lambda h: h["tensors"]["embed"].update(dtype="int4")),
+        edit(MODEL_MANIFEST, lambda h: h["tensors"]["embed"].update(dtype="int4")),
         "int4.* does not describe a tensor",
     ),
     "no config": (lambda folder: (folder / "config.json").unlink(), "damaged checkpoint: 'config.json' is missing"),
@@ -190,7 +193,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "damaged checkpoint: 'config.json' has other bytes than were written",
     ),
     "an edited header": (
-        edit(HEADER, lambda h: h["source"].update(repository="other")),
+        edit(MODEL_MANIFEST, lambda h: h["source"].update(repository="other")),
         "damaged checkpoint: 'dsmoe_jax.json' has been changed",
     ),
     "a layer more": (
@@ -222,7 +225,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
             lambda folder: (
                 shutil.rmtree(folder / "parameters"),
                 (folder / "parameters").mkdir(),
-                edit(HEADER, lambda h: h.update(files={"config.json": {}}))(folder),
+                edit(MODEL_MANIFEST, lambda h: h.update(files={"config.json": {}}))(folder),
             )
         ),
         "damaged checkpoint: ",

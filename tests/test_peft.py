@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from dsmoe_jax import lora
 from dsmoe_jax.convert.peft import CONFIG, WEIGHTS, read_adapter, write_adapter
-from dsmoe_jax.convert.peft_matching import RELEASES, Rules, make_plan, modules
+from dsmoe_jax.convert.peft_matching import RELEASES, MatchingRules, make_plan, modules
 from dsmoe_jax.lora import PROJECTIONS, LoraConfig
 from tests.helpers.adapters import random_adapter
 from tests.helpers.hf_folder import edit, tiny
@@ -36,7 +36,7 @@ OLD, NEW = RELEASES[0, 13], RELEASES[0, 20]
 every_release = pytest.mark.parametrize("rules", RELEASES.values(), ids=map(str, RELEASES))
 
 
-def ranks(config: LoraConfig, rules: Rules | None = None) -> dict[str, int]:
+def ranks(config: LoraConfig, rules: MatchingRules | None = None) -> dict[str, int]:
     """The adapted modules by their paths below `model.`."""
     plan = make_plan(config, MODEL, rules=rules)
     paths = modules(MODEL)
@@ -48,7 +48,7 @@ def ranks(config: LoraConfig, rules: Rules | None = None) -> dict[str, int]:
     }
 
 
-def scales(config: LoraConfig, rules: Rules | None = None) -> dict[str, float]:
+def scales(config: LoraConfig, rules: MatchingRules | None = None) -> dict[str, float]:
     plan, paths = make_plan(config, MODEL, rules=rules), modules(MODEL)
     return {
         path.removeprefix("model."): scale
@@ -87,7 +87,9 @@ UP = (
     ],
     ids=str,
 )
-def test_a_list_matches_the_ends_of_paths_and_a_string_whole_ones(target: Any, paths: tuple[str, ...], rules: Rules):
+def test_a_list_matches_the_ends_of_paths_and_a_string_whole_ones(
+    target: Any, paths: tuple[str, ...], rules: MatchingRules
+):
     assert set(ranks(LoraConfig(target_modules=target), rules)) == set(paths)
 
 
@@ -117,7 +119,7 @@ def test_all_linear_is_every_projection_and_neither_router_nor_head():
     ids=["newer", "older", "pattern", "attention", "empty", "whole path"],
 )
 def test_layers_to_transform_choose_by_the_number_that_the_release_looks_at(
-    config: LoraConfig, rules: Rules | None, paths: tuple[str, ...]
+    config: LoraConfig, rules: MatchingRules | None, paths: tuple[str, ...]
 ):
     assert set(ranks(config, rules)) == set(paths)
 
@@ -179,7 +181,7 @@ BOTH: dict[str, Any] = {"rank_pattern": {"up_proj": 6}, "alpha_pattern": {"share
     ],
 )
 def test_the_first_key_that_matches_gives_r_and_alpha_by_the_rule_of_the_release(
-    patterns: dict[str, Any], rules: Rules | None, shared: tuple[int, float], dense: tuple[int, float]
+    patterns: dict[str, Any], rules: MatchingRules | None, shared: tuple[int, float], dense: tuple[int, float]
 ):
     config = LoraConfig(r=8, lora_alpha=16, target_modules=("up_proj",), **patterns)
 

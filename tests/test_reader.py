@@ -1,99 +1,32 @@
-"""The checkpoint reader against the safetensors library, real torch files, broken folders, hostile pickles.
+"""CheckpointReader: folders, indexes, links and safetensors files; helpers/hostile.py writes the malformed ones."""
 
-Start at `test_opens_every_tensor_of_real_torch_shards`; `helpers/hostile.py` writes the broken files.
-"""
-
-import base64
 import json
 import os
-import pickle
 import struct
-import zipfile
-import zlib
 from pathlib import Path
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
 from safetensors.numpy import save_file
 
-from dsmoe_jax.convert import torch_pickle
 from dsmoe_jax.convert.reader import CheckpointReader
 from tests.helpers.hostile import (
-    FOUR,
-    HOOKS,
-    REBUILD,
+    assert_rejected,
     built,
-    called,
     entry,
-    group,
-    legacy_file,
-    named,
-    number,
-    numbers,
-    opcodes,
-    state,
-    storage,
-    tensor,
-    text,
-    zip_file,
+    same_bits,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
 FLOATS = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
-
-# One state_dict with `_metadata`, a transposed view, a Parameter that is a row of another tensor, float16,
-# strided bfloat16 and an empty tensor: written by torch 2.13.0's torch.save, then zlib and base 85.
-TORCH_FILES = {
-    "legacy": """
-c-noF*>2N76o$u3($>&YcFJ1zu!XEn!d8P&g=DeB-1r7rt~1m|#?Bd!TY(fQHz|c@;G&m2MjwS+9s!99&e&-
-w5E$8`nKLv0cjiC#Q2wNaKRz#iUwrfB#X@-~KmDd)KLAp)=LsQw7W3GPLuZY$B#0xBaDzRID`CKSNF5sW0yhGA)7CJ^-
-}R}J1n+4A$^g`oUBF=C$BaY4lx+oPLByeGs<tXL;%F77Of^lB=^-Yh9!E-|J!d`2Xzy|0aSg~d3#43Y-
-H$^Gvd3fQ`DG{NL6~R`qbq3;_8d;5BxcT9O#`J=vZn+bce<+-
-)clCH9L6qxnFlo}*mJn2(`YvJR;$^nRT}LI6tg_Neu}9TpK+M(n#7b%WdmkR#gsNc`{;|5_Ho#6!K_^r7f)G4dobrC*H`_Cx(EDRZ(isrr
-n~_MO-aZe%JmL&IAX!kjLzb9IQEZQ_Fd+_rJOPij{lE$V$56UB25{=NmClZshoA1!x;<CZf28nA7Igf^I1uJH+&5ja@nzEPcXFW*u`HYz1
-?Xy>UF&WmyjeQ>2l`O2(Ady)tpq~fc^EXdMnHgBDnFJ`lGBORehIm^AAF!uD9V95~h(*?h4CBa9ebhoKWRZv!I@(AH@-c#^0_8rE0a+sX-
-H!2rB6!S0e0h<yCFxY8?)DEV!Ev;GR8$#~rlV?YZ2A``P*f8-oOv24G|#*v^mf(3FxSS-}tamH2rkkfll1$&+rYOe&{J%VgZ-
-ok5#yPw$M$aETa(F*LS}ZR4v^BzqgK5n|wj?-1WD<0nXB1mX
-""",
-    "zip": """
-c-oy-%Wm676djThEz@aZw@xGXkv@|uFIl9XOzN5-
-3N`>2wN(Tl(uF`vv`Lf}eaTUb1PE%NmDBFhpz9)CcGq3eU4EgPuDS@&MUhp1Au~fsCTS^dGSH9^Ip^GS@0?3=!xVA|6$<FskWdlrul8(gm
--oK*4SgBinlcXfZa46Kr;ELyA4y+?JtuT}pLty@0lL@*u4Ls2*}fb24)9$Zgk87X8DP(kq)zB;4LrZs!A?I4!p?0)0-
-;p0<_I7nEA1Tzaxp|Q{J_Rv#up{XTO3(a0nrl3xw|)jIa9<?*ff#Jo5CT?n}W$5g7kw+MJ!-A)rMCrku1i8u<!KXRhL9^b8g-
-hU4}hPv4Y7T!lKDhilrF)8iv=~u*?F5!9JXsk;9%H+Pe;RLJ8i;a-ZEK%)$_gCO3qYnD<Q#Z?)m=@7bSs?!&n@ylauIK(6g?!+SBsDES-
-Y(j@oyS?)4?K)87fAF`Z>@Db%cA9G*8@NpaB%5R0X*N2NKKAlxlZcI2YF-
-`?86V3vLE1R?gL%2#0<(P97L!}Kelh_aX4k+U+8MX>lf<+i=R1cyBtjBxMi1AGftv0BGdvMK~Cx8wqmQCFS*V+9~ENVJfy9b{#1Kf7Ph*%
-2NO)iR}t@4IBSGaMVd+6~9(YZ0xxJ%5q<?SHcwQ*;}Gt0j+<^BD?zrUqP&^eoT8Ld&?kuy8C@9p$=ojx{nbt?7$8jTtiu)YsZNlu7=u7Cx
-UCjz$aU?-
-q$X6PKc<$D<W4&@lG{j)+1E<Tr|fO4a*Uac7V`0BwrIcVfZ<^h?HG|G7P!M{Hi$&KO(jLMi%HuUlfmIAfVV;bwbU#$n!TDcQqiQ`y`q4Oj
-b)2?aSf%ZsytUY16zk0gx%OY95IN?H5xvq`5s)pWp$t|3%bsnt{{)zq0Ob<|%sNz3=-nn`5{ufEHhyj`8$O%2-
-z`Hhm?smMMq1Rq21G&;{wi-%PQJbpTs@LR(QkSdsTD{g#n-
-#UCsMT6sZ7NiyQr!NnM0AvxN{(k$9O+E9rgTjC(R(C|OSaxp3iAh#j<<0Zo@|`u^ix1UQ@b_GkZhZU6vIQtFlo0eFxegH&H76~lOD^Wl0H
-wPO1TM2&Z3fzPNRN0LMda^bhjtRlOt3$8!PF>`4mdaqa#OWVM%io({*I9>9*Z4Me)jL-
-8tcE;^QNI{ya_$wZ!;LaP%dCz8OW2pWJyd#z<^^y!IJ4Im##
-""",
-}
-
-
-def refuses(folder: Path, match: str) -> None:
-    with pytest.raises(ValueError, match=match) as caught:
-        CheckpointReader(folder)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 600
-
-
-def same_bits(got: np.ndarray, want: np.ndarray) -> bool:
-    return got.dtype == want.dtype and got.shape == want.shape and got.tobytes() == want.tobytes()
-
-
-# Real checkpoints
 
 
 @pytest.mark.parametrize("case", ["a_baseline", "b_norm_topk", "d_rope_linear"])
-def test_agrees_bitwise_with_the_safetensors_library(case: str):
+def test_equals_the_safetensors_library(case: str):
     with CheckpointReader(GOLDEN / case) as reader:
         for name, info in reader.tensors.items():
             with safetensors.safe_open(GOLDEN / case / info.file, framework="numpy") as theirs:
@@ -102,42 +35,8 @@ def test_agrees_bitwise_with_the_safetensors_library(case: str):
     assert len(reader.tensors) == 80
 
 
-def test_opens_every_tensor_of_real_torch_shards():
-    folder = GOLDEN / "k_bin_shards"
-    index = json.loads((folder / "pytorch_model.bin.index.json").read_text())
-
-    reader = CheckpointReader(folder)
-
-    assert {name: info.file for name, info in reader.tensors.items()} == index["weight_map"]
-    assert sum(reader.read(name).nbytes for name in reader.tensors) == index["metadata"]["total_size"]
-    assert all(0 < np.abs(reader.read(name)).mean() < 2 for name in reader.tensors)
-
-
-@pytest.mark.parametrize("form", TORCH_FILES)
-def test_reads_what_torch_wrote_in_both_formats(tmp_path: Path, form: str):
-    packed = base64.b85decode("".join(TORCH_FILES[form].split()))
-    (tmp_path / "pytorch_model.bin").write_bytes(zlib.decompress(packed))
-    whole = np.arange(6, dtype=np.float32).reshape(2, 3)
-
-    reader = CheckpointReader(tmp_path)
-
-    assert list(reader.tensors) == ["whole", "turned", "row", "half", "brain", "none"]
-    assert same_bits(reader.read("whole"), whole)
-    assert same_bits(reader.read("turned"), whole.T)
-    assert same_bits(reader.read("row"), whole[1])
-    assert same_bits(reader.read("half"), np.array([0.5, -2], np.float16))
-    assert same_bits(reader.read("brain"), np.arange(8).astype(ml_dtypes.bfloat16)[1::3])
-    assert same_bits(reader.read("none"), np.zeros((0, 3), np.float32))
-    assert np.shares_memory(reader.read("whole"), reader.read("row"))
-    for name in reader.tensors:  # views of the legacy format are not aligned, and JAX reads them all the same
-        np.testing.assert_array_equal(jax.device_put(reader.read(name)), reader.read(name))
-
-
-# What the reader promises
-
-
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_reads_a_single_safetensors_file_without_copying(tmp_path: Path, dtype: np.dtype):
+def test_reads_safetensors_without_copying(tmp_path: Path, dtype: np.dtype):
     tensors = {
         "w": np.arange(12).reshape(3, 4).astype(dtype),
         "s": np.array(3, dtype),
@@ -155,19 +54,19 @@ def test_reads_a_single_safetensors_file_without_copying(tmp_path: Path, dtype: 
     assert not any(reader.read(name).flags.writeable for name in tensors)
 
 
-def test_arrays_outlive_the_reader_and_a_closed_reader_says_so(tmp_path: Path):
+def test_arrays_outlive_the_closed_reader(tmp_path: Path):
     save_file({"w": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
     with CheckpointReader(tmp_path) as reader:
         array = reader.read("w")
 
     assert array.tolist() == [1, 1, 1]
-    with pytest.raises(ValueError, match="closed, so tensor 'w' cannot be read"):
+    with pytest.raises(ValueError, match="closed, cannot read tensor 'w'"):
         reader.read("w")
     with pytest.raises(ValueError, match="no tensor 'v'"):
         reader.read("v")
 
 
-def test_prefers_safetensors_of_one_file_or_of_many(tmp_path: Path):
+def test_prefers_safetensors_to_bin(tmp_path: Path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
     save_file({"single": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
     assert list(CheckpointReader(tmp_path).tensors) == ["single"]
@@ -177,8 +76,6 @@ def test_prefers_safetensors_of_one_file_or_of_many(tmp_path: Path):
 
     assert list(CheckpointReader(tmp_path).tensors) == ["a", "b"]
 
-
-# Folders, indexes and links
 
 SHARD_1, SHARD_2 = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -190,23 +87,23 @@ def write_shards(folder: Path, weight_map: dict, **shards: list[str]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def test_refuses_a_folder_that_is_absent_or_holds_no_weights(tmp_path: Path):
-    refuses(tmp_path / "absent", "absent: no such folder")
-    refuses(tmp_path, r"no weights; looked for model\.safetensors\.index\.json, .*pytorch_model\.bin$")
+def test_missing_folder_or_weights_are_an_error(tmp_path: Path):
+    assert_rejected(tmp_path / "absent", "absent: no such folder")
+    assert_rejected(tmp_path, r"no weights; looked for model\.safetensors\.index\.json, .*pytorch_model\.bin$")
 
 
-def test_refuses_a_missing_shard_an_empty_file_and_a_folder_in_its_place(tmp_path: Path):
+def test_missing_or_empty_shard_is_an_error(tmp_path: Path):
     write_shards(tmp_path, {"a": SHARD_1, "b": SHARD_2})
     (tmp_path / SHARD_2).unlink()
-    refuses(tmp_path, f"{SHARD_2}: cannot be opened: No such file")
+    assert_rejected(tmp_path, f"{SHARD_2}: cannot be opened: No such file")
     (tmp_path / SHARD_2).touch()
-    refuses(tmp_path, f"{SHARD_2}: is empty")
+    assert_rejected(tmp_path, f"{SHARD_2}: is empty")
     (tmp_path / SHARD_2).unlink()
     (tmp_path / SHARD_2).mkdir()
-    refuses(tmp_path, f"{SHARD_2}: is not a regular file")
+    assert_rejected(tmp_path, f"{SHARD_2}: is not a regular file")
 
 
-def test_a_stale_index_beside_a_single_file_is_ignored(tmp_path: Path):
+def test_stale_index_with_a_single_file_is_ignored(tmp_path: Path):
     write_shards(tmp_path, {"a": SHARD_1, "b": SHARD_2})
     save_file({"c": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
     (tmp_path / SHARD_1).unlink()
@@ -219,28 +116,30 @@ def test_a_stale_index_beside_a_single_file_is_ignored(tmp_path: Path):
     assert reader.ignored == [SHARD_2, "model.safetensors.index.json", "pytorch_model.bin"]
 
 
-def test_a_broken_index_beside_a_single_file_is_ignored(tmp_path: Path):
+def test_malformed_index_with_a_single_file_is_ignored(tmp_path: Path):
     save_file({"c": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text("{")
 
     assert list(CheckpointReader(tmp_path).tensors) == ["c"]
 
 
-def test_a_single_file_beside_a_complete_set_of_shards_is_refused(tmp_path: Path):
+def test_single_file_with_complete_shards_is_an_error(tmp_path: Path):
     write_shards(tmp_path, {"a": SHARD_1, "b": SHARD_2})
     save_file({"c": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
 
-    refuses(tmp_path, r"holds two checkpoints, model\.safetensors and the shards of model\.safetensors\.index\.json")
+    assert_rejected(
+        tmp_path, r"holds two checkpoints, model\.safetensors and the shards of model\.safetensors\.index\.json"
+    )
 
 
-def test_an_index_of_a_single_file_is_read(tmp_path: Path):
+def test_index_of_a_single_file_is_read(tmp_path: Path):
     save_file({"c": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"c": "./model.safetensors"}}')
 
     assert list(CheckpointReader(tmp_path).tensors) == ["c"]
 
 
-def test_stale_shards_beside_a_valid_index_are_ignored(tmp_path: Path):
+def test_shards_not_in_the_index_are_ignored(tmp_path: Path):
     write_shards(tmp_path, {"a": SHARD_1, "b": SHARD_2}, **{"model-00003-of-00003.safetensors": ["z"]})
 
     reader = CheckpointReader(tmp_path)
@@ -250,7 +149,7 @@ def test_stale_shards_beside_a_valid_index_are_ignored(tmp_path: Path):
 
 
 @pytest.mark.parametrize("indexed", [True, False])
-def test_buffers_of_rope_are_ignored(tmp_path: Path, indexed: bool):
+def test_rope_buffers_are_ignored(tmp_path: Path, indexed: bool):
     buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
     listed = {buffer: SHARD_2} if indexed else {}
     write_shards(tmp_path, {"a": SHARD_1, "b": SHARD_2} | listed, **{SHARD_2: ["b", buffer]})
@@ -261,7 +160,7 @@ def test_buffers_of_rope_are_ignored(tmp_path: Path, indexed: bool):
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int64, np.bool_], ids=lambda dtype: dtype.__name__)
-def test_buffers_are_ignored_whatever_their_dtype(tmp_path: Path, dtype: type):
+def test_buffers_of_any_dtype_are_ignored(tmp_path: Path, dtype: type):
     buffers = {"model.rotary_emb.inv_freq": np.ones(4, dtype), "model.causal_mask": np.ones((2, 2), dtype)}
     save_file({"a": np.ones(3, np.float32)} | buffers, tmp_path / "model.safetensors")
 
@@ -272,24 +171,24 @@ def test_buffers_are_ignored_whatever_their_dtype(tmp_path: Path, dtype: type):
 
 # fmt: off
 INDEX_DISAGREEMENTS = {
-    "absent": ({"a": SHARD_1, "b": SHARD_2, "c": SHARD_2}, {}, f"{SHARD_2}: lacks tensor 'c'"),
-    "elsewhere": ({"a": SHARD_2, "b": SHARD_1}, {}, f"{SHARD_2}: lacks tensor 'a'"),
+    "absent": ({"a": SHARD_1, "b": SHARD_2, "c": SHARD_2}, {}, f"{SHARD_2}: tensor 'c' of model.* is missing"),
+    "elsewhere": ({"a": SHARD_2, "b": SHARD_1}, {}, f"{SHARD_2}: tensor 'a' of model.* is missing"),
     "surplus": ({"a": SHARD_1, "b": SHARD_2}, {SHARD_2: ["b", "c"]}, "tensor 'c' is not in model"),
     "twice": (
         {"a": SHARD_1, "b": SHARD_2},
         {SHARD_2: ["a", "b"]},
-        f"'a' lies in both '{SHARD_1}' and '{SHARD_2}'",
+        f"'a' is in both '{SHARD_1}' and '{SHARD_2}'",
     ),
 }
 # fmt: on
 
 
 @pytest.mark.parametrize("case", INDEX_DISAGREEMENTS)
-def test_refuses_an_index_that_disagrees_with_its_shards(tmp_path: Path, case: str):
+def test_index_must_match_its_shards(tmp_path: Path, case: str):
     weight_map, shards, match = INDEX_DISAGREEMENTS[case]
     write_shards(tmp_path, weight_map, **shards)
 
-    refuses(tmp_path, match)
+    assert_rejected(tmp_path, match)
 
 
 # fmt: off
@@ -297,51 +196,51 @@ BAD_INDEXES = {
     "not JSON": (b"{", "index.json: is not JSON: Expecting"),
     "not UTF-8": (b'{"\xff": 1}', "index.json: is not JSON: 'utf-8' codec"),
     "not an object": (b"[]", "holds a list where a JSON object must be"),
-    "no weight_map": (b"{}", "weight_map is missing"),
-    "weight_map is a list": (b'{"weight_map": ["a"]}', "weight_map is missing, empty or not an object"),
-    "weight_map is empty": (b'{"weight_map": {}}', "weight_map is missing, empty"),
+    "no weight_map": (b"{}", "weight_map must be"),
+    "weight_map is a list": (b'{"weight_map": ["a"]}', "weight_map must be a non-empty object"),
+    "weight_map is empty": (b'{"weight_map": {}}', "weight_map must be"),
     "shard is a number": (b'{"weight_map": {"a": 1}}', "tensor 'a' is in 1"),
     "twice": (b'{"weight_map": {"a": "x", "a": "y"}}', "JSON key 'a' twice"),
     "nested": (b"[" * 200_000, "nested too deeply"),
-    "absolute": (b'{"weight_map": {"a": "/etc/hostname"}}', "'/etc/hostname'; a shard is a .safetensors file beside"),
-    "upwards": (b'{"weight_map": {"a": "../model.safetensors"}}', "a shard is a .safetensors file beside its index"),
-    "parent": (b'{"weight_map": {"a": ".."}}', "tensor 'a' is in '..'; a shard is a .safetensors file beside"),
-    "nothing": (b'{"weight_map": {"a": ""}}', "a shard is a .safetensors file beside its index"),
-    "of another kind": (b'{"weight_map": {"a": "x.py"}}', "'x.py'; a shard is a .safetensors file beside its index"),
-    "NUL": (b'{"weight_map": {"a": "x\\u0000"}}', "a shard is a .safetensors file beside its index"),
+    "absolute": (b'{"weight_map": {"a": "/etc/hostname"}}', "'/etc/hostname'; a shard must be a .safetensors file"),
+    "upwards": (b'{"weight_map": {"a": "../model.safetensors"}}', "a shard must be a .safetensors file"),
+    "parent": (b'{"weight_map": {"a": ".."}}', "tensor 'a' is in '..'; a shard must be a .safetensors file"),
+    "nothing": (b'{"weight_map": {"a": ""}}', "a shard must be a .safetensors file"),
+    "of another kind": (b'{"weight_map": {"a": "x.py"}}', "'x.py'; a shard must be a .safetensors file"),
+    "NUL": (b'{"weight_map": {"a": "x\\u0000"}}', "a shard must be a .safetensors file"),
 }
 # fmt: on
 
 
 @pytest.mark.parametrize("case", BAD_INDEXES)
-def test_refuses_a_bad_index(tmp_path: Path, case: str):
+def test_malformed_index_is_an_error(tmp_path: Path, case: str):
     content, match = BAD_INDEXES[case]
     (tmp_path / "model.safetensors.index.json").write_bytes(content)
 
-    refuses(tmp_path, match)
+    assert_rejected(tmp_path, match)
 
 
-def test_refuses_an_index_past_its_bound_unread(tmp_path: Path):
+def test_index_size_is_limited(tmp_path: Path):
     with (tmp_path / "model.safetensors.index.json").open("wb") as file:
         file.truncate(8_000_001)
 
-    refuses(tmp_path, "8000001 bytes; at most 8000000")
+    assert_rejected(tmp_path, "8000001 bytes; at most 8000000")
 
 
-def test_refuses_links_that_leave_the_folder(tmp_path: Path):
+def test_links_must_stay_inside_the_folder(tmp_path: Path):
     outside, inside = tmp_path / "outside.safetensors", tmp_path / "folder" / "real"
     inside.parent.mkdir()
     for path in (outside, inside):
         save_file({"w": np.ones(2, np.float32)}, path)
     link = tmp_path / "folder" / "model.safetensors"
     link.symlink_to(outside)
-    refuses(link.parent, r"model\.safetensors: links to .*outside\.safetensors, outside the checkpoint")
+    assert_rejected(link.parent, r"model\.safetensors: links to .*outside\.safetensors, outside the checkpoint")
     link.unlink()
     link.symlink_to("absent")
-    refuses(link.parent, "cannot be opened: No such file")
+    assert_rejected(link.parent, "cannot be opened: No such file")
     link.unlink()
     link.symlink_to(link.name)
-    refuses(link.parent, "cannot be opened: Too many levels of symbolic links")
+    assert_rejected(link.parent, "cannot be opened: Too many levels of symbolic links")
     link.unlink()
 
     link.symlink_to("real")
@@ -349,7 +248,7 @@ def test_refuses_links_that_leave_the_folder(tmp_path: Path):
     assert list(CheckpointReader(link.parent).tensors) == ["w"]
 
 
-def test_follows_the_links_of_a_hub_cache_into_its_own_blobs_only(tmp_path: Path):
+def test_hub_cache_links_must_lead_to_its_blobs(tmp_path: Path):
     snapshot = tmp_path / "models--x--y" / "snapshots" / "abc"
     write_shards(snapshot, {"a": SHARD_1, "b": SHARD_2})
     for repository in (tmp_path / "models--x--y", tmp_path / "models--x--z"):
@@ -361,19 +260,18 @@ def test_follows_the_links_of_a_hub_cache_into_its_own_blobs_only(tmp_path: Path
     (snapshot / SHARD_2).rename(tmp_path / "models--x--z" / "blobs" / "4567")
     (snapshot / SHARD_2).symlink_to("../../../models--x--z/blobs/4567")
 
-    refuses(snapshot, "outside the checkpoint")
+    assert_rejected(snapshot, "outside the checkpoint")
 
 
-def test_refuses_a_pipe_without_waiting_for_a_writer(tmp_path: Path):
+def test_pipe_is_rejected_without_blocking(tmp_path: Path):
     os.mkfifo(tmp_path / "model.safetensors")
 
-    refuses(tmp_path, "is not a regular file")
-
-
-# Safetensors headers
+    assert_rejected(tmp_path, "is not a regular file")
 
 
 TWO = {"a": entry(0, 8, [2]), "b": entry(8, 16, [2])}
+
+
 # fmt: off
 BAD_SAFETENSORS = {
     "short": (b"abc", "header up to byte"),
@@ -385,22 +283,22 @@ BAD_SAFETENSORS = {
     "not JSON": (built(b"{nonsense}"), "Expecting property name"),
     "not an object": (built([TWO]), "holds a list where a JSON object must be"),
     "nested": (built(b"[" * 200_000), "nested too deeply"),
-    "no tensor": (built({}, b""), "holds no tensor"),
+    "no tensor": (built({}, b""), "has no tensors"),
     "metadata": (built({"__metadata__": 1, **TWO}), "a __metadata__ that is not an object"),
     "duplicate": (built(b'{"a": {}, "a": {}}'), "JSON key 'a' twice"),
     "duplicate inside": (built(b'{"a": {"dtype": "F32", "dtype": "F16"}}'), "JSON key 'dtype' twice"),
-    "entry is a list": (built({"a": [1]}), "describes tensor 'a'"),
-    "entry lacks": (built({"a": {"dtype": "F32", "shape": [4]}}), "describes tensor 'a'"),
-    "entry has more": (built({"a": entry(0, 16, [4], more=1)}), "describes tensor 'a'"),
-    "dtype no string": (built({"a": entry(0, 16, [4], 32)}), "describes tensor 'a'"),
+    "entry is a list": (built({"a": [1]}), "must describe tensor 'a'"),
+    "entry lacks": (built({"a": {"dtype": "F32", "shape": [4]}}), "must describe tensor 'a'"),
+    "entry has more": (built({"a": entry(0, 16, [4], more=1)}), "must describe tensor 'a'"),
+    "dtype no string": (built({"a": entry(0, 16, [4], 32)}), "must describe tensor 'a'"),
     "dtype integer": (built({"a": entry(0, 16, [2], "I64")}), "'a' has dtype 'I64'; weights"),
     "dtype double": (built({"a": entry(0, 16, [2], "F64")}), "'a' has dtype 'F64'; weights"),
-    "wrong size": (built({"a": entry(0, 16, [3])}), "'a' lies from 0 to 16; .* need 12 bytes"),
+    "wrong size": (built({"a": entry(0, 16, [3])}), "'a' spans 0 to 16; .* need 12 bytes"),
     "overlap": (built({**TWO, "b": entry(4, 16, [3])}), "'b' starts at 4; .* ends at 8"),
     "hole": (built({**TWO, "b": entry(12, 16, [1])}), "'b' starts at 12; .* ends at 8"),
     "late start": (built({"b": entry(8, 16, [2])}), "'b' starts at 8; .* ends at 0"),
     "past the end": (built({**TWO, "b": entry(8, 24, [4])}), "up to byte 24 of its data"),
-    "backwards": (built({"a": entry(16, 0, [4])}), "'a' lies from 16 to 0"),
+    "backwards": (built({"a": entry(16, 0, [4])}), "'a' spans 16 to 0"),
     "negative offset": (built({"a": entry(-16, 0, [4])}), "'a' starts at -16"),
     "negative size": (built({"a": entry(0, 16, [-2, -2])}), "'a' has a dimension of -2"),
     "fraction": (built({"a": entry(0, 16, [4.0])}), "'a' has 4.0 for a dimension or an offset"),
@@ -417,243 +315,8 @@ BAD_SAFETENSORS = {
 
 
 @pytest.mark.parametrize("case", BAD_SAFETENSORS)
-def test_refuses_a_bad_safetensors_file(tmp_path: Path, case: str):
+def test_malformed_safetensors_file_is_an_error(tmp_path: Path, case: str):
     content, match = BAD_SAFETENSORS[case]
     (tmp_path / "model.safetensors").write_bytes(content)
 
-    refuses(tmp_path, f"model\\.safetensors: .*{match}")
-
-
-# .bin files
-
-
-def opened(folder: Path, content: bytes) -> CheckpointReader:
-    (folder / "pytorch_model.bin").write_bytes(content)
-    return CheckpointReader(folder)
-
-
-@pytest.mark.parametrize("write", [zip_file, legacy_file])
-def test_reads_views_of_any_stride_inside_their_storage(tmp_path: Path, write):
-    views = {
-        "row": tensor(),
-        "turned": tensor(shape=(2, 2), stride=(1, 2)),
-        "tail": tensor(offset=1, shape=(2,), stride=(2,)),
-        "scalar": tensor(offset=3, shape=(), stride=()),
-        "empty": tensor(shape=(0, 7), stride=(7, 1)),
-        "repeated": tensor(shape=(2, 2), stride=(0, 1)),
-        "one": tensor(shape=(1, 4), stride=(2**70, 1)),
-        "parameter": named("torch._utils", "_rebuild_parameter") + group(tensor(), b"\x88", HOOKS) + b"R",
-        "new metadata": tensor()[:-2] + b"}tR",
-    }
-
-    reader = opened(tmp_path, write(state(*views.items())))
-
-    assert reader.read("row").tolist() == reader.read("parameter").tolist() == [0, 1, 2, 3]
-    assert reader.read("turned").tolist() == [[0, 2], [1, 3]]
-    assert reader.read("tail").tolist() == [1, 3]
-    assert reader.read("scalar").tolist() == 3
-    assert reader.read("empty").shape == (0, 7)
-    assert reader.read("repeated").tolist() == [[0, 1], [0, 1]]
-    assert reader.read("one").tolist() == [[0, 1, 2, 3]]
-    assert np.shares_memory(reader.read("row"), reader.read("turned"))
-
-
-def test_reads_zip64_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 8)  # sizes and offsets past 8 bytes go into the extra fields
-    content = zip_file()
-    monkeypatch.undo()
-
-    assert b"PK\x06\x06" in content
-    assert opened(tmp_path, content).read("w").tolist() == [0, 1, 2, 3]
-
-
-# fmt: off
-BAD_TENSORS = {
-    "offset": (tensor(offset=1), "'w' reaches element 4 of a storage of 4"),
-    "negative offset": (tensor(offset=-1), "'w' has a negative offset or stride"),
-    "shape": (tensor(shape=(5,)), "'w' reaches element 4 of a storage of 4"),
-    "stride": (tensor(shape=(2, 2), stride=(3, 1)), "'w' reaches element 4"),
-    "huge stride": (tensor(stride=(2**70,)), "'w' reaches element 3541774862152233910272 of"),
-    "negative stride": (tensor(offset=3, stride=(-1,)), "'w' has a negative offset or stride"),
-    "negative shape": (tensor(shape=(-1,)), "'w' has a dimension of -1"),
-    "repeats": (tensor(shape=(2**40,), stride=(0,)), "'w' repeats 4 stored elements into 1099511627776"),
-    "overflow": (tensor(shape=(2**40, 2**40), stride=(0, 0)), r"2\*\*63 bytes or more"),
-    "empty overflow": (tensor(shape=(0, 2**62), stride=(1, 1)), r"2\*\*63 bytes or more"),
-    "ranks": (tensor(shape=(2, 2)), "'w' has a negative offset or stride, or strides of another rank"),
-    "rank": (tensor(shape=(1,) * 65, stride=(1,) * 65), "at most 64 integers"),
-    "storage size": (tensor(numel=3, shape=(3,)), "'w' says storage '0' holds 3 x|must be 3 x"),
-    "huge storage": (tensor(numel=2**70), "1180591620717411303424 x float32"),
-    "dtype size": (tensor(kind="Half"), "holds 4 x float16; it has 16 bytes|after its last storage"),
-    "no storage": (tensor(key="1"), "'1', which the file lacks|'0', which no tensor uses|lists storage '0'"),
-    "integers": (tensor(kind="Long"), "torch.LongStorage; weights are F32, F16 or BF16"),
-    "doubles": (tensor(kind="Double"), "torch.DoubleStorage; weights are F32, F16 or BF16"),
-    "complex": (tensor(kind="ComplexFloat"), "asks for 'torch.ComplexFloatStorage'"),
-    "conjugate": (tensor()[:-2] + b"}" + text("conj") + b"\x88stR", "arguments torch does not write"),
-    "negative numel": (tensor(numel=-4), "describes storage '0' wrongly"),
-    "two storages of one key": (group(tensor(), tensor(kind="Half")), "describes storage '0' .* in two ways"),
-    "view of storage": (storage("Float", "0", 4, numbers(1)), "persistent id other than"),
-    "storage": (storage("Float", "0", 4), "entry 'w' is a _Storage, not a tensor"),
-    "number": (number(7), "entry 'w' is 7, not a tensor|storage '0'"),
-    "nested": (b"}" + text("v") + tensor() + b"s", "entry 'w' is a dict, not a tensor"),
-    "few arguments": (REBUILD + numbers(1) + b"R", "damaged pickle: TypeError"),
-    "strange arguments": (REBUILD + numbers(0, 0, 0, 0, 0, 0) + b"R", "arguments torch does not write"),
-    "float shape": (
-        REBUILD + group(storage("Float", "0", 4), number(0), text("4"), numbers(1), b"NNtR"),
-        "no tuple of",
-    ),
-    "parameter": (
-        named("torch._utils", "_rebuild_parameter") + numbers(1, 2, 3) + b"R",
-        "with 1, not a tensor",
-    ),
-    "filled OrderedDict": (
-        named("collections", "OrderedDict") + numbers(1) + b"R",
-        "OrderedDict with arguments",
-    ),
-}
-# fmt: on
-
-
-@pytest.mark.parametrize("write", [zip_file, legacy_file])
-@pytest.mark.parametrize("case", BAD_TENSORS)
-def test_refuses_a_tensor_outside_its_storage_or_torch_would_not_write(tmp_path: Path, case: str, write):
-    content, match = BAD_TENSORS[case]
-    (tmp_path / "pytorch_model.bin").write_bytes(write(state(("w", content))))
-
-    refuses(tmp_path, f"pytorch_model\\.bin: .*({match})")
-
-
-MEMBER_NAME = zip_file().replace(b"r/data/0", b"r/data/1", 1)
-# fmt: off
-BAD_FILES = {
-    "nonsense": (b"nonsense", "neither a torch zip archive nor a legacy torch file"),
-    "another pickle": (pickle.dumps(1, 2), "neither a torch zip archive"),
-    "truncated zip": (zip_file()[:-30], "is cut short or is not a zip"),
-    "half a zip": (zip_file()[:200], "is cut short or is not a zip"),
-    "compressed": (zip_file(compression=zipfile.ZIP_DEFLATED), "compressed or encrypted member 'r/data.pkl'"),
-    "big endian": (zip_file(extra={"r/byteorder": b"big"}), "byteorder other than little"),
-    "no pickle": (zip_file().replace(b"data.pkl", b"data.pkm"), "has 0 members called <root>/data.pkl"),
-    "two pickles": (zip_file(extra={"q/data.pkl": b""}), "has 2 members called <root>/data.pkl"),
-    "member twice": (
-        zip_file(extra={"r/data/1": b""}).replace(b"data/1", b"data/0"),
-        "member 'r/data/0' twice",
-    ),
-    "local name": (MEMBER_NAME, "member 'r/data/0', whose own header"),
-    "unused storage": (zip_file(storages={"0": FOUR, "1": FOUR}), "storage '1', which no tensor uses"),
-    "missing storage": (zip_file(storages={}), "'w' needs storage '0', which the file lacks"),
-    "truncated legacy": (legacy_file()[:-1], "must be 4 x float32; announced are 4 and 15 bytes follow"),
-    "legacy without data": (legacy_file(data=b""), "announced are 0 and 0 bytes follow"),
-    "legacy with more": (legacy_file() + b"1", "has 1 bytes after its last storage"),
-    "legacy size": (legacy_file(data=struct.pack("<q", 2**62) + FOUR), "announced are 4611686018427387904"),
-    "legacy protocol": (legacy_file(protocol=1002), "legacy protocol 1002; it must be 1001"),
-    "legacy big endian": (legacy_file(system={"little_endian": False}), "not written by a little"),
-    "legacy keys": (legacy_file(keys={"0": 1}), "a dict where the list of its storages must be"),
-    "legacy keys twice": (legacy_file(keys=("0", "0")), "lists storage '0' twice"),
-    "legacy keys lack": (legacy_file(keys=(), data=b""), "'w' needs storage '0', which the file lacks"),
-}
-# fmt: on
-
-
-@pytest.mark.parametrize("case", BAD_FILES)
-def test_refuses_a_damaged_bin_file(tmp_path: Path, case: str):
-    content, match = BAD_FILES[case]
-    (tmp_path / "pytorch_model.bin").write_bytes(content)
-
-    refuses(tmp_path, f"pytorch_model\\.bin: .*({match})")
-
-
-# Hostile pickles: had one of them run, a file named "ran" would lie in the working folder.
-
-
-NESTED_TUPLE = b")" + b"".join(b"q\x00h\x00\x86" for _ in range(200))  # t = (t, t): 2**200 leaves in 800 bytes
-# fmt: off
-HOSTILE = {
-    "os.system": (called("os", "system"), "asks for 'os.system'; allowed are collections.OrderedDict"),
-    "posix.system": (called("posix", "system"), "asks for 'posix.system'"),
-    "eval": (called("builtins", "eval", "open('ran', 'w')"), "asks for 'builtins.eval'"),
-    "getattr": (called("builtins", "getattr"), "asks for 'builtins.getattr'"),
-    "python 2": (called("__builtin__", "eval", "open('ran', 'w')"), "asks for '__builtin__.eval'"),
-    "load_from_bytes": (called("torch.storage", "_load_from_bytes"), "'torch.storage._load_from_bytes'"),
-    "dotted": (called("collections", "OrderedDict.fromkeys"), "asks for 'collections.OrderedDict.fromkeys'"),
-    "space": (called("torch", "FloatStorage x"), "asks for 'torch.FloatStorage x'"),
-    "torch.hub": (called("torch.hub", "load"), "asks for 'torch.hub.load'"),
-    "chain": (opcodes(HOOKS, group(named("os", "system")), b"R"), "asks for 'os.system'"),
-    "call of a result": (opcodes(HOOKS, b")R"), "calls a dict, which is no function here"),
-    "call of a storage": (opcodes(named("torch", "FloatStorage"), b")R"), "calls 'torch.FloatStorage'"),
-    "instance": (b"(S'touch ran'\nios\nsystem\n.", "uses pickle opcode STRING"),
-    "object": (opcodes(named("collections", "OrderedDict"), b")\x81"), "uses pickle opcode NEWOBJ"),
-    "extension": (opcodes(b"\x82\x01"), "uses pickle opcode EXT1"),
-    "duplicate": (opcodes(b")2"), "uses pickle opcode DUP"),
-    "stack global": (pickle.dumps(os.system, 4), "is a pickle of protocol 4"),
-    "stack global of 2": (opcodes(text("os"), text("system"), b"\x93"), "uses pickle opcode STACK_GLOBAL"),
-    "build a function": (opcodes(REBUILD, b"}", text("__code__"), b"Nsb"), "sets attributes other"),
-    "build a dictionary": (opcodes(HOOKS, b"}", text("items"), b"Nsb"), "sets attributes other"),
-    "empty": (b"", "pickle exhausted before seeing STOP"),
-    "no value": (opcodes(), "ends with 0 values"),
-    "two values": (opcodes(b"))"), "ends with 2 values"),
-    "not a dictionary": (opcodes(b"]"), "holds a list, not a dictionary of tensors"),
-    "pop": (opcodes(b"0"), "uses pickle opcode POP"),
-    "empty tuple of 2": (opcodes(b"\x86"), "damaged pickle: IndexError at opcode 1"),
-    "no mark": (opcodes(b"t"), "damaged pickle: IndexError"),
-    "no memo": (opcodes(b"h\x07"), "damaged pickle: KeyError"),
-    "huge memo": (opcodes(b")r\xff\xff\xff\xff"), "holds a tuple"),
-    "huge string": (opcodes(b"X\xff\xff\xff\xff"), "string of 4294967295 bytes; at most 1048576"),
-    "a list in itself": (opcodes(b"]q\x00h\x00a"), "holds a list"),
-    "a dictionary in itself": (opcodes(b"}q\x00", text("w"), b"h\x00s"), "entry 'w' is a dict"),
-    "set on a list": (opcodes(b"]", text("w"), b"Ns"), "sets 2 keys and values on a list"),
-    "append to a dictionary": (opcodes(b"}Na"), "appends to a dict"),
-    "key without value": (opcodes(b"}(Nu"), "sets 1 keys and values"),
-    "key is a number": (opcodes(b"}K\x01Ns"), "has key 1, which is no string"),
-    "key twice": (state(("w", tensor()), ("w", tensor())), "has key 'w', which is no string or is there"),
-    "key takes years to hash": (opcodes(b"}", NESTED_TUPLE, b"Ns"), "has key a tuple, which is no string"),
-    "value takes years to print": (state(("w", NESTED_TUPLE)), "entry 'w' is a tuple, not a tensor"),
-    "storage id takes years": (opcodes(NESTED_TUPLE, b"Q"), "persistent id other than"),
-    "name of a megabyte": (state(("w" * 1_000_000, b"N")), r"entry 'w+\.\.\. is None, not a tensor"),
-    "name of two lines": (state(("w\nv", b"N")), r"entry 'w\\nv' is None"),
-    "nested lists": (opcodes(b"]" * 200_000, b"a" * 199_999), "holds a list"),
-    "open lists": (opcodes(b"]" * 400_000), "ends with 400000 values"),
-    "open marks": (opcodes(b"(" * 400_000), "ends with 0 values"),
-    "nested marks": (opcodes(b"(" * 200_000, b"t" * 200_000), "holds a tuple"),
-    "opcodes": (opcodes(b")" * 500_001), "more than 500000 opcodes"),
-    "bytes": (b"\x80\x02" + bytes(8 << 20), "has a data.pkl of 8388610 bytes; at most 8388608|opcode"),
-}
-# fmt: on
-
-
-def hostile_zip(content: bytes) -> bytes:
-    return zip_file(content, storages={})
-
-
-def hostile_legacy(content: bytes) -> bytes:
-    return legacy_file(content, keys=(), data=b"")
-
-
-@pytest.mark.parametrize("case", HOSTILE)
-@pytest.mark.parametrize("write", [hostile_zip, hostile_legacy])
-def test_refuses_a_hostile_pickle_and_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, write):
-    content, match = HOSTILE[case]
-    (tmp_path / "pytorch_model.bin").write_bytes(write(content))
-    monkeypatch.chdir(tmp_path)
-    functions = [(function, dict(vars(function))) for function in torch_pickle._CALLS.values()]
-
-    refuses(tmp_path, f"pytorch_model\\.bin: .*({match})")
-
-    assert [path.name for path in tmp_path.iterdir()] == ["pytorch_model.bin"]
-    assert functions == [(function, vars(function)) for function in torch_pickle._CALLS.values()]
-
-
-@pytest.mark.parametrize("write", [zip_file, legacy_file])
-def test_any_damage_is_a_valueerror_in_one_line_or_harmless(tmp_path: Path, write):
-    whole = bytearray(write(state(("w", tensor()), ("v", tensor(shape=(2, 2), stride=(1, 2))))))
-    random = np.random.default_rng(0)
-
-    for _ in range(400):
-        damaged = whole.copy()
-        for position in random.integers(len(whole), size=random.integers(1, 4)):
-            damaged[position] = random.integers(256)
-        (tmp_path / "pytorch_model.bin").write_bytes(damaged)
-        try:
-            reader = CheckpointReader(tmp_path)
-        except ValueError:
-            refuses(tmp_path, r"pytorch_model\.bin: ")
-        else:
-            assert all(reader.read(name).nbytes <= len(whole) for name in reader.tensors)
+    assert_rejected(tmp_path, f"model\\.safetensors: .*{match}")

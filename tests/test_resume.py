@@ -351,7 +351,7 @@ def base(home: Path) -> Path:
     """A checkpoint whose config has ids of another tokenizer than the one beside it."""
     train_tokenizer(["User: a\n\nAssistant: b"] * 9, home / "tokenizer", VOCABULARY)
     model = DeepSeekMoE.init(ModelConfig.from_file(home / "model.json"))
-    dsmoe_jax.save(model, home / "base", beside=sorted((home / "tokenizer").iterdir()))
+    dsmoe_jax.save(model, home / "base", extra_files=sorted((home / "tokenizer").iterdir()))
     (home / "examples.jsonl").write_text(
         "".join(json.dumps({"prompt": f"{n}", "completion": "b"}) + "\n" for n in range(40))
     )

@@ -203,7 +203,7 @@ def step(mesh: str | None, options: Dispatch = Dispatch()) -> Step:  # noqa: B00
     def loss_of(params: dict[str, Any], ids: Any):
         model = merge(graph, params)
         hidden = model.hidden(ids)
-        logits = model.logits(hidden.states)
+        logits = model.logits(hidden.last_hidden_state)
         balance = sum(balance_loss(CONFIG, hidden.routing).values())
         extra_passes = [routed.extra_passes for routed in hidden.routing.values()]
         return cross_entropy(logits, ids) + balance, (logits, extra_passes)

@@ -1,4 +1,4 @@
-"""BOS, EOS and padding of config, generation config and tokenizer: what agrees, what is said, what is refused."""
+"""Special token ids of config, generation config and tokenizer: warnings, errors, import and export."""
 
 import dataclasses
 import logging
@@ -21,7 +21,7 @@ from tests.helpers.hf_folder import edit, random_params, tiny, write_hf
 
 @dataclasses.dataclass
 class Tokens:
-    """A tokenizer, as far as it is asked."""
+    """A stub tokenizer."""
 
     bos_token_id: int | None = 0
     eos_token_id: int | None = 1
@@ -45,7 +45,7 @@ def config(**fields: Any) -> ModelConfig:
     ],
     ids=str,
 )
-def test_ids_that_belong_together_need_no_word(fields: dict, tokenizer: Tokens | None, generation: dict | None):
+def test_consistent_ids_give_no_warning(fields: dict, tokenizer: Tokens | None, generation: dict | None):
     assert check_special_ids(config(**fields), tokenizer, generation, "here") == []
 
 
@@ -58,15 +58,20 @@ def test_ids_that_belong_together_need_no_word(fields: dict, tokenizer: Tokens |
         ({"eos_token_id": 99}, Tokens(), None, "eos_token_id 99 of config.json is outside the vocabulary"),
         ({}, None, {"eos_token_id": [1, 99]}, "eos_token_id 99 of generation_config.json is outside the vocabulary"),
         ({"bos_token_id": 3}, Tokens(), None, "bos_token_id is 3 in config.json, 0 in the tokenizer"),
-        ({"eos_token_id": 3}, Tokens(), None, r"eos_token_id 1 of the tokenizer is not among \[3\]"),
+        (
+            {"eos_token_id": 3},
+            Tokens(),
+            None,
+            r"eos_token_id 1 of the tokenizer is not among the EOS ids of .*\[3\]",
+        ),
     ],
     ids=str,
 )
-def test_what_is_legal_and_looks_wrong_is_said(fields: dict, tokenizer: Any, generation: Any, line: str):
-    (said,) = check_special_ids(config(**fields), tokenizer, generation, "here")
+def test_suspicious_ids_give_one_warning(fields: dict, tokenizer: Any, generation: Any, line: str):
+    (warning,) = check_special_ids(config(**fields), tokenizer, generation, "here")
 
-    assert said.startswith("here: ")
-    assert re.search(line, said)
+    assert warning.startswith("here: ")
+    assert re.search(line, warning)
 
 
 @pytest.mark.parametrize(
@@ -77,29 +82,34 @@ def test_what_is_legal_and_looks_wrong_is_said(fields: dict, tokenizer: Any, gen
         ({}, None, {"eos_token_id": 64}, "generation would never stop"),
         ({}, None, {"eos_token_id": -1}, "generation would never stop"),
         ({"bos_token_id": None}, Tokens(bos_token_id=64), None, "bos_token_id 64 of the tokenizer is outside"),
-        ({}, None, {"eos_token_id": "1"}, "generation_config.json: eos_token_id must be a token id or a list of them"),
+        (
+            {},
+            None,
+            {"eos_token_id": "1"},
+            "generation_config.json: eos_token_id must be a token id or a list",
+        ),
         ({}, None, {"eos_token_id": [True]}, "eos_token_id must be a token id"),
     ],
     ids=str,
 )
-def test_ids_without_an_end_are_refused(fields: dict, tokenizer: Any, generation: Any, line: str):
+def test_invalid_ids_are_an_error(fields: dict, tokenizer: Any, generation: Any, line: str):
     with pytest.raises(ValueError, match=f"^here: .*{line}"):
         check_special_ids(config(**fields), tokenizer, generation, "here")
 
 
-def test_a_new_model_gets_the_ids_of_its_tokenizer():
+def test_new_model_gets_the_ids_of_its_tokenizer():
     model = with_tokenizer_ids(config(eos_token_id=5), Tokens(None, 1))
 
     assert (model.bos_token_id, model.eos_token_id) == (0, 1)
 
 
-def test_ids_outside_the_vocabulary_are_taken_out():
+def test_ids_outside_the_vocabulary_are_dropped():
     fields = {"eos_token_id": [1, 64, 2], "bos_token_id": [64], "pad_token_id": 63, "top_k": 5}
 
     assert drop_ids_outside_vocab(fields, 64) == fields | {"eos_token_id": [1, 2], "bos_token_id": None}
 
 
-def test_other_token_ids_outside_the_vocabulary_are_taken_out():
+def test_other_ids_outside_the_vocabulary_are_dropped():
     fields = {"decoder_start_token_id": 99, "unk_token_id": 3, "eos_token_id": -1, "pad_token_id": -1}
 
     assert drop_ids_outside_vocab(fields, 64) == fields | {"decoder_start_token_id": None, "eos_token_id": None}
@@ -112,7 +122,7 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_an_own_vocabulary_gives_the_same_ids_in_its_own_library(vocabulary: Path):
+def test_trained_tokenizer_equals_the_tokenizers_library(vocabulary: Path):
     text = "two ü three"
     theirs = tokenizers.Tokenizer.from_file(str(vocabulary / "tokenizer.json"))
 
@@ -131,8 +141,8 @@ def folder_with(path: Path, vocabulary: Path, generation: dict | None, **fields:
     return path
 
 
-def test_an_own_vocabulary_leaves_in_an_export_with_its_own_ids(tmp_path: Path, vocabulary: Path):
-    # As a checkpoint of an earlier version says it: the original's ids.
+def test_export_takes_missing_ids_from_the_tokenizer(tmp_path: Path, vocabulary: Path):
+    # As in checkpoints of earlier versions: the original's ids.
     source = folder_with(tmp_path / "hf", vocabulary, None)
     edit("config.json", lambda fields: fields.update(bos_token_id=100000, eos_token_id=100001))(source)
 
@@ -146,9 +156,7 @@ def test_an_own_vocabulary_leaves_in_an_export_with_its_own_ids(tmp_path: Path, 
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
 
 
-def test_no_id_outside_the_vocabulary_leaves_in_an_export(
-    tmp_path: Path, vocabulary: Path, caplog: pytest.LogCaptureFixture
-):
+def test_export_drops_ids_outside_the_vocabulary(tmp_path: Path, vocabulary: Path, caplog: pytest.LogCaptureFixture):
     generation = {"eos_token_id": [1, 5000], "pad_token_id": 1024, "temperature": 0.5}
     source = folder_with(tmp_path / "hf", vocabulary, generation, pad_token_id=1024, eos_token_id=(1, 2000))
 
@@ -161,7 +169,7 @@ def test_no_id_outside_the_vocabulary_leaves_in_an_export(
     assert read_json(back / "config.json").items() >= {"eos_token_id": 1, "pad_token_id": None}.items()
 
 
-def test_an_end_outside_the_vocabulary_leaves_as_the_tokenizers(tmp_path: Path, vocabulary: Path):
+def test_export_replaces_an_invalid_eos_by_the_tokenizers(tmp_path: Path, vocabulary: Path):
     source = folder_with(tmp_path / "hf", vocabulary, {"eos_token_id": 5000}, eos_token_id=5000)
 
     import_hf(source, tmp_path / "native")
@@ -171,7 +179,7 @@ def test_an_end_outside_the_vocabulary_leaves_as_the_tokenizers(tmp_path: Path, 
     assert read_json(back / "generation_config.json") == {"eos_token_id": 1}
 
 
-def test_a_folder_whose_answers_never_end_is_not_imported(tmp_path: Path, vocabulary: Path):
+def test_import_rejects_a_model_without_a_valid_eos(tmp_path: Path, vocabulary: Path):
     source = folder_with(tmp_path / "hf", vocabulary, {"eos_token_id": 5000})
     (source / "tokenizer.json").unlink()
 

@@ -25,8 +25,8 @@ from dsmoe_jax.cli import main
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import ConversionReport, export_hf, import_hf, load_hf, verify
 from dsmoe_jax.convert.param_mapping import hf_shapes
-from dsmoe_jax.storage.atomic_dir import sibling
-from dsmoe_jax.storage.direct_io import NewFile
+from dsmoe_jax.storage.atomic_dir import staging_path
+from dsmoe_jax.storage.direct_io import DirectFile
 from tests.helpers.hf_folder import (
     hf_tensors,
     random_params,
@@ -137,7 +137,7 @@ class Server:
         """The exit code of a conversion that is killed so long after so many units, and how long it took."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        journal = str(sibling(out) / "journal.jsonl")
+        journal = str(staging_path(out) / "journal.jsonl")
         command = (way.convert.__name__, str(way.source), str(out), way.options, seconds, units, journal)
         print(json.dumps(command), file=self._process.stdin, flush=True)
         code, took = json.loads(self._process.stdout.readline())
@@ -189,8 +189,8 @@ def test_a_conversion_killed_at_any_moment_leaves_nothing_false_and_goes_on(
             left["all"] += 1
         else:
             assert code == -9
-            assert not loads(sibling(out)) or way.is_whole(sibling(out))
-            reused = way.run(out).reused
+            assert not loads(staging_path(out)) or way.is_whole(staging_path(out))
+            reused = way.run(out).reused_bytes
             assert way.is_whole(out)
             left["some" if reused else "nothing"] += 1
         assert list(tmp_path.iterdir()) == [out]
@@ -214,7 +214,7 @@ def test_a_conversion_killed_between_its_last_file_and_its_name_goes_on(
 
     done = way.run(tmp_path / "out")
 
-    assert done.reused == done.bytes
+    assert done.reused_bytes == done.bytes
     assert way.is_whole(tmp_path / "out")
 
 
@@ -229,14 +229,14 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(tmp_path: Path, capl
     for share in (0.3, 0.6, 0.9):
         with pytest.raises(KeyboardInterrupt):
             way.run(tmp_path / "out", progress=stop_after(int(share * total)))
-        assert not loads(sibling(tmp_path / "out"))
+        assert not loads(staging_path(tmp_path / "out"))
         assert not (tmp_path / "out").exists()
-        reused.append(sum(path.stat().st_size for path in sibling(tmp_path / "out").rglob("*") if path.is_file()))
+        reused.append(sum(path.stat().st_size for path in staging_path(tmp_path / "out").rglob("*") if path.is_file()))
     done = way.run(tmp_path / "out")
 
     assert "keeps what is finished; the same command goes on from there" in caplog.text
     assert 0 < reused[0] < reused[1] < reused[2]
-    assert 0.5 * total < done.reused < done.bytes == total
+    assert 0.5 * total < done.reused_bytes < done.bytes == total
     assert "were there already, from an interrupted run" in str(done)
     assert way.is_whole(tmp_path / "out")
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
@@ -245,7 +245,7 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(tmp_path: Path, capl
 def test_an_undisturbed_conversion_reuses_nothing_and_says_nothing_of_it(tmp_path: Path, way: Way):
     done = way.run(tmp_path / "out")
 
-    assert done.reused == 0
+    assert done.reused_bytes == 0
     assert "already" not in str(done)
 
 
@@ -267,7 +267,7 @@ def test_what_was_imported_in_one_dtype_is_not_taken_for_another(tmp_path: Path,
 
     done = import_hf(source, tmp_path / "out", dtype=then)
 
-    assert done.reused == 0
+    assert done.reused_bytes == 0
     assert read_manifest(done.path).tensors == read_manifest(tmp_path / "want").tensors
 
 
@@ -279,7 +279,7 @@ def test_what_was_exported_otherwise_is_not_taken(tmp_path: Path, ways: dict[str
 
     done = way.run(tmp_path / "out")
 
-    assert done.reused == 0
+    assert done.reused_bytes == 0
     assert way.is_whole(done.path)
 
 
@@ -291,7 +291,7 @@ def test_a_source_that_has_changed_is_imported_anew(tmp_path: Path):
 
     done = import_hf(source, tmp_path / "out")
 
-    assert done.reused == 0
+    assert done.reused_bytes == 0
     assert verify(done.path, source).mismatches == []
 
 
@@ -299,14 +299,14 @@ def test_a_part_that_is_gone_or_cut_short_is_written_again(tmp_path: Path, ways:
     way = ways["import"]
     with pytest.raises(KeyboardInterrupt):
         way.run(tmp_path / "out", progress=stop_after(100_000))
-    state = sibling(tmp_path / "out") / "parameters" / "state"
+    state = staging_path(tmp_path / "out") / "parameters" / "state"
     (state / "embed" / "c" / "0" / "0").unlink()
     (state / "layers.0.mlp.up.weight" / "c" / "0" / "0").write_bytes(b"cut")
     shutil.rmtree(state / "norm.weight")  # where a run is killed that was about to write it
 
     done = way.run(tmp_path / "out")
 
-    assert done.reused > 0
+    assert done.reused_bytes > 0
     assert way.is_whole(done.path)
 
 
@@ -342,14 +342,14 @@ def test_both_numbers_are_told_of_a_large_checkpoint(tmp_path: Path, monkeypatch
 def test_a_disk_that_fills_midway_keeps_what_is_finished_and_the_next_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, way: Way, typed: bool
 ):
-    flush, calls = NewFile._flush, iter(range(3))
+    flush, calls = DirectFile._flush, iter(range(3))
 
-    def until_full(file: NewFile, size: int) -> None:
+    def until_full(file: DirectFile, size: int) -> None:
         if next(calls, None) is None:
             raise OSError(28, "No space left on device")
         flush(file, size)
 
-    monkeypatch.setattr(NewFile, "_flush", until_full)
+    monkeypatch.setattr(DirectFile, "_flush", until_full)
     if typed:
         verb = ["convert"] if way.convert is import_hf else ["export", "--max-shard-size", "10000"]
         code = main([*verb, str(way.source), str(tmp_path / "out")])
@@ -364,7 +364,7 @@ def test_a_disk_that_fills_midway_keeps_what_is_finished_and_the_next_run_goes_o
     done = way.run(tmp_path / "out")
 
     assert left == [".out.incomplete"]
-    assert 0 < done.reused < done.bytes
+    assert 0 < done.reused_bytes < done.bytes
     assert way.is_whole(done.path)
     assert list(tmp_path.iterdir()) == [done.path]
 

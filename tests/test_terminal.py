@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A native checkpoint with a tokenizer."""
     home = tmp_path_factory.mktemp("terminal")
     make_tokenizer(home / "tokenizer", 512)
-    save(DeepSeekMoE.init(CONFIG), home / "native", beside=sorted((home / "tokenizer").iterdir()))
+    save(DeepSeekMoE.init(CONFIG), home / "native", extra_files=sorted((home / "tokenizer").iterdir()))
     return home / "native"
 
 

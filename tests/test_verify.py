@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 
 import dsmoe_jax
-from dsmoe_jax.checkpoint.manifest import HEADER, manifest_damage, read_manifest
+from dsmoe_jax.checkpoint.manifest import MODEL_MANIFEST, manifest_damage, read_manifest
 from dsmoe_jax.cli import main
-from dsmoe_jax.convert import Report, export_hf, import_hf, verify
+from dsmoe_jax.convert import VerificationReport, export_hf, import_hf, verify
 from dsmoe_jax.info import describe
 from dsmoe_jax.quantize import load_quantized
 from dsmoe_jax.storage.locks import lock_name
@@ -65,7 +65,7 @@ def native(tmp_path: Path, made: Path) -> Path:
     return tmp_path / "native"
 
 
-def found(report: Report) -> list[tuple[str, str | None]]:
+def found(report: VerificationReport) -> list[tuple[str, str | None]]:
     return [(one["file"], one["tensor"]) for one in report.mismatches]
 
 
@@ -94,7 +94,7 @@ def test_the_report_alone_has_our_tensors_and_all_files(made: Path):
     assert report["hf"] is None
     assert report["hashes"] == {name: tensor["sha256"] for name, tensor in manifest.tensors.items()}
     assert report["tensors"] == len(manifest.tensors)
-    on_disk = [path for path in made.rglob("*") if path.is_file() and path.name != HEADER]
+    on_disk = [path for path in made.rglob("*") if path.is_file() and path.name != MODEL_MANIFEST]
     assert report["bytes"] == sum(path.stat().st_size for path in on_disk)
     assert report["seconds"] > 0
 
@@ -113,7 +113,7 @@ def test_the_manifest_has_the_sha256_of_every_file_and_of_every_tensor(made: Pat
     manifest = read_manifest(made)
 
     files = {path.relative_to(made).as_posix(): path for path in made.rglob("*") if path.is_file()}
-    assert manifest.files.keys() | {HEADER} == files.keys()
+    assert manifest.files.keys() | {MODEL_MANIFEST} == files.keys()
     for name, sums in manifest.files.items():
         data = files[name].read_bytes()
         assert sums == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -133,7 +133,9 @@ def tensor_in(name: str) -> str | None:
 
 @pytest.mark.parametrize("at", ["start", "middle", "end"])
 def test_a_flipped_bit_in_any_file_is_reported_with_the_file_and_the_tensor(native: Path, at: str):
-    files = [path for path in native.rglob("*") if path.is_file() and path.name != HEADER and path.stat().st_size]
+    files = [
+        path for path in native.rglob("*") if path.is_file() and path.name != MODEL_MANIFEST and path.stat().st_size
+    ]
     assert {*ORBAX, "config.json", *BESIDE} <= {path.relative_to(native).as_posix() for path in files}
     chance = random.Random(at)
     missed = []
@@ -150,26 +152,26 @@ def test_a_flipped_bit_in_any_file_is_reported_with_the_file_and_the_tensor(nati
 
 
 def test_a_flipped_bit_anywhere_in_the_manifest_is_reported_or_refused(native: Path):
-    whole = (native / HEADER).read_bytes()
+    whole = (native / MODEL_MANIFEST).read_bytes()
     chance = random.Random(0)
     seen = {"reported": 0, "refused": 0}
 
     for _ in range(400):
         at, bit = chance.randrange(len(whole)), chance.randrange(8)
-        flip_bit(native / HEADER, at, bit)
+        flip_bit(native / MODEL_MANIFEST, at, bit)
         refused = refusal(native)
         if refused is None:
-            assert [one.file for one in manifest_damage(native)] == [HEADER], (at, bit)
+            assert [one.file for one in manifest_damage(native)] == [MODEL_MANIFEST], (at, bit)
         else:
             assert "\n" not in refused
             assert str(native) in refused
         seen["reported" if refused is None else "refused"] += 1
-        (native / HEADER).write_bytes(whole)
+        (native / MODEL_MANIFEST).write_bytes(whole)
 
     assert min(seen.values()) > 50
 
 
-@pytest.mark.parametrize("file", ["config.json", *BESIDE, HEADER])
+@pytest.mark.parametrize("file", ["config.json", *BESIDE, MODEL_MANIFEST])
 def test_whoever_opens_a_damaged_checkpoint_is_refused(native: Path, tmp_path: Path, file: str):
     flip_bit(native / file, (native / file).read_bytes().index(b"}") - 1)  # mostly still JSON
 
@@ -281,19 +283,21 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], list[tuple[str, str | None]], str
     ),
     "a hidden file more": (foreign("parameters/.x"), [("parameters/.x", None)], "is not in the manifest"),
     "the manifest edited": (
-        edit(HEADER, lambda fields: fields.update(source={"repository": "a/b"})), [(HEADER, None)], "has been changed"
+        edit(MODEL_MANIFEST, lambda fields: fields.update(source={"repository": "a/b"})),
+        [(MODEL_MANIFEST, None)],
+        "has been changed",
     ),
     "a manifest without its own sum": (
-        edit(HEADER, lambda fields: fields.pop("sha256")), [(HEADER, None)], "has been changed"
+        edit(MODEL_MANIFEST, lambda fields: fields.pop("sha256")), [(MODEL_MANIFEST, None)], "has been changed"
     ),
     "bytes and their file's sum changed together": (
         lambda native: (
             flip_bit(native / DATA, 0),
-            edit(HEADER, lambda fields: fields["files"][DATA].update(
+            edit(MODEL_MANIFEST, lambda fields: fields["files"][DATA].update(
                 sha256=hashlib.sha256((native / DATA).read_bytes()).hexdigest()
             ))(native),
         ),
-        [(HEADER, None), (DATA, "embed")],
+        [(MODEL_MANIFEST, None), (DATA, "embed")],
         "has been changed",
     ),
     "two files": (
@@ -321,7 +325,7 @@ def test_damage_is_reported_and_nothing_is_changed(
 
 
 def test_space_and_order_in_the_manifest_are_no_damage(native: Path):
-    edit(HEADER, lambda fields: fields.update(dict(reversed(fields.items()))))(native)
+    edit(MODEL_MANIFEST, lambda fields: fields.update(dict(reversed(fields.items()))))(native)
 
     report = verify(native)
 

@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from dsmoe_jax.checkpoint import zarr_io
 from dsmoe_jax.checkpoint.native import load, save
-from dsmoe_jax.checkpoint.zarr_io import ArrayRecord, ArrayWriter, hash_file, open_array, pieces_of, write_frame
+from dsmoe_jax.checkpoint.zarr_io import ArrayRecord, ArrayWriter, hash_file, open_array, row_chunks, write_skeleton
 from dsmoe_jax.model import DeepSeekMoE, split
 from tests.helpers.hf_folder import edit, same_bits, tiny
 from tests.helpers.meshes import MESHES
@@ -47,11 +47,11 @@ def array_of(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def write(
-    folder: Path, arrays: dict[str, np.ndarray], pieces: Callable[[np.ndarray], Iterable[np.ndarray]] = pieces_of
+    folder: Path, arrays: dict[str, np.ndarray], pieces: Callable[[np.ndarray], Iterable[np.ndarray]] = row_chunks
 ) -> dict[str, ArrayRecord]:
     """A checkpoint of these arrays; what there is to say of each."""
     records: dict[str, ArrayRecord] = {}
-    write_frame(folder, {name: array.dtype for name, array in arrays.items()})
+    write_skeleton(folder, {name: array.dtype for name, array in arrays.items()})
     with ArrayWriter(folder, records.__setitem__) as writer:
         for name, array in arrays.items():
             writer.write(name, array.shape, array.dtype, pieces(array))
@@ -152,9 +152,9 @@ def test_the_record_has_the_sums_of_the_tensor_and_of_its_files(tmp_path: Path):
         lambda array: [array],
         lambda array: list(array),
         lambda array: np.split(array, [1, 1, 4]),  # one is empty
-        lambda array: pieces_of(array, 1),
-        lambda array: pieces_of(np.asfortranarray(array)),
-        lambda array: pieces_of(np.repeat(array, 2, axis=-1)[..., ::2]),
+        lambda array: row_chunks(array, 1),
+        lambda array: row_chunks(np.asfortranarray(array)),
+        lambda array: row_chunks(np.repeat(array, 2, axis=-1)[..., ::2]),
     ],
     ids=["whole", "rows", "uneven", "pieces of a row", "columns first", "strided"],
 )
@@ -182,7 +182,7 @@ def test_an_array_is_done_when_it_is_on_disk(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(os, "fsync", note)
     arrays = {name: array_of((4, 2), np.float32) for name in "ab"}
-    write_frame(tmp_path / "out", {name: array.dtype for name, array in arrays.items()})
+    write_skeleton(tmp_path / "out", {name: array.dtype for name, array in arrays.items()})
 
     with ArrayWriter(tmp_path / "out", lambda name, _: events.append(("done", name))) as writer:
         for name, array in arrays.items():

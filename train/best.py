@@ -9,7 +9,7 @@ from typing import Any, Final
 import jax
 
 from dsmoe_jax.axes import Array
-from dsmoe_jax.checkpoint.manifest import RECORD, check_record, with_own_hash
+from dsmoe_jax.checkpoint.manifest import RECORD, add_hash, read_evaluation_record
 from dsmoe_jax.checkpoint.native import collective_errors
 from dsmoe_jax.checkpoint.zarr_io import hash_file
 from dsmoe_jax.errors import DSMoEError
@@ -51,7 +51,7 @@ class Best:
             if jax.process_index() == 0:
                 names = sorted(path.relative_to(self._new) for path in self._new.rglob("*") if path.is_file())
                 files = {name.as_posix(): hash_file(self._new / name) for name in names}
-                write_json(self._new / RECORD, with_own_hash({"step": step, "loss": loss, "files": files}))
+                write_json(self._new / RECORD, add_hash({"step": step, "loss": loss, "files": files}))
                 replace_folder(self._new, self._folder)
         self._loss = loss
         _log.info("Saved best result: %s (step %d, validation loss %.4f)", self._folder, step, loss)
@@ -59,7 +59,7 @@ class Best:
 
 def _read_record(folder: Path) -> dict[str, Any]:
     """Return the record of an intact folder; older ones lack `files`."""
-    record = check_record(folder)
+    record = read_evaluation_record(folder)
     if type(record.get("loss")) is not float or type(record.get("step")) is not int:
         raise DSMoEError(f"{RECORD} has no step or no loss")
     return record

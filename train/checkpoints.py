@@ -20,9 +20,9 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 
-from dsmoe_jax.checkpoint.manifest import own_hash, with_own_hash
+from dsmoe_jax.checkpoint.manifest import add_hash, hash_json
 from dsmoe_jax.checkpoint.native import check_names_and_shapes, collective_errors
-from dsmoe_jax.checkpoint.zarr_io import hash_file, without_warnings, writing_errors
+from dsmoe_jax.checkpoint.zarr_io import hash_file, orbax_write_errors, quiet_orbax
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.atomic_dir import sync, write_json
 from dsmoe_jax.storage.strict_json import read_json
@@ -77,7 +77,7 @@ class Checkpoints:
         # On CPU, Orbax would read the memory that the next step overwrites.
         on_host = jax.default_backend() == "cpu"
         leaves = {name: jnp.copy(leaf) if on_host else leaf for name, leaf in _flat(state).items()}
-        with collective_errors(), writing_errors(path):
+        with collective_errors(), orbax_write_errors(path):
             if jax.process_index() == 0:
                 _check_space(self.folder, leaves)
             context = ocp.Context()
@@ -125,7 +125,7 @@ class Checkpoints:
 
         path = self._path(step)
         wanted = _flat(like)
-        with without_warnings():
+        with quiet_orbax():
             stored = dict(ocp.metadata(str(path.absolute())).metadata)
             names = stored_leaves(wanted, stored)
             check_names_and_shapes(path, _shapes({names[n]: leaf for n, leaf in wanted.items()}), _shapes(stored))
@@ -160,7 +160,7 @@ class Checkpoints:
 
     def _finalize(self, path: Path, step: int, writing: Any, resume_metadata: Mapping[str, Any]) -> None:
         """Hash the files, each process its share, then write the manifest."""
-        with writing_errors(path):
+        with orbax_write_errors(path):
             writing.result()
         index, count = jax.process_index(), jax.process_count()
         files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("sums-"))
@@ -178,7 +178,7 @@ class Checkpoints:
             _wait_for(part)
             sums |= read_json(part)
         fields = {"format": _FORMAT, "step": step, "files": sums, "resume_metadata": dict(resume_metadata)}
-        write_json(path / _MANIFEST, with_own_hash(fields))
+        write_json(path / _MANIFEST, add_hash(fields))
         for part in path.glob("sums-*.json"):
             part.unlink()
         self._problems[step] = None
@@ -232,7 +232,7 @@ def _check_files(path: Path, index: int = 0, count: int = 1) -> None:
     if not (path / _MANIFEST).is_file():
         raise DSMoEError("incomplete (no manifest)")
     manifest = read_json(path / _MANIFEST)
-    if manifest.pop("sha256", None) != own_hash(manifest):
+    if manifest.pop("sha256", None) != hash_json(manifest):
         raise DSMoEError("damaged: its manifest has been changed")
     if (version := manifest["format"]) != _FORMAT:
         raise DSMoEError(f"its format is {version}, this version reads {_FORMAT}")

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from dsmoe_jax import lora
 from dsmoe_jax.axes import Array
-from dsmoe_jax.checkpoint.manifest import is_native, own_hash, read_manifest
-from dsmoe_jax.checkpoint.native import collective_errors, load, whole
+from dsmoe_jax.checkpoint.manifest import hash_json, is_native, read_manifest
+from dsmoe_jax.checkpoint.native import collective_errors, gather_to_host, load
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.peft import untie_for_adapter, write_adapter
 from dsmoe_jax.convert.peft_matching import make_plan, untied_config, unties_embeddings
@@ -203,7 +203,7 @@ def finetuning(config: FinetuneConfig, output_dir: Path) -> Job:
         return draw(dict(frozen), key)
 
     def save(path: Path, params: Mapping[str, Array]) -> None:
-        on_host = {name: whole(value) for name, value in params.items()}
+        on_host = {name: gather_to_host(value) for name, value in params.items()}
         with collective_errors():
             if jax.process_index() == 0:
                 write_adapter(path, adapter, model, on_host, base=str(base), generation=endings)
@@ -301,7 +301,7 @@ def open_examples(config: FinetuneConfig, model: ModelConfig, output_dir: Path) 
             made_by |= {"data.template": template_hash(data.template), "data.tokenizer": tokenizer_hash(tokenizer)}
             hashes = {source: file_hashes(source, output_dir) for source in data.files}
             sources = [Source.of(source, hashes[source]).sha256 for source in data.files]
-            home = own_hash({"sources": sources, "options": made_by})[:12]
+            home = hash_json({"sources": sources, "options": made_by})[:12]
             if not (output_dir / _EXAMPLES / home).exists():
                 (output_dir / _EXAMPLES).mkdir(parents=True, exist_ok=True)
                 _log.info(

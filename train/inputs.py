@@ -12,7 +12,7 @@ from itertools import starmap
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from dsmoe_jax.checkpoint.manifest import HashCache, own_hash
+from dsmoe_jax.checkpoint.manifest import HashCache, hash_json
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.atomic_dir import write_json
 from dsmoe_jax.storage.strict_json import read_json
@@ -48,7 +48,7 @@ class Source(NamedTuple):
     def of(cls, name: str, hashes: Mapping[str, str]) -> "Source":
         """The source of that name with these files, by their path, in their order."""
         files = [[reader_of(Path(path)).__name__, sha256] for path, sha256 in hashes.items()]
-        return cls(name, own_hash({"files": files, "stdlib": name == PYTHON_STDLIB}))
+        return cls(name, hash_json({"files": files, "stdlib": name == PYTHON_STDLIB}))
 
 
 class Change(NamedTuple):

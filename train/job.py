@@ -134,6 +134,6 @@ def model_writer(
 
     def write(path: Path, params: Mapping[str, Array]) -> None:
         with temporary_generation_config(generation) as file:
-            save(assemble(model.stored_as("float32"), dict(params)), path, beside=(*files, *file))
+            save(assemble(model.with_dtype("float32"), dict(params)), path, extra_files=(*files, *file))
 
     return write

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsmoe_jax.checkpoint.manifest import damage, is_native, own_hash, read_manifest
+from dsmoe_jax.checkpoint.manifest import damage, hash_json, is_native, read_manifest
 from dsmoe_jax.checkpoint.native import collective_errors
 from dsmoe_jax.checkpoint.zarr_io import hash_file
 from dsmoe_jax.errors import DSMoEError
@@ -299,7 +299,7 @@ def _sha256(result: Path) -> str | None:
             return None
         return None if any(damage(result, manifest, manifest.files)) else manifest.sha256
     files = sorted(path for path in result.rglob("*") if path.is_file())
-    return own_hash({path.name: hash_file(path) for path in files}) if files else None
+    return hash_json({path.name: hash_file(path) for path in files}) if files else None
 
 
 def _last_loss(output_dir: Path, step: int, found: tuple[int, Mapping[str, Any]] | None) -> float:

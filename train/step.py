@@ -17,7 +17,7 @@ from dsmoe_jax.axes import Array, Bool, Float, Int
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.kernels.operand import LowRank, Operand, Quantized
 from dsmoe_jax.layers.router import Routing
-from dsmoe_jax.model import Hidden, ParamSpec, abstract, merge, shardings
+from dsmoe_jax.model import DecoderOutput, ParamSpec, abstract, merge, shardings
 from dsmoe_jax.sharding import constrain, sharding
 from dsmoe_jax.xla_options import compiler_options
 
@@ -264,7 +264,9 @@ def make_eval_step(
         frozen: Mapping[str, Operand] = _NO_PARAMS,
     ) -> tuple[Array, Array]:
         hidden, head = _hidden(graph, trainable.merge_params(params, frozen, None), router_bias, batch, options, None)
-        return chunked_cross_entropy(hidden.states, head, batch.labels).cross_entropy, (batch.labels != IGNORED).sum()
+        return chunked_cross_entropy(hidden.last_hidden_state, head, batch.labels).cross_entropy, (
+            batch.labels != IGNORED
+        ).sum()
 
     return jax.jit(evaluate)
 
@@ -295,7 +297,7 @@ def _gradients(
         dropout_key = None if key is None else jax.random.fold_in(key, index)
         merged = trainable.merge_params(params, frozen, dropout_key)
         hidden, head = _hidden(graph, merged, state.router_bias, micro, options, dropout_key)
-        sums = chunked_cross_entropy(hidden.states, head, micro.labels, z_loss=options.z_loss)
+        sums = chunked_cross_entropy(hidden.last_hidden_state, head, micro.labels, z_loss=options.z_loss)
         valid = micro.segment_ids > 0
         counted = None if options.count_padding else valid
         # A micro-batch's share of the means over the whole batch.
@@ -343,7 +345,7 @@ def _hidden(
     batch: Batch,
     options: StepConfig,
     dropout_key: Any,
-) -> tuple[Hidden, Any]:
+) -> tuple[DecoderOutput, Any]:
     """Return hidden states and head weight in the compute dtype."""
     dtype = _DTYPES[options.compute_dtype]
     # The router always computes in fp32.

@@ -21,10 +21,10 @@ from dsmoe_jax.progress import Advance
 from dsmoe_jax.storage.atomic_dir import write_json
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.storage.strict_json import read_json
-from dsmoe_jax.text.tokenizer_files import TOKENIZER_FILES
+from dsmoe_jax.text.tokenizer_config import TOKENIZER_FILES
 
 PARAMETERS: Final = "parameters"  # the Orbax folder inside a checkpoint
-HEADER: Final = "dsmoe_jax.json"  # marks a native checkpoint
+MODEL_MANIFEST: Final = "dsmoe_jax.json"  # marks a native checkpoint
 RECORD: Final = "evaluation.json"  # of an adapter: where it evaluated so, and the hashes of its files
 FORMAT: Final = 2
 _READ_BYTES: Final = 1 << 20
@@ -45,7 +45,7 @@ class Manifest(NamedTuple):
     @property
     def identity(self) -> str:
         """SHA-256 of the config and the tensors alone: the same model has the same, whenever and wherever made."""
-        return own_hash({"config": self.files.get("config.json", {}).get("sha256"), "tensors": self.tensors})
+        return hash_json({"config": self.files.get("config.json", {}).get("sha256"), "tensors": self.tensors})
 
 
 class Damage(NamedTuple):
@@ -65,18 +65,18 @@ def write_manifest(folder: Path, arrays: Mapping[str, ArrayRecord], source: Mapp
     files = {f"{PARAMETERS}/{name}": sums for record in arrays.values() for name, sums in record.files.items()}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in files and name != HEADER and not name.startswith("journal."):
+        if path.is_file() and name not in files and name != MODEL_MANIFEST and not name.startswith("journal."):
             files[name] = hash_file(path)
     tensors = {name: record.tensor for name, record in arrays.items()}
     fields = {"format": FORMAT, "files": files, "tensors": tensors, "source": dict(source)}
-    sealed = with_own_hash(fields)
-    write_json(folder / HEADER, sealed)
+    sealed = add_hash(fields)
+    write_json(folder / MODEL_MANIFEST, sealed)
     return sealed["sha256"]
 
 
 def is_native(path: str | Path) -> bool:
     """Whether the folder is a native checkpoint (and not, say, one in the Hugging Face layout)."""
-    return (user_path(path, "checkpoint") / HEADER).is_file()
+    return (user_path(path, "checkpoint") / MODEL_MANIFEST).is_file()
 
 
 def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
@@ -85,24 +85,24 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
     `verify` compares the manifest itself and all small files, those beside the parameters, with their SHA-256, too.
     """
     if not is_native(folder):
-        raise DSMoEError(f"{folder}: not a native checkpoint (no {HEADER})")
-    fields = read_json(folder / HEADER)
+        raise DSMoEError(f"{folder}: not a native checkpoint (no {MODEL_MANIFEST})")
+    fields = read_json(folder / MODEL_MANIFEST)
     if (version := fields.get("format")) != FORMAT:
         raise DSMoEError(f"{folder}: checkpoint format {version!r}, this version reads {FORMAT}")
     manifest = Manifest(str(fields.get("sha256")), *(fields.get(name) or {} for name in Manifest._fields[1:]))
     for name, table in (("files", manifest.files), ("tensors", manifest.tensors)):
         if not isinstance(table, dict) or not table or any(not isinstance(row, dict) for row in table.values()):
-            raise DSMoEError(f"{folder / HEADER}: `{name}` must list the {name} of the checkpoint")
+            raise DSMoEError(f"{folder / MODEL_MANIFEST}: `{name}` must list the {name} of the checkpoint")
     if not isinstance(manifest.source, dict):
-        raise DSMoEError(f"{folder / HEADER}: `source` must be an object")
+        raise DSMoEError(f"{folder / MODEL_MANIFEST}: `source` must be an object")
     for name, sums in manifest.files.items():
         if type(sums.get("bytes")) is not int or type(sums.get("sha256")) is not str:
-            raise DSMoEError(f"{folder / HEADER}: file {name[:200]!r} must have bytes and sha256")
+            raise DSMoEError(f"{folder / MODEL_MANIFEST}: file {name[:200]!r} must have bytes and sha256")
     for tensor in manifest.tensors.values():
         try:
             tensor_bytes(tensor)
         except ValueError as error:
-            raise DSMoEError(f"{folder / HEADER}: {error}") from None
+            raise DSMoEError(f"{folder / MODEL_MANIFEST}: {error}") from None
     if verify:
         beside = [name for name in manifest.files if not name.startswith(f"{PARAMETERS}/")]
         for found in (*manifest_damage(folder), *damage(folder, manifest, beside)):
@@ -128,10 +128,10 @@ def check_files(folder: str | Path, *names: str) -> None:
 
 def manifest_damage(folder: Path) -> Iterator[Damage]:
     """What is wrong with the manifest itself: whether it still has the SHA-256 that it gives of itself."""
-    fields = read_json(folder / HEADER)
+    fields = read_json(folder / MODEL_MANIFEST)
     said = fields.pop("sha256", None)
-    if said != own_hash(fields):
-        yield Damage(HEADER, None, "has been changed: its own SHA-256 is another")
+    if said != hash_json(fields):
+        yield Damage(MODEL_MANIFEST, None, "has been changed: its own SHA-256 is another")
 
 
 def damage(
@@ -151,7 +151,7 @@ def damage(
         pool.shutdown(cancel_futures=True)
 
 
-def strangers(folder: Path, manifest: Manifest) -> Iterator[Damage]:
+def unexpected_files(folder: Path, manifest: Manifest) -> Iterator[Damage]:
     """Files of the parameters that the manifest does not know: Orbax might read them."""
     for path in sorted((folder / PARAMETERS).rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -187,22 +187,22 @@ def _tensor_of(name: str, manifest: Manifest) -> str | None:
     return found if found in manifest.tensors else None
 
 
-def own_hash(fields: Mapping[str, Any]) -> str:
+def hash_json(fields: Mapping[str, Any]) -> str:
     """The SHA-256 of a JSON object, whatever the order and the spacing of its fields in a file."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def with_own_hash(fields: Mapping[str, Any]) -> dict[str, Any]:
+def add_hash(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON object with its own SHA-256 as one field more."""
-    return {**fields, "sha256": own_hash(fields)}
+    return {**fields, "sha256": hash_json(fields)}
 
 
-def check_record(folder: Path) -> dict[str, Any]:
+def read_evaluation_record(folder: Path) -> dict[str, Any]:
     """The `evaluation.json` in a folder; `ValueError` if it, or a file that it names, is not as it was written."""
     record = read_json(folder / RECORD)
     if "sha256" not in record:  # older ones, and those of others
         return record
-    if record.pop("sha256") != own_hash(record):
+    if record.pop("sha256") != hash_json(record):
         raise DSMoEError(f"{RECORD} has been changed")
     for name, sums in record.get("files", {}).items():
         if not (folder / name).is_file():

@@ -1,7 +1,7 @@
 """Native checkpoints: a folder with `config.json`, the tokenizer's files, the parameters and a manifest of all bytes.
 
 Start at `save` and `load`. A checkpoint appears under its name only when it is complete, and does not depend on the
-mesh or the number of processes that saved it. `write_parameters` and `seal` are its writing in two steps, for those
+mesh or the number of processes that saved it. `write_parameters` and `finalize` are its writing in two steps, for those
 whose parameters come from elsewhere.
 """
 
@@ -20,13 +20,20 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dsmoe_jax.checkpoint.manifest import PARAMETERS, Manifest, damage, read_manifest, write_manifest
-from dsmoe_jax.checkpoint.zarr_io import ArrayRecord, ArrayWriter, pieces_of, strip_frame, without_warnings, write_frame
+from dsmoe_jax.checkpoint.zarr_io import (
+    ArrayRecord,
+    ArrayWriter,
+    quiet_orbax,
+    row_chunks,
+    strip_timestamps,
+    write_skeleton,
+)
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, count_tensors, shardings, split
 from dsmoe_jax.progress import Advance
 from dsmoe_jax.sharding import MeshConfig
-from dsmoe_jax.storage.atomic_dir import Draft, new_folder, refuse_existing, sibling, sync_tree, write_json
+from dsmoe_jax.storage.atomic_dir import StagingDir, atomic_dir, check_new_path, staging_path, sync_tree, write_json
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.storage.strict_json import read_json
 
@@ -34,32 +41,32 @@ DTYPES: Final[dict[str, Any]] = {"float32": jnp.float32, "bfloat16": jnp.bfloat1
 _FRAME_UNIT: Final = "frame"
 
 
-def save(model: DeepSeekMoE, path: str | Path, *, beside: Sequence[Path] = ()) -> None:
-    """Write `model` to the new folder `path`, with copies of the files `beside` (tokenizer, generation config).
+def save(model: DeepSeekMoE, path: str | Path, *, extra_files: Sequence[Path] = ()) -> None:
+    """Write `model` to the new folder `path`, with copies of the `extra_files` (tokenizer, generation config).
 
     Several processes save together: each takes its share of the parameters, writes them whole and hashes them; `path`
     must be on a file system that all of them see. Raises `ValueError` if `path` exists or the disk is too full.
     Nothing is left behind when it fails.
     """
-    path = refuse_existing(path)
+    path = check_new_path(path)
     params = split(model)[1]
-    index, folder = jax.process_index(), sibling(path)
+    index, folder = jax.process_index(), staging_path(path)
     records: dict[str, ArrayRecord] = {}
     with collective_errors(), contextlib.ExitStack() as stack:
         with collective_errors():
             if index == 0:
-                stack.enter_context(new_folder(path, needs=sum(value.nbytes for value in params.values())))
+                stack.enter_context(atomic_dir(path, needs=sum(value.nbytes for value in params.values())))
         with collective_errors():
-            write_frame(folder / PARAMETERS, {name: value.dtype for name, value in params.items()})
+            write_skeleton(folder / PARAMETERS, {name: value.dtype for name, value in params.items()})
         with collective_errors():
             if index == 0:
-                strip_frame(folder / PARAMETERS)
+                strip_timestamps(folder / PARAMETERS)
         with collective_errors() as errors, ArrayWriter(folder / PARAMETERS, records.__setitem__) as writer:
             for i, (name, value) in enumerate(params.items()):
-                array = whole(value)  # by all processes, even where one has failed: the others wait for it
+                array = gather_to_host(value)  # by all processes, even where one has failed: the others wait for it
                 if i % jax.process_count() == index and not errors:
                     try:
-                        writer.write(name, array.shape, array.dtype, pieces_of(array))
+                        writer.write(name, array.shape, array.dtype, row_chunks(array))
                     except Exception as error:
                         errors.append(error)
         with collective_errors():
@@ -69,7 +76,7 @@ def save(model: DeepSeekMoE, path: str | Path, *, beside: Sequence[Path] = ()) -
                 for file in [_records_file(folder, i) for i in range(jax.process_count())]:
                     records |= {name: ArrayRecord(*fields) for name, fields in read_json(file).items()}
                     file.unlink()
-                seal(folder, model.config, records, beside)
+                finalize(folder, model.config, records, extra_files)
 
 
 def load(
@@ -107,7 +114,7 @@ def open_checkpoint(path: Path, *, verify: bool = True) -> tuple[ModelConfig, Ma
     """
     manifest = read_manifest(path, verify=verify)
     config = ModelConfig.from_file(path)
-    check_count(path, config, len(manifest.tensors))
+    check_tensor_count(path, config, len(manifest.tensors))
     if verify:
         files = [name for name in manifest.files if name.startswith(f"{PARAMETERS}/")]
         with collective_errors():
@@ -119,7 +126,7 @@ def open_checkpoint(path: Path, *, verify: bool = True) -> tuple[ModelConfig, Ma
 # --- writing in two steps ---
 
 
-class Parameter(NamedTuple):
+class ArraySource(NamedTuple):
     """An array that is to be written: its runs of rows in order, and what there is to note of it after the last."""
 
     name: str
@@ -134,14 +141,14 @@ class Parameter(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_parameters(draft: Draft, parameters: Sequence[Parameter], advance: Advance) -> dict[str, ArrayRecord]:
+def write_parameters(draft: StagingDir, parameters: Sequence[ArraySource], advance: Advance) -> dict[str, ArrayRecord]:
     """Write the arrays that `draft` does not hold yet, a few pieces in memory at a time."""
     folder = draft.folder / PARAMETERS
     if _FRAME_UNIT not in draft.finished:
         for left in draft.folder.glob(f"{PARAMETERS}*"):  # by a run that was killed here
             shutil.rmtree(left)
-        write_frame(folder, {parameter.name: parameter.dtype for parameter in parameters})
-        strip_frame(folder)
+        write_skeleton(folder, {parameter.name: parameter.dtype for parameter in parameters})
+        strip_timestamps(folder)
         sync_tree(folder)
         draft.finish(_FRAME_UNIT, None)
     with ArrayWriter(folder, lambda name, record: draft.finish(name, list(record))) as writer:
@@ -154,7 +161,7 @@ def write_parameters(draft: Draft, parameters: Sequence[Parameter], advance: Adv
     return {parameter.name: ArrayRecord(*draft.finished[parameter.name]) for parameter in parameters}
 
 
-def is_written(draft: Draft, name: str) -> bool:
+def is_written(draft: StagingDir, name: str) -> bool:
     """Whether an earlier run wrote this array, and its files are still there."""
     if name not in draft.finished:
         return False
@@ -162,21 +169,21 @@ def is_written(draft: Draft, name: str) -> bool:
     return all(file.is_file() and file.stat().st_size == sums["bytes"] for file, sums in files.items())
 
 
-def seal(
+def finalize(
     folder: Path,
     config: ModelConfig,
     records: Mapping[str, ArrayRecord],
-    beside: Iterable[Path] = (),
+    extra_files: Iterable[Path] = (),
     source: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """Write all that stands beside the parameters, the manifest last; returns the manifest's SHA-256."""
-    for file in beside:
+    for file in extra_files:
         shutil.copyfile(file, folder / file.name)
     write_json(folder / "config.json", config.to_dict())
     return write_manifest(folder, records, source)
 
 
-def check_count(source: str | Path, config: ModelConfig, found: int, per_stack: int = 1) -> None:
+def check_tensor_count(source: str | Path, config: ModelConfig, found: int, per_stack: int = 1) -> None:
     """Refuse a config whose model has far more tensors than `found`, before anything is made for each of them.
 
     `per_stack` is how many tensors of the checkpoint make up one of our stacks of experts.
@@ -229,7 +236,7 @@ def collective_errors() -> Iterator[list[Exception]]:
         raise DSMoEError("another process failed; its own message says why")
 
 
-def whole(value: jax.Array) -> np.ndarray:
+def gather_to_host(value: jax.Array) -> np.ndarray:
     """All of a parameter in host memory, for as long as it is held; every process must ask."""
     if not value.is_fully_addressable and not value.is_fully_replicated:
         return multihost_utils.process_allgather(value, tiled=True)
@@ -252,7 +259,7 @@ def _metered(pieces: Iterable[np.ndarray], advance: Advance) -> Iterator[np.ndar
 def _one_line_errors(path: Path) -> Iterator[None]:
     """Orbax and tensorstore report damage in many types and many lines; a user needs one."""
     try:
-        with without_warnings():
+        with quiet_orbax():
             yield
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

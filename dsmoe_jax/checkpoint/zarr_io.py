@@ -1,7 +1,7 @@
 """Arrays on disk, as Orbax reads them: one zarr array a parameter, all its bytes in one file, row after row.
 
 `ArrayWriter` writes them as their bytes come, whatever their size, and hashes on the way; `open_array` maps one.
-Orbax itself writes the frame around them (`write_frame`), so what it wants to know about a checkpoint is its own; its
+Orbax itself writes the frame around them (`write_skeleton`), so its metadata are Orbax's own; its
 way of writing arrays holds several times the largest one in memory, and gives files that do not tell their tensor.
 
 A file is the array in C order, then an index of its parts, 16 bytes each: zarr 3's sharding codec without compression.
@@ -29,11 +29,11 @@ import ml_dtypes
 import numpy as np
 
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.storage.direct_io import NewFile
+from dsmoe_jax.storage.direct_io import DirectFile
 from dsmoe_jax.storage.strict_json import read_json
 
 FRAME: Final = "state"  # the folder that Orbax makes for the one tree in a checkpoint
-PIECE_BYTES: Final = 1 << 20  # what is in memory of an array while it is written; a cast holds some ten of them
+CHUNK_BYTES: Final = 1 << 20  # what is in memory of an array while it is written; a cast holds some ten of them
 _WORKERS: Final = 6  # while some wait for the disk others hash, at 2 GB/s a core at best
 _STAMPS: Final = (  # file of the frame, what names a time or a place in it, what stands there instead
     ("_CHECKPOINT_METADATA", r'(_timestamp_nsecs": )\d+', r"\g<1>0"),
@@ -57,10 +57,10 @@ class ArrayRecord(NamedTuple):
     note: Any = None  # what the one who gave the pieces has to say
 
 
-def write_frame(folder: Path, dtypes: Mapping[str, np.dtype]) -> None:
+def write_skeleton(folder: Path, dtypes: Mapping[str, np.dtype]) -> None:
     """Have Orbax make the checkpoint `folder`, its arrays of one element each; all processes must call it.
 
-    Call `strip_frame` once, from one process, when all have returned.
+    Call `strip_timestamps` once, from one process, when all have returned.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -68,11 +68,11 @@ def write_frame(folder: Path, dtypes: Mapping[str, np.dtype]) -> None:
     saving = context.array.saving
     saving.use_ocdbt, saving.use_zarr3, saving.use_compression = False, True, False
     saving.enable_write_sharding_file = False
-    with context, writing_errors(folder):
+    with context, orbax_write_errors(folder):
         ocp.save(str(folder), {name: np.zeros((1,), dtype) for name, dtype in dtypes.items()})
 
 
-def strip_frame(folder: Path) -> None:
+def strip_timestamps(folder: Path) -> None:
     """Take out of the frame when and where it was made: the same arrays give the same bytes everywhere."""
     for file, pattern, text in _STAMPS:
         path = folder / file
@@ -81,7 +81,7 @@ def strip_frame(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def without_warnings() -> Iterator[None]:
+def quiet_orbax() -> Iterator[None]:
     """Without what Orbax says of checkpoints that hold no OCDBT database: that its files were not found."""
     log = logging.getLogger("absl")
     level = log.level
@@ -93,7 +93,7 @@ def without_warnings() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writing_errors(path: Path) -> Iterator[None]:
+def orbax_write_errors(path: Path) -> Iterator[None]:
     """What Orbax and tensorstore raise as they write `path`, as the `OSError` that it was, and nothing beside it.
 
     Orbax logs the stacks of its threads as well, and Python those of callbacks into event loops that are closed by
@@ -103,7 +103,7 @@ def writing_errors(path: Path) -> Iterator[None]:
         _hooks[:] = [sys.unraisablehook]
         sys.unraisablehook = _ignore_closed_loops
         logging.getLogger("absl").addFilter(_is_not_of_a_thread)
-    with without_warnings():
+    with quiet_orbax():
         try:
             yield
         except (OSError, ValueError) as error:
@@ -177,7 +177,7 @@ class ArrayWriter:
             digest = hashlib.sha256()
             path = home / file
             path.parent.mkdir(parents=True)
-            with NewFile(path) as out:
+            with DirectFile(path) as out:
                 for piece in pieces:
                     if self._stopped:  # another array failed, or the one who waits gave up
                         return
@@ -234,7 +234,7 @@ def tensor_bytes(tensor: Mapping[str, Any]) -> int:
         raise DSMoEError(f"{str(dict(tensor))[:200]} does not describe a tensor") from None
 
 
-def pieces_of(array: np.ndarray, limit: int = PIECE_BYTES) -> Iterator[np.ndarray]:
+def row_chunks(array: np.ndarray, limit: int = CHUNK_BYTES) -> Iterator[np.ndarray]:
     """The array in runs along its first axis of at most `limit` bytes, or of one row."""
     rows = max(1, limit // max(1, math.prod(array.shape[1:]) * array.itemsize))
     for start in range(0, array.shape[0], rows):

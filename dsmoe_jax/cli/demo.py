@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from dsmoe_jax.cli.streams import print_status
-from dsmoe_jax.storage.atomic_dir import refuse_existing
+from dsmoe_jax.storage.atomic_dir import check_new_path
 from dsmoe_jax.storage.locks import lock_name
 from dsmoe_jax.storage.paths import user_path
 
@@ -31,7 +31,7 @@ def run(out: str | Path | None = None, *, steps: int = 150) -> None:
         return
     out = user_path(out, "out")
     with lock_name(out):
-        _run(refuse_existing(out), steps, kept=True)
+        _run(check_new_path(out), steps, kept=True)
 
 
 def _run(folder: Path, steps: int, kept: bool) -> None:

@@ -24,7 +24,7 @@ from dsmoe_jax.generate.chat import Chat
 from dsmoe_jax.generate.generator import Completion, Generator
 from dsmoe_jax.generate.sampling_params import SamplingParams
 from dsmoe_jax.progress import count
-from dsmoe_jax.storage.atomic_dir import naming_full_disk, refuse_existing, sibling
+from dsmoe_jax.storage.atomic_dir import check_new_path, name_full_disk, staging_path
 from dsmoe_jax.storage.locks import lock_name
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.storage.strict_json import parse_json
@@ -204,12 +204,12 @@ def _replies(lines: Iterable[_Line], completions: Iterable[Completion]) -> Itera
 @contextlib.contextmanager
 def _new_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file that has its name only when all of it is on disk; `ValueError` if there is one of that name already."""
-    path = refuse_existing(path)
-    draft = sibling(path)
+    path = check_new_path(path)
+    draft = staging_path(path)
     if not path.parent.is_dir():  # a lock would make it
         raise DSMoEError(f"{path} cannot be written: {os.strerror(errno.ENOENT)}")
-    with lock_name(path), naming_full_disk(path):
-        refuse_existing(path)  # the one who had the lock may have made it
+    with lock_name(path), name_full_disk(path):
+        check_new_path(path)  # the one who had the lock may have made it
         try:
             file = draft.open("wb")  # what a killed one left is overwritten
         except OSError as error:
@@ -219,7 +219,7 @@ def _new_file(path: str | Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            refuse_existing(path)
+            check_new_path(path)
             draft.rename(path)
         except BaseException:
             draft.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from dsmoe_jax.convert import stored_dtypes
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.model import abstract, shardings
-from dsmoe_jax.quantize import SCHEMES, kind_of, quantized_form
+from dsmoe_jax.quantize import SCHEMES, kind_of, quantized_spec
 from dsmoe_jax.sharding import MeshConfig, as_mesh
 
 
@@ -115,5 +115,5 @@ def weight_dtypes(path: Path, config: ModelConfig) -> Mapping[str, Any]:
 @functools.lru_cache(maxsize=256)
 def _quantized_bytes(shape: tuple[int, ...], scheme: str) -> int:
     """Of one weight."""
-    leaves = jax.tree.leaves(quantized_form(shape, scheme))
+    leaves = jax.tree.leaves(quantized_spec(shape, scheme))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)

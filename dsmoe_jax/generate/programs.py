@@ -73,7 +73,7 @@ def _read(
 ) -> tuple[Float[Array, "P V"], KVCache]:
     real = jnp.arange(token_ids.shape[1])[None, :] < counts[:, None]
     hidden = model.hidden(token_ids, real, cache=cache.placed(), prefill=first, rope_length=rope_length)
-    last = jnp.take_along_axis(hidden.states, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+    last = jnp.take_along_axis(hidden.last_hidden_state, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
     assert hidden.cache is not None
     return model.logits(last), hidden.cache.placed()
 
@@ -95,7 +95,7 @@ def step(
     longest = jnp.where(active, cache.lengths, 0).max() + 1
     hidden = model.hidden(token[:, None], active[:, None], cache=cache.placed(), rope_length=longest)
     assert hidden.cache is not None
-    chosen, tally = _choose(model.logits(hidden.states[:, 0]), batch.tally, top, active, sampler, drawn)
+    chosen, tally = _choose(model.logits(hidden.last_hidden_state[:, 0]), batch.tally, top, active, sampler, drawn)
     return chosen, Batch(hidden.cache.placed(), tally)
 
 

@@ -271,7 +271,7 @@ def _scored(
     B, T = token_ids.shape
     real = jnp.arange(T)[None, :] < counts[:, None]
     # Dynamic NTK goes by the longest row; the bucket is none of its business.
-    states = model.hidden(token_ids, real, rope_length=counts.max()).states.reshape(B * T, -1)
+    states = model.hidden(token_ids, real, rope_length=counts.max()).last_hidden_state.reshape(B * T, -1)
 
     def chunk(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
         logits = model.logits(states[positions[i]])

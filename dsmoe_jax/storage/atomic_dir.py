@@ -1,6 +1,6 @@
 """A folder that appears under its name only when it is complete; what an interrupted writer left can be gone on with.
 
-Start at `new_folder`. The folder grows as a hidden sibling, `.NAME.incomplete`, with a journal of the units that are
+Start at `atomic_dir`. The folder grows as a hidden sibling, `.NAME.incomplete`, with a journal of the units that are
 finished and on disk; the journal goes just before the folder gets its name.
 """
 
@@ -27,11 +27,11 @@ _RENAME_EXCHANGE: Final = 2
 _log = logging.getLogger(__name__)
 
 
-class Draft:
+class StagingDir:
     """A folder that is being written. `finished` holds what earlier runs of the same job recorded, by unit."""
 
     def __init__(self, folder: Path, job: Mapping[str, Any] | None):
-        """Open the journal, or begin a new one where it belongs to another job; use `new_folder`."""
+        """Open the journal, or begin a new one where it belongs to another job; use `atomic_dir`."""
         self.folder = folder
         self.finished: dict[str, Any] = {}
         self._lock = threading.Lock()
@@ -76,12 +76,12 @@ class Draft:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-def sibling(path: Path) -> Path:
+def staging_path(path: Path) -> Path:
     """Where the folder `path` grows until it is complete."""
     return path.parent / f".{path.name}.incomplete"
 
 
-def refuse_existing(path: str | Path) -> Path:
+def check_new_path(path: str | Path) -> Path:
     """The absolute path of a folder that is to be made; `ValueError` if there is something already."""
     path = user_path(path, "output path").absolute()
     if os.path.lexists(path):
@@ -90,25 +90,25 @@ def refuse_existing(path: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def new_folder(path: str | Path, *, needs: int = 0, job: Mapping[str, Any] | None = None) -> Iterator[Draft]:
-    """A `Draft` that becomes `path`, every byte of it on disk, when the block ends well.
+def atomic_dir(path: str | Path, *, needs: int = 0, job: Mapping[str, Any] | None = None) -> Iterator[StagingDir]:
+    """A `StagingDir` that becomes `path`, every byte of it on disk, when the block ends well.
 
     The disk must have room for `needs` bytes, those that the draft holds already counted.
 
     Without `job` it vanishes when the block fails. With one (JSON that says all that decides the content) a failure
-    that is not the input's fault, a full disk or Ctrl-C, leaves it, and the next `new_folder` with an equal job goes on
+    that is not the input's fault, a full disk or Ctrl-C, leaves it, and the next `atomic_dir` with an equal job goes on
     from it; a draft of another job is discarded. Raises `ValueError` if `path` exists or is being written already, and
     if the disk is too full.
     """
-    path = refuse_existing(path)
-    folder = sibling(path)
-    with lock_name(path), naming_full_disk(path), contextlib.ExitStack() as stack:
-        refuse_existing(path)  # the one who had the lock may have made it
+    path = check_new_path(path)
+    folder = staging_path(path)
+    with lock_name(path), name_full_disk(path), contextlib.ExitStack() as stack:
+        check_new_path(path)  # the one who had the lock may have made it
         try:
             folder.mkdir(exist_ok=True)
             if folder.is_symlink():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-            draft = Draft(folder, job)
+            draft = StagingDir(folder, job)
         except OSError as error:
             with contextlib.suppress(OSError):
                 if not folder.is_symlink():
@@ -129,13 +129,13 @@ def new_folder(path: str | Path, *, needs: int = 0, job: Mapping[str, Any] | Non
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         (folder / _JOURNAL).unlink(missing_ok=True)
-        refuse_existing(path)
+        check_new_path(path)
         folder.rename(path)
         sync(path.parent)
 
 
 @contextlib.contextmanager
-def naming_full_disk(path: Path) -> Iterator[None]:
+def name_full_disk(path: Path) -> Iterator[None]:
     """Name `path` in the `OSError` of a full disk that names no file."""
     try:
         yield
@@ -170,7 +170,7 @@ def recover_folder(path: Path, new: Path) -> None:
     if old.exists() and not path.exists():  # `new` was complete, or `path` had not been moved
         (new if new.exists() else old).rename(path)
         sync(path.parent)
-    for left in (new, old, sibling(new)):
+    for left in (new, old, staging_path(new)):
         shutil.rmtree(left, ignore_errors=True)
 
 

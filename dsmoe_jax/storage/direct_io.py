@@ -1,4 +1,4 @@
-"""A large file, written past the page cache where the file system allows it. See `NewFile`.
+"""A large file, written past the page cache where the file system allows it. See `DirectFile`.
 
 What is written once and not read soon only displaces what others cached, and its pages cost more time than the disk:
 on two cores 4 GB took 1.3 s this way and 2 to 8 s the other, and hashing them no longer had to wait for a core.
@@ -17,7 +17,7 @@ _BUFFER: Final = 2 << 20
 _BLOCK: Final = 4096  # what direct writes come in, from memory that begins at a multiple of it
 
 
-class NewFile:
+class DirectFile:
     """Write bytes in order; leave the `with` block well and all of them are on the disk."""
 
     def __init__(self, path: Path):
@@ -45,7 +45,7 @@ class NewFile:
             if self._filled == _BUFFER:
                 self._flush(_BUFFER)
 
-    def __enter__(self) -> "NewFile":
+    def __enter__(self) -> "DirectFile":
         """The file."""
         return self
 

@@ -1,1 +1,1 @@
-"""Text: tokenizers, their special tokens and chat templates, and training a vocabulary."""
+"""Tokenizers, special tokens, chat templates and tokenizer training."""

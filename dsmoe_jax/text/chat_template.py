@@ -1,9 +1,10 @@
-"""A conversation written out as the text the model was trained on, by a Jinja template.
+"""Render conversations by Jinja chat templates. Start at `render`.
 
-Start at `render`. Templates come with a downloaded checkpoint: template_worker.py runs them in a sandbox with limits.
+Templates come from downloaded checkpoints: template_worker.py runs them in a sandbox with limits.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +14,7 @@ from dsmoe_jax.text import template_worker
 
 ROLES: Final = ("system", "user", "assistant")
 
-# DeepSeekMoE-16B-chat, a row a role: what stands before its text and what stands after it.
+# DeepSeekMoE-16B-chat: the prefix and suffix of each role.
 DEEPSEEK_TEMPLATE: Final = """\
 {%- set frame = {
     'system':    ['',            '\n\n'],
@@ -26,9 +27,9 @@ DEEPSEEK_TEMPLATE: Final = """\
 {%- endfor -%}
 {{ 'Assistant:' if add_generation_prompt }}"""
 
-_FILE: Final = "chat_template.jinja"
-_MORE: Final = "additional_chat_templates"  # a folder: NAME.jinja
-_PROCESSOR: Final = "chat_template.json"  # that of a multimodal model, which older releases wrote
+_TEMPLATE_FILE: Final = "chat_template.jinja"
+_ADDITIONAL_FOLDER: Final = "additional_chat_templates"  # holds NAME.jinja
+_PROCESSOR_FILE: Final = "chat_template.json"  # of multimodal processors, written by older releases of transformers
 _MAX_BYTES: Final = 1_000_000
 
 
@@ -41,19 +42,19 @@ def render(
     documents: Sequence[Mapping[str, Any]] | None = None,
     **variables: Any,
 ) -> str:
-    """Writes messages as one text.
+    """Render messages as one text.
 
     Args:
-        template: The Jinja source. It sees what transformers offers.
-        messages: {"role": …, "content": …} and other fields. Content is text, a list of text parts (joined for a
-            template that does not read parts), or None beside tool calls.
-        add_generation_prompt: Whether the assistant's next turn is opened.
+        template: Jinja source, with the functions and filters of transformers.
+        messages: `{"role": …, "content": …}` and other fields. Content is a string, a list of text parts (joined for
+            a template that does not read parts), or None with tool calls.
+        add_generation_prompt: Whether to open the assistant's next turn.
         tools: JSON schemas of functions.
-        documents: Documents to answer from.
-        variables: What else the template sees, bos_token and eos_token above all.
+        documents: Documents for retrieval-augmented generation.
+        **variables: Further template variables such as `bos_token`.
 
     Raises:
-        ValueError: Naming the message that is malformed or that the template ignores, or why the template failed.
+        DSMoEError: A message is malformed or ignored by the template, or the template fails.
     """
     messages = [_checked(index, message) for index, message in enumerate(messages)]
     for name, value in (("tools", tools), ("documents", documents)):
@@ -64,7 +65,8 @@ def render(
     given = {"add_generation_prompt": add_generation_prompt, "tools": tools, "documents": documents, **variables}
     text = _render(template, messages, given)
     for index, message in enumerate(messages):
-        if message["role"] not in ROLES and _ignores(template, messages, given, index, text):
+        others = [*messages[:index], *messages[index + 1 :]]
+        if message["role"] not in ROLES and renders_same(partial(_render, template, others, given), text):
             raise DSMoEError(
                 f"message {index} has role {message['role']!r:.80}, which the chat template ignores; "
                 f"allowed are {', '.join(ROLES)}"
@@ -75,45 +77,44 @@ def render(
 def _render(template: str, messages: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> str:
     try:
         return template_worker.render(template, {**given, "messages": messages})
-    except ValueError as error:
+    except DSMoEError as error:
         raise DSMoEError(f"the chat template failed: {error}") from None
 
 
-def _ignores(
-    template: str, messages: Sequence[Mapping[str, Any]], given: Mapping[str, Any], index: int, text: str
-) -> bool:
-    """Whether a template writes the same without a message, as templates do with a role that they do not know."""
+def renders_same(render: Callable[[], str], text: str) -> bool:
+    """Return whether `render`, with part of the input removed, still gives `text`: the template ignores that part."""
     try:
-        return _render(template, [*messages[:index], *messages[index + 1 :]], given) == text
-    except ValueError:
+        return render() == text
+    except DSMoEError:
         return False
 
 
 def read_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Finds the chat templates of a folder.
+    """Read the chat templates of a tokenizer.
 
     Args:
-        folder: That of a tokenizer.
-        config: What its tokenizer_config.json says.
+        folder: Folder of the tokenizer.
+        config: Fields of its tokenizer_config.json.
 
     Returns:
-        The templates by name, "default" being that of chat_template.jinja, else of tokenizer_config.json, else of
-        chat_template.json; and DeepSeek's own where there is no template at all.
+        Templates by name. "default" comes from chat_template.jinja, else tokenizer_config.json, else
+        chat_template.json; without any template it is DeepSeek's.
 
     Raises:
-        ValueError: If there is one but it cannot be read.
+        DSMoEError: A template cannot be read.
     """
     templates = _named(f"{folder}/tokenizer_config.json", config.get("chat_template"))
-    if not templates and (folder / _PROCESSOR).is_file():
-        templates = _named(f"{folder}/{_PROCESSOR}", read_json(folder / _PROCESSOR).get("chat_template"))
-    templates |= {path.stem: _read(path) for path in sorted((folder / _MORE).glob("*.jinja"))}
-    if (folder / _FILE).is_file():
-        templates["default"] = _read(folder / _FILE)
+    if not templates and (folder / _PROCESSOR_FILE).is_file():
+        fields = read_json(folder / _PROCESSOR_FILE)
+        templates = _named(f"{folder}/{_PROCESSOR_FILE}", fields.get("chat_template"))
+    templates |= {path.stem: _read(path) for path in sorted((folder / _ADDITIONAL_FOLDER).glob("*.jinja"))}
+    if (folder / _TEMPLATE_FILE).is_file():
+        templates["default"] = _read(folder / _TEMPLATE_FILE)
     return templates or {"default": DEEPSEEK_TEMPLATE}
 
 
 def _named(where: str, value: Any) -> dict[str, str]:
-    """Templates by name from one template, a list of {"name": …, "template": …}, or an object."""
+    """Return templates by name from a string, a list of {"name": …, "template": …}, or an object."""
     if value is None:
         return {}
     templates = value
@@ -122,7 +123,7 @@ def _named(where: str, value: Any) -> dict[str, str]:
     elif isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
         templates = {entry.get("name"): entry.get("template") for entry in value}
     if not isinstance(templates, dict) or not all(isinstance(part, str) for pair in templates.items() for part in pair):
-        raise DSMoEError(f"{where}: chat_template is neither a string nor a list of named templates")
+        raise DSMoEError(f"{where}: chat_template must be a string or a list of named templates")
     return templates
 
 

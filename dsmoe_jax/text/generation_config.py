@@ -1,4 +1,4 @@
-"""`generation_config.json`, which says where generation ends: EOS ids and stop strings. Other fields only travel."""
+"""Read and merge `generation_config.json`: EOS ids and stop strings. Other fields are copied unread."""
 
 import contextlib
 import tempfile
@@ -10,15 +10,16 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.atomic_dir import write_json
 from dsmoe_jax.storage.strict_json import read_json
+from dsmoe_jax.text.special_ids import as_tuple, token_ids
 
 GENERATION_CONFIG: Final = "generation_config.json"
 
 
 def read_generation_config(folder: str | Path) -> dict[str, Any]:
-    """Return the fields of the folder's file, none where there is no file.
+    """Return the fields of the folder's `generation_config.json`, or {} without one.
 
     Raises:
-      ValueError: The file is not JSON, or its `eos_token_id` or `stop_strings` is of another kind.
+        DSMoEError: The file is not JSON, or its `eos_token_id` or `stop_strings` has a wrong type.
     """
     path = Path(folder) / GENERATION_CONFIG
     if not path.is_file():
@@ -27,48 +28,43 @@ def read_generation_config(folder: str | Path) -> dict[str, Any]:
     try:
         eos_token_ids(fields)
         stop_strings(fields)
-    except ValueError as error:
+    except DSMoEError as error:
         raise DSMoEError(f"{path}: {error}") from None
     return fields
 
 
 def eos_token_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the ids of `eos_token_id`, which names one, several or none."""
-    value = fields.get("eos_token_id")
-    tokens = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
-    if not all(type(token) is int for token in tokens):
-        raise DSMoEError(f"eos_token_id must be an int or a list of ints, not {value!r:.80}")
-    return tokens
+    """Return the ids in `eos_token_id`: one, several or none."""
+    return token_ids("eos_token_id", fields.get("eos_token_id"))
 
 
 def stop_strings(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the strings of `stop_strings`, which holds one, several or none."""
-    value = fields.get("stop_strings")
-    strings = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+    """Return the strings in `stop_strings`: one, several or none."""
+    strings = as_tuple(value := fields.get("stop_strings"))
     if not all(isinstance(string, str) and string for string in strings):
-        raise DSMoEError(f"stop_strings must be a string or a list of strings, none of them empty, not {value!r:.80}")
+        raise DSMoEError(f"stop_strings must be a non-empty string or a list of them, got {value!r:.80}")
     return strings
 
 
 def with_default_eos(fields: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """Return `fields` with the model config's `eos_token_id` where they name none."""
+    """Return `fields`, with the model config's `eos_token_id` if they have none."""
     return dict(fields) if eos_token_ids(fields) else {**fields, "eos_token_id": config.eos_token_id}
 
 
-def merge_stop_conditions(fields: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `fields` with the EOS ids and the stop strings of `more` added."""
-    added = dict(fields)
+def merge_stop_conditions(fields: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `fields` with the EOS ids and stop strings of `others` added."""
+    merged = dict(fields)
     for name, read in (("eos_token_id", eos_token_ids), ("stop_strings", stop_strings)):
-        values = list(dict.fromkeys((*read(fields), *read(more))))
+        values = list(dict.fromkeys((*read(fields), *read(others))))
         if len(values) > len(read(fields)):
-            added.pop("_from_model_config", None)  # transformers would make another from config.json
-            added[name] = values if len(values) > 1 or name == "stop_strings" else values[0]
-    return added
+            merged.pop("_from_model_config", None)  # with it transformers rebuilds the file from config.json
+            merged[name] = values if len(values) > 1 or name == "stop_strings" else values[0]
+    return merged
 
 
 @contextlib.contextmanager
 def temporary_generation_config(fields: Mapping[str, Any]) -> Iterator[tuple[Path, ...]]:
-    """A `generation_config.json` with these fields, to be copied within the context; none where there are no fields."""
+    """Yield a temporary `generation_config.json` with these fields, or () if there are none."""
     if not fields:
         yield ()
         return

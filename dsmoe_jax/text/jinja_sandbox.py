@@ -1,10 +1,10 @@
-"""Renders chat templates in Jinja's sandbox, as a program of its own: template_worker.py starts it.
+"""Render chat templates in Jinja's sandbox; the subprocess of template_worker.py. Start at `render`.
 
-Start at `render`. It offers what transformers offers: `raise_exception`, `strftime_now`, `tojson` without HTML escapes,
-loop controls and `{% generation %}`. This file imports nothing of the package, so that it starts fast and without jax.
+Templates get what transformers offers: `raise_exception`, `strftime_now`, `tojson` without HTML escapes, loop controls
+and `{% generation %}`. This file imports nothing of the package, so that it starts fast and without jax.
 
-Protocol: stdin and stdout carry frames, 8 bytes of little-endian size and then that many bytes. A request is JSON,
-{"template": …, "variables": {…}}; a response is one byte, `+` or `-`, and the rendered text or the error as UTF-8.
+Protocol: stdin and stdout carry frames of an 8-byte little-endian size and that many bytes. A request is JSON,
+{"template": …, "variables": {…}}; a response is a status byte, `+` or `-`, and the rendered text or the error in UTF-8.
 """
 
 import functools
@@ -17,22 +17,21 @@ from typing import Any, BinaryIO, Final, NoReturn
 
 SECONDS: Final = 5
 MEGABYTES: Final = 512
-# Far above any context window.
-CHARACTERS: Final = 16_000_000
+CHARACTERS: Final = 16_000_000  # far above any context window
 _ERROR_CHARACTERS: Final = 500
-_OVER_PARTS: Final = ("map", "select", "selectattr", "reject", "rejectattr")  # filters
+_ITERATING_FILTERS: Final = ("map", "select", "selectattr", "reject", "rejectattr")
 
 
 def render(template: str, variables: dict[str, Any]) -> str:
-    """Renders a template.
+    """Render a template.
 
     Args:
-        template: The Jinja source.
-        variables: What the template sees. Lists of text parts in `messages` are joined for a template that does not
-            read parts.
+        template: Jinja source.
+        variables: Template variables. Lists of text parts in `messages` are joined for a template that does not read
+            parts.
 
     Raises:
-        Exception: Whatever the template raises.
+        Exception: Any error of the template.
     """
     compiled, takes_parts = _compile(template)
     if not takes_parts:
@@ -53,7 +52,7 @@ def _compile(template: str) -> tuple[Any, bool]:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}` marks what the assistant says; the text is written as it is."""
+        """`{% generation %}` marks assistant text, which is rendered unchanged."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -65,7 +64,7 @@ def _compile(template: str) -> tuple[Any, bool]:
         def _write(self, caller: Any) -> str:
             return caller()
 
-    # trim_blocks and lstrip_blocks as transformers sets them: published templates count on both.
+    # trim_blocks and lstrip_blocks as in transformers; published templates depend on both.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
@@ -75,8 +74,8 @@ def _compile(template: str) -> tuple[Any, bool]:
 
 
 def _takes_parts(tree: Any, nodes: Any) -> bool:
-    """Whether a template reads the content of a message as a list: iterates over it, or reads `text` of its parts."""
-    names = {"content"}  # of variables, parameters and fields that hold it
+    """Return whether a template iterates over message content or reads `text` of its parts."""
+    names = {"content"}  # variables, parameters and fields that hold content
 
     def key(node: Any) -> Any:
         match node:
@@ -113,14 +112,14 @@ def _takes_parts(tree: Any, nodes: Any) -> bool:
                     yield from zip(parameters.get(getattr(node.node, "name", None), ()), node.args, strict=False)
 
     bound = list(bindings())
-    while more := {name for name, value in bound if is_content(value)} - names:
-        names |= more
+    while new := {name for name, value in bound if is_content(value)} - names:
+        names |= new
     for node in tree.find_all((nodes.For, nodes.Filter, nodes.Getattr, nodes.Getitem, nodes.Call)):
         match node:
             case nodes.For():
                 found = is_content(node.iter)
             case nodes.Filter():
-                by_part = node.name in _OVER_PARTS or any(keyword.key == "attribute" for keyword in node.kwargs)
+                by_part = node.name in _ITERATING_FILTERS or any(keyword.key == "attribute" for keyword in node.kwargs)
                 found = by_part and is_content(node)
             case nodes.Call():
                 found = key(node) == "text" and is_content(node.node.node)
@@ -151,7 +150,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own escapes <, > and & for HTML, which no model was trained on.
+    # Jinja's tojson escapes <, > and & for HTML, which no model was trained on.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -162,7 +161,7 @@ def _respond(request: bytes) -> bytes:
         reason = f"it needed more than {MEGABYTES} MB of memory"
     except RecursionError:
         reason = "its recursion is too deep"
-    except Exception as error:  # The template is a stranger's program: anything may come out of it.
+    except Exception as error:  # the template is an untrusted program and may raise anything
         reason = " ".join(str(error)[: 4 * _ERROR_CHARACTERS].split()) or type(error).__name__
     return b"-" + reason[:_ERROR_CHARACTERS].encode("utf-8", "backslashreplace")
 
@@ -173,14 +172,14 @@ def _limit_memory() -> None:
     except ImportError:  # Windows
         return
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = MEGABYTES << 20
-    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    limit = MEGABYTES << 20
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
 def _limit_time(seconds: float) -> None:
-    # The signal kills the process even in the middle of a long multiplication in C, and needs no one to watch it.
+    # The signal ends the process even within a long multiplication in C.
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
@@ -198,7 +197,7 @@ def _serve(requests: BinaryIO, responses: BinaryIO, seconds: float) -> None:
 
 if __name__ == "__main__":
     sys.path = sys.argv[2:]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program, not for its worker.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})

@@ -1,6 +1,6 @@
-"""A process that renders chat templates within limits on time, memory and output: `render`.
+"""Render chat templates in a subprocess with limits on time, memory and output: `render`.
 
-A template comes with a downloaded checkpoint. Jinja's sandbox keeps it from files and objects, not from `9**9**9`.
+Templates come from downloaded checkpoints. Jinja's sandbox blocks access to files and objects, but not `9**9**9`.
 """
 
 import atexit
@@ -18,8 +18,8 @@ from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.text import jinja_sandbox
 
 _PROGRAM: Final = str(Path(jinja_sandbox.__file__).absolute())
-# What UTF-8 takes at most, and the byte before it.
-_LONGEST_RESPONSE: Final = 4 * jinja_sandbox.CHARACTERS + 1
+# The status byte and at most 4 bytes per character.
+_MAX_RESPONSE_BYTES: Final = 4 * jinja_sandbox.CHARACTERS + 1
 
 
 class _Worker(NamedTuple):
@@ -30,27 +30,27 @@ class _Worker(NamedTuple):
 
 _lock = threading.Lock()
 _worker: _Worker | None = None
-_inherited: list[_Worker] = []  # of the process that forked this one: kept, since they are not ours to end
+_inherited: list[_Worker] = []  # of the parent process; referenced, so that they are not terminated
 
 
 def render(template: str, variables: Mapping[str, Any]) -> str:
-    """Renders a template in the worker, which is started with the first call and ends with this process.
+    """Render a template in the worker process, which starts with the first call.
 
     Args:
-        template: The Jinja source.
-        variables: What the template sees; values that JSON can carry.
+        template: Jinja source.
+        variables: Template variables, JSON values.
 
     Raises:
-        ValueError: If the template fails or reaches a limit; the text of the error follows "the chat template failed".
+        DSMoEError: The template fails or reaches a limit; the message continues "the chat template failed: ".
     """
     try:
         request = json.dumps({"template": template, "variables": dict(variables)}).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise DSMoEError(f"its variables are not JSON: {error}") from None
+        raise DSMoEError(f"its variables must be JSON: {error}") from None
     with _lock:
         try:
             response = _exchange(_started(), request)
-        except BaseException:  # KeyboardInterrupt too: what is on the way would be read as the next response.
+        except BaseException:  # KeyboardInterrupt too: a pending response would be read by the next call.
             _stop()
             raise
     text = response[1:].decode("utf-8", "surrogatepass")
@@ -66,7 +66,7 @@ def _exchange(worker: _Worker, request: bytes) -> bytes:
         worker.requests.flush()
         head = worker.responses.read(8)
         size = int.from_bytes(head, "little")
-        response = worker.responses.read(size) if len(head) == 8 and 0 < size <= _LONGEST_RESPONSE else b""
+        response = worker.responses.read(size) if len(head) == 8 and 0 < size <= _MAX_RESPONSE_BYTES else b""
     except BrokenPipeError:
         size, response = 0, b""
     if not response or len(response) != size:
@@ -90,8 +90,8 @@ def _started() -> _Worker:
         _stop()
     if _worker is None:
         if not sys.executable:
-            raise DSMoEError("it needs a Python process of its own, and sys.executable is empty")
-        # -I: nothing of the environment or the current folder; a session of its own: Ctrl-C is not for it.
+            raise DSMoEError("it needs a subprocess, but sys.executable is empty")
+        # -I ignores the environment and the current folder; a new session does not receive Ctrl-C.
         process = subprocess.Popen(
             [sys.executable, "-I", "-W", "ignore", _PROGRAM, str(jinja_sandbox.SECONDS), *filter(None, sys.path)],
             stdin=subprocess.PIPE,
@@ -113,7 +113,7 @@ def _stop() -> None:
     worker.process.kill()
     worker.process.wait()
     for pipe in (worker.requests, worker.responses):
-        with contextlib.suppress(OSError):  # What was not sent yet has no reader.
+        with contextlib.suppress(OSError):  # unsent data has no reader
             pipe.close()
 
 

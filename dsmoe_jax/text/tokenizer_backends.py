@@ -1,6 +1,6 @@
-"""The two libraries behind `Tokenizer`: tokenizers for a tokenizer.json, sentencepiece for a tokenizer.model.
+"""Tokenizer backends: tokenizers for tokenizer.json, sentencepiece for tokenizer.model. Start at `Backend`.
 
-Start at `Backend`. Where a library alone gives other ids than transformers does with it, this file closes the gap.
+Where a library alone gives other ids than transformers does with it, this file closes the gap.
 """
 
 import functools
@@ -11,95 +11,94 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.text.special_tokens import longest_first, make_placeholders
-from dsmoe_jax.text.tokenizer_files import GENERIC_CLASSES, Settings, Token
+from dsmoe_jax.text.escaping import longest_match, make_placeholders
+from dsmoe_jax.text.tokenizer_config import GENERIC_CLASSES, AddedToken, TokenizerSettings
 
 
 class Backend(Protocol):
-    """What the two libraries do differently.
+    """A tokenizer library.
 
     Attributes:
-        size: How many ids there are, added tokens included.
-        control: The ids of the tokens that are text under `split_special_tokens`, by name.
-        placeholders: What stands for each control token then, by its name.
-        around: The ids that the vocabulary's own file puts before and after a text.
+        vocab_size: Number of ids, added tokens included.
+        special_ids: Ids of the special tokens, by string; `split_special_tokens` encodes these strings as text.
+        placeholders: The string that stands for each special token under `split_special_tokens`.
+        affixes: Ids that the post-processor puts before and after a text.
     """
 
-    size: int
-    control: dict[str, int]
+    vocab_size: int
+    special_ids: dict[str, int]
     placeholders: dict[str, str]
-    around: tuple[list[int], list[int]]
+    affixes: tuple[list[int], list[int]]
 
-    def default_special(self, kind: str) -> str | None:
-        """The token of that kind where no config names one."""
+    def default_special(self, attribute: str) -> str | None:
+        """Return the special token for an attribute (`bos_token` …) that no config sets."""
         ...
 
     def id_of(self, token: str) -> int | None:
-        """The id of a token by its name."""
+        """Return the id of a token, or None."""
         ...
 
     def encode(self, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
-        """The ids of texts; split, the names of control tokens are text and their placeholders are the tokens."""
+        """Return the ids of each text; split, only placeholders become special tokens."""
         ...
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        """The text of ids."""
+        """Return the text of the ids."""
         ...
 
 
-class JsonBackend:
-    """tokenizer.json, by the tokenizers library."""
+class TokenizersBackend:
+    """tokenizer.json, read by the tokenizers library."""
 
-    # Without a config nothing says which token begins a text; these two families are known by name.
+    # Without a config the special tokens of these two families are recognized by their strings.
     _KNOWN: Final = {
         "bos_token": ("<｜begin▁of▁sentence｜>", "<s>"),
         "eos_token": ("<｜end▁of▁sentence｜>", "</s>"),
     }
 
-    def __init__(self, path: Path, settings: Settings):
+    def __init__(self, path: Path, settings: TokenizerSettings):
         import tokenizers
 
         try:
             library = self._library = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # The library raises bare Exception.
             raise DSMoEError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-        # Settings of whoever saved the file; a prompt must never be cut by them.
+        # Leftovers of training; prompts must not be truncated or padded.
         self._padding = (library.padding or {}).get("pad_token")
         library.no_truncation()
         library.no_padding()
         if dropout := getattr(library.model, "dropout", None):
-            raise DSMoEError(f"{path}: dropout {dropout} gives random ids; set it to null")
+            raise DSMoEError(f"{path}: dropout {dropout} makes encoding random; set it to null")
         _check_prefix_space(path, library, settings)
         self._add(settings)
         added = library.get_added_tokens_decoder()
-        self.size = max(library.get_vocab_size(), max(added, default=-1) + 1)
-        self.control = {token.content: i for i, token in added.items() if token.special}
-        self.placeholders = make_placeholders(self.control)
-        self.around = _around(library)
+        self.vocab_size = max(library.get_vocab_size(), max(added, default=-1) + 1)
+        self.special_ids = {token.content: i for i, token in added.items() if token.special}
+        self.placeholders = make_placeholders(self.special_ids)
+        self.affixes = _affixes(library)
 
-    def _add(self, settings: Settings) -> None:
-        """Adds the tokens of the config, whose flags win over those of tokenizer.json, and marks special ones."""
-        named = [token for token in (*settings.special.values(), *settings.additional) if token is not None]
-        names = {token.content for token in named}
-        there = {token.content for token in self._library.get_added_tokens_decoder().values()}
-        has_flags = "added_tokens_decoder" in settings.config  # added_tokens.json has only ids
-        for i, token in settings.added.items():
-            if has_flags or token.content not in there:
-                self._library.add_tokens([_added(token, token.special or token.content in names)])
+    def _add(self, settings: TokenizerSettings) -> None:
+        """Add the config's tokens, whose flags override those of tokenizer.json, and mark special ones."""
+        names = {token.content for token in settings.named_tokens}
+        present = {token.content for token in self._library.get_added_tokens_decoder().values()}
+        has_flags = "added_tokens_decoder" in settings.config  # added_tokens.json has ids only
+        for i, token in settings.added_tokens.items():
+            if has_flags or token.content not in present:
+                self._library.add_tokens([_added_token(token, token.special or token.content in names)])
             if (got := self.id_of(token.content)) != i:
                 raise DSMoEError(f"added token {token.content!r} has id {i} in the config and {got} in tokenizer.json")
-        there = {token.content: token for token in self._library.get_added_tokens_decoder().values()}
-        for token in named:
-            own = None if has_flags and token.content in settings.with_flags else there.get(token.content)
-            if own is not None and not own.special:
-                own.special = True
-                self._library.add_tokens([own])
-            elif own is None and self.id_of(token.content) is not None:
-                self._library.add_tokens([_added(token, special=True)])
+        present = {token.content: token for token in self._library.get_added_tokens_decoder().values()}
+        for token in settings.named_tokens:
+            found = None if has_flags and token.content in settings.with_flags else present.get(token.content)
+            if found is not None and not found.special:
+                found.special = True
+                self._library.add_tokens([found])
+            elif found is None and self.id_of(token.content) is not None:
+                self._library.add_tokens([_added_token(token, special=True)])
 
-    def default_special(self, kind: str) -> str | None:
+    def default_special(self, attribute: str) -> str | None:
         """See `Backend`."""
-        known = (self._padding or "",) if kind == "pad_token" else self._KNOWN.get(kind, ())
+        known = (self._padding or "",) if attribute == "pad_token" else self._KNOWN.get(attribute, ())
         return next((name for name in known if self.id_of(name) is not None), None)
 
     def id_of(self, token: str) -> int | None:
@@ -109,7 +108,7 @@ class JsonBackend:
     def encode(self, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
         """See `Backend`."""
         library, ids = self._split if split_special_tokens else (self._library, None)
-        # Fast: without the offsets into the text, which nobody asks for.
+        # encode_batch_fast skips the unused text offsets.
         found = [one.ids for one in library.encode_batch_fast(texts, add_special_tokens=False)]
         return found if ids is None else [[ids.get(i, i) for i in one] for one in found]
 
@@ -119,9 +118,9 @@ class JsonBackend:
 
     @functools.cached_property
     def _split(self) -> tuple[Any, dict[int, int]]:
-        """A copy of the library's tokenizer that knows control tokens by their placeholders, and our ids for its ids.
+        """A copy of the tokenizer with placeholders for special tokens, and the original ids of its ids.
 
-        The library's own `encode_special_tokens` is one setting of a tokenizer that many threads may use.
+        The library's `encode_special_tokens` is a property of the tokenizer, so it is not thread-safe.
         """
         import tokenizers
 
@@ -136,34 +135,34 @@ class JsonBackend:
         return library, ids
 
 
-def _added(token: Token, special: bool) -> Any:
+def _added_token(token: AddedToken, special: bool) -> Any:
     import tokenizers
 
     flags = token._asdict()
     return tokenizers.AddedToken(flags.pop("content"), **flags | {"special": special})
 
 
-def _around(library: Any) -> tuple[list[int], list[int]]:
-    plain, whole = (library.encode("a", add_special_tokens=special).ids for special in (False, True))
-    at = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)
-    return whole[:at], whole[at + len(plain) :]
+def _affixes(library: Any) -> tuple[list[int], list[int]]:
+    plain, full = (library.encode("a", add_special_tokens=special).ids for special in (False, True))
+    at = next((at for at in range(len(full)) if full[at : at + len(plain)] == plain), 0)
+    return full[:at], full[at + len(plain) :]
 
 
-def _check_prefix_space(path: Path, library: Any, settings: Settings) -> None:
-    """Refuses an `add_prefix_space` that transformers 4 obeys and transformers 5 does not."""
+def _check_prefix_space(path: Path, library: Any, settings: TokenizerSettings) -> None:
+    """Raise for an `add_prefix_space` that transformers 4 applies and transformers 5 ignores."""
     if settings.config.get("add_prefix_space") is None and settings.is_llama:
         return
-    asked = settings.flag("add_prefix_space", False)
-    written = _prefix_space(json.loads(library.to_str()), nested=settings.is_llama)
-    if written is not None and asked != written:
+    configured = settings.flag("add_prefix_space", False)
+    actual = _prefix_space(json.loads(library.to_str()), nested=settings.is_llama)
+    if actual is not None and configured != actual:
         raise DSMoEError(
-            f"{path}: add_prefix_space is {str(written).lower()}, and tokenizer_config.json has it as "
-            f"{str(asked).lower()} or, which is the same, not at all"
+            f"add_prefix_space must be the same in {path} and tokenizer_config.json (default false), "
+            f"got {str(actual).lower()} and {str(configured).lower()}"
         )
 
 
 def _prefix_space(fields: Mapping[str, Any], nested: bool) -> bool | None:
-    """Whether a tokenizer.json puts a space before a text; None where it has no step that a config could change."""
+    """Return whether a tokenizer.json prepends a space, or None if it has no such step."""
     steps = [fields.get("pre_tokenizer"), fields.get("normalizer")]
     inner = [inner for step in steps if step for inner in step.get("pretokenizers", step.get("normalizers", []))]
     steps += inner if nested else []
@@ -179,61 +178,68 @@ def _prefix_space(fields: Mapping[str, Any], nested: bool) -> bool | None:
 
 
 class _Part(NamedTuple):
-    """A stretch of a text for sentencepiece, or a token."""
+    """A piece of text for sentencepiece, or an added token."""
 
     text: str
     token: int | None = None
 
 
-class ModelBackend:
-    """tokenizer.model, by sentencepiece, as transformers' LlamaTokenizer uses it."""
+class SentencePieceBackend:
+    """tokenizer.model, read by sentencepiece as in transformers' LlamaTokenizer."""
 
-    def __init__(self, path: Path, settings: Settings):
+    def __init__(self, path: Path, settings: TokenizerSettings):
         import sentencepiece
 
         _check_model_flags(settings)
         self._legacy = _is_legacy(settings)
         self._prefix = not self._legacy and settings.flag("add_prefix_space", True)
-        # An empty model would be taken for none at all. The suffix is a protobuf message of its own, which is merged
-        # into the first: normalizer_spec.add_dummy_prefix = false.
+        # sentencepiece ignores an empty model_proto. The suffix is a second protobuf message, merged into the first:
+        # normalizer_spec.add_dummy_prefix = false.
         data = (path.read_bytes() or b"empty") + (b"" if self._legacy else b"\x1a\x02\x18\x00")
         try:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:
-            raise DSMoEError(f"{path} is no sentencepiece model: {' '.join(str(error).split())}") from None
+            raise DSMoEError(f"{path} is not a sentencepiece model: {' '.join(str(error).split())}") from None
         self._pieces: int = self._model.get_piece_size()
-        self._tokens = self._found_in_text(settings)
+        self._tokens = self._added_tokens(settings)
         self._ids = {token.content: i for i, token in self._tokens.items()}
-        self.control, self.around = dict(self._ids), ([], [])
-        self.placeholders = make_placeholders(self.control)
-        named = (*settings.special.values(), *settings.additional)
-        names = {token.content for token in named if token is not None}
-        names |= {name for kind in _NAMED if (name := self.default_special(kind)) and kind not in settings.special}
+        self.special_ids, self.affixes = dict(self._ids), ([], [])
+        self.placeholders = make_placeholders(self.special_ids)
+        names = {token.content for token in settings.named_tokens} | set(self._defaults(settings))
         self._special = {i for i, token in self._tokens.items() if token.content in names}
         self._hidden = self._special | {i for i, token in self._tokens.items() if token.special}
         self._hidden |= {i for i in range(self._pieces) if self._model.is_control(i)}
-        self.size = max([self._pieces - 1, *self._tokens]) + 1
-        unk = settings.special.get("unk_token")
+        self.vocab_size = max([self._pieces - 1, *self._tokens]) + 1
+        unk = settings.special_tokens.get("unk_token")
         self._unk = unk.content if unk is not None else self.default_special("unk_token") or ""
-        self._unk_length = len(self._encode_pieces([self._unk])[0])
+        self._unk_length = len(self._model.encode(self._unk))
 
-    def _found_in_text(self, settings: Settings) -> dict[int, Token]:
-        """The tokens that are matched before sentencepiece sees a text: it finds no control pieces in one."""
-        tokens = dict(settings.added)
-        there = {token.content: i for i, token in tokens.items()}
-        for token in (*settings.special.values(), *settings.additional):
-            if token is not None and token.content not in there and (i := self._piece_id(token.content)) is not None:
+    def _added_tokens(self, settings: TokenizerSettings) -> dict[int, AddedToken]:
+        """Return the tokens that are split off before sentencepiece, which never matches control pieces in text."""
+        tokens = dict(settings.added_tokens)
+        present = {token.content: i for i, token in tokens.items()}
+        for token in settings.named_tokens:
+            if token.content not in present and (i := self._piece_id(token.content)) is not None:
                 tokens[i] = token
-        for kind in _NAMED:
-            if kind not in settings.special and (name := self.default_special(kind)) is not None:
-                i = there.get(name, self._piece_id(name))
-                assert i is not None
-                tokens[i] = Token(name)
+        for name in self._defaults(settings):
+            i = present.get(name, self._piece_id(name))
+            assert i is not None
+            tokens[i] = AddedToken(name)
         return tokens
 
-    def default_special(self, kind: str) -> str | None:
+    def _defaults(self, settings: TokenizerSettings) -> list[str]:
+        """Return the special tokens of the model that the config does not set."""
+        return [
+            name
+            for attribute in _MODEL_ATTRIBUTES
+            if attribute not in settings.special_tokens and (name := self.default_special(attribute))
+        ]
+
+    def default_special(self, attribute: str) -> str | None:
         """See `Backend`."""
-        index = getattr(self._model, kind.removesuffix("_token") + "_id")() if kind in _NAMED else -1
+        if attribute not in _MODEL_ATTRIBUTES:
+            return None
+        index = getattr(self._model, attribute.removesuffix("_token") + "_id")()
         return None if index < 0 else self._model.id_to_piece(index)
 
     def id_of(self, token: str) -> int | None:
@@ -242,7 +248,7 @@ class ModelBackend:
 
     def _piece_id(self, token: str) -> int | None:
         index = self._model.piece_to_id(token)
-        # An unknown piece answers with the id of <unk>.
+        # An unknown piece has the id of <unk>.
         return index if self._model.id_to_piece(index) == token else None
 
     def encode(self, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
@@ -252,11 +258,11 @@ class ModelBackend:
             names = {self.placeholders[name]: i for name, i in names.items()}
         parts = [self._parts(text, names) for text in texts]
         found = iter(self._encode_parts([part.text for some in parts for part in some if part.token is None]))
-        return [self._joined(some, found) for some in parts]
+        return [self._join(some, found) for some in parts]
 
-    def _joined(self, parts: list[_Part], found: Iterator[list[int]]) -> list[int]:
+    def _join(self, parts: list[_Part], found: Iterator[list[int]]) -> list[int]:
         ids = [next(found) if part.token is None else [part.token] for part in parts]
-        # Without `legacy` a lone space before a special token at the beginning goes.
+        # Without `legacy` a single space before a leading special token is dropped.
         if not self._legacy and len(parts) > 1 and parts[1].token in self._special:
             ids = ids[parts[0].text in ("▁", " ") and len(ids[0]) == 1 :]
         return [i for some in ids for i in some]
@@ -281,61 +287,58 @@ class ModelBackend:
         return [_Part(word, names.get(word)) for word in words if word]
 
     def _encode_parts(self, texts: list[str]) -> list[list[int]]:
-        """With `legacy` each part gets sentencepiece's space in front; without, it keeps those that it begins with."""
+        """Encode text parts; without `legacy` their leading spaces stay."""
         if self._legacy:
-            return self._encode_pieces(texts)
-        # sentencepiece drops a space at the beginning, so the unknown token is put there and taken away again.
+            return self._model.encode(texts)
+        # sentencepiece drops a leading space, so the unknown token is put before it and removed again.
         guarded = [text.startswith(("▁", " ")) for text in texts]
-        found = self._encode_pieces([self._unk * guard + text for text, guard in zip(texts, guarded, strict=True)])
+        found = self._model.encode([self._unk * guard + text for text, guard in zip(texts, guarded, strict=True)])
         return [
             ids[self._unk_length :] if guard and len(ids) >= self._unk_length else ids
             for ids, guard in zip(found, guarded, strict=True)
         ]
 
-    def _encode_pieces(self, texts: list[str]) -> list[list[int]]:
-        return self._model.encode(texts)
-
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         """See `Backend`."""
         hidden = self._hidden if skip_special_tokens else ()
-        seen = [i for i in ids if i not in hidden and (i < self._pieces or i in self._tokens)]
-        named = self._tokens.keys() | self._hidden
+        visible = [i for i in ids if i not in hidden and (i < self._pieces or i in self._tokens)]
+        added = self._tokens.keys() | self._hidden
         text = "".join(
-            "".join(self._name(i) for i in run) if is_named else self._model.decode(list(run))
-            for is_named, run in groupby(seen, key=named.__contains__)
+            "".join(self._content(i) for i in run) if is_added else self._model.decode(list(run))
+            for is_added, run in groupby(visible, key=added.__contains__)
         )
-        # The space that `encode` put in front; with `legacy` sentencepiece does so itself.
-        return text.removeprefix(" ") if self._prefix and seen and seen[0] not in named else text
+        # Remove the space that `encode` prepended; with `legacy` sentencepiece does.
+        return text.removeprefix(" ") if self._prefix and visible and visible[0] not in added else text
 
-    def _name(self, i: int) -> str:
+    def _content(self, i: int) -> str:
         return self._tokens[i].content if i in self._tokens else self._model.id_to_piece(i)
 
 
-_NAMED: Final = ("bos_token", "eos_token", "unk_token")
-_NEUTRAL: Final = ("nbest_size", "alpha", "num_threads", "out_type")  # of sp_model_kwargs, without sampling
+_MODEL_ATTRIBUTES: Final = ("bos_token", "eos_token", "unk_token")
+_IGNORED_OPTIONS: Final = ("nbest_size", "alpha", "num_threads", "out_type")  # of sp_model_kwargs
 
 
-def _is_legacy(settings: Settings) -> bool:
+def _is_legacy(settings: TokenizerSettings) -> bool:
     return settings.config.get("legacy") is None or settings.flag("legacy", True)
 
 
 @functools.lru_cache(maxsize=16)
 def _splitter(names: tuple[str, ...]) -> Any:
-    return longest_first(names).split
+    return longest_match(names).split
 
 
-def _check_model_flags(settings: Settings) -> None:
+def _check_model_flags(settings: TokenizerSettings) -> None:
     config = settings.config
     if (name := config.get("tokenizer_class")) in GENERIC_CLASSES:
-        raise DSMoEError(f"tokenizer_config.json: tokenizer_class {name!r} does not read a tokenizer.model")
+        raise DSMoEError(f"tokenizer_config.json: tokenizer_class {name!r} does not support tokenizer.model")
     options = config.get("sp_model_kwargs") or {}
     if not isinstance(options, dict):
         raise DSMoEError(f"tokenizer_config.json: sp_model_kwargs must be an object, got {options!r:.80}")
     for name, value in options.items():
-        if value and name not in _NEUTRAL:
+        if value and name not in _IGNORED_OPTIONS:
             raise DSMoEError(f"tokenizer_config.json: sp_model_kwargs {name} {value!r:.80} is not supported")
     if _is_legacy(settings) and not settings.flag("add_prefix_space", True):
         raise DSMoEError(
-            "tokenizer_config.json: add_prefix_space false needs legacy false; with legacy transformers' two Llama "
-            "tokenizers differ"
+            "tokenizer_config.json: add_prefix_space false needs legacy false: with legacy the slow and fast Llama "
+            "tokenizers of transformers differ"
         )

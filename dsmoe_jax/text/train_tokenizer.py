@@ -1,27 +1,34 @@
-"""A vocabulary of one's own: a byte-level BPE trained on texts. See `train_tokenizer`."""
+"""Train a byte-level BPE tokenizer: `train_tokenizer`."""
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.storage.atomic_dir import new_folder, write_json
+from dsmoe_jax.storage.atomic_dir import atomic_dir, write_json
 
 _BOS: Final = "<｜begin▁of▁sentence｜>"
 _EOS: Final = "<｜end▁of▁sentence｜>"
-_LEAST: Final = 258  # 256 bytes and the two special tokens
+_MIN_VOCAB_SIZE: Final = 258  # 256 bytes, BOS and EOS
 
 
-def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> None:
-    """Write a tokenizer of `vocab_size` tokens to the new `folder`; DeepSeek's special tokens get the ids 0 and 1.
+def train_tokenizer(texts: Iterable[str], output_dir: Path, vocab_size: int) -> None:
+    """Train a byte-level BPE tokenizer and save it.
 
-    There are fewer where the texts hold no more pairs to merge. Raises `ValueError` for a size below that of all bytes,
-    and if `folder` exists.
+    DeepSeek's BOS and EOS tokens get the ids 0 and 1.
+
+    Args:
+        texts: Training texts.
+        output_dir: New directory for tokenizer.json and tokenizer_config.json.
+        vocab_size: Number of tokens; the result is smaller if the texts have too few pairs to merge.
+
+    Raises:
+        DSMoEError: `vocab_size` is below 258, or `output_dir` exists.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    if vocab_size < _LEAST:
-        raise DSMoEError(f"a byte-level vocabulary has {_LEAST} tokens at least, not {vocab_size}")
+    if vocab_size < _MIN_VOCAB_SIZE:
+        raise DSMoEError(f"vocab_size must be at least {_MIN_VOCAB_SIZE} for byte-level BPE, got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -32,12 +39,13 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> None
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # transformers asks for a class, and adds BOS as this file says.
-    special_tokens = [(_BOS, tokenizer.token_to_id(_BOS))]
+    # For transformers, which adds BOS by the post-processor.
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{_BOS} $A", pair=f"{_BOS} $A {_BOS}:1 $B:1", special_tokens=special_tokens
+        single=f"{_BOS} $A",
+        pair=f"{_BOS} $A {_BOS}:1 $B:1",
+        special_tokens=[(_BOS, tokenizer.token_to_id(_BOS))],
     )
-    special = {
+    tokenizer_config = {
         "add_bos_token": True,
         "add_eos_token": False,
         "bos_token": _BOS,
@@ -46,6 +54,6 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> None
         "clean_up_tokenization_spaces": False,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    with new_folder(folder) as draft:
+    with atomic_dir(output_dir) as draft:
         tokenizer.save(str(draft.folder / "tokenizer.json"))
-        write_json(draft.folder / "tokenizer_config.json", special)
+        write_json(draft.folder / "tokenizer_config.json", tokenizer_config)

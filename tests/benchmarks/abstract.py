@@ -27,7 +27,7 @@ from dsmoe_jax import lora
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.peft_matching import make_plan
 from dsmoe_jax.model import abstract
-from dsmoe_jax.quantize import kind_of, quantized_form
+from dsmoe_jax.quantize import kind_of, quantized_spec
 from dsmoe_jax.sharding import MeshConfig, make_mesh, sharding
 from dsmoe_jax.train.batch import Batch
 from dsmoe_jax.train.config import RunConfig
@@ -130,7 +130,7 @@ def _frozen(config: ModelConfig, scheme: str | None, mesh: Mesh | None) -> dict[
     for name, spec in abstract(config)[1].items():
         value: Any = jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16)
         if scheme is not None and kind_of(name):
-            value = quantized_form(spec.shape, scheme)
+            value = quantized_spec(spec.shape, scheme)
         found[name] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), value)
     return found
 

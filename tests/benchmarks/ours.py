@@ -134,7 +134,7 @@ def _hit_experts(
         model = merge(graph, params)
         hidden = model.hidden(token[:, None], cache=cache)
         assert hidden.cache is not None
-        token = jnp.argmax(model.logits(hidden.states[:, 0]), axis=-1).astype(jnp.int32)
+        token = jnp.argmax(model.logits(hidden.last_hidden_state[:, 0]), axis=-1).astype(jnp.int32)
         return token, hidden.cache, {layer: routing.ids for layer, routing in hidden.routing.items()}
 
     steps = []
@@ -151,7 +151,7 @@ def _train_actions(model: DeepSeekMoE) -> Actions:
 
     def loss_of(params: dict[str, Array], ids: Array) -> Array:
         model = merge(graph, params)
-        return cross_entropy(model.logits(model.hidden(ids).states), ids)
+        return cross_entropy(model.logits(model.hidden(ids).last_hidden_state), ids)
 
     def step(params: dict[str, Array], state: Any, ids: Array) -> tuple[Array, Any, Any]:
         loss, grads = jax.value_and_grad(loss_of)(params, ids)

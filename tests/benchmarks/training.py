@@ -74,7 +74,7 @@ def _bare(config: ModelConfig, params: dict[str, Any], ids: Any) -> tuple[Callab
 
     def loss(params: Any, ids: Any) -> Any:
         model = merge(graph, params)
-        return cross_entropy(model.logits(model.hidden(ids).states), ids)
+        return cross_entropy(model.logits(model.hidden(ids).last_hidden_state), ids)
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: Any, ids: Any) -> Any:

@@ -128,7 +128,7 @@ def test_a_model_reads_packed_documents_as_if_each_were_alone():
 
     @jax.jit
     def read(params: Any, ids: Any, segments: Any, positions: Any):
-        return merge(graph, params).hidden(ids, segment_ids=segments, position_ids=positions).states
+        return merge(graph, params).hidden(ids, segment_ids=segments, position_ids=positions).last_hidden_state
 
     got = read(params, ids, segments, positions)
     want = read(params, jnp.asarray(alone), None, None)

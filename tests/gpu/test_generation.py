@@ -45,7 +45,7 @@ def decoded(case: str, cache_dtype: Any = jnp.float32) -> np.ndarray:
     def read(params: Any, ids: Any, cache: KVCache):
         model = merge(graph, params)
         hidden = model.hidden(ids, cache=cache)
-        return model.logits(hidden.states[:, -1]), hidden.cache
+        return model.logits(hidden.last_hidden_state[:, -1]), hidden.cache
 
     empty = KVCache.empty(model.config, len(ids), ids.shape[1], cache_dtype)
     logits, cache = read(params, jnp.asarray(ids[:, :first]), empty)

@@ -14,7 +14,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from dsmoe_jax.checkpoint.manifest import HEADER, own_hash
+from dsmoe_jax.checkpoint.manifest import MODEL_MANIFEST, hash_json
 from dsmoe_jax.checkpoint.zarr_io import hash_file
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.param_mapping import hf_names, is_stacked
@@ -140,11 +140,11 @@ def resealed(spoil: Callable[[Path], Any]) -> Callable[[Path], None]:
 
     def spoil_and_seal(folder: Path) -> None:
         spoil(folder)
-        fields = json.loads((folder / HEADER).read_text())
+        fields = json.loads((folder / MODEL_MANIFEST).read_text())
         if (folder / "config.json").is_file():
             fields["files"]["config.json"] = hash_file(folder / "config.json")
         del fields["sha256"]
-        write_json(folder / HEADER, fields | {"sha256": own_hash(fields)})
+        write_json(folder / MODEL_MANIFEST, fields | {"sha256": hash_json(fields)})
 
     return spoil_and_seal
 

@@ -1,7 +1,7 @@
-"""Files that are not what they seem: builders of broken ones, and mutations of whole ones.
+"""Malformed and hostile files.
 
 The first half assembles safetensors headers, pickles, zips and legacy files byte by byte; the second, from `good`
-on, spoils a good checkpoint at random.
+on, mutates a valid checkpoint at random.
 """
 
 import functools
@@ -20,9 +20,23 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import pytest
 
 from dsmoe_jax.config import _FOREIGN, _LIMITS
+from dsmoe_jax.convert.reader import CheckpointReader
 from tests.helpers.hf_folder import INDEX, hf_tensors, random_params, tiny, write_hf
+
+
+def assert_rejected(folder: Path, match: str) -> None:
+    with pytest.raises(ValueError, match=match) as caught:
+        CheckpointReader(folder)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def same_bits(got: np.ndarray, want: np.ndarray) -> bool:
+    return got.dtype == want.dtype and got.shape == want.shape and got.tobytes() == want.tobytes()
+
 
 # safetensors
 

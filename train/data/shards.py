@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from dsmoe_jax.checkpoint.manifest import HashCache, own_hash
+from dsmoe_jax.checkpoint.manifest import HashCache, hash_json
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.storage.strict_json import read_json
@@ -63,7 +63,7 @@ class TokenShards:
         self.tokenizer_hash = manifest["tokenizer_sha256"]
         self.dtype = DTYPES[manifest["dtype"]]
         self._manifest = manifest["splits"][split]
-        self.digest = own_hash({"dtype": manifest["dtype"]} | self._manifest)
+        self.digest = hash_json({"dtype": manifest["dtype"]} | self._manifest)
         names = [shard_files(split, index) for index in range(len(self._manifest["shards"]))]
         self._tokens = [_map(folder / ids, self.dtype) for ids, _ in names]
         self._boundaries = [_map(folder / boundaries, BOUNDARY) for _, boundaries in names]
@@ -159,7 +159,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def check_own_hash(path: Path, fields: dict[str, Any]) -> None:
     """`ValueError` unless the manifest still has the SHA-256 that it gives of itself; older ones give none."""
     said = fields.pop("sha256", None)
-    if said is not None and said != own_hash(fields):
+    if said is not None and said != hash_json(fields):
         raise DSMoEError(f"{path}: damaged: its own SHA-256 is another")
 
 

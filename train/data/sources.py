@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from dsmoe_jax.checkpoint.manifest import HEADER
+from dsmoe_jax.checkpoint.manifest import MODEL_MANIFEST
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.progress import Advance
 from dsmoe_jax.storage.paths import expand_user
@@ -258,7 +258,7 @@ def _kind_of(folder: Path) -> str | None:
     names = os.listdir(folder) if os.access(folder, os.R_OK) else ()
     if RUN in names and ("checkpoints" in names or "metrics.jsonl" in names):
         return "a training run"
-    if HEADER in names:
+    if MODEL_MANIFEST in names:
         return "a native checkpoint"
     if "_CHECKPOINT_METADATA" in names:
         return "a checkpoint of Orbax"

@@ -10,10 +10,10 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from dsmoe_jax.checkpoint.manifest import with_own_hash
+from dsmoe_jax.checkpoint.manifest import add_hash
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.progress import Advance, silent
-from dsmoe_jax.storage.atomic_dir import check_space, new_folder, refuse_existing, write_json
+from dsmoe_jax.storage.atomic_dir import atomic_dir, check_new_path, check_space, write_json
 from dsmoe_jax.text.tokenizer import Tokenizer
 
 from .shards import BOUNDARY, DTYPES, FORMAT, MANIFEST, SPLITS, is_token_shards, shard_files, tokenizer_hash
@@ -80,7 +80,7 @@ def tokenize(
         raise DSMoEError(f"shard_tokens must be at least 1, not {shard_tokens}")
     if shards := next((source for source in sources if is_token_shards(source)), None):
         raise DSMoEError(f"{shards}: holds token shards already, no text")
-    refuse_existing(out)
+    check_new_path(out)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder, split_special_tokens=split_special_tokens or None)
     special = SpecialTokenCount(tokenizer)
     if tokenizer.eos_token_id is None:
@@ -93,7 +93,7 @@ def tokenize(
 
     text_bytes = 0
     try:
-        with new_folder(out) as draft, progress("tokenizing", total) as advance, ExitStack() as stack:
+        with atomic_dir(out) as draft, progress("tokenizing", total) as advance, ExitStack() as stack:
             train, heldout = (Split(draft.folder, split, DTYPES[dtype], shard_tokens) for split in SPLITS)
             stack.callback(train.abandon)
             stack.callback(heldout.abandon)
@@ -114,7 +114,7 @@ def tokenize(
             splits = dict(zip(SPLITS, (train.finish(), heldout.finish()), strict=True))
             manifest = shards_manifest(tokenizer, dtype, val_fraction, sources, splits)
             manifest |= {"text_bytes": text_bytes, "split_special_tokens": tokenizer.split_special_tokens}
-            write_json(draft.folder / MANIFEST, with_own_hash(manifest))
+            write_json(draft.folder / MANIFEST, add_hash(manifest))
     except OSError as error:  # a full disk; what goes wrong with a source is a ValueError
         raise DSMoEError(f"{out} cannot be written: {error.strerror}") from None
     special.log(out, "documents")

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from dsmoe_jax.checkpoint.manifest import own_hash
+from dsmoe_jax.checkpoint.manifest import hash_json
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.storage.strict_json import read_json
@@ -64,7 +64,7 @@ class Examples:
         check_files(folder, {path.name: {"bytes": shards.tokens, "sha256": want}}, verify=verify)
         # No file can be mapped that has no bytes.
         targets = np.asarray(np.memmap(path, np.uint8, mode="r")) if shards.tokens else np.zeros(0, np.uint8)
-        return cls(shards, targets, own_hash({"tokens": shards.digest, "targets": want}))
+        return cls(shards, targets, hash_json({"tokens": shards.digest, "targets": want}))
 
     def __len__(self) -> int:
         """How many examples there are."""

@@ -11,10 +11,10 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from dsmoe_jax.checkpoint.manifest import with_own_hash
+from dsmoe_jax.checkpoint.manifest import add_hash
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.progress import Advance, silent
-from dsmoe_jax.storage.atomic_dir import new_folder, refuse_existing, write_json
+from dsmoe_jax.storage.atomic_dir import atomic_dir, check_new_path, write_json
 from dsmoe_jax.text.tokenizer import Tokenizer
 
 from ..data import formats as files
@@ -98,7 +98,7 @@ def write_examples(
         raise DSMoEError(f"val_fraction must be at least 0 and less than 1, not {val_fraction}")
     if already := next((source for source in sources if is_examples(source)), None):
         raise DSMoEError(f"{already}: holds examples already")
-    refuse_existing(out)
+    check_new_path(out)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder, split_special_tokens=split_special_tokens or None)
     special = SpecialTokenCount(tokenizer)
     if tokenizer.eos_token_id is None:
@@ -119,7 +119,7 @@ def write_examples(
     total = sum(source_bytes(source, exclude) for source in sources)
     count = longer = longest = 0
     try:
-        with new_folder(out) as draft, progress("tokenizing", total) as advance, ExitStack() as stack:
+        with atomic_dir(out) as draft, progress("tokenizing", total) as advance, ExitStack() as stack:
             train, heldout = (_Examples(draft.folder, split, shards.DTYPES[dtype], stack) for split in shards.SPLITS)
             for source in sources:
                 for where, (line, example) in _found(source, exclude, make, most_broken, advance):
@@ -154,8 +154,8 @@ def write_examples(
                 "split_special_tokens": tokenizer.split_special_tokens,
                 "splits": {split: found for split, (_, found) in splits.items()},
             }
-            write_json(draft.folder / shards.MANIFEST, with_own_hash(token_shards))
-            write_json(draft.folder / MANIFEST, with_own_hash(manifest))
+            write_json(draft.folder / shards.MANIFEST, add_hash(token_shards))
+            write_json(draft.folder / MANIFEST, add_hash(manifest))
     except OSError as error:  # a full disk; what goes wrong with a source is a ValueError
         raise DSMoEError(f"{out} cannot be written: {error.strerror}") from None
     special.log(out, "examples")

@@ -15,7 +15,7 @@ from dsmoe_jax.kernels.operand import Operand
 from dsmoe_jax.layers.weights import Initializer
 from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.model import DeepSeekMoE, abstract, split
-from dsmoe_jax.quantize import kind_of, quantized_form
+from dsmoe_jax.quantize import kind_of, quantized_spec
 from dsmoe_jax.train.batch import Batch
 from dsmoe_jax.train.loss import shift_labels
 from dsmoe_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -135,7 +135,7 @@ def noise_params(
                 else (_drawn(spec.initializer, jax.random.key(number), spec.shape, jnp.dtype(dtype).name))
             )
             continue
-        found[name] = timing.noise(quantized_form(spec.shape, own), scale=_SCALE, seed=number)
+        found[name] = timing.noise(quantized_spec(spec.shape, own), scale=_SCALE, seed=number)
     return found
 
 

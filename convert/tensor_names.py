@@ -1,7 +1,4 @@
-"""Tensor names as wrappers leave them (DDP, FSDP, torch.compile, Lightning, PEFT), brought to Hugging Face's own.
-
-Start at `adopt_names`.
-"""
+"""Normalize tensor names changed by wrappers (DDP, FSDP, torch.compile, Lightning, PEFT): `normalize_names`."""
 
 import re
 
@@ -10,42 +7,44 @@ from dsmoe_jax.errors import DSMoEError
 
 from .param_mapping import TIED_HEAD
 from .reader import CheckpointReader
-from .torch_pickle import show
+from .tensor_info import quote
 
 _EMBEDDING = "embed_tokens.weight"
 _VALUE_HEAD = "v_head."
-# What wrappers of single modules put between the parts of a name.
+# Name parts that wrappers of submodules insert.
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
-def adopt_names(reader: CheckpointReader, config: ModelConfig) -> None:
-    """Rename the reader's tensors to Hugging Face's names, and drop what says nothing.
+def normalize_names(reader: CheckpointReader, config: ModelConfig) -> None:
+    """Rename the reader's tensors to Hugging Face's names and drop tensors without content.
 
-    A prefix is dropped where all tensors have it, and so is the value head of TRL. Tensors without `model.` (of the
-    model without its head) get it, a tied head is an embedding, and the empty shared experts of `n_shared_experts` 0
-    are dropped. `reader.ignored` says what was changed.
+    Drops a common prefix, TRL's value head and the empty shared experts of `n_shared_experts` 0. Adds `model.` to the
+    names of a model without its head, and maps a lone tied head to the embedding. Changes are listed in
+    `reader.ignored`.
 
     Raises:
-        ValueError: the folder holds LoRA factors, some tensors alone have the prefix, or two get the same name.
+        DSMoEError: The folder holds LoRA tensors, the prefix is not common, or two tensors get the same name.
     """
     if lora := next((name for name in reader.tensors if ".lora_" in name), None):
         raise DSMoEError(
-            f"{reader.folder}: tensor {show(lora)} belongs to a LoRA adapter that is not merged; "
-            "merge it first, or load base and adapter from folders of their own"
+            f"{reader.folder}: tensor {quote(lora)} belongs to an unmerged LoRA adapter; "
+            "merge it first, or load base and adapter from separate folders"
         )
     if heads := [name for name in reader.tensors if name.startswith(_VALUE_HEAD)]:
         reader.ignored += heads
         reader.tensors = {name: info for name, info in reader.tensors.items() if name not in heads}
     renamed = {name: _WRAPPERS.sub("", name) for name in reader.tensors}
-    if inside := next((name for name, plain in renamed.items() if name != plain), None):
-        reader.ignored.append(f"wrappers in names such as {show(inside)}")
+    if wrapped := next((name for name, plain in renamed.items() if name != plain), None):
+        reader.ignored.append(f"wrappers in names such as {quote(wrapped)}")
     prefix = _prefix(list(renamed.values()))
     if prefix:
         for name, plain in renamed.items():
             if not plain.startswith(prefix):
-                raise DSMoEError(f"{reader.folder}: tensor {show(name)} lacks the prefix {show(prefix)} of the others")
+                raise DSMoEError(
+                    f"{reader.folder}: tensor {quote(name)} lacks the prefix {quote(prefix)} of the others"
+                )
         renamed = {name: plain.removeprefix(prefix) for name, plain in renamed.items()}
-        reader.ignored.append(f"the prefix {show(prefix)} of all tensors")
+        reader.ignored.append(f"the prefix {quote(prefix)} of all tensors")
     if _EMBEDDING in renamed.values():
         renamed = {name: plain if plain == TIED_HEAD else f"model.{plain}" for name, plain in renamed.items()}
     if config.tie_word_embeddings and f"model.{_EMBEDDING}" not in renamed.values():
@@ -53,7 +52,8 @@ def adopt_names(reader: CheckpointReader, config: ModelConfig) -> None:
     original: dict[str, str] = {}
     for name, plain in renamed.items():
         if plain in original:
-            raise DSMoEError(f"{reader.folder}: tensors {show(original[plain])} and {show(name)} mean the same")
+            both = f"{quote(original[plain])} and {quote(name)}"
+            raise DSMoEError(f"{reader.folder}: tensors {both} have the same normalized name")
         original[plain] = name
     reader.tensors = {renamed[name]: info for name, info in reader.tensors.items()}
     if config.n_shared_experts is None:
@@ -64,7 +64,7 @@ def adopt_names(reader: CheckpointReader, config: ModelConfig) -> None:
 
 
 def _prefix(names: list[str]) -> str:
-    """What stands before Hugging Face's name of the embedding, or of the final norm."""
+    """Return what precedes the name of the embedding or the final norm."""
     for end in (_EMBEDDING, "norm.weight"):
         for name in (name for name in names if name.endswith(end)):
             match = re.fullmatch(rf"(.*?)(?:model\.)?{re.escape(end)}", name)
