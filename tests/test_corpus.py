@@ -11,7 +11,7 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.text.train_tokenizer import train_tokenizer
 from dsmoe_jax.train.config import DataConfig, RunConfig
 from dsmoe_jax.train.corpus import prepare
-from dsmoe_jax.train.data import is_held_out
+from dsmoe_jax.train.data import is_validation
 from dsmoe_jax.train.sft import write_examples
 from tests.helpers.corpus import write_texts
 from tests.helpers.hf_folder import snapshot, tiny
@@ -33,7 +33,7 @@ def prepared(out: Path, model: ModelConfig, *sources: Path) -> dict[str, Any]:
 def test_a_vocabulary_is_trained_on_nothing_that_is_held_out(tmp_path: Path):
     rng = random.Random(0)
     texts = [" ".join("".join(rng.choices("abcd", k=5)) for _ in range(40)) for _ in range(40)]
-    seen = [text for text in texts if not is_held_out(text.encode(), HOLDOUT)]
+    seen = [text for text in texts if not is_validation(text.encode(), HOLDOUT)]
     assert 5 < len(seen) < len(texts) - 5
     first = write_texts(tmp_path / "first.jsonl", texts[:25])
     second = write_texts(tmp_path / "second.jsonl", texts[25:])

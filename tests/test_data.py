@@ -15,7 +15,7 @@ import pytest
 
 from dsmoe_jax.text.tokenizer import Tokenizer
 from dsmoe_jax.train.batch import Batch
-from dsmoe_jax.train.data import Mixture, Stream, TokenShards, evaluation_batches, loader, tokenize
+from dsmoe_jax.train.data import Mixture, Stream, TokenShards, loader, tokenize, validation_batches
 from tests.helpers.corpus import byte_tokenizer, hand_made_shards, write_texts
 
 B, T = 8, 16
@@ -117,7 +117,7 @@ def test_a_batch_is_four_arrays_of_int32(datasets: list[TokenShards]):
 
 @pytest.mark.parametrize(
     "other",
-    [{"seed": 8}, {"weights": [1.0, 1.0]}, {"sequence_length": 17}, {"batch_size": 4}, {"mode": "contiguous"}],
+    [{"seed": 8}, {"weights": [1.0, 1.0]}, {"sequence_length": 17}, {"batch_size": 4}, {"packing": "causal"}],
     ids=lambda options: next(iter(options)),
 )
 def test_another_seed_or_shape_is_another_stream_and_its_identity_says_so(
@@ -220,14 +220,14 @@ def test_the_stream_mixes_by_the_weights(datasets: list[TokenShards]):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-@pytest.mark.parametrize("mode", ["documents", "contiguous"])
+@pytest.mark.parametrize("mode", ["block_causal", "causal"])
 def test_evaluation_reads_every_token_once_in_the_order_of_its_dataset_on_any_number_of_processes(
     datasets: list[TokenShards], mode: str, processes: int
 ):
     parts = [
         read(
-            evaluation_batches(
-                datasets, sequence_length=T, batch_size=B, mode=mode, process_index=h, process_count=processes
+            validation_batches(
+                datasets, sequence_length=T, batch_size=B, packing=mode, process_index=h, process_count=processes
             ),
             1000,
         )
@@ -242,12 +242,12 @@ def test_evaluation_reads_every_token_once_in_the_order_of_its_dataset_on_any_nu
     assert (len(ids) % B, {field.shape for field in (ids, labels, segments, positions)}) == (0, {(len(ids), T)})
     assert (labels[~real] == -100).all()
     # Without a label: the end of each document, or of each dataset.
-    assert (labels[real] == -100).sum() == {"documents": 205, "contiguous": 2}[mode]
+    assert (labels[real] == -100).sum() == {"block_causal": 205, "causal": 2}[mode]
     assert positions.max() < T
 
 
 def test_the_first_batches_of_an_evaluation_hold_as_much_of_every_dataset_as_it_has(datasets: list[TokenShards]):
-    batches = evaluation_batches(datasets, sequence_length=T, batch_size=B)
+    batches = validation_batches(datasets, sequence_length=T, batch_size=B)
     rows = [-(-shards.tokens // T) for shards in datasets]
     assert rows[0] > rows[1] > B
 
@@ -257,10 +257,10 @@ def test_the_first_batches_of_an_evaluation_hold_as_much_of_every_dataset_as_it_
 
 
 def test_nothing_held_out_is_no_batch(datasets: list[TokenShards]):
-    empty = TokenShards.open(datasets[0].folder, "heldout")
+    empty = TokenShards.open(datasets[0].folder, "validation")
 
-    assert list(evaluation_batches([empty], sequence_length=T, batch_size=B)) == []
-    assert list(evaluation_batches([], sequence_length=T, batch_size=B)) == []
+    assert list(validation_batches([empty], sequence_length=T, batch_size=B)) == []
+    assert list(validation_batches([], sequence_length=T, batch_size=B)) == []
 
 
 def test_what_is_held_out_is_never_seen_in_training(tmp_path: Path):
@@ -268,7 +268,7 @@ def test_what_is_held_out_is_never_seen_in_training(tmp_path: Path):
     folder = byte_tokenizer(tmp_path / "tokenizer")
     tokenizer = Tokenizer.from_pretrained(folder)
     tokenize(write_texts(tmp_path / "a.jsonl", texts), folder, tmp_path / "out", val_fraction=0.2)
-    train, heldout = (TokenShards.open(tmp_path / "out", split) for split in ("train", "heldout"))
+    train, validation = (TokenShards.open(tmp_path / "out", split) for split in ("train", "validation"))
     stream = stream_of([train], weights=[], sequence_length=64)
 
     def seen(batches: Any) -> set[str]:
@@ -280,10 +280,10 @@ def test_what_is_held_out_is_never_seen_in_training(tmp_path: Path):
         return found & set(texts)
 
     trained = seen(stream.batch(step) for step in range(60))
-    evaluated = seen(evaluation_batches([heldout], sequence_length=64, batch_size=4))
+    evaluated = seen(validation_batches([validation], sequence_length=64, batch_size=4))
 
     assert len(trained) == len(train)
-    assert len(evaluated) > len(heldout) / 2
+    assert len(evaluated) > len(validation) / 2
     assert not trained & evaluated
 
 
@@ -292,32 +292,35 @@ def test_what_is_held_out_is_never_seen_in_training(tmp_path: Path):
 
 BAD: dict[str, tuple[Callable[[list[TokenShards]], Any], str]] = {
     "no datasets": (lambda d: stream_of([], weights=[]), "no datasets to train on"),
-    "weights": (lambda d: stream_of(d, weights=[1.0]), "1 weights for 2 datasets"),
+    "weights": (lambda d: stream_of(d, weights=[1.0]), "got 1 weights for 2 datasets"),
     "no weight": (lambda d: stream_of(d, weights=[1.0, 0.0]), "weights must be positive and finite, got 0.0"),
     "a weight of nothing": (lambda d: stream_of(d, weights=[1.0, float("nan")]), "positive and finite, got nan"),
     "a tiny weight": (lambda d: stream_of(d, weights=[1.0, 1e-9]), "weight 1e-09 is less than one sample in 1048576"),
-    "batch size": (lambda d: stream_of(d, batch_size=0), "batch_size must be at least 1, not 0"),
-    "sequence length": (lambda d: stream_of(d, sequence_length=0), "sequence_length must be at least 1, not 0"),
-    "mode": (lambda d: stream_of(d, mode="padded"), "mode 'padded' is not one of documents, contiguous"),
-    "seed": (lambda d: stream_of(d, seed=-1), "seed must be at least 0, not -1"),
+    "batch size": (lambda d: stream_of(d, batch_size=0), "batch_size must be at least 1, got 0"),
+    "sequence length": (lambda d: stream_of(d, sequence_length=0), "sequence_length must be at least 1, got 0"),
+    "mode": (lambda d: stream_of(d, packing="padded"), "packing must be one of block_causal, causal, got 'padded'"),
+    "seed": (lambda d: stream_of(d, seed=-1), "seed must be at least 0, got -1"),
     "no documents": (
-        lambda d: stream_of([TokenShards.open(d[0].folder, "heldout")], weights=[]),
+        lambda d: stream_of([TokenShards.open(d[0].folder, "validation")], weights=[]),
         "first: no documents to train on",
     ),
     "processes": (
         lambda d: loader(stream_of(d), process_count=3),
-        "batch_size 8 does not divide over 3 processes",
+        "batch_size must be divisible by 3 processes, got 8",
     ),
-    "process": (lambda d: loader(stream_of(d), process_index=2, process_count=2), "process 2 of 2"),
-    "start": (lambda d: loader(stream_of(d), start_step=-1), "start_step must be at least 0, not -1"),
-    "prefetch": (lambda d: loader(stream_of(d), prefetch=-1), "prefetch must be at least 0, not -1"),
+    "process": (
+        lambda d: loader(stream_of(d), process_index=2, process_count=2),
+        r"process_index must be in \[0, 2\), got 2",
+    ),
+    "start": (lambda d: loader(stream_of(d), start_step=-1), "start_step must be at least 0, got -1"),
+    "prefetch": (lambda d: loader(stream_of(d), prefetch=-1), "prefetch must be at least 0, got -1"),
     "evaluation of nothing": (
-        lambda d: evaluation_batches(d, sequence_length=T, batch_size=0),
-        "batch_size must be at least 1, not 0",
+        lambda d: validation_batches(d, sequence_length=T, batch_size=0),
+        "batch_size must be at least 1, got 0",
     ),
     "evaluation": (
-        lambda d: evaluation_batches(d, sequence_length=T, batch_size=B, process_count=3),
-        "batch_size 8 does not divide over 3 processes",
+        lambda d: validation_batches(d, sequence_length=T, batch_size=B, process_count=3),
+        "batch_size must be divisible by 3 processes, got 8",
     ),
 }
 
@@ -337,5 +340,5 @@ def test_datasets_of_different_tokenizers_are_not_mixed(tmp_path: Path):
     for tokenizer in (one, other):
         tokenize(text, tokenizer, tmp_path / f"{tokenizer.name}.out", val_fraction=0.0)
 
-    with pytest.raises(ValueError, match=r"other.out: made with another tokenizer"):
+    with pytest.raises(ValueError, match=r"other.out: written with another tokenizer"):
         stream_of([TokenShards.open(tmp_path / f"{name}.out") for name in ("one", "other")])

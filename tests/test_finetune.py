@@ -189,7 +189,7 @@ def test_a_full_run_leaves_a_checkpoint_that_generates(home: Path, tmp_path: Pat
 
 def test_epochs_decide_how_many_steps_there_are(home: Path, tmp_path: Path):
     data = config(home, tmp_path).data
-    alone = dataclasses.replace(data, packing="alone", batch_size=16)
+    alone = dataclasses.replace(data, packing="none", batch_size=16)
 
     result = run(config(home, tmp_path / "out", steps=0, epochs=1.5, data=alone))
 
@@ -319,15 +319,15 @@ def test_packed_examples_have_the_losses_they_have_alone(home: Path, tmp_path: P
     model = dsmoe_jax.load(home / "base")
 
     def total(mode: str) -> tuple[float, int]:
-        packing = ExamplePacking(examples, sequence_length=64, seed=0, mode=mode)
-        batch = Batch(*map(jnp.asarray, np.stack([packing.row(n) for n in packing.rows_of(0)], axis=1)))
+        packing = ExamplePacking(examples, sequence_length=64, seed=0, packing=mode)
+        batch = Batch(*map(jnp.asarray, np.stack([packing.sequence(n) for n in packing.sequences_of(0)], axis=1)))
         hidden = model.hidden(batch.token_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids)
         head = split(model)[1]["head.weight"]
         return float(chunked_cross_entropy(hidden.last_hidden_state, head, batch.labels).cross_entropy), len(
             batch.labels
         )
 
-    (packed, rows), (alone, examples_alone) = total("packed"), total("alone")
+    (packed, rows), (alone, examples_alone) = total("best_fit"), total("none")
 
     assert rows < examples_alone / 2
     assert packed == pytest.approx(alone, rel=PACKED)
@@ -335,7 +335,7 @@ def test_packed_examples_have_the_losses_they_have_alone(home: Path, tmp_path: P
 
 def test_masked_tokens_give_no_gradient(home: Path, tmp_path: Path):
     write_examples(home / "examples.jsonl", home / "base", tmp_path / "examples", sequence_length=64)
-    row = ExamplePacking(Examples.open(tmp_path / "examples"), sequence_length=64, seed=0).row(0)
+    row = ExamplePacking(Examples.open(tmp_path / "examples"), sequence_length=64, seed=0).sequence(0)
     labels = jnp.asarray(row[1][None])
     states = jax.random.normal(jax.random.key(0), (1, 64, 32))
     head = jax.random.normal(jax.random.key(1), (VOCABULARY, 32))

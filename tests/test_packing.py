@@ -1,4 +1,4 @@
-"""Packing: which token stands in which row, against a line of tokens written out in full.
+"""DocumentPacking: which token stands in which row, against a line of tokens written out in full.
 
 Start at `test_a_row_by_eye`. The shards here give every token an id of its own, so that none can be mistaken.
 """
@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsmoe_jax.train.data import Packing, TokenShards
-from dsmoe_jax.train.data.packing import lay_out
+from dsmoe_jax.train.data import DocumentPacking, TokenShards
+from dsmoe_jax.train.data.packing import pack
 from dsmoe_jax.train.data.shuffle import shuffled
 from tests.helpers.corpus import hand_made_shards
 
@@ -31,7 +31,7 @@ CORPORA: dict[str, tuple[list[int], int]] = {  # lengths of documents, tokens of
     "documents of one token": ([1] * 30, 7),
 }
 corpora = pytest.mark.parametrize(("lengths", "T"), CORPORA.values(), ids=CORPORA)
-modes = pytest.mark.parametrize("mode", ["documents", "contiguous"])
+modes = pytest.mark.parametrize("mode", ["block_causal", "causal"])
 
 
 def twin(shards: TokenShards, T: int, mode: str, epochs: int, seed: int) -> list[list[list[int]]]:
@@ -45,30 +45,30 @@ def twin(shards: TokenShards, T: int, mode: str, epochs: int, seed: int) -> list
         ids, labels, segments, positions = [], [], [], []
         for at in range(start, start + T):
             document, token = line[at]
-            begins = at == start or (mode == "documents" and document != line[at - 1][0])
+            begins = at == start or (mode == "block_causal" and document != line[at - 1][0])
             ids.append(token)
             segments.append(1 if at == start else segments[-1] + begins)
             positions.append(0 if begins else positions[-1] + 1)
-            ends = mode == "documents" and line[at + 1][0] != document
+            ends = mode == "block_causal" and line[at + 1][0] != document
             labels.append(-100 if ends else line[at + 1][1])
         rows.append([ids, labels, segments, positions])
     return rows
 
 
-def rows_of(packing: Packing, numbers: Any) -> list[list[list[int]]]:
-    return [packing.row(n).tolist() for n in numbers]
+def sequences_of(packing: DocumentPacking, numbers: Any) -> list[list[list[int]]]:
+    return [packing.sequence(n).tolist() for n in numbers]
 
 
 def test_a_row_by_eye():
     pieces = [np.array([7, 8, 9]), np.array([5]), np.array([1, 2, 3, 4])]
 
-    assert lay_out(pieces, 6, "documents").tolist() == [
+    assert pack(pieces, 6, "block_causal").tolist() == [
         [7, 8, 9, 5, 1, 2],
         [8, 9, -100, -100, 2, 3],
         [1, 1, 1, 2, 3, 3],
         [0, 1, 2, 0, 0, 1],
     ]
-    assert lay_out(pieces, 6, "contiguous").tolist() == [
+    assert pack(pieces, 6, "causal").tolist() == [
         [7, 8, 9, 5, 1, 2],
         [8, 9, 5, 1, 2, 3],
         [1, 1, 1, 1, 1, 1],
@@ -78,13 +78,13 @@ def test_a_row_by_eye():
 
 @modes
 def test_what_is_missing_in_a_row_is_padding(mode: str):
-    assert lay_out([np.array([7, 8])], 4, mode).tolist() == [
+    assert pack([np.array([7, 8])], 4, mode).tolist() == [
         [7, 8, 0, 0],
         [8, -100, -100, -100],
         [1, 1, 0, 0],
         [0, 1, 0, 0],
     ]
-    assert lay_out([], 2, mode).tolist() == [[0, 0], [-100, -100], [0, 0], [0, 0]]
+    assert pack([], 2, mode).tolist() == [[0, 0], [-100, -100], [0, 0], [0, 0]]
 
 
 @modes
@@ -93,12 +93,12 @@ def test_the_rows_of_each_epoch_are_those_of_the_written_out_line(
     tmp_path: Path, lengths: list[int], T: int, mode: str
 ):
     shards = hand_made_shards(tmp_path / "s", lengths, shards=min(3, len(lengths)))
-    packing = Packing(shards, sequence_length=T, seed=3, mode=mode)
+    packing = DocumentPacking(shards, sequence_length=T, seed=3, packing=mode)
     want = twin(shards, T, mode, epochs=15, seed=3)
 
     for epoch in range(4):
-        numbers = packing.rows_of(epoch)
-        got = rows_of(packing, numbers)
+        numbers = packing.sequences_of(epoch)
+        got = sequences_of(packing, numbers)
 
         assert sorted(got) == sorted(want[numbers.start : numbers.stop])
         assert got[-1:] == want[numbers.start : numbers.stop][-1:]  # the last row stays last
@@ -108,14 +108,14 @@ def test_the_rows_of_each_epoch_are_those_of_the_written_out_line(
 @corpora
 def test_every_token_of_every_epoch_is_read_exactly_once(tmp_path: Path, lengths: list[int], T: int, mode: str):
     shards = hand_made_shards(tmp_path / "s", lengths)
-    packing = Packing(shards, sequence_length=T, seed=0, mode=mode)
+    packing = DocumentPacking(shards, sequence_length=T, seed=0, packing=mode)
 
-    rows = np.stack([packing.row(n) for n in range(shards.tokens)])  # T epochs are that many whole rows
+    rows = np.stack([packing.sequence(n) for n in range(shards.tokens)])  # T epochs are that many whole rows
 
     firsts = set((np.cumsum(lengths) - lengths + 1).tolist())
     labels = Counter(rows[:, 1].ravel().tolist())
     assert Counter(rows[:, 0].ravel().tolist()) == {token: T for token in range(1, shards.tokens + 1)}
-    if mode == "documents":
+    if mode == "block_causal":
         ignored = labels.pop(-100, 0)
         assert labels == {token: T for token in range(1, shards.tokens + 1) if token not in firsts}
         assert ignored == T * len(lengths)
@@ -127,9 +127,9 @@ def test_every_token_of_every_epoch_is_read_exactly_once(tmp_path: Path, lengths
 
 @corpora
 def test_epochs_share_the_rows_among_them_without_a_seam(tmp_path: Path, lengths: list[int], T: int):
-    packing = Packing(hand_made_shards(tmp_path / "s", lengths), sequence_length=T, seed=0)
+    packing = DocumentPacking(hand_made_shards(tmp_path / "s", lengths), sequence_length=T, seed=0)
 
-    numbers = [n for epoch in range(20) for n in packing.rows_of(epoch)]
+    numbers = [n for epoch in range(20) for n in packing.sequences_of(epoch)]
 
     assert numbers == list(range(len(numbers)))
     assert sum(lengths) * 20 <= len(numbers) * T < sum(lengths) * 20 + T
@@ -137,9 +137,9 @@ def test_epochs_share_the_rows_among_them_without_a_seam(tmp_path: Path, lengths
 
 @modes
 def test_a_document_longer_than_a_row_goes_on_in_another(tmp_path: Path, mode: str):
-    packing = Packing(hand_made_shards(tmp_path / "s", [20]), sequence_length=8, seed=0, mode=mode)
+    packing = DocumentPacking(hand_made_shards(tmp_path / "s", [20]), sequence_length=8, seed=0, packing=mode)
 
-    first, second = sorted(rows_of(packing, range(2)))
+    first, second = sorted(sequences_of(packing, range(2)))
 
     assert first == [list(range(1, 9)), list(range(2, 10)), [1] * 8, list(range(8))]
     assert second == [list(range(9, 17)), list(range(10, 18)), [1] * 8, list(range(8))]
@@ -147,11 +147,11 @@ def test_a_document_longer_than_a_row_goes_on_in_another(tmp_path: Path, mode: s
 
 @modes
 def test_a_document_that_follows_itself_in_the_next_epoch_is_another_segment(tmp_path: Path, mode: str):
-    packing = Packing(hand_made_shards(tmp_path / "s", [3]), sequence_length=7, seed=0, mode=mode)
+    packing = DocumentPacking(hand_made_shards(tmp_path / "s", [3]), sequence_length=7, seed=0, packing=mode)
 
-    labels, segments, positions = packing.row(0)[1:].tolist()
+    labels, segments, positions = packing.sequence(0)[1:].tolist()
 
-    apart = mode == "documents"
+    apart = mode == "block_causal"
     assert segments == ([1, 1, 1, 2, 2, 2, 3] if apart else [1] * 7)
     assert positions == ([0, 1, 2, 0, 1, 2, 0] if apart else list(range(7)))
     assert labels == ([2, 3, -100, 2, 3, -100, 2] if apart else [2, 3, 1, 2, 3, 1, 2])
@@ -159,15 +159,15 @@ def test_a_document_that_follows_itself_in_the_next_epoch_is_another_segment(tmp
 
 def test_a_row_does_not_depend_on_what_was_asked_before_nor_on_threads(tmp_path: Path):
     shards = hand_made_shards(tmp_path / "s", CORPORA["several documents a row"][0])
-    make = functools.partial(Packing, shards, sequence_length=4, seed=5)
+    make = functools.partial(DocumentPacking, shards, sequence_length=4, seed=5)
     numbers = [*range(100)]
-    want = rows_of(make(), numbers)
+    want = sequences_of(make(), numbers)
 
-    backwards = rows_of(make(), numbers[::-1])[::-1]
-    alone = [make().row(n).tolist() for n in numbers]
+    backwards = sequences_of(make(), numbers[::-1])[::-1]
+    alone = [make().sequence(n).tolist() for n in numbers]
     shared = make()
     with ThreadPoolExecutor(4) as pool:
-        threads = list(pool.map(lambda n: shared.row(n).tolist(), numbers))
+        threads = list(pool.map(lambda n: shared.sequence(n).tolist(), numbers))
 
     assert want == backwards == alone == threads
 
@@ -175,16 +175,16 @@ def test_a_row_does_not_depend_on_what_was_asked_before_nor_on_threads(tmp_path:
 def test_seeds_datasets_and_epochs_have_orders_of_their_own(tmp_path: Path):
     shards = hand_made_shards(tmp_path / "s", [4] * 50)
     keys = itertools.product((0, 1), (0, 1))
-    packings = [Packing(shards, sequence_length=8, seed=seed, dataset=dataset) for seed, dataset in keys]
+    packings = [DocumentPacking(shards, sequence_length=8, seed=seed, dataset=dataset) for seed, dataset in keys]
 
-    orders = [rows_of(packing, packing.rows_of(epoch)) for packing in packings for epoch in (0, 1)]
+    orders = [sequences_of(packing, packing.sequences_of(epoch)) for packing in packings for epoch in (0, 1)]
 
     assert len({str(order) for order in orders}) == 8
 
 
 def test_rows_are_shuffled_once_more(tmp_path: Path):
     shards = hand_made_shards(tmp_path / "s", [1000])
-    rows = rows_of(Packing(shards, sequence_length=10, seed=0), range(100))
+    rows = sequences_of(DocumentPacking(shards, sequence_length=10, seed=0), range(100))
 
     firsts = [ids[0] for ids, *_ in rows]
 
@@ -216,11 +216,11 @@ def test_every_place_is_as_likely_in_a_shuffle():
 
 def test_the_index_of_a_million_documents_takes_a_second_and_a_few_words_each(tmp_path: Path):
     shards = hand_made_shards(tmp_path / "s", [1, 2, 3, 2] * 250_000)
-    packing = Packing(shards, sequence_length=256, seed=0)
+    packing = DocumentPacking(shards, sequence_length=256, seed=0)
     tracemalloc.start()
     started = time.perf_counter()
 
-    packing.row(5)
+    packing.sequence(5)
 
     seconds, (held, peak) = time.perf_counter() - started, tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -232,11 +232,11 @@ def test_the_index_of_a_million_documents_takes_a_second_and_a_few_words_each(tm
 def test_rows_that_cannot_be_are_refused(tmp_path: Path):
     shards = hand_made_shards(tmp_path / "s", [3, 4])
 
-    with pytest.raises(ValueError, match="sequence_length must be at least 1, not 0"):
-        Packing(shards, sequence_length=0, seed=0)
-    with pytest.raises(ValueError, match="mode 'padded' is not one of documents, contiguous"):
-        Packing(shards, sequence_length=4, seed=0, mode="padded")
-    with pytest.raises(ValueError, match="seed must be at least 0, not -1"):
-        Packing(shards, sequence_length=4, seed=-1).row(0)
+    with pytest.raises(ValueError, match="sequence_length must be at least 1, got 0"):
+        DocumentPacking(shards, sequence_length=0, seed=0)
+    with pytest.raises(ValueError, match="packing must be one of block_causal, causal, got 'padded'"):
+        DocumentPacking(shards, sequence_length=4, seed=0, packing="padded")
+    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+        DocumentPacking(shards, sequence_length=4, seed=-1).sequence(0)
     with pytest.raises(ValueError, match="s: no documents to train on"):
-        Packing(TokenShards.open(tmp_path / "s", "heldout"), sequence_length=4, seed=0)
+        DocumentPacking(TokenShards.open(tmp_path / "s", "validation"), sequence_length=4, seed=0)

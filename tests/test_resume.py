@@ -182,9 +182,9 @@ def facts(settings: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
         "sequence_length": 8,
         "batch_size": 2,
         "seed": 0,
-        "mode": "documents",
+        "packing": "block_causal",
     }
-    inputs = {"files": {"a": "0"}, "options": {}, "heldout": []}
+    inputs = {"files": {"a": "0"}, "options": {}, "validation": []}
     config = identity(RunConfig(output_dir="run", **settings), dataclasses.replace(MODEL, **fields))
     return {"config": config, "stream": stream, "inputs": inputs}
 

@@ -461,17 +461,20 @@ def test_small_moments_take_less_memory_and_learn(moments: Any):
     ("make", "named"),
     [
         (
-            lambda: OptimizerConfig(**{"schedule": "linear"}),
+            lambda: OptimizerConfig(schedule="linear"),  # pyright: ignore[reportArgumentType]
             "optimizer.schedule must be one of paper, cosine, constant, got 'linear'",
         ),
         (lambda: OptimizerConfig(max_grad_norm=0.0), "optimizer.max_grad_norm must be positive or None, got 0.0"),
-        (lambda: StepConfig(**{"remat": "all"}), "step.remat must be one of none, dots, full, got 'all'"),
+        (
+            lambda: StepConfig(remat="all"),  # pyright: ignore[reportArgumentType]
+            "step.remat must be one of none, dots, full, got 'all'",
+        ),
         (
             lambda: StepConfig(gradient_accumulation_steps=0),
             "step.gradient_accumulation_steps must be at least 1, got 0",
         ),
     ],
 )
-def test_a_value_that_means_nothing_is_refused(make: Any, named: str):
+def test_invalid_values_are_refused(make: Any, named: str):
     with pytest.raises(ValueError, match=named):
         make()

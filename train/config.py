@@ -34,8 +34,8 @@ class DataConfig:
     batch_size: int = 8
     """Global batch size in sequences, over all devices and gradient-accumulation steps."""
 
-    packing: Literal["documents", "contiguous"] = "documents"
-    """`documents`: attention is block-diagonal, positions restart per document; `contiguous`: one causal stream."""
+    packing: Literal["block_causal", "causal"] = "block_causal"
+    """Attention of packed documents: within each (`block_causal`, by segment IDs) or across them (`causal`)."""
 
     val_fraction: float = 0.01
     """Fraction of the documents held out for validation, chosen by hash."""

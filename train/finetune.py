@@ -41,11 +41,11 @@ from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 from .checks import check_choices, check_minimum
 from .config import RunConfig
 from .corpus import Corpus
-from .data import Stream, tokenizer_hash
+from .data import Stream, tokenizer_hash, validation_batches
 from .inputs import RECORD, Source, file_hashes
 from .job import MODEL, Job, model_writer, resume_metadata, with_token_ids
 from .optimizer import OptimizerConfig
-from .sft import ExamplePacking, Examples, endings_of, example_batches, show, template_hash, write_examples
+from .sft import ExamplePacking, Examples, infer_stop_config, show, template_hash, write_examples
 from .step import Trainable
 
 ADAPTER: Final = "adapter"  # in the output directory
@@ -67,8 +67,8 @@ class ExamplesConfig:
     """Chat template: `chat` (the tokenizer's), `deepseek-instruct` (outputs end with the text <|EOT|>, which becomes a
     stop string of the result's generation config), or a Jinja file."""
 
-    targets: Literal["all", "last"] = "all"
-    """Assistant turns that are trained on."""
+    train_on: Literal["all", "last"] = "all"
+    """Assistant turns in the loss: all of them or the last."""
 
     tokenizer: str | None = None
     """Tokenizer folder. Default: the model's."""
@@ -76,14 +76,14 @@ class ExamplesConfig:
     sequence_length: int = 1024
     """Tokens per sequence."""
 
-    too_long: Literal["truncate", "drop", "refuse"] = "truncate"
-    """What to do with examples longer than `sequence_length`; `refuse` is an error."""
+    excess_length_strategy: Literal["truncate", "drop", "raise"] = "truncate"
+    """What to do with examples longer than `sequence_length`."""
 
     batch_size: int = 64
     """Global batch size in sequences, over all devices and gradient-accumulation steps."""
 
-    packing: Literal["packed", "alone"] = "packed"
-    """`packed`: several whole examples per sequence, block-diagonal attention; `alone`: one example per sequence."""
+    packing: Literal["best_fit", "none"] = "best_fit"
+    """`best_fit`: several whole examples per sequence, attention within each; `none`: one example per sequence."""
 
     val_fraction: float = 0.02
     """Fraction of the examples held out for validation, chosen by hash."""
@@ -167,7 +167,7 @@ def finetuning(config: FinetuneConfig, output_dir: Path) -> Job:
     assert corpus.tokenizer is not None
     tokenizer = Tokenizer.from_pretrained(corpus.tokenizer)
     # Stop tokens and strings that the template adds to the base's.
-    endings = endings_of(config.data.template, tokenizer, eos_token_ids(with_eos))
+    endings = infer_stop_config(config.data.template, tokenizer, eos_token_ids(with_eos))
     if config.lora is None:
         ids = {name: getattr(model, name) for name in ("bos_token_id", "pad_token_id")} | with_eos
         known = {name: value for name, value in ids.items() if value is not None}
@@ -230,12 +230,14 @@ def finetuning(config: FinetuneConfig, output_dir: Path) -> Job:
 def examples(config: FinetuneConfig, model: ModelConfig, output_dir: Path) -> tuple[Corpus, int]:
     """Return the run's corpus of examples and its number of steps."""
     data = config.data
-    tokenizer, train, heldout, inputs = open_examples(config, model, output_dir)
-    shape: dict[str, Any] = {"sequence_length": data.sequence_length, "mode": data.packing}
-    stream = Stream([train], batch_size=data.batch_size, seed=config.seed, packing=ExamplePacking, **shape)
-    held_out = functools.partial(example_batches, [heldout], batch_size=data.batch_size, **shape)
-    inputs = {**inputs, "heldout": [heldout.digest]}
-    corpus = Corpus(stream, held_out, tokenizer, data.prefetch, config.eval_batches, inputs)
+    tokenizer, train, validation, inputs = open_examples(config, model, output_dir)
+    shape: dict[str, Any] = {"sequence_length": data.sequence_length, "packing": data.packing}
+    stream = Stream([train], batch_size=data.batch_size, seed=config.seed, packer=ExamplePacking, **shape)
+    batches = functools.partial(
+        validation_batches, [validation], batch_size=data.batch_size, packer=ExamplePacking, **shape
+    )
+    inputs = {**inputs, "validation": [validation.digest]}
+    corpus = Corpus(stream, batches, tokenizer, data.prefetch, config.eval_batches, inputs)
     if config.steps:
         if config.epochs != FinetuneConfig.epochs:
             _log.warning(
@@ -245,7 +247,7 @@ def examples(config: FinetuneConfig, model: ModelConfig, output_dir: Path) -> tu
             )
         return corpus, config.steps
     full, packing = int(config.epochs), ExamplePacking(train, seed=config.seed, **shape)
-    last = packing.rows_of(full)
+    last = packing.sequences_of(full)
     sequences = last.start + math.ceil((config.epochs - full) * len(last))
     return corpus, math.ceil(sequences / data.batch_size)
 
@@ -256,13 +258,13 @@ class OpenExamples(NamedTuple):
     Attributes:
         tokenizer: The tokenizer's folder.
         train: Training examples.
-        heldout: Validation examples.
+        validation: Validation examples.
         inputs: What they were made from: `files` with their hashes, and `options`.
     """
 
     tokenizer: Path
     train: Examples
-    heldout: Examples
+    validation: Examples
     inputs: dict[str, Any]
 
 
@@ -285,9 +287,9 @@ def open_examples(config: FinetuneConfig, model: ModelConfig, output_dir: Path) 
     options = {
         "template": data.template,
         "format": data.format,
-        "targets": data.targets,
+        "train_on": data.train_on,
         "sequence_length": data.sequence_length,
-        "too_long": data.too_long,
+        "excess_length_strategy": data.excess_length_strategy,
         "val_fraction": data.val_fraction,
         "split_special_tokens": data.split_special_tokens,
     }
@@ -305,7 +307,7 @@ def open_examples(config: FinetuneConfig, model: ModelConfig, output_dir: Path) 
             if not (output_dir / _EXAMPLES / home).exists():
                 (output_dir / _EXAMPLES).mkdir(parents=True, exist_ok=True)
                 _log.info(
-                    "%s",
+                    "Wrote %s",
                     write_examples(
                         data.files, tokenizer, output_dir / _EXAMPLES / home, exclude=[output_dir], **options
                     ),
@@ -317,7 +319,7 @@ def open_examples(config: FinetuneConfig, model: ModelConfig, output_dir: Path) 
     with collective_errors():
         inputs |= read_json(output_dir / RECORD)
         home = output_dir / _EXAMPLES / inputs.pop("folder")
-        splits += [Examples.open(home, split) for split in ("train", "heldout")]
+        splits += [Examples.open(home, split) for split in ("train", "validation")]
         splits[0].check(tokenizer_hash=tokenizer_hash(tokenizer), vocab_size=model.vocab_size)
     if data.val_fraction and not len(splits[1]):
         _log.warning(

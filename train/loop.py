@@ -366,7 +366,7 @@ def _evaluate(
 ) -> tuple[float, int] | None:
     """Return validation loss and token count; None without validation data."""
     total, count = 0.0, 0
-    for batch in corpus.evaluation():
+    for batch in corpus.validation_batches():
         ce, counted = eval_step(state.params, state.router_bias, _place(batch, mesh), frozen)
         total, count = total + float(ce), count + int(counted)
     return (total / count, count) if count else None

@@ -14,6 +14,8 @@ OLD_NAMES: Final[dict[str, dict[str, str]]] = {
         "sinks": "trackers",
         "most_skipped": "max_consecutive_skips",
         "data.holdout": "val_fraction",
+        "data.targets": "train_on",
+        "data.too_long": "excess_length_strategy",
         "checkpoints": "checkpoint",
         "checkpoints.every": "interval",
         "checkpoints.keep_last": "max_to_keep",
@@ -38,7 +40,11 @@ OLD_NAMES: Final[dict[str, dict[str, str]]] = {
         "facts.config.optimizer.decay": "weight_decay_mask",
         "facts.config.step.device_alpha": "device_balance_alpha",
         "facts.config.step.device_groups": "device_balance_groups",
+        "facts.inputs.heldout": "validation",
         "facts.inputs.options.data.holdout": "data.val_fraction",
+        "facts.inputs.options.data.targets": "data.train_on",
+        "facts.inputs.options.data.too_long": "data.excess_length_strategy",
+        "facts.stream.mode": "packing",
     },
     "state": {
         "optimizer": "opt_state",
@@ -61,10 +67,18 @@ OLD_NAMES: Final[dict[str, dict[str, str]]] = {
     },
 }
 # fmt: on
+_PACKING: Final = {"documents": "block_causal", "contiguous": "causal", "packed": "best_fit", "alone": "none"}
+# Old values, by the old path.
+OLD_VALUES: Final[dict[str, dict[str, str]]] = {
+    "data.packing": _PACKING,
+    "data.too_long": {"refuse": "raise"},
+    "facts.inputs.options.data.too_long": {"refuse": "raise"},
+    "facts.stream.mode": _PACKING,
+}
 
 
 def with_new_names(content: Any, file: str, path: str = "") -> Any:
-    """Rename the keys of a nested mapping that an earlier version wrote.
+    """Translate JSON that an earlier version wrote.
 
     Args:
         content: JSON of the file; new names in it are left as they are.
@@ -72,10 +86,10 @@ def with_new_names(content: Any, file: str, path: str = "") -> Any:
         path: Dotted path of `content` in the file.
 
     Returns:
-        The content with new names.
+        The content with new names and values.
     """
     if not isinstance(content, Mapping):
-        return content
+        return OLD_VALUES.get(path, {}).get(content, content) if isinstance(content, str) else content
     names = OLD_NAMES[file]
     inner = {key: f"{path}.{key}" if path else key for key in content}
     return {names.get(inner[key], key): with_new_names(value, file, inner[key]) for key, value in content.items()}

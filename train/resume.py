@@ -31,7 +31,6 @@ _FREE: Final[Mapping[str, frozenset[str]]] = {
     "step": frozenset({"gradient_accumulation_steps", "compute_dtype", "remat"}),
 }
 _NOT_COMPARED: Final = frozenset({"output_dir", "resume", "distributed", "model_config", "result"})
-_FLAGS: Final = {"mode": "data.packing", "seed": "seed"}  # of the stream's fields; the others are as in `data`
 _log = logging.getLogger(__name__)
 
 
@@ -79,7 +78,7 @@ def check_resumable(folder: Path, step: int, known: Mapping[str, Any], now: Mapp
     changes = [
         *differences(known.get("config", now["config"]), now["config"]),
         *(
-            change._replace(name=_FLAGS.get(change.name, f"data.{change.name}"))
+            change._replace(name=change.name if change.name == "seed" else f"data.{change.name}")
             for change in differences(old_stream, new_stream)
         ),
     ]
@@ -88,7 +87,7 @@ def check_resumable(folder: Path, step: int, known: Mapping[str, Any], now: Mapp
         inputs = known.get("inputs", {})
         if old.get("datasets") != new["datasets"]:
             problems = list(_data_changes(inputs, now["inputs"])) or ["the training data has changed"]
-        elif inputs.get("heldout", now["inputs"]["heldout"]) != now["inputs"]["heldout"]:
+        elif inputs.get("validation", now["inputs"]["validation"]) != now["inputs"]["validation"]:
             problems = ["the validation data has changed"]
     if problems:
         raise DSMoEError(

@@ -11,6 +11,6 @@ def shuffled(count: int, seed: int, *key: int) -> np.ndarray:
     They are sorted by the raw bits of Philox: numpy promises those for all its versions, but not its `permutation`.
     """
     if seed < 0:
-        raise DSMoEError(f"seed must be at least 0, not {seed}")
+        raise DSMoEError(f"seed must be at least 0, got {seed}")
     bits = np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)).random_raw(count)
     return np.argsort(bits, kind="stable")
