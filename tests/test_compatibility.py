@@ -21,9 +21,13 @@ pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("on_one_device")]
 
 DATA = Path(__file__).parent / "data" / "v0_1"
 EQUAL = 1e-5  # relative: the optimization level of XLA differs from that of the release
-COMMON = (
-    "--checkpoint.interval 2 --log-interval 1 --eval-interval 2 --trackers jsonl --optimizer.warmup-steps 0".split()
-)
+COMMON = ["--checkpoint.interval", "2", "--log-interval", "1", "--eval-interval", "2", "--trackers", "jsonl"]
+COMMON += ["--optimizer.warmup-steps", "0"]
+TEXTS = ["--data.sources", "texts.jsonl", "--data.sequence-length", "32", "--data.batch-size", "2"]
+TEXTS += ["--data.val-fraction", "0.2"]
+EXAMPLES = ["--data", "examples.jsonl", "--data.sequence-length", "64", "--data.batch-size", "4"]
+EXAMPLES += ["--data.val-fraction", "0.1", "--lora", "--lora.r", "2"]
+PRETRAIN = ["pretrain", "tiny", "--model", "model.json", "--output-dir", "run", *TEXTS, *COMMON]
 
 
 @pytest.fixture
@@ -42,9 +46,7 @@ def eval_losses(run: Path) -> dict[int, float]:
 
 
 def test_a_pretraining_run_resumes(folder: Path):
-    data = "--data.sources texts.jsonl --data.sequence-length 32 --data.batch-size 2 --data.val-fraction 0.2".split()
-
-    code = main(["pretrain", "tiny", "--model", "model.json", "--output-dir", "run", *data, *COMMON, "--steps", "4"])
+    code = main([*PRETRAIN, "--steps", "4"])
 
     assert code == 0
     assert [losses(folder / "run")[step] for step in (3, 4)] == pytest.approx(
@@ -55,11 +57,7 @@ def test_a_pretraining_run_resumes(folder: Path):
 
 
 def test_a_fine_tuning_run_resumes(folder: Path):
-    data = "--data examples.jsonl --data.sequence-length 64 --data.batch-size 4 --data.val-fraction 0.1".split()
-
-    code = main(
-        ["finetune", "run/model", "--output-dir", "finetune", *data, "--lora", "--lora.r", "2", *COMMON, "--steps", "4"]
-    )
+    code = main(["finetune", "run/model", "--output-dir", "finetune", *EXAMPLES, *COMMON, "--steps", "4"])
 
     assert code == 0
     assert [losses(folder / "finetune")[step] for step in (3, 4)] == pytest.approx(
@@ -69,9 +67,7 @@ def test_a_fine_tuning_run_resumes(folder: Path):
 
 
 def test_a_finished_run_is_complete(folder: Path, capsys: pytest.CaptureFixture[str]):
-    data = "--data.sources texts.jsonl --data.sequence-length 32 --data.batch-size 2 --data.val-fraction 0.2".split()
-
-    code = main(["pretrain", "tiny", "--model", "model.json", "--output-dir", "run", *data, *COMMON, "--steps", "2"])
+    code = main([*PRETRAIN, "--steps", "2"])
 
     said = capsys.readouterr().out
     assert code == 0

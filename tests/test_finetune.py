@@ -228,7 +228,7 @@ def test_a_damaged_best_is_named_and_replaced(
     run(config(home, tmp_path / "out", steps=4, eval_interval=2))
 
     best, last = weights(tmp_path / "out" / "best"), weights(tmp_path / "out" / "adapter")
-    assert f"best is damaged, the next evaluation replaces it: {WEIGHTS!r} has other bytes" in caplog.text
+    assert f"best is damaged and will be replaced at the next evaluation: {WEIGHTS!r} has other bytes" in caplog.text
     assert json.loads((tmp_path / "out" / "best" / "evaluation.json").read_text())["loss"] == 3.0
     assert best.keys() == last.keys()
 
@@ -292,7 +292,7 @@ def test_a_run_whose_loss_is_not_finite_stops_and_keeps_what_it_had(
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "make_step", poisoned)
-        line = r"^4 updates in a row were skipped: loss nan, .* at step 10; .* are good$"
+        line = r"^4 consecutive updates skipped at step 10: loss nan, .* are intact$"
         with pytest.raises(ValueError, match=line):
             run(config(home, tmp_path / "out", steps=30, max_consecutive_skips=3))
 
@@ -306,7 +306,7 @@ def test_a_run_whose_loss_is_zero_stops(home: Path, tmp_path: Path):
     data = dataclasses.replace(config(home, tmp_path).data, files=(str(tmp_path / "same.jsonl"),), val_fraction=0.0)
     fast = OptimizerConfig(learning_rate=0.3, schedule="constant", warmup_steps=0, weight_decay=0.0)
 
-    with pytest.raises(ValueError, match=r"^the loss has been 0 for 4 steps at step \d+: "):
+    with pytest.raises(ValueError, match=r"^loss 0 for 4 steps at step \d+: "):
         run(config(home, tmp_path / "out", data=data, lora=None, optimizer=fast, steps=200, max_consecutive_skips=3))
 
 
@@ -420,14 +420,14 @@ def test_every_recipe_is_a_run_and_its_flags_change_it():
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        ([], "no examples to train on; --data FILE names some"),
-        (["--quantize", "nf4"], "a base in nf4 cannot be trained itself; --lora trains adapters on it"),
-        (["--lora", "--quantize", "int3"], "quantize 'int3' is not one of int8, int4, nf4"),
-        (["--recipe", "huge"], "recipe 'huge' does not exist, only full, full_8x40gb, lora_1x80gb, qlora_1x80gb, tiny"),
+        ([], "data.files is empty: pass --data FILE"),
+        (["--quantize", "nf4"], "quantize nf4 requires --lora: quantized weights cannot be trained"),
+        (["--lora", "--quantize", "int3"], "--quantize"),
+        (["--recipe", "huge"], "recipe must be one of full, full_8x40gb, lora_1x80gb, qlora_1x80gb, tiny, got 'huge'"),
         (["--lora.r", "0"], "r must be a whole number of at least 1, not 0"),
         (["--lora.target-modules", "qproj"], "'qproj' matches no module of this model"),
         (["--lora.target-modules", "gate"], "target_modules: model.layers.1.mlp.gate cannot be adapted"),
-        (["--epochs", "0"], "epochs must be more than 0, not 0.0"),
+        (["--epochs", "0"], "epochs must be more than 0, got 0.0"),
         (["--show", "x"], "argument --show: invalid int value: 'x'"),
         (["--ranks", "3"], "Unrecognized options: --ranks"),
     ],
@@ -436,7 +436,7 @@ def test_every_recipe_is_a_run_and_its_flags_change_it():
 def test_what_cannot_be_is_said_in_one_line(
     home: Path, tmp_path: Path, flags: list[str], line: str, capsys: pytest.CaptureFixture[str]
 ):
-    data = [] if line.startswith("no examples") else ["--data", str(home / "examples.jsonl")]
+    data = [] if line.startswith("data.files") else ["--data", str(home / "examples.jsonl")]
     base = ["finetune", str(home / "base"), "--output-dir", str(tmp_path / "out")]
 
     assert main([*base, *data, *flags]) == 2
@@ -450,9 +450,13 @@ def test_a_run_goes_on_only_with_the_adapter_and_the_base_it_was_begun_with(home
     run(config(home, tmp_path / "out", steps=1))
     other = dataclasses.replace(LORA, lora_alpha=16)
 
-    with pytest.raises(ValueError, match=r"from step 1: lora.lora_alpha: the checkpoint has 8, this run 16; choose"):
+    with pytest.raises(
+        ValueError, match=r"from step 1: lora.lora_alpha is 8 in the checkpoint, 16 in this run; choose"
+    ):
         run(config(home, tmp_path / "out", steps=2, lora=other))
-    with pytest.raises(ValueError, match=r"from step 1: quantize: the checkpoint has None, this run 'int8'; choose"):
+    with pytest.raises(
+        ValueError, match=r"from step 1: quantize is None in the checkpoint, 'int8' in this run; choose"
+    ):
         run(config(home, tmp_path / "out", steps=2, quantize="int8"))
 
 
@@ -471,5 +475,5 @@ def test_a_model_that_is_not_native_is_refused(tmp_path: Path, home: Path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text((home / "base" / "config.json").read_text())
 
-    with pytest.raises(ValueError, match=r"not a native checkpoint; `dsmoe convert` makes one"):
+    with pytest.raises(ValueError, match=r"is not a native checkpoint; `dsmoe convert` makes one"):
         run(config(home, tmp_path / "out", init_from=str(tmp_path / "hf")))

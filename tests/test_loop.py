@@ -187,7 +187,7 @@ def test_a_second_run_in_the_folder_is_refused_in_one_line(tmp_path: Path, home:
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a signal came while that step was under way."""
-    monkeypatch.setattr(loop, "_agreed", lambda stop, n, every: n == step)
+    monkeypatch.setattr(loop, "_should_stop", lambda stop, n, every: n == step)
 
 
 @pytest.mark.parametrize("at", [8, pytest.param(5, marks=pytest.mark.slow)])
@@ -249,20 +249,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 
     run(config(home, out))
 
-    assert "step-00000028 is skipped: damaged" in caplog.text
-    assert "going on after step 24 of 28" in caplog.text
+    assert f"Skipping checkpoint {newest}: damaged" in caplog.text
+    assert "Resuming from step 24 of 28" in caplog.text
     assert digest(out / "model") == digest(whole / "model")
 
 
 def test_another_stream_is_refused_by_the_name_of_what_changed(tmp_path: Path, home: Path, whole: Path):
     out = Path(shutil.copytree(whole, tmp_path / "out"))
 
-    with pytest.raises(ValueError, match="cannot resume from step 28: seed: the checkpoint has 0, this run 1;"):
+    with pytest.raises(ValueError, match="cannot resume from step 28: seed is 0 in the checkpoint, 1 in this run;"):
         run(config(home, out, seed=1))
 
 
 def test_a_run_that_shall_not_resume_refuses_a_folder_with_checkpoints(home: Path, whole: Path):
-    with pytest.raises(ValueError, match="has checkpoints; --resume auto goes on from them"):
+    with pytest.raises(ValueError, match="has checkpoints; pass --resume auto to resume from them"):
         run(config(home, whole, resume="never"))
 
 
@@ -302,7 +302,7 @@ def test_a_disk_that_fills_during_a_save_ends_the_run_in_one_line_and_the_same_c
     run(config(home, out))
 
     assert "\n" not in str(refused.value)
-    assert caplog.text.count("going on after step 20 of 28") == 2
+    assert caplog.text.count("Resuming from step 20 of 28") == 2
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
     assert losses(out) == losses(whole)
     assert digest(out / "model") == digest(whole / "model")
@@ -321,7 +321,7 @@ def test_too_many_skipped_updates_in_a_row_stop_the_run(
     original = loop.make_step
     monkeypatch.setattr(loop, "make_step", broken)
 
-    with pytest.raises(ValueError, match="3 updates in a row were skipped: loss nan"):
+    with pytest.raises(ValueError, match="3 consecutive updates skipped at step 3: loss nan"):
         run(config(home, tmp_path / "out", max_consecutive_skips=2))
 
 
@@ -423,7 +423,7 @@ def test_kills_at_random_moments_lose_nothing(tmp_path: Path, home: Path):
 BAD: dict[str, tuple[Callable[[Path, Path], RunConfig], str]] = {
     "a batch that does not divide": (
         lambda home, out: config(home, out, data=dataclasses.replace(config(home, out).data, batch_size=6)),
-        "data.batch_size 6 does not divide over 8 devices x 1 micro-batches",
+        "data.batch_size must be a multiple of 8 .*, got 6",
     ),
     "another tokenizer": (
         lambda home, out: config(
@@ -480,7 +480,7 @@ def test_every_recipe_is_a_whole_config_of_a_preset(name: str):
 def test_a_mistaken_flag_is_one_line_without_its_box(encoding: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
 
-    with pytest.raises(ValueError, match=r"^Error parsing RunConfig: steps must be at least 1, not 0$"):
+    with pytest.raises(ValueError, match=r"^Error parsing RunConfig: steps must be at least 1, got 0$"):
         parse(RECIPES["tiny"](), ["--steps", "0"], prog="tiny")
 
 
@@ -538,8 +538,8 @@ def test_the_verbs_tokenize_and_pretrain(tmp_path: Path, home: Path, capsys: pyt
         (("pretrain", "huge"), "recipe 'huge' does not exist, only tiny, bench"),
         (("pretrain", "tiny", "--stepz", "3"), "--stepz"),
         (("pretrain", "tiny", "--steps", "many"), "--steps"),
-        (("pretrain", "tiny", "--steps", "0"), "steps must be at least 1, not 0"),
-        (("pretrain", "tiny", "--step.remat", "some"), "remat 'some' is not one of none, dots, full"),
+        (("pretrain", "tiny", "--steps", "0"), "steps must be at least 1, got 0"),
+        (("pretrain", "tiny", "--step.remat", "some"), "--step.remat"),
     ],
 )
 def test_a_wrong_flag_gets_one_line_and_exit_code_2(capsys: pytest.CaptureFixture, typed: tuple[str, ...], named: str):

@@ -158,13 +158,13 @@ def test_a_dense_model_has_no_routing_to_speak_of(tmp_path: Path):
     ) as record:
         record.record(1, said, seconds=1.0, data_loading_seconds=0.0)
 
-    assert not [key for key in read_records(tmp_path)[0] if "load" in key or key.startswith("moe/")]
+    assert not [key for key in read_records(tmp_path)[0] if "load_imbalance" in key or key.startswith("moe/")]
     pytest.importorskip("matplotlib")
     draw(tmp_path, tmp_path / "run.png")
 
 
 def test_the_load_of_each_expert_is_recorded_at_both_ends_and_every_so_often(tmp_path: Path):
-    write(tmp_path, range(1, 26), heat_every=10, steps=25)
+    write(tmp_path, range(1, 26), expert_load_interval=10, steps=25)
 
     assert [one["step"] for one in read_records(tmp_path) if "moe/1/expert_load" in one] == [1, 10, 20, 25]
 
@@ -244,7 +244,7 @@ def test_a_line_that_is_no_record_is_refused_by_number(tmp_path: Path):
     with (tmp_path / "metrics.jsonl").open("a") as end:
         end.write("17\n")
 
-    with pytest.raises(ValueError, match=r"metrics\.jsonl line 3 is not a record"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 3 is not a record"):
         read_records(tmp_path)
 
 
@@ -275,9 +275,9 @@ def test_the_console_has_a_line_every_so_many_steps_and_one_an_evaluation(tmp_pa
 
     head = "loss 5.12 ce 5.11 aux 0.012 norm 0.8 lr 1.0e-03 12.3M tok/s"
     share = 12.3e6 * flops_per_token(CONFIG, 256) / 312e12
-    line = f"{head} mfu {share:.0%} load 2.7× unused 0 data wait 10%"
+    line = f"{head} mfu {share:.0%} load 2.7× unused 0 data loading 10%"
     steps = [f"step {step}/120 {line}" for step in (1, 50, 100, 120)]
-    assert [one.message for one in caplog.records] == [*steps, "step 120/120 held-out loss 4.98"]
+    assert [one.message for one in caplog.records] == [*steps, "step 120/120 validation loss 4.98"]
 
 
 def test_on_a_terminal_there_is_a_bar_and_the_log_appears_above_it(tmp_path: Path, monkeypatch):
@@ -334,7 +334,7 @@ def test_without_tensorboard_one_line_says_how_to_have_it(tmp_path: Path, monkey
 
     write(tmp_path, range(1, 4), ("tensorboard",))
 
-    assert [one.message for one in caplog.records] == ["no TensorBoard records: pip install 'dsmoe_jax[tensorboard]'"]
+    assert [one.message for one in caplog.records] == ["Skipping TensorBoard: pip install 'dsmoe_jax[tensorboard]'"]
 
 
 def test_a_resumed_run_goes_on_in_its_page_of_wandb(tmp_path: Path, monkeypatch):
@@ -360,7 +360,7 @@ def test_wandb_is_asked_for_by_name_so_its_absence_is_an_error(tmp_path: Path, m
 
 
 def test_a_sink_that_does_not_exist_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="sink 'csv' is not one of console, jsonl, tensorboard, wandb"):
+    with pytest.raises(ValueError, match="trackers must be of console, jsonl, tensorboard, wandb, got 'csv'"):
         recorder(tmp_path, ("csv",))
 
 
@@ -369,7 +369,7 @@ def test_a_sink_that_does_not_exist_is_refused(tmp_path: Path):
 
 def test_a_run_becomes_a_picture(tmp_path: Path):
     pytest.importorskip("matplotlib")
-    with recorder(tmp_path, heat_every=10, name="tiny") as record:
+    with recorder(tmp_path, expert_load_interval=10, name="tiny") as record:
         for step in range(1, 61):
             lost = {"cross_entropy": np.float32(math.nan)} if step == 30 else {}
             dead = metrics(step).expert_load * (np.arange(E) != 3)
@@ -396,7 +396,7 @@ def test_one_step_is_enough_for_a_picture(tmp_path: Path):
 def test_a_picture_of_nothing_is_refused(tmp_path: Path):
     pytest.importorskip("matplotlib")
 
-    with pytest.raises(ValueError, match="holds no record of a step yet"):
+    with pytest.raises(ValueError, match="has no recorded step"):
         draw(tmp_path, tmp_path / "run.png")
 
 

@@ -24,7 +24,7 @@ from dsmoe_jax.train.optimizer import OptimizerConfig, make_optimizer
 from dsmoe_jax.train.step import StepConfig, TrainState, init_state, state_shardings
 from tests.helpers.hf_folder import flip_bit, tiny
 
-FACTS = {"stream": {"seed": 0}}
+METADATA = {"stream": {"seed": 0}}
 OPTIONS = StepConfig(bias_update_rate=0.1)
 OPTIMIZER = make_optimizer(OptimizerConfig(schedule="constant"), 10)[0]
 
@@ -59,7 +59,7 @@ def same(got: TrainState, want: TrainState) -> None:
 def saved(folder: Path, state: TrainState, *steps: int, **options: Any) -> Checkpoints:
     checkpoints = Checkpoints(folder, **options)
     for step in steps:
-        checkpoints.save(step, state, FACTS)
+        checkpoints.save(step, state, METADATA)
     checkpoints.wait()
     return checkpoints
 
@@ -82,11 +82,11 @@ def test_a_state_comes_back_bit_for_bit_though_the_training_went_on(tmp_path: Pa
     destroy = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0, state), donate_argnums=0)
     checkpoints = Checkpoints(tmp_path)
 
-    checkpoints.save(10, copied, FACTS)
+    checkpoints.save(10, copied, METADATA)
     jax.block_until_ready(destroy(copied))
     checkpoints.wait()
 
-    assert checkpoints.newest() == (10, FACTS)
+    assert checkpoints.newest() == (10, METADATA)
     same(checkpoints.restore(10, like()), state)
 
 
@@ -123,7 +123,7 @@ def data_file(home: Path) -> Path:
 # What is done to the newest checkpoint | what is said of it
 SPOIL: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no manifest": (lambda home: (home / "manifest.json").unlink(), "incomplete (no manifest)"),
-    "a flipped bit": (lambda home: flip_bit(data_file(home), -100), "has other bytes than were written"),
+    "a flipped bit": (lambda home: flip_bit(data_file(home), -100), "does not match its SHA-256"),
     "a flipped bit in the manifest": (lambda home: flip_bit(home / "manifest.json", 200), "damaged"),
     "a missing file": (lambda home: data_file(home).unlink(), "is missing"),
     "a manifest that is no JSON": (lambda home: (home / "manifest.json").write_text("{"), "is not JSON"),
@@ -145,8 +145,8 @@ def test_the_newest_intact_one_is_taken_and_the_others_are_named(
     checkpoints = Checkpoints(copy)
     found = checkpoints.newest()
 
-    assert found == (10, FACTS)
-    assert "step-00000020 is skipped" in caplog.text
+    assert found == (10, METADATA)
+    assert "step-00000020: " in caplog.text
     assert said in caplog.text
     same(checkpoints.restore(10, like()), state)
 
@@ -165,7 +165,7 @@ def test_a_save_takes_the_place_of_what_a_killed_one_left(copy: Path, state: Tra
 
     checkpoints = saved(copy, state, 20)
 
-    assert checkpoints.newest() == (20, FACTS)
+    assert checkpoints.newest() == (20, METADATA)
     assert sorted(path.name for path in copy.iterdir()) == ["step-00000010", "step-00000020"]
 
 
@@ -194,12 +194,12 @@ def test_what_goes_wrong_in_the_background_is_raised_at_the_next_turn(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dsmoe_jax.train.checkpoints.write_json", full)
-    checkpoints.save(2, state, FACTS)
+    checkpoints.save(2, state, METADATA)
 
     with pytest.raises(OSError, match="No space left"):
         checkpoints.wait()
 
-    assert checkpoints.newest() == (1, FACTS)
+    assert checkpoints.newest() == (1, METADATA)
 
 
 @pytest.fixture
@@ -219,16 +219,16 @@ def test_a_disk_that_fills_while_orbax_writes_gets_one_line_and_the_last_checkpo
     monkeypatch.setattr("dsmoe_jax.train.checkpoints._check_space", lambda *_: None)
     checkpoints = saved(small_disk, state, 1)
 
-    checkpoints.save(2, state, FACTS)
+    checkpoints.save(2, state, METADATA)
     with pytest.raises(OSError, match=r"No space left on device: '.*step-00000002'$") as refused:
         checkpoints.wait()
 
     assert refused.value.errno == errno.ENOSPC
     assert not caplog.records
-    assert checkpoints.newest() == (1, FACTS)
+    assert checkpoints.newest() == (1, METADATA)
     same(checkpoints.restore(1, like()), state)
     subprocess.run(["mount", "-o", "remount,size=9m", small_disk], check=True)
-    assert saved(small_disk, state, 2).newest() == (2, FACTS)
+    assert saved(small_disk, state, 2).newest() == (2, METADATA)
     assert sorted(path.name for path in small_disk.iterdir()) == ["step-00000001", "step-00000002"]
 
 
@@ -241,7 +241,7 @@ def test_a_full_disk_is_one_line_at_any_file(
     checkpoints = Checkpoints(small_disk / "new")
 
     def save() -> None:
-        checkpoints.save(1, state, FACTS)
+        checkpoints.save(1, state, METADATA)
         checkpoints.wait()
 
     with pytest.raises(OSError, match=r"No space left on device: '.*step-00000001'$"):
@@ -256,7 +256,7 @@ def test_too_little_room_is_known_before_anything_is_written(small_disk: Path, s
     subprocess.run(["mount", "-o", "remount,size=300k", small_disk], check=True)
 
     with pytest.raises(OSError, match=r"No space left on device: '.*step-00000001'$"):
-        Checkpoints(small_disk).save(1, state, FACTS)
+        Checkpoints(small_disk).save(1, state, METADATA)
 
     assert list(small_disk.iterdir()) == []
 
@@ -266,13 +266,13 @@ def test_a_damaged_step_is_saved_again_when_it_is_reached(copy: Path, state: Tra
     checkpoints = Checkpoints(copy, max_to_keep=2)
     checkpoints.newest()
 
-    checkpoints.save(20, state, FACTS)
+    checkpoints.save(20, state, METADATA)
     aside = copy / "step-00000020.damaged"
     assert aside.exists()
     checkpoints.wait()
 
     assert not aside.exists()
-    assert Checkpoints(copy).newest() == (20, FACTS)
+    assert Checkpoints(copy).newest() == (20, METADATA)
     assert sorted(path.name for path in copy.iterdir()) == ["step-00000010", "step-00000020"]
 
 
@@ -281,7 +281,7 @@ def test_a_damaged_step_is_saved_again_by_one_that_did_not_look(copy: Path, stat
 
     saved(copy, state, 20).close()
 
-    assert Checkpoints(copy).newest() == (20, FACTS)
+    assert Checkpoints(copy).newest() == (20, METADATA)
 
 
 def test_only_intact_checkpoints_are_counted(copy: Path, state: TrainState):

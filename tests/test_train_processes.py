@@ -85,7 +85,7 @@ def test_two_processes_go_on_where_one_stopped(
     mesh = MeshConfig(fsdp=8)
     run(config(home, tmp_path / "one", mesh=mesh, steps=STEPS))
     with monkeypatch.context() as patch:
-        patch.setattr("dsmoe_jax.train.loop._agreed", lambda stop, n, every: n == 3)
+        patch.setattr("dsmoe_jax.train.loop._should_stop", lambda stop, n, every: n == 3)
         run(config(home, tmp_path / "two", mesh=mesh, steps=STEPS))
 
     run_two(home, tmp_path / "two", MeshConfig(fsdp=1, expert=8))  # its experts lie across both
