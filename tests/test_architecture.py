@@ -30,7 +30,7 @@ FLOORS = (
     ("train",),
     ("cli",),
 )
-PARTS = {"config_spellings": "config", "__main__": "cli"}  # a file that belongs to another's floor
+PARTS = {"config_aliases": "config", "__main__": "cli"}  # a file that belongs to another's floor
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 LEVEL |= {part: LEVEL[room] for part, room in PARTS.items()}
 

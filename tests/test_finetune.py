@@ -183,7 +183,7 @@ def test_a_full_run_leaves_a_checkpoint_that_generates(home: Path, tmp_path: Pat
     answer = Generator.from_pretrained(tmp_path / "out" / "model")(
         ["User: Reverse: 1 2\n\nAssistant:"], max_new_tokens=4
     )[0]
-    assert len(answer.tokens) >= 1
+    assert len(answer.token_ids) >= 1
     assert not (tmp_path / "out" / "best").exists()
 
 

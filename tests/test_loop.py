@@ -138,7 +138,7 @@ def test_a_run_leaves_a_model_that_generates_records_and_its_config(home: Path, 
     assert [record["step"] for record in records if "eval/loss" in record] == [6, 12, 18, 24, STEPS]
     assert losses(whole)[STEPS] < losses(whole)[1] - 0.3
     assert json.loads((whole / "run.json").read_text())["steps"] == STEPS
-    assert len(generator(["moe"], max_new_tokens=4, ignore_eos=True)[0].tokens) == 4
+    assert len(generator(["moe"], max_new_tokens=4, ignore_eos=True)[0].token_ids) == 4
     assert sorted(Checkpoints(whole / "checkpoints").steps()) == [20, 24, STEPS]
 
 

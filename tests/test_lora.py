@@ -156,7 +156,7 @@ def test_greedy_answers_are_those_of_the_original(case: dict[str, Any]):
     generator = Generator.from_pretrained(golden.folder("a_baseline"), adapter=case["folder"])
     answer = generator([prompt], max_new_tokens=16, ignore_eos=True)[0]
 
-    assert answer.tokens == case["expected"]["generation"]["ids"]
+    assert answer.token_ids == case["expected"]["generation"]["ids"]
 
 
 def test_an_adapter_that_is_written_and_read_again_is_the_same(case: dict[str, Any], tmp_path):
