@@ -535,7 +535,7 @@ def test_the_verbs_tokenize_and_pretrain(tmp_path: Path, home: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("typed", "named"),
     [
-        (("pretrain", "huge"), "recipe 'huge' does not exist, only tiny, bench"),
+        (("pretrain", "huge"), "recipe must be one of tiny, bench"),
         (("pretrain", "tiny", "--stepz", "3"), "--stepz"),
         (("pretrain", "tiny", "--steps", "many"), "--steps"),
         (("pretrain", "tiny", "--steps", "0"), "steps must be at least 1, got 0"),

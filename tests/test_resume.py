@@ -114,9 +114,9 @@ def test_a_finished_run_says_so_with_its_result(
 
     assert main(["pretrain", "tiny", *map(str, flags)]) == 0
 
-    loss, evaluation = f"loss {known['loss']:.4f}", f"{known['eval_loss']:.4f} on held-out text"
+    loss = f"loss {known['loss']:.4f}, eval/loss {known['eval_loss']:.4f}"
     said = capsys.readouterr().out
-    assert said == f"run is complete: {STEPS} steps, {loss}, {evaluation}, 0 updates skipped: {copy / 'model'}\n"
+    assert said == f"Run already complete: {STEPS} steps, {loss}, 0 updates skipped: {copy / 'model'}\n"
 
 
 def test_a_lost_result_is_written_again(home: Path, copy: Path):
