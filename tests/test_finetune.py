@@ -1,6 +1,6 @@
 """Fine-tuning runs of a very small model: what is trained, what they leave, how they go on, what they refuse.
 
-Start at `test_a_run_leaves_an_adapter_and_the_base_as_it_was`.
+Start at `test_a_run_trains_an_adapter_and_not_the_base`.
 """
 
 import dataclasses
@@ -119,7 +119,7 @@ def test_a_result_stops_where_its_template_ends(home: Path, tmp_path: Path, adap
     assert [generator.eos_token_ids for generator in found] == [{MODEL.eos_token_id}] * 3
 
 
-def test_a_template_that_ends_with_eos_adds_no_generation_config(home: Path, tmp_path: Path):
+def test_an_eos_template_adds_no_generation_config(home: Path, tmp_path: Path):
     job = finetuning(config(home, tmp_path / "out"), tmp_path / "out")
 
     job.save(tmp_path / "result", job.init_params(None, job.load_frozen(None)))
@@ -133,7 +133,7 @@ def test_a_template_that_ends_with_eos_adds_no_generation_config(home: Path, tmp
 @pytest.mark.parametrize(
     "quantize", ["nf4", *(pytest.param(other, marks=pytest.mark.slow) for other in (None, "int8"))]
 )
-def test_a_run_leaves_an_adapter_and_the_base_as_it_was(home: Path, tmp_path: Path, quantize: str | None):
+def test_a_run_trains_an_adapter_and_not_the_base(home: Path, tmp_path: Path, quantize: str | None):
     before = split(dsmoe_jax.load(home / "base"))[1]
 
     result = run(config(home, tmp_path / "out", quantize=quantize))
@@ -148,7 +148,7 @@ def test_a_run_leaves_an_adapter_and_the_base_as_it_was(home: Path, tmp_path: Pa
     assert all((before[name] == after[name]).all() for name in before)
 
 
-def test_only_adapters_are_in_the_state_and_its_moments(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_only_adapters_have_state_and_moments(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[Any] = []
     original = loop.make_step
 
@@ -198,7 +198,7 @@ def test_epochs_decide_how_many_steps_there_are(home: Path, tmp_path: Path):
     assert result.steps == result.total_steps == -(-int(np.ceil(1.5 * rows)) // 16)
 
 
-def test_the_best_adapter_stays_when_later_ones_are_worse(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_best_adapter_is_kept(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     said = iter([3.0, 2.0, 4.0, 2.5])
     monkeypatch.setattr(loop, "_evaluate", lambda *_: (next(said), 1))
 
@@ -234,9 +234,7 @@ def test_a_damaged_best_is_named_and_replaced(
 
 
 @pytest.mark.slow
-def test_ten_times_stopped_after_a_step_is_as_if_undisturbed(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_run_stopped_ten_times_equals_an_undisturbed_one(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     dropping = dataclasses.replace(LORA, lora_dropout=0.2)
     run(config(home, tmp_path / "whole", lora=dropping))
     place = loop._place
@@ -268,7 +266,7 @@ def test_adapters_on_a_mesh_learn_as_on_one_device(home: Path, tmp_path: Path, m
     assert one == pytest.approx(mesh, rel=1e-4)
 
 
-def test_what_is_saved_whole_is_trained_too(home: Path, tmp_path: Path):
+def test_modules_to_save_are_trained(home: Path, tmp_path: Path):
     whole = LoraConfig(r=2, target_modules=("q_proj",), modules_to_save=("embed_tokens", "lm_head"))
 
     run(config(home, tmp_path / "out", lora=whole, steps=3))
@@ -279,9 +277,7 @@ def test_what_is_saved_whole_is_trained_too(home: Path, tmp_path: Path):
     assert all(np.abs(adapter.params[name] - base[name]).max() > 1e-4 for name in adapter.plan.saved)
 
 
-def test_a_run_whose_loss_is_not_finite_stops_and_keeps_what_it_had(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_non_finite_loss_stops_the_run(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run(config(home, tmp_path / "out", steps=6))
     kept = weights(tmp_path / "out" / "best")
     broken = loop.make_step
@@ -301,7 +297,7 @@ def test_a_run_whose_loss_is_not_finite_stops_and_keeps_what_it_had(
     assert run(config(home, tmp_path / "out", steps=12)).steps == 12
 
 
-def test_a_run_whose_loss_is_zero_stops(home: Path, tmp_path: Path):
+def test_a_zero_loss_stops_the_run(home: Path, tmp_path: Path):
     (tmp_path / "same.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     data = dataclasses.replace(config(home, tmp_path).data, files=(str(tmp_path / "same.jsonl"),), val_fraction=0.0)
     fast = OptimizerConfig(learning_rate=0.3, schedule="constant", warmup_steps=0, weight_decay=0.0)
@@ -350,7 +346,7 @@ def test_masked_tokens_give_no_gradient(home: Path, tmp_path: Path):
 # --- the command line ---
 
 
-def test_the_verbs_finetune_merge_and_generate_go_together(
+def test_finetune_merge_and_generate_from_the_command_line(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     base, out = str(home / "base"), str(tmp_path / "run")
@@ -433,7 +429,7 @@ def test_every_recipe_is_a_run_and_its_flags_change_it():
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
-def test_what_cannot_be_is_said_in_one_line(
+def test_invalid_requests_are_one_line(
     home: Path, tmp_path: Path, flags: list[str], line: str, capsys: pytest.CaptureFixture[str]
 ):
     data = [] if line.startswith("data.files") else ["--data", str(home / "examples.jsonl")]
@@ -446,7 +442,7 @@ def test_what_cannot_be_is_said_in_one_line(
     assert "Traceback" not in said
 
 
-def test_a_run_goes_on_only_with_the_adapter_and_the_base_it_was_begun_with(home: Path, tmp_path: Path):
+def test_resuming_with_another_adapter_or_base_is_refused(home: Path, tmp_path: Path):
     run(config(home, tmp_path / "out", steps=1))
     other = dataclasses.replace(LORA, lora_alpha=16)
 

@@ -125,7 +125,7 @@ def test_all_refuse_to_overwrite(seen: list[dict[str, str]]):
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_process_that_fails_is_known_to_all_and_nothing_is_left(seen: list[dict[str, str]], failing: int):
+def test_a_failing_process_fails_all_and_leaves_nothing(seen: list[dict[str, str]], failing: int):
     said = [process[f"process {failing} cannot write"] for process in seen]
 
     assert said[failing] == "OSError: no space left"

@@ -1,6 +1,6 @@
 """A run's checkpoints: what is restored, what is skipped and said, what stays.
 
-Start at `test_a_state_comes_back_bit_for_bit_though_the_training_went_on`.
+Start at `test_a_state_is_restored_bit_for_bit_after_donation`.
 """
 
 import errno
@@ -77,7 +77,7 @@ def copy(two: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(two, tmp_path / "copy"))
 
 
-def test_a_state_comes_back_bit_for_bit_though_the_training_went_on(tmp_path: Path, state: TrainState):
+def test_a_state_is_restored_bit_for_bit_after_donation(tmp_path: Path, state: TrainState):
     copied = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
     destroy = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0, state), donate_argnums=0)
     checkpoints = Checkpoints(tmp_path)
@@ -110,7 +110,7 @@ def test_a_state_is_restored_onto_a_mesh_and_back(tmp_path: Path, two: Path, sta
         ({"max_to_keep": 9}, [1, 2, 3, 4, 5]),
     ],
 )
-def test_the_last_ones_stay_and_every_nth(tmp_path: Path, state: TrainState, options: dict[str, int], left: list[int]):
+def test_old_checkpoints_are_removed(tmp_path: Path, state: TrainState, options: dict[str, int], left: list[int]):
     checkpoints = saved(tmp_path, state, 1, 2, 3, 4, 5, **options)
 
     assert sorted(checkpoints.steps()) == left
@@ -137,7 +137,7 @@ SPOIL: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize(("spoil", "said"), SPOIL.values(), ids=SPOIL)
-def test_the_newest_intact_one_is_taken_and_the_others_are_named(
+def test_the_newest_intact_checkpoint_is_found(
     copy: Path, state: TrainState, caplog: pytest.LogCaptureFixture, spoil: Callable[[Path], Any], said: str
 ):
     spoil(copy / "step-00000020")
@@ -151,7 +151,7 @@ def test_the_newest_intact_one_is_taken_and_the_others_are_named(
     same(checkpoints.restore(10, like()), state)
 
 
-def test_where_none_is_intact_there_is_none(copy: Path, tmp_path: Path):
+def test_no_intact_checkpoint_is_found(copy: Path, tmp_path: Path):
     for home in copy.iterdir():
         (home / "manifest.json").unlink()
 
@@ -159,7 +159,7 @@ def test_where_none_is_intact_there_is_none(copy: Path, tmp_path: Path):
     assert Checkpoints(tmp_path / "nowhere").newest() is None
 
 
-def test_a_save_takes_the_place_of_what_a_killed_one_left(copy: Path, state: TrainState):
+def test_a_save_replaces_an_incomplete_checkpoint(copy: Path, state: TrainState):
     (copy / "step-00000020" / "manifest.json").unlink()
     (copy / "step-00000020.orbax-checkpoint-tmp").mkdir()
 
@@ -169,7 +169,7 @@ def test_a_save_takes_the_place_of_what_a_killed_one_left(copy: Path, state: Tra
     assert sorted(path.name for path in copy.iterdir()) == ["step-00000010", "step-00000020"]
 
 
-def test_a_checkpoint_of_another_model_is_refused_in_one_line(two: Path):
+def test_a_checkpoint_of_another_model_is_refused(two: Path):
     wanted = like()
     embed = wanted.params["embed"]
     larger = jax.ShapeDtypeStruct((2, *embed.shape), embed.dtype)
@@ -184,7 +184,7 @@ def test_a_checkpoint_of_another_model_is_refused_in_one_line(two: Path):
             Checkpoints(two).restore(20, wanted._replace(params=params))
 
 
-def test_what_goes_wrong_in_the_background_is_raised_at_the_next_turn(
+def test_background_errors_are_raised_by_the_next_call(
     tmp_path: Path, state: TrainState, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.ERROR)
@@ -213,7 +213,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
-def test_a_disk_that_fills_while_orbax_writes_gets_one_line_and_the_last_checkpoint_stays(
+def test_a_full_disk_during_a_save_keeps_the_last_checkpoint(
     small_disk: Path, state: TrainState, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("dsmoe_jax.train.checkpoints._check_space", lambda *_: None)
@@ -252,7 +252,7 @@ def test_a_full_disk_is_one_line_at_any_file(
     assert checkpoints.newest() is None
 
 
-def test_too_little_room_is_known_before_anything_is_written(small_disk: Path, state: TrainState):
+def test_a_full_disk_is_refused_before_writing(small_disk: Path, state: TrainState):
     subprocess.run(["mount", "-o", "remount,size=300k", small_disk], check=True)
 
     with pytest.raises(OSError, match=r"No space left on device: '.*step-00000001'$"):
@@ -261,7 +261,7 @@ def test_too_little_room_is_known_before_anything_is_written(small_disk: Path, s
     assert list(small_disk.iterdir()) == []
 
 
-def test_a_damaged_step_is_saved_again_when_it_is_reached(copy: Path, state: TrainState):
+def test_a_damaged_checkpoint_is_saved_again(copy: Path, state: TrainState):
     flip_bit(data_file(copy / "step-00000020"), -100)
     checkpoints = Checkpoints(copy, max_to_keep=2)
     checkpoints.newest()
@@ -276,7 +276,7 @@ def test_a_damaged_step_is_saved_again_when_it_is_reached(copy: Path, state: Tra
     assert sorted(path.name for path in copy.iterdir()) == ["step-00000010", "step-00000020"]
 
 
-def test_a_damaged_step_is_saved_again_by_one_that_did_not_look(copy: Path, state: TrainState):
+def test_an_unverified_damaged_checkpoint_is_saved_again(copy: Path, state: TrainState):
     flip_bit(data_file(copy / "step-00000020"), -100)
 
     saved(copy, state, 20).close()

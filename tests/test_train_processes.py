@@ -67,7 +67,7 @@ def run_two(home: Path, out: Path, mesh: MeshConfig, steps: int = STEPS) -> None
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does_with_the_experts_across_them(tmp_path: Path, home: Path):  # noqa: F811
+def test_two_processes_train_as_one_with_expert_parallelism(tmp_path: Path, home: Path):  # noqa: F811
     mesh = MeshConfig(fsdp=1, expert=8)
 
     run_two(home, tmp_path / "two", mesh)
@@ -77,7 +77,7 @@ def test_two_processes_train_as_one_does_with_the_experts_across_them(tmp_path: 
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
-def test_two_processes_go_on_where_one_stopped(
+def test_two_processes_resume_from_one(
     tmp_path: Path,
     home: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
