@@ -423,11 +423,11 @@ BAD: dict[str, tuple[Callable[[Path, Path], RunConfig], str]] = {
         lambda home, out: config(
             home, out, data=dataclasses.replace(config(home, out).data, tokenizer=str(other_tokenizer(home)))
         ),
-        "made with another tokenizer",
+        "written with another tokenizer",
     ),
     "a model of fewer tokens": (
         lambda home, out: config(home, out, model=str(smaller_model(home))),
-        r"made with a vocabulary of \d+; the model's vocab_size is 200",
+        r"the model's vocab_size must be at least \d+, got 200",
     ),
     "no such source": (
         lambda home, out: config(home, out, data=dataclasses.replace(config(home, out).data, sources=("nowhere",))),
@@ -485,6 +485,6 @@ def test_tokenize_and_pretrain_from_the_command_line(tmp_path: Path, home: Path,
 
     said = capsys.readouterr().out
     assert codes == [0, 0]
-    assert "tokens of" in said
+    assert "200 documents, " in said
     assert f"2 steps, loss {losses(out)[2]:.4f}" in said
     assert str(out / "model") in said
