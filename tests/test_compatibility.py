@@ -91,6 +91,7 @@ def test_metrics_have_todays_names(tmp_path: Path):
 
     assert (first["grad_norm"], first["total_skips"]) == (4.458441734313965, 0)
     assert first["load_imbalance"] == first["moe/1/load_imbalance"] == 1.875
+    assert first["overflow_passes"] == first["moe/1/overflow_passes"] == 0
     assert first["moe/1/expert_load"] == [11, 17, 5, 6, 30, 25, 21, 13]
     assert second["step_time_seconds"] == 0.0012280629998713266
     assert last == {"step": 2, "eval/loss": 6.305373372910898, "eval/tokens": 79}

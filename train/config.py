@@ -118,7 +118,7 @@ class RunConfig:
     """Native checkpoint to initialize from; its config replaces `model`."""
 
     steps: int = 1000
-    """Optimizer steps of the whole run."""
+    """Total optimizer steps."""
 
     seed: int = 0
     """Seed of the initialization, the data order and dropout, in [0, 2**32)."""

@@ -117,7 +117,7 @@ class FinetuneConfig(RunConfig):
     """Unused: the model is `init_from`."""
 
     steps: int = 0
-    """Optimizer steps of the whole run; 0 derives them from `epochs`."""
+    """Total optimizer steps; 0 derives them from `epochs`."""
 
     epochs: float = 3.0
     """Passes over the training examples, if `steps` is 0."""

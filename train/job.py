@@ -41,7 +41,7 @@ class Job(NamedTuple):
     Attributes:
         model: Config of the model.
         corpus: Training and validation data.
-        steps: Steps of the whole run.
+        steps: Total steps, earlier starts included.
         trainable: The trainable parameters.
         load_frozen: Loads the frozen parameters onto a mesh, in their storage dtype.
         init_params: Makes the initial trainable parameters, fp32, from mesh and frozen parameters.

@@ -52,7 +52,7 @@ class Result(NamedTuple):
 
     Attributes:
         steps: Steps completed, earlier starts included.
-        total_steps: Steps of the whole run.
+        total_steps: Steps that the run is configured for.
         stopped: Whether a signal stopped the run early.
         loss: Training loss of the last step.
         eval_loss: Validation cross-entropy, nats per token; None without validation data.

@@ -112,7 +112,7 @@ class Recorder:
             config: Config of the model.
             tokens_per_step: Tokens of a global batch, padding included.
             sequence_length: Tokens per sequence.
-            steps: Steps of the whole run.
+            steps: Total steps of the run.
             trackers: Keys of `TRACKERS`.
             devices: Devices of the mesh; all by default.
             log_interval: Steps between console lines.

@@ -63,6 +63,7 @@ OLD_NAMES: Final[dict[str, dict[str, str]]] = {
         "data_wait_seconds": "data_loading_seconds",
         "data_wait_share": "data_loading_share",
         "max_over_mean_load": "load_imbalance",
+        "extra_passes": "overflow_passes",
         "load": "expert_load",  # moe/LAYER/load
     },
 }

@@ -104,8 +104,8 @@ def read_run(output_dir: Path) -> dict[str, Any]:
 
 def log_changes(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -> None:
     """Log each setting that differs from the `run.json` of the last start."""
-    then, this = ({k: v for k, v in _as_json(one).items() if k not in _NOT_COMPARED} for one in (before, now))
-    for change in differences(then, this) if before else ():
+    known = before.keys() - _NOT_COMPARED  # earlier versions had fewer settings
+    for change in differences(*({k: v for k, v in _as_json(one).items() if k in known} for one in (before, now))):
         _log.info("Changed from step %d on: %s", step, change)
 
 

@@ -23,7 +23,7 @@ class Run(NamedTuple):
     Attributes:
         folder: Output directory.
         info: Size of model, batch and devices, in the first record.
-        steps: Steps of the whole run.
+        steps: Total steps of the run.
         log_interval: Steps between console lines.
         resumed_from: Step of the checkpoint resumed from; 0 for a new run.
     """
