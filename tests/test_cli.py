@@ -223,7 +223,7 @@ EMPTY_PATHS: dict[str, tuple[str, ...]] = {
     "adapter":      ("merge", "x", "{}", "out"),
     "model":        ("info", "{}"),
     "recipe":       ("pretrain", "{}"),
-    "config.out":   ("pretrain", "tiny", "--out", "{}"),
+    "output_dir":   ("pretrain", "tiny", "--output-dir", "{}"),
     "init_from":    ("pretrain", "tiny", "--init-from", "{}"),
     "config":       ("pretrain", "tiny", "--model", "{}"),
     "data.sources": ("pretrain", "tiny", "--data.sources", "{}"),

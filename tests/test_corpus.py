@@ -26,7 +26,7 @@ def prepared(out: Path, model: ModelConfig, *sources: Path) -> dict[str, Any]:
     """The files of the tokenizer that is trained where none is known."""
     data = DataConfig(sources=tuple(map(str, sources)), val_fraction=VAL_FRACTION, sequence_length=16)
 
-    corpus = prepare(RunConfig(out=str(out), data=data), model, out)
+    corpus = prepare(RunConfig(output_dir=str(out), data=data), model, out)
 
     assert corpus.tokenizer is not None
     return snapshot(corpus.tokenizer)

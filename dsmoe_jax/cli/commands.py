@@ -230,12 +230,12 @@ def _train(config: Any, source: str, args: argparse.Namespace) -> None:
     result = run(config)
     if result.stopped:
         command = " ".join([f"dsmoe {args.verb}", source, *args.flags])
-        print_status(f"Stopped after step {result.steps} of {result.of}; resume with `{command}`")
+        print_status(f"Stopped after step {result.steps} of {result.total_steps}; resume with `{command}`")
         return
     done = "Run already complete: " if result.resumed_from == result.steps else "Trained "
     loss = "" if math.isnan(result.loss) else f", loss {result.loss:.4f}"
-    validation = "" if result.evaluation is None else f", eval/loss {result.evaluation:.4f}"
-    print_status(f"{done}{result.steps} steps{loss}{validation}, {result.skipped} updates skipped: {result.model}")
+    validation = "" if result.eval_loss is None else f", eval/loss {result.eval_loss:.4f}"
+    print_status(f"{done}{result.steps} steps{loss}{validation}, {result.total_skips} updates skipped: {result.model}")
 
 
 def _generator(args: argparse.Namespace) -> Any:

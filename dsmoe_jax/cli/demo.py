@@ -73,7 +73,7 @@ def training_config(folder: Path, steps: int):
     recipe = tiny()
     return dataclasses.replace(
         recipe,
-        out=str(folder / "run"),
+        output_dir=str(folder / "run"),
         steps=steps,
         optimizer=dataclasses.replace(recipe.optimizer, learning_rate=2e-3, warmup_steps=min(20, steps)),
         log_interval=max(1, steps // 10),
@@ -89,20 +89,20 @@ def _train(config, plot: Path) -> Path:
 
     started = time.perf_counter()
     result = train(config)
-    records = [record for record in read_records(config.out) if "loss" in record]
+    records = [record for record in read_records(config.output_dir) if "loss" in record]
     first, last = records[0], records[-1]
     print_status(
         f"Trained {result.steps} steps in {time.perf_counter() - started:.0f} s: loss {first['loss']:.2f} to "
-        f"{last['loss']:.2f}, eval/loss {result.evaluation:.2f}"
+        f"{last['loss']:.2f}, eval/loss {result.eval_loss:.2f}"
     )
-    busiest, unused = last["max_over_mean_load"], last["unused_experts"]
+    busiest, unused = last["load_imbalance"], last["unused_experts"]
     print_status(f"  Expert load: max/mean {busiest:.1f}, {unused} unused")
     if importlib.util.find_spec("matplotlib") is None:
         print_status("  No plot: pip install 'dsmoe_jax[demo]'")
     else:
         from dsmoe_jax.train.plotting import draw
 
-        draw(Path(config.out), plot)
+        draw(Path(config.output_dir), plot)
         print_status(f"  Saved plot: {plot}")
     assert result.model is not None
     return result.model
