@@ -23,6 +23,7 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.kernels.matmul import matmul
 from dsmoe_jax.kernels.operand import Quantized
 from dsmoe_jax.layers.block import Block
+from dsmoe_jax.layers.dispatch import DispatchConfig
 from dsmoe_jax.layers.norm import RMSNorm
 from dsmoe_jax.layers.rope import rotation
 from dsmoe_jax.layers.router import Routing
@@ -161,7 +162,7 @@ class DeepSeekMoE(nnx.Module):
         if rope_length is None:
             rope_length = T if start is None else start.max() + T
         mask = _causal(token_ids, attention_mask, segment_ids) if cache is None or prefill else cache.mask(T)
-        real = None if cache is None or attention_mask is None else attention_mask != 0
+        valid = None if cache is None or attention_mask is None else attention_mask != 0
         x = constrain(self._embedded(token_ids), _STATES)
         turn = rotation(self.config, position_ids, rope_length, x.dtype)
         trace, written, routing = [x], [], {}
@@ -170,7 +171,7 @@ class DeepSeekMoE(nnx.Module):
             layer_cache = None if cache is None else cache.layers[i]
             bias = None if router_bias is None else router_bias.get(i)
             own_graph, own_params = nnx.split(block)
-            operands = (x, turn, mask, layer_cache, start, key, bias, real)
+            operands = (x, turn, mask, layer_cache, start, key, bias, valid)
             x, layer_cache, routed = _block(own_graph, remat, own_params, *operands)
             x = constrain(x, _STATES)
             trace.append(x)
@@ -294,9 +295,11 @@ def assemble(config: ModelConfig, params: Mapping[str, Any]) -> DeepSeekMoE:
 
 
 @functools.lru_cache(maxsize=16)
-def abstract(config: ModelConfig) -> tuple[Graph, dict[str, ParamSpec]]:
+def abstract(config: ModelConfig, dispatch: DispatchConfig = DispatchConfig()) -> tuple[Graph, dict[str, ParamSpec]]:
     """The graph and every parameter's shape and logical axes; init, restore and import all follow from it."""
-    definition, state = nnx.split(nnx.eval_shape(lambda: DeepSeekMoE(config, rngs=nnx.Rngs(0))))
+    model = nnx.eval_shape(lambda: DeepSeekMoE(config, rngs=nnx.Rngs(0)))
+    model.set_attributes(dispatch=dispatch, raise_if_not_found=False)  # a dense model has no experts
+    definition, state = nnx.split(model)
     specs = {
         _join(path): ParamSpec(tuple(leaf.shape), leaf.logical_axes, leaf.initializer)
         for path, leaf in nnx.to_flat_state(state)

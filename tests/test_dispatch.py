@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from dsmoe_jax.kernels.operand import EXPERT_AXES, Experts, leaf_axes
-from dsmoe_jax.layers.dispatch import STRATEGIES, Dispatch, routed_experts
+from dsmoe_jax.layers.dispatch import STRATEGIES, DispatchConfig, routed_experts
 from dsmoe_jax.sharding import BATCH_AXES, make_mesh, sharding
 from tests.helpers import reference
 from tests.helpers.meshes import MESHES, on_mesh
@@ -45,7 +45,7 @@ ROUTINGS = {
 # Each mesh with each strategy once, between them with every factor, and the passes after the first that it takes,
 # counted by hand: the most rows that any device serves (all_to_all: for any one device), over those of a pass.
 # fmt: off
-EXTRA_PASSES = {
+OVERFLOW_PASSES = {
     # mesh                       strategy      factor    balanced  skewed  first three  one expert  half idle
     ("fsdp=8",                   "gather",     0.5):  (  0,        0,      0,           0,          0),
     ("fsdp=8",                   "all_to_all", None): (  0,        0,      0,           0,          0),
@@ -70,7 +70,7 @@ class Inputs(NamedTuple):
 class Answer(NamedTuple):
     y: Any
     grads: dict[str, Any]  # by path: "x", "weights", "gate.a", …
-    extra_passes: Any
+    overflow_passes: Any
 
 
 @functools.cache
@@ -87,24 +87,24 @@ def ids_of(routing: str, tokens: int = M) -> jax.Array:
     return jnp.asarray([ROUTINGS[routing](m) for m in range(tokens)], jnp.int32)
 
 
-def routed(inputs: Inputs, ids: Any, options: Dispatch = Dispatch()) -> tuple[Any, Any]:  # noqa: B008 (immutable)
+def routed(inputs: Inputs, ids: Any, options: DispatchConfig = DispatchConfig()) -> tuple[Any, Any]:
     x, weights, experts = inputs
-    return routed_experts(x, ids, weights, experts, activation="silu", options=options)
+    return routed_experts(x, ids, weights, experts, activation="silu", config=options)
 
 
-def out_and_grads(options: Dispatch, frozen: str, inputs: Inputs, ids: Any, cotangent: Any) -> Answer:
+def out_and_grads(options: DispatchConfig, frozen: str, inputs: Inputs, ids: Any, cotangent: Any) -> Answer:
     """The output, and the gradients of all floats but those whose path has a match of `frozen`."""
     leaves, tree = paths(inputs), jax.tree.structure(inputs)
 
     def of_trained(values: dict[str, Any]):
         return routed(jax.tree.unflatten(tree, (leaves | values).values()), ids, options)
 
-    y, pull, extra_passes = jax.vjp(of_trained, trained(leaves, frozen), has_aux=True)
-    return Answer(y, pull(cotangent)[0], extra_passes)
+    y, pull, overflow_passes = jax.vjp(of_trained, trained(leaves, frozen), has_aux=True)
+    return Answer(y, pull(cotangent)[0], overflow_passes)
 
 
 @functools.cache
-def program(mesh: str | None, options: Dispatch, frozen: str):
+def program(mesh: str | None, options: DispatchConfig, frozen: str):
     """`out_and_grads`, compiled once for each shape: routings are data."""
     return jax.jit(functools.partial(out_and_grads, options, frozen))
 
@@ -117,7 +117,7 @@ def placed(inputs: Inputs, mesh: str) -> Inputs:
     return inputs._replace(experts=jax.tree.unflatten(tree, map(jax.device_put, leaves, places)))
 
 
-def answer(mesh: str | None, options: Dispatch, ids: Any, inputs: Inputs, cotangent: Any, frozen: str = "") -> Answer:
+def answer(mesh: str | None, options: DispatchConfig, ids: Any, inputs: Inputs, cotangent: Any, frozen: str = "") -> Answer:
     with on_mesh(mesh):
         return program(mesh, options, frozen)(inputs if mesh is None else placed(inputs, mesh), ids, cotangent)
 
@@ -137,19 +137,19 @@ def check_all(got: Answer, want: Answer, tolerance: float = FP32, name: str = ""
 
 
 def check_equals_one_device(
-    mesh: str, options: Dispatch, routing: str, kinds: Kinds = DENSE, tokens: int = M, frozen: str = ""
+    mesh: str, options: DispatchConfig, routing: str, kinds: Kinds = DENSE, tokens: int = M, frozen: str = ""
 ) -> int:
-    """Compares outputs and all gradients; returns the number of extra passes."""
+    """Compares outputs and all gradients; returns the number of overflow passes."""
     inputs, cotangent = arrays(kinds, tokens)
     ids = ids_of(routing, tokens)
 
     got = answer(mesh, options, ids, inputs, cotangent, frozen)
 
-    want = answer(None, Dispatch(), ids, inputs, cotangent, frozen)
-    assert want.extra_passes == 0
+    want = answer(None, DispatchConfig(), ids, inputs, cotangent, frozen)
+    assert want.overflow_passes == 0
     assert got.grads.keys() == want.grads.keys()
     check_all(got, want, name=routing)
-    return int(got.extra_passes)
+    return int(got.overflow_passes)
 
 
 def twin(inputs: Inputs, ids: np.ndarray, cotangent: Any) -> Answer:
@@ -182,24 +182,24 @@ def test_one_device_equals_the_twin(routing: str):
     inputs, cotangent = arrays()
     ids = ids_of(routing)
 
-    got = answer(None, Dispatch(), ids, inputs, cotangent)
+    got = answer(None, DispatchConfig(), ids, inputs, cotangent)
 
     assert got.grads.keys() == {"x", "weights", "gate", "up", "down"}
     check_all(got, twin(inputs, np.asarray(ids), cotangent))
 
 
-@pytest.mark.parametrize(("mesh", "strategy", "factor"), EXTRA_PASSES)
+@pytest.mark.parametrize(("mesh", "strategy", "factor"), OVERFLOW_PASSES)
 def test_every_mesh_equals_one_device(mesh: str, strategy: str, factor: float | None):
-    options = Dispatch(strategy, factor)
+    options = DispatchConfig(strategy, factor)
 
-    extra_passes = [check_equals_one_device(mesh, options, routing) for routing in ROUTINGS]
+    overflow_passes = [check_equals_one_device(mesh, options, routing) for routing in ROUTINGS]
 
-    assert extra_passes == list(EXTRA_PASSES[mesh, strategy, factor])
+    assert overflow_passes == list(OVERFLOW_PASSES[mesh, strategy, factor])
 
 
 def test_each_mesh_meets_each_strategy_and_every_factor_comes_up():
-    assert {(mesh, strategy) for mesh, strategy, _ in EXTRA_PASSES} == set(itertools.product(MESHES, STRATEGIES))
-    assert {factor for _, _, factor in EXTRA_PASSES} == set(FACTORS)
+    assert {(mesh, strategy) for mesh, strategy, _ in OVERFLOW_PASSES} == set(itertools.product(MESHES, STRATEGIES))
+    assert {factor for _, _, factor in OVERFLOW_PASSES} == set(FACTORS)
 
 
 @pytest.mark.slow
@@ -207,10 +207,10 @@ def test_each_mesh_meets_each_strategy_and_every_factor_comes_up():
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_factor_on_every_mesh_equals_one_device(mesh: str, strategy: str, factor: float | None):
-    extra_passes = [check_equals_one_device(mesh, Dispatch(strategy, factor), routing) for routing in ROUTINGS]
+    overflow_passes = [check_equals_one_device(mesh, DispatchConfig(strategy, factor), routing) for routing in ROUTINGS]
 
     if factor != 0.5:
-        assert extra_passes[0] == 0  # balanced
+        assert overflow_passes[0] == 0  # balanced
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -222,16 +222,16 @@ def test_no_row_is_dropped_when_a_pass_takes_one(strategy: str):
     count = jax.jit(
         lambda ids: routed_experts(
             jnp.ones((M, D)), ids, jnp.ones(ids.shape), Experts(gate, up, down),
-            activation="relu", options=Dispatch(strategy, 1e-9),
+            activation="relu", config=DispatchConfig(strategy, 1e-9),
         )
     )  # fmt: skip
 
     with on_mesh("expert=4,fsdp=2"):
-        visits, extra_passes = count(ids)
+        visits, overflow_passes = count(ids)
 
     np.testing.assert_array_equal(visits, [np.bincount(of_token, minlength=E) for of_token in np.asarray(ids)])
     # The first two experts' device serves 11 of the 24 rows of its group, and 4 of 6 from one device.
-    assert extra_passes == {"gather": 10, "all_to_all": 3}[strategy]
+    assert overflow_passes == {"gather": 10, "all_to_all": 3}[strategy]
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_no_row_is_dropped_when_a_pass_takes_one(strategy: str):
     ],
 )
 def test_tokens_that_do_not_divide_equal_one_device(mesh: str, strategy: str, tokens: int):
-    check_equals_one_device(mesh, Dispatch(strategy, 0.5), "skewed", tokens=tokens)
+    check_equals_one_device(mesh, DispatchConfig(strategy, 0.5), "skewed", tokens=tokens)
 
 
 @pytest.mark.parametrize(
@@ -264,9 +264,9 @@ def test_tokens_that_do_not_divide_equal_one_device(mesh: str, strategy: str, to
 )
 def test_adapters_over_a_frozen_base_equal_one_device(mesh: str, strategy: str, kinds: Kinds):
     inputs, cotangent = arrays(kinds)
-    check_equals_one_device(mesh, Dispatch(strategy, 0.5), "skewed", kinds, frozen=FROZEN)
+    check_equals_one_device(mesh, DispatchConfig(strategy, 0.5), "skewed", kinds, frozen=FROZEN)
 
-    got = answer(mesh, Dispatch(strategy, 0.5), ids_of("skewed"), inputs, cotangent, FROZEN)
+    got = answer(mesh, DispatchConfig(strategy, 0.5), ids_of("skewed"), inputs, cotangent, FROZEN)
 
     names = [name for name, kind in zip(Experts._fields, kinds, strict=True) if kind.startswith("low-rank")]
     assert got.grads.keys() == {"x", "weights", *(f"{name}.{part}" for name in names for part in "ab")}
@@ -284,7 +284,7 @@ def test_bf16_is_near_the_twin(mesh: str, strategy: str):
     inputs, cotangent = arrays(dtype=jnp.bfloat16)
     ids = ids_of("skewed")
 
-    got = answer(mesh, Dispatch(strategy, 0.5), ids, inputs, cotangent)
+    got = answer(mesh, DispatchConfig(strategy, 0.5), ids, inputs, cotangent)
 
     assert got.y.dtype == got.grads["x"].dtype == got.grads["gate"].dtype == jnp.bfloat16
     assert got.grads["weights"].dtype == jnp.float32
@@ -296,10 +296,10 @@ def test_a_mesh_serves_what_is_not_jitted():
     ids = ids_of("skewed")
 
     with on_mesh("expert=4,fsdp=2"):
-        y, extra_passes = routed(placed(inputs, "expert=4,fsdp=2"), ids, Dispatch("gather", 0.5))
+        y, overflow_passes = routed(placed(inputs, "expert=4,fsdp=2"), ids, DispatchConfig("gather", 0.5))
 
-    assert_near(y, answer(None, Dispatch(), ids, inputs, cotangent).y, FP32)
-    assert extra_passes == 3  # 11 rows, 3 in a pass
+    assert_near(y, answer(None, DispatchConfig(), ids, inputs, cotangent).y, FP32)
+    assert overflow_passes == 3  # 11 rows, 3 in a pass
 
 
 @pytest.mark.parametrize(("factor", "loops"), [(0.5, True), (float("inf"), False)])
@@ -308,7 +308,7 @@ def test_an_infinite_factor_is_one_pass_without_a_loop(strategy: str, factor: fl
     inputs, _ = arrays()
 
     with on_mesh("expert=8"):
-        program = jax.make_jaxpr(lambda: routed(inputs, ids_of("balanced"), Dispatch(strategy, factor)))()
+        program = jax.make_jaxpr(lambda: routed(inputs, ids_of("balanced"), DispatchConfig(strategy, factor)))()
 
     assert ("pmax" in str(program)) == loops  # of the number of passes
 
@@ -327,7 +327,7 @@ POLICIES = {
 @pytest.mark.parametrize("mesh", ["fsdp=8", "expert=4,fsdp=2"])
 def test_completed_weights_are_not_kept_for_the_backward_pass(mesh: str, policy: str):
     inputs, _ = arrays()
-    function = lambda inputs: routed(inputs, ids_of("skewed"), Dispatch("gather", 0.5))[0]  # noqa: E731
+    function = lambda inputs: routed(inputs, ids_of("skewed"), DispatchConfig("gather", 0.5))[0]  # noqa: E731
     if (keep := POLICIES[policy]) is not None:
         function = jax.checkpoint(function, policy=keep)
 
@@ -347,14 +347,14 @@ def test_a_checkpointed_layer_has_the_same_gradients(policy: str):
     inputs, cotangent = arrays()
     ids = ids_of("skewed")
 
-    def loss(inputs: Inputs, options: Dispatch):
+    def loss(inputs: Inputs, options: DispatchConfig):
         function = jax.checkpoint(lambda inputs: routed(inputs, ids, options)[0], policy=POLICIES[policy])
         return (function(inputs) * cotangent).sum()
 
     with on_mesh("expert=4,fsdp=2"):
-        got = jax.jit(jax.grad(loss), static_argnums=1)(placed(inputs, "expert=4,fsdp=2"), Dispatch("gather", 0.5))
+        got = jax.jit(jax.grad(loss), static_argnums=1)(placed(inputs, "expert=4,fsdp=2"), DispatchConfig("gather", 0.5))
 
-    want = answer(None, Dispatch(), ids, inputs, cotangent)
+    want = answer(None, DispatchConfig(), ids, inputs, cotangent)
     for path, grad in paths(got).items():
         assert_near(grad, want.grads[path], FP32, path)
 
@@ -363,7 +363,7 @@ def test_weights_are_gathered_again_and_their_gradients_reduce_scattered():
     inputs, cotangent = arrays()
     with on_mesh("fsdp=8"):  # gathers along fsdp are then all there are
         args = placed(inputs, "fsdp=8"), ids_of("skewed"), cotangent
-        lowered = program("fsdp=8", Dispatch(), "").lower(*args)
+        lowered = program("fsdp=8", DispatchConfig(), "").lower(*args)
 
     text = lowered.as_text()
     forward, backward = text.split("optimization_barrier", maxsplit=1)
@@ -379,17 +379,17 @@ def test_the_compiler_does_not_merge_the_gathers_of_both_directions():
 
     with on_mesh("fsdp=8"):
         args = placed(inputs, "fsdp=8"), ids_of("skewed"), cotangent
-        compiled = program("fsdp=8", Dispatch(), "").lower(*args).compile()
+        compiled = program("fsdp=8", DispatchConfig(), "").lower(*args).compile()
 
     assert len(re.findall(r" all-gather(-start)?\(", compiled.as_text() or "")) == 2 * len(Experts._fields)
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=8", "expert=4,fsdp=2", "expert=2,tensor=2,fsdp=2"])
 def test_gradients_lie_where_their_weights_do(mesh: str):
-    strategy, factor = next(options for of_mesh, *options in EXTRA_PASSES if of_mesh == mesh)  # compiled already
+    strategy, factor = next(options for of_mesh, *options in OVERFLOW_PASSES if of_mesh == mesh)  # compiled already
     inputs, cotangent = arrays()
 
-    got = answer(mesh, Dispatch(strategy, factor), ids_of("skewed"), inputs, cotangent)
+    got = answer(mesh, DispatchConfig(strategy, factor), ids_of("skewed"), inputs, cotangent)
 
     for name, operand in zip(Experts._fields, placed(inputs, mesh).experts, strict=True):
         assert got.grads[name].sharding.is_equivalent_to(operand.sharding, operand.ndim), name
@@ -405,7 +405,7 @@ def lowered(function: Any, *args: Any) -> str:
 def test_without_a_mesh_nothing_moves():
     inputs, cotangent = arrays()
 
-    text = program(None, Dispatch("all_to_all", 0.5), "").lower(inputs, ids_of("skewed"), cotangent).as_text()
+    text = program(None, DispatchConfig("all_to_all", 0.5), "").lower(inputs, ids_of("skewed"), cotangent).as_text()
 
     assert not re.search(COLLECTIVES, text)
 
@@ -414,7 +414,7 @@ def test_on_somebody_elses_mesh_nothing_moves():
     inputs, _ = arrays()
 
     with jax.set_mesh(jax.make_mesh((8,), ("expert",), axis_types=(AxisType.Auto,))):
-        text = lowered(lambda: routed(inputs, ids_of("skewed"), Dispatch("all_to_all", 0.5)))
+        text = lowered(lambda: routed(inputs, ids_of("skewed"), DispatchConfig("all_to_all", 0.5)))
 
     assert not re.search(COLLECTIVES, text)
 
@@ -425,7 +425,7 @@ def test_inside_somebody_elses_shard_map_every_device_is_on_its_own():
 
     @functools.partial(jax.shard_map, in_specs=(tokens, tokens, PartitionSpec(), tokens), out_specs=tokens)
     def own(x: Any, weights: Any, experts: Experts, ids: Any):
-        return routed(Inputs(x, weights, experts), ids, Dispatch("all_to_all", 0.5))[0]
+        return routed(Inputs(x, weights, experts), ids, DispatchConfig("all_to_all", 0.5))[0]
 
     def loss(inputs: Inputs, ids: Any):
         y = own(*inputs, ids)
@@ -436,13 +436,13 @@ def test_inside_somebody_elses_shard_map_every_device_is_on_its_own():
         text = lowered(own, *inputs, ids)
 
     assert not re.search(COLLECTIVES, text)
-    check_all(Answer(y, paths(grads), 0), answer(None, Dispatch(), ids, inputs, cotangent))
+    check_all(Answer(y, paths(grads), 0), answer(None, DispatchConfig(), ids, inputs, cotangent))
 
 
 # --- bad input ---
 
 
-def refused(mesh: str | None, options: Dispatch, experts: Any = None, kinds: Kinds = DENSE) -> str:
+def refused(mesh: str | None, options: DispatchConfig, experts: Any = None, kinds: Kinds = DENSE) -> str:
     """The one line that a user gets."""
     inputs, _ = arrays(kinds)
     inputs = inputs if experts is None else inputs._replace(experts=experts)
@@ -454,7 +454,7 @@ def refused(mesh: str | None, options: Dispatch, experts: Any = None, kinds: Kin
 
 @pytest.mark.parametrize("mesh", [None, "expert=8"])
 def test_a_strategy_that_does_not_exist_is_refused_with_those_that_do(mesh: str | None):
-    said = refused(mesh, Dispatch("scatter"))
+    said = refused(mesh, DispatchConfig("scatter"))
 
     assert said == "dispatch strategy 'scatter' does not exist, only gather, all_to_all"
 
@@ -462,14 +462,14 @@ def test_a_strategy_that_does_not_exist_is_refused_with_those_that_do(mesh: str 
 @pytest.mark.parametrize("mesh", [None, "expert=8"])
 @pytest.mark.parametrize("factor", [0, 0.0, -1.5, float("nan"), float("-inf")])
 def test_a_buffer_factor_that_is_not_positive_is_refused(mesh: str | None, factor: float):
-    assert refused(mesh, Dispatch(None, factor)) == f"buffer_factor must be positive, not {factor}"
+    assert refused(mesh, DispatchConfig(None, factor)) == f"buffer_factor must be positive, not {factor}"
 
 
 @pytest.mark.parametrize("strategy", [None, *STRATEGIES])
 def test_experts_that_do_not_divide_are_refused(strategy: str | None):
     experts = Experts(*(operand[:6] for operand in arrays()[0].experts))
 
-    said = refused("expert=4,fsdp=2", Dispatch(strategy), experts)
+    said = refused("expert=4,fsdp=2", DispatchConfig(strategy), experts)
 
     assert said == "gate of the routed experts: experts of size 6 does not divide over expert=4"
 
@@ -477,7 +477,7 @@ def test_experts_that_do_not_divide_are_refused(strategy: str | None):
 def test_a_width_that_does_not_divide_is_refused():
     gate, up, down = arrays()[0].experts
 
-    said = refused("expert=2,tensor=2,fsdp=2", Dispatch(), Experts(gate[:, :7], up[:, :7], down[:, :, :7]))
+    said = refused("expert=2,tensor=2,fsdp=2", DispatchConfig(), Experts(gate[:, :7], up[:, :7], down[:, :, :7]))
 
     assert said == "gate of the routed experts: expert_ffn of size 7 does not divide over tensor=2"
 
@@ -493,6 +493,6 @@ def test_a_width_that_does_not_divide_is_refused():
 )
 def test_quantised_operands_are_refused_over_tensor(kinds: Kinds, name: str):
     """Each device of the axis would have them whole, and its part of the sum would be all of it."""
-    said = refused("expert=2,tensor=2,fsdp=2", Dispatch(), kinds=kinds)
+    said = refused("expert=2,tensor=2,fsdp=2", DispatchConfig(), kinds=kinds)
 
     assert said == f"{name} of the routed experts is quantised and cannot be split over tensor=2"

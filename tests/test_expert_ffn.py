@@ -20,7 +20,7 @@ from dsmoe_jax.kernels import batched, grouped_matmul, tuning
 from dsmoe_jax.kernels import expert_ffn as operation
 from dsmoe_jax.kernels.activation import ACTIVATION_FUNCTIONS
 from dsmoe_jax.kernels.block_loop import block_rows
-from dsmoe_jax.kernels.expert_ffn import BACKENDS, LEGS, Backend, Legs, choose, expert_ffn
+from dsmoe_jax.kernels.expert_ffn import BACKENDS, LEGS, Backend, Legs, choose_legs, expert_ffn
 from dsmoe_jax.kernels.operand import Experts, Inputs
 from tests.helpers import reference
 from tests.helpers.conformance import (
@@ -196,10 +196,10 @@ def spy(monkeypatch: pytest.MonkeyPatch, *backends: str) -> dict[str, set[str]]:
     asked: dict[str, set[str]] = {}
 
     def listening(backend: str, backward: Any):
-        def heard(inputs: Inputs, group_sizes: Any, activation: str, grad_out: Any, wanted: Any):
+        def heard(inputs: Inputs, group_sizes: Any, activation: str, grad_out: Any, needs_grad: Any):
             assert backend not in asked, "asked twice"
-            asked[backend] = set(wanted.of(list(paths(inputs))))
-            return backward(inputs, group_sizes, activation, grad_out, wanted)
+            asked[backend] = set(needs_grad.select(list(paths(inputs))))
+            return backward(inputs, group_sizes, activation, grad_out, needs_grad)
 
         return heard
 
@@ -373,21 +373,21 @@ def test_each_leg_asks_its_own_backend(monkeypatch: pytest.MonkeyPatch):
 def fresh_choice(monkeypatch: pytest.MonkeyPatch):
     """As in a process that has chosen nothing yet, without the environment variable."""
     monkeypatch.delenv(operation.VARIABLE, raising=False)
-    for remembered in (operation._or_fall_back, operation._say_once):
+    for remembered in (operation._or_fallback, operation._log_once):
         remembered.cache_clear()
     yield
-    for remembered in (operation._or_fall_back, operation._say_once):
+    for remembered in (operation._or_fallback, operation._log_once):
         remembered.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_choice")
 def test_the_argument_goes_before_the_environment_and_that_before_the_table(monkeypatch: pytest.MonkeyPatch):
-    by_table = choose("cpu", jnp.float32, 24, E)
+    by_table = choose_legs("cpu", jnp.float32, 24, E)
     monkeypatch.setenv(operation.VARIABLE, "slots,dense,batched")
-    by_environment = choose("cpu", jnp.float32, 24, E)
-    by_argument = choose("cpu", jnp.float32, 24, E, "ragged")
+    by_environment = choose_legs("cpu", jnp.float32, 24, E)
+    by_argument = choose_legs("cpu", jnp.float32, 24, E, "ragged")
     monkeypatch.setenv(operation.VARIABLE, "")
-    by_table_again = choose("cpu", jnp.float32, 24, E)
+    by_table_again = choose_legs("cpu", jnp.float32, 24, E)
 
     assert by_table == by_table_again == LEGS["cpu", "float32", "many"]
     assert by_environment == Legs("slots", "dense", "batched")
@@ -400,9 +400,9 @@ def test_the_table_is_read_by_device_dtype_and_rows_for_each_expert(monkeypatch:
         ("gpu", "bfloat16", "few"): Legs("slots", "slots", "slots"),
     })  # fmt: skip
 
-    assert choose("gpu", jnp.bfloat16, 4, 4) == Legs("slots", "slots", "slots")
+    assert choose_legs("gpu", jnp.bfloat16, 4, 4) == Legs("slots", "slots", "slots")
     for other in (("gpu", jnp.bfloat16, 5, 4), ("gpu", jnp.float32, 4, 4), ("tpu", jnp.bfloat16, 4, 4)):
-        assert choose(*other) == Legs("batched", "dense", "slots")
+        assert choose_legs(*other) == Legs("batched", "dense", "slots")
 
 
 @pytest.mark.usefixtures("fresh_choice")
@@ -411,10 +411,10 @@ def test_what_is_tuned_for_a_card_goes_before_the_table_leg_by_leg(monkeypatch: 
     tuned = {("a card", "bfloat16", "many"): {"rows": "ragged"}}
     monkeypatch.setattr(tuning, "legs", lambda *key: tuned.get(key, {}))
 
-    assert choose("gpu", jnp.bfloat16, 24, E) == LEGS["gpu", "bfloat16", "many"]._replace(rows="ragged")
-    assert choose("gpu", jnp.bfloat16, 2, E) == LEGS["gpu", "bfloat16", "few"]
-    assert choose("cpu", jnp.bfloat16, 24, E) == LEGS["cpu", "bfloat16", "many"]
-    assert choose("gpu", jnp.bfloat16, 24, E, "dense") == Legs("dense", "dense", "dense")
+    assert choose_legs("gpu", jnp.bfloat16, 24, E) == LEGS["gpu", "bfloat16", "many"]._replace(rows="ragged")
+    assert choose_legs("gpu", jnp.bfloat16, 2, E) == LEGS["gpu", "bfloat16", "few"]
+    assert choose_legs("cpu", jnp.bfloat16, 24, E) == LEGS["cpu", "bfloat16", "many"]
+    assert choose_legs("gpu", jnp.bfloat16, 24, E, "dense") == Legs("dense", "dense", "dense")
 
 
 def test_the_table_has_a_row_for_every_case_and_names_what_exists():
@@ -432,8 +432,8 @@ def test_a_choice_is_said_once(caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO, logger="dsmoe_jax")
 
     for _ in range(2):
-        choose("cpu", jnp.float32, 24, E, "batched,dense,slots")
-        choose("cpu", jnp.float32, 24, E)
+        choose_legs("cpu", jnp.float32, 24, E, "batched,dense,slots")
+        choose_legs("cpu", jnp.float32, 24, E)
 
     assert [record.getMessage() for record in caplog.records] == [
         "expert_ffn (as asked): forward batched, gradient of rows dense, of weights slots",
@@ -446,10 +446,10 @@ def test_kernels_that_cannot_run_here_give_way_with_the_reason(monkeypatch: pyte
     monkeypatch.setattr(grouped_matmul, "available", lambda name: f"no luck with {name}")
 
     with pytest.warns(UserWarning, match="'grouped' cannot run here .*pallas: no luck with pallas.*: batched instead"):
-        legs = choose("gpu", jnp.bfloat16, 24, E, "slots,grouped,grouped")
+        legs = choose_legs("gpu", jnp.bfloat16, 24, E, "slots,grouped,grouped")
 
     assert legs == Legs("slots", "batched", "batched")
-    assert choose("gpu", jnp.bfloat16, 24, E, "grouped") == Legs("batched", "batched", "batched")  # and warns no more
+    assert choose_legs("gpu", jnp.bfloat16, 24, E, "grouped") == Legs("batched", "batched", "batched")  # and warns no more
 
 
 # --- what is refused ---

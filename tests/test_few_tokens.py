@@ -11,7 +11,7 @@ from dsmoe_jax.kernels import few_tokens
 from dsmoe_jax.kernels.expert_ffn import VARIABLE
 from dsmoe_jax.kernels.few_tokens import by_choice, by_expert, form
 from dsmoe_jax.kernels.operand import Experts, expert_of_rows
-from dsmoe_jax.layers.dispatch import Dispatch, routed_experts
+from dsmoe_jax.layers.dispatch import DispatchConfig, routed_experts
 from dsmoe_jax.model import merge, split
 from tests.helpers import golden, reference
 from tests.helpers.conformance import BF16, DENSE, FP32, KINDS, D, E, F, assert_near
@@ -110,7 +110,7 @@ def test_a_backend_that_is_asked_for_goes_before_the_forms(way: str, monkeypatch
     if way == "environment":
         monkeypatch.setenv(VARIABLE, "batched")
 
-    options = Dispatch(backend="batched" if way == "argument" else None)
+    options = DispatchConfig(backend="batched" if way == "argument" else None)
     got, _ = routed_experts(x, jnp.asarray(IDS), weights, experts, activation="silu", options=options)
 
     assert_near(got, one_by_one(x, weights, experts), FP32)

@@ -42,7 +42,7 @@ def metrics(seed: int = 0, **changes: Any) -> Metrics:
         skipped_in_a_row=np.int32(0),
         load=load,
         entropy=aux[2],
-        extra_passes=np.zeros(3, np.float32),
+        overflow_passes=np.zeros(3, np.float32),
     )
     return Metrics(**fields | changes)
 
@@ -133,7 +133,7 @@ def test_every_number_of_a_record_is_what_a_slow_sum_says(tmp_path: Path):
         assert got[f"moe/{layer}/entropy"] == float(said.entropy[n])
         assert got[f"moe/{layer}/load"] == load[n]
     assert got["max_over_mean_load"] == max(got[f"moe/{layer}/max_over_mean_load"] for layer in LAYERS)
-    assert (got["unused_experts"], got["extra_passes"]) == (2, 0)
+    assert (got["unused_experts"], got["overflow_passes"]) == (2, 0)
 
 
 def test_without_a_known_device_there_is_no_mfu_and_memory_is_the_processes(tmp_path: Path):
@@ -149,7 +149,7 @@ def test_without_a_known_device_there_is_no_mfu_and_memory_is_the_processes(tmp_
 def test_a_dense_model_has_no_routing_to_speak_of(tmp_path: Path):
     dense = ModelConfig.from_dict({**CONFIG.to_dict(), "n_routed_experts": None, "num_experts_per_tok": None})
     none = np.zeros(0, np.float32)
-    said = metrics(load=np.zeros((0, 0)), balance=none, device_balance=none, entropy=none, extra_passes=none)
+    said = metrics(load=np.zeros((0, 0)), balance=none, device_balance=none, entropy=none, overflow_passes=none)
 
     with Recorder(
         tmp_path, config=dense, tokens_per_step=8, sequence_length=8, steps=1, sinks=("jsonl", "console")

@@ -15,7 +15,7 @@ import pytest
 from dsmoe_jax.checkpoint import load, save
 from dsmoe_jax.convert import load_hf
 from dsmoe_jax.generate import Generator
-from dsmoe_jax.layers.dispatch import STRATEGIES, Dispatch
+from dsmoe_jax.layers.dispatch import STRATEGIES, DispatchConfig
 from dsmoe_jax.model import DeepSeekMoE, assemble, merge, shardings, split
 from dsmoe_jax.sharding import MeshConfig, make_mesh, place_batch
 from dsmoe_jax.train import balance_loss, cross_entropy
@@ -178,14 +178,14 @@ class Step(NamedTuple):
     loss: Any
     logits: Any
     grads: dict[str, Any]
-    extra_passes: list[int]
+    overflow_passes: list[int]
 
 
 CONFIG = tiny(num_experts_per_tok=3, aux_loss_alpha=0.1)
 IDS = np.random.default_rng(0).integers(2, CONFIG.vocab_size, (8, 6)).astype(np.int32)
 
 
-def model_on(mesh: str | None, options: Dispatch = Dispatch()) -> DeepSeekMoE:  # noqa: B008 (immutable)
+def model_on(mesh: str | None, options: DispatchConfig = DispatchConfig()) -> DeepSeekMoE:
     """One model, wherever it lies."""
     model = random_model(CONFIG)
     if mesh is not None:
@@ -195,7 +195,7 @@ def model_on(mesh: str | None, options: Dispatch = Dispatch()) -> DeepSeekMoE:  
     return model
 
 
-def step(mesh: str | None, options: Dispatch = Dispatch()) -> Step:  # noqa: B008 (immutable)
+def step(mesh: str | None, options: DispatchConfig = DispatchConfig()) -> Step:
     """What one step of training computes: cross-entropy, balance losses and the gradient of every parameter."""
     graph, params = split(model_on(mesh, options))
 
@@ -205,13 +205,13 @@ def step(mesh: str | None, options: Dispatch = Dispatch()) -> Step:  # noqa: B00
         hidden = model.hidden(ids)
         logits = model.logits(hidden.states)
         balance = sum(balance_loss(CONFIG, hidden.routing).values())
-        extra_passes = [routed.extra_passes for routed in hidden.routing.values()]
-        return cross_entropy(logits, ids) + balance, (logits, extra_passes)
+        overflow_passes = [routed.overflow_passes for routed in hidden.routing.values()]
+        return cross_entropy(logits, ids) + balance, (logits, overflow_passes)
 
     (ids,) = place_batch(None if mesh is None else make_mesh(MESHES[mesh]), IDS)
     with on_mesh(mesh):
-        (loss, (logits, extra_passes)), grads = jax.jit(loss_of)(params, ids)
-    return Step(loss, logits, grads, [int(extra) for extra in extra_passes])
+        (loss, (logits, overflow_passes)), grads = jax.jit(loss_of)(params, ids)
+    return Step(loss, logits, grads, [int(extra) for extra in overflow_passes])
 
 
 @functools.cache
@@ -242,7 +242,7 @@ LAYOUTS = [
 def test_loss_and_all_gradients_equal_one_device(mesh: str, strategy: str, factor: float | None):
     want = step_on_one_device()
 
-    got = step(mesh, Dispatch(strategy, factor))
+    got = step(mesh, DispatchConfig(strategy, factor))
 
     np.testing.assert_allclose(got.loss, want.loss, rtol=0, atol=TRAINING)
     np.testing.assert_allclose(got.logits, want.logits, rtol=0, atol=LOGITS)
@@ -253,7 +253,7 @@ def test_loss_and_all_gradients_equal_one_device(mesh: str, strategy: str, facto
         if ".experts." in name:  # the compiler places the others
             assert grad.sharding.is_equivalent_to(place, grad.ndim), name
     if factor != 2.0:  # there it depends on the routing
-        assert (max(got.extra_passes) > 0) == (factor == 0.5 and MESHES[mesh].expert > 1)
+        assert (max(got.overflow_passes) > 0) == (factor == 0.5 and MESHES[mesh].expert > 1)
 
 
 def test_every_gradient_of_the_comparison_is_there():
@@ -264,10 +264,10 @@ def test_every_gradient_of_the_comparison_is_there():
 
 @functools.cache
 def answers_on_one_device(count: int) -> list[list[int]]:
-    return answers(None, Dispatch(), count)
+    return answers(None, DispatchConfig(), count)
 
 
-def answers(mesh: str | None, options: Dispatch, count: int) -> list[list[int]]:
+def answers(mesh: str | None, options: DispatchConfig, count: int) -> list[list[int]]:
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]][:count]
     completions = Generator(model_on(mesh, options))(prompts, max_new_tokens=6, temperature=0.0, ignore_eos=True)
     return [completion.tokens for completion in completions]
@@ -288,7 +288,7 @@ QUICK = [("expert=4,fsdp=2", "all_to_all", 3)]  # a single prompt comes with the
     ],
 )
 def test_prompts_that_do_not_divide_are_answered_as_on_one_device(mesh: str, strategy: str, count: int):
-    got = answers(mesh, Dispatch(strategy, 0.5), count)
+    got = answers(mesh, DispatchConfig(strategy, 0.5), count)
 
     assert got == answers_on_one_device(count)
 
@@ -329,12 +329,12 @@ def test_both_kinds_of_checkpoint_are_placed_and_answer_alike(tmp_path: Path, me
         np.testing.assert_allclose(model(IDS[:3]).logits, want, rtol=0, atol=LOGITS)
 
 
-def test_the_output_reports_the_extra_passes_of_each_moe_layer():
-    model = model_on("expert=4,fsdp=2", Dispatch("all_to_all", 1e-9))  # one slot for each device
+def test_the_output_reports_the_overflow_passes_of_each_moe_layer():
+    model = model_on("expert=4,fsdp=2", DispatchConfig("all_to_all", 1e-9))  # one slot for each device
 
     routing = model(IDS).routing
 
     assert routing.keys() == {1}
     owner = np.asarray(routing[1].ids).reshape(8, -1) // 2  # each of 8 devices has a row of the batch; 2 experts each
     most = max(np.bincount(of_device).max() for of_device in owner)
-    assert routing[1].extra_passes == most - 1 > 0
+    assert routing[1].overflow_passes == most - 1 > 0

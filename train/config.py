@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from dsmoe_jax.config import PRESETS, ModelConfig
+from dsmoe_jax.layers.dispatch import DispatchConfig
 from dsmoe_jax.model import check_seed
 from dsmoe_jax.paths import expand_user
 from dsmoe_jax.sharding import MeshConfig
@@ -83,6 +84,7 @@ class RunConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     step: StepConfig = dataclasses.field(default_factory=StepConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    dispatch: DispatchConfig = dataclasses.field(default_factory=DispatchConfig)  # how tokens reach the experts
     checkpoints: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     processes: ProcessConfig = dataclasses.field(default_factory=ProcessConfig)
     log_every: int = 10

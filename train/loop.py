@@ -103,7 +103,7 @@ def _run(config: RunConfig, out: Path, mesh: Mesh | None) -> Result:
             _log.warning("optimizer.warmup_steps %d exceeds steps %d: warmup ends with the run", warmup, job.steps)
         stack.enter_context(nullcontext() if mesh is None else jax.set_mesh(mesh))
         corpus, trained = job.corpus, job.trained
-        graph = abstract(job.model)[0]
+        graph = abstract(job.model, config.dispatch)[0]
         optimizer, schedule = make_optimizer(config.optimizer, job.steps)
         frozen = job.frozen(mesh)
         state = _begin(config, job, optimizer, mesh, frozen, checkpoints, found)

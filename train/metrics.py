@@ -200,13 +200,13 @@ def _routing(layers: Sequence[int], metrics: Metrics, *, heat: bool) -> dict[str
         "max_over_mean_load": imbalance.astype(float),
         "entropy": np.asarray(metrics.entropy, float),  # nats
         "unused_experts": (load == 0).sum(axis=1),
-        "extra_passes": np.asarray(metrics.extra_passes).astype(int),
+        "overflow_passes": np.asarray(metrics.overflow_passes).astype(int),
         **({"load": load.astype(int)} if heat else {}),  # tokens, by expert
     }
     totals = {
         "max_over_mean_load": float(imbalance.max()),  # of the worst layer
         "unused_experts": int(columns["unused_experts"].sum()),
-        "extra_passes": int(columns["extra_passes"].sum()),
+        "overflow_passes": int(columns["overflow_passes"].sum()),
     }
     by_layer = {
         f"moe/{layer}/{name}": column[n].tolist() for n, layer in enumerate(layers) for name, column in columns.items()

@@ -85,7 +85,7 @@ _LINE: Final[tuple[tuple[str, Callable[[Any], str]], ...]] = (
     ("mfu",                "mfu {:.0%}".format),
     ("max_over_mean_load", "load {:.1f}×".format),
     ("unused_experts",     "unused {}".format),
-    ("extra_passes",       lambda x: f"extra passes {x}" if x else ""),
+    ("overflow_passes",       lambda x: f"overflow passes {x}" if x else ""),
     ("data_wait_share",    lambda x: f"data wait {x:.0%}" if x > 0.01 else ""),
     ("skipped_in_all",     lambda x: f"skipped {x}" if x else ""),
 )

@@ -109,7 +109,7 @@ class Metrics(NamedTuple):
     skipped_in_a_row: Int[Array, ""]
     load: Float[Array, "layers E"]  # non-padding tokens routed to each expert
     entropy: Float[Array, "layers"]  # of the router's scores, mean over non-padding tokens, in nats
-    extra_passes: Float[Array, "layers"]
+    overflow_passes: Float[Array, "layers"]
 
 
 def init_state(
@@ -340,7 +340,7 @@ def _report(
         skipped_in_a_row=jnp.zeros((), jnp.int32),
         load=_stack([_load(one, valid) for one in routed], config.n_routed_experts or 0),
         entropy=_stack([_entropy(one.scores, valid) / tokens for one in routed]),
-        extra_passes=_stack([one.extra_passes for one in routed]),
+        overflow_passes=_stack([one.overflow_passes for one in routed]),
     )
     return jax.lax.stop_gradient(report)
 

@@ -225,23 +225,23 @@ def dequantize_all(experts: Experts) -> Experts:
 
 
 @jax.tree_util.register_static
-class Wanted(tuple[bool, ...]):
-    """Which leaves somebody differentiates by: a backward pass computes their gradients and keeps the others fixed."""
+class GradMask(tuple[bool, ...]):
+    """Which leaves need a gradient; a backward pass treats the others as constants."""
 
-    def of(self, leaves: Sequence[Any]) -> list[Any]:
-        """The wanted ones among all leaves."""
-        return [leaf for leaf, want in zip(leaves, self, strict=True) if want]
+    def select(self, leaves: Sequence[Any]) -> list[Any]:
+        """Return the leaves that need a gradient."""
+        return [leaf for leaf, needed in zip(leaves, self, strict=True) if needed]
 
-    def put(self, values: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
-        """All leaves, with `values` in place of the wanted ones."""
+    def fill(self, values: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
+        """Return all leaves, with `values` in place of those that need a gradient."""
         new = iter(values)
-        return [next(new) if want else leaf for leaf, want in zip(leaves, self, strict=True)]
+        return [next(new) if needed else leaf for leaf, needed in zip(leaves, self, strict=True)]
 
-    def gradients(self, function: Callable[[Any], Array], operands: Any, grad: Array) -> list[Array]:
-        """Those of the wanted leaves of `operands`, from the gradient of what `function` makes of these."""
+    def vjp(self, function: Callable[[Any], Array], operands: Any, grad: Array) -> list[Array]:
+        """Return the gradients of the selected leaves of `operands`, given that of `function(operands)`."""
         leaves, tree = jax.tree.flatten(operands)
-        of_wanted = lambda values: function(jax.tree.unflatten(tree, self.put(values, leaves)))  # noqa: E731
-        return jax.vjp(of_wanted, self.of(leaves))[1](grad)[0]
+        of_selected = lambda values: function(jax.tree.unflatten(tree, self.fill(values, leaves)))  # noqa: E731
+        return jax.vjp(of_selected, self.select(leaves))[1](grad)[0]
 
 
 # The logical axes of a dense operand, by the order of `Experts`.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsmoe_jax.kernels.expert_ffn import LEGS, choose, expert_ffn
+from dsmoe_jax.kernels.expert_ffn import LEGS, choose_legs, expert_ffn
 from dsmoe_jax.kernels.operand import Experts
 from tests.gpu.backends import EVERY, GROUPED, SERVING, skip_without
 from tests.helpers.conformance import (
@@ -137,7 +137,7 @@ def test_the_legs_that_the_table_gives_a_gpu(dtype: str, tolerance: float, rows:
     R = sum(groups)
     inputs, cotangent = arrays(R, jnp.dtype(dtype))
     if jax.default_backend() == "gpu":
-        assert choose("gpu", dtype, R, E) == legs
+        assert choose_legs("gpu", dtype, R, E) == legs
 
     got = jitted(expert_ffn, backend=",".join(legs))(inputs, jnp.array(groups, jnp.int32), cotangent)
 

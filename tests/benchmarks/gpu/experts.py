@@ -83,7 +83,7 @@ def resolved(rows: int, experts: int, dtype: Any, backend: str | None) -> ffn.Le
             plain.grouped_legs()
         except ValueError as error:
             raise UnableError(f"no kernel for `grouped` here: {error}") from None
-    return ffn.choose(jax.default_backend(), dtype, rows, experts, backend)
+    return ffn.choose_legs(jax.default_backend(), dtype, rows, experts, backend)
 
 
 def case(sizes: Sizes, tokens: int, name: str, backend: str | None, *, skewed: bool = False, dtype: Any = None) -> Case:

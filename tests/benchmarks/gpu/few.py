@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from dsmoe_jax.axes import Array
 from dsmoe_jax.kernels import few_tokens
 from dsmoe_jax.kernels.operand import Experts
-from dsmoe_jax.layers.dispatch import Dispatch, routed_experts
+from dsmoe_jax.layers.dispatch import DispatchConfig, routed_experts
 from tests.benchmarks.gpu import timing, work
 from tests.benchmarks.gpu.cases import Case
 from tests.benchmarks.gpu.sizes import Sizes
@@ -52,4 +52,4 @@ def row(sizes: Sizes, tokens: int, function: few_tokens.Form) -> dict[str, Any]:
 
 
 def _sorted(x: Array, ids: Array, weights: Array, experts: Experts, activation: str) -> Array:
-    return routed_experts(x, ids, weights, experts, activation=activation, options=Dispatch(backend="batched"))[0]
+    return routed_experts(x, ids, weights, experts, activation=activation, config=DispatchConfig(backend="batched"))[0]
