@@ -295,10 +295,11 @@ def assemble(config: ModelConfig, params: Mapping[str, Any]) -> DeepSeekMoE:
 
 
 @functools.lru_cache(maxsize=16)
-def abstract(config: ModelConfig, dispatch: DispatchConfig = DispatchConfig()) -> tuple[Graph, dict[str, ParamSpec]]:
+def abstract(config: ModelConfig, dispatch: DispatchConfig | None = None) -> tuple[Graph, dict[str, ParamSpec]]:
     """The graph and every parameter's shape and logical axes; init, restore and import all follow from it."""
     model = nnx.eval_shape(lambda: DeepSeekMoE(config, rngs=nnx.Rngs(0)))
-    model.set_attributes(dispatch=dispatch, raise_if_not_found=False)  # a dense model has no experts
+    if dispatch is not None:
+        model.set_attributes(dispatch=dispatch, raise_if_not_found=False)  # a dense model has no experts
     definition, state = nnx.split(model)
     specs = {
         _join(path): ParamSpec(tuple(leaf.shape), leaf.logical_axes, leaf.initializer)

@@ -434,16 +434,16 @@ def test_a_compiled_programs_matmuls_are_counted():
 
 def test_the_tuned_table_holds_the_fastest_of_each_place_and_no_failure():
     rows = [
-        {"key": "legs/bfloat16/many/forward/batched", "seconds": [2.0, 2.0, 9.0]},
-        {"key": "legs/bfloat16/many/forward/grouped", "seconds": [1.0]},
-        {"key": "legs/bfloat16/many/rows/grouped", "error": "no kernel"},
+        {"key": "legs/bfloat16/many/fwd/batched", "seconds": [2.0, 2.0, 9.0]},
+        {"key": "legs/bfloat16/many/fwd/grouped", "seconds": [1.0]},
+        {"key": "legs/bfloat16/many/dgrad/grouped", "error": "no kernel"},
         {"key": "tiles/gmm/64,128,128,4,3", "seconds": [1.0]},
         {"key": "tiles/tgmm/64,128,128,4,3", "seconds": [1.0]},
         {"key": "tiles/tgmm/128,64,128,4,4", "error": "not run: no time left"},
     ]
 
     assert tuning.table("a card", rows) == {
-        "legs": {"a card": {"bfloat16": {"many": {"forward": "grouped"}}}},
+        "legs": {"a card": {"bfloat16": {"many": {"fwd": "grouped"}}}},
         "tiles": {"a card": {"gmm": [64, 128, 128, 4, 3]}},
     }
 
@@ -451,12 +451,12 @@ def test_the_tuned_table_holds_the_fastest_of_each_place_and_no_failure():
 def test_what_was_found_for_a_card_joins_a_file_whose_other_entries_stay():
     known = {
         "note": "a",
-        "legs": {"another": {}, "a card": {"float32": {"few": {"forward": "slots", "rows": "slots"}}}},
+        "legs": {"another": {}, "a card": {"float32": {"few": {"fwd": "batched", "dgrad": "batched"}}}},
     }
 
-    assert tuning.over(known, {"legs": {"a card": {"float32": {"few": {"forward": "ragged"}}}}, "tiles": {}}) == {
+    assert tuning.over(known, {"legs": {"a card": {"float32": {"few": {"fwd": "ragged"}}}}, "tiles": {}}) == {
         "note": "a",
-        "legs": {"another": {}, "a card": {"float32": {"few": {"forward": "ragged", "rows": "slots"}}}},
+        "legs": {"another": {}, "a card": {"float32": {"few": {"fwd": "ragged", "dgrad": "batched"}}}},
         "tiles": {},
     }
 

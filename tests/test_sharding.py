@@ -15,7 +15,7 @@ import pytest
 from dsmoe_jax.checkpoint import load, save
 from dsmoe_jax.convert import load_hf
 from dsmoe_jax.generate import Generator
-from dsmoe_jax.layers.dispatch import STRATEGIES, DispatchConfig
+from dsmoe_jax.layers.dispatch import STRATEGIES, DispatchConfig, Strategy
 from dsmoe_jax.model import DeepSeekMoE, assemble, merge, shardings, split
 from dsmoe_jax.sharding import MeshConfig, make_mesh, place_batch
 from dsmoe_jax.train import balance_loss, cross_entropy
@@ -185,19 +185,19 @@ CONFIG = tiny(num_experts_per_tok=3, aux_loss_alpha=0.1)
 IDS = np.random.default_rng(0).integers(2, CONFIG.vocab_size, (8, 6)).astype(np.int32)
 
 
-def model_on(mesh: str | None, options: DispatchConfig = DispatchConfig()) -> DeepSeekMoE:
+def model_on(mesh: str | None, config: DispatchConfig = DispatchConfig()) -> DeepSeekMoE:  # noqa: B008 (immutable)
     """One model, wherever it lies."""
     model = random_model(CONFIG)
     if mesh is not None:
         places = shardings(CONFIG, MESHES[mesh])
         model = assemble(CONFIG, {name: jax.device_put(array, places[name]) for name, array in split(model)[1].items()})
-    model.set_attributes(dispatch=options)
+    model.set_attributes(dispatch=config)
     return model
 
 
-def step(mesh: str | None, options: DispatchConfig = DispatchConfig()) -> Step:
+def step(mesh: str | None, config: DispatchConfig = DispatchConfig()) -> Step:  # noqa: B008 (immutable)
     """What one step of training computes: cross-entropy, balance losses and the gradient of every parameter."""
-    graph, params = split(model_on(mesh, options))
+    graph, params = split(model_on(mesh, config))
 
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss_of(params: dict[str, Any], ids: Any):
@@ -239,7 +239,7 @@ LAYOUTS = [
         ),
     ],
 )
-def test_loss_and_all_gradients_equal_one_device(mesh: str, strategy: str, factor: float | None):
+def test_loss_and_all_gradients_equal_one_device(mesh: str, strategy: Strategy, factor: float | None):
     want = step_on_one_device()
 
     got = step(mesh, DispatchConfig(strategy, factor))
@@ -267,9 +267,9 @@ def answers_on_one_device(count: int) -> list[list[int]]:
     return answers(None, DispatchConfig(), count)
 
 
-def answers(mesh: str | None, options: DispatchConfig, count: int) -> list[list[int]]:
+def answers(mesh: str | None, config: DispatchConfig, count: int) -> list[list[int]]:
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]][:count]
-    completions = Generator(model_on(mesh, options))(prompts, max_new_tokens=6, temperature=0.0, ignore_eos=True)
+    completions = Generator(model_on(mesh, config))(prompts, max_new_tokens=6, temperature=0.0, ignore_eos=True)
     return [completion.tokens for completion in completions]
 
 
@@ -287,7 +287,7 @@ QUICK = [("expert=4,fsdp=2", "all_to_all", 3)]  # a single prompt comes with the
         ),
     ],
 )
-def test_prompts_that_do_not_divide_are_answered_as_on_one_device(mesh: str, strategy: str, count: int):
+def test_prompts_that_do_not_divide_are_answered_as_on_one_device(mesh: str, strategy: Strategy, count: int):
     got = answers(mesh, DispatchConfig(strategy, 0.5), count)
 
     assert got == answers_on_one_device(count)

@@ -28,6 +28,9 @@ _FEW_ROWS: Final = 4096  # over all devices; a buffer then holds all of them: on
 _WIDEST_GATHER: Final = 8  # ways; with top-6 it moves 1.33 times the bytes of all_to_all there, in fewer steps
 
 
+Strategy: TypeAlias = Literal["gather", "all_to_all"]
+
+
 @dataclasses.dataclass(frozen=True)
 class DispatchConfig:
     """How tokens reach the routed experts. Results do not depend on it.
@@ -38,15 +41,13 @@ class DispatchConfig:
       strategy: Expert parallelism. "gather" all-gathers tokens over the expert axis and reduce-scatters the sums,
         "all_to_all" sends each row to its expert's device. None: gather up to 8 ways and for few tokens.
       buffer_factor: Rows per pass, as a multiple of a device's fair share. None: 1.5, or all rows where they are few.
-      backend: A key of `kernels.expert_ffn.BACKENDS`, or three for fwd,dgrad,wgrad. None: see `choose_legs`.
+      backend: Expert kernel: block_loop, batched, grouped, ragged or dense, or three as fwd,dgrad,wgrad. None: the
+        environment variable DSMOE_EXPERT_BACKEND, or else by platform.
     """
 
-    strategy: Literal["gather", "all_to_all"] | None = None
-    """Expert parallelism: all-gather tokens, or send rows to their experts; default gather up to 8 ways."""
+    strategy: Strategy | None = None
     buffer_factor: float | None = None
-    """Rows per pass, as a multiple of a device's fair share; default 1.5, or all rows where they are few."""
     backend: str | None = None
-    """Expert kernel (block_loop, batched, grouped, ragged, dense), or fwd,dgrad,wgrad; default by device."""
 
     def __post_init__(self) -> None:
         """Validate the fields."""
@@ -231,7 +232,7 @@ class _AllToAll(_Gather):
         return _ExchangedRows(sent, received), group_sizes
 
 
-STRATEGIES: Final = {"gather": _Gather, "all_to_all": _AllToAll}
+STRATEGIES: Final[dict[Strategy, type[_Gather]]] = {"gather": _Gather, "all_to_all": _AllToAll}
 
 
 # --- the passes and their gradient: one custom VJP, as autodiff rejects a loop of data-dependent length ---
@@ -396,9 +397,9 @@ def routed_experts(
         y, overflow_passes = _routed(plan, x_, weights, experts, ids)
         return y.astype(x.dtype), overflow_passes
 
-    def on_device(x: Array, ids: Array, weights: Array, *leaves: Array) -> tuple[Array, Array]:
-        x, weights, *leaves, ids = (ffn.varying(value, AXIS_NAMES) for value in (x, weights, *leaves, ids))
-        y, overflow_passes = _routed(plan, x, weights, jax.tree.unflatten(tree, leaves), ids)
+    def on_device(*operands: Array) -> tuple[Array, Array]:
+        x, ids, weights, *local = (ffn.varying(operand, AXIS_NAMES) for operand in operands)
+        y, overflow_passes = _routed(plan, x, weights, jax.tree.unflatten(tree, local), ids)
         return jax.lax.psum(y, TENSOR), overflow_passes
 
     tokens = spec(("batch", None))

@@ -64,16 +64,16 @@ def traced_anew():
     jax.clear_caches()
 
 
-def heard(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[int]:
-    """How many rows this backend is asked for, each time that it is traced."""
+def record_rows(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[int]:
+    """Record the rows of each trace of this backend."""
     forward, backward = BACKENDS[backend]
     rows = []
 
-    def listening(inputs: Any, group_sizes: Any, activation: str):
+    def recorded(inputs: Any, group_sizes: Any, activation: str):
         rows.append(len(inputs.rows))
         return forward(inputs, group_sizes, activation)
 
-    monkeypatch.setitem(BACKENDS, backend, Backend(listening, backward))
+    monkeypatch.setitem(BACKENDS, backend, Backend(recorded, backward))
     return rows
 
 
@@ -82,7 +82,7 @@ def heard(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[int]:
 def test_decode_steps_equal_the_originals(backend: str, monkeypatch: pytest.MonkeyPatch):
     skip_without(backend)
     monkeypatch.setenv(VARIABLE, backend)
-    rows = heard(monkeypatch, backend)
+    rows = record_rows(monkeypatch, backend)
 
     logits = decoded(CASE)
 
@@ -93,7 +93,7 @@ def test_decode_steps_equal_the_originals(backend: str, monkeypatch: pytest.Monk
 @pytest.mark.usefixtures("traced_anew")
 @pytest.mark.parametrize("form", [few_tokens.by_choice, few_tokens.by_expert], ids=lambda form: form.__name__)
 def test_decode_steps_without_sorting_equal_the_originals(form: few_tokens.Form, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(few_tokens, "form", lambda *asked: form)
+    monkeypatch.setattr(few_tokens, "form", lambda *args: form)
 
     logits = decoded(CASE)
 
@@ -104,12 +104,12 @@ def test_decode_steps_without_sorting_equal_the_originals(form: few_tokens.Form,
 def test_on_a_gpu_few_tokens_are_not_sorted(monkeypatch: pytest.MonkeyPatch):
     original, taken = few_tokens.form, set()
 
-    def heard(platform: str, tokens: int, *others: int) -> few_tokens.Form | None:
+    def recorded(platform: str, tokens: int, *others: int) -> few_tokens.Form | None:
         found = original(platform, tokens, *others)
         taken.add((tokens, found))
         return found
 
-    monkeypatch.setattr(few_tokens, "form", heard)
+    monkeypatch.setattr(few_tokens, "form", recorded)
 
     decoded(CASE)
 

@@ -17,7 +17,7 @@ from dsmoe_jax.model import assemble, split
 from dsmoe_jax.quantize import SCHEMES, quantize, quantize_matrix, quantize_params
 from tests.gpu.backends import SERVING, skip_without
 from tests.helpers import golden, reference
-from tests.helpers.conformance import BF16, GROUPS, D, E, F, arrays, assert_near, check_all, jitted, twin
+from tests.helpers.conformance import BF16, GROUPS, D, E, F, arrays, assert_near, check_all, expected, jitted
 
 O, I = 130, 128  # noqa: E741  # 260 tiles of 64, so the scales have two tiles, the last one short
 
@@ -66,7 +66,7 @@ def test_experts_multiply_by_what_their_codes_stand_for(backend: str, scheme: st
     got = jitted(expert_ffn, "scales|offset", backend=backend)(inputs, jnp.array(GROUPS["uneven"]), cotangent)
 
     assert set(got[1]) == {"rows", "weights"}
-    check_all(got, twin(inputs, GROUPS["uneven"], cotangent))
+    check_all(got, expected(inputs, GROUPS["uneven"], cotangent))
 
 
 @every_scheme

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from dsmoe_jax.axes import Array
 from dsmoe_jax.kernels import expert_ffn as ffn
 from dsmoe_jax.kernels import grouped_matmul, plain
+from dsmoe_jax.kernels.tuning import Legs
 from tests.benchmarks.gpu import few, timing, work
 from tests.benchmarks.gpu.cases import Case, UnableError
 from tests.benchmarks.gpu.sizes import Sizes
@@ -42,15 +43,15 @@ def functions(backend: str | None) -> dict[str, tuple[Function, int]]:
         rows, weights, gate, up, down, group_sizes = inputs
         return ffn.expert_ffn(rows, gate, up, down, group_sizes, weights=weights, backend=backend)
 
-    def forward(*operands: Any) -> Any:
+    def fwd(*operands: Any) -> Any:
         return call(*operands[:-1])
 
-    def rows(*operands: Any) -> Any:
-        """The forward result is not used, so that XLA drops it: the leg alone."""
+    def dgrad(*operands: Any) -> Any:
+        """The leg alone: XLA removes the unused forward pass."""
         x, weights, *rest, grad = operands
         return jax.vjp(lambda x, weights: call(x, weights, *rest), x, weights)[1](grad)
 
-    def weights(*operands: Any) -> Any:
+    def wgrad(*operands: Any) -> Any:
         x, own, gate, up, down, group_sizes, grad = operands
         return jax.vjp(lambda *experts: call(x, own, *experts, group_sizes), gate, up, down)[1](grad)
 
@@ -59,7 +60,7 @@ def functions(backend: str | None) -> dict[str, tuple[Function, int]]:
         y, back = jax.vjp(lambda *inputs: call(*inputs, group_sizes), *inputs)
         return y, back(grad)
 
-    return {"both": (both, 3), "forward": (forward, 1), "rows": (rows, 1), "weights": (weights, 1)}
+    return {"both": (both, 3), "fwd": (fwd, 1), "dgrad": (dgrad, 1), "wgrad": (wgrad, 1)}
 
 
 def operands(sizes: Sizes, tokens: int, *, skewed: bool = False, dtype: Any = None) -> Operands:
@@ -76,7 +77,7 @@ def operands(sizes: Sizes, tokens: int, *, skewed: bool = False, dtype: Any = No
     return Operands(rows, jnp.full(R, 1 / A, jnp.float32), gate, up, down, jax.device_put(counts), grad)
 
 
-def resolved(rows: int, experts: int, dtype: Any, backend: str | None) -> ffn.Legs:
+def resolved(rows: int, experts: int, dtype: Any, backend: str | None) -> Legs:
     """The legs that a call takes; `UnableError` where `grouped` has no kernel here."""
     if backend == "grouped":
         try:
@@ -89,7 +90,7 @@ def resolved(rows: int, experts: int, dtype: Any, backend: str | None) -> ffn.Le
 def case(sizes: Sizes, tokens: int, name: str, backend: str | None, *, skewed: bool = False, dtype: Any = None) -> Case:
     """One function of `functions`, by one backend, at one size."""
     routing, own = "skewed" if skewed else "balanced", backend or DEFAULT
-    title = {"both": "forward and backward", "rows": "gradient of rows", "weights": "gradient of weights"}
+    title = {"both": "forward and backward"}
 
     def run() -> dict[str, Any]:
         given = operands(sizes, tokens, skewed=skewed, dtype=dtype)
@@ -116,7 +117,7 @@ def main_size(sizes: Sizes) -> Iterator[Case]:
     yield from (case(sizes, tokens, "both", backend) for backend in (None, *CANDIDATES))
     yield from few.cases(sizes)
     for backend in CANDIDATES:
-        yield from (case(sizes, tokens, leg, backend) for leg in ffn.Legs._fields)
+        yield from (case(sizes, tokens, leg, backend) for leg in Legs._fields)
 
 
 def more_sizes(sizes: Sizes) -> Iterator[Case]:
@@ -162,7 +163,7 @@ def matmuls(sizes: Sizes) -> Iterator[Case]:
 def ragged(sizes: Sizes) -> Iterator[Case]:
     """XLA's own, and what it became in the compiled program: the flag is in this process's environment."""
     tokens = sizes.expert_tokens[0]
-    for name in ("forward", "both"):
+    for name in ("fwd", "both"):
 
         def run(name: str = name) -> dict[str, Any]:
             given = operands(sizes, tokens)

@@ -22,17 +22,14 @@ import jax
 
 from dsmoe_jax.json_file import read_json
 from dsmoe_jax.kernels import tuning as tuned
-from dsmoe_jax.kernels.expert_ffn import Legs
+from dsmoe_jax.kernels.tuning import Legs
 from tests.benchmarks import machine
 from tests.benchmarks.gpu import experts, timing
 from tests.benchmarks.gpu.cases import Case, serve
 from tests.benchmarks.gpu.sizes import Sizes, sizes
 
-# `dense` is the oracle, `block_loop` asks the host at every turn where there is one.
-CANDIDATES: Final[Mapping[str, Sequence[str]]] = {
-    "few": ("slots", "batched", "grouped", "ragged"),
-    "many": ("batched", "grouped", "ragged"),
-}
+# `dense` is the reference, `block_loop` synchronizes with the host every iteration.
+CANDIDATES: Final = ("batched", "grouped", "ragged")
 # (rows, columns, depth in bytes, warps, stages) of `pallas_matmul.Tile`.
 TILES: Final = (
     (128, 128, 128, 8, 3),
@@ -94,7 +91,7 @@ def _legs(sizes: Sizes, dtype: str, rows: str) -> Iterator[Case]:
     E, A = sizes.model.n_routed_experts or 1, sizes.model.num_experts_per_tok or 1
     tokens = E // A if rows == "few" else sizes.expert_tokens[0]  # few rows are no more than there are experts
     for leg in Legs._fields:
-        for backend in CANDIDATES[rows]:
+        for backend in CANDIDATES:
             _, name, run = experts.case(sizes, tokens, leg, backend, dtype=dtype)
             yield Case(f"legs/{dtype}/{rows}/{leg}/{backend}", f"{name}, {dtype}", run)
 
