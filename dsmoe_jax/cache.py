@@ -96,7 +96,7 @@ class KVCache(NamedTuple):
 
     def placed(self) -> "KVCache":
         """The cache, split over all devices of the current mesh by row and head, or whole on each."""
-        place = lambda x: constrain(x, ("cache", None, None), whole=True)  # noqa: E731
+        place = lambda x: constrain(x, ("cache", None, None), replicate=True)  # noqa: E731
         return KVCache(jax.tree.map(place, self.layers), constrain(self.lengths, (None,)))
 
     def rows(self, order: Int[Array, "R"], slots: int) -> "KVCache":

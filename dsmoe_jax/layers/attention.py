@@ -12,7 +12,7 @@ from dsmoe_jax.layers.weights import Linear
 
 
 class Attention(nnx.Module):
-    """q, k, v and output projections around `kernels.attention`; biases on all four or on none."""
+    """The q, k, v and output projections around `kernels.attention`; all four have biases, or none."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         D, N, K, H = config.hidden_size, config.num_attention_heads, config.num_kv_heads, config.head_dim
@@ -38,9 +38,18 @@ class Attention(nnx.Module):
         start: Int[Array, "B"] | None = None,
         dropout_key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Attend to the T tokens themselves, and write them into an empty cache if there is one.
+        """Attend to the T tokens (no cache, or prefill of an empty one), or to all S of a cache.
 
-        With `start`, write them from that slot of each row on and attend to all S.
+        Args:
+          x: Hidden states.
+          rotation: The rotary angles of the T tokens.
+          mask: Which keys each token attends to.
+          cache: The layer's KV cache.
+          start: The first cache slot to write, per sequence; None to fill an empty cache.
+          dropout_key: Enables attention dropout.
+
+        Returns:
+          The output and the updated cache (None without one).
         """
         B, T, _ = x.shape
         q = rotate(self.q(x).reshape(B, T, self.heads, self.head_dim), rotation)
