@@ -101,20 +101,7 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
 
 
 def sharding(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh | None) -> Sharding:
-    """Return the sharding of an array.
-
-    Args:
-      name: Names the array in errors.
-      shape: Its global shape.
-      axes: Its logical axes.
-      mesh: None for the default device.
-
-    Returns:
-      The sharding.
-
-    Raises:
-      ValueError: For a size that does not divide over the mesh.
-    """
+    """Return the sharding of an array; `name` names it in the `ValueError` for a size that does not divide."""
     if mesh is None:
         return SingleDeviceSharding(jax.local_devices()[0])
     check_divides(name, shape, axes, mesh)
@@ -166,13 +153,7 @@ def current_mesh() -> AbstractMesh | None:
 def constrain(x: Array, axes: tuple[str | None, ...], *, replicate: bool = False) -> Array:
     """Constrain `x` to its logical axes under the current mesh.
 
-    Args:
-      x: A traced array.
-      axes: Its logical axes.
-      replicate: Whether an axis that does not divide is replicated rather than placed by the compiler.
-
-    Returns:
-      The constrained array.
+    An axis that does not divide is placed by the compiler, or replicated with `replicate`.
     """
     if (mesh := current_mesh()) is None:
         return x

@@ -156,21 +156,9 @@ def _legs_for(inputs: Inputs, group_sizes: Array, backend: str | None) -> Legs:
 def choose_legs(platform: str, dtype: Any, rows: int, experts: int, backend: str | None = None) -> Legs:
     """Choose the backend of each leg, and log each choice once per process.
 
-    In order of precedence: `backend`, the environment variable DSMOE_EXPERT_BACKEND, what is tuned for this card
-    (`tuning`), the table `LEGS`. A backend that cannot run here is replaced by `batched` with a warning.
-
-    Args:
-      platform: "cpu", "gpu" or "tpu".
-      dtype: The dtype of the rows.
-      rows: The number of rows; tuning has entries for few (at most one per expert) and many.
-      experts: The number of experts.
-      backend: One of `BACKENDS`, or three, "fwd,dgrad,wgrad".
-
-    Returns:
-      The legs.
-
-    Raises:
-      ValueError: For an unknown backend.
+    In order of precedence: `backend`, the environment variable DSMOE_EXPERT_BACKEND, what is tuned for this card and
+    few (at most one per expert) or many rows, the table `LEGS`. A backend that cannot run here is replaced by `batched`
+    with a warning. Raises `ValueError` for an unknown one.
     """
     if legs := parse_backend(override(backend)):
         reason = "as requested"

@@ -23,17 +23,7 @@ _FEW: Final = 32
 
 
 def form(platform: str, tokens: int, k: int, experts: int) -> Form | None:
-    """Choose the formulation for few tokens.
-
-    Args:
-      platform: "cpu", "gpu" or "tpu".
-      tokens: The number of tokens on a device, after gathering.
-      k: Experts per token.
-      experts: Experts per device.
-
-    Returns:
-      The formulation; None for tokens that are better sorted: many, or on a CPU.
-    """
+    """Choose by tokens (after gathering) and experts per device; None where sorting is faster: many tokens, or CPU."""
     if platform == "cpu" or tokens > _FEW:
         return None
     return by_choice if tokens * k <= experts else by_expert

@@ -30,20 +30,9 @@ def gmm(
     implementation: str,
     out_dtype: Any = None,
 ) -> Float[Array, "R N"]:
-    """Compute y_r = W_e x_r.
+    """Compute y_r = W_e x_r in `out_dtype`, by default that of the rows.
 
-    Args:
-      rows: Rows sorted by expert.
-      weights: The weight of each expert.
-      group_sizes: The number of rows of each expert.
-      implementation: A key of `IMPLEMENTATIONS`.
-      out_dtype: The dtype of the result; default that of the rows.
-
-    Returns:
-      The products.
-
-    Raises:
-      ValueError: For an implementation that is unknown or cannot run here, and for operands of two dtypes.
+    Raises `ValueError` for an implementation that is unknown or cannot run here, and for operands of two dtypes.
     """
     return _run(_FWD, rows, weights, group_sizes, implementation, out_dtype or rows.dtype)
 
@@ -57,7 +46,7 @@ def gmm_transposed(
     implementation: str,
     out_dtype: Any = None,
 ) -> Float[Array, "R K"]:
-    """Compute x_r = W_eᵀ y_r, the dgrad of `gmm`, with its arguments and errors."""
+    """Compute x_r = W_eᵀ y_r: the dgrad of `gmm`."""
     return _run(_DGRAD, rows, weights, group_sizes, implementation, out_dtype or rows.dtype)
 
 
@@ -65,20 +54,7 @@ def gmm_transposed(
 def tgmm(
     a: Float[Array, "R N"], b: Float[Array, "R K"], group_sizes: Int[Array, "E"], *, implementation: str
 ) -> Float[Array, "E N K"]:
-    """Sum a_r b_rᵀ over each expert's rows in fp32, the wgrad of `gmm`.
-
-    Args:
-      a: The gradients of the results of `gmm`.
-      b: Its rows.
-      group_sizes: As in `gmm`.
-      implementation: As in `gmm`.
-
-    Returns:
-      The weight gradients.
-
-    Raises:
-      ValueError: As `gmm`.
-    """
+    """Sum a_r b_rᵀ over each expert's rows in fp32: the wgrad of `gmm`, of its output gradients a and rows b."""
     return _run(_WGRAD, a, b, group_sizes, implementation, jnp.float32)
 
 

@@ -21,14 +21,6 @@ def matmul(
     2.2× for 2 to 32 tokens (jax 0.10.1 and 0.12, 2 cores); for many tokens the final transposition costs more than it
     saves. Up to 16 tokens multiply int8 codes per token: a matrix-vector product fuses the cast (a decode step of
     `bench` at batch 8 takes 0.85 of the fp32 time instead of 1.3; on jax 0.12, 0.93).
-
-    Args:
-      x: Activations.
-      weight: Dense or int8.
-      preferred_element_type: The dtype of the result; default that of x.
-
-    Returns:
-      The product.
     """
     I = x.shape[-1]  # noqa: E741
     on_cpu, codes = jax.default_backend() == "cpu", weight.dtype == jnp.int8

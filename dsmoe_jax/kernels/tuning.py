@@ -52,19 +52,7 @@ def kind() -> str | None:
 
 
 def legs(card: str, dtype: str, rows: str) -> dict[str, str]:
-    """Return the tuned backends by leg.
-
-    Args:
-      card: The device kind.
-      dtype: "float32" or "bfloat16".
-      rows: "few" or "many".
-
-    Returns:
-      A backend for each tuned leg.
-
-    Raises:
-      ValueError: For a file with an unknown name.
-    """
+    """Return the tuned backends by leg. Raises `ValueError` for an unknown name in a file."""
     found: dict[str, str] = {}
     for table in _tables(os.environ.get(VARIABLE)):
         found |= table.get("legs", {}).get(card, {}).get(dtype, {}).get(rows, {})

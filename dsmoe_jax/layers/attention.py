@@ -38,18 +38,9 @@ class Attention(nnx.Module):
         start: Int[Array, "B"] | None = None,
         dropout_key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Attend to the T tokens (no cache, or prefill of an empty one), or to all S of a cache.
+        """Attend to the T tokens, and write their keys and values to an empty cache if there is one.
 
-        Args:
-          x: Hidden states.
-          rotation: The rotary angles of the T tokens.
-          mask: Which keys each token attends to.
-          cache: The layer's KV cache.
-          start: The first cache slot to write, per sequence; None to fill an empty cache.
-          dropout_key: Enables attention dropout.
-
-        Returns:
-          The output and the updated cache (None without one).
+        With `start`, write them from that slot of each sequence on, and attend to all S slots.
         """
         B, T, _ = x.shape
         q = rotate(self.q(x).reshape(B, T, self.heads, self.head_dim), rotation)

@@ -36,21 +36,7 @@ class Block(nnx.Module):
         router_bias: Float[Array, "E"] | None = None,
         valid: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, Routing | None]:
-        """Compute the block.
-
-        Args:
-          x: Hidden states.
-          rotation: The rotary angles of the T tokens.
-          mask: Which keys each token attends to.
-          cache: The layer's KV cache.
-          start: The first cache slot to write, per sequence; None to fill an empty cache.
-          dropout_key: Enables attention dropout.
-          router_bias: See `Router`.
-          valid: False for padding tokens, which are not routed.
-
-        Returns:
-          The states, the updated cache (None without one), and the routing (None for a dense block).
-        """
+        """Return the states, the updated cache (None without one) and the routing (None for a dense block)."""
         y, cache = self.attention(self.attention_norm(x), rotation, mask, cache, start, dropout_key)
         x = x + y
         if self.moe is not None:

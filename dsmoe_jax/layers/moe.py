@@ -33,15 +33,9 @@ class RoutedExperts(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], routing: Routing, valid: Bool[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], Routing]:
-        """Compute the weighted sum of each token's top-k experts.
+        """Return the weighted sum of each token's top-k experts, and the routing with the number of overflow passes.
 
-        Args:
-          x: Hidden states.
-          routing: The router's output.
-          valid: False for padding tokens, which are not routed, so their experts are not read; default all valid.
-
-        Returns:
-          The sums, and the routing with the number of overflow passes.
+        Padding tokens (not `valid`) are not routed, so their experts are never read.
         """
         ids = routing.ids if valid is None else jnp.where(valid[:, :, None], routing.ids, routing.scores.shape[-1])
         ids, weights = (values.reshape(-1, values.shape[-1]) for values in (ids, routing.weights))
@@ -70,15 +64,6 @@ class MoE(nnx.Module):
         router_bias: Float[Array, "E"] | None = None,
         valid: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing]:
-        """Compute the layer.
-
-        Args:
-          x: Hidden states.
-          router_bias: See `Router`.
-          valid: False for padding tokens, which are not routed.
-
-        Returns:
-          The output and the routing.
-        """
+        """Return the output and the routing; padding tokens (not `valid`) are not routed."""
         y, routing = self.experts(x, self.router(x, router_bias), valid)
         return (y if self.shared is None else y + self.shared(x)), routing

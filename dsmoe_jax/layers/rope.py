@@ -19,16 +19,8 @@ def rotation(config: ModelConfig, position_ids: Int[Array, "B T"], length: int |
     """Compute the angles position · θ^(-2j/H) in fp32.
 
     Linear scaling divides positions by the factor. Dynamic NTK multiplies θ by
-    (factor · length / max_position_embeddings − factor + 1)^(H / (H − 2)) for lengths above `max_position_embeddings`.
-
-    Args:
-      config: θ, head width and scaling.
-      position_ids: The position of each token.
-      length: Number of keys in the call, cached and new, padding included.
-      dtype: The dtype of the result.
-
-    Returns:
-      The rotation.
+    (factor · length / max_position_embeddings − factor + 1)^(H / (H − 2)) if `length` (keys in the call, cached and
+    new, padding included) is above `max_position_embeddings`.
     """
     H = config.head_dim
     theta = jnp.float32(config.rope_theta)

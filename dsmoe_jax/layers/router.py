@@ -47,13 +47,8 @@ class Router(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], bias: Float[Array, "E"] | None = None) -> Routing:
         """Route every token.
 
-        Args:
-          x: Hidden states.
-          bias: Added to the scores for the top-k selection alone: loss-free balancing (arXiv 2408.15664), not part of
-            DeepSeekMoE v1 and its checkpoints.
-
-        Returns:
-          The routing.
+        `bias` is added to the scores for the top-k selection alone: loss-free balancing (arXiv 2408.15664), not part of
+        DeepSeekMoE v1 and its checkpoints.
         """
         # fp32: near-ties decide which expert runs, and bf16 breaks them differently.
         logits = jnp.einsum(
