@@ -78,7 +78,7 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
     devices = list(jax.devices() if devices is None else devices)
     named = ", ".join(f"{name}={size}" for name, size in zip(AXIS_NAMES, sizes, strict=True))
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-        raise ValueError(f"mesh sizes must be positive, at most one -1, got {named}")
+        raise ValueError(f"mesh ({named}): sizes must be positive, at most one -1")
     if -1 in sizes:
         rest, left_over = divmod(len(devices), math.prod(size for size in sizes if size != -1))
         if left_over or not rest:

@@ -29,10 +29,10 @@ from tests.helpers.conformance import (
     jitted,
 )
 from tests.test_grouped_matmul import (
-    test_every_row_meets_its_own_expert as test_grouped_matmul_every_row,  # noqa: F401
+    test_every_group_size as test_grouped_matmul_every_row,  # noqa: F401
 )
 from tests.test_grouped_matmul import (
-    test_results_may_stay_in_fp32 as test_grouped_matmul_fp32_results,  # noqa: F401
+    test_results_in_fp32 as test_grouped_matmul_fp32_results,  # noqa: F401
 )
 
 INTERPRETED = "on CPU the kernel is interpreted: minutes"
