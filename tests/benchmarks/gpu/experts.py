@@ -1,6 +1,6 @@
-"""The routed expert MLP alone: forward, both gradients, each leg by each backend. Start at `main_size`.
+"""The routed expert MLP alone, per leg and backend. Start at `main_size`.
 
-`both` is what a training step does: the forward pass and all gradients, 18·R·D·F operations.
+`both` is the forward pass and all gradients, 18·R·D·F FLOPs.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,12 +17,12 @@ from tests.benchmarks.gpu import few, timing, work
 from tests.benchmarks.gpu.cases import Case, UnableError
 from tests.benchmarks.gpu.sizes import Sizes
 
-DEFAULT: Final = "default"  # what the package's own table takes
+DEFAULT: Final = "default"  # the package's table
 CANDIDATES: Final = ("batched", "grouped", "ragged")
 
 
 class Operands(NamedTuple):
-    """Of one call, and a gradient for its results."""
+    """The operands of one call, and a gradient of its result."""
 
     rows: Array  # [R, D]
     weights: Array  # [R]
@@ -37,7 +37,7 @@ Function = Callable[..., Any]
 
 
 def functions(backend: str | None) -> dict[str, tuple[Function, int]]:
-    """By name, a function of `Operands` and how many of the three legs it is."""
+    """By name, a function of `Operands` and its number of legs."""
 
     def call(*inputs: Any) -> Any:
         rows, weights, gate, up, down, group_sizes = inputs
@@ -52,8 +52,8 @@ def functions(backend: str | None) -> dict[str, tuple[Function, int]]:
         return jax.vjp(lambda x, weights: call(x, weights, *rest), x, weights)[1](grad)
 
     def wgrad(*operands: Any) -> Any:
-        x, own, gate, up, down, group_sizes, grad = operands
-        return jax.vjp(lambda *experts: call(x, own, *experts, group_sizes), gate, up, down)[1](grad)
+        x, weights, gate, up, down, group_sizes, grad = operands
+        return jax.vjp(lambda *experts: call(x, weights, *experts, group_sizes), gate, up, down)[1](grad)
 
     def both(*operands: Any) -> Any:
         *inputs, group_sizes, grad = operands
@@ -64,7 +64,7 @@ def functions(backend: str | None) -> dict[str, tuple[Function, int]]:
 
 
 def operands(sizes: Sizes, tokens: int, *, skewed: bool = False, dtype: Any = None) -> Operands:
-    """On the device: rows of size one, weights that keep it."""
+    """Rows of unit scale, weights that preserve it."""
     config, dtype = sizes.model, jnp.dtype(dtype or sizes.dtype)
     assert config.n_routed_experts is not None
     assert config.num_experts_per_tok is not None
@@ -78,7 +78,7 @@ def operands(sizes: Sizes, tokens: int, *, skewed: bool = False, dtype: Any = No
 
 
 def resolved(rows: int, experts: int, dtype: Any, backend: str | None) -> Legs:
-    """The legs that a call takes; `UnableError` where `grouped` has no kernel here."""
+    """The legs of a call; `UnableError` if `grouped` has no kernel here."""
     if backend == "grouped":
         try:
             plain.grouped_legs()
@@ -89,7 +89,7 @@ def resolved(rows: int, experts: int, dtype: Any, backend: str | None) -> Legs:
 
 def case(sizes: Sizes, tokens: int, name: str, backend: str | None, *, skewed: bool = False, dtype: Any = None) -> Case:
     """One function of `functions`, by one backend, at one size."""
-    routing, own = "skewed" if skewed else "balanced", backend or DEFAULT
+    routing, label = "skewed" if skewed else "balanced", backend or DEFAULT
     title = {"both": "forward and backward"}
 
     def run() -> dict[str, Any]:
@@ -107,12 +107,14 @@ def case(sizes: Sizes, tokens: int, name: str, backend: str | None, *, skewed: b
         return figures | {"note": note}
 
     return Case(
-        f"experts.{tokens}.{routing}.{own}.{name}", f"{tokens} tokens, {routing}, {own}, {title.get(name, name)}", run
+        f"experts.{tokens}.{routing}.{label}.{name}",
+        f"{tokens} tokens, {routing}, {label}, {title.get(name, name)}",
+        run,
     )
 
 
 def main_size(sizes: Sizes) -> Iterator[Case]:
-    """Whole first, few tokens, then leg by leg."""
+    """All legs together first, then few tokens, then each leg."""
     tokens = sizes.expert_tokens[0]
     yield from (case(sizes, tokens, "both", backend) for backend in (None, *CANDIDATES))
     yield from few.cases(sizes)
@@ -121,7 +123,7 @@ def main_size(sizes: Sizes) -> Iterator[Case]:
 
 
 def more_sizes(sizes: Sizes) -> Iterator[Case]:
-    """What routing and size change; without `ragged`, which multiplies each row by each expert where it is plain."""
+    """Skewed routing and other sizes; without `ragged`, a masked dense matmul where it is not fused."""
     first, *others = sizes.expert_tokens
     for backend in (None, *CANDIDATES[:2]):
         yield case(sizes, first, "both", backend, skewed=True)
@@ -132,7 +134,7 @@ def more_sizes(sizes: Sizes) -> Iterator[Case]:
 
 
 def matmuls(sizes: Sizes) -> Iterator[Case]:
-    """One grouped matmul, [R, D] by [E, F, D], and its gradients, by each kernel there is."""
+    """One grouped matmul, [R, D] by [E, F, D], and its gradients, per implementation."""
     tokens = sizes.expert_tokens[0]
     for implementation in grouped_matmul.IMPLEMENTATIONS:
         for leg in ("gmm", "gmm_transposed", "tgmm"):
@@ -161,7 +163,7 @@ def matmuls(sizes: Sizes) -> Iterator[Case]:
 
 
 def ragged(sizes: Sizes) -> Iterator[Case]:
-    """XLA's own, and what it became in the compiled program: the flag is in this process's environment."""
+    """`ragged_dot` and its compiled form; the XLA flag is in this process's environment."""
     tokens = sizes.expert_tokens[0]
     for name in ("fwd", "both"):
 
@@ -184,6 +186,6 @@ _SIGNS: Final[Mapping[str, str]] = {
 
 
 def describe(hlo: str) -> str:
-    """How often each kind of matmul stands in a compiled program."""
+    """Count each kind of matmul in a compiled program."""
     found = [f"{hlo.count(sign)} {name}" for name, sign in _SIGNS.items() if sign in hlo]
     return "compiled to " + (", ".join(found) or "nothing that looks like a matmul")
