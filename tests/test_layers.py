@@ -109,7 +109,7 @@ def routed():
     return normal(TOKENS, WIDTH), ids, jnp.asarray(rng.uniform(size=ids.shape), jnp.float32), ordered
 
 
-def test_rows_are_sorted_by_expert_and_within_an_expert_by_token():
+def test_rows_are_sorted_by_expert_then_token():
     _, ids, _, (rows, group_sizes) = routed()
 
     pairs = [(ids.flat[pair], pair) for pair in rows.pair.tolist()]
