@@ -108,7 +108,7 @@ class KVCache(NamedTuple):
 
     def placed(self) -> "KVCache":
         """The cache, sharded over the current mesh by sequence and head, or replicated."""
-        place = lambda x: constrain(x, ("cache", None, None), whole=True)  # noqa: E731
+        place = lambda x: constrain(x, ("cache", None, None), replicate=True)  # noqa: E731
         return KVCache(jax.tree.map(place, self.layers), constrain(self.lengths, (None,)))
 
     def rows(self, order: Int[Array, "R"], slots: int) -> "KVCache":

@@ -27,6 +27,7 @@ from dsmoe_jax.layers.block import Block
 from dsmoe_jax.layers.norm import RMSNorm
 from dsmoe_jax.layers.rope import rotation
 from dsmoe_jax.layers.router import Routing
+from dsmoe_jax.layers.token_dispatcher import DispatchConfig
 from dsmoe_jax.layers.weights import Initializer, Linear, weight
 from dsmoe_jax.sharding import (
     MeshConfig,
@@ -323,9 +324,12 @@ def assemble(config: ModelConfig, params: Mapping[str, Any]) -> DeepSeekMoE:
 
 
 @functools.lru_cache(maxsize=16)
-def abstract(config: ModelConfig) -> tuple[Graph, dict[str, ParamSpec]]:
+def abstract(config: ModelConfig, dispatch: DispatchConfig | None = None) -> tuple[Graph, dict[str, ParamSpec]]:
     """The graph and the description of every parameter, without allocating any; cached."""
-    definition, state = nnx.split(nnx.eval_shape(lambda: DeepSeekMoE(config, rngs=nnx.Rngs(0))))
+    model = nnx.eval_shape(lambda: DeepSeekMoE(config, rngs=nnx.Rngs(0)))
+    if dispatch is not None:
+        model.set_attributes(dispatch=dispatch, raise_if_not_found=False)  # a dense model has no experts
+    definition, state = nnx.split(model)
     specs = {
         _join(path): ParamSpec(tuple(leaf.shape), leaf.logical_axes, leaf.initializer)
         for path, leaf in nnx.to_flat_state(state)

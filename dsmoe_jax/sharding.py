@@ -1,6 +1,6 @@
-"""The mesh, and which of its axes each logical axis of the model is split over.
+"""The device mesh, and the mapping of logical axes to mesh axes.
 
-A layer names logical axes; this file alone knows the mesh. Read `_TABLE` to see the whole strategy.
+Layers name logical axes; only this file knows the mesh. Start at `_TABLE`.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from jax.sharding import (
 from dsmoe_jax.axes import Array
 
 DATA, FSDP, EXPERT, TENSOR = AXIS_NAMES = ("data", "fsdp", "expert", "tensor")
-BATCH_AXES: Final = (DATA, FSDP, EXPERT)  # tokens are split over all that does not split a layer's width
+BATCH_AXES: Final = (DATA, FSDP, EXPERT)  # tokens are sharded over all axes but tensor
 
 # fmt: off
 _TABLE: Final[dict[str | None, str | tuple[str, ...] | None]] = {
@@ -38,7 +38,7 @@ _TABLE: Final[dict[str | None, str | tuple[str, ...] | None]] = {
     "experts":    EXPERT,
     "expert_ffn": TENSOR,
     "vocab":      TENSOR,
-    "cache":      (*BATCH_AXES, TENSOR),  # rows of the batch times key-value heads
+    "cache":      (*BATCH_AXES, TENSOR),  # sequences times key-value heads
     None:         None,
 }
 # fmt: on
@@ -46,7 +46,14 @@ _TABLE: Final[dict[str | None, str | tuple[str, ...] | None]] = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many ways each kind of parallelism splits the work; at most one may be -1, "the rest of the devices"."""
+    """The size of each mesh axis; at most one may be -1, for the remaining devices.
+
+    Attributes:
+      data: Data parallelism: parameters are replicated.
+      fsdp: Fully sharded data parallelism: parameters and optimizer state are sharded.
+      expert: Expert parallelism.
+      tensor: Tensor parallelism over heads and feed-forward widths.
+    """
 
     data: int = 1
     fsdp: int = -1
@@ -55,16 +62,23 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all).
+    """Create a mesh.
 
-    Raises `ValueError` for a size that is neither positive nor -1, for two -1, and for a mesh that needs more
-    devices than there are or leaves some unused.
+    Args:
+      config: The axis sizes; default `MeshConfig()`.
+      devices: Default all.
+
+    Returns:
+      The mesh.
+
+    Raises:
+      ValueError: For a size that is neither positive nor -1, for two -1, and for sizes that do not match the devices.
     """
     sizes = list(dataclasses.astuple(config or MeshConfig()))
     devices = list(jax.devices() if devices is None else devices)
     named = ", ".join(f"{name}={size}" for name, size in zip(AXIS_NAMES, sizes, strict=True))
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-        raise ValueError(f"mesh ({named}): every size must be positive, at most one -1")
+        raise ValueError(f"mesh ({named}): sizes must be positive, at most one -1")
     if -1 in sizes:
         rest, left_over = divmod(len(devices), math.prod(size for size in sizes if size != -1))
         if left_over or not rest:
@@ -72,25 +86,22 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
         sizes[sizes.index(-1)] = rest
     if math.prod(sizes) != len(devices):
         raise ValueError(f"mesh ({named}) needs {math.prod(sizes)} devices, there are {len(devices)}")
-    # Auto: the compiler propagates the shardings of the weights (make_mesh alone would ask for explicit ones).
+    # Auto: the compiler propagates the shardings of weights (the default of jax.make_mesh is Explicit).
     return Mesh(np.asarray(devices).reshape(sizes), AXIS_NAMES, axis_types=(AxisType.Auto,) * len(AXIS_NAMES))
 
 
 def as_mesh(mesh: Mesh | MeshConfig | None) -> Mesh | None:
-    """The mesh itself, whichever way it was described; None stands for the default device alone."""
+    """Return the mesh of a config or mesh; None means the default device."""
     return make_mesh(mesh) if isinstance(mesh, MeshConfig) else mesh
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """The mesh axes of an array, from the logical name of each of its own."""
+    """Return the partition spec of an array with these logical axes."""
     return PartitionSpec(*(_TABLE[axis] for axis in axes))
 
 
 def sharding(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh | None) -> Sharding:
-    """Where the array called `name` lies, from the logical name of each of its axes.
-
-    Raises `ValueError` naming the array and the numbers where a size does not divide.
-    """
+    """Return the sharding of an array; `name` names it in the `ValueError` for a size that does not divide."""
     if mesh is None:
         return SingleDeviceSharding(jax.local_devices()[0])
     check_divides(name, shape, axes, mesh)
@@ -98,14 +109,14 @@ def sharding(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], me
 
 
 def check_divides(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh) -> None:
-    """Raises `ValueError` naming the array and the numbers where one of its sizes does not divide over the mesh."""
+    """Raise `ValueError` for a size that does not divide over the mesh."""
     for size, logical in zip(shape, axes, strict=True):
         if ways := _ways(_TABLE[logical], mesh, size):
             raise ValueError(f"{name}: {logical} of size {size} does not divide over {ways}")
 
 
 def _ways(axes: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh, size: int) -> str:
-    """The mesh axes, with their sizes, that `size` does not divide over; empty if it does."""
+    """Return the mesh axes, with their sizes, that `size` does not divide over; empty if it does."""
     names = (axes,) if isinstance(axes, str) else axes or ()
     if not size % math.prod(mesh.shape[name] for name in names):
         return ""
@@ -113,9 +124,17 @@ def _ways(axes: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh, size: i
 
 
 def place_batch(mesh: Mesh | None, *arrays: Any) -> tuple[Array, ...]:
-    """Arrays [B, …] on the devices that take part in a training step: rows split over the data, fsdp and expert axes.
+    """Shard arrays [B, …] over the data, fsdp and expert axes.
 
-    Raises `ValueError` with the numbers where the batch does not divide.
+    Args:
+      mesh: None for the default device.
+      *arrays: The arrays of a batch.
+
+    Returns:
+      The device arrays.
+
+    Raises:
+      ValueError: If the batch does not divide over the mesh.
     """
     return tuple(
         jax.device_put(array, sharding("batch", np.shape(array), ("batch", *(None,) * (np.ndim(array) - 1)), mesh))
@@ -124,21 +143,21 @@ def place_batch(mesh: Mesh | None, *arrays: Any) -> tuple[Array, ...]:
 
 
 def current_mesh() -> AbstractMesh | None:
-    """The mesh of `jax.set_mesh` that the function being traced runs on, if it is one of ours."""
+    """Return the mesh of `jax.set_mesh` around the traced function, if it has our axes."""
     mesh = jax.sharding.get_abstract_mesh()
-    # Inside a shard_map every device is on its own.
-    free = not mesh.empty and mesh.axis_names == AXIS_NAMES and not mesh.manual_axes
-    return mesh if free else None
+    # Inside a shard_map (manual axes) each device computes alone.
+    usable = not mesh.empty and mesh.axis_names == AXIS_NAMES and not mesh.manual_axes
+    return mesh if usable else None
 
 
-def constrain(x: Array, axes: tuple[str | None, ...], *, whole: bool = False) -> Array:
-    """`x`, laid as its logical axes say under the current mesh.
+def constrain(x: Array, axes: tuple[str | None, ...], *, replicate: bool = False) -> Array:
+    """Constrain `x` to its logical axes under the current mesh.
 
-    An axis that does not divide is placed by the compiler, or with `whole` not split.
+    An axis that does not divide is placed by the compiler, or replicated with `replicate`.
     """
     if (mesh := current_mesh()) is None:
         return x
-    otherwise = None if whole else PartitionSpec.UNCONSTRAINED
+    otherwise = None if replicate else PartitionSpec.UNCONSTRAINED
     placed = [
         otherwise if _ways(_TABLE[axis], mesh, size) else _TABLE[axis] for size, axis in zip(x.shape, axes, strict=True)
     ]
@@ -146,25 +165,24 @@ def constrain(x: Array, axes: tuple[str | None, ...], *, whole: bool = False) ->
 
 
 def mesh_of(params: Mapping[str, Any]) -> contextlib.AbstractContextManager:
-    """The context to call a model's function in: the mesh that its parameters lie on, if they lie on one.
+    """Return the context that sets the mesh of a model's parameters, if any.
 
-    Not for traced parameters: see `traceable_mesh_of`.
+    For traced parameters see `traceable_mesh_of`.
     """
     mesh = _concrete_mesh(params)
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def traceable_mesh_of(params: Mapping[str, Any]) -> contextlib.AbstractContextManager:
-    """`mesh_of`, inside of JAX transformations too: of their types, parameters keep the mesh but not its devices."""
+    """Return the context of `mesh_of` under JAX transformations too: traced types have a mesh without devices."""
     mesh = jax.typeof(_first_leaf(params)).sharding.mesh
     return contextlib.nullcontext() if mesh.empty else jax.sharding.use_abstract_mesh(mesh)
 
 
 def pin_to_mesh_of(params: Mapping[str, Any], x: Array) -> Array:
-    """`x`, replicated over the devices of parameters that a traced function closes over; others are left as they are.
+    """Replicate `x` over the mesh of parameters that a traced function closes over.
 
-    A constant of a traced function loses its devices, and without any argument on them the function would be compiled
-    for one device.
+    Closed-over constants do not carry devices, so the function would be compiled for one device.
     """
     mesh = _concrete_mesh(params)
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
@@ -177,4 +195,4 @@ def _concrete_mesh(params: Mapping[str, Any]) -> Mesh | None:
 
 
 def _first_leaf(params: Mapping[str, Any]) -> Any:
-    return jax.tree.leaves(next(iter(params.values())))[0]  # one is enough: this stands in every step
+    return jax.tree.leaves(next(iter(params.values())))[0]  # one suffices, and this runs every step

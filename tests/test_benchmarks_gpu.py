@@ -74,13 +74,13 @@ def test_the_report_shows_rates_and_shares_of_the_floor():
     assert "trial" not in page.lower()
 
 
-def test_a_row_that_failed_says_why_and_cannot_break_the_table():
+def test_a_failed_row_has_a_reason_in_the_table():
     (line,) = lines_with("decode b=8", report.markdown(results()))
 
     assert line == "| decode b=8 |  |  |  |  |  |  |  | out of memory: 99 GB / asked for |"
 
 
-def test_a_part_not_run_is_named_and_has_no_table():
+def test_a_part_not_run_is_named_without_a_table():
     page = report.markdown(results())
 
     assert "- block (one block of the 16B and its pieces): 3 s were left, it takes 20" in page
@@ -98,7 +98,7 @@ def written(found: dict[str, Any], out: Path) -> list[Path]:
     return report.write(report.merged(found, place.earlier), place.stem)
 
 
-def test_a_report_is_json_and_markdown_and_a_trial_is_marked(tmp_path: Path):
+def test_a_report_is_json_and_markdown_with_trials_marked(tmp_path: Path):
     files = written(results(), tmp_path) + written(results(trial=True), tmp_path)
 
     assert [path.name for path in files] == [
@@ -118,7 +118,7 @@ def second(**shown: Any) -> dict[str, Any]:
     return results(commands=["the second"], parts=parts, **shown)
 
 
-def test_a_second_run_takes_over_what_it_did_not_measure_with_the_ceilings_of_that_run(tmp_path: Path):
+def test_a_second_run_keeps_parts_it_did_not_measure(tmp_path: Path):
     written(results(), tmp_path)
 
     data, page = written(second(), tmp_path)
@@ -137,7 +137,7 @@ def test_a_second_run_takes_over_what_it_did_not_measure_with_the_ceilings_of_th
 @pytest.mark.parametrize(
     "other", [{"commit": "another"}, {"sources": "other"}, {"versions": {}}, {"device": {"device": "another card"}}]
 )
-def test_a_run_of_something_else_gets_a_report_of_its_own(other: dict[str, Any], tmp_path: Path):
+def test_a_different_run_gets_a_new_report(other: dict[str, Any], tmp_path: Path):
     first = written(results(), tmp_path)[0].read_text()
 
     data, _ = written(second(**other), tmp_path)
@@ -147,7 +147,7 @@ def test_a_run_of_something_else_gets_a_report_of_its_own(other: dict[str, Any],
     assert (tmp_path / "2030-01-02-gpu.json").read_text() == first
 
 
-def test_a_report_that_was_cut_off_is_left_alone(tmp_path: Path):
+def test_a_truncated_report_is_not_overwritten(tmp_path: Path):
     (tmp_path / "2030-01-02-gpu.json").write_text('{"parts": {')
 
     assert report.place(results(), tmp_path) == report.Place(tmp_path / "2030-01-02-gpu-2", None)
@@ -184,20 +184,20 @@ def test_every_bar_finds_its_row():
     assert found[4]["of"] == "decode.bf16.1"
 
 
-def test_a_bar_says_no_or_that_nothing_was_measured():
+def test_a_bar_is_not_met_or_not_measured():
     page = report.markdown(of_parts(decode=[row("decode.bf16.32", 1, tokens=32, flops=1)]))
 
     assert "| decode b=32, tok/s | 32 | 3,000 | 8,000 | no | decode.bf16.32 |" in page
     assert "| decode b=1, % of roofline |  | 45 | 70 | not measured |  |" in page
 
 
-def test_mfu_of_a_card_without_a_data_sheet_is_of_the_measured_matmul():
+def test_mfu_without_a_data_sheet_uses_the_measured_matmul():
     found = bars.mfu(of_parts(train=[row("train.5.full", 1, flops=2e14)]) | {"device": {"data_sheet": None}})
 
     assert found == (50, "train.5.full; of 400 TFLOP/s, the measured matmul")
 
 
-def test_experts_that_could_not_be_counted_are_those_hit_by_chance(monkeypatch: pytest.MonkeyPatch):
+def test_uncounted_experts_are_the_expected_number_hit(monkeypatch: pytest.MonkeyPatch):
     def fail(*_: Any) -> None:
         raise RuntimeError("RESOURCE_EXHAUSTED: 99 GB")
 
@@ -216,7 +216,7 @@ def test_the_floor_is_the_larger_of_operations_and_bytes():
     assert work.total({"flops": 0, "bytes": 2e12}, RATES) == 1.0
 
 
-def test_work_of_the_expert_mlp_is_what_a_hand_counts():
+def test_flops_of_the_expert_mlp_equal_a_hand_count():
     rows = 16384 * 6
 
     assert work.expert_flops(rows, WIDTH, HIDDEN, 3) == 18 * rows * WIDTH * HIDDEN
@@ -228,13 +228,13 @@ def test_a_step_with_frozen_weights_is_two_thirds_of_the_work():
     assert 3 * frozen == 2 * whole
 
 
-def test_a_decode_step_attends_to_all_keys_that_are_held():
+def test_a_decode_step_attends_to_all_cached_keys():
     one, many = (work.decode_flops(FULL.model, 3, held) for held in (1, 11))
 
     assert many - one == 3 * 10 * LAYERS * 4 * WIDTH  # 16 heads of 128 are as wide as the states
 
 
-def test_a_decode_step_reads_the_experts_hit_a_row_of_the_embedding_and_the_cache():
+def test_bytes_read_by_a_decode_step():
     config = FULL.model
     bytes_of = {"embed": 2 * config.vocab_size, "layers.1.experts.gate": 64 * 27 * 10, "head": 5}
 
@@ -243,7 +243,7 @@ def test_a_decode_step_reads_the_experts_hit_a_row_of_the_embedding_and_the_cach
     assert got == 6 * 27 * 10 + 2 * 2 + 5 + 2 * 3 * (2 * LAYERS * WIDTH * 2)
 
 
-def test_random_tokens_hit_few_experts_alone_and_nearly_all_together():
+def test_expected_experts_hit_by_random_tokens():
     assert work.hit_by_chance(FULL.model, 1) == pytest.approx(6)
     assert 63 < work.hit_by_chance(FULL.model, 128) < EXPERTS
 
@@ -265,7 +265,7 @@ def test_priority_is_ceilings_decode_experts_training_block():
         parts.chosen(["speed"])
 
 
-def test_earlier_parts_get_what_they_want_and_what_no_longer_fits_is_left_out():
+def test_parts_that_no_longer_fit_are_skipped():
     names = list(parts.PARTS)
     wants = sum(part.wants for part in parts.PARTS.values())
 
@@ -275,7 +275,7 @@ def test_earlier_parts_get_what_they_want_and_what_no_longer_fits_is_left_out():
     assert parts.allotment("decode", 2 * wants, names, 2 * wants) == 2 * parts.PARTS["decode"].wants
 
 
-def test_a_parts_environment_keeps_what_is_given():
+def test_a_parts_environment_keeps_existing_values():
     given = {"XLA_FLAGS": "--a", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}
 
     own = parts.environment("ragged_fused", given, small=False)
@@ -293,7 +293,7 @@ def test_every_part_names_a_function_that_exists(name: str):
     assert f"\ndef {function}(sizes: Sizes)" in (Path(command.__file__).parent / f"{module}.py").read_text()
 
 
-def test_a_case_that_fails_is_a_row_and_the_next_one_runs():
+def test_after_a_failed_case_the_next_one_runs():
     def fail() -> dict[str, Any]:
         raise RuntimeError("RESOURCE_EXHAUSTED: 99 GB\n  asked for")
 
@@ -317,7 +317,7 @@ def test_a_case_that_fails_is_a_row_and_the_next_one_runs():
     ]
 
 
-def test_a_case_that_would_begin_too_late_is_told_as_not_run():
+def test_a_case_past_the_deadline_is_reported_as_not_run():
     told: list[dict[str, Any]] = []
     cases.serve(lambda: [cases.Case("a", "a", dict)], time.monotonic(), told.append)
 
@@ -332,7 +332,7 @@ def test_a_case_that_would_begin_too_late_is_told_as_not_run():
     ],
     ids=["fails", "hangs"],
 )
-def test_a_process_that_ends_badly_leaves_its_rows_and_a_reason(code: str, limit: float, error: str):
+def test_a_failed_process_keeps_its_rows_and_a_reason(code: str, limit: float, error: str):
     script = f'print(\'{{"name": "a"}}\', flush=True); {code}'
 
     rows = list(command.lines_of([sys.executable, "-c", script], os.environ, limit))
@@ -340,9 +340,7 @@ def test_a_process_that_ends_badly_leaves_its_rows_and_a_reason(code: str, limit
     assert rows == [{"name": "a"}, {"key": "", "name": "all further cases", "error": error}]
 
 
-def test_the_report_is_written_after_every_part_and_names_those_not_reached(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_report_is_written_after_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pages: list[str] = []
 
     def run_part(name: str, *_: Any, **__: Any) -> dict[str, Any]:
@@ -373,7 +371,7 @@ def test_the_report_is_written_after_every_part_and_names_those_not_reached(
         ([], "jax does not start here: it said nothing"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_2(
+def test_a_user_error_is_one_line_and_exit_2(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(command, "_PROBE", "raise SystemExit(1)")
@@ -391,9 +389,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_where_no_gpu_is_the_command_says_so_and_does_a_trial(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
+def test_without_a_gpu_the_command_runs_a_trial(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     ran: list[bool] = []
     monkeypatch.setattr(command, "default_backend", lambda: "cpu")
     monkeypatch.setattr(command, "measure", lambda asked, log: ran.append(asked.small))
@@ -404,7 +400,7 @@ def test_where_no_gpu_is_the_command_says_so_and_does_a_trial(
     assert line.startswith("jax finds no GPU here (cpu): a trial at small sizes on the CPU")
 
 
-def test_nothing_that_is_not_needed_is_imported():
+def test_no_unneeded_module_is_imported():
     absent = ("grain", "tyro", "qwix", "tokamax")
     modules = [path.stem for path in Path(command.__file__).parent.glob("*.py") if path.stem != "__init__"]
     script = f"""
@@ -419,7 +415,7 @@ for module in {modules}:
     assert done.returncode == 0, done.stderr
 
 
-def test_small_sizes_have_every_batch_and_shape_in_small():
+def test_small_sizes_cover_every_batch_and_shape():
     assert sizes(small=True) is SMALL
     assert sizes(small=False) is FULL
     assert FULL.model == ModelConfig.preset("deepseek_moe_16b")
@@ -432,36 +428,36 @@ def test_a_compiled_programs_matmuls_are_counted():
     assert experts.describe("") == "compiled to nothing that looks like a matmul"
 
 
-def test_the_tuned_table_holds_the_fastest_of_each_place_and_no_failure():
+def test_the_tuned_table_has_the_fastest_candidates():
     rows = [
-        {"key": "legs/bfloat16/many/forward/batched", "seconds": [2.0, 2.0, 9.0]},
-        {"key": "legs/bfloat16/many/forward/grouped", "seconds": [1.0]},
-        {"key": "legs/bfloat16/many/rows/grouped", "error": "no kernel"},
+        {"key": "legs/bfloat16/many/fwd/batched", "seconds": [2.0, 2.0, 9.0]},
+        {"key": "legs/bfloat16/many/fwd/grouped", "seconds": [1.0]},
+        {"key": "legs/bfloat16/many/dgrad/grouped", "error": "no kernel"},
         {"key": "tiles/gmm/64,128,128,4,3", "seconds": [1.0]},
         {"key": "tiles/tgmm/64,128,128,4,3", "seconds": [1.0]},
         {"key": "tiles/tgmm/128,64,128,4,4", "error": "not run: no time left"},
     ]
 
     assert tuning.table("a card", rows) == {
-        "legs": {"a card": {"bfloat16": {"many": {"forward": "grouped"}}}},
+        "legs": {"a card": {"bfloat16": {"many": {"fwd": "grouped"}}}},
         "tiles": {"a card": {"gmm": [64, 128, 128, 4, 3]}},
     }
 
 
-def test_what_was_found_for_a_card_joins_a_file_whose_other_entries_stay():
+def test_tuning_merges_into_an_existing_file():
     known = {
         "note": "a",
-        "legs": {"another": {}, "a card": {"float32": {"few": {"forward": "slots", "rows": "slots"}}}},
+        "legs": {"another": {}, "a card": {"float32": {"few": {"fwd": "batched", "dgrad": "batched"}}}},
     }
 
-    assert tuning.over(known, {"legs": {"a card": {"float32": {"few": {"forward": "ragged"}}}}, "tiles": {}}) == {
+    assert tuning.over(known, {"legs": {"a card": {"float32": {"few": {"fwd": "ragged"}}}}, "tiles": {}}) == {
         "note": "a",
-        "legs": {"another": {}, "a card": {"float32": {"few": {"forward": "ragged", "rows": "slots"}}}},
+        "legs": {"another": {}, "a card": {"float32": {"few": {"fwd": "ragged", "dgrad": "batched"}}}},
         "tiles": {},
     }
 
 
-def test_a_trial_tunes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_trial_writes_no_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         tuning.main(["--small", "--into", str(tmp_path / "tuned.json")])
 
@@ -469,7 +465,7 @@ def test_a_trial_tunes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_peer_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_peer_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     told: list[dict[str, Any]] = []
 

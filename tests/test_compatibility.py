@@ -83,7 +83,7 @@ def test_a_model_and_its_adapter_generate(folder: Path):
     generate = dsmoe_jax.Generator.from_pretrained(folder / "run" / "model", adapter=folder / "finetune" / "best")
 
     assert adapter.config.r == 2
-    assert len(generate(["alpha"], max_new_tokens=3, ignore_eos=True)[0].tokens) == 3
+    assert len(generate(["alpha"], max_new_tokens=3, ignore_eos=True)[0].token_ids) == 3
 
 
 def test_metrics_have_todays_names(tmp_path: Path):

@@ -69,7 +69,7 @@ def test_shards_of_version_0_1_resume(tmp_path: Path, monkeypatch: pytest.Monkey
     data = DataConfig(sources=("texts.jsonl",), val_fraction=0.2, sequence_length=32, batch_size=2)
     before = snapshot(Path("run/data"))
 
-    corpus = prepare(RunConfig(out="run", data=data), tiny(vocab_size=VOCABULARY), Path("run"), resuming=True)
+    corpus = prepare(RunConfig(output_dir="run", data=data), tiny(vocab_size=VOCABULARY), Path("run"), resuming=True)
 
     digests = corpus.identity["datasets"][0], corpus.inputs["validation"][0]
     assert digests == recorded(Path("run/checkpoints/step-00000002"))

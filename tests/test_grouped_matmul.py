@@ -1,7 +1,7 @@
-"""The grouped matmul: one suite over its three legs and every implementation, whatever the group sizes.
+"""The grouped matmul: one suite over its three legs, every implementation and group sizes.
 
-Start at `test_every_row_meets_its_own_expert`; results are compared with float64 NumPy, `TWINS`. Rows beyond the groups
-hold NaN throughout. The kernels for NVIDIA are interpreted on CPU; `test_the_kernels_lower_for_cuda` translates them.
+Start at `test_every_group_size`; results are compared with float64 NumPy, `REFERENCES`. Rows beyond the groups are NaN
+throughout. The Pallas kernels are interpreted on CPU; `test_the_kernels_lower_for_cuda` lowers them.
 """
 
 import functools
@@ -47,11 +47,11 @@ GROUPS = {
 }
 ROWS = {name: 40 for name in GROUPS} | {"few rows": 5, "middle blocks": 300, "largest blocks": 1100}
 # fmt: on
-# Each number of rows is a program of its own to compile: the odd ones only in the dtype that users compute in.
+# Each number of rows compiles a program: the larger ones only in bf16.
 CASES = [(groups, dtype) for groups in GROUPS for dtype in TOLERANCE if ROWS[groups] == 40 or dtype == "bfloat16"]
 
 
-# One that cannot run here skips with its reason.
+# Unavailable ones skip with the reason.
 IMPLEMENTATION = {
     name: pytest.param(name, marks=pytest.mark.skipif(bool(reason := available(name)), reason=f"{name}: {reason}"))
     for name in IMPLEMENTATIONS
@@ -65,23 +65,23 @@ def _experts(sizes: list[int]):
     return [(e, slice(end - size, end)) for e, (size, end) in enumerate(zip(sizes, ends, strict=True))]
 
 
-def gmm_twin(rows: np.ndarray, weights: np.ndarray, sizes: list[int]) -> np.ndarray:
+def gmm_reference(rows: np.ndarray, weights: np.ndarray, sizes: list[int]) -> np.ndarray:
     out = np.zeros((len(rows), weights.shape[1]))
-    for e, mine in _experts(sizes):
-        out[mine] = rows[mine] @ weights[e].T
+    for e, rows_of_e in _experts(sizes):
+        out[rows_of_e] = rows[rows_of_e] @ weights[e].T
     return out
 
 
-def gmm_transposed_twin(rows: np.ndarray, weights: np.ndarray, sizes: list[int]) -> np.ndarray:
-    return gmm_twin(rows, weights.swapaxes(1, 2), sizes)
+def gmm_transposed_reference(rows: np.ndarray, weights: np.ndarray, sizes: list[int]) -> np.ndarray:
+    return gmm_reference(rows, weights.swapaxes(1, 2), sizes)
 
 
-def tgmm_twin(a: np.ndarray, b: np.ndarray, sizes: list[int]) -> np.ndarray:
-    return np.stack([a[mine].T @ b[mine] for _, mine in _experts(sizes)])
+def tgmm_reference(a: np.ndarray, b: np.ndarray, sizes: list[int]) -> np.ndarray:
+    return np.stack([a[used].T @ b[used] for _, used in _experts(sizes)])
 
 
-TWINS = {gmm: gmm_twin, gmm_transposed: gmm_transposed_twin, tgmm: tgmm_twin}
-every_leg = pytest.mark.parametrize("leg", TWINS, ids=lambda leg: leg.__name__)
+REFERENCES = {gmm: gmm_reference, gmm_transposed: gmm_transposed_reference, tgmm: tgmm_reference}
+every_leg = pytest.mark.parametrize("leg", REFERENCES, ids=lambda leg: leg.__name__)
 
 
 @functools.cache
@@ -93,16 +93,16 @@ def operands(leg: Any, R: int, dtype: str, seed: int = 0) -> tuple[jax.Array, ja
     return first, second
 
 
-def strays_are_nan(leg: Any, first: jax.Array, second: jax.Array, sizes: list[int]):
+def with_nan_beyond(leg: Any, first: jax.Array, second: jax.Array, sizes: list[int]):
     """The operands with NaN in every row beyond the groups."""
-    stray = (jnp.arange(len(first)) >= sum(sizes))[:, None]
-    first = jnp.where(stray, jnp.nan, first)
-    return first, jnp.where(stray, jnp.nan, second) if leg is tgmm else second
+    unused = (jnp.arange(len(first)) >= sum(sizes))[:, None]
+    first = jnp.where(unused, jnp.nan, first)
+    return first, jnp.where(unused, jnp.nan, second) if leg is tgmm else second
 
 
 @functools.cache
 def jitted(leg: Any, **options: Any):
-    """Group sizes are data, so one program serves all patterns of one shape."""
+    """Compiled once per shape: group sizes are data."""
     return jax.jit(lambda first, second, sizes: leg(first, second, sizes, **options))
 
 
@@ -111,21 +111,21 @@ def assert_near(got: Any, want: np.ndarray, relative: float):
     np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=relative * scale)
 
 
-def twin_of(leg: Any, first: Any, second: Any, sizes: list[int]) -> np.ndarray:
-    return TWINS[leg](np.asarray(first, np.float64), np.asarray(second, np.float64), sizes)
+def expected(leg: Any, first: Any, second: Any, sizes: list[int]) -> np.ndarray:
+    return REFERENCES[leg](np.asarray(first, np.float64), np.asarray(second, np.float64), sizes)
 
 
 @every_implementation
 @every_leg
 @pytest.mark.parametrize(("groups", "dtype"), CASES)
-def test_every_row_meets_its_own_expert(groups: str, dtype: str, leg: Any, implementation: str):
+def test_every_group_size(groups: str, dtype: str, leg: Any, implementation: str):
     sizes = GROUPS[groups]
-    first, second = strays_are_nan(leg, *operands(leg, ROWS[groups], dtype), sizes)
+    first, second = with_nan_beyond(leg, *operands(leg, ROWS[groups], dtype), sizes)
 
     got = jitted(leg, implementation=implementation)(first, second, jnp.array(sizes, jnp.int32))
 
     assert got.dtype == ("float32" if leg is tgmm else dtype)
-    assert_near(got, twin_of(leg, first, second, sizes), FP32 if leg is tgmm else TOLERANCE[dtype])
+    assert_near(got, expected(leg, first, second, sizes), FP32 if leg is tgmm else TOLERANCE[dtype])
     if leg is tgmm:
         assert [bool(np.any(weight)) for weight in got] == [size > 0 for size in sizes]
     else:
@@ -147,44 +147,42 @@ def test_no_rows_at_all(leg: Any, implementation: str):
 
     got = jitted(leg, implementation=implementation)(first, second, jnp.zeros(E, jnp.int32))
 
-    assert got.shape == twin_of(leg, first, second, [0] * E).shape
+    assert got.shape == expected(leg, first, second, [0] * E).shape
     assert not np.any(got)
 
 
 @every_implementation
 @pytest.mark.parametrize("leg", [gmm, gmm_transposed], ids=lambda leg: leg.__name__)
-def test_results_may_stay_in_fp32(leg: Any, implementation: str):
+def test_results_in_fp32(leg: Any, implementation: str):
     sizes = GROUPS["uneven"]
     first, second = operands(leg, 40, "bfloat16")
 
     got = jitted(leg, implementation=implementation, out_dtype=jnp.float32)(first, second, jnp.array(sizes, jnp.int32))
 
     assert got.dtype == jnp.float32
-    assert_near(got, twin_of(leg, first, second, sizes), FP32)
+    assert_near(got, expected(leg, first, second, sizes), FP32)
 
 
 @every_implementation
 @every_leg
 @pytest.mark.parametrize("check_vma", [True, False], ids="check_vma={}".format)
-def test_each_device_of_a_mesh_serves_its_own_rows(
-    check_vma: bool, leg: Any, implementation: str, request: pytest.FixtureRequest
-):
-    """Rows and group sizes are split, and so are the weight gradients; weights are shared."""
+def test_a_shard_map_over_rows(check_vma: bool, leg: Any, implementation: str, request: pytest.FixtureRequest):
+    """Rows, group sizes and weight gradients are sharded; weights are replicated."""
     if implementation == "pallas" and check_vma:
-        # Only interpreted; on a GPU the kernel is opaque, and it lowers (the test for CUDA below).
+        # Only when interpreted; on a GPU the kernel is opaque and lowers (see below).
         reason = "jax's Pallas interpreter slices varying operands at indices that do not vary (0.10.1, 0.12.0)"
         request.applymarker(pytest.mark.xfail(raises=ValueError, strict=True, reason=reason))
     halves = [GROUPS["uneven"], GROUPS["rows beyond"]]
-    parts = [strays_are_nan(leg, *operands(leg, 40, "float32", i), sizes) for i, sizes in enumerate(halves)]
+    parts = [with_nan_beyond(leg, *operands(leg, 40, "float32", i), sizes) for i, sizes in enumerate(halves)]
     if leg is not tgmm:
         parts = [(first, parts[0][1]) for first, _ in parts]
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
-    split, whole = PartitionSpec("x"), PartitionSpec()
+    sharded, replicated = PartitionSpec("x"), PartitionSpec()
     on_mesh = jax.shard_map(
         functools.partial(leg, implementation=implementation),
         mesh=mesh,
-        in_specs=(split, split if leg is tgmm else whole, split),
-        out_specs=split,
+        in_specs=(sharded, sharded if leg is tgmm else replicated, sharded),
+        out_specs=sharded,
         check_vma=check_vma,
     )
     first = jnp.concatenate([first for first, _ in parts])
@@ -192,12 +190,12 @@ def test_each_device_of_a_mesh_serves_its_own_rows(
 
     got = jax.jit(on_mesh)(first, second, jnp.array([*halves[0], *halves[1]], jnp.int32))
 
-    wants = [twin_of(leg, *part, sizes) for part, sizes in zip(parts, halves, strict=True)]
+    wants = [expected(leg, *part, sizes) for part, sizes in zip(parts, halves, strict=True)]
     assert_near(got, np.concatenate(wants), FP32)
 
 
 def lowered_for_cuda(leg: Any, dtype: str, R: int, axes: tuple[str, ...] = ()) -> Any:
-    """The kernel at the sizes of DeepSeekMoE-16B, for GPUs that are not here: one, or two along each of `axes`."""
+    """The kernel at the sizes of DeepSeekMoE-16B, for one abstract GPU, or two along each of `axes`."""
     pallas_matmul = pytest.importorskip("dsmoe_jax.kernels.pallas_matmul", exc_type=ImportError)
     ins, outs, weights, sizes = (
         jax.ShapeDtypeStruct(shape, kind)
@@ -230,7 +228,6 @@ def lowered_for_cuda(leg: Any, dtype: str, R: int, axes: tuple[str, ...] = ()) -
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @every_leg
 def test_the_kernels_lower_for_cuda(leg: Any, dtype: str, R: int):
-    """That the result runs, and fast, only a GPU can tell."""
     dialect = pytest.importorskip("jaxlib.triton.dialect", exc_type=ImportError)
 
     lowered = lowered_for_cuda(leg, dtype, R)
@@ -247,7 +244,7 @@ def test_the_kernels_lower_for_cuda_on_a_mesh(leg: Any):
 
 
 def triton_programs(module: Any) -> list[bytes]:
-    """The Triton programs that a lowered computation carries."""
+    """The Triton programs of a lowered computation."""
     found = []
 
     def visit(operation: Any):
@@ -259,21 +256,21 @@ def triton_programs(module: Any) -> list[bytes]:
     return found
 
 
-def test_an_unknown_implementation_is_refused_by_name():
+def test_an_unknown_implementation_is_rejected():
     first, second = operands(gmm, 5, "float32")
 
-    with pytest.raises(ValueError, match="'cutlass' does not exist, only pallas, tokamax, ragged"):
+    with pytest.raises(ValueError, match="must be one of pallas, tokamax, ragged, got 'cutlass'"):
         gmm(first, second, jnp.zeros(E, jnp.int32), implementation="cutlass")
 
 
-def test_operands_of_two_dtypes_are_refused():
+def test_operands_of_two_dtypes_are_rejected():
     first, second = operands(gmm, 5, "float32")
 
-    with pytest.raises(ValueError, match="one dtype, not bfloat16 and float32"):
+    with pytest.raises(ValueError, match="one dtype, got bfloat16 and float32"):
         gmm(first.astype(jnp.bfloat16), second, jnp.zeros(E, jnp.int32), implementation="ragged")
 
 
-def test_without_tokamax_the_reason_names_the_extra(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_tokamax_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "tokamax", None)
     first, second = operands(gmm, 5, "float32")
 
@@ -289,7 +286,7 @@ def test_without_tokamax_the_reason_names_the_extra(monkeypatch: pytest.MonkeyPa
         ("tpu", "", "it has no kernel for 'tpu', only for cpu and gpu"),
     ],
 )
-def test_the_device_decides_what_can_run(
+def test_availability_depends_on_the_device(
     platform: str, capability: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(grouped_matmul.jax, "default_backend", lambda: platform)

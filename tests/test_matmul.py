@@ -1,4 +1,4 @@
-"""The matmul with weights as PyTorch keeps them: one product however many tokens there are, of floats or codes."""
+"""The matmul with weights [out, in], for any number of tokens, of floats or int8 codes."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ I, O = 24, 40  # noqa: E741
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, FP32), (jnp.bfloat16, BF16)])
 @pytest.mark.parametrize("codes", [False, True], ids=["floats", "codes"])
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_it_is_x_times_the_weight_transposed(
+def test_matmul_equals_numpy(
     platform: str, codes: bool, dtype: Any, tolerance: float, tokens: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
@@ -32,9 +32,9 @@ def test_it_is_x_times_the_weight_transposed(
     assert_near(got, np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T, tolerance)
 
 
-@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="newer compilers move the cast past the barrier")
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="newer compilers hoist the cast past the barrier")
 def test_few_tokens_do_not_cast_all_codes():
-    """The program holds no array as large as the codes in another dtype."""
+    """The program has no array as large as the codes in another dtype."""
     x, weight = jnp.ones((8, 512)), jnp.ones((1024, 512), jnp.int8)
 
     memory = jax.jit(matmul).lower(x, weight).compile().memory_analysis()
@@ -43,7 +43,7 @@ def test_few_tokens_do_not_cast_all_codes():
     assert memory.temp_size_in_bytes < weight.size
 
 
-def test_a_gradient_passes_through_codes():
+def test_gradients_pass_through_codes():
     x, weight = jnp.ones((3, 4)), jnp.arange(20, dtype=jnp.int8).reshape(5, 4)
 
     grad = jax.grad(lambda x: matmul(x, weight).sum())(x)

@@ -1,7 +1,4 @@
-"""What the weights of a linear map may be: values written by hand first, then NumPy, one code at a time.
-
-Start at `test_the_first_of_two_codes_is_in_the_upper_half_of_the_byte`.
-"""
+"""Operands of a linear map against values computed by hand, then against NumPy, one code at a time."""
 
 import dataclasses
 from typing import Any
@@ -14,10 +11,10 @@ import pytest
 from dsmoe_jax.kernels.operand import (
     EXPERT_AXES,
     Experts,
+    GradMask,
     Inputs,
     LowRank,
     Quantized,
-    Wanted,
     dequantize_all,
     dot,
     leaf_axes,
@@ -29,7 +26,7 @@ from tests.helpers import reference
 E, O, I = 3, 6, 8  # noqa: E741
 QUANTIZED = ("int8", "4-bit", "double")
 KINDS = ("dense", *QUANTIZED, "low-rank over dense", "low-rank over int8", "low-rank over double")
-COUNTING = tuple(float(n) for n in range(16))  # a codebook in which every code stands for itself
+COUNTING = tuple(float(n) for n in range(16))  # the identity codebook
 
 FP32 = 1e-5  # of the largest value: sums of some ten products, in another order
 
@@ -49,11 +46,11 @@ def assert_near(got: Any, want: Any, relative: float = FP32):
     np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=relative * np.abs(want).max())
 
 
-# --- dequantising, of one expert ---
+# --- dequantization of one expert ---
 
 
-def test_the_first_of_two_codes_is_in_the_upper_half_of_the_byte():
-    """As bitsandbytes packs NF4 and FP4."""
+def test_the_first_code_is_in_the_upper_half_of_the_byte():
+    """As in bitsandbytes for NF4 and FP4."""
     codes = jnp.array([[0x1F, 0xA0], [0x23, 0xC4]], jnp.uint8)
 
     values = Quantized(codes, jnp.ones(1), tile=8, codebook=COUNTING).dequantize()
@@ -61,7 +58,7 @@ def test_the_first_of_two_codes_is_in_the_upper_half_of_the_byte():
     assert values.tolist() == [[1, 15, 10, 0], [2, 3, 12, 4]]
 
 
-def test_tiles_run_across_rows_and_the_last_one_may_be_short():
+def test_tiles_span_rows_and_the_last_may_be_short():
     codes = jnp.array([[0x11, 0x11], [0x11, 0x11]], jnp.uint8)
 
     values = Quantized(codes, jnp.array([2.0, 3.0, 5.0]), tile=3, codebook=COUNTING).dequantize()
@@ -69,7 +66,7 @@ def test_tiles_run_across_rows_and_the_last_one_may_be_short():
     assert values.tolist() == [[2, 2, 2, 3], [3, 3, 5, 5]]
 
 
-def test_int8_has_a_scale_for_each_output():
+def test_int8_has_a_scale_per_output():
     codes = jnp.array([[-128, 127], [1, -2]], jnp.int8)
 
     values = Quantized(codes, jnp.array([[0.5], [4.0]]), tile=2).dequantize()
@@ -77,7 +74,7 @@ def test_int8_has_a_scale_for_each_output():
     assert values.tolist() == [[-64, 63.5], [4, -8]]
 
 
-def test_a_long_codebook_has_a_byte_for_each_code():
+def test_a_long_codebook_has_a_byte_per_code():
     codebook = tuple(float(n * n) for n in range(256))
 
     values = Quantized(jnp.array([[0, 3, 255]], jnp.uint8), jnp.ones(1), tile=3, codebook=codebook).dequantize()
@@ -85,7 +82,7 @@ def test_a_long_codebook_has_a_byte_for_each_code():
     assert values.tolist() == [[0, 9, 65025]]
 
 
-def test_scales_may_be_quantised_with_their_mean_taken_off():
+def test_double_quantization_adds_the_offset():
     by_code = (0.0, 0.25, *[9.0] * 254)
     scales = Quantized(
         jnp.array([1, 0, 1], jnp.uint8), jnp.array([4.0, 8.0]), offset=jnp.array(0.5), tile=2, codebook=by_code
@@ -98,7 +95,7 @@ def test_scales_may_be_quantised_with_their_mean_taken_off():
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
-def test_dequantising_goes_code_by_code(kind: str):
+def test_dequantization_equals_the_reference(kind: str):
     quantized = operand(kind)
 
     got = jax.vmap(Quantized.dequantize)(quantized)
@@ -107,7 +104,7 @@ def test_dequantising_goes_code_by_code(kind: str):
     assert_near(got, reference.dequantize(quantized), 1e-6)
 
 
-def test_scales_in_bf16_are_widened_before_they_multiply():
+def test_bf16_scales_multiply_in_fp32():
     quantized = operand("int8")
     coarse = dataclasses.replace(quantized, scales=quantized.scales.astype(jnp.bfloat16))
 
@@ -116,7 +113,7 @@ def test_scales_in_bf16_are_widened_before_they_multiply():
     assert_near(got, reference.dequantize(coarse), 1e-6)
 
 
-def test_dense_operands_are_what_quantised_ones_stand_for():
+def test_dequantize_all_keeps_adapters_and_dense_operands():
     quantized, low_rank, dense = operand("4-bit"), operand("low-rank over int8"), operand("dense")
 
     gate, up, down = dequantize_all(Experts(quantized, low_rank, dense))
@@ -132,7 +129,7 @@ def test_dense_operands_are_what_quantised_ones_stand_for():
 
 
 @every_kind
-def test_a_linear_map_is_one_matmul_with_what_the_operand_stands_for(kind: str):
+def test_a_linear_map_equals_the_dense_matmul(kind: str):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(5, I)), jnp.float32)
     experts = operand(kind)
 
@@ -141,15 +138,15 @@ def test_a_linear_map_is_one_matmul_with_what_the_operand_stands_for(kind: str):
     assert_near(got, np.asarray(x, np.float64) @ reference.dense(experts)[1].T)
 
 
-def test_a_low_rank_operand_is_never_multiplied_out():
-    own = of_expert(0, operand("low-rank over dense"))
+def test_a_low_rank_product_is_never_materialized():
+    expert = of_expert(0, operand("low-rank over dense"))
 
-    program = jax.make_jaxpr(lambda own: linear(jnp.ones((5, I)), own))(own)
+    program = jax.make_jaxpr(lambda expert: linear(jnp.ones((5, I)), expert))(expert)
 
     assert (O, I) not in {value.aval.shape for equation in program.eqns for value in equation.outvars}
 
 
-def test_sums_and_results_of_bf16_are_in_fp32_and_gradients_in_bf16():
+def test_bf16_dots_accumulate_in_fp32_with_bf16_gradients():
     x, weight = jnp.ones((2, 1024), jnp.bfloat16), jnp.full((1, 1024), 1.0078125, jnp.bfloat16)
 
     y, pull = jax.vjp(dot, x, weight)
@@ -161,12 +158,12 @@ def test_sums_and_results_of_bf16_are_in_fp32_and_gradients_in_bf16():
 
 
 @pytest.mark.parametrize("kind", ["dense", "int8", "low-rank over dense"])
-def test_bf16_meets_no_fp32_matmul(kind: str):
-    """An adapter or a dequantised base in fp32 would make the whole product one in fp32."""
-    own = of_expert(0, operand(kind))
+def test_bf16_rows_have_no_fp32_matmul(kind: str):
+    """An fp32 adapter or dequantized base would promote the whole product."""
+    expert = of_expert(0, operand(kind))
     in_bf16 = jnp.ones((5, I), jnp.bfloat16)
 
-    program = jax.make_jaxpr(jax.grad(lambda x: linear(x, own).sum()))(in_bf16)
+    program = jax.make_jaxpr(jax.grad(lambda x: linear(x, expert).sum()))(in_bf16)
 
     products = [equation for equation in program.eqns if equation.primitive.name == "dot_general"]
     assert len(products) >= 2
@@ -177,7 +174,7 @@ def test_bf16_meets_no_fp32_matmul(kind: str):
 
 
 @every_kind
-def test_the_shape_of_every_kind_is_that_of_its_map(kind: str):
+def test_shape_of_every_kind(kind: str):
     assert shape(operand(kind)) == (O, I)
 
 
@@ -192,7 +189,7 @@ def test_the_shape_of_every_kind_is_that_of_its_map(kind: str):
         ("low-rank over dense", {"b": jnp.ones((E, O, 4))}, r"a \[r, in\] = \(3, 8\), b \[out, r\] = \(6, 4\)"),
     ],
 )
-def test_parts_that_do_not_fit_together_are_refused(kind: str, changed: dict[str, Any], message: str):
+def test_mismatched_parts_are_rejected(kind: str, changed: dict[str, Any], message: str):
     broken = dataclasses.replace(operand(kind), **changed)
 
     with pytest.raises(ValueError, match=message):
@@ -200,7 +197,7 @@ def test_parts_that_do_not_fit_together_are_refused(kind: str, changed: dict[str
 
 
 @every_kind
-def test_every_leaf_begins_with_the_experts_and_every_axis_has_a_name(kind: str):
+def test_experts_lead_in_every_leaf_and_axes_are_named(kind: str):
     leaves = jax.tree.leaves(operand(kind))
 
     axes = leaf_axes(operand(kind), EXPERT_AXES[0])
@@ -210,17 +207,17 @@ def test_every_leaf_begins_with_the_experts_and_every_axis_has_a_name(kind: str)
     assert {names[0] for names in axes} == {"experts"}
 
 
-def test_an_adapter_is_split_as_its_base_is():
+def test_an_adapter_is_sharded_as_its_base():
     low_rank = leaf_axes(operand("low-rank over dense"), EXPERT_AXES[2])
 
     assert low_rank == [EXPERT_AXES[2], ("experts", None, "expert_ffn"), ("experts", "embed", None)]
 
 
-# --- what is wanted ---
+# --- masks and trees ---
 
 
 @pytest.mark.parametrize("weights", [None, jnp.ones(5)], ids=["no weights", "weights"])
-def test_rows_and_their_weights_are_told_from_operands(weights: Any):
+def test_by_row_distinguishes_rows_from_operands(weights: Any):
     experts = Experts(operand("dense"), operand("4-bit"), operand("low-rank over dense"))
 
     by_row = Inputs(jnp.ones((5, I)), weights, experts).by_row()
@@ -228,14 +225,14 @@ def test_rows_and_their_weights_are_told_from_operands(weights: Any):
     assert by_row == [True] * (1 if weights is None else 2) + [False] * (1 + 2 + 3)
 
 
-def test_wanted_leaves_are_taken_out_and_put_back():
-    wanted = Wanted([True, False, True])
+def test_a_grad_mask_selects_and_fills_leaves():
+    needs_grad = GradMask([True, False, True])
 
-    assert wanted.of(["a", "b", "c"]) == ["a", "c"]
-    assert wanted.put([1, 3], ["a", "b", "c"]) == [1, "b", 3]
+    assert needs_grad.select(["a", "b", "c"]) == ["a", "c"]
+    assert needs_grad.fill([1, 3], ["a", "b", "c"]) == [1, "b", 3]
 
 
-def test_operands_are_trees_for_every_transformation():
+def test_operands_are_pytrees():
     low_rank = operand("low-rank over double")
 
     doubled = jax.tree.map(lambda leaf: None, low_rank)

@@ -238,9 +238,7 @@ def test_resuming_on_other_data_is_refused(home: Path, copy: Path, change: dict[
 def test_shards_keep_the_share_they_were_made_with(home: Path, copy: Path):
     shards = {"sources": (str(copy / "data" / "00"),), "tokenizer": str(copy / "tokenizer")}
 
-    with pytest.raises(
-        ValueError, match=r"data.val_fraction 0.3 has no effect on .*00, tokenized with 0.2;"
-    ):
+    with pytest.raises(ValueError, match=r"data.val_fraction 0.3 has no effect on .*00, tokenized with 0.2;"):
         prepared(home, copy, **shards, val_fraction=0.3)
 
 

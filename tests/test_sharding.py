@@ -1,6 +1,6 @@
-"""The mesh and the table of axes: who gets which part of which array, and that it changes no result.
+"""The mesh, the sharding of every array, and results equal to one device.
 
-Start at `test_loss_and_all_gradients_equal_one_device`; `test_token_dispatcher.py` does so for the routed experts.
+Start at `test_loss_and_all_gradients_equal_one_device`; `test_dispatch.py` tests the routed experts alone.
 """
 
 import functools
@@ -15,7 +15,7 @@ import pytest
 from dsmoe_jax.checkpoint.native import load, save
 from dsmoe_jax.convert import load_hf
 from dsmoe_jax.generate import Generator
-from dsmoe_jax.layers.token_dispatcher import STRATEGIES, Dispatch
+from dsmoe_jax.layers.token_dispatcher import STRATEGIES, DispatchConfig, Strategy
 from dsmoe_jax.model import DeepSeekMoE, assemble, merge, shardings, split
 from dsmoe_jax.sharding import MeshConfig, make_mesh, place_batch
 from dsmoe_jax.train import balance_loss, cross_entropy
@@ -24,11 +24,10 @@ from tests.helpers.hf_folder import random_params, tiny, write_hf
 from tests.helpers.meshes import MESHES, check_parts, check_placement, on_mesh
 from tests.helpers.reference import random_model
 
-LOGITS = 1e-5  # absolute, sharded against whole: the same sums in another order, logits of rms 2
-DRAWN = 1e-6  # relative: the same random bits, but how a formula's last bit is rounded depends on the part's shape
+LOGITS = 1e-5  # absolute: the same sums in another order, logits of rms 2
+DRAWN = 1e-6  # relative: the same random bits, but the last bit may round differently per shard shape
 TRAINING = 1e-5  # absolute, on a loss near 5 and gradients below 1: the same
 
-# Tests that compile for each mesh take fewer of them: between them, these split over every axis.
 every_mesh = pytest.mark.parametrize("mesh", MESHES)
 
 
@@ -47,13 +46,13 @@ every_mesh = pytest.mark.parametrize("mesh", MESHES)
     ],
     ids=str,
 )
-def test_minus_one_takes_the_rest_of_the_devices(config: MeshConfig | None, sizes: tuple[int, ...]):
+def test_minus_one_takes_the_remaining_devices(config: MeshConfig | None, sizes: tuple[int, ...]):
     mesh = make_mesh(config)
 
     assert dict(mesh.shape) == dict(zip(("data", "fsdp", "expert", "tensor"), sizes, strict=True))
 
 
-def test_a_mesh_may_take_some_of_the_devices():
+def test_a_mesh_over_some_of_the_devices():
     mesh = make_mesh(MeshConfig(expert=2), jax.devices()[4:])
 
     assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "expert": 2, "tensor": 1}
@@ -73,11 +72,11 @@ def test_a_mesh_may_take_some_of_the_devices():
     ],
     ids=str,
 )
-def test_a_mesh_that_does_not_fit_is_refused_with_its_numbers(config: MeshConfig, reason: str):
-    with pytest.raises(ValueError, match=reason) as refused:
+def test_a_mesh_that_does_not_fit_is_rejected(config: MeshConfig, reason: str):
+    with pytest.raises(ValueError, match=reason) as raised:
         make_mesh(config)
 
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(raised.value)
 
 
 # Placement
@@ -115,7 +114,7 @@ def test_a_mesh_that_does_not_fit_is_refused_with_its_numbers(config: MeshConfig
     ],
     ids=["embed", "experts", "expert_ffn", "vocab", "heads", "kv_heads"],
 )
-def test_a_size_that_does_not_divide_is_refused_by_the_name_of_its_array(changes: dict, mesh: MeshConfig, reason: str):
+def test_a_size_that_does_not_divide_is_rejected(changes: dict, mesh: MeshConfig, reason: str):
     with pytest.raises(ValueError, match=reason):
         shardings(tiny(**changes), mesh)
 
@@ -128,13 +127,13 @@ def test_a_size_that_does_not_divide_is_refused_by_the_name_of_its_array(changes
         ("data=2,expert=4", "data=2 · fsdp=1 · expert=4"),
     ],
 )
-def test_a_batch_that_does_not_divide_is_refused_with_its_numbers(mesh: str, ways: str):
+def test_a_batch_that_does_not_divide_is_rejected(mesh: str, ways: str):
     with pytest.raises(ValueError, match=f"^batch: batch of size 6 does not divide over {ways}$"):
         place_batch(make_mesh(MESHES[mesh]), np.ones((6, 4), np.int32))
 
 
 @every_mesh
-def test_a_batch_is_split_over_all_axes_but_tensor(mesh: str):
+def test_a_batch_is_sharded_over_all_axes_but_tensor(mesh: str):
     ids, mask = np.arange(8 * 3).reshape(8, 3), np.ones((8, 3))
 
     placed = place_batch(make_mesh(MESHES[mesh]), ids, mask)
@@ -146,7 +145,7 @@ def test_a_batch_is_split_over_all_axes_but_tensor(mesh: str):
 
 
 @every_mesh
-def test_an_import_places_every_parameter(tmp_path: Path, mesh: str):
+def test_an_import_shards_every_parameter(tmp_path: Path, mesh: str):
     params = random_params(tiny())
 
     model = load_hf(write_hf(tmp_path, tiny(), params), mesh=MESHES[mesh])
@@ -157,8 +156,8 @@ def test_an_import_places_every_parameter(tmp_path: Path, mesh: str):
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=8", "expert=2,tensor=2,fsdp=2"])
-def test_fresh_weights_are_placed_and_the_same_on_every_mesh(mesh: str):
-    # Few shapes, as each is a program to compile.
+def test_initial_weights_are_the_same_on_every_mesh(mesh: str):
+    # Few shapes: each compiles a program.
     config = tiny(
         vocab_size=32, moe_intermediate_size=32, num_key_value_heads=4, first_k_dense_replace=0, n_shared_experts=None
     )
@@ -178,26 +177,26 @@ class Step(NamedTuple):
     loss: Any
     logits: Any
     grads: dict[str, Any]
-    extra_passes: list[int]
+    overflow_passes: list[int]
 
 
 CONFIG = tiny(num_experts_per_tok=3, aux_loss_alpha=0.1)
 IDS = np.random.default_rng(0).integers(2, CONFIG.vocab_size, (8, 6)).astype(np.int32)
 
 
-def model_on(mesh: str | None, options: Dispatch = Dispatch()) -> DeepSeekMoE:  # noqa: B008 (immutable)
-    """One model, wherever it lies."""
+def model_on(mesh: str | None, config: DispatchConfig = DispatchConfig()) -> DeepSeekMoE:  # noqa: B008 (immutable)
+    """The same model, on a mesh or one device."""
     model = random_model(CONFIG)
     if mesh is not None:
         places = shardings(CONFIG, MESHES[mesh])
         model = assemble(CONFIG, {name: jax.device_put(array, places[name]) for name, array in split(model)[1].items()})
-    model.set_attributes(dispatch=options)
+    model.set_attributes(dispatch=config)
     return model
 
 
-def step(mesh: str | None, options: Dispatch = Dispatch()) -> Step:  # noqa: B008 (immutable)
-    """What one step of training computes: cross-entropy, balance losses and the gradient of every parameter."""
-    graph, params = split(model_on(mesh, options))
+def step(mesh: str | None, config: DispatchConfig = DispatchConfig()) -> Step:  # noqa: B008 (immutable)
+    """Cross-entropy, balance losses and the gradient of every parameter."""
+    graph, params = split(model_on(mesh, config))
 
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss_of(params: dict[str, Any], ids: Any):
@@ -205,13 +204,13 @@ def step(mesh: str | None, options: Dispatch = Dispatch()) -> Step:  # noqa: B00
         hidden = model.hidden(ids)
         logits = model.logits(hidden.last_hidden_state)
         balance = sum(balance_loss(CONFIG, hidden.routing).values())
-        extra_passes = [routed.extra_passes for routed in hidden.routing.values()]
-        return cross_entropy(logits, ids) + balance, (logits, extra_passes)
+        overflow_passes = [routed.overflow_passes for routed in hidden.routing.values()]
+        return cross_entropy(logits, ids) + balance, (logits, overflow_passes)
 
     (ids,) = place_batch(None if mesh is None else make_mesh(MESHES[mesh]), IDS)
     with on_mesh(mesh):
-        (loss, (logits, extra_passes)), grads = jax.jit(loss_of)(params, ids)
-    return Step(loss, logits, grads, [int(extra) for extra in extra_passes])
+        (loss, (logits, overflow_passes)), grads = jax.jit(loss_of)(params, ids)
+    return Step(loss, logits, grads, [int(extra) for extra in overflow_passes])
 
 
 @functools.cache
@@ -219,7 +218,7 @@ def step_on_one_device() -> Step:
     return step(None)
 
 
-# Each mesh with each strategy once, the factors in turn.
+# Each mesh with each strategy, cycling through the factors.
 LAYOUTS = [
     (mesh, strategy, factor)
     for (mesh, strategy), factor in zip(
@@ -239,10 +238,10 @@ LAYOUTS = [
         ),
     ],
 )
-def test_loss_and_all_gradients_equal_one_device(mesh: str, strategy: str, factor: float | None):
+def test_loss_and_all_gradients_equal_one_device(mesh: str, strategy: Strategy, factor: float | None):
     want = step_on_one_device()
 
-    got = step(mesh, Dispatch(strategy, factor))
+    got = step(mesh, DispatchConfig(strategy, factor))
 
     np.testing.assert_allclose(got.loss, want.loss, rtol=0, atol=TRAINING)
     np.testing.assert_allclose(got.logits, want.logits, rtol=0, atol=LOGITS)
@@ -250,30 +249,30 @@ def test_loss_and_all_gradients_equal_one_device(mesh: str, strategy: str, facto
     for name, place in shardings(CONFIG, MESHES[mesh]).items():
         grad = got.grads[name]
         np.testing.assert_allclose(grad, want.grads[name], rtol=0, atol=TRAINING, err_msg=name)
-        if ".experts." in name:  # the compiler places the others
+        if ".experts." in name:  # the compiler shards the others
             assert grad.sharding.is_equivalent_to(place, grad.ndim), name
-    if factor != 2.0:  # there it depends on the routing
-        assert (max(got.extra_passes) > 0) == (factor == 0.5 and MESHES[mesh].expert > 1)
+    if factor != 2.0:  # depends on the routing
+        assert (max(got.overflow_passes) > 0) == (factor == 0.5 and MESHES[mesh].expert > 1)
 
 
-def test_every_gradient_of_the_comparison_is_there():
+def test_every_gradient_is_nonzero():
     want = step_on_one_device()
 
     assert {name for name, grad in want.grads.items() if np.abs(grad).max() < 1e2 * TRAINING} == set()
 
 
 @functools.cache
-def answers_on_one_device(count: int) -> list[list[int]]:
-    return answers(None, Dispatch(), count)
+def completions_on_one_device(count: int) -> list[list[int]]:
+    return completions(None, DispatchConfig(), count)
 
 
-def answers(mesh: str | None, options: Dispatch, count: int) -> list[list[int]]:
+def completions(mesh: str | None, config: DispatchConfig, count: int) -> list[list[int]]:
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]][:count]
-    completions = Generator(model_on(mesh, options))(prompts, max_new_tokens=6, temperature=0.0, ignore_eos=True)
-    return [completion.token_ids for completion in completions]
+    outputs = Generator(model_on(mesh, config))(prompts, max_new_tokens=6, temperature=0.0, ignore_eos=True)
+    return [output.token_ids for output in outputs]
 
 
-QUICK = [("expert=4,fsdp=2", "all_to_all", 3)]  # a single prompt comes with the golden model
+QUICK = [("expert=4,fsdp=2", "all_to_all", 3)]  # the golden model tests a single prompt
 
 
 @pytest.mark.parametrize(
@@ -287,25 +286,25 @@ QUICK = [("expert=4,fsdp=2", "all_to_all", 3)]  # a single prompt comes with the
         ),
     ],
 )
-def test_prompts_that_do_not_divide_are_answered_as_on_one_device(mesh: str, strategy: str, count: int):
-    got = answers(mesh, Dispatch(strategy, 0.5), count)
+def test_uneven_prompts_complete_as_on_one_device(mesh: str, strategy: Strategy, count: int):
+    got = completions(mesh, DispatchConfig(strategy, 0.5), count)
 
-    assert got == answers_on_one_device(count)
+    assert got == completions_on_one_device(count)
 
 
 @pytest.mark.parametrize(
     "mesh", ["expert=2,tensor=2,fsdp=2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in list(MESHES)[:3])]
 )
-def test_a_golden_model_answers_as_on_one_device(mesh: str):
+def test_a_golden_model_generates_as_on_one_device(mesh: str):
     want, ids = golden.expected("a_baseline")["generation"], golden.tensors("a_baseline")["in.input_ids"]
     prompt = golden.tensors("a_baseline")["in.gen.prompt0"][0]
 
     model = load_hf(golden.folder("a_baseline"), mesh=MESHES[mesh])
     logits = model(ids).logits
-    answer = Generator(model)([prompt], max_new_tokens=len(want["prompt0"]), ignore_eos=True)[0]
+    completion = Generator(model)([prompt], max_new_tokens=len(want["prompt0"]), ignore_eos=True)[0]
 
     np.testing.assert_allclose(logits, golden.model("a_baseline")(ids).logits, rtol=0, atol=LOGITS)
-    assert answer.token_ids == want["prompt0"]
+    assert completion.token_ids == want["prompt0"]
 
 
 @pytest.mark.parametrize(
@@ -315,26 +314,26 @@ def test_a_golden_model_answers_as_on_one_device(mesh: str):
         *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES if mesh != "expert=4,fsdp=2"),
     ],
 )
-def test_both_kinds_of_checkpoint_are_placed_and_answer_alike(tmp_path: Path, mesh: str):
-    alone = model_on(None)
-    params = {name: np.asarray(array) for name, array in split(alone)[1].items()}
-    save(alone, tmp_path / "native")
+def test_native_and_hf_checkpoints_load_onto_a_mesh(tmp_path: Path, mesh: str):
+    model = model_on(None)
+    params = {name: np.asarray(array) for name, array in split(model)[1].items()}
+    save(model, tmp_path / "native")
 
     native = load(tmp_path / "native", mesh=MESHES[mesh])
     imported = load_hf(write_hf(tmp_path / "hf", CONFIG, params), mesh=make_mesh(MESHES[mesh]))
 
-    want = alone(IDS[:3]).logits
-    for model in (native, imported):
-        check_placement(model, mesh)
-        np.testing.assert_allclose(model(IDS[:3]).logits, want, rtol=0, atol=LOGITS)
+    want = model(IDS[:3]).logits
+    for loaded in (native, imported):
+        check_placement(loaded, mesh)
+        np.testing.assert_allclose(loaded(IDS[:3]).logits, want, rtol=0, atol=LOGITS)
 
 
-def test_the_output_reports_the_extra_passes_of_each_moe_layer():
-    model = model_on("expert=4,fsdp=2", Dispatch("all_to_all", 1e-9))  # one slot for each device
+def test_the_output_reports_overflow_passes():
+    model = model_on("expert=4,fsdp=2", DispatchConfig("all_to_all", 1e-9))  # one slot per device
 
     routing = model(IDS).routing
 
     assert routing.keys() == {1}
-    owner = np.asarray(routing[1].ids).reshape(8, -1) // 2  # each of 8 devices has a row of the batch; 2 experts each
+    owner = np.asarray(routing[1].ids).reshape(8, -1) // 2  # one sequence per device; 2 experts each
     most = max(np.bincount(of_device).max() for of_device in owner)
-    assert routing[1].extra_passes == most - 1 > 0
+    assert routing[1].overflow_passes == most - 1 > 0

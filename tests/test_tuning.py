@@ -1,4 +1,4 @@
-"""Tuned choices as data: whose file goes first, and what a file may not say."""
+"""Tuned choices as data: which file takes precedence, and which contents are rejected."""
 
 import json
 import re
@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from dsmoe_jax.kernels import grouped_matmul, pallas_matmul, tuning
-from dsmoe_jax.kernels.expert_ffn import BACKENDS, LEGS, Legs
+from dsmoe_jax.kernels.expert_ffn import BACKENDS, LEGS
 
 CARD = "a card"
 
 
 @pytest.fixture
 def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Makes the environment name a file that holds this."""
+    """Point the environment variable to a file with this table."""
 
     def write(**table: Any) -> Path:
         file = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
@@ -27,39 +27,40 @@ def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return write
 
 
-def test_the_names_of_a_file_are_those_of_the_tables():
+def test_a_file_uses_the_names_of_the_tables():
     *_, dtypes, rows, legs, backends = (known for _, known in tuning._PARTS["legs"])
 
-    assert {(dtype, width) for _, dtype, width in LEGS} == {(a, b) for a in dtypes or () for b in rows or ()}
-    assert legs == Legs._fields
+    assert {dtype for _, dtype in LEGS} == set(dtypes or ())
+    assert rows == ("few", "many")
+    assert legs == tuning.Legs._fields
     assert set(backends or ()) == set(BACKENDS)
     assert all(hasattr(grouped_matmul, name) for name in dict(tuning._PARTS["tiles"])["matmul"] or ())
 
 
 @pytest.mark.usefixtures("tuned")
-def test_the_packages_own_file_is_sound_and_a_card_not_in_it_is_left_to_the_tables():
+def test_an_unknown_card_has_no_entry_in_the_packaged_file():
     assert tuning.legs(CARD, "bfloat16", "many") == {}
 
 
-def test_nothing_is_tuned_where_there_is_no_gpu():
+def test_without_a_gpu_nothing_is_tuned():
     assert tuning.kind() is None
     assert tuning.tile("gmm") is None
 
 
-def test_the_users_file_goes_before_the_packages_leg_by_leg(tuned: Any, monkeypatch: pytest.MonkeyPatch):
+def test_the_users_file_overrides_the_packaged_one_by_leg(tuned: Any, monkeypatch: pytest.MonkeyPatch):
     def table(**legs: str) -> dict[str, Any]:
         return {"legs": {CARD: {"bfloat16": {"many": legs}}}}
 
-    tuned(**table(forward="grouped"))
-    monkeypatch.setattr(tuning, "parse_json", lambda data: table(forward="batched", weights="ragged"))
+    tuned(**table(fwd="grouped"))
+    monkeypatch.setattr(tuning, "parse_json", lambda data: table(fwd="batched", wgrad="ragged"))
     tuning._tables.cache_clear()
 
-    assert tuning.legs(CARD, "bfloat16", "many") == {"forward": "grouped", "weights": "ragged"}
+    assert tuning.legs(CARD, "bfloat16", "many") == {"fwd": "grouped", "wgrad": "ragged"}
     assert tuning.legs(CARD, "bfloat16", "few") == tuning.legs("another", "bfloat16", "many") == {}
     tuning._tables.cache_clear()
 
 
-def test_a_tuned_tile_serves_many_rows_and_no_other_matmul(tuned: Any, monkeypatch: pytest.MonkeyPatch):
+def test_a_tuned_tile_applies_to_its_matmul_on_many_rows(tuned: Any, monkeypatch: pytest.MonkeyPatch):
     tuned(tiles={CARD: {"gmm": [64, 64, 128, 4, 4]}})
     monkeypatch.setattr(tuning, "kind", lambda: CARD)
 
@@ -71,27 +72,27 @@ def test_a_tuned_tile_serves_many_rows_and_no_other_matmul(tuned: Any, monkeypat
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"leg": {}}, "key 'leg' does not exist, only note, legs, tiles"),
-        ({"legs": []}, "legs: [] stands where an object must be"),
-        ({"legs": {CARD: {"int4": {}}}}, "legs, a card: dtype 'int4' does not exist, only bfloat16, float32"),
+        ({"leg": {}}, "key must be one of note, legs, tiles, got 'leg'"),
+        ({"legs": []}, "legs must be an object, got []"),
+        ({"legs": {CARD: {"int4": {}}}}, "legs, a card: dtype must be one of bfloat16, float32, got 'int4'"),
         (
             {"legs": {CARD: {"bfloat16": {"all": {}}}}},
-            "legs, a card, bfloat16: rows 'all' does not exist, only few, many",
+            "legs, a card, bfloat16: rows must be one of few, many, got 'all'",
         ),
         (
-            {"legs": {CARD: {"bfloat16": {"few": {"back": "slots"}}}}},
-            "legs, a card, bfloat16, few: leg 'back' does not exist, only forward, rows, weights",
+            {"legs": {CARD: {"bfloat16": {"few": {"forward": "batched"}}}}},
+            "legs, a card, bfloat16, few: leg must be one of fwd, dgrad, wgrad, got 'forward'",
         ),
         (
-            {"legs": {CARD: {"bfloat16": {"few": {"rows": "cutlass"}}}}},
-            "legs, a card, bfloat16, few, rows: backend 'cutlass' does not exist, only block_loop, batched",
+            {"legs": {CARD: {"bfloat16": {"few": {"dgrad": "slots"}}}}},
+            "legs, a card, bfloat16, few, dgrad: backend must be one of block_loop, batched, grouped, ragged, dense",
         ),
-        ({"tiles": {CARD: {"gmm": [1, 2]}}}, "tiles, a card, gmm: [1, 2] is not five positive integers"),
-        ({"tiles": {CARD: {"dot": []}}}, "tiles, a card: matmul 'dot' does not exist, only gmm, gmm_transposed, tgmm"),
+        ({"tiles": {CARD: {"gmm": [1, 2]}}}, "tiles, a card, gmm must be five positive integers, got [1, 2]"),
+        ({"tiles": {CARD: {"dot": []}}}, "tiles, a card: matmul must be one of gmm, gmm_transposed, tgmm, got 'dot'"),
     ],
-    ids=["key", "no object", "dtype", "rows", "leg", "backend", "tile", "matmul"],
+    ids=["key", "no object", "dtype", "rows", "old leg", "old backend", "tile", "matmul"],
 )
-def test_what_a_file_may_not_say_is_one_line_that_names_it(table: dict[str, Any], message: str, tuned: Any):
+def test_an_invalid_file_is_rejected_in_one_line(table: dict[str, Any], message: str, tuned: Any):
     file = tuned(**table)
 
     with pytest.raises(ValueError, match=re.escape(f"DSMOE_TUNING: {file}: {message}")) as raised:
@@ -100,7 +101,7 @@ def test_what_a_file_may_not_say_is_one_line_that_names_it(table: dict[str, Any]
     assert "\n" not in str(raised.value)
 
 
-def test_a_file_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_file_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(tuning.VARIABLE, "nowhere.json")
 
     with pytest.raises(ValueError, match=r"nowhere\.json: does not exist"):

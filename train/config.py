@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from dsmoe_jax.config import PRESETS, ModelConfig
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.layers.token_dispatcher import DispatchConfig
 from dsmoe_jax.model import check_seed
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.storage.paths import expand_user
@@ -134,6 +135,9 @@ class RunConfig:
 
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """Device mesh."""
+
+    dispatch: DispatchConfig = dataclasses.field(default_factory=DispatchConfig)
+    """Expert parallelism and the expert kernel; results do not depend on it."""
 
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     """Training checkpoints."""

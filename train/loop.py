@@ -129,7 +129,7 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
             )
         stack.enter_context(nullcontext() if mesh is None else jax.set_mesh(mesh))
         corpus = job.corpus
-        graph = abstract(job.model)[0]
+        graph = abstract(job.model, config.dispatch)[0]
         optimizer, schedule = make_optimizer(config.optimizer, job.steps)
         frozen = job.load_frozen(mesh)
         state = _initial_state(config, job, optimizer, mesh, frozen, checkpoints, found)

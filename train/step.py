@@ -399,7 +399,7 @@ def _report(
         consecutive_skips=jnp.zeros((), jnp.int32),
         expert_load=_stack([_load(one, valid) for one in routed], config.n_routed_experts or 0),
         entropy=_stack([_entropy(one.scores, valid) / tokens for one in routed]),
-        overflow_passes=_stack([one.extra_passes for one in routed]),
+        overflow_passes=_stack([one.overflow_passes for one in routed]),
     )
     return jax.lax.stop_gradient(report)
 

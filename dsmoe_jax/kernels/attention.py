@@ -1,8 +1,7 @@
 """Scaled dot-product attention.
 
-Start at `attention`; `BACKENDS` says what can compute it. Heads stand before tokens in keys and values, one matmul for
-every key-value head of every row. A query head reads key-value head `head // G`, so the G query heads of a group stand
-side by side.
+Start at `attention`; `BACKENDS` lists the implementations. Keys and values have heads before tokens: one matmul per
+key-value head and sequence. Query head n reads key-value head n // G, so the G query heads of a group are adjacent.
 """
 
 import functools
@@ -16,13 +15,12 @@ import jax.numpy as jnp
 from dsmoe_jax.axes import Array, Bool, Float, PRNGKeyArray
 
 VARIABLE: Final = "DSMOE_ATTENTION_BACKEND"  # the backend where no argument names one
-# `plain`: XLA, in chunks of queries. `cudnn`: flash attention of NVIDIA's library, for whole sequences in half
-# precision on Ampere or newer; what it cannot serve, `plain` does. Which is faster is not measured yet, so `plain`
-# is the default everywhere.
+# `plain`: XLA, in chunks of queries. `cudnn`: NVIDIA's flash attention, for full sequences in half precision on Ampere
+# or newer, with `plain` as the fallback. Which is faster is not measured yet, so `plain` is the default everywhere.
 BACKENDS: Final = ("plain", "cudnn")
 
-_CHUNK: Final = 64  # queries; their scores then stay near the core: 4× at T = 512 on CPU, half of it saved work
-_MOST_CHUNKS: Final = 16  # they are unrolled
+_CHUNK: Final = 64  # queries; their scores stay in cache: 4× at T = 512 on CPU, half of it saved work
+_MAX_CHUNKS: Final = 16  # unrolled
 
 
 @jax.named_scope("attention")
@@ -37,51 +35,65 @@ def attention(
     dropout_key: PRNGKeyArray | None = None,
     backend: str | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q kᵀ / √H) v, where `mask` is true; the softmax in fp32.
+    """Compute softmax(q kᵀ / √H) v under a mask, the softmax in fp32.
 
-    `causal` promises that query t reads no key past t (so T = S): the others are then not computed.
-    A query that may read nothing gets a mean over keys: finite, and meant to be ignored.
-    `dropout` falls on the probabilities and only where a `dropout_key` is given (training).
-    `backend` is one of `BACKENDS`, by default what the environment variable DSMOE_ATTENTION_BACKEND says. Raises
-    `ValueError` for one that does not exist.
+    Args:
+      q: Queries.
+      k: Keys.
+      v: Values.
+      mask: Which keys each query attends to. A fully masked query gets the mean of the values: finite, to be ignored.
+      causal: Asserts that the mask is causal (so T = S); scores above the diagonal are then not computed.
+      dropout: Dropout rate of the probabilities.
+      dropout_key: Enables dropout.
+      backend: One of `BACKENDS`; default the environment variable DSMOE_ATTENTION_BACKEND, else "plain".
+
+    Returns:
+      The attention output, in the dtype of q.
+
+    Raises:
+      ValueError: For an unknown backend.
     """
     T, backend = q.shape[1], backend or os.environ.get(VARIABLE) or "plain"
     if backend not in BACKENDS:
-        raise ValueError(f"attention backend {backend!r} does not exist, only {', '.join(BACKENDS)}")
-    dropped = bool(dropout) and dropout_key is not None
-    if backend == "cudnn" and causal and not _beyond_cudnn(jax.default_backend(), q.dtype.name, q.shape[3], dropped):
+        raise ValueError(f"attention backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    dropping = bool(dropout) and dropout_key is not None
+    if (
+        backend == "cudnn"
+        and causal
+        and not _cudnn_unsupported(jax.default_backend(), q.dtype.name, q.shape[3], dropping)
+    ):
         return _cudnn(q, k, v, mask)
     if not causal:
         return _attention(q, k, v, mask, dropout, dropout_key)
-    chunk = max(_CHUNK, -(-T // _MOST_CHUNKS))
-    pieces = []
+    chunk = max(_CHUNK, -(-T // _MAX_CHUNKS))
+    chunks = []
     for start in range(0, T, chunk):
         end = min(start + chunk, T)
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, start)
-        mine = mask[:, start:end, :end]
-        pieces.append(_attention(q[:, start:end], k[:, :, :end], v[:, :, :end], mine, dropout, key))
-    return jnp.concatenate(pieces, axis=1)
+        chunk_mask = mask[:, start:end, :end]
+        chunks.append(_attention(q[:, start:end], k[:, :, :end], v[:, :, :end], chunk_mask, dropout, key))
+    return jnp.concatenate(chunks, axis=1)
 
 
 @functools.cache
-def _beyond_cudnn(platform: str, dtype: str, head_dim: int, dropout: bool) -> str | None:
-    """Why cuDNN cannot serve this, said once for each reason; None where it can."""
+def _cudnn_unsupported(platform: str, dtype: str, head_dim: int, dropout: bool) -> str | None:
+    """Return why cuDNN does not support this, with one warning per reason; None if it does."""
     reasons = {
-        f"it needs an NVIDIA GPU, this is {platform!r}": platform != "gpu",
-        f"it needs bfloat16 or float16, not {dtype}": dtype not in ("bfloat16", "float16"),
-        f"it needs heads of a multiple of 8 up to 128 wide, not {head_dim}": head_dim % 8 != 0 or head_dim > 128,
+        f"it needs an NVIDIA GPU, got {platform!r}": platform != "gpu",
+        f"it needs bfloat16 or float16, got {dtype}": dtype not in ("bfloat16", "float16"),
+        f"it needs a head_dim that is a multiple of 8 up to 128, got {head_dim}": head_dim % 8 != 0 or head_dim > 128,
         "it has no dropout": dropout,
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
     if reason is not None:
-        warnings.warn(f"attention backend 'cudnn' cannot run here ({reason}): plain instead", stacklevel=4)
+        warnings.warn(f"attention backend 'cudnn' cannot run here ({reason}): using plain", stacklevel=4)
     return reason
 
 
 def _cudnn(
     q: Float[Array, "B T N H"], k: Float[Array, "B K T H"], v: Float[Array, "B K T H"], mask: Bool[Array, "B T T"]
 ) -> Float[Array, "B T N H"]:
-    """By way of jax.nn. It has no ids of documents: what separates packed ones is the mask, and it is always given."""
+    """Call jax.nn's cuDNN attention; it has no segment IDs, so the mask separates packed documents."""
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], is_causal=True, implementation="cudnn")
 
@@ -102,8 +114,8 @@ def _attention(
     scores = jnp.where(mask[:, None, None], scores.reshape(B, K, G, T, S), jnp.finfo(jnp.float32).min)
     probs = jax.nn.softmax(scores, axis=-1)
     if dropout and dropout_key is not None:
-        kept = jax.random.bernoulli(dropout_key, 1 - dropout, probs.shape)
-        probs = jnp.where(kept, probs / (1 - dropout), 0)
+        keep = jax.random.bernoulli(dropout_key, 1 - dropout, probs.shape)
+        probs = jnp.where(keep, probs / (1 - dropout), 0)
     probs = probs.astype(v.dtype).reshape(B, K, G * T, S)
     out = jnp.einsum("bkqs,bksh->bkqh", probs, v, preferred_element_type=jnp.float32).astype(q.dtype)
     return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

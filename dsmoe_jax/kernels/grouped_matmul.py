@@ -1,10 +1,10 @@
-"""The grouped matmul on rows sorted by expert, in the three legs that a matmul and its gradients need.
+"""The grouped matmul of rows sorted by expert, and its gradients, each by one of several implementations.
 
-Start at `gmm`, `gmm_transposed` and `tgmm`; `available` says which `IMPLEMENTATIONS` can run here. A weight is [N, K]
-here, [out, in] as PyTorch keeps it: F and D, or D and F (not heads). The first `group_sizes[0]` rows are expert 0's,
-and so on. Rows beyond the sum of `group_sizes` give zeros and count for nothing, whatever they hold. Products are
-summed in fp32; fp32 operands follow `jax_default_matmul_precision`, whose default on NVIDIA is TF32. The legs are not
-promised to be differentiable: each is the gradient of another, for a custom VJP to combine.
+Start at `gmm`, `gmm_transposed` and `tgmm`; `available` checks which `IMPLEMENTATIONS` can run here. A weight is [N, K]
+here, [out, in] as in PyTorch (not heads). The first `group_sizes[0]` rows are expert 0's, and so on. Rows beyond the
+sum of `group_sizes` give zeros and are ignored, whatever their values. Accumulation is in fp32; fp32 operands follow
+`jax_default_matmul_precision`, whose default on NVIDIA is TF32. The functions need not be differentiable: each is the
+gradient of another.
 """
 
 import importlib
@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from dsmoe_jax.axes import Array, Float, Int
 
 _Dims = jax.lax.RaggedDotDimensionNumbers
-_FORWARD: Final = _Dims((([1], [2]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0])
-_ROWS: Final = _Dims((([1], [1]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0])
-_WEIGHTS: Final = _Dims((([0], [0]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
+_FWD: Final = _Dims((([1], [2]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0])
+_DGRAD: Final = _Dims((([1], [1]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0])
+_WGRAD: Final = _Dims((([0], [0]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
 
 
 @jax.named_scope("gmm")
@@ -30,11 +30,11 @@ def gmm(
     implementation: str,
     out_dtype: Any = None,
 ) -> Float[Array, "R N"]:
-    """y_r = W_e x_r, in `out_dtype`, by default that of the rows.
+    """Compute y_r = W_e x_r in `out_dtype`, by default that of the rows.
 
-    Raises `ValueError` for an implementation that does not exist or cannot run here, and for operands of two dtypes.
+    Raises `ValueError` for an implementation that is unknown or cannot run here, and for operands of two dtypes.
     """
-    return _run(_FORWARD, rows, weights, group_sizes, implementation, out_dtype or rows.dtype)
+    return _run(_FWD, rows, weights, group_sizes, implementation, out_dtype or rows.dtype)
 
 
 @jax.named_scope("gmm_transposed")
@@ -46,28 +46,25 @@ def gmm_transposed(
     implementation: str,
     out_dtype: Any = None,
 ) -> Float[Array, "R K"]:
-    """x_r = W_eᵀ y_r: the gradient of `gmm` by its rows. Raises as `gmm` does."""
-    return _run(_ROWS, rows, weights, group_sizes, implementation, out_dtype or rows.dtype)
+    """Compute x_r = W_eᵀ y_r: the dgrad of `gmm`."""
+    return _run(_DGRAD, rows, weights, group_sizes, implementation, out_dtype or rows.dtype)
 
 
 @jax.named_scope("tgmm")
 def tgmm(
     a: Float[Array, "R N"], b: Float[Array, "R K"], group_sizes: Int[Array, "E"], *, implementation: str
 ) -> Float[Array, "E N K"]:
-    """The sum of a_r b_rᵀ over each expert's rows, in fp32: the gradient of `gmm` by its weights.
-
-    `a` holds the gradients of its results, `b` its rows. Raises as `gmm` does.
-    """
-    return _run(_WEIGHTS, a, b, group_sizes, implementation, jnp.float32)
+    """Sum a_r b_rᵀ over each expert's rows in fp32: the wgrad of `gmm`, of its output gradients a and rows b."""
+    return _run(_WGRAD, a, b, group_sizes, implementation, jnp.float32)
 
 
 def available(implementation: str) -> str | None:
-    """None where the implementation can run on this process's default device, otherwise why not, in one line.
+    """Return None if the implementation can run on the default device, else the reason, in one line.
 
-    Raises `ValueError` for an implementation that does not exist.
+    Raises `ValueError` for an unknown implementation.
     """
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"grouped matmul {implementation!r} does not exist, only {', '.join(IMPLEMENTATIONS)}")
+        raise ValueError(f"grouped matmul must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
     platforms, modules, gpu_modules = _NEEDS[implementation]
     platform = jax.default_backend()
     if platforms and platform not in platforms:
@@ -83,7 +80,7 @@ def available(implementation: str) -> str | None:
 def _import_failure(module: str) -> str | None:
     try:
         importlib.import_module(module)
-    except Exception as error:  # built for another jax, a module fails with whatever it misses first
+    except Exception as error:  # a module built for another jax may fail with any error
         if isinstance(error, ModuleNotFoundError) and error.name == module in ("tokamax", "jax_triton"):
             return f"{module} is not installed: pip install 'dsmoe_jax[tokamax]', on Python 3.12 or newer"
         return f"{module} cannot be imported under jax {jax.__version__}: {error}"
@@ -91,7 +88,7 @@ def _import_failure(module: str) -> str | None:
 
 
 def _compute_capability() -> float:
-    """That of the first GPU; infinite where the device has none to tell (an AMD GPU's is a name)."""
+    """Return that of the first GPU; infinity where it is no number (an AMD GPU's is a name)."""
     try:
         return float(jax.local_devices()[0].compute_capability)
     except (AttributeError, ValueError):
@@ -102,9 +99,9 @@ def _run(dims: _Dims, x: Array, y: Array, group_sizes: Array, implementation: st
     if reason := available(implementation):
         raise ValueError(f"grouped matmul {implementation!r} cannot run here: {reason}")
     if x.dtype != y.dtype:
-        raise ValueError(f"a grouped matmul takes operands of one dtype, not {x.dtype} and {y.dtype}")
+        raise ValueError(f"grouped matmul operands must have one dtype, got {x.dtype} and {y.dtype}")
     if not len(x):
-        implementation = "ragged"  # a kernel cannot be launched over nothing
+        implementation = "ragged"  # a kernel needs at least one row
     return IMPLEMENTATIONS[implementation](dims, x, y, group_sizes, out_dtype)
 
 
@@ -115,18 +112,18 @@ def _ragged(dims: _Dims, x: Array, y: Array, group_sizes: Array, out_dtype: Any)
         out = jax.lax.ragged_dot_general(x, y, group_sizes, dims, preferred_element_type=jnp.float32)
         return out.astype(out_dtype)
 
-    return _without_strays(dot, dims, x, y, group_sizes)
+    return _mask_unused(dot, dims, x, y, group_sizes)
 
 
 def _tokamax(dims: _Dims, x: Array, y: Array, group_sizes: Array, out_dtype: Any) -> Array:
-    """Google's tokamax: kernels for Ampere to Blackwell and tables of their tuning (0.0.17 was read, and tried on CPU).
+    """Google's tokamax: tuned kernels for Ampere to Blackwell (0.0.17 was read, and tried on CPU).
 
-    Its Mosaic kernels take bf16 and fp16 only. On GPU never its plain XLA, which is `ragged` under another name. It
-    takes weights as [in, out] and transposes ours in memory for `gmm`; `gmm_transposed` and `tgmm` need no copy.
+    Its Mosaic kernels support bf16 and fp16 only. Its XLA implementation is `ragged`, so it is not used on GPU. For
+    `gmm` it copies weights to [in, out]; `gmm_transposed` and `tgmm` need no copy.
     """
     tokamax = importlib.import_module("tokamax")
-    # By its own tables on H100 Triton is four times as fast for weight gradients, and Mosaic the better otherwise.
-    on_gpu = ("triton", "mosaic") if dims == _WEIGHTS else ("mosaic", "triton")
+    # By its tables for H100, Triton is four times as fast for wgrad, Mosaic faster otherwise.
+    on_gpu = ("triton", "mosaic") if dims == _WGRAD else ("mosaic", "triton")
     kernels = on_gpu if jax.default_backend() == "gpu" else ("xla",)
 
     def dot(x: Array, y: Array) -> Array:
@@ -134,38 +131,38 @@ def _tokamax(dims: _Dims, x: Array, y: Array, group_sizes: Array, out_dtype: Any
             x, y, group_sizes, dims, preferred_element_type=out_dtype, implementation=kernels
         )
 
-    return _without_strays(dot, dims, x, y, group_sizes)
+    return _mask_unused(dot, dims, x, y, group_sizes)
 
 
 def _pallas(dims: _Dims, x: Array, y: Array, group_sizes: Array, out_dtype: Any) -> Array:
-    """Our own kernels; on CPU interpreted, for tests."""
-    from dsmoe_jax.kernels import pallas_matmul  # see there why only now
+    """Our Pallas kernels; interpreted on CPU, for tests."""
+    from dsmoe_jax.kernels import pallas_matmul  # slow to import, see there
 
     interpret = jax.default_backend() == "cpu"
-    if dims == _WEIGHTS:
+    if dims == _WGRAD:
         return pallas_matmul.tgmm(x, y, group_sizes, out_dtype=out_dtype, interpret=interpret)
-    transposed = dims == _ROWS
+    transposed = dims == _DGRAD
     return pallas_matmul.gmm(x, y, group_sizes, transposed=transposed, out_dtype=out_dtype, interpret=interpret)
 
 
-def _without_strays(dot: Any, dims: _Dims, x: Array, y: Array, group_sizes: Array) -> Array:
-    """`dot`, for kernels that leave rows beyond the groups undefined, or let them into the last group's sum.
+def _mask_unused(dot: Any, dims: _Dims, x: Array, y: Array, group_sizes: Array) -> Array:
+    """Mask rows beyond the groups for kernels that leave them undefined or add them to the last group.
 
-    tokamax on H100 multiplies strangers by a zero mask, and NaN × 0 is NaN.
+    tokamax on H100 multiplies them by a zero mask, and NaN × 0 is NaN.
     """
-    mine = (jnp.arange(len(x)) < group_sizes.sum())[:, None]
-    if dims == _WEIGHTS:
-        return dot(jnp.where(mine, x, 0), jnp.where(mine, y, 0))
-    return jnp.where(mine, dot(x, y), 0)
+    used = (jnp.arange(len(x)) < group_sizes.sum())[:, None]
+    if dims == _WGRAD:
+        return dot(jnp.where(used, x, 0), jnp.where(used, y, 0))
+    return jnp.where(used, dot(x, y), 0)
 
 
 IMPLEMENTATIONS: Final = {"pallas": _pallas, "tokamax": _tokamax, "ragged": _ragged}
 _TRITON: Final = "jax.experimental.pallas.triton"
 # fmt: off
 _NEEDS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
-    # implementation  runs on          modules         and on a GPU
+    # implementation  platforms        modules         and on GPU
     "pallas":        (("cpu", "gpu"),  (_TRITON,),     (_TRITON,)),
     "tokamax":       (("cpu", "gpu"),  ("tokamax",),   ("jax_triton",)),
-    "ragged":        ((),              (),             ()),  # wherever XLA does
+    "ragged":        ((),              (),             ()),  # any platform
 }
 # fmt: on

@@ -1,8 +1,8 @@
-"""What the weights of a linear map may be: dense, quantised, or a base plus a low-rank adapter.
+"""Operands of a linear map: dense, quantized, or a base plus a low-rank adapter.
 
-Start at `linear`. An operand holds the weights of all E experts, [out, in] each as PyTorch keeps them, and every leaf
-of it begins with the expert axis: indexing or mapping all leaves gives one expert's operand. A backend needs to know
-no more than that, so what works for dense weights works for all three.
+Start at `linear`. An operand has the weights of E experts, [out, in] each as in PyTorch, and the expert axis leads in
+every leaf: indexing or mapping all leaves gives one expert's operand. Backends rely on nothing else, so what works for
+dense weights works for all three.
 """
 
 import dataclasses
@@ -22,36 +22,41 @@ _STATIC: Final = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """codebook[code] · scale (+ offset), in tiles of `tile` values running row-major over an expert's [out, in].
+    """codebook[code] · scale (+ offset), in tiles of `tile` values, row-major over an expert's [out, in].
 
-    Without a codebook the codes are int8 and stand for themselves; with one of 16 values, two codes share a byte, the
-    first in its upper half (the order of bitsandbytes); with a longer one, each code has its byte. The scales may be
-    quantised in turn, with what was taken from them first as `offset` (double quantisation, arXiv 2305.14314, §3).
+    Attributes:
+      codes: Int[E, O, I], packed [E, O, I / 2]; [E, n] for quantized scales. int8 values without a codebook; two codes
+        per byte, the first in the upper half (as in bitsandbytes), with a codebook of 16; else one per byte.
+      scales: Float[E, …] or Quantized (double quantization, arXiv 2305.14314, §3): ⌈O·I / tile⌉ per expert, the last
+        tile may be short.
+      offset: Float[E], added to every value: the mean of quantized scales.
+      tile: Values per scale.
+      codebook: The values of the codes.
     """
 
-    codes: Any  # Int[E, O, I], packed [E, O, I / 2]; those of scales [E, n]
-    scales: Any  # Float[E, …] or Quantized: ⌈O·I / tile⌉ per expert, the last tile may be short
-    offset: Any = None  # Float[E]
+    codes: Any
+    scales: Any
+    offset: Any = None
     tile: int = dataclasses.field(default=64, metadata=_STATIC)
     codebook: tuple[float, ...] | None = dataclasses.field(default=None, metadata=_STATIC)
 
     @property
     def packed(self) -> bool:
-        """Whether two codes share a byte."""
+        """Whether a byte has two codes."""
         return self.codebook is not None and len(self.codebook) == 16
 
     @property
     def by_output(self) -> bool:
-        """Whether each output of one expert's map has one scale and nothing else."""
-        plain = self.codebook is None and self.offset is None and not isinstance(self.scales, Quantized)
-        return plain and self.tile == self.codes.shape[-1]
+        """Whether there is one plain scale per output."""
+        unnested = self.codebook is None and self.offset is None and not isinstance(self.scales, Quantized)
+        return unnested and self.tile == self.codes.shape[-1]
 
     def dequantize(self) -> Float[Array, "..."]:
-        """The values in fp32; of one expert, so of a `Quantized` without the expert axis."""
+        """Return the fp32 values of one expert, so of a `Quantized` without the expert axis."""
         codes = self.codes
         if self.packed:
             codes = jnp.stack([codes >> 4, codes & 15], axis=-1).reshape(*codes.shape[:-1], -1)
-        values = codes.astype(jnp.float32) if self.codebook is None else self._look_up(codes)
+        values = codes.astype(jnp.float32) if self.codebook is None else self._decode(codes)
         scales = self._scales()
         short = scales.size * self.tile - values.size
         tiles = jnp.pad(values.reshape(-1), (0, short)).reshape(-1, self.tile) * scales.reshape(-1, 1)
@@ -59,20 +64,19 @@ class Quantized:
         return values if self.offset is None else values + self.offset
 
     def dequantize_halves(self) -> tuple[Float[Array, "O half"], Float[Array, "O half"]]:
-        """The even and the odd columns of one expert's packed values, in tiles that split no pair.
+        """Return the even and the odd columns of one expert's packed values, for an even tile.
 
-        Laying the two halves of a byte side by side takes most of the time of `dequantize` on CPU: this is 2 to 3
-        times as fast.
+        2 to 3 times as fast as `dequantize` on CPU, where interleaving the two halves of a byte dominates.
         """
         scales = self._scales().reshape(-1, 1)
         scales = jnp.broadcast_to(scales, (len(scales), self.tile // 2)).reshape(-1)
         scales = scales[: self.codes.size].reshape(self.codes.shape)
-        return self._look_up(self.codes >> 4) * scales, self._look_up(self.codes & 15) * scales
+        return self._decode(self.codes >> 4) * scales, self._decode(self.codes & 15) * scales
 
     def _scales(self) -> Float[Array, "..."]:
         return self.scales.dequantize() if isinstance(self.scales, Quantized) else self.scales.astype(jnp.float32)
 
-    def _look_up(self, codes: Array) -> Float[Array, "..."]:
+    def _decode(self, codes: Array) -> Float[Array, "..."]:
         codebook = jnp.asarray(self.codebook, jnp.float32)
         return codebook.at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
 
@@ -80,17 +84,20 @@ class Quantized:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """base + b a, never multiplied out: (x aᵀ) bᵀ costs r·(O + I) a row, where b a costs r·O·I an expert.
+    """base + b a, never materialized: (x aᵀ) bᵀ costs r·(O + I) per row, b a r·O·I per expert.
 
-    The scale of an adapter (α / r, say) is multiplied into b by whoever makes the operand: it may be each expert's own.
+    Attributes:
+      base: Float[E, O, I] or Quantized.
+      a: Float[E, r, I].
+      b: Float[E, O, r], with the adapter's scale (such as α / r) multiplied in, possibly per expert.
     """
 
-    base: Any  # Float[E, O, I] or Quantized
-    a: Any  # Float[E, r, I]
-    b: Any  # Float[E, O, r]
+    base: Any
+    a: Any
+    b: Any
 
 
-Operand: TypeAlias = Array | Quantized | LowRank  # [E, O, I]; within JAX's transformations leaves may be no arrays
+Operand: TypeAlias = Array | Quantized | LowRank  # [E, O, I]; under JAX transformations leaves may not be arrays
 
 
 class Experts(NamedTuple):
@@ -102,25 +109,25 @@ class Experts(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What a backend works on, and what it can be asked for the gradient of."""
+    """The differentiable inputs of a backend."""
 
     rows: Float[Array, "R D"]
-    weights: Float[Array, "R"] | None  # each row's factor; None: one
+    weights: Float[Array, "R"] | None  # of each row; None: 1
     experts: Experts
 
     def by_row(self) -> list[bool]:
-        """For each leaf, whether it belongs to rows (and not to experts)."""
+        """Return for each leaf whether it is per row rather than per expert."""
         rows = len(jax.tree.leaves(self[:2]))
         return [n < rows for n in range(len(jax.tree.leaves(self)))]
 
     def map_rows(self, function: Callable[[Array], Array]) -> "Inputs":
-        """The same experts, and `function` of what belongs to rows."""
+        """Apply `function` to the per-row leaves."""
         rows, weights = jax.tree.map(function, (self.rows, self.weights))
         return Inputs(rows, weights, self.experts)
 
 
 def shape(operand: Operand) -> tuple[int, int]:
-    """(out, in) of each expert's map. Raises `ValueError` where the parts of an operand do not fit together."""
+    """Return (out, in) of each expert. Raises `ValueError` if the parts of an operand do not fit together."""
     match operand:
         case LowRank(base, a, b):
             out, into = shape(base)
@@ -141,18 +148,18 @@ Dot: TypeAlias = Callable[[Array, Array], Array]
 
 
 def dot(x: Float[Array, "R I"], weight: Shaped[Array, "O I"]) -> Float[Array, "R O"]:
-    """X Wᵀ, summed in fp32; codes of int8 are cast to x's dtype."""
+    """Compute x Wᵀ with fp32 accumulation; int8 codes are cast to x's dtype."""
     return _dot(x, weight.astype(x.dtype))
 
 
 @jax.custom_vjp
 def _dot(x: Array, weight: Array) -> Array:
-    """Gradients are rounded to x's dtype first: else bf16 would be multiplied as fp32."""
+    """Cast gradients to x's dtype first: else bf16 operands would be multiplied in fp32."""
     return contract(x, weight, 1, 1)
 
 
 def contract(x: Array, y: Array, x_dim: int, y_dim: int) -> Array:
-    """The product of two matrices over one dimension of each, summed in fp32."""
+    """Contract one dimension of each of two matrices with fp32 accumulation."""
     dimensions = (((x_dim,), (y_dim,)), ((), ()))
     return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
@@ -167,12 +174,12 @@ _dot.defvjp(lambda x, weight: (_dot(x, weight), (x, weight)), _dot_backward)
 
 
 def as_sum(x: Float[Array, "R I"], weight: Shaped[Array, "O I"]) -> Float[Array, "R O"]:
-    """`dot` as products and sums, which XLA fuses with whatever fetches the weight."""
+    """Compute `dot` as products and sums, which XLA fuses with the fetch of the weight."""
     return (x.astype(jnp.float32)[:, None, :] * weight.astype(jnp.float32)[None]).sum(axis=-1)
 
 
 def linear(x: Float[Array, "*rows I"], operand: Operand, dot: Dot = dot) -> Float[Array, "*rows O"]:
-    """The operand of one expert applied to rows, in fp32; with another `dot`, those of all experts to sorted rows."""
+    """Apply one expert's operand to rows, in fp32; with a grouped `dot`, those of all experts to sorted rows."""
     match operand:
         case LowRank():
             narrow = linear(x, operand.a, dot).astype(x.dtype)
@@ -181,7 +188,7 @@ def linear(x: Float[Array, "*rows I"], operand: Operand, dot: Dot = dot) -> Floa
             upper, lower = (half.astype(x.dtype) for half in operand.dequantize_halves())
             return dot(x[..., ::2], upper) + dot(x[..., 1::2], lower)
         case Quantized(codes, scales) if operand.by_output:
-            # The scale falls on the result: what is multiplied are the codes, exact in any dtype, read as int8.
+            # Scale the result: the matmul reads int8 codes, exact in any dtype.
             y = dot(x, codes)
             return y * scales.reshape((1,) * (y.ndim - 1) + (-1,))
         case Quantized():
@@ -191,9 +198,9 @@ def linear(x: Float[Array, "*rows I"], operand: Operand, dot: Dot = dot) -> Floa
 
 
 def swiglu(inputs: Inputs, activation: str, dot: Dot = dot) -> Float[Array, "R D"]:
-    """Weight · down(act(gate x) · up x), in fp32.
+    """Compute weight · down(act(gate x) · up x), in fp32.
 
-    The factor falls on the hidden row, where it costs least: its gradient then needs no output.
+    The weight scales the hidden row: its gradient then needs no output.
     """
     x, weights, experts = inputs
     hidden = ACTIVATION_FUNCTIONS[activation](linear(x, experts.gate, dot)) * linear(x, experts.up, dot)
@@ -203,21 +210,21 @@ def swiglu(inputs: Inputs, activation: str, dot: Dot = dot) -> Float[Array, "R D
 
 
 def expert_of_rows(group_sizes: Int[Array, "E"], rows: int) -> tuple[Int[Array, "R"], Bool[Array, "R"]]:
-    """Each sorted row's expert, and whether it has one."""
+    """Return each sorted row's expert, and whether it has one."""
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(rows)
     return range_of(row, ends).clip(max=len(ends) - 1), row < ends[-1]
 
 
 def range_of(values: Int[Array, "*n"], ends: Int[Array, "E"]) -> Int[Array, "*n"]:
-    """The first range that ends above each value; the number of ranges where none does."""
-    # A binary search is a loop of small steps, which on a GPU cost more than comparing with all ends at once.
+    """Return the first range that ends above each value, or the number of ranges."""
+    # On a GPU the loop of a binary search is slower than comparing with all ends at once.
     method = "scan" if jax.default_backend() == "cpu" else "compare_all"
     return jnp.searchsorted(ends, values, side="right", method=method)
 
 
 def dequantize_all(experts: Experts) -> Experts:
-    """The same operands with every quantised part dense, for backends that take whole [E, O, I] arrays."""
+    """Dequantize every quantized part, for backends that take dense [E, O, I] arrays."""
     is_quantized = lambda leaf: isinstance(leaf, Quantized)  # noqa: E731
     return jax.tree.map(
         lambda leaf: jax.vmap(Quantized.dequantize)(leaf) if is_quantized(leaf) else leaf, experts, is_leaf=is_quantized
@@ -225,26 +232,26 @@ def dequantize_all(experts: Experts) -> Experts:
 
 
 @jax.tree_util.register_static
-class Wanted(tuple[bool, ...]):
-    """Which leaves somebody differentiates by: a backward pass computes their gradients and keeps the others fixed."""
+class GradMask(tuple[bool, ...]):
+    """Which leaves need a gradient; a backward pass treats the others as constants."""
 
-    def of(self, leaves: Sequence[Any]) -> list[Any]:
-        """The wanted ones among all leaves."""
-        return [leaf for leaf, want in zip(leaves, self, strict=True) if want]
+    def select(self, leaves: Sequence[Any]) -> list[Any]:
+        """Return the leaves that need a gradient."""
+        return [leaf for leaf, needed in zip(leaves, self, strict=True) if needed]
 
-    def put(self, values: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
-        """All leaves, with `values` in place of the wanted ones."""
+    def fill(self, values: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
+        """Return all leaves, with `values` in place of those that need a gradient."""
         new = iter(values)
-        return [next(new) if want else leaf for leaf, want in zip(leaves, self, strict=True)]
+        return [next(new) if needed else leaf for leaf, needed in zip(leaves, self, strict=True)]
 
-    def gradients(self, function: Callable[[Any], Array], operands: Any, grad: Array) -> list[Array]:
-        """Those of the wanted leaves of `operands`, from the gradient of what `function` makes of these."""
+    def vjp(self, function: Callable[[Any], Array], operands: Any, grad: Array) -> list[Array]:
+        """Return the gradients of the selected leaves of `operands`, given that of `function(operands)`."""
         leaves, tree = jax.tree.flatten(operands)
-        of_wanted = lambda values: function(jax.tree.unflatten(tree, self.put(values, leaves)))  # noqa: E731
-        return jax.vjp(of_wanted, self.of(leaves))[1](grad)[0]
+        of_selected = lambda values: function(jax.tree.unflatten(tree, self.fill(values, leaves)))  # noqa: E731
+        return jax.vjp(of_selected, self.select(leaves))[1](grad)[0]
 
 
-# The logical axes of a dense operand, by the order of `Experts`.
+# The logical axes of dense operands, in the order of `Experts`.
 EXPERT_AXES: Final = (
     ("experts", "expert_ffn", "embed"),
     ("experts", "expert_ffn", "embed"),
@@ -253,9 +260,9 @@ EXPERT_AXES: Final = (
 
 
 def leaf_axes(operand: Operand, axes: tuple[str | None, ...]) -> list[tuple[str | None, ...]]:
-    """The logical axes of each of the operand's leaves, where a dense one has `axes`.
+    """Return the logical axes of each leaf of an operand whose dense form has `axes`.
 
-    Tiles of quantised values may run across rows, so these are split over experts alone.
+    Tiles of quantized values may span rows, so these are sharded over experts alone.
     """
     experts, out, into = axes
     match operand:

@@ -1,9 +1,8 @@
-"""Our own grouped matmul kernels in Pallas: lowered through Triton on NVIDIA GPUs, interpreted on CPU in tests.
+"""Grouped matmul kernels in Pallas: lowered through Triton on NVIDIA GPUs, interpreted on CPU in tests.
 
-Read `_gmm_kernel` first, then `_tgmm_kernel`; `grouped_matmul` gives them their names and meaning. Only what both
-targets know is used: whole arrays as references, masked loads and stores of slices, loops. `jax.experimental.pallas`
-takes a while to import and its Triton backend is deprecated since jax 0.11, so import this module only to call it.
-Inside a shard_map both results vary as `rows` or `a` do; interpreted there, the kernels need `check_vma=False`.
+Read `_gmm_kernel` first, then `_tgmm_kernel`; `grouped_matmul` defines the operations. `jax.experimental.pallas` is
+slow to import and its Triton backend is deprecated since jax 0.11, so import this module only to call it. Inside a
+shard_map both results vary as `rows` or `a` do; interpreted there, the kernels need `check_vma=False`.
 """
 
 import functools
@@ -21,7 +20,7 @@ from dsmoe_jax.kernels.operand import contract
 
 
 class Tile(NamedTuple):
-    """What one program computes: [rows, columns] for gmm, stepping through `depth` bytes of the contracted axis."""
+    """The output [rows, columns] of one gmm program, and its step over the contracted axis: `depth` bytes."""
 
     rows: int
     columns: int
@@ -30,12 +29,12 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Chosen by arithmetic, not measured on a GPU; what was, `tuning` has. A tensor core needs at least 16 of each, Triton
-# powers of two. The accumulator of [128, 128] takes 64 registers a thread of 8 warps; a stage of it 32 KiB of shared
-# memory (of 164 on A100, 227 on H100), and as depth counts bytes, fp32 takes no more. Blocks start at their expert's
-# first row, so half a block per expert is idle on average: fewer rows, smaller blocks. With very few, the weights are
-# read once at the speed of memory, and narrow tiles give more programs. 256 columns are avoided: wrong on sm100
-# (marin#7484). Compiled by Triton 3.9 for sm80 and sm90, none of these spills registers.
+# Chosen by arithmetic, not measured; measurements are in `tuning`. Tensor cores need at least 16 of each, Triton powers
+# of two. A [128, 128] accumulator takes 64 registers per thread of 8 warps, a stage 32 KiB of shared memory (of 164 on
+# A100, 227 on H100) in any dtype, as depth is in bytes. Blocks start at their expert's first row, so half a block per
+# expert is idle on average: fewer rows, smaller blocks. With very few rows the weights are read once at memory
+# bandwidth, and narrow tiles give more programs. 256 columns are wrong on sm100 (marin#7484). Triton 3.9 spills no
+# registers for sm80 and sm90.
 _TILES: Final[tuple[tuple[int, Tile], ...]] = (
     # from this mean of rows per expert on:
     #    rows  columns  depth  warps  stages
@@ -43,7 +42,7 @@ _TILES: Final[tuple[tuple[int, Tile], ...]] = (
     (64, Tile(64, 128, 128, 4, 3)),
     (0, Tile(16, 64, 256, 4, 4)),
 )
-# For tgmm the tile lies in a weight and the steps of `depth` bytes are rows; one program has all rows of its expert.
+# For tgmm the tile is one of a weight, and steps of `depth` bytes are rows; one program loops over all of its expert.
 _WEIGHT_TILE: Final = Tile(128, 128, 128, 8, 3)
 
 
@@ -56,15 +55,14 @@ def gmm(
     out_dtype: Any,
     interpret: bool,
 ) -> Float[Array, "R _"]:
-    """W_e x for each row x, or Wᵀ_e x where `transposed`; `interpret` runs the kernel on any device, slowly."""
+    """Compute W_e x for each row x, or Wᵀ_e x if `transposed`; `interpret` runs the kernel on any device, slowly."""
     E, N, K = weights.shape
     R, width = len(rows), K if transposed else N
     tile = tile_for(R, E, "gmm_transposed" if transposed else "gmm")
     blocks = _blocks(group_sizes, R, tile.rows)
     return _call(
         functools.partial(_gmm_kernel, tile=tile, transposed=transposed),
-        # The first axis runs fastest on a GPU: programs of one time share their rows, and an expert's weights stay in
-        # L2 while its blocks pass.
+        # The first axis runs fastest on a GPU: concurrent programs share rows, and an expert's weights stay in L2.
         grid=(pl.cdiv(width, tile.columns), len(blocks.expert)),
         out=((R, width), out_dtype),
         tile=tile,
@@ -75,7 +73,7 @@ def gmm(
 def tgmm(
     a: Float[Array, "R N"], b: Float[Array, "R K"], group_sizes: Int[Array, "E"], *, out_dtype: Any, interpret: bool
 ) -> Float[Array, "E N K"]:
-    """The sum of a_r b_rᵀ over each expert's rows."""
+    """Sum a_r b_rᵀ over each expert's rows."""
     E, N, K = len(group_sizes), a.shape[1], b.shape[1]
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     tile = Tile(*(tuning.tile("tgmm") or _WEIGHT_TILE))
@@ -89,31 +87,31 @@ def tgmm(
 
 
 def _gmm_kernel(expert_ref, start_ref, end_ref, rows_ref, weights_ref, out_ref, *, tile: Tile, transposed: bool):
-    """One block of one expert's rows times one tile of its weight: no other program writes these elements."""
+    """Multiply one block of an expert's rows by one tile of its weight; no other program writes these elements."""
     column, block = pl.program_id(0) * tile.columns, pl.program_id(1)
     expert, start, end = expert_ref[block], start_ref[block], end_ref[block]
     E = weights_ref.shape[0]
     depth, width = rows_ref.shape[1], out_ref.shape[1]
     k = tile.depth // rows_ref.dtype.itemsize
-    mine = _Span(start, tile.rows, end)
+    block_rows = _Span(start, tile.rows, end)
     columns = _Span(column, tile.columns, width)
 
     def step(i, total):
         inner = _Span(i * k, k, depth)
-        x = _load(rows_ref, (), mine, inner)
+        x = _load(rows_ref, (), block_rows, inner)
         if transposed:
             return total + contract(x, _load(weights_ref, (expert,), inner, columns), 1, 0)
         return total + contract(x, _load(weights_ref, (expert,), columns, inner), 1, 1)
 
-    # Blocks of rows that belong to no expert are written too, with zeros; blocks not in use hold no row. A product, as
-    # the Triton lowering of jax 0.10.1 and 0.12.0 turns `where` between two numbers into one between two booleans.
+    # Blocks of rows without an expert are written with zeros; unused blocks have no rows. A product, as the Triton
+    # lowering of jax 0.10.1 and 0.12.0 miscompiles `where` of two scalars as one of booleans.
     steps = ((expert < E) & (start < end)).astype(jnp.int32) * pl.cdiv(depth, k)
     total = jax.lax.fori_loop(0, steps, step, jnp.zeros((tile.rows, tile.columns), jnp.float32))
-    _store(out_ref, (), mine, columns, total)
+    _store(out_ref, (), block_rows, columns, total)
 
 
 def _tgmm_kernel(start_ref, end_ref, a_ref, b_ref, out_ref, *, tile: Tile):
-    """One tile of one expert's weight gradient: a loop over the expert's rows, as many as there are."""
+    """Compute one tile of an expert's weight gradient in a loop over its rows."""
     expert = pl.program_id(2)
     start, end = start_ref[expert], end_ref[expert]
     across = _Span(pl.program_id(1) * tile.rows, tile.rows, out_ref.shape[1])
@@ -129,7 +127,7 @@ def _tgmm_kernel(start_ref, end_ref, a_ref, b_ref, out_ref, *, tile: Tile):
 
 
 class _Span(NamedTuple):
-    """Indices from `start`, `size` of them, of which those from `end` on are masked."""
+    """`size` indices from `start` on; those from `end` on are masked."""
 
     start: Any
     size: int
@@ -137,7 +135,7 @@ class _Span(NamedTuple):
 
     @property
     def inside(self) -> Array | None:
-        """[size]: which indices count; None where the span always fits, for an axis of whole tiles."""
+        """[size]: which indices are unmasked; None if the axis is a multiple of the tile."""
         if isinstance(self.end, int) and self.end % self.size == 0:
             return None
         return self.start + jnp.arange(self.size, dtype=jnp.int32) < self.end
@@ -145,7 +143,7 @@ class _Span(NamedTuple):
 
 def _load(ref, lead: tuple[Any, ...], rows: _Span, columns: _Span) -> Array:
     mask = _mask(rows, columns)
-    # Masked elements must be zeros, not what lies there: it may be NaN, or past the array's end.
+    # Masked elements must read as zeros: they may be NaN, or out of bounds.
     return triton.load(_at(ref, lead, rows, columns), mask=mask, other=None if mask is None else 0.0)
 
 
@@ -166,17 +164,17 @@ def _mask(rows: _Span, columns: _Span) -> Array | None:
 
 
 def tile_for(rows: int, experts: int, matmul: str = "gmm") -> Tile:
-    """The tile for `rows` in all: by their mean per expert. What is tuned for this card is so for many rows."""
+    """Return the tile by the mean of rows per expert; tuned tiles apply to many rows."""
     least, tile = next((least, tile) for least, tile in _TILES if rows >= least * experts)
     return Tile(*((tuning.tile(matmul) if least == _TILES[0][0] else None) or tile))
 
 
 class _Blocks(NamedTuple):
-    """The rows cut into blocks of one expert each; those of no expert count as the last one's plus one."""
+    """Blocks of rows of one expert each; rows without an expert have expert E."""
 
     expert: Int[Array, "n"]
     start: Int[Array, "n"]  # first row
-    end: Int[Array, "n"]  # one past the expert's last row, which may lie beyond the block
+    end: Int[Array, "n"]  # one past the expert's last row, possibly beyond the block
 
 
 def _blocks(group_sizes: Int[Array, "E"], rows: int, block: int) -> _Blocks:
@@ -184,13 +182,13 @@ def _blocks(group_sizes: Int[Array, "E"], rows: int, block: int) -> _Blocks:
     sizes = jnp.append(sizes, rows - sizes.sum(dtype=jnp.int32))
     per_expert = (sizes + block - 1) // block
     last = jnp.cumsum(per_expert, dtype=jnp.int32)
-    # A block holds at least one row, and no expert has more than one block that is not full.
+    # A block has at least one row, and each expert at most one partial block.
     n = min(rows, pl.cdiv(rows, block) + len(group_sizes))
     i = jnp.arange(n, dtype=jnp.int32)
     # compare_all: one small fused comparison instead of a loop of kernel launches.
     expert = jnp.searchsorted(last, i, side="right", method="compare_all").astype(jnp.int32).clip(max=len(sizes) - 1)
     ends = jnp.cumsum(sizes, dtype=jnp.int32)
-    # Blocks not in use come after all rows: they start past the end of the rows of no expert.
+    # Unused blocks start after all rows.
     start = (ends - sizes)[expert] + (i - (last - per_expert)[expert]) * block
     return _Blocks(expert, start.clip(max=rows), ends[expert])
 

@@ -1,40 +1,32 @@
-"""The backends that need no loop of their own: one expression over all rows, differentiated by JAX.
+"""The backends without a loop: one expression over all rows, differentiated by JAX.
 
-`grouped` and `ragged` multiply sorted rows by the weights of all experts, `slots` fetches the weights of each row,
-`dense` multiplies every row by every expert.
+`grouped` and `ragged` are grouped matmuls of sorted rows, `dense` multiplies every row by every expert.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 import jax
 import jax.numpy as jnp
 
 from dsmoe_jax.axes import Array, Float, Int
 from dsmoe_jax.kernels import grouped_matmul
-from dsmoe_jax.kernels.operand import Inputs, Wanted, as_sum, dequantize_all, expert_of_rows, swiglu
+from dsmoe_jax.kernels.operand import GradMask, Inputs, dequantize_all, expert_of_rows, swiglu
+from dsmoe_jax.kernels.tuning import Legs
 
 Forward = Callable[[Inputs, Array, str], Array]
 
 
-class MatmulLegs(NamedTuple):
-    """The implementation of each leg of a grouped matmul, see `grouped_matmul.IMPLEMENTATIONS`."""
-
-    forward: str
-    rows: str
-    weights: str
+RAGGED: Final = Legs("ragged", "ragged", "ragged")
+# Per leg, the first implementation that is available is used. Not measured on a GPU yet; tokamax's tables for an H100
+# give Mosaic 290-420 TFLOP/s for fwd and dgrad, and 110 for wgrad.
+_GROUPED: Final = Legs("tokamax pallas", "tokamax pallas", "pallas tokamax")
 
 
-RAGGED: Final = MatmulLegs("ragged", "ragged", "ragged")
-# In order of preference, the first that runs here is taken, leg by leg. Not measured on a GPU yet; others' tables for
-# an H100 (tokamax) give Mosaic 290-420 TFLOP/s for forward and rows, and 110 for weights.
-_GROUPED: Final = MatmulLegs("tokamax pallas", "tokamax pallas", "pallas tokamax")
-
-
-def grouped_legs() -> MatmulLegs:
-    """What `grouped` runs on here. Raises `ValueError` with the reasons where nothing does."""
-    return MatmulLegs(*(_first_available(names.split()) for names in _GROUPED))
+def grouped_legs() -> Legs:
+    """Return the implementations that `grouped` uses here. Raises `ValueError` with the reasons if none can run."""
+    return Legs(*(_first_available(names.split()) for names in _GROUPED))
 
 
 def _first_available(names: Sequence[str]) -> str:
@@ -45,25 +37,26 @@ def _first_available(names: Sequence[str]) -> str:
     raise ValueError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
 
 
-def forward_by_groups(legs: Callable[[], MatmulLegs], inputs: Inputs, group_sizes: Array, activation: str) -> Array:
-    """SwiGLU as three grouped matmuls (more where operands are low-rank)."""
+def forward_by_groups(legs: Callable[[], Legs], inputs: Inputs, group_sizes: Array, activation: str) -> Array:
+    """Compute SwiGLU as three grouped matmuls (more for low-rank operands)."""
     experts = dequantize_all(inputs.experts)
     dot = functools.partial(_grouped_dot, legs(), group_sizes)
     return swiglu(inputs._replace(experts=experts), activation, dot).astype(inputs.rows.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_dot(legs: MatmulLegs, group_sizes: Array, rows: Array, weights: Array) -> Array:
-    return grouped_matmul.gmm(rows, weights, group_sizes, implementation=legs.forward, out_dtype=jnp.float32)
+def _grouped_dot(legs: Legs, group_sizes: Array, rows: Array, weights: Array) -> Array:
+    """`operand.dot` for grouped matmuls; JAX differentiates low-rank and quantized operands around it."""
+    return grouped_matmul.gmm(rows, weights, group_sizes, implementation=legs.fwd, out_dtype=jnp.float32)
 
 
-def _grouped_dot_backward(legs: MatmulLegs, saved: tuple[Array, ...], grad: Array):
+def _grouped_dot_backward(legs: Legs, saved: tuple[Array, ...], grad: Array):
     group_sizes, rows, weights = saved
-    grad = grad.astype(rows.dtype)  # else bf16 would be multiplied as fp32
+    grad = grad.astype(rows.dtype)  # else bf16 operands would be multiplied in fp32
     return (
         None,
-        grouped_matmul.gmm_transposed(grad, weights, group_sizes, implementation=legs.rows),
-        grouped_matmul.tgmm(grad, rows, group_sizes, implementation=legs.weights).astype(weights.dtype),
+        grouped_matmul.gmm_transposed(grad, weights, group_sizes, implementation=legs.dgrad),
+        grouped_matmul.tgmm(grad, rows, group_sizes, implementation=legs.wgrad).astype(weights.dtype),
     )
 
 
@@ -76,25 +69,8 @@ _grouped_dot.defvjp(
 )
 
 
-def forward_by_slots(inputs: Inputs, group_sizes: Int[Array, "E"], activation: str) -> Float[Array, "R D"]:
-    """Every row with its own expert's weights, as R matrix-vector products: for few rows on a GPU.
-
-    The number of slots is R whatever the routing, so the host is asked nothing. As products and sums, not as dots: so
-    that XLA can read the weights where they lie; a dot would be given a gathered copy.
-    """
-
-    def one_row(row: Array, weight: Array | None, expert: Array) -> Array:
-        own = jax.tree.map(lambda leaf: leaf[expert], inputs.experts)
-        weight = None if weight is None else weight[None]
-        return swiglu(Inputs(row[None], weight, own), activation, as_sum)[0]
-
-    expert, has_one = expert_of_rows(group_sizes, len(inputs.rows))
-    y = jax.vmap(one_row)(inputs.rows, inputs.weights, expert)
-    return jnp.where(has_one[:, None], y, 0).astype(inputs.rows.dtype)
-
-
 def forward_dense(inputs: Inputs, group_sizes: Int[Array, "E"], activation: str) -> Float[Array, "R D"]:
-    """Every expert on every row, in fp32, then the right one kept: the oracle."""
+    """Compute every expert on every row in fp32 and select each row's own: the reference."""
     expert, has_one = expert_of_rows(group_sizes, len(inputs.rows))
     exact = inputs._replace(rows=inputs.rows.astype(jnp.float32))
     per_expert = jax.vmap(lambda own: swiglu(exact._replace(experts=own), activation))(inputs.experts)
@@ -103,9 +79,11 @@ def forward_dense(inputs: Inputs, group_sizes: Int[Array, "E"], activation: str)
 
 
 def backward_of(forward: Forward) -> Callable[..., list[Array]]:
-    """The gradients of the wanted leaves by JAX's own differentiation of `forward`, which is run again."""
+    """Return the backward pass that JAX derives from `forward`, recomputing it."""
 
-    def backward(inputs: Inputs, group_sizes: Array, activation: str, grad_out: Array, wanted: Wanted) -> list[Array]:
-        return wanted.gradients(lambda inputs: forward(inputs, group_sizes, activation), inputs, grad_out)
+    def backward(
+        inputs: Inputs, group_sizes: Array, activation: str, grad_out: Array, needs_grad: GradMask
+    ) -> list[Array]:
+        return needs_grad.vjp(lambda inputs: forward(inputs, group_sizes, activation), inputs, grad_out)
 
     return backward

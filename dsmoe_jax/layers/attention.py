@@ -12,7 +12,7 @@ from dsmoe_jax.layers.weights import Linear
 
 
 class Attention(nnx.Module):
-    """q, k, v and output projections around `kernels.attention`; biases on all four or on none."""
+    """The q, k, v and output projections around `kernels.attention`; all four have biases, or none."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         D, N, K, H = config.hidden_size, config.num_attention_heads, config.num_kv_heads, config.head_dim
@@ -38,9 +38,9 @@ class Attention(nnx.Module):
         start: Int[Array, "B"] | None = None,
         dropout_key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Attend to the T tokens themselves, and write them into an empty cache if there is one.
+        """Attend to the T tokens, and write their keys and values to an empty cache if there is one.
 
-        With `start`, write them from that slot of each row on and attend to all S.
+        With `start`, write them from that slot of each sequence on, and attend to all S slots.
         """
         B, T, _ = x.shape
         q = rotate(self.q(x).reshape(B, T, self.heads, self.head_dim), rotation)

@@ -1,4 +1,4 @@
-"""One decoder block: attention, then a dense or MoE feed-forward, each around a residual and after a norm."""
+"""A pre-norm decoder block: attention, then a dense or MoE feed-forward, each with a residual connection."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -15,7 +15,7 @@ from dsmoe_jax.layers.router import Routing
 
 
 class Block(nnx.Module):
-    """x + attention(norm x), then x + feed_forward(norm x). Exactly one of `mlp` and `moe` is there."""
+    """x + attention(norm x), then x + feed_forward(norm x), by `mlp` or `moe` (the other is None)."""
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype=jnp.float32):
         is_moe = config.is_moe_layer(layer)
@@ -34,13 +34,13 @@ class Block(nnx.Module):
         start: Int[Array, "B"] | None = None,
         dropout_key: PRNGKeyArray | None = None,
         router_bias: Float[Array, "E"] | None = None,
-        real: Bool[Array, "B T"] | None = None,
+        valid: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, Routing | None]:
-        """Returns the states, the written cache (if there was one) and the routing (of a MoE block)."""
+        """Return the states, the updated cache (None without one) and the routing (None for a dense block)."""
         y, cache = self.attention(self.attention_norm(x), rotation, mask, cache, start, dropout_key)
         x = x + y
         if self.moe is not None:
-            y, routing = self.moe(self.ffn_norm(x), router_bias, real)
+            y, routing = self.moe(self.ffn_norm(x), router_bias, valid)
         else:
             assert self.mlp is not None
             y, routing = self.mlp(self.ffn_norm(x)), None

@@ -1,4 +1,4 @@
-"""The SwiGLU feed-forward: a dense layer, or the shared experts of a MoE layer (one SwiGLU of their joint width)."""
+"""The SwiGLU feed-forward: a dense layer, or the shared experts of a MoE layer as one SwiGLU."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -20,5 +20,5 @@ class MLP(nnx.Module):
         self.down = Linear((D, width), ("embed", "ffn"), **options)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Apply to every token."""
+        """Compute the layer."""
         return self.down(ACTIVATION_FUNCTIONS[self.activation](self.gate(x)) * self.up(x))

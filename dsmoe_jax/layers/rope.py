@@ -9,18 +9,18 @@ from dsmoe_jax.config import ModelConfig
 
 
 class Rotation(NamedTuple):
-    """cos and sin of every token's angles; the same for all heads."""
+    """The cos and sin of every token's angles, shared by all heads."""
 
     cos: Float[Array, "B T half"]
     sin: Float[Array, "B T half"]
 
 
 def rotation(config: ModelConfig, position_ids: Int[Array, "B T"], length: int | Int[Array, ""], dtype) -> Rotation:
-    """The angles position · θ^(-2j/H), computed in fp32 and rounded to the dtype of the activations.
+    """Compute the angles position · θ^(-2j/H) in fp32.
 
-    linear: positions are divided by the factor. dynamic NTK: once `length` (keys in the current call, past and new,
-    padding included) is above `max_position_embeddings`, θ is multiplied by
-    (factor · length / max_position_embeddings − factor + 1)^(H / (H − 2)).
+    Linear scaling divides positions by the factor. Dynamic NTK multiplies θ by
+    (factor · length / max_position_embeddings − factor + 1)^(H / (H − 2)) if `length` (keys in the call, cached and
+    new, padding included) is above `max_position_embeddings`.
     """
     H = config.head_dim
     theta = jnp.float32(config.rope_theta)
@@ -38,7 +38,7 @@ def rotation(config: ModelConfig, position_ids: Int[Array, "B T"], length: int |
 
 
 def rotate(x: Float[Array, "B T heads H"], rotation: Rotation) -> Float[Array, "B T heads H"]:
-    """Turn the pairs (x_j, x_{j + H/2}) by their token's angles."""
+    """Rotate the pairs (x_j, x_{j + H/2}) by their token's angles."""
     cos, sin = rotation.cos[:, :, None], rotation.sin[:, :, None]
     x1, x2 = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)

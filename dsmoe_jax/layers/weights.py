@@ -1,4 +1,4 @@
-"""How a weight is declared: shape, logical axes and initialiser in one line. And `Linear`, made of it."""
+"""Declaration of a weight: shape, logical axes and initializer; and the `Linear` layer."""
 
 import functools
 from typing import Literal, NamedTuple
@@ -13,13 +13,13 @@ from dsmoe_jax.kernels.operand import linear
 
 
 class Initializer(NamedTuple):
-    """How fresh values are drawn: N(0, scale²), U(-scale, scale), or `scale` everywhere."""
+    """The distribution of initial values: N(0, scale²), U(-scale, scale), or the constant `scale`."""
 
     kind: Literal["normal", "uniform", "constant"]
     scale: float
 
     def draw(self, key: PRNGKeyArray, shape: tuple[int, ...], dtype) -> Array:
-        """Fresh values; traceable."""
+        """Draw initial values; traceable."""
         match self.kind:
             case "normal":
                 return (self.scale * jax.random.normal(key, shape)).astype(dtype)
@@ -32,18 +32,18 @@ class Initializer(NamedTuple):
 def weight(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], initializer: Initializer, dtype
 ) -> nnx.Param:
-    """A weight with the logical name of each of its axes, which `sharding.py` places."""
+    """Create a weight with the logical name of each axis, which `sharding.py` maps to the mesh."""
     return nnx.Param(_draw(initializer, rngs.params(), shape, dtype), logical_axes=axes, initializer=initializer)
 
 
-# One program for all weights of a shape: random bits take seconds to compile.
+# One program per shape: random bits take seconds to compile.
 _draw = functools.partial(jax.jit, static_argnums=(0, 2, 3))(Initializer.draw)
 
 
 class Linear(nnx.Module):
-    """y = x Wᵀ + b. W lies as in PyTorch, [out, in]: import is a copy, and decode reads rows at memory speed.
+    """y = x Wᵀ + b. W is [out, in] as in PyTorch: import is a copy, and decode reads rows at memory bandwidth.
 
-    In W's place may stand any operand of one linear map (`kernels.operand`): quantised weights, a low-rank adapter.
+    W may be any operand (`kernels.operand`): quantized, or with a low-rank adapter.
     """
 
     def __init__(

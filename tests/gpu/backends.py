@@ -1,6 +1,6 @@
-"""The backends of the routed experts that a GPU is asked for; `grouped` once for each of its kernels.
+"""The expert backends tested on a GPU; `grouped` once per kernel.
 
-Start at `EVERY`. A test asks `skip_without` first: a kernel that cannot run here skips with its reason.
+Start at `EVERY`. Tests call `skip_without` first, which skips a kernel that cannot run here with its reason.
 """
 
 import functools
@@ -11,21 +11,21 @@ import pytest
 
 from dsmoe_jax.kernels import grouped_matmul, plain
 from dsmoe_jax.kernels.expert_ffn import Backend
-from dsmoe_jax.kernels.plain import MatmulLegs
+from dsmoe_jax.kernels.tuning import Legs
 
 KERNELS: Final = ("pallas", "tokamax")
-GROUPED: Final = {f"grouped {kernel}": MatmulLegs(kernel, kernel, kernel) for kernel in KERNELS}
-SERVING: Final = ("batched", "slots", *GROUPED)  # those that the table gives GPUs, or may
+GROUPED: Final = {f"grouped {kernel}": Legs(kernel, kernel, kernel) for kernel in KERNELS}
+SERVING: Final = ("batched", *GROUPED)  # the default on GPUs, and what tuning may choose
 EVERY: Final = (*SERVING, "block_loop", "ragged", "dense")
 
 with warnings.catch_warnings():
-    # Else a warning of theirs, an error in this suite, would read as a kernel that cannot be imported.
+    # Their warnings, errors in this suite, would look like failed imports.
     warnings.simplefilter("ignore")
     WHY_NOT: Final = {name: grouped_matmul.available(name) for name in KERNELS}
 
 
-def backend_of(legs: MatmulLegs) -> Backend:
-    """`grouped` with these kernels, whatever it would choose itself."""
+def backend_of(legs: Legs) -> Backend:
+    """`grouped` with these kernels instead of its own choice."""
     forward = functools.partial(plain.forward_by_groups, lambda: legs)
     return Backend(forward, plain.backward_of(forward))
 

@@ -1,12 +1,12 @@
-"""What proves the project on an NVIDIA GPU; anywhere else every test of this folder skips with the reason.
+"""Tests on an NVIDIA GPU; elsewhere every test of this folder is skipped with the reason.
 
     JAX_PLATFORMS=cuda,cpu python -m pytest tests/gpu
 
-The CPU has to be there, too: what the GPU computes is compared with it, and with golden data. `DSMOE_GPU_TESTS_ON=cpu`
-runs the same tests without a GPU, to try the tests themselves.
+Results are compared with the CPU and with golden data, so both platforms are needed. `DSMOE_GPU_TESTS_ON=cpu` runs the
+tests without a GPU, to check the tests themselves.
 
-Matmuls are asked for in fp32 ("highest", see `tests/conftest.py`) and the tolerances are those of fp32: the default on
-NVIDIA is TF32, with 10 bits of mantissa. What that changes, `test_golden.py` says.
+Matmuls are in fp32 ("highest", see `tests/conftest.py`) with fp32 tolerances; NVIDIA's default is TF32, with 10 bits of
+mantissa, which `test_golden.py` measures.
 """
 
 import functools
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup() -> None:
-    """Not by marks: skipped here, all of them are one line of pytest's summary."""
+    """Skip here rather than by marks: one line in pytest's summary."""
     if reason := _why_not():
         pytest.skip(reason)
 
@@ -46,13 +46,13 @@ def _why_not() -> str | None:
     try:
         jax.devices("cpu")
     except RuntimeError:
-        return "needs the CPU beside the GPU: JAX_PLATFORMS=cuda,cpu"
+        return "needs the CPU platform too: JAX_PLATFORMS=cuda,cpu"
     return None
 
 
 @pytest.fixture(autouse=True)
 def backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels of `grouped` apart, and nothing that the environment or the card's own table asks for."""
+    """Add `grouped` per kernel; ignore the environment and tuning."""
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(tuning, "legs", lambda *place: {})
     for name, legs in GROUPED.items():
@@ -61,7 +61,7 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def in_fp32():
-    """Said here, too, for all that this folder holds depends on it."""
+    """All tests of this folder depend on it."""
     with jax.default_matmul_precision("highest"):
         yield
 

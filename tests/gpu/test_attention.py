@@ -1,6 +1,6 @@
-"""Attention on a GPU, by every backend: equal to its twin, and no document of a packed row sees another.
+"""Attention on a GPU, by every backend: equal to its reference, and block-diagonal for packed documents.
 
-Start at `test_packed_documents_see_nothing_of_each_other`. cuDNN serves whole sequences in half precision only.
+Start at `test_packed_documents_are_independent`. cuDNN serves whole sequences in half precision only.
 """
 
 import functools
@@ -47,7 +47,7 @@ def documents() -> np.ndarray:
 
 
 def packed() -> jax.Array:
-    """Which keys each query may read [B, T, T]; the second row is one document."""
+    """The attention mask [B, T, T]; the second sequence is one document."""
     causal, of = np.tri(T, dtype=bool), documents()
     return jnp.asarray(np.stack([causal & (of[:, None] == of[None, :]), causal]))
 
@@ -65,7 +65,7 @@ def program(causal: bool = True, backend: str = "plain"):
 
 @every_dtype
 @pytest.mark.parametrize("causal", [True, False], ids="causal={}".format)
-def test_attention_is_its_twin(causal: bool, backend: str, dtype: str, tolerance: float):
+def test_attention_equals_the_reference(causal: bool, backend: str, dtype: str, tolerance: float):
     skip_without(backend)
     q, k, v, grad = operands(dtype)
 
@@ -77,7 +77,7 @@ def test_attention_is_its_twin(causal: bool, backend: str, dtype: str, tolerance
 
 
 @every_dtype
-def test_its_gradients_are_those_of_the_cpu_in_fp32(backend: str, dtype: str, tolerance: float, cpu: Any):
+def test_gradients_equal_those_of_the_cpu_in_fp32(backend: str, dtype: str, tolerance: float, cpu: Any):
     skip_without(backend)
     given = operands(dtype)
     exact = jax.device_put([x.astype(jnp.float32) for x in given], cpu)
@@ -90,8 +90,8 @@ def test_its_gradients_are_those_of_the_cpu_in_fp32(backend: str, dtype: str, to
 
 
 @every_dtype
-def test_packed_documents_see_nothing_of_each_other(backend: str, dtype: str, tolerance: float):
-    """Bit for bit: what another document holds is multiplied by probabilities of exactly zero."""
+def test_packed_documents_are_independent(backend: str, dtype: str, tolerance: float):
+    """Bit for bit: probabilities across documents are exactly zero."""
     del tolerance
     skip_without(backend)
     of = jnp.asarray(documents())
@@ -113,7 +113,7 @@ def test_packed_documents_see_nothing_of_each_other(backend: str, dtype: str, to
         assert np.any(by_token[mine])
 
 
-def test_a_model_reads_packed_documents_as_if_each_were_alone():
+def test_a_model_treats_packed_documents_separately():
     model = golden.model("a_baseline")
     graph, params = split(model)
     lengths = (9, 1, 14)

@@ -1,7 +1,6 @@
-"""Generation on a GPU: the original's greedy ids, rows that do not notice one another, an int8 cache, decode steps.
+"""Generation on a GPU: decode steps, greedy ids of the original, batch invariance, an int8 KV cache.
 
-Start at `test_decode_steps_equal_the_originals`; the greedy ids are those of `tests/test_golden.py`, collected a second
-time.
+Start at `test_decode_steps_equal_the_originals`; the greedy ids are from `tests/test_golden.py`, collected again.
 """
 
 from typing import Any
@@ -19,16 +18,16 @@ from dsmoe_jax.model import assemble, merge, split
 from dsmoe_jax.quantize import quantize_embedding, quantize_params
 from tests.gpu.backends import SERVING, skip_without
 from tests.helpers import golden
-from tests.test_engine import test_requests_that_come_later_fill_rows_that_are_free  # noqa: F401
+from tests.test_engine import test_later_requests_fill_idle_rows  # noqa: F401
 from tests.test_golden import (
     every_case,
     test_greedy_ids_equal_the_original,  # noqa: F401
 )
 
 CASE = "a_baseline"
-SAME = 1e-4  # absolute, of log-probabilities, as of logits: other row counts are other matmuls
-SAME_INT8 = 1e-2  # a key or value that lies between two codes may then get the other one
-INT8_KL = 1e-3  # nats a token, the median: 1e-4 to 2e-4 on CPU. The worst is 0.02, where another expert is chosen
+SAME = 1e-4  # absolute, of log-probabilities: the matmuls depend on the batch size
+SAME_INT8 = 1e-2  # a key or value near the middle of two codes may round differently
+INT8_KL = 1e-3  # nats per token, median: 1e-4 to 2e-4 on CPU. The worst is 0.02, where routing differs
 INT8_WORST = 0.1
 NEAR = 0.1  # nats, absolute: 0.04 on CPU
 
@@ -36,7 +35,7 @@ NEW = 24
 
 
 def decoded(case: str, cache_dtype: Any = jnp.float32) -> np.ndarray:
-    """The logits after the prompt and after each further token of the case's two rows [2, steps, V]."""
+    """The logits after the prompt and each further token of the case's two sequences [2, steps, V]."""
     model, want = golden.model(case), golden.tensors(case)
     ids, first = want["in.input_ids"], golden.expected(case)["cache_prefill_len"]
     graph, params = split(model)
@@ -57,74 +56,74 @@ def decoded(case: str, cache_dtype: Any = jnp.float32) -> np.ndarray:
 
 
 @pytest.fixture
-def traced_anew():
-    """Which backend runs is decided while a program is traced, and jax remembers what it traced."""
+def clear_traces():
+    """The backend is chosen while tracing, and jax caches traces."""
     jax.clear_caches()
     yield
     jax.clear_caches()
 
 
-def heard(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[int]:
-    """How many rows this backend is asked for, each time that it is traced."""
+def record_rows(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[int]:
+    """Record the rows of each trace of this backend."""
     forward, backward = BACKENDS[backend]
     rows = []
 
-    def listening(inputs: Any, group_sizes: Any, activation: str):
+    def recorded(inputs: Any, group_sizes: Any, activation: str):
         rows.append(len(inputs.rows))
         return forward(inputs, group_sizes, activation)
 
-    monkeypatch.setitem(BACKENDS, backend, Backend(listening, backward))
+    monkeypatch.setitem(BACKENDS, backend, Backend(recorded, backward))
     return rows
 
 
-@pytest.mark.usefixtures("traced_anew")
+@pytest.mark.usefixtures("clear_traces")
 @pytest.mark.parametrize("backend", SERVING)
 def test_decode_steps_equal_the_originals(backend: str, monkeypatch: pytest.MonkeyPatch):
     skip_without(backend)
     monkeypatch.setenv(VARIABLE, backend)
-    rows = heard(monkeypatch, backend)
+    rows = record_rows(monkeypatch, backend)
 
     logits = decoded(CASE)
 
     np.testing.assert_allclose(logits, golden.tensors(CASE)["cache.step_logits"], rtol=0, atol=golden.LOGITS)
-    assert {2 * 16 * 3, 2 * 3} <= set(rows)  # rows × tokens × experts of each: the prompt, and a step
+    assert {2 * 16 * 3, 2 * 3} <= set(rows)  # sequences × tokens × top-k: the prompt, and a step
 
 
-@pytest.mark.usefixtures("traced_anew")
+@pytest.mark.usefixtures("clear_traces")
 @pytest.mark.parametrize("form", [few_tokens.by_choice, few_tokens.by_expert], ids=lambda form: form.__name__)
-def test_decode_steps_without_sorting_equal_the_originals(form: few_tokens.Form, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(few_tokens, "form", lambda *asked: form)
+def test_unsorted_decode_steps_equal_the_originals(form: few_tokens.Form, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(few_tokens, "form", lambda *args: form)
 
     logits = decoded(CASE)
 
     np.testing.assert_allclose(logits, golden.tensors(CASE)["cache.step_logits"], rtol=0, atol=golden.LOGITS)
 
 
-@pytest.mark.usefixtures("traced_anew")
+@pytest.mark.usefixtures("clear_traces")
 def test_on_a_gpu_few_tokens_are_not_sorted(monkeypatch: pytest.MonkeyPatch):
     original, taken = few_tokens.form, set()
 
-    def heard(platform: str, tokens: int, *others: int) -> few_tokens.Form | None:
+    def recorded(platform: str, tokens: int, *others: int) -> few_tokens.Form | None:
         found = original(platform, tokens, *others)
         taken.add((tokens, found))
         return found
 
-    monkeypatch.setattr(few_tokens, "form", heard)
+    monkeypatch.setattr(few_tokens, "form", recorded)
 
     decoded(CASE)
 
-    # A step of two rows with three experts each, of eight; and the prompts, two of 16 tokens.
+    # A step of two sequences with top-3 of 8 experts; and the prompts, two of 16 tokens.
     on_gpu = jax.default_backend() == "gpu"
     assert taken == ({(2, few_tokens.by_choice), (32, few_tokens.by_expert)} if on_gpu else {(2, None), (32, None)})
 
 
 @every_case
-def test_an_int8_cache_hardly_changes_what_comes_next(case: str):
+def test_an_int8_cache_has_a_small_kl_divergence(case: str):
     exact = jax.nn.log_softmax(golden.tensors(case)["cache.step_logits"])
 
     rounded = jax.nn.log_softmax(decoded(case, jnp.int8))
 
-    kl = np.asarray((jnp.exp(exact) * (exact - rounded)).sum(-1))[:, 1:]  # the prompt looks at itself, not at the cache
+    kl = np.asarray((jnp.exp(exact) * (exact - rounded)).sum(-1))[:, 1:]  # prefill does not read the cache
     assert 0 < np.median(kl) < INT8_KL
     assert kl.max() < INT8_WORST
 
@@ -153,38 +152,38 @@ def prompts() -> list[list[int]]:
     return [golden.tensors(CASE)[f"in.gen.prompt{i}"][0].tolist() for i in range(3)]
 
 
-def answers(made: Generator, *given: list[int]) -> list[Completion]:
-    return made(given, max_new_tokens=NEW, ignore_eos=True, logprobs=1)
+def completions(generate: Generator, *prompts: list[int]) -> list[Completion]:
+    return generate(prompts, max_new_tokens=NEW, ignore_eos=True, logprobs=1)
 
 
-def logprobs(answer: Completion) -> np.ndarray:
-    return np.array([token.logprob for token in answer.logprobs or []])
+def logprobs(completion: Completion) -> np.ndarray:
+    return np.array([token.logprob for token in completion.logprobs or []])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_rows_alone_are_the_two_together(kind: str):
+def test_results_do_not_depend_on_the_batch(kind: str):
     made, (short, _, long) = generator(kind), prompts()
 
-    alone = [*answers(made, short), *answers(made, long)]
-    together = answers(made, short, long)
+    alone = [*completions(made, short), *completions(made, long)]
+    together = completions(made, short, long)
 
     for one, other in zip(alone, together, strict=True):
         assert one.token_ids == other.token_ids
         np.testing.assert_allclose(logprobs(one), logprobs(other), rtol=0, atol=KINDS[kind][2])
 
 
-def test_answers_from_an_int8_cache_are_nearly_the_likeliest_of_the_exact_model():
-    """Their ids may differ from the original's: its two likeliest tokens are 0.008 apart at the nearest."""
+def test_int8_cache_completions_are_nearly_the_likeliest():
+    """Ids may differ from the original's: its top two tokens come within 0.008."""
     given = prompts()
 
-    together = answers(generator("int8 cache"), *given)
+    together = completions(generator("int8 cache"), *given)
 
     longest = max(map(len, given))
-    texts = [prompt + answer.token_ids for prompt, answer in zip(given, together, strict=True)]
+    texts = [prompt + completion.token_ids for prompt, completion in zip(given, together, strict=True)]
     ids = [text + [0] * (longest + NEW - len(text)) for text in texts]
     exact = np.asarray(jax.nn.log_softmax(golden.model(CASE)(np.array(ids)).logits))
-    for row, prompt, answer in zip(exact, given, together, strict=True):
+    for row, prompt, completion in zip(exact, given, together, strict=True):
         here = row[len(prompt) - 1 :][:NEW]
-        chosen = here[np.arange(NEW), answer.token_ids]
+        chosen = here[np.arange(NEW), completion.token_ids]
         assert (here.max(-1) - chosen).max() < NEAR
-        np.testing.assert_allclose(logprobs(answer), chosen, rtol=0, atol=NEAR)
+        np.testing.assert_allclose(logprobs(completion), chosen, rtol=0, atol=NEAR)

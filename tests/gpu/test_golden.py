@@ -1,7 +1,7 @@
-"""The golden cases of the original PyTorch model on a GPU: `tests/test_golden.py` collected a second time, and TF32.
+"""The golden cases of the original PyTorch model on a GPU (`tests/test_golden.py`, collected again), and TF32.
 
-In fp32 ("highest") and in bf16 the tolerances are those of the CPU: they were derived from the original's own, not from
-a device. Cached steps and greedy ids stand in `test_generation.py`.
+The tolerances in fp32 ("highest") and bf16 are those of the CPU. Decode steps and greedy ids are in
+`test_generation.py`.
 """
 
 import jax
@@ -12,17 +12,17 @@ from tests.helpers.conformance import assert_near
 from tests.test_golden import (
     BF16_ARGMAX,
     every_case,
-    test_bf16_is_as_near_to_fp32_as_the_originals,  # noqa: F401
-    test_left_padded_logits_equal_the_originals,  # noqa: F401
-    test_logits_and_every_hidden_state_equal_the_originals,  # noqa: F401
+    test_bf16_is_as_close_to_fp32_as_the_original,  # noqa: F401
+    test_left_padded_logits_equal_the_original,  # noqa: F401
+    test_logits_and_hidden_states_equal_the_original,  # noqa: F401
     test_routing_equals_the_original,  # noqa: F401
 )
 
-FP32 = 1e-5  # of the largest value; TF32, with a mantissa of 10 bits, sits near 3e-4
+FP32 = 1e-5  # of the largest value; TF32, with a mantissa of 10 bits, is near 3e-4
 
 
 def test_highest_precision_is_fp32_and_not_tf32():
-    """Else the tolerances of this folder would say nothing."""
+    """The tolerances of this folder depend on it."""
     rng = np.random.default_rng(0)
     x, y = (rng.normal(size=(256, 256)).astype(np.float32) for _ in range(2))
 
@@ -33,7 +33,7 @@ def test_highest_precision_is_fp32_and_not_tf32():
 
 @every_case
 def test_the_default_precision_is_nearer_to_fp32_than_bf16(case: str):
-    """What users get who ask for nothing: TF32 on NVIDIA since Ampere. The router is in fp32 whatever they ask."""
+    """The default is TF32 on NVIDIA since Ampere; the router is always in fp32."""
     want, bf16 = golden.tensors(case)["logits"], golden.expected(case)["bf16_vs_fp32_logits_rms"]
 
     with jax.default_matmul_precision("default"):

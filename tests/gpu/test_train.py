@@ -20,7 +20,7 @@ from tests.helpers import golden
 from tests.helpers.conformance import assert_near
 from tests.test_step import (
     batch_of,
-    test_documents_packed_in_a_row_have_the_loss_of_documents_alone,  # noqa: F401
+    test_packed_documents_have_the_loss_of_separate_ones,  # noqa: F401
     test_ten_steps_of_adamw_follow_the_originals_curve,  # noqa: F401
 )
 

@@ -1,7 +1,7 @@
-"""The routed experts on sorted rows: the cases and the checks that every backend has to pass, on any device.
+"""The routed experts on sorted rows: cases and checks of the conformance suite, for any device.
 
-Start at `GROUPS` and `KINDS`; outputs and gradients are compared with float64 NumPy, `twin`. The tests themselves stand
-in `tests/test_expert_ffn.py` and `tests/gpu/test_expert_kernels.py`.
+Start at `GROUPS` and `KINDS`; outputs and gradients are compared with float64 NumPy, `expected`. The tests are in
+`tests/test_expert_ffn.py` and `tests/gpu/test_expert_kernels.py`.
 """
 
 import functools
@@ -44,9 +44,9 @@ ROWS = {name: 24 for name in GROUPS} | {
     "one row each": 6, "one row, rows beyond": 6, "largest blocks": 540,
 }
 KINDS = {
-    # each kind in another place:   gate                   up                     down                    frozen
-    "quantised":                 (("int8",                "4-bit",               "double"),               FROZEN),
-    "quantised, trained scales": (("double",              "int8",                "4-bit"),                "codes"),
+    # each kind in another operand:   gate                   up                     down                    frozen
+    "quantized":                 (("int8",                "4-bit",               "double"),               FROZEN),
+    "quantized, trained scales": (("double",              "int8",                "4-bit"),                "codes"),
     "low-rank":                  (("low-rank over dense", "low-rank over int8",  "low-rank over double"), FROZEN),
     "low-rank, trained base":    (("dense",               "low-rank over dense", "low-rank over dense"),  ""),
     "mixed":                     (("dense",               "double",              "low-rank over dense"),  FROZEN),
@@ -56,7 +56,7 @@ KINDS = {
 
 
 def out_and_grads(function: Any, inputs: Inputs, sizes: Any, cotangent: Any, frozen: str = "", **options: Any):
-    """Output, and the gradients of all floats but those whose path has a match of `frozen`, by path."""
+    """The output, and by path the gradients of all float leaves that do not match `frozen`."""
     leaves, tree = paths(inputs), jax.tree.structure(inputs)
 
     def of_trained(values: dict[str, Any]):
@@ -69,7 +69,7 @@ def out_and_grads(function: Any, inputs: Inputs, sizes: Any, cotangent: Any, fro
 
 @functools.cache
 def jitted(function: Any, frozen: str = "", **options: Any):
-    """`out_and_grads` as a program; group sizes are data, so one serves all of one shape."""
+    """`out_and_grads`, compiled once per shape: group sizes are data."""
     return jax.jit(functools.partial(out_and_grads, function, frozen=frozen, **options))
 
 
@@ -81,7 +81,7 @@ def arrays(
     experts: int = E,
     widths: tuple[int, int] = (D, F),
 ):
-    """Inputs of the size that keeps results near 1, and an output gradient. Every fifth row counts for nothing."""
+    """Inputs scaled for results near 1, and a gradient of the output. Every fifth row has weight 0."""
     rng, (D, F) = np.random.default_rng(R), widths
     weights = jnp.asarray(rng.uniform(0.2, 1, R) * (np.arange(R) % 5 != 3), jnp.float32)
     shapes = ((F, D), (F, D), (D, F))
@@ -99,14 +99,72 @@ def assert_near(got: Any, want: Any, relative: float, name: str = ""):
 
 
 def check_all(got: Any, want: Any, tolerance: float = FP32):
-    """The output and every gradient against the twin's."""
+    """Compare the output and every gradient with the reference."""
     assert_near(got[0], want[0], tolerance, "out")
     for path, grad in got[1].items():
         assert_near(grad, want[1][path], tolerance, path)
 
 
+def check_groups(groups: str, backend: str):
+    """Every row goes through its own expert; rows beyond the groups are zero, with zero gradients."""
+    inputs, cotangent = arrays(ROWS[groups])
+    sizes = jnp.array(GROUPS[groups], jnp.int32)
+    used = sum(GROUPS[groups])
+
+    out, grads = jitted(expert_ffn, backend=backend)(inputs, sizes, cotangent)
+
+    assert set(grads) == {"rows", "weights", "gate", "up", "down"}
+    check_all((out, grads), expected(inputs, GROUPS[groups], cotangent))
+    assert not any(np.any(by_row[used:]) for by_row in (out, grads["rows"], grads["weights"]))
+    for e, size in enumerate(GROUPS[groups]):
+        for name in Experts._fields:
+            assert bool(np.any(grads[name][e])) == (size > 0), f"{name} of expert {e}"
+
+
+def check_no_rows(backend: str):
+    """An empty output, zero gradients."""
+    inputs, cotangent = arrays(0)
+
+    out, grads = jitted(expert_ffn, backend=backend)(inputs, jnp.zeros(E, jnp.int32), cotangent)
+
+    assert out.shape == (0, D)
+    assert {path: grad.shape for path, grad in grads.items()} == {p: leaf.shape for p, leaf in paths(inputs).items()}
+    assert not any(np.any(grad) for grad in grads.values())
+
+
+def check_kinds(kinds: str, backend: str):
+    """Quantized and low-rank operands, some of their leaves frozen."""
+    operands, frozen = KINDS[kinds]
+    inputs, cotangent = arrays(24, kinds=operands)
+    sizes = jnp.array(GROUPS["uneven"], jnp.int32)
+
+    got = jitted(expert_ffn, frozen, backend=backend)(inputs, sizes, cotangent)
+
+    check_all(got, expected(inputs, GROUPS["uneven"], cotangent))
+
+
+def check_legs(backend: str):
+    """Legs of different backends."""
+    inputs, cotangent = arrays(24)
+    sizes = jnp.array(GROUPS["rows beyond"], jnp.int32)
+
+    got = jitted(expert_ffn, backend=backend)(inputs, sizes, cotangent)
+
+    check_all(got, expected(inputs, GROUPS["rows beyond"], cotangent))
+
+
+def check_checkpoint(backend: str):
+    """Recomputing in the backward pass does not change the gradients."""
+    inputs, cotangent = arrays(24)
+    sizes = jnp.array(GROUPS["uneven"], jnp.int32)
+
+    got = jitted(jax.checkpoint(functools.partial(expert_ffn, backend=backend)))(inputs, sizes, cotangent)
+
+    check_all(got, expected(inputs, GROUPS["uneven"], cotangent))
+
+
 def check_bf16(backend: str):
-    """Near fp32, every gradient in its operand's dtype."""
+    """Results near fp32, every gradient in its operand's dtype."""
     inputs, cotangent = arrays(24, jnp.bfloat16)
     sizes = jnp.array(GROUPS["uneven"], jnp.int32)
 
@@ -114,7 +172,7 @@ def check_bf16(backend: str):
 
     assert out.dtype == jnp.bfloat16
     assert {path: grad.dtype for path, grad in grads.items()} == {p: leaf.dtype for p, leaf in paths(inputs).items()}
-    check_all((out, grads), twin(inputs, GROUPS["uneven"], cotangent), BF16)
+    check_all((out, grads), expected(inputs, GROUPS["uneven"], cotangent), BF16)
 
 
 def check_adapters_over_bf16(backend: str):
@@ -126,10 +184,10 @@ def check_adapters_over_bf16(backend: str):
 
     assert out.dtype == grads["rows"].dtype == jnp.bfloat16
     assert {grads[path].dtype for path in ("gate.a", "gate.b", "up.a", "up.b")} == {jnp.dtype(jnp.float32)}
-    check_all((out, grads), twin(inputs, GROUPS["uneven"], cotangent), BF16)
+    check_all((out, grads), expected(inputs, GROUPS["uneven"], cotangent), BF16)
 
 
-def twin(inputs: Inputs, sizes: list[int], cotangent: Any, activation: str = "silu"):
+def expected(inputs: Inputs, sizes: list[int], cotangent: Any, activation: str = "silu"):
     """Output and all gradients, by path, in float64 NumPy."""
     rows, weights, experts = inputs
     exact = [np.asarray(rows, np.float64), np.asarray(weights, np.float64), *map(reference.dense, experts)]

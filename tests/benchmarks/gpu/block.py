@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsmoe_jax.layers.rope import rotation
-from dsmoe_jax.layers.token_dispatcher import Sorted, combine, dispatch
+from dsmoe_jax.layers.token_dispatcher import Sorted
 from dsmoe_jax.model import DeepSeekMoE
 from tests.benchmarks import plan
 from tests.benchmarks.gpu import experts, timing, work
@@ -33,7 +33,6 @@ def cases(sizes: Sizes) -> Iterator[Case]:
 
     whole = plan.flops(config, B, T, head_tokens=0)
     ids = jax.random.randint(jax.random.key(0), (B * T, A), 0, E, jnp.int32)
-    weights = jnp.full((B * T, A), 1 / A, jnp.float32)
     rows = jax.jit(lambda ids: Sorted.by_expert(ids, E).rows)(ids)
     flat = x.reshape(B * T, D)
     y = timing.noise(timing.shape(dtype, B * T * A, D))
@@ -54,8 +53,8 @@ def cases(sizes: Sizes) -> Iterator[Case]:
             *of(block.moe.shared, lambda shared, x: shared(x)),
             work.expert_flops(B * T, D, config.moe_intermediate_size * (config.n_shared_experts or 0)),
         ),
-        "gathers": (lambda x, weights: dispatch(x, weights, rows)[0], (flat, weights), 0),
-        "combine": (lambda y: combine(y, rows), (y,), 0),
+        "gathers": (rows.gather, (flat,), 0),
+        "combine": (rows.combine, (y,), 0),
     }
     yield piece(sizes, "sort", lambda ids: Sorted.by_expert(ids, E), (ids,), 0)
     for name, (function, operands, flops) in pieces.items():

@@ -1,6 +1,6 @@
-"""The routed expert MLP alone: forward, both gradients, each leg by each backend. Start at `main_size`.
+"""The routed expert MLP alone, per leg and backend. Start at `main_size`.
 
-`both` is what a training step does: the forward pass and all gradients, 18·R·D·F operations.
+`both` is the forward pass and all gradients, 18·R·D·F FLOPs.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,16 +12,17 @@ import jax.numpy as jnp
 from dsmoe_jax.axes import Array
 from dsmoe_jax.kernels import expert_ffn as ffn
 from dsmoe_jax.kernels import grouped_matmul, plain
+from dsmoe_jax.kernels.tuning import Legs
 from tests.benchmarks.gpu import few, timing, work
 from tests.benchmarks.gpu.cases import Case, UnableError
 from tests.benchmarks.gpu.sizes import Sizes
 
-DEFAULT: Final = "default"  # what the package's own table takes
+DEFAULT: Final = "default"  # the package's table
 CANDIDATES: Final = ("batched", "grouped", "ragged")
 
 
 class Operands(NamedTuple):
-    """Of one call, and a gradient for its results."""
+    """The operands of one call, and a gradient of its result."""
 
     rows: Array  # [R, D]
     weights: Array  # [R]
@@ -36,34 +37,34 @@ Function = Callable[..., Any]
 
 
 def functions(backend: str | None) -> dict[str, tuple[Function, int]]:
-    """By name, a function of `Operands` and how many of the three legs it is."""
+    """By name, a function of `Operands` and its number of legs."""
 
     def call(*inputs: Any) -> Any:
         rows, weights, gate, up, down, group_sizes = inputs
         return ffn.expert_ffn(rows, gate, up, down, group_sizes, weights=weights, backend=backend)
 
-    def forward(*operands: Any) -> Any:
+    def fwd(*operands: Any) -> Any:
         return call(*operands[:-1])
 
-    def rows(*operands: Any) -> Any:
-        """The forward result is not used, so that XLA drops it: the leg alone."""
+    def dgrad(*operands: Any) -> Any:
+        """The leg alone: XLA removes the unused forward pass."""
         x, weights, *rest, grad = operands
         return jax.vjp(lambda x, weights: call(x, weights, *rest), x, weights)[1](grad)
 
-    def weights(*operands: Any) -> Any:
-        x, own, gate, up, down, group_sizes, grad = operands
-        return jax.vjp(lambda *experts: call(x, own, *experts, group_sizes), gate, up, down)[1](grad)
+    def wgrad(*operands: Any) -> Any:
+        x, weights, gate, up, down, group_sizes, grad = operands
+        return jax.vjp(lambda *experts: call(x, weights, *experts, group_sizes), gate, up, down)[1](grad)
 
     def both(*operands: Any) -> Any:
         *inputs, group_sizes, grad = operands
         y, back = jax.vjp(lambda *inputs: call(*inputs, group_sizes), *inputs)
         return y, back(grad)
 
-    return {"both": (both, 3), "forward": (forward, 1), "rows": (rows, 1), "weights": (weights, 1)}
+    return {"both": (both, 3), "fwd": (fwd, 1), "dgrad": (dgrad, 1), "wgrad": (wgrad, 1)}
 
 
 def operands(sizes: Sizes, tokens: int, *, skewed: bool = False, dtype: Any = None) -> Operands:
-    """On the device: rows of size one, weights that keep it."""
+    """Rows of unit scale, weights that preserve it."""
     config, dtype = sizes.model, jnp.dtype(dtype or sizes.dtype)
     assert config.n_routed_experts is not None
     assert config.num_experts_per_tok is not None
@@ -76,20 +77,20 @@ def operands(sizes: Sizes, tokens: int, *, skewed: bool = False, dtype: Any = No
     return Operands(rows, jnp.full(R, 1 / A, jnp.float32), gate, up, down, jax.device_put(counts), grad)
 
 
-def resolved(rows: int, experts: int, dtype: Any, backend: str | None) -> ffn.Legs:
-    """The legs that a call takes; `UnableError` where `grouped` has no kernel here."""
+def resolved(rows: int, experts: int, dtype: Any, backend: str | None) -> Legs:
+    """The legs of a call; `UnableError` if `grouped` has no kernel here."""
     if backend == "grouped":
         try:
             plain.grouped_legs()
         except ValueError as error:
             raise UnableError(f"no kernel for `grouped` here: {error}") from None
-    return ffn.choose(jax.default_backend(), dtype, rows, experts, backend)
+    return ffn.choose_legs(jax.default_backend(), dtype, rows, experts, backend)
 
 
 def case(sizes: Sizes, tokens: int, name: str, backend: str | None, *, skewed: bool = False, dtype: Any = None) -> Case:
     """One function of `functions`, by one backend, at one size."""
-    routing, own = "skewed" if skewed else "balanced", backend or DEFAULT
-    title = {"both": "forward and backward", "rows": "gradient of rows", "weights": "gradient of weights"}
+    routing, label = "skewed" if skewed else "balanced", backend or DEFAULT
+    title = {"both": "forward and backward"}
 
     def run() -> dict[str, Any]:
         given = operands(sizes, tokens, skewed=skewed, dtype=dtype)
@@ -106,21 +107,23 @@ def case(sizes: Sizes, tokens: int, name: str, backend: str | None, *, skewed: b
         return figures | {"note": note}
 
     return Case(
-        f"experts.{tokens}.{routing}.{own}.{name}", f"{tokens} tokens, {routing}, {own}, {title.get(name, name)}", run
+        f"experts.{tokens}.{routing}.{label}.{name}",
+        f"{tokens} tokens, {routing}, {label}, {title.get(name, name)}",
+        run,
     )
 
 
 def main_size(sizes: Sizes) -> Iterator[Case]:
-    """Whole first, few tokens, then leg by leg."""
+    """All legs together first, then few tokens, then each leg."""
     tokens = sizes.expert_tokens[0]
     yield from (case(sizes, tokens, "both", backend) for backend in (None, *CANDIDATES))
     yield from few.cases(sizes)
     for backend in CANDIDATES:
-        yield from (case(sizes, tokens, leg, backend) for leg in ffn.Legs._fields)
+        yield from (case(sizes, tokens, leg, backend) for leg in Legs._fields)
 
 
 def more_sizes(sizes: Sizes) -> Iterator[Case]:
-    """What routing and size change; without `ragged`, which multiplies each row by each expert where it is plain."""
+    """Skewed routing and other sizes; without `ragged`, a masked dense matmul where it is not fused."""
     first, *others = sizes.expert_tokens
     for backend in (None, *CANDIDATES[:2]):
         yield case(sizes, first, "both", backend, skewed=True)
@@ -131,7 +134,7 @@ def more_sizes(sizes: Sizes) -> Iterator[Case]:
 
 
 def matmuls(sizes: Sizes) -> Iterator[Case]:
-    """One grouped matmul, [R, D] by [E, F, D], and its gradients, by each kernel there is."""
+    """One grouped matmul, [R, D] by [E, F, D], and its gradients, per implementation."""
     tokens = sizes.expert_tokens[0]
     for implementation in grouped_matmul.IMPLEMENTATIONS:
         for leg in ("gmm", "gmm_transposed", "tgmm"):
@@ -160,9 +163,9 @@ def matmuls(sizes: Sizes) -> Iterator[Case]:
 
 
 def ragged(sizes: Sizes) -> Iterator[Case]:
-    """XLA's own, and what it became in the compiled program: the flag is in this process's environment."""
+    """`ragged_dot` and its compiled form; the XLA flag is in this process's environment."""
     tokens = sizes.expert_tokens[0]
-    for name in ("forward", "both"):
+    for name in ("fwd", "both"):
 
         def run(name: str = name) -> dict[str, Any]:
             given = operands(sizes, tokens)
@@ -183,6 +186,6 @@ _SIGNS: Final[Mapping[str, str]] = {
 
 
 def describe(hlo: str) -> str:
-    """How often each kind of matmul stands in a compiled program."""
+    """Count each kind of matmul in a compiled program."""
     found = [f"{hlo.count(sign)} {name}" for name, sign in _SIGNS.items() if sign in hlo]
     return "compiled to " + (", ".join(found) or "nothing that looks like a matmul")

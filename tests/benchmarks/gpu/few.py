@@ -1,6 +1,6 @@
-"""The routed experts on few tokens, as a decode step has them: without sorting, and with. Start at `cases`.
+"""The routed experts on few tokens (decode), unsorted and sorted. Start at `cases`.
 
-Which of the two is faster at which number of tokens is what `dsmoe_jax.kernels.few_tokens` has its threshold from.
+The threshold of `dsmoe_jax.kernels.few_tokens` should come from these.
 """
 
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from dsmoe_jax.axes import Array
 from dsmoe_jax.kernels import few_tokens
 from dsmoe_jax.kernels.operand import Experts
-from dsmoe_jax.layers.token_dispatcher import Dispatch, routed_experts
+from dsmoe_jax.layers.token_dispatcher import DispatchConfig, routed_experts
 from tests.benchmarks.gpu import timing, work
 from tests.benchmarks.gpu.cases import Case
 from tests.benchmarks.gpu.sizes import Sizes
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
-    """Each form at the most tokens that it is for, or nearly, beside sorting the same ones; forward only."""
+    """Each form near its most tokens, against sorting; forward only."""
     for tokens, form in ((8, few_tokens.by_choice), (32, few_tokens.by_expert)):
         for name, function in ((form.__name__, form), ("sorted", _sorted)):
             yield Case(
@@ -30,7 +30,7 @@ def cases(sizes: Sizes) -> Iterator[Case]:
 
 
 def row(sizes: Sizes, tokens: int, function: few_tokens.Form) -> dict[str, Any]:
-    """Against reading each expert that some token chose once."""
+    """The floor reads each expert hit once."""
     config, dtype = sizes.model, jnp.dtype(sizes.dtype)
     D, F, E, A = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts, config.num_experts_per_tok
     assert E is not None
@@ -52,4 +52,4 @@ def row(sizes: Sizes, tokens: int, function: few_tokens.Form) -> dict[str, Any]:
 
 
 def _sorted(x: Array, ids: Array, weights: Array, experts: Experts, activation: str) -> Array:
-    return routed_experts(x, ids, weights, experts, activation=activation, options=Dispatch(backend="batched"))[0]
+    return routed_experts(x, ids, weights, experts, activation=activation, config=DispatchConfig(backend="batched"))[0]

@@ -3,10 +3,9 @@
     python -m tests.benchmarks.gpu.tuning --into my_card.json   # ten minutes
     DSMOE_TUNING=my_card.json dsmoe …                           # or copy its entries to dsmoe_jax/kernels/tuned.json
 
-Start at `cases`, then `table`. `--into` adds what was found for this card to a file of `dsmoe_jax.kernels.tuning`'s
-form, made where there is none; other cards' entries stay. `--out` has every candidate's figures, written anew after
-each. A candidate that fails is left out; where time ends between candidates for one place, that is left open.
-`--small` tries all of it, at sizes that mean nothing.
+Start at `cases`, then `table`. `--into` merges the results for this card into a file in the format of
+`dsmoe_jax.kernels.tuning`, created if missing. `--out` has every candidate's timings, rewritten after each. Failed
+candidates are skipped; an entry whose candidates were not all measured is omitted. `--small` is a trial at small sizes.
 """
 
 import argparse
@@ -21,18 +20,15 @@ from typing import Any, Final
 import jax
 
 from dsmoe_jax.kernels import tuning as tuned
-from dsmoe_jax.kernels.expert_ffn import Legs
+from dsmoe_jax.kernels.tuning import Legs
 from dsmoe_jax.storage.strict_json import read_json
 from tests.benchmarks import machine
 from tests.benchmarks.gpu import experts, timing
 from tests.benchmarks.gpu.cases import Case, serve
 from tests.benchmarks.gpu.sizes import Sizes, sizes
 
-# `dense` is the oracle, `block_loop` asks the host at every turn where there is one.
-CANDIDATES: Final[Mapping[str, Sequence[str]]] = {
-    "few": ("slots", "batched", "grouped", "ragged"),
-    "many": ("batched", "grouped", "ragged"),
-}
+# `dense` is the reference, `block_loop` synchronizes with the host every iteration.
+CANDIDATES: Final = ("batched", "grouped", "ragged")
 # (rows, columns, depth in bytes, warps, stages) of `pallas_matmul.Tile`.
 TILES: Final = (
     (128, 128, 128, 8, 3),
@@ -54,35 +50,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=10, metavar="N", help="no candidate begins after these")
     parser.add_argument("--out", type=Path, default=Path("tuning.json"), metavar="FILE", help="for all figures")
     parser.add_argument("--into", type=Path, metavar="FILE", help="to add what was found to, for DSMOE_TUNING")
-    asked = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     facts, rows = timing.facts(), []
-    if asked.into and (asked.small or facts["platform"] != "gpu"):
+    if args.into and (args.small or facts["platform"] != "gpu"):
         parser.error("--into takes what a GPU does at full size, no trial")
-    known = read_json(asked.into) if asked.into and asked.into.exists() else {}
+    known = read_json(args.into) if args.into and args.into.exists() else {}
 
     def tell(row: dict[str, Any]) -> None:
         rows.append(row)
         print(row["name"], row.get("error") or f"{1000 * statistics.median(row['seconds']):.4g} ms", flush=True)
-        about = {"trial": asked.small, "commit": machine.commit(), "versions": machine.versions()}
+        about = {"trial": args.small, "commit": machine.commit(), "versions": machine.versions()}
         found = about | {"facts": facts, "rows": rows} | table(facts["device"], rows)
-        asked.out.write_text(json.dumps(found, indent=1) + "\n")
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
 
-    serve(lambda: cases(sizes(small=asked.small)), time.monotonic() + 60 * asked.minutes, tell)
+    serve(lambda: cases(sizes(small=args.small)), time.monotonic() + 60 * args.minutes, tell)
     found = table(facts["device"], rows)
     print(json.dumps(found, indent=1))
-    if asked.into:
-        asked.into.write_text(json.dumps(over(known, found), indent=1) + "\n")
+    if args.into:
+        args.into.write_text(json.dumps(over(known, found), indent=1) + "\n")
 
 
 def over(known: Any, found: Any) -> Any:
-    """Nested tables with what was found in place of what was known."""
+    """Merge nested tables; `found` takes precedence."""
     if not isinstance(known, dict) or not isinstance(found, dict):
         return found
     return known | {key: over(known.get(key), value) for key, value in found.items()}
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
-    """What training in bf16 needs first, the tiles of our kernels, then the rest."""
+    """The legs for bf16 training first, then tiles, then the rest."""
     order = [("bfloat16", "many"), ("bfloat16", "few"), ("float32", "few"), ("float32", "many")]
     yield from _legs(sizes, *order[0])
     yield from _tiles(sizes)
@@ -94,13 +90,13 @@ def _legs(sizes: Sizes, dtype: str, rows: str) -> Iterator[Case]:
     E, A = sizes.model.n_routed_experts or 1, sizes.model.num_experts_per_tok or 1
     tokens = E // A if rows == "few" else sizes.expert_tokens[0]  # few rows are no more than there are experts
     for leg in Legs._fields:
-        for backend in CANDIDATES[rows]:
+        for backend in CANDIDATES:
             _, name, run = experts.case(sizes, tokens, leg, backend, dtype=dtype)
             yield Case(f"legs/{dtype}/{rows}/{leg}/{backend}", f"{name}, {dtype}", run)
 
 
 def _tiles(sizes: Sizes) -> Iterator[Case]:
-    """Our own kernels by other tiles than their table's, at the main size."""
+    """The Pallas kernels with other tiles, at the main size."""
     tokens = sizes.expert_tokens[0]
     for leg in ("gmm", "gmm_transposed", "tgmm"):
         for tile in TILES[: 2 if sizes.trial else None]:
@@ -114,18 +110,18 @@ def _tiles(sizes: Sizes) -> Iterator[Case]:
 
 @contextlib.contextmanager
 def _tile(tile: tuple[int, ...]) -> Iterator[None]:
-    """As if this tile were the tuned one; the kernels have no argument for it."""
-    kept, tuned.tile = tuned.tile, lambda matmul: list(tile)
-    jax.clear_caches()  # else an equal call would find the program of another tile
+    """Patch the tuned tile; the kernels have no argument for it."""
+    original, tuned.tile = tuned.tile, lambda matmul: list(tile)
+    jax.clear_caches()  # else an equal call reuses the program of another tile
     try:
         yield
     finally:
-        tuned.tile = kept
+        tuned.tile = original
         jax.clear_caches()
 
 
 def table(device: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The fastest of each place, by its last key; a place with a candidate that was never begun has none."""
+    """The fastest candidate per entry; an entry with a candidate that was not run is omitted."""
     best: dict[str, tuple[float, str]] = {}
     begun = [row for row in rows if not row.get("error", "").startswith("not run")]
     unfinished = {row["key"].rpartition("/")[0] for row in rows if row.get("error", "").startswith("not run")}

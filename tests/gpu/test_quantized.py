@@ -1,6 +1,6 @@
-"""Quantised weights on a GPU: int8, int4 and NF4 multiply as the dense weights do that their codes stand for.
+"""Quantized weights on a GPU: int8, int4 and NF4 equal their dequantized values.
 
-Start at `test_a_linear_map_multiplies_by_what_its_codes_stand_for`.
+Start at `test_a_linear_map_equals_the_dequantized_matmul`.
 """
 
 import functools
@@ -17,7 +17,7 @@ from dsmoe_jax.model import assemble, split
 from dsmoe_jax.quantize import SCHEMES, quantize, quantize_matrix, quantize_params
 from tests.gpu.backends import SERVING, skip_without
 from tests.helpers import golden, reference
-from tests.helpers.conformance import BF16, GROUPS, D, E, F, arrays, assert_near, check_all, jitted, twin
+from tests.helpers.conformance import BF16, GROUPS, D, E, F, arrays, assert_near, check_all, expected, jitted
 
 O, I = 130, 128  # noqa: E741  # 260 tiles of 64, so the scales have two tiles, the last one short
 
@@ -35,7 +35,7 @@ def weights(*shape: int) -> np.ndarray:
 
 @every_scheme
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", FP32), ("bfloat16", BF16)])
-def test_a_linear_map_multiplies_by_what_its_codes_stand_for(dtype: str, tolerance: float, scheme: str):
+def test_a_linear_map_equals_the_dequantized_matmul(dtype: str, tolerance: float, scheme: str):
     quantized = quantize(weights(2, O, I), scheme)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(5, I)), dtype)
 
@@ -46,7 +46,7 @@ def test_a_linear_map_multiplies_by_what_its_codes_stand_for(dtype: str, toleran
 
 
 @every_scheme
-def test_codes_and_scales_are_those_that_the_cpu_finds(scheme: str, cpu: Any):
+def test_codes_and_scales_equal_those_of_the_cpu(scheme: str, cpu: Any):
     encode = functools.partial(quantize_matrix, scheme=SCHEMES[scheme], double=False)
 
     here, there = (encode(jax.device_put(weights(O, I), place)) for place in (jax.devices()[0], cpu))
@@ -57,7 +57,7 @@ def test_codes_and_scales_are_those_that_the_cpu_finds(scheme: str, cpu: Any):
 
 @every_scheme
 @pytest.mark.parametrize("backend", SERVING)
-def test_experts_multiply_by_what_their_codes_stand_for(backend: str, scheme: str):
+def test_experts_equal_their_dequantized_values(backend: str, scheme: str):
     skip_without(backend)
     (rows, row_weights, _), cotangent = arrays(24)
     experts = Experts(*(quantize(20 * weights(E, *shape), scheme) for shape in ((F, D), (F, D), (D, F))))
@@ -66,22 +66,22 @@ def test_experts_multiply_by_what_their_codes_stand_for(backend: str, scheme: st
     got = jitted(expert_ffn, "scales|offset", backend=backend)(inputs, jnp.array(GROUPS["uneven"]), cotangent)
 
     assert set(got[1]) == {"rows", "weights"}
-    check_all(got, twin(inputs, GROUPS["uneven"], cotangent))
+    check_all(got, expected(inputs, GROUPS["uneven"], cotangent))
 
 
 @every_scheme
-def test_a_model_computes_what_it_would_with_its_weights_dequantised(scheme: str):
+def test_a_model_equals_its_dequantized_weights(scheme: str):
     model, ids = golden.model("a_baseline"), golden.tensors("a_baseline")["in.input_ids"]
     quantized = quantize_params(split(model)[1], scheme)
-    dense = {name: dequantised(value) if isinstance(value, Quantized) else value for name, value in quantized.items()}
+    dense = {name: dequantized(value) if isinstance(value, Quantized) else value for name, value in quantized.items()}
 
     got, want = (assemble(model.config, params)(ids).logits for params in (quantized, dense))
 
     np.testing.assert_allclose(got, want, rtol=0, atol=golden.LOGITS)
 
 
-def dequantised(operand: Quantized) -> jax.Array:
-    """In NumPy, one code at a time; of a matrix or of a stack of them."""
+def dequantized(operand: Quantized) -> jax.Array:
+    """NumPy, one code at a time; a matrix or a stack."""
     stacked = operand.codes.ndim == 3
     values = reference.dense(operand if stacked else jax.tree.map(lambda leaf: leaf[None], operand))
     return jnp.asarray(values if stacked else values[0], jnp.float32)
