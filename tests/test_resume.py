@@ -325,9 +325,7 @@ def test_checkpoints_are_not_continued_on_other_data(home: Path, copy: Path, cha
 def test_shards_keep_the_share_they_were_made_with(home: Path, copy: Path):
     shards = {"sources": (str(copy / "data" / "00"),), "tokenizer": str(copy / "tokenizer")}
 
-    with pytest.raises(
-        ValueError, match=r"data.val_fraction 0.3 has no effect on .*00, tokenized with 0.2;"
-    ):
+    with pytest.raises(ValueError, match=r"data.val_fraction 0.3 has no effect on .*00, tokenized with 0.2;"):
         prepared(home, copy, **shards, val_fraction=0.3)
 
 
