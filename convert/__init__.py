@@ -1,15 +1,16 @@
 """Weights from PyTorch checkpoints in the Hugging Face layout, and back. Imported as `dsmoe_jax.convert`."""
 
-from .conversion import Conversion
+from .conversion import ConversionReport
 from .exporter import export_hf
 from .importer import import_hf, load_hf, load_hf_quantized, stored_dtypes
 from .merging import merge_to
-from .peft import merge_adapter, read_adapter, with_adapter, write_adapter
+from .peft import attach_adapter, merge_adapter, read_adapter, write_adapter
 from .verify import Report, verify
 
 __all__ = [
-    "Conversion",
+    "ConversionReport",
     "Report",
+    "attach_adapter",
     "export_hf",
     "import_hf",
     "load_hf",
@@ -19,6 +20,5 @@ __all__ = [
     "read_adapter",
     "stored_dtypes",
     "verify",
-    "with_adapter",
     "write_adapter",
 ]

@@ -7,7 +7,7 @@ from .cast import Loss
 
 
 @dataclass(frozen=True)
-class Conversion:
+class ConversionReport:
     """A finished import or export. `str` of it is what `dsmoe convert` and `dsmoe export` print."""
 
     path: Path

@@ -23,10 +23,10 @@ from dsmoe_jax.storage.atomic_dir import StagingDir, atomic_dir, check_new_path,
 from dsmoe_jax.storage.direct_io import DirectFile
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.text.generation_config import GENERATION_CONFIG
-from dsmoe_jax.text.special_ids import SPECIAL_IDS, exported_ids, within_vocabulary
+from dsmoe_jax.text.special_ids import SPECIAL_IDS, drop_ids_outside_vocab, exported_ids
 
 from .cast import Cast, Loss
-from .conversion import Conversion
+from .conversion import ConversionReport
 from .importer import AUTO_MAP, CODE, SpecialIds, special_ids_beside, travelling_files
 from .param_mapping import export_order
 from .reader import SAFETENSORS_DTYPES
@@ -91,7 +91,7 @@ def export_hf(
     max_shard_size: int | str = "5GB",
     dtype: Any = None,
     progress: Meter = silent,
-) -> Conversion:
+) -> ConversionReport:
     """Write the native checkpoint as the new Hugging Face folder `out`: safetensors, index, config, tokenizer.
 
     What was imported from such a folder goes out tensor for tensor and bit for bit; each is compared with the SHA-256
@@ -126,7 +126,7 @@ def export_hf(
             loss += Loss(*draft.finished[file])
         proof.check()
         _write_beside(draft.folder, reader, shards, total, wanted, ids)
-    return Conversion(
+    return ConversionReport(
         path=out,
         tensors=len(reader.order),
         bytes=total,
@@ -216,7 +216,7 @@ def _write_beside(
     if ids.generation_config is None:
         told = {name: fields[name] for name in SPECIAL_IDS if fields[name] is not None}
         write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **told})
-    elif (kept := within_vocabulary(ids.generation_config, config.vocab_size)) != ids.generation_config:
+    elif (kept := drop_ids_outside_vocab(ids.generation_config, config.vocab_size)) != ids.generation_config:
         lost = {name: fields[name] for name in SPECIAL_IDS if ids.generation_config.get(name) and kept[name] is None}
         (folder / GENERATION_CONFIG).unlink()
         write_json(folder / GENERATION_CONFIG, kept | lost)

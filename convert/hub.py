@@ -33,7 +33,7 @@ class Snapshot(NamedTuple):
     revision: str  # the SHA of the commit that the wanted branch or tag was at
 
 
-def is_repository(source: str | Path) -> bool:
+def is_repo_id(source: str | Path) -> bool:
     """Whether `source` reads as a repository's name, owner/name, and is no path here."""
     return bool(_NAME.fullmatch(str(source))) and not os.path.lexists(source)
 

@@ -41,9 +41,9 @@ from dsmoe_jax.text.special_ids import check_special_ids
 from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
 from .cast import Cast, Loss
-from .conversion import Conversion
+from .conversion import ConversionReport
 from .foreign_names import adopt_names
-from .hub import fetch, is_repository
+from .hub import fetch, is_repo_id
 from .param_mapping import TIED_HEAD, hf_names, hf_shapes, is_stacked
 from .reader import CheckpointReader, path_inside
 from .torch_pickle import show
@@ -119,7 +119,7 @@ def import_hf(
     dtype: Any = None,
     revision: str | None = None,
     progress: Meter = silent,
-) -> Conversion:
+) -> ConversionReport:
     """Convert a Hugging Face folder to the native checkpoint `out`, tokenizer and generation config beside it.
 
     `source` may be the name of a repository on the hub, then `revision` is its branch, tag or commit. `dtype`
@@ -131,7 +131,7 @@ def import_hf(
     wanted = as_dtype(dtype)
     out = check_new_path(out)
     folder, origin = user_path(source, "source"), {}
-    if is_repository(source):
+    if is_repo_id(source):
         snapshot = fetch(str(source), revision=revision)
         folder, origin = snapshot.folder, {"repository": snapshot.repository, "revision": snapshot.revision}
     elif revision is not None:
@@ -158,7 +158,7 @@ def import_hf(
                 _log.info("%s: goes on after %.2f of %.2f GB", out, reused / 1e9, total / 1e9)
             records = write_parameters(draft, parameters, advance)
             proof = finalize(draft.folder, config, records, beside, origin)
-    return Conversion(
+    return ConversionReport(
         path=out,
         tensors=sum(map(len, hf_names(config).values())),
         bytes=total,

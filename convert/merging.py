@@ -15,10 +15,10 @@ from dsmoe_jax.storage.locks import lock_name
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.text.generation_config import (
     GENERATION_CONFIG,
-    add_endings,
+    merge_stop_conditions,
     read_generation_config,
-    temporary_file,
-    with_config_eos,
+    temporary_generation_config,
+    with_default_eos,
 )
 
 from .exporter import export_hf
@@ -63,9 +63,9 @@ def merge_to(
 def _beside(checkpoint: Path, adapter: str | Path, config: ModelConfig) -> Iterator[tuple[Path, ...]]:
     """What stands beside the checkpoint's weights, its generation config with the adapter's endings added."""
     files = travelling_files(checkpoint)
-    fields = with_config_eos(read_generation_config(checkpoint), config)
-    if (endings := add_endings(fields, read_generation_config(adapter))) == fields:
+    fields = with_default_eos(read_generation_config(checkpoint), config)
+    if (endings := merge_stop_conditions(fields, read_generation_config(adapter))) == fields:
         yield files
         return
-    with temporary_file(endings) as file:
+    with temporary_generation_config(endings) as file:
         yield (*(path for path in files if path.name != GENERATION_CONFIG), *file)

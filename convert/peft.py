@@ -28,7 +28,7 @@ from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.text.generation_config import GENERATION_CONFIG
 
 from .param_mapping import hf_names, is_stacked
-from .peft_matching import RELEASES, Rules, is_untied, make_plan, modules, untied
+from .peft_matching import RELEASES, Rules, make_plan, modules, untied_config, unties_embeddings
 from .reader import CheckpointReader, path_inside, read_safetensors
 from .torch_pickle import read_torch_file, show
 
@@ -139,11 +139,11 @@ def write_adapter(
             write_json(draft.folder / GENERATION_CONFIG, dict(generation))
 
 
-def with_adapter(model: DeepSeekMoE, path: str | Path) -> DeepSeekMoE:
+def attach_adapter(model: DeepSeekMoE, path: str | Path) -> DeepSeekMoE:
     """The model with the adapter in the folder `path` on it, nothing multiplied out; raises as `read_adapter` does."""
     config, params = model.config, split(model)[1]
     adapter = read_adapter(path, config)
-    config, params = prepare_base(adapter.plan, config, params)
+    config, params = untie_for_adapter(adapter.plan, config, params)
     return assemble(config, attach(adapter.plan, params, place(adapter.plan, config, adapter.params, params)))
 
 
@@ -151,16 +151,16 @@ def merge_adapter(model: DeepSeekMoE, path: str | Path) -> DeepSeekMoE:
     """The model with the adapter in the folder `path` multiplied into its weights, each in the dtype it had."""
     config, params = model.config, split(model)[1]
     adapter = read_adapter(path, config)
-    config, params = prepare_base(adapter.plan, config, params)
+    config, params = untie_for_adapter(adapter.plan, config, params)
     placed = place(adapter.plan, config, adapter.params, params)
     return assemble(config, jax.jit(partial(merge, adapter.plan))(params, placed))
 
 
-def prepare_base(plan: Plan, model: ModelConfig, params: Mapping[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
+def untie_for_adapter(plan: Plan, model: ModelConfig, params: Mapping[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
     """Config and parameters that the adapter goes onto: with a head of their own if it takes apart what is tied."""
-    if not is_untied(plan, model):
+    if not unties_embeddings(plan, model):
         return model, dict(params)
-    return untied(model), {**params, "head.weight": params["embed"]}
+    return untied_config(model), {**params, "head.weight": params["embed"]}
 
 
 # --- names ---
@@ -205,7 +205,7 @@ def to_peft(plan: Plan, model: ModelConfig, params: Mapping[str, Any]) -> dict[s
 
 
 def _whole_config(plan: Plan, model: ModelConfig) -> ModelConfig:
-    return untied(model) if is_untied(plan, model) else model
+    return untied_config(model) if unties_embeddings(plan, model) else model
 
 
 # --- the config file ---

@@ -80,19 +80,19 @@ def _plan(config: LoraConfig, paths_of: Mapping[str, Sequence[str]], rules: Rule
     return Plan(targets, saved, config.lora_dropout)
 
 
-def is_untied(plan: Plan, model: ModelConfig) -> bool:
+def unties_embeddings(plan: Plan, model: ModelConfig) -> bool:
     """Whether the adapter takes apart what the model ties: it replaces the embedding or the head alone."""
     return model.tie_word_embeddings and bool({"embed", "head.weight"} & set(plan.saved))
 
 
-def untied(model: ModelConfig) -> ModelConfig:
+def untied_config(model: ModelConfig) -> ModelConfig:
     """The config with a head of its own."""
     return dataclasses.replace(model, tie_word_embeddings=False)
 
 
 def modules(model: ModelConfig) -> dict[str, tuple[str, ...]]:
     """By our parameter, the paths of the modules it is the weight of; a tied head is one, too."""
-    names = hf_names(untied(model) if model.tie_word_embeddings else model)
+    names = hf_names(untied_config(model) if model.tie_word_embeddings else model)
     return {
         name: tuple(part.removesuffix(".weight") for part in parts)
         for name, parts in names.items()
@@ -105,7 +105,7 @@ def _is_linear(path: str) -> bool:
 
 
 def _targets(config: LoraConfig, rules: Rules, matched: set[str]) -> Callable[[str], bool]:
-    """peft's `check_target_module_exists`; notes in `matched` which entries of a list matched anything."""
+    """Peft's `check_target_module_exists`; notes in `matched` which entries of a list matched anything."""
     target = config.target_modules
     if isinstance(target, str):
         if target.lower() == _EVERYTHING:

@@ -353,7 +353,7 @@ def _unpickle(stream: io.BytesIO, opcodes_left: Iterator[int]) -> tuple[Any, dic
 
 
 def _read_zip(mapped: mmap.mmap) -> tuple[Any, _Places]:
-    """torch >= 1.6: a zip of `<root>/data.pkl` and one uncompressed `<root>/data/<key>` a storage."""
+    """Torch >= 1.6: a zip of `<root>/data.pkl` and one uncompressed `<root>/data/<key>` a storage."""
     try:
         archive = zipfile.ZipFile(cast(IO[bytes], _Directory(mapped)))
     except _TooLargeError as error:
@@ -427,7 +427,7 @@ def _member_place(mapped: mmap.mmap, member: zipfile.ZipInfo) -> tuple[int, int]
 
 
 def _read_legacy(mapped: mmap.mmap) -> tuple[Any, _Places]:
-    """torch < 1.6: five pickles (magic, protocol, system, state, keys), then each storage with its size."""
+    """Torch < 1.6: five pickles (magic, protocol, system, state, keys), then each storage with its size."""
     stream, left = io.BytesIO(mapped[:MAX_PICKLE_BYTES]), iter(range(MAX_OPCODES))
     if mapped[:2] != b"\x80\x02" or _unpickle(stream, left)[0] != _LEGACY_MAGIC:
         raise DSMoEError("is neither a torch zip archive nor a legacy torch file")

@@ -1,34 +1,38 @@
-"""The house keeps its own floors: a room imports only from lower ones, and every room is looked at."""
+"""The architecture: each room imports only from lower floors, and files stay small."""
 
 import ast
 import builtins
 import os
+import re
 import symtable
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "dsmoe_jax"
+README = PACKAGE.parent / "README.md"
+LINES = 450  # of a file at most
+ROOT_FILES = 14
 
-# From the ground up; a room may import its own floor and those below it.
+# From the ground up; a room may import its own floor and those below it. README.md states the same order.
 FLOORS = (
-    {"axes", "errors", "progress", "xla_options"},
-    {"storage"},
-    {"config_aliases"},
-    {"config"},
-    {"text"},
-    {"kernels", "sharding"},
-    {"kv_cache"},
-    {"layers"},
-    {"model"},
-    {"checkpoint", "info", "lora", "quantize"},
-    {"convert"},
-    {"generate"},
-    {"train"},
-    {"cli"},
-    {"__main__"},
+    ("axes", "errors", "progress", "xla_options"),
+    ("storage",),
+    ("config",),
+    ("text",),
+    ("kernels", "sharding"),
+    ("kv_cache",),
+    ("layers",),
+    ("model",),
+    ("checkpoint", "info", "lora", "quantize"),
+    ("convert",),
+    ("generate",),
+    ("train",),
+    ("cli",),
 )
+PARTS = {"config_aliases": "config", "__main__": "cli"}  # a file that belongs to another's floor
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+LEVEL |= {part: LEVEL[room] for part, room in PARTS.items()}
 
 # What the model computes may not ask where it runs: only these files speak of the mesh or communicate.
 COMMUNICATORS = {"layers/token_dispatcher.py"}
@@ -57,8 +61,13 @@ def imports(file: str, tree: ast.Module) -> set[str]:
             home = ["dsmoe_jax", *file.split("/")[:-1]]
             base = home[: len(home) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "dsmoe_jax" else {module}
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            found |= {name if module == "dsmoe_jax" or is_module(name) else module for name in names}
     return found
+
+
+def is_module(dotted: str) -> bool:
+    return PACKAGE.parent.joinpath(*dotted.split(".")).with_suffix(".py").is_file()
 
 
 def room_of(dotted_or_file: str) -> str:
@@ -82,6 +91,51 @@ def test_a_room_imports_only_from_its_own_floor_and_lower_ones(file: str):
     above = {room for room in rooms if LEVEL.get(room, -1) > own}
 
     assert not above
+
+
+def test_the_readme_states_these_floors():
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    stated = re.search(r"lower floors: (.*?)\.", text)
+
+    assert stated is not None
+    assert [tuple(floor.split(", ")) for floor in stated[1].split(" → ")] == list(FLOORS)
+
+
+def module_graph() -> dict[str, set[str]]:
+    """Which modules of the package each of them imports when it is imported itself."""
+    names = {file.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): file for file in MODULES}
+    graph = {}
+    for name, file in names.items():
+        top_level = ast.Module([node for node in MODULES[file].body if not isinstance(node, ast.If)], [])
+        for node in ast.walk(top_level):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                node.body = []
+        found = {imported.removeprefix("dsmoe_jax.") for imported in imports(file, top_level)}
+        graph[name] = {module for module in found if module in names} - {name}
+    return graph
+
+
+def test_no_import_circle():
+    graph, done = module_graph(), set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " → ".join([*path[path.index(module) :], module])
+        if module not in done:
+            for imported in graph[module]:
+                visit(imported, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_files_are_short(file: str):
+    assert len((PACKAGE / file).read_text(encoding="utf-8").splitlines()) <= LINES
+
+
+def test_the_root_is_short():
+    assert len(list(PACKAGE.glob("*.py"))) <= ROOT_FILES
 
 
 def test_the_check_sees_an_import_from_above_and_a_relative_one():

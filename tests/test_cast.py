@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dsmoe_jax.cli import main
-from dsmoe_jax.convert import Conversion, export_hf, import_hf
+from dsmoe_jax.convert import ConversionReport, export_hf, import_hf
 from dsmoe_jax.convert.cast import Cast, Loss
 from tests.helpers.hf_folder import hf_tensors, random_params, stop_after, stored, tiny, write_hf
 
@@ -195,7 +195,7 @@ def test_convert_and_export_tell_the_loss_where_there_is_one(
 def test_the_loss_of_an_interrupted_conversion_is_that_of_a_whole_one(tmp_path: Path, done_before: int):
     hf = write_hf(tmp_path / "hf", tiny(), random_params(tiny()))
     import_hf(hf, tmp_path / "kept")
-    ways: list[tuple[Callable[..., Conversion], Path, dict[str, int]]] = [
+    ways: list[tuple[Callable[..., ConversionReport], Path, dict[str, int]]] = [
         (import_hf, hf, {}),
         (export_hf, tmp_path / "kept", {"max_shard_size": 1_000}),
     ]

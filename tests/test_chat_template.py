@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dsmoe_jax.text import jinja_sandbox, template_worker
-from dsmoe_jax.text.chat_template import DEEPSEEK, find_templates, render
+from dsmoe_jax.text.chat_template import DEEPSEEK_TEMPLATE, read_chat_templates, render
 
 USER = {"role": "user", "content": "Hi"}
 CHAT = [USER, {"role": "assistant", "content": "Yo"}, {"role": "user", "content": "2"}]
@@ -58,7 +58,7 @@ def test_other_fields_and_roles_reach_a_template_that_writes_them():
 
 
 @pytest.mark.parametrize(
-    "template", [DEEPSEEK, "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"]
+    "template", [DEEPSEEK_TEMPLATE, "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"]
 )
 def test_role_that_a_template_ignores_is_refused(template: str):
     with pytest.raises(ValueError, match="message 1 has role 'tool', which the chat template ignores; allowed are sys"):
@@ -68,7 +68,7 @@ def test_role_that_a_template_ignores_is_refused(template: str):
 @pytest.mark.parametrize(
     ("template", "text"),
     [
-        (DEEPSEEK, "User: Hi there\n\n"),
+        (DEEPSEEK_TEMPLATE, "User: Hi there\n\n"),
         ("{{ messages[0].content | trim }}", "Hi there"),
         ("{% for part in messages[0].content %}[{{ part.text }}]{% endfor %}", "[Hi][ there]"),
         ("{% for part in messages[0]['content'] | list %}[{{ part.text }}]{% endfor %}", "[Hi][ there]"),
@@ -193,7 +193,7 @@ def test_what_json_cannot_carry_is_refused():
 @pytest.mark.parametrize(
     ("files", "config", "templates"),
     [
-        ({}, {}, {"default": DEEPSEEK}),
+        ({}, {}, {"default": DEEPSEEK_TEMPLATE}),
         ({}, {"chat_template": "a"}, {"default": "a"}),
         ({}, {"chat_template": [{"name": "rag", "template": "r"}]}, {"rag": "r"}),
         ({}, {"chat_template": {"default": "a", "rag": "r"}}, {"default": "a", "rag": "r"}),
@@ -210,7 +210,7 @@ def test_templates_are_found_by_name(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
 
-    assert find_templates(tmp_path, config) == templates
+    assert read_chat_templates(tmp_path, config) == templates
 
 
 def test_template_file_of_many_megabytes_is_refused(tmp_path: Path):
@@ -218,4 +218,4 @@ def test_template_file_of_many_megabytes_is_refused(tmp_path: Path):
         os.truncate(file.fileno(), 10**9)
 
     with pytest.raises(ValueError, match=r"chat_template.jinja has 1000000000 bytes; at most 1000000"):
-        find_templates(tmp_path, {})
+        read_chat_templates(tmp_path, {})

@@ -16,7 +16,7 @@ import pytest
 
 from dsmoe_jax.convert import hub as our_hub
 from dsmoe_jax.convert import load_hf
-from dsmoe_jax.convert.hub import Snapshot, fetch, is_repository
+from dsmoe_jax.convert.hub import Snapshot, fetch, is_repo_id
 from dsmoe_jax.model import split
 from tests.helpers import golden
 from tests.helpers.fake_hub import FakeHub, serve
@@ -154,7 +154,7 @@ def test_a_repository_s_name_is_owner_slash_name_and_no_path_here(
     (tmp_path / "here" / "dangling").symlink_to("nowhere")
     monkeypatch.chdir(tmp_path)
 
-    assert is_repository(source) is expected
+    assert is_repo_id(source) is expected
 
 
 def test_what_is_no_name_is_refused():

@@ -22,7 +22,7 @@ from dsmoe_jax.checkpoint.native import load, save
 from dsmoe_jax.convert import load_hf, peft
 from dsmoe_jax.convert.merging import merge_to
 from dsmoe_jax.convert.param_mapping import export_order
-from dsmoe_jax.convert.peft_matching import make_plan, modules, untied
+from dsmoe_jax.convert.peft_matching import make_plan, modules, untied_config
 from dsmoe_jax.generate import Generator
 from dsmoe_jax.kernels.operand import Quantized
 from dsmoe_jax.lora import LoraConfig
@@ -326,13 +326,13 @@ def test_a_merged_checkpoint_equals_its_adapter(tmp_path: Path, layout: str, tie
     make_tokenizer(tmp_path / "tokenizer", 300)
     save(random_model(config), tmp_path / "base", extra_files=tokenizer_files(tmp_path / "tokenizer"))
     lora_config = LoraConfig(r=2, target_modules=("up_proj", "q_proj"), modules_to_save=("lm_head",))
-    params = random_adapter(make_plan(lora_config, config), untied(config))
+    params = random_adapter(make_plan(lora_config, config), untied_config(config))
     peft.write_adapter(tmp_path / "adapter", lora_config, config, params)
 
     said = merge_to(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", layout=layout)
 
     merged = (load if layout == "native" else load_hf)(tmp_path / "merged")
-    want = peft.with_adapter(load(tmp_path / "base"), tmp_path / "adapter")(IDS).logits
+    want = peft.attach_adapter(load(tmp_path / "base"), tmp_path / "adapter")(IDS).logits
     assert said.endswith(f"merged into it: {tmp_path / 'merged'}")
     assert not merged.config.tie_word_embeddings
     np.testing.assert_allclose(merged(IDS).logits, want, rtol=0, atol=golden.LOGITS)

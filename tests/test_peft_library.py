@@ -16,7 +16,7 @@ import pytest
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import load_hf
 from dsmoe_jax.convert.param_mapping import export_order
-from dsmoe_jax.convert.peft import CONFIG, WEIGHTS, merge_adapter, read_adapter, with_adapter, write_adapter
+from dsmoe_jax.convert.peft import CONFIG, WEIGHTS, attach_adapter, merge_adapter, read_adapter, write_adapter
 from dsmoe_jax.lora import PROJECTIONS
 from dsmoe_jax.model import split
 from tests.helpers import golden
@@ -170,7 +170,7 @@ def test_an_adapter_that_peft_made_computes_the_same(tmp_path: Path, case: Case)
     theirs = make_adapter(tmp_path / "adapter", base, case)
     plain = np.asarray(load_hf(base)(IDS).logits)
 
-    ours = with_adapter(load_hf(base), tmp_path / "adapter")(IDS).logits
+    ours = attach_adapter(load_hf(base), tmp_path / "adapter")(IDS).logits
 
     want = logits(theirs)
     assert np.abs(want - plain).max() > 100 * golden.LOGITS

@@ -1,7 +1,7 @@
-"""Every block and command of README.md runs here at small size; one that this file does not know fails.
+"""Every block and command of the README pages runs here at small size; an unknown one fails.
 
-The blocks are taken from README.md itself. They run as they stand, in a folder where the names they use are tiny
-models and texts (`world`); `SMALL` has what is added to a command. Start at `test_python_blocks_run`.
+The blocks are read from the pages and run unchanged in a folder (`world`) where the names they use are tiny models and
+texts; `SMALL` has the arguments that make a command small. Start at `test_python_blocks_run`.
 """
 
 import functools
@@ -29,8 +29,12 @@ from dsmoe_jax.train.recipes import RECIPES
 from tests.helpers.hf_folder import make_tokenizer, random_params, tiny, write_hf
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-PAGE: Final = (ROOT / "README.md").read_text(encoding="utf-8")
-# The others compile for many devices, train, or are much like what tests/test_cli.py runs: they are slow tests.
+PAGES: Final = [
+    ROOT / folder / "README.md"
+    for folder in ("", "convert", "train", "dsmoe_jax/generate", "dsmoe_jax/kernels", "tests/benchmarks")
+]
+LAUNCH: Final = [ROOT / "train/launch/slurm.sh", ROOT / "train/launch/jobset.yaml"]
+# The others compile for many devices, train, or repeat tests/test_cli.py: they are slow tests.
 FAST: Final = {("Quick start", "python"), ("Conversion", "python"), ("Conversion", "bash")}
 
 _RUN: Final = [
@@ -86,7 +90,7 @@ def blocks(page: str) -> Iterator[Block]:
             section = line.lstrip("# ")
 
 
-BLOCKS: Final = list(blocks(PAGE))
+BLOCKS: Final = [block for page in PAGES for block in blocks(page.read_text(encoding="utf-8"))]
 
 
 def commands(text: str, optional: str = r" \1") -> list[list[str]]:
@@ -112,9 +116,16 @@ def inline_commands(page: str) -> list[list[str]]:
     return [words for span in spans for words in commands(span)]
 
 
+def launch_command(path: Path) -> str:
+    """The training command of a launch template, on one line."""
+    text = path.read_text(encoding="utf-8").replace("$JOB_COMPLETION_INDEX", "3")
+    return " ".join(text[text.index("dsmoe pretrain") :].split())
+
+
 ALL_COMMANDS: Final = [
     *(words for block in BLOCKS if block.language == "bash" for words in commands(block.text)),
-    *inline_commands(PAGE),
+    *(words for page in PAGES for words in inline_commands(page.read_text(encoding="utf-8"))),
+    *(words for path in LAUNCH for words in commands(launch_command(path))),
 ]
 CALLS: Final = sorted({shlex.join(words) for words in ALL_COMMANDS if words[:2] == ["python", "-m"]})
 
@@ -213,19 +224,17 @@ def run(words: list[str], command: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert not code, command
 
 
-def test_yaml_blocks_name_a_command_that_parses():
-    found = [block.text for block in BLOCKS if block.language == "yaml"]
-
-    for text in found:
-        words = shlex.split(text[text.index("dsmoe pretrain") :].replace("$JOB_COMPLETION_INDEX", "3"))
-        check(words)
+def test_links_point_to_files():
+    for page in PAGES:
+        links = re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text(encoding="utf-8"))
+        assert not [link for link in links if not (page.parent / link).exists()], page
 
 
 def test_every_block_is_of_a_kind_that_is_tested():
-    known = {"python", "bash", "yaml", ""}
+    known = {"python", "bash", ""}
 
     assert {block.language for block in BLOCKS} <= known
-    assert [block.section for block in BLOCKS if not block.language] == ["Where things are"]
+    assert [block.section for block in BLOCKS if not block.language] == ["Repository"]
 
 
 # --- commands ---
@@ -262,7 +271,7 @@ def check(words: list[str]) -> None:
             elif asked.verb == "finetune":
                 parse_finetuning(asked.checkpoint, flags)
         case _:
-            pytest.fail(f"README.md has a command that no test runs: {command}")
+            pytest.fail(f"a README has a command that no test runs: {command}")
 
 
 def test_a_command_of_no_test_fails():

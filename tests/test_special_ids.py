@@ -13,7 +13,7 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import export_hf, import_hf
 from dsmoe_jax.storage.atomic_dir import write_json
 from dsmoe_jax.storage.strict_json import read_json
-from dsmoe_jax.text.special_ids import check_special_ids, with_tokenizer_ids, within_vocabulary
+from dsmoe_jax.text.special_ids import check_special_ids, drop_ids_outside_vocab, with_tokenizer_ids
 from dsmoe_jax.text.tokenizer import Tokenizer
 from dsmoe_jax.text.train_tokenizer import train_tokenizer
 from tests.helpers.hf_folder import edit, random_params, tiny, write_hf
@@ -96,13 +96,13 @@ def test_a_new_model_gets_the_ids_of_its_tokenizer():
 def test_ids_outside_the_vocabulary_are_taken_out():
     fields = {"eos_token_id": [1, 64, 2], "bos_token_id": [64], "pad_token_id": 63, "top_k": 5}
 
-    assert within_vocabulary(fields, 64) == fields | {"eos_token_id": [1, 2], "bos_token_id": None}
+    assert drop_ids_outside_vocab(fields, 64) == fields | {"eos_token_id": [1, 2], "bos_token_id": None}
 
 
 def test_other_token_ids_outside_the_vocabulary_are_taken_out():
     fields = {"decoder_start_token_id": 99, "unk_token_id": 3, "eos_token_id": -1, "pad_token_id": -1}
 
-    assert within_vocabulary(fields, 64) == fields | {"decoder_start_token_id": None, "eos_token_id": None}
+    assert drop_ids_outside_vocab(fields, 64) == fields | {"decoder_start_token_id": None, "eos_token_id": None}
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from dsmoe_jax.checkpoint.manifest import read_manifest
 from dsmoe_jax.checkpoint.native import load
 from dsmoe_jax.cli import main
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.convert import Conversion, export_hf, import_hf, load_hf, verify
+from dsmoe_jax.convert import ConversionReport, export_hf, import_hf, load_hf, verify
 from dsmoe_jax.convert.param_mapping import hf_shapes
 from dsmoe_jax.storage.atomic_dir import staging_path
 from dsmoe_jax.storage.direct_io import DirectFile
@@ -50,10 +50,10 @@ WIDE: Final = {"vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 1
 class Way:
     """A direction of conversion with something to convert, and what becomes of it undisturbed."""
 
-    def __init__(self, convert: Callable[..., Conversion], source: Path, options: dict[str, Any], whole: Path):
+    def __init__(self, convert: Callable[..., ConversionReport], source: Path, options: dict[str, Any], whole: Path):
         self.convert, self.source, self.options, self.whole = convert, source, options, whole
 
-    def run(self, out: Path, **more: Any) -> Conversion:
+    def run(self, out: Path, **more: Any) -> ConversionReport:
         return self.convert(self.source, out, **self.options, **more)
 
     def is_whole(self, folder: Path) -> bool:

@@ -18,8 +18,8 @@ from dsmoe_jax.axes import Array
 from dsmoe_jax.checkpoint.manifest import is_native, read_manifest
 from dsmoe_jax.checkpoint.native import collective_errors, gather_to_host, load
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.convert.peft import prepare_base, write_adapter
-from dsmoe_jax.convert.peft_matching import is_untied, make_plan, untied
+from dsmoe_jax.convert.peft import untie_for_adapter, write_adapter
+from dsmoe_jax.convert.peft_matching import make_plan, untied_config, unties_embeddings
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.info import count_parameters
 from dsmoe_jax.kernels.operand import Operand
@@ -31,10 +31,10 @@ from dsmoe_jax.storage.manifest import hash_json
 from dsmoe_jax.storage.paths import expand_user
 from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.text.generation_config import (
-    add_endings,
     eos_token_ids,
+    merge_stop_conditions,
     read_generation_config,
-    with_config_eos,
+    with_default_eos,
 )
 from dsmoe_jax.text.special_ids import check_special_ids
 from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
@@ -127,12 +127,12 @@ def finetuning(config: FinetuneConfig, out: Path) -> Job:
     if config.lora is None:
         model = with_token_ids(model, corpus)
     own = read_generation_config(base)
-    stated = with_config_eos(own, model)
+    stated = with_default_eos(own, model)
     endings = _endings(config, corpus, eos_token_ids(stated))
     if config.lora is None:
         ids = {name: getattr(model, name) for name in ("bos_token_id", "pad_token_id")} | stated
         known = {name: value for name, value in ids.items() if value is not None}
-        generation = add_endings(known, endings) if own or endings else {}
+        generation = merge_stop_conditions(known, endings) if own or endings else {}
         return Job(
             model=model,
             corpus=corpus,
@@ -149,14 +149,14 @@ def finetuning(config: FinetuneConfig, out: Path) -> Job:
         _log.warning("%s", line)  # an adapter is used with the config of its base
     adapter = config.lora
     plan = make_plan(adapter, model)
-    onto = untied(model) if is_untied(plan, model) else model
+    onto = untied_config(model) if unties_embeddings(plan, model) else model
 
     def frozen(mesh: Mesh | None) -> Mapping[str, Operand]:
         if config.quantize is None:
             params = split(load(base, mesh=mesh))[1]
         else:
             params = load_quantized(base, config.quantize, mesh=mesh)[1]
-        return prepare_base(plan, model, params)[1]
+        return untie_for_adapter(plan, model, params)[1]
 
     def fresh(mesh: Mesh | None, frozen: Mapping[str, Operand]) -> Mapping[str, Array]:
         key = jax.random.key(config.seed)

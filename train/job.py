@@ -15,8 +15,14 @@ from dsmoe_jax.checkpoint.native import collective_errors, load, save
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.kernels.operand import Operand
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
-from dsmoe_jax.text.generation_config import temporary_file
-from dsmoe_jax.text.special_ids import SPECIAL_IDS, TokenIds, check_special_ids, with_tokenizer_ids, within_vocabulary
+from dsmoe_jax.text.generation_config import temporary_generation_config
+from dsmoe_jax.text.special_ids import (
+    SPECIAL_IDS,
+    SpecialTokenIds,
+    check_special_ids,
+    drop_ids_outside_vocab,
+    with_tokenizer_ids,
+)
 from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
 from .config import RunConfig
@@ -84,9 +90,9 @@ def with_token_ids(model: ModelConfig, corpus: Corpus) -> ModelConfig:
     """
     tokenizer = None if corpus.tokenizer is None else Tokenizer.from_pretrained(corpus.tokenizer)
     # Token shards alone say where a document ends.
-    known = tokenizer or TokenIds(None, corpus.eos_token_id)
+    known = tokenizer or SpecialTokenIds(None, corpus.eos_token_id)
     own, new = ({name: getattr(one, name) for name in SPECIAL_IDS} for one in (model, with_tokenizer_ids(model, known)))
-    ids = within_vocabulary(new, model.vocab_size)
+    ids = drop_ids_outside_vocab(new, model.vocab_size)
     for change in differences(own, ids):
         _log.info("%s, as in the tokenizer", change)
     model = dataclasses.replace(model, **ids)
@@ -102,7 +108,7 @@ def model_writer(
     files = tokenizer_files(corpus.tokenizer) if corpus.tokenizer is not None else ()
 
     def write(path: Path, params: Mapping[str, Array]) -> None:
-        with temporary_file(generation) as file:
+        with temporary_generation_config(generation) as file:
             save(assemble(model.with_dtype("float32"), dict(params)), path, extra_files=(*files, *file))
 
     return write

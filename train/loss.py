@@ -189,7 +189,7 @@ def device_balance_loss(
 def _shares(
     routed: Routing, counted: Bool[Array, "B T"] | None, by_sequence: bool
 ) -> tuple[Float[Array, "sequences E"], Float[Array, "sequences E"]]:
-    """f and P of every sequence, or of the batch as one."""
+    """F and P of every sequence, or of the batch as one."""
     B, T, E = routed.scores.shape
     A = routed.ids.shape[-1]
     weight = jnp.ones((B, T), jnp.float32) if counted is None else counted.astype(jnp.float32)

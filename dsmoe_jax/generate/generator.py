@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from dsmoe_jax.checkpoint.manifest import is_native
 from dsmoe_jax.checkpoint.native import DTYPES, as_dtype, load
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.convert import load_hf, load_hf_quantized, with_adapter
+from dsmoe_jax.convert import attach_adapter, load_hf, load_hf_quantized
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.generate.answer import Answer, Prefix, TokenLogprob
 from dsmoe_jax.generate.engine import Engine, Stats
@@ -29,10 +29,10 @@ from dsmoe_jax.quantize import load_quantized, quantize_embedding
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.text.generation_config import (
-    add_endings,
     eos_token_ids,
+    merge_stop_conditions,
     read_generation_config,
-    with_config_eos,
+    with_default_eos,
 )
 from dsmoe_jax.text.generation_config import stop_strings as stop_strings_of
 from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
@@ -100,7 +100,7 @@ class Generator:
         self.cache_dtype = self._params["norm.weight"].dtype if cache_dtype is None else _cache_dtype(cache_dtype)
         self.cache_bytes = _room_for_cache() if cache_bytes is None else _at_least(1, "cache_bytes", cache_bytes, 1)
         if eos_token_id is None:
-            eos_token_id = _eos_token_ids(with_config_eos({}, self.config), tokenizer, self.config.vocab_size)
+            eos_token_id = _eos_token_ids(with_default_eos({}, self.config), tokenizer, self.config.vocab_size)
         self.eos_token_ids = frozenset(eos_token_ids({"eos_token_id": eos_token_id}))
         for token in self.eos_token_ids:
             if not 0 <= token < self.config.vocab_size:
@@ -139,14 +139,14 @@ class Generator:
             config, params = read(path, quantize, dtype=dtype, mesh=mesh)
             model = assemble(config, quantize_embedding(params))
         if adapter is not None:
-            model = with_adapter(model, adapter)
+            model = attach_adapter(model, adapter)
         tokenizer = None
         if tokenizer_files(path):
             # Loading the model has verified the files.
             tokenizer = Tokenizer.from_pretrained(path, split_special_tokens=split_special_tokens, verify=False)
-        fields = with_config_eos(read_generation_config(path), model.config)
+        fields = with_default_eos(read_generation_config(path), model.config)
         if adapter is not None:
-            fields = add_endings(fields, read_generation_config(adapter))
+            fields = merge_stop_conditions(fields, read_generation_config(adapter))
         if options.get("eos_token_id") is None:
             options["eos_token_id"] = _eos_token_ids(fields, tokenizer, model.config.vocab_size)
         options.setdefault("stop_strings", stop_strings_of(fields))

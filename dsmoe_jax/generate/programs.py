@@ -27,7 +27,8 @@ class Batch(NamedTuple):
 
 class Chosen(NamedTuple):
     """The newest token of each row, and its log-probabilities if anybody asked. Not part of `Batch`: the host reads it
-    while the next step runs."""
+    while the next step runs.
+    """
 
     token: Int[Array, "R"]
     logprobs: Logprobs | None

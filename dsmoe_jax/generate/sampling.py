@@ -29,7 +29,7 @@ class Sampler(NamedTuple):
 
     @classmethod
     def of(cls, rows: Sequence[tuple[SamplingParams | None, int, int]], vocab_size: int) -> "Sampler | None":
-        """numpy arrays from each row's parameters (None: the row is free), seed and index; None if all are greedy.
+        """Numpy arrays from each row's parameters (None: the row is free), seed and index; None if all are greedy.
 
         The seed stands beside the parameters because theirs may be None.
         """

@@ -87,7 +87,7 @@ def expert_ffn(
     activation: str = "silu",
     backend: str | None = None,
 ) -> Float[Array, "R D"]:
-    """weight · down_e(act(gate_e x) · up_e x) for each row x: the first `group_sizes[0]` rows are expert 0's, …
+    """Weight · down_e(act(gate_e x) · up_e x) for each row x: the first `group_sizes[0]` rows are expert 0's, …
 
     Operands lie as PyTorch keeps them, [out, in]: gate and up [E, F, D], down [E, D, F], each dense, quantised or
     low-rank (`kernels.operand`). Rows beyond the sum of `group_sizes` give zeros; a row's `weights` entry defaults

@@ -15,7 +15,7 @@ _FEW_OF_CODES: Final = 16
 def matmul(
     x: Float[Array, "*tokens i"], weight: Shaped[Array, "o i"], preferred_element_type=None
 ) -> Float[Array, "*tokens o"]:
-    """x Wᵀ; codes of int8 are cast to x's dtype.
+    """X Wᵀ; codes of int8 are cast to x's dtype.
 
     For few tokens on CPU it is computed as (W xᵀ)ᵀ: XLA's matmul wants the large operand on the left and as it lies.
     That is 1.3 to 2.2× as fast for 2 to 32 tokens (jax 0.10.1 and 0.12, 2 cores); for many, turning the result back

@@ -141,7 +141,7 @@ Dot: TypeAlias = Callable[[Array, Array], Array]
 
 
 def dot(x: Float[Array, "R I"], weight: Shaped[Array, "O I"]) -> Float[Array, "R O"]:
-    """x Wᵀ, summed in fp32; codes of int8 are cast to x's dtype."""
+    """X Wᵀ, summed in fp32; codes of int8 are cast to x's dtype."""
     return _dot(x, weight.astype(x.dtype))
 
 
@@ -191,7 +191,7 @@ def linear(x: Float[Array, "*rows I"], operand: Operand, dot: Dot = dot) -> Floa
 
 
 def swiglu(inputs: Inputs, activation: str, dot: Dot = dot) -> Float[Array, "R D"]:
-    """weight · down(act(gate x) · up x), in fp32.
+    """Weight · down(act(gate x) · up x), in fp32.
 
     The factor falls on the hidden row, where it costs least: its gradient then needs no output.
     """

@@ -14,7 +14,7 @@ from dsmoe_jax.text import template_worker
 ROLES: Final = ("system", "user", "assistant")
 
 # DeepSeekMoE-16B-chat, a row a role: what stands before its text and what stands after it.
-DEEPSEEK: Final = """\
+DEEPSEEK_TEMPLATE: Final = """\
 {%- set frame = {
     'system':    ['',            '\n\n'],
     'user':      ['User: ',      '\n\n'],
@@ -89,7 +89,7 @@ def _ignores(
         return False
 
 
-def find_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+def read_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Finds the chat templates of a folder.
 
     Args:
@@ -109,7 +109,7 @@ def find_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     templates |= {path.stem: _read(path) for path in sorted((folder / _MORE).glob("*.jinja"))}
     if (folder / _FILE).is_file():
         templates["default"] = _read(folder / _FILE)
-    return templates or {"default": DEEPSEEK}
+    return templates or {"default": DEEPSEEK_TEMPLATE}
 
 
 def _named(where: str, value: Any) -> dict[str, str]:

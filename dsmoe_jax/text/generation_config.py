@@ -50,12 +50,12 @@ def stop_strings(fields: Mapping[str, Any]) -> tuple[str, ...]:
     return strings
 
 
-def with_config_eos(fields: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+def with_default_eos(fields: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Return `fields` with the model config's `eos_token_id` where they name none."""
     return dict(fields) if eos_token_ids(fields) else {**fields, "eos_token_id": config.eos_token_id}
 
 
-def add_endings(fields: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+def merge_stop_conditions(fields: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     """Return `fields` with the EOS ids and the stop strings of `more` added."""
     added = dict(fields)
     for name, read in (("eos_token_id", eos_token_ids), ("stop_strings", stop_strings)):
@@ -67,7 +67,7 @@ def add_endings(fields: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str,
 
 
 @contextlib.contextmanager
-def temporary_file(fields: Mapping[str, Any]) -> Iterator[tuple[Path, ...]]:
+def temporary_generation_config(fields: Mapping[str, Any]) -> Iterator[tuple[Path, ...]]:
     """A `generation_config.json` with these fields, to be copied within the context; none where there are no fields."""
     if not fields:
         yield ()

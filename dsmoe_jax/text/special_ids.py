@@ -26,7 +26,7 @@ class SpecialTokens(Protocol):
         ...
 
 
-class TokenIds(NamedTuple):
+class SpecialTokenIds(NamedTuple):
     """The ids alone, where there is no tokenizer."""
 
     bos_token_id: int | None
@@ -112,7 +112,7 @@ def with_tokenizer_ids(config: ModelConfig, tokenizer: SpecialTokens) -> ModelCo
     return dataclasses.replace(config, **{name: token for name, token in own.items() if token is not None})
 
 
-def within_vocabulary(fields: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+def drop_ids_outside_vocab(fields: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     """The fields of a config without token ids outside the vocabulary: null, or what is left of a list."""
     kept = dict(fields)
     for name, value in fields.items():
@@ -128,7 +128,7 @@ def within_vocabulary(fields: Mapping[str, Any], vocab_size: int) -> dict[str, A
 
 def exported_ids(fields: Mapping[str, Any], tokenizer: SpecialTokens | None, vocab_size: int) -> dict[str, Any]:
     """The fields of a config without ids outside the vocabulary; BOS and EOS are the tokenizer's where none is left."""
-    kept = within_vocabulary(fields, vocab_size)
+    kept = drop_ids_outside_vocab(fields, vocab_size)
     for name in ("bos_token_id", "eos_token_id"):
         token = getattr(tokenizer, name, None)
         if kept.get(name) is None and token is not None and token < vocab_size:

@@ -97,7 +97,7 @@ class Tokenizer:
                 settings = read_settings(folder)
                 if settings.flag("clean_up_tokenization_spaces", False):
                     _log.info("%s: ignored clean_up_tokenization_spaces, as transformers 5 does", folder)
-                templates = chat_template.find_templates(folder, settings.config)
+                templates = chat_template.read_chat_templates(folder, settings.config)
                 if split_special_tokens is None:
                     split_special_tokens = settings.flag("split_special_tokens", False)
                 opened = backend(folder / name, settings)
