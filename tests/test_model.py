@@ -404,7 +404,7 @@ def test_malformed_token_ids_are_rejected(token_ids: Any, message: str):
 def test_masks_and_positions_of_another_shape_are_rejected():
     other = np.ones((2, 11), int)
 
-    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 11\), token_ids \(2, 12\)"):
+    with pytest.raises(ValueError, match=r"attention_mask must have the shape of token_ids, \(2, 12\), got \(2, 11\)"):
         base()(IDS, other)
-    with pytest.raises(ValueError, match=r"position_ids has shape \(2, 11\), token_ids \(2, 12\)"):
+    with pytest.raises(ValueError, match=r"position_ids must have the shape of token_ids, \(2, 12\), got \(2, 11\)"):
         base()(IDS, None, other)

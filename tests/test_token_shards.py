@@ -235,7 +235,7 @@ def test_disk_space_for_the_rest_is_checked_early(
 ):
     (tmp_path / "a.txt").write_bytes(b"x" * 1000)
     sources = [tmp_path / "a.txt"] * 4  # 1,002 tokens of two bytes each, and a boundary of eight
-    free = iter([10**9, *(3 * 2012 - step * 2012 - short for step in range(4))])  # new_folder asks first
+    free = iter([10**9, *(3 * 2012 - step * 2012 - short for step in range(4))])  # atomic_dir asks first
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=next(free)))
     before = snapshot(tmp_path)
 
