@@ -1,6 +1,6 @@
 """DeepSeekMoE in JAX: convert PyTorch checkpoints, generate text, pretrain and fine-tune.
 
-The public face; names are imported when they are first asked for, so that `import dsmoe_jax` costs nothing.
+The public API. Names are imported on first access, so `import dsmoe_jax` is fast.
 """
 
 import importlib
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
+_MODULES = {
     "ModelConfig": "config",
     "DeepSeekMoE": "model",
     "MeshConfig": "sharding",
@@ -42,10 +42,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'dsmoe_jax' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"dsmoe_jax.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"dsmoe_jax.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_MODULES])

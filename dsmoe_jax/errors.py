@@ -1,8 +1,8 @@
-"""The one exception that means: the user's input is wrong, and the message says how."""
+"""The exception for invalid input: `DSMoEError`."""
 
 
 class DSMoEError(ValueError):
-    """A user's mistake, in one line that names the thing, its value and what is allowed.
+    """Invalid input of the user; the message is one line that names the argument, the value and what is allowed.
 
-    The command line prints it and exits with code 2; every other exception but `OSError` is a bug.
+    The command line prints it and exits with code 2. Any other exception except `OSError` is a bug.
     """

@@ -1,36 +1,37 @@
-"""How far a long job is: in bytes, bytes a second and time left, where a person watches.
+"""Progress of long operations, shown on a terminal, and temporary log levels.
 
-A function that takes long takes a `Meter`; `silent` shows nothing, `bar` is what the command line passes.
+A long-running function takes a `Meter`: `silent` (the default) or `bar`, which the command line passes.
 """
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-Advance = Callable[[int], object]  # that many bytes more are done
+Advance = Callable[[int], object]  # receives the bytes done since the last call
 
 
 class Meter(Protocol):
-    """Opens a job of `total` bytes; what it yields is told of each step."""
+    """Context manager factory for an operation of `total` bytes; yields an `Advance`."""
 
     def __call__(self, what: str, total: int) -> AbstractContextManager[Advance]: ...  # noqa: D102
 
 
 @contextlib.contextmanager
 def silent(what: str, total: int) -> Iterator[Advance]:
-    """Shows nothing."""
+    """Show nothing."""
     yield lambda step: None
 
 
 def bar(what: str, total: int) -> AbstractContextManager[Advance]:
-    """A bar on stderr with bytes, bytes a second and time left; nothing where that is no terminal."""
+    """Show bytes, bytes/s and time left on stderr if it is a terminal."""
     return _bar(what, total, "DownloadColumn", "TransferSpeedColumn")
 
 
 def count(what: str, total: int) -> AbstractContextManager[Advance]:
-    """The same for things that are counted: how many of how many, and time left."""
+    """Show n of `total` and time left on stderr if it is a terminal."""
     return _bar(what, total, "MofNCompleteColumn")
 
 
@@ -47,3 +48,15 @@ def _bar(what: str, total: int, *columns: str) -> Iterator[Advance]:
     with shown:
         task = shown.add_task(what, total=total)
         yield lambda step: shown.advance(task, step)
+
+
+@contextlib.contextmanager
+def log_level(logger: str, level: int) -> Iterator[None]:
+    """Set the level of a logger within the context."""
+    log = logging.getLogger(logger)
+    before = log.level
+    log.setLevel(level)
+    try:
+        yield
+    finally:
+        log.setLevel(before)

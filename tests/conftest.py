@@ -7,6 +7,8 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before jax starts. The suite compiles thousands of small programs and runs each once or twice, so on CPU it does
 # without LLVM optimization (a third of its time) and, where jaxlib has both, without XLA's newer emitters (three
@@ -25,6 +27,9 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import jaxtyping
 import pytest
+
+if TYPE_CHECKING:
+    from dsmoe_jax.text.tokenizer import Tokenizer
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -64,3 +69,18 @@ def on_one_device(
 
     monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     monkeypatch.setattr(loop, "_CACHE", str(tmp_path_factory.getbasetemp() / "compiled"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of bytes, shared: copy it before changing it."""
+    from tests.helpers.corpus import byte_tokenizer
+
+    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer") / "bytes")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder: Path) -> "Tokenizer":
+    from dsmoe_jax.text.tokenizer import Tokenizer
+
+    return Tokenizer.from_pretrained(tokenizer_folder)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 # What depends on the clock, the machine, or how often the run was started.
-_NOT_COMPARED: Final = ("seconds", "tokens_per_second", "data_wait", "mfu", "memory", "resumed_from", "run", "/load")
+_NOT_COMPARED: Final = ("seconds", "per_second", "data_loading", "mfu", "memory", "resumed_from", "run", "/expert_load")
 
 
 class Job(NamedTuple):
@@ -43,13 +43,13 @@ def pretrain(home: Path, out: Path) -> None:
 
     run(
         RunConfig(
-            out=str(out / "run"),
+            output_dir=str(out / "run"),
             model=str(home / "model.json"),
             steps=24,
             data=DataConfig(
                 sources=(str(home / "shards"),), tokenizer=str(home / "tokenizer"), sequence_length=24, batch_size=4
             ),
-            checkpoints=CheckpointConfig(every=3, keep_last=2),
+            checkpoint=CheckpointConfig(interval=3, max_to_keep=2),
             eval_interval=4,
             eval_batches=2,
             trackers=("jsonl",),
@@ -66,13 +66,13 @@ def finetune(home: Path, out: Path) -> None:
 
     run(
         FinetuneConfig(
-            out=str(out / "run"),
+            output_dir=str(out / "run"),
             init_from=str(home / "base"),
             steps=20,
             data=ExamplesConfig(
                 files=(str(home / "examples.jsonl"),), sequence_length=64, batch_size=4, val_fraction=0.1
             ),
-            checkpoints=CheckpointConfig(every=3, keep_last=2),
+            checkpoint=CheckpointConfig(interval=3, max_to_keep=2),
             eval_interval=2,
             eval_batches=2,
             trackers=("jsonl",),

@@ -35,7 +35,7 @@ def row(case: str) -> str:
     ids = expected["generation"]
     prompts = [want[f"in.gen.prompt{i}"][0] for i in range(3)]
     answers = Generator(model)(prompts, max_new_tokens=len(ids["prompt0"]), ignore_eos=True)
-    right = sum(answer.tokens == theirs for answer, theirs in zip(answers, ids["leftpad_batch"], strict=True))
+    right = sum(answer.token_ids == theirs for answer, theirs in zip(answers, ids["leftpad_batch"], strict=True))
     bf16 = np.asarray(golden.model(case, "bfloat16")(want["in.input_ids"]).logits)
     rms = np.sqrt(np.mean((bf16 - want["logits"]) ** 2))
     agree = np.mean(bf16.argmax(-1) == want["logits"].argmax(-1))

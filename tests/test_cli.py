@@ -1,6 +1,6 @@
-"""The command `dsmoe`, in this process where possible; and what importing and compiling cost.
+"""The command `dsmoe`: verbs, errors, environment, and the cost of imports and compilation.
 
-Start at `test_the_demo_runs_and_keeps_its_checkpoints`.
+Start at `test_demo_keeps_its_checkpoints`.
 """
 
 import os
@@ -18,15 +18,17 @@ import pytest
 
 import dsmoe_jax
 from dsmoe_jax.checkpoint.manifest import is_native
-from dsmoe_jax.cli.commands import VERBS, main
+from dsmoe_jax.cli.commands import VERBS
+from dsmoe_jax.cli.flags import ARGUMENTS
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import import_hf
 from dsmoe_jax.generate import Chat, Generator
 from dsmoe_jax.info import describe
 from dsmoe_jax.model import _forward, abstract, split
+from tests.helpers.command import run
 from tests.helpers.hf_folder import make_tokenizer, random_params, snapshot, tiny, write_hf
 
-HELP_SECONDS = 0.7  # the best of three
+HELP_SECONDS = 0.5  # the best of three
 COMPILE_SECONDS = 60  # of processor time, whatever else the machine does; the 16B's forward takes about 20
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -47,18 +49,10 @@ def native(hf: Path) -> Path:
     return hf.parent / "native"
 
 
-def run(*arguments: Any) -> int:
-    """The exit code, argparse's own exit included."""
-    try:
-        return main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-
-
 # The verbs
 
 
-def test_info_prints_the_page_of_a_preset_and_of_a_folder(capsys: pytest.CaptureFixture, hf: Path, native: Path):
+def test_info_describes_presets_and_folders(capsys: pytest.CaptureFixture, hf: Path, native: Path):
     codes = [run("info", "deepseek_moe_16b"), run("info", hf), run("info", native), run("info", hf / "config.json")]
 
     out, err = capsys.readouterr()
@@ -68,9 +62,7 @@ def test_info_prints_the_page_of_a_preset_and_of_a_folder(capsys: pytest.Capture
     assert err == ""
 
 
-def test_convert_writes_a_native_checkpoint_and_says_what_comes_next(
-    tmp_path: Path, capsys: pytest.CaptureFixture, hf: Path
-):
+def test_convert_writes_a_native_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture, hf: Path):
     out = tmp_path / "new" / "out"
 
     code = run("convert", hf, out, "--dtype", "bfloat16")
@@ -82,9 +74,7 @@ def test_convert_writes_a_native_checkpoint_and_says_what_comes_next(
     assert f"dsmoe generate {out}" in capsys.readouterr().out
 
 
-def test_generate_prints_the_prompt_and_what_the_generator_answers(
-    capsys: pytest.CaptureFixture, hf: Path, native: Path
-):
+def test_generate_prints_prompt_and_completion(capsys: pytest.CaptureFixture, hf: Path, native: Path):
     options = ("--prompt", "def main(", "--max-new-tokens", "8")
     answer = Generator.from_pretrained(native)(["def main("], max_new_tokens=8)[0].text
 
@@ -95,7 +85,7 @@ def test_generate_prints_the_prompt_and_what_the_generator_answers(
     assert capsys.readouterr().out == 2 * f"def main({answer}\n"
 
 
-def test_generate_repeats_itself_for_a_seed_and_not_for_another(capsys: pytest.CaptureFixture, native: Path):
+def test_seed_determines_the_output(capsys: pytest.CaptureFixture, native: Path):
     def text(seed: int) -> str:
         options = ("--temperature", "1", "--top-k", "200", "--top-p", "0.99", "--max-new-tokens", "8")
         assert run("generate", native, "--prompt", "def main(", *options, "--seed", seed) == 0
@@ -108,7 +98,7 @@ def test_generate_repeats_itself_for_a_seed_and_not_for_another(capsys: pytest.C
 
 
 @pytest.mark.parametrize(("stop", "code"), [(iter(["/quit"]), 0), (KeyboardInterrupt(), 130)], ids=["quit", "Ctrl-C"])
-def test_chat_ends_at_a_word(monkeypatch: pytest.MonkeyPatch, native: Path, stop: Any, code: int):
+def test_chat_ends_on_quit_and_ctrl_c(monkeypatch: pytest.MonkeyPatch, native: Path, stop: Any, code: int):
     def ask(prompt: str) -> str:
         if isinstance(stop, BaseException):
             raise stop
@@ -122,7 +112,7 @@ def test_chat_ends_at_a_word(monkeypatch: pytest.MonkeyPatch, native: Path, stop
     assert got == code
 
 
-def test_the_demo_learns_travels_and_keeps_its_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_demo_keeps_its_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture):
     code = run("demo", "--out", tmp_path / "demo", "--steps", 3)
 
     out, _ = capsys.readouterr()
@@ -135,7 +125,7 @@ def test_the_demo_learns_travels_and_keeps_its_checkpoints(tmp_path: Path, capsy
     assert ModelConfig.from_file(tmp_path / "demo" / "hf") == ModelConfig.preset("tiny").with_dtype("float32")
 
 
-def test_every_verb_explains_itself(capsys: pytest.CaptureFixture):
+def test_every_verb_has_help(capsys: pytest.CaptureFixture):
     codes = [run("--help"), run("--version"), *(run(verb, "--help") for verb in VERBS)]
 
     out, err = capsys.readouterr()
@@ -145,7 +135,7 @@ def test_every_verb_explains_itself(capsys: pytest.CaptureFixture):
     assert f"dsmoe {dsmoe_jax.__version__}" in out
 
 
-# A user's mistakes
+# Invalid input
 
 
 def broken_config(folder: Path) -> Path:
@@ -164,7 +154,7 @@ def damaged(folder: Path) -> Path:
 
 GENERATE = ("generate", "{native}", "--prompt", "def")
 
-# what is typed | what the one line must say
+# arguments | error
 MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "no verb": ((), "VERB"),
     "unknown verb": (("explain",), "explain"),
@@ -176,9 +166,9 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "no such path to convert": (("convert", "{tmp}/absent", "{tmp}/out"), "absent"),
     "a folder of nothing": (("generate", "{tmp}", "--prompt", "def"), "config.json"),
     "a prompt too long": ((*GENERATE, "--context-length", "8"), "context_length"),
-    "no context": ((*GENERATE, "--context-length", "1"), "context_length must be at least 2, not 1"),
+    "no context": ((*GENERATE, "--context-length", "1"), "context_length must be an int of at least 2, got 1"),
     "empty prompt": (("generate", "{native}", "--prompt", ""), "prompt is empty"),
-    "negative temperature": ((*GENERATE, "--temperature", "-1"), "temperature must be in [0, 1000], not -1.0"),
+    "negative temperature": ((*GENERATE, "--temperature", "-1"), "temperature must be in [0, 1000], got -1.0"),
     "temperature that is no number": ((*GENERATE, "--temperature", "nan"), "temperature"),
     "top-p 1.5": ((*GENERATE, "--top-p", "1.5"), "top_p"),
     "top-k -2": ((*GENERATE, "--top-k", "-2"), "top_k"),
@@ -197,7 +187,7 @@ MAKE: dict[str, Callable[[Path], Path]] = {"{broken}": broken_config, "{damaged}
 
 
 @pytest.mark.parametrize(("typed", "named"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_gets_one_line_and_exit_code_2(
+def test_invalid_input_is_one_line_and_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture, hf: Path, native: Path, typed: tuple[str, ...], named: str
 ):
     made = {word: str(MAKE[word](tmp_path / word.strip("{}"))) for word in typed if word in MAKE}
@@ -233,7 +223,7 @@ EMPTY_PATHS: dict[str, tuple[str, ...]] = {
     "adapter":      ("merge", "x", "{}", "out"),
     "model":        ("info", "{}"),
     "recipe":       ("pretrain", "{}"),
-    "config.out":   ("pretrain", "tiny", "--out", "{}"),
+    "output_dir":   ("pretrain", "tiny", "--output-dir", "{}"),
     "init_from":    ("pretrain", "tiny", "--init-from", "{}"),
     "config":       ("pretrain", "tiny", "--model", "{}"),
     "data.sources": ("pretrain", "tiny", "--data.sources", "{}"),
@@ -245,7 +235,7 @@ EMPTY_PATHS: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize(("named", "typed"), EMPTY_PATHS.items(), ids=EMPTY_PATHS)
-def test_an_empty_path_is_refused_by_name(
+def test_empty_path_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, named: str, typed: tuple[str, ...]
 ):
     monkeypatch.chdir(tmp_path)
@@ -259,7 +249,7 @@ def test_an_empty_path_is_refused_by_name(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_empty_path_is_refused_by_functions_too(tmp_path: Path):
+def test_functions_refuse_an_empty_path(tmp_path: Path):
     from dsmoe_jax.convert import export_hf, load_hf, merge_to, verify
     from dsmoe_jax.train.sft import Examples
 
@@ -283,7 +273,7 @@ def test_an_empty_path_is_refused_by_functions_too(tmp_path: Path):
             call("")
 
 
-def test_a_mistake_leaves_no_traceback_on_a_terminal(tmp_path: Path):
+def test_invalid_input_shows_no_traceback(tmp_path: Path):
     command = [sys.executable, "-m", "dsmoe_jax", "generate", str(damaged(tmp_path)), "--prompt", "def"]
 
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
@@ -294,7 +284,7 @@ def test_a_mistake_leaves_no_traceback_on_a_terminal(tmp_path: Path):
     assert ": damaged: " in done.stderr
 
 
-def test_a_reader_that_leaves_early_is_no_error():
+def test_closed_pipe_is_no_error():
     command = f"'{sys.executable}' -m dsmoe_jax info tiny | true; exit ${{PIPESTATUS[0]}}"
 
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=REPOSITORY, check=False)
@@ -302,10 +292,10 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-# What it costs
+# Cost
 
 
-def test_help_answers_at_once():
+def test_help_is_fast():
     command = [sys.executable, "-m", "dsmoe_jax", "--help"]
     seconds = []
     for _ in range(3):
@@ -327,7 +317,7 @@ def test_help_answers_at_once():
         "import dsmoe_jax; dir(dsmoe_jax)",
     ],
 )
-def test_what_needs_no_jax_imports_none(code: str):
+def test_lightweight_imports_do_not_import_jax(code: str):
     code = f"import sys; {code}; assert not {{'jax', 'flax', 'orbax'}} & set(sys.modules)"
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False)
@@ -336,7 +326,7 @@ def test_what_needs_no_jax_imports_none(code: str):
     assert done.returncode == 0
 
 
-def test_every_public_name_resolves_and_is_listed():
+def test_public_names_resolve_and_are_listed():
     values = [getattr(dsmoe_jax, name) for name in dsmoe_jax.__all__]
 
     assert all(callable(value) for value in values)
@@ -344,12 +334,12 @@ def test_every_public_name_resolves_and_is_listed():
     assert dsmoe_jax.__all__ == sorted(dsmoe_jax.__all__)
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'DeepSeekMoe'"):
         dsmoe_jax.DeepSeekMoe  # noqa: B018
 
 
-def test_the_16bs_forward_compiles_in_a_minute():
+def test_forward_of_the_16b_compiles_in_a_minute():
     graph, specs = abstract(ModelConfig.preset("deepseek_moe_16b"))
     params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16) for name, spec in specs.items()}
     ids = jax.ShapeDtypeStruct((1, 16), jnp.int32)
@@ -362,7 +352,7 @@ def test_the_16bs_forward_compiles_in_a_minute():
     assert memory.argument_size_in_bytes >= 32_751_456_256
 
 
-# Its surroundings
+# Environment
 
 
 def shell(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -386,7 +376,7 @@ def shell(script: str, folder: Path, **environment: str) -> subprocess.Completed
         ("dsmoe info $'\\xff'", 2),
     ],
 )
-def test_no_surroundings_end_in_a_traceback(tmp_path: Path, script: str, code: int):
+def test_no_environment_causes_a_traceback(tmp_path: Path, script: str, code: int):
     done = shell(script, tmp_path)
 
     assert done.returncode == code, done.stderr
@@ -394,7 +384,7 @@ def test_no_surroundings_end_in_a_traceback(tmp_path: Path, script: str, code: i
     assert done.stderr.count("\n") <= 1
 
 
-def test_a_file_does_not_get_the_place_of_a_closed_stream(tmp_path: Path):
+def test_new_file_does_not_reuse_a_closed_stream(tmp_path: Path):
     script = (
         f'"{sys.executable}" -c "import sys; from dsmoe_jax.cli.streams import *; open_standard_streams(); '
         "file = open('data', 'w'); print('lost'); print('lost', file=sys.stderr); file.write('kept'); "
@@ -408,7 +398,7 @@ def test_a_file_does_not_get_the_place_of_a_closed_stream(tmp_path: Path):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
-def test_what_a_terminal_cannot_show_is_escaped(tmp_path: Path, encoding: str):
+def test_unencodable_characters_are_escaped(tmp_path: Path, encoding: str):
     script = f'"{sys.executable}" -c "from dsmoe_jax.cli.streams import *; open_standard_streams(); print(chr(0x6f22))"'
 
     done = shell(script, tmp_path, PYTHONIOENCODING=encoding)
@@ -416,7 +406,7 @@ def test_what_a_terminal_cannot_show_is_escaped(tmp_path: Path, encoding: str):
     assert (done.returncode, done.stdout, done.stderr) == (0, "\\u6f22\n", "")
 
 
-def test_a_job_goes_on_when_its_reader_leaves(tmp_path: Path):
+def test_status_lines_survive_a_closed_pipe(tmp_path: Path):
     script = (
         f'"{sys.executable}" -c "from dsmoe_jax.cli.streams import print_status as say; '
         "[say('line') for _ in range(20000)]; open('done', 'w')\" | head -n1"
@@ -443,7 +433,7 @@ def press() -> None:
 
 
 def import_slowly() -> None:
-    """A module that is interrupted, and fails if it is told so."""
+    """Import a module that is interrupted."""
     exec("import slowly_imported")
 
 
@@ -453,13 +443,13 @@ class Pressed:
 
 
 @pytest.mark.parametrize("where", [press, import_slowly, Pressed], ids=["a call", "an import", "a finalizer"])
-def test_an_interrupt_ends_a_verb_in_silence(
+def test_interrupt_ends_a_verb_silently(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, where: Callable[[], None]
 ):
     source = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.2)\nDONE = True\n"
     (tmp_path / "slowly_imported.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(VERBS, "info", (interrupt(where), *VERBS["info"][1:]))
+    monkeypatch.setitem(VERBS, "info", (interrupt(where), VERBS["info"][1]))
     monkeypatch.setattr(signal, "default_int_handler", signal.getsignal(signal.SIGINT))
 
     assert run("info", "tiny") == 130
@@ -467,16 +457,52 @@ def test_an_interrupt_ends_a_verb_in_silence(
     assert where is not import_slowly or sys.modules.pop("slowly_imported").DONE
 
 
-def test_a_broken_pipe_that_is_not_stdout_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_broken_pipe_other_than_stdout_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     def broken(_: Any) -> None:
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setitem(VERBS, "info", (broken, *VERBS["info"][1:]))
+    monkeypatch.setitem(VERBS, "info", (broken, VERBS["info"][1]))
 
     assert run("info", "tiny") == 2
     assert capsys.readouterr().err == "dsmoe info: [Errno 32] Broken pipe\n"
 
 
-def test_an_argument_that_is_not_utf8_is_refused(capsys: pytest.CaptureFixture):
+@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), AssertionError("a bug")], ids=repr)
+def test_internal_error_shows_a_traceback_and_exits_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception
+):
+    def fail(_: Any) -> None:
+        raise error
+
+    monkeypatch.setitem(VERBS, "info", (fail, VERBS["info"][1]))
+
+    assert run("info", "tiny") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback (most recent call last):")
+    assert err.endswith("dsmoe info: internal error, please report it with the traceback above\n")
+
+
+@pytest.mark.parametrize("typed", [("--debug", "info", "nothing"), ("info", "nothing", "--debug")], ids=" ".join)
+def test_debug_shows_the_traceback_of_invalid_input(capsys: pytest.CaptureFixture, typed: tuple[str, ...]):
+    assert run(*typed) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback (most recent call last):")
+    assert err.splitlines()[-1].startswith("dsmoe info: ")
+
+
+def test_every_flag_has_a_help_text():
+    assert VERBS.keys() == ARGUMENTS.keys()
+    for arguments in ARGUMENTS.values():
+        assert all(options["help"] for _, options in arguments)
+
+
+def test_platform_without_a_device_is_refused(tmp_path: Path, native: Path):
+    done = shell(f"dsmoe generate {native} --prompt a", tmp_path, JAX_PLATFORMS="no_such_platform")
+
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("dsmoe generate: JAX has no device: ")
+
+
+def test_argument_that_is_not_utf8_is_refused(capsys: pytest.CaptureFixture):
     assert run("convert", "a\udcff", "b") == 2
     assert capsys.readouterr().err == "dsmoe: argument 'a\\udcff' is not UTF-8\n"

@@ -109,14 +109,14 @@ def test_the_cache_is_written_in_place(place: Any):
 
 
 def test_the_plan_is_what_the_compiler_says_within_5_percent(place: Any):
-    plan = MemoryPlan.of(CONFIG, rows=1, slots=SLOTS, dtype=jnp.bfloat16, prefill_chunk=512)
+    plan = MemoryPlan.of(CONFIG, batch_size=1, max_length=SLOTS, dtype=jnp.bfloat16, prefill_chunk=512)
     cache = there(place, jax.eval_shape(lambda: empty(CONFIG, 1, SLOTS, jnp.bfloat16)))
     ids, count = there(place, [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 512), (1,))])
 
     read = compiled(extend, abstract(CONFIG)[0], there(place, params(None)), cache, ids, count)
 
     for program, want in (
-        (read, plan.weights + plan.piece + plan.work),
+        (read, plan.weights + plan.prompt_cache + plan.activations),
         (decode_step(place, 1), plan.weights + plan.cache),
     ):
         memory = program.memory_analysis()

@@ -316,7 +316,7 @@ def test_default_ids_are_within_the_vocabulary(fields: dict, ids: tuple):
     ("text", "reason"),
     [
         ("", "is not JSON"),
-        ("[1]", "holds a list"),
+        ("[1]", "must be a JSON object, got list"),
         ('{"hidden_size": 64, "hidden_size": 32}', "twice"),
         ('{"hidden_size": NaN}', "hidden_size"),
         ('{"rope_theta": 1e400}', "has 1e400, too large for a float, for 'rope_theta'"),

@@ -1,7 +1,8 @@
-"""What a run makes of its sources before the first step."""
+"""What a run makes of its sources before the first step, and data of version 0.1."""
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,45 +12,88 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.text.train_tokenizer import train_tokenizer
 from dsmoe_jax.train.config import DataConfig, RunConfig
 from dsmoe_jax.train.corpus import prepare
-from dsmoe_jax.train.data import is_held_out
-from dsmoe_jax.train.sft import write_examples
+from dsmoe_jax.train.data import TokenShards, is_validation
+from dsmoe_jax.train.sft import Examples, write_examples
 from tests.helpers.corpus import write_texts
 from tests.helpers.hf_folder import snapshot, tiny
 
+OLD = Path(__file__).parent / "data" / "v0_1"
 VOCABULARY = 300
-HOLDOUT = 0.3
+VAL_FRACTION = 0.3
 
 
 def prepared(out: Path, model: ModelConfig, *sources: Path) -> dict[str, Any]:
     """The files of the tokenizer that is trained where none is known."""
-    data = DataConfig(sources=tuple(map(str, sources)), val_fraction=HOLDOUT, sequence_length=16)
+    data = DataConfig(sources=tuple(map(str, sources)), val_fraction=VAL_FRACTION, sequence_length=16)
 
-    corpus = prepare(RunConfig(out=str(out), data=data), model, out)
+    corpus = prepare(RunConfig(output_dir=str(out), data=data), model, out)
 
     assert corpus.tokenizer is not None
     return snapshot(corpus.tokenizer)
 
 
-def test_a_vocabulary_is_trained_on_nothing_that_is_held_out(tmp_path: Path):
+def test_tokenizer_is_trained_on_the_training_split(tmp_path: Path):
     rng = random.Random(0)
     texts = [" ".join("".join(rng.choices("abcd", k=5)) for _ in range(40)) for _ in range(40)]
-    seen = [text for text in texts if not is_held_out(text.encode(), HOLDOUT)]
-    assert 5 < len(seen) < len(texts) - 5
+    training = [text for text in texts if not is_validation(text.encode(), VAL_FRACTION)]
+    assert 5 < len(training) < len(texts) - 5
     first = write_texts(tmp_path / "first.jsonl", texts[:25])
     second = write_texts(tmp_path / "second.jsonl", texts[25:])
 
     found = prepared(tmp_path / "out", tiny(vocab_size=VOCABULARY), first, second)
 
-    train_tokenizer(seen, tmp_path / "wanted", VOCABULARY)
+    train_tokenizer(training, tmp_path / "expected", VOCABULARY)
     train_tokenizer(texts, tmp_path / "other", VOCABULARY)
-    assert found == snapshot(tmp_path / "wanted") != snapshot(tmp_path / "other")
+    assert found == snapshot(tmp_path / "expected") != snapshot(tmp_path / "other")
     assert found == prepared(tmp_path / "again", tiny(vocab_size=VOCABULARY), first, second)
 
 
-def test_examples_to_fine_tune_on_are_no_texts(tmp_path: Path):
+def test_examples_are_refused_for_pretraining(tmp_path: Path):
     train_tokenizer(["ab"] * 9, tmp_path / "tokenizer", VOCABULARY)
     (tmp_path / "some.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
     write_examples(tmp_path / "some.jsonl", tmp_path / "tokenizer", tmp_path / "examples", sequence_length=8)
 
     with pytest.raises(ValueError, match=r"examples: holds examples for `dsmoe finetune`"):
         prepared(tmp_path / "out", tiny(vocab_size=VOCABULARY), tmp_path / "examples")
+
+
+def recorded(checkpoint: Path) -> tuple[str, str]:
+    """The digests of the training and the validation split in a checkpoint of version 0.1."""
+    facts = json.loads((checkpoint / "manifest.json").read_text())["facts"]
+    return facts["stream"]["datasets"][0], facts["inputs"]["heldout"][0]
+
+
+def test_shards_of_version_0_1_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shutil.copytree(OLD, tmp_path / "old")
+    monkeypatch.chdir(tmp_path / "old")
+    data = DataConfig(sources=("texts.jsonl",), val_fraction=0.2, sequence_length=32, batch_size=2)
+    before = snapshot(Path("run/data"))
+
+    corpus = prepare(RunConfig(out="run", data=data), tiny(vocab_size=VOCABULARY), Path("run"), resuming=True)
+
+    digests = corpus.identity["datasets"][0], corpus.inputs["validation"][0]
+    assert digests == recorded(Path("run/checkpoints/step-00000002"))
+    assert {name: data for name, data in snapshot(Path("run/data")).items() if ".verified" not in name} == before
+
+
+def test_examples_of_version_0_1_are_read_and_made_again_equal(tmp_path: Path):
+    shutil.copytree(OLD / "finetune" / "examples", tmp_path / "old")
+    (folder,) = (tmp_path / "old").iterdir()
+    options: dict[str, Any] = {"sequence_length": 64, "val_fraction": 0.1}
+    write_examples(OLD / "examples.jsonl", OLD / "run" / "model", tmp_path / "new", **options)
+
+    old, new = (
+        [Examples.open(home, split) for split in ("train", "validation")] for home in (folder, tmp_path / "new")
+    )
+
+    digests = tuple(examples.digest for examples in old)
+    assert digests == recorded(OLD / "finetune" / "checkpoints" / "step-00000002")
+    assert digests == tuple(examples.digest for examples in new)
+    assert old[0].example(3).loss_mask.tolist() == new[0].example(3).loss_mask.tolist()
+    (folder / "examples.json").write_text((folder / "examples.json").read_text().replace('"all"', '"oll"'))
+    with pytest.raises(ValueError, match=r"damaged: 'examples.json' does not match its SHA-256"):
+        Examples.open(folder)
+    (folder / "examples.json").unlink()
+    (folder / "train-00000.tokens").unlink()
+    with pytest.raises(ValueError, match=r"damaged: 'train-00000.tokens' is missing"):
+        TokenShards.open(folder)

@@ -1,6 +1,6 @@
-"""The stream of batches: a pure function of (seed, step, row), whoever reads it and from wherever.
+"""The training stream, a pure function of (seed, step, sequence), and validation batches.
 
-Start at `test_the_stream_is_the_same_however_it_is_read`.
+Start at `test_stream_does_not_depend_on_processes_or_prefetch`.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import pytest
 
 from dsmoe_jax.text.tokenizer import Tokenizer
 from dsmoe_jax.train.batch import Batch
-from dsmoe_jax.train.data import Mixture, Stream, TokenShards, evaluation_batches, loader, tokenize
+from dsmoe_jax.train.data import Mixture, Stream, TokenShards, loader, tokenize, validation_batches
 from tests.helpers.corpus import byte_tokenizer, hand_made_shards, write_texts
 
 B, T = 8, 16
@@ -23,7 +23,7 @@ B, T = 8, 16
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> list[TokenShards]:
-    """Two datasets without a common token; an epoch of the second is 15 rows."""
+    """Two datasets without a common token; an epoch of the second is 15 sequences."""
     folder = tmp_path_factory.mktemp("datasets")
     first = hand_made_shards(folder / "first", np.random.default_rng(0).integers(1, 60, 200).tolist(), shards=3)
     return [first, hand_made_shards(folder / "second", [3, 50, 7, 90, 90], first_id=100_000)]
@@ -59,7 +59,7 @@ def whole(datasets: list[TokenShards]) -> list[list]:
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
-def test_the_stream_is_the_same_however_it_is_read(
+def test_stream_does_not_depend_on_processes_or_prefetch(
     datasets: list[TokenShards], whole: list[list], processes: int, prefetch: int
 ):
     parts = [
@@ -71,9 +71,7 @@ def test_the_stream_is_the_same_however_it_is_read(
 
 
 @pytest.mark.parametrize("start", [0, 1, 7, 29, 39])
-def test_a_restart_at_any_step_goes_on_as_if_nothing_had_been(
-    datasets: list[TokenShards], whole: list[list], start: int
-):
+def test_restart_at_any_step_continues_the_stream(datasets: list[TokenShards], whole: list[list], start: int):
     parts = [
         read(loader(stream_of(datasets), start_step=start, process_index=h, process_count=2), 40 - start)
         for h in (0, 1)
@@ -82,7 +80,7 @@ def test_a_restart_at_any_step_goes_on_as_if_nothing_had_been(
     assert joined(parts) == whole[start:]
 
 
-def test_a_restart_on_another_number_of_processes_goes_on_too(datasets: list[TokenShards], whole: list[list]):
+def test_restart_with_other_process_count_continues_the_stream(datasets: list[TokenShards], whole: list[list]):
     stream = stream_of(datasets)
 
     found = [
@@ -99,15 +97,15 @@ def test_a_restart_on_another_number_of_processes_goes_on_too(datasets: list[Tok
     assert found == whole
 
 
-def test_any_rows_of_any_batch_may_be_asked_for(datasets: list[TokenShards], whole: list[list]):
+def test_any_slice_of_any_batch_can_be_read(datasets: list[TokenShards], whole: list[list]):
     stream = stream_of(datasets)
-    for step, rows in ((39, slice(2, 5)), (0, slice(None)), (12, slice(7, None)), (12, slice(0, 8, 3)), (3, None)):
-        found = [field.tolist() for field in stream.batch(step, rows)]
+    for step, sequences in ((39, slice(2, 5)), (0, slice(None)), (12, slice(7, None)), (12, slice(0, 8, 3)), (3, None)):
+        found = [field.tolist() for field in stream.batch(step, sequences)]
 
-        assert found == [field[rows or slice(None)] for field in whole[step]]
+        assert found == [field[sequences or slice(None)] for field in whole[step]]
 
 
-def test_a_batch_is_four_arrays_of_int32(datasets: list[TokenShards]):
+def test_batch_is_four_int32_arrays(datasets: list[TokenShards]):
     for batch in (stream_of(datasets).batch(0), next(loader(stream_of(datasets), prefetch=0))):
         assert type(batch) is Batch
         assert {(field.shape, field.dtype, field.flags.c_contiguous) for field in batch} == {
@@ -117,12 +115,10 @@ def test_a_batch_is_four_arrays_of_int32(datasets: list[TokenShards]):
 
 @pytest.mark.parametrize(
     "other",
-    [{"seed": 8}, {"weights": [1.0, 1.0]}, {"sequence_length": 17}, {"batch_size": 4}, {"mode": "contiguous"}],
+    [{"seed": 8}, {"weights": [1.0, 1.0]}, {"sequence_length": 17}, {"batch_size": 4}, {"packing": "causal"}],
     ids=lambda options: next(iter(options)),
 )
-def test_another_seed_or_shape_is_another_stream_and_its_identity_says_so(
-    datasets: list[TokenShards], whole: list[list], other: dict[str, Any]
-):
+def test_identity_tells_streams_apart(datasets: list[TokenShards], whole: list[list], other: dict[str, Any]):
     stream, same = stream_of(datasets, **other), stream_of(datasets)
 
     assert stream_of(datasets).identity == same.identity == json.loads(json.dumps(same.identity))
@@ -130,7 +126,7 @@ def test_another_seed_or_shape_is_another_stream_and_its_identity_says_so(
     assert [field.tolist() for field in stream.batch(0)] != whole[0]
 
 
-def test_a_changed_token_changes_the_identity(tmp_path: Path):
+def test_digest_covers_tokens(tmp_path: Path):
     one = hand_made_shards(tmp_path / "one", [3, 4])
     same = hand_made_shards(tmp_path / "same", [3, 4])
     other = hand_made_shards(tmp_path / "other", [3, 4], first_id=2)
@@ -138,7 +134,7 @@ def test_a_changed_token_changes_the_identity(tmp_path: Path):
     assert one.digest == same.digest != other.digest
 
 
-def test_batches_read_every_token_of_every_epoch_once(datasets: list[TokenShards]):
+def test_batches_read_every_token_of_an_epoch_once(datasets: list[TokenShards]):
     shards = datasets[1]
     stream = stream_of([shards], weights=[])
 
@@ -146,11 +142,11 @@ def test_batches_read_every_token_of_every_epoch_once(datasets: list[TokenShards
         token for step in range(shards.tokens // B) for token in stream.batch(step).token_ids.ravel().tolist()
     )
 
-    assert set(ids.values()) == {T}  # that many epochs are whole rows
+    assert set(ids.values()) == {T}  # that many epochs are whole sequences
     assert len(ids) == shards.tokens
 
 
-def test_no_global_random_state_is_read_or_moved(datasets: list[TokenShards], whole: list[list]):
+def test_global_random_state_is_unused(datasets: list[TokenShards], whole: list[list]):
     np.random.seed(3)
     before = np.random.get_state()[1].tolist()  # pyright: ignore
 
@@ -166,7 +162,7 @@ def test_no_global_random_state_is_read_or_moved(datasets: list[TokenShards], wh
 @pytest.mark.parametrize(
     "weights", [[1.0], [1.0, 1.0], [3.0, 1.0], [0.7, 0.2, 0.1], [1.0, 1.0, 1.0], [1000.0, 1.0], [0.1] * 10]
 )
-def test_after_every_block_each_dataset_has_had_its_share(weights: list[float]):
+def test_mixture_is_exact_after_every_block(weights: list[float]):
     mixture = Mixture(weights, seed=1)
     taken = np.zeros(len(weights), int)
 
@@ -181,12 +177,12 @@ def test_after_every_block_each_dataset_has_had_its_share(weights: list[float]):
         assert taken.tolist() == mixture.taken(block + 1)
 
 
-def test_a_small_weight_makes_the_blocks_longer():
+def test_small_weight_makes_longer_blocks():
     assert Mixture([0.5, 0.5], seed=0).block == 256
     assert Mixture([1.0, 999.0], seed=0).block == 1000
 
 
-def test_the_mixture_is_a_function_of_seed_and_number_and_blocks_are_shuffled():
+def test_mixture_is_a_function_of_seed_and_number():
     places = [Mixture([2.0, 1.0], seed=4).place(n) for n in range(1024)]
     mixture = Mixture([2.0, 1.0], seed=4)
 
@@ -198,7 +194,7 @@ def test_the_mixture_is_a_function_of_seed_and_number_and_blocks_are_shuffled():
     assert len(orders) == 4
 
 
-def test_a_place_far_away_costs_no_more():
+def test_mixture_has_random_access():
     mixture = Mixture([2.0, 1.0], seed=4)
 
     dataset, number = mixture.place(10**15)
@@ -206,13 +202,13 @@ def test_a_place_far_away_costs_no_more():
     assert number == pytest.approx(10**15 * (2 / 3, 1 / 3)[dataset], abs=256)
 
 
-def test_the_stream_mixes_by_the_weights(datasets: list[TokenShards]):
+def test_stream_mixes_by_weight(datasets: list[TokenShards]):
     stream = stream_of(datasets)
 
     ids = np.concatenate([stream.batch(step).token_ids for step in range(64)])
 
     second = ids >= 100_000
-    assert (second.all(axis=1) | ~second.any(axis=1)).all()  # no row mixes datasets
+    assert (second.all(axis=1) | ~second.any(axis=1)).all()  # no sequence mixes datasets
     assert second.all(axis=1).sum() == 128
 
 
@@ -220,14 +216,12 @@ def test_the_stream_mixes_by_the_weights(datasets: list[TokenShards]):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-@pytest.mark.parametrize("mode", ["documents", "contiguous"])
-def test_evaluation_reads_every_token_once_in_the_order_of_its_dataset_on_any_number_of_processes(
-    datasets: list[TokenShards], mode: str, processes: int
-):
+@pytest.mark.parametrize("mode", ["block_causal", "causal"])
+def test_validation_reads_every_token_once_in_order(datasets: list[TokenShards], mode: str, processes: int):
     parts = [
         read(
-            evaluation_batches(
-                datasets, sequence_length=T, batch_size=B, mode=mode, process_index=h, process_count=processes
+            validation_batches(
+                datasets, sequence_length=T, batch_size=B, packing=mode, process_index=h, process_count=processes
             ),
             1000,
         )
@@ -242,33 +236,33 @@ def test_evaluation_reads_every_token_once_in_the_order_of_its_dataset_on_any_nu
     assert (len(ids) % B, {field.shape for field in (ids, labels, segments, positions)}) == (0, {(len(ids), T)})
     assert (labels[~real] == -100).all()
     # Without a label: the end of each document, or of each dataset.
-    assert (labels[real] == -100).sum() == {"documents": 205, "contiguous": 2}[mode]
+    assert (labels[real] == -100).sum() == {"block_causal": 205, "causal": 2}[mode]
     assert positions.max() < T
 
 
-def test_the_first_batches_of_an_evaluation_hold_as_much_of_every_dataset_as_it_has(datasets: list[TokenShards]):
-    batches = evaluation_batches(datasets, sequence_length=T, batch_size=B)
-    rows = [-(-shards.tokens // T) for shards in datasets]
-    assert rows[0] > rows[1] > B
+def test_validation_takes_datasets_in_turn(datasets: list[TokenShards]):
+    batches = validation_batches(datasets, sequence_length=T, batch_size=B)
+    sequences = [-(-shards.tokens // T) for shards in datasets]
+    assert sequences[0] > sequences[1] > B
 
     seen = [ids[0] >= 100_000 for batch in itertools.islice(batches, 5) for ids in batch.token_ids]
 
-    assert seen == [False, True] * rows[1] + [False] * (5 * B - 2 * rows[1])
+    assert seen == [False, True] * sequences[1] + [False] * (5 * B - 2 * sequences[1])
 
 
-def test_nothing_held_out_is_no_batch(datasets: list[TokenShards]):
-    empty = TokenShards.open(datasets[0].folder, "heldout")
+def test_empty_validation_split_gives_no_batch(datasets: list[TokenShards]):
+    empty = TokenShards.open(datasets[0].folder, "validation")
 
-    assert list(evaluation_batches([empty], sequence_length=T, batch_size=B)) == []
-    assert list(evaluation_batches([], sequence_length=T, batch_size=B)) == []
+    assert list(validation_batches([empty], sequence_length=T, batch_size=B)) == []
+    assert list(validation_batches([], sequence_length=T, batch_size=B)) == []
 
 
-def test_what_is_held_out_is_never_seen_in_training(tmp_path: Path):
+def test_validation_documents_are_not_in_training(tmp_path: Path):
     texts = [f"document {n} of many" for n in range(120)]
     folder = byte_tokenizer(tmp_path / "tokenizer")
     tokenizer = Tokenizer.from_pretrained(folder)
     tokenize(write_texts(tmp_path / "a.jsonl", texts), folder, tmp_path / "out", val_fraction=0.2)
-    train, heldout = (TokenShards.open(tmp_path / "out", split) for split in ("train", "heldout"))
+    train, validation = (TokenShards.open(tmp_path / "out", split) for split in ("train", "validation"))
     stream = stream_of([train], weights=[], sequence_length=64)
 
     def seen(batches: Any) -> set[str]:
@@ -280,10 +274,10 @@ def test_what_is_held_out_is_never_seen_in_training(tmp_path: Path):
         return found & set(texts)
 
     trained = seen(stream.batch(step) for step in range(60))
-    evaluated = seen(evaluation_batches([heldout], sequence_length=64, batch_size=4))
+    evaluated = seen(validation_batches([validation], sequence_length=64, batch_size=4))
 
     assert len(trained) == len(train)
-    assert len(evaluated) > len(heldout) / 2
+    assert len(evaluated) > len(validation) / 2
     assert not trained & evaluated
 
 
@@ -292,50 +286,56 @@ def test_what_is_held_out_is_never_seen_in_training(tmp_path: Path):
 
 BAD: dict[str, tuple[Callable[[list[TokenShards]], Any], str]] = {
     "no datasets": (lambda d: stream_of([], weights=[]), "no datasets to train on"),
-    "weights": (lambda d: stream_of(d, weights=[1.0]), "1 weights for 2 datasets"),
+    "weights": (lambda d: stream_of(d, weights=[1.0]), "got 1 weights for 2 datasets"),
     "no weight": (lambda d: stream_of(d, weights=[1.0, 0.0]), "weights must be positive and finite, got 0.0"),
     "a weight of nothing": (lambda d: stream_of(d, weights=[1.0, float("nan")]), "positive and finite, got nan"),
-    "a tiny weight": (lambda d: stream_of(d, weights=[1.0, 1e-9]), "weight 1e-09 is less than one sample in 1048576"),
-    "batch size": (lambda d: stream_of(d, batch_size=0), "batch_size must be at least 1, not 0"),
-    "sequence length": (lambda d: stream_of(d, sequence_length=0), "sequence_length must be at least 1, not 0"),
-    "mode": (lambda d: stream_of(d, mode="padded"), "mode 'padded' is not one of documents, contiguous"),
-    "seed": (lambda d: stream_of(d, seed=-1), "seed must be at least 0, not -1"),
+    "a tiny weight": (
+        lambda d: stream_of(d, weights=[1.0, 1e-9]),
+        "weights must be at least one sample in 1048576, got 1e-09",
+    ),
+    "batch size": (lambda d: stream_of(d, batch_size=0), "batch_size must be at least 1, got 0"),
+    "sequence length": (lambda d: stream_of(d, sequence_length=0), "sequence_length must be at least 1, got 0"),
+    "mode": (lambda d: stream_of(d, packing="padded"), "packing must be one of block_causal, causal, got 'padded'"),
+    "seed": (lambda d: stream_of(d, seed=-1), "seed must be at least 0, got -1"),
     "no documents": (
-        lambda d: stream_of([TokenShards.open(d[0].folder, "heldout")], weights=[]),
+        lambda d: stream_of([TokenShards.open(d[0].folder, "validation")], weights=[]),
         "first: no documents to train on",
     ),
     "processes": (
         lambda d: loader(stream_of(d), process_count=3),
-        "batch_size 8 does not divide over 3 processes",
+        "batch_size must be divisible by 3 processes, got 8",
     ),
-    "process": (lambda d: loader(stream_of(d), process_index=2, process_count=2), "process 2 of 2"),
-    "start": (lambda d: loader(stream_of(d), start_step=-1), "start_step must be at least 0, not -1"),
-    "prefetch": (lambda d: loader(stream_of(d), prefetch=-1), "prefetch must be at least 0, not -1"),
+    "process": (
+        lambda d: loader(stream_of(d), process_index=2, process_count=2),
+        r"process_index must be in \[0, 2\), got 2",
+    ),
+    "start": (lambda d: loader(stream_of(d), start_step=-1), "start_step must be at least 0, got -1"),
+    "prefetch": (lambda d: loader(stream_of(d), prefetch=-1), "prefetch must be at least 0, got -1"),
     "evaluation of nothing": (
-        lambda d: evaluation_batches(d, sequence_length=T, batch_size=0),
-        "batch_size must be at least 1, not 0",
+        lambda d: validation_batches(d, sequence_length=T, batch_size=0),
+        "batch_size must be at least 1, got 0",
     ),
     "evaluation": (
-        lambda d: evaluation_batches(d, sequence_length=T, batch_size=B, process_count=3),
-        "batch_size 8 does not divide over 3 processes",
+        lambda d: validation_batches(d, sequence_length=T, batch_size=B, process_count=3),
+        "batch_size must be divisible by 3 processes, got 8",
     ),
 }
 
 
 @pytest.mark.parametrize(("ask", "problem"), BAD.values(), ids=BAD)
-def test_what_cannot_be_gets_one_line(datasets: list[TokenShards], ask: Callable, problem: str):
+def test_bad_arguments_give_one_line(datasets: list[TokenShards], ask: Callable, problem: str):
     with pytest.raises(ValueError, match=problem) as refused:
         ask(datasets)
 
     assert "\n" not in str(refused.value)
 
 
-def test_datasets_of_different_tokenizers_are_not_mixed(tmp_path: Path):
+def test_datasets_of_two_tokenizers_are_refused(tmp_path: Path):
     one = byte_tokenizer(tmp_path / "one")
     other = byte_tokenizer(tmp_path / "other", fill=1)
     text = write_texts(tmp_path / "a.jsonl", ["some text"])
     for tokenizer in (one, other):
         tokenize(text, tokenizer, tmp_path / f"{tokenizer.name}.out", val_fraction=0.0)
 
-    with pytest.raises(ValueError, match=r"other.out: made with another tokenizer"):
+    with pytest.raises(ValueError, match=r"other.out: written with another tokenizer"):
         stream_of([TokenShards.open(tmp_path / f"{name}.out") for name in ("one", "other")])

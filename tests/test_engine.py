@@ -1,4 +1,4 @@
-"""The engine: many requests at once give the answers that each would get alone, whatever is in the batch."""
+"""`Engine`: outputs do not depend on the batch; scheduling, KV cache, prefixes and cancellation."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ import pytest
 
 from dsmoe_jax.config import RopeScaling
 from dsmoe_jax.generate import Engine, Generator, SamplingParams
-from dsmoe_jax.generate.answer import Answer, Prefix
 from dsmoe_jax.generate.programs import bucket, extend, insert, prefill, step
+from dsmoe_jax.generate.request import Output, Prefix
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
-from tests.test_generate import SMALL, small_model
+from tests.helpers.small import SMALL, small_model
 
 pytestmark = pytest.mark.heavy
 
@@ -29,8 +29,8 @@ def prompts(count: int, longest: int = 100, seed: int = 0) -> list[list[int]]:
     return [rng.integers(2, SMALL.vocab_size, rng.integers(1, longest)).tolist() for _ in range(count)]
 
 
-def asked(count: int, seed: int = 0, most: int = 24) -> list[SamplingParams]:
-    """Parameters of all kinds."""
+def mixed_params(count: int, seed: int = 0, longest: int = 24) -> list[SamplingParams]:
+    """Return sampling parameters of all kinds."""
     rng = np.random.default_rng(seed)
     kinds: list[dict] = [
         {},
@@ -42,7 +42,8 @@ def asked(count: int, seed: int = 0, most: int = 24) -> list[SamplingParams]:
         {"ignore_eos": True, "stop_token_ids": [9, 10, 11]},
     ]
     return [
-        SamplingParams(max_new_tokens=int(rng.integers(1, most)), seed=i, **kinds[i % len(kinds)]) for i in range(count)
+        SamplingParams(max_new_tokens=int(rng.integers(1, longest)), seed=i, **kinds[i % len(kinds)])
+        for i in range(count)
     ]
 
 
@@ -50,24 +51,24 @@ def run(engine: Engine, limit: int = 10_000) -> None:
     while engine.busy:
         engine.step()
         limit -= 1
-        assert limit, "the engine does not come to an end"
+        assert limit, "the engine does not terminate"
 
 
-def submit(engine: Engine, ids: Sequence[int], **keywords) -> list[Answer]:
+def submit(engine: Engine, ids: Sequence[int], **keywords) -> list[Output]:
     return engine.submit(ids, SamplingParams.of(**keywords))
 
 
-# --- the same answers ---
+# --- independence of the batch ---
 
 
-def test_answers_do_not_depend_on_what_else_is_in_the_batch():
-    given, params = prompts(8, 40), asked(8, most=12)
+def test_outputs_do_not_depend_on_the_rest_of_the_batch():
+    batch, params = prompts(8, 40), mixed_params(8, longest=12)
 
-    together = generator()(given, params)
-    alone = [answer for prompt, one in zip(given, params, strict=True) for answer in generator()([prompt], one)]
+    together = generator()(batch, params)
+    alone = [output for prompt, one in zip(batch, params, strict=True) for output in generator()([prompt], one)]
 
-    assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
-    assert [answer.finish_reason for answer in together] == [answer.finish_reason for answer in alone]
+    assert [output.token_ids for output in together] == [output.token_ids for output in alone]
+    assert [output.finish_reason for output in together] == [output.finish_reason for output in alone]
     for one, other in zip(together, alone, strict=True):
         assert (one.logprobs is None) == (other.logprobs is None)
         for ours, theirs in zip(one.logprobs or [], other.logprobs or [], strict=True):
@@ -75,76 +76,76 @@ def test_answers_do_not_depend_on_what_else_is_in_the_batch():
             assert ours.top.keys() == theirs.top.keys()
 
 
-def test_a_prompt_in_pieces_is_answered_like_one_at_once():
+def test_chunked_prefill_matches_one_call():
     prompt = np.random.default_rng(3).integers(2, SMALL.vocab_size, 3 * CHUNK + 5).tolist()
 
     at_once, in_pieces = (
         generator(prefill_chunk=chunk)([prompt], max_new_tokens=12, ignore_eos=True)[0] for chunk in (512, CHUNK)
     )
 
-    assert at_once.tokens == in_pieces.tokens
+    assert at_once.token_ids == in_pieces.token_ids
 
 
-def test_requests_that_come_later_fill_rows_that_are_free():
-    given = prompts(6)
-    want = generator()(given, max_new_tokens=10, ignore_eos=True)
+def test_later_requests_fill_idle_rows():
+    batch = prompts(6)
+    want = generator()(batch, max_new_tokens=10, ignore_eos=True)
     engine = generator(max_batch_size=2).engine()
-    answers = []
+    outputs = []
 
-    for prompt in given:
-        answers += submit(engine, prompt, max_new_tokens=10, ignore_eos=True)
+    for prompt in batch:
+        outputs += submit(engine, prompt, max_new_tokens=10, ignore_eos=True)
         engine.step()
         engine.step()
     run(engine)
 
-    assert [answer.tokens for answer in answers] == [answer.tokens for answer in want]
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in want]
 
 
-def test_rows_are_given_first_come_first_served():
+def test_admission_is_first_come_first_served():
     engine, order = generator(max_batch_size=2).engine(), []
-    answers = [submit(engine, prompt, max_new_tokens=3, ignore_eos=True)[0] for prompt in prompts(8, 30)]
+    outputs = [submit(engine, prompt, max_new_tokens=3, ignore_eos=True)[0] for prompt in prompts(8, 30)]
 
     while engine.busy:
         engine.step()
-        order += [i for i, answer in enumerate(answers) if answer.chosen and i not in order]
+        order += [i for i, output in enumerate(outputs) if output.num_sampled and i not in order]
 
     assert order == list(range(8))
 
 
-def test_an_answer_goes_on_while_a_long_prompt_is_read():
+def test_decoding_continues_during_a_long_prefill():
     engine = generator().engine()
     (first,) = submit(engine, [5, 6], max_new_tokens=40, ignore_eos=True)
     engine.step()
     engine.step()
     (long,) = submit(engine, [7] * (8 * CHUNK), max_new_tokens=2, ignore_eos=True)
 
-    while not long.chosen:
-        before = first.chosen
+    while not long.num_sampled:
+        before = first.num_sampled
         engine.step()
-        assert first.chosen == before + 1 or first.chosen == 40
+        assert first.num_sampled == before + 1 or first.num_sampled == 40
 
 
-def test_few_rows_stand_free_while_requests_wait():
+def test_few_rows_are_idle_while_requests_wait():
     made = generator()
     made(prompts(40, 30), [SamplingParams(max_new_tokens=n % 20 + 1, ignore_eos=True) for n in range(40)])
 
-    assert made.stats.free_rows < 0.2
+    assert made.stats.idle_fraction < 0.2
 
 
 # --- the seed ---
 
 
-def test_n_answers_differ_and_the_first_is_that_of_n_1():
+def test_n_outputs_differ_and_the_first_is_that_of_n_1():
     options = {"temperature": 1.0, "seed": 5, "max_new_tokens": 8, "ignore_eos": True}
 
     several = generator()([[5, 6, 7]], n=3, **options)
     (one,) = generator()([[5, 6, 7]], **options)
 
-    assert several[0].tokens == one.tokens
-    assert len({tuple(answer.tokens) for answer in several}) == 3
+    assert several[0].token_ids == one.token_ids
+    assert len({tuple(output.token_ids) for output in several}) == 3
 
 
-def test_the_prompt_of_n_answers_is_read_once():
+def test_prompt_of_n_outputs_is_prefilled_once():
     made = generator()
 
     made([[5] * 20], n=6, max_new_tokens=2)
@@ -152,10 +153,10 @@ def test_the_prompt_of_n_answers_is_read_once():
     assert made.stats.prompt_tokens == 20
 
 
-def test_without_a_seed_the_same_prompt_is_answered_differently_and_a_new_generator_repeats_it():
+def test_default_seed_is_the_number_of_the_request():
     def three() -> list[list[int]]:
-        answers = generator()([[5, 6, 7]] * 3, temperature=1.0, max_new_tokens=8, ignore_eos=True)
-        return [answer.tokens for answer in answers]
+        outputs = generator()([[5, 6, 7]] * 3, temperature=1.0, max_new_tokens=8, ignore_eos=True)
+        return [output.token_ids for output in outputs]
 
     assert len({tuple(tokens) for tokens in three()}) == 3
     assert three() == three()
@@ -164,7 +165,7 @@ def test_without_a_seed_the_same_prompt_is_answered_differently_and_a_new_genera
 # --- programs ---
 
 
-def test_200_prompt_lengths_compile_no_more_programs_than_there_are_buckets():
+def test_200_prompt_lengths_compile_one_program_per_bucket():
     made, rng = generator(), np.random.default_rng(0)
     lengths = rng.integers(1, CHUNK + 1, 200)
     for program in (prefill, extend, insert, step):
@@ -182,26 +183,26 @@ def test_200_prompt_lengths_compile_no_more_programs_than_there_are_buckets():
 # --- the cache ---
 
 
-def test_the_cache_grows_by_buckets_and_the_answer_does_not_notice(monkeypatch: pytest.MonkeyPatch):
-    want = generator()([[5, 6]], max_new_tokens=60, ignore_eos=True)[0].tokens
-    monkeypatch.setattr("dsmoe_jax.generate.engine._LOOK_AHEAD", 4)
+def test_growing_the_cache_does_not_change_the_output(monkeypatch: pytest.MonkeyPatch):
+    want = generator()([[5, 6]], max_new_tokens=60, ignore_eos=True)[0].token_ids
+    monkeypatch.setattr("dsmoe_jax.generate.engine._LOOKAHEAD", 4)
     made = generator()
 
     (got,) = made([[5, 6]], max_new_tokens=60, ignore_eos=True)
 
-    assert got.tokens == want
+    assert got.token_ids == want
     # Two layers of keys and values, two heads of 16 fp32 numbers, 96 slots: a bucket.
     assert made.stats.cache_bytes == 2 * 2 * 2 * 16 * 4 * bucket(61)
 
 
-def test_an_int8_cache_takes_a_third_and_hardly_changes_the_logits():
+def test_int8_cache_takes_a_third_and_keeps_logits_close():
     full, small = generator(), generator(cache_dtype="int8")
     options = {"max_new_tokens": 12, "ignore_eos": True, "logprobs": 1}
 
     exact, rounded = (made([[5, 6, 7, 8] * 10], **options)[0] for made in (full, small))
 
     assert small.stats.cache_bytes * 3 <= full.stats.cache_bytes
-    same = [ours == theirs for ours, theirs in zip(exact.tokens, rounded.tokens, strict=True)]
+    same = [ours == theirs for ours, theirs in zip(exact.token_ids, rounded.token_ids, strict=True)]
     agree = same.index(False) if False in same else len(same)
     assert agree >= 6
     for ours, theirs in zip(exact.logprobs[:agree], rounded.logprobs[:agree], strict=True):  # type: ignore[index]
@@ -212,77 +213,77 @@ def test_an_int8_cache_takes_a_third_and_hardly_changes_the_logits():
     )
 
 
-def test_a_prefix_is_not_read_again_and_changes_nothing():
+def test_prefix_is_reused_without_changing_the_output():
     made, history = generator(), list(range(2, 60))
     engine = made.engine()
-    (answer,) = engine.submit(history, SamplingParams(max_new_tokens=6, ignore_eos=True), keep=True)
+    (output,) = engine.submit(history, SamplingParams(max_new_tokens=6, ignore_eos=True), retain_prefix=True)
     run(engine)
-    again = [*history, *answer.tokens, 11, 12, 13]
+    again = [*history, *output.token_ids, 11, 12, 13]
 
     engine = made.engine()
-    (reused,) = engine.submit(again, SamplingParams(max_new_tokens=6, ignore_eos=True), prefix=answer.prefix)
+    (reused,) = engine.submit(again, SamplingParams(max_new_tokens=6, ignore_eos=True), prefix=output.prefix)
     run(engine)
 
-    assert reused.tokens == made([again], max_new_tokens=6, ignore_eos=True)[0].tokens
+    assert reused.token_ids == made([again], max_new_tokens=6, ignore_eos=True)[0].token_ids
     assert engine.stats.reused_tokens == len(history) + 5
     assert engine.stats.prompt_tokens == 4
 
 
-def test_of_a_prefix_only_what_is_shared_is_used():
+def test_only_the_common_part_of_a_prefix_is_reused():
     made = generator()
     engine = made.engine()
-    (answer,) = engine.submit(list(range(2, 60)), SamplingParams(max_new_tokens=4, ignore_eos=True), keep=True)
+    (output,) = engine.submit(list(range(2, 60)), SamplingParams(max_new_tokens=4, ignore_eos=True), retain_prefix=True)
     run(engine)
     other = [*range(2, 40), 99, 98, 97]
 
     engine = made.engine()
-    (reused,) = engine.submit(other, SamplingParams(max_new_tokens=6, ignore_eos=True), prefix=answer.prefix)
+    (reused,) = engine.submit(other, SamplingParams(max_new_tokens=6, ignore_eos=True), prefix=output.prefix)
     run(engine)
 
     assert engine.stats.reused_tokens == 38
-    assert reused.tokens == made([other], max_new_tokens=6, ignore_eos=True)[0].tokens
+    assert reused.token_ids == made([other], max_new_tokens=6, ignore_eos=True)[0].token_ids
 
 
-def test_the_whole_prompt_may_be_known_but_for_its_last_token():
+def test_prefix_never_matches_the_last_token():
     prefix = Prefix((1, 2, 3), None)  # type: ignore[arg-type]
 
-    assert prefix.shared_with([1, 2, 3]) == 2
-    assert prefix.shared_with([1, 2, 3, 4]) == 2
-    assert prefix.shared_with([1, 5]) == 1
-    assert prefix.shared_with([4]) == 0
+    assert prefix.match([1, 2, 3]) == 2
+    assert prefix.match([1, 2, 3, 4]) == 2
+    assert prefix.match([1, 5]) == 1
+    assert prefix.match([4]) == 0
 
 
 # --- memory ---
 
 
-def test_a_request_that_cannot_fit_is_refused_with_the_numbers_and_the_others_go_on():
+def test_request_too_large_for_the_cache_is_refused():
     need = 2 * 2 * 2 * 16 * 4 * 64  # bytes of one row of 64 tokens
     made = generator(cache_bytes=need)
 
     fits, too_long = made([[5] * 40, [5] * 80], max_new_tokens=24, ignore_eos=True, errors="return")
 
-    assert len(fits.tokens) == 24
+    assert len(fits.token_ids) == 24
     assert too_long.finish_reason == "error"
     assert too_long.error is not None
     assert "80 tokens and max_new_tokens 24 need" in too_long.error
 
 
-def test_rows_wait_for_memory():
+def test_requests_wait_for_cache_memory():
     need = 2 * 2 * 2 * 16 * 4 * 64
-    given = prompts(6, 30)
-    want = generator()(given, max_new_tokens=20, ignore_eos=True)
+    batch = prompts(6, 30)
+    want = generator()(batch, max_new_tokens=20, ignore_eos=True)
     made = generator(cache_bytes=2 * need)
 
-    got = made(given, max_new_tokens=20, ignore_eos=True)
+    got = made(batch, max_new_tokens=20, ignore_eos=True)
 
-    assert [answer.tokens for answer in got] == [answer.tokens for answer in want]
+    assert [output.token_ids for output in got] == [output.token_ids for output in want]
     assert made.stats.cache_bytes <= 2 * need
 
 
-# --- ending early ---
+# --- cancellation and stopping ---
 
 
-def test_a_cancelled_answer_frees_its_row_and_the_others_go_on():
+def test_cancelled_output_releases_its_row():
     want = generator()([[5, 6], [7, 8]], max_new_tokens=12, ignore_eos=True)
     engine = generator(max_batch_size=1).engine()
     (first,), (second,), (third,) = (
@@ -295,43 +296,43 @@ def test_a_cancelled_answer_frees_its_row_and_the_others_go_on():
     engine.cancel(second)
     run(engine)
 
-    assert first.finish_reason == second.finish_reason == "cancelled"
-    assert first.tokens == want[0].tokens[: len(first.tokens)]
-    assert second.tokens == []
-    assert third.tokens == want[1].tokens
+    assert first.finish_reason == second.finish_reason == "abort"
+    assert first.token_ids == want[0].token_ids[: len(first.token_ids)]
+    assert second.token_ids == []
+    assert third.token_ids == want[1].token_ids
 
 
 @pytest.mark.parametrize("stop", ["eos", "stop"])
-def test_an_answer_ends_at_the_first_ending_token(stop: str):
-    tokens = generator()([[5, 6, 7]], max_new_tokens=8, ignore_eos=True)[0].tokens
+def test_output_ends_at_the_first_stop_token(stop: str):
+    tokens = generator()([[5, 6, 7]], max_new_tokens=8, ignore_eos=True)[0].token_ids
     ending = generator(eos_token_id=tokens[3] if stop == "eos" else None)
 
-    (answer,) = ending([[5, 6, 7]], max_new_tokens=8, stop_token_ids=[tokens[3]] if stop == "stop" else [])
+    (output,) = ending([[5, 6, 7]], max_new_tokens=8, stop_token_ids=[tokens[3]] if stop == "stop" else [])
 
-    assert answer.tokens == tokens[: tokens.index(tokens[3]) + 1]
-    assert answer.finish_reason == stop
+    assert output.token_ids == tokens[: tokens.index(tokens[3]) + 1]
+    assert (output.finish_reason, output.stop_reason) == ("stop", None if stop == "eos" else tokens[3])
 
 
 # --- dynamic NTK ---
 
 
-def test_under_dynamic_ntk_past_what_was_trained_nothing_is_read_in_pieces_or_from_a_prefix():
+def test_stretched_dynamic_ntk_prompts_are_prefilled_at_once():
     config = dataclasses.replace(SMALL, max_position_embeddings=16, rope_scaling=RopeScaling("dynamic", 2.0))
     made = Generator(DeepSeekMoE.init(config, seed=2), prefill_chunk=16)
     prompt = np.random.default_rng(1).integers(2, SMALL.vocab_size, 40).tolist()
     at_once = Generator(DeepSeekMoE.init(config, seed=2), prefill_chunk=512)
 
-    got, want = (one([prompt], max_new_tokens=6, ignore_eos=True)[0].tokens for one in (made, at_once))
+    got, want = (one([prompt], max_new_tokens=6, ignore_eos=True)[0].token_ids for one in (made, at_once))
 
     assert got == want
 
 
-def test_a_short_dynamic_prompt_is_answered_as_without_scaling():
+def test_short_dynamic_ntk_prompt_matches_no_scaling():
     config = dataclasses.replace(SMALL, rope_scaling=RopeScaling("dynamic", 2.0))
     scaled = Generator(assemble(config, split(small_model())[1]), prefill_chunk=CHUNK)
     prompt = [[5] * 50]
 
     (got,), (want,) = (made(prompt, max_new_tokens=8, ignore_eos=True) for made in (scaled, generator()))
 
-    assert got.tokens == want.tokens
+    assert got.token_ids == want.token_ids
     assert scaled.stats.prompt_tokens == 50

@@ -1,6 +1,6 @@
 """Fine-tuning runs of a very small model: what is trained, what they leave, how they go on, what they refuse.
 
-Start at `test_a_run_leaves_an_adapter_and_the_base_as_it_was`.
+Start at `test_a_run_trains_an_adapter_and_not_the_base`.
 """
 
 import dataclasses
@@ -68,14 +68,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(home: Path, out: Path, **changes: Any) -> FinetuneConfig:
     fields: dict[str, Any] = {
-        "out": str(out),
+        "output_dir": str(out),
         "init_from": str(home / "base"),
         "steps": 12,
         "data": ExamplesConfig(
             files=(str(home / "examples.jsonl"),), sequence_length=64, batch_size=8, val_fraction=0.1
         ),
         "optimizer": OptimizerConfig(learning_rate=1e-2, schedule="cosine", warmup_steps=2, weight_decay=0.0),
-        "checkpoints": CheckpointConfig(every=100),
+        "checkpoint": CheckpointConfig(interval=100),
         "eval_interval": 6,
         "eval_batches": 2,
         "trackers": ("jsonl",),
@@ -103,7 +103,7 @@ def test_a_result_stops_where_its_template_ends(home: Path, tmp_path: Path, adap
     made = config(home, tmp_path / "out", **changes)
     data = dataclasses.replace(made.data, template="deepseek-instruct", sequence_length=512)
     job = finetuning(dataclasses.replace(made, data=data), tmp_path / "out")
-    job.save(tmp_path / "result", job.fresh(None, job.frozen(None)))
+    job.save(tmp_path / "result", job.init_params(None, job.load_frozen(None)))
 
     if adapted:
         merge_to(home / "base", tmp_path / "result", tmp_path / "merged")
@@ -119,10 +119,10 @@ def test_a_result_stops_where_its_template_ends(home: Path, tmp_path: Path, adap
     assert [generator.eos_token_ids for generator in found] == [{MODEL.eos_token_id}] * 3
 
 
-def test_a_template_that_ends_with_eos_adds_no_generation_config(home: Path, tmp_path: Path):
+def test_an_eos_template_adds_no_generation_config(home: Path, tmp_path: Path):
     job = finetuning(config(home, tmp_path / "out"), tmp_path / "out")
 
-    job.save(tmp_path / "result", job.fresh(None, job.frozen(None)))
+    job.save(tmp_path / "result", job.init_params(None, job.load_frozen(None)))
 
     assert not (tmp_path / "result" / "generation_config.json").exists()
 
@@ -133,7 +133,7 @@ def test_a_template_that_ends_with_eos_adds_no_generation_config(home: Path, tmp
 @pytest.mark.parametrize(
     "quantize", ["nf4", *(pytest.param(other, marks=pytest.mark.slow) for other in (None, "int8"))]
 )
-def test_a_run_leaves_an_adapter_and_the_base_as_it_was(home: Path, tmp_path: Path, quantize: str | None):
+def test_a_run_trains_an_adapter_and_not_the_base(home: Path, tmp_path: Path, quantize: str | None):
     before = split(dsmoe_jax.load(home / "base"))[1]
 
     result = run(config(home, tmp_path / "out", quantize=quantize))
@@ -148,7 +148,7 @@ def test_a_run_leaves_an_adapter_and_the_base_as_it_was(home: Path, tmp_path: Pa
     assert all((before[name] == after[name]).all() for name in before)
 
 
-def test_only_adapters_are_in_the_state_and_its_moments(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_only_adapters_have_state_and_moments(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[Any] = []
     original = loop.make_step
 
@@ -170,7 +170,7 @@ def test_only_adapters_are_in_the_state_and_its_moments(home: Path, tmp_path: Pa
     wanted = set(lora.specs(plan, MODEL))
     assert set(state.params) == wanted
     is_shape = lambda leaf: isinstance(leaf, tuple) and all(isinstance(size, int) for size in leaf)  # noqa: E731
-    held = sum(math.prod(shape) for shape in jax.tree.leaves(state.optimizer, is_leaf=is_shape) if shape)
+    held = sum(math.prod(shape) for shape in jax.tree.leaves(state.opt_state, is_leaf=is_shape) if shape)
     trained = sum(math.prod(shape) for shape in state.params.values())
     assert held == 2 * trained
 
@@ -183,22 +183,22 @@ def test_a_full_run_leaves_a_checkpoint_that_generates(home: Path, tmp_path: Pat
     answer = Generator.from_pretrained(tmp_path / "out" / "model")(
         ["User: Reverse: 1 2\n\nAssistant:"], max_new_tokens=4
     )[0]
-    assert len(answer.tokens) >= 1
+    assert len(answer.token_ids) >= 1
     assert not (tmp_path / "out" / "best").exists()
 
 
 def test_epochs_decide_how_many_steps_there_are(home: Path, tmp_path: Path):
     data = config(home, tmp_path).data
-    alone = dataclasses.replace(data, packing="alone", batch_size=16)
+    alone = dataclasses.replace(data, packing="none", batch_size=16)
 
     result = run(config(home, tmp_path / "out", steps=0, epochs=1.5, data=alone))
 
     (folder,) = (tmp_path / "out" / "examples").iterdir()
     rows = len(Examples.open(folder))
-    assert result.steps == result.of == -(-int(np.ceil(1.5 * rows)) // 16)
+    assert result.steps == result.total_steps == -(-int(np.ceil(1.5 * rows)) // 16)
 
 
-def test_the_best_adapter_stays_when_later_ones_are_worse(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_best_adapter_is_kept(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     said = iter([3.0, 2.0, 4.0, 2.5])
     monkeypatch.setattr(loop, "_evaluate", lambda *_: (next(said), 1))
 
@@ -222,22 +222,19 @@ def test_a_damaged_best_is_named_and_replaced(
     monkeypatch.setattr(loop, "_evaluate", lambda *_: (next(said), 1))
     run(config(home, tmp_path / "out", steps=2, eval_interval=2))
     flip_bit(tmp_path / "out" / "best" / WEIGHTS, -1)
-    with pytest.raises(ValueError, match=f"best: damaged: {WEIGHTS!r} does not match its SHA-256"):
+    with pytest.raises(ValueError, match=f"best: damaged adapter: {WEIGHTS!r} has other bytes than were written"):
         read_adapter(tmp_path / "out" / "best", MODEL)
 
     run(config(home, tmp_path / "out", steps=4, eval_interval=2))
 
     best, last = weights(tmp_path / "out" / "best"), weights(tmp_path / "out" / "adapter")
-    assert "best is damaged, the next evaluation replaces it" in caplog.text
-    assert f"{WEIGHTS!r} does not match its SHA-256" in caplog.text
+    assert f"best is damaged and will be replaced at the next evaluation: {WEIGHTS!r} does not match its SHA-256" in caplog.text
     assert json.loads((tmp_path / "out" / "best" / "evaluation.json").read_text())["loss"] == 3.0
     assert best.keys() == last.keys()
 
 
 @pytest.mark.slow
-def test_ten_times_stopped_after_a_step_is_as_if_undisturbed(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_run_stopped_ten_times_equals_an_undisturbed_one(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     dropping = dataclasses.replace(LORA, lora_dropout=0.2)
     run(config(home, tmp_path / "whole", lora=dropping))
     place = loop._place
@@ -269,7 +266,7 @@ def test_adapters_on_a_mesh_learn_as_on_one_device(home: Path, tmp_path: Path, m
     assert one == pytest.approx(mesh, rel=1e-4)
 
 
-def test_what_is_saved_whole_is_trained_too(home: Path, tmp_path: Path):
+def test_modules_to_save_are_trained(home: Path, tmp_path: Path):
     whole = LoraConfig(r=2, target_modules=("q_proj",), modules_to_save=("embed_tokens", "lm_head"))
 
     run(config(home, tmp_path / "out", lora=whole, steps=3))
@@ -280,9 +277,7 @@ def test_what_is_saved_whole_is_trained_too(home: Path, tmp_path: Path):
     assert all(np.abs(adapter.params[name] - base[name]).max() > 1e-4 for name in adapter.plan.saved)
 
 
-def test_a_run_whose_loss_is_not_finite_stops_and_keeps_what_it_had(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_non_finite_loss_stops_the_run(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run(config(home, tmp_path / "out", steps=6))
     kept = weights(tmp_path / "out" / "best")
     broken = loop.make_step
@@ -293,7 +288,7 @@ def test_a_run_whose_loss_is_not_finite_stops_and_keeps_what_it_had(
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "make_step", poisoned)
-        line = r"^4 updates in a row were skipped: loss nan, .* at step 10; .* are good$"
+        line = r"^4 consecutive updates skipped at step 10: loss nan, .* are intact$"
         with pytest.raises(ValueError, match=line):
             run(config(home, tmp_path / "out", steps=30, max_consecutive_skips=3))
 
@@ -302,12 +297,12 @@ def test_a_run_whose_loss_is_not_finite_stops_and_keeps_what_it_had(
     assert run(config(home, tmp_path / "out", steps=12)).steps == 12
 
 
-def test_a_run_whose_loss_is_zero_stops(home: Path, tmp_path: Path):
+def test_a_zero_loss_stops_the_run(home: Path, tmp_path: Path):
     (tmp_path / "same.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     data = dataclasses.replace(config(home, tmp_path).data, files=(str(tmp_path / "same.jsonl"),), val_fraction=0.0)
     fast = OptimizerConfig(learning_rate=0.3, schedule="constant", warmup_steps=0, weight_decay=0.0)
 
-    with pytest.raises(ValueError, match=r"^the loss has been 0 for 4 steps at step \d+: "):
+    with pytest.raises(ValueError, match=r"^loss 0 for 4 steps at step \d+: "):
         run(config(home, tmp_path / "out", data=data, lora=None, optimizer=fast, steps=200, max_consecutive_skips=3))
 
 
@@ -320,15 +315,15 @@ def test_packed_examples_have_the_losses_they_have_alone(home: Path, tmp_path: P
     model = dsmoe_jax.load(home / "base")
 
     def total(mode: str) -> tuple[float, int]:
-        packing = ExamplePacking(examples, sequence_length=64, seed=0, mode=mode)
-        batch = Batch(*map(jnp.asarray, np.stack([packing.row(n) for n in packing.rows_of(0)], axis=1)))
+        packing = ExamplePacking(examples, sequence_length=64, seed=0, packing=mode)
+        batch = Batch(*map(jnp.asarray, np.stack([packing.sequence(n) for n in packing.sequences_of(0)], axis=1)))
         hidden = model.hidden(batch.token_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids)
         head = split(model)[1]["head.weight"]
         return float(chunked_cross_entropy(hidden.last_hidden_state, head, batch.labels).cross_entropy), len(
             batch.labels
         )
 
-    (packed, rows), (alone, examples_alone) = total("packed"), total("alone")
+    (packed, rows), (alone, examples_alone) = total("best_fit"), total("none")
 
     assert rows < examples_alone / 2
     assert packed == pytest.approx(alone, rel=PACKED)
@@ -336,7 +331,7 @@ def test_packed_examples_have_the_losses_they_have_alone(home: Path, tmp_path: P
 
 def test_masked_tokens_give_no_gradient(home: Path, tmp_path: Path):
     write_examples(home / "examples.jsonl", home / "base", tmp_path / "examples", sequence_length=64)
-    row = ExamplePacking(Examples.open(tmp_path / "examples"), sequence_length=64, seed=0).row(0)
+    row = ExamplePacking(Examples.open(tmp_path / "examples"), sequence_length=64, seed=0).sequence(0)
     labels = jnp.asarray(row[1][None])
     states = jax.random.normal(jax.random.key(0), (1, 64, 32))
     head = jax.random.normal(jax.random.key(1), (VOCABULARY, 32))
@@ -351,11 +346,22 @@ def test_masked_tokens_give_no_gradient(home: Path, tmp_path: Path):
 # --- the command line ---
 
 
-def test_the_verbs_finetune_merge_and_generate_go_together(
+def test_finetune_merge_and_generate_from_the_command_line(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     base, out = str(home / "base"), str(tmp_path / "run")
-    flags = ["--data", str(home / "examples.jsonl"), "--recipe", "tiny", "--lora.r", "4", "--steps", "2", "--out", out]
+    flags = [
+        "--data",
+        str(home / "examples.jsonl"),
+        "--recipe",
+        "tiny",
+        "--lora.r",
+        "4",
+        "--steps",
+        "2",
+        "--output-dir",
+        out,
+    ]
     small = ["--data.sequence-length", "64", "--data.batch-size", "8", "--trackers", "jsonl"]
 
     assert main(["finetune", base, *flags, *small]) == 0
@@ -374,7 +380,18 @@ def test_show_prints_examples_and_trains_nothing(home: Path, tmp_path: Path, cap
     out = tmp_path / "run"
 
     assert (
-        main(["finetune", str(home / "base"), "--data", str(home / "examples.jsonl"), "--show", "3", "--out", str(out)])
+        main(
+            [
+                "finetune",
+                str(home / "base"),
+                "--data",
+                str(home / "examples.jsonl"),
+                "--show",
+                "3",
+                "--output-dir",
+                str(out),
+            ]
+        )
         == 0
     )
 
@@ -399,24 +416,24 @@ def test_every_recipe_is_a_run_and_its_flags_change_it():
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        ([], "no examples to train on; --data FILE names some"),
-        (["--quantize", "nf4"], "a base in nf4 cannot be trained itself; --lora trains adapters on it"),
-        (["--lora", "--quantize", "int3"], "quantize 'int3' is not one of int8, int4, nf4"),
-        (["--recipe", "huge"], "recipe 'huge' does not exist, only full, full_8x40gb, lora_1x80gb, qlora_1x80gb, tiny"),
+        ([], "data.files is empty: pass --data FILE"),
+        (["--quantize", "nf4"], "quantize nf4 requires --lora: quantized weights cannot be trained"),
+        (["--lora", "--quantize", "int3"], "--quantize"),
+        (["--recipe", "huge"], "recipe must be one of full, full_8x40gb, lora_1x80gb, qlora_1x80gb, tiny, got 'huge'"),
         (["--lora.r", "0"], "r must be an integer of at least 1, got 0"),
         (["--lora.target-modules", "qproj"], "'qproj' matches no module of this model"),
         (["--lora.target-modules", "gate"], "target_modules: model.layers.1.mlp.gate cannot be adapted"),
-        (["--epochs", "0"], "epochs must be more than 0, not 0.0"),
+        (["--epochs", "0"], "epochs must be more than 0, got 0.0"),
         (["--show", "x"], "argument --show: invalid int value: 'x'"),
         (["--ranks", "3"], "Unrecognized options: --ranks"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
-def test_what_cannot_be_is_said_in_one_line(
+def test_invalid_requests_are_one_line(
     home: Path, tmp_path: Path, flags: list[str], line: str, capsys: pytest.CaptureFixture[str]
 ):
-    data = [] if line.startswith("no examples") else ["--data", str(home / "examples.jsonl")]
-    base = ["finetune", str(home / "base"), "--out", str(tmp_path / "out")]
+    data = [] if line.startswith("data.files") else ["--data", str(home / "examples.jsonl")]
+    base = ["finetune", str(home / "base"), "--output-dir", str(tmp_path / "out")]
 
     assert main([*base, *data, *flags]) == 2
 
@@ -425,13 +442,17 @@ def test_what_cannot_be_is_said_in_one_line(
     assert "Traceback" not in said
 
 
-def test_a_run_goes_on_only_with_the_adapter_and_the_base_it_was_begun_with(home: Path, tmp_path: Path):
+def test_resuming_with_another_adapter_or_base_is_refused(home: Path, tmp_path: Path):
     run(config(home, tmp_path / "out", steps=1))
     other = dataclasses.replace(LORA, lora_alpha=16)
 
-    with pytest.raises(ValueError, match=r"from step 1: lora.lora_alpha: the checkpoint has 8, this run 16; choose"):
+    with pytest.raises(
+        ValueError, match=r"from step 1: lora.lora_alpha is 8 in the checkpoint, 16 in this run; choose"
+    ):
         run(config(home, tmp_path / "out", steps=2, lora=other))
-    with pytest.raises(ValueError, match=r"from step 1: quantize: the checkpoint has None, this run 'int8'; choose"):
+    with pytest.raises(
+        ValueError, match=r"from step 1: quantize is None in the checkpoint, 'int8' in this run; choose"
+    ):
         run(config(home, tmp_path / "out", steps=2, quantize="int8"))
 
 
@@ -450,5 +471,5 @@ def test_a_model_that_is_not_native_is_refused(tmp_path: Path, home: Path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text((home / "base" / "config.json").read_text())
 
-    with pytest.raises(ValueError, match=r"not a native checkpoint; `dsmoe convert` makes one"):
+    with pytest.raises(ValueError, match=r"is not a native checkpoint; `dsmoe convert` makes one"):
         run(config(home, tmp_path / "out", init_from=str(tmp_path / "hf")))

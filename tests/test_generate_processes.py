@@ -20,7 +20,7 @@ PROMPTS = [[5, 6, 7], list(range(10, 60)), [8], [9, 10], list(range(3, 40)), [4]
 SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.2}
 PARAMS = [SamplingParams(max_new_tokens=8, ignore_eos=True, **(SAMPLED if i % 2 else {})) for i in range(len(PROMPTS))]
 
-# What each process runs; its arguments are its number and the coordinator. It prints its answers.
+# What each process runs; its arguments are its number and the coordinator. It prints its outputs.
 PROGRAM = """
 import json, os, sys
 index, coordinator = int(sys.argv[1]), sys.argv[2]
@@ -36,16 +36,16 @@ from tests.test_generate_processes import PARAMS, PROMPTS
 
 model = DeepSeekMoE.init(tiny(), mesh=MeshConfig(fsdp=2, expert=4))
 generator = Generator(model, max_batch_size=4, prefill_chunk=32)
-print(json.dumps([answer.tokens for answer in generator(PROMPTS, PARAMS)]))
+print(json.dumps([output.token_ids for output in generator(PROMPTS, PARAMS)]))
 """
 
 
-def test_two_processes_answer_as_one_does():
+def test_two_processes_match_one():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     generator = Generator(DeepSeekMoE.init(tiny()), max_batch_size=4, prefill_chunk=32)
-    want = [answer.tokens for answer in generator(PROMPTS, PARAMS)]
+    want = [output.token_ids for output in generator(PROMPTS, PARAMS)]
 
     with contextlib.ExitStack() as stack:
         started = []

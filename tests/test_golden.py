@@ -102,16 +102,16 @@ def test_greedy_ids_equal_the_original(case: str):
     new = len(want["prompt0"])
     eos, pad = want["eos_case"]["eos_token_id"], want["eos_case"]["pad_token_id"]
 
-    alone = [Generator(model)([prompt], max_new_tokens=new, ignore_eos=True)[0].tokens for prompt in prompts]
-    together = [answer.tokens for answer in Generator(model)(prompts, max_new_tokens=new, ignore_eos=True)]
+    alone = [Generator(model)([prompt], max_new_tokens=new, ignore_eos=True)[0].token_ids for prompt in prompts]
+    together = [answer.token_ids for answer in Generator(model)(prompts, max_new_tokens=new, ignore_eos=True)]
     answers = Generator(model, eos_token_id=eos)(prompts, max_new_tokens=new)
 
     assert alone == [want[f"prompt{i}"] for i in range(3)]
     assert together == want["leftpad_batch"]
     for answer, row in zip(answers, want["eos_case"]["leftpad_batch"], strict=True):
-        assert answer.tokens + [pad] * (len(row) - len(answer.tokens)) == row
-        assert answer.finish_reason == ("eos" if answer.tokens[-1] == eos else "length")
-    assert any(answer.finish_reason == "eos" for answer in answers)
+        assert answer.token_ids + [pad] * (len(row) - len(answer.token_ids)) == row
+        assert answer.finish_reason == ("stop" if answer.token_ids[-1] == eos else "length")
+    assert any(answer.finish_reason == "stop" for answer in answers)
 
 
 @every_case

@@ -11,7 +11,7 @@ from tests.kills import JOBS
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS)
-def test_what_was_killed_ends_as_what_was_not(job: str):
+def test_killed_jobs_end_as_undisturbed_ones(job: str):
     command = [sys.executable, "-m", "tests.kills", "--kills", "4", "--jobs", job]
 
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent)

@@ -1,12 +1,11 @@
-"""Whole runs of a very small model: what they leave, how they go on, how they stop.
+"""Runs of a very small model: results, resuming, stopping.
 
-Start at `test_a_run_that_was_stopped_goes_on_bit_for_bit_for_twenty_steps_and_more`.
+Start at `test_a_stopped_run_resumes_bit_for_bit`.
 """
 
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import logging
 import os
@@ -28,7 +27,6 @@ import pytest
 
 import dsmoe_jax
 from dsmoe_jax.cli import main
-from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.model import split
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.storage.locks import lock_folder
@@ -37,11 +35,9 @@ from dsmoe_jax.train import loop
 from dsmoe_jax.train.checkpoints import Checkpoints
 from dsmoe_jax.train.config import CheckpointConfig, DataConfig, RunConfig
 from dsmoe_jax.train.data import tokenize
-from dsmoe_jax.train.flags import parse
 from dsmoe_jax.train.loop import run
 from dsmoe_jax.train.metrics import read_records
 from dsmoe_jax.train.optimizer import OptimizerConfig
-from dsmoe_jax.train.recipes import RECIPES
 from dsmoe_jax.train.step import StepConfig
 from tests.helpers.hf_folder import flip_bit, tiny
 
@@ -68,14 +64,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(home: Path, out: Path, **changes: Any) -> RunConfig:
     fields: dict[str, Any] = {
-        "out": str(out),
+        "output_dir": str(out),
         "model": str(home / "model.json"),
         "steps": STEPS,
         "data": DataConfig(
             sources=(str(home / "shards"),), tokenizer=str(home / "tokenizer"), sequence_length=24, batch_size=8
         ),
         "optimizer": OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup_steps=2),
-        "checkpoints": CheckpointConfig(every=4),
+        "checkpoint": CheckpointConfig(interval=4),
         "eval_interval": 6,
         "eval_batches": 2,
         "trackers": ("jsonl",),
@@ -130,7 +126,7 @@ def whole(home: Path) -> Path:
 # What a run leaves
 
 
-def test_a_run_leaves_a_model_that_generates_records_and_its_config(home: Path, whole: Path):
+def test_a_run_leaves_model_metrics_and_config(home: Path, whole: Path):
     records = read_records(whole)
     generator = dsmoe_jax.Generator.from_pretrained(whole / "model")
 
@@ -138,11 +134,11 @@ def test_a_run_leaves_a_model_that_generates_records_and_its_config(home: Path, 
     assert [record["step"] for record in records if "eval/loss" in record] == [6, 12, 18, 24, STEPS]
     assert losses(whole)[STEPS] < losses(whole)[1] - 0.3
     assert json.loads((whole / "run.json").read_text())["steps"] == STEPS
-    assert len(generator(["moe"], max_new_tokens=4, ignore_eos=True)[0].tokens) == 4
+    assert len(generator(["moe"], max_new_tokens=4, ignore_eos=True)[0].token_ids) == 4
     assert sorted(Checkpoints(whole / "checkpoints").steps()) == [20, 24, STEPS]
 
 
-def test_a_finished_run_that_is_started_again_changes_nothing(home: Path, whole: Path):
+def test_a_complete_run_is_not_repeated(home: Path, whole: Path):
     before = digest(whole / "model")
 
     result = run(config(home, whole))
@@ -172,7 +168,7 @@ def test_twenty_steps_follow_the_committed_curve(tmp_path: Path, home: Path):
     np.testing.assert_allclose(list(losses(tmp_path / "out").values()), want["loss"], rtol=CURVE)
 
 
-def test_a_second_run_in_the_folder_is_refused_in_one_line(tmp_path: Path, home: Path):
+def test_a_second_run_in_the_output_dir_is_refused(tmp_path: Path, home: Path):
     (tmp_path / "link").symlink_to("out")
 
     with lock_folder(tmp_path / "out"):
@@ -187,11 +183,11 @@ def test_a_second_run_in_the_folder_is_refused_in_one_line(tmp_path: Path, home:
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a signal came while that step was under way."""
-    monkeypatch.setattr(loop, "_agreed", lambda stop, n, every: n == step)
+    monkeypatch.setattr(loop, "_should_stop", lambda stop, n, every: n == step)
 
 
 @pytest.mark.parametrize("at", [8, pytest.param(5, marks=pytest.mark.slow)])
-def test_a_run_that_was_stopped_goes_on_bit_for_bit_for_twenty_steps_and_more(
+def test_a_stopped_run_resumes_bit_for_bit(
     tmp_path: Path, home: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ):
     shutil.copytree(whole / "compiled", tmp_path / "out" / "compiled")  # nothing but time is saved
@@ -210,7 +206,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit_for_twenty_steps_and_more(
     assert digest(tmp_path / "out" / "model") == digest(whole / "model")
 
 
-def test_a_run_goes_on_over_another_mesh(tmp_path: Path, home: Path, whole: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_resumes_on_another_mesh(tmp_path: Path, home: Path, whole: Path, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
         stop_at(5, patch)
         run(config(home, tmp_path / "out", mesh=MeshConfig(fsdp=2, expert=4)))
@@ -238,9 +234,7 @@ def test_accumulation_gives_the_same_run(tmp_path: Path, home: Path, whole: Path
         assert losses(tmp_path / "out")[step] == pytest.approx(loss, abs=1e-4)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
-    tmp_path: Path, home: Path, whole: Path, caplog: pytest.LogCaptureFixture
-):
+def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, home: Path, whole: Path, caplog: pytest.LogCaptureFixture):
     out = Path(shutil.copytree(whole, tmp_path / "out"))
     shutil.rmtree(out / "model")
     newest = out / "checkpoints" / "step-00000028"
@@ -249,20 +243,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 
     run(config(home, out))
 
-    assert "step-00000028 is skipped: damaged" in caplog.text
-    assert "going on after step 24 of 28" in caplog.text
+    assert f"Skipping checkpoint {newest}: damaged" in caplog.text
+    assert "Resuming from step 24 of 28" in caplog.text
     assert digest(out / "model") == digest(whole / "model")
 
 
-def test_another_stream_is_refused_by_the_name_of_what_changed(tmp_path: Path, home: Path, whole: Path):
+def test_a_changed_data_stream_is_refused(tmp_path: Path, home: Path, whole: Path):
     out = Path(shutil.copytree(whole, tmp_path / "out"))
 
-    with pytest.raises(ValueError, match="cannot resume from step 28: seed: the checkpoint has 0, this run 1;"):
+    with pytest.raises(ValueError, match="cannot resume from step 28: seed is 0 in the checkpoint, 1 in this run;"):
         run(config(home, out, seed=1))
 
 
-def test_a_run_that_shall_not_resume_refuses_a_folder_with_checkpoints(home: Path, whole: Path):
-    with pytest.raises(ValueError, match="has checkpoints; --resume auto goes on from them"):
+def test_resume_never_refuses_checkpoints(home: Path, whole: Path):
+    with pytest.raises(ValueError, match="has checkpoints; pass --resume auto to resume from them"):
         run(config(home, whole, resume="never"))
 
 
@@ -275,7 +269,7 @@ def test_a_run_begins_from_a_native_checkpoint(tmp_path: Path, home: Path, whole
 # Stopping
 
 
-def test_a_disk_that_fills_during_a_save_ends_the_run_in_one_line_and_the_same_command_goes_on(
+def test_a_run_resumes_after_a_full_disk(
     tmp_path: Path, home: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.INFO)
@@ -302,7 +296,7 @@ def test_a_disk_that_fills_during_a_save_ends_the_run_in_one_line_and_the_same_c
     run(config(home, out))
 
     assert "\n" not in str(refused.value)
-    assert caplog.text.count("going on after step 20 of 28") == 2
+    assert caplog.text.count("Resuming from step 20 of 28") == 2
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
     assert losses(out) == losses(whole)
     assert digest(out / "model") == digest(whole / "model")
@@ -321,7 +315,7 @@ def test_too_many_skipped_updates_in_a_row_stop_the_run(
     original = loop.make_step
     monkeypatch.setattr(loop, "make_step", broken)
 
-    with pytest.raises(ValueError, match="3 updates in a row were skipped: loss nan"):
+    with pytest.raises(ValueError, match="3 consecutive updates skipped at step 3: loss nan"):
         run(config(home, tmp_path / "out", max_consecutive_skips=2))
 
 
@@ -351,7 +345,7 @@ def wait_for(out: Path, steps: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_ends_the_run_with_a_checkpoint_and_exit_code_0(tmp_path: Path, home: Path, number: signal.Signals):
+def test_a_signal_saves_a_checkpoint_and_exits_with_0(tmp_path: Path, home: Path, number: signal.Signals):
     out = tmp_path / "out"
 
     with start(home, out, 100_000) as process:
@@ -423,17 +417,17 @@ def test_kills_at_random_moments_lose_nothing(tmp_path: Path, home: Path):
 BAD: dict[str, tuple[Callable[[Path, Path], RunConfig], str]] = {
     "a batch that does not divide": (
         lambda home, out: config(home, out, data=dataclasses.replace(config(home, out).data, batch_size=6)),
-        "data.batch_size 6 does not divide over 8 devices x 1 micro-batches",
+        "data.batch_size must be a multiple of 8 .*, got 6",
     ),
     "another tokenizer": (
         lambda home, out: config(
             home, out, data=dataclasses.replace(config(home, out).data, tokenizer=str(other_tokenizer(home)))
         ),
-        "made with another tokenizer",
+        "written with another tokenizer",
     ),
     "a model of fewer tokens": (
         lambda home, out: config(home, out, model=str(smaller_model(home))),
-        r"made with a vocabulary of \d+; the model's vocab_size is 200",
+        r"the model's vocab_size must be at least \d+, got 200",
     ),
     "no such source": (
         lambda home, out: config(home, out, data=dataclasses.replace(config(home, out).data, sources=("nowhere",))),
@@ -465,48 +459,23 @@ def test_a_mistake_is_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
-# Flags
+# The command line
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_is_a_whole_config_of_a_preset(name: str):
-    recipe = RECIPES[name]()
-
-    assert recipe.model_config() == ModelConfig.preset(recipe.model)
-    assert parse(recipe, [], prog=name) == recipe
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_a_mistaken_flag_is_one_line_without_its_box(encoding: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
-
-    with pytest.raises(ValueError, match=r"^Error parsing RunConfig: steps must be at least 1, not 0$"):
-        parse(RECIPES["tiny"](), ["--steps", "0"], prog="tiny")
-
-
-def test_flags_change_a_recipe():
-    flags = [
-        "--steps",
-        "7",
-        "--data.sources",
-        "a",
-        "b",
-        "--step.remat",
-        "full",
-        "--mesh.expert",
-        "2",
-        "--resume",
-        "never",
-    ]
-
-    got = parse(RECIPES["tiny"](), flags, prog="tiny")
-
-    assert (got.steps, got.data.sources, got.step.remat, got.mesh.expert) == (7, ("a", "b"), "full", 2)
-
-
-def test_the_verbs_tokenize_and_pretrain(tmp_path: Path, home: Path, capsys: pytest.CaptureFixture):
+def test_tokenize_and_pretrain_from_the_command_line(tmp_path: Path, home: Path, capsys: pytest.CaptureFixture):
     shards, out = tmp_path / "shards", tmp_path / "out"
-    flags = ["--out", out, "--model", home / "model.json", "--steps", 2, "--data.sources", shards, "--mesh.fsdp", 8]
+    flags = [
+        "--output-dir",
+        out,
+        "--model",
+        home / "model.json",
+        "--steps",
+        2,
+        "--data.sources",
+        shards,
+        "--mesh.fsdp",
+        8,
+    ]
     flags += ["--data.tokenizer", home / "tokenizer", "--data.sequence-length", 24, "--trackers", "jsonl"]
 
     codes = [
@@ -516,25 +485,6 @@ def test_the_verbs_tokenize_and_pretrain(tmp_path: Path, home: Path, capsys: pyt
 
     said = capsys.readouterr().out
     assert codes == [0, 0]
-    assert "tokens of" in said
+    assert "200 documents, " in said
     assert f"2 steps, loss {losses(out)[2]:.4f}" in said
     assert str(out / "model") in said
-
-
-@pytest.mark.parametrize(
-    ("typed", "named"),
-    [
-        (("pretrain", "huge"), "recipe 'huge' does not exist, only tiny, bench"),
-        (("pretrain", "tiny", "--stepz", "3"), "--stepz"),
-        (("pretrain", "tiny", "--steps", "many"), "--steps"),
-        (("pretrain", "tiny", "--steps", "0"), "steps must be at least 1, not 0"),
-        (("pretrain", "tiny", "--step.remat", "some"), "remat 'some' is not one of none, dots, full"),
-    ],
-)
-def test_a_wrong_flag_gets_one_line_and_exit_code_2(capsys: pytest.CaptureFixture, typed: tuple[str, ...], named: str):
-    code = main(list(typed))
-
-    error = capsys.readouterr().err
-    assert code == 2
-    assert error.count("\n") == 1
-    assert named in error

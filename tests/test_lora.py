@@ -156,7 +156,7 @@ def test_greedy_outputs_equal_pefts(case: dict[str, Any]):
     generator = Generator.from_pretrained(golden.folder("a_baseline"), adapter=case["folder"])
     answer = generator([prompt], max_new_tokens=16, ignore_eos=True)[0]
 
-    assert answer.tokens == case["expected"]["generation"]["ids"]
+    assert answer.token_ids == case["expected"]["generation"]["ids"]
 
 
 def test_writing_and_reading_an_adapter_is_lossless(case: dict[str, Any], tmp_path):

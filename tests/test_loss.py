@@ -59,7 +59,7 @@ def test_every_gradient_equals_the_originals():
             np.testing.assert_allclose(got, want, rtol=GRADIENT, atol=GRADIENT * np.abs(want).max(), err_msg=part)
 
 
-def test_right_padding_counts_in_the_balance_loss_as_in_the_original():
+def test_padding_counts_in_the_balance_loss_as_in_the_original():
     model = golden.model("a_baseline")
     batch, expected = golden.tensors("a_baseline"), golden.expected("a_baseline")
     graph, params = split(model)
@@ -80,7 +80,7 @@ def test_right_padding_counts_in_the_balance_loss_as_in_the_original():
 # The head and its loss in one
 
 
-def plain_head_loss(states, head, targets, z_loss=0.0):
+def plain_loss(states, head, targets, z_loss=0.0):
     """The slow obvious twin of `chunked_cross_entropy`: all logits at once."""
     logits = jnp.einsum("btd,vd->btv", states, head)
     log_sum = jax.nn.logsumexp(logits, axis=-1)
@@ -98,30 +98,28 @@ def head_inputs(B: int = 8, T: int = 9, D: int = 16, V: int = 64):
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.1], ids="z_loss={}".format)
 @pytest.mark.parametrize("tokens", [1, 7, 1000], ids="{} tokens a chunk".format)
-def test_the_loss_in_chunks_and_its_gradients_equal_the_plain_one(
-    monkeypatch: pytest.MonkeyPatch, tokens: int, z_loss: float
-):
+def test_chunked_loss_and_gradients_equal_the_plain_ones(monkeypatch: pytest.MonkeyPatch, tokens: int, z_loss: float):
     states, head, targets = head_inputs()
     monkeypatch.setattr(loss, "_CHUNK_BYTES", tokens * 4 * len(head))
 
     got, got_grads = jax.value_and_grad(
         lambda s, h: 3 * loss.chunked_cross_entropy(s, h, targets, z_loss=z_loss).total, (0, 1)
     )(states, head)
-    want, want_grads = jax.value_and_grad(lambda s, h: 3 * plain_head_loss(s, h, targets, z_loss), (0, 1))(states, head)
+    want, want_grads = jax.value_and_grad(lambda s, h: 3 * plain_loss(s, h, targets, z_loss), (0, 1))(states, head)
 
     np.testing.assert_allclose(got, want, rtol=1e-5)
     for mine, plain in zip(got_grads, want_grads, strict=True):
         np.testing.assert_allclose(mine, plain, rtol=1e-4, atol=1e-4)
     assert loss.chunked_cross_entropy(states, head, targets, z_loss=z_loss).cross_entropy == pytest.approx(
-        float(plain_head_loss(states, head, targets)), rel=1e-5
+        float(plain_loss(states, head, targets)), rel=1e-5
     )
 
 
 @pytest.mark.parametrize("V", [64, 63], ids="a vocabulary of {}".format)
 @pytest.mark.parametrize("mesh", MESHES)
-def test_the_loss_in_chunks_is_the_same_on_every_mesh(mesh: str, V: int):
+def test_chunked_loss_is_equal_on_every_mesh(mesh: str, V: int):
     states, head, targets = head_inputs(V=V)
-    want, want_grads = jax.value_and_grad(lambda s, h: plain_head_loss(s, h, targets, 0.1), (0, 1))(states, head)
+    want, want_grads = jax.value_and_grad(lambda s, h: plain_loss(s, h, targets, 0.1), (0, 1))(states, head)
 
     with jax.set_mesh(make_mesh(MESHES[mesh])):
         run = jax.jit(
@@ -134,7 +132,7 @@ def test_the_loss_in_chunks_is_the_same_on_every_mesh(mesh: str, V: int):
         np.testing.assert_allclose(mine, plain, rtol=1e-4, atol=1e-4)
 
 
-def test_no_array_of_all_logits_is_made():
+def test_full_logits_are_never_materialized():
     states, head, targets = head_inputs(B=4, T=64, V=2**15)
 
     compiled = (
@@ -144,7 +142,7 @@ def test_no_array_of_all_logits_is_made():
     )
 
     all_logits = 4 * 64 * 2**15 * 4
-    plain = jax.jit(jax.grad(lambda s, h: plain_head_loss(s, h, targets), (0, 1))).lower(states, head).compile()
+    plain = jax.jit(jax.grad(lambda s, h: plain_loss(s, h, targets), (0, 1))).lower(states, head).compile()
     memory, plain_memory = compiled.memory_analysis(), plain.memory_analysis()
     assert memory is not None
     assert plain_memory is not None
@@ -181,7 +179,7 @@ def test_the_device_level_loss_is_the_papers(groups: int):
 
 
 def test_groups_that_do_not_divide_the_experts_are_refused():
-    with pytest.raises(ValueError, match="8 experts do not divide into 3 groups"):
+    with pytest.raises(ValueError, match="groups must divide 8 experts, got 3"):
         loss.device_balance_loss(random_routing(), 3, 0.05)
 
 

@@ -1,4 +1,4 @@
-"""The memory plan is made of the config alone; here it is held against what the compiler says of real programs."""
+"""The memory plan, computed from the config, against compiled programs."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from dsmoe_jax.model import DeepSeekMoE, abstract, split
 from dsmoe_jax.quantize import quantize_embedding, quantize_params
 from dsmoe_jax.sharding import MeshConfig
 from tests.helpers.hf_folder import edit, random_params, tiny, write_hf
-from tests.test_generate import SMALL
+from tests.helpers.small import SMALL
 
 S = jax.ShapeDtypeStruct
 
@@ -37,77 +37,77 @@ def abstract_params(config: ModelConfig, dtype, outside) -> dict:
     ("preset", "dtype"),
     [("bench", jnp.float32), pytest.param("deepseek_moe_16b", jnp.bfloat16, marks=pytest.mark.heavy)],
 )
-def test_the_plan_is_what_the_compiler_says_within_5_percent(preset: str, dtype):
+def test_plan_matches_the_compiler_within_5_percent(preset: str, dtype):
     config, slots, chunk = ModelConfig.preset(preset), 4096, 512
     graph = abstract(config)[0]
     params = abstract_params(config, dtype, jnp.float32)  # as they are generated from on CPU
     cache = jax.eval_shape(lambda: KVCache.empty(config, 1, slots, jnp.float32))
     row, ids = S((1,), jnp.int32), S((1, chunk), jnp.int32)
 
-    plan = MemoryPlan.of(config, rows=1, slots=slots, dtype=dtype, prefill_chunk=chunk, widened=True)
+    plan = MemoryPlan.of(config, batch_size=1, max_length=slots, dtype=dtype, prefill_chunk=chunk, upcast=True)
     read = compiled_bytes(extend, graph, params, cache, ids, row)
     stepped = compiled_bytes(step, graph, None, params, Batch(cache, None), row, S((1,), bool), None, row)
 
-    np.testing.assert_allclose(plan.weights + plan.piece + plan.work, read, rtol=0.05)
+    np.testing.assert_allclose(plan.weights + plan.prompt_cache + plan.activations, read, rtol=0.05)
     np.testing.assert_allclose(plan.weights + plan.cache, stepped, rtol=0.05)
 
 
-def test_the_first_piece_takes_no_more_than_the_plan_says():
+def test_first_chunk_fits_the_plan():
     config = ModelConfig.preset("bench")
     params = abstract_params(config, jnp.float32, jnp.float32)
 
-    plan = MemoryPlan.of(config, rows=1, slots=512, dtype=jnp.float32)
+    plan = MemoryPlan.of(config, batch_size=1, max_length=512, dtype=jnp.float32)
     arguments = (abstract(config)[0], 512, jnp.float32, params, S((1, 512), jnp.int32), S((1,), jnp.int32))
 
-    assert compiled_bytes(prefill, *arguments) <= 1.05 * (plan.weights + plan.piece + plan.work)
+    assert compiled_bytes(prefill, *arguments) <= 1.05 * (plan.weights + plan.prompt_cache + plan.activations)
 
 
-def test_the_16b_in_bf16_with_4096_tokens_fits_40_gb():
-    plan = MemoryPlan.of(ModelConfig.preset("deepseek_moe_16b"), rows=1, slots=4096)
+def test_16b_in_bf16_with_4096_tokens_fits_40_gb():
+    plan = MemoryPlan.of(ModelConfig.preset("deepseek_moe_16b"), batch_size=1, max_length=4096)
 
     assert plan.total < 40e9
     assert plan.weights == 32_751_456_256
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
-def test_quantised_weights_take_what_the_plan_says(scheme: str):
+def test_quantized_weights_match_the_plan(scheme: str):
     params = quantize_embedding(quantize_params(split(DeepSeekMoE.init(SMALL))[1], scheme))
 
-    plan = MemoryPlan.of(SMALL, rows=1, slots=16, dtype=jnp.float32, quantize=scheme)
+    plan = MemoryPlan.of(SMALL, batch_size=1, max_length=16, dtype=jnp.float32, quantize=scheme)
 
     assert plan.weights == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
-def test_a_cache_takes_what_the_plan_says(dtype):
+def test_cache_matches_the_plan(dtype):
     cache = KVCache.empty(SMALL, 3, 48, dtype)
 
     assert cache_bytes(SMALL, 3, 48, dtype=dtype) == sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers))
 
 
-def test_on_a_mesh_each_device_has_its_share():
+def test_plan_of_a_mesh_is_per_device():
     config = ModelConfig.preset("deepseek_moe_16b")
 
-    one = MemoryPlan.of(config, rows=8, slots=4096)
-    each = MemoryPlan.of(config, rows=8, slots=4096, mesh=MeshConfig(fsdp=2, expert=4))
+    one = MemoryPlan.of(config, batch_size=8, max_length=4096)
+    each = MemoryPlan.of(config, batch_size=8, max_length=4096, mesh=MeshConfig(fsdp=2, expert=4))
 
     assert each.cache * 8 == one.cache
     assert one.weights / 8 < each.weights < one.weights / 6
 
 
-@pytest.mark.parametrize("said", ["float32", None, "bfloat16"])
-def test_the_plan_counts_the_tensors_and_not_what_the_config_says(tmp_path: Path, said: str | None):
-    write_hf(tmp_path / "hf", tiny(torch_dtype=said), random_params(tiny()), "bfloat16")
+@pytest.mark.parametrize("declared", ["float32", None, "bfloat16"])
+def test_plan_uses_the_dtypes_of_the_tensors(tmp_path: Path, declared: str | None):
+    write_hf(tmp_path / "hf", tiny(torch_dtype=declared), random_params(tiny()), "bfloat16")
     import_hf(tmp_path / "hf", tmp_path / "native")
-    edit("config.json", lambda fields: fields.update(torch_dtype=said))(tmp_path / "native")
+    edit("config.json", lambda fields: fields.update(torch_dtype=declared))(tmp_path / "native")
 
     stored = sum(array.size for array in random_params(tiny()).values()) * 2
     for folder in (tmp_path / "hf", tmp_path / "native"):
-        plan = MemoryPlan.of(tiny(), rows=1, slots=16, dtype=weight_dtypes(folder, tiny()))
+        plan = MemoryPlan.of(tiny(), batch_size=1, max_length=16, dtype=weight_dtypes(folder, tiny()))
         assert plan.weights == stored
 
 
-def test_the_plan_is_one_line():
+def test_plan_prints_one_line():
     assert str(MemoryPlan(32_800_000_000, 940_000_000, 940_000_000, 0)) == (
-        "34.7 GB: weights 32.8, cache 0.94, piece 0.94, work 0"
+        "34.7 GB: weights 32.8, cache 0.94, prompt_cache 0.94, activations 0"
     )

@@ -73,7 +73,7 @@ from dsmoe_jax.train.loop import run
 own = lambda path: path if index == 0 else f"{path} of nobody"  # process 1 does not find it
 def trains(**changes):
     data = DataConfig(sources=(changes.pop("source", "python-stdlib"),), tokenizer=changes.pop("tokenizer", None))
-    run(RunConfig(out=f"{home}/run", data=data, **changes))
+    run(RunConfig(output_dir=f"{home}/run", data=data, **changes))
 attempt("no model", lambda: trains(model=own(f"{home}/out/config.json")))
 attempt("no base", lambda: trains(init_from=own(f"{home}/out")))
 attempt("no data", lambda: trains(model=f"{home}/out/config.json", source=own(f"{home}/out")))
@@ -125,7 +125,7 @@ def test_all_refuse_to_overwrite(seen: list[dict[str, str]]):
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_process_that_fails_is_known_to_all_and_nothing_is_left(seen: list[dict[str, str]], failing: int):
+def test_a_failing_process_fails_all_and_leaves_nothing(seen: list[dict[str, str]], failing: int):
     said = [process[f"process {failing} cannot write"] for process in seen]
 
     assert said[failing] == "OSError: no space left"

@@ -1,4 +1,4 @@
-"""Scoring: every number against the whole model's logits of one pair at a time, whatever the batches were."""
+"""Scoring and perplexity against the logits of one unbatched pair at a time."""
 
 import dataclasses
 import functools
@@ -16,13 +16,12 @@ from dsmoe_jax.generate import Generator, scoring
 from dsmoe_jax.generate.programs import bucket
 from dsmoe_jax.generate.scoring import Perplexity, Score, perplexity, rolling_windows, score
 from dsmoe_jax.model import DeepSeekMoE, split
-from tests import test_generate
-from tests.helpers import golden
+from tests.helpers import golden, small
 from tests.helpers.meshes import MESHES
 
 pytestmark = pytest.mark.heavy
 
-SMALL = dataclasses.replace(test_generate.SMALL, vocab_size=320)
+SMALL = dataclasses.replace(small.SMALL, vocab_size=320)
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}  # fp32, two orders of summation
 DYNAMIC = dataclasses.replace(SMALL, max_position_embeddings=20, rope_scaling=RopeScaling("dynamic", 2.0))
 
@@ -76,7 +75,7 @@ def random_pair(rng: random.Random, length: int) -> Pair:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
-def test_the_scores_are_those_of_the_whole_models_logits(tied: bool):
+def test_scores_match_the_logits_of_the_model(tied: bool):
     model = model_of(dataclasses.replace(SMALL, tie_word_embeddings=tied))
     rng = random.Random(0)
     pairs = [random_pair(rng, length) for length in (1, 30, 7, 7)]
@@ -86,7 +85,7 @@ def test_the_scores_are_those_of_the_whole_models_logits(tied: bool):
     check_same(got, [twin(model, pair) for pair in pairs])
 
 
-def test_the_scores_are_those_of_the_original():
+def test_scores_match_the_original():
     ids, logits = (golden.tensors("a_baseline")[name] for name in ("in.input_ids", "logits"))
     cuts = (1, 20)
     pairs = [(row[:cut].tolist(), row[cut:].tolist()) for row, cut in zip(ids, cuts, strict=True)]
@@ -99,23 +98,23 @@ def test_the_scores_are_those_of_the_original():
 
 
 @pytest.mark.slow
-def test_the_numbers_of_two_hundred_pairs_are_those_of_each_alone_and_few_programs_made_them():
+def test_two_hundred_pairs_match_each_alone_with_few_programs():
     model, rng, budget = model_of(SMALL), random.Random(1), 512
     pairs = [random_pair(rng, rng.randint(1, 60)) for _ in range(200)]
     alone = [scored(model, [pair])[0] for pair in pairs]
-    before = scoring._scored._cache_size()  # type: ignore[attr-defined]
+    before = scoring._score_batch._cache_size()  # type: ignore[attr-defined]
 
     got = scored(model, pairs, max_tokens=budget)
 
     check_same(got, alone)
     lengths = {bucket(len(context) + len(continuation) - 1) for context, continuation in pairs}
     shapes = {(rows, length) for length in lengths for rows in (1, 2, 4, 8, 16, 32) if rows * length <= budget}
-    made = scoring._scored._cache_size() - before  # type: ignore[attr-defined]
+    made = scoring._score_batch._cache_size() - before  # type: ignore[attr-defined]
     assert 0 < made <= len(shapes)
     assert made <= 2 * len(lengths)  # full batches and what is left over
 
 
-def test_the_order_of_the_results_is_that_of_the_pairs():
+def test_scores_keep_the_order_of_the_pairs():
     model, rng = model_of(SMALL), random.Random(3)
     pairs = [random_pair(rng, length) for length in (3, 40, 5, 40, 17, 1)]
     order = [4, 0, 5, 2, 1, 3]
@@ -125,7 +124,7 @@ def test_the_order_of_the_results_is_that_of_the_pairs():
     check_same(shuffled, [got[i] for i in order])
 
 
-def test_the_budget_of_tokens_changes_no_result():
+def test_max_tokens_does_not_change_scores():
     model, rng = model_of(SMALL), random.Random(4)
     pairs = [random_pair(rng, length) for length in (3, 20, 24, 30, 11)]
 
@@ -134,7 +133,7 @@ def test_the_budget_of_tokens_changes_no_result():
     check_same(one_by_one, together)
 
 
-def test_the_plan_keeps_to_the_budget_and_takes_every_pair_once():
+def test_batches_respect_max_tokens_and_cover_every_pair():
     rng = random.Random(5)
     lengths = [rng.randint(1, 300) for _ in range(500)]
 
@@ -147,18 +146,18 @@ def test_the_plan_keeps_to_the_budget_and_takes_every_pair_once():
     assert [batch.length for batch in batches] == sorted((batch.length for batch in batches), reverse=True)
 
 
-def test_the_models_own_greedy_continuation_is_greedy_and_another_is_not():
+def test_greedy_flag_marks_greedy_continuations_only():
     model, prompt = model_of(SMALL), [5, 6, 7]
-    answer = Generator(model)([prompt], max_new_tokens=6, ignore_eos=True)[0].tokens
-    last_wrong = [*answer[:-1], (answer[-1] + 1) % SMALL.vocab_size]
-    first_wrong = [(answer[0] + 1) % SMALL.vocab_size, *answer[1:]]
+    output = Generator(model)([prompt], max_new_tokens=6, ignore_eos=True)[0].token_ids
+    last_wrong = [*output[:-1], (output[-1] + 1) % SMALL.vocab_size]
+    first_wrong = [(output[0] + 1) % SMALL.vocab_size, *output[1:]]
 
-    got = scored(model, [(prompt, answer), (prompt, last_wrong), (prompt, first_wrong), (prompt, answer[:1])])
+    got = scored(model, [(prompt, output), (prompt, last_wrong), (prompt, first_wrong), (prompt, output[:1])])
 
     assert [one.greedy for one in got] == [True, False, False, True]
 
 
-def test_the_progress_counts_pairs_up_to_all_of_them():
+def test_progress_counts_pairs():
     told = []
 
     scored(model_of(SMALL), [([1], [2])] * 3, max_tokens=16, progress=lambda *numbers: told.append(numbers))
@@ -166,17 +165,17 @@ def test_the_progress_counts_pairs_up_to_all_of_them():
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_the_score_of_no_pairs_is_no_score():
+def test_no_pairs_give_no_scores():
     assert scored(model_of(SMALL), []) == []
 
 
-def test_the_logits_of_all_positions_never_exist_at_once():
+def test_logits_are_computed_in_chunks():
     model = model_of(SMALL)
     graph, params = split(model)
     shape = jax.ShapeDtypeStruct
     rows, places = shape((8, 128), np.int32), shape((8, 128), np.int32)
 
-    lowered = scoring._scored.lower(  # type: ignore[attr-defined]
+    lowered = scoring._score_batch.lower(  # type: ignore[attr-defined]
         graph, params, rows, shape((8,), np.int32), places, places, shape((), np.int32)
     ).as_text()
 
@@ -185,7 +184,7 @@ def test_the_logits_of_all_positions_never_exist_at_once():
     assert "8x128x320x" not in lowered
 
 
-def test_the_scores_on_a_mesh_are_those_on_one_device():
+def test_scores_on_a_mesh_match_one_device():
     config = dataclasses.replace(SMALL, n_routed_experts=8)
     one, many = (DeepSeekMoE.init(config, mesh=mesh) for mesh in (None, MESHES["expert=2,tensor=2,fsdp=2"]))
     rng = random.Random(6)
@@ -200,7 +199,7 @@ def test_the_scores_on_a_mesh_are_those_on_one_device():
 
 
 @pytest.mark.slow
-def test_the_padding_and_the_neighbours_of_a_stretched_pair_change_nothing():
+def test_stretched_pairs_do_not_depend_on_their_batch():
     model, rng = model_of(DYNAMIC), random.Random(7)
     lengths = (19, 20, 21, 22, 22, 24, 3, 40)  # the scaling begins after 20; 21 to 24 share a bucket
     pairs = [random_pair(rng, length) for length in lengths]
@@ -210,7 +209,7 @@ def test_the_padding_and_the_neighbours_of_a_stretched_pair_change_nothing():
     check_same(got, [twin(model, pair) for pair in pairs])
 
 
-def test_the_stretched_pairs_share_batches_with_their_own_length_only():
+def test_stretched_pairs_share_batches_by_length():
     lengths = [18, 19, 20, 21, 22, 22, 24]
 
     batches = scoring._plan(lengths, DYNAMIC, 256, 2048)
@@ -221,7 +220,7 @@ def test_the_stretched_pairs_share_batches_with_their_own_length_only():
 # --- rolling windows and perplexity ---
 
 
-def test_the_windows_are_these():
+def test_rolling_windows_match_examples():
     text = list(range(10, 22))
 
     # fmt: off
@@ -247,7 +246,7 @@ def test_the_windows_are_these():
     assert rolling_windows([], prefix=0, window=5) == []
 
 
-def test_the_windows_predict_every_token_once_from_what_stands_before_it():
+def test_windows_predict_every_token_once():
     rng = random.Random(8)
     for _ in range(500):
         window = rng.randint(1, 12)
@@ -268,7 +267,7 @@ def test_the_windows_predict_every_token_once_from_what_stands_before_it():
 
 @pytest.mark.parametrize("stride", [None, 3], ids="stride={}".format)
 @pytest.mark.parametrize("prefix", [0, None], ids="prefix={}".format)
-def test_the_perplexity_is_that_of_every_window_alone(stride: int | None, prefix: int | None):
+def test_perplexity_matches_windows_scored_alone(stride: int | None, prefix: int | None):
     model, rng = model_of(SMALL), random.Random(9)
     text = [rng.randrange(SMALL.vocab_size) for _ in range(50)]
 
@@ -276,14 +275,14 @@ def test_the_perplexity_is_that_of_every_window_alone(stride: int | None, prefix
 
     windows = rolling_windows(text, prefix=prefix, window=16, stride=stride)
     nll = -sum(twin(model, pair).logprob for pair in windows)
-    assert got.tokens == (50 if prefix == 0 else 49)
+    assert got.num_tokens == (50 if prefix == 0 else 49)
     np.testing.assert_allclose(got.nll, nll, **CLOSE)
-    np.testing.assert_allclose(got.perplexity, math.exp(nll / got.tokens), rtol=1e-4)
+    np.testing.assert_allclose(got.perplexity, math.exp(nll / got.num_tokens), rtol=1e-4)
     assert got.bits_per_byte is not None
     np.testing.assert_allclose(got.bits_per_byte, nll / math.log(2) / 170, **CLOSE)
 
 
-def test_the_window_is_by_default_what_the_model_was_trained_for():
+def test_default_window_is_max_position_embeddings():
     model, text = model_of(DYNAMIC), list(range(40))
 
     got = measured(model, text, prefix=0)
@@ -302,45 +301,45 @@ BAD_PAIRS = {
     "nothing to score": ([1],       [],       r"pair 1: the continuation is empty"),
     "past the end":    ([1, 320],   [1],      r"pair 1: context id 320 is outside the vocabulary of 320"),
     "negative":        ([1],        [2, -1],  r"pair 1: continuation id -1 is outside the vocabulary of 320"),
-    "floats":          ([1.5],      [1],      r"pair 1: the context must be token ids \[T\], not float64 \[1\]"),
-    "text":            ("import",   [1],      r"pair 1: the context must be token ids \[T\], not <U6 \[\]"),
-    "nested":          ([1],        [[1]],    r"pair 1: the continuation must be token ids \[T\], not int64 \[1, 1\]"),
+    "floats":          ([1.5],      [1],      r"pair 1: the context must be token ids \[T\], got float64 \[1\]"),
+    "text":            ("import",   [1],      r"pair 1: the context must be token ids \[T\], got <U6 \[\]"),
+    "nested":          ([1],        [[1]],    r"pair 1: the continuation must be token ids \[T\], got int64 \[1, 1\]"),
     "too long":        ([1] * 30,   [1] * 4,  r"pair 1: 30 tokens of context and 4 of .* context_length of 32"),
 }
 BAD_TEXTS = {
-    "no tokens":        ([],     {"prefix": 0},                    r"nothing to predict: tokens has length 0"),
-    "one alone":        ([1],    {"prefix": None},                 r"nothing to predict: tokens has length 1"),
+    "no tokens":        ([],     {"prefix": 0},                    r"no token to predict: tokens has length 0"),
+    "one alone":        ([1],    {"prefix": None},                 r"no token to predict: tokens has length 1"),
     "prefix":           ([1],    {"prefix": 320},                  r"context id 320 is outside the vocabulary of 320"),
-    "window past context": ([1], {"prefix": 0, "window": 33},      r"window 33 is above the context_length of 32"),
-    "no window":        ([1],    {"prefix": 0, "window": 0},       r"window must be at least 1, not 0"),
-    "no stride":        ([1],    {"prefix": 0, "stride": 0},       r"stride must be between 1 and .* 32, not 0"),
-    "wide stride":      ([1],    {"prefix": 0, "window": 4, "stride": 5}, r"stride must be between 1 .* of 4, not 5"),
-    "no bytes":         ([1],    {"prefix": 0, "text_bytes": 0},   r"text_bytes must be at least 1, not 0"),
+    "window past context": ([1], {"prefix": 0, "window": 33},      r"window must be at most context_length 32, got 33"),
+    "no window":        ([1],    {"prefix": 0, "window": 0},       r"window must be at least 1, got 0"),
+    "no stride":        ([1],    {"prefix": 0, "stride": 0},       r"stride must be in \[1, 32\], got 0"),
+    "wide stride":      ([1],    {"prefix": 0, "window": 4, "stride": 5}, r"stride must be in \[1, 4\], got 5"),
+    "no bytes":         ([1],    {"prefix": 0, "text_bytes": 0},   r"text_bytes must be at least 1, got 0"),
 }
 # fmt: on
 
 
-@pytest.mark.parametrize(("context", "continuation", "says"), BAD_PAIRS.values(), ids=BAD_PAIRS)
-def test_the_pair_that_cannot_be_scored_is_named(context, continuation, says: str):
-    with pytest.raises(ValueError, match=says) as refused:
+@pytest.mark.parametrize(("context", "continuation", "message"), BAD_PAIRS.values(), ids=BAD_PAIRS)
+def test_invalid_pair_is_named(context, continuation, message: str):
+    with pytest.raises(ValueError, match=message) as refused:
         scored(model_of(SMALL), [([1], [2]), (context, continuation)], context_length=32)
 
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(("tokens", "options", "says"), BAD_TEXTS.values(), ids=BAD_TEXTS)
-def test_the_text_that_cannot_be_measured_is_refused(tokens, options, says: str):
-    with pytest.raises(ValueError, match=says):
+@pytest.mark.parametrize(("tokens", "options", "message"), BAD_TEXTS.values(), ids=BAD_TEXTS)
+def test_invalid_perplexity_arguments_are_refused(tokens, options, message: str):
+    with pytest.raises(ValueError, match=message):
         measured(model_of(SMALL), tokens, context_length=32, **options)
 
 
 @pytest.mark.parametrize("name", ["context_length", "max_tokens"])
-def test_the_bounds_must_be_positive(name: str):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
+def test_limits_must_be_positive(name: str):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         scored(model_of(SMALL), [([1], [2])], **{name: 0})
 
 
-def test_the_longest_pair_that_fits_is_scored():
+def test_longest_pair_that_fits_is_scored():
     model = model_of(SMALL)
     pair = ([1] * 30, [1] * 3)
 

@@ -270,7 +270,7 @@ def answers_on_one_device(count: int) -> list[list[int]]:
 def answers(mesh: str | None, options: Dispatch, count: int) -> list[list[int]]:
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]][:count]
     completions = Generator(model_on(mesh, options))(prompts, max_new_tokens=6, temperature=0.0, ignore_eos=True)
-    return [completion.tokens for completion in completions]
+    return [completion.token_ids for completion in completions]
 
 
 QUICK = [("expert=4,fsdp=2", "all_to_all", 3)]  # a single prompt comes with the golden model
@@ -305,7 +305,7 @@ def test_a_golden_model_answers_as_on_one_device(mesh: str):
     answer = Generator(model)([prompt], max_new_tokens=len(want["prompt0"]), ignore_eos=True)[0]
 
     np.testing.assert_allclose(logits, golden.model("a_baseline")(ids).logits, rtol=0, atol=LOGITS)
-    assert answer.tokens == want["prompt0"]
+    assert answer.token_ids == want["prompt0"]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
-"""Text with stop strings, token by token: always what cutting the whole text would give, and as early as possible."""
+"""Incremental detokenization with stop strings matches cutting the full text, as early as possible."""
 
 import numpy as np
 import pytest
 
-from dsmoe_jax.generate.text import TextStream
+from dsmoe_jax.generate.detokenizer import Detokenizer
 from dsmoe_jax.text.tokenizer import Tokenizer
 from tests.helpers.hf_folder import make_tokenizer
 
@@ -28,28 +28,30 @@ def cut(text: str, stops: list[str]) -> str:
 
 
 def may_be_shown(text: str, stops: list[str]) -> str:
-    """As much of a text that may go on as no stop string can claim any more: character by character."""
+    """The longest prefix of an unfinished text that no stop string may still cut."""
     for at in range(len(text)):
         if any(text.startswith(stop, at) or stop.startswith(text[at:]) for stop in stops):
             return text[:at]
     return text
 
 
-def assert_cut_as_a_whole(tokenizer: Tokenizer, ids: list[int], stops: list[str]) -> None:
+def assert_cut_like_the_full_text(tokenizer: Tokenizer, ids: list[int], stops: list[str]) -> None:
     whole = tokenizer.decode(ids)
-    stream, plain = TextStream(tokenizer.decode_stream(), stops), tokenizer.decode_stream()
-    given = decoded = ""
+    stream, plain = Detokenizer(tokenizer.decode_stream(), stops), tokenizer.decode_stream()
+    text = decoded = ""
     for token in ids:
-        given += stream.feed(token)
+        text += stream.feed(token)
         decoded += plain.feed(token)
-        assert given == may_be_shown(decoded, stops)
-    assert given + stream.flush() == cut(whole, stops)
-    assert stream.stopped == any(stop in whole for stop in stops)
-    assert stream.feed(ids[0]) == "" or not stream.stopped
+        assert text == may_be_shown(decoded, stops)
+    text += stream.flush()
+    assert text == cut(whole, stops)
+    assert (stream.stop_string is not None) == any(stop in whole for stop in stops)
+    assert stream.stop_string is None or whole.startswith(stream.stop_string, len(text))
+    assert stream.feed(ids[0]) == "" or stream.stop_string is None
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_random_tokens_are_cut_as_their_whole_text_is(tokenizer: Tokenizer, seed: int):
+def test_random_tokens_are_cut_like_their_full_text(tokenizer: Tokenizer, seed: int):
     rng = np.random.default_rng(seed)
     ids = rng.integers(2, tokenizer.vocab_size, size=60).tolist()  # mostly broken UTF-8
     if seed % 2:  # and few letters, so that stop strings begin again and again
@@ -60,7 +62,7 @@ def test_random_tokens_are_cut_as_their_whole_text_is(tokenizer: Tokenizer, seed
     stops += ["never\x00", whole[starts[0] :][:3] + "?", "aab", "b🙂"][: seed % 5]
 
     for some in (stops[:1], stops, [stop + "\x00" for stop in stops], []):
-        assert_cut_as_a_whole(tokenizer, ids, some)
+        assert_cut_like_the_full_text(tokenizer, ids, some)
 
 
 @pytest.mark.parametrize(
@@ -81,34 +83,34 @@ def test_random_tokens_are_cut_as_their_whole_text_is(tokenizer: Tokenizer, seed
     ],
     ids=repr,
 )
-def test_a_stop_string_is_found_wherever_tokens_part_it(tokenizer: Tokenizer, stops: list[str]):
+def test_stop_string_is_found_across_token_boundaries(tokenizer: Tokenizer, stops: list[str]):
     by_word, by_character = ids_of(tokenizer, TEXT), ids_of(tokenizer, *TEXT)
     by_byte = [ids_of(tokenizer, letter)[0] for letter in "xyz"]  # what single bytes are is the tokenizer's business
     assert len(by_character) > len(by_word) > 3
 
-    assert_cut_as_a_whole(tokenizer, by_word, stops)
-    assert_cut_as_a_whole(tokenizer, by_character, stops)
-    assert_cut_as_a_whole(tokenizer, by_byte + by_character, stops)
+    assert_cut_like_the_full_text(tokenizer, by_word, stops)
+    assert_cut_like_the_full_text(tokenizer, by_character, stops)
+    assert_cut_like_the_full_text(tokenizer, by_byte + by_character, stops)
 
 
-def test_nothing_follows_a_stop_string(tokenizer: Tokenizer):
-    stream = TextStream(tokenizer.decode_stream(), ["stop"])
+def test_no_text_follows_a_stop_string(tokenizer: Tokenizer):
+    stream = Detokenizer(tokenizer.decode_stream(), ["stop"])
 
     pieces = [stream.feed(token) for token in ids_of(tokenizer, "a", "s", "t", "o", "p", "q", "r")]
 
     assert pieces == ["a", "", "", "", "", "", ""]
-    assert stream.stopped
+    assert stream.stop_string == "stop"
     assert stream.flush() == ""
 
 
-def test_what_only_began_like_a_stop_string_comes_out(tokenizer: Tokenizer):
-    stream = TextStream(tokenizer.decode_stream(), ["stop"])
+def test_partial_stop_string_is_released(tokenizer: Tokenizer):
+    stream = Detokenizer(tokenizer.decode_stream(), ["stop"])
 
     pieces = [stream.feed(token) for token in ids_of(tokenizer, "s", "t", "s", "t", "o", "x", "s")]
 
     assert pieces == ["", "", "st", "", "", "stox", ""]
     assert stream.flush() == "s"
-    assert not stream.stopped
+    assert stream.stop_string is None
 
 
 @pytest.mark.parametrize(
@@ -119,27 +121,27 @@ def test_what_only_began_like_a_stop_string_comes_out(tokenizer: Tokenizer):
         ("", "a"),
     ],
 )
-def test_of_overlapping_stop_strings_the_one_that_begins_first_cuts(tokenizer: Tokenizer, rest: str, text: str):
-    stream = TextStream(tokenizer.decode_stream(), ["bc", "abcd"])
+def test_leftmost_of_overlapping_stop_strings_wins(tokenizer: Tokenizer, rest: str, text: str):
+    stream = Detokenizer(tokenizer.decode_stream(), ["bc", "abcd"])
 
-    given = "".join(stream.feed(token) for token in ids_of(tokenizer, "a", "b", "c", *rest))
+    shown = "".join(stream.feed(token) for token in ids_of(tokenizer, "a", "b", "c", *rest))
 
-    assert given + stream.flush() == text
-    assert stream.stopped
+    assert shown + stream.flush() == text
+    assert stream.stop_string == ("bc" if text else "abcd")
 
 
-def test_at_one_beginning_the_shorter_stop_string_ends_the_text_at_once(tokenizer: Tokenizer):
-    stream = TextStream(tokenizer.decode_stream(), ["abc", "ab"])
+def test_shorter_of_stop_strings_at_one_start_wins(tokenizer: Tokenizer):
+    stream = Detokenizer(tokenizer.decode_stream(), ["abc", "ab"])
 
     for token in ids_of(tokenizer, "a", "b"):
         assert stream.feed(token) == ""
 
-    assert stream.stopped
+    assert stream.stop_string == "ab"
 
 
-def test_a_stream_without_stop_strings_holds_back_only_half_characters(tokenizer: Tokenizer):
+def test_without_stop_strings_only_partial_characters_wait(tokenizer: Tokenizer):
     ids = ids_of(tokenizer, *TEXT)
-    stream, plain = TextStream(tokenizer.decode_stream()), tokenizer.decode_stream()
+    stream, plain = Detokenizer(tokenizer.decode_stream()), tokenizer.decode_stream()
 
     assert [stream.feed(token) for token in ids] == [plain.feed(token) for token in ids]
-    assert not stream.stopped
+    assert stream.stop_string is None

@@ -1,6 +1,6 @@
 """A run's checkpoints: what is restored, what is skipped and said, what stays.
 
-Start at `test_a_state_comes_back_bit_for_bit_though_the_training_went_on`.
+Start at `test_a_state_is_restored_bit_for_bit_after_donation`.
 """
 
 import errno
@@ -24,7 +24,7 @@ from dsmoe_jax.train.optimizer import OptimizerConfig, make_optimizer
 from dsmoe_jax.train.step import StepConfig, TrainState, init_state, state_shardings
 from tests.helpers.hf_folder import flip_bit, tiny
 
-FACTS = {"stream": {"seed": 0}}
+METADATA = {"stream": {"seed": 0}}
 OPTIONS = StepConfig(bias_update_rate=0.1)
 OPTIMIZER = make_optimizer(OptimizerConfig(schedule="constant"), 10)[0]
 
@@ -59,7 +59,7 @@ def same(got: TrainState, want: TrainState) -> None:
 def saved(folder: Path, state: TrainState, *steps: int, **options: Any) -> Checkpoints:
     checkpoints = Checkpoints(folder, **options)
     for step in steps:
-        checkpoints.save(step, state, FACTS)
+        checkpoints.save(step, state, METADATA)
     checkpoints.wait()
     return checkpoints
 
@@ -77,16 +77,16 @@ def copy(two: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(two, tmp_path / "copy"))
 
 
-def test_a_state_comes_back_bit_for_bit_though_the_training_went_on(tmp_path: Path, state: TrainState):
+def test_a_state_is_restored_bit_for_bit_after_donation(tmp_path: Path, state: TrainState):
     copied = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
     destroy = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0, state), donate_argnums=0)
     checkpoints = Checkpoints(tmp_path)
 
-    checkpoints.save(10, copied, FACTS)
+    checkpoints.save(10, copied, METADATA)
     jax.block_until_ready(destroy(copied))
     checkpoints.wait()
 
-    assert checkpoints.newest() == (10, FACTS)
+    assert checkpoints.newest() == (10, METADATA)
     same(checkpoints.restore(10, like()), state)
 
 
@@ -104,13 +104,13 @@ def test_a_state_is_restored_onto_a_mesh_and_back(tmp_path: Path, two: Path, sta
 @pytest.mark.parametrize(
     ("options", "left"),
     [
-        ({"keep_last": 1}, [5]),
-        ({"keep_last": 2}, [4, 5]),
-        ({"keep_last": 1, "keep_every": 2}, [2, 4, 5]),
-        ({"keep_last": 9}, [1, 2, 3, 4, 5]),
+        ({"max_to_keep": 1}, [5]),
+        ({"max_to_keep": 2}, [4, 5]),
+        ({"max_to_keep": 1, "keep_period": 2}, [2, 4, 5]),
+        ({"max_to_keep": 9}, [1, 2, 3, 4, 5]),
     ],
 )
-def test_the_last_ones_stay_and_every_nth(tmp_path: Path, state: TrainState, options: dict[str, int], left: list[int]):
+def test_old_checkpoints_are_removed(tmp_path: Path, state: TrainState, options: dict[str, int], left: list[int]):
     checkpoints = saved(tmp_path, state, 1, 2, 3, 4, 5, **options)
 
     assert sorted(checkpoints.steps()) == left
@@ -123,7 +123,7 @@ def data_file(home: Path) -> Path:
 # What is done to the newest checkpoint | what is said of it
 SPOIL: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no manifest": (lambda home: (home / "manifest.json").unlink(), "incomplete (no manifest)"),
-    "a flipped bit": (lambda home: flip_bit(data_file(home), -100), "has other bytes than were written"),
+    "a flipped bit": (lambda home: flip_bit(data_file(home), -100), "does not match its SHA-256"),
     "a flipped bit in the manifest": (lambda home: flip_bit(home / "manifest.json", 200), "damaged"),
     "a missing file": (lambda home: data_file(home).unlink(), "is missing"),
     "a manifest that is no JSON": (lambda home: (home / "manifest.json").write_text("{"), "is not JSON"),
@@ -137,7 +137,7 @@ SPOIL: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize(("spoil", "said"), SPOIL.values(), ids=SPOIL)
-def test_the_newest_intact_one_is_taken_and_the_others_are_named(
+def test_the_newest_intact_checkpoint_is_found(
     copy: Path, state: TrainState, caplog: pytest.LogCaptureFixture, spoil: Callable[[Path], Any], said: str
 ):
     spoil(copy / "step-00000020")
@@ -145,13 +145,13 @@ def test_the_newest_intact_one_is_taken_and_the_others_are_named(
     checkpoints = Checkpoints(copy)
     found = checkpoints.newest()
 
-    assert found == (10, FACTS)
-    assert "step-00000020 is skipped" in caplog.text
+    assert found == (10, METADATA)
+    assert "step-00000020: " in caplog.text
     assert said in caplog.text
     same(checkpoints.restore(10, like()), state)
 
 
-def test_where_none_is_intact_there_is_none(copy: Path, tmp_path: Path):
+def test_no_intact_checkpoint_is_found(copy: Path, tmp_path: Path):
     for home in copy.iterdir():
         (home / "manifest.json").unlink()
 
@@ -159,17 +159,17 @@ def test_where_none_is_intact_there_is_none(copy: Path, tmp_path: Path):
     assert Checkpoints(tmp_path / "nowhere").newest() is None
 
 
-def test_a_save_takes_the_place_of_what_a_killed_one_left(copy: Path, state: TrainState):
+def test_a_save_replaces_an_incomplete_checkpoint(copy: Path, state: TrainState):
     (copy / "step-00000020" / "manifest.json").unlink()
     (copy / "step-00000020.orbax-checkpoint-tmp").mkdir()
 
     checkpoints = saved(copy, state, 20)
 
-    assert checkpoints.newest() == (20, FACTS)
+    assert checkpoints.newest() == (20, METADATA)
     assert sorted(path.name for path in copy.iterdir()) == ["step-00000010", "step-00000020"]
 
 
-def test_a_checkpoint_of_another_model_is_refused_in_one_line(two: Path):
+def test_a_checkpoint_of_another_model_is_refused(two: Path):
     wanted = like()
     embed = wanted.params["embed"]
     larger = jax.ShapeDtypeStruct((2, *embed.shape), embed.dtype)
@@ -184,7 +184,7 @@ def test_a_checkpoint_of_another_model_is_refused_in_one_line(two: Path):
             Checkpoints(two).restore(20, wanted._replace(params=params))
 
 
-def test_what_goes_wrong_in_the_background_is_raised_at_the_next_turn(
+def test_background_errors_are_raised_by_the_next_call(
     tmp_path: Path, state: TrainState, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.ERROR)
@@ -194,12 +194,12 @@ def test_what_goes_wrong_in_the_background_is_raised_at_the_next_turn(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dsmoe_jax.train.checkpoints.write_json", full)
-    checkpoints.save(2, state, FACTS)
+    checkpoints.save(2, state, METADATA)
 
     with pytest.raises(OSError, match="No space left"):
         checkpoints.wait()
 
-    assert checkpoints.newest() == (1, FACTS)
+    assert checkpoints.newest() == (1, METADATA)
 
 
 @pytest.fixture
@@ -213,22 +213,22 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
-def test_a_disk_that_fills_while_orbax_writes_gets_one_line_and_the_last_checkpoint_stays(
+def test_a_full_disk_during_a_save_keeps_the_last_checkpoint(
     small_disk: Path, state: TrainState, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("dsmoe_jax.train.checkpoints._check_space", lambda *_: None)
     checkpoints = saved(small_disk, state, 1)
 
-    checkpoints.save(2, state, FACTS)
+    checkpoints.save(2, state, METADATA)
     with pytest.raises(OSError, match=r"No space left on device: '.*step-00000002'$") as refused:
         checkpoints.wait()
 
     assert refused.value.errno == errno.ENOSPC
     assert not caplog.records
-    assert checkpoints.newest() == (1, FACTS)
+    assert checkpoints.newest() == (1, METADATA)
     same(checkpoints.restore(1, like()), state)
     subprocess.run(["mount", "-o", "remount,size=9m", small_disk], check=True)
-    assert saved(small_disk, state, 2).newest() == (2, FACTS)
+    assert saved(small_disk, state, 2).newest() == (2, METADATA)
     assert sorted(path.name for path in small_disk.iterdir()) == ["step-00000001", "step-00000002"]
 
 
@@ -241,7 +241,7 @@ def test_a_full_disk_is_one_line_at_any_file(
     checkpoints = Checkpoints(small_disk / "new")
 
     def save() -> None:
-        checkpoints.save(1, state, FACTS)
+        checkpoints.save(1, state, METADATA)
         checkpoints.wait()
 
     with pytest.raises(OSError, match=r"No space left on device: '.*step-00000001'$"):
@@ -252,45 +252,45 @@ def test_a_full_disk_is_one_line_at_any_file(
     assert checkpoints.newest() is None
 
 
-def test_too_little_room_is_known_before_anything_is_written(small_disk: Path, state: TrainState):
+def test_a_full_disk_is_refused_before_writing(small_disk: Path, state: TrainState):
     subprocess.run(["mount", "-o", "remount,size=300k", small_disk], check=True)
 
     with pytest.raises(OSError, match=r"No space left on device: '.*step-00000001'$"):
-        Checkpoints(small_disk).save(1, state, FACTS)
+        Checkpoints(small_disk).save(1, state, METADATA)
 
     assert list(small_disk.iterdir()) == []
 
 
-def test_a_damaged_step_is_saved_again_when_it_is_reached(copy: Path, state: TrainState):
+def test_a_damaged_checkpoint_is_saved_again(copy: Path, state: TrainState):
     flip_bit(data_file(copy / "step-00000020"), -100)
-    checkpoints = Checkpoints(copy, keep_last=2)
+    checkpoints = Checkpoints(copy, max_to_keep=2)
     checkpoints.newest()
 
-    checkpoints.save(20, state, FACTS)
+    checkpoints.save(20, state, METADATA)
     aside = copy / "step-00000020.damaged"
     assert aside.exists()
     checkpoints.wait()
 
     assert not aside.exists()
-    assert Checkpoints(copy).newest() == (20, FACTS)
+    assert Checkpoints(copy).newest() == (20, METADATA)
     assert sorted(path.name for path in copy.iterdir()) == ["step-00000010", "step-00000020"]
 
 
-def test_a_damaged_step_is_saved_again_by_one_that_did_not_look(copy: Path, state: TrainState):
+def test_an_unverified_damaged_checkpoint_is_saved_again(copy: Path, state: TrainState):
     flip_bit(data_file(copy / "step-00000020"), -100)
 
     saved(copy, state, 20).close()
 
-    assert Checkpoints(copy).newest() == (20, FACTS)
+    assert Checkpoints(copy).newest() == (20, METADATA)
 
 
 def test_only_intact_checkpoints_are_counted(copy: Path, state: TrainState):
     flip_bit(data_file(copy / "step-00000020"), -100)
 
-    saved(copy, state, 30, keep_last=2).close()
+    saved(copy, state, 30, max_to_keep=2).close()
     assert sorted(Checkpoints(copy).steps()) == [10, 20, 30]
 
-    saved(copy, state, 40, keep_last=2).close()
+    saved(copy, state, 40, max_to_keep=2).close()
     assert sorted(Checkpoints(copy).steps()) == [30, 40]
 
 

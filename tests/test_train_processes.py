@@ -27,11 +27,11 @@ import json, sys
 from pathlib import Path
 asked = json.loads(sys.argv[1])
 from dsmoe_jax.sharding import MeshConfig
-from dsmoe_jax.train.config import ProcessConfig
+from dsmoe_jax.train.config import DistributedConfig
 from tests.test_loop import config, run
-processes = ProcessConfig(coordinator=asked["coordinator"], processes=2, index=asked["index"])
+distributed = DistributedConfig(coordinator_address=asked["coordinator"], num_processes=2, process_id=asked["index"])
 mesh = MeshConfig(**asked["mesh"])
-run(config(Path(asked["home"]), Path(asked["out"]), mesh=mesh, steps=asked["steps"], processes=processes))
+run(config(Path(asked["home"]), Path(asked["out"]), mesh=mesh, steps=asked["steps"], distributed=distributed))
 """
 
 
@@ -67,7 +67,7 @@ def run_two(home: Path, out: Path, mesh: MeshConfig, steps: int = STEPS) -> None
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does_with_the_experts_across_them(tmp_path: Path, home: Path):  # noqa: F811
+def test_two_processes_train_as_one_with_expert_parallelism(tmp_path: Path, home: Path):  # noqa: F811
     mesh = MeshConfig(fsdp=1, expert=8)
 
     run_two(home, tmp_path / "two", mesh)
@@ -77,7 +77,7 @@ def test_two_processes_train_as_one_does_with_the_experts_across_them(tmp_path: 
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
-def test_two_processes_go_on_where_one_stopped(
+def test_two_processes_resume_from_one(
     tmp_path: Path,
     home: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
@@ -85,7 +85,7 @@ def test_two_processes_go_on_where_one_stopped(
     mesh = MeshConfig(fsdp=8)
     run(config(home, tmp_path / "one", mesh=mesh, steps=STEPS))
     with monkeypatch.context() as patch:
-        patch.setattr("dsmoe_jax.train.loop._agreed", lambda stop, n, every: n == 3)
+        patch.setattr("dsmoe_jax.train.loop._should_stop", lambda stop, n, every: n == 3)
         run(config(home, tmp_path / "two", mesh=mesh, steps=STEPS))
 
     run_two(home, tmp_path / "two", MeshConfig(fsdp=1, expert=8))  # its experts lie across both

@@ -1,12 +1,19 @@
-"""What a training step reads."""
+"""The input of a training step: `Batch`."""
 
 from typing import Any, NamedTuple
 
 
 class Batch(NamedTuple):
-    """Rows of tokens: arrays int32 [B, T], of numpy on their way to the devices, of JAX there."""
+    """Sequences of tokens, int32 [B, T]; NumPy on the host, JAX on devices.
+
+    Attributes:
+        token_ids: Input tokens.
+        labels: Next token of each position; -100 has no loss.
+        segment_ids: Document in the sequence, from 1; 0 is padding.
+        position_ids: Position in the document.
+    """
 
     token_ids: Any
-    labels: Any  # the next token at each position, -100 where none counts
-    segment_ids: Any  # the document in the row, from 1; 0 is padding
+    labels: Any
+    segment_ids: Any
     position_ids: Any

@@ -1,4 +1,4 @@
-"""What evaluated best so far, kept below the run's folder until something better comes. See `Best`."""
+"""The result with the lowest validation loss of a run: `Best`."""
 
 import logging
 import shutil
@@ -22,11 +22,11 @@ _log = logging.getLogger(__name__)
 
 
 class Best:
-    """The best result of a run; one that goes on knows the best of before."""
+    """Keeps the best result of a run in `best/`, across restarts."""
 
-    def __init__(self, out: Path, job: Job, first: int):
-        """Find the best of before step `first`; a later one is of a try that was discarded, and does not count."""
-        self._folder, self._save = out / BEST, job.save
+    def __init__(self, output_dir: Path, job: Job, first: int):
+        """Read the best result up to step `first`; later steps were discarded."""
+        self._folder, self._save = output_dir / BEST, job.save
         self._new = self._folder.with_name(f"{BEST}.new")
         self._loss = float("inf")
         with collective_errors():
@@ -37,10 +37,10 @@ class Best:
                 known = _read_record(self._folder)
                 self._loss = known["loss"] if known["step"] <= first else self._loss
             except ValueError as error:
-                _log.warning("%s is damaged, the next evaluation replaces it: %s", self._folder, error)
+                _log.warning("%s is damaged and will be replaced at the next evaluation: %s", self._folder, error)
 
     def offer(self, step: int, loss: float, params: Mapping[str, Array]) -> None:
-        """Keep the parameters if they are the best; by all processes together."""
+        """Save the parameters if their validation loss is the lowest; collective."""
         if not loss < self._loss:
             return
         with collective_errors():
@@ -54,11 +54,11 @@ class Best:
                 write_json(self._new / RECORD, add_hash({"step": step, "loss": loss, "files": files}))
                 replace_folder(self._new, self._folder)
         self._loss = loss
-        _log.info("best held-out loss so far, %.4f after step %d: %s", loss, step, self._folder)
+        _log.info("Saved best result: %s (step %d, validation loss %.4f)", self._folder, step, loss)
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    """The record of an intact folder; `ValueError` for any other. Older records have step and loss alone."""
+    """Return the record of an intact folder; older ones lack `files`."""
     record = read_evaluation_record(folder)
     if type(record.get("loss")) is not float or type(record.get("step")) is not int:
         raise DSMoEError(f"{RECORD} has no step or no loss")

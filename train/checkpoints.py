@@ -1,10 +1,11 @@
-"""A run's checkpoints: written beside the training, sealed when complete; a start looks for the newest intact one.
+"""Training checkpoints: asynchronous, verified by SHA-256. Start at `Checkpoints`.
 
-Start at `Checkpoints`. A folder `step-N` holds the whole state, as Orbax writes it, and a manifest with the SHA-256 of
-every file, written last: without one it is incomplete, with another hash it is damaged, and neither is restored.
-A damaged one is kept as `step-N.damaged` until a good one has taken its place.
+A folder `step-N` holds the state as Orbax writes it and `manifest.json`, written last, with the SHA-256 of every file.
+Without a manifest the checkpoint is incomplete, with another hash it is damaged; neither is restored. A damaged one is
+kept as `step-N.damaged` until an intact one has replaced it.
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -26,165 +27,181 @@ from dsmoe_jax.storage.atomic_dir import sync, write_json
 from dsmoe_jax.storage.manifest import add_hash, hash_file, hash_json
 from dsmoe_jax.storage.strict_json import read_json
 
+from .old_names import stored_leaves, with_new_names
 from .step import TrainState
 
 _MANIFEST: Final = "manifest.json"
 _FORMAT: Final = 1
 _NAME: Final = re.compile(r"step-(\d{8})")
-_FILES: Final = 40  # that a checkpoint has at least, folders included
-_WAIT: Final = 1800  # seconds for the slowest process to hash its files
+_MIN_FILES: Final = 40  # files and folders of a checkpoint, at least
+_TIMEOUT: Final = 1800  # seconds for the slowest process to hash its files
 _log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints in `folder`: the last `keep_last` intact ones stay, and all at multiples of `keep_every`."""
+    """The checkpoints of a run.
 
-    def __init__(self, folder: Path, *, keep_last: int = 3, keep_every: int | None = None):
-        if keep_last < 1 or (keep_every is not None and keep_every < 1):
-            raise DSMoEError(f"keep_last and keep_every must be at least 1, not {keep_last} and {keep_every}")
+    Keeps the last `max_to_keep` intact ones, and those at multiples of `keep_period`.
+    """
+
+    def __init__(self, folder: Path, *, max_to_keep: int = 3, keep_period: int | None = None):
         self.folder = folder
-        self._keep_last, self._keep_every = keep_last, keep_every
+        self._max_to_keep, self._keep_period = max_to_keep, keep_period
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
-        self._intact: dict[int, bool] = {}  # what was found, or written, by this process
+        self._problems: dict[int, str | None] = {}  # of the steps that this process has written or verified
 
-    def save(self, step: int, state: TrainState, facts: Mapping[str, Any]) -> None:
-        """Begin to write the state; the training may go on at once. `facts` (JSON) come back with it.
+    def save(self, step: int, state: TrainState, resume_metadata: Mapping[str, Any]) -> None:
+        """Start saving the state in the background, after the previous save has finished.
 
-        Waits for the one before, and raises what went wrong there: `OSError` for a full disk, say.
+        Args:
+            step: Step of the state; an intact checkpoint of it is not written again.
+            state: The state; the caller may donate it at once.
+            resume_metadata: JSON that `newest` returns.
+
+        Raises:
+            OSError: from this save or the previous one, a full disk for example.
         """
         from orbax.checkpoint import v1 as ocp
 
         self.wait()
-        home = self._home(step)
-        if self._why_not(step) is None:
+        path = self._path(step)
+        if self._problem(step) is None:
             return
         with collective_errors():
             if jax.process_index() == 0:
-                for left in self.folder.glob(f"{home.name}?*"):  # by a run that was killed here
+                for left in self.folder.glob(f"{path.name}?*"):  # by a killed run
                     shutil.rmtree(left)
-                if home.exists():
-                    home.rename(_damaged(home))
-        # On CPU Orbax would read the very memory that the next step overwrites.
+                if path.exists():
+                    path.rename(_damaged(path))
+        # On CPU, Orbax would read the memory that the next step overwrites.
         on_host = jax.default_backend() == "cpu"
         leaves = {name: jnp.copy(leaf) if on_host else leaf for name, leaf in _flat(state).items()}
-        with collective_errors(), orbax_write_errors(home):
+        with collective_errors(), orbax_write_errors(path):
             if jax.process_index() == 0:
                 _check_space(self.folder, leaves)
             context = ocp.Context()
             context.array.saving.use_compression = False
             with context:
-                writing = ocp.save_async(str(home.absolute()), leaves)
-        self._pending = self._worker.submit(self._seal, home, step, writing, facts)
+                writing = ocp.save_async(str(path.absolute()), leaves)
+        self._pending = self._worker.submit(self._finalize, path, step, writing, resume_metadata)
 
     def wait(self) -> None:
-        """Until the last save is complete; raises what went wrong."""
+        """Wait for the pending save and raise its error."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
     def close(self) -> None:
-        """Wait, and end the worker."""
+        """Wait for the pending save and stop the background thread."""
         try:
             self.wait()
         finally:
             self._worker.shutdown()
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:
-        """The step of the newest complete and intact checkpoint with its facts; says which it skipped, and why."""
+        """Return step and resume metadata of the newest intact checkpoint."""
         for step in sorted(self.steps(), reverse=True):
-            home = self._home(step)
-            if (why := self._why_not(step)) is None:
-                return step, read_json(home / _MANIFEST)["facts"]
-            _log.warning("%s is skipped: %s", home, why)
+            path = self._path(step)
+            if (problem := self._problem(step)) is None:
+                return step, with_new_names(read_json(path / _MANIFEST), _MANIFEST)["resume_metadata"]
+            _log.warning("Skipping checkpoint %s: %s", path, problem)
         return None
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state of a checkpoint; `like` has the shapes, dtypes and shardings it shall have."""
+        """Load a checkpoint.
+
+        Args:
+            step: Step of an intact checkpoint.
+            like: Shapes, dtypes and shardings of the result.
+
+        Returns:
+            The state.
+
+        Raises:
+            DSMoEError: if names or shapes differ.
+        """
         from orbax.checkpoint import v1 as ocp
 
-        home = self._home(step)
+        path = self._path(step)
         wanted = _flat(like)
         with quiet_orbax():
-            stored = dict(ocp.metadata(str(home.absolute())).metadata)
-            check_names_and_shapes(home, _shapes(wanted), _shapes(stored))
-            leaves = ocp.load(str(home.absolute()), wanted)
-        return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in wanted])
+            stored = dict(ocp.metadata(str(path.absolute())).metadata)
+            names = stored_leaves(wanted, stored)
+            check_names_and_shapes(path, _shapes({names[n]: leaf for n, leaf in wanted.items()}), _shapes(stored))
+            leaves = ocp.load(str(path.absolute()), {names[name]: leaf for name, leaf in wanted.items()})
+        return jax.tree.unflatten(jax.tree.structure(like), [leaves[names[name]] for name in wanted])
 
     def steps(self) -> list[int]:
-        """Those of all folders, complete or not."""
+        """Return the steps of all checkpoint folders, complete or not."""
         if not self.folder.is_dir():
             return []
         return [int(match[1]) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
 
-    def _home(self, step: int) -> Path:
+    def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08}"
 
-    def _why_not(self, step: int) -> str | None:
-        """Why a checkpoint cannot be restored, None for an intact one; by all processes together."""
-        if self._intact.get(step):
-            return None
-        try:
-            with collective_errors():
-                _check_files(self._home(step), jax.process_index(), jax.process_count())
-        except ValueError as error:
-            self._intact[step] = False
-            return str(error)
-        self._intact[step] = True
-        return None
+    def _problem(self, step: int, *, collective: bool = True) -> str | None:
+        """Return why a checkpoint cannot be restored, None for an intact one.
 
-    def _seal(self, home: Path, step: int, writing: Any, facts: Mapping[str, Any]) -> None:
-        """In the background: each process hashes its share of the files, then the first writes the manifest."""
-        with orbax_write_errors(home):
+        Each process verifies a share of the files; if not `collective`, this process verifies all of them.
+        """
+        if step in self._problems and (self._problems[step] is None or not collective):
+            return self._problems[step]
+        share = (jax.process_index(), jax.process_count()) if collective else (0, 1)
+        try:
+            with collective_errors() if collective else contextlib.nullcontext():
+                _check_files(self._path(step), *share)
+        except ValueError as error:
+            self._problems[step] = str(error)
+        else:
+            self._problems[step] = None
+        return self._problems[step]
+
+    def _finalize(self, path: Path, step: int, writing: Any, resume_metadata: Mapping[str, Any]) -> None:
+        """Hash the files, each process its share, then write the manifest."""
+        with orbax_write_errors(path):
             writing.result()
         index, count = jax.process_index(), jax.process_count()
-        files = sorted(path for path in home.rglob("*") if path.is_file() and not path.name.startswith("sums-"))
+        files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("sums-"))
         sums = {}
-        for path in files[index::count]:
-            sync(path)
-            sums[path.relative_to(home).as_posix()] = hash_file(path)
+        for file in files[index::count]:
+            sync(file)
+            sums[file.relative_to(path).as_posix()] = hash_file(file)
         if count > 1:
-            write_json(home / f"sums-{index}.json", sums)
+            write_json(path / f"sums-{index}.json", sums)
         if index:
-            self._intact[step] = True
+            self._problems[step] = None
             return
         for i in range(1, count):
-            part = home / f"sums-{i}.json"
+            part = path / f"sums-{i}.json"
             _wait_for(part)
             sums |= read_json(part)
-        fields = {"format": _FORMAT, "step": step, "files": sums, "facts": dict(facts)}
-        write_json(home / _MANIFEST, add_hash(fields))
-        for part in home.glob("sums-*.json"):
+        fields = {"format": _FORMAT, "step": step, "files": sums, "resume_metadata": dict(resume_metadata)}
+        write_json(path / _MANIFEST, add_hash(fields))
+        for part in path.glob("sums-*.json"):
             part.unlink()
-        self._intact[step] = True
-        shutil.rmtree(_damaged(home), ignore_errors=True)
-        self._forget_old()
+        self._problems[step] = None
+        shutil.rmtree(_damaged(path), ignore_errors=True)
+        self._remove_old()
 
-    def _forget_old(self) -> None:
-        """Remove what is older than the last `keep_last` intact ones; by the first process alone, in the background."""
+    def _remove_old(self) -> None:
+        """Remove checkpoints beyond `max_to_keep` and `keep_period`; process 0 only."""
         intact = 0
         for step in sorted(self.steps(), reverse=True):
-            home = self._home(step)
-            if intact < self._keep_last:
-                intact += self._is_intact(step)
-            elif self._keep_every is None or step % self._keep_every:
-                (home / _MANIFEST).unlink(missing_ok=True)  # first, so that a kill leaves nothing that looks whole
-                shutil.rmtree(home, ignore_errors=True)
-
-    def _is_intact(self, step: int) -> bool:
-        if step not in self._intact:
-            try:
-                _check_files(self._home(step))
-            except ValueError as error:
-                _log.warning("%s does not count: %s", self._home(step), error)
-                self._intact[step] = False
-            else:
-                self._intact[step] = True
-        return self._intact[step]
+            path = self._path(step)
+            if intact < self._max_to_keep:
+                if (problem := self._problem(step, collective=False)) is None:
+                    intact += 1
+                else:
+                    _log.warning("Not counting checkpoint %s: %s", path, problem)
+            elif self._keep_period is None or step % self._keep_period:
+                (path / _MANIFEST).unlink(missing_ok=True)  # first: a kill must not leave an apparently complete one
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _flat(state: Any) -> dict[str, Any]:
-    """The state's leaves by the path to them: independent of the classes around them."""
+    """Return the state's leaves by their path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {"/".join(map(_key, path)): leaf for path, leaf in leaves}
 
@@ -198,37 +215,39 @@ def _key(entry: Any) -> str:
 
 
 def _check_space(folder: Path, leaves: Mapping[str, Any]) -> None:
-    """`OSError` for a disk too full, before Orbax begins; it may fill up later all the same."""
+    """Raise `OSError` if the disk is too full already."""
     folder.mkdir(parents=True, exist_ok=True)
     disk = os.statvfs(folder)
     size = sum(leaf.nbytes for leaf in leaves.values())
-    if size > disk.f_bavail * disk.f_frsize or (disk.f_files and disk.f_favail < _FILES):
+    if size > disk.f_bavail * disk.f_frsize or (disk.f_files and disk.f_favail < _MIN_FILES):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _damaged(home: Path) -> Path:
-    return home.with_name(f"{home.name}.damaged")
+def _damaged(path: Path) -> Path:
+    return path.with_name(f"{path.name}.damaged")
 
 
-def _check_files(home: Path, index: int = 0, count: int = 1) -> None:
-    """`ValueError` that says why a checkpoint cannot be restored; process `index` of `count` looks at its share."""
-    if not (home / _MANIFEST).is_file():
+def _check_files(path: Path, index: int = 0, count: int = 1) -> None:
+    """Raise `DSMoEError` unless this process's share of the files is intact."""
+    if not (path / _MANIFEST).is_file():
         raise DSMoEError("incomplete (no manifest)")
-    manifest = read_json(home / _MANIFEST)
+    manifest = read_json(path / _MANIFEST)
     if manifest.pop("sha256", None) != hash_json(manifest):
         raise DSMoEError("damaged: its manifest has been changed")
     if (version := manifest["format"]) != _FORMAT:
-        raise DSMoEError(f"of format {version}, this version reads {_FORMAT}")
+        raise DSMoEError(f"its format is {version}, this version reads {_FORMAT}")
     for name, sums in sorted(manifest["files"].items())[index::count]:
-        if not (home / name).is_file():
+        if not (path / name).is_file():
             raise DSMoEError(f"damaged: {name!r} is missing")
-        if hash_file(home / name) != sums:
-            raise DSMoEError(f"damaged: {name!r} has other bytes than were written")
+        if hash_file(path / name) != sums:
+            raise DSMoEError(f"damaged: {name!r} does not match its SHA-256")
 
 
 def _wait_for(path: Path) -> None:
-    until = time.monotonic() + _WAIT
+    until = time.monotonic() + _TIMEOUT
     while not path.is_file():
         if time.monotonic() > until:
-            raise TimeoutError(f"{path} did not come; does every process see this file system?")
+            raise TimeoutError(
+                f"{path} did not appear within {_TIMEOUT} s; is the file system shared by all processes?"
+            )
         time.sleep(0.05)

@@ -1,8 +1,8 @@
-"""What a run is: `RunConfig`, as data. `recipes.py` has whole ones; every field is a flag of `dsmoe pretrain`."""
+"""Configuration of a training run: `RunConfig`, whose fields are flags."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from dsmoe_jax.config import PRESETS, ModelConfig
 from dsmoe_jax.errors import DSMoEError
@@ -10,106 +10,166 @@ from dsmoe_jax.model import check_seed
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.storage.paths import expand_user
 
+from .checks import check_choices, check_minimum
 from .optimizer import OptimizerConfig
 from .step import StepConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read."""
+    """Pretraining data."""
 
-    sources: tuple[str, ...] = ("python-stdlib",)  # folders of token shards, or texts: tokenized once, beside the run
-    weights: tuple[float, ...] = ()  # of the sources in the mixture; default equal
-    tokenizer: str | None = None  # a folder; default: that of `init_from`, or one trained on the sources
+    sources: tuple[str, ...] = ("python-stdlib",)
+    """Token-shard folders or text files, folders and globs; text is tokenized once into the output directory."""
+
+    weights: tuple[float, ...] = ()
+    """Sampling weight of each source in the mixture; equal weights if empty."""
+
+    tokenizer: str | None = None
+    """Tokenizer folder. Default: the tokenizer of `init_from`, else one trained on the sources."""
+
     sequence_length: int = 256
-    batch_size: int = 8  # rows of all devices and micro-batches together
-    packing: str = "documents"  # documents in a row do not see each other; or "contiguous"
-    val_fraction: float = 0.01  # share of the documents that is kept for evaluation
-    split_special_tokens: bool = False  # the strings of special tokens in a text are text, not control tokens
-    prefetch: int = 2  # batches
+    """Tokens per sequence."""
+
+    batch_size: int = 8
+    """Global batch size in sequences, over all devices and gradient-accumulation steps."""
+
+    packing: Literal["block_causal", "causal"] = "block_causal"
+    """Attention of packed documents: within each (`block_causal`, by segment IDs) or across them (`causal`)."""
+
+    val_fraction: float = 0.01
+    """Fraction of the documents held out for validation, chosen by hash."""
+
+    split_special_tokens: bool = False
+    """Tokenize special-token strings in the text as plain text instead of as control tokens."""
+
+    prefetch: int = 2
+    """Batches prepared ahead of the training step."""
 
     def __post_init__(self) -> None:
-        """`ValueError` for weights that are not of the sources, and for empty paths."""
+        """Raise `DSMoEError` for invalid values."""
         object.__setattr__(self, "sources", tuple(expand_user(source, "data.sources") for source in self.sources))
         if self.tokenizer is not None:
             object.__setattr__(self, "tokenizer", expand_user(self.tokenizer, "data.tokenizer"))
+        check_choices(self, "data.")
+        check_minimum(self, {"sequence_length": 1, "batch_size": 1, "prefetch": 0}, "data.")
         if self.weights and len(self.weights) != len(self.sources):
             raise DSMoEError(f"{len(self.weights)} data.weights for {len(self.sources)} data.sources")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the state is saved, and what stays."""
+    """When training checkpoints are saved and which are kept."""
 
-    every: int = 1000  # steps
-    keep_last: int = 3
-    keep_every: int | None = None  # steps; a multiple of `every`
+    interval: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+
+    max_to_keep: int = 3
+    """Number of latest intact checkpoints to keep."""
+
+    keep_period: int | None = None
+    """Also keep every checkpoint whose step is divisible by this; a multiple of `interval`."""
 
     def __post_init__(self) -> None:
-        """`ValueError` for intervals below 1, or that never meet."""
-        for name in ("every", "keep_last", "keep_every"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise DSMoEError(f"checkpoints.{name} must be at least 1, got {value}")
-        if self.keep_every is not None and self.keep_every % self.every:
+        """Raise `DSMoEError` for invalid values."""
+        check_minimum(self, dict.fromkeys(vars(self), 1), "checkpoint.")
+        if self.keep_period is not None and self.keep_period % self.interval:
             raise DSMoEError(
-                f"checkpoints.keep_every must be a multiple of checkpoints.every {self.every}, got {self.keep_every}"
+                f"checkpoint.keep_period must be a multiple of checkpoint.interval {self.interval}, "
+                f"got {self.keep_period}"
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProcessConfig:
-    """How several processes find each other; Slurm, Open MPI and Kubernetes' JobSet are found by themselves."""
+class DistributedConfig:
+    """Multi-process setup; Slurm, Open MPI and JobSet are auto-detected."""
 
-    distributed: bool = False
-    coordinator: str | None = None  # HOST:PORT of process 0
-    processes: int | None = None
-    index: int | None = None
+    initialize: bool = False
+    """Call `jax.distributed.initialize()` even where no launcher is detected."""
+
+    coordinator_address: str | None = None
+    """HOST:PORT of process 0; requires `num_processes` and `process_id`."""
+
+    num_processes: int | None = None
+    """Number of processes."""
+
+    process_id: int | None = None
+    """Index of this process, from 0."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A training run."""
+    """A pretraining run."""
 
-    _LEAST: ClassVar[Mapping[str, int]] = dict.fromkeys(
+    _MINIMUM: ClassVar[Mapping[str, int]] = dict.fromkeys(
         ("steps", "log_interval", "eval_interval", "eval_batches", "max_consecutive_skips"), 1
     )
 
-    out: str  # the run's folder: checkpoints, records, the resolved config, the final model
-    model: str = "tiny"  # a preset's name, or a path to config.json
-    resume: str = "auto"  # from the newest intact checkpoint in `out`, if there is one; or "never"
-    init_from: str | None = None  # a native checkpoint to start from; `model` is then its config
+    output_dir: str
+    """Directory of the run: checkpoints, metrics, the resolved config (`run.json`), the final model."""
+
+    model: str = "tiny"
+    """Preset name, or path to a `config.json`."""
+
+    resume: Literal["auto", "never"] = "auto"
+    """`auto`: resume from the newest intact checkpoint in `output_dir`; `never`: fail if there is one."""
+
+    init_from: str | None = None
+    """Native checkpoint to initialize from; its config replaces `model`."""
+
     steps: int = 1000
+    """Total optimizer steps."""
+
     seed: int = 0
+    """Seed of the initialization, the data order and dropout, in [0, 2**32)."""
+
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """Training and validation data."""
+
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    """Optimizer and learning-rate schedule."""
+
     step: StepConfig = dataclasses.field(default_factory=StepConfig)
+    """Precision, rematerialization, micro-batches and auxiliary losses."""
+
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    checkpoints: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    processes: ProcessConfig = dataclasses.field(default_factory=ProcessConfig)
+    """Device mesh."""
+
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    """Training checkpoints."""
+
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+    """Multi-process setup."""
+
     log_interval: int = 10
+    """Steps between console log lines."""
+
     eval_interval: int = 200
+    """Steps between evaluations on the validation split; the last step is always evaluated."""
+
     eval_batches: int = 8
-    trackers: tuple[str, ...] = ("console", "jsonl", "tensorboard")
-    max_consecutive_skips: int = 10  # updates in a row; then the run stops
-    aux_loss_alpha: float | None = None  # default: the model's own
+    """Maximum batches per evaluation."""
+
+    trackers: tuple[Literal["console", "jsonl", "tensorboard", "wandb"], ...] = ("console", "jsonl", "tensorboard")
+    """Where metrics are written."""
+
+    max_consecutive_skips: int = 10
+    """Stop the run after more than this many skipped updates in a row."""
+
+    aux_loss_alpha: float | None = None
+    """Weight of the expert-level balance loss. Default: the model config's."""
 
     def __post_init__(self) -> None:
-        """`ValueError` for a value that means nothing."""
-        for name in ("out", "init_from"):
+        """Raise `DSMoEError` for invalid values."""
+        for name in ("output_dir", "init_from"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, expand_user(value, name))
-        for name, least in self._LEAST.items():
-            if (value := getattr(self, name)) < least:
-                raise DSMoEError(f"{name} must be at least {least}, not {value}")
-        for name in ("sequence_length", "batch_size"):
-            if (value := getattr(self.data, name)) < 1:
-                raise DSMoEError(f"data.{name} must be at least 1, not {value}")
+        check_minimum(self, self._MINIMUM)
         check_seed(self.seed)
-        if self.resume not in ("auto", "never"):
-            raise DSMoEError(f"resume {self.resume!r} is not one of auto, never")
+        check_choices(self)
 
     def model_config(self) -> ModelConfig:
-        """The model that is trained."""
+        """Return the config of the model to train."""
         if self.init_from is not None:
             config = ModelConfig.from_file(self.init_from)
         elif self.model in PRESETS:
@@ -121,5 +181,5 @@ class RunConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the config as JSON-compatible values."""
         return dataclasses.asdict(self)

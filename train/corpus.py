@@ -1,4 +1,4 @@
-"""What a run reads: the sources of its config as token shards, and the batches of this process. Start at `prepare`."""
+"""The data of a run: token shards, and batches of them. Start at `prepare`."""
 
 import functools
 import itertools
@@ -12,7 +12,6 @@ import jax
 from dsmoe_jax.checkpoint.native import collective_errors
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.text.tokenizer import tokenizer_files
 from dsmoe_jax.text.train_tokenizer import train_tokenizer
 
@@ -22,104 +21,122 @@ from .data import (
     Stream,
     TokenShards,
     documents,
-    evaluation_batches,
-    is_held_out,
     is_token_shards,
+    is_validation,
     loader,
     tokenize,
     tokenizer_hash,
-    warn_of_overlap,
+    validation_batches,
+    warn_on_overlap,
 )
-from .data.shards import MANIFEST as SHARDS_MANIFEST
-from .inputs import Derived, Source
+from .data.shards import SPLITS
+from .inputs import DerivedFolders, Source
 from .sft import is_examples
 
-_SHARDS: Final = "data"  # below the run's folder: what was tokenized for it
-_TOKENIZER: Final = "tokenizer"  # and the tokenizer that was trained for it
+_SHARDS: Final = "data"  # below the run's folder: the token shards of its texts
+_TOKENIZER: Final = "tokenizer"  # and the tokenizer trained on them
 _log = logging.getLogger(__name__)
 
 
 class Corpus(NamedTuple):
-    """The data of a run."""
+    """The data of a run.
+
+    Attributes:
+        stream: The training stream.
+        validation: Validation batches, of `process_index` and `process_count`.
+        tokenizer: Folder of the tokenizer; None if there are only token shards.
+        prefetch: Batches prepared ahead.
+        eval_batches: Validation batches per evaluation.
+        inputs: What the datasets were made from, as JSON: `files` and `validation` with hashes, `options`.
+        eos_token_id: Ends a document, if there is no tokenizer.
+    """
 
     stream: Stream
-    held_out: Callable[..., Iterator[Batch]]  # of process_index and process_count: the batches to evaluate on
-    tokenizer: Path | None  # its folder; None where only shards are known
+    validation: Callable[..., Iterator[Batch]]
+    tokenizer: Path | None
     prefetch: int
     eval_batches: int
-    # What the datasets were made from, as JSON: `files` and their hashes, `options`, hashes of what is `heldout`.
     inputs: Mapping[str, Any]
-    eos_token_id: int | None = None  # that ends a document, where no tokenizer says
+    eos_token_id: int | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that the stream of tokens depends on, as JSON."""
+        """Everything that determines the training stream, as JSON."""
         return self.stream.identity
 
     def batches(self, step: int) -> Iterator[Batch]:
-        """This process's rows of the batches from number `step` on, without end."""
+        """Iterate over this process's part of the batches from `step` on, without end."""
         return loader(self.stream, start_step=step, prefetch=self.prefetch, **_share())
 
-    def evaluation(self) -> Iterator[Batch]:
-        """This process's rows of the first batches of what is held out, the same every time."""
-        return itertools.islice(self.held_out(**_share()), self.eval_batches)
+    def validation_batches(self) -> Iterator[Batch]:
+        """Iterate over this process's part of the first validation batches."""
+        return itertools.islice(self.validation(**_share()), self.eval_batches)
 
 
 def prepare(config: RunConfig, model_config: ModelConfig, out: Path, *, resuming: bool = False) -> Corpus:
-    """Open the token shards of every source; what is text is tokenized first, once, below `out`.
+    """Open the token shards of every source; texts are tokenized first, once.
 
-    Where no tokenizer is known a vocabulary is trained on the same texts, those that are held out left out. Shards and
-    tokenizer of an earlier start are made again when the texts or the options have changed; with `resuming`, where
-    checkpoints were trained on them, a change is refused.
+    If the config names no tokenizer, one is trained on the training split of the texts. Both are made again when the
+    texts or the options have changed since an earlier start.
 
-    Raises `ValueError` for a source that is empty, broken or of examples, for shards made with another tokenizer,
-    and for a vocabulary that is larger than the model's.
+    Args:
+        config: The run.
+        model_config: Its model.
+        out: The run's folder.
+        resuming: Checkpoints were trained on the data: refuse changes.
+
+    Returns:
+        The corpus.
+
+    Raises:
+        DSMoEError: A source is empty, malformed or of examples, the shards have another tokenizer, or the vocabulary is
+            larger than the model's.
     """
     data = config.data
     if data.weights and len(data.sources) == 1:
-        _log.warning("data.weights %s has no effect: there is one source", data.weights)
+        _log.warning("data.weights %s has no effect with one source", data.weights)
     tokenizer = _tokenizer(config)
-    homes = []
+    folders = []
     with collective_errors():
         if examples := next((source for source in data.sources if is_examples(source)), None):
             raise DSMoEError(
-                f"{examples}: holds examples for `dsmoe finetune`; here their answers could not be told apart"
+                f"{examples}: holds examples for `dsmoe finetune`; pretraining would ignore their loss masks"
             )
         if tokenizer is not None and not tokenizer_files(tokenizer):
-            raise DSMoEError(f"{tokenizer}: holds no tokenizer")
-        homes = [Path(s) if is_token_shards(s) else out / _SHARDS / f"{i:02}" for i, s in enumerate(data.sources)]
-    texts = {home: source for source, home in zip(data.sources, homes, strict=True) if home != Path(source)}
+            raise DSMoEError(f"{tokenizer}: no tokenizer found")
+        folders = [Path(s) if is_token_shards(s) else out / _SHARDS / f"{i:02}" for i, s in enumerate(data.sources)]
+    texts = {folder: source for source, folder in zip(data.sources, folders, strict=True) if folder != Path(source)}
     with collective_errors():
         if jax.process_index() == 0 and texts:
             _derive(config, model_config, out, texts, tokenizer, resuming)
-    shards, heldout = [], []
+    shards, validation = [], []
     with collective_errors():
-        shards, heldout = ([TokenShards.open(home, split) for home in homes] for split in ("train", "heldout"))
+        shards, validation = ([TokenShards.open(folder, split) for folder in folders] for split in SPLITS)
         if tokenizer is None:
             tokenizer = _trained(out, shards)
         expected = None if tokenizer is None else tokenizer_hash(tokenizer)
-        for one in shards:
-            one.check(tokenizer_hash=expected, vocab_size=model_config.vocab_size)
-        _check_holdout(data, homes, texts, heldout)
+        for dataset in shards:
+            dataset.check(tokenizer_hash=expected, vocab_size=model_config.vocab_size)
+        _check_val_fraction(data, shards, texts, validation)
     stream = Stream(
         shards,
         data.weights,
         sequence_length=data.sequence_length,
         batch_size=data.batch_size,
         seed=config.seed,
-        mode=data.packing,
+        packing=data.packing,
     )
-    held_out = functools.partial(
-        evaluation_batches,
-        heldout,
+    batches = functools.partial(
+        validation_batches,
+        validation,
         sequence_length=data.sequence_length,
         batch_size=data.batch_size,
-        mode=data.packing,
+        packing=data.packing,
     )
-    files = {source: one.digest for source, one in zip(data.sources, shards, strict=True)}
-    inputs = {"files": files, "options": {}, "heldout": [one.digest for one in heldout]}
+    files = {source: dataset.digest for source, dataset in zip(data.sources, shards, strict=True)}
+    inputs = {"files": files, "options": {}, "validation": [dataset.digest for dataset in validation]}
     eos = shards[0].eos_token_id
-    return Corpus(stream, held_out, tokenizer, data.prefetch, config.eval_batches, inputs, eos)
+    return Corpus(stream, batches, tokenizer, data.prefetch, config.eval_batches, inputs, eos)
 
 
 def _derive(
@@ -130,64 +147,64 @@ def _derive(
     tokenizer: Path | None,
     resuming: bool,
 ) -> None:
-    """Make the tokenizer, if none is given, and the token shards of the texts, by their folder."""
+    """Train the tokenizer, if there is none, and tokenize the texts."""
     val_fraction = config.data.val_fraction
-    derived = Derived(out, resuming=resuming)
+    derived = DerivedFolders(out, resuming=resuming)
     split = config.data.split_special_tokens
-    warn_of_overlap(list(texts.values()), [out])
-    sources = {home: Source.read(text, out) for home, text in texts.items()}
+    warn_on_overlap(list(texts.values()), [out])
+    sources = {folder: Source.read(text, out) for folder, text in texts.items()}
 
-    def train(home: Path) -> None:
-        _log.info("training a vocabulary of %d tokens on %s", model_config.vocab_size, ", ".join(texts.values()))
+    def train(folder: Path) -> None:
+        _log.info("Training a tokenizer: %d tokens, on %s", model_config.vocab_size, ", ".join(texts.values()))
         found = (document.text for text in texts.values() for document in documents(text, exclude=[out]))
-        seen = (text for text in found if not is_held_out(text.encode(), val_fraction))
-        train_tokenizer(seen, home, model_config.vocab_size)
+        training = (text for text in found if not is_validation(text.encode(), val_fraction))
+        train_tokenizer(training, folder, model_config.vocab_size)
 
     if tokenizer is None:
         options = {"vocab_size": model_config.vocab_size, "data.val_fraction": val_fraction}
         derived.make(_TOKENIZER, list(sources.values()), options, train, tokenizer_hash)
         tokenizer = out / _TOKENIZER
-    made_by = {"data.val_fraction": val_fraction, "tokenizer": tokenizer_hash(tokenizer)}
-    made_by |= {"data.split_special_tokens": True} if split else {}
-    for home, source in sources.items():
+    options = {"data.val_fraction": val_fraction, "tokenizer": tokenizer_hash(tokenizer)}
+    options |= {"data.split_special_tokens": True} if split else {}
+    for folder, source in sources.items():
         write = functools.partial(
             _tokenize, source.name, tokenizer, val_fraction=val_fraction, split_special_tokens=split, exclude=[out]
         )
-        derived.make(home.relative_to(out).as_posix(), [source], made_by, write)
+        derived.make(folder.relative_to(out).as_posix(), [source], options, write)
 
 
-def _tokenize(source: str, tokenizer: Path, home: Path, **options: Any) -> None:
-    _log.info("%s", tokenize(source, tokenizer, home, **options))
+def _tokenize(source: str, tokenizer: Path, folder: Path, **options: Any) -> None:
+    _log.info("Tokenized %s", tokenize(source, tokenizer, folder, **options))
 
 
 def _trained(out: Path, shards: Sequence[TokenShards]) -> Path | None:
-    """The tokenizer that was trained in this run's folder, if it made the shards."""
+    """Return the tokenizer trained in this run's folder, if it made the shards."""
     trained = out / _TOKENIZER
     if tokenizer_files(trained) and tokenizer_hash(trained) == shards[0].tokenizer_hash:
         return trained
     return None
 
 
-def _check_holdout(
-    data: DataConfig, homes: Sequence[Path], texts: Mapping[Path, str], heldout: Sequence[TokenShards]
+def _check_val_fraction(
+    data: DataConfig, shards: Sequence[TokenShards], texts: Mapping[Path, str], validation: Sequence[TokenShards]
 ) -> None:
-    """Refuse a validation share that the shards do not have; warn where nothing is held out at all."""
-    asked = data.val_fraction != DataConfig.val_fraction
-    for home in homes:
-        share = read_json(home / SHARDS_MANIFEST).get("val_fraction", data.val_fraction)
-        if asked and share != data.val_fraction:
-            problem = (
-                f"data.val_fraction {data.val_fraction} has no effect on {home}: its shards were made with {share}"
-            )
-            if not texts:
-                raise DSMoEError(f"{problem}; leave it out, or tokenize the text again")
-            _log.warning("%s", problem)
-    if data.val_fraction and not sum(map(len, heldout)):
-        _log.warning("no document is held out: nothing to evaluate on; raise data.val_fraction (%s)", data.val_fraction)
+    """Refuse a validation fraction that the shards do not have."""
+    for dataset in shards:
+        if data.val_fraction == DataConfig.val_fraction or dataset.val_fraction in (None, data.val_fraction):
+            continue
+        problem = (
+            f"data.val_fraction {data.val_fraction} has no effect on {dataset.folder}, "
+            f"tokenized with {dataset.val_fraction}"
+        )
+        if not texts:
+            raise DSMoEError(f"{problem}; leave it out, or tokenize the text again")
+        _log.warning("%s", problem)
+    if data.val_fraction and not sum(map(len, validation)):
+        _log.warning("No validation documents: evaluation is skipped; increase data.val_fraction %s", data.val_fraction)
 
 
 def _tokenizer(config: RunConfig) -> Path | None:
-    """The folder of the tokenizer that is named, or of the model's; None where there is neither."""
+    """Return the folder of the configured tokenizer, or of the model's, if any."""
     if config.data.tokenizer is not None:
         return Path(config.data.tokenizer)
     if config.init_from is not None and tokenizer_files(config.init_from):

@@ -1,4 +1,4 @@
-"""Several processes that train together: how they start. See `start`."""
+"""Start-up of multi-process training: `initialize`."""
 
 import os
 from typing import Final
@@ -7,30 +7,31 @@ import jax
 
 from dsmoe_jax.errors import DSMoEError
 
-from .config import ProcessConfig
+from .config import DistributedConfig
 
-# What launchers set where a job has more than one process; jax.distributed reads the rest of it.
+# Set by launchers for jobs of more than one process; jax.distributed reads the rest.
 _LAUNCHERS: Final = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # Slurm's srun, Open MPI's mpirun
 
 
-def start(config: ProcessConfig) -> None:
-    """Join the other processes, if there are any; before any other use of JAX.
+def initialize(config: DistributedConfig) -> None:
+    """Initialize `jax.distributed` for multi-process runs, before JAX is used.
 
-    With a coordinator's address all three of `coordinator`, `processes` and `index` are needed; else Slurm, Open MPI
-    or a Kubernetes job say them. Raises `ValueError` where only some are given.
+    Raises:
+        DSMoEError: if only some of `coordinator_address`, `num_processes` and `process_id` are set.
     """
-    explicit = (config.coordinator, config.processes, config.index)
-    if any(value is not None for value in explicit):
-        if any(value is None for value in explicit):
-            raise DSMoEError("processes: coordinator, processes and index go together")
-        _initialize(coordinator_address=config.coordinator, num_processes=config.processes, process_id=config.index)
-    elif config.distributed or any(int(os.environ.get(name, "1")) > 1 for name in _LAUNCHERS):
-        _initialize()
-
-
-def _initialize(**options: object) -> None:
-    if jax.distributed.is_initialized():
+    explicit = {
+        "coordinator_address": config.coordinator_address,
+        "num_processes": config.num_processes,
+        "process_id": config.process_id,
+    }
+    if any(value is not None for value in explicit.values()):
+        if missing := [name for name, value in explicit.items() if value is None]:
+            raise DSMoEError(f"distributed.{missing[0]} must be set together with {', '.join(explicit)}")
+    elif config.initialize or any(int(os.environ.get(name, "1")) > 1 for name in _LAUNCHERS):
+        explicit = {}  # from the cluster's environment
+    else:
         return
-    # CPUs have no collectives across processes but these.
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(**options)  # type: ignore[arg-type]
+    if not jax.distributed.is_initialized():
+        # The only CPU collectives that work across processes.
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(**explicit)  # type: ignore[arg-type]

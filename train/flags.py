@@ -1,4 +1,4 @@
-"""The fields of a recipe as flags of the command line, by tyro. See `parse` and `parse_finetuning`."""
+"""Command-line flags for config fields: `parse` and `parse_finetuning`."""
 
 import argparse
 import contextlib
@@ -18,54 +18,73 @@ from .finetune import FinetuneConfig
 from .recipes import FINETUNING
 
 Config = TypeVar("Config", bound=RunConfig)
-_OPTIONS = (tyro.conf.AvoidSubcommands,)  # a part that may be None is as the recipe has it
+_OPTIONS = (tyro.conf.AvoidSubcommands,)  # an optional group is as in the recipe
 
 
 def parse(recipe: Config, flags: Sequence[str], *, prog: str) -> Config:
-    """The recipe with the flags' values in it: `--steps 10 --data.batch-size 16`.
+    """Override fields of a recipe with flags: `--steps 10 --data.batch-size 16`.
 
-    Raises `ValueError`, in one line, for an unknown flag or a value of another type; `--help` prints all flags and
-    exits.
+    `--help` prints all flags and exits.
+
+    Args:
+        recipe: The defaults.
+        flags: Command-line arguments.
+        prog: Program name for the help.
+
+    Returns:
+        The config.
+
+    Raises:
+        DSMoEError: in one line, for an unknown flag or an invalid value.
     """
-    said = io.StringIO()
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(errors):
             return tyro.cli(type(recipe), default=recipe, args=list(flags), prog=prog, config=_OPTIONS)
     except SystemExit as end:
         if not end.code:
             raise
-        raise DSMoEError(_one_line(said.getvalue())) from None
+        raise DSMoEError(_one_line(errors.getvalue())) from None
 
 
 def parse_finetuning(checkpoint: str, flags: Sequence[str]) -> tuple[FinetuneConfig, int]:
-    """The run that `dsmoe finetune CHECKPOINT FLAGS` asks for, and how many examples it shall only show.
+    """Parse the flags of `dsmoe finetune CHECKPOINT`.
 
-    `--recipe NAME` is where the other flags start from, `--lora` or any flag below it makes adapters. Raises
-    `ValueError` as `parse` does.
+    `--recipe NAME` sets the defaults of the other flags; `--lora`, or any flag of that group, enables adapters.
+
+    Args:
+        checkpoint: The native checkpoint to fine-tune.
+        flags: Command-line arguments.
+
+    Returns:
+        The config, and the number of examples to preview instead of training (`--show`).
+
+    Raises:
+        DSMoEError: as `parse`.
     """
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    own.add_argument("--recipe", default="full")
-    own.add_argument("--show", type=int, default=0)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--recipe", default="full")
+    parser.add_argument("--show", type=int, default=0)
     try:
-        asked, rest = own.parse_known_args(list(flags))
+        known, rest = parser.parse_known_args(list(flags))
     except argparse.ArgumentError as error:
         raise DSMoEError(str(error)) from None
-    if asked.recipe not in FINETUNING:
-        raise DSMoEError(f"recipe {asked.recipe!r} does not exist, only {', '.join(FINETUNING)}")
-    recipe = dataclasses.replace(FINETUNING[asked.recipe](), init_from=checkpoint)
+    if known.recipe not in FINETUNING:
+        raise DSMoEError(f"recipe must be one of {', '.join(FINETUNING)}, got {known.recipe!r}")
+    recipe = dataclasses.replace(FINETUNING[known.recipe](), init_from=checkpoint)
     if recipe.lora is None and any(flag == "--lora" or flag.startswith("--lora.") for flag in rest):
         recipe = dataclasses.replace(recipe, lora=LoraConfig())
     rest = [flag for flag in rest if flag != "--lora"]
-    return parse(recipe, rest, prog=f"dsmoe finetune {checkpoint}"), asked.show
+    return parse(recipe, rest, prog=f"dsmoe finetune {checkpoint}"), known.show
 
 
 def _one_line(boxed: str) -> str:
-    """What tyro says in a box, without the box and the help under it."""
+    """Extract the message from tyro's box, without the help below it."""
     lines = [re.sub(r"[│╭╮╰╯─]+|-{3,}", " ", line).strip() for line in boxed.splitlines()]
     title, *rest = [*lines, ""]
-    told = []
+    message = []
     for line in rest:
-        if not line and told:
+        if not line and message:
             break
-        told.append(line)
-    return " ".join(" ".join(told or [title]).split())
+        message.append(line)
+    return " ".join(" ".join(message or [title]).split())

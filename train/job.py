@@ -1,4 +1,4 @@
-"""What a run trains: all in which pretraining and fine-tuning differ. Start at `Job`; `pretraining` makes one."""
+"""What differs between pretraining and fine-tuning. Start at `Job`."""
 
 import dataclasses
 import logging
@@ -31,35 +31,57 @@ from .inputs import differences
 from .resume import identity
 from .step import Trainable
 
-MODEL: Final = "model"  # below the run's folder
+MODEL: Final = "model"  # in the output directory
 _log = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
-    """What a run is given, once its data are there."""
+    """A training run once its data is ready.
+
+    Attributes:
+        model: Config of the model.
+        corpus: Training and validation data.
+        steps: Total steps, earlier starts included.
+        trainable: The trainable parameters.
+        load_frozen: Loads the frozen parameters onto a mesh, in their storage dtype.
+        init_params: Makes the initial trainable parameters, fp32, from mesh and frozen parameters.
+        result: Name of the result in the output directory.
+        save: Writes the result; collective over all processes.
+        resume_metadata: What a run must have in common with the checkpoint it resumes from, as JSON.
+        keep_best: Whether the result with the lowest validation loss is saved too.
+    """
 
     model: ModelConfig
     corpus: Corpus
     steps: int
-    trained: Trainable
-    frozen: Callable[[Mesh | None], Mapping[str, Operand]]  # the parameters that stay as they are stored
-    fresh: Callable[[Mesh | None, Mapping[str, Operand]], Mapping[str, Array]]  # what is trained, before the first step
-    result: str  # the name of what comes out, below the run's folder
-    save: Callable[[Path, Mapping[str, Array]], None]  # writes it; by all processes together
-    facts: Mapping[str, Any]  # what a checkpoint must have in common with the run that goes on from it, as JSON
-    keep_best: bool = False  # whether what comes out is also kept from where it evaluated best
+    trainable: Trainable
+    load_frozen: Callable[[Mesh | None], Mapping[str, Operand]]
+    init_params: Callable[[Mesh | None, Mapping[str, Operand]], Mapping[str, Array]]
+    result: str
+    save: Callable[[Path, Mapping[str, Array]], None]
+    resume_metadata: Mapping[str, Any]
+    keep_best: bool = False
 
 
-def pretraining(config: RunConfig, out: Path, *, resuming: bool = False) -> Job:
-    """All parameters of a model, fresh or those of `init_from`, on text."""
-    model, base = config.model_config(), None
+def pretraining(config: RunConfig, output_dir: Path, *, resuming: bool = False) -> Job:
+    """Set up the training of all parameters on text.
+
+    Args:
+        config: The run.
+        output_dir: Where text is tokenized to.
+        resuming: Whether there are checkpoints to resume from: data that has changed is refused.
+
+    Returns:
+        The job.
+    """
+    model, init_from = config.model_config(), None
     with collective_errors():
         if config.init_from is not None:
-            base = read_manifest(Path(config.init_from)).identity
-    corpus = prepare(config, model, out, resuming=resuming)
+            init_from = read_manifest(Path(config.init_from)).identity
+    corpus = prepare(config, model, output_dir, resuming=resuming)
     model = with_token_ids(model, corpus)
 
-    def fresh(mesh: Mesh | None, frozen: Mapping[str, Operand]) -> Mapping[str, Array]:
+    def init_params(mesh: Mesh | None, frozen: Mapping[str, Operand]) -> Mapping[str, Array]:
         if config.init_from is not None:
             return split(load(config.init_from, dtype="float32", mesh=mesh))[1]
         return split(DeepSeekMoE.init(model, seed=config.seed, mesh=mesh))[1]
@@ -68,33 +90,36 @@ def pretraining(config: RunConfig, out: Path, *, resuming: bool = False) -> Job:
         model=model,
         corpus=corpus,
         steps=config.steps,
-        trained=Trainable.whole(model),
-        frozen=lambda mesh: {},
-        fresh=fresh,
+        trainable=Trainable.all_params(model),
+        load_frozen=lambda mesh: {},
+        init_params=init_params,
         result=MODEL,
         save=model_writer(model, corpus),
-        facts=make_facts(config, model, corpus, init_from=base),
+        resume_metadata=resume_metadata(config, model, corpus, init_from=init_from),
     )
 
 
-def make_facts(config: RunConfig, model: ModelConfig, corpus: Corpus, **others: Any) -> dict[str, Any]:
-    """The facts of a run: its settings (with `others`), its data, and what those were made from."""
+def resume_metadata(config: RunConfig, model: ModelConfig, corpus: Corpus, **others: Any) -> dict[str, Any]:
+    """Return settings (including `others`), data stream and input hashes."""
     settings = identity(config, model, **others)
     return {"config": settings, "stream": corpus.identity, "inputs": dict(corpus.inputs)}
 
 
 def with_token_ids(model: ModelConfig, corpus: Corpus) -> ModelConfig:
-    """The config with the special token ids of the run's tokenizer, and none outside the vocabulary.
+    """Return the config with the special token ids of the run's tokenizer.
 
-    Raises `ValueError` as `check_special_ids` does, and logs what it returns.
+    Ids outside the vocabulary become None.
+
+    Raises:
+        DSMoEError: as `check_special_ids`, whose warnings are logged.
     """
     tokenizer = None if corpus.tokenizer is None else Tokenizer.from_pretrained(corpus.tokenizer)
-    # Token shards alone say where a document ends.
+    # Without a tokenizer, token shards still record the EOS id.
     known = tokenizer or SpecialTokenIds(None, corpus.eos_token_id)
-    own, new = ({name: getattr(one, name) for name in SPECIAL_IDS} for one in (model, with_tokenizer_ids(model, known)))
+    old, new = ({name: getattr(one, name) for name in SPECIAL_IDS} for one in (model, with_tokenizer_ids(model, known)))
     ids = drop_ids_outside_vocab(new, model.vocab_size)
-    for change in differences(own, ids):
-        _log.info("%s, as in the tokenizer", change)
+    for change in differences(old, ids):
+        _log.info("Using the tokenizer's %s", change)
     model = dataclasses.replace(model, **ids)
     for line in check_special_ids(model, tokenizer):
         _log.warning("%s", line)
@@ -104,7 +129,7 @@ def with_token_ids(model: ModelConfig, corpus: Corpus) -> ModelConfig:
 def model_writer(
     model: ModelConfig, corpus: Corpus, generation: Mapping[str, Any] = MappingProxyType({})
 ) -> Callable[[Path, Mapping[str, Array]], None]:
-    """Writes the parameters as a native checkpoint, fp32, tokenizer and generation config (if any) beside it."""
+    """Return a function that saves a native checkpoint with tokenizer, in fp32."""
     files = tokenizer_files(corpus.tokenizer) if corpus.tokenizer is not None else ()
 
     def write(path: Path, params: Mapping[str, Array]) -> None:

@@ -32,85 +32,110 @@ from .best import BEST, Best
 from .checkpoints import Checkpoints
 from .config import RunConfig
 from .corpus import Corpus
-from .distributed import start
+from .distributed import initialize
 from .finetune import ADAPTER, FinetuneConfig, finetuning
 from .inputs import differences
 from .job import MODEL, Job, pretraining
 from .metrics import Recorder, read_records
+from .monitor import Monitor
 from .optimizer import make_optimizer
 from .resume import CONFIG, check_resumable, identity, log_changes, read_run
-from .step import Metrics, TrainState, evaluate_step, init_state, make_step, state_shardings
+from .step import TrainState, init_state, make_eval_step, make_step, state_shardings
 
-CHECKPOINTS: Final = "checkpoints"  # below the run's folder
+CHECKPOINTS: Final = "checkpoints"  # in the output directory
 _CACHE: Final = "compiled"
-_NO_LOSS: Final = 1e-7  # nats; below it a softmax in fp32 cannot tell
 _log = logging.getLogger(__name__)
 
 
 class Result(NamedTuple):
-    """How a run ended."""
+    """Outcome of a run.
 
-    steps: int  # batches read in all
-    of: int  # steps that were asked for
-    stopped: bool  # by a signal, before the last step
-    loss: float  # of the last step
-    evaluation: float | None  # mean cross-entropy on the held-out text, in nats
-    skipped: int  # updates that were not made
-    model: Path | None  # the trained model, a native checkpoint, or adapter; None if stopped
-    resumed_from: int = 0  # step of the checkpoint; equal to `steps` if there was nothing left to train
+    Attributes:
+        steps: Steps completed, earlier starts included.
+        total_steps: Steps that the run is configured for.
+        stopped: Whether a signal stopped the run early.
+        loss: Training loss of the last step.
+        eval_loss: Validation cross-entropy, nats per token; None without validation data.
+        total_skips: Updates skipped.
+        model: Trained model (native checkpoint) or adapter; None if stopped.
+        resumed_from: Step of the checkpoint resumed from; equal to `steps` if the run was already complete.
+    """
+
+    steps: int
+    total_steps: int
+    stopped: bool
+    loss: float
+    eval_loss: float | None
+    total_skips: int
+    model: Path | None
+    resumed_from: int = 0
 
 
 @quiet_cache_reads()
 def run(config: RunConfig) -> Result:
-    """Train, from the newest intact checkpoint in the run's folder if there is one.
+    """Train, resuming from the newest intact checkpoint in the output directory.
 
-    The same function on one device and on all processes of a cluster. SIGTERM and SIGINT end it after the step under
-    way, with a checkpoint. Raises `ValueError` for what the config gets wrong, when another run is using the folder,
-    and when too many updates in a row were skipped.
+    The same function runs on one device and on every process of a cluster. SIGTERM and SIGINT stop it after the current
+    step, with a checkpoint.
+
+    Args:
+        config: A `RunConfig` to pretrain, a `FinetuneConfig` to fine-tune.
+
+    Returns:
+        The outcome.
+
+    Raises:
+        DSMoEError: for an invalid config, an output directory in use, or too many skipped updates in a row.
     """
-    start(config.processes)
-    out, mesh = Path(config.out), None
-    with collective_errors():  # what is wrong is said before anything is made
+    initialize(config.distributed)
+    output_dir, mesh = Path(config.output_dir), None
+    with collective_errors():  # refuse before anything is written
         mesh = _check(config)
-    with _locked(out):
-        return _run(config, out, mesh)
+    with _locked(output_dir):
+        return _run(config, output_dir, mesh)
 
 
-def _run(config: RunConfig, out: Path, mesh: Mesh | None) -> Result:
-    out.mkdir(parents=True, exist_ok=True)
-    _compile_once(out / _CACHE)
+def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    _enable_compilation_cache(output_dir / _CACHE)
     with ExitStack() as stack:
         checkpoints = Checkpoints(
-            out / CHECKPOINTS, keep_last=config.checkpoints.keep_last, keep_every=config.checkpoints.keep_every
+            output_dir / CHECKPOINTS,
+            max_to_keep=config.checkpoint.max_to_keep,
+            keep_period=config.checkpoint.keep_period,
         )
         stack.callback(checkpoints.close)
-        _agree_on(checkpoints)
+        _check_same_checkpoints(checkpoints)
         if config.resume == "never" and checkpoints.steps():
-            raise DSMoEError(f"{checkpoints.folder} has checkpoints; --resume auto goes on from them")
+            raise DSMoEError(f"{checkpoints.folder} has checkpoints; pass --resume auto to resume from them")
         found = checkpoints.newest()
         if isinstance(config, FinetuneConfig):
-            job = finetuning(config, out)
+            job = finetuning(config, output_dir)
         else:
-            job = pretraining(config, out, resuming=found is not None)
-        before, now = read_run(out), config.to_dict() | {"steps": job.steps, "model_config": job.model.to_dict()}
+            job = pretraining(config, output_dir, resuming=found is not None)
+        before, now = read_run(output_dir), config.to_dict() | {"steps": job.steps, "model_config": job.model.to_dict()}
         if found is not None:
-            check_resumable(checkpoints.folder, *found, job.facts)
-            if done := _finished(found[0], job, out, before.get("result")):
-                return done
+            check_resumable(checkpoints.folder, *found, job.resume_metadata)
+            if result := _completed(found[0], job, output_dir, before.get("result")):
+                return result
             log_changes(before, now, found[0])
         else:
-            _warn_of_leftovers(job, out)
+            _warn_of_leftovers(job, output_dir)
         if (warmup := config.optimizer.warmup_steps) > job.steps:
-            _log.warning("optimizer.warmup_steps %d exceeds steps %d: warmup ends with the run", warmup, job.steps)
+            _log.warning(
+                "optimizer.warmup_steps %d exceeds steps %d: the learning rate will not reach its peak",
+                warmup,
+                job.steps,
+            )
         stack.enter_context(nullcontext() if mesh is None else jax.set_mesh(mesh))
-        corpus, trained = job.corpus, job.trained
+        corpus = job.corpus
         graph = abstract(job.model)[0]
         optimizer, schedule = make_optimizer(config.optimizer, job.steps)
-        frozen = job.frozen(mesh)
-        state = _begin(config, job, optimizer, mesh, frozen, checkpoints, found)
+        frozen = job.load_frozen(mesh)
+        state = _initial_state(config, job, optimizer, mesh, frozen, checkpoints, found)
         first = int(state.step)
         if jax.process_index() == 0:
-            write_json(out / CONFIG, now)
+            write_json(output_dir / CONFIG, now)
         step = make_step(
             job.model,
             graph,
@@ -120,68 +145,70 @@ def _run(config: RunConfig, out: Path, mesh: Mesh | None) -> Result:
             max_grad_norm=config.optimizer.max_grad_norm,
             mesh=mesh,
             seed=config.seed,
-            trained=trained,
+            trainable=job.trainable,
         )
-        evaluate = evaluate_step(job.model, graph, config.step, trained)
-        recorder = stack.enter_context(_recorder(config, job, out, first))
-        clock = _Clock(recorder, config)
-        best = Best(out, job, first) if job.keep_best else None
+        eval_step = make_eval_step(job.model, graph, config.step, job.trainable)
+        recorder = stack.enter_context(_recorder(config, job, output_dir, first))
+        monitor = Monitor(recorder, config)
+        best = Best(output_dir, job, first) if job.keep_best else None
         stop = stack.enter_context(_stop_signal())
         batches = corpus.batches(first)
         stack.callback(getattr(batches, "close", lambda: None))
 
         metrics, evaluation, n, stopped = None, None, first, False
-        while n < job.steps and not (stopped := _agreed(stop, n, config.log_interval)):
-            waited = -time.perf_counter()
+        while n < job.steps and not (stopped := _should_stop(stop, n, config.log_interval)):
+            loading = -time.perf_counter()
             batch = _place(next(batches), mesh)
-            waited += time.perf_counter()
+            loading += time.perf_counter()
             state, metrics = step(state, batch, frozen)
             n += 1
-            clock.tick(n, metrics, waited)
-            saves = n % config.checkpoints.every == 0
+            monitor.add(n, metrics, loading)
+            saves = n % config.checkpoint.interval == 0
             evaluates = n % config.eval_interval == 0 or n == job.steps
             if saves or evaluates:
-                clock.flush()
-                # Before the checkpoint: a run that goes on from it does not come back to this evaluation.
-                if evaluates and (evaluation := _evaluate(evaluate, state, frozen, corpus, mesh)):
+                monitor.flush()
+                # Before the checkpoint: a run resumed from it does not repeat this evaluation.
+                if evaluates and (evaluation := _evaluate(eval_step, state, frozen, corpus, mesh)):
                     if recorder is not None:
-                        recorder.evaluation(n, *evaluation)
+                        recorder.record_eval(n, *evaluation)
                     if best is not None:
                         best.offer(n, evaluation[0], state.params)
                 if saves:
-                    checkpoints.save(n, state, {**job.facts, "loss": float(metrics.loss)})
-                clock.restart()
-        clock.flush()
+                    checkpoints.save(n, state, {**job.resume_metadata, "loss": float(metrics.loss)})
+                monitor.restart_timer()
+        monitor.flush()
         if metrics is not None:
             loss = float(metrics.loss)
-            checkpoints.save(n, state, {**job.facts, "loss": loss})
-        else:  # every step had been made: only the result is missing
-            loss = _last_loss(out, n, found)
-            evaluation = None if stopped else _evaluate(evaluate, state, frozen, corpus, mesh)
+            checkpoints.save(n, state, {**job.resume_metadata, "loss": loss})
+        else:  # all steps were done, only the result is missing
+            loss = _last_loss(output_dir, n, found)
+            evaluation = None if stopped else _evaluate(eval_step, state, frozen, corpus, mesh)
             if evaluation and best is not None:
                 best.offer(n, evaluation[0], state.params)
         checkpoints.wait()
-        held_out = None if evaluation is None else evaluation[0]
-        result = Result(n, job.steps, stopped, loss, held_out, int(state.guard.skipped), None, first)
+        eval_loss = None if evaluation is None else evaluation[0]
+        result = Result(n, job.steps, stopped, loss, eval_loss, int(state.guard.total_skips), None, first)
         if stopped:
             return result
-        result = result._replace(model=out / job.result)
-        _write_result(out / job.result, job, state.params)
+        result = result._replace(model=output_dir / job.result)
+        _write_result(output_dir / job.result, job, state.params)
         if jax.process_index() == 0:
-            record = {"step": n, "loss": loss if math.isfinite(loss) else None, "evaluation": held_out}
-            record |= {"skipped": result.skipped, "sha256": _sha256(out / job.result)}
-            write_json(out / CONFIG, now | {"result": record})
+            record = {"step": n, "loss": loss if math.isfinite(loss) else None, "eval_loss": eval_loss}
+            record |= {"total_skips": result.total_skips, "sha256": _sha256(output_dir / job.result)}
+            write_json(output_dir / CONFIG, now | {"result": record})
     return result
 
 
 def _check(config: RunConfig) -> Mesh | None:
-    """The mesh, None on one device; `ValueError` for what cannot be, a line for what will have no effect."""
+    """Validate the config and return the mesh, None for one device."""
     model, mesh = config.model_config(), make_mesh(config.mesh)
-    shardings(model, mesh)  # refuses what does not divide
-    ways, parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES])), config.step.gradient_accumulation_steps
-    if config.data.batch_size % (ways * parts):
+    shardings(model, mesh)  # raises for axes that do not divide
+    data_parallel = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    micro_batches = config.step.gradient_accumulation_steps
+    if config.data.batch_size % (data_parallel * micro_batches):
         raise DSMoEError(
-            f"data.batch_size {config.data.batch_size} does not divide over {ways} devices x {parts} micro-batches"
+            f"data.batch_size must be a multiple of {data_parallel * micro_batches} ({data_parallel} data-parallel "
+            f"devices × {micro_batches} gradient-accumulation steps), got {config.data.batch_size}"
         )
     length, positions = config.data.sequence_length, model.max_position_embeddings
     if model.rope_scaling is not None:
@@ -189,23 +216,25 @@ def _check(config: RunConfig) -> Mesh | None:
     if length > positions:
         _log.warning("data.sequence_length %d exceeds the model's max_position_embeddings %d", length, positions)
     if config.init_from is not None and config.model not in ("", RunConfig.model):
-        asked = dataclasses.replace(config, init_from=None).model_config()
-        if changes := [change.name for change in differences(identity(config, asked), identity(config, model))]:
+        requested = dataclasses.replace(config, init_from=None).model_config()
+        if changes := [change.name for change in differences(identity(config, requested), identity(config, model))]:
             _log.warning(
-                "model %s has no effect: that of init_from %s is trained (other %s)",
+                "model %s has no effect: init_from %s has its own config (different %s)",
                 config.model,
                 config.init_from,
                 ", ".join(changes),
             )
-    groups, alpha, experts = config.step.device_groups, config.step.device_alpha, model.n_routed_experts
-    if experts is not None and experts % groups:
-        raise DSMoEError(f"step.device_groups {groups} does not divide {experts} experts")
+    groups, alpha = config.step.device_balance_groups, config.step.device_balance_alpha
+    if model.n_routed_experts is not None and model.n_routed_experts % groups:
+        raise DSMoEError(f"step.device_balance_groups must divide {model.n_routed_experts} experts, got {groups}")
     if (groups > 1) != (alpha > 0):
-        _log.warning("step.device_groups %d with step.device_alpha %s has no effect: both are needed", groups, alpha)
+        _log.warning(
+            "step.device_balance_groups %d and step.device_balance_alpha %s have no effect: set both", groups, alpha
+        )
     return None if mesh.size == 1 else mesh
 
 
-def _begin(
+def _initial_state(
     config: RunConfig,
     job: Job,
     optimizer: Any,
@@ -214,30 +243,30 @@ def _begin(
     checkpoints: Checkpoints,
     found: tuple[int, Mapping[str, Any]] | None,
 ) -> TrainState:
-    """The state to go on from: a checkpoint's, or a fresh one."""
-    places = state_shardings(job.model, optimizer, config.step, mesh, job.trained)
+    """Restore the state from the checkpoint found, or initialize it."""
+    places = state_shardings(job.model, optimizer, config.step, mesh, job.trainable)
 
-    def fresh(params: dict[str, Any]) -> TrainState:
+    def init(params: dict[str, Any]) -> TrainState:
         return init_state(job.model, params, optimizer, config.step)
 
     if found is None:
-        return jax.jit(fresh, out_shardings=places, donate_argnums=0)(job.fresh(mesh, frozen))
-    params = {name: jax.ShapeDtypeStruct(spec.shape, np.float32) for name, spec in job.trained.specs.items()}
+        return jax.jit(init, out_shardings=places, donate_argnums=0)(job.init_params(mesh, frozen))
+    params = {name: jax.ShapeDtypeStruct(spec.shape, np.float32) for name, spec in job.trainable.specs.items()}
     like = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        jax.eval_shape(fresh, params),
+        jax.eval_shape(init, params),
         places,
     )
-    _log.info("going on after step %d of %d", found[0], job.steps)
+    _log.info("Resuming from step %d of %d", found[0], job.steps)
     return checkpoints.restore(found[0], like)
 
 
 # --- the result ---
 
 
-def _finished(step: int, job: Job, out: Path, record: Mapping[str, Any] | None) -> Result | None:
-    """The result of a run that has nothing left to do: all steps made, and what they gave is there, undamaged."""
-    path, done = out / job.result, False
+def _completed(step: int, job: Job, output_dir: Path, record: Mapping[str, Any] | None) -> Result | None:
+    """Return the result of a complete run: all steps done and the result intact."""
+    path, done = output_dir / job.result, False
     with collective_errors():
         if record is not None and step >= job.steps and record.get("step") == step:
             done = jax.process_index() > 0 or _sha256(path) == record["sha256"]
@@ -246,11 +275,11 @@ def _finished(step: int, job: Job, out: Path, record: Mapping[str, Any] | None) 
     if not done or record is None:
         return None
     loss = float("nan") if record["loss"] is None else record["loss"]
-    return Result(step, job.steps, False, loss, record["evaluation"], record["skipped"], path, step)
+    return Result(step, job.steps, False, loss, record["eval_loss"], record["total_skips"], path, step)
 
 
 def _write_result(path: Path, job: Job, params: Mapping[str, Any]) -> None:
-    """Write what was trained in the place of what an earlier, shorter run left."""
+    """Save the result, atomically replacing that of an earlier, shorter run."""
     new = path.with_name(f"{path.name}.new")
     with collective_errors():
         if jax.process_index() == 0:
@@ -262,7 +291,7 @@ def _write_result(path: Path, job: Job, params: Mapping[str, Any]) -> None:
 
 
 def _sha256(result: Path) -> str | None:
-    """The SHA-256 of all that is in the folder of a result; None where it is missing or damaged."""
+    """Return the SHA-256 of a result's files; None if it is missing or damaged."""
     if is_native(result):
         try:
             manifest = read_manifest(result, verify=False)
@@ -273,98 +302,54 @@ def _sha256(result: Path) -> str | None:
     return hash_json({path.name: hash_file(path) for path in files}) if files else None
 
 
-def _last_loss(out: Path, step: int, found: tuple[int, Mapping[str, Any]] | None) -> float:
-    """The loss of the last step, from its checkpoint or the records; NaN where neither has it."""
+def _last_loss(output_dir: Path, step: int, found: tuple[int, Mapping[str, Any]] | None) -> float:
+    """Return the loss of the last step; NaN if it was not recorded."""
     if found is not None and "loss" in found[1]:
         return float(found[1]["loss"])
     with contextlib.suppress(OSError, ValueError):
-        for record in reversed(read_records(out)):
+        for record in reversed(read_records(output_dir)):
             if record["step"] == step and record.get("loss") is not None:
                 return record["loss"]
     return float("nan")
 
 
-def _warn_of_leftovers(job: Job, out: Path) -> None:
-    """Name the results of an earlier run, without checkpoints to go on from."""
+def _warn_of_leftovers(job: Job, output_dir: Path) -> None:
+    """Log the results of an earlier run without checkpoints to resume from."""
     for name in (MODEL, ADAPTER, BEST):
-        if (out / name).exists():
-            ours = name == job.result or (name == BEST and job.keep_best)
-            _log.warning(
-                "%s: left by an earlier run; %s", out / name, "it is replaced" if ours else "it stays as it is"
-            )
+        if (output_dir / name).exists():
+            replaced = name == job.result or (name == BEST and job.keep_best)
+            action = "will be replaced" if replaced else "is left as it is"
+            _log.warning("%s, from an earlier run, %s", output_dir / name, action)
 
 
-def _agree_on(checkpoints: Checkpoints) -> None:
-    """`ValueError` unless all processes see the same checkpoints; otherwise they would wait for one another."""
+def _check_same_checkpoints(checkpoints: Checkpoints) -> None:
+    """Refuse processes that see different checkpoints: they would deadlock."""
     if jax.process_count() > 1:
         newest = np.array(max(checkpoints.steps(), default=-1))
         seen = multihost_utils.process_allgather(newest).ravel()
         if (seen != seen[0]).any():
-            raise DSMoEError(
-                f"{checkpoints.folder}: not all processes see the same checkpoints; is it a shared folder?"
-            )
+            raise DSMoEError(f"{checkpoints.folder} differs between processes; the file system must be shared")
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold the lock of the run's folder; where another run holds it, all processes end."""
+def _locked(output_dir: Path) -> Iterator[None]:
+    """Lock the output directory; if it is in use, all processes raise."""
     with ExitStack() as stack:
         with collective_errors():
             if jax.process_index() == 0:
-                stack.enter_context(lock_folder(out))
+                stack.enter_context(lock_folder(output_dir))
         yield
 
 
-# --- the way ---
+# --- the loop ---
 
 
-class _Clock:
-    """Reads each step's report while the next step is computed, and knows how long each took."""
-
-    def __init__(self, recorder: Recorder | None, config: RunConfig):
-        self._recorder, self._config = recorder, config
-        self._pending: tuple[int, Metrics, float] | None = None
-        self._nothing_left = 0  # steps in a row whose loss was 0
-        self._since = time.perf_counter()
-
-    def tick(self, step: int, metrics: Metrics, waited: float) -> None:
-        """Step number `step` was asked for, its batch after `waited` seconds."""
-        self.flush()
-        self._pending = (step, metrics, waited)
-
-    def restart(self) -> None:
-        """What was done since the last step is not of the next."""
-        self._since = time.perf_counter()
-
-    def flush(self) -> None:
-        """Read the report that is out; `ValueError` when too many in a row were skipped, or had no loss left."""
-        if self._pending is None:
-            return
-        (step, unread, waited), self._pending = self._pending, None
-        metrics = Metrics(*jax.device_get(unread))
-        now = time.perf_counter()
-        if self._recorder is not None:
-            self._recorder.record(step, metrics, seconds=now - self._since, data_wait=waited)
-        self._since = now
-        if (in_a_row := int(metrics.consecutive_skips)) > self._config.max_consecutive_skips:
-            raise DSMoEError(
-                f"{in_a_row} updates in a row were skipped: loss {float(metrics.loss):.4g}, gradient norm "
-                f"{float(metrics.grad_norm):.4g} at step {step}; the checkpoints in {self._config.out} are good"
-            )
-        self._nothing_left = self._nothing_left + 1 if metrics.cross_entropy < _NO_LOSS else 0
-        if self._nothing_left > self._config.max_consecutive_skips:
-            raise DSMoEError(
-                f"the loss has been 0 for {self._nothing_left} steps at step {step}: the data give the answer away, or "
-                f"are learnt by heart; what was kept in {self._config.out} is from before"
-            )
-
-
-def _recorder(config: RunConfig, job: Job, out: Path, first: int) -> Recorder | nullcontext[None]:
-    """Of process 0; the others say nothing."""
+def _recorder(config: RunConfig, job: Job, output_dir: Path, first: int) -> Recorder | nullcontext[None]:
+    """Return the recorder of process 0; the others record nothing."""
     if jax.process_index():
         return nullcontext()
     return Recorder(
-        out,
+        output_dir,
         config=job.model,
         tokens_per_step=config.data.batch_size * config.data.sequence_length,
         sequence_length=config.data.sequence_length,
@@ -372,23 +357,23 @@ def _recorder(config: RunConfig, job: Job, out: Path, first: int) -> Recorder | 
         trackers=config.trackers,
         log_interval=config.log_interval,
         resumed_from=first,
-        name=out.name,
+        name=output_dir.name,
     )
 
 
 def _evaluate(
-    evaluate: Any, state: TrainState, frozen: Mapping[str, Any], corpus: Corpus, mesh: Mesh | None
+    eval_step: Any, state: TrainState, frozen: Mapping[str, Any], corpus: Corpus, mesh: Mesh | None
 ) -> tuple[float, int] | None:
-    """The mean cross-entropy of the held-out text, and over how many tokens; None if nothing is held out."""
+    """Return validation loss and token count; None without validation data."""
     total, count = 0.0, 0
-    for batch in corpus.evaluation():
-        ce, counted = evaluate(state.params, state.router_bias, _place(batch, mesh), frozen)
+    for batch in corpus.validation_batches():
+        ce, counted = eval_step(state.params, state.router_bias, _place(batch, mesh), frozen)
         total, count = total + float(ce), count + int(counted)
     return (total / count, count) if count else None
 
 
 def _place(batch: Batch, mesh: Mesh | None) -> Batch:
-    """This process's rows of the batch, on its devices."""
+    """Move this process's sequences of a batch to its devices."""
     if mesh is None:
         return Batch(*map(jax.device_put, batch))
     place = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
@@ -397,7 +382,7 @@ def _place(batch: Batch, mesh: Mesh | None) -> Batch:
 
 @contextmanager
 def _stop_signal() -> Iterator[list[int]]:
-    """A list that a SIGTERM or SIGINT puts itself into; the second one of the same kind acts as ever."""
+    """Yield a list of the SIGTERM and SIGINT received; a repeated one kills."""
     seen: list[int] = []
     before: dict[int, Any] = {}
 
@@ -408,7 +393,7 @@ def _stop_signal() -> Iterator[list[int]]:
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             before[number] = signal.signal(number, note)
-    except ValueError:  # not in the main thread: signals are somebody else's
+    except ValueError:  # not in the main thread
         pass
     try:
         yield seen
@@ -417,15 +402,15 @@ def _stop_signal() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _agreed(stop: list[int], step: int, every: int) -> bool:
-    """Whether to stop; processes ask one another every few steps, so that all stop after the same one."""
+def _should_stop(stop: list[int], step: int, every: int) -> bool:
+    """Return whether to stop; all processes agree, every few steps."""
     if jax.process_count() == 1:
         return bool(stop)
     return step % every == 0 and bool(multihost_utils.process_allgather(np.array(bool(stop))).any())
 
 
-def _compile_once(folder: Path) -> None:
-    """Keep what was compiled, so that a restart does not compile again."""
-    compilation_cache.reset_cache()  # an earlier run of this process would keep its own
+def _enable_compilation_cache(folder: Path) -> None:
+    """Enable the persistent compilation cache, for restarts."""
+    compilation_cache.reset_cache()  # of an earlier run in this process
     jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -1,7 +1,7 @@
-"""What is minimised: the cross-entropy of the next token, and what keeps the experts' load balanced.
+"""Training losses: next-token cross-entropy and expert load balancing.
 
-Training uses `chunked_cross_entropy`, which holds the logits of one chunk of tokens at a time; `cross_entropy` is the
-plain one, from logits.
+Training uses `chunked_cross_entropy`, which fuses the output projection and materializes the logits of one chunk of
+tokens at a time; `cross_entropy` takes logits.
 """
 
 import functools
@@ -18,17 +18,24 @@ from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.layers.router import Routing
 from dsmoe_jax.sharding import BATCH_AXES, TENSOR, current_mesh
 
-IGNORED: Final = -100  # a label that counts for nothing
+IGNORED: Final = -100  # label without a loss
 _CHUNK_BYTES: Final = 64 << 20  # of a device's fp32 logits
 
 
 def cross_entropy(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
-    """Mean over all labels but the ignored ones; labels are the token ids, the shift by one happens here.
+    """Compute the mean next-token cross-entropy in nats.
 
-    The labels are shifted, not the logits, and the target is picked by comparison: no copy of [B, T, V], forth or back.
+    Labels are shifted instead of logits, and targets selected by comparison: no copy of [B, T, V] in either pass.
+
+    Args:
+        logits: float [B, T, V], any dtype.
+        labels: int [B, T], the token ids (not shifted); -100 is ignored.
+
+    Returns:
+        The mean over all targets, fp32.
     """
     logits = logits.astype(jnp.float32)
-    targets = shifted(labels)
+    targets = shift_labels(labels)
     counted = targets != IGNORED
     is_target = targets[:, :, None] == jnp.arange(logits.shape[-1])[None, None, :]
     picked = jnp.where(is_target, logits, 0).sum(axis=-1)
@@ -36,29 +43,42 @@ def cross_entropy(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> F
     return jnp.where(counted, losses, 0).sum() / counted.sum()
 
 
-def shifted(labels: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """The label of the next token at each position, none at the last."""
+def shift_labels(labels: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Return the label of the next token at each position, -100 at the last."""
     return jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
 
 
 # --- the head and its loss in one ---
 
 
-class HeadLoss(NamedTuple):
-    """Sums over all tokens with a target; `total` alone has a gradient."""
+class CrossEntropySums(NamedTuple):
+    """Sums over all targets.
 
-    total: Float[Array, ""]  # Σ cross-entropy + z_loss · logsumexp²
+    Attributes:
+        total: Σ cross-entropy + z_loss · logsumexp²; the differentiable one.
+        cross_entropy: Σ cross-entropy, without gradient.
+    """
+
+    total: Float[Array, ""]
     cross_entropy: Float[Array, ""]
 
 
 def chunked_cross_entropy(
     states: Float[Array, "B T D"], head: Float[Array, "V D"], targets: Int[Array, "B T"], *, z_loss: float = 0.0
-) -> HeadLoss:
-    """The loss of the next token from the states after the final norm; `targets` are shifted already.
+) -> CrossEntropySums:
+    """Compute output projection and cross-entropy, fused in chunks of tokens.
 
-    Logits are fp32, of one chunk of tokens at a time, and so is their gradient: both are made in the forward pass,
-    from the same logits, so nothing is computed twice. `z_loss` weighs logsumexp² (PaLM, arXiv 2204.02311, section 5).
-    On a mesh each device takes its own tokens and its part of the vocabulary.
+    The gradient is computed in the forward pass from the same fp32 logits, so nothing is recomputed. On a mesh each
+    device processes its tokens and its shard of the vocabulary.
+
+    Args:
+        states: Hidden states after the final norm, [B, T, D].
+        head: Output projection, [V, D].
+        targets: Shifted labels, [B, T]; -100 is ignored.
+        z_loss: Weight of logsumexp² (PaLM, arXiv 2204.02311, section 5).
+
+    Returns:
+        Sums over all targets.
     """
     mesh = current_mesh()
     if mesh is None:
@@ -66,13 +86,13 @@ def chunked_cross_entropy(
     over = TENSOR if head.shape[0] % mesh.shape[TENSOR] == 0 else None
 
     def local(states, head, targets):
-        # Each copy's gradient is a part of the whole one; that they are added up follows from these casts.
+        # Each copy has a partial gradient; these casts make autodiff sum them.
         states = jax.lax.pcast(states, (TENSOR,), to="varying")
         head = jax.lax.pcast(head, BATCH_AXES if over else (*BATCH_AXES, TENSOR), to="varying")
         targets = jax.lax.pcast(targets, (TENSOR,), to="varying")
         sums: Any = _chunked(states, head, targets, z_loss, over)
-        # Every device of the tensor axis has the same sums.
-        return HeadLoss(*(jax.lax.pmean(jax.lax.psum(x, BATCH_AXES), TENSOR) for x in sums))
+        # The sums are equal over the tensor axis.
+        return CrossEntropySums(*(jax.lax.pmean(jax.lax.psum(x, BATCH_AXES), TENSOR) for x in sums))
 
     rows = PartitionSpec(BATCH_AXES)
     run = jax.shard_map(local, in_specs=(rows, PartitionSpec(over), rows), out_specs=PartitionSpec())
@@ -88,9 +108,9 @@ def _chunked_forward(states: Array, head: Array, targets: Array, z_loss: float, 
     return _sums(states, head, targets, z_loss, over, with_gradients=True)
 
 
-def _chunked_backward(z_loss: float, over: str | None, saved: tuple[Array, Array], grads: HeadLoss):
+def _chunked_backward(z_loss: float, over: str | None, saved: tuple[Array, Array], grads: CrossEntropySums):
     grad_states, grad_head = saved
-    scale = grads.total if over is None else jax.lax.psum(grads.total, over)  # each device's sums are those of all
+    scale = grads.total if over is None else jax.lax.psum(grads.total, over)
     return (grad_states * scale).astype(grad_states.dtype), (grad_head * scale).astype(grad_head.dtype), None
 
 
@@ -98,7 +118,7 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def _sums(states: Array, head: Array, targets: Array, z_loss: float, over: str | None, with_gradients: bool):
-    """The sums, and the gradients of `total` with respect to states and head."""
+    """Return the sums, and the gradients of `total` with respect to states and head."""
     B, T, D = states.shape
     V = head.shape[0]
     first = 0 if over is None else jax.lax.axis_index(over) * V
@@ -120,7 +140,7 @@ def _sums(states: Array, head: Array, targets: Array, z_loss: float, over: str |
         counted = y != IGNORED
         ce = jnp.where(counted, log_sum - picked, 0).sum()
         z = jnp.where(counted, z_loss * jnp.square(log_sum), 0).sum()
-        sums = HeadLoss(sums.total + ce + z, sums.cross_entropy + ce)
+        sums = CrossEntropySums(sums.total + ce + z, sums.cross_entropy + ce)
         if not with_gradients:
             return (sums, grad_head), None
         scale = (1 + 2 * z_loss * log_sum)[:, None]
@@ -129,8 +149,10 @@ def _sums(states: Array, head: Array, targets: Array, z_loss: float, over: str |
         grad_head = grad_head + jnp.einsum("mv,md->vd", grad, x, preferred_element_type=jnp.float32)
         return (sums, grad_head), grad_x
 
-    zero = (states[0, 0, 0] * 0).astype(jnp.float32) + (head[0, 0] * 0).astype(jnp.float32)  # as varying as its terms
-    start = (HeadLoss(zero, zero), zero + jnp.zeros(head.shape if with_gradients else (), jnp.float32))
+    zero = (states[0, 0, 0] * 0).astype(jnp.float32) + (head[0, 0] * 0).astype(
+        jnp.float32
+    )  # with the varying axes of its terms
+    start = (CrossEntropySums(zero, zero), zero + jnp.zeros(head.shape if with_gradients else (), jnp.float32))
     (sums, grad_head), grad_x = jax.lax.scan(one, start, (x, y))
     if grad_x is None:
         return sums, None
@@ -150,11 +172,18 @@ def _logsumexp(logits: Float[Array, "M V"], over: str | None) -> Float[Array, "M
 def balance_loss(
     config: ModelConfig, routing: Mapping[int, Routing], counted: Bool[Array, "B T"] | None = None
 ) -> dict[int, Float[Array, ""]]:
-    """The expert-level balance loss of each MoE layer, α · Σ_e f_e · P_e (arXiv 2401.06066, eq. 12 to 14).
+    """Compute the expert-level balance loss of each MoE layer, α · Σ_e f_e · P_e.
 
-    P_e is the mean score of expert e, f_e its share of the choices times E; both over each sequence and then averaged
-    (`seq_aux`), or over the whole batch. All tokens count, padding too, as in the original, or those of `counted`.
-    f carries no gradient.
+    See arXiv 2401.06066, eq. 12 to 14. P_e is the mean score of expert e, f_e its share of the routed tokens times E,
+    without gradient; both per sequence and then averaged (`seq_aux`), or over the whole batch.
+
+    Args:
+        config: Config of the model, with α = `aux_loss_alpha`.
+        routing: Router outputs by MoE layer.
+        counted: Mask of the tokens that count, [B, T]; all by default, padding included, as in the original.
+
+    Returns:
+        The loss of each MoE layer.
     """
 
     def one(routed: Routing) -> Float[Array, ""]:
@@ -162,7 +191,7 @@ def balance_loss(
         losses = (f * P).sum(axis=-1)
         if counted is None or not config.seq_aux:
             return config.aux_loss_alpha * losses.mean()
-        # Sequences of nothing but padding have no loss and do not count.
+        # Sequences of padding alone do not count.
         return config.aux_loss_alpha * losses.sum() / jnp.maximum(counted.any(axis=1).sum(), 1)
 
     return {layer: one(routed) for layer, routed in routing.items()}
@@ -171,16 +200,28 @@ def balance_loss(
 def device_balance_loss(
     routing: Mapping[int, Routing], groups: int, alpha: float, counted: Bool[Array, "B T"] | None = None
 ) -> dict[int, Float[Array, ""]]:
-    """The device-level balance loss of each MoE layer, α · Σ_d f'_d · P'_d over D groups of experts (eq. 15 to 17).
+    """Compute the device-level balance loss of each MoE layer, α · Σ_d f'_d · P'_d.
 
-    f'_d is the mean of f over a group, P'_d the sum of P; both over the batch. Raises `ValueError` where the experts do
-    not divide into the groups.
+    See arXiv 2401.06066, eq. 15 to 17. f'_d is the mean of f over a group of experts, P'_d the sum of P, both over the
+    batch.
+
+    Args:
+        routing: Router outputs by MoE layer.
+        groups: Number of groups of experts.
+        alpha: Weight of the loss.
+        counted: Mask of the tokens that count, [B, T]; all by default.
+
+    Returns:
+        The loss of each MoE layer.
+
+    Raises:
+        DSMoEError: if the experts do not divide into the groups.
     """
 
     def one(routed: Routing) -> Float[Array, ""]:
         f, P = _shares(routed, counted, by_sequence=False)
         if groups < 1 or f.size % groups:
-            raise DSMoEError(f"{f.size} experts do not divide into {groups} groups")
+            raise DSMoEError(f"groups must divide {f.size} experts, got {groups}")
         return alpha * (f.reshape(groups, -1).mean(axis=1) * P.reshape(groups, -1).sum(axis=1)).sum()
 
     return {layer: one(routed) for layer, routed in routing.items()}
@@ -189,7 +230,7 @@ def device_balance_loss(
 def _shares(
     routed: Routing, counted: Bool[Array, "B T"] | None, by_sequence: bool
 ) -> tuple[Float[Array, "sequences E"], Float[Array, "sequences E"]]:
-    """F and P of every sequence, or of the batch as one."""
+    """Return f and P per sequence, or of the whole batch."""
     B, T, E = routed.scores.shape
     A = routed.ids.shape[-1]
     weight = jnp.ones((B, T), jnp.float32) if counted is None else counted.astype(jnp.float32)

@@ -1,7 +1,4 @@
-"""What a run says of itself: one flat dict a step, to the console, to metrics.jsonl, to TensorBoard, to W&B.
-
-Start at `Recorder`; trackers.py is where its dicts go, `read_records` reads them back.
-"""
+"""Training metrics, one flat dict per step: `Recorder` and `read_records`."""
 
 import contextlib
 import json
@@ -19,12 +16,13 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.info import count_parameters
 
+from .old_names import new_metric
 from .step import Metrics
 from .trackers import RECORDS, TRACKERS, Run, Tracker
 
 # fmt: off
-# Dense bf16 FLOP/s by a part of jax's `device_kind`; the first row that fits holds. From NVIDIA's data sheets of each
-# card, which give twice as much from Hopper on, "with sparsity", and from cloud.google.com/tpu/docs.
+# Dense bf16 FLOP/s by a part of jax's `device_kind`; the first match counts. From NVIDIA's data sheets
+# (half of the figures "with sparsity") and cloud.google.com/tpu/docs.
 PEAK_FLOPS: Final[dict[str, float | None]] = {
     "MIG":         None,  # a slice of a card
     "GB200":       2.5e15,
@@ -43,15 +41,31 @@ PEAK_FLOPS: Final[dict[str, float | None]] = {
     "TPU v6 lite": 918e12,
 }
 # fmt: on
+_FLOATS: Final = (
+    "loss",
+    "cross_entropy",
+    "z_loss",
+    "balance_loss",
+    "device_balance_loss",
+    "grad_norm",
+    "learning_rate",
+)
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """Model FLOPs of forward and backward, a token: 6 · N + 12 · L · heads · head_dim · (T + 1) / 2.
+    """Compute model FLOPs per token: 6 · N + 12 · L · heads · head_dim · (T + 1) / 2.
 
-    N are the activated parameters that are multiplied with: the head but not the embedding's look-up, no norms. This is
-    PaLM's count (arXiv 2204.02311, appendix B), but that a causal query meets (T + 1) / 2 keys on average, not T; what
-    remat computes again does not count. With T keys it gives 75.9 TFLOP per 4K tokens for the 16B and 586 for the
-    145B, where the paper has 74.4 and 585.6 (arXiv 2401.06066, tables 3 and 6).
+    N are the activated parameters that are multiplied: the output head but neither embedding lookup nor norms. This is
+    PaLM's count (arXiv 2204.02311, appendix B), except that a causal query attends to (T + 1) / 2 keys on average
+    instead of T; rematerialization does not count. With T keys it gives 75.9 TFLOP per 4K tokens for the 16B and 586
+    for the 145B, where the paper has 74.4 and 585.6 (arXiv 2401.06066, tables 3 and 6).
+
+    Args:
+        config: Config of the model.
+        sequence_length: T, in tokens.
+
+    Returns:
+        FLOPs of forward and backward per token.
     """
     counts = count_parameters(config)
     looked_up = 0 if config.tie_word_embeddings else counts.parts["embedding"]
@@ -61,7 +75,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 
 
 def peak_flops(devices: Sequence[Any]) -> float | None:
-    """What all devices can do together, in bf16 FLOP/s; None if one of them is not in the table."""
+    """Return the devices' total peak bf16 FLOP/s; None if one is unknown."""
     peaks = [
         next((peak for kind, peak in PEAK_FLOPS.items() if kind in device.device_kind), None) for device in devices
     ]
@@ -70,11 +84,10 @@ def peak_flops(devices: Sequence[Any]) -> float | None:
 
 
 class Recorder:
-    """Writes what a run says of itself into `folder` and to the other `trackers`; in one process only.
+    """Writes the metrics of a run to its trackers, in one process only.
 
-    `devices` are those of the whole mesh (default: all there are). The load of every expert is recorded at the first
-    and the last step and every `heat_every` steps. A run that goes on from a checkpoint says from which step:
-    lines of its past beyond that step stay in the file, and `read_records` leaves them out.
+    A resumed run records its checkpoint's step; earlier records beyond that step stay in the file, and `read_records`
+    leaves them out.
     """
 
     def __init__(
@@ -88,18 +101,33 @@ class Recorder:
         trackers: Sequence[str] = ("console", "jsonl", "tensorboard"),
         devices: Sequence[Any] | None = None,
         log_interval: int = 10,
-        heat_every: int = 50,
+        expert_load_interval: int = 50,
         resumed_from: int = 0,
         name: str = "",
     ):
-        """Open the trackers; `ValueError` for a name that is none."""
+        """Open the trackers.
+
+        Args:
+            folder: Output directory of the run.
+            config: Config of the model.
+            tokens_per_step: Tokens of a global batch, padding included.
+            sequence_length: Tokens per sequence.
+            steps: Total steps of the run.
+            trackers: Keys of `TRACKERS`.
+            devices: Devices of the mesh; all by default.
+            log_interval: Steps between console lines.
+            expert_load_interval: Steps between records of each expert's load, besides the first and last step.
+            resumed_from: Step of the checkpoint resumed from.
+            name: Name of the run.
+
+        Raises:
+            DSMoEError: for an unknown tracker, or one whose package is not installed.
+        """
         if unknown := [tracker for tracker in trackers if tracker not in TRACKERS]:
-            raise DSMoEError(f"sink {unknown[0]!r} is not one of {', '.join(TRACKERS)}")
-        if min(log_interval, heat_every) < 1:
-            raise DSMoEError(f"log_interval {log_interval} and heat_every {heat_every} must be at least 1")
+            raise DSMoEError(f"trackers must be of {', '.join(TRACKERS)}, got {unknown[0]!r}")
         self._devices = jax.devices() if devices is None else devices
         self._layers = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
-        self._tokens, self._steps, self._heat_every = tokens_per_step, steps, heat_every
+        self._tokens, self._steps, self._load_interval = tokens_per_step, steps, expert_load_interval
         self._flops, self._peak = flops_per_token(config, sequence_length), peak_flops(self._devices)
         self._first = True
         counts = count_parameters(config)
@@ -123,30 +151,35 @@ class Recorder:
             ]
             self._open = opening.pop_all()
 
-    def record(self, step: int, metrics: Metrics, *, seconds: float, data_wait: float) -> None:
-        """Note step number `step`, from 1; `metrics` on the host, `seconds` the whole time that it took."""
+    def record(self, step: int, metrics: Metrics, *, seconds: float, data_loading_seconds: float) -> None:
+        """Record a training step.
+
+        Args:
+            step: Number of the step, from 1.
+            metrics: Its metrics, on the host.
+            seconds: Time of the whole step.
+            data_loading_seconds: Time spent waiting for its batch.
+        """
         rate = self._tokens / seconds if seconds > 0 else math.nan
+        with_load = self._first or step % self._load_interval == 0 or step == self._steps
         values: dict[str, Any] = {
             "step": step,
             "tokens": step * self._tokens,
-            **{name: float(getattr(metrics, name)) for name in ("loss", "cross_entropy", "z_loss")},
-            "balance_loss": float(np.sum(metrics.balance)),
-            "device_balance_loss": float(np.sum(metrics.device_balance)),
-            **{name: float(getattr(metrics, name)) for name in ("grad_norm", "learning_rate")},
+            **{name: float(np.sum(getattr(metrics, name))) for name in _FLOATS},  # balance losses summed over layers
             **{name: int(getattr(metrics, name)) for name in ("skipped", "total_skips", "consecutive_skips")},
-            "seconds": seconds,
+            "step_time_seconds": seconds,
             "tokens_per_second": rate,
             **({} if self._peak is None else {"mfu": rate * self._flops / self._peak}),
-            "data_wait_seconds": data_wait,
-            "data_wait_share": data_wait / seconds if seconds > 0 else math.nan,
+            "data_loading_seconds": data_loading_seconds,
+            "data_loading_share": data_loading_seconds / seconds if seconds > 0 else math.nan,
             **_memory(self._devices),
-            **_routing(self._layers, metrics, heat=self._first or step % self._heat_every == 0 or step == self._steps),
+            **_routing(self._layers, metrics, with_load=with_load),
         }
         self._write(step, values)
         self._first = False
 
-    def evaluation(self, step: int, loss: float, tokens: int) -> None:
-        """Note the mean loss of `tokens` held-out tokens after `step` steps."""
+    def record_eval(self, step: int, loss: float, tokens: int) -> None:
+        """Record the mean validation loss over `tokens` tokens after `step` steps."""
         self._write(step, {"step": step, "eval/loss": float(loss), "eval/tokens": int(tokens)})
 
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -154,23 +187,32 @@ class Recorder:
             tracker.write(step, values)
 
     def close(self) -> None:
-        """Let go of everything; harmless twice."""
+        """Close the trackers; idempotent."""
         self._open.close()
 
     def __enter__(self) -> "Recorder":
-        """Itself."""
+        """Return self."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Close."""
+        """Close the trackers."""
         self.close()
 
 
 def read_records(folder: str | Path, *, superseded: bool = False) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl` in order; what was not finite is None, and named under `not_finite`.
+    """Read `metrics.jsonl`; records of earlier versions get today's names.
 
-    Steps that a resumed run did again count once, as it did them; `superseded=True` keeps every line. A last line that
-    is still being written is left out. `ValueError` for any other line that is no record.
+    An incomplete last line is left out.
+
+    Args:
+        folder: Output directory of the run.
+        superseded: Also return records of steps that a resumed run repeated.
+
+    Returns:
+        The records in order; non-finite values are None and listed in `not_finite`.
+
+    Raises:
+        DSMoEError: for a line that is not a record.
     """
     file, records = Path(folder) / RECORDS, []
     with file.open("rb") as lines:
@@ -178,38 +220,40 @@ def read_records(folder: str | Path, *, superseded: bool = False) -> list[dict[s
             if not line.endswith(b"\n"):
                 break
             try:
-                record = json.loads(line)
+                record = {new_metric(name): value for name, value in json.loads(line).items()}
+                if "not_finite" in record:
+                    record["not_finite"] = [new_metric(name) for name in record["not_finite"]]
                 resumed = record.get("resumed_from")
             except (ValueError, AttributeError):
-                raise DSMoEError(f"{file} line {number} is not a record") from None
+                raise DSMoEError(f"{file}: line {number} is not a record") from None
             if resumed is not None and not superseded:
                 records = [one for one in records if one["step"] <= resumed]
             records.append(record)
     return records
 
 
-# --- what is derived ---
+# --- derived metrics ---
 
 
-def _routing(layers: Sequence[int], metrics: Metrics, *, heat: bool) -> dict[str, Any]:
-    """What the routers did, in all and layer by layer."""
-    load = np.asarray(metrics.load)
+def _routing(layers: Sequence[int], metrics: Metrics, *, with_load: bool) -> dict[str, Any]:
+    """Return routing metrics, in total and per layer."""
+    load = np.asarray(metrics.expert_load)
     if not layers:
         return {}
     imbalance = load.max(axis=1) / np.maximum(load.mean(axis=1), 1e-9)
     columns = {
-        "balance_loss": np.asarray(metrics.balance, float),
-        "device_balance_loss": np.asarray(metrics.device_balance, float),
-        "max_over_mean_load": imbalance.astype(float),
+        "balance_loss": np.asarray(metrics.balance_loss, float),
+        "device_balance_loss": np.asarray(metrics.device_balance_loss, float),
+        "load_imbalance": imbalance.astype(float),
         "entropy": np.asarray(metrics.entropy, float),  # nats
         "unused_experts": (load == 0).sum(axis=1),
-        "extra_passes": np.asarray(metrics.extra_passes).astype(int),
-        **({"load": load.astype(int)} if heat else {}),  # tokens, by expert
+        "overflow_passes": np.asarray(metrics.overflow_passes).astype(int),
+        **({"expert_load": load.astype(int)} if with_load else {}),  # tokens per expert
     }
     totals = {
-        "max_over_mean_load": float(imbalance.max()),  # of the worst layer
+        "load_imbalance": float(imbalance.max()),  # of the worst layer
         "unused_experts": int(columns["unused_experts"].sum()),
-        "extra_passes": int(columns["extra_passes"].sum()),
+        "overflow_passes": int(columns["overflow_passes"].sum()),
     }
     by_layer = {
         f"moe/{layer}/{name}": column[n].tolist() for n, layer in enumerate(layers) for name, column in columns.items()
@@ -218,7 +262,7 @@ def _routing(layers: Sequence[int], metrics: Metrics, *, heat: bool) -> dict[str
 
 
 def _memory(devices: Sequence[Any]) -> dict[str, int]:
-    """The most bytes that were ever in use: on the fullest device of this process, else by this process."""
+    """Return peak memory of the fullest local device, else of this process."""
     ours = [device for device in devices if device.process_index == jax.process_index()]
     peaks = [stats["peak_bytes_in_use"] for device in ours if (stats := device.memory_stats())]
     if peaks:

@@ -1,8 +1,8 @@
-"""The optimizer and its schedules, from optax. Start at `make_optimizer`; `SCHEDULES` are the learning rates."""
+"""AdamW and its learning-rate schedules. Start at `make_optimizer`."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,62 +11,88 @@ import optax
 from dsmoe_jax.axes import Array
 from dsmoe_jax.errors import DSMoEError
 
+from .checks import check_choices, check_minimum
+
 _PAPER_DECAY: Final = 0.316  # arXiv 2401.06066, section 4.1.3: at 80 % and again at 90 % of the steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW as the paper runs it (arXiv 2401.06066, section 4.1.3); the learning rate is that of its 2B model."""
+    """AdamW; the defaults are of the paper's 2B (arXiv 2401.06066, 4.1.3)."""
 
     learning_rate: float = 1.08e-3
-    schedule: str = "paper"  # a key of SCHEDULES
+    """Peak learning rate."""
+
+    schedule: Literal["paper", "cosine", "constant"] = "paper"
+    """Learning rate after warmup: `paper` multiplies it by 0.316 at 80 % and at 90 % of the steps."""
+
     warmup_steps: int = 2000
-    min_lr_ratio: float = 0.1  # of the learning rate, where a cosine ends
+    """Steps of linear warmup."""
+
+    min_lr_ratio: float = 0.1
+    """Final learning rate of the cosine schedule, as a fraction of the peak."""
+
     b1: float = 0.9
+    """Decay rate of the first moment."""
+
     b2: float = 0.95
+    """Decay rate of the second moment."""
+
     eps: float = 1e-8
+    """Added to the denominator of the update."""
+
     weight_decay: float = 0.1
-    decay: str = "matrices"  # or "all": norms and biases too
-    max_grad_norm: float | None = 1.0  # of all gradients together
-    moments: str = "float32"  # or "bfloat16" (the first one), or "factored" (as in Adafactor: no first one)
+    """Decoupled weight decay, scaled by the learning rate."""
+
+    weight_decay_mask: Literal["matrices", "all"] = "matrices"
+    """Parameters that decay: `matrices` excludes norms and biases."""
+
+    max_grad_norm: float | None = 1.0
+    """Clip gradients to this global norm; None disables clipping."""
+
+    moments: Literal["float32", "bfloat16", "factored"] = "float32"
+    """Optimizer moments: `bfloat16` stores the first in bf16; `factored` has Adafactor's second and no first."""
 
     def __post_init__(self) -> None:
-        """`ValueError` for a value that means nothing."""
-        for name, table in (("schedule", SCHEDULES), ("decay", _DECAYED), ("moments", _MOMENTS)):
-            if (value := getattr(self, name)) not in table:
-                raise DSMoEError(f"{name} {value!r} is not one of {', '.join(table)}")
-        for name, low in (("learning_rate", 0), ("warmup_steps", 0), ("weight_decay", 0), ("eps", 0)):
-            if not getattr(self, name) >= low:
-                raise DSMoEError(f"{name} must be at least {low}, not {getattr(self, name)}")
+        """Raise `DSMoEError` for invalid values."""
+        check_choices(self, "optimizer.")
+        check_minimum(self, dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "eps"), 0), "optimizer.")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise DSMoEError(f"max_grad_norm must be positive or None, not {self.max_grad_norm}")
+            raise DSMoEError(f"optimizer.max_grad_norm must be positive or None, got {self.max_grad_norm}")
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The transformation of clipped gradients for a run of `steps` updates, and its learning rate by update."""
+    """Build the optimizer and its learning-rate schedule.
+
+    Args:
+        config: The settings.
+        steps: Number of updates of the run.
+
+    Returns:
+        The transformation of clipped gradients, and the learning rate as a function of the update count.
+    """
     peak, warmup = config.learning_rate, min(config.warmup_steps, steps)
-    body = SCHEDULES[config.schedule](config, steps)
-    schedule = body
+    schedule = body = _SCHEDULES[config.schedule](config, steps)
     if warmup:
-        # The first update has 1/warmup of the peak already: one of size 0 would teach nothing.
+        # The first update has 1/warmup of the peak: a learning rate of 0 would waste it.
         ramp = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
         schedule = optax.join_schedules([ramp, lambda count: body(count + warmup)], [warmup])
     optimizer = optax.chain(
         _MOMENTS[config.moments](config),
-        optax.add_decayed_weights(config.weight_decay, mask=_DECAYED[config.decay]),
+        optax.add_decayed_weights(config.weight_decay, mask=_DECAY_MASKS[config.weight_decay_mask]),
         optax.scale_by_learning_rate(schedule),
     )
     return optimizer, schedule
 
 
-def clip(grads: Mapping[str, Array], limit: float | None) -> tuple[dict[str, Array], Array]:
-    """The gradients with a norm of at most `limit` all together, and the norm they had."""
+def clip_by_global_norm(grads: Mapping[str, Array], max_norm: float | None) -> tuple[dict[str, Array], Array]:
+    """Clip gradients to a global norm; also return the norm before clipping."""
     # Row by row: on CPU a sum over a whole array runs on one core.
     rows = [jnp.einsum("...i,...i->...", grad, grad, precision="highest") for grad in grads.values()]
     norm = jnp.sqrt(sum((row.sum() for row in rows), jnp.zeros((), jnp.float32)))
-    if limit is None:
+    if max_norm is None:
         return dict(grads), norm
-    scale = jnp.minimum(1.0, limit / (norm + 1e-6))  # PyTorch's clip_grad_norm_
+    scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))  # PyTorch's clip_grad_norm_
     return jax.tree.map(lambda grad: grad * scale, dict(grads)), norm
 
 
@@ -85,14 +111,14 @@ def _constant(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.constant_schedule(config.learning_rate)
 
 
-# Each from the update's number, the warm-up counted in.
-SCHEDULES: Final[dict[str, Callable[[OptimizerConfig, int], optax.Schedule]]] = {
+# Functions of the update count, warmup included.
+_SCHEDULES: Final[dict[str, Callable[[OptimizerConfig, int], optax.Schedule]]] = {
     "paper": _paper,
     "cosine": _cosine,
     "constant": _constant,
 }
 
-_DECAYED: Final[dict[str, Callable[[Any], Any] | None]] = {
+_DECAY_MASKS: Final[dict[str, Callable[[Any], Any] | None]] = {
     "matrices": lambda params: {name: value.ndim > 1 for name, value in params.items()},
     "all": None,
 }

@@ -1,4 +1,4 @@
-"""Whole runs, as functions that return their config: `RECIPES` for `dsmoe pretrain`, `FINETUNING` for `finetune`."""
+"""Recipes, functions that return a config: `RECIPES` and `FINETUNING`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,21 +14,21 @@ from .step import StepConfig
 
 
 def tiny() -> RunConfig:
-    """4.5 M parameters on the standard library's sources: three minutes on two CPU cores, held-out loss 3.5."""
+    """Train 4.5M parameters in 3 minutes on 2 CPU cores; validation loss 3.5."""
     return RunConfig(
-        out="runs/tiny",
+        output_dir="runs/tiny",
         model="tiny",
         steps=1000,
         data=DataConfig(sequence_length=256, batch_size=8),
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=50),
-        checkpoints=CheckpointConfig(every=250),
+        checkpoint=CheckpointConfig(interval=250),
     )
 
 
 def bench() -> RunConfig:
-    """The 271 M parameters of `tests/benchmarks`: hours on a CPU, minutes on a GPU."""
+    """Train the 271M model of `tests/benchmarks`."""
     return RunConfig(
-        out="runs/bench",
+        output_dir="runs/bench",
         model="bench",
         steps=10_000,
         data=DataConfig(sequence_length=1024, batch_size=32),
@@ -38,9 +38,9 @@ def bench() -> RunConfig:
 
 
 def deepseek_moe_2b() -> RunConfig:
-    """The paper's 2B (arXiv 2401.06066, section 4): 100 B tokens in 25,000 steps of 2,048 rows of 2,048."""
+    """Train the paper's 2B on 100B tokens (arXiv 2401.06066, section 4)."""
     return RunConfig(
-        out="runs/deepseek_moe_2b",
+        output_dir="runs/deepseek_moe_2b",
         model="deepseek_moe_2b",
         steps=25_000,
         data=DataConfig(sources=("data",), sequence_length=2048, batch_size=2048),
@@ -50,9 +50,9 @@ def deepseek_moe_2b() -> RunConfig:
 
 
 def deepseek_moe_16b() -> RunConfig:
-    """The paper's 16B (section 5): 2 T tokens in 106,449 steps of 4,608 rows of 4,096, no expert parallelism."""
+    """Train the paper's 16B on 2T tokens (section 5)."""
     return RunConfig(
-        out="runs/deepseek_moe_16b",
+        output_dir="runs/deepseek_moe_16b",
         model="deepseek_moe_16b",
         steps=106_449,
         data=DataConfig(sources=("data",), sequence_length=4096, batch_size=4608),
@@ -63,16 +63,15 @@ def deepseek_moe_16b() -> RunConfig:
 
 
 def deepseek_moe_145b() -> RunConfig:
-    """The paper's 145B (section 7): 245 B tokens in 13,000 steps, experts over 4 devices, a device-level loss."""
-    return RunConfig(
-        out="runs/deepseek_moe_145b",
+    """Train the paper's 145B on 245B tokens (section 7)."""
+    recipe = deepseek_moe_16b()
+    return dataclasses.replace(
+        recipe,
+        output_dir="runs/deepseek_moe_145b",
         model="deepseek_moe_145b",
         steps=13_000,
-        data=DataConfig(sources=("data",), sequence_length=4096, batch_size=4608),
         optimizer=OptimizerConfig(learning_rate=3.0e-4, schedule="constant"),
-        step=StepConfig(
-            compute_dtype="bfloat16", gradient_accumulation_steps=9, remat="full", device_groups=4, device_alpha=0.05
-        ),
+        step=dataclasses.replace(recipe.step, device_balance_groups=4, device_balance_alpha=0.05),
         mesh=MeshConfig(fsdp=-1, expert=4),
     )
 
@@ -82,11 +81,11 @@ RECIPES: Final[dict[str, Callable[[], RunConfig]]] = {
 }
 
 
-# --- fine-tuning: the original's settings (its finetune.py and README), `init_from` to be filled in ---
+# --- fine-tuning: the settings of the original's finetune.py and README, without `init_from` ---
 
 
 def full_8x40gb() -> FinetuneConfig:
-    """All weights of the 16B on eight GPUs of 40 GB: 64 rows of 1,024, the state split over all eight."""
+    """Fine-tune all parameters of the 16B on 8 GPUs of 40 GB."""
     return FinetuneConfig(
         step=StepConfig(compute_dtype="bfloat16", gradient_accumulation_steps=8, remat="full"),
         optimizer=OptimizerConfig(
@@ -97,7 +96,7 @@ def full_8x40gb() -> FinetuneConfig:
 
 
 def lora_1x80gb() -> FinetuneConfig:
-    """Adapters of rank 8 on every projection of the 16B in bf16, on one GPU of 80 GB."""
+    """Fine-tune the 16B by LoRA of rank 8 in bf16 on one GPU of 80 GB."""
     return FinetuneConfig(
         step=StepConfig(compute_dtype="bfloat16", gradient_accumulation_steps=16, remat="full"),
         optimizer=OptimizerConfig(learning_rate=2e-4, schedule="cosine", warmup_steps=10, weight_decay=0.0, b2=0.999),
@@ -106,7 +105,7 @@ def lora_1x80gb() -> FinetuneConfig:
 
 
 def qlora_1x80gb() -> FinetuneConfig:
-    """The same over weights in nf4 (arXiv 2305.14314), gradients clipped at 0.3."""
+    """Fine-tune the 16B by QLoRA over nf4 weights (arXiv 2305.14314)."""
     recipe = lora_1x80gb()
     return dataclasses.replace(
         recipe, quantize="nf4", optimizer=dataclasses.replace(recipe.optimizer, max_grad_norm=0.3)
@@ -114,7 +113,7 @@ def qlora_1x80gb() -> FinetuneConfig:
 
 
 def tiny_finetune() -> FinetuneConfig:
-    """What `tiny` leaves behind, all of its weights, on two CPU cores."""
+    """Fine-tune all parameters of the `tiny` recipe's model."""
     return FinetuneConfig(
         data=ExamplesConfig(sequence_length=256, batch_size=16),
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=20, weight_decay=0.0),

@@ -1,7 +1,7 @@
-"""What a run must have in common with the checkpoint it resumes from. Start at `check_resumable`.
+"""Settings and data that must match to resume. Start at `check_resumable`.
 
-Every setting is of one of three kinds: identity, compared here and refused by name; free to change, logged; and where
-a run lies or how it is started, which is neither. `_FREE` and `_NOT_COMPARED` are the tables.
+A setting is compared, free to change between starts (and logged), or not compared because it describes where and how
+the run is started: `_FREE` and `_NOT_COMPARED`.
 """
 
 import contextlib
@@ -17,25 +17,34 @@ from dsmoe_jax.storage.strict_json import read_json
 
 from .config import RunConfig
 from .inputs import differences, short
+from .old_names import with_new_names
 
 CONFIG: Final = "run.json"
-# Fields of a model that do not change what it computes; token ids are those of the run's tokenizer.
+# Model fields that do not change the computation; token ids are those of the run's tokenizer.
 _NEUTRAL: Final = frozenset(
     {"architectures", "bos_token_id", "eos_token_id", "extra", "pad_token_id", "pretraining_tp", "torch_dtype"}
     | {"transformers_version", "use_cache"}
 )
-# What may change from one start to the next, by part: how fast, how long, on what, not what is learned.
+# Settings that may change between starts: speed, duration and schedule, not the objective.
 _FREE: Final[Mapping[str, frozenset[str]]] = {
     "optimizer": frozenset({"learning_rate", "schedule", "warmup_steps", "min_lr_ratio"}),
     "step": frozenset({"gradient_accumulation_steps", "compute_dtype", "remat"}),
 }
-_NOT_COMPARED: Final = frozenset({"out", "resume", "processes", "model_config", "result"})
-_NAMES: Final = {"mode": "data.packing"}  # of the stream's fields as flags; the others are called as in `data`
+_NOT_COMPARED: Final = frozenset({"output_dir", "resume", "distributed", "model_config", "result"})
 _log = logging.getLogger(__name__)
 
 
 def identity(config: RunConfig, model: ModelConfig, **others: Any) -> dict[str, Any]:
-    """All that decides what a run learns, but its data, as JSON; `others` is what only some runs have."""
+    """Return every setting that affects what a run learns, except its data, as JSON.
+
+    Args:
+        config: The run.
+        model: Config of the model.
+        **others: Further settings, of fine-tuning say.
+
+    Returns:
+        Values that `check_resumable` compares.
+    """
     fields = {name: value for name, value in vars(model).items() if name not in _NEUTRAL}
     fields |= {
         "num_key_value_heads": model.num_kv_heads,
@@ -51,42 +60,61 @@ def identity(config: RunConfig, model: ModelConfig, **others: Any) -> dict[str, 
 
 
 def check_resumable(folder: Path, step: int, known: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise `ValueError` naming every value in which a run differs from its checkpoint; both are `Job.facts`."""
+    """Check that a run may resume from a checkpoint.
+
+    Args:
+        folder: The checkpoints, for messages.
+        step: Step of the checkpoint.
+        known: `Job.resume_metadata` of the checkpoint.
+        now: That of this run.
+
+    Raises:
+        DSMoEError: naming every setting and input that differs.
+    """
     if "config" not in known:
-        _log.warning("%s: step %d was written by an earlier version: only its data can be compared", folder, step)
+        _log.warning("%s: step %d was saved by an earlier version: comparing its data only", folder, step)
     old, new = known.get("stream", {}), now["stream"]
     old_stream, new_stream = ({k: v for k, v in one.items() if k != "datasets"} for one in (old, new))
     changes = [
         *differences(known.get("config", now["config"]), now["config"]),
-        *(change._replace(name=_flag(change.name)) for change in differences(old_stream, new_stream)),
+        *(
+            change._replace(name=change.name if change.name == "seed" else f"data.{change.name}")
+            for change in differences(old_stream, new_stream)
+        ),
     ]
-    problems = [f"{name}: the checkpoint has {short(then)}, this run {short(this)}" for name, then, this in changes]
+    problems = [_mismatch(*change) for change in changes]
     if not problems:
         inputs = known.get("inputs", {})
         if old.get("datasets") != new["datasets"]:
-            problems = list(_data_changes(inputs, now["inputs"])) or ["other data"]
-        elif inputs.get("heldout", now["inputs"]["heldout"]) != now["inputs"]["heldout"]:
-            problems = ["other validation data"]
+            problems = list(_data_changes(inputs, now["inputs"])) or ["the training data has changed"]
+        elif inputs.get("validation", now["inputs"]["validation"]) != now["inputs"]["validation"]:
+            problems = ["the validation data has changed"]
     if problems:
-        raise DSMoEError(f"{folder}: cannot resume from step {step}: {'; '.join(problems)}; choose another --out")
+        raise DSMoEError(
+            f"{folder}: cannot resume from step {step}: {'; '.join(problems)}; choose another --output-dir"
+        )
 
 
-def read_run(out: Path) -> dict[str, Any]:
-    """What an earlier start wrote about the run in its folder; nothing where there is none that can be read."""
+def read_run(output_dir: Path) -> dict[str, Any]:
+    """Return the `run.json` of the last start; empty if there is no valid one."""
     with contextlib.suppress(ValueError):
-        return read_json(out / CONFIG)
+        return with_new_names(read_json(output_dir / CONFIG), CONFIG)
     return {}
 
 
 def log_changes(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -> None:
-    """Log each setting that is not as in the `run.json` of the last start."""
-    then, this = ({k: v for k, v in _as_json(one).items() if k not in _NOT_COMPARED} for one in (before, now))
-    for change in differences(then, this) if before else ():
-        _log.info("%s (from step %d)", change, step)
+    """Log each setting that differs from the `run.json` of the last start."""
+    known = before.keys() - _NOT_COMPARED  # earlier versions had fewer settings
+    for change in differences(*({k: v for k, v in _as_json(one).items() if k in known} for one in (before, now))):
+        _log.info("Changed from step %d on: %s", step, change)
+
+
+def _mismatch(name: str, then: Any, now: Any) -> str:
+    return f"{name} is {short(then)} in the checkpoint, {short(now)} in this run"
 
 
 def _data_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Which files are not those of before, by their content, and which options."""
+    """Describe the files, compared by content, and the options that differ."""
     old, new = then.get("files", {}), now["files"]
     for name in new:
         if new[name] not in old.values():
@@ -95,13 +123,9 @@ def _data_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[s
         if old[name] not in new.values():
             yield f"{name} is missing"
     if list(old.values()) != list(new.values()) and sorted(old.values()) == sorted(new.values()):
-        yield f"the order of {', '.join(new)}"
-    for name, before, this in differences(then.get("options", {}), now["options"]):
-        yield f"{name}: the checkpoint has {short(before)}, this run {short(this)}"
-
-
-def _flag(name: str) -> str:
-    return name if name == "seed" else _NAMES.get(name, f"data.{name}")
+        yield f"the order of {', '.join(new)} has changed"
+    for change in differences(then.get("options", {}), now["options"]):
+        yield _mismatch(*change)
 
 
 def _as_json(value: Any) -> Any:

@@ -1,12 +1,12 @@
-"""One training step: micro-batches, gradients, the guard against bad steps, the update. Start at `make_step`.
+"""The training step: gradients of micro-batches, update. Start at `make_step`.
 
-The state is data: every leaf of it is in a checkpoint, and a step is a pure function of it and a batch.
+A step is a pure function of a batch and the state, which is what a checkpoint stores.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,108 +15,131 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from dsmoe_jax.axes import Array, Bool, Float, Int
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.kernels.operand import LowRank, Operand, Quantized
 from dsmoe_jax.layers.router import Routing
-from dsmoe_jax.model import REMAT, DecoderOutput, ParamSpec, abstract, merge, shardings
+from dsmoe_jax.model import DecoderOutput, ParamSpec, abstract, merge, shardings
 from dsmoe_jax.sharding import constrain, sharding
 from dsmoe_jax.xla_options import compiler_options
 
 from .batch import Batch
+from .checks import check_choices, check_minimum
+from .guard import Guard
 from .loss import IGNORED, balance_loss, chunked_cross_entropy, device_balance_loss
-from .optimizer import clip
+from .optimizer import clip_by_global_norm
 
 _DTYPES: Final = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-WINDOW: Final = 128  # steps that a new one is compared with (OLMo-core's guard)
-_KNOWN: Final = 64  # before that many, only what is not finite is bad
-_SIGMAS: Final = 6.0
-_NOTHING: Final[Mapping[str, Operand]] = MappingProxyType({})
+_NO_PARAMS: Final[Mapping[str, Operand]] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """What a step computes, apart from model and optimizer."""
+    """Precision, memory and auxiliary losses of the training step."""
 
-    gradient_accumulation_steps: int = 1  # micro-batches whose gradients are added up
-    compute_dtype: str = "float32"  # or "bfloat16"; master weights and optimizer state are fp32 always
-    remat: str = "none"  # a key of `dsmoe_jax.model.REMAT`
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per step; their gradients are summed."""
+
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of forward and backward; master weights and optimizer state are always fp32."""
+
+    remat: Literal["none", "dots", "full"] = "none"
+    """Rematerialization: `dots` saves matmul outputs, `full` recomputes whole layers."""
+
     z_loss: float = 0.0
-    device_groups: int = 1  # of experts, for the device-level balance loss
-    device_alpha: float = 0.0  # its weight; 0.05 in the paper's 145B
-    count_padding: bool = True  # in the balance losses, as the original does; never in biases and metrics
-    bias_update_rate: float = 0.0  # balancing by router biases (arXiv 2408.15664), not of v1; 0.001 there
+    """Weight of the squared log-partition of the logits (PaLM, arXiv 2204.02311, section 5)."""
+
+    device_balance_groups: int = 1
+    """Groups of experts of the device-level balance loss (arXiv 2401.06066, eq. 15 to 17)."""
+
+    device_balance_alpha: float = 0.0
+    """Weight of the device-level balance loss; 0.05 for the paper's 145B."""
+
+    count_padding: bool = True
+    """Include padding tokens in the balance losses, as the original code does."""
+
+    bias_update_rate: float = 0.0
+    """Update rate of router biases for loss-free balancing (arXiv 2408.15664, 0.001 there); 0 disables them."""
 
     def __post_init__(self) -> None:
-        """`ValueError` for a value that means nothing."""
-        for name, table in (("compute_dtype", _DTYPES), ("remat", REMAT)):
-            if (value := getattr(self, name)) not in table:
-                raise DSMoEError(f"{name} {value!r} is not one of {', '.join(table)}")
-        if self.gradient_accumulation_steps < 1:
-            raise DSMoEError(f"accumulation must be at least 1, not {self.gradient_accumulation_steps}")
+        """Raise `DSMoEError` for invalid values."""
+        check_choices(self, "step.")
+        check_minimum(self, {"gradient_accumulation_steps": 1, "device_balance_groups": 1}, "step.")
 
 
 class Trainable(NamedTuple):
-    """Which arrays are trained, and how they and what stays as it is make up the model's parameters."""
+    """The trainable parameters, and how they combine with the frozen ones.
+
+    Attributes:
+        specs: Shape and axes of each trainable parameter.
+        merge_params: Function of (trainable, frozen, dropout key or None) that returns the model's parameters.
+        dropout: Dropout rate that `merge_params` applies; above 0 it needs a key.
+    """
 
     specs: Mapping[str, ParamSpec]
-    # Of (trained, frozen, dropout key or None); the key is asked for where there is `dropout`.
-    complete: Callable[[Mapping[str, Array], Mapping[str, Operand], Any], Mapping[str, Operand]]
+    merge_params: Callable[[Mapping[str, Array], Mapping[str, Operand], Any], Mapping[str, Operand]]
     dropout: float = 0.0
 
     @classmethod
-    def whole(cls, config: ModelConfig) -> "Trainable":
-        """Every parameter."""
-        return cls(abstract(config)[1], lambda trained, frozen, key: trained)
-
-
-class Guard(NamedTuple):
-    """What is known of the last steps: enough to tell that one is far from them."""
-
-    losses: Float[Array, "window"]
-    norms: Float[Array, "window"]
-    seen: Int[Array, ""]  # finite steps in all
-    skipped: Int[Array, ""]  # updates that were not made
-    in_a_row: Int[Array, ""]
-
-    @classmethod
-    def empty(cls) -> "Guard":
-        """Before the first step."""
-        window = [jnp.zeros(WINDOW, jnp.float32) for _ in range(2)]
-        return cls(*window, *(jnp.zeros((), jnp.int32) for _ in range(3)))
+    def all_params(cls, config: ModelConfig) -> "Trainable":
+        """Train every parameter of the model."""
+        return cls(abstract(config)[1], lambda params, frozen, key: params)
 
 
 class TrainState(NamedTuple):
-    """All that a run knows, but for its config."""
+    """The full training state; every leaf is in a checkpoint.
 
-    step: Int[Array, ""]  # batches that were read
-    params: dict[str, Array]  # fp32
-    optimizer: Any
-    router_bias: dict[str, Array]  # by layer; empty unless `bias_update_rate`
+    Attributes:
+        step: Batches consumed so far.
+        params: Trainable parameters, fp32.
+        opt_state: State of the optax optimizer.
+        router_bias: Router biases by layer index; empty unless `bias_update_rate` is set.
+        guard: Statistics for skipping bad updates.
+    """
+
+    step: Int[Array, ""]
+    params: dict[str, Array]
+    opt_state: Any
+    router_bias: dict[str, Array]
     guard: Guard
 
 
 class Metrics(NamedTuple):
-    """What a step says of itself; layers are the MoE layers in order."""
+    """Metrics of one step; `layers` are the MoE layers in order.
 
-    loss: Float[Array, ""]  # the sum of the following
+    Attributes:
+        loss: Sum of the cross-entropy, balance, device balance and z losses.
+        cross_entropy: Mean over the targets, in nats per token.
+        balance_loss: Expert-level balance loss per layer.
+        device_balance_loss: Device-level balance loss per layer.
+        z_loss: Mean over the targets.
+        grad_norm: Global norm before clipping.
+        learning_rate: Of this update.
+        skipped: Whether the update was skipped.
+        total_skips: Updates skipped so far.
+        consecutive_skips: Updates skipped in a row.
+        expert_load: Valid tokens routed to each expert.
+        entropy: Entropy of the router scores, mean over valid tokens, in nats.
+        overflow_passes: Dispatch passes beyond the first.
+    """
+
+    loss: Float[Array, ""]
     cross_entropy: Float[Array, ""]
-    balance: Float[Array, "layers"]
-    device_balance: Float[Array, "layers"]
+    balance_loss: Float[Array, "layers"]
+    device_balance_loss: Float[Array, "layers"]
     z_loss: Float[Array, ""]
-    grad_norm: Float[Array, ""]  # before it was clipped
+    grad_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
     skipped: Bool[Array, ""]
     total_skips: Int[Array, ""]
     consecutive_skips: Int[Array, ""]
-    load: Float[Array, "layers E"]  # non-padding tokens routed to each expert
-    entropy: Float[Array, "layers"]  # of the router's scores, mean over non-padding tokens, in nats
-    extra_passes: Float[Array, "layers"]
+    expert_load: Float[Array, "layers E"]
+    entropy: Float[Array, "layers"]
+    overflow_passes: Float[Array, "layers"]
 
 
 def init_state(
     config: ModelConfig, params: Mapping[str, Array], optimizer: optax.GradientTransformation, options: StepConfig
 ) -> TrainState:
-    """The state before the first step; traceable, `params` in fp32."""
+    """Return the state before the first step from fp32 `params`; traceable."""
     moe = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)] if options.bias_update_rate else []
     bias = {str(i): jnp.zeros((config.n_routed_experts or 0,), jnp.float32) for i in moe}
     return TrainState(jnp.zeros((), jnp.int32), dict(params), optimizer.init(dict(params)), bias, Guard.empty())
@@ -127,22 +150,32 @@ def state_shardings(
     optimizer: optax.GradientTransformation,
     options: StepConfig,
     mesh: Mesh | None,
-    trained: Trainable | None = None,
+    trainable: Trainable | None = None,
 ) -> TrainState:
-    """Where every leaf of the state lies: what has a parameter's name and shape beside it, the rest everywhere.
+    """Return the sharding of every leaf of the state.
 
-    `trained` is by default the whole model.
+    Optimizer moments are sharded like their parameters; everything else is replicated.
+
+    Args:
+        config: Config of the model.
+        optimizer: The optimizer.
+        options: Settings of the step.
+        mesh: Device mesh; None for one device.
+        trainable: The trainable parameters; all by default.
+
+    Returns:
+        A state of shardings.
     """
-    shardings(config, mesh)  # refuses what does not divide
-    specs = abstract(config)[1] if trained is None else trained.specs
+    shardings(config, mesh)  # raises for axes that do not divide
+    specs = (trainable or Trainable.all_params(config)).specs
     places = {name: sharding(name, spec.shape, spec.axes, mesh) for name, spec in specs.items()}
     params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in specs.items()}
     state = jax.eval_shape(lambda params: init_state(config, params, optimizer, options), params)
-    everywhere: Sharding = next(iter(places.values())) if mesh is None else NamedSharding(mesh, PartitionSpec())
+    replicated: Sharding = next(iter(places.values())) if mesh is None else NamedSharding(mesh, PartitionSpec())
 
     def place(path: tuple, leaf: Any) -> Sharding:
         name = str(getattr(path[-1], "key", ""))
-        return places[name] if name in specs and specs[name].shape == leaf.shape else everywhere
+        return places[name] if name in specs and specs[name].shape == leaf.shape else replicated
 
     return jax.tree_util.tree_map_with_path(place, state)
 
@@ -157,58 +190,80 @@ def make_step(
     max_grad_norm: float | None = 1.0,
     mesh: Mesh | None = None,
     seed: int = 0,
-    trained: Trainable | None = None,
+    trainable: Trainable | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The compiled step, a function of (state, batch, frozen parameters); call it under `jax.set_mesh(mesh)`.
-
-    It takes the state's memory for the new one. What is frozen stays as it is stored; there is nothing where the whole
-    model is `trained`, the default.
+    """Compile the training step; call it under `jax.set_mesh(mesh)`.
 
     The mean cross-entropy is over all targets of the batch, whatever the number of micro-batches; balance losses are
-    each micro-batch's own, averaged (by valid tokens or sequences where padding does not count). An update is skipped
-    where loss or gradient norm is not finite, or above the mean of the last 128 steps by more than 6 standard
-    deviations; the batch has then been read all the same.
-    """
-    trained = Trainable.whole(config) if trained is None else trained
-    places = state_shardings(config, optimizer, options, mesh, trained)
+    per micro-batch, then averaged (by valid tokens or sequences if padding does not count). An update is skipped if
+    loss or gradient norm is not finite, or exceeds the mean of the last 128 steps by more than 6 standard deviations;
+    the batch is consumed all the same.
 
-    def step(state: TrainState, batch: Batch, frozen: Mapping[str, Operand] = _NOTHING) -> tuple[TrainState, Metrics]:
-        grads, report = _gradients(config, graph, options, seed, trained, state, batch, frozen)
+    Args:
+        config: Config of the model.
+        graph: The model's NNX graph.
+        optimizer: Transformation of the clipped gradients.
+        schedule: Learning rate by update, for the metrics.
+        options: Settings of the step.
+        max_grad_norm: Global norm that gradients are clipped to; None disables clipping.
+        mesh: Device mesh; None for one device.
+        seed: Seed of dropout.
+        trainable: The trainable parameters; all by default.
+
+    Returns:
+        A function of (state, batch, frozen parameters) that returns the new state and metrics. The input state is
+        donated.
+    """
+    trainable = trainable or Trainable.all_params(config)
+    places = state_shardings(config, optimizer, options, mesh, trainable)
+
+    def step(state: TrainState, batch: Batch, frozen: Mapping[str, Operand] = _NO_PARAMS) -> tuple[TrainState, Metrics]:
+        grads, report = _gradients(config, graph, options, seed, trainable, state, batch, frozen)
         if mesh is not None:
             grads = jax.lax.with_sharding_constraint(grads, places.params)
-        grads, norm = clip(grads, max_grad_norm)
-        good = _is_good(state.guard, report.loss, norm)
-        updates, moments = optimizer.update(grads, state.optimizer, state.params)
+        grads, norm = clip_by_global_norm(grads, max_grad_norm)
+        good = state.guard.accepts(report.loss, norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)  # noqa: E731
-        guard = _seen(state.guard, report.loss, norm, good)
+        guard = state.guard.updated(report.loss, norm, good)
         metrics = report._replace(
             grad_norm=norm,
             learning_rate=jnp.asarray(schedule(_updates(state)), jnp.float32),
             skipped=~good,
-            total_skips=guard.skipped,
-            consecutive_skips=guard.in_a_row,
+            total_skips=guard.total_skips,
+            consecutive_skips=guard.consecutive_skips,
         )
-        bias = keep(_moved(state.router_bias, report.load, options.bias_update_rate), state.router_bias)
-        new = TrainState(state.step + 1, keep(params, state.params), keep(moments, state.optimizer), bias, guard)
+        bias = keep(_updated_bias(state.router_bias, report.expert_load, options.bias_update_rate), state.router_bias)
+        new = TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state), bias, guard)
         return new, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(places, None), compiler_options=compiler_options(mesh))
 
 
-def evaluate_step(
-    config: ModelConfig, graph: Any, options: StepConfig, trained: Trainable | None = None
+def make_eval_step(
+    config: ModelConfig, graph: Any, options: StepConfig, trainable: Trainable | None = None
 ) -> Callable[..., tuple[Array, Array]]:
-    """A compiled function of (trained, router_bias, batch, frozen): the sum of the cross-entropies, how many."""
-    trained = Trainable.whole(config) if trained is None else trained
+    """Compile the evaluation step.
+
+    Args:
+        config: Config of the model.
+        graph: The model's NNX graph.
+        options: Settings of the step.
+        trainable: The trainable parameters; all by default.
+
+    Returns:
+        A function of (params, router_bias, batch, frozen) that returns summed cross-entropy and target count.
+    """
+    trainable = trainable or Trainable.all_params(config)
 
     def evaluate(
         params: dict[str, Array],
         router_bias: dict[str, Array],
         batch: Batch,
-        frozen: Mapping[str, Operand] = _NOTHING,
+        frozen: Mapping[str, Operand] = _NO_PARAMS,
     ) -> tuple[Array, Array]:
-        hidden, head = _hidden(graph, trained.complete(params, frozen, None), router_bias, batch, options, None)
+        hidden, head = _hidden(graph, trainable.merge_params(params, frozen, None), router_bias, batch, options, None)
         return chunked_cross_entropy(hidden.last_hidden_state, head, batch.labels).cross_entropy, (
             batch.labels != IGNORED
         ).sum()
@@ -224,24 +279,24 @@ def _gradients(
     graph: Any,
     options: StepConfig,
     seed: int,
-    trained: Trainable,
+    trainable: Trainable,
     state: TrainState,
     batch: Batch,
     frozen: Mapping[str, Operand],
 ) -> tuple[dict[str, Array], Metrics]:
-    """The sum of the micro-batches' gradients, and what they report together."""
+    """Return the sum of the micro-batches' gradients and metrics."""
     parts = options.gradient_accumulation_steps
     targets = jnp.maximum((batch.labels != IGNORED).sum(), 1)
     valid = batch.segment_ids > 0
     tokens = jnp.maximum(valid.sum(), 1)
     sequences = jnp.maximum(valid.any(axis=1).sum(), 1)
-    drops = config.attention_dropout or trained.dropout
+    drops = config.attention_dropout or trainable.dropout
     key = jax.random.fold_in(jax.random.key(seed), state.step) if drops else None
 
     def loss_of(params: dict[str, Array], micro: Batch, index: Array | int) -> tuple[Array, Metrics]:
         dropout_key = None if key is None else jax.random.fold_in(key, index)
-        whole = trained.complete(params, frozen, dropout_key)
-        hidden, head = _hidden(graph, whole, state.router_bias, micro, options, dropout_key)
+        merged = trainable.merge_params(params, frozen, dropout_key)
+        hidden, head = _hidden(graph, merged, state.router_bias, micro, options, dropout_key)
         sums = chunked_cross_entropy(hidden.last_hidden_state, head, micro.labels, z_loss=options.z_loss)
         valid = micro.segment_ids > 0
         counted = None if options.count_padding else valid
@@ -250,8 +305,8 @@ def _gradients(
         by_sequence = 1 / parts if counted is None else valid.any(axis=1).sum() / sequences
         balance = balance_loss(config, hidden.routing, counted) if config.aux_loss_alpha else {}
         device = (
-            device_balance_loss(hidden.routing, options.device_groups, options.device_alpha, counted)
-            if options.device_alpha
+            device_balance_loss(hidden.routing, options.device_balance_groups, options.device_balance_alpha, counted)
+            if options.device_balance_alpha
             else {}
         )
         balance = {i: one * (by_sequence if config.seq_aux else by_token) for i, one in balance.items()}
@@ -278,7 +333,8 @@ def _gradients(
 
 
 def _split(x: Array, parts: int) -> Array:
-    """[B, …] as `parts` micro-batches; each takes every parts-th row, so that no row changes its device."""
+    """Split [B, …] into `parts` micro-batches."""
+    # Strided, so that no sequence changes its device.
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
 
@@ -290,9 +346,9 @@ def _hidden(
     options: StepConfig,
     dropout_key: Any,
 ) -> tuple[DecoderOutput, Any]:
-    """The states before the head, and the head's weight, in the dtype of computation."""
+    """Return hidden states and head weight in the compute dtype."""
     dtype = _DTYPES[options.compute_dtype]
-    # The router is fp32 whatever the rest is.
+    # The router always computes in fp32.
     cast = {name: value if ".router." in name else _cast(value, dtype) for name, value in params.items()}
     model = merge(graph, cast)
     hidden = model.hidden(
@@ -307,7 +363,7 @@ def _hidden(
 
 
 def _cast(value: Operand, dtype: Any) -> Operand:
-    """Dense weights in another dtype; codes, scales and low-rank factors as they are: kernels cast what they read."""
+    """Cast dense weights; kernels cast quantized and low-rank ones."""
     match value:
         case LowRank(base, a, b):
             return LowRank(_cast(base, dtype), a, b)
@@ -328,78 +384,49 @@ def _report(
     valid: Bool[Array, "B T"],
     tokens: Array,
 ) -> Metrics:
-    """A micro-batch's share of the step's report: all of it may be added up. `tokens` are valid in the whole batch."""
+    """Return a micro-batch's summable share of the metrics."""
     routed, zero = routing.values(), jnp.zeros((), jnp.float32)
     report = Metrics(
         loss=loss,
         cross_entropy=sums.cross_entropy / targets,
-        balance=_stack([balance.get(i, zero) for i in routing]),
-        device_balance=_stack([device.get(i, zero) for i in routing]),
+        balance_loss=_stack([balance.get(i, zero) for i in routing]),
+        device_balance_loss=_stack([device.get(i, zero) for i in routing]),
         z_loss=(sums.total - sums.cross_entropy) / targets,
         grad_norm=zero,
         learning_rate=zero,
         skipped=jnp.zeros((), bool),
         total_skips=jnp.zeros((), jnp.int32),
         consecutive_skips=jnp.zeros((), jnp.int32),
-        load=_stack([_load(one, valid) for one in routed], config.n_routed_experts or 0),
+        expert_load=_stack([_load(one, valid) for one in routed], config.n_routed_experts or 0),
         entropy=_stack([_entropy(one.scores, valid) / tokens for one in routed]),
-        extra_passes=_stack([one.extra_passes for one in routed]),
+        overflow_passes=_stack([one.extra_passes for one in routed]),
     )
     return jax.lax.stop_gradient(report)
 
 
 def _stack(layers: Sequence[Any], *shape: int) -> Array:
-    """The layers' values in one array, also where there is no layer."""
+    """Stack the layers' values, also of no layers."""
     return jnp.stack([jnp.asarray(value, jnp.float32) for value in layers]) if layers else jnp.zeros((0, *shape))
 
 
 def _load(routed: Routing, valid: Bool[Array, "B T"]) -> Float[Array, "E"]:
     experts = jnp.arange(routed.scores.shape[-1])
-    ids = jnp.where(valid[:, :, None], routed.ids, -1)  # padding loads no expert
+    ids = jnp.where(valid[:, :, None], routed.ids, -1)  # padding is not routed
     return (ids.reshape(-1, 1) == experts[None, :]).sum(axis=0, dtype=jnp.float32)
 
 
 def _entropy(scores: Float[Array, "B T E"], valid: Bool[Array, "B T"]) -> Float[Array, ""]:
-    """The sum over valid tokens."""
+    """Sum over valid tokens."""
     entropy = -(scores * jnp.log(jnp.maximum(scores, 1e-30))).sum(axis=-1)
     return jnp.where(valid, entropy, 0).sum()
 
 
-# --- the guard ---
-
-
-def _is_good(guard: Guard, loss: Array, norm: Array) -> Bool[Array, ""]:
-    """Whether an update is made: both finite and, once enough is known, not far above what they were."""
-    good = jnp.isfinite(loss) & jnp.isfinite(norm)
-    filled = jnp.minimum(guard.seen, WINDOW)
-    known = jnp.arange(WINDOW) < filled
-    for value, window in ((loss, guard.losses), (norm, guard.norms)):
-        mean = jnp.where(known, window, 0).sum() / jnp.maximum(filled, 1)
-        deviation = jnp.sqrt(jnp.where(known, jnp.square(window - mean), 0).sum() / jnp.maximum(filled, 1))
-        good &= (guard.seen < _KNOWN) | (value <= mean + _SIGMAS * deviation)
-    return good
-
-
-def _seen(guard: Guard, loss: Array, norm: Array, good: Array) -> Guard:
-    """The guard after this step; a finite outlier enters the window, else a new level could never be learnt."""
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    here = (jnp.arange(WINDOW) == guard.seen % WINDOW) & finite
-    skipped = (~good).astype(jnp.int32)
-    return Guard(
-        jnp.where(here, loss, guard.losses),
-        jnp.where(here, norm, guard.norms),
-        guard.seen + finite.astype(jnp.int32),
-        guard.skipped + skipped,
-        (guard.in_a_row + 1) * skipped,
-    )
-
-
 def _updates(state: TrainState) -> Int[Array, ""]:
-    """Updates that were made: what the schedule goes by."""
-    return state.step - state.guard.skipped
+    """Return the number of updates applied, which the schedule is a function of."""
+    return state.step - state.guard.total_skips
 
 
-def _moved(bias: dict[str, Array], load: Float[Array, "layers E"], rate: float) -> dict[str, Array]:
-    """Biases a step nearer to equal load: up where an expert had fewer tokens than the mean, down where more."""
+def _updated_bias(bias: dict[str, Array], load: Float[Array, "layers E"], rate: float) -> dict[str, Array]:
+    """Move router biases toward equal expert load (arXiv 2408.15664)."""
     layers = sorted(bias, key=int)
     return {i: bias[i] + rate * jnp.sign(load[n].mean() - load[n]) for n, i in enumerate(layers)}

@@ -1,4 +1,4 @@
-"""Where the records of a run go: console, metrics.jsonl, TensorBoard, W&B. `TRACKERS`, at the end, is the table."""
+"""Trackers, which write metrics: `TRACKERS`, at the end, lists them."""
 
 import json
 import logging
@@ -18,35 +18,43 @@ _log = logging.getLogger(__name__)
 
 
 class Run(NamedTuple):
-    """What a sink may want to know of the run as a whole."""
+    """What trackers need to know of the run.
+
+    Attributes:
+        folder: Output directory.
+        info: Size of model, batch and devices, in the first record.
+        steps: Total steps of the run.
+        log_interval: Steps between console lines.
+        resumed_from: Step of the checkpoint resumed from; 0 for a new run.
+    """
 
     folder: Path
-    facts: dict[str, Any]  # that stand in the first record
+    info: dict[str, Any]
     steps: int
     log_interval: int
     resumed_from: int
 
 
 class Tracker(Protocol):
-    """Takes the records of a run."""
+    """Writes the records of a run."""
 
     def write(self, step: int, values: Mapping[str, Any]) -> None: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
 
 
 class JsonLines:
-    """`metrics.jsonl`: a line a record, on its way to the disk before the next step; strict JSON."""
+    """Writes `metrics.jsonl`: one line of strict JSON per record, unbuffered."""
 
     def __init__(self, run: Run):
         self._path = run.folder / RECORDS
-        # Unbuffered: a line that did not fit on the disk is not tried again at the end.
+        # Unbuffered: a line that did not fit on the disk is not written again at exit.
         self._file = self._path.open("ab", buffering=0)
-        _mend(self._path)
-        again = run.resumed_from > 0 or self._path.stat().st_size > 0
-        self._head = {"run": run.facts, **({"resumed_from": run.resumed_from} if again else {})}
+        _truncate_incomplete_line(self._path)
+        appending = run.resumed_from > 0 or self._path.stat().st_size > 0
+        self._head = {"run": run.info, **({"resumed_from": run.resumed_from} if appending else {})}
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append the record; what is not finite becomes null and is named."""
+        """Append the record; non-finite values become null."""
         bad = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
         record = {**values, **dict.fromkeys(bad), **({"not_finite": bad} if bad else {}), **self._head}
         line = json.dumps(record, allow_nan=False, ensure_ascii=False).encode() + b"\n"
@@ -62,20 +70,20 @@ class JsonLines:
         self._file.close()
 
 
-def _mend(path: Path) -> None:
-    """Take away the half line that a killed writer left."""
+def _truncate_incomplete_line(path: Path) -> None:
+    """Remove the incomplete last line of a killed writer."""
     with path.open("r+b") as file:
         if not (size := path.stat().st_size):
             return
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            whole = content.rfind(b"\n") + 1
-        if whole < size:
-            _log.info("%s: its last line was torn (%d bytes) and is taken away", path, size - whole)
-            file.truncate(whole)
+            complete = content.rfind(b"\n") + 1
+        if complete < size:
+            _log.info("Truncating incomplete last line of %s: %d bytes", path, size - complete)
+            file.truncate(complete)
 
 
 # fmt: off
-# A piece of the console's line: the record's key and how it is said; a key that is not there is not said.
+# The console line: metrics and their format; missing metrics and empty texts are left out.
 _LINE: Final[tuple[tuple[str, Callable[[Any], str]], ...]] = (
     ("loss",               "loss {:.4g}".format),
     ("cross_entropy",      "ce {:.4g}".format),
@@ -85,79 +93,78 @@ _LINE: Final[tuple[tuple[str, Callable[[Any], str]], ...]] = (
     ("learning_rate",      "lr {:.1e}".format),
     ("tokens_per_second",  lambda x: f"{_short(x)} tok/s"),
     ("mfu",                "mfu {:.0%}".format),
-    ("max_over_mean_load", "load {:.1f}×".format),
+    ("load_imbalance", "load {:.1f}×".format),
     ("unused_experts",     "unused {}".format),
-    ("extra_passes",       lambda x: f"extra passes {x}" if x else ""),
-    ("data_wait_share",    lambda x: f"data wait {x:.0%}" if x > 0.01 else ""),
+    ("overflow_passes",       lambda x: f"overflow passes {x}" if x else ""),
+    ("data_loading_share",    lambda x: f"data loading {x:.0%}" if x > 0.01 else ""),
     ("total_skips",     lambda x: f"skipped {x}" if x else ""),
 )
 # fmt: on
 
 
 class Console:
-    """A line every `log_interval` steps through logging; a bar instead where a person watches stderr."""
+    """Logs a line every `log_interval` steps; a progress bar on a terminal."""
 
     def __init__(self, run: Run):
-        self._run, self._since, self._bar = run, [], None
-        if sys.stderr.isatty():
-            self._bar = _Bar(run)
+        self._run, self._recent = run, []
+        self._bar = _Bar(run) if sys.stderr.isatty() else None
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Say it, if it is its turn: speeds are the median since the last line."""
+        """Log the record if it is due; speeds are medians since the last line."""
         if (loss := values.get("eval/loss")) is not None:
-            _log.info("step %d/%d held-out loss %.4g", step, self._run.steps, loss)
+            _log.info("step %d/%d validation loss %.4g", step, self._run.steps, loss)
             return
-        self._since.append(values)
+        self._recent.append(values)
         if self._bar is None and step % self._run.log_interval and step not in (1, self._run.steps):
             return
-        middle = {
-            key: statistics.median(one[key] for one in self._since)
-            for key in ("tokens_per_second", "mfu", "data_wait_share")
+        medians = {
+            key: statistics.median(one[key] for one in self._recent)
+            for key in ("tokens_per_second", "mfu", "data_loading_share")
             if key in values
         }
-        said = {**values, **middle}
-        text = " ".join(piece for key, say in _LINE if key in said and (piece := say(said[key])))
+        shown = {**values, **medians}
+        text = " ".join(piece for key, form in _LINE if key in shown and (piece := form(shown[key])))
         if self._bar is None:
             _log.info("step %d/%d %s", step, self._run.steps, text)
         else:
             self._bar.show(step, text)
-        self._since = [] if self._bar is None else self._since[-self._run.log_interval :]
+        self._recent = [] if self._bar is None else self._recent[-self._run.log_interval :]
 
     def close(self) -> None:
-        """Leave the bar where it is."""
+        """Stop the progress bar."""
         if self._bar is not None:
             self._bar.close()
 
 
 class _Bar:
-    """A bar on stderr over a line of figures; what is logged meanwhile appears above it."""
+    """A progress bar on stderr with metrics; log lines appear above it."""
 
     def __init__(self, run: Run):
         from rich.console import Console as Terminal
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
-        # The handlers of the log hold the stream of before; rich moves the bar only for what goes through its own.
+        columns = (BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"))
+        # Log handlers hold the original stream; rich keeps the bar below only what is written to its own.
         stream = sys.stderr
-        self._shown = Progress(*columns, console=Terminal(stderr=True), redirect_stdout=False)
-        self._task = self._shown.add_task("", total=run.steps, completed=run.resumed_from, figures="")
-        self._shown.start()
-        handlers = [one for one in logging.getLogger().handlers if isinstance(one, logging.StreamHandler)]
-        self._moved = [(one, stream) for one in handlers if one.stream is stream]
+        self._progress = Progress(*columns, console=Terminal(stderr=True), redirect_stdout=False)
+        self._task = self._progress.add_task("", total=run.steps, completed=run.resumed_from, metrics="")
+        self._progress.start()
+        handlers = [h for h in logging.getLogger().handlers if isinstance(h, logging.StreamHandler)]
+        self._moved = [(handler, stream) for handler in handlers if handler.stream is stream]
         for handler, _ in self._moved:
             handler.setStream(sys.stderr)
 
-    def show(self, step: int, figures: str) -> None:
-        self._shown.update(self._task, completed=step, figures=figures)
+    def show(self, step: int, metrics: str) -> None:
+        self._progress.update(self._task, completed=step, metrics=metrics)
 
     def close(self) -> None:
-        self._shown.stop()
+        self._progress.stop()
         for handler, stream in self._moved:
             handler.setStream(stream)
 
 
 def _short(value: float) -> str:
-    """Three digits and a unit: 12.3k."""
+    """Format with three digits and a unit: 12.3k."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.3g}{unit}"
@@ -165,19 +172,19 @@ def _short(value: float) -> str:
 
 
 class TensorBoard:
-    """Every number under its key, in `tensorboard/`; nothing, and a line that says so, without tensorboardX."""
+    """Writes every number to `tensorboard/`, if tensorboardX is installed."""
 
     def __init__(self, run: Run):
         try:
             from tensorboardX import SummaryWriter
             from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
         except ImportError:
-            _log.info("no TensorBoard records: pip install 'dsmoe_jax[tensorboard]'")
+            _log.info("Skipping TensorBoard: pip install 'dsmoe_jax[tensorboard]'")
             self._writer = None
             return
         self._summary = Summary
-        # What an earlier try wrote past the step this one goes on from is hidden. The suffix: a file is named after the
-        # second, and a run that is resumed within it would write over the first one's.
+        # purge_step hides records past the step resumed from. The suffix keeps files apart: they are named after the
+        # second, in which a run may be resumed.
         self._writer = SummaryWriter(
             logdir=str(run.folder / "tensorboard"),
             purge_step=run.resumed_from + 1,
@@ -185,45 +192,46 @@ class TensorBoard:
         )
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """A scalar a number, all in one event: `add_scalar` for each takes 20 ms a step with the 16B's layers."""
+        """Write all scalars in one event."""
+        # `add_scalar` for each takes 20 ms per step with the 16B's layers.
         if self._writer is not None and self._writer.file_writer is not None:
             scalars = [self._summary.Value(tag=key, simple_value=value) for key, value in _numbers(values).items()]
             self._writer.file_writer.add_summary(self._summary(value=scalars), step)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close."""
         if self._writer is not None:
             self._writer.close()
 
 
 class WandB:
-    """Weights & Biases, for those who ask for it; a resumed run goes on in its own page."""
+    """Writes to Weights & Biases; a resumed run continues its W&B run."""
 
     def __init__(self, run: Run):
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
-            raise DSMoEError("the sink 'wandb' needs wandb: pip install 'dsmoe_jax[wandb]'") from None
-        page = run.folder / "wandb_id.txt"
-        if not page.exists():
-            page.write_text(secrets.token_hex(4), encoding="utf-8")
+            raise DSMoEError("tracker 'wandb' requires wandb: pip install 'dsmoe_jax[wandb]'") from None
+        id_file = run.folder / "wandb_id.txt"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
         self._run = wandb.init(
             project="dsmoe_jax",
             name=run.folder.name,
-            id=page.read_text(encoding="utf-8"),
+            id=id_file.read_text(encoding="utf-8"),
             resume="allow",
             dir=str(run.folder),
-            config=run.facts,
+            config=run.info,
         )
-        # Steps as a value: W&B's own count never goes back, and a resumed run's does.
+        # Steps as a metric: W&B's own step cannot decrease, as a resumed run's does.
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """A record."""
+        """Log the record."""
         self._run.log(_numbers(values))
 
     def close(self) -> None:
-        """Say that the run is over."""
+        """Finish the W&B run."""
         self._run.finish()
 
 

@@ -22,6 +22,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -29,6 +30,7 @@ import ml_dtypes
 import numpy as np
 
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.progress import log_level
 from dsmoe_jax.storage.direct_io import DirectFile
 from dsmoe_jax.storage.manifest import hash_file
 from dsmoe_jax.storage.strict_json import read_json
@@ -87,16 +89,9 @@ def strip_timestamps(folder: Path) -> None:
             path.write_text(re.sub(pattern, text, path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-@contextlib.contextmanager
-def quiet_orbax() -> Iterator[None]:
+def quiet_orbax() -> AbstractContextManager[None]:
     """Silence the warnings of Orbax about checkpoints without an OCDBT database."""
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
+    return log_level("absl", logging.ERROR)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The command `dsmoe`: its verbs, what they print, and the demo."""
+"""The command `dsmoe`: verbs, output and the demo."""
 
 from dsmoe_jax.cli.commands import main
 

@@ -1,6 +1,6 @@
-"""`dsmoe demo`: a small model learns Python from Python's own sources, goes to the Hugging Face layout and back.
+"""`dsmoe demo`: train a small model on Python's standard library, export, import and generate.
 
-No network and no weights are needed. Start at `run`.
+Needs no network and no weights. Start at `run`.
 """
 
 import contextlib
@@ -21,47 +21,51 @@ _PROMPT: Final = "def __init__(self, "
 
 
 def run(out: str | Path | None = None, *, steps: int = 150) -> None:
-    """Train, export, import and generate, with a line for each step; all of it stays in `out` if it is given.
+    """Train, export, import and generate, printing a line per step.
 
-    Raises `ValueError` if `out` exists.
+    Args:
+        out: New folder for checkpoints and plot; default: a temporary one.
+        steps: Training steps.
+
+    Raises:
+        DSMoEError: `out` exists.
     """
     if out is None:
         with tempfile.TemporaryDirectory() as folder:
-            _run(Path(folder), steps, kept=False)
+            _run(Path(folder), steps, plot=Path("dsmoe_demo.png"))
         return
     out = user_path(out, "out")
     with lock_name(out):
-        _run(check_new_path(out), steps, kept=True)
+        _run(check_new_path(out), steps, plot=out / "demo.png")
 
 
-def _run(folder: Path, steps: int, kept: bool) -> None:
+def _run(folder: Path, steps: int, plot: Path) -> None:
     from dsmoe_jax.convert import export_hf, import_hf
     from dsmoe_jax.generate import Generator
     from dsmoe_jax.info import count_parameters
 
     config = training_config(folder, steps)
     counts = count_parameters(config.model_config())
-    print_status(f"{counts.total:,} parameters, {counts.activated:,} activated per token, random at first")
-    native = _train(config, folder / "demo.png" if kept else Path("dsmoe_demo.png"))
-    hf, again = folder / "hf", folder / "native"
-    with _step("export to the Hugging Face layout"):
+    print_status(f"{counts.total:,} parameters, {counts.activated:,} activated per token")
+    native = _train(config, plot)
+    hf, imported = folder / "hf", folder / "native"
+    with _step("Exporting to the Hugging Face layout"):
         export_hf(native, hf)
-    with _step("import it again"):
-        import_hf(hf, again)
-    if _tensors(again) != _tensors(native):
-        raise AssertionError("the round trip changed a tensor")
-    print_status(f"  {len(_tensors(native))} tensors, every one with the SHA-256 it had")
-    with _step("load"):
-        generator = Generator.from_pretrained(again)
+    with _step("Importing"):
+        import_hf(hf, imported)
+    assert _tensors(imported) == _tensors(native), "the round trip changed a tensor"
+    print_status(f"  {len(_tensors(native))} tensors, SHA-256 unchanged")
+    with _step("Loading"):
+        generator = Generator.from_pretrained(imported)
     pieces = generator.stream(_PROMPT, max_new_tokens=64, temperature=0.7, top_p=0.9)
     print_status(f"\n{_PROMPT}{next(pieces, '')}", end="")
     for piece in pieces:
         print_status(piece, end="")
-    print_status("\n\nA minute of training shows the grammar, not yet the sense.")
+    print_status("\n\nA minute of training teaches syntax, not meaning.")
 
 
 def training_config(folder: Path, steps: int):
-    """The recipe `tiny`, cut to `steps` steps at twice its learning rate; returns its `RunConfig`."""
+    """Return the `RunConfig` of recipe `tiny` with `steps` steps and twice the learning rate."""
     import dataclasses
 
     from dsmoe_jax.train.recipes import tiny
@@ -69,7 +73,7 @@ def training_config(folder: Path, steps: int):
     recipe = tiny()
     return dataclasses.replace(
         recipe,
-        out=str(folder / "run"),
+        output_dir=str(folder / "run"),
         steps=steps,
         optimizer=dataclasses.replace(recipe.optimizer, learning_rate=2e-3, warmup_steps=min(20, steps)),
         log_interval=max(1, steps // 10),
@@ -78,28 +82,28 @@ def training_config(folder: Path, steps: int):
     )
 
 
-def _train(config, picture: Path) -> Path:
-    """Train; say how the loss fell and how the experts share the work; draw it where matplotlib is."""
+def _train(config, plot: Path) -> Path:
+    """Train and report loss and expert load; plot them if matplotlib is installed. Returns the model."""
     from dsmoe_jax.train.loop import run as train
     from dsmoe_jax.train.metrics import read_records
 
     started = time.perf_counter()
     result = train(config)
-    records = [record for record in read_records(config.out) if "loss" in record]
+    records = [record for record in read_records(config.output_dir) if "loss" in record]
     first, last = records[0], records[-1]
     print_status(
-        f"trained {result.steps} steps in {time.perf_counter() - started:.0f} s: loss {first['loss']:.2f} to "
-        f"{last['loss']:.2f}, {result.evaluation:.2f} on held-out files"
+        f"Trained {result.steps} steps in {time.perf_counter() - started:.0f} s: loss {first['loss']:.2f} to "
+        f"{last['loss']:.2f}, eval/loss {result.eval_loss:.2f}"
     )
-    busiest, unused = last["max_over_mean_load"], last["unused_experts"]
-    print_status(f"  the busiest expert has {busiest:.1f} times the mean load, {unused} are unused")
+    busiest, unused = last["load_imbalance"], last["unused_experts"]
+    print_status(f"  Expert load: max/mean {busiest:.1f}, {unused} unused")
     if importlib.util.find_spec("matplotlib") is None:
-        print_status("  no picture: pip install 'dsmoe_jax[demo]'")
+        print_status("  No plot: pip install 'dsmoe_jax[demo]'")
     else:
         from dsmoe_jax.train.plotting import draw
 
-        draw(Path(config.out), picture)
-        print_status(f"  loss and load of the experts: {picture}")
+        draw(Path(config.output_dir), plot)
+        print_status(f"  Saved plot: {plot}")
     assert result.model is not None
     return result.model
 

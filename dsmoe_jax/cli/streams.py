@@ -1,7 +1,6 @@
-"""The standard streams of a command: open, able to print any text, and never a reason to lose work.
+"""Robust standard streams: cron and systemd may close them, readers may leave, terminals may not encode all text.
 
-A job of cron or systemd may start with some of them closed, a reader may leave early, and a terminal may have an
-encoding that cannot show what a model writes. Start at `open_standard_streams`.
+Start at `open_standard_streams`.
 """
 
 import codecs
@@ -11,15 +10,14 @@ import select
 import sys
 from typing import Any, Final, TextIO
 
-# By descriptor: the name in `sys`, how /dev/null is opened in its place.
+# By file descriptor: name in `sys`, flags and mode to open /dev/null.
 _STREAMS: Final = (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_WRONLY, "w"), ("stderr", os.O_WRONLY, "w"))
 
 
 def open_standard_streams() -> None:
-    """Open `/dev/null` in place of closed streams, and escape what the terminal cannot encode.
+    """Open `/dev/null` for closed streams, and escape characters that the terminal cannot encode.
 
-    Call it before anything else opens a file: the next file gets the descriptor of a closed stream, and whatever a
-    library prints is then written into that file.
+    Call it first: the next opened file would get the descriptor of a closed stream, and with it what libraries print.
     """
     for number, (name, flags, mode) in enumerate(_STREAMS):
         if not _is_open(number):
@@ -32,17 +30,21 @@ def open_standard_streams() -> None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         _reconfigure(stream, errors="backslashreplace")
-    # Bytes that do not decode are refused by whoever reads the line; an ASCII terminal sends UTF-8 or nothing else.
+    # Callers refuse bytes that do not decode. An ASCII terminal may still send UTF-8.
     encoding = getattr(sys.stdin, "encoding", None) or "ascii"
     is_ascii = codecs.lookup(encoding).name == "ascii"
     _reconfigure(sys.stdin, encoding="utf-8" if is_ascii else encoding, errors="surrogateescape")
 
 
 def print_status(text: object, end: str = "\n") -> None:
-    """Print what a job reports on stdout; a reader that has gone away does not stop the job.
+    """Print a status line to stdout; a closed pipe is ignored.
+
+    Args:
+        text: The line.
+        end: As in `print`.
 
     Raises:
-        OSError: if stdout cannot be written for another reason; it is named in the message.
+        OSError: Stdout cannot be written for another reason.
     """
     try:
         print(text, end=end, flush=True)
@@ -54,7 +56,7 @@ def print_status(text: object, end: str = "\n") -> None:
 
 
 def print_error(line: str) -> None:
-    """Print a line on stderr, or nothing if stderr cannot be written."""
+    """Print a line to stderr, unless it cannot be written."""
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:
@@ -62,16 +64,16 @@ def print_error(line: str) -> None:
 
 
 def reader_has_left() -> bool:
-    """Whether whoever read stdout or stderr through a pipe has closed it."""
+    """Return whether the reader of stdout or stderr has closed its pipe."""
     poll = select.poll()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # pytest's streams have no descriptor
+        with contextlib.suppress(OSError, ValueError):  # streams of pytest have no descriptor
             poll.register(stream.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def flush_or_discard() -> None:
-    """Flush stdout and stderr; discard what cannot be written, so that Python does not fail on it at exit."""
+    """Flush stdout and stderr; discard what cannot be written, so that Python does not fail at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -80,8 +82,8 @@ def flush_or_discard() -> None:
 
 
 def _discard(stream: TextIO) -> None:
-    """Send what is buffered, and whatever is written from now on, to `/dev/null`."""
-    with contextlib.suppress(OSError, ValueError):  # pytest's streams have no descriptor
+    """Redirect buffered and future output to `/dev/null`."""
+    with contextlib.suppress(OSError, ValueError):  # streams of pytest have no descriptor
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
@@ -96,6 +98,6 @@ def _is_open(number: int) -> bool:
 
 
 def _reconfigure(stream: Any, **options: str) -> None:
-    """Reconfigure a text stream of Python's own; those of pytest and notebooks stay as they are."""
+    """Reconfigure a text stream, unless it is one of pytest or a notebook."""
     with contextlib.suppress(AttributeError, ValueError, OSError):
         stream.reconfigure(**options)

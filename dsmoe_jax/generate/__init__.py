@@ -1,9 +1,9 @@
-"""Text out of the model: `Generator` answers batches and streams, `Chat` keeps a conversation."""
+"""Text generation: `Generator` for batches and streams, `Chat` for conversations."""
 
-from dsmoe_jax.generate.answer import TokenLogprob
 from dsmoe_jax.generate.chat import Chat
 from dsmoe_jax.generate.engine import Engine, Stats
 from dsmoe_jax.generate.generator import Completion, Generator
+from dsmoe_jax.generate.request import TokenLogprob
 from dsmoe_jax.generate.sampling_params import SamplingParams
 from dsmoe_jax.generate.scoring import Perplexity, Score
 

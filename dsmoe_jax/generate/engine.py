@@ -1,12 +1,12 @@
-"""`Engine`: requests in, answers out, many at a time (continuous batching). Read `Engine.step`.
+"""`Engine`: continuous batching. Start at `Engine.step`.
 
-A batch has R rows. Between two decode steps free rows are filled with requests, first come first served: their prompts
-are read in pieces of at most `prefill_chunk` tokens, one piece between two steps, so that nobody who is being answered
-waits longer than that. A row is free again as soon as its answer has ended. The device is always one step ahead of the
-host: a step is asked for before the last one's tokens are looked at, and what it chose for a row that had ended is
-thrown away.
+A batch has R rows. Between two decode steps, requests are admitted to idle rows, first come first served. Their prompts
+are prefilled in chunks of at most `prefill_chunk` tokens, one chunk between two steps, which bounds the latency of
+running requests. A row is released as soon as its output is finished. The device is always one step ahead of the host:
+a step is dispatched before the tokens of the last one are read back, and what it samples for a finished row is
+discarded.
 
-Every decision follows from the requests and the tokens alone, so that all processes of a cluster take the same ones.
+Scheduling depends on requests and tokens alone, so all processes of a cluster make the same decisions.
 """
 
 import collections
@@ -23,60 +23,73 @@ from dsmoe_jax.axes import Array
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.generate import programs
-from dsmoe_jax.generate.answer import Answer, Prefix, Request, TokenLogprob
+from dsmoe_jax.generate.detokenizer import Detokenizer
 from dsmoe_jax.generate.memory_plan import cache_bytes
-from dsmoe_jax.generate.programs import Batch, Chosen, bucket, power_of_two
-from dsmoe_jax.generate.sampling import Sampler, Tally, adjustments
+from dsmoe_jax.generate.programs import Batch, SampledTokens, bucket, power_of_two
+from dsmoe_jax.generate.request import Output, Prefix, Request, TokenLogprob
+from dsmoe_jax.generate.sampling import PenaltyState, Sampler, penalty_arrays
 from dsmoe_jax.generate.sampling_params import SamplingParams
-from dsmoe_jax.generate.text import TextStream
 from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.sharding import mesh_of
 from dsmoe_jax.text.tokenizer import Tokenizer
 
-_LOOK_AHEAD: Final = 256  # tokens of an answer that the cache has room for at once; longer ones make it grow
-_TOP: Final = 20  # log-probabilities that are computed where anybody asks for some
+_LOOKAHEAD: Final = 256  # output tokens to allocate at once; the cache grows for longer ones
+_TOP_LOGPROBS: Final = 20  # computed if any request has `logprobs`
 
 _log = logging.getLogger("dsmoe_jax")
 
 
 @dataclasses.dataclass
 class Stats:
-    """What an engine has done."""
+    """Counters of an engine.
 
-    steps: int = 0  # decode steps
-    row_steps: int = 0  # rows of all steps, free ones included
-    busy_row_steps: int = 0
-    prompt_tokens: int = 0  # that were read
-    reused_tokens: int = 0  # that need not be read, from a prefix
-    cache_bytes: int = 0  # the most that the batch's cache took
+    Attributes:
+        steps: Decode steps.
+        row_steps: Rows of all steps, idle ones included.
+        active_row_steps: Active rows of all steps.
+        prompt_tokens: Prefilled tokens.
+        reused_tokens: Prompt tokens whose keys and values came from a `Prefix`.
+        cache_bytes: Largest size of the KV cache.
+    """
+
+    steps: int = 0
+    row_steps: int = 0
+    active_row_steps: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    cache_bytes: int = 0
 
     @property
-    def free_rows(self) -> float:
-        """The share of rows that did nothing."""
-        return 1 - self.busy_row_steps / max(self.row_steps, 1)
+    def idle_fraction(self) -> float:
+        """Idle rows over all rows."""
+        return 1 - self.active_row_steps / max(self.row_steps, 1)
 
 
 @dataclasses.dataclass
-class _Reading:
-    """Prompts that are being read: several short ones at once, or a long one piece by piece."""
+class _Prefill:
+    """Prompts being prefilled: several short ones at once, or one long one in chunks."""
 
     requests: list[Request]
     cache: KVCache | None = None
-    done: int = 0  # tokens of the (only) prompt that the cache holds
-    slots: int = 0
+    num_cached: int = 0  # tokens of the (only) prompt in the cache
+    max_length: int = 0
 
 
-class _Ready(NamedTuple):
-    """An answer whose prompt has been read and which has no row yet."""
+class _Prefilled(NamedTuple):
+    """An output that waits for an idle row."""
 
-    answer: Answer
+    output: Output
     cache: KVCache
     logits: Array
     row: int
 
 
 class Engine:
-    """Answers requests until none is left: `submit`, then `step` while `busy`. Not for several threads."""
+    """Runs requests: `submit`, then `step` while `busy`. Not thread-safe.
+
+    Attributes:
+        stats: Counters.
+    """
 
     def __init__(
         self,
@@ -90,314 +103,343 @@ class Engine:
         max_batch_size: int = 8,
         prefill_chunk: int = 512,
         cache_dtype: Any = jnp.float32,
-        most_cache_bytes: int | None = None,
+        max_cache_bytes: int | None = None,
     ):
-        """An engine of at most `max_batch_size` rows whose cache takes at most so many bytes (None: as they need)."""
+        """Create an engine without requests.
+
+        Args:
+            graph: Graph of the model (`model.split`).
+            params: Parameters of the model.
+            config: Config of the model.
+            context_length: Maximum tokens of prompt and output together.
+            tokenizer: Required for stop strings and incremental text.
+            eos_token_ids: Tokens that end an output.
+            max_batch_size: Maximum rows of the batch.
+            prefill_chunk: Tokens of a prompt per call of the model.
+            cache_dtype: Dtype of keys and values.
+            max_cache_bytes: Bound on the KV cache; None: no bound.
+        """
         self._graph, self._params, self._config = graph, params, config
         self._context, self._tokenizer, self._eos = context_length, tokenizer, eos_token_ids
-        self._most_rows, self._chunk = max_batch_size, prefill_chunk
-        self._dtype, self._budget = cache_dtype, most_cache_bytes
+        self._max_rows, self._chunk = max_batch_size, prefill_chunk
+        self._dtype, self._max_cache_bytes = cache_dtype, max_cache_bytes
         self._mesh = getattr(jax.tree.leaves(dict(params))[0].sharding, "mesh", None)
-        self._together = False  # dynamic NTK past what was trained: what came together is answered together
+        # Dynamic NTK beyond the trained length: its angles depend on the batch, which is therefore admitted and
+        # released as a whole.
+        self._static = False
         self._waiting: collections.deque[Request] = collections.deque()
-        self._answers: dict[Request, list[Answer]] = {}
-        self._reading: _Reading | None = None
-        self._ready: collections.deque[_Ready] = collections.deque()
-        self._rows: list[Answer | None] = []
+        self._outputs: dict[Request, list[Output]] = {}
+        self._prefill: _Prefill | None = None
+        self._prefilled: collections.deque[_Prefilled] = collections.deque()
+        self._rows: list[Output | None] = []  # None: idle
         self._batch: Batch | None = None
         self._token: Any = None  # [R], the newest of each row
         self._sampler: Sampler | None = None
-        self._changed = True  # the rows, since the sampler was made
-        self._unread: collections.deque[tuple[Chosen, list[tuple[int, int, Answer]]]] = collections.deque()
+        self._sampler_stale = True
+        self._in_flight: collections.deque[tuple[SampledTokens, list[tuple[int, int, Output]]]] = collections.deque()
         self.stats = Stats()
 
-    # --- for the caller ---
+    # --- public ---
 
     @property
     def busy(self) -> bool:
-        """Whether any answer is unfinished."""
-        return bool(self._waiting or self._reading or self._ready or self._unread or any(self._rows))
+        """Whether any output is unfinished."""
+        return bool(self._waiting or self._prefill or self._prefilled or self._in_flight or any(self._rows))
 
     def submit(
         self,
-        ids: Sequence[int],
-        asked: SamplingParams,
+        token_ids: Sequence[int],
+        params: SamplingParams,
         *,
         seed: int = 0,
-        text: bool = False,
+        detokenize: bool = False,
         prefix: Prefix | None = None,
-        keep: bool = False,
-    ) -> list[Answer]:
-        """Queue a prompt of token ids; returns its `asked.n` answers, which fill as `step` is called.
+        retain_prefix: bool = False,
+    ) -> list[Output]:
+        """Queue a prompt.
 
-        `seed` counts where `asked.seed` is None. With `text` answers give out text as it comes. Raises `ValueError`
-        for a prompt that with its answer exceeds the context or the memory for the cache.
+        Args:
+            token_ids: The prompt.
+            params: Its sampling parameters.
+            seed: Used if `params.seed` is None.
+            detokenize: Decode incrementally, for `Output.new_text`.
+            prefix: Reuse the keys and values of a former output.
+            retain_prefix: Keep those of the first output as its `prefix`.
+
+        Returns:
+            `params.n` outputs, which `step` extends.
+
+        Raises:
+            DSMoEError: Prompt and output exceed the context or the memory for the cache, or text needs a tokenizer.
         """
-        if len(ids) + asked.max_new_tokens > self._context:
+        if len(token_ids) + params.max_new_tokens > self._context:
             raise DSMoEError(
-                f"a prompt of {len(ids)} tokens and max_new_tokens {asked.max_new_tokens} "
+                f"a prompt of {len(token_ids)} tokens and max_new_tokens {params.max_new_tokens} "
                 f"exceed the context_length of {self._context}"
             )
-        if (text or asked.stop) and self._tokenizer is None:
-            raise DSMoEError("text or a stop string needs a tokenizer, and this generator has none")
-        request = Request(tuple(ids), asked, seed if asked.seed is None else asked.seed, prefix, keep)
-        need = self._bytes(1, bucket(request.most))
-        if self._budget is not None and need > self._budget:
+        if (detokenize or params.stop) and self._tokenizer is None:
+            raise DSMoEError("a stream or stop string needs a tokenizer, and this generator has none")
+        seed = seed if params.seed is None else params.seed
+        request = Request(tuple(token_ids), params, seed, prefix, retain_prefix)
+        size = self._cache_bytes(1, bucket(request.max_length))
+        if self._max_cache_bytes is not None and size > self._max_cache_bytes:
             raise DSMoEError(
-                f"a prompt of {len(ids)} tokens and max_new_tokens {asked.max_new_tokens} need {need / 1e9:.3g} GB "
-                f"of key-value cache, and there are {self._budget / 1e9:.3g} GB"
+                f"a prompt of {len(token_ids)} tokens and max_new_tokens {params.max_new_tokens} need {size / 1e9:.3g} "
+                f"GB of KV cache, at most {self._max_cache_bytes / 1e9:.3g} GB are available"
             )
-        answers = [Answer(request, i, self._stream(asked, text)) for i in range(asked.n)]
+        outputs = [Output(request, i, self._detokenizer(params, detokenize)) for i in range(params.n)]
         scaling = self._config.rope_scaling
         if scaling is not None and scaling.type == "dynamic":
-            self._together |= request.most > self._config.max_position_embeddings
-        self._answers[request] = answers
+            self._static |= request.max_length > self._config.max_position_embeddings
+        self._outputs[request] = outputs
         self._waiting.append(request)
-        return answers
+        return outputs
 
     def step(self) -> None:
-        """Read one piece of the prompts that wait, fill free rows, go one token further in all others."""
+        """Prefill one chunk of waiting prompts, fill idle rows, decode one token in all others."""
         with mesh_of(self._params):
-            self._read_prompts()
+            self._prefill_chunk()
             self._fill_rows()
             stepped = self._decode()
-        self._look(unread=1 if stepped else 0)
+        self._collect_tokens(in_flight=1 if stepped else 0)
         if not self.busy:
-            self._rows, self._batch, self._together = [], None, False
+            self._rows, self._batch, self._static = [], None, False
 
-    def cancel(self, answer: Answer) -> None:
-        """End an answer where it stands; its row is free for others."""
-        if not answer.done:
-            answer.finish("cancelled")
-            self._ended(answer)
-            self._ready = collections.deque(one for one in self._ready if one.answer is not answer)
-            if answer.request in self._waiting and all(one.done for one in self._answers[answer.request]):
-                self._waiting.remove(answer.request)
-                del self._answers[answer.request]
+    def cancel(self, output: Output) -> None:
+        """Finish an output with reason "abort" and release its row."""
+        if not output.finished:
+            output.finish("abort")
+            self._finish(output)
+            self._prefilled = collections.deque(one for one in self._prefilled if one.output is not output)
+            if output.request in self._waiting and all(one.finished for one in self._outputs[output.request]):
+                self._waiting.remove(output.request)
+                del self._outputs[output.request]
 
     # --- prompts ---
 
-    def _read_prompts(self) -> None:
-        """One call of the model over prompts, if there are any to read and a row for them."""
-        if self._reading is None and not self._ready and self._waiting:
-            self._reading = self._next_prompts()
-        if (reading := self._reading) is None:
+    def _prefill_chunk(self) -> None:
+        """Call the model once on waiting prompts, if there is room for them."""
+        if self._prefill is None and not self._prefilled and self._waiting:
+            self._prefill = self._next_prefill()
+        if (prefill := self._prefill) is None:
             return
-        piece = [r.ids[reading.done :][: self._piece(reading)] for r in reading.requests]
-        counts = np.array([len(ids) for ids in piece], np.int32)
-        padded = np.zeros((power_of_two(len(piece)), bucket(int(counts.max()))), np.int32)
-        for row, ids in zip(padded, piece, strict=False):
+        chunk = max(len(request.token_ids) for request in prefill.requests) if self._static else self._chunk
+        pieces = [r.token_ids[prefill.num_cached :][:chunk] for r in prefill.requests]
+        counts = np.array([len(ids) for ids in pieces], np.int32)
+        padded = np.zeros((power_of_two(len(pieces)), bucket(int(counts.max()))), np.int32)
+        for row, ids in zip(padded, pieces, strict=False):
             row[: len(ids)] = ids
         counts = np.pad(counts, (0, len(padded) - len(counts)))
-        if reading.cache is None:
-            slots = max(reading.slots, padded.shape[1])
-            logits, cache = programs.prefill(self._graph, slots, self._dtype, self._params, padded, counts)
+        if prefill.cache is None:
+            max_length = max(prefill.max_length, padded.shape[1])
+            logits, cache = programs.prefill(self._graph, max_length, self._dtype, self._params, padded, counts)
         else:
-            logits, cache = programs.extend(self._graph, self._params, reading.cache, padded, counts)
+            logits, cache = programs.extend(self._graph, self._params, prefill.cache, padded, counts)
         self.stats.prompt_tokens += int(counts.sum())
-        reading.cache, reading.done = cache, reading.done + int(counts[0])
-        if len(reading.requests) > 1 or reading.done == len(reading.requests[0].ids):
-            self._reading = None
-            for row, request in enumerate(reading.requests):
-                waiting = [one for one in self._answers.pop(request) if not one.done]
-                self._ready.extend(_Ready(answer, cache, logits, row) for answer in waiting)
+        prefill.cache, prefill.num_cached = cache, prefill.num_cached + int(counts[0])
+        if len(prefill.requests) > 1 or prefill.num_cached == len(prefill.requests[0].token_ids):
+            self._prefill = None
+            for row, request in enumerate(prefill.requests):
+                outputs = [one for one in self._outputs.pop(request) if not one.finished]
+                self._prefilled.extend(_Prefilled(output, cache, logits, row) for output in outputs)
 
-    def _next_prompts(self) -> _Reading | None:
-        """The first that wait, as many as may be read at once; None if there is no row for them."""
-        if not self._has_room(self._waiting[0]) or (self._together and any(self._rows)):
+    def _next_prefill(self) -> _Prefill | None:
+        """Take the first waiting requests, as many as fit into one call; None if there is no room for them."""
+        if not self._has_room(self._waiting[0]) or (self._static and any(self._rows)):
             return None
         first = self._waiting.popleft()
-        reading = _Reading([first])
-        if not self._together and (first.prefix is not None or len(first.ids) > self._chunk):
-            self._begin_long(reading)
-            return reading
-        rows, longest = first.asked.n, len(first.ids)
+        prefill = _Prefill([first])
+        if not self._static and (first.prefix is not None or len(first.token_ids) > self._chunk):
+            self._start_chunked(prefill)
+            return prefill
+        rows, longest = first.params.n, len(first.token_ids)
         while self._waiting:
             other = self._waiting[0]
-            rows, longest = rows + other.asked.n, max(longest, len(other.ids))
-            tokens = power_of_two(len(reading.requests) + 1) * bucket(longest)
-            fits = rows <= self._most_rows - sum(row is not None for row in self._rows)
-            if not fits or not (self._together or (tokens <= self._chunk and other.prefix is None)):
+            rows, longest = rows + other.params.n, max(longest, len(other.token_ids))
+            tokens = power_of_two(len(prefill.requests) + 1) * bucket(longest)
+            fits = rows <= self._max_rows - sum(row is not None for row in self._rows)
+            if not fits or not (self._static or (tokens <= self._chunk and other.prefix is None)):
                 break
-            reading.requests.append(self._waiting.popleft())
-        return reading
+            prefill.requests.append(self._waiting.popleft())
+        return prefill
 
-    def _begin_long(self, reading: _Reading) -> None:
-        """A prompt in pieces: room for all of it, and what of it is known already."""
-        (request,) = reading.requests
-        known = 0 if request.prefix is None else request.prefix.shared_with(request.ids)
-        rest = (len(request.ids) - known - 1) % self._chunk + 1
-        reading.slots = bucket(len(request.ids) - rest + bucket(rest))
+    def _start_chunked(self, prefill: _Prefill) -> None:
+        """Allocate the cache of a whole prompt and copy the part that its prefix has."""
+        (request,) = prefill.requests
+        known = 0 if request.prefix is None else request.prefix.match(request.token_ids)
+        last = (len(request.token_ids) - known - 1) % self._chunk + 1  # tokens of the last chunk
+        prefill.max_length = bucket(len(request.token_ids) - last + bucket(last))
         if known and request.prefix is not None:
             length = np.int32(known)
-            reading.cache = programs.copy_row(reading.slots, request.prefix.cache, np.int32(0), length)
-            reading.done = known
+            prefill.cache = programs.copy_row(prefill.max_length, request.prefix.cache, np.int32(0), length)
+            prefill.num_cached = known
             self.stats.reused_tokens += known
-
-    def _piece(self, reading: _Reading) -> int:
-        return max(len(request.ids) for request in reading.requests) if self._together else self._chunk
 
     # --- rows ---
 
     def _fill_rows(self) -> None:
-        """Prompts that were read go into free rows, each with its first token."""
-        while self._ready and self._has_room(self._ready[0].answer.request):
-            ready = self._ready.popleft()
+        """Insert prefilled prompts into idle rows and sample the first token of each."""
+        while self._prefilled and self._has_room(self._prefilled[0].output.request):
+            ready = self._prefilled.popleft()
             self._grow(ready)
-            row, answer, asked = self._rows.index(None), ready.answer, ready.answer.request.asked
+            row, output, request = self._rows.index(None), ready.output, ready.output.request
             assert self._batch is not None
-            one = (asked, answer.request.seed, answer.index)
-            tally_row = None if self._batch.tally is None else _tally_row(answer.request)
-            chosen, self._batch = programs.insert(
-                self._top([answer]), self._give_away(), self._token, np.int32(row), ready.cache, ready.logits,
-                np.int32(ready.row), Sampler.of([one], self._config.vocab_size), tally_row,
+            one = (request.params, request.seed, output.index)
+            penalty_row = None if self._batch.penalties is None else _penalty_row(request)
+            sampled, self._batch = programs.insert(
+                self._num_logprobs([output]), self._take_batch(), self._token, np.int32(row), ready.cache, ready.logits,
+                np.int32(ready.row), Sampler.of([one], self._config.vocab_size), penalty_row,
             )  # fmt: skip
-            self._rows[row], self._token, self._changed = answer, chosen.token, True
-            answer.chosen = 1
-            self._unread.append((chosen, [(row, 0, answer)]))
-            if answer.chosen == asked.max_new_tokens:
-                self._release(answer)
+            self._rows[row], self._token, self._sampler_stale = output, sampled.token, True
+            output.num_sampled = 1
+            self._in_flight.append((sampled, [(row, 0, output)]))
+            if output.num_sampled == request.params.max_new_tokens:
+                self._release(output)
 
     def _has_room(self, request: Request) -> bool:
-        """Whether one more row may be taken, by number and by memory; one alone always may."""
-        busy = [answer for answer in self._rows if answer is not None]
-        return not busy or (len(busy) < self._most_rows and self._affordable(len(busy) + 1, request, busy))
+        """Return whether one more row fits, by number and memory; a single one always does."""
+        active = [output for output in self._rows if output is not None]
+        return not active or (len(active) < self._max_rows and self._fits_memory(len(active) + 1, request, active))
 
-    def _affordable(self, rows: int, request: Request, busy: Sequence[Answer]) -> bool:
-        """Whether the cache of so many rows stays within its bounds to the end of all answers."""
-        slots = bucket(max(one.most for one in (request, *(answer.request for answer in busy))))
-        rows = max(min(power_of_two(rows), self._most_rows), len(self._rows))
-        return self._budget is None or self._bytes(rows, slots) <= self._budget
+    def _fits_memory(self, rows: int, request: Request, active: Sequence[Output]) -> bool:
+        """Return whether the cache of so many rows stays within its bound until all outputs are finished."""
+        longest = bucket(max(one.max_length for one in (request, *(output.request for output in active))))
+        rows = max(min(power_of_two(rows), self._max_rows), len(self._rows))
+        return self._max_cache_bytes is None or self._cache_bytes(rows, longest) <= self._max_cache_bytes
 
-    def _grow(self, ready: _Ready) -> None:
-        """Make the batch large enough for one more row, and for those that will soon follow."""
-        busy = [answer for answer in self._rows if answer is not None]
-        request = ready.answer.request
-        rows = len(busy) + 1 + len(self._ready) + sum(request.asked.n for request in self._waiting)
-        while rows > len(busy) + 1 and not self._affordable(rows, request, busy):
+    def _grow(self, ready: _Prefilled) -> None:
+        """Resize the batch for one more row, and for those that will soon follow."""
+        active = [output for output in self._rows if output is not None]
+        request = ready.output.request
+        rows = len(active) + 1 + len(self._prefilled) + sum(request.params.n for request in self._waiting)
+        while rows > len(active) + 1 and not self._fits_memory(rows, request, active):
             rows = power_of_two(rows) // 2
-        length = max([len(request.ids) + _ahead(ready.answer), *(a.held + _ahead(a) for a in busy)])
-        slots = max(bucket(length), ready.cache.slots, self._batch.cache.slots if self._batch else 0)
-        self._resize(max(min(power_of_two(rows), self._most_rows), len(self._rows)), slots)
-        if request.asked.adjusts_logits and self._batch is not None and self._batch.tally is None:
-            self._batch = self._batch._replace(tally=Tally.empty(len(self._rows), self._config.vocab_size))
+        length = max(
+            [len(request.token_ids) + _lookahead(ready.output), *(a.num_cached + _lookahead(a) for a in active)]
+        )
+        max_length = max(bucket(length), ready.cache.slots, self._batch.cache.slots if self._batch else 0)
+        self._resize(max(min(power_of_two(rows), self._max_rows), len(self._rows)), max_length)
+        if request.params.adjusts_logits and self._batch is not None and self._batch.penalties is None:
+            penalties = PenaltyState.empty(len(self._rows), self._config.vocab_size)
+            self._batch = self._batch._replace(penalties=penalties)
 
-    def _resize(self, rows: int, slots: int) -> None:
-        """The batch with so many rows and slots; what it holds is moved."""
-        taken = self._bytes(rows, slots)
-        if taken > self.stats.cache_bytes:
-            self.stats.cache_bytes = taken
-            _log.info("key-value cache: %d rows of %d tokens take %.3g GB", rows, slots, taken / 1e9)
+    def _resize(self, rows: int, max_length: int) -> None:
+        """Copy the batch into one of so many rows and tokens per row."""
+        size = self._cache_bytes(rows, max_length)
+        if size > self.stats.cache_bytes:
+            self.stats.cache_bytes = size
+            _log.info("KV cache: %d × %d tokens, %.3g GB", rows, max_length, size / 1e9)
         if self._batch is None:
-            self._batch = Batch(programs.empty(self._config, rows, slots, self._dtype), None)
+            self._batch = Batch(programs.empty(self._config, rows, max_length, self._dtype), None)
             self._rows, self._token = [None] * rows, np.zeros(rows, np.int32)
-        elif (rows, slots) != (len(self._rows), self._batch.cache.slots):
-            order = [min(row, len(self._rows) - 1) for row in range(rows)]
-            self._token, self._batch = programs.move(slots, self._batch, self._token, np.array(order, np.int32))
+        elif (rows, max_length) != (len(self._rows), self._batch.cache.slots):
+            old = np.minimum(np.arange(rows, dtype=np.int32), len(self._rows) - 1)
+            self._token, self._batch = programs.gather_rows(max_length, self._batch, self._token, old)
             self._rows += [None] * (rows - len(self._rows))
         else:
             return
-        self._changed = True
+        self._sampler_stale = True
 
-    def _give_away(self) -> Batch:
-        """The batch, for a program that updates it in place; should that be interrupted, it is gone."""
+    def _take_batch(self) -> Batch:
+        """Return the batch to donate it; if the call is interrupted, the batch is lost."""
         batch, self._batch = self._batch, None
         assert batch is not None
         return batch
 
-    def _release(self, answer: Answer) -> None:
-        """Its row is free; in what is answered together, only once all have ended."""
-        if answer not in self._rows or self._batch is None:
+    def _release(self, output: Output) -> None:
+        """Make the row of an output idle; those of a static batch only once all are finished."""
+        if output not in self._rows or self._batch is None:
             return
-        row = self._rows.index(answer)
-        # Keys that dynamic NTK has stretched hold for their own length alone: nobody can go on from them.
-        if answer.request.keep and answer.index == 0 and answer.prefix is None and not self._together:
-            slots = self._batch.cache.slots
-            cache = programs.copy_row(slots, self._batch.cache, np.int32(row), np.int32(answer.held))
-            answer.prefix = Prefix((), cache)  # its tokens are known once all have been looked at
-        if not self._together:
+        row = self._rows.index(output)
+        # Keys rotated by dynamic NTK are valid for their own length alone and cannot be reused.
+        if output.request.retain_prefix and output.index == 0 and output.prefix is None and not self._static:
+            max_length = self._batch.cache.slots
+            cache = programs.copy_row(max_length, self._batch.cache, np.int32(row), np.int32(output.num_cached))
+            output.prefix = Prefix((), cache)  # `_finish` adds the tokens, once all are read back
+        if not self._static:
             self._rows[row] = None
-        elif all(one is None or one.done for one in self._rows):
+        elif all(one is None or one.finished for one in self._rows):
             self._rows = [None] * len(self._rows)
-        self._changed = True
+        self._sampler_stale = True
 
     # --- tokens ---
 
     def _decode(self) -> bool:
-        """Ask for one token more in every row; False if there is none."""
-        busy = [(row, answer) for row, answer in enumerate(self._rows) if answer is not None]
-        if not busy or self._batch is None:
+        """Dispatch one decode step; returns False if no row is active."""
+        active = [(row, output) for row, output in enumerate(self._rows) if output is not None]
+        if not active or self._batch is None:
             return False
-        if max(answer.held for _, answer in busy) + 1 > self._batch.cache.slots:
-            self._resize(len(self._rows), bucket(max(answer.held + _ahead(answer) for _, answer in busy)))
-        if self._changed:
-            rows = [(None, 0, 0) if a is None else (a.request.asked, a.request.seed, a.index) for a in self._rows]
-            self._sampler, self._changed = Sampler.of(rows, self._config.vocab_size), False
-        active = np.array([answer is not None for answer in self._rows])
-        drawn = np.array([0 if answer is None else answer.chosen for answer in self._rows], np.int32)
-        chosen, self._batch = programs.step(
-            self._graph, self._top([answer for _, answer in busy]), self._params, self._give_away(), self._token,
-            active, self._sampler, drawn,
+        if max(output.num_cached for _, output in active) + 1 > self._batch.cache.slots:
+            length = bucket(max(output.num_cached + _lookahead(output) for _, output in active))
+            self._resize(len(self._rows), length)
+        if self._sampler_stale:
+            rows = [(None, 0, 0) if o is None else (o.request.params, o.request.seed, o.index) for o in self._rows]
+            self._sampler, self._sampler_stale = Sampler.of(rows, self._config.vocab_size), False
+        mask = np.array([output is not None for output in self._rows])
+        num_sampled = np.array([0 if output is None else output.num_sampled for output in self._rows], np.int32)
+        sampled, self._batch = programs.step(
+            self._graph, self._num_logprobs([output for _, output in active]), self._params, self._take_batch(),
+            self._token, mask, self._sampler, num_sampled,
         )  # fmt: skip
-        self._token = chosen.token
+        self._token = sampled.token
         self.stats.steps += 1
         self.stats.row_steps += len(self._rows)
-        self.stats.busy_row_steps += len(busy)
-        self._unread.append((chosen, [(row, row, answer) for row, answer in busy]))
-        for _, answer in busy:
-            answer.chosen += 1
-            if answer.chosen == answer.request.asked.max_new_tokens:
-                self._release(answer)
+        self.stats.active_row_steps += len(active)
+        self._in_flight.append((sampled, [(row, row, output) for row, output in active]))
+        for _, output in active:
+            output.num_sampled += 1
+            if output.num_sampled == output.request.params.max_new_tokens:
+                self._release(output)
         return True
 
-    def _look(self, unread: int) -> None:
-        """Take what the device has chosen, but for the newest `unread` calls."""
-        while len(self._unread) > unread:
-            chosen, rows = self._unread.popleft()
-            tokens, logprobs = jax.device_get((chosen.token, chosen.logprobs))
-            for row, index, answer in rows:
-                if not answer.done:
-                    answer.take(int(tokens[row]), _logprob(answer, logprobs, index), self._eos)
-                    if answer.done:
-                        self._ended(answer)
+    def _collect_tokens(self, in_flight: int) -> None:
+        """Read back sampled tokens of all calls but the newest `in_flight`."""
+        while len(self._in_flight) > in_flight:
+            sampled, rows = self._in_flight.popleft()
+            tokens, logprobs = jax.device_get((sampled.token, sampled.logprobs))
+            for row, index, output in rows:
+                if not output.finished:
+                    output.append(int(tokens[row]), _token_logprob(output, logprobs, index), self._eos)
+                    if output.finished:
+                        self._finish(output)
 
-    def _ended(self, answer: Answer) -> None:
-        self._release(answer)
-        if answer.prefix is not None:
-            answer.prefix = answer.prefix._replace(ids=(*answer.request.ids, *answer.tokens))
+    def _finish(self, output: Output) -> None:
+        self._release(output)
+        if output.prefix is not None:
+            token_ids = (*output.request.token_ids, *output.token_ids)
+            output.prefix = output.prefix._replace(token_ids=token_ids)
 
-    # --- small things ---
+    # --- helpers ---
 
-    def _bytes(self, rows: int, slots: int) -> int:
-        return cache_bytes(self._config, rows, slots, dtype=self._dtype, mesh=self._mesh)
+    def _cache_bytes(self, rows: int, max_length: int) -> int:
+        return cache_bytes(self._config, rows, max_length, dtype=self._dtype, mesh=self._mesh)
 
-    def _stream(self, asked: SamplingParams, wanted: bool) -> TextStream | None:
-        if not (wanted or asked.stop) or self._tokenizer is None:
+    def _detokenizer(self, params: SamplingParams, detokenize: bool) -> Detokenizer | None:
+        if not (detokenize or params.stop) or self._tokenizer is None:
             return None
-        return TextStream(self._tokenizer.decode_stream(), asked.stop)
+        return Detokenizer(self._tokenizer.decode_stream(), params.stop)
 
-    def _top(self, answers: Sequence[Answer]) -> int | None:
-        """How many log-probabilities a call reports: few values, as each is a program."""
-        wanted = [answer.request.asked.logprobs for answer in answers]
-        known = [most for most in wanted if most is not None]
-        return min(_TOP, self._config.vocab_size) if any(known) else 0 if known else None
-
-
-def _tally_row(request: Request) -> tuple[Any, ...]:
-    """The arguments of `Tally.with_row`, the prompt padded."""
-    ids = np.zeros(bucket(len(request.ids)), np.int32)
-    ids[: len(request.ids)] = request.ids
-    return ids, np.int32(len(request.ids)), *adjustments(request.asked)
+    def _num_logprobs(self, outputs: Sequence[Output]) -> int | None:
+        """Return how many log-probabilities to compute: one of three values, as each is a program."""
+        requested = [one for output in outputs if (one := output.request.params.logprobs) is not None]
+        return min(_TOP_LOGPROBS, self._config.vocab_size) if any(requested) else 0 if requested else None
 
 
-def _ahead(answer: Answer) -> int:
-    """How many tokens more an answer should find room for."""
-    return max(1, min(answer.request.asked.max_new_tokens - answer.chosen, _LOOK_AHEAD))
+def _penalty_row(request: Request) -> tuple[Any, ...]:
+    """Return the arguments of `PenaltyState.reset_row`, the prompt padded."""
+    ids = np.zeros(bucket(len(request.token_ids)), np.int32)
+    ids[: len(request.token_ids)] = request.token_ids
+    return ids, np.int32(len(request.token_ids)), *penalty_arrays(request.params)
 
 
-def _logprob(answer: Answer, logprobs: Any, index: int) -> TokenLogprob | None:
-    wanted = answer.request.asked.logprobs
-    if wanted is None or logprobs is None:
+def _lookahead(output: Output) -> int:
+    """Return how many more tokens of an output to allocate."""
+    return max(1, min(output.request.params.max_new_tokens - output.num_sampled, _LOOKAHEAD))
+
+
+def _token_logprob(output: Output, logprobs: Any, index: int) -> TokenLogprob | None:
+    count = output.request.params.logprobs
+    if count is None or logprobs is None:
         return None
-    top = zip(logprobs.top_ids[index][:wanted].tolist(), logprobs.top[index][:wanted].tolist(), strict=True)
+    top = zip(logprobs.top_ids[index][:count].tolist(), logprobs.top[index][:count].tolist(), strict=True)
     return TokenLogprob(float(logprobs.token[index]), dict(top))

@@ -1,4 +1,4 @@
-"""How much memory generation takes on each device, from the config alone: `MemoryPlan.of`."""
+"""Memory of generation per device, computed from the config alone: `MemoryPlan.of`."""
 
 import functools
 import math
@@ -23,20 +23,27 @@ from dsmoe_jax.sharding import MeshConfig, as_mesh
 
 
 class MemoryPlan(NamedTuple):
-    """Bytes on each device."""
+    """Bytes per device.
+
+    Attributes:
+        weights: Parameters of the model.
+        cache: KV cache of the batch.
+        prompt_cache: KV cache of a prompt during prefill.
+        activations: Intermediate values of one prefill call, which needs more than a decode step.
+    """
 
     weights: int
-    cache: int  # of all rows
-    piece: int  # of a prompt that is being read, until it has a row
-    work: int  # intermediate values while a prompt is read, more than a decode step has
+    cache: int
+    prompt_cache: int
+    activations: int
 
     @property
     def total(self) -> int:
-        """All of it at once."""
+        """The sum."""
         return sum(self)
 
     def __str__(self) -> str:
-        """One line for a person, in GB."""
+        """Return one line in GB."""
         parts = zip(self._fields, self, strict=True)
         return f"{self.total / 1e9:.3g} GB: " + ", ".join(f"{name} {size / 1e9:.3g}" for name, size in parts)
 
@@ -45,75 +52,96 @@ class MemoryPlan(NamedTuple):
         cls,
         config: ModelConfig,
         *,
-        rows: int,
-        slots: int,
+        batch_size: int,
+        max_length: int,
         dtype: Any | Mapping[str, Any] = jnp.bfloat16,
         cache_dtype: Any = None,
         quantize: str | None = None,
         prefill_chunk: int = 512,
         mesh: Mesh | MeshConfig | None = None,
-        widened: bool = False,
+        upcast: bool = False,
     ) -> "MemoryPlan":
-        """What a `Generator` takes for `rows` answers of up to `slots` tokens, prompt included.
+        """Compute the memory of a `Generator`.
 
-        `dtype` is that of the weights, one for all or each by its name (`convert.stored_dtypes`), and of the cache
-        unless `cache_dtype` says otherwise; `quantize` is a key of `SCHEMES`; `widened` says that weights outside the
-        routed experts are kept in fp32, as on CPUs. `work` is a formula found from compiled programs: six states a
-        layer and token of a piece, and twice its scores, in fp32. Raises `ValueError` for another scheme.
+        Args:
+            config: Config of the model.
+            batch_size: Outputs generated at once.
+            max_length: Tokens of prompt and output together.
+            dtype: Dtype of the weights, one for all or by name (`convert.stored_dtypes`).
+            cache_dtype: Dtype of keys and values; default: that of the weights.
+            quantize: Quantization scheme, a key of `SCHEMES`.
+            prefill_chunk: Tokens of a prompt per call of the model.
+            mesh: Mesh the model is sharded over.
+            upcast: Whether weights outside the routed experts are in fp32, as on CPU.
+
+        Returns:
+            Bytes per device. `activations` is fitted to compiled programs: six hidden states per layer and token of a
+            chunk plus twice its attention scores, in fp32.
+
+        Raises:
+            DSMoEError: `quantize` is not a scheme.
         """
         if quantize is not None and quantize not in SCHEMES:
-            raise DSMoEError(f"scheme {quantize!r} is not one of {', '.join(SCHEMES)}")
+            raise DSMoEError(f"quantize must be one of {', '.join(SCHEMES)}, got {quantize!r}")
         mesh = as_mesh(mesh)
-        dtype_of = dtype if isinstance(dtype, Mapping) else dict.fromkeys(abstract(config)[1], dtype)
-        widen = lambda own: jnp.float32 if widened and jnp.dtype(own).itemsize < 4 else own  # noqa: E731
-        places, weights = shardings(config, mesh), 0
+        dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(abstract(config)[1], dtype)
+        widen = lambda own: jnp.float32 if upcast and jnp.dtype(own).itemsize < 4 else own  # noqa: E731
+        sharding, weights = shardings(config, mesh), 0
         for name, spec in abstract(config)[1].items():
-            own = dtype_of[name] if ".experts." in name else widen(dtype_of[name])
+            own = dtypes[name] if ".experts." in name else widen(dtypes[name])
             embedding = name == "embed" and not config.tie_word_embeddings
+            shape = sharding[name].shard_shape(spec.shape)
             if quantize is not None and (embedding or kind_of(name)):
-                scheme = "int8" if embedding else quantize
-                weights += _quantized_bytes(places[name].shard_shape(spec.shape), scheme)
+                weights += _quantized_bytes(shape, "int8" if embedding else quantize)
             else:
-                weights += math.prod(places[name].shard_shape(spec.shape)) * jnp.dtype(own).itemsize
-        cached = widen(dtype_of["norm.weight"]) if cache_dtype is None else cache_dtype
-        of_rows = functools.partial(cache_bytes, config, dtype=cached, mesh=mesh)
-        piece = min(prefill_chunk, slots)
-        states, scores = 6 * config.num_hidden_layers * config.hidden_size, 2 * config.num_attention_heads * slots
-        return cls(weights, of_rows(rows, slots), of_rows(1, slots), 4 * piece * (states + scores))
+                weights += math.prod(shape) * jnp.dtype(own).itemsize
+        cache_dtype = widen(dtypes["norm.weight"]) if cache_dtype is None else cache_dtype
+        cache, prompt_cache = (
+            cache_bytes(config, rows, max_length, dtype=cache_dtype, mesh=mesh) for rows in (batch_size, 1)
+        )
+        chunk = min(prefill_chunk, max_length)
+        states, scores = 6 * config.num_hidden_layers * config.hidden_size, 2 * config.num_attention_heads * max_length
+        return cls(weights, cache, prompt_cache, 4 * chunk * (states + scores))
 
 
 @functools.lru_cache(maxsize=1024)
-def cache_bytes(config: ModelConfig, rows: int, slots: int, *, dtype: Any, mesh: Mesh | None = None) -> int:
-    """The bytes of a cache on each device."""
-    cache = jax.eval_shape(lambda: KVCache.empty(config, rows, slots, dtype))
-    whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers))
-    ways = 1 if mesh is None else mesh.size
-    return whole if (rows * config.num_kv_heads) % ways else whole // ways
+def cache_bytes(config: ModelConfig, batch_size: int, max_length: int, *, dtype: Any, mesh: Mesh | None = None) -> int:
+    """Return the bytes of a KV cache per device.
+
+    Args:
+        config: Config of the model.
+        batch_size: Rows of the cache.
+        max_length: Tokens per row.
+        dtype: Dtype of keys and values.
+        mesh: Mesh the cache is sharded over.
+    """
+    cache = jax.eval_shape(lambda: KVCache.empty(config, batch_size, max_length, dtype))
+    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers))
+    devices = 1 if mesh is None else mesh.size
+    return total if (batch_size * config.num_kv_heads) % devices else total // devices
 
 
 def device_bytes() -> int | None:
-    """The memory that JAX may use on a device, less what it uses already; None where it does not say (CPUs)."""
+    """Return the free memory of a device in bytes; None if the backend does not report it (CPU)."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
 
 
 def weight_dtypes(path: Path, config: ModelConfig) -> Mapping[str, Any]:
-    """The dtype of each stored parameter, from the tensors; from the config where a tensor is missing."""
-    said = DTYPES.get(config.torch_dtype or "", jnp.float32)
+    """Return the dtype of each parameter as stored, or that of the config for a missing tensor."""
+    default = DTYPES.get(config.torch_dtype or "", jnp.float32)
     try:
         if is_native(path):
-            found = {
-                name: np.dtype(tensor["dtype"]) for name, tensor in read_manifest(path, verify=False).tensors.items()
-            }
+            tensors = read_manifest(path, verify=False).tensors
+            stored = {name: np.dtype(tensor["dtype"]) for name, tensor in tensors.items()}
         else:
-            found = stored_dtypes(path)
-    except ValueError:  # loading says what is wrong
-        found = {}
-    return {name: found.get(name, said) for name in abstract(config)[1]}
+            stored = stored_dtypes(path)
+    except ValueError:  # `load` reports it
+        stored = {}
+    return {name: stored.get(name, default) for name in abstract(config)[1]}
 
 
 @functools.lru_cache(maxsize=256)
 def _quantized_bytes(shape: tuple[int, ...], scheme: str) -> int:
-    """Of one weight."""
     leaves = jax.tree.leaves(quantized_spec(shape, scheme))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)

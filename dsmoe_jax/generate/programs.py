@@ -1,7 +1,7 @@
-"""What runs on the device: read prompts, put a row into the batch, go one token further, move rows.
+"""The jitted functions of generation: `prefill`, `extend`, `insert`, `step`, and operations on rows of the batch.
 
-Shapes are static: lengths come in buckets (`bucket`), rows in powers of two, so that few programs serve all requests.
-A batch is a `Batch` of R rows, of which some may be free: a free row visits no expert and its cache does not grow.
+Shapes are static. Lengths are padded to buckets (`bucket`) and the batch size to powers of two, so that few programs
+are compiled. A `Batch` has R rows, some of them idle: an idle row is not routed and its cache does not grow.
 """
 
 import functools
@@ -12,22 +12,32 @@ import jax.numpy as jnp
 
 from dsmoe_jax.axes import Array, Bool, Float, Int
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.generate.sampling import Logprobs, Sampler, Tally, choose, log_probabilities
+from dsmoe_jax.generate.sampling import Logprobs, PenaltyState, Sampler, log_probabilities, sample_tokens
 from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.model import merge
 from dsmoe_jax.sharding import constrain
 
 
 class Batch(NamedTuple):
-    """R rows that are being answered: what `step` takes and gives, updated in place."""
+    """State of R rows, donated to `step` and updated in place.
+
+    Attributes:
+        cache: Keys and values.
+        penalties: Biases and penalties; None while no request has any.
+    """
 
     cache: KVCache
-    tally: Tally | None  # what penalties and biases need; None while nobody asks for them
+    penalties: PenaltyState | None
 
 
-class Chosen(NamedTuple):
-    """The newest token of each row, and its log-probabilities if anybody asked. Not part of `Batch`: the host reads it
-    while the next step runs.
+class SampledTokens(NamedTuple):
+    """The newest token of each row.
+
+    Not part of `Batch`, which is donated: the host reads it while the next step runs.
+
+    Attributes:
+        token: Token ids.
+        logprobs: Log-probabilities, if any request has `logprobs`.
     """
 
     token: Int[Array, "R"]
@@ -35,7 +45,7 @@ class Chosen(NamedTuple):
 
 
 def bucket(length: int) -> int:
-    """The next size of the form 2ᵏ or 1.5·2ᵏ, at least 16: two programs an octave, at most a third of it padding."""
+    """Return the next size 2ᵏ or 1.5·2ᵏ, at least 16: two programs per octave, at most a third of it padding."""
     power = 16
     while power < length:
         if length <= power * 3 // 2:
@@ -45,35 +55,52 @@ def bucket(length: int) -> int:
 
 
 def power_of_two(count: int) -> int:
-    """The next power of two."""
+    """Return the next power of two."""
     return 1 << max(count - 1, 0).bit_length()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def prefill(
-    graph: Any, slots: int, dtype: Any, params: dict[str, Any], token_ids: Int[Array, "P T"], counts: Int[Array, "P"]
+    graph: Any,
+    max_length: int,
+    dtype: Any,
+    params: dict[str, Any],
+    token_ids: Int[Array, "P T"],
+    counts: Int[Array, "P"],
 ) -> tuple[Float[Array, "P V"], KVCache]:
-    """Read prompts, or their first pieces, into a new cache; returns the logits after each one's last token."""
+    """Run the model on prompts, or on their first chunks, with a new cache.
+
+    Args:
+        graph: Graph of the model (`model.split`).
+        max_length: Tokens per row of the cache.
+        dtype: Dtype of the cache.
+        params: Parameters of the model.
+        token_ids: Prompts, padded on the right.
+        counts: Their lengths without padding.
+
+    Returns:
+        The logits after the last token of each prompt, and the cache.
+    """
     model = merge(graph, params)
-    cache = KVCache.empty(model.config, len(token_ids), slots, dtype)
-    # Dynamic NTK goes by the longest prompt of the batch, as in transformers; the bucket is none of its business.
-    return _read(model, cache, token_ids, counts, counts.max(), first=True)
+    cache = KVCache.empty(model.config, len(token_ids), max_length, dtype)
+    # Dynamic NTK depends on the longest prompt of the batch, as in transformers, not on the bucket.
+    return _prefill(model, cache, token_ids, counts, counts.max(), first=True)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def extend(
     graph: Any, params: dict[str, Any], cache: KVCache, token_ids: Int[Array, "P T"], counts: Int[Array, "P"]
 ) -> tuple[Float[Array, "P V"], KVCache]:
-    """Read the next pieces of prompts behind what their rows hold."""
+    """Run the model on the next chunks of prompts; arguments and result as in `prefill`."""
     model = merge(graph, params)
-    return _read(model, cache, token_ids, counts, (cache.lengths + counts).max(), first=False)
+    return _prefill(model, cache, token_ids, counts, (cache.lengths + counts).max(), first=False)
 
 
-def _read(
+def _prefill(
     model: Any, cache: KVCache, token_ids: Array, counts: Array, rope_length: Array, *, first: bool
 ) -> tuple[Float[Array, "P V"], KVCache]:
-    real = jnp.arange(token_ids.shape[1])[None, :] < counts[:, None]
-    hidden = model.hidden(token_ids, real, cache=cache.placed(), prefill=first, rope_length=rope_length)
+    valid = jnp.arange(token_ids.shape[1])[None, :] < counts[:, None]
+    hidden = model.hidden(token_ids, valid, cache=cache.placed(), prefill=first, rope_length=rope_length)
     last = jnp.take_along_axis(hidden.last_hidden_state, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
     assert hidden.cache is not None
     return model.logits(last), hidden.cache.placed()
@@ -88,16 +115,32 @@ def step(
     token: Int[Array, "R"],
     active: Bool[Array, "R"],
     sampler: Sampler | None,
-    drawn: Int[Array, "R"],
-) -> tuple[Chosen, Batch]:
-    """One token further in every active row; `top` log-probabilities of each are reported, None: none at all."""
+    num_sampled: Int[Array, "R"],
+) -> tuple[SampledTokens, Batch]:
+    """Decode one token per active row.
+
+    Args:
+        graph: Graph of the model (`model.split`).
+        top: Most likely tokens per row to return log-probabilities of; None: no log-probabilities at all.
+        params: Parameters of the model.
+        batch: State, donated.
+        token: The newest token of each row.
+        active: False for idle rows.
+        sampler: Sampling parameters; None: all rows are greedy.
+        num_sampled: Tokens that each row has sampled before.
+
+    Returns:
+        The sampled tokens and the new state.
+    """
     model = merge(graph, params)
     cache = batch.cache
     longest = jnp.where(active, cache.lengths, 0).max() + 1
     hidden = model.hidden(token[:, None], active[:, None], cache=cache.placed(), rope_length=longest)
     assert hidden.cache is not None
-    chosen, tally = _choose(model.logits(hidden.last_hidden_state[:, 0]), batch.tally, top, active, sampler, drawn)
-    return chosen, Batch(hidden.cache.placed(), tally)
+    sampled, penalties = _sample(
+        model.logits(hidden.last_hidden_state[:, 0]), batch.penalties, top, active, sampler, num_sampled
+    )
+    return sampled, Batch(hidden.cache.placed(), penalties)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -106,52 +149,68 @@ def insert(
     batch: Batch,
     token: Int[Array, "R"],
     row: Int[Array, ""],
-    piece: KVCache,
+    prompt_cache: KVCache,
     logits: Float[Array, "P V"],
-    piece_row: Int[Array, ""],
+    prompt_row: Int[Array, ""],
     sampler: Sampler | None,
-    tally_row: tuple[Array, ...] | None,
-) -> tuple[Chosen, Batch]:
-    """Put a prompt that was read into a free row and choose its first token; `sampler` is that row's alone."""
-    one, cache = row[None], batch.cache.put(row, piece, piece_row)
-    tally = None if batch.tally is None or tally_row is None else batch.tally.with_row(row, *tally_row)
-    own = None if tally is None else tally.rows(one)
-    drawn, active = jnp.zeros(1, jnp.int32), jnp.ones(1, bool)
-    chosen, own = _choose(logits[piece_row][None], own, top, active, sampler, drawn)
-    if tally is not None and own is not None:
-        tally = jax.tree.map(lambda all_rows, mine: all_rows.at[row].set(mine[0]), tally, own)
-    return Chosen(token.at[row].set(chosen.token[0]), chosen.logprobs), Batch(cache.placed(), tally)
+    penalty_row: tuple[Array, ...] | None,
+) -> tuple[SampledTokens, Batch]:
+    """Insert a prefilled prompt into an idle row and sample its first token.
+
+    Args:
+        top: As in `step`.
+        batch: State, donated.
+        token: The newest token of each row.
+        row: The idle row.
+        prompt_cache: Cache from `prefill` or `extend`.
+        logits: Logits from the same call.
+        prompt_row: The row of the prompt in both.
+        sampler: Sampling parameters of this row alone.
+        penalty_row: Arguments of `PenaltyState.reset_row`.
+
+    Returns:
+        The newest token of every row, with log-probabilities of the new one alone, and the new state.
+    """
+    one, cache = row[None], batch.cache.put(row, prompt_cache, prompt_row)
+    penalties = batch.penalties
+    penalties = None if penalties is None or penalty_row is None else penalties.reset_row(row, *penalty_row)
+    own = None if penalties is None else penalties.take(one)
+    num_sampled, active = jnp.zeros(1, jnp.int32), jnp.ones(1, bool)
+    sampled, own = _sample(logits[prompt_row][None], own, top, active, sampler, num_sampled)
+    if penalties is not None and own is not None:
+        penalties = jax.tree.map(lambda rows, new: rows.at[row].set(new[0]), penalties, own)
+    return SampledTokens(token.at[row].set(sampled.token[0]), sampled.logprobs), Batch(cache.placed(), penalties)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def empty(config: ModelConfig, rows: int, slots: int, dtype: Any) -> KVCache:
-    """A cache of free rows."""
-    return KVCache.empty(config, rows, slots, dtype).placed()
+def empty(config: ModelConfig, rows: int, max_length: int, dtype: Any) -> KVCache:
+    """Return an empty cache."""
+    return KVCache.empty(config, rows, max_length, dtype).placed()
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def copy_row(slots: int, cache: KVCache, row: Int[Array, ""], length: Int[Array, ""]) -> KVCache:
-    """The first `length` tokens of one row as a cache of its own, with room for `slots`."""
-    return cache.rows(row[None], slots)._replace(lengths=length[None]).placed()
+def copy_row(max_length: int, cache: KVCache, row: Int[Array, ""], length: Int[Array, ""]) -> KVCache:
+    """Copy the first `length` tokens of a row into a new cache of `max_length` tokens."""
+    return cache.rows(row[None], max_length)._replace(lengths=length[None]).placed()
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def move(slots: int, batch: Batch, token: Int[Array, "R"], order: Int[Array, "N"]) -> tuple[Array, Batch]:
-    """A batch of the rows `order`, with room for `slots` tokens each."""
-    tally = None if batch.tally is None else batch.tally.rows(order)
-    return constrain(token[order], (None,)), Batch(batch.cache.rows(order, slots).placed(), tally)
+def gather_rows(max_length: int, batch: Batch, token: Int[Array, "R"], rows: Int[Array, "N"]) -> tuple[Array, Batch]:
+    """Return newest tokens and state of `rows`, with a cache of `max_length` tokens."""
+    penalties = None if batch.penalties is None else batch.penalties.take(rows)
+    return constrain(token[rows], (None,)), Batch(batch.cache.rows(rows, max_length).placed(), penalties)
 
 
-def _choose(
+def _sample(
     logits: Float[Array, "R V"],
-    tally: Tally | None,
+    penalties: PenaltyState | None,
     top: int | None,
     active: Bool[Array, "R"],
     sampler: Sampler | None,
-    drawn: Int[Array, "R"],
-) -> tuple[Chosen, Tally | None]:
-    # Every device and every process learns what was chosen.
-    token = constrain(choose(logits, sampler, tally, drawn), (None,))
+    num_sampled: Int[Array, "R"],
+) -> tuple[SampledTokens, PenaltyState | None]:
+    # Replicated: every device and process needs the tokens.
+    token = constrain(sample_tokens(logits, sampler, penalties, num_sampled), (None,))
     logprobs = None if top is None else log_probabilities(logits, token, top)
     logprobs = jax.tree.map(lambda x: constrain(x, (None,) * x.ndim), logprobs)
-    return Chosen(token, logprobs), None if tally is None else tally.counted(token, active)
+    return SampledTokens(token, logprobs), None if penalties is None else penalties.add_tokens(token, active)

@@ -1,4 +1,4 @@
-"""What a user asks of a generation: `SamplingParams`, which checks itself. `choice.py` does what it says."""
+"""Sampling parameters of a request, validated: `SamplingParams`. `sampling.py` implements them."""
 
 import dataclasses
 import difflib
@@ -9,68 +9,75 @@ import numpy as np
 
 from dsmoe_jax.errors import DSMoEError
 
-MOST_BIASES: Final = 300
-_MOST_STOPS: Final = 64
+MAX_LOGIT_BIASES: Final = 300
+_MAX_STOP_STRINGS: Final = 64
+_DEFAULT_MAX_NEW_TOKENS: Final = 128
 
 
 class _Bound(NamedTuple):
-    """What a number may be: within [low, high], a whole one or any, None or not."""
+    """The closed interval of a number, and whether it is an integer and may be None."""
 
     low: float
     high: float
-    whole: bool = False
+    integer: bool = False
     optional: bool = False
 
 
-_ID: Final = _Bound(0, (1 << 31) - 1, whole=True)
+_TOKEN_ID: Final = _Bound(0, (1 << 31) - 1, integer=True)
 _BIAS: Final = _Bound(-100, 100)
 _NUMBERS: Final[dict[str, _Bound]] = {
-    "max_new_tokens": _Bound(1, 1 << 24, whole=True),
+    "max_new_tokens": _Bound(1, 1 << 24, integer=True),
     "temperature": _Bound(0, 1000),
-    "top_k": _Bound(1, 1 << 24, whole=True, optional=True),
+    "top_k": _Bound(1, 1 << 24, integer=True, optional=True),
     "top_p": _Bound(0, 1),
     "min_p": _Bound(0, 1),
     "repetition_penalty": _Bound(0.01, 100),
     "presence_penalty": _Bound(-2, 2),
     "frequency_penalty": _Bound(-2, 2),
-    "seed": _Bound(0, (1 << 32) - 1, whole=True, optional=True),
-    "n": _Bound(1, 1024, whole=True),
-    "logprobs": _Bound(0, 20, whole=True, optional=True),
+    "seed": _Bound(0, (1 << 32) - 1, integer=True, optional=True),
+    "n": _Bound(1, 1024, integer=True),
+    "logprobs": _Bound(0, 20, integer=True, optional=True),
 }
-# Further values that mean the same as None, as in vLLM.
+# Further values that mean None, as in vLLM.
 _DISABLED: Final[dict[str, tuple[int, ...]]] = {"top_k": (-1, 0), "seed": (-1,)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """What a user asks of a generation. Raises `ValueError` naming the parameter, its value and the bound.
+    """Sampling parameters of a request; None stands for the default of any of them.
 
-    A token is chosen so, in this order (that of transformers; vLLM puts step 7 before step 5):
+    They apply in this order, that of transformers (vLLM applies `min_p` before `top_k`): `logit_bias`,
+    `repetition_penalty`, presence and frequency penalties, `temperature`, `top_k`, `top_p`, `min_p`. Tokens tied with
+    the least likely one that `top_k` or `top_p` keeps are kept, too.
 
-    1. `logit_bias`, a number for a token id, is added to that token's logit.
-    2. The logit of every token in prompt or answer is divided by `repetition_penalty` where it is positive and
-       multiplied by it where it is negative (CTRL, arXiv:1909.05858, section 4.1, in the form transformers gave it).
-    3. `presence_penalty` is taken from the logit of every token in the answer, and `frequency_penalty` as often as
-       the token stands there; the prompt does not count.
-    4. With `temperature` 0 the likeliest token is taken, and that is all. Otherwise logits are divided by it.
-    5. All but the `top_k` likeliest tokens are dropped;
-    6. of what is left, all but the smallest set of likeliest tokens whose probabilities reach `top_p` of the whole
-       (arXiv:1904.09751, section 3.1);
-    7. of what is left, the tokens less likely than `min_p` times the likeliest one (arXiv:2407.01082, section 3).
-    8. One of the rest is drawn. The draw depends on `seed`, on which of the `n` answers it is and on how many tokens
-       that answer has, and on no other prompt. Without a seed the generator takes the number of the request.
+    Attributes:
+        max_new_tokens: Maximum length of the output in tokens, default 128.
+        temperature: Divides the logits; 0, the default, is greedy decoding.
+        top_k: Sample from the K most likely tokens; None, 0 or -1 disables it.
+        top_p: Sample from the smallest set of most likely tokens with at least this probability in total
+            (arXiv:1904.09751, section 3.1); 1 disables it, 0 leaves the most likely token.
+        min_p: Drop tokens less likely than `min_p` times the most likely one (arXiv:2407.01082, section 3).
+        repetition_penalty: Multiplicative penalty on tokens of prompt and output: positive logits are divided by it,
+            negative ones multiplied (arXiv:1909.05858, section 4.1, in the form of transformers); 1 disables it.
+        presence_penalty: Subtracted from the logit of every token in the output; 0 disables it.
+        frequency_penalty: Subtracted once per occurrence of the token in the output; 0 disables it.
+        logit_bias: Numbers in [-100, 100] added to logits, by token id; stored as sorted pairs.
+        seed: Seed of this request; None or -1: the number of earlier requests to the generator. A sample depends on the
+            seed, on the index among the `n` outputs and on the position, never on other requests.
+        stop: Stop strings; the text ends before the first one. Stored as a tuple.
+        stop_token_ids: Token ids that end the output. Stored as a tuple.
+        n: Outputs per prompt.
+        ignore_eos: Continue past EOS tokens and the stop strings of the model.
+        logprobs: Return the log-probability of every token and of this many most likely ones, from the logits of the
+            model; None: none.
+        max_tokens: Alias of `max_new_tokens`, as in vLLM and the OpenAI API.
 
-    Steps 5 and 6 drop no token that is just as likely as one they keep.
-
-    An answer ends after `max_new_tokens` tokens, with an end-of-sequence token unless `ignore_eos`, with one of
-    `stop_token_ids`, or before the first of the strings of `stop`, wherever tokens part it. `logprobs` asks for the
-    log-probability of every token and of that many likeliest ones, by the model's own logits before step 1.
-
-    None stands for the default of any parameter, as null does in the JSON of an API. As in vLLM, `top_k` -1 or 0
-    disables step 5 and `seed` -1 is no seed. `top_p` 0 leaves the likeliest token, as `temperature` 0 does.
+    Raises:
+        DSMoEError: A value is out of range or of the wrong type.
     """
 
-    max_new_tokens: int = 128
+    # None until `__post_init__`, which thereby tells a value that was passed from the default.
+    max_new_tokens: int = None  # type: ignore[assignment]
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
@@ -78,104 +85,119 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = None  # kept as sorted pairs, None as none
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
     seed: int | None = None
-    stop: str | Sequence[str] = ()  # kept as a tuple
-    stop_token_ids: Sequence[int] = ()  # kept as a tuple
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     n: int = 1
     ignore_eos: bool = False
     logprobs: int | None = None
+    max_tokens: dataclasses.InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
-        """Check every bound, and bring every value into its one form."""
-        for field in dataclasses.fields(self):
-            if _is_default(field.name, getattr(self, field.name)):
-                object.__setattr__(self, field.name, field.default)
-        kept = {name: _number(name, getattr(self, name), bound) for name, bound in _NUMBERS.items()}
-        kept |= {"logit_bias": _biases(self.logit_bias), "stop": _stops(self.stop)}
-        kept["stop_token_ids"] = _stop_token_ids(self.stop_token_ids)
-        if not isinstance(self.ignore_eos, bool):
-            raise DSMoEError(f"ignore_eos must be True or False, not {_shown(self.ignore_eos)}")
-        for name, value in kept.items():
+    def __post_init__(self, max_tokens: int | None) -> None:
+        """Validate every value and store it in its canonical form."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values |= {f.name: f.default for f in dataclasses.fields(self) if _is_default(f.name, values[f.name])}
+        lengths = {"max_new_tokens": values["max_new_tokens"], "max_tokens": max_tokens}
+        bound = _NUMBERS["max_new_tokens"]
+        given = {_number(name, value, bound) for name, value in lengths.items() if value is not None}
+        if len(given) > 1:
+            raise DSMoEError(
+                "max_new_tokens and its alias max_tokens must be equal, got {} and {}".format(*lengths.values())
+            )
+        values["max_new_tokens"] = given.pop() if given else _DEFAULT_MAX_NEW_TOKENS
+        values |= {name: _number(name, values[name], bound) for name, bound in _NUMBERS.items()}
+        values["logit_bias"] = _logit_bias(values["logit_bias"])
+        values["stop"] = _stop_strings(values["stop"])
+        values["stop_token_ids"] = _stop_token_ids(values["stop_token_ids"])
+        if not isinstance(values["ignore_eos"], bool):
+            raise DSMoEError(f"ignore_eos must be True or False, got {_short_repr(values['ignore_eos'])}")
+        for name, value in values.items():
             object.__setattr__(self, name, value)
 
     @classmethod
     def of(cls, **keywords: Any) -> "SamplingParams":
-        """The parameters by name; a name that is none is a `ValueError` that says which one was meant."""
-        names = [field.name for field in dataclasses.fields(cls)]
+        """Return parameters by name; an unknown name is a `DSMoEError` that suggests a similar one."""
         for name in keywords:
-            if name not in names:
-                close = difflib.get_close_matches(name, names, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}"
-                raise DSMoEError(f"unknown sampling parameter {_shown(name)}; {hint}")
+            if name not in FIELD_NAMES:
+                raise DSMoEError(f"unknown sampling parameter {_short_repr(name)}; {suggest(name, FIELD_NAMES)}")
         return cls(**keywords)
 
     @property
     def adjusts_logits(self) -> bool:
-        """Whether steps 1 to 3 do anything, so that a tally must be kept."""
+        """Whether biases or penalties are set, so that a `PenaltyState` is needed."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
         return bool(self.logit_bias) or penalties != (1, 0, 0)
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises `ValueError` where `logit_bias` or `stop_token_ids` names a token outside the vocabulary."""
+        """Raise `DSMoEError` if `logit_bias` or `stop_token_ids` has a token outside the vocabulary."""
         for name, ids in (("logit_bias", dict(self.logit_bias or ())), ("stop_token_ids", self.stop_token_ids)):
             if (highest := max(ids, default=-1)) >= vocab_size:
                 raise DSMoEError(f"{name}: token {highest} is outside the vocabulary of {vocab_size}")
 
 
+FIELD_NAMES: Final = (*(field.name for field in dataclasses.fields(SamplingParams)), "max_tokens")
+
+
+def suggest(name: str, names: Sequence[str]) -> str:
+    """Return a hint for an unknown name: the most similar of `names`, or all of them."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(names)}"
+
+
 def _is_default(name: str, value: Any) -> bool:
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    return value is None or (whole and value in _DISABLED.get(name, ()))
+    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return value is None or (integer and value in _DISABLED.get(name, ()))
 
 
 def _number(name: str, value: Any, bound: _Bound) -> Any:
-    """The value as a Python number, if it is within its bound."""
+    """Return `value` as a Python number within its bound."""
     if value is None and bound.optional:
         return None
-    kinds = (int, np.integer) if bound.whole else (int, float, np.integer, np.floating)
+    kinds = (int, np.integer) if bound.integer else (int, float, np.integer, np.floating)
     if isinstance(value, bool) or not isinstance(value, kinds):
-        kind = ("an int" if bound.whole else "a number") + (" or None" if bound.optional else "")
-        raise DSMoEError(f"{name} must be {kind}, not {_shown(value)}")
-    if not bound.low <= value <= bound.high:  # NaN is in no interval
-        raise DSMoEError(f"{name} must be in [{bound.low}, {bound.high}], not {_shown(value)}")
-    return int(value) if bound.whole else float(value)
+        kind = ("an int" if bound.integer else "a number") + (" or None" if bound.optional else "")
+        raise DSMoEError(f"{name} must be {kind}, got {_short_repr(value)}")
+    if not bound.low <= value <= bound.high:  # false for NaN
+        raise DSMoEError(f"{name} must be in [{bound.low}, {bound.high}], got {_short_repr(value)}")
+    return int(value) if bound.integer else float(value)
 
 
-def _biases(given: Any) -> tuple[tuple[int, float], ...]:
-    """Sorted pairs: unlike a dict they can be hashed."""
+def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
+    """Return sorted pairs, which unlike a dict are hashable."""
     try:
-        pairs = dict(given or ()) if given is None or isinstance(given, Mapping | tuple | list) else None
+        pairs = dict(value or ()) if value is None or isinstance(value, Mapping | tuple | list) else None
     except (TypeError, ValueError):
         pairs = None
     if pairs is None:
-        raise DSMoEError(f"logit_bias must map token ids to numbers, not {_shown(given)}")
-    if len(pairs) > MOST_BIASES:
-        raise DSMoEError(f"logit_bias must have at most {MOST_BIASES} entries, not {len(pairs)}")
+        raise DSMoEError(f"logit_bias must map token ids to numbers, got {_short_repr(value)}")
+    if len(pairs) > MAX_LOGIT_BIASES:
+        raise DSMoEError(f"logit_bias must have at most {MAX_LOGIT_BIASES} entries, got {len(pairs)}")
     checked = {
-        _number("a token id of logit_bias", token, _ID): _number(f"logit_bias of token {_shown(token)}", bias, _BIAS)
+        _number("token id in logit_bias", token, _TOKEN_ID): _number(f"logit_bias[{_short_repr(token)}]", bias, _BIAS)
         for token, bias in pairs.items()
     }
     return tuple(sorted(checked.items()))
 
 
-def _stops(given: Any) -> tuple[str, ...]:
-    stops = (given,) if isinstance(given, str) else given
-    if not isinstance(stops, tuple | list) or not all(isinstance(stop, str) for stop in stops):
-        raise DSMoEError(f"stop must be a string or a list of strings, not {_shown(given)}")
-    if "" in stops:
-        raise DSMoEError(f"stop must not hold an empty string, which ends every answer, got {_shown(given)}")
-    if len(stops) > _MOST_STOPS:
-        raise DSMoEError(f"stop must have at most {_MOST_STOPS} strings, not {len(stops)}")
-    return tuple(stops)
+def _stop_strings(value: Any) -> tuple[str, ...]:
+    stop = (value,) if isinstance(value, str) else value
+    if not isinstance(stop, tuple | list) or not all(isinstance(text, str) for text in stop):
+        raise DSMoEError(f"stop must be a string or a list of strings, got {_short_repr(value)}")
+    if "" in stop:
+        raise DSMoEError(f"stop must not contain an empty string, got {_short_repr(value)}")
+    if len(stop) > _MAX_STOP_STRINGS:
+        raise DSMoEError(f"stop must have at most {_MAX_STOP_STRINGS} strings, got {len(stop)}")
+    return tuple(stop)
 
 
-def _stop_token_ids(given: Any) -> tuple[int, ...]:
-    if not isinstance(given, tuple | list):
-        raise DSMoEError(f"stop_token_ids must be a list of token ids, not {_shown(given)}")
-    return tuple(_number("a token id of stop_token_ids", token, _ID) for token in given)
+def _stop_token_ids(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, tuple | list):
+        raise DSMoEError(f"stop_token_ids must be a list of token ids, got {_short_repr(value)}")
+    return tuple(_number("token id in stop_token_ids", token, _TOKEN_ID) for token in value)
 
 
-def _shown(value: Any) -> str:
-    """A value for an error message: on one line, and not endless."""
+def _short_repr(value: Any) -> str:
+    """Return the repr on one line, at most 80 characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else text[:77] + "..."

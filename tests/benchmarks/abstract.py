@@ -87,7 +87,7 @@ def compiled(case: Case, *, apart: bool = True) -> dict[str, Any]:
     run, config, mesh, tokens = case
     options = dataclasses.replace(run.step, gradient_accumulation_steps=2)
     optimizer, schedule = make_optimizer(run.optimizer, max(run.steps, 100))
-    trained, frozen = Trainable.whole(config), {}
+    trained, frozen = Trainable.all_params(config), {}
     if adapter := getattr(run, "lora", None):
         plan = make_plan(adapter, config)
         frozen = _frozen(config, getattr(run, "quantize", None), mesh)
@@ -103,7 +103,7 @@ def compiled(case: Case, *, apart: bool = True) -> dict[str, Any]:
     shape = ((1 if mesh is None else mesh.size) * options.gradient_accumulation_steps, tokens)
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding("batch", shape, ("batch", None), mesh))
     inputs = (state, Batch(rows, rows, rows, rows), frozen)
-    step = make_step(config, abstract(config)[0], optimizer, schedule, options, mesh=mesh, trained=trained)
+    step = make_step(config, abstract(config)[0], optimizer, schedule, options, mesh=mesh, trainable=trained)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         started = time.perf_counter()
         with _BLOCKS_APART if apart else contextlib.nullcontext():

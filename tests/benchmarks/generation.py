@@ -17,7 +17,7 @@ import numpy as np
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.generate import Generator, SamplingParams
-from dsmoe_jax.generate.generator import for_generation
+from dsmoe_jax.generate.loading import upcast_for_cpu
 from dsmoe_jax.generate.programs import Batch, prefill, step
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
 from dsmoe_jax.quantize import quantize_embedding, quantize_params
@@ -62,7 +62,7 @@ def batching(model: DeepSeekMoE, rounds: int) -> None:
 
     def continuous() -> None:
         generator(prompts, [ask(count) for count in counts])
-        shares["continuous"] = generator.stats.free_rows
+        shares["continuous"] = generator.stats.idle_fraction
 
     def static(to_the_longest: bool) -> None:
         for start in range(0, REQUESTS, ROWS):
@@ -110,7 +110,7 @@ def _call(generator: Generator, rows: int) -> Callable[[], object]:
 
 def _bare(model: DeepSeekMoE, rows: int) -> Callable[[], object]:
     graph, params = split(model)
-    params = for_generation(params)
+    params = upcast_for_cpu(params)
     ids, counts = batch(model.config, rows, plan.PROMPT), np.full(rows, plan.PROMPT, np.int32)
     active, drawn = np.ones(rows, bool), np.zeros(rows, np.int32)
 

@@ -46,7 +46,7 @@ def main() -> None:
         print(f"| before | {score(asked.checkpoint, rows[TRAINED:])} of {ASKED} | | |", flush=True)
         for way in asked.ways:
             config = FinetuneConfig(
-                out=f"{folder}/{way}",
+                output_dir=f"{folder}/{way}",
                 init_from=asked.checkpoint,
                 steps=asked.steps,
                 data=ExamplesConfig(files=(str(file),), sequence_length=256, batch_size=4),
@@ -61,7 +61,7 @@ def main() -> None:
             minutes = (time.perf_counter() - started) / 60
             adapter = None if WAYS[way]["lora"] is None else result.model
             found = score(result.model if adapter is None else asked.checkpoint, rows[TRAINED:], adapter)
-            print(f"| {way} | {found} of {ASKED} | {minutes:.1f} | {result.skipped} |", flush=True)
+            print(f"| {way} | {found} of {ASKED} | {minutes:.1f} | {result.total_skips} |", flush=True)
 
 
 def examples(count: int) -> list[dict[str, str]]:

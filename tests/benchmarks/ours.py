@@ -12,7 +12,7 @@ import optax
 from dsmoe_jax.axes import Array
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import load_hf
-from dsmoe_jax.generate.generator import for_generation
+from dsmoe_jax.generate.loading import upcast_for_cpu
 from dsmoe_jax.generate.programs import Batch, prefill, step
 from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.model import DeepSeekMoE, merge, split
@@ -47,7 +47,7 @@ def _write(folder: Path) -> None:
 
 def _as_generated(model: DeepSeekMoE) -> tuple[Any, dict[str, Array]]:
     graph, params = split(model)
-    return graph, for_generation(params)
+    return graph, upcast_for_cpu(params)
 
 
 def _prefill_actions(model: DeepSeekMoE) -> Actions:

@@ -26,7 +26,7 @@ from dsmoe_jax.quantize import quantize_params
 from dsmoe_jax.train import cross_entropy, loop
 from dsmoe_jax.train.batch import Batch
 from dsmoe_jax.train.config import CheckpointConfig, DataConfig, RunConfig
-from dsmoe_jax.train.loss import shifted
+from dsmoe_jax.train.loss import shift_labels
 from dsmoe_jax.train.optimizer import OptimizerConfig, make_optimizer
 from dsmoe_jax.train.step import StepConfig, Trainable, init_state, make_step
 from tests.benchmarks.timing import spread
@@ -44,7 +44,7 @@ def main() -> None:
     params = split(DeepSeekMoE.init(config))[1]
     ids = jax.random.randint(jax.random.key(0), (ROWS, TOKENS), 0, config.vocab_size)
     ones, places = jnp.ones_like(ids), jnp.broadcast_to(jnp.arange(TOKENS), ids.shape)
-    batch = Batch(ids, shifted(ids), ones, places)
+    batch = Batch(ids, shift_labels(ids), ones, places)
     steps = {
         "bare gradient and AdamW": _bare(config, params, ids),
         "whole model": _step(config, params, batch, None, None),
@@ -92,14 +92,14 @@ def _step(
     optimizer, schedule = make_optimizer(OptimizerConfig(warmup_steps=0, schedule="constant"), 100)
     frozen: Any = {}
     if adapter is None:
-        trained, first = Trainable.whole(config), jax.tree.map(jnp.copy, params)
+        trained, first = Trainable.all_params(config), jax.tree.map(jnp.copy, params)
     else:
         plan = make_plan(adapter, config)
         frozen = params if scheme is None else quantize_params(params, scheme)
         trained = Trainable(lora.specs(plan, config), lambda own, frozen, key: lora.attach(plan, frozen, own, key))
         first = lora.init(plan, config, frozen, jax.random.key(0))
     state = init_state(config, first, optimizer, StepConfig())
-    step = make_step(config, abstract(config)[0], optimizer, schedule, StepConfig(), trained=trained)
+    step = make_step(config, abstract(config)[0], optimizer, schedule, StepConfig(), trainable=trained)
     return _repeated(lambda state: step(state, batch, frozen)[0], state, program=step, held=(state, batch, frozen))
 
 
@@ -137,11 +137,11 @@ def _between_steps(preset: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         loop.run(
             RunConfig(
-                out=str(Path(folder) / "run"),
+                output_dir=str(Path(folder) / "run"),
                 model=preset,
                 steps=12,
                 data=DataConfig(sequence_length=TOKENS, batch_size=ROWS),
-                checkpoints=CheckpointConfig(every=100),
+                checkpoint=CheckpointConfig(interval=100),
                 eval_interval=100,
             )
         )

@@ -169,7 +169,7 @@ def test_two_rows_alone_are_the_two_together(kind: str):
     together = answers(made, short, long)
 
     for one, other in zip(alone, together, strict=True):
-        assert one.tokens == other.tokens
+        assert one.token_ids == other.token_ids
         np.testing.assert_allclose(logprobs(one), logprobs(other), rtol=0, atol=KINDS[kind][2])
 
 
@@ -180,11 +180,11 @@ def test_answers_from_an_int8_cache_are_nearly_the_likeliest_of_the_exact_model(
     together = answers(generator("int8 cache"), *given)
 
     longest = max(map(len, given))
-    texts = [prompt + answer.tokens for prompt, answer in zip(given, together, strict=True)]
+    texts = [prompt + answer.token_ids for prompt, answer in zip(given, together, strict=True)]
     ids = [text + [0] * (longest + NEW - len(text)) for text in texts]
     exact = np.asarray(jax.nn.log_softmax(golden.model(CASE)(np.array(ids)).logits))
     for row, prompt, answer in zip(exact, given, together, strict=True):
         here = row[len(prompt) - 1 :][:NEW]
-        chosen = here[np.arange(NEW), answer.tokens]
+        chosen = here[np.arange(NEW), answer.token_ids]
         assert (here.max(-1) - chosen).max() < NEAR
         np.testing.assert_allclose(logprobs(answer), chosen, rtol=0, atol=NEAR)

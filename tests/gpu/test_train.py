@@ -44,7 +44,7 @@ def differentiated(options: StepConfig, device: Any = None) -> tuple[Metrics, di
     graph, params = split(model)
     transformation, _ = make_optimizer(OptimizerConfig(), 10)
     of_model = functools.partial(
-        train_step._gradients, model.config, graph, options, 0, Trainable.whole(model.config), frozen={}
+        train_step._gradients, model.config, graph, options, 0, Trainable.all_params(model.config), frozen={}
     )
     # What a program reads decides where it runs. Copies: nothing then lies where the model does.
     given: Any = jax.device_put(({name: np.asarray(value) for name, value in params.items()}, batch()), device)
@@ -62,7 +62,7 @@ def test_losses_and_gradients_equal_the_originals():
     report, grads = differentiated(StepConfig())
 
     np.testing.assert_allclose(report.cross_entropy, want["ce"], rtol=0, atol=LOSSES)
-    np.testing.assert_allclose(report.balance, list(want["aux"].values()), rtol=0, atol=LOSSES)
+    np.testing.assert_allclose(report.balance_loss, list(want["aux"].values()), rtol=0, atol=LOSSES)
     for name, parts in hf_names(config).items():
         theirs = [tensors[f"grad.{part}"] for part in parts]
         assert_near(grads[name], np.stack(theirs) if is_stacked(name) else theirs[0], GRADIENTS, name)
@@ -76,7 +76,7 @@ def test_losses_and_gradients_equal_the_originals():
 def test_losses_and_gradients_are_those_of_the_cpu(options: StepConfig, cpu: Any):
     got, want = differentiated(options), differentiated(options, cpu)
 
-    for name in ("loss", "cross_entropy", "balance", "load", "entropy"):
+    for name in ("loss", "cross_entropy", "balance_loss", "expert_load", "entropy"):
         np.testing.assert_allclose(getattr(got[0], name), getattr(want[0], name), rtol=0, atol=LOSSES, err_msg=name)
     for name, gradient in want[1].items():
         assert_near(got[1][name], gradient, GRADIENTS, name)

@@ -59,25 +59,28 @@ def write_texts(path: Path, texts: Sequence[str], field: str = "text") -> Path:
 
 
 def hand_made_shards(folder: Path, lengths: Sequence[int], *, shards: int = 1, first_id: int = 1) -> TokenShards:
-    """Documents of these lengths as shards of uint32; every token of them has an id of its own, in order."""
+    """Documents of these lengths as shards of uint32; every token has an id of its own, in order."""
     folder.mkdir(parents=True)
-    entries, next_id = [], first_id
+    files, names, next_id = {}, [], first_id
     for index, part in enumerate(np.array_split(np.array(lengths), shards)):
         ids = np.arange(next_id, next_id + part.sum()).astype("<u4")
-        boundaries = np.concatenate([[0], np.cumsum(part)]).astype("<u8")
+        offsets = np.concatenate([[0], np.cumsum(part)]).astype("<u8")
         next_id += len(ids)
-        files = {"tokens": ids.tobytes(), "documents": boundaries.tobytes()}
-        for kind, data in files.items():
-            (folder / f"train-{index:05d}.{kind}").write_bytes(data)
-        sums = {kind: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for kind, d in files.items()}
-        entries.append(sums)
+        names.append({kind: f"train-{index:05d}.{kind}" for kind in ("tokens", "documents")})
+        for name, data in zip(names[-1].values(), (ids.tobytes(), offsets.tobytes()), strict=True):
+            (folder / name).write_bytes(data)
+            files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     manifest = {
-        "format": "dsmoe token shards 1",
+        "format": "dsmoe token shards 2",
         "tokenizer_sha256": "0" * 64,
         "vocab_size": next_id,
         "eos_token_id": 1,
         "dtype": "uint32",
-        "splits": {"train": {"shards": entries}, "heldout": {"shards": []}},
+        "files": files,
+        "splits": {
+            "train": {"documents": len(lengths), "tokens": int(sum(lengths)), "shards": names},
+            "validation": {"documents": 0, "tokens": 0, "shards": []},
+        },
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return TokenShards.open(folder, verify=True)

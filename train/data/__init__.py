@@ -1,38 +1,39 @@
-"""The data of pretraining: text in, batches out, as a pure function of (seed, step, row).
+"""Pretraining data: batches as a pure function of (seed, step, index).
 
-sources.py   texts: files, folders, patterns, Python's own sources     formats.py  how each format is read
-writer.py    texts to token shards, once                               shards.py   the shards, memory-mapped
-packing.py   documents to rows                                         shuffle.py  the one source of chance
-mixture.py   datasets by weight                                        stream.py   what training reads
-loader.py    a process's share, ahead of time                          evaluation.py  the held-out documents
+sources.py   files, folders, patterns, the standard library   formats.py     readers of file formats
+writer.py    texts to token shards, once                      shards.py      the shards, memory-mapped
+packing.py   documents to sequences                           shuffle.py     the only source of randomness
+mixture.py   datasets by weight                               stream.py      the training stream
+loader.py    prefetching, per process                         validation.py  the validation split
 """
 
-from .evaluation import evaluation_batches
 from .loader import loader
 from .mixture import Mixture
-from .packing import MODES, Packing
+from .packing import DocumentPacking, Packing
 from .shards import TokenShards, is_token_shards, tokenizer_hash
-from .sources import PYTHON_STDLIB, Document, documents, find_files, source_bytes, warn_of_overlap
+from .sources import PYTHON_STDLIB, Document, documents, find_files, source_bytes, warn_on_overlap
 from .stream import Stream
-from .writer import Tokenized, is_held_out, tokenize
+from .validation import validation_batches
+from .writer import ShardStats, SplitStats, is_validation, tokenize
 
 __all__ = [
-    "MODES",
     "PYTHON_STDLIB",
     "Document",
+    "DocumentPacking",
     "Mixture",
     "Packing",
+    "ShardStats",
+    "SplitStats",
     "Stream",
     "TokenShards",
-    "Tokenized",
     "documents",
-    "evaluation_batches",
     "find_files",
-    "is_held_out",
     "is_token_shards",
+    "is_validation",
     "loader",
     "source_bytes",
     "tokenize",
     "tokenizer_hash",
-    "warn_of_overlap",
+    "validation_batches",
+    "warn_on_overlap",
 ]

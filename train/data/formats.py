@@ -1,7 +1,6 @@
-"""Text files of every format, read entry by entry. Start at `FORMATS`: how a name ends says how the file is read.
+"""Readers of data files. Start at `FORMATS`: the suffix selects the reader.
 
-A reader yields an `Entry` for each text (or, asked for no field, each whole object) and for each place where one should
-be; it decides nothing about broken ones.
+A reader yields an `Entry` per text (or per record, if no field is named), valid or malformed.
 """
 
 import gzip
@@ -17,61 +16,63 @@ from typing import Any, BinaryIO, Final, NamedTuple
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.strict_json import MAX_DEPTH, check_depth
 
-MAX_LINE_BYTES: Final = 32 << 20  # of a line or a row, uncompressed; the longest books have a quarter of it
-MAX_TEXT_BYTES: Final = 1 << 30  # of a file that is one text
-_MAX_PARSED_BYTES: Final = 512 << 20  # that the object of a line may take, by estimate
-_SMALL: Final = 1 << 20  # a line that cannot take so much
-_MAX_BLANK: Final = 1_000_000  # blank lines on end
+MAX_LINE_BYTES: Final = 32 << 20  # of a line or a row, uncompressed; four times the longest books
+MAX_TEXT_BYTES: Final = 1 << 30  # of a plain text file
+_MAX_PARSED_BYTES: Final = 512 << 20  # estimated memory of the object of a line
+_SMALL: Final = 1 << 20  # a shorter line cannot take that much
+_MAX_BLANK: Final = 1_000_000  # consecutive blank lines
 _READ_BYTES: Final = 1 << 20
-_ZSTD_BYTES: Final = 1 << 10  # at once: a block of 4 bytes may become 128 KiB
-_ZSTD_WINDOW: Final = 1 << 27  # as zstd itself allows without --long
-_ROWS: Final = 1024  # of a parquet file, at most at once
+_ZSTD_BYTES: Final = 1 << 10  # per read: a block of 4 bytes may expand to 128 KiB
+_ZSTD_WINDOW: Final = 1 << 27  # the limit of zstd without --long
+_ROWS: Final = 1024  # of a parquet file per batch
 _ROWS_BYTES: Final = 64 << 20
 _SMALL_COLUMN: Final = 256 << 20  # of a row group, uncompressed
-_MAX_RATIO: Final = 200  # of a larger one to what it is compressed to; text has 10
+_MAX_RATIO: Final = 200  # compression of a larger one; text has 10
 
 
 class Entry(NamedTuple):
-    """A value of a file, or what is wrong at its place."""
+    """A value of a file, or the problem in its place."""
 
-    place: str  # in the file, to follow its name: ":LINE", or "" where the file is the text
-    value: Any  # the text of a field, or all fields as a dict; None if there is none
-    problem: str  # if there is no value
-    done: int  # bytes of the file that are read
+    place: str  # suffix of the file name: ":LINE", or "" for a file that is one text
+    value: Any  # the text of a field, or all fields as a dict; None if malformed
+    problem: str  # empty if there is a value
+    bytes_read: int  # of the file so far
 
 
 Reader = Callable[[Path, str | None], Iterator[Entry]]  # the field; None: all of them
 
 
 def read_file(path: Path, field: str | None) -> Iterator[Entry]:
-    """The entries of a file; `ValueError` in one line if it cannot be read to its end."""
+    """Iterate over the entries of a file; `DSMoEError` if it cannot be read to its end."""
     try:
         yield from reader_of(path)(path, field)
     except ModuleNotFoundError as error:
-        raise DSMoEError(f"{path}: reading it needs {error.name}: pip install 'dsmoe_jax[data]'") from None
-    except Exception as error:  # the libraries of the formats have no common class
+        raise DSMoEError(f"{path}: requires {error.name}: pip install 'dsmoe_jax[data]'") from None
+    except Exception as error:  # the libraries of the formats share no base class
         raise DSMoEError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
 
 
 def reader_of(path: Path) -> Reader:
-    """How the file is read: by the end of its name, else as one text."""
+    """Return the reader for the suffix of a file, `read_text` for an unknown one."""
     return next((reader for end, reader in FORMATS.items() if path.name.lower().endswith(end)), read_text)
 
 
 def read_text(path: Path, field: str | None) -> Iterator[Entry]:
-    """The file is one text."""
+    """Read a file that is one text."""
     if (size := path.stat().st_size) > MAX_TEXT_BYTES:
-        raise DSMoEError(f"has {size:,} bytes, one text at most {MAX_TEXT_BYTES:,}: split it, or write it as .jsonl")
+        raise DSMoEError(
+            f"a text file may have at most {MAX_TEXT_BYTES:,} bytes, got {size:,}: split it, or use .jsonl"
+        )
     with path.open("rb") as file:
         data = file.read(_READ_BYTES)
-        if b"\0" not in data:  # else there is no need for the rest
+        if b"\0" not in data:  # otherwise the rest is not needed
             data += file.read(MAX_TEXT_BYTES)
     try:
         text, problem = data.decode("utf-8-sig"), ""
     except UnicodeDecodeError:
         text, problem = None, "is not UTF-8"
     if b"\0" in data:
-        text, problem = None, "is not text: it has zero bytes"
+        text, problem = None, "is not text: contains null bytes"
     yield Entry("", text, problem, size)
 
 
@@ -91,23 +92,23 @@ def _read_zstd(path: Path, field: str | None) -> Iterator[Entry]:
 
 
 def _read_parquet(path: Path, field: str | None) -> Iterator[Entry]:
-    """Each row of the column is a text, or each row has all fields."""
+    """Read a column of texts, or whole rows."""
     parquet = importlib.import_module("pyarrow.parquet")
     size, row = path.stat().st_size, 0
     with parquet.ParquetFile(path) as file:
         texts = _small_texts(file.metadata)
-    # As dictionaries: one long text that many rows have is there once.
+    # As dictionaries, a long text that many rows share is in memory once.
     with parquet.ParquetFile(path, read_dictionary=texts) as file:
         if field is not None and field not in file.schema_arrow.names:
-            raise DSMoEError(f"it has no column {field!r}, only {', '.join(file.schema_arrow.names)}")
+            raise DSMoEError(f"has no column {field!r}, only {', '.join(file.schema_arrow.names)}")
         for group in range(file.num_row_groups):
             rows = _rows_at_once(file.metadata.row_group(group), field, row)
             names = None if field is None else [field]
             for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=names):
                 if (longest := max(map(_longest, batch.columns), default=0)) > MAX_LINE_BYTES:
                     where = f"rows {row + 1} to {row + batch.num_rows}"
-                    raise DSMoEError(f"one of {where} has {longest:,} bytes, at most {MAX_LINE_BYTES:,} are allowed")
-                # Row by row: a dictionary's text becomes a new one wherever it is used.
+                    raise DSMoEError(f"a row may have at most {MAX_LINE_BYTES:,} bytes, got {longest:,} in {where}")
+                # Row by row: each use of a dictionary entry makes a new string.
                 for values in zip(*batch.columns, strict=True):
                     row += 1
                     fields = dict(zip(batch.schema.names, (value.as_py() for value in values), strict=True))
@@ -115,7 +116,7 @@ def _read_parquet(path: Path, field: str | None) -> Iterator[Entry]:
 
 
 def _small_texts(metadata: Any) -> list[str]:
-    """The columns of text that may lie in memory for a whole row group; `ValueError` for one packed beyond reason."""
+    """Return the text columns to read as dictionaries; refuse a decompression bomb."""
     large, texts = set(), set()
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):
@@ -125,12 +126,12 @@ def _small_texts(metadata: Any) -> list[str]:
             if size > _SMALL_COLUMN:
                 large.add(name)
                 if size > _MAX_RATIO * column.total_compressed_size:
-                    raise DSMoEError(f"its column {name} has {size:,} bytes in {column.total_compressed_size:,}")
+                    raise DSMoEError(f"column {name} expands from {column.total_compressed_size:,} to {size:,} bytes")
     return sorted(texts - large)
 
 
 def _longest(column: Any) -> int:
-    """The bytes of the longest text of a column, at any depth."""
+    """Return the bytes of the longest text of a column, at any depth."""
     arrow, compute = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.compute")
     kind = column.type
     if arrow.types.is_dictionary(kind):
@@ -143,23 +144,25 @@ def _longest(column: Any) -> int:
 
 
 def _rows_at_once(group: Any, field: str | None, done: int) -> int:
-    """How many rows of a parquet file's group are read at once; `ValueError` if they are too large on average."""
+    """Return the rows per batch of a row group; refuse rows that are too large."""
     columns = [group.column(i) for i in range(group.num_columns)]
     read = [column for column in columns if field is None or column.path_in_schema.split(".")[0] == field]
     mean = sum(column.total_uncompressed_size for column in read) // max(group.num_rows, 1)
     if mean > MAX_LINE_BYTES:
-        raise DSMoEError(f"its rows from {done + 1} on have {mean:,} bytes on average, at most {MAX_LINE_BYTES:,} each")
+        raise DSMoEError(
+            f"a row may have at most {MAX_LINE_BYTES:,} bytes, got {mean:,} on average from row {done + 1}"
+        )
     return min(max(_ROWS_BYTES // max(mean, 1), 1), _ROWS)
 
 
 def _lines(lines: Any, file: BinaryIO, field: str | None) -> Iterator[Entry]:
-    """The field of each line's JSON object, or the object; blank lines are none."""
+    """Read one JSON object per line; skip blank lines."""
     blank = 0
     for number in itertools.count(1):
         if not (line := lines.readline(MAX_LINE_BYTES + 1)):
             return
         if len(line) > MAX_LINE_BYTES:
-            raise DSMoEError(f"line {number} has more than {MAX_LINE_BYTES:,} bytes, the most that a line may have")
+            raise DSMoEError(f"a line may have at most {MAX_LINE_BYTES:,} bytes, line {number} has more")
         blank = blank + 1 if line.isspace() else 0
         if blank > _MAX_BLANK:
             raise DSMoEError(f"lines {number - _MAX_BLANK} to {number} are blank")
@@ -172,7 +175,7 @@ def _parsed(line: bytes, field: str | None) -> tuple[Any, str]:
     if len(line) > _SMALL:
         size = 4 * len(line) + 250 * line.count(b":") + 80 * (line.count(b",") + line.count(b"["))
         if size > _MAX_PARSED_BYTES:
-            return None, f"has JSON that may take {size:,} bytes in memory, at most {_MAX_PARSED_BYTES:,}"
+            return None, f"has JSON that may take {size:,} bytes in memory, more than {_MAX_PARSED_BYTES:,}"
     try:
         fields = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
         if line.count(b"[") + line.count(b"{") > MAX_DEPTH:
@@ -189,7 +192,7 @@ def _parsed(line: bytes, field: str | None) -> tuple[Any, str]:
 
 
 class _BadLineError(ValueError):
-    """JSON that is no line of data."""
+    """JSON that is not a record."""
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -213,16 +216,16 @@ def _value_of(fields: dict[str, Any], field: str | None) -> tuple[Any, str]:
     if field not in fields:
         return None, f"has no field {field!r}"
     if not isinstance(value := fields[field], str):
-        return None, f"has a {type(value).__name__} as {field!r}, not a text"
+        return None, f"must have a string as {field!r}, got {type(value).__name__}"
     try:
         value.encode()
     except UnicodeEncodeError:
-        return None, "has half of a surrogate pair"
+        return None, "has a lone surrogate"
     return value, ""
 
 
 class _Unzstd(io.RawIOBase):
-    """The bytes in a zstd file of one or more frames. zstandard's own reader takes a torn file for a whole one."""
+    """A zstd file of one or more frames; zstandard's reader accepts truncated ones."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -240,7 +243,7 @@ class _Unzstd(io.RawIOBase):
                 self._frame, self._begun = self._begin(), False
             if not (data := data or self._file.read(_ZSTD_BYTES)):
                 if self._begun:
-                    raise EOFError("its end is missing")
+                    raise EOFError("truncated")
                 return 0
             self._begun = True
             self._ready = memoryview(self._frame.decompress(data))

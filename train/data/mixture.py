@@ -1,4 +1,4 @@
-"""Datasets mixed by weight: `Mixture.place` says which dataset sample n comes from, and which of its samples it is."""
+"""Mixing of datasets by weight. Start at `Mixture.place`."""
 
 import functools
 import math
@@ -12,41 +12,42 @@ from dsmoe_jax.errors import DSMoEError
 
 from .shuffle import shuffled
 
-_BLOCK: Final = 256  # samples, if no weight is smaller than one of them
+_BLOCK: Final = 256  # samples; more for a weight below one sample
 _LARGEST_BLOCK: Final = 1 << 20
-_MIXTURE: Final = 1 << 31  # in the key: no dataset has this number
+_MIXTURE: Final = 1 << 31  # shuffle key: no dataset has this number
 
 
 class Mixture:
-    """Samples in blocks, each block with a fixed number of samples of each dataset, shuffled.
+    """Samples of several datasets in shuffled blocks.
 
-    After every whole block each dataset has had its share of all samples so far, rounded by the largest remainders:
-    never off by one sample, however long it goes on. Within a block the order is random.
+    After every block each dataset has had its share of all samples so far, rounded by largest remainder: the error
+    stays below one sample. Within a block the order is random.
     """
 
     def __init__(self, weights: Sequence[float], *, seed: int):
+        """Check and normalize the weights."""
         for weight in weights:
             if not (math.isfinite(weight) and weight > 0):
                 raise DSMoEError(f"weights must be positive and finite, got {weight}")
         if not weights:
-            raise DSMoEError("a mixture of no datasets")
+            raise DSMoEError("weights must name at least one dataset")
         exact = [Fraction(weight) for weight in weights]
         self._shares = [weight / sum(exact) for weight in exact]
         self._seed = seed
-        # With a sample of every dataset in every block no rounded total ever falls, so no count is negative.
+        # With one sample of every dataset per block the rounded totals never decrease: no count is negative.
         self.block = max(_BLOCK, math.ceil(1 / min(self._shares)))
         if self.block > _LARGEST_BLOCK:
-            raise DSMoEError(f"weight {min(weights)} is less than one sample in {_LARGEST_BLOCK}")
+            raise DSMoEError(f"weights must be at least one sample in {_LARGEST_BLOCK}, got {min(weights)}")
         self._cached = functools.lru_cache(maxsize=8)(self._build)
 
     def place(self, n: int) -> tuple[int, int]:
-        """The dataset of sample `n`, and the number of the sample within it."""
+        """Return the dataset of sample `n`, and the number of the sample within it."""
         block, at = divmod(n, self.block)
         datasets, numbers = self._cached(block)
         return int(datasets[at]), int(numbers[at])
 
     def taken(self, blocks: int) -> list[int]:
-        """How many samples of each dataset the first blocks have."""
+        """Return the number of samples of each dataset in the first blocks."""
         exact = [blocks * self.block * share for share in self._shares]
         counts = [math.floor(count) for count in exact]
         left = blocks * self.block - sum(counts)
@@ -56,10 +57,10 @@ class Mixture:
 
     def _build(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         before, after = self.taken(block), self.taken(block + 1)
-        # Sorted by dataset; then each place of the block is given one of them.
+        # Sorted by dataset, then shuffled.
         datasets = np.repeat(np.arange(len(before)), [b - a for a, b in zip(before, after, strict=True)])
         datasets = datasets[shuffled(self.block, self._seed, _MIXTURE, block)]
-        # Within a dataset the samples come in their order.
+        # Within a dataset the samples stay in order.
         numbers = np.empty_like(datasets)
         for dataset, (first, last) in enumerate(zip(before, after, strict=True)):
             numbers[datasets == dataset] = np.arange(first, last)

@@ -1,15 +1,16 @@
-"""Which tokens stand in which row, and what a row looks like. Start at `Packing.row`.
+"""Packing of documents into sequences. Start at `DocumentPacking.sequence`.
 
-The documents of an epoch are shuffled and laid one after another; the next epoch, in another order, follows without a
-seam. The endless line is cut every `sequence_length` tokens, so each token of each epoch stands in exactly one row: the
-tail of an epoch shares its row with the head of the next. At last the rows of an epoch are shuffled. All of it is
-arithmetic on an index that (seed, dataset, epoch) decides; no row depends on which were asked for before.
+The documents of each epoch are shuffled and concatenated, epoch after epoch. The endless token stream is cut every
+`sequence_length` tokens, so each token of an epoch is in exactly one sequence; the last sequence of an epoch may extend
+into the next epoch. Then the sequences of each epoch are shuffled. All of it is index arithmetic keyed by
+(seed, dataset, epoch): no sequence depends on which others were read before.
 """
 
+import abc
 import functools
 import threading
-from collections.abc import Sequence
-from typing import Final, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -19,119 +20,171 @@ from ..loss import IGNORED
 from .shards import TokenShards
 from .shuffle import shuffled
 
-MODES: Final = ("documents", "contiguous")
-_DOCUMENTS, _ROWS = 0, 1  # what is shuffled
+DOCUMENTS, SEQUENCES = 0, 1  # shuffle keys: what is shuffled
+Builder = Callable[[int], np.ndarray]
 
 
-class Layout(NamedTuple):
+class Packing(abc.ABC):
+    """The training sequences of one dataset, numbered from 0 without end.
+
+    A sequence is int32 [4, sequence_length]: token ids, labels, segment ids and positions, the fields of a `Batch`.
+    """
+
+    CHOICES: ClassVar[Sequence[str]]  # values of `packing`
+    UNIT: ClassVar[str] = "documents"
+
+    def __init__(
+        self, data: TokenShards, *, sequence_length: int, seed: int, packing: str | None = None, dataset: int = 0
+    ):
+        """Pack a dataset.
+
+        Args:
+            data: The token shards of one split.
+            sequence_length: Tokens per sequence.
+            seed: Seed of all shuffles, at least 0.
+            packing: One of `CHOICES`; the first by default.
+            dataset: Index of the dataset in its mixture; it keys the shuffles.
+
+        Raises:
+            DSMoEError: An argument is out of range, or the dataset is empty.
+        """
+        packing = packing or self.CHOICES[0]
+        self.check(data, sequence_length=sequence_length, packing=packing)
+        if not len(data):
+            raise DSMoEError(f"{data.folder}: no {self.UNIT} to train on")
+        self._data, self._length, self._packing = data, sequence_length, packing
+        self._key = (seed, dataset)
+        # The lock makes threads that wait for an epoch build it once. A batch spans two at most, but for tiny data.
+        self._lock = threading.Lock()
+        self._cached = functools.lru_cache(maxsize=2)(self._build)
+
+    @classmethod
+    def check(cls, data: TokenShards, *, sequence_length: int, packing: str) -> None:
+        """Raise `DSMoEError` for a shape that is impossible."""
+        if sequence_length < 1:
+            raise DSMoEError(f"sequence_length must be at least 1, got {sequence_length}")
+        if packing not in cls.CHOICES:
+            raise DSMoEError(f"packing must be one of {', '.join(cls.CHOICES)}, got {packing!r}")
+
+    @classmethod
+    @abc.abstractmethod
+    def in_order(cls, data: TokenShards, *, sequence_length: int, packing: str) -> tuple[int, Builder]:
+        """Pack without shuffling; return the number of sequences, and a builder."""
+
+    @abc.abstractmethod
+    def sequences_of(self, epoch: int) -> range:
+        """Return the numbers of the sequences that begin in an epoch."""
+
+    @abc.abstractmethod
+    def sequence(self, n: int) -> np.ndarray:
+        """Return sequence `n`, int32 [4, sequence_length]."""
+
+    @abc.abstractmethod
+    def _build(self, epoch: int) -> Any: ...
+
+    def _shuffled(self, count: int, epoch: int, what: int) -> np.ndarray:
+        return shuffled(count, *self._key, epoch, what)
+
+
+class _Concatenation(NamedTuple):
     """Documents one after another."""
 
     order: np.ndarray  # int64 [documents]
     ends: np.ndarray  # int64 [documents]: tokens up to the end of each, in that order
 
     @classmethod
-    def of(cls, lengths: np.ndarray, order: np.ndarray) -> "Layout":
-        """Documents of these lengths in this order."""
+    def of(cls, lengths: np.ndarray, order: np.ndarray) -> "_Concatenation":
         return cls(order, np.cumsum(lengths[order]))
 
     def pieces(self, shards: TokenShards, start: int, stop: int) -> list[np.ndarray]:
-        """The tokens from `start` to `stop` (or to the end), each document's by themselves."""
+        """Return tokens `start` to `stop` (or the end), one array per document."""
         stop = min(stop, int(self.ends[-1]))
         if start >= stop:
             return []
         first = int(np.searchsorted(self.ends, start, side="right"))
         last = int(np.searchsorted(self.ends, stop, side="left"))
-        some = slice(first, last + 1)
+        window = slice(first, last + 1)
         pieces = []
-        for document, end in zip(self.order[some].tolist(), self.ends[some].tolist(), strict=True):
+        for document, end in zip(self.order[window].tolist(), self.ends[window].tolist(), strict=True):
             begin = end - int(shards.lengths[document])
             pieces.append(shards.read(document, max(start - begin, 0), min(stop, end) - begin))
         return pieces
 
 
-class _Epoch(NamedTuple):
-    layout: Layout
-    rows: np.ndarray  # int64: the rows of the epoch but its last, shuffled, counted from its first
+class DocumentPacking(Packing):
+    """Documents concatenated and cut into sequences of `sequence_length` tokens.
 
-
-class Packing:
-    """The rows of one dataset, numbered from 0 without end.
-
-    `mode` "documents": the documents in a row are apart from one another, each with its own segment, its positions from
-    0 (from the row's start for one that began in another row), and no label at its end. "contiguous": a row is one
-    segment, and the label is always the next token. Either way a document longer than a row goes on in another row.
+    With `packing="block_causal"` each document has its own segment ID, positions from 0 (from the start of the sequence
+    if it began in another one) and no label at its last token: attention is block-diagonal and causal. With "causal"
+    the sequence is one segment and every label is the next token. Longer documents continue in another sequence.
     """
 
-    def __init__(
-        self, shards: TokenShards, *, sequence_length: int, seed: int, dataset: int = 0, mode: str = "documents"
-    ):
-        check_shape(sequence_length=sequence_length, mode=mode)
-        if not len(shards):
-            raise DSMoEError(f"{shards.folder}: no documents to train on")
-        self._shards, self._length, self._mode = shards, sequence_length, mode
-        self._key = (seed, dataset)
-        # Threads that wait for the same epoch build it once; a row reaches into two at most, but for tiny datasets.
-        self._lock = threading.Lock()
-        self._cached = functools.lru_cache(maxsize=2)(self._build)
+    CHOICES: ClassVar = ("block_causal", "causal")
 
-    def rows_of(self, epoch: int) -> range:
-        """The numbers of the rows that begin in an epoch."""
-        return range(*(-(-e * self._shards.tokens // self._length) for e in (epoch, epoch + 1)))
+    @classmethod
+    def in_order(cls, data: TokenShards, *, sequence_length: int, packing: str) -> tuple[int, Builder]:
+        """See `Packing.in_order`."""
+        cls.check(data, sequence_length=sequence_length, packing=packing)
+        documents = _Concatenation.of(data.lengths, np.arange(len(data)))
 
-    def row(self, n: int) -> np.ndarray:
-        """Row `n`, int32 [4, sequence_length]: token ids, labels, segments, positions, the fields of a `Batch`."""
-        epoch = n * self._length // self._shards.tokens
-        numbers = self.rows_of(epoch)
-        # The last row stays last: it may reach into the next epoch, whose index is then not needed before its time.
+        def build(n: int) -> np.ndarray:
+            start = n * sequence_length
+            return pack(documents.pieces(data, start, start + sequence_length + 1), sequence_length, packing)
+
+        return -(-data.tokens // sequence_length), build
+
+    def sequences_of(self, epoch: int) -> range:
+        """See `Packing.sequences_of`."""
+        return range(*(-(-e * self._data.tokens // self._length) for e in (epoch, epoch + 1)))
+
+    def sequence(self, n: int) -> np.ndarray:
+        """See `Packing.sequence`."""
+        epoch = n * self._length // self._data.tokens
+        numbers = self.sequences_of(epoch)
+        # The last sequence stays last: it may extend into the next epoch, whose index is then not needed early.
         if n != numbers[-1]:
-            n = numbers[0] + int(self._epoch(epoch).rows[n - numbers[0]])
-        return lay_out(self._pieces(n * self._length, self._length + 1), self._length, self._mode)
+            n = numbers[0] + int(self._epoch(epoch)[1][n - numbers[0]])
+        return pack(self._pieces(n * self._length, self._length + 1), self._length, self._packing)
 
     def _pieces(self, start: int, count: int) -> list[np.ndarray]:
         pieces = []
         while count:
-            epoch, at = divmod(start, self._shards.tokens)
-            taken = min(count, self._shards.tokens - at)
-            pieces += self._epoch(epoch).layout.pieces(self._shards, at, at + taken)
+            epoch, at = divmod(start, self._data.tokens)
+            taken = min(count, self._data.tokens - at)
+            pieces += self._epoch(epoch)[0].pieces(self._data, at, at + taken)
             start, count = start + taken, count - taken
         return pieces
 
-    def _epoch(self, epoch: int) -> _Epoch:
+    def _epoch(self, epoch: int) -> tuple[_Concatenation, np.ndarray]:
         with self._lock:
             return self._cached(epoch)
 
-    def _build(self, epoch: int) -> _Epoch:
-        order = shuffled(len(self._shards), *self._key, epoch, _DOCUMENTS)
-        rows = shuffled(max(len(self.rows_of(epoch)) - 1, 0), *self._key, epoch, _ROWS)
-        return _Epoch(Layout.of(self._shards.lengths, order), rows)
+    def _build(self, epoch: int) -> tuple[_Concatenation, np.ndarray]:
+        """Concatenate an epoch, and shuffle its sequences (but the last)."""
+        order = self._shuffled(len(self._data), epoch, DOCUMENTS)
+        sequences = self._shuffled(max(len(self.sequences_of(epoch)) - 1, 0), epoch, SEQUENCES)
+        return _Concatenation.of(self._data.lengths, order), sequences
 
 
-def lay_out(pieces: Sequence[np.ndarray], length: int, mode: str) -> np.ndarray:
-    """Pieces of documents as a row, int32 [4, length]: token ids, labels, segments, positions; the rest is padding.
+def pack(pieces: Sequence[np.ndarray], length: int, packing: str = "block_causal") -> np.ndarray:
+    """Pack pieces of documents into one sequence, int32 [4, length], with padding.
 
-    One token past the row, if there is one, is the label of the row's last.
+    Its rows are token ids, labels, segment ids (0 is padding) and positions. One token beyond `length`, if any, is the
+    label of the last position.
     """
-    row = np.zeros((4, length), np.int32)
-    token_ids, labels, segments, positions = row
+    sequence = np.zeros((4, length), np.int32)
+    token_ids, labels, segment_ids, positions = sequence
     labels[:] = IGNORED
     if not pieces:
-        return row
+        return sequence
     tokens = np.concatenate(pieces).astype(np.int32)
-    sizes = np.array([len(tokens)] if mode == "contiguous" else [len(piece) for piece in pieces])
-    piece = np.repeat(np.arange(1, len(sizes) + 1), sizes)
+    sizes = np.array([len(tokens)] if packing == "causal" else [len(piece) for piece in pieces])
+    segment = np.repeat(np.arange(1, len(sizes) + 1), sizes)
     begin = np.repeat(np.cumsum(sizes) - sizes, sizes)
-    used, labelled = min(len(tokens), length), min(len(tokens) - 1, length)
+    used, labeled = min(len(tokens), length), min(len(tokens) - 1, length)
     token_ids[:used] = tokens[:used]
-    segments[:used] = piece[:used]
+    segment_ids[:used] = segment[:used]
     positions[:used] = np.arange(used) - begin[:used]
-    goes_on = piece[1:] == piece[:-1]
-    labels[:labelled] = np.where(goes_on, tokens[1:], IGNORED)[:labelled]
-    return row
-
-
-def check_shape(*, sequence_length: int, mode: str) -> None:
-    """`ValueError` for rows that cannot be."""
-    if sequence_length < 1:
-        raise DSMoEError(f"sequence_length must be at least 1, not {sequence_length}")
-    if mode not in MODES:
-        raise DSMoEError(f"mode {mode!r} is not one of {', '.join(MODES)}")
+    same_segment = segment[1:] == segment[:-1]
+    labels[:labeled] = np.where(same_segment, tokens[1:], IGNORED)[:labeled]
+    return sequence

@@ -1,13 +1,12 @@
-"""Token shards: documents as token ids in memory-mapped files, written once by writer.py. Start at `TokenShards`.
+"""Token shards: tokenized data in memory-mapped files. Start at `TokenShards`.
 
-A folder of them holds `manifest.json` and, of each split (`train`, `heldout`), `SPLIT-00000.tokens`: all ids one after
-another, little-endian uint16 (uint32 for a vocabulary past 65,536), and `SPLIT-00000.documents`: where each document
-begins among them, and at last their number, little-endian uint64. Who opens them hashes each file once; `.verified`
-notes which, where the folder can be written.
+A folder holds `manifest.json` and, per split (`train`, `validation`) and shard, `SPLIT-00000.tokens`: the concatenated
+token ids, little-endian uint16 (uint32 for a vocabulary beyond 65,536), and `SPLIT-00000.documents`: the offset of each
+document and the total, little-endian uint64. Fine-tuning examples add `SPLIT.loss_mask`, one byte per token of the
+split. The first reader hashes each file once and records that in `.verified` where the folder is writable.
 """
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -15,34 +14,44 @@ from typing import Any, Final
 import numpy as np
 
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.storage.manifest import HashCache, hash_json
+from dsmoe_jax.storage.manifest import HashCache, check_files, hash_json, read_manifest
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.text.tokenizer import tokenizer_files
 
 MANIFEST: Final = "manifest.json"
-FORMAT: Final = "dsmoe token shards 1"
-SPLITS: Final = ("train", "heldout")
+FORMAT: Final = "dsmoe token shards 2"
+SPLITS: Final = ("train", "validation")
 DTYPES: Final = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-BOUNDARY: Final = np.dtype("<u8")
+OFFSET: Final = np.dtype("<u8")
 _VERIFIED: Final = ".verified"
-
-
-def shard_files(split: str, index: int) -> tuple[str, str]:
-    """The names of a shard's two files: token ids, boundaries of documents."""
-    return f"{split}-{index:05d}.tokens", f"{split}-{index:05d}.documents"
+# Version 0.1 kept the masks of examples under a manifest of their own, and called the validation split `heldout`.
+_FORMAT_1: Final = "dsmoe token shards 1"
+_EXAMPLES_1: Final = "examples.json"
+_SPLITS_1: Final = dict(zip(SPLITS, ("train", "heldout"), strict=True))
 
 
 def is_token_shards(path: str | Path) -> bool:
-    """Whether the path is a folder of token shards."""
+    """Whether the path is a folder of token shards, of documents or of examples."""
+    return _fields(path).get("format") in (FORMAT, _FORMAT_1)
+
+
+def is_examples(path: str | Path) -> bool:
+    """Whether the path is a folder of token shards of fine-tuning examples."""
+    return is_token_shards(path) and (
+        "examples" in _fields(path) or (user_path(path, "source") / _EXAMPLES_1).is_file()
+    )
+
+
+def _fields(path: str | Path) -> dict[str, Any]:
     try:
-        return read_json(user_path(path, "source") / MANIFEST).get("format") == FORMAT
+        return read_json(user_path(path, "source") / MANIFEST)
     except ValueError:
-        return False
+        return {}
 
 
 def tokenizer_hash(folder: str | Path) -> str:
-    """The SHA-256 over the bytes of a tokenizer's files, in the order of their names."""
+    """Return the SHA-256 of a tokenizer's files, in the order of their names."""
     digest = hashlib.sha256()
     for path in sorted(tokenizer_files(folder), key=lambda path: path.name):
         digest.update(path.read_bytes())
@@ -50,78 +59,96 @@ def tokenizer_hash(folder: str | Path) -> str:
 
 
 class TokenShards:
-    """The documents of one split, numbered from 0; nothing is read before it is asked for.
+    """The documents of one split, numbered from 0, memory-mapped.
 
-    `lengths` is int64 [documents], in tokens, the ending eos included; `tokens` their sum. `digest` is the SHA-256 of
-    all that a training stream can depend on.
+    Attributes:
+        folder: Where they are.
+        vocab_size: That of the tokenizer.
+        eos_token_id: The id that ends every document.
+        tokenizer_hash: See `tokenizer_hash`.
+        val_fraction: Fraction of the documents in the validation split.
+        lengths: int64 [documents], in tokens, the final EOS included.
+        tokens: Their sum.
+        digest: SHA-256 of everything that a training stream depends on.
     """
 
-    def __init__(self, folder: Path, split: str, manifest: dict[str, Any]):
+    def __init__(self, folder: Path, split: str, manifest: Mapping[str, Any]):
         """Use `open`."""
-        self.folder, self.split = folder, split
+        self.folder, self._split = folder, manifest["splits"][split]
         self.vocab_size, self.eos_token_id = manifest["vocab_size"], manifest["eos_token_id"]
-        self.tokenizer_hash = manifest["tokenizer_sha256"]
+        self.tokenizer_hash, self.val_fraction = manifest["tokenizer_sha256"], manifest.get("val_fraction")
         self.dtype = DTYPES[manifest["dtype"]]
-        self._manifest = manifest["splits"][split]
-        self.digest = hash_json({"dtype": manifest["dtype"]} | self._manifest)
-        names = [shard_files(split, index) for index in range(len(self._manifest["shards"]))]
-        self._tokens = [_map(folder / ids, self.dtype) for ids, _ in names]
-        self._boundaries = [_map(folder / boundaries, BOUNDARY) for _, boundaries in names]
-        for (_, name), tokens, boundaries in zip(names, self._tokens, self._boundaries, strict=True):
-            if boundaries[0] or boundaries[-1] != len(tokens) or (boundaries[1:] <= boundaries[:-1]).any():
-                raise DSMoEError(f"{folder / name}: the boundaries of the documents do not ascend from 0 to the end")
-        self.lengths = np.concatenate([np.zeros(0, np.int64), *(np.diff(b).astype(np.int64) for b in self._boundaries)])
+        shards = self._split["shards"]
+        # As format 1 had it, so that runs resume on shards of either format.
+        hashes = [{kind: manifest["files"][name] for kind, name in shard.items()} for shard in shards]
+        counts = {name: self._split[name] for name in ("documents", "tokens")}
+        self.digest = hash_json({"dtype": manifest["dtype"], **counts, "shards": hashes})
+        self._tokens = [_map(folder / shard["tokens"], self.dtype) for shard in shards]
+        self._offsets = [_map(folder / shard["documents"], OFFSET) for shard in shards]
+        for shard, tokens, offsets in zip(shards, self._tokens, self._offsets, strict=True):
+            if offsets[0] or offsets[-1] != len(tokens) or (offsets[1:] <= offsets[:-1]).any():
+                raise DSMoEError(f"{folder / shard['documents']}: document offsets must ascend from 0 to {len(tokens)}")
+        self.lengths = np.concatenate([np.zeros(0, np.int64), *(np.diff(o).astype(np.int64) for o in self._offsets)])
         self.tokens = int(self.lengths.sum())
-        self._first = np.cumsum([0, *(len(boundaries) - 1 for boundaries in self._boundaries)])
+        self._first = np.cumsum([0, *(len(offsets) - 1 for offsets in self._offsets)])
 
     @classmethod
     def open(cls, folder: str | Path, split: str = "train", *, verify: bool = True) -> "TokenShards":
-        """The shards of a split, memory-mapped.
+        """Map the shards of a split.
 
-        `verify` compares the SHA-256 of every file, half a second a gigabyte and core, once: a file whose size, times
-        and inode are as they were then is not read again. Raises `ValueError` in one line where the folder holds no
-        token shards, or a file is missing or damaged.
+        Args:
+            folder: What `tokenize` or `write_examples` wrote.
+            split: `train` or `validation`.
+            verify: Compare the SHA-256 of every file, half a second per gigabyte and core; once, as long as its size,
+                times and inode are unchanged.
+
+        Raises:
+            DSMoEError: The folder holds no token shards, or a file is missing or damaged.
         """
         folder = user_path(folder, "folder")
-        if not (folder / MANIFEST).is_file():
-            raise DSMoEError(f"{folder}: no token shards (no {MANIFEST})")
-        manifest = _read_manifest(folder / MANIFEST)
         if split not in SPLITS:
-            raise DSMoEError(f"split {split!r} is not one of {', '.join(SPLITS)}")
-        shards = enumerate(manifest["splits"][split]["shards"])
-        files = {name: shard[name.rpartition(".")[2]] for index, shard in shards for name in shard_files(split, index)}
-        check_files(folder, files, verify=verify)
+            raise DSMoEError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+        manifest = _read_manifest(folder)
+        entry = manifest["splits"][split]
+        names = [name for shard in entry["shards"] for name in shard.values()]
+        names += [entry["loss_mask"]] if "loss_mask" in entry else []
+        files = {name: manifest["files"][name] for name in names}
+        check_files(folder, files, verify=verify, cache=HashCache(folder / _VERIFIED))
         return cls(folder, split, manifest)
 
     def __len__(self) -> int:
-        """How many documents there are."""
+        """Return the number of documents."""
         return len(self.lengths)
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Token ids `start` to `stop` of a document: a view of the file. `ValueError` for one that is no token."""
+        """Return token ids `start` to `stop` of a document, a view of the file.
+
+        Raises:
+            DSMoEError: An id is beyond the vocabulary.
+        """
         shard = int(np.searchsorted(self._first, document, side="right")) - 1
-        begin = int(self._boundaries[shard][document - self._first[shard]])
+        begin = int(self._offsets[shard][document - self._first[shard]])
         stop = int(self.lengths[document]) if stop is None else stop
         ids = self._tokens[shard][begin + start : begin + stop]
-        # An embedding would read another row for it, or NaN; the file may have changed since it was opened.
+        # An embedding lookup would return another row, or NaN; the file may have changed since it was opened.
         if ids.size and (largest := ids.max()) >= self.vocab_size:
-            name = shard_files(self.split, shard)[0]
+            path = self.folder / self._split["shards"][shard]["tokens"]
             raise DSMoEError(
-                f"{self.folder / name}: damaged: token id {largest} in document {document}, "
-                f"the vocabulary has {self.vocab_size}"
+                f"{path}: damaged: token ids must be below vocab_size {self.vocab_size}, "
+                f"got {largest} in document {document}"
             )
         return ids
 
     def check(self, *, tokenizer_hash: str | None = None, vocab_size: int | None = None) -> None:
-        """`ValueError` if another tokenizer made the shards, or a model of `vocab_size` does not know all their ids."""
+        """Raise `DSMoEError` for another tokenizer, or a `vocab_size` that is too small."""
         if tokenizer_hash is not None and tokenizer_hash != self.tokenizer_hash:
             raise DSMoEError(
-                f"{self.folder}: made with another tokenizer (SHA-256 {self.tokenizer_hash[:12]}…, "
+                f"{self.folder}: written with another tokenizer (SHA-256 {self.tokenizer_hash[:12]}…, "
                 f"not {tokenizer_hash[:12]}…); tokenize the text again"
             )
         if vocab_size is not None and self.vocab_size > vocab_size:
             raise DSMoEError(
-                f"{self.folder}: made with a vocabulary of {self.vocab_size}; the model's vocab_size is {vocab_size}"
+                f"{self.folder}: the model's vocab_size must be at least {self.vocab_size}, got {vocab_size}"
             )
 
 
@@ -129,48 +156,63 @@ def _map(path: Path, dtype: np.dtype) -> np.ndarray:
     return np.asarray(np.memmap(path, dtype, mode="r"))
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest; `ValueError` if anything in it is not of the kind that is read here."""
-    fields = read_json(path)
-    if (version := fields.get("format")) != FORMAT:
-        raise DSMoEError(f"{path}: format {version!r}, this version reads {FORMAT!r}")
-    check_own_hash(path, fields)
-
-    def field(table: Any, name: str, kind: type) -> Any:
-        value = table.get(name) if isinstance(table, dict) else None
-        if type(value) is not kind:
-            raise DSMoEError(f"{path}: `{name}` must be a {kind.__name__}, got {value!r:.80}")
-        return value
-
-    for name, kind in {"vocab_size": int, "eos_token_id": int, "tokenizer_sha256": str, "splits": dict}.items():
-        field(fields, name, kind)
-    if field(fields, "dtype", str) not in DTYPES:
-        raise DSMoEError(f"{path}: dtype {fields['dtype']!r:.80} is not one of {', '.join(DTYPES)}")
-    for split in SPLITS:
-        for shard in field(field(fields["splits"], split, dict), "shards", list):
-            for kind, dtype, least in (("tokens", DTYPES[fields["dtype"]], 1), ("documents", BOUNDARY, 2)):
-                size = field(field(shard, kind, dict), "bytes", int)
-                field(shard[kind], "sha256", str)
-                if size < least * dtype.itemsize or size % dtype.itemsize:
-                    raise DSMoEError(f"{path}: a shard of {size} bytes of {kind}")
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check the manifest, of either format."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DSMoEError(f"{folder}: no token shards (no {MANIFEST})")
+    fields = read_manifest(path, None, require_hash=False)
+    if (version := fields.get("format")) not in (FORMAT, _FORMAT_1):
+        raise DSMoEError(f"{path}: format must be {FORMAT!r}, got {version!r:.80}")
+    try:
+        if version == _FORMAT_1:
+            fields |= _from_format_1(folder, fields)
+        _check_types(fields)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DSMoEError(f"{path}: malformed manifest: {error}") from None
     return fields
 
 
-def check_own_hash(path: Path, fields: dict[str, Any]) -> None:
-    """`ValueError` unless the manifest still has the SHA-256 that it gives of itself; older ones give none."""
-    said = fields.pop("sha256", None)
-    if said is not None and said != hash_json(fields):
-        raise DSMoEError(f"{path}: damaged: its own SHA-256 is another")
+def _check_types(fields: dict[str, Any]) -> None:
+    def field(table: Any, name: str, kind: type) -> Any:
+        value = table.get(name) if isinstance(table, dict) else None
+        if type(value) is not kind:
+            raise DSMoEError(f"`{name}` must be of type {kind.__name__}, got {value!r:.80}")
+        return value
+
+    def check_file(name: str, dtype: np.dtype, least: int) -> None:
+        entry = field(fields["files"], name, dict)
+        size, _ = field(entry, "bytes", int), field(entry, "sha256", str)
+        if Path(name).name != name or size < least * dtype.itemsize or size % dtype.itemsize:
+            raise DSMoEError(f"{name!r:.80} has impossible size {size}")
+
+    for name, kind in {"vocab_size": int, "eos_token_id": int, "tokenizer_sha256": str, "files": dict}.items():
+        field(fields, name, kind)
+    if field(fields, "dtype", str) not in DTYPES:
+        raise DSMoEError(f"`dtype` must be one of {', '.join(DTYPES)}, got {fields['dtype']!r:.80}")
+    for split in SPLITS:
+        entry = field(field(fields, "splits", dict), split, dict)
+        size = {name: field(entry, name, int) for name in ("documents", "tokens")}
+        for shard in field(entry, "shards", list):
+            check_file(field(shard, "tokens", str), DTYPES[fields["dtype"]], 1)
+            check_file(field(shard, "documents", str), OFFSET, 2)
+        if "loss_mask" in entry:
+            check_file(field(entry, "loss_mask", str), np.dtype(np.uint8), size["tokens"])
 
 
-def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, verify: bool) -> None:
-    """`ValueError` unless each file has the `bytes` of its row and, with `verify`, the `sha256`."""
-    for name, want in files.items():
-        if not (folder / name).is_file():
-            raise DSMoEError(f"{folder / name}: is missing")
-        if (size := os.path.getsize(folder / name)) != want["bytes"]:
-            raise DSMoEError(f"{folder / name}: has {size} bytes, not {want['bytes']}")
-    if verify:
-        for path, found in HashCache(folder / _VERIFIED).hashes(folder / name for name in files).items():
-            if found != files[path.name]["sha256"]:
-                raise DSMoEError(f"{path}: has other bytes than were written: another SHA-256")
+def _from_format_1(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate a manifest of version 0.1; `examples.json` has the loss masks."""
+    has_masks = (folder / _EXAMPLES_1).is_file()
+    masks = read_manifest(folder / _EXAMPLES_1, None, require_hash=False)["splits"] if has_masks else {}
+    files, splits = {}, {}
+    for split, old in _SPLITS_1.items():
+        entry = splits[split] = dict(fields["splits"][old])
+        hashes, entry["shards"] = entry["shards"], []
+        for index, shard in enumerate(hashes):
+            names = {kind: f"{old}-{index:05d}.{kind}" for kind in ("tokens", "documents")}
+            files |= {name: shard[kind] for kind, name in names.items()}
+            entry["shards"].append(names)
+        if has_masks:
+            entry["loss_mask"] = f"{old}.targets"
+            files[entry["loss_mask"]] = {"bytes": entry["tokens"], "sha256": masks[old]["sha256"]}
+    return {"files": files, "splits": splits, "val_fraction": fields.get("val_fraction", fields.get("holdout"))}

@@ -1,4 +1,4 @@
-"""The one source of chance: a permutation that a key decides."""
+"""The only source of randomness: a permutation determined by a key."""
 
 import numpy as np
 
@@ -6,11 +6,11 @@ from dsmoe_jax.errors import DSMoEError
 
 
 def shuffled(count: int, seed: int, *key: int) -> np.ndarray:
-    """The numbers below `count` in an order, int64, that (seed, *key) decides.
+    """Return a permutation of range(count), int64, determined by (seed, *key).
 
-    They are sorted by the raw bits of Philox: numpy promises those for all its versions, but not its `permutation`.
+    It sorts by the raw bits of Philox, which numpy guarantees across versions, unlike its `permutation`.
     """
     if seed < 0:
-        raise DSMoEError(f"seed must be at least 0, not {seed}")
+        raise DSMoEError(f"seed must be at least 0, got {seed}")
     bits = np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)).random_raw(count)
     return np.argsort(bits, kind="stable")

@@ -1,12 +1,13 @@
-"""Where text comes from: files, folders, patterns, Python's own sources. Start at `documents`."""
+"""Sources: files, folders, patterns, the standard library. Start at `documents`."""
 
+import functools
 import glob
 import itertools
 import logging
 import os
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -15,40 +16,40 @@ from dsmoe_jax.progress import Advance
 from dsmoe_jax.storage.manifest import MODEL_MANIFEST
 from dsmoe_jax.storage.paths import expand_user
 
-from .formats import Entry, read_file, read_text, reader_of
+from .formats import FORMATS, Entry, read_file, read_text, reader_of
 from .shards import MANIFEST, is_token_shards
 
 PYTHON_STDLIB: Final = "python-stdlib"
-# Not of the library itself, or not the same on every machine.
+# Not part of the library itself, or different between machines.
 _NOT_STDLIB: Final = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
 _NOT_STDLIB_BEGINS: Final = ("config-", "_sysconfigdata")
 # A line of one character over and over, like "# ------", in a comment or not.
 _RULER: Final = re.compile(r"^[ \t]*#?[ \t]*([^\w\s])\1{7,}.*\n", re.MULTILINE)
 _HEXADECIMAL: Final = re.compile(rb"\b0x[0-9a-fA-F]")
-_TABLE: Final = 64  # such numbers: files of the library have fewer than 50, or more than 100
-RUN: Final = "run.json"  # a run's folder has it
-# Beside weights or a tokenizer these are theirs, and no data.
+_TABLE: Final = 64  # hexadecimal numbers; files of the library have fewer than 50, or more than 100
+RUN: Final = "run.json"  # in the folder of a run
+# Not data when next to weights or a tokenizer.
 _MODEL_FILES: Final = re.compile(
     r"(tokenizer|added_tokens|special_tokens_map|config|generation_config|adapter_config|vocab"
     r"|tokenizer_config|.*\.safetensors\.index|.*\.bin\.index)\.json"
     r"|tokenizer\.model|chat_template\.(jinja|json)|merges\.txt|.*\.safetensors|pytorch_model.*\.bin"
 )
-_NAMED: Final = 3  # paths that a line of the log names
-_NAMED_LINES: Final = 10  # broken lines of a file that the log names
-_HOPELESS: Final = 1000  # lines from the start without a text: the rest need not be read
+_NAMED: Final = 3  # paths per log line
+_NAMED_LINES: Final = 10  # malformed lines logged per file
+_GIVE_UP: Final = 1000  # malformed lines at the start of a file, after which the rest is not read
 
 _log = logging.getLogger(__name__)
 
 
 class Document(NamedTuple):
-    """A text and where it came from: FILE, FILE:LINE of a .jsonl, FILE:ROW of a .parquet."""
+    """A text and its location: FILE, FILE:LINE of .jsonl, FILE:ROW of .parquet."""
 
     where: str
     text: str
 
 
-class TextFile(NamedTuple):
-    """A file of a source. One that the user named must be text; among those that were found, others are passed over."""
+class SourceFile(NamedTuple):
+    """A file of a source; `named` by the user, or found in a folder or by a pattern."""
 
     path: Path
     named: bool
@@ -58,99 +59,149 @@ def documents(
     source: str | Path,
     *,
     field: str = "text",
-    most_broken: float = 0.01,
+    max_malformed_fraction: float = 0.01,
     exclude: Iterable[Path] = (),
     advance: Advance = lambda step: None,
 ) -> Iterator[Document]:
-    """The texts of a source, always in the same order.
+    """Iterate over the texts of a source, always in the same order.
 
-    `source` is a file, a folder (with all below it, in the order of the relative paths), a pattern like
-    `data/*.parquet`, or `python-stdlib`; see `find_files` for what is left out. Of a .jsonl, .jsonl.gz, .jsonl.zst or
-    .parquet each line or row is a document, its text in `field`; every other file is one, if it is UTF-8. Blank texts
-    are none.
+    Each line or row of a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file is a document; every other UTF-8 file is one.
+    Blank texts are skipped.
 
-    Broken lines (not JSON, or without that field) are counted and named in the log. Raises `ValueError` in one line
-    where more than the share `most_broken` of a file's lines are, or all; where a file cannot be read to its end; and
-    where the source holds no text at all. `advance` is told of the bytes of the files as they are read.
+    Args:
+        source: A file, a folder (recursive, sorted by relative path), a pattern like `data/*.parquet`, or
+            `python-stdlib`; `find_files` says which files are left out.
+        field: The field of a line or row that holds the text.
+        max_malformed_fraction: Malformed lines of a file that are skipped and logged; more are an error.
+        exclude: Files and folders to leave out.
+        advance: Called with the number of bytes read.
+
+    Raises:
+        DSMoEError: A file cannot be read or has too many malformed lines, or the source holds no text.
     """
-    count = blank = passed = 0
     clean = _without_rulers if str(source) == PYTHON_STDLIB else str
-    found = find(source, exclude)
+    count = blank = 0
+    options = {"max_malformed_fraction": max_malformed_fraction, "exclude": exclude, "advance": advance}
+    for where, value in read_source(source, field, **options):
+        if (text := clean(value)) and not text.isspace():
+            count += 1
+            yield Document(where, text)
+        else:
+            blank += 1
+    if blank:
+        _log.info("%s: skipped %d blank texts", source, blank)
+    if not count:
+        raise DSMoEError(f"{source}: no text found")
+
+
+def read_source(
+    source: str | Path,
+    field: str | None,
+    *,
+    parse: Callable[[Any], Any] = lambda value: value,
+    max_malformed_fraction: float,
+    exclude: Iterable[Path],
+    advance: Advance,
+) -> Iterator[tuple[str, Any]]:
+    """Iterate over the locations and values of a source; see `documents`.
+
+    Without a `field` whole records are read, and plain text files are skipped. A `ValueError` of `parse`, which is
+    applied to each value, makes its line malformed.
+    """
+    count = skipped = 0
+    found = resolve_source(source, exclude)
     found.log(source)
     for file in found.files:
-        lines = Lines(file.path, most_broken)
-        done, as_text = 0, reader_of(file.path) is read_text
+        is_text = reader_of(file.path) is read_text
+        if is_text and field is None:
+            if file.named:
+                raise DSMoEError(f"{file.path}: must be one of {', '.join(FORMATS)}")
+            skipped += 1
+            continue
+        malformed, done = _MalformedLines(file.path, max_malformed_fraction), 0
         for entry in read_file(file.path, field):
-            advance(entry.done - done)
-            done = entry.done
-            if entry.value is None and as_text:
+            advance(entry.bytes_read - done)
+            done = entry.bytes_read
+            if is_text and entry.value is None:
                 if file.named:
                     raise DSMoEError(f"{file.path}: {entry.problem}")
-                passed += 1
-            elif lines.whole(entry) and entry.value is not None:
-                if (text := clean(entry.value)) and not text.isspace():
-                    count += 1
-                    yield Document(f"{file.path}{entry.place}", text)
-                else:
-                    blank += 1
-        lines.end()
-    if blank or passed:
-        _log.info("%s: passed over %d blank texts and %d files that are not UTF-8 text", source, blank, passed)
+                skipped += 1
+                continue
+            if entry.value is not None:
+                try:
+                    entry = entry._replace(value=parse(entry.value))
+                except ValueError as error:
+                    entry = entry._replace(value=None, problem=str(error))
+            if malformed.count(entry):
+                count += 1
+                yield f"{file.path}{entry.place}", entry.value
+        malformed.check()
+    if skipped:
+        _log.info(
+            "%s: skipped %d files that are not %s", source, skipped, "UTF-8 text" if field else ", ".join(FORMATS)
+        )
     if not count:
-        raise DSMoEError(f"{source}: holds no text")
+        raise DSMoEError(f"{source}: no {'text' if field else 'examples'} found")
 
 
 def source_bytes(source: str | Path, exclude: Iterable[Path] = ()) -> int:
-    """The size of all files of a source."""
+    """Return the size of all files of a source."""
     return sum(file.path.stat().st_size for file in find_files(source, exclude))
 
 
-def find_files(source: str | Path, exclude: Iterable[Path] = ()) -> list[TextFile]:
-    """The files of a source, each once; `ValueError` if there are none.
+def find_files(source: str | Path, exclude: Iterable[Path] = ()) -> list[SourceFile]:
+    """Return the files of a source, each once.
 
-    Below a folder, and where a pattern leads, some are left out: hidden ones; those in `exclude`, files or folders;
-    what this project wrote (runs, token shards, checkpoints); the files of tokenizers and models; links that lead
-    nowhere or back up. Other links are followed. A file with several names, by links of either kind, is read once.
+    Below a folder, and where a pattern leads, some are left out: hidden files; what this project wrote (runs, token
+    shards, checkpoints); the files of tokenizers and models; dangling links and links to a parent folder. Other links
+    are followed. A file with several names, by links of either kind, is read once.
+
+    Args:
+        source: See `documents`.
+        exclude: Files and folders to leave out.
+
+    Raises:
+        DSMoEError: There are none.
     """
-    return find(source, exclude).files
+    return resolve_source(source, exclude).files
 
 
-def warn_of_overlap(sources: Sequence[str | Path], exclude: Iterable[Path] = ()) -> None:
-    """Say where a file is in several of the sources: each of them is read."""
+def warn_on_overlap(sources: Sequence[str | Path], exclude: Iterable[Path] = ()) -> None:
+    """Warn about a file that is in several sources: it is read once for each."""
     first: dict[Any, int] = {}
     for number, source in enumerate(sources if len(sources) > 1 else ()):
         for file in find_files(source, exclude):
             identity = _identity(file.path)
             if (other := first.setdefault(identity, number)) != number:
-                _log.warning("%s: is in source %s already; it is read twice", file.path, sources[other])
-                break  # one line a source
+                _log.warning("%s: already in source %s; reading it twice", file.path, sources[other])
+                break  # one line per source
 
 
-class Found(NamedTuple):
-    """The files of a source, and what was left out, by reason."""
+class SourceFiles(NamedTuple):
+    """The files of a source, and the paths that were left out, by reason."""
 
-    files: list[TextFile]
+    files: list[SourceFile]
     left_out: dict[str, list[str]]
 
     def log(self, source: str | Path) -> None:
-        """A line for each reason."""
+        """Log one line per reason."""
         for reason, paths in self.left_out.items():
             more = f" and {len(paths) - _NAMED:,} more" if len(paths) > _NAMED else ""
             _log.info("%s: left out %s: %s%s", source, reason, ", ".join(paths[:_NAMED]), more)
 
 
-def find(source: str | Path, exclude: Iterable[Path] = ()) -> Found:
-    """What `find_files` finds, and what it leaves out."""
+def resolve_source(source: str | Path, exclude: Iterable[Path] = ()) -> SourceFiles:
+    """Find the files of a source; see `find_files`."""
     source = expand_user(source, "source")
     if source == PYTHON_STDLIB:
-        return Found(_stdlib(), {})
+        return SourceFiles(list(_stdlib()), {})
     walk = _Walk(exclude)
     if os.path.lexists(source):
         path = Path(source)
         if (identity := _identity(path)) in walk.excluded:
-            raise DSMoEError(f"{source}: is what this command writes to")
+            raise DSMoEError(f"{source}: is the output of this command")
         if path.is_dir():
-            _refuse_no_data(path)
+            _refuse_non_data(path)
             walk.below(path, above=_ancestors(path))
         elif not path.is_file():
             raise DSMoEError(f"{source}: is not a regular file")
@@ -160,7 +211,7 @@ def find(source: str | Path, exclude: Iterable[Path] = ()) -> Found:
         parts = Path(source).parts
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts))
         if root.is_dir():
-            _refuse_no_data(root)
+            _refuse_non_data(root)
         for match in sorted(glob.glob(source, recursive=True)):
             path = Path(match)
             folders = [path, *path.parents] if path.is_dir() else [*path.parents]
@@ -172,20 +223,20 @@ def find(source: str | Path, exclude: Iterable[Path] = ()) -> Found:
     if not walk.files:
         left_out = "; ".join(f"left out {reason}: {paths[0]}" for reason, paths in walk.left_out.items())
         raise DSMoEError(f"{source}: no files{f' ({left_out})' if left_out else ''}")
-    return Found(walk.files, walk.left_out)
+    return SourceFiles(walk.files, walk.left_out)
 
 
 class _Walk:
-    """Collects files, each once, and says what it leaves out."""
+    """Collects files, each once, and records what it leaves out."""
 
     def __init__(self, exclude: Iterable[Path]):
         self.excluded = {_identity(path) for path in exclude if path.exists()}
-        self.files: list[TextFile] = []
+        self.files: list[SourceFile] = []
         self.left_out: dict[str, list[str]] = {}
         self._seen: dict[Any, Path] = {}
 
     def below(self, folder: Path, above: Set[Any]) -> None:
-        """All files below the folder, in the order of their paths; `above` are the folders that contain it."""
+        """Add all files below the folder, sorted by path; `above` are its parent folders."""
         found: list[Path] = []
         visited = {_identity(folder)}
         for home, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
@@ -195,7 +246,7 @@ class _Walk:
                 if name.startswith(".") or self.leaves_out([path]):
                     continue
                 if (identity := _identity(path)) in visited or identity in above:
-                    self._leave_out("links to folders that contain them or are read already", path)
+                    self._leave_out("links to a parent folder or one already read", path)
                 else:
                     visited.add(identity)
                     here.append(name)
@@ -205,30 +256,30 @@ class _Walk:
             self.file(path)
 
     def file(self, path: Path) -> None:
-        """A file that was found, not named."""
+        """Add a file that was found, not named."""
         if path.is_symlink() and not path.exists():
-            self._leave_out("links that lead nowhere", path)
+            self._leave_out("dangling links", path)
         elif _MODEL_FILES.fullmatch(path.name) and _has_model(path.parent):
             self._leave_out("files of a model or tokenizer", path)
         elif path.is_file():
             self.add(path, _identity(path), named=False)
         else:
-            self._leave_out("what is no regular file", path)
+            self._leave_out("special files", path)
 
     def add(self, path: Path, identity: Any, *, named: bool) -> None:
-        """The file, unless it is excluded or was added under another name."""
+        """Add the file, unless it is excluded or was added under another name."""
         if identity in self.excluded:
-            self._leave_out("what this command writes", path)
+            self._leave_out("the output of this command", path)
         elif identity not in self._seen:
             self._seen[identity] = path
-            self.files.append(TextFile(path, named))
+            self.files.append(SourceFile(path, named))
         elif os.path.abspath(path) != os.path.abspath(self._seen[identity]):  # a pattern with ** finds a path twice
-            self._leave_out("other names of files that are read already", path)
+            self._leave_out("duplicate names of files", path)
 
     def leaves_out(self, folders: Iterable[Path]) -> bool:
-        """Whether one of the folders, from the outermost, is no data."""
+        """Whether one of the folders, from the outermost, is not data."""
         for folder in folders:
-            kind = "what this command writes" if _identity(folder) in self.excluded else _kind_of(folder)
+            kind = "the output of this command" if _identity(folder) in self.excluded else _kind_of(folder)
             if kind:
                 self._leave_out(kind, folder)
                 return True
@@ -248,27 +299,27 @@ def _ancestors(folder: Path) -> set[tuple[int, int]]:
     return {_identity(parent) for parent in folder.resolve().parents}
 
 
-def _refuse_no_data(folder: Path) -> None:
+def _refuse_non_data(folder: Path) -> None:
     if kind := _kind_of(folder):
         raise DSMoEError(f"{folder}: is {kind}, not a folder of data")
 
 
 def _kind_of(folder: Path) -> str | None:
-    """What this project wrote the folder as, if it did."""
+    """What kind of output of this project the folder is, if any."""
     names = os.listdir(folder) if os.access(folder, os.R_OK) else ()
     if RUN in names and ("checkpoints" in names or "metrics.jsonl" in names):
         return "a training run"
     if MODEL_MANIFEST in names:
         return "a native checkpoint"
     if "_CHECKPOINT_METADATA" in names:
-        return "a checkpoint of Orbax"
+        return "an Orbax checkpoint"
     if MANIFEST in names and is_token_shards(folder):
         return "token shards"
     return None
 
 
 def _has_model(folder: Path) -> bool:
-    """Whether the folder holds a model or a tokenizer."""
+    """Whether the folder has the files of a model or a tokenizer."""
     names = os.listdir(folder)
     return any(name in ("tokenizer.json", "tokenizer.model") or name.endswith(".safetensors") for name in names)
 
@@ -277,12 +328,13 @@ def _refuse(error: OSError) -> None:
     raise DSMoEError(f"{error.filename}: cannot be read ({error.strerror})")
 
 
-def _stdlib() -> list[TextFile]:
-    """Python's own sources without site-packages and test suites: the same on every machine with this Python.
+@functools.cache
+def _stdlib() -> tuple[SourceFile, ...]:
+    """Find the standard library's sources, without site-packages and tests.
 
-    Left out are the few files with characters beyond ASCII, tables of characters (codecs, known by their hexadecimal
-    numbers), and the rulers of all others (`_without_rulers`): there the same tokens come many at a time and seldom
-    elsewhere, and their gradient is so large that training takes the batch for an accident.
+    They are the same on every machine with this Python. Files with non-ASCII characters, character tables (codecs,
+    known by their hexadecimal numbers) and the rulers of all others (`_without_rulers`) are left out: they repeat
+    tokens that are rare elsewhere, with gradients so large that training skips the batch as an outlier.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
 
@@ -293,43 +345,42 @@ def _stdlib() -> list[TextFile]:
     found = (Path(home) / name for home, _, names in os.walk(library) for name in names if name.endswith(".py"))
     sources = sorted((path for path in found if belongs(path)), key=lambda path: path.relative_to(library).as_posix())
     contents = ((path, path.read_bytes()) for path in sources if path.is_file())
-    return [
-        TextFile(path, False) for path, text in contents if text.isascii() and len(_HEXADECIMAL.findall(text)) < _TABLE
-    ]
+    ascii_texts = ((path, text) for path, text in contents if text.isascii())
+    return tuple(SourceFile(path, False) for path, text in ascii_texts if len(_HEXADECIMAL.findall(text)) < _TABLE)
 
 
 def _without_rulers(text: str) -> str:
     return _RULER.sub("", text)
 
 
-class Lines:
-    """How many lines of a file there were, and how many were broken."""
+class _MalformedLines:
+    """Counts the lines of a file, and those that are malformed."""
 
-    def __init__(self, path: Path, most_broken: float):
-        self._path, self._most = path, most_broken
-        self._count = self._broken = 0
+    def __init__(self, path: Path, max_fraction: float):
+        self._path, self._max = path, max_fraction
+        self._lines = self._malformed = 0
         self._first = ""
 
-    def whole(self, entry: Entry) -> bool:
-        """Count the entry and name it in the log if it is broken."""
-        self._count += 1
+    def count(self, entry: Entry) -> bool:
+        """Count the entry; log it and return False if it is malformed."""
+        self._lines += 1
         if entry.value is not None:
             return True
-        self._broken += 1
+        self._malformed += 1
         line = f"{self._path}{entry.place} {entry.problem}"
         self._first = self._first or line
-        if self._broken <= _NAMED_LINES:
-            _log.warning("%s: left out", line)
-        if self._broken == self._count == _HOPELESS:
-            raise DSMoEError(f"{self._path}: the first {_HOPELESS} lines are all broken: {self._first}")
+        if self._malformed <= _NAMED_LINES:
+            _log.warning("Skipping malformed line: %s", line)
+        if self._malformed == self._lines == _GIVE_UP:
+            raise DSMoEError(f"{self._path}: the first {_GIVE_UP} lines are all malformed: {self._first}")
         return False
 
-    def end(self) -> None:
-        """`ValueError` if too many were broken."""
-        if self._broken > self._most * self._count or 0 < self._broken == self._count:
+    def check(self) -> None:
+        """Raise `DSMoEError` if too many lines were malformed."""
+        if self._malformed > self._max * self._lines or 0 < self._malformed == self._lines:
             raise DSMoEError(
-                f"{self._path}: {self._broken} of {self._count} lines are broken, "
-                f"at most {100 * self._most:g} % may be; the first: {self._first}"
+                f"{self._path}: {self._malformed} of {self._lines} lines are malformed, "
+                f"at most {100 * self._max:g} % may be; the first: {self._first}"
             )
-        if self._broken:
-            _log.warning("%s: left out %d broken lines of %d", self._path, self._broken, self._count)
+        if self._malformed:
+            _log.warning("%s: skipped %d malformed lines of %d", self._path, self._malformed, self._lines)

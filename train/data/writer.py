@@ -1,9 +1,10 @@
-"""Text to token shards, once: `tokenize`, the function behind `dsmoe tokenize`. shards.py says how they lie on disk."""
+"""Writing of token shards. Start at `tokenize`."""
 
 import array
+import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -12,34 +13,61 @@ import numpy as np
 
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.progress import Advance, silent
-from dsmoe_jax.storage.atomic_dir import atomic_dir, check_new_path, check_space, write_json
-from dsmoe_jax.storage.manifest import add_hash
+from dsmoe_jax.storage.atomic_dir import atomic_dir, check_new_path, check_space
+from dsmoe_jax.storage.manifest import write_manifest
 from dsmoe_jax.text.tokenizer import Tokenizer
 
-from .shards import BOUNDARY, DTYPES, FORMAT, MANIFEST, SPLITS, is_token_shards, shard_files, tokenizer_hash
-from .sources import Document, documents, source_bytes, warn_of_overlap
+from .shards import DTYPES, FORMAT, MANIFEST, OFFSET, SPLITS, is_token_shards, tokenizer_hash
+from .sources import Document, documents, source_bytes, warn_on_overlap
 
-_SAMPLE: Final = 0.01  # share of the sources after which the size of the rest is foreseen
+SHARD_TOKENS: Final = 1 << 27
+_SAMPLE: Final = 0.01  # fraction of the sources after which the size of the rest is extrapolated
+_BATCH_CHARS: Final = 1 << 22  # encoded together, which takes thirty times as many bytes
+Progress = Callable[[str, int], AbstractContextManager[Advance]]  # like `dsmoe_jax.progress.Meter`
 _log = logging.getLogger(__name__)
-_AT_ONCE: Final = 1 << 22  # characters that are encoded together; meanwhile they take thirty times as many bytes
 
 
-class Tokenized(NamedTuple):
-    """What `tokenize` made."""
+class SplitStats(NamedTuple):
+    """Size of a split.
 
-    folder: Path
+    Attributes:
+        documents: Documents, or examples.
+        tokens: Tokens of all of them.
+        loss_tokens: Tokens in the loss masks of examples.
+    """
+
     documents: int
     tokens: int
-    heldout_documents: int
-    heldout_tokens: int
-    text_bytes: int
+    loss_tokens: int
+
+
+class ShardStats(NamedTuple):
+    """What `tokenize` or `write_examples` wrote.
+
+    Attributes:
+        folder: The token shards.
+        unit: "documents" or "examples".
+        train: The training split.
+        validation: The validation split.
+        text_bytes: UTF-8 bytes of all documents; 0 for examples.
+        overlong: Examples longer than the sequence length, truncated or dropped.
+    """
+
+    folder: Path
+    unit: str
+    train: SplitStats
+    validation: SplitStats
+    text_bytes: int = 0
+    overlong: int = 0
 
     def __str__(self) -> str:
-        """For a person."""
-        return (
-            f"{self.folder}: {self.tokens:,} tokens of {self.documents:,} documents to train on, "
-            f"{self.heldout_tokens:,} of {self.heldout_documents:,} held out; {self.text_bytes / 1e6:,.1f} MB of text"
-        )
+        """Return one line for a person."""
+
+        def line(split: SplitStats) -> str:
+            loss = f" ({split.loss_tokens:,} with loss)" if self.unit == "examples" else ""
+            return f"{split.documents:,} {self.unit}, {split.tokens:,} tokens{loss}"
+
+        return f"{self.folder}: training: {line(self.train)}; validation: {line(self.validation)}"
 
 
 def tokenize(
@@ -47,225 +75,275 @@ def tokenize(
     tokenizer_folder: str | Path,
     out: str | Path,
     *,
-    shard_tokens: int = 1 << 27,
+    shard_tokens: int = SHARD_TOKENS,
     val_fraction: float = 0.01,
     field: str = "text",
-    most_broken: float = 0.01,
+    max_malformed_fraction: float = 0.01,
     split_special_tokens: bool = False,
     exclude: Iterable[Path] = (),
-    progress: Callable[[str, int], AbstractContextManager[Advance]] = silent,
-) -> Tokenized:
-    """Write the texts of `sources` (see `documents`) as a new folder of token shards, complete or not at all.
+    progress: Progress = silent,
+) -> ShardStats:
+    """Tokenize texts into a new folder of token shards, written atomically.
 
-    A document is what the tokenizer makes of it (bos in front, if it adds one) and eos. A shard is closed when it has
-    `shard_tokens`; no document crosses shards. About the share `val_fraction` of the documents is kept for
-    validation, chosen by their text alone: copies of a text are never in both splits.
+    A document becomes its tokens (BOS first, if the tokenizer adds one) and EOS. The same texts and tokenizer give the
+    same bytes.
 
-    The string of a special token within a text becomes that token, as everywhere with `Tokenizer`, unless
-    `split_special_tokens`; the log has how many there are. Where documents end is known from the boundaries, not from
-    eos.
+    Args:
+        sources: One or more sources; see `documents`.
+        tokenizer_folder: Holds the tokenizer's files.
+        out: Output folder; must not exist.
+        shard_tokens: Size at which a shard is closed. No document crosses shards.
+        val_fraction: Fraction of the documents in the validation split, in [0, 1). A hash of the text decides: copies
+            are in the same split.
+        field: The field of a line or row that holds the text.
+        max_malformed_fraction: Malformed lines of a file that are skipped and logged; more are an error.
+        split_special_tokens: Encode the strings of special tokens in texts as text, not as control tokens.
+        exclude: Files and folders to leave out of the sources.
+        progress: Shows the bytes read.
 
-    Files and folders in `exclude` are left out where a source holds them.
+    Returns:
+        The number of documents and tokens per split.
 
-    The same text and tokenizer give the same bytes. Raises `ValueError` in one line for everything that is wrong with
-    the sources, the tokenizer or the folder, for a full disk, and as soon as what was read so far says that the disk
-    will be too full for the rest.
+    Raises:
+        DSMoEError: An argument, a source or the tokenizer is invalid, the output exists, or the disk is (or, by
+            extrapolation, will be) full.
     """
-    sources = [sources] if isinstance(sources, str | Path) else list(sources)
-    if not sources:
-        raise DSMoEError("no sources to tokenize")
-    if not 0 <= val_fraction < 1:
-        raise DSMoEError(f"val_fraction must be at least 0 and less than 1, not {val_fraction}")
-    if shard_tokens < 1:
-        raise DSMoEError(f"shard_tokens must be at least 1, not {shard_tokens}")
-    if shards := next((source for source in sources if is_token_shards(source)), None):
-        raise DSMoEError(f"{shards}: holds token shards already, no text")
-    check_new_path(out)
-    tokenizer = Tokenizer.from_pretrained(tokenizer_folder, split_special_tokens=split_special_tokens or None)
-    special = SpecialTokenCount(tokenizer)
-    if tokenizer.eos_token_id is None:
-        raise DSMoEError(f"{tokenizer_folder}: the tokenizer has no eos token to end a document with")
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-
-    exclude = [Path(out), *exclude]
-    warn_of_overlap(sources, exclude)
-    total = sum(source_bytes(source, exclude) for source in sources)
-
+    writer = ShardWriter(
+        sources,
+        tokenizer_folder,
+        out,
+        unit="documents",
+        shard_tokens=shard_tokens,
+        val_fraction=val_fraction,
+        split_special_tokens=split_special_tokens,
+        exclude=exclude,
+    )
+    reading = {"field": field, "max_malformed_fraction": max_malformed_fraction, "exclude": writer.exclude}
     text_bytes = 0
-    try:
-        with atomic_dir(out) as draft, progress("tokenizing", total) as advance, ExitStack() as stack:
-            train, heldout = (Split(draft.folder, split, DTYPES[dtype], shard_tokens) for split in SPLITS)
-            stack.callback(train.abandon)
-            stack.callback(heldout.abandon)
-            space = _Space(Path(out), total, advance)
-            for source in sources:
-                found = documents(source, field=field, most_broken=most_broken, exclude=exclude, advance=space.read)
-                for some in _batches(found):
-                    for document in some:
-                        special.add([document.text])
-                    for text, ids in _encoded(some, tokenizer, tokenizer.eos_token_id):
-                        (heldout if is_held_out(text, val_fraction) else train).add(ids)
-                        text_bytes += len(text)
-                    space.check(train.size + heldout.size)
-            if not train.documents:
-                raise DSMoEError(
-                    f"val_fraction {val_fraction} leaves none of {heldout.documents} documents to train on"
+    with writer.open(progress):
+        for source in writer.sources:
+            for batch in _batches(documents(source, advance=writer.advance, **reading)):
+                encoded = writer.tokenizer.encode_batch(document.text for document in batch)
+                for document, ids in zip(batch, encoded, strict=True):
+                    if ids[-1:] != [writer.eos]:  # some tokenizers add it
+                        ids.append(writer.eos)
+                    text = document.text.encode()
+                    text_bytes += len(text)
+                    writer.count_special_tokens([document.text])
+                    writer.split_of(text).add(ids)
+                writer.check_space()
+        writer.fields["text_bytes"] = text_bytes
+    return writer.stats()._replace(text_bytes=text_bytes)
+
+
+class ShardWriter:
+    """Writes documents or examples as token shards; see `tokenize` for the arguments.
+
+    Attributes:
+        sources: The sources to read.
+        exclude: What to leave out of them.
+        tokenizer: The tokenizer.
+        eos: Its EOS id.
+        fields: Further fields of the manifest.
+    """
+
+    def __init__(
+        self,
+        sources: str | Path | Sequence[str | Path],
+        tokenizer_folder: str | Path,
+        out: str | Path,
+        *,
+        unit: str,
+        shard_tokens: int = SHARD_TOKENS,
+        val_fraction: float,
+        split_special_tokens: bool,
+        exclude: Iterable[Path],
+    ):
+        """Check the arguments; `unit` is "documents" or "examples"."""
+        self.sources = [sources] if isinstance(sources, str | Path) else list(sources)
+        if not self.sources:
+            raise DSMoEError("sources must name at least one source")
+        if not 0 <= val_fraction < 1:
+            raise DSMoEError(f"val_fraction must be in [0, 1), got {val_fraction}")
+        if shard_tokens < 1:
+            raise DSMoEError(f"shard_tokens must be at least 1, got {shard_tokens}")
+        if shards := next((source for source in self.sources if is_token_shards(source)), None):
+            raise DSMoEError(f"{shards}: holds token shards, already tokenized")
+        check_new_path(out)
+        self.tokenizer = Tokenizer.from_pretrained(tokenizer_folder, split_special_tokens=split_special_tokens or None)
+        if self.tokenizer.eos_token_id is None:
+            raise DSMoEError(f"{tokenizer_folder}: the tokenizer has no EOS token")
+        self.eos, self.exclude = self.tokenizer.eos_token_id, [Path(out), *exclude]
+        self.fields: dict[str, Any] = {}
+        self._out, self._unit = Path(out), unit
+        self._shard_tokens, self._val_fraction = shard_tokens, val_fraction
+        self._special_tokens = self._with_special_tokens = 0
+
+    @contextlib.contextmanager
+    def open(self, progress: Progress) -> Iterator[None]:
+        """Open the shards; they are finalized when the block ends without an error."""
+        warn_on_overlap(self.sources, self.exclude)
+        self._total, self._read = sum(source_bytes(source, self.exclude) for source in self.sources), 0
+        dtype = "uint16" if self.tokenizer.vocab_size <= 1 << 16 else "uint32"
+        try:
+            with atomic_dir(self._out) as staging, progress("tokenizing", self._total) as advance, ExitStack() as stack:
+                self._advance, masked = advance, self._unit == "examples"
+                self._train, self._validation = (
+                    _Split(staging.folder, split, DTYPES[dtype], self._shard_tokens, masked, stack) for split in SPLITS
                 )
-            splits = dict(zip(SPLITS, (train.finish(), heldout.finish()), strict=True))
-            manifest = shards_manifest(tokenizer, dtype, val_fraction, sources, splits)
-            manifest |= {"text_bytes": text_bytes, "split_special_tokens": tokenizer.split_special_tokens}
-            write_json(draft.folder / MANIFEST, add_hash(manifest))
-    except OSError as error:  # a full disk; what goes wrong with a source is a ValueError
-        raise DSMoEError(f"{out} cannot be written: {error.strerror}") from None
-    special.log(out, "documents")
-    warn_if_none_held_out(out, val_fraction, "documents", train.documents, heldout.documents)
-    return Tokenized(Path(out), train.documents, train.tokens, heldout.documents, heldout.tokens, text_bytes)
+                yield
+                write_manifest(staging.folder / MANIFEST, self._finalize(dtype))
+        except OSError as error:  # a full disk; problems of a source are ValueErrors
+            raise DSMoEError(f"{self._out} cannot be written: {error.strerror}") from None
+        self._report()
+
+    def split_of(self, content: bytes) -> "_Split":
+        """Return the split of a document or example, a pure function of its content."""
+        return self._validation if is_validation(content, self._val_fraction) else self._train
+
+    def count_special_tokens(self, texts: Iterable[str]) -> None:
+        """Count the strings of special tokens in a document or example, for the log."""
+        found = sum(map(self.tokenizer.count_special_tokens, texts))
+        self._special_tokens += found
+        self._with_special_tokens += found > 0
+
+    def advance(self, step: int) -> None:
+        """Report bytes of the sources as read."""
+        self._read += step
+        self._advance(step)
+
+    def check_space(self) -> None:
+        """Raise `DSMoEError` if the disk has no room for the rest, by extrapolation."""
+        if self._read >= self._total * _SAMPLE:
+            written = self._train.size + self._validation.size
+            check_space(self._out, written * (self._total - self._read) // max(self._read, 1))
+
+    def _finalize(self, dtype: str) -> dict[str, Any]:
+        """Close the shards and return the manifest."""
+        if not self._train.documents:
+            total = f"{self._validation.documents} {self._unit}"
+            raise DSMoEError(f"val_fraction {self._val_fraction} leaves none of {total} to train on")
+        splits = dict(zip(SPLITS, (self._train.finalize(), self._validation.finalize()), strict=True))
+        return {
+            "format": FORMAT,
+            "tokenizer_sha256": tokenizer_hash(self.tokenizer.files[0].parent),
+            "vocab_size": self.tokenizer.vocab_size,
+            "eos_token_id": self.eos,
+            "dtype": dtype,
+            "val_fraction": self._val_fraction,
+            "split_special_tokens": self.tokenizer.split_special_tokens,
+            "sources": [str(source) for source in self.sources],
+            "files": self._train.files | self._validation.files,
+            "splits": splits,
+            **self.fields,
+        }
+
+    def _report(self) -> None:
+        """Log what a user should know of the result."""
+        if self._special_tokens:
+            found = f"{self._special_tokens:,} special-token strings in {self._with_special_tokens:,} {self._unit}"
+            if self.tokenizer.split_special_tokens:
+                _log.info("%s: encoded %s as text", self._out, found)
+            else:
+                _log.warning("%s: %s become control tokens; set split_special_tokens to avoid it", self._out, found)
+        if self._val_fraction and not self._validation.documents:
+            train = self._train.documents
+            enough = min(5, train // 2)
+            hint = f"; {enough / train:.2g} would select about {enough}" if enough else ""
+            found = f"val_fraction {self._val_fraction:g} selects none of {train} {self._unit}"
+            _log.warning("%s: no validation split: %s%s", self._out, found, hint)
+
+    def stats(self) -> ShardStats:
+        """Return the size of both splits."""
+        train, validation = (SplitStats(s.documents, s.tokens, s.loss_tokens) for s in (self._train, self._validation))
+        return ShardStats(self._out, self._unit, train, validation)
 
 
-class SpecialTokenCount:
-    """How many strings of special tokens a text for training has."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._strings = self._texts = 0
-
-    def add(self, texts: Iterable[str]) -> None:
-        """Counts in the texts of a document."""
-        found = sum(map(self._tokenizer.count_special_tokens, texts))
-        self._strings += found
-        self._texts += found > 0
-
-    def log(self, out: str | Path, what: str) -> None:
-        """One line, where there are any."""
-        if not self._strings:
-            return
-        found = f"{self._strings:,} special-token strings in the text of {self._texts:,} {what}"
-        if self._tokenizer.split_special_tokens:
-            _log.info("%s: %s are encoded as text", out, found)
-        else:
-            _log.warning("%s: %s become control tokens; split_special_tokens encodes them as text", out, found)
-
-
-def shards_manifest(
-    tokenizer: Tokenizer, dtype: str, val_fraction: float, sources: Iterable[str | Path], splits: Mapping[Any, Any]
-) -> dict[str, Any]:
-    """The manifest of token shards, also of those that hold examples."""
-    return {
-        "format": FORMAT,
-        "tokenizer_sha256": tokenizer_hash(tokenizer.files[0].parent),
-        "vocab_size": tokenizer.vocab_size,
-        "eos_token_id": tokenizer.eos_token_id,
-        "dtype": dtype,
-        "val_fraction": val_fraction,
-        "sources": [str(source) for source in sources],
-        "splits": dict(splits),
-    }
-
-
-def warn_if_none_held_out(out: str | Path, val_fraction: float, what: str, train: int, heldout: int) -> None:
-    """Say that a share came to nothing, and which share would not have."""
-    if val_fraction and not heldout:
-        enough = min(5, train // 2)
-        more = f"; {enough / train:.2g} would hold out about {enough}" if enough else ""
-        _log.warning(
-            "%s: val_fraction %g holds out none of %d %s: no evaluation%s", out, val_fraction, train, what, more
-        )
-
-
-def is_held_out(text: bytes, share: float) -> bool:
-    """Whether a document is kept for evaluation: a pure function of its UTF-8."""
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) < share * 2**64
+def is_validation(content: bytes, val_fraction: float) -> bool:
+    """Whether a document or example with this content is in the validation split."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()) < val_fraction * 2**64
 
 
 def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:
-    """Whole documents, together no longer than need be to reach `_AT_ONCE`."""
-    some, size = [], 0
+    """Group documents until a group reaches `_BATCH_CHARS`."""
+    batch, size = [], 0
     for document in found:
-        some.append(document)
+        batch.append(document)
         size += len(document.text)
-        if size >= _AT_ONCE:
-            yield some
-            some, size = [], 0
-    if some:
-        yield some
+        if size >= _BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
-def _encoded(some: Sequence[Document], tokenizer: Tokenizer, eos: int) -> Iterator[tuple[bytes, list[int]]]:
-    """Each document's UTF-8 and its ids, eos at the end."""
-    for document, ids in zip(some, tokenizer.encode_batch(document.text for document in some), strict=True):
-        if ids[-1:] != [eos]:  # a tokenizer may add it already
-            ids.append(eos)
-        yield document.text.encode(), ids
+class _Split:
+    """Writes the shards of a split one after another, and the loss mask of examples."""
 
-
-class _Space:
-    """Whether the disk has room for the rest, if that takes as many bytes for each byte read as what came before."""
-
-    def __init__(self, out: Path, total: int, advance: Advance):
-        self._out, self._total, self._advance = out, total, advance
-        self._done = 0
-
-    def read(self, step: int) -> None:
-        """So many bytes more of the sources are read."""
-        self._done += step
-        self._advance(step)
-
-    def check(self, written: int) -> None:
-        """`ValueError` if there is no room; nothing before a hundredth is read, which might be unlike the rest."""
-        if self._done >= self._total * _SAMPLE:
-            check_space(self._out, written * (self._total - self._done) // max(self._done, 1))
-
-
-class Split:
-    """Writes the shards of a split one after another."""
-
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int):
-        self._folder, self._split, self._dtype, self._most = folder, split, dtype, shard_tokens
-        self._shards: list[dict[str, Any]] = []
-        self._file = None
-        self.documents = self.tokens = 0
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, masked: bool, stack: ExitStack):
+        self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
+        self._shards: list[dict[str, str]] = []
+        self._file = self._mask = None
+        self.files: dict[str, dict[str, Any]] = {}
+        self.documents = self.tokens = self.loss_tokens = 0
+        stack.callback(self._abandon)
+        if masked:
+            self._mask_name, self._mask_hash = f"{split}.loss_mask", hashlib.sha256()
+            self._mask = stack.enter_context((folder / self._mask_name).open("wb"))
 
     @property
     def size(self) -> int:
-        """Its size on disk, once its shards have ended."""
-        return self.tokens * self._dtype.itemsize + self.documents * BOUNDARY.itemsize
+        """Bytes on disk, once all shards are closed."""
+        return self.tokens * self._dtype.itemsize + self.documents * OFFSET.itemsize
 
-    def add(self, ids: list[int]) -> None:
-        """One more document."""
+    def add(self, ids: Sequence[int], loss_mask: np.ndarray | None = None) -> None:
+        """Append a document, or an example with its loss mask, bool [tokens]."""
         if self._file is None:
-            name = shard_files(self._split, len(self._shards))[0]
-            self._file, self._hash = (self._folder / name).open("wb"), hashlib.sha256()
-            self._boundaries = array.array("Q", [0])
+            names = shard_files(self._split, len(self._shards))
+            self._shards.append(dict(zip(("tokens", "documents"), names, strict=True)))
+            self._file, self._hash = (self._folder / names[0]).open("wb"), hashlib.sha256()
+            self._offsets = array.array("Q", [0])
         data = np.array(ids, self._dtype).tobytes()
         self._file.write(data)
         self._hash.update(data)
-        self._boundaries.append(self._boundaries[-1] + len(ids))
+        self._offsets.append(self._offsets[-1] + len(ids))
         self.documents += 1
         self.tokens += len(ids)
-        if self._boundaries[-1] >= self._most:
-            self._end_shard()
+        if self._mask is not None:
+            assert loss_mask is not None
+            self._mask.write(loss_mask.tobytes())
+            self._mask_hash.update(loss_mask.tobytes())
+            self.loss_tokens += int(loss_mask.sum())
+        if self._offsets[-1] >= self._shard_tokens:
+            self._close_shard()
 
-    def finish(self) -> dict[str, Any]:
-        """End the last shard; returns what the manifest says of the split."""
+    def finalize(self) -> dict[str, Any]:
+        """Close the files and return the split's entry in the manifest."""
         if self._file is not None:
-            self._end_shard()
-        return {"documents": self.documents, "tokens": self.tokens, "shards": self._shards}
+            self._close_shard()
+        entry = {"documents": self.documents, "tokens": self.tokens, "shards": self._shards}
+        if self._mask is None:
+            return entry
+        self._mask.close()
+        self.files[self._mask_name] = {"bytes": self.tokens, "sha256": self._mask_hash.hexdigest()}
+        return entry | {"loss_tokens": self.loss_tokens, "loss_mask": self._mask_name}
 
-    def abandon(self) -> None:
-        """Let go of the file, if one is open still."""
+    def _abandon(self) -> None:
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()
 
-    def _end_shard(self) -> None:
+    def _close_shard(self) -> None:
         assert self._file is not None
         self._file.close()
-        self._file = None
-        boundaries = np.array(self._boundaries, BOUNDARY).tobytes()
-        (self._folder / shard_files(self._split, len(self._shards))[1]).write_bytes(boundaries)
-        self._shards.append(
-            {
-                "tokens": {"bytes": self._boundaries[-1] * self._dtype.itemsize, "sha256": self._hash.hexdigest()},
-                "documents": {"bytes": len(boundaries), "sha256": hashlib.sha256(boundaries).hexdigest()},
-            }
-        )
+        self._file, names = None, self._shards[-1]
+        offsets = np.array(self._offsets, OFFSET).tobytes()
+        (self._folder / names["documents"]).write_bytes(offsets)
+        tokens = {"bytes": self._offsets[-1] * self._dtype.itemsize, "sha256": self._hash.hexdigest()}
+        self.files[names["tokens"]] = tokens
+        self.files[names["documents"]] = {"bytes": len(offsets), "sha256": hashlib.sha256(offsets).hexdigest()}
+
+
+def shard_files(split: str, index: int) -> tuple[str, str]:
+    """Return the names of a shard's files: token ids, document offsets."""
+    return f"{split}-{index:05d}.tokens", f"{split}-{index:05d}.documents"

@@ -1,33 +1,29 @@
-"""The data of fine-tuning: conversations and completions in, batches out in which only answers have labels.
+"""Fine-tuning data: conversations, completions or tokens, with loss masks.
 
-formats.py   what a line says, by its fields             templates.py  as tokens, and which of them are targets
-all_read.py  whether a template writes all of it
-shorten.py   examples that are too long                  writer.py     files to a folder of examples, once
-store.py     the folder, memory-mapped                   packing.py    whole examples to rows
-evaluation.py  the held-out examples                     show.py       examples for a person to look at
-ending.py    how a template ends an answer
+formats.py    records of known formats          templates.py          records to tokens and loss masks
+truncate.py   examples that are too long        template_coverage.py  whether a template ignores something
+writer.py     files to token shards, once       examples.py           the shards, memory-mapped
+packing.py    whole examples to sequences       show.py               preview of examples
+stop_config.py  stop tokens of a template
 """
 
-from .ending import endings_of
-from .evaluation import example_batches
+from ..data.shards import is_examples
+from .examples import Examples
 from .formats import FORMATS
-from .packing import MODES, ExamplePacking
+from .packing import ExamplePacking
 from .show import show
-from .store import Examples, is_examples
-from .templates import TARGETS, TEMPLATES, template_hash
-from .writer import TOO_LONG, Written, write_examples
+from .stop_config import infer_stop_config
+from .templates import TEMPLATES, TRAIN_ON, template_hash
+from .writer import EXCESS_LENGTH_STRATEGIES, write_examples
 
 __all__ = [
+    "EXCESS_LENGTH_STRATEGIES",
     "FORMATS",
-    "MODES",
-    "TARGETS",
     "TEMPLATES",
-    "TOO_LONG",
+    "TRAIN_ON",
     "ExamplePacking",
     "Examples",
-    "Written",
-    "endings_of",
-    "example_batches",
+    "infer_stop_config",
     "is_examples",
     "show",
     "template_hash",

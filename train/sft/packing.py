@@ -1,132 +1,131 @@
-"""Which examples stand in which row, and what a row looks like. Start at `ExamplePacking.row`.
+"""Packing of whole examples into sequences. Start at `ExamplePacking.sequence`.
 
-The examples of an epoch are shuffled and put whole into rows, and then the rows are shuffled: each example of an epoch
-stands in one of its rows, and no row reaches into another epoch. A row depends on (seed, dataset, epoch) alone, but how
-many rows the epochs before had must be known to find it: whoever begins late packs those epochs first.
+The examples of each epoch are shuffled and packed, and then the sequences are shuffled: each example is in exactly one
+sequence of an epoch, and no sequence spans two epochs. A sequence depends on (seed, dataset, epoch) alone, but its
+number depends on how many sequences the epochs before it have: a resumed run packs those first.
 """
 
 import bisect
-import functools
-import threading
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from dsmoe_jax.errors import DSMoEError
 
-from ..data.packing import lay_out
-from ..data.shuffle import shuffled
+from ..data.packing import DOCUMENTS, SEQUENCES, Builder, Packing, pack
+from ..data.shards import TokenShards
 from ..loss import IGNORED
-from .store import Examples
-from .templates import Example
+from .examples import Example, Examples
 
-# How many rows are open at a time for examples that fit.
-MODES: Final = {"packed": 64, "alone": 0}
-_EXAMPLES, _ROWS = 0, 1  # what is shuffled
+# Sequences that are open at a time for examples that fit.
+_MAX_OPEN = {"best_fit": 64, "none": 0}
 
 
-class Layout(NamedTuple):
-    """Examples in rows."""
+class _Bins(NamedTuple):
+    """Examples assigned to sequences."""
 
-    order: np.ndarray  # int64 [examples], row after row
-    ends: np.ndarray  # int64 [rows]: examples up to the end of each
+    order: np.ndarray  # int64 [examples], sequence by sequence
+    ends: np.ndarray  # int64 [sequences]: examples up to the end of each
 
     @classmethod
-    def of(cls, lengths: np.ndarray, order: np.ndarray, length: int, most_open: int) -> "Layout":
-        """Examples of these lengths, taken in this order, in rows of `length`; see `fit`."""
-        row_of = fit(lengths[order].tolist(), length, most_open)
-        return cls(order[np.argsort(row_of, kind="stable")], np.cumsum(np.bincount(row_of)))
+    def of(cls, lengths: np.ndarray, order: np.ndarray, length: int, max_open: int) -> "_Bins":
+        """Assign examples of these lengths, in this order; see `best_fit`."""
+        bins = best_fit(lengths[order].tolist(), length, max_open)
+        return cls(order[np.argsort(bins, kind="stable")], np.cumsum(np.bincount(bins)))
 
-    def row(self, number: int, examples: Examples, length: int) -> np.ndarray:
-        """A row, int32 [4, length]."""
+    def sequence(self, number: int, examples: Examples, length: int) -> np.ndarray:
+        """Build a sequence, int32 [4, length]."""
         begin = int(self.ends[number - 1]) if number else 0
-        return lay_out_examples([examples.read(int(i)) for i in self.order[begin : self.ends[number]]], length)
+        return pack_examples([examples.example(int(i)) for i in self.order[begin : self.ends[number]]], length)
 
 
-class _Epoch(NamedTuple):
-    layout: Layout
-    rows: np.ndarray  # int64: the rows of the epoch, shuffled
+class ExamplePacking(Packing):
+    """Whole examples in sequences; epochs may have different numbers of them.
 
-
-class ExamplePacking:
-    """The rows of one dataset, numbered from 0 without end.
-
-    `mode` "packed": as many whole examples in a row as fit, apart from one another, each with its own segment and its
-    positions from 0. "alone": one example a row. Epochs may have different numbers of rows.
+    With `packing="best_fit"` a sequence holds as many examples as fit, each with its own segment ID and positions from
+    0: attention is block-diagonal and causal. With "none" it holds one example.
     """
 
-    def __init__(self, examples: Examples, *, sequence_length: int, seed: int, dataset: int = 0, mode: str = "packed"):
-        check_shape(examples, sequence_length=sequence_length, mode=mode)
-        if not len(examples):
-            raise DSMoEError(f"{examples.folder}: no examples to train on")
-        self._examples, self._length, self._most_open = examples, sequence_length, MODES[mode]
-        self._key = (seed, dataset)
-        # Threads that wait for the same epoch build it once; a batch reaches into two at most, but for tiny datasets.
-        self._lock = threading.Lock()
-        self._cached = functools.lru_cache(maxsize=2)(self._build)
-        self._firsts = [0]  # the first row of each epoch that was packed, and of the next
+    CHOICES: ClassVar = tuple(_MAX_OPEN)
+    UNIT: ClassVar = "examples"
+    _data: Examples
 
-    def rows_of(self, epoch: int) -> range:
-        """The numbers of the rows of an epoch."""
+    def __init__(self, data: Examples, **options: Any):
+        """See `Packing`."""
+        super().__init__(data, **options)
+        self._firsts = [0]  # the first sequence of each epoch that is packed, and of the next
+
+    @classmethod
+    def check(cls, data: TokenShards, *, sequence_length: int, packing: str) -> None:
+        """See `Packing.check`."""
+        super().check(data, sequence_length=sequence_length, packing=packing)
+        if (longest := int(data.lengths.max(initial=1))) > sequence_length:
+            raise DSMoEError(
+                f"{data.folder}: sequence_length must be at least {longest}, the longest example, got {sequence_length}"
+            )
+
+    @classmethod
+    def in_order(cls, data: TokenShards, *, sequence_length: int, packing: str) -> tuple[int, Builder]:
+        """See `Packing.in_order`; an example that does not fit begins a sequence."""
+        cls.check(data, sequence_length=sequence_length, packing=packing)
+        assert isinstance(data, Examples)
+        bins = _Bins.of(data.lengths, np.arange(len(data)), sequence_length, min(_MAX_OPEN[packing], 1))
+        return len(bins.ends), lambda n: bins.sequence(n, data, sequence_length)
+
+    def sequences_of(self, epoch: int) -> range:
+        """See `Packing.sequences_of`."""
         with self._lock:
             while len(self._firsts) < epoch + 2:
-                self._next_epoch()
+                self._pack_next_epoch()
             return range(self._firsts[epoch], self._firsts[epoch + 1])
 
-    def row(self, n: int) -> np.ndarray:
-        """Row `n`, int32 [4, sequence_length]: token ids, labels, segments, positions, the fields of a `Batch`."""
+    def sequence(self, n: int) -> np.ndarray:
+        """See `Packing.sequence`."""
         with self._lock:
             while self._firsts[-1] <= n:
-                self._next_epoch()
-            number = bisect.bisect_right(self._firsts, n) - 1
-            epoch = self._cached(number)
-        row = int(epoch.rows[n - self._firsts[number]])
-        return epoch.layout.row(row, self._examples, self._length)
+                self._pack_next_epoch()
+            epoch = bisect.bisect_right(self._firsts, n) - 1
+            bins, shuffled = self._cached(epoch)
+        return bins.sequence(int(shuffled[n - self._firsts[epoch]]), self._data, self._length)
 
-    def _next_epoch(self) -> None:
-        self._firsts.append(self._firsts[-1] + len(self._cached(len(self._firsts) - 1).rows))
+    def _pack_next_epoch(self) -> None:
+        self._firsts.append(self._firsts[-1] + len(self._cached(len(self._firsts) - 1)[1]))
 
-    def _build(self, epoch: int) -> _Epoch:
-        order = shuffled(len(self._examples), *self._key, epoch, _EXAMPLES)
-        layout = Layout.of(self._examples.lengths, order, self._length, self._most_open)
-        return _Epoch(layout, shuffled(len(layout.ends), *self._key, epoch, _ROWS))
+    def _build(self, epoch: int) -> tuple[_Bins, np.ndarray]:
+        """Pack an epoch, and shuffle its sequences."""
+        order = self._shuffled(len(self._data), epoch, DOCUMENTS)
+        bins = _Bins.of(self._data.lengths, order, self._length, _MAX_OPEN[self._packing])
+        return bins, self._shuffled(len(bins.ends), epoch, SEQUENCES)
 
 
-def fit(lengths: Sequence[int], length: int, most_open: int) -> np.ndarray:
-    """The row of each example, int64 [examples], rows of `length` being numbered as they are begun.
+def best_fit(lengths: Sequence[int], capacity: int, max_open: int) -> np.ndarray:
+    """Assign examples to bins by online best fit.
 
-    An example goes to the fullest of the open rows that has room for it, or begins a row; where `most_open` are open
-    already, the fullest of them is closed. With one open row that keeps the order of the examples.
+    An example goes to the fullest open bin that has room for it, or opens a bin; beyond `max_open` bins the fullest is
+    closed. With one open bin the examples keep their order; with 0 each has its own. Returns the bin of each example,
+    int64 [examples], numbered as they are opened.
     """
-    rows, count = [], 0
-    unfilled: list[tuple[int, int]] = []  # ascending: the room that is left, the row
+    bins, count = [], 0
+    unfilled: list[tuple[int, int]] = []  # ascending: free tokens, bin
     for size in lengths:
         if (at := bisect.bisect_left(unfilled, (size, 0))) < len(unfilled):
-            room, row = unfilled.pop(at)
+            room, chosen = unfilled.pop(at)
         else:
-            room, row = length, count
+            room, chosen = capacity, count
             count += 1
-            if len(unfilled) == most_open:
+            if len(unfilled) == max_open:
                 del unfilled[:1]
-        rows.append(row)
-        if most_open and room > size:
-            bisect.insort(unfilled, (room - size, row))
-    return np.array(rows, np.int64)
+        bins.append(chosen)
+        if max_open and room > size:
+            bisect.insort(unfilled, (room - size, chosen))
+    return np.array(bins, np.int64)
 
 
-def lay_out_examples(some: Sequence[Example], length: int) -> np.ndarray:
-    """Examples as a row, int32 [4, length]: token ids, labels, segments, positions; the rest is padding."""
-    row = lay_out([example.tokens for example in some], length, "documents")
-    if some:
-        next_is_target = np.concatenate([example.is_target for example in some])[1:]
-        row[1, : len(next_is_target)][~next_is_target] = IGNORED
-    return row
-
-
-def check_shape(examples: Examples, *, sequence_length: int, mode: str) -> None:
-    """`ValueError` for rows that cannot be."""
-    if mode not in MODES:
-        raise DSMoEError(f"mode {mode!r} is not one of {', '.join(MODES)}")
-    if (longest := int(examples.lengths.max(initial=1))) > sequence_length:
-        raise DSMoEError(f"{examples.folder}: has an example of {longest} tokens; sequence_length is {sequence_length}")
+def pack_examples(examples: Sequence[Example], length: int) -> np.ndarray:
+    """Pack examples into one sequence, int32 [4, length]; see `pack`."""
+    sequence = pack([example.tokens for example in examples], length)
+    if examples:
+        predicted = np.concatenate([example.loss_mask for example in examples])[1:]
+        sequence[1, : len(predicted)][~predicted] = IGNORED
+    return sequence

@@ -1,25 +1,29 @@
-"""Examples as a person sees them: what is learned stands out from what is only read. Start at `show`."""
+"""Preview of examples with their loss tokens highlighted: `show`."""
 
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Final
 
 from dsmoe_jax.text.tokenizer import Tokenizer
 
-from .store import Examples
+from .examples import Examples
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_LEARNED, _READ = "bold green", "dim"
-_MARKS: Final = ("⟦", "⟧")  # around targets, where there are no colours
-# Data must not move the cursor of a terminal: control characters are written as what they are.
+_LOSS, _NO_LOSS = "bold green", "dim"
+_MARKS: Final = ("⟦", "⟧")  # around loss tokens, without colors
+# Data must not control a terminal: control characters are escaped.
 _VISIBLE: Final = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def show(examples: Examples, tokenizer: Tokenizer, count: int, console: "Console | None" = None) -> None:
-    """Print the first `count` examples, special tokens included, with how many tokens and targets each has.
+    """Print the first examples with their loss tokens highlighted.
 
-    On a terminal targets are green and the rest is dim; elsewhere targets stand in ⟦ ⟧.
+    Args:
+        examples: The examples.
+        tokenizer: Their tokenizer.
+        count: How many to print.
+        console: A rich console; stdout by default. A color terminal shows loss tokens in green, others in ⟦ ⟧.
     """
     from rich.console import Console
     from rich.text import Text
@@ -27,11 +31,11 @@ def show(examples: Examples, tokenizer: Tokenizer, count: int, console: "Console
     console = console or Console()
     marks = ("", "") if console.is_terminal and not console.no_color else _MARKS
     for number in islice(range(len(examples)), count):
-        tokens, is_target = examples.read(number)
-        head = f"example {number} of {len(examples)}: {len(tokens)} tokens, {is_target.sum()} targets"
+        tokens, loss_mask = examples.example(number)
+        head = f"example {number} of {len(examples)}: {len(tokens)} tokens, {loss_mask.sum()} with loss"
         text = Text()
-        for learned, run in groupby(zip(tokens.tolist(), is_target.tolist(), strict=True), key=lambda pair: pair[1]):
+        for has_loss, run in groupby(zip(tokens.tolist(), loss_mask.tolist(), strict=True), key=lambda pair: pair[1]):
             piece = tokenizer.decode([token for token, _ in run], skip_special_tokens=False).translate(_VISIBLE)
-            before, after = marks if learned else ("", "")
-            text.append(f"{before}{piece}{after}", _LEARNED if learned else _READ)
+            before, after = marks if has_loss else ("", "")
+            text.append(f"{before}{piece}{after}", _LOSS if has_loss else _NO_LOSS)
         console.print(Text(head, "bold"), text, "", sep="\n", soft_wrap=True)

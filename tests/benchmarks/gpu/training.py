@@ -17,7 +17,7 @@ from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.model import DeepSeekMoE, abstract, split
 from dsmoe_jax.quantize import kind_of, quantized_spec
 from dsmoe_jax.train.batch import Batch
-from dsmoe_jax.train.loss import shifted
+from dsmoe_jax.train.loss import shift_labels
 from dsmoe_jax.train.optimizer import OptimizerConfig, make_optimizer
 from dsmoe_jax.train.step import StepConfig, Trainable, init_state, make_step
 from tests.benchmarks.gpu import timing, work
@@ -70,14 +70,14 @@ def step_row(
     shape: tuple[int, int],
     sizes: Sizes,
     *,
-    remat: str,
+    remat: Any,
     adapter: LoraConfig | None = None,
     scheme: str | None = None,
 ) -> dict[str, Any]:
     """The figures of one step; frozen weights, if any, are noise of the right kind."""
     options = StepConfig(compute_dtype="bfloat16", remat=remat)
     optimizer, schedule = make_optimizer(OptimizerConfig(warmup_steps=0, schedule="constant", learning_rate=1e-5), 1000)
-    trained, frozen = Trainable.whole(config), {}
+    trained, frozen = Trainable.all_params(config), {}
     if adapter is None:
         if not _fits(config):
             raise UnableError(
@@ -94,8 +94,8 @@ def step_row(
     del params
     ids = timing.ids(config, *shape)
     ones, places = jnp.ones_like(ids), jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None], shape)
-    batch = Batch(ids, shifted(ids), ones, places)
-    step = make_step(config, abstract(config)[0], optimizer, schedule, options, trained=trained)
+    batch = Batch(ids, shift_labels(ids), ones, places)
+    step = make_step(config, abstract(config)[0], optimizer, schedule, options, trainable=trained)
     program, figures = timing.compiled(step, state, batch, frozen)
     held: list[Any] = [state]
     del state

@@ -1,22 +1,24 @@
-"""Whether a chat template writes all that a line says. Start at `check_all_read`."""
+"""Check that a chat template ignores nothing: `check_template_coverage`."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from dsmoe_jax.errors import DSMoEError
 
-_OTHER: Final = "something else that no text holds"
-_SURE: Final = 16  # characters: a text as long is not in another by chance
-_LINKS: Final = ("tool_call_id",)  # beside the ids of tool_calls: they say which result is whose, and many leave it out
+_OTHER: Final = "a replacement that is in no record"
+_SURE: Final = 16  # characters: a text of that length is not in another by chance
+_LINKS: Final = ("tool_call_id",)  # like the ids of tool_calls: templates often omit them
 
 Messages = Sequence[Mapping[str, Any]]
 
 
-def check_all_read(render: Callable[..., str], messages: Messages, variables: Mapping[str, Any], text: str) -> None:
-    """`ValueError` for a message, a field of one, or a variable that the template ignores.
+def check_template_coverage(
+    render: Callable[..., str], messages: Messages, variables: Mapping[str, Any], text: str
+) -> None:
+    """Refuse messages, fields or variables that the template silently ignores.
 
-    A template skips what it does not know without a word. `text` is what `render` makes of `messages`; where it may
-    lack something, that is changed and written again: a template that reads it writes another text, or fails.
+    Whatever may be missing from `text`, which `render` made of the messages, is changed and rendered again: a template
+    that uses it renders another text, or fails.
     """
     for what, other_messages, other_variables in _changes(messages, variables, text):
         try:
@@ -28,7 +30,7 @@ def check_all_read(render: Callable[..., str], messages: Messages, variables: Ma
 
 
 def _changes(messages: Messages, variables: Mapping[str, Any], text: str) -> Iterator[tuple[str, Messages, Mapping]]:
-    """What may be ignored, and messages and variables that differ in it."""
+    """Name what may be ignored, with messages and variables that differ in it."""
     for name in variables:
         yield repr(name), messages, {key: value for key, value in variables.items() if key != name}
     for number, message in enumerate(messages):
@@ -39,7 +41,7 @@ def _changes(messages: Messages, variables: Mapping[str, Any], text: str) -> Ite
 def _changed(message: Mapping[str, Any], text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     content = message["content"]
     if content and content.strip():
-        # Nobody's template leaves out the user or the assistant; what they say is often short.
+        # No template omits the user or the assistant, whose texts are often short.
         sure = len(content.strip()) >= _SURE or message["role"] in ("user", "assistant")
         if not (sure and content.strip() in text):
             yield f"a text from {message['role']!r}", {**message, "content": _OTHER}
@@ -53,7 +55,7 @@ def _changed(message: Mapping[str, Any], text: str) -> Iterator[tuple[str, Mappi
 
 
 def _changed_calls(call: Any) -> Iterator[Any]:
-    """A call of a function with another name, and with other arguments."""
+    """Return the tool call with another name, and with other arguments."""
     if not isinstance(call, Mapping):
         return
     function = call.get("function", call)

@@ -1,0 +1,139 @@
+"""Loading a model for generation: memory check, weights, tokenizer and stop conditions. Start at `load`."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dsmoe_jax.checkpoint import native
+from dsmoe_jax.checkpoint.manifest import is_native
+from dsmoe_jax.checkpoint.native import DTYPES, as_dtype
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.convert import attach_adapter, load_hf, load_hf_quantized
+from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.generate.memory_plan import MemoryPlan, device_bytes, weight_dtypes
+from dsmoe_jax.model import DeepSeekMoE, assemble
+from dsmoe_jax.quantize import load_quantized, quantize_embedding
+from dsmoe_jax.sharding import MeshConfig
+from dsmoe_jax.storage.paths import user_path
+from dsmoe_jax.text.generation_config import (
+    eos_token_ids,
+    merge_stop_conditions,
+    read_generation_config,
+    with_default_eos,
+)
+from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
+
+MIN_CONTEXT_LENGTH: Final = 4096
+_MIN_LOGGED_BYTES: Final = 1e9
+_HALF: Final = (jnp.bfloat16, jnp.float16)
+_log = logging.getLogger("dsmoe_jax")
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: Any,
+    mesh: Mesh | MeshConfig | None,
+    adapter: str | Path | None,
+    quantize: str | None,
+    split_special_tokens: bool | None,
+    options: Mapping[str, Any],
+) -> tuple[DeepSeekMoE, Tokenizer | None, dict[str, Any]]:
+    """Load what `Generator.from_pretrained` needs, whose arguments these are.
+
+    Returns:
+        The model, its tokenizer if there is one, and the fields of the generation config.
+    """
+    path = user_path(path, "model")
+    _check_memory(path, dtype, quantize, mesh, options)
+    if quantize is None:
+        model = (native.load if is_native(path) else load_hf)(path, dtype=dtype, mesh=mesh)
+    else:
+        read = load_quantized if is_native(path) else load_hf_quantized
+        config, params = read(path, quantize, dtype=dtype, mesh=mesh)
+        model = assemble(config, quantize_embedding(params))
+    if adapter is not None:
+        model = attach_adapter(model, adapter)
+    tokenizer = None
+    if tokenizer_files(path):
+        # Loading the model has verified the files.
+        tokenizer = Tokenizer.from_pretrained(path, split_special_tokens=split_special_tokens, verify=False)
+    fields = with_default_eos(read_generation_config(path), model.config)
+    if adapter is not None:
+        fields = merge_stop_conditions(fields, read_generation_config(adapter))
+    return model, tokenizer, fields
+
+
+def valid_eos_token_ids(fields: Mapping[str, Any], tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
+    """Return the EOS ids of a generation config and the tokenizer; warn of those outside the vocabulary."""
+    own = () if tokenizer is None or tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    ids = list(dict.fromkeys((*eos_token_ids(fields), *own)))
+    valid = [token for token in ids if 0 <= token < vocab_size]
+    for token in ids:
+        if token not in valid:
+            used = f"using {' and '.join(map(str, valid))}" if valid else "no EOS token is left"
+            _log.warning("eos_token_id %d is outside the vocabulary of %d: %s", token, vocab_size, used)
+    return valid
+
+
+def upcast_for_cpu(params: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters for generation: on CPU, bf16 and fp16 ones outside the routed experts in fp32.
+
+    XLA has no fast bf16 on CPU and would convert them for every token. The experts are most of the weights; their
+    kernel reads them as stored.
+    """
+    if jax.default_backend() != "cpu":
+        return params
+    others = {name: value for name, value in params.items() if ".experts." not in name}
+    half = [leaf for leaf in jax.tree.leaves(others) if leaf.dtype in _HALF]
+    if half:
+        _log.info(
+            "Upcasting %d weights outside the routed experts (%.1f MB) from %s to float32 for speed on CPU",
+            len(half),
+            sum(leaf.nbytes for leaf in half) / 1e6,
+            half[0].dtype,
+        )
+    upcast = lambda leaf: leaf.astype(jnp.float32) if leaf.dtype in _HALF else leaf  # noqa: E731
+    return params | jax.tree.map(upcast, others)
+
+
+def default_prefill_chunk() -> int:
+    """Return the default number of tokens per prefill call."""
+    return 512 if jax.default_backend() == "cpu" else 2048
+
+
+def as_cache_dtype(value: Any) -> np.dtype:
+    """Return the dtype of a name or type."""
+    allowed = {name: np.dtype(dtype) for name, dtype in (*DTYPES.items(), ("int8", jnp.int8))}
+    for name, dtype in allowed.items():
+        if value == name or (not isinstance(value, str) and value in (dtype, dtype.type)):
+            return dtype
+    raise DSMoEError(f"cache_dtype must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _check_memory(path: Path, dtype: Any, quantize: str | None, mesh: Any, options: Mapping[str, Any]) -> None:
+    """Log the memory of one output, from 1 GB on, and refuse weights that exceed the memory of the device."""
+    config = ModelConfig.from_file(path)
+    weight_dtype = as_dtype(dtype)
+    max_length = options.get("context_length") or MIN_CONTEXT_LENGTH
+    plan = MemoryPlan.of(
+        config,
+        batch_size=1,
+        max_length=max_length,
+        dtype=weight_dtypes(path, config) if weight_dtype is None else weight_dtype,
+        cache_dtype=None if options.get("cache_dtype") is None else as_cache_dtype(options["cache_dtype"]),
+        quantize=quantize,
+        prefill_chunk=options.get("prefill_chunk") or default_prefill_chunk(),
+        mesh=mesh,
+        upcast=jax.default_backend() == "cpu",
+    )
+    if plan.total >= _MIN_LOGGED_BYTES:
+        _log.info("Memory for one output of %s tokens: %s", max_length, plan)
+    if (free := device_bytes()) is not None and plan.weights > free:
+        raise DSMoEError(f"{path}: the weights take {plan.weights / 1e9:.3g} GB, only {free / 1e9:.3g} GB are free")

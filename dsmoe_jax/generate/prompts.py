@@ -1,0 +1,108 @@
+"""Tokenizing prompts and (prompt, continuation) pairs: `encode_prompt`, `encode_pair`."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.model import check_token_ids
+from dsmoe_jax.text.tokenizer import Tokenizer
+
+Message = Mapping[str, str]  # {"role": "user", "content": "…"}
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
+    """Return the token ids of a prompt: text with BOS, a chat rendered with the chat template.
+
+    Args:
+        prompt: Text, token ids, or a chat.
+        tokenizer: Required for text and chats.
+        vocab_size: Size of the vocabulary of the model.
+
+    Raises:
+        DSMoEError: The prompt is empty, needs a tokenizer, has ids outside the vocabulary, or is a chat whose roles do
+            not alternate.
+    """
+    if not len(prompt):
+        raise DSMoEError("the prompt is empty")
+    if isinstance(prompt, str) or isinstance(prompt[0], Mapping):
+        tokenizer = _required(tokenizer, "a text prompt")
+        if isinstance(prompt, str):
+            ids = tokenizer.encode(prompt)
+        else:
+            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)  # type: ignore[arg-type]
+            _check_roles(prompt)  # type: ignore[arg-type]
+        if not ids:
+            raise DSMoEError("the prompt has no tokens")
+        if (highest := max(ids)) >= vocab_size:  # the tokenizer of another model
+            raise DSMoEError(f"token id {highest} is outside the vocabulary of {vocab_size}")
+        return ids
+    try:
+        array = np.asarray(prompt)[None]
+    except ValueError:  # ragged
+        raise DSMoEError("a prompt of token ids must be a flat list of integers") from None
+    return check_token_ids(array, vocab_size)[0].tolist()
+
+
+def encode_pair(
+    prompt: Prompt,
+    continuation: str | Sequence[int],
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    prefix_token_id: int | None,
+) -> tuple[list[int], list[int]]:
+    """Return the token ids of a context and its continuation.
+
+    Text is tokenized together with its prompt, as in lm-evaluation-harness: whitespace between the two belongs to the
+    continuation.
+
+    Args:
+        prompt: Text, token ids, or a chat.
+        continuation: Text or token ids.
+        tokenizer: Required for text and chats.
+        vocab_size: Size of the vocabulary of the model.
+        prefix_token_id: Context of an empty or blank prompt.
+
+    Raises:
+        DSMoEError: As `encode_prompt`, or an empty prompt has no prefix token.
+    """
+    if not isinstance(continuation, str):
+        context = encode_prompt(prompt, tokenizer, vocab_size) if len(prompt) else _empty_context(prefix_token_id)
+        return context, list(continuation)
+    tokenizer = _required(tokenizer, "a text continuation")
+    if isinstance(prompt, str) and (context := prompt.rstrip()):
+        before = encode_prompt(context, tokenizer, vocab_size)
+        return before, encode_prompt(prompt + continuation, tokenizer, vocab_size)[len(before) :]
+    if len(prompt) and not isinstance(prompt, str):
+        before = encode_prompt(prompt, tokenizer, vocab_size)
+        return before, tokenizer.encode(continuation, add_special_tokens=False)
+    blank = prompt if isinstance(prompt, str) else ""
+    before = _empty_context(prefix_token_id)
+    after = tokenizer.encode(blank + continuation, add_special_tokens=False)
+    return before, after[1:] if len(after) > 1 and after[:1] == before else after  # the text starts with BOS itself
+
+
+def _empty_context(prefix_token_id: int | None) -> list[int]:
+    if prefix_token_id is None:
+        raise DSMoEError("an empty prompt needs a BOS or EOS token, and this model has neither")
+    return [prefix_token_id]
+
+
+def _required(tokenizer: Tokenizer | None, what: str) -> Tokenizer:
+    if tokenizer is None:
+        raise DSMoEError(f"{what} needs a tokenizer, and this generator has none: pass token ids")
+    return tokenizer
+
+
+def _check_roles(messages: Sequence[Message]) -> None:
+    """Raise `DSMoEError` unless user and assistant alternate after an optional system message, the user last."""
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    for index, role in enumerate(turns):
+        expected = ("user", "assistant")[index % 2]
+        if role != expected:
+            position = index + len(roles) - len(turns)
+            raise DSMoEError(f"message {position} of the chat must have role {expected!r}, got {role!r}")
+    if not turns or turns[-1] != "user":
+        raise DSMoEError(f"the last message of a chat must have role 'user', got {roles[-1]!r}")

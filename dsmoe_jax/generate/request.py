@@ -1,0 +1,135 @@
+"""Generation requests and their outputs in progress: `Request`, `Output`."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from dsmoe_jax.generate.detokenizer import Detokenizer
+from dsmoe_jax.generate.sampling_params import SamplingParams
+from dsmoe_jax.kv_cache import KVCache
+
+
+class TokenLogprob(NamedTuple):
+    """Log-probabilities at one position, before temperature, penalties and biases.
+
+    Attributes:
+        logprob: Natural logarithm of the probability of the sampled token.
+        top: The same of the N most likely tokens, by token id.
+    """
+
+    logprob: float
+    top: dict[int, float]
+
+
+class Prefix(NamedTuple):
+    """Tokens with their keys and values, reused by prompts that start with them.
+
+    Attributes:
+        token_ids: Prompt and output.
+        cache: A cache of one row that holds at least all tokens but the last.
+    """
+
+    token_ids: tuple[int, ...]
+    cache: KVCache
+
+    def match(self, token_ids: Sequence[int]) -> int:
+        """Return how many tokens of a prompt are cached, at most all but the last, whose logits are needed."""
+        limit = min(len(self.token_ids), len(token_ids)) - 1
+        return next((i for i in range(limit) if self.token_ids[i] != token_ids[i]), limit)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt and its sampling parameters.
+
+    Attributes:
+        token_ids: The prompt.
+        params: Sampling parameters of all its outputs.
+        seed: Seed of the sampler.
+        prefix: Tokens whose keys and values can be reused, or None.
+        retain_prefix: Whether the first output keeps its keys and values as a `Prefix`.
+    """
+
+    token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    prefix: Prefix | None
+    retain_prefix: bool
+
+    @property
+    def max_length(self) -> int:
+        """Prompt plus longest output, in tokens."""
+        return len(self.token_ids) + self.params.max_new_tokens
+
+
+class Output:
+    """One output in progress; a request has `params.n` of them.
+
+    Attributes:
+        request: The request.
+        index: Which of the outputs of its request this is.
+        token_ids: Tokens so far, as read back from the device.
+        logprobs: One entry per token if the request has `logprobs`.
+        finish_reason: "stop", "length" or "abort"; None while in progress.
+        stop_reason: The stop string or stop token id that ended it; None after EOS and for other finish reasons.
+        prefix: Keys and values, once finished, if the request retains them.
+        num_sampled: Tokens sampled on the device; the newest may not have been read back yet.
+        text: Text so far, if the output is detokenized incrementally.
+    """
+
+    def __init__(self, request: Request, index: int, detokenizer: Detokenizer | None):
+        self.request, self.index = request, index
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self.prefix: Prefix | None = None
+        self.num_sampled = 0
+        self.text = ""
+        self._detokenizer = detokenizer
+        self._num_emitted = 0  # characters of `text` that `new_text` has returned
+
+    @property
+    def finished(self) -> bool:
+        """Whether the output is complete."""
+        return self.finish_reason is not None
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens in the KV cache: all but the newest."""
+        return len(self.request.token_ids) + self.num_sampled - 1
+
+    def new_text(self) -> str:
+        """Return the text since the last call."""
+        new, self._num_emitted = self.text[self._num_emitted :], len(self.text)
+        return new
+
+    def append(self, token: int, logprob: TokenLogprob | None, eos_token_ids: frozenset[int]) -> None:
+        """Append a sampled token and check every stopping condition."""
+        params = self.request.params
+        self.token_ids.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        if token in eos_token_ids and not params.ignore_eos:
+            self.finish("stop")
+        elif token in params.stop_token_ids:
+            self.finish("stop", token)
+        elif self._detokenize(token):
+            self.finish("stop")
+        elif len(self.token_ids) >= params.max_new_tokens:
+            self.finish("length")
+
+    def finish(self, reason: str, stop_reason: int | None = None) -> None:
+        """Mark the output as complete; a stop string in its text goes before `reason`."""
+        self.finish_reason, self.stop_reason = reason, stop_reason
+        if self._detokenizer is not None:
+            self.text += self._detokenizer.flush()
+            if self._detokenizer.stop_string is not None:
+                self.finish_reason, self.stop_reason = "stop", self._detokenizer.stop_string
+
+    def _detokenize(self, token: int) -> bool:
+        """Extend the text; returns True if a stop string is complete."""
+        if self._detokenizer is None:
+            return False
+        self.text += self._detokenizer.feed(token)
+        return self._detokenizer.stop_string is not None

@@ -1,0 +1,37 @@
+"""Validation of config dataclasses: `check_choices` and `check_minimum`."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from dsmoe_jax.errors import DSMoEError
+
+
+def check_choices(config: Any, prefix: str = "") -> None:
+    """Raise `DSMoEError` for a field whose value is not in its `Literal` type.
+
+    Args:
+        config: A dataclass instance; fields of other types are not checked.
+        prefix: Prepended to the field's name in the error, `"optimizer."` say.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        for literal in (hint, *get_args(hint)):  # of `Literal[…] | None` and `tuple[Literal[…], …]` too
+            if get_origin(literal) is not Literal:
+                continue
+            for one in value if isinstance(value, tuple) else (value,):
+                if one is not None and one not in get_args(literal):
+                    raise DSMoEError(f"{prefix}{name} must be one of {', '.join(get_args(literal))}, got {one!r}")
+
+
+def check_minimum(config: Any, minimum: Mapping[str, int], prefix: str = "") -> None:
+    """Raise `DSMoEError` for a field below its minimum, or NaN; None is valid.
+
+    Args:
+        config: A dataclass instance.
+        minimum: The smallest valid value, by field name.
+        prefix: Prepended to the field's name in the error.
+    """
+    for name, least in minimum.items():
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise DSMoEError(f"{prefix}{name} must be at least {least}, got {value}")
