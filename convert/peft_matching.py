@@ -37,6 +37,8 @@ RELEASES: Final[dict[tuple[int, int], MatchingRules]] = {
     (0, 20): MatchingRules(True,     True,    True),
 }
 # fmt: on
+
+
 def make_plan(
     config: LoraConfig, model: ModelConfig, *, rules: MatchingRules | None = None, strict: bool = True
 ) -> Plan:
