@@ -117,7 +117,7 @@ def test_demo_keeps_its_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixtur
 
     out, _ = capsys.readouterr()
     assert code == 0
-    assert "trained 3 steps" in out
+    assert "Trained 3 steps" in out
     assert "def __init__(self, " in out
     kept = {path.name for path in (tmp_path / "demo").iterdir()}
     assert kept - {"demo.png"} == {"run", "hf", "native"}
@@ -179,7 +179,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "converted already": (("convert", "{native}", "{tmp}/out"), "is already a native checkpoint"),
     "the demo's DIR exists": (("demo", "--out", "{native}"), "exists"),
     "unknown preset": (("info", "deepseek_moe_17b"), "deepseek_moe_16b"),
-    "broken config": (("info", "{broken}"), "hidden_size must be int, not 'wide'"),
+    "broken config": (("info", "{broken}"), "hidden_size must be int, got 'wide'"),
     "broken config to convert": (("convert", "{broken}", "{tmp}/out"), "hidden_size"),
     "damaged checkpoint": (("generate", "{damaged}", "--prompt", "def"), ": damaged: "),
 }

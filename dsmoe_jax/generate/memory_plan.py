@@ -106,15 +106,7 @@ class MemoryPlan(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def cache_bytes(config: ModelConfig, batch_size: int, max_length: int, *, dtype: Any, mesh: Mesh | None = None) -> int:
-    """Return the bytes of a KV cache per device.
-
-    Args:
-        config: Config of the model.
-        batch_size: Rows of the cache.
-        max_length: Tokens per row.
-        dtype: Dtype of keys and values.
-        mesh: Mesh the cache is sharded over.
-    """
+    """Return the bytes of a KV cache per device."""
     cache = jax.eval_shape(lambda: KVCache.empty(config, batch_size, max_length, dtype))
     total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers))
     devices = 1 if mesh is None else mesh.size

@@ -68,18 +68,10 @@ def prefill(
     token_ids: Int[Array, "P T"],
     counts: Int[Array, "P"],
 ) -> tuple[Float[Array, "P V"], KVCache]:
-    """Run the model on prompts, or on their first chunks, with a new cache.
+    """Run the model on prompts, or on their first chunks, with a new cache of `max_length` tokens per row.
 
-    Args:
-        graph: Graph of the model (`model.split`).
-        max_length: Tokens per row of the cache.
-        dtype: Dtype of the cache.
-        params: Parameters of the model.
-        token_ids: Prompts, padded on the right.
-        counts: Their lengths without padding.
-
-    Returns:
-        The logits after the last token of each prompt, and the cache.
+    `token_ids` is padded on the right; `counts` has the lengths without padding. Returns the logits after the last
+    token of each prompt, and the cache.
     """
     model = merge(graph, params)
     cache = KVCache.empty(model.config, len(token_ids), max_length, dtype)
@@ -117,20 +109,10 @@ def step(
     sampler: Sampler | None,
     num_sampled: Int[Array, "R"],
 ) -> tuple[SampledTokens, Batch]:
-    """Decode one token per active row.
+    """Decode one token per active row; the batch is donated.
 
-    Args:
-        graph: Graph of the model (`model.split`).
-        top: Most likely tokens per row to return log-probabilities of; None: no log-probabilities at all.
-        params: Parameters of the model.
-        batch: State, donated.
-        token: The newest token of each row.
-        active: False for idle rows.
-        sampler: Sampling parameters; None: all rows are greedy.
-        num_sampled: Tokens that each row has sampled before.
-
-    Returns:
-        The sampled tokens and the new state.
+    `token` is the newest token of each row, `num_sampled` how many it has sampled before. `top` log-probabilities are
+    returned, none at all if it is None. Without a sampler all rows are greedy.
     """
     model = merge(graph, params)
     cache = batch.cache
@@ -155,21 +137,10 @@ def insert(
     sampler: Sampler | None,
     penalty_row: tuple[Array, ...] | None,
 ) -> tuple[SampledTokens, Batch]:
-    """Insert a prefilled prompt into an idle row and sample its first token.
+    """Insert row `prompt_row` of a prefilled cache into an idle row and sample its first token; the batch is donated.
 
-    Args:
-        top: As in `step`.
-        batch: State, donated.
-        token: The newest token of each row.
-        row: The idle row.
-        prompt_cache: Cache from `prefill` or `extend`.
-        logits: Logits from the same call.
-        prompt_row: The row of the prompt in both.
-        sampler: Sampling parameters of this row alone.
-        penalty_row: Arguments of `PenaltyState.reset_row`.
-
-    Returns:
-        The newest token of every row, with log-probabilities of the new one alone, and the new state.
+    `sampler` and `penalty_row` (arguments of `PenaltyState.reset_row`) are those of this row. Returns the newest token
+    of every row, with log-probabilities of the new one alone.
     """
     one, cache = row[None], batch.cache.put(row, prompt_cache, prompt_row)
     penalties = batch.penalties

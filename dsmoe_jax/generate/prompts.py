@@ -15,11 +15,6 @@ Prompt = str | Sequence[int] | Sequence[Message]
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
     """Return the token ids of a prompt: text with BOS, a chat rendered with the chat template.
 
-    Args:
-        prompt: Text, token ids, or a chat.
-        tokenizer: Required for text and chats.
-        vocab_size: Size of the vocabulary of the model.
-
     Raises:
         DSMoEError: The prompt is empty, needs a tokenizer, has ids outside the vocabulary, or is a chat whose roles do
             not alternate.
@@ -55,14 +50,7 @@ def encode_pair(
     """Return the token ids of a context and its continuation.
 
     Text is tokenized together with its prompt, as in lm-evaluation-harness: whitespace between the two belongs to the
-    continuation.
-
-    Args:
-        prompt: Text, token ids, or a chat.
-        continuation: Text or token ids.
-        tokenizer: Required for text and chats.
-        vocab_size: Size of the vocabulary of the model.
-        prefix_token_id: Context of an empty or blank prompt.
+    continuation. An empty or blank prompt is the prefix token.
 
     Raises:
         DSMoEError: As `encode_prompt`, or an empty prompt has no prefix token.

@@ -40,10 +40,8 @@ class Sampler(NamedTuple):
     def of(cls, rows: Sequence[tuple[SamplingParams | None, int, int]], vocab_size: int) -> "Sampler | None":
         """Return numpy arrays, or None if all rows are greedy.
 
-        Args:
-            rows: Parameters (None for an idle row), seed and output index of each row. The seed is passed separately
-                because `SamplingParams.seed` may be None.
-            vocab_size: Size of the vocabulary.
+        A row is its parameters (None: idle), seed and output index. The seed is passed separately because
+        `SamplingParams.seed` may be None.
         """
         # Filters of a greedy row have no effect; without them the other rows may skip the search for a cut-off.
         greedy = (0.0, vocab_size, 1.0, 0.0)
@@ -106,13 +104,8 @@ class PenaltyState(NamedTuple):
     ) -> "PenaltyState":
         """Replace a row by that of a new request without output.
 
-        Args:
-            row: Row of the batch.
-            prompt_ids: The prompt, padded.
-            count: Its length without padding.
-            bias_ids: Token ids with a bias, as returned by `penalty_arrays`; padding has a bias of 0.
-            bias_values: Their biases.
-            penalties: Repetition, presence and frequency penalty.
+        The first `count` of `prompt_ids` are the prompt; `penalty_arrays` returns the last three arguments. Padding of
+        `bias_ids` has a bias of 0.
         """
         vocab_size = self.bias.shape[1]
         # Index V is out of bounds, and dropped.
@@ -174,16 +167,9 @@ def sample_tokens(
     penalties: PenaltyState | None,
     num_sampled: Int[Array, "R"],
 ) -> Int[Array, "R"]:
-    """Sample the next token of every row; a row's token depends on that row's arguments alone.
+    """Sample the next token of every row; it depends on the arguments of that row alone.
 
-    Args:
-        logits: Logits of the model.
-        sampler: Sampling parameters; None: all rows are greedy.
-        penalties: Biases and penalties; None: no row has any.
-        num_sampled: Tokens that each row has sampled before; part of the random key.
-
-    Returns:
-        Token ids.
+    Without a sampler all rows are greedy. `num_sampled` tokens were sampled before; it is part of the random key.
     """
     logits = logits.astype(jnp.float32) if penalties is None else penalties.apply(logits)
     if sampler is None:
