@@ -105,7 +105,8 @@ def read_run(output_dir: Path) -> dict[str, Any]:
 def log_changes(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -> None:
     """Log each setting that differs from the `run.json` of the last start."""
     known = before.keys() - _NOT_COMPARED  # earlier versions had fewer settings
-    for change in differences(*({k: v for k, v in _as_json(one).items() if k in known} for one in (before, now))):
+    then, this = ({k: v for k, v in _as_json(one).items() if k in known} for one in (before, now))
+    for change in differences(then, this):
         _log.info("Changed from step %d on: %s", step, change)
 
 
