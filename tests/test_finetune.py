@@ -425,7 +425,7 @@ def test_every_recipe_is_a_run_and_its_flags_change_it():
         (["--recipe", "huge"], "recipe must be one of full, full_8x40gb, lora_1x80gb, qlora_1x80gb, tiny, got 'huge'"),
         (["--lora.r", "0"], "r must be an integer of at least 1, got 0"),
         (["--lora.target-modules", "qproj"], "'qproj' matches no module of this model"),
-        (["--lora.target-modules", "gate"], "target_modules: model.layers.1.mlp.gate cannot be adapted"),
+        (["--lora.target-modules", "gate"], "down_proj, got model.layers.1.mlp.gate"),
         (["--epochs", "0"], "epochs must be more than 0, got 0.0"),
         (["--show", "x"], "argument --show: invalid int value: 'x'"),
         (["--ranks", "3"], "Unrecognized options: --ranks"),

@@ -120,11 +120,19 @@ def data_file(home: Path) -> Path:
     return max((path for path in home.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
-# What is done to the newest checkpoint | what is said of it
+def sha256_in(home: Path) -> int:
+    """The offset of a digit of a SHA-256 in the manifest."""
+    return (home / "manifest.json").read_bytes().index(b'"sha256": "') + len(b'"sha256": "')
+
+
+# Damage to the newest checkpoint | the message
 SPOIL: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no manifest": (lambda home: (home / "manifest.json").unlink(), "incomplete (no manifest)"),
     "a flipped bit": (lambda home: flip_bit(data_file(home), -100), "does not match its SHA-256"),
-    "a flipped bit in the manifest": (lambda home: flip_bit(home / "manifest.json", 200), "damaged"),
+    "a flipped bit in the manifest": (
+        lambda home: flip_bit(home / "manifest.json", sha256_in(home)),
+        "manifest has been changed",
+    ),
     "a missing file": (lambda home: data_file(home).unlink(), "is missing"),
     "a manifest that is no JSON": (lambda home: (home / "manifest.json").write_text("{"), "is not JSON"),
     "other facts": (
