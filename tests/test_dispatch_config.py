@@ -76,20 +76,20 @@ def test_pretraining_runs_the_requested_dispatch(tmp_path: Path, monkeypatch: py
     train_tokenizer(texts, tmp_path / "tokenizer", 300)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (tmp_path / "model.json").write_text(json.dumps(tiny(vocab_size=300).to_dict()))
-    flags = ["--out", tmp_path / "out", "--model", tmp_path / "model.json", "--steps", 1, "--sinks", "jsonl"]
+    flags = ["--output-dir", tmp_path / "out", "--model", tmp_path / "model.json", "--steps", 1, "--trackers", "jsonl"]
     flags += ["--data.sources", tmp_path / "text.jsonl", "--data.tokenizer", tmp_path / "tokenizer"]
     flags += ["--data.sequence-length", 24, "--mesh.fsdp", 2, "--mesh.expert", 4]
     flags += ["--dispatch.strategy", "all_to_all", "--dispatch.backend", "batched"]
     calls = set()
     forward, backward = BACKENDS["batched"]
-    exchange = dispatch._exchange
+    exchange = token_dispatcher._exchange
 
     def record(name: str, function: Any) -> Any:
         return lambda *args: calls.add(name) or function(*args)
 
     recorded = Backend(record("forward", forward), record("backward", backward))
     monkeypatch.setitem(BACKENDS, "batched", recorded)
-    monkeypatch.setattr(dispatch, "_exchange", record("exchange", exchange))
+    monkeypatch.setattr(token_dispatcher, "_exchange", record("exchange", exchange))
 
     assert main(["pretrain", "tiny", *map(str, flags)]) == 0
 
