@@ -5,7 +5,7 @@ from typing import Final
 import jax.numpy as jnp
 import numpy as np
 
-from dsmoe_jax.axes import Array, Float, Int
+from dsmoe_jax.axes import Array, Float, Shaped
 
 # The quantiles of a normal distribution, scaled to [-1, 1], with a zero among them: arXiv 2305.14314, appendix E.
 # fmt: off
@@ -35,7 +35,7 @@ def _dynamic() -> tuple[float, ...]:
 DYNAMIC: Final = _dynamic()
 
 
-def nearest(x: Float[Array, "n"], codebook: tuple[float, ...]) -> Int[Array, "n"]:
+def nearest(x: Float[Array, "n"], codebook: tuple[float, ...]) -> Shaped[Array, "n"]:
     """The code of the value nearest to each x, uint8; of a number halfway between two values, that of the lower one."""
     values = np.asarray(codebook)
     halfway = jnp.asarray((values[:-1] + values[1:]) / 2, jnp.float32)
