@@ -23,6 +23,7 @@ from jax.sharding import (
 )
 
 from dsmoe_jax.axes import Array
+from dsmoe_jax.errors import DSMoEError
 
 DATA, FSDP, EXPERT, TENSOR = AXIS_NAMES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES: Final = (DATA, FSDP, EXPERT)  # tokens are sharded over all axes but tensor
@@ -78,14 +79,14 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
     devices = list(jax.devices() if devices is None else devices)
     named = ", ".join(f"{name}={size}" for name, size in zip(AXIS_NAMES, sizes, strict=True))
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-        raise ValueError(f"mesh ({named}): sizes must be positive, at most one -1")
+        raise DSMoEError(f"mesh ({named}): sizes must be positive, at most one -1")
     if -1 in sizes:
         rest, left_over = divmod(len(devices), math.prod(size for size in sizes if size != -1))
         if left_over or not rest:
-            raise ValueError(f"mesh ({named}) does not divide {len(devices)} devices")
+            raise DSMoEError(f"mesh ({named}) does not divide {len(devices)} devices")
         sizes[sizes.index(-1)] = rest
     if math.prod(sizes) != len(devices):
-        raise ValueError(f"mesh ({named}) needs {math.prod(sizes)} devices, there are {len(devices)}")
+        raise DSMoEError(f"mesh ({named}) needs {math.prod(sizes)} devices, there are {len(devices)}")
     # Auto: the compiler propagates the shardings of weights (the default of jax.make_mesh is Explicit).
     return Mesh(np.asarray(devices).reshape(sizes), AXIS_NAMES, axis_types=(AxisType.Auto,) * len(AXIS_NAMES))
 
@@ -112,7 +113,7 @@ def check_divides(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...
     """Raise `ValueError` for a size that does not divide over the mesh."""
     for size, logical in zip(shape, axes, strict=True):
         if ways := _ways(_TABLE[logical], mesh, size):
-            raise ValueError(f"{name}: {logical} of size {size} does not divide over {ways}")
+            raise DSMoEError(f"{name}: {logical} of size {size} does not divide over {ways}")
 
 
 def _ways(axes: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh, size: int) -> str:

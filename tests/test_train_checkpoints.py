@@ -127,11 +127,11 @@ def sha256_in(home: Path) -> int:
 
 # Damage to the newest checkpoint | the message
 SPOIL: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no manifest": (lambda home: (home / "manifest.json").unlink(), "incomplete (no manifest)"),
+    "no manifest": (lambda home: (home / "manifest.json").unlink(), "incomplete: 'manifest.json' is missing"),
     "a flipped bit": (lambda home: flip_bit(data_file(home), -100), "does not match its SHA-256"),
     "a flipped bit in the manifest": (
         lambda home: flip_bit(home / "manifest.json", sha256_in(home)),
-        "manifest has been changed",
+        "'manifest.json' does not match its SHA-256",
     ),
     "a missing file": (lambda home: data_file(home).unlink(), "is missing"),
     "a manifest that is no JSON": (lambda home: (home / "manifest.json").write_text("{"), "is not JSON"),
@@ -139,7 +139,7 @@ SPOIL: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda home: (home / "manifest.json").write_text(
             (home / "manifest.json").read_text().replace('"seed": 0', '"seed": 1')
         ),
-        "manifest has been changed",
+        "'manifest.json' does not match its SHA-256",
     ),
 }
 

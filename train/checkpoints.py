@@ -24,7 +24,7 @@ from dsmoe_jax.checkpoint.native import check_names_and_shapes, collective_error
 from dsmoe_jax.checkpoint.zarr_io import orbax_write_errors, quiet_orbax
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.atomic_dir import sync, write_json
-from dsmoe_jax.storage.manifest import add_hash, hash_file, hash_json
+from dsmoe_jax.storage.manifest import check_files, hash_file, read_manifest, write_manifest
 from dsmoe_jax.storage.strict_json import read_json
 
 from .old_names import stored_leaves, with_new_names
@@ -105,7 +105,7 @@ class Checkpoints:
             path = self._path(step)
             if (problem := self._problem(step)) is None:
                 return step, with_new_names(read_json(path / _MANIFEST), _MANIFEST)["resume_metadata"]
-            _log.warning("Skipping checkpoint %s: %s", path, problem)
+            _log.warning("Skipping checkpoint %s", problem)
         return None
 
     def restore(self, step: int, like: TrainState) -> TrainState:
@@ -178,7 +178,7 @@ class Checkpoints:
             _wait_for(part)
             sums |= read_json(part)
         fields = {"format": _FORMAT, "step": step, "files": sums, "resume_metadata": dict(resume_metadata)}
-        write_json(path / _MANIFEST, add_hash(fields))
+        write_manifest(path / _MANIFEST, fields)
         for part in path.glob("sums-*.json"):
             part.unlink()
         self._problems[step] = None
@@ -194,7 +194,7 @@ class Checkpoints:
                 if (problem := self._problem(step, collective=False)) is None:
                     intact += 1
                 else:
-                    _log.warning("Not counting checkpoint %s: %s", path, problem)
+                    _log.warning("Not counting checkpoint %s", problem)
             elif self._keep_period is None or step % self._keep_period:
                 (path / _MANIFEST).unlink(missing_ok=True)  # first: a kill must not leave an apparently complete one
                 shutil.rmtree(path, ignore_errors=True)
@@ -230,17 +230,8 @@ def _damaged(path: Path) -> Path:
 def _check_files(path: Path, index: int = 0, count: int = 1) -> None:
     """Raise `DSMoEError` unless this process's share of the files is intact."""
     if not (path / _MANIFEST).is_file():
-        raise DSMoEError("incomplete (no manifest)")
-    manifest = read_json(path / _MANIFEST)
-    if manifest.pop("sha256", None) != hash_json(manifest):
-        raise DSMoEError("damaged: its manifest has been changed")
-    if (version := manifest["format"]) != _FORMAT:
-        raise DSMoEError(f"its format is {version}, this version reads {_FORMAT}")
-    for name, sums in sorted(manifest["files"].items())[index::count]:
-        if not (path / name).is_file():
-            raise DSMoEError(f"damaged: {name!r} is missing")
-        if hash_file(path / name) != sums:
-            raise DSMoEError(f"damaged: {name!r} does not match its SHA-256")
+        raise DSMoEError(f"{path}: incomplete: {_MANIFEST!r} is missing")
+    check_files(path, read_manifest(path / _MANIFEST, _FORMAT)["files"], share=(index, count))
 
 
 def _wait_for(path: Path) -> None:

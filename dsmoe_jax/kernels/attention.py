@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dsmoe_jax.axes import Array, Bool, Float, PRNGKeyArray
+from dsmoe_jax.errors import DSMoEError
 
 VARIABLE: Final = "DSMOE_ATTENTION_BACKEND"  # the backend where no argument names one
 # `plain`: XLA, in chunks of queries. `cudnn`: NVIDIA's flash attention, for full sequences in half precision on Ampere
@@ -55,7 +56,7 @@ def attention(
     """
     T, backend = q.shape[1], backend or os.environ.get(VARIABLE) or "plain"
     if backend not in BACKENDS:
-        raise ValueError(f"attention backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        raise DSMoEError(f"attention backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     dropping = bool(dropout) and dropout_key is not None
     if (
         backend == "cudnn"

@@ -17,6 +17,7 @@ import numpy as np
 from jax.core import Tracer
 
 from dsmoe_jax.axes import Array, Float, Int
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.kernels import batched, block_loop, plain, tuning
 from dsmoe_jax.kernels.operand import Experts, GradMask, Inputs, Operand, shape
 from dsmoe_jax.kernels.tuning import Legs
@@ -186,9 +187,9 @@ def parse_backend(backend: str | None) -> Legs | None:
     names = backend.split(",")
     for name in names:
         if name not in BACKENDS:
-            raise ValueError(f"expert_ffn backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+            raise DSMoEError(f"expert_ffn backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     if len(names) not in (1, len(Legs._fields)):
-        raise ValueError(f"expert_ffn backend must be one name or {','.join(Legs._fields)}, got {backend!r}")
+        raise DSMoEError(f"expert_ffn backend must be one name or {','.join(Legs._fields)}, got {backend!r}")
     return Legs(*(names * 3)[:3])
 
 
@@ -213,18 +214,18 @@ def check(inputs: Inputs, group_sizes: Array) -> None:
     rows, weights, experts = inputs
     R, D = rows.shape
     if weights is not None and weights.shape != (R,):
-        raise ValueError(f"expert_ffn: weights must have shape ({R},), got {weights.shape}")
+        raise DSMoEError(f"expert_ffn: weights must have shape ({R},), got {weights.shape}")
     E = {leaf.shape[0] for leaf in jax.tree.leaves(experts)} | {group_sizes.shape[0]}
     if len(E) > 1:
-        raise ValueError(f"expert_ffn: operands and group_sizes have different numbers of experts: {sorted(E)}")
+        raise DSMoEError(f"expert_ffn: operands and group_sizes have different numbers of experts: {sorted(E)}")
     F, _ = shape(experts.gate)
     for name, operand, fits in zip(Experts._fields, experts, ((F, D), (F, D), (D, F)), strict=True):
         if shape(operand) != fits:
-            raise ValueError(f"expert_ffn: {name} [out, in] must be {fits} for rows of width {D}, got {shape(operand)}")
+            raise DSMoEError(f"expert_ffn: {name} [out, in] must be {fits} for rows of width {D}, got {shape(operand)}")
     if not isinstance(group_sizes, Tracer):
         sizes = np.asarray(group_sizes)
         if sizes.min() < 0 or sizes.sum() > R:
-            raise ValueError(
+            raise DSMoEError(
                 f"expert_ffn: group_sizes must sum to at most {R} rows, got {sizes.sum()}, min {sizes.min()}"
             )
 

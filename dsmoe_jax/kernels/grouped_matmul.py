@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dsmoe_jax.axes import Array, Float, Int
+from dsmoe_jax.errors import DSMoEError
 
 _Dims = jax.lax.RaggedDotDimensionNumbers
 _FWD: Final = _Dims((([1], [2]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0])
@@ -64,7 +65,7 @@ def available(implementation: str) -> str | None:
     Raises `ValueError` for an unknown implementation.
     """
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"grouped matmul must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
+        raise DSMoEError(f"grouped matmul must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
     platforms, modules, gpu_modules = _NEEDS[implementation]
     platform = jax.default_backend()
     if platforms and platform not in platforms:
@@ -97,9 +98,9 @@ def _compute_capability() -> float:
 
 def _run(dims: _Dims, x: Array, y: Array, group_sizes: Array, implementation: str, out_dtype: Any) -> Array:
     if reason := available(implementation):
-        raise ValueError(f"grouped matmul {implementation!r} cannot run here: {reason}")
+        raise DSMoEError(f"grouped matmul {implementation!r} cannot run here: {reason}")
     if x.dtype != y.dtype:
-        raise ValueError(f"grouped matmul operands must have one dtype, got {x.dtype} and {y.dtype}")
+        raise DSMoEError(f"grouped matmul operands must have one dtype, got {x.dtype} and {y.dtype}")
     if not len(x):
         implementation = "ragged"  # a kernel needs at least one row
     return IMPLEMENTATIONS[implementation](dims, x, y, group_sizes, out_dtype)

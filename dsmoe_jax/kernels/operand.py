@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dsmoe_jax.axes import Array, Bool, Float, Int, Shaped
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.kernels.activation import ACTIVATION_FUNCTIONS
 
 _STATIC: Final = {"static": True}
@@ -132,13 +133,13 @@ def shape(operand: Operand) -> tuple[int, int]:
         case LowRank(base, a, b):
             out, into = shape(base)
             if (b.shape[1], a.shape[2]) != (out, into) or a.shape[1] != b.shape[2]:
-                raise ValueError(f"a [r, in] = {a.shape[1:]}, b [out, r] = {b.shape[1:]} do not fit {out, into}")
+                raise DSMoEError(f"a [r, in] = {a.shape[1:]}, b [out, r] = {b.shape[1:]} do not fit {out, into}")
             return out, into
         case Quantized(codes, scales, tile=tile):
             out, into = codes.shape[1], codes.shape[2] * (2 if operand.packed else 1)
             tiles = math.prod((scales.codes if isinstance(scales, Quantized) else scales).shape[1:])
             if tiles != -(-out * into // tile):
-                raise ValueError(f"{out} x {into} codes in tiles of {tile} do not fit {tiles} scales")
+                raise DSMoEError(f"{out} x {into} codes in tiles of {tile} do not fit {tiles} scales")
             return out, into
         case _:
             return operand.shape[1], operand.shape[2]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dsmoe_jax.axes import Array, Float, Int
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.kernels import grouped_matmul
 from dsmoe_jax.kernels.operand import GradMask, Inputs, dequantize_all, expert_of_rows, swiglu
 from dsmoe_jax.kernels.tuning import Legs
@@ -34,7 +35,7 @@ def _first_available(names: Sequence[str]) -> str:
     for name, reason in reasons.items():
         if reason is None:
             return name
-    raise ValueError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+    raise DSMoEError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
 
 
 def forward_by_groups(legs: Callable[[], Legs], inputs: Inputs, group_sizes: Array, activation: str) -> Array:

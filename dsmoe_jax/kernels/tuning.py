@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple
 
 import jax
 
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.strict_json import parse_json, read_json
 
 
@@ -79,7 +80,7 @@ def _tables(user_file: str | None) -> list[dict[str, Any]]:
         for card, tiles in table.get("tiles", {}).items():
             for matmul, numbers in tiles.items():
                 if not _is_tile(numbers):
-                    raise ValueError(f"{name}: tiles, {card}, {matmul} must be five positive integers, got {numbers!r}")
+                    raise DSMoEError(f"{name}: tiles, {card}, {matmul} must be five positive integers, got {numbers!r}")
     return list(named.values())
 
 
@@ -87,10 +88,10 @@ def _check(where: str, value: Any, levels: Sequence[tuple[str, Sequence[str] | N
     """Raise `ValueError` for an unknown name."""
     (what, known), *deeper = levels
     if deeper and not isinstance(value, dict):
-        raise ValueError(f"{where} must be an object, got {value!r}")
+        raise DSMoEError(f"{where} must be an object, got {value!r}")
     for name in value if deeper else (value,):
         if known is not None and name not in known:
-            raise ValueError(f"{where}: {what} must be one of {', '.join(known)}, got {name!r}")
+            raise DSMoEError(f"{where}: {what} must be one of {', '.join(known)}, got {name!r}")
         if deeper:
             _check(f"{where}, {name}", value[name], deeper)
 

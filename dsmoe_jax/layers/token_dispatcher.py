@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from dsmoe_jax.axes import Array, Bool, Float, Int
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.kernels import expert_ffn as ffn
 from dsmoe_jax.kernels import few_tokens
 from dsmoe_jax.kernels.operand import EXPERT_AXES, Experts, GradMask, Inputs, LowRank, Quantized, leaf_axes, range_of
@@ -52,9 +53,9 @@ class DispatchConfig:
     def __post_init__(self) -> None:
         """Validate the fields."""
         if self.strategy not in (None, *STRATEGIES):
-            raise ValueError(f"dispatch.strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
+            raise DSMoEError(f"dispatch.strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
         if self.buffer_factor is not None and not self.buffer_factor > 0:
-            raise ValueError(f"dispatch.buffer_factor must be positive, got {self.buffer_factor}")
+            raise DSMoEError(f"dispatch.buffer_factor must be positive, got {self.buffer_factor}")
         if self.backend:
             ffn.parse_backend(self.backend)
 
@@ -417,7 +418,7 @@ def _specs(experts: Experts, mesh: AbstractMesh) -> list[PartitionSpec]:
     for name, operand, axes in zip(Experts._fields, experts, EXPERT_AXES, strict=True):
         name, base = f"{name} of the routed experts", operand.base if isinstance(operand, LowRank) else operand
         if isinstance(base, Quantized) and (ways := mesh.shape[TENSOR]) > 1:  # replicated, each would add all of it
-            raise ValueError(f"{name} is quantized and cannot be sharded over tensor={ways}")
+            raise DSMoEError(f"{name} is quantized and cannot be sharded over tensor={ways}")
         for leaf, logical in zip(jax.tree.leaves(operand), leaf_axes(operand, axes), strict=True):
             check_divides(name, leaf.shape, logical, mesh)
             specs.append(spec(logical))
