@@ -1,7 +1,6 @@
-"""The command `dsmoe`: parsing, exit codes and verbs, which call public functions and import them lazily.
+"""The command `dsmoe`: parsing, exit codes, and verbs, which import lazily. Start at `main`, then `flags.py`.
 
-Start at `main`; `flags.py` has the arguments. Invalid input is one line on stderr and exit code 2; any other exception
-is a bug and shows its traceback.
+Invalid input is one line on stderr and exit code 2; any other exception is a bug and shows its traceback.
 """
 
 import argparse
@@ -29,16 +28,12 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Print one line instead of the usage and exit."""
+        """Print one line instead of the usage, and exit."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb.
-
-    Returns:
-        The exit code: 0, 1 for a bug, 2 for invalid input, 130 if interrupted.
-    """
+    """Run one verb; return the exit code: 0, 1 for a bug, 2 for invalid input, 130 if interrupted."""
     open_standard_streams()
     code = 0
     try:
@@ -68,7 +63,7 @@ def _run(argv: Sequence[str], interrupted: threading.Event) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and reader_has_left():  # `| head`; any other broken pipe is an error
             return 0
-        if interrupted.is_set():  # an interrupted import raises other exceptions
+        if interrupted.is_set():  # Ctrl-C during an import may raise any exception
             return _interrupted()
         expected = isinstance(error, (DSMoEError, OSError))
         if debug or not expected:
@@ -101,12 +96,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _interrupted() -> int:
-    print_error("")
+    print_error("")  # the terminal shows ^C without a newline
     return 130
 
 
 def _check_paths(parser: Parser, args: argparse.Namespace) -> None:
-    """Refuse empty paths and names, as an unset shell variable gives them."""
+    """Reject empty paths and names, usually from an unset shell variable."""
     for flags, _ in ARGUMENTS[args.verb]:
         name = flags[0].strip("-").replace("-", "_")
         value = getattr(args, name, None)
@@ -127,8 +122,7 @@ def convert(args: argparse.Namespace) -> None:
     from dsmoe_jax.convert import import_hf
     from dsmoe_jax.progress import bar
 
-    dtype = None if args.dtype == "keep" else args.dtype
-    print_status(import_hf(args.source, args.out, dtype=dtype, revision=args.revision, progress=bar))
+    print_status(import_hf(args.source, args.out, dtype=_cast(args), revision=args.revision, progress=bar))
     print_status(f"  try `dsmoe generate {args.out}`")
 
 
@@ -137,8 +131,7 @@ def export(args: argparse.Namespace) -> None:
     from dsmoe_jax.convert import export_hf
     from dsmoe_jax.progress import bar
 
-    dtype = None if args.dtype == "keep" else args.dtype
-    print_status(export_hf(args.native, args.out, max_shard_size=args.max_shard_size, dtype=dtype, progress=bar))
+    print_status(export_hf(args.native, args.out, max_shard_size=args.max_shard_size, dtype=_cast(args), progress=bar))
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -238,34 +231,30 @@ def _train(config: Any, source: str, args: argparse.Namespace) -> None:
     print_status(f"{done}{result.steps} steps{loss}{validation}, {result.total_skips} updates skipped: {result.model}")
 
 
+def _cast(args: argparse.Namespace) -> str | None:
+    return None if args.dtype == "keep" else args.dtype
+
+
 def _generator(args: argparse.Namespace) -> Any:
-    from dsmoe_jax.generate import Generator
-
-    _require_device()
-    return Generator.from_pretrained(**_provided(args, MODEL))
-
-
-def _require_device() -> None:
-    """Refuse a `JAX_PLATFORMS` without devices."""
     import jax
+
+    from dsmoe_jax.generate import Generator
 
     try:
         jax.devices()
     except RuntimeError as error:
         raise DSMoEError(f"JAX has no device: {error}") from None
+    return Generator.from_pretrained(**_provided(args, MODEL))
 
 
 def _provided(args: argparse.Namespace, arguments: Sequence[Argument]) -> dict[str, Any]:
-    """Return the values of those arguments that were passed, by parameter name."""
+    """Return the values of those arguments that were passed, keyed by parameter."""
     names = [options.get("dest", flags[0].strip("-").replace("-", "_")) for flags, options in arguments]
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 
 def _utf8(argument: str) -> str:
-    """Return an argument decoded as UTF-8, whatever the encoding of the terminal, or raise `DSMoEError`.
-
-    Array storage cannot open other paths, and tokenizers cannot read other text.
-    """
+    """Decode an argument as UTF-8 whatever the locale: array storage and tokenizers need valid UTF-8."""
     if argument.isascii():
         return argument
     try:

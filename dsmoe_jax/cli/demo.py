@@ -1,7 +1,4 @@
-"""`dsmoe demo`: train a small model on Python's standard library, export, import and generate.
-
-Needs no network and no weights. Start at `run`.
-"""
+"""`dsmoe demo`: train a small model on Python's standard library, export, import, generate. Start at `run`."""
 
 import contextlib
 import importlib.util
@@ -21,15 +18,7 @@ _PROMPT: Final = "def __init__(self, "
 
 
 def run(out: str | Path | None = None, *, steps: int = 150) -> None:
-    """Train, export, import and generate, printing a line per step.
-
-    Args:
-        out: New folder for checkpoints and plot; default: a temporary one.
-        steps: Training steps.
-
-    Raises:
-        DSMoEError: `out` exists.
-    """
+    """Train, export, import and generate; `out` is a new folder for checkpoints and plot, default: a temporary one."""
     if out is None:
         with tempfile.TemporaryDirectory() as folder:
             _run(Path(folder), steps, plot=Path("dsmoe_demo.png"))
@@ -83,7 +72,7 @@ def training_config(folder: Path, steps: int):
 
 
 def _train(config, plot: Path) -> Path:
-    """Train and report loss and expert load; plot them if matplotlib is installed. Returns the model."""
+    """Train, report loss and expert load, plot them if matplotlib is installed, and return the checkpoint."""
     from dsmoe_jax.train.loop import run as train
     from dsmoe_jax.train.metrics import read_records
 
@@ -95,8 +84,7 @@ def _train(config, plot: Path) -> Path:
         f"Trained {result.steps} steps in {time.perf_counter() - started:.0f} s: loss {first['loss']:.2f} to "
         f"{last['loss']:.2f}, eval/loss {result.eval_loss:.2f}"
     )
-    busiest, unused = last["load_imbalance"], last["unused_experts"]
-    print_status(f"  Expert load: max/mean {busiest:.1f}, {unused} unused")
+    print_status(f"  Expert load: max/mean {last['load_imbalance']:.1f}, {last['unused_experts']} unused")
     if importlib.util.find_spec("matplotlib") is None:
         print_status("  No plot: pip install 'dsmoe_jax[demo]'")
     else:

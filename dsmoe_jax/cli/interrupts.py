@@ -1,4 +1,4 @@
-"""Ctrl-C: `KeyboardInterrupt` where it can end a command cleanly."""
+"""Ctrl-C handling: `interrupts` raises `KeyboardInterrupt` only where it can end a command cleanly."""
 
 import _thread
 import contextlib
@@ -12,10 +12,10 @@ from typing import Any
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[threading.Event]:
-    """Yield an event that is set by Ctrl-C, which also raises `KeyboardInterrupt`.
+    """Yield an event that Ctrl-C sets before it raises `KeyboardInterrupt`; an ignored SIGINT stays ignored.
 
-    It is deferred during imports, since extension modules print it or continue half initialized. Python only reports it
-    in finalizers, so it is raised again. A process that ignores SIGINT continues to do so.
+    Deferred during imports, where extension modules print it or are left half initialized; raised again after
+    finalizers, where Python only reports it.
     """
     pressed = threading.Event()
 
