@@ -110,15 +110,13 @@ def _check_paths(parser: Parser, args: argparse.Namespace) -> None:
             parser.exit(2, f"dsmoe {args.verb}: {flags[0]} must not be empty\n")
 
 
-def info(args: argparse.Namespace) -> None:
-    """`dsmoe info`."""
+def _info(args: argparse.Namespace) -> None:
     from dsmoe_jax.info import describe
 
     print(describe(args.model), end="")
 
 
-def convert(args: argparse.Namespace) -> None:
-    """`dsmoe convert`."""
+def _convert(args: argparse.Namespace) -> None:
     from dsmoe_jax.convert import import_hf
     from dsmoe_jax.progress import bar
 
@@ -126,16 +124,14 @@ def convert(args: argparse.Namespace) -> None:
     print_status(f"  try `dsmoe generate {args.out}`")
 
 
-def export(args: argparse.Namespace) -> None:
-    """`dsmoe export`."""
+def _export(args: argparse.Namespace) -> None:
     from dsmoe_jax.convert import export_hf
     from dsmoe_jax.progress import bar
 
     print_status(export_hf(args.native, args.out, max_shard_size=args.max_shard_size, dtype=_cast(args), progress=bar))
 
 
-def verify(args: argparse.Namespace) -> None:
-    """`dsmoe verify`."""
+def _verify(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from dsmoe_jax.checkpoint.manifest import TensorDamage
@@ -156,8 +152,7 @@ def verify(args: argparse.Namespace) -> None:
         raise DSMoEError(str(TensorDamage(**report.mismatches[0])))
 
 
-def tokenize(args: argparse.Namespace) -> None:
-    """`dsmoe tokenize`."""
+def _tokenize(args: argparse.Namespace) -> None:
     from dsmoe_jax.progress import bar
     from dsmoe_jax.train.data import tokenize
 
@@ -165,8 +160,7 @@ def tokenize(args: argparse.Namespace) -> None:
     print_status(tokenize(args.sources, args.tokenizer, args.out, split_special_tokens=split, progress=bar))
 
 
-def pretrain(args: argparse.Namespace) -> None:
-    """`dsmoe pretrain`."""
+def _pretrain(args: argparse.Namespace) -> None:
     from dsmoe_jax.train.flags import parse
     from dsmoe_jax.train.recipes import RECIPES
 
@@ -175,8 +169,7 @@ def pretrain(args: argparse.Namespace) -> None:
     _train(parse(RECIPES[args.recipe](), args.flags, prog=f"dsmoe pretrain {args.recipe}"), args.recipe, args)
 
 
-def finetune(args: argparse.Namespace) -> None:
-    """`dsmoe finetune`."""
+def _finetune(args: argparse.Namespace) -> None:
     from dsmoe_jax.train.finetune import show_examples
     from dsmoe_jax.train.flags import parse_finetuning
 
@@ -187,15 +180,13 @@ def finetune(args: argparse.Namespace) -> None:
         _train(config, args.checkpoint, args)
 
 
-def merge(args: argparse.Namespace) -> None:
-    """`dsmoe merge`."""
+def _merge(args: argparse.Namespace) -> None:
     from dsmoe_jax.convert import merge_to
 
     print_status(merge_to(args.checkpoint, args.adapter, args.out, layout=args.layout, dtype=args.dtype))
 
 
-def generate(args: argparse.Namespace) -> None:
-    """`dsmoe generate`."""
+def _generate(args: argparse.Namespace) -> None:
     from dsmoe_jax.cli import terminal
 
     load = functools.partial(_generator, args)
@@ -203,15 +194,13 @@ def generate(args: argparse.Namespace) -> None:
     terminal.generate(load, _provided(args, SAMPLING), prompt=prompt, file=args.file, out=args.out)
 
 
-def chat(args: argparse.Namespace) -> None:
-    """`dsmoe chat`."""
+def _chat(args: argparse.Namespace) -> None:
     from dsmoe_jax.cli import terminal
 
     terminal.chat(functools.partial(_generator, args), _provided(args, SAMPLING), system=args.system)
 
 
-def demo(args: argparse.Namespace) -> None:
-    """`dsmoe demo`."""
+def _demo(args: argparse.Namespace) -> None:
     from dsmoe_jax.cli.demo import run
 
     run(args.out, steps=args.steps)
@@ -265,16 +254,16 @@ def _utf8(argument: str) -> str:
 
 # fmt: off
 VERBS: Final[dict[str, tuple[Callable[[argparse.Namespace], None], str]]] = {
-    "demo":     (demo,     "train a small model on Python's standard library, export, import and generate, offline"),
-    "convert":  (convert,  "convert a PyTorch checkpoint in the Hugging Face layout to a native one"),
-    "export":   (export,   "export a native checkpoint to the Hugging Face layout, for vLLM, SGLang or llama.cpp"),
-    "verify":   (verify,   "verify a native checkpoint bit by bit, alone or against a Hugging Face folder"),
-    "generate": (generate, "stream the completion of a prompt, or complete a file of prompts"),
-    "chat":     (chat,     "chat with a model"),
-    "tokenize": (tokenize, "tokenize text into token shards"),
-    "pretrain": (pretrain, "pretrain a model from a recipe, or resume a run"),
-    "finetune": (finetune, "fine-tune a model on examples, all weights or LoRA"),
-    "merge":    (merge,    "merge a LoRA adapter into a checkpoint"),
-    "info":     (info,     "print parameter counts, sizes and layers of a model"),
+    "demo":     (_demo,     "train a small model on Python's standard library, export, import and generate, offline"),
+    "convert":  (_convert,  "convert a PyTorch checkpoint in the Hugging Face layout to a native one"),
+    "export":   (_export,   "export a native checkpoint to the Hugging Face layout, for vLLM, SGLang or llama.cpp"),
+    "verify":   (_verify,   "verify a native checkpoint bit by bit, alone or against a Hugging Face folder"),
+    "generate": (_generate, "stream the completion of a prompt, or complete a file of prompts"),
+    "chat":     (_chat,     "chat with a model"),
+    "tokenize": (_tokenize, "tokenize text into token shards"),
+    "pretrain": (_pretrain, "pretrain a model from a recipe, or resume a run"),
+    "finetune": (_finetune, "fine-tune a model on examples, all weights or LoRA"),
+    "merge":    (_merge,    "merge a LoRA adapter into a checkpoint"),
+    "info":     (_info,     "print parameter counts, sizes and layers of a model"),
 }
 # fmt: on

@@ -24,9 +24,8 @@ def _bias(text: str) -> tuple[int, float]:
 _DTYPES: Final = ("float32", "bfloat16", "float16")
 _SPLIT: Final = "encode strings such as <|endoftext|> in {} as plain text, not as special tokens"
 _DTYPE: Final = _arg("--dtype", "dtype of the weights; default: as stored", choices=_DTYPES)
-_CAST: Final = _arg(
-    "--dtype", "cast the weights to this dtype; default: keep, as stored", choices=(*_DTYPES, "keep"), default="keep"
-)
+_KEEP: Final = {"choices": (*_DTYPES, "keep"), "default": "keep"}
+_CAST: Final = _arg("--dtype", "cast the weights to this dtype; default: keep, as stored", **_KEEP)
 _CHECKPOINT: Final = "native checkpoint or Hugging Face folder"
 _ADAPTER: Final = "LoRA adapter in the format of peft"
 _CONTEXT: Final = "maximum tokens of prompt and output together; default: that of the model, at least 4096"
@@ -34,8 +33,11 @@ _SOURCE: Final = "folder with config.json and safetensors or pytorch_model*.bin 
 _FILE: Final = "prompts, a JSON object per line: prompt, token_ids or messages; optional id and sampling parameters"
 _FLAGS: Final = "fields of the config; `dsmoe {} --help` lists them"
 _FINETUNE: Final = "--data FILE … [--recipe NAME] [--lora] [--show N]"
+_BIAS: Final = "add VALUE in [-100, 100] to the logit of token ID; repeatable"
+_STOP_ID: Final = "end the output after this token; repeatable"
+_INT: Final = {"type": int, "metavar": "N"}
+_FLOAT: Final = {"type": float, "metavar": "X"}
 _OPTIONAL: Final = {"action": "store_true", "default": None}
-_REPEATABLE: Final = {"action": "append"}
 
 MODEL: Final = (
     _arg("path", _CHECKPOINT, "PATH"),
@@ -48,38 +50,18 @@ MODEL: Final = (
     _arg("--split-special-tokens", _SPLIT.format("prompts"), **_OPTIONAL),
 )
 _SAMPLING: Final = (
-    _arg("--max-new-tokens --max-tokens", "maximum output length in tokens; default: 128", "N", type=int),
-    _arg("--temperature", "sampling temperature; default: 0, greedy decoding", "T", type=float),
-    _arg("--top-k", "sample from the K most likely tokens; default: 0, which disables it", "K", type=int),
-    _arg("--top-p", "sample from the smallest set with total probability P in [0, 1]; default: 1", "P", type=float),
-    _arg("--min-p", "drop tokens less likely than P in [0, 1] times the most likely; default: 0", "P", type=float),
-    _arg(
-        "--repetition-penalty",
-        "multiplicative penalty on tokens already present; default: 1, disabled",
-        "X",
-        type=float,
-    ),
-    _arg(
-        "--presence-penalty", "subtract X in [-2, 2] from logits of tokens in the output; default: 0", "X", type=float
-    ),
-    _arg("--frequency-penalty", "subtract X in [-2, 2] once per occurrence in the output; default: 0", "X", type=float),
-    _arg(
-        "--logit-bias",
-        "add VALUE in [-100, 100] to the logit of token ID; repeatable",
-        "ID=VALUE",
-        type=_bias,
-        **_REPEATABLE,
-    ),
-    _arg("--seed", "sampling seed; default: index of the prompt", "N", type=int),
-    _arg("--stop", "end the output before this string; repeatable", "TEXT", **_REPEATABLE),
-    _arg(
-        "--stop-token-id",
-        "end the output after this token; repeatable",
-        "ID",
-        type=int,
-        dest="stop_token_ids",
-        **_REPEATABLE,
-    ),
+    _arg("--max-new-tokens --max-tokens", "maximum output length in tokens; default: 128", **_INT),
+    _arg("--temperature", "sampling temperature; default: 0, greedy decoding", **_FLOAT),
+    _arg("--top-k", "sample from the N most likely tokens; default: 0, which disables it", **_INT),
+    _arg("--top-p", "sample from the smallest set with total probability X in [0, 1]; default: 1", **_FLOAT),
+    _arg("--min-p", "drop tokens less likely than X in [0, 1] times the most likely one; default: 0", **_FLOAT),
+    _arg("--repetition-penalty", "multiplicative penalty on tokens already present; 1.0 disables it", **_FLOAT),
+    _arg("--presence-penalty", "subtract X in [-2, 2] from the logit of tokens in the output; default: 0", **_FLOAT),
+    _arg("--frequency-penalty", "subtract X in [-2, 2] once per occurrence in the output; default: 0", **_FLOAT),
+    _arg("--logit-bias", _BIAS, "ID=VALUE", type=_bias, action="append"),
+    _arg("--seed", "sampling seed; default: index of the prompt", **_INT),
+    _arg("--stop", "end the output before this string; repeatable", "TEXT", action="append"),
+    _arg("--stop-token-id", _STOP_ID, "ID", type=int, dest="stop_token_ids", action="append"),
     _arg("--ignore-eos", "continue past EOS tokens and the stop strings of the model", **_OPTIONAL),
 )
 SAMPLING: Final = (

@@ -17,7 +17,9 @@ def open_standard_streams() -> None:
     Call it first: the next opened file would get the descriptor of a closed stream, and library output would go there.
     """
     for number, (name, flags, mode) in enumerate(_STREAMS):
-        if not _is_open(number):
+        try:
+            os.fstat(number)
+        except OSError:  # closed
             null = os.open(os.devnull, flags)
             if null != number:
                 os.dup2(null, number)
@@ -76,14 +78,6 @@ def _discard(stream: TextIO) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
-
-
-def _is_open(number: int) -> bool:
-    try:
-        os.fstat(number)
-    except OSError:
-        return False
-    return True
 
 
 def _reconfigure(stream: Any, **options: str) -> None:

@@ -11,8 +11,7 @@ from dsmoe_jax.generate.request import Prefix
 class Chat:
     """A conversation: keeps the history, streams the replies and reuses the KV cache.
 
-    Every turn renders the whole history with the chat template and encodes it. Only the tokens after the longest common
-    prefix with the cached ones are prefilled.
+    Every turn encodes the whole history; only the tokens after the longest cached prefix are prefilled.
 
     Attributes:
         messages: The history, as dicts with role and content.
@@ -23,9 +22,9 @@ class Chat:
         """Start a conversation.
 
         Args:
-            generator: Needs a tokenizer with a chat template.
+            generator: A generator whose tokenizer has a chat template.
             system: System message.
-            **params: `SamplingParams` of every turn, by name.
+            **params: `SamplingParams` of every turn, by field.
         """
         self.generator, self.params = generator, params
         self._system = [] if system is None else [{"role": "system", "content": system}]
@@ -38,9 +37,7 @@ class Chat:
         self._prefix: Prefix | None = None  # prompt and reply of the last turn
 
     def send(self, text: str) -> Iterator[str]:
-        """Send a user message and stream the reply.
-
-        Both are added to the history once the reply is finished or the iterator is closed.
+        """Send a user message and stream the reply; both join the history once the iterator is exhausted or closed.
 
         Raises:
             DSMoEError: As `Generator.stream`; the history is unchanged.
@@ -57,7 +54,7 @@ class Chat:
         reply = ""
         try:
             for piece in Generator.pieces(stream):
-                # The template ends with "Assistant:" and the model continues " Hello": drop the blank.
+                # The template ends with "Assistant:" and the model continues " Hello".
                 piece = piece if reply else piece.lstrip()
                 reply += piece
                 if piece:
