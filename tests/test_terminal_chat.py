@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from dsmoe_jax.generate import Chat, Generator
-from dsmoe_jax.generate.generator import Stream
+from dsmoe_jax.generate.engine import Engine
+from dsmoe_jax.generate.request import Output
 from dsmoe_jax.model import DeepSeekMoE
 from tests.helpers.command import load_once, run
 from tests.helpers.small import SMALL, save_checkpoint
@@ -117,8 +118,8 @@ def test_ctrl_c_stops_a_reply_and_keeps_its_text(
 ):
     answered = Generator.pieces
 
-    def pieces(stream: Stream) -> Iterator[str]:
-        for number, piece in enumerate(answered(stream)):
+    def pieces(engine: Engine, output: Output) -> Iterator[str]:
+        for number, piece in enumerate(answered(engine, output)):
             if number == 2:
                 signal.raise_signal(signal.SIGINT)
             yield piece

@@ -1,7 +1,4 @@
-"""The manifest of a native checkpoint: `storage.manifest` plus tensors and source. It is written last.
-
-The SHA-256 of a tensor is that of its bytes in C order, little-endian.
-"""
+"""The manifest of a native checkpoint, written last: `storage.manifest` plus tensors (hashed in C order) and source."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -42,7 +39,12 @@ class Manifest(NamedTuple):
     @property
     def parameter_files(self) -> dict[str, dict[str, Any]]:
         """Files of parameters, each with the SHA-256 of the tensor at its start as `prefix`."""
-        return {name: self._row(name) for name in self.files if name.startswith(f"{PARAMETERS}/")}
+        rows = {file: row for file, row in self.files.items() if file.startswith(f"{PARAMETERS}/")}
+        for file, row in rows.items():
+            if (name := self.tensor_of(file)) and Path(file).name != "zarr.json":
+                tensor = self.tensors[name]
+                rows[file] = {**row, "prefix": {"bytes": tensor_bytes(tensor), "sha256": tensor.get("sha256")}}
+        return rows
 
     @property
     def other_files(self) -> dict[str, dict[str, Any]]:
@@ -54,13 +56,6 @@ class Manifest(NamedTuple):
         parts = file.split("/")
         found = parts[2] if parts[:2] == [PARAMETERS, STATE] and len(parts) > 3 else None
         return found if found in self.tensors else None
-
-    def _row(self, file: str) -> dict[str, Any]:
-        name = self.tensor_of(file)
-        if name is None or Path(file).name == "zarr.json":
-            return self.files[file]
-        tensor = self.tensors[name]
-        return {**self.files[file], "prefix": {"bytes": tensor_bytes(tensor), "sha256": tensor.get("sha256")}}
 
 
 class TensorDamage(NamedTuple):

@@ -17,16 +17,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from dsmoe_jax.checkpoint import zarr_io
 from dsmoe_jax.checkpoint.manifest import PARAMETERS, Manifest, check_parameters, read_manifest, write_manifest
-from dsmoe_jax.checkpoint.zarr_io import (
-    DTYPES,
-    ArrayRecord,
-    ArrayWriter,
-    quiet_orbax,
-    row_chunks,
-    strip_timestamps,
-    write_skeleton,
-)
+from dsmoe_jax.checkpoint.zarr_io import DTYPES, ArrayRecord, ArrayWriter
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, count_tensors, shardings, split
@@ -55,28 +48,29 @@ def save(model: DeepSeekMoE, path: str | Path, *, extra_files: Sequence[Path] = 
     params = split(model)[1]
     index, folder = jax.process_index(), staging_path(path)
     records: dict[str, ArrayRecord] = {}
+    record_files = [folder / f"records-{i}.json" for i in range(jax.process_count())]
     with collective_errors(), contextlib.ExitStack() as stack:
         with collective_errors():
             if index == 0:
                 stack.enter_context(atomic_dir(path, needs=sum(value.nbytes for value in params.values())))
         with collective_errors():
-            write_skeleton(folder / PARAMETERS, {name: value.dtype for name, value in params.items()})
+            zarr_io.write_skeleton(folder / PARAMETERS, {name: value.dtype for name, value in params.items()})
         with collective_errors():
             if index == 0:
-                strip_timestamps(folder / PARAMETERS)
+                zarr_io.strip_timestamps(folder / PARAMETERS)
         with collective_errors() as errors, ArrayWriter(folder / PARAMETERS, records.__setitem__) as writer:
             for i, (name, value) in enumerate(params.items()):
                 array = gather_to_host(value)  # collective, so all processes call it even after an error
                 if i % jax.process_count() == index and not errors:
                     try:
-                        writer.write(name, array.shape, array.dtype, row_chunks(array))
+                        writer.write(name, array.shape, array.dtype, zarr_io.row_chunks(array))
                     except Exception as error:
                         errors.append(error)
         with collective_errors():
-            write_json(_records_file(folder, index), {name: list(record) for name, record in records.items()})
+            write_json(record_files[index], {name: list(record) for name, record in records.items()})
         with collective_errors():
             if index == 0:
-                for file in [_records_file(folder, i) for i in range(jax.process_count())]:
+                for file in record_files:
                     records |= {name: ArrayRecord(*fields) for name, fields in read_json(file).items()}
                     file.unlink()
                 finalize(folder, model.config, records, extra_files)
@@ -152,8 +146,8 @@ def write_parameters(
     if _SKELETON_UNIT not in staging.finished:
         for left in staging.folder.glob(f"{PARAMETERS}*"):  # of an interrupted run
             shutil.rmtree(left)
-        write_skeleton(folder, {parameter.name: parameter.dtype for parameter in parameters})
-        strip_timestamps(folder)
+        zarr_io.write_skeleton(folder, {parameter.name: parameter.dtype for parameter in parameters})
+        zarr_io.strip_timestamps(folder)
         sync_tree(folder)
         staging.finish(_SKELETON_UNIT, None)
     with ArrayWriter(folder, lambda name, record: staging.finish(name, list(record))) as writer:
@@ -246,10 +240,6 @@ def gather_to_host(value: jax.Array) -> np.ndarray:
     return np.asarray(jax.make_array_from_single_device_arrays(value.shape, value.sharding, shards))
 
 
-def _records_file(folder: Path, process: int) -> Path:
-    return folder / f"records-{process}.json"
-
-
 def _metered(chunks: Iterable[np.ndarray], advance: Advance) -> Iterator[np.ndarray]:
     for chunk in chunks:
         yield chunk
@@ -260,7 +250,7 @@ def _metered(chunks: Iterable[np.ndarray], advance: Advance) -> Iterator[np.ndar
 def _one_line_errors(path: Path) -> Iterator[None]:
     """Convert errors of Orbax and tensorstore to a one-line `DSMoEError`."""
     try:
-        with quiet_orbax():
+        with zarr_io.quiet_orbax():
             yield
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -42,15 +42,13 @@ _STAMPS: Final = (  # file of the skeleton, pattern of a time or path in it, rep
 _INNER_CHUNK_BYTES: Final = 8 << 20  # an expert of the 16B has 5.8 MB
 _OS_ERROR: Final = re.compile(r"os_error_code='(\d+)'")  # in a message from tensorstore
 _hooks: list[Callable[[Any], Any]] = []  # the previous sys.unraisablehook
+Chunks = Iterable[np.ndarray]  # consecutive parts of an array, in C order
+Shape = tuple[int, ...]
 DTYPES: Final[dict[str, np.dtype]] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-
-
-Chunks = Iterable[np.ndarray]  # consecutive parts of an array, in C order
-Shape = tuple[int, ...]
 
 
 class ArrayRecord(NamedTuple):
@@ -88,10 +86,7 @@ def quiet_orbax() -> AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def orbax_write_errors(path: Path) -> Iterator[None]:
-    """Convert errors of Orbax and tensorstore while writing `path` to the underlying `OSError`.
-
-    Also silences hundreds of lines of thread stacks and closed event loops, some logged after the exception.
-    """
+    """Convert errors of Orbax and tensorstore while writing `path` to the `OSError` behind them; silence their stacks."""
     if sys.unraisablehook is not _ignore_closed_loops:
         _hooks[:] = [sys.unraisablehook]
         sys.unraisablehook = _ignore_closed_loops

@@ -42,8 +42,9 @@ def _run(folder: Path, steps: int, plot: Path) -> None:
         export_hf(native, hf)
     with _step("Importing"):
         import_hf(hf, imported)
-    assert _tensors(imported) == _tensors(native), "the round trip changed a tensor"
-    print_status(f"  {len(_tensors(native))} tensors, SHA-256 unchanged")
+    before, after = (json.loads((path / "dsmoe_jax.json").read_text())["tensors"] for path in (native, imported))
+    assert before == after, "the round trip changed a tensor"
+    print_status(f"  {len(after)} tensors, SHA-256 unchanged")
     with _step("Loading"):
         generator = Generator.from_pretrained(imported)
     pieces = generator.stream(_PROMPT, max_new_tokens=64, temperature=0.7, top_p=0.9)
@@ -94,10 +95,6 @@ def _train(config, plot: Path) -> Path:
         print_status(f"  Saved plot: {plot}")
     assert result.model is not None
     return result.model
-
-
-def _tensors(native: Path) -> dict[str, dict]:
-    return json.loads((native / "dsmoe_jax.json").read_text())["tensors"]
 
 
 @contextlib.contextmanager

@@ -1,7 +1,4 @@
-"""Arguments of the verbs: `ARGUMENTS`, one tuple per verb.
-
-Flags of `generate` and `chat` are named after parameters of `Generator` and `SamplingParams`, which have the defaults.
-"""
+"""Arguments of the verbs: `ARGUMENTS`. `generate` and `chat` name flags after parameters, which set the defaults."""
 
 import argparse
 from typing import Any, Final

@@ -12,22 +12,18 @@ from typing import Any
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[threading.Event]:
-    """Yield an event that Ctrl-C sets before it raises `KeyboardInterrupt`; an ignored SIGINT stays ignored.
-
-    Deferred during imports, where extension modules print it or are left half initialized; raised again after
-    finalizers, where Python only reports it.
-    """
+    """Yield an event that Ctrl-C sets before it raises `KeyboardInterrupt`; an ignored SIGINT stays ignored."""
     pressed = threading.Event()
 
     def press(_: int, frame: FrameType | None) -> None:
         pressed.set()
-        while frame is not None:
+        while frame is not None:  # deferred during imports, which would print it or leave a module half initialized
             if frame.f_code.co_filename.startswith("<frozen importlib"):
                 return _interrupt_soon()
             frame = frame.f_back
         raise KeyboardInterrupt
 
-    def unraisable(report: Any) -> None:
+    def unraisable(report: Any) -> None:  # Python only reports exceptions of finalizers
         if issubclass(report.exc_type, KeyboardInterrupt):
             _interrupt_soon()
         else:

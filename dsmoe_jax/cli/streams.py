@@ -12,10 +12,8 @@ _STREAMS: Final = (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_WRONLY, "w"), ("
 
 
 def open_standard_streams() -> None:
-    """Open `/dev/null` for closed streams, and escape characters that the terminal cannot encode.
-
-    Call it first: the next opened file would get the descriptor of a closed stream, and library output would go there.
-    """
+    """Open `/dev/null` for closed streams, and escape characters that the terminal cannot encode. Call it first."""
+    # Otherwise the next opened file would get the descriptor of a closed stream, and library output would go there.
     for number, (name, flags, mode) in enumerate(_STREAMS):
         try:
             os.fstat(number)

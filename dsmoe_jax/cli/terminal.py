@@ -1,7 +1,4 @@
-"""`dsmoe generate` and `dsmoe chat`: input and output. Start at `generate` and `chat`.
-
-Invalid input raises `DSMoEError`, if possible before the model is loaded. Only text of the model goes to stdout.
-"""
+"""`dsmoe generate` and `dsmoe chat`: input and output. Start at `generate` and `chat`."""
 
 import contextlib
 import errno

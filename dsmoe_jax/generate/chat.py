@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.generate.generator import Generator, Stream
-from dsmoe_jax.generate.request import Prefix
+from dsmoe_jax.generate.engine import Engine
+from dsmoe_jax.generate.generator import Generator
+from dsmoe_jax.generate.request import Output, Prefix
 
 
 class Chat:
@@ -47,13 +48,13 @@ class Chat:
             raise DSMoEError("a chat needs a tokenizer, and this generator has none")
         messages = [*self.messages, {"role": "user", "content": text}]
         token_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        stream = self.generator.start(token_ids, prefix=self._prefix, retain_prefix=True, **self.params)
-        return self._reply(messages, stream)
+        engine, output = self.generator.start(token_ids, prefix=self._prefix, retain_prefix=True, **self.params)
+        return self._reply(messages, engine, output)
 
-    def _reply(self, messages: list[dict[str, str]], stream: Stream) -> Iterator[str]:
+    def _reply(self, messages: list[dict[str, str]], engine: Engine, output: Output) -> Iterator[str]:
         reply = ""
         try:
-            for piece in Generator.pieces(stream):
+            for piece in Generator.pieces(engine, output):
                 # The template ends with "Assistant:" and the model continues " Hello".
                 piece = piece if reply else piece.lstrip()
                 reply += piece
@@ -61,5 +62,5 @@ class Chat:
                     yield piece
         finally:
             self.messages = [*messages, {"role": "assistant", "content": reply}]
-            self.token_ids = stream.output.token_ids
-            self._prefix = stream.output.prefix or self._prefix  # None if cancelled before the first token
+            self.token_ids = output.token_ids
+            self._prefix = output.prefix or self._prefix  # None if canceled before the first token

@@ -83,11 +83,7 @@ class _Prefilled(NamedTuple):
 
 
 class Engine:
-    """Runs requests: `submit`, then `step` while `busy`. Not thread-safe.
-
-    Attributes:
-        stats: Counters.
-    """
+    """Runs requests: `submit`, then `step` while `busy`; `stats` has counters. Not thread-safe."""
 
     def __init__(
         self,
@@ -175,7 +171,7 @@ class Engine:
             sizes = f"{size / 1e9:.3g} GB of KV cache, at most {self._max_cache_bytes / 1e9:.3g} GB are available"
             raise DSMoEError(f"{length} need {sizes}")
         tokenizer = self._tokenizer if detokenize else None
-        detokenizer = lambda: tokenizer and Detokenizer(tokenizer.decode_stream(), params.stop)  # noqa: E731
+        detokenizer = lambda: None if tokenizer is None else Detokenizer(tokenizer.decode_stream(), params.stop)  # noqa: E731
         outputs = [Output(request, i, detokenizer()) for i in range(params.n)]
         scaling = self._config.rope_scaling
         if scaling is not None and scaling.type == "dynamic":

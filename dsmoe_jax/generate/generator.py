@@ -21,8 +21,6 @@ from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.text import generation_config as stops
 from dsmoe_jax.text.tokenizer import Tokenizer
 
-Progress = Callable[[int], Any]  # receives the number of newly finished outputs
-
 _CACHE_FRACTION: Final = 0.45  # of the free memory: the cache is copied when it grows
 
 
@@ -157,7 +155,7 @@ class Generator:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         errors: str = "raise",
-        progress: Progress = lambda finished: None,
+        progress: Callable[[int], Any] = lambda finished: None,
         **keywords: Any,
     ) -> list[Completion]:
         """Generate a completion for every prompt.
@@ -212,7 +210,7 @@ class Generator:
         Raises:
             DSMoEError: At once: as a call, if there is no tokenizer, or if `n` is not 1.
         """
-        return self.pieces(self.start(prompt, params, **keywords))
+        return self.pieces(*self.start(prompt, params, **keywords))
 
     def engine(self) -> Engine:
         """Return a new engine, whose counters become `stats`."""
@@ -239,19 +237,18 @@ class Generator:
         prefix: Prefix | None = None,
         retain_prefix: bool = False,
         **keywords: Any,
-    ) -> "Stream":
+    ) -> tuple[Engine, Output]:
         """Submit one prompt to a new engine, for `pieces`; `prefix` and `retain_prefix` as in `Engine.submit`."""
         (params,) = self._each_params(params, keywords, 1)
         if params.n != 1:
             raise DSMoEError(f"n must be 1 for a stream, got {params.n}")
         engine = self.engine()
         (output,) = self._submit(engine, prompt, params, detokenize=True, prefix=prefix, retain_prefix=retain_prefix)
-        return Stream(engine, output)
+        return engine, output
 
     @staticmethod
-    def pieces(stream: "Stream") -> Iterator[str]:
-        """Yield the text of an output as it is generated."""
-        engine, output = stream
+    def pieces(engine: Engine, output: Output) -> Iterator[str]:
+        """Yield the text of an output as it is generated; the engine has no other requests."""
         try:
             while engine.busy and not output.finished:
                 engine.step()
@@ -354,13 +351,6 @@ class Generator:
             text = self.tokenizer.decode(visible) if self.tokenizer else ""
         logprobs = None if params.logprobs is None else output.logprobs
         return Completion(text, token_ids, output.finish_reason or "length", output.stop_reason, logprobs)
-
-
-class Stream(NamedTuple):
-    """An output in progress and its engine, which has no other requests."""
-
-    engine: Engine
-    output: Output
 
 
 def _at_least(minimum: int, name: str, value: int | None, default: Any) -> Any:

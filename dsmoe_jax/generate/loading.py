@@ -73,12 +73,10 @@ def valid_eos_token_ids(fields: Mapping[str, Any], tokenizer: Tokenizer | None, 
 
 
 def upcast_for_cpu(params: dict[str, Any]) -> dict[str, Any]:
-    """Upcast bf16 and fp16 weights outside the routed experts to fp32 on CPU, where XLA would convert them per token.
-
-    The kernel of the experts, most of the weights, reads them as stored.
-    """
+    """Upcast bf16 and fp16 weights outside the routed experts to fp32 on CPU, where XLA converts them for each token."""
     if jax.default_backend() != "cpu":
         return params
+    # The experts, most of the weights, are read as stored by their kernel.
     others = {name: value for name, value in params.items() if ".experts." not in name}
     half = [leaf for leaf in jax.tree.leaves(others) if leaf.dtype in _HALF]
     if half:

@@ -54,11 +54,7 @@ class MemoryPlan(NamedTuple):
         mesh: Mesh | MeshConfig | None = None,
         upcast: bool = False,
     ) -> "MemoryPlan":
-        """Compute the memory of a `Generator` with these options; `upcast`: as `upcast_for_cpu`.
-
-        `activations` is fitted to compiled programs: six hidden states per layer and token of a chunk plus twice its
-        attention scores, in fp32.
-        """
+        """Compute the memory of a `Generator` with these options; `upcast`: as `upcast_for_cpu`."""
         if quantize is not None and quantize not in SCHEMES:
             raise DSMoEError(f"quantize must be one of {', '.join(SCHEMES)}, got {quantize!r}")
         mesh = as_mesh(mesh)
@@ -76,6 +72,7 @@ class MemoryPlan(NamedTuple):
         cache_dtype = widen(dtypes["norm.weight"]) if cache_dtype is None else cache_dtype
         size = functools.partial(cache_bytes, config, max_length=max_length, dtype=cache_dtype, mesh=mesh)
         chunk = min(prefill_chunk, max_length)
+        # Fitted to compiled programs: six hidden states per layer and token, twice the attention scores, all fp32.
         states, scores = 6 * config.num_hidden_layers * config.hidden_size, 2 * config.num_attention_heads * max_length
         return cls(weights, size(batch_size), size(1), 4 * chunk * (states + scores))
 

@@ -56,10 +56,7 @@ def prefill(
     token_ids: Int[Array, "P T"],
     counts: Int[Array, "P"],
 ) -> tuple[Float[Array, "P V"], KVCache]:
-    """Run the model on prompts or their first chunks, with a new cache of `max_length` tokens per row.
-
-    `token_ids` is right-padded to `counts`. Returns the logits after the last token of each prompt, and the cache.
-    """
+    """Run the model on right-padded prompts or their first chunks; return logits after the last tokens, and the cache."""
     model = merge(graph, params)
     cache = KVCache.empty(model.config, len(token_ids), max_length, dtype)
     # Dynamic NTK depends on the longest prompt of the batch, as in transformers, not on the bucket.
@@ -96,10 +93,9 @@ def step(
     sampler: Sampler | None,
     num_sampled: Int[Array, "R"],
 ) -> tuple[SampledTokens, Batch]:
-    """Decode one token per active row; the batch is donated, and without a sampler all rows are greedy.
+    """Decode one token per active row from `token`, the newest; the batch is donated, no sampler means greedy.
 
-    `token` is the newest token of each row, `num_sampled` the number sampled before, `top` the number of
-    log-probabilities (None: not computed).
+    `num_sampled` counts the tokens sampled before. `top` log-probabilities are computed, none at all if None.
     """
     model = merge(graph, params)
     cache = batch.cache
@@ -123,11 +119,7 @@ def insert(
     sampler: Sampler | None,
     penalty_row: tuple[Array, ...] | None,
 ) -> tuple[SampledTokens, Batch]:
-    """Insert row `prompt_row` of a prefilled cache into an idle row and sample its first token; the batch is donated.
-
-    `sampler` and `penalty_row` (for `PenaltyState.reset_row`) are those of this row. Returns the newest token of every
-    row, with log-probabilities of this one only.
-    """
+    """Insert row `prompt_row` of a prefilled cache into an idle row, sample its first token, and donate the batch."""
     one, cache = row[None], batch.cache.put(row, prompt_cache, prompt_row)
     penalties = batch.penalties
     penalties = None if penalties is None or penalty_row is None else penalties.reset_row(row, *penalty_row)

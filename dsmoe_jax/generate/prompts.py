@@ -38,10 +38,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) 
 def encode_pair(
     prompt: Prompt, continuation: str | Sequence[int], tokenizer: Tokenizer | None, vocab_size: int, prefix: int | None
 ) -> tuple[list[int], list[int]]:
-    """Return the token ids of a prompt and its continuation; `Generator.score` documents the boundary.
-
-    `prefix` is the context for an empty or blank prompt.
-    """
+    """Return the token ids of a prompt and a continuation, as `Generator.score`; `prefix` replaces an empty prompt."""
     if not isinstance(continuation, str):
         context = encode_prompt(prompt, tokenizer, vocab_size) if len(prompt) else _empty_context(prefix)
         return context, list(continuation)

@@ -1,7 +1,4 @@
-"""Sampling on the device: `sample_tokens`; `SamplingParams` documents each step and their order.
-
-No step sorts the vocabulary: on CPU that takes longer than a forward pass of a small model.
-"""
+"""Sampling on the device: `sample_tokens`; `SamplingParams` documents each step and their order."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
@@ -125,10 +122,7 @@ def penalty_arrays(params: SamplingParams) -> tuple[np.ndarray, np.ndarray, np.n
 def sample_tokens(
     logits: Float[Array, "R V"], sampler: Sampler | None, penalties: PenaltyState | None, num_sampled: Int[Array, "R"]
 ) -> Int[Array, "R"]:
-    """Sample the next token of every row, independent of other rows; without a sampler all are greedy.
-
-    `num_sampled`, the number of tokens sampled before, is part of the random key.
-    """
+    """Sample the next token of every row, independent of other rows; without a sampler all are greedy."""
     logits = logits.astype(jnp.float32) if penalties is None else penalties.apply(logits)
     if sampler is None:
         return _argmax(logits)
@@ -172,7 +166,7 @@ def _nucleus(scaled: Float[Array, "R V"], top_p: Float[Array, "R"]) -> Bool[Arra
 def _heaviest(x: Float[Array, "R V"], weight: Array, need: Array) -> Bool[Array, "R V"]:
     """Mask the largest x whose weights sum to at least `need` [R]; all if the total is less. Ties stay together.
 
-    Exact, with 32 sums instead of a sort: a bitwise binary search for the threshold.
+    Exact, with 32 sums instead of a sort, which on CPU takes longer than a forward pass of a small model.
     """
     order = _sortable_bits(x)
 

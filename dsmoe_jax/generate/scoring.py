@@ -1,7 +1,4 @@
-"""Log-likelihoods of continuations given contexts (`score`), and perplexity over rolling windows (`perplexity`).
-
-Both follow `loglikelihood` and `loglikelihood_rolling` of EleutherAI's lm-evaluation-harness.
-"""
+"""`score` and `perplexity`: `loglikelihood` and `loglikelihood_rolling` of EleutherAI's lm-evaluation-harness."""
 
 import functools
 import math
@@ -106,8 +103,7 @@ def perplexity(
 ) -> Perplexity:
     """Return the perplexity of token ids; `Generator.perplexity` documents the options.
 
-    `prefix` is the context of the first token, which is not predicted if `prefix` is None. `text_bytes`, the length in
-    UTF-8, is for bits per byte.
+    The first token is predicted from `prefix`, or not at all if that is None. `text_bytes` is the length in UTF-8.
     """
     window = min(context_length, config.max_position_embeddings) if window is None else window
     if window > context_length:
@@ -117,8 +113,8 @@ def perplexity(
         raise DSMoEError(f"no token to predict: tokens has length {len(tokens)} and prefix is {prefix}")
     if text_bytes is not None and text_bytes < 1:
         raise DSMoEError(f"text_bytes must be at least 1, got {text_bytes}")
-    limits = {"context_length": context_length, "max_tokens": max_tokens}
-    scores = score(graph, params, config, windows, **limits, progress=progress)
+    options: dict[str, Any] = {"max_tokens": max_tokens, "progress": progress}
+    scores = score(graph, params, config, windows, context_length=context_length, **options)
     nll = -math.fsum(one.logprob for one in scores)
     predicted = sum(len(continuation) for _, continuation in windows)
     bits = None if text_bytes is None else nll / (math.log(2) * text_bytes)
@@ -224,10 +220,7 @@ def _score_batch(
     targets: Int[Array, "chunks size"],
     used: Int[Array, ""],
 ) -> tuple[Float[Array, "chunks size"], Bool[Array, "chunks size"]]:
-    """Return the log-probability of each target at its position (row · T + column), and whether it is the argmax.
-
-    Only the first `used` chunks are computed; as a value, not a shape, it does not recompile.
-    """
+    """Return log-probability and greedy flag of each target at its position (row · T + column)."""
     model = merge(graph, params)
     B, T = token_ids.shape
     valid = jnp.arange(T)[None, :] < counts[:, None]
@@ -242,6 +235,7 @@ def _score_batch(
         logprobs = logprobs.at[i].set(target - jax.nn.logsumexp(logits, axis=-1))
         return logprobs, greedy.at[i].set(logits.argmax(axis=-1) == targets[i])
 
+    # `used` is a value, not a shape, so that the number of predicted tokens does not recompile.
     empty = jnp.zeros(positions.shape, jnp.float32), jnp.zeros(positions.shape, bool)
     return jax.lax.fori_loop(0, used, chunk, empty)
 

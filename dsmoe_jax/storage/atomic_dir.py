@@ -38,7 +38,9 @@ class StagingDir:
             self._clear()
             return
         head = json.dumps({"job": job}, sort_keys=True)
-        lines = _lines(folder / JOURNAL)
+        lines: list[str] = []
+        with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
+            lines = (folder / JOURNAL).read_text(encoding="utf-8").split("\n")[:-1]  # a crash may truncate the last one
         if lines and lines[0] == head:
             with contextlib.suppress(ValueError, LookupError, TypeError):  # a damaged line: its unit is redone
                 for line in lines[1:]:
@@ -204,20 +206,10 @@ def _entry(unit: str, record: Any) -> str:
     return json.dumps({"unit": unit, "record": record}, sort_keys=True)
 
 
-def _lines(journal: Path) -> list[str]:
-    """Return the complete lines of the journal; a crash may have truncated the last one."""
-    try:
-        return journal.read_text(encoding="utf-8").split("\n")[:-1]
-    except (FileNotFoundError, UnicodeDecodeError):
-        return []
-
-
 def sync_tree(folder: Path) -> None:
     """Fsync all files and folders of `folder`."""
-    for home, _, files in os.walk(folder):
-        for name in files:
-            sync(Path(home) / name)
-        sync(Path(home))
+    for path in (folder, *folder.rglob("*")):
+        sync(path)
 
 
 def sync(path: Path) -> None:

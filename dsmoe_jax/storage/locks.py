@@ -1,7 +1,4 @@
-"""Exclusive locks for writers: `lock_folder` for a folder in use, `lock_name` for an output path. Readers need none.
-
-The kernel releases a lock when its process exits or is killed.
-"""
+"""Exclusive locks for writers: `lock_folder` and `lock_name`. The kernel releases them when the process ends."""
 
 import contextlib
 import errno

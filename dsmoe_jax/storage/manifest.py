@@ -53,10 +53,7 @@ def read_manifest(
     require_hash: bool = True,
     renamed: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Read a manifest; check its structure, its `format` unless `version` is None, and its SHA-256 with `verify`.
-
-    Older manifests may have no hash (`require_hash=False`) and other field names (`renamed`: old to new).
-    """
+    """Read and check a manifest; `version` None allows any format, `renamed` maps field names of older manifests."""
     fields = read_json(path)
     if version is not None and fields.get("format") != version:
         raise DSMoEError(f"{path}: format must be {version!r}, got {fields.get('format')!r:.80}")
@@ -81,10 +78,9 @@ def find_damage(
     cache: "HashCache | None" = None,
     advance: Advance = lambda step: None,
 ) -> Iterator[Damage]:
-    """Yield the files that differ from their manifest, in its order; files are read in parallel.
+    """Yield damaged files, in the manifest's order, reading several in parallel; without `verify` compare sizes only.
 
-    Without `verify` only sizes are compared. `share` (i, n) checks every n-th file from the i-th on, for n processes.
-    `cache` provides hashes of unchanged files. `advance` is called with the bytes of each file.
+    `share` (i, n) checks every n-th file from the i-th on. `advance` is called with the bytes of each file.
     """
     mine = dict(list(files.items())[share[0] :: share[1]])
     hashes: Mapping[Path, str] = {}
@@ -165,22 +161,20 @@ class HashCache:
     def hashes(self, files: Iterable[Path]) -> dict[Path, str]:
         """Return the SHA-256 of each file; new ones are read in parallel. Raises `OSError` for an unreadable file."""
         files = list(files)
-        stats = {file: _stat(file) for file in files}
-        unknown = [file for file in files if self._lookup(file, stats[file]) is None]
+        stats = {file: (os.path.relpath(file, self._path.parent), _stat(file)) for file in files}
+        unknown = [file for file, (key, stat) in stats.items() if self._lookup(key, stat) is None]
         with ThreadPoolExecutor() as pool:
             for file, row in zip(unknown, pool.map(hash_file, unknown), strict=True):
-                self._known[self._key(file)] = {"stat": stats[file], "sha256": row["sha256"]}
+                key, stat = stats[file]
+                self._known[key] = {"stat": stat, "sha256": row["sha256"]}
         if unknown:
             with contextlib.suppress(OSError):
                 write_json(self._path, self._known)
-        return {file: str(self._lookup(file, stats[file])) for file in files}
+        return {file: str(self._lookup(*stats[file])) for file in files}
 
-    def _lookup(self, file: Path, stat: list[int]) -> str | None:
-        entry = self._known.get(self._key(file))
+    def _lookup(self, key: str, stat: list[int]) -> str | None:
+        entry = self._known.get(key)
         return entry["sha256"] if isinstance(entry, dict) and entry.get("stat") == stat else None
-
-    def _key(self, file: Path) -> str:
-        return os.path.relpath(file, self._path.parent)
 
 
 def _stat(file: Path) -> list[int]:
