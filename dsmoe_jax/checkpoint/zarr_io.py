@@ -86,7 +86,7 @@ def quiet_orbax() -> AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def orbax_write_errors(path: Path) -> Iterator[None]:
-    """Convert errors of Orbax and tensorstore while writing `path` to the `OSError` behind them; silence their stacks."""
+    """Convert errors of Orbax and tensorstore while writing `path` to the underlying `OSError`; silence stacks."""
     if sys.unraisablehook is not _ignore_closed_loops:
         _hooks[:] = [sys.unraisablehook]
         sys.unraisablehook = _ignore_closed_loops

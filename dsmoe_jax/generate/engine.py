@@ -247,7 +247,7 @@ class Engine:
         return prefill
 
     def _start_chunked(self, prefill: _Prefill) -> None:
-        """Allocate the cache of a whole prompt and copy its cached prefix."""
+        """Allocate the cache of the prompt and copy its cached prefix."""
         (request,) = prefill.requests
         known = 0 if request.prefix is None else request.prefix.match(request.token_ids)
         last = (len(request.token_ids) - known - 1) % self._chunk + 1  # tokens of the last chunk

@@ -80,7 +80,7 @@ class Generator:
             max_batch_size: Outputs generated at once; others are queued. Default 8 on CPU, 64 elsewhere.
             prefill_chunk: Tokens of a prompt per call of the model. Default 512 on CPU, 2048 elsewhere.
             cache_dtype: Dtype of keys and values: float32, bfloat16, float16 or int8. Default: that of the model.
-            cache_bytes: Bound on the KV cache; a request that exceeds it is refused. Default: on GPUs 45 % of the
+            cache_bytes: Bound on the KV cache; requests that exceed it are rejected. Default: on GPUs 45 % of the
                 memory that is free after loading, on CPU none.
 
         Raises:

@@ -73,7 +73,7 @@ def valid_eos_token_ids(fields: Mapping[str, Any], tokenizer: Tokenizer | None, 
 
 
 def upcast_for_cpu(params: dict[str, Any]) -> dict[str, Any]:
-    """Upcast bf16 and fp16 weights outside the routed experts to fp32 on CPU, where XLA converts them for each token."""
+    """Upcast bf16 and fp16 weights except for routed experts to fp32 on CPU, where XLA converts them every token."""
     if jax.default_backend() != "cpu":
         return params
     # The experts, most of the weights, are read as stored by their kernel.

@@ -37,8 +37,8 @@ class MemoryPlan(NamedTuple):
 
     def __str__(self) -> str:
         """Return one line in GB."""
-        parts = zip(self._fields, self, strict=True)
-        return f"{self.total / 1e9:.3g} GB: " + ", ".join(f"{name} {size / 1e9:.3g}" for name, size in parts)
+        parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in self._asdict().items())
+        return f"{self.total / 1e9:.3g} GB: {parts}"
 
     @classmethod
     def of(

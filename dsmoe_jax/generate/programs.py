@@ -56,7 +56,7 @@ def prefill(
     token_ids: Int[Array, "P T"],
     counts: Int[Array, "P"],
 ) -> tuple[Float[Array, "P V"], KVCache]:
-    """Run the model on right-padded prompts or their first chunks; return logits after the last tokens, and the cache."""
+    """Run the model on right-padded prompts or their first chunks; return logits of the last tokens and the cache."""
     model = merge(graph, params)
     cache = KVCache.empty(model.config, len(token_ids), max_length, dtype)
     # Dynamic NTK depends on the longest prompt of the batch, as in transformers, not on the bucket.

@@ -44,7 +44,7 @@ _DISABLED: Final[dict[str, tuple[int, ...]]] = {"top_k": (-1, 0), "seed": (-1,)}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Sampling parameters of a request; None stands for the default of any of them.
+    """Sampling parameters of a request; None selects the default of any of them.
 
     They apply in this order, that of transformers (vLLM applies `min_p` before `top_k`): `logit_bias`,
     `repetition_penalty`, presence and frequency penalties, `temperature`, `top_k`, `top_p`, `min_p`. Tokens tied with

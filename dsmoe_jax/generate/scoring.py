@@ -113,8 +113,8 @@ def perplexity(
         raise DSMoEError(f"no token to predict: tokens has length {len(tokens)} and prefix is {prefix}")
     if text_bytes is not None and text_bytes < 1:
         raise DSMoEError(f"text_bytes must be at least 1, got {text_bytes}")
-    options: dict[str, Any] = {"max_tokens": max_tokens, "progress": progress}
-    scores = score(graph, params, config, windows, context_length=context_length, **options)
+    limits: dict[str, Any] = {"context_length": context_length, "max_tokens": max_tokens}
+    scores = score(graph, params, config, windows, **limits, progress=progress)
     nll = -math.fsum(one.logprob for one in scores)
     predicted = sum(len(continuation) for _, continuation in windows)
     bits = None if text_bytes is None else nll / (math.log(2) * text_bytes)

@@ -107,10 +107,10 @@ def atomic_dir(path: str | Path, *, needs: int = 0, job: Mapping[str, Any] | Non
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             staging = StagingDir(folder, job)
         except OSError as error:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # `rmdir` removes a new, empty one only
                 if not folder.is_symlink():
                     (folder / _REWRITTEN).unlink(missing_ok=True)
-                    folder.rmdir()  # only a new one is empty
+                    folder.rmdir()
             raise DSMoEError(f"{path} cannot be written: {error.strerror}") from None
         stack.callback(staging.close)
         resumable = bool(staging.finished)

@@ -75,8 +75,10 @@ def _acquire(path: Path, file: Path) -> int:
         except BlockingIOError:
             pid = os.pread(handle, 20, 0).decode("ascii", "replace")
             os.close(handle)
-            who = f" (pid {pid})" if pid.isdigit() else ""
-            raise DSMoEError(f"{path} is in use by another process{who}; wait for it, or choose another path") from None
+            owner = f" (pid {pid})" if pid.isdigit() else ""
+            raise DSMoEError(
+                f"{path} is in use by another process{owner}; wait for it, or choose another path"
+            ) from None
         except FileNotFoundError:
             pass
         except OSError as error:
