@@ -38,7 +38,7 @@ def test_eos_ids_outside_the_vocabulary_are_ignored(
     assert f"eos_token_id {first} is outside the vocabulary of 2048: using 1" in caplog.text
 
 
-def test_config_eos_outside_the_vocabulary_is_warned_of(caplog: pytest.LogCaptureFixture):
+def test_config_eos_outside_the_vocabulary_logs_a_warning(caplog: pytest.LogCaptureFixture):
     config = dataclasses.replace(SMALL, eos_token_id=5000)
 
     made = Generator(assemble(config, split(small_model())[1]))
@@ -57,7 +57,7 @@ def test_config_eos_outside_the_vocabulary_is_warned_of(caplog: pytest.LogCaptur
         ({"stop_strings": ""}, "generation_config.json: stop_strings must be .*, got ''"),
     ],
 )
-def test_invalid_generation_config_is_refused(folder: Path, tmp_path: Path, fields: dict, reason: str):
+def test_invalid_generation_config_is_rejected(folder: Path, tmp_path: Path, fields: dict, reason: str):
     shutil.copytree(folder, tmp_path / "native")
     (tmp_path / "native" / "generation_config.json").write_text(json.dumps(fields))
 
@@ -65,7 +65,7 @@ def test_invalid_generation_config_is_refused(folder: Path, tmp_path: Path, fiel
         Generator.from_pretrained(tmp_path / "native")
 
 
-def test_tokens_of_another_model_are_refused(generator: Generator):
+def test_tokens_of_another_model_are_rejected(generator: Generator):
     config = dataclasses.replace(SMALL, vocab_size=300)
     made = Generator(DeepSeekMoE.init(config), generator.tokenizer)
 
@@ -74,7 +74,7 @@ def test_tokens_of_another_model_are_refused(generator: Generator):
 
 
 @pytest.mark.parametrize("eos", ["</s>", [7, "x"], 0.5, {}])
-def test_eos_that_is_no_token_id_is_refused(eos):
+def test_eos_that_is_no_token_id_is_rejected(eos):
     with pytest.raises(ValueError, match="eos_token_id"):
         Generator(small_model(), eos_token_id=eos)
 
@@ -103,7 +103,7 @@ def test_eos_that_is_no_token_id_is_refused(eos):
         ([[{"role": "pirate", "content": "arr"}]], {}, "pirate"),
     ],
 )
-def test_invalid_call_is_refused_in_one_line(generator: Generator, prompts, options: dict, reason: str):
+def test_invalid_call_is_rejected_in_one_line(generator: Generator, prompts, options: dict, reason: str):
     with pytest.raises(ValueError, match=reason) as refused:
         generator(prompts, **options)
 
@@ -150,19 +150,19 @@ def test_invalid_prompt_returns_its_error_and_others_complete(generator: Generat
         ({"max_batch_size": 2.0}, "max_batch_size"),
     ],
 )
-def test_invalid_option_is_refused(options: dict, reason: str):
+def test_invalid_option_is_rejected(options: dict, reason: str):
     with pytest.raises(ValueError, match=reason):
         Generator(small_model(), **options)
 
 
-def test_weights_that_exceed_memory_are_refused_before_loading(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_weights_that_exceed_memory_are_rejected_before_loading(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("dsmoe_jax.generate.loading.device_bytes", lambda: 100_000)
 
     with pytest.raises(ValueError, match=r"native: the weights take 0\.000\d* GB|only 0\.0001 GB are free"):
         Generator.from_pretrained(folder)
 
 
-def test_text_without_a_tokenizer_is_refused():
+def test_text_without_a_tokenizer_is_rejected():
     generator = Generator(small_model())
 
     with pytest.raises(ValueError, match="needs a tokenizer"):
@@ -171,6 +171,6 @@ def test_text_without_a_tokenizer_is_refused():
         generator.stream([1, 2])
 
 
-def test_stream_refuses_an_invalid_prompt_at_once(generator: Generator):
+def test_stream_rejects_an_invalid_prompt_at_once(generator: Generator):
     with pytest.raises(ValueError, match="context_length"):
         generator.stream("import os", max_new_tokens=10_000)

@@ -155,7 +155,7 @@ def test_greedy_and_sampled_rows_share_a_batch():
     assert set(np.asarray(tokens)[:, [0, 2]].flat) == {LOGITS.argmax()}
     assert_drawn_from(np.bincount(tokens[:, 1], minlength=12), expected_probabilities(list(LOGITS), hot))
     assert Sampler.of([rows[0], rows[2]], 12) is None
-    # What the greedy rows ask does not make the others search for a cut-off.
+    # Filters of greedy rows do not make the others search for a threshold.
     assert sampler is not None
     assert (sampler.top_k == 12).all()
     assert (sampler.top_p == 1).all()
@@ -279,9 +279,6 @@ def test_ties_at_the_threshold_are_kept():
     assert set(draws(logits, SamplingParams(temperature=1.0, top_p=0.5))) == {0, 1, 2, 3}
 
 
-# --- penalties ---
-
-
 def test_reset_row_changes_no_other_row():
     old = SamplingParams(repetition_penalty=2.0, presence_penalty=1.0, frequency_penalty=0.5, logit_bias={3: 9.0})
     state = PenaltyState.empty(3, 6)
@@ -331,9 +328,6 @@ def test_maximum_number_of_biases_fits():
     assert not state.bias[0, 300:].any()
 
 
-# --- log-probabilities ---
-
-
 def test_log_probabilities_match_log_softmax():
     logits = np.random.default_rng(3).normal(size=(2, 40)) * 3
     exact = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -352,9 +346,6 @@ def test_log_probability_of_the_token_alone():
 
     assert found.top.shape == found.top_ids.shape == (3, 0)
     np.testing.assert_allclose(found.token, -np.log(10), rtol=1e-6)
-
-
-# --- validation ---
 
 
 NAN, INF = float("nan"), float("inf")
@@ -419,7 +410,7 @@ NAN, INF = float("nan"), float("inf")
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, dict) else "",
 )
-def test_invalid_parameter_is_refused_in_one_line(fields: dict[str, Any], reason: str):
+def test_invalid_parameter_is_rejected_in_one_line(fields: dict[str, Any], reason: str):
     with pytest.raises(ValueError, match=f"^{reason}") as refused:
         SamplingParams.of(**fields)
 
@@ -491,7 +482,7 @@ def test_adjusts_logits_only_with_biases_or_penalties(fields: dict[str, Any], ad
 
 
 @pytest.mark.parametrize("name", ["logit_bias", "stop_token_ids"])
-def test_token_outside_the_vocabulary_is_refused(name: str):
+def test_token_outside_the_vocabulary_is_rejected(name: str):
     params = SamplingParams.of(**{name: {99: 1.0, 100: 1.0} if name == "logit_bias" else [100, 99]})
 
     params.check_vocabulary(101)

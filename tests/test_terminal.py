@@ -51,7 +51,7 @@ def lines(text: str) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a file of prompts; a line is an object, or text as it is."""
+    """Writes a JSONL file of prompts; an entry is an object or a raw line."""
 
     def write(*entries: Any) -> Path:
         texts = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
@@ -59,9 +59,6 @@ def prompts(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / "prompts.jsonl"
 
     return write
-
-
-# --- one prompt ---
 
 
 def test_stdout_gets_prompt_and_completion_only(capsys: pytest.CaptureFixture, model: Path, generator: Generator):
@@ -77,14 +74,14 @@ def test_stdout_gets_prompt_and_completion_only(capsys: pytest.CaptureFixture, m
 def test_stdin_prompt_drops_the_trailing_newline(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, model: Path, flags: tuple[str, ...], end: bytes
 ):
-    asked = []
-    monkeypatch.setattr(Generator, "stream", lambda self, prompt, params: asked.append(prompt) or iter(["!"]))
+    prompted = []
+    monkeypatch.setattr(Generator, "stream", lambda self, prompt, params: prompted.append(prompt) or iter(["!"]))
     monkeypatch.setattr("sys.stdin", stdin("def größe(\n".encode() + end))
 
     code = run("generate", model, *flags)
 
     want = "def größe(\n" if end else "def größe("
-    assert asked == [want]
+    assert prompted == [want]
     assert (code, *capsys.readouterr()) == (0, want + "!\n", "")
 
 
@@ -117,9 +114,6 @@ def test_quantized_model_with_int8_cache_generates(capsys: pytest.CaptureFixture
     out, err = capsys.readouterr()
     assert (code, err) == (0, "")
     assert len(out) > len("def\n")
-
-
-# --- a file of prompts ---
 
 
 def test_file_outputs_keep_the_order_of_the_lines(
@@ -303,8 +297,6 @@ def test_progress_bars_are_shown_on_terminals_only(capsys: pytest.CaptureFixture
         assert ("things" in capsys.readouterr().err) == person
 
 
-# --- invalid arguments ---
-
 # arguments | stdin, None for a terminal | error
 MISTAKES: dict[str, tuple[tuple[str, ...], bytes | None, str]] = {
     "nothing to read": ((), None, "no prompt: pass --prompt, --file or text on stdin"),
@@ -334,20 +326,20 @@ MISTAKES: dict[str, tuple[tuple[str, ...], bytes | None, str]] = {
 }
 
 
-@pytest.mark.parametrize(("typed", "given", "named"), MISTAKES.values(), ids=MISTAKES)
+@pytest.mark.parametrize(("typed", "piped", "named"), MISTAKES.values(), ids=MISTAKES)
 def test_invalid_input_is_one_line_and_exit_code_2(
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     model: Path,
     typed: tuple[str, ...],
-    given: bytes | None,
+    piped: bytes | None,
     named: str,
 ):
     (tmp_path / "good").write_text('{"prompt": "a"}')
     (tmp_path / "latin1").write_bytes('{"prompt": "ä"}'.encode("latin-1"))
     (tmp_path / "blank").write_text("\n \n")
-    monkeypatch.setattr("sys.stdin", stdin(given or b"", terminal=given is None))
+    monkeypatch.setattr("sys.stdin", stdin(piped or b"", terminal=piped is None))
     before = snapshot(tmp_path)
 
     code = run("generate", model, *(word.format(tmp=tmp_path) for word in typed))

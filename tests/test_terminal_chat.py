@@ -40,10 +40,10 @@ def _loaded_once(monkeypatch: pytest.MonkeyPatch, generator: Generator) -> None:
 
 @pytest.fixture
 def says(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Types these lines, then Ctrl-D; an exception is raised."""
+    """Types these lines, then Ctrl-D; raises exceptions among them."""
 
-    def script(*said: str | BaseException) -> None:
-        left = iter(said)
+    def script(*typed: str | BaseException) -> None:
+        left = iter(typed)
 
         def ask(prompt: str) -> str:
             print(prompt, end="")
@@ -75,7 +75,7 @@ def test_system_message_comes_first_and_survives_reset(
     tmp_path: Path, model: Path, says: Callable[..., None], capsys: pytest.CaptureFixture
 ):
     before, after = tmp_path / "before.json", tmp_path / "with a blank.json"
-    says("hello", f"/save {before}", "/reset", f"/save {after}", "/quit", "never said")
+    says("hello", f"/save {before}", "/reset", f"/save {after}", "/quit", "unused")
 
     code = run("chat", model, *FEW, "--system", "Sei größer.")
 
@@ -131,11 +131,11 @@ def test_ctrl_c_stops_a_reply_and_keeps_its_text(
     code = run("chat", model, "--max-new-tokens", "40", "--ignore-eos")
 
     out, err = capsys.readouterr()
-    said = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
+    saved = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
     assert (code, err) == (130, "\n")
-    assert said[0] == {"role": "user", "content": "hello"}
-    assert out == f"{GREETING}User: Assistant: {said[1]['content']}\nUser: User: "
-    assert said[1]["content"]
+    assert saved[0] == {"role": "user", "content": "hello"}
+    assert out == f"{GREETING}User: Assistant: {saved[1]['content']}\nUser: User: "
+    assert saved[1]["content"]
     assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -170,7 +170,7 @@ def test_rate_is_shown_on_a_terminal(
     assert err.endswith(" tok/s\n")
 
 
-def test_invalid_flags_are_refused_before_loading(
+def test_invalid_flags_are_rejected_before_loading(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, model: Path
 ):
     monkeypatch.setattr(Generator, "from_pretrained", lambda **_: pytest.fail("it was loaded"))

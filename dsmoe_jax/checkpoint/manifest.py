@@ -15,7 +15,6 @@ from dsmoe_jax.text.tokenizer_config import TOKENIZER_FILES
 
 PARAMETERS: Final = "parameters"  # the Orbax directory
 RECORD: Final = "evaluation.json"  # of an adapter: step and loss of its evaluation, hashes of its files
-RECORD: Final = "evaluation.json"  # of an adapter: the step and loss of its evaluation, and the hashes of its files
 FORMAT: Final = 2
 # Files that affect the model or tokenizer even if the manifest does not list them.
 _MEANINGFUL: Final = frozenset({"config.json", "generation_config.json", "vocab.json", *TOKENIZER_FILES})
@@ -119,11 +118,7 @@ def find_damage(folder: Path, manifest: Manifest, advance: Advance = lambda step
     rows = manifest.other_files | manifest.parameter_files
     for found in storage.find_damage(folder, {name: rows[name] for name in manifest.files}, advance=advance):
         yield TensorDamage(found.file, manifest.tensor_of(found.file), found.what)
-    yield from unexpected_files(folder, manifest)
-
-
-def unexpected_files(folder: Path, manifest: Manifest) -> Iterator[TensorDamage]:
-    """Yield files of parameters missing from the manifest: Orbax might read them."""
+    # Unexpected files of parameters: Orbax might read them.
     for path in sorted((folder / PARAMETERS).rglob("*")):
         name = path.relative_to(folder).as_posix()
         if not path.is_dir() and name not in manifest.files:

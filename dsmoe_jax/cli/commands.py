@@ -1,7 +1,4 @@
-"""The command `dsmoe`: parsing, exit codes, and verbs, which import lazily. Start at `main`, then `flags.py`.
-
-Invalid input is one line on stderr and exit code 2; any other exception is a bug and shows its traceback.
-"""
+"""The command `dsmoe`: parsing, exit codes, and verbs, which import lazily. Start at `main`, then `flags.py`."""
 
 import argparse
 import functools
@@ -12,6 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from dsmoe_jax import __version__
@@ -19,6 +17,7 @@ from dsmoe_jax.cli.flags import ARGUMENTS, MODEL, SAMPLING, Argument
 from dsmoe_jax.cli.interrupts import interrupts
 from dsmoe_jax.cli.streams import flush_or_discard, open_standard_streams, print_error, print_status, reader_has_left
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.progress import bar
 from dsmoe_jax.xla_options import set_environment
 
 _DEBUG: Final = "show the traceback of every error"
@@ -118,7 +117,6 @@ def _info(args: argparse.Namespace) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     from dsmoe_jax.convert import import_hf
-    from dsmoe_jax.progress import bar
 
     print_status(import_hf(args.source, args.out, dtype=_cast(args), revision=args.revision, progress=bar))
     print_status(f"  try `dsmoe generate {args.out}`")
@@ -126,17 +124,13 @@ def _convert(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from dsmoe_jax.convert import export_hf
-    from dsmoe_jax.progress import bar
 
     print_status(export_hf(args.native, args.out, max_shard_size=args.max_shard_size, dtype=_cast(args), progress=bar))
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
     from dsmoe_jax.checkpoint.manifest import TensorDamage
     from dsmoe_jax.convert import verify
-    from dsmoe_jax.progress import bar
     from dsmoe_jax.storage.atomic_dir import write_json
     from dsmoe_jax.storage.locks import lock_name
 
@@ -153,7 +147,6 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _tokenize(args: argparse.Namespace) -> None:
-    from dsmoe_jax.progress import bar
     from dsmoe_jax.train.data import tokenize
 
     split = args.split_special_tokens

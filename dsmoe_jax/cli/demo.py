@@ -1,6 +1,7 @@
 """`dsmoe demo`: train a small model on Python's standard library, export, import, generate. Start at `run`."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import tempfile
@@ -56,8 +57,6 @@ def _run(folder: Path, steps: int, plot: Path) -> None:
 
 def training_config(folder: Path, steps: int):
     """Return the `RunConfig` of recipe `tiny` with `steps` steps and twice the learning rate."""
-    import dataclasses
-
     from dsmoe_jax.train.recipes import tiny
 
     recipe = tiny()

@@ -42,8 +42,8 @@ MODEL: Final = (
     _arg("--quantize", "quantize the weights while loading; default: none", choices=("int8", "int4", "nf4")),
     _DTYPE,
     _arg("--cache-dtype", "dtype of the KV cache; default: that of the weights", choices=(*_DTYPES, "int8")),
-    _arg("--max-batch-size", "maximum outputs generated at once; default: 8 on CPU, 64 on GPU and TPU", "N", type=int),
-    _arg("--context-length", _CONTEXT, "N", type=int),
+    _arg("--max-batch-size", "maximum outputs generated at once; default: 8 on CPU, 64 on GPU and TPU", **_INT),
+    _arg("--context-length", _CONTEXT, **_INT),
     _arg("--split-special-tokens", _SPLIT.format("prompts"), **_OPTIONAL),
 )
 _SAMPLING: Final = (
@@ -63,13 +63,13 @@ _SAMPLING: Final = (
 )
 SAMPLING: Final = (
     *_SAMPLING,
-    _arg("--n", "outputs per prompt of --file; default: 1", "N", type=int),
-    _arg("--logprobs", "with --file: log-probabilities of every token and the N most likely ones", "N", type=int),
+    _arg("--n", "outputs per prompt of --file; default: 1", **_INT),
+    _arg("--logprobs", "with --file: log-probabilities of every token and the N most likely ones", **_INT),
 )
 ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
     "demo": (
         _arg("--out", "keep checkpoints and plot in this new folder; default: discard them", "DIR"),
-        _arg("--steps", "training steps; default: 150", "N", type=int, default=150),
+        _arg("--steps", "training steps; default: 150", default=150, **_INT),
     ),
     "convert": (
         _arg("source", _SOURCE, "HF_DIR|REPOSITORY"),

@@ -168,8 +168,12 @@ class Engine:
             raise DSMoEError(f"{length} exceed the context_length of {self._context}")
         detokenize = detokenize or bool(params.stop)
         if detokenize and self._tokenizer is None:
-            sizes = f"{size / 1e9:.3g} GB of KV cache, at most {self._max_cache_bytes / 1e9:.3g} GB are available"
-            raise DSMoEError(f"{length} need {sizes}")
+            raise DSMoEError("a stream or stop string needs a tokenizer, and this generator has none")
+        request = Request(tuple(token_ids), params, seed if params.seed is None else params.seed, prefix, retain_prefix)
+        size = self._cache_bytes(1, bucket(request.max_length))
+        if self._max_cache_bytes is not None and size > self._max_cache_bytes:
+            limit = f"at most {self._max_cache_bytes / 1e9:.3g} GB are available"
+            raise DSMoEError(f"{length} need {size / 1e9:.3g} GB of KV cache, {limit}")
         tokenizer = self._tokenizer if detokenize else None
         detokenizer = lambda: None if tokenizer is None else Detokenizer(tokenizer.decode_stream(), params.stop)  # noqa: E731
         outputs = [Output(request, i, detokenizer()) for i in range(params.n)]

@@ -21,6 +21,7 @@ from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.text import generation_config as stops
 from dsmoe_jax.text.tokenizer import Tokenizer
 
+Params = SamplingParams | Sequence[SamplingParams] | None  # for all prompts, or one for each
 _CACHE_FRACTION: Final = 0.45  # of the free memory: the cache is copied when it grows
 
 
@@ -152,7 +153,7 @@ class Generator:
     def __call__(
         self,
         prompts: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: Params = None,
         *,
         errors: str = "raise",
         progress: Callable[[int], Any] = lambda finished: None,
@@ -325,7 +326,7 @@ class Generator:
         ids = [*(s.bos_token_id for s in sources), *(s.eos_token_id for s in sources), *sorted(self.eos_token_ids)]
         return next((token for token in ids if type(token) is int and 0 <= token < self.config.vocab_size), None)
 
-    def _each_params(self, params: Any, keywords: Mapping[str, Any], prompts: int) -> list[SamplingParams]:
+    def _each_params(self, params: Params, keywords: Mapping[str, Any], prompts: int) -> list[SamplingParams]:
         if params is not None and keywords:
             raise DSMoEError(f"params and keywords are exclusive, got both: {', '.join(keywords)}")
         if params is None:

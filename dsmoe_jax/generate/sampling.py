@@ -38,8 +38,8 @@ class Sampler(NamedTuple):
         if all(value is greedy for value in values):
             return None
         rows_of_values = [(*value, seed, index) for value, (_, seed, index) in zip(values, rows, strict=True)]
-        columns = zip(*rows_of_values, strict=True)
-        arrays: list[Any] = [np.array(column, dtype) for column, dtype in zip(columns, _DTYPES, strict=True)]
+        columns = zip(zip(*rows_of_values, strict=True), _DTYPES, strict=True)
+        arrays: list[Any] = [np.array(column, dtype) for column, dtype in columns]
         return cls(*arrays)
 
 

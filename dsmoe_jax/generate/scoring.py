@@ -101,10 +101,7 @@ def perplexity(
     max_tokens: int = 2048,
     progress: Progress | None = None,
 ) -> Perplexity:
-    """Return the perplexity of token ids; `Generator.perplexity` documents the options.
-
-    The first token is predicted from `prefix`, or not at all if that is None. `text_bytes` is the length in UTF-8.
-    """
+    """Return the perplexity of token ids, the first predicted from `prefix` unless None, as `Generator.perplexity`."""
     window = min(context_length, config.max_position_embeddings) if window is None else window
     if window > context_length:
         raise DSMoEError(f"window must be at most context_length {context_length}, got {window}")
@@ -163,6 +160,20 @@ class _Batch(NamedTuple):
 
 def _checked(index: int, pair: tuple[Tokens, Tokens], vocab_size: int, context_length: int) -> _Pair:
     if len(pair) != 2:
+        raise DSMoEError(f"pair {index} must be (context, continuation), got {len(pair)} entries")
+    try:
+        context, continuation = map(np.asarray, pair)
+    except ValueError:  # ragged
+        raise DSMoEError(f"pair {index}: context and continuation must be flat lists of token ids") from None
+    for name, ids in (("context", context), ("continuation", continuation)):
+        if not ids.size:
+            raise DSMoEError(f"pair {index}: the {name} is empty")
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise DSMoEError(f"pair {index}: the {name} must be token ids [T], got {ids.dtype} {list(ids.shape)}")
+        for worst in (ids.min(), ids.max()):
+            if not 0 <= worst < vocab_size:
+                raise DSMoEError(f"pair {index}: {name} id {worst} is outside the vocabulary of {vocab_size}")
+    if len(context) + len(continuation) - 1 > context_length:
         lengths = f"{len(context)} tokens of context and {len(continuation)} of continuation (the last is not read)"
         raise DSMoEError(f"pair {index}: {lengths} exceed the context_length of {context_length}")
     return _Pair(np.concatenate([context, continuation]).astype(np.int32), len(continuation))

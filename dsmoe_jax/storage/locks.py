@@ -75,10 +75,8 @@ def _acquire(path: Path, file: Path) -> int:
         except BlockingIOError:
             pid = os.pread(handle, 20, 0).decode("ascii", "replace")
             os.close(handle)
-            owner = f" (pid {pid})" if pid.isdigit() else ""
-            raise DSMoEError(
-                f"{path} is in use by another process{owner}; wait for it, or choose another path"
-            ) from None
+            pid = f" (pid {pid})" if pid.isdigit() else ""
+            raise DSMoEError(f"{path} is in use by another process{pid}; wait for it, or choose another path") from None
         except FileNotFoundError:
             pass
         except OSError as error:
