@@ -18,17 +18,7 @@ from dsmoe_jax.generate.programs import bucket, step
 from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.model import DeepSeekMoE, assemble, merge, split
 from tests.helpers import golden, reference
-from tests.helpers.small import SMALL, save_checkpoint, small_model
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("generate"), small_model())
-
-
-@pytest.fixture(scope="session")
-def generator(folder: Path) -> Generator:
-    return Generator.from_pretrained(folder)
+from tests.helpers.small import SMALL, small_model
 
 
 def test_text_and_its_token_ids_are_equivalent_prompts(generator: Generator):
@@ -49,8 +39,8 @@ def test_chat_is_rendered_with_the_generation_prompt(generator: Generator):
     assert generator.encode(chat) == generator.tokenizer.apply_chat_template(chat, add_generation_prompt=True)
 
 
-def test_split_special_tokens_encodes_them_as_text(folder: Path):
-    generator = Generator.from_pretrained(folder, split_special_tokens=True)
+def test_split_special_tokens_encodes_them_as_text(checkpoint: Path):
+    generator = Generator.from_pretrained(checkpoint, split_special_tokens=True)
     tokenizer = generator.tokenizer
     assert tokenizer is not None
     eos = tokenizer.eos_token_id
@@ -139,8 +129,8 @@ def test_eos_comes_from_generation_config(tmp_path: Path):
     assert Generator.from_pretrained(tmp_path / "hf").eos_token_ids == {7, 9}
 
 
-def test_eos_of_the_tokenizer_is_added(folder: Path, tmp_path: Path):
-    shutil.copytree(folder, tmp_path / "native")
+def test_eos_of_the_tokenizer_is_added(checkpoint: Path, tmp_path: Path):
+    shutil.copytree(checkpoint, tmp_path / "native")
     (tmp_path / "native" / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "stop_strings": "x"}))
 
     made = Generator.from_pretrained(tmp_path / "native")
@@ -293,8 +283,8 @@ def test_seed_determines_the_sample(generator: Generator):
 
 
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
-def test_weights_are_quantized_while_loading(folder: Path, quantize: str):
-    generator = Generator.from_pretrained(folder, quantize=quantize)
+def test_weights_are_quantized_while_loading(checkpoint: Path, quantize: str):
+    generator = Generator.from_pretrained(checkpoint, quantize=quantize)
 
     (output,) = generator(["import os"], max_new_tokens=4, ignore_eos=True)
 

@@ -11,17 +11,7 @@ from dsmoe_jax.config import RopeScaling
 from dsmoe_jax.generate import Chat, Generator, SamplingParams
 from dsmoe_jax.model import DeepSeekMoE
 from dsmoe_jax.text.tokenizer import Tokenizer
-from tests.helpers.small import SMALL, save_checkpoint, small_model
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("generate"), small_model())
-
-
-@pytest.fixture(scope="session")
-def generator(folder: Path) -> Generator:
-    return Generator.from_pretrained(folder)
+from tests.helpers.small import SMALL, small_model
 
 
 def test_history_is_kept_until_reset(generator: Generator):
@@ -101,9 +91,9 @@ TURNS = {
 
 @pytest.mark.parametrize(("template", "params"), TURNS.values(), ids=TURNS)
 def test_every_turn_encodes_the_rendered_history(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str | None, params: dict
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str | None, params: dict
 ):
-    tokenizer = Tokenizer.from_pretrained(folder)
+    tokenizer = Tokenizer.from_pretrained(checkpoint)
     if template is not None:
         for file in tokenizer.files:
             shutil.copy(file, tmp_path)

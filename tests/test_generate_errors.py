@@ -11,24 +11,14 @@ import pytest
 
 from dsmoe_jax.generate import Generator
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
-from tests.helpers.small import SMALL, save_checkpoint, small_model
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("generate"), small_model())
-
-
-@pytest.fixture(scope="session")
-def generator(folder: Path) -> Generator:
-    return Generator.from_pretrained(folder)
+from tests.helpers.small import SMALL, small_model
 
 
 @pytest.mark.parametrize("named", [5000, [5000, 100001], -1])
 def test_eos_ids_outside_the_vocabulary_are_ignored(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, named: Any
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, named: Any
 ):
-    shutil.copytree(folder, tmp_path / "native")
+    shutil.copytree(checkpoint, tmp_path / "native")
     (tmp_path / "native" / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
 
     made = Generator.from_pretrained(tmp_path / "native")
@@ -52,13 +42,16 @@ def test_config_eos_outside_the_vocabulary_logs_a_warning(caplog: pytest.LogCapt
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"eos_token_id": "x"}, "generation_config.json: eos_token_id must be an int or a list of ints, got 'x'"),
+        (
+            {"eos_token_id": "x"},
+            "generation_config.json: eos_token_id must be a token id or a list of token ids, got 'x'",
+        ),
         ({"stop_strings": [1]}, r"generation_config.json: stop_strings must be .*, got \[1\]"),
         ({"stop_strings": ""}, "generation_config.json: stop_strings must be .*, got ''"),
     ],
 )
-def test_invalid_generation_config_is_rejected(folder: Path, tmp_path: Path, fields: dict, reason: str):
-    shutil.copytree(folder, tmp_path / "native")
+def test_invalid_generation_config_is_rejected(checkpoint: Path, tmp_path: Path, fields: dict, reason: str):
+    shutil.copytree(checkpoint, tmp_path / "native")
     (tmp_path / "native" / "generation_config.json").write_text(json.dumps(fields))
 
     with pytest.raises(ValueError, match=reason):
@@ -155,11 +148,11 @@ def test_invalid_option_is_rejected(options: dict, reason: str):
         Generator(small_model(), **options)
 
 
-def test_weights_that_exceed_memory_are_rejected_before_loading(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_weights_that_exceed_memory_are_rejected_before_loading(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("dsmoe_jax.generate.loading.device_bytes", lambda: 100_000)
 
     with pytest.raises(ValueError, match=r"native: the weights take 0\.000\d* GB|only 0\.0001 GB are free"):
-        Generator.from_pretrained(folder)
+        Generator.from_pretrained(checkpoint)
 
 
 def test_text_without_a_tokenizer_is_rejected():

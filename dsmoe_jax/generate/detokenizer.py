@@ -14,9 +14,7 @@ class Detokenizer:
 
     def __init__(self, decoder: DecodeStream, stop: Sequence[str] = ()):
         self.stop_string: str | None = None
-        self._decoder = decoder
-        self._stop = tuple(stop)
-        self._pending = ""
+        self._decoder, self._stop, self._pending = decoder, tuple(stop), ""
 
     def feed(self, token_id: int) -> str:
         """Return the text that `token_id` completes, "" after a stop string."""

@@ -98,10 +98,9 @@ def perplexity(
     window: int | None = None,
     stride: int | None = None,
     text_bytes: int | None = None,
-    max_tokens: int = 2048,
-    progress: Progress | None = None,
+    **options: Any,
 ) -> Perplexity:
-    """Return the perplexity of token ids, the first predicted from `prefix` unless None, as `Generator.perplexity`."""
+    """Return the perplexity of token ids, the first predicted from `prefix` unless None; `options` are for `score`."""
     window = min(context_length, config.max_position_embeddings) if window is None else window
     if window > context_length:
         raise DSMoEError(f"window must be at most context_length {context_length}, got {window}")
@@ -110,8 +109,7 @@ def perplexity(
         raise DSMoEError(f"no token to predict: tokens has length {len(tokens)} and prefix is {prefix}")
     if text_bytes is not None and text_bytes < 1:
         raise DSMoEError(f"text_bytes must be at least 1, got {text_bytes}")
-    limits: dict[str, Any] = {"context_length": context_length, "max_tokens": max_tokens}
-    scores = score(graph, params, config, windows, **limits, progress=progress)
+    scores = score(graph, params, config, windows, context_length=context_length, **options)
     nll = -math.fsum(one.logprob for one in scores)
     predicted = sum(len(continuation) for _, continuation in windows)
     bits = None if text_bytes is None else nll / (math.log(2) * text_bytes)

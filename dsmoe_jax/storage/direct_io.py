@@ -29,8 +29,7 @@ class DirectFile:
                 raise
             self._file = os.open(path, flags & ~os.O_EXCL, 0o644)  # the failed attempt may have created it
         self._buffer = np.frombuffer(mmap.mmap(-1, _BUFFER), np.uint8)  # page-aligned
-        self._filled = 0
-        self.size = 0
+        self._filled = self.size = 0
 
     def write(self, data: memoryview | bytes) -> None:
         """Append the bytes."""
