@@ -29,6 +29,7 @@ import jaxtyping
 import pytest
 
 if TYPE_CHECKING:
+    from dsmoe_jax.generate import Generator
     from dsmoe_jax.text.tokenizer import Tokenizer
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -84,6 +85,21 @@ def tokenizer(tokenizer_folder: Path) -> "Tokenizer":
     from dsmoe_jax.text.tokenizer import Tokenizer
 
     return Tokenizer.from_pretrained(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A native checkpoint of the small model with a tokenizer; do not modify."""
+    from tests.helpers.small import save_checkpoint, small_model
+
+    return save_checkpoint(tmp_path_factory.mktemp("small"), small_model())
+
+
+@pytest.fixture(scope="session")
+def generator(checkpoint: Path) -> "Generator":
+    from dsmoe_jax.generate import Generator
+
+    return Generator.from_pretrained(checkpoint)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,7 +1,4 @@
-"""A new folder: under its name only when complete, one writer at a time, and gone on with after an interruption.
-
-Start at `test_the_folder_appears_when_the_block_ends`. No conversion here; `test_streaming.py` has those.
-"""
+"""Atomic directories: rename, journal, locks, disk space, replacement. Start at the first test."""
 
 import contextlib
 import json
@@ -41,7 +38,7 @@ every_failure = pytest.mark.parametrize("error", FAILURES.values(), ids=FAILURES
 
 
 def write_units(path: Path, units: str, job: Any = JOB, stop: BaseException | None = None, needs: int = 0) -> list[str]:
-    """Write a file for each unit that an earlier run has not, then stop; returns those it found finished."""
+    """Write a file per unit unless it is finished, then raise `stop`; return the units found finished."""
     with atomic_dir(path, job=job, needs=needs) as draft:
         found = sorted(draft.finished)
         for unit in units:
@@ -57,7 +54,7 @@ def write_units(path: Path, units: str, job: Any = JOB, stop: BaseException | No
 
 @contextlib.contextmanager
 def interrupted(path: Path, units: str, **options: Any) -> Iterator[None]:
-    """After a run that was stopped by Ctrl-C once `units` were finished."""
+    """Interrupt a run once `units` are finished, then enter the block."""
     with pytest.raises(KeyboardInterrupt):
         write_units(path, units, stop=KeyboardInterrupt(), **options)
     yield
@@ -65,9 +62,6 @@ def interrupted(path: Path, units: str, **options: Any) -> Iterator[None]:
 
 def files_of(units: str) -> dict[str, bytes]:
     return {unit: f"data of {unit}".encode() for unit in units}
-
-
-# Complete or absent
 
 
 @pytest.mark.parametrize("job", [None, JOB], ids=["no job", "job"])
@@ -151,9 +145,6 @@ def test_a_file_in_place_of_the_staging_dir_is_rejected(tmp_path: Path, make: Ca
     assert snapshot(tmp_path) == before
 
 
-# Failures
-
-
 @pytest.mark.parametrize("error", [*FAILURES.values(), ValueError("bad input")], ids=[*FAILURES, "bad input"])
 def test_a_failure_without_a_job_leaves_nothing(tmp_path: Path, error: BaseException):
     with pytest.raises(type(error)):
@@ -213,8 +204,6 @@ def test_output_of_another_job_is_discarded_and_logged(tmp_path: Path, caplog: p
     assert snapshot(tmp_path) == {"out": None, "out/c": b"data of c"}
 
 
-# The journal
-
 TORN = {
     "half a line": lambda journal: journal.write_text(journal.read_text() + '{"record": {"of": "c"}, "un'),
     "a line but for its end": lambda journal: journal.write_text(journal.read_text()[:-1]),
@@ -223,7 +212,7 @@ TORN = {
     "empty": lambda journal: journal.write_text(""),
     "half of the first line": lambda journal: journal.write_text(journal.read_text()[:10]),
     "gone": lambda journal: journal.unlink(),
-    "a rewriting that was killed": lambda journal: (journal.parent / "journal.jsonl.new").write_text("{"),
+    "an interrupted rewrite": lambda journal: (journal.parent / "journal.jsonl.new").write_text("{"),
 }
 
 
@@ -252,8 +241,6 @@ def test_the_journal_is_read_up_to_a_damaged_line(tmp_path: Path):
     assert found == ["a"]
 
 
-# Two writers
-
 HOLD = """
 import sys, time
 from dsmoe_jax.storage.atomic_dir import atomic_dir
@@ -266,7 +253,7 @@ with atomic_dir(sys.argv[1], job={"convert": "x"}) as draft:
 
 
 @contextlib.contextmanager
-def held_by_another_process(path: Path) -> Iterator[subprocess.Popen]:
+def locked_by_another_process(path: Path) -> Iterator[subprocess.Popen]:
     command = [sys.executable, "-c", HOLD, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as process:
         assert process.stdout is not None
@@ -279,7 +266,7 @@ def held_by_another_process(path: Path) -> Iterator[subprocess.Popen]:
 
 @pytest.mark.parametrize("job", [None, {"convert": "x"}], ids=["no job", "the same job"])
 def test_a_second_writer_is_rejected(tmp_path: Path, job: Any):
-    with held_by_another_process(tmp_path / "out") as first:
+    with locked_by_another_process(tmp_path / "out") as first:
         before = snapshot(tmp_path)
 
         with pytest.raises(ValueError, match="out is in use by another process"):
@@ -301,7 +288,7 @@ def test_a_second_writer_in_this_process_is_rejected(tmp_path: Path):
 
 
 def test_a_killed_writer_releases_its_lock_and_units_resume(tmp_path: Path):
-    with held_by_another_process(tmp_path / "out") as first:
+    with locked_by_another_process(tmp_path / "out") as first:
         first.send_signal(signal.SIGKILL)
         first.wait(30)
 
@@ -311,14 +298,12 @@ def test_a_killed_writer_releases_its_lock_and_units_resume(tmp_path: Path):
     assert (tmp_path / "out" / "a").read_text() == "theirs"
 
 
-# Room on the disk
-
 Usage = namedtuple("Usage", "total used free")
 
 
 @pytest.fixture
 def free_bytes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Says how many bytes are free from now on."""
+    """Sets the free disk space in bytes."""
     return lambda free: monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12 - free, free))
 
 
@@ -331,7 +316,7 @@ def test_a_full_disk_is_rejected_before_writing(tmp_path: Path, free_bytes: Call
     assert list(tmp_path.iterdir()) == []
 
 
-def test_just_enough_room_is_enough(tmp_path: Path, free_bytes: Callable[[int], None]):
+def test_exactly_enough_space_is_accepted(tmp_path: Path, free_bytes: Callable[[int], None]):
     free_bytes(1_000)
 
     write_units(tmp_path / "just", "a", job=None, needs=1_000)
@@ -343,12 +328,12 @@ def test_just_enough_room_is_enough(tmp_path: Path, free_bytes: Callable[[int], 
 
 def test_resumed_output_counts_towards_the_space(tmp_path: Path, free_bytes: Callable[[int], None]):
     with interrupted(tmp_path / "out", "ab"):
-        held = sum(path.stat().st_size for path in staging_path(tmp_path / "out").iterdir())
+        written = sum(path.stat().st_size for path in staging_path(tmp_path / "out").iterdir())
     free_bytes(50)
 
     with pytest.raises(ValueError, match="more; "):
-        write_units(tmp_path / "out", "ab", needs=held + 51)
-    found = write_units(tmp_path / "out", "ab", needs=held + 50)
+        write_units(tmp_path / "out", "ab", needs=written + 51)
+    found = write_units(tmp_path / "out", "ab", needs=written + 50)
 
     assert found == ["a", "b"]
 
@@ -383,12 +368,12 @@ def test_a_disk_too_full_for_the_journal_keeps_nothing(tmp_path: Path, monkeypat
 
 
 def test_space_is_checked_on_the_disk_of_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    asked: list[Path] = []
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or Usage(9, 9, 9))
+    checked: list[Path] = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: checked.append(path) or Usage(9, 9, 9))
 
     check_space(tmp_path / "not" / "there" / "yet", 9)
 
-    assert asked == [tmp_path]
+    assert checked == [tmp_path]
 
 
 def test_without_a_job_there_is_no_journal(tmp_path: Path):
@@ -401,15 +386,12 @@ def test_without_a_job_there_is_no_journal(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-# In the place of another
-
-
 class Killed(BaseException):
-    """Nothing after it is done, as after SIGKILL."""
+    """Simulates SIGKILL: no cleanup runs."""
 
 
 def two_folders(tmp_path: Path) -> tuple[Path, Path]:
-    """A new one, and the one that it replaces."""
+    """Return a new folder and the one it replaces."""
     for name in ("best.new", "best"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)

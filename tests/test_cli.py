@@ -1,7 +1,4 @@
-"""The command `dsmoe`: verbs, errors, environment, and the cost of imports and compilation.
-
-Start at `test_demo_keeps_its_checkpoints`.
-"""
+"""The command `dsmoe`: verbs, errors, environment, import time and compile time."""
 
 import os
 import signal
@@ -29,8 +26,8 @@ from dsmoe_jax.train.data import sources
 from tests.helpers.command import run
 from tests.helpers.hf_folder import make_tokenizer, random_params, snapshot, tiny, write_hf
 
-HELP_SECONDS = 0.5  # the best of three
-COMPILE_SECONDS = 60  # of processor time, whatever else the machine does; the 16B's forward takes about 20
+HELP_SECONDS = 0.5  # best of three
+COMPILE_SECONDS = 60  # of CPU time; the 16B's forward takes about 20
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -45,12 +42,9 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def native(hf: Path) -> Path:
-    """The same, converted."""
+    """The same checkpoint, converted."""
     import_hf(hf, hf.parent / "native")
     return hf.parent / "native"
-
-
-# The verbs
 
 
 def test_info_describes_presets_and_folders(capsys: pytest.CaptureFixture, hf: Path, native: Path):
@@ -106,7 +100,7 @@ def test_chat_ends_on_quit_and_ctrl_c(monkeypatch: pytest.MonkeyPatch, native: P
         return next(stop)
 
     monkeypatch.setattr("builtins.input", ask)
-    monkeypatch.setattr(Chat, "send", lambda *_: pytest.fail("nothing was said"))
+    monkeypatch.setattr(Chat, "send", lambda *_: pytest.fail("unexpected message"))
 
     got = run("chat", native)
 
@@ -139,9 +133,6 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture):
     assert f"dsmoe {dsmoe_jax.__version__}" in out
 
 
-# Invalid input
-
-
 def broken_config(folder: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text('{"hidden_size": "wide"}')
@@ -149,7 +140,7 @@ def broken_config(folder: Path) -> Path:
 
 
 def damaged(folder: Path) -> Path:
-    """A native checkpoint whose largest file is cut short."""
+    """A native checkpoint whose largest file is truncated."""
     import_hf(write_hf(folder / "hf", tiny(), random_params(tiny())), folder / "native")
     weights = max((f for f in (folder / "native").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
     os.truncate(weights, weights.stat().st_size // 2)
@@ -164,23 +155,23 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown verb": (("explain",), "explain"),
     "missing argument": (("convert", "{hf}"), "OUT"),
     "unknown flag": ((*GENERATE, "--beams", "4"), "--beams"),
-    "no number": ((*GENERATE, "--max-new-tokens", "many"), "many"),
-    "no such path": (("generate", "{tmp}/absent", "--prompt", "def"), "absent"),
-    "no such path to chat with": (("chat", "{tmp}/absent"), "absent"),
-    "no such path to convert": (("convert", "{tmp}/absent", "{tmp}/out"), "absent"),
-    "a folder of nothing": (("generate", "{tmp}", "--prompt", "def"), "config.json"),
-    "a prompt too long": ((*GENERATE, "--context-length", "8"), "context_length"),
-    "no context": ((*GENERATE, "--context-length", "1"), "context_length must be an int of at least 2, got 1"),
+    "not a number": ((*GENERATE, "--max-new-tokens", "many"), "many"),
+    "missing path": (("generate", "{tmp}/absent", "--prompt", "def"), "absent"),
+    "missing path for chat": (("chat", "{tmp}/absent"), "absent"),
+    "missing path for convert": (("convert", "{tmp}/absent", "{tmp}/out"), "absent"),
+    "empty folder": (("generate", "{tmp}", "--prompt", "def"), "config.json"),
+    "prompt too long": ((*GENERATE, "--context-length", "8"), "context_length"),
+    "context of 1": ((*GENERATE, "--context-length", "1"), "context_length must be an int of at least 2, got 1"),
     "empty prompt": (("generate", "{native}", "--prompt", ""), "prompt is empty"),
     "negative temperature": ((*GENERATE, "--temperature", "-1"), "temperature must be in [0, 1000], got -1.0"),
-    "temperature that is no number": ((*GENERATE, "--temperature", "nan"), "temperature"),
+    "NaN temperature": ((*GENERATE, "--temperature", "nan"), "temperature"),
     "top-p 1.5": ((*GENERATE, "--top-p", "1.5"), "top_p"),
     "top-k -2": ((*GENERATE, "--top-k", "-2"), "top_k"),
-    "no new tokens": ((*GENERATE, "--max-new-tokens", "0"), "max_new_tokens"),
+    "0 new tokens": ((*GENERATE, "--max-new-tokens", "0"), "max_new_tokens"),
     "negative seed": ((*GENERATE, "--seed", "-2"), "seed"),
     "unknown dtype": ((*GENERATE, "--dtype", "int4"), "int4"),
     "OUT exists": (("convert", "{hf}", "{native}"), "exists"),
-    "converted already": (("convert", "{native}", "{tmp}/out"), "is already a native checkpoint"),
+    "already converted": (("convert", "{native}", "{tmp}/out"), "is already a native checkpoint"),
     "the demo's DIR exists": (("demo", "--out", "{native}"), "exists"),
     "unknown preset": (("info", "deepseek_moe_17b"), "deepseek_moe_16b"),
     "broken config": (("info", "{broken}"), "hidden_size must be int, got 'wide'"),
@@ -239,7 +230,7 @@ EMPTY_PATHS: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize(("named", "typed"), EMPTY_PATHS.items(), ids=EMPTY_PATHS)
-def test_empty_path_is_refused_by_name(
+def test_empty_path_is_rejected_by_argument(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, named: str, typed: tuple[str, ...]
 ):
     monkeypatch.chdir(tmp_path)
@@ -253,7 +244,7 @@ def test_empty_path_is_refused_by_name(
     assert not list(tmp_path.iterdir())
 
 
-def test_functions_refuse_an_empty_path(tmp_path: Path):
+def test_functions_reject_an_empty_path(tmp_path: Path):
     from dsmoe_jax.convert import export_hf, load_hf, merge_to, verify
     from dsmoe_jax.train.sft import Examples
 
@@ -296,9 +287,6 @@ def test_closed_pipe_is_no_error():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-# Cost
-
-
 def test_help_is_fast():
     command = [sys.executable, "-m", "dsmoe_jax", "--help"]
     seconds = []
@@ -311,16 +299,16 @@ def test_help_is_fast():
     assert all(verb in done.stdout for verb in VERBS)
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import dsmoe_jax",
-        "import dsmoe_jax; dsmoe_jax.ModelConfig.preset('deepseek_moe_16b')",
-        "import dsmoe_jax; dsmoe_jax.Tokenizer",
-        "import dsmoe_jax.cli",
-        "import dsmoe_jax; dir(dsmoe_jax)",
-    ],
-)
+LIGHTWEIGHT = [
+    "import dsmoe_jax",
+    "import dsmoe_jax; dsmoe_jax.ModelConfig.preset('deepseek_moe_16b')",
+    "import dsmoe_jax; dsmoe_jax.Tokenizer",
+    "import dsmoe_jax.cli",
+    "import dsmoe_jax; dir(dsmoe_jax)",
+]
+
+
+@pytest.mark.parametrize("code", LIGHTWEIGHT)
 def test_lightweight_imports_do_not_import_jax(code: str):
     code = f"import sys; {code}; assert not {{'jax', 'flax', 'orbax'}} & set(sys.modules)"
 
@@ -357,11 +345,8 @@ def test_forward_of_the_16b_compiles_in_a_minute():
     assert memory.argument_size_in_bytes >= 32_751_456_256
 
 
-# Environment
-
-
 def shell(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A line of bash, where `dsmoe` is the command; verbs that do not import jax, so it is quick."""
+    """Run a line of bash in which `dsmoe` is the command."""
     command = f'dsmoe() {{ "{sys.executable}" -m dsmoe_jax "$@"; }}; {script}'
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment
     return subprocess.run(
@@ -424,7 +409,7 @@ def test_status_lines_survive_a_closed_pipe(tmp_path: Path):
 
 
 def interrupt(then: Callable[[], None]) -> Callable[[Any], None]:
-    """A verb that is interrupted while it does something, and would go on for ten seconds."""
+    """Return a verb that is interrupted in `then` and would otherwise run for ten seconds."""
 
     def verb(_: Any) -> None:
         then()
@@ -438,7 +423,7 @@ def press() -> None:
 
 
 def import_slowly() -> None:
-    """Import a module that is interrupted."""
+    """Import a module during whose execution Ctrl-C arrives."""
     exec("import slowly_imported")
 
 
@@ -501,13 +486,13 @@ def test_every_flag_has_a_help_text():
         assert all(options["help"] for _, options in arguments)
 
 
-def test_platform_without_a_device_is_refused(tmp_path: Path, native: Path):
+def test_platform_without_a_device_is_rejected(tmp_path: Path, native: Path):
     done = shell(f"dsmoe generate {native} --prompt a", tmp_path, JAX_PLATFORMS="no_such_platform")
 
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert done.stderr.startswith("dsmoe generate: JAX has no device: ")
 
 
-def test_argument_that_is_not_utf8_is_refused(capsys: pytest.CaptureFixture):
+def test_argument_that_is_not_utf8_is_rejected(capsys: pytest.CaptureFixture):
     assert run("convert", "a\udcff", "b") == 2
     assert capsys.readouterr().err == "dsmoe: argument 'a\\udcff' is not UTF-8\n"

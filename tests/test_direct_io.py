@@ -1,4 +1,4 @@
-"""A file written past the page cache is, byte for byte, what was given to it."""
+"""Direct I/O: files have exactly the written bytes."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ def some_bytes(size: int) -> bytes:
 
 
 def refuse_direct(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a file system does that has no direct writes."""
+    """Simulate a file system without O_DIRECT."""
     original = os.open
 
     def opened(path: Any, flags: int, *rest: Any) -> int:
@@ -30,7 +30,9 @@ def refuse_direct(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "through the cache"])
 @pytest.mark.parametrize("sizes", [[1], [4096], [4095, 2, 5000], [100] * 300, [9000, 1, 8192, 3], []], ids=str)
-def test_writes_of_any_sizes_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], direct: bool):
+def test_writes_of_all_sizes_are_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], direct: bool
+):
     monkeypatch.setattr(direct_io, "_BUFFER", 8192)
     if not direct:
         refuse_direct(monkeypatch)

@@ -58,9 +58,6 @@ def submit(engine: Engine, ids: Sequence[int], **keywords) -> list[Output]:
     return engine.submit(ids, SamplingParams.of(**keywords))
 
 
-# --- independence of the batch ---
-
-
 def test_outputs_do_not_depend_on_the_rest_of_the_batch():
     batch, params = prompts(8, 40), mixed_params(8, longest=12)
 
@@ -132,9 +129,6 @@ def test_few_rows_are_idle_while_requests_wait():
     assert made.stats.idle_fraction < 0.2
 
 
-# --- the seed ---
-
-
 def test_n_outputs_differ_and_the_first_is_that_of_n_1():
     options = {"temperature": 1.0, "seed": 5, "max_new_tokens": 8, "ignore_eos": True}
 
@@ -162,9 +156,6 @@ def test_default_seed_is_the_number_of_the_request():
     assert three() == three()
 
 
-# --- programs ---
-
-
 def test_200_prompt_lengths_compile_one_program_per_bucket():
     made, rng = generator(), np.random.default_rng(0)
     lengths = rng.integers(1, CHUNK + 1, 200)
@@ -178,9 +169,6 @@ def test_200_prompt_lengths_compile_one_program_per_bucket():
     cached = {bucket(int(length) + 3) for length in lengths}
     assert prefill._cache_size() <= len(buckets)  # type: ignore[attr-defined]
     assert step._cache_size() <= len(cached)  # type: ignore[attr-defined]
-
-
-# --- the cache ---
 
 
 def test_growing_the_cache_does_not_change_the_output(monkeypatch: pytest.MonkeyPatch):
@@ -253,10 +241,7 @@ def test_prefix_never_matches_the_last_token():
     assert prefix.match([4]) == 0
 
 
-# --- memory ---
-
-
-def test_request_too_large_for_the_cache_is_refused():
+def test_request_too_large_for_the_cache_is_rejected():
     need = 2 * 2 * 2 * 16 * 4 * 64  # bytes of one row of 64 tokens
     made = generator(cache_bytes=need)
 
@@ -280,10 +265,7 @@ def test_requests_wait_for_cache_memory():
     assert made.stats.cache_bytes <= 2 * need
 
 
-# --- cancellation and stopping ---
-
-
-def test_cancelled_output_releases_its_row():
+def test_canceled_output_releases_its_row():
     want = generator()([[5, 6], [7, 8]], max_new_tokens=12, ignore_eos=True)
     engine = generator(max_batch_size=1).engine()
     (first,), (second,), (third,) = (
@@ -311,9 +293,6 @@ def test_output_ends_at_the_first_stop_token(stop: str):
 
     assert output.token_ids == tokens[: tokens.index(tokens[3]) + 1]
     assert (output.finish_reason, output.stop_reason) == ("stop", None if stop == "eos" else tokens[3])
-
-
-# --- dynamic NTK ---
 
 
 def test_stretched_dynamic_ntk_prompts_are_prefilled_at_once():

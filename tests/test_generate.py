@@ -18,20 +18,7 @@ from dsmoe_jax.generate.programs import bucket, step
 from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.model import DeepSeekMoE, assemble, merge, split
 from tests.helpers import golden, reference
-from tests.helpers.small import SMALL, save_checkpoint, small_model
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("generate"), small_model())
-
-
-@pytest.fixture(scope="session")
-def generator(folder: Path) -> Generator:
-    return Generator.from_pretrained(folder)
-
-
-# --- prompts and outputs ---
+from tests.helpers.small import SMALL, small_model
 
 
 def test_text_and_its_token_ids_are_equivalent_prompts(generator: Generator):
@@ -52,8 +39,8 @@ def test_chat_is_rendered_with_the_generation_prompt(generator: Generator):
     assert generator.encode(chat) == generator.tokenizer.apply_chat_template(chat, add_generation_prompt=True)
 
 
-def test_split_special_tokens_encodes_them_as_text(folder: Path):
-    generator = Generator.from_pretrained(folder, split_special_tokens=True)
+def test_split_special_tokens_encodes_them_as_text(checkpoint: Path):
+    generator = Generator.from_pretrained(checkpoint, split_special_tokens=True)
     tokenizer = generator.tokenizer
     assert tokenizer is not None
     eos = tokenizer.eos_token_id
@@ -142,8 +129,8 @@ def test_eos_comes_from_generation_config(tmp_path: Path):
     assert Generator.from_pretrained(tmp_path / "hf").eos_token_ids == {7, 9}
 
 
-def test_eos_of_the_tokenizer_is_added(folder: Path, tmp_path: Path):
-    shutil.copytree(folder, tmp_path / "native")
+def test_eos_of_the_tokenizer_is_added(checkpoint: Path, tmp_path: Path):
+    shutil.copytree(checkpoint, tmp_path / "native")
     (tmp_path / "native" / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "stop_strings": "x"}))
 
     made = Generator.from_pretrained(tmp_path / "native")
@@ -152,36 +139,33 @@ def test_eos_of_the_tokenizer_is_added(folder: Path, tmp_path: Path):
     assert made.stop_strings == ("x",)
 
 
-# --- stopping ---
-
-
 def test_text_ends_before_the_stop_string(generator: Generator):
     options = {"max_new_tokens": 24, "ignore_eos": True}
-    (whole,) = generator(["import os"], **options)
-    stop = whole.text[9:12]
+    (full,) = generator(["import os"], **options)
+    stop = full.text[9:12]
 
     (output,) = generator(["import os"], stop=[stop, "never to be seen"], **options)
     pieces = list(generator.stream("import os", stop=stop, **options))
 
-    assert output.text == whole.text[: whole.text.index(stop)]
+    assert output.text == full.text[: full.text.index(stop)]
     assert (output.finish_reason, output.stop_reason) == ("stop", stop)
-    assert len(output.token_ids) < len(whole.token_ids)
+    assert len(output.token_ids) < len(full.token_ids)
     assert "".join(pieces) == output.text
 
 
 def test_stop_string_of_the_model_acts_like_eos(generator: Generator):
-    (whole,) = generator(["import os"], max_new_tokens=24, ignore_eos=True)
-    stop, other = whole.text[9:12], whole.text[5:7]
+    (full,) = generator(["import os"], max_new_tokens=24, ignore_eos=True)
+    stop, other = full.text[9:12], full.text[5:7]
     made = Generator(small_model(), generator.tokenizer, eos_token_id=[], stop_strings=[stop])
 
     (output,) = made(["import os"], max_new_tokens=24)
-    (sooner,) = made(["import os"], max_new_tokens=24, stop=other)
+    (earlier,) = made(["import os"], max_new_tokens=24, stop=other)
     (ignored,) = made(["import os"], max_new_tokens=24, ignore_eos=True)
 
-    assert output.text == "".join(made.stream("import os", max_new_tokens=24)) == whole.text[: whole.text.index(stop)]
+    assert output.text == "".join(made.stream("import os", max_new_tokens=24)) == full.text[: full.text.index(stop)]
     assert (output.finish_reason, output.stop_reason) == ("stop", stop)
-    assert sooner.text == whole.text[: min(whole.text.index(other), whole.text.index(stop))]
-    assert ignored == whole
+    assert earlier.text == full.text[: min(full.text.index(other), full.text.index(stop))]
+    assert ignored == full
 
 
 def test_absent_stop_string_changes_nothing(generator: Generator):
@@ -215,9 +199,6 @@ def test_log_probabilities_match_the_model(generator: Generator):
         assert found.logprob == pytest.approx(row[token], abs=1e-4)
         assert list(found.top) == np.argsort(-row, kind="stable")[:3].tolist()
         assert list(found.top.values()) == pytest.approx(np.sort(row)[::-1][:3], abs=1e-4)
-
-
-# --- scoring ---
 
 
 def test_text_continuation_is_tokenized_with_its_prompt(generator: Generator):
@@ -257,7 +238,7 @@ def test_empty_context_is_eos_without_bos():
 
 
 @pytest.mark.parametrize("text", ["", []], ids=repr)
-def test_perplexity_of_empty_text_is_refused(generator: Generator, text: Any):
+def test_perplexity_of_empty_text_is_rejected(generator: Generator, text: Any):
     with pytest.raises(ValueError, match="no token to predict: tokens has length 0"):
         generator.perplexity(text)
 
@@ -272,9 +253,6 @@ def test_perplexity_predicts_every_token_including_the_first(generator: Generato
     assert by_text.num_tokens == by_ids.num_tokens == len(ids) - 1  # BOS is not predicted
     assert by_text.nll == pytest.approx(by_ids.nll)
     assert by_text.bits_per_byte == pytest.approx(by_text.nll / np.log(2) / len(text))
-
-
-# --- shapes ---
 
 
 def test_buckets_are_few_and_pad_at_most_a_third():
@@ -296,9 +274,6 @@ def test_prompt_lengths_of_one_bucket_share_a_program(generator: Generator):
     assert step._cache_size() == before  # type: ignore[attr-defined]
 
 
-# --- seeds and weights ---
-
-
 def test_seed_determines_the_sample(generator: Generator):
     def output(seed: int) -> list[int]:
         return generator([[5, 6]], max_new_tokens=8, temperature=1.0, seed=seed, ignore_eos=True)[0].token_ids
@@ -308,8 +283,8 @@ def test_seed_determines_the_sample(generator: Generator):
 
 
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
-def test_weights_are_quantized_while_loading(folder: Path, quantize: str):
-    generator = Generator.from_pretrained(folder, quantize=quantize)
+def test_weights_are_quantized_while_loading(checkpoint: Path, quantize: str):
+    generator = Generator.from_pretrained(checkpoint, quantize=quantize)
 
     (output,) = generator(["import os"], max_new_tokens=4, ignore_eos=True)
 

@@ -11,17 +11,7 @@ from dsmoe_jax.config import RopeScaling
 from dsmoe_jax.generate import Chat, Generator, SamplingParams
 from dsmoe_jax.model import DeepSeekMoE
 from dsmoe_jax.text.tokenizer import Tokenizer
-from tests.helpers.small import SMALL, save_checkpoint, small_model
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("generate"), small_model())
-
-
-@pytest.fixture(scope="session")
-def generator(folder: Path) -> Generator:
-    return Generator.from_pretrained(folder)
+from tests.helpers.small import SMALL, small_model
 
 
 def test_history_is_kept_until_reset(generator: Generator):
@@ -59,7 +49,7 @@ def test_only_new_tokens_of_each_turn_are_prefilled(generator: Generator):
 
     for turn in range(10):
         output = "".join(chat.send(f"question {turn}, and some more words"))
-        encoded = len(generator.tokenizer.encode(output))  # afresh, perhaps to other tokens
+        encoded = len(generator.tokenizer.encode(output))  # may differ from the generated tokens
         read.append((generator.stats.prompt_tokens, generator.stats.reused_tokens, encoded))
 
     assert read[0][1] == 0
@@ -101,9 +91,9 @@ TURNS = {
 
 @pytest.mark.parametrize(("template", "params"), TURNS.values(), ids=TURNS)
 def test_every_turn_encodes_the_rendered_history(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str | None, params: dict
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str | None, params: dict
 ):
-    tokenizer = Tokenizer.from_pretrained(folder)
+    tokenizer = Tokenizer.from_pretrained(checkpoint)
     if template is not None:
         for file in tokenizer.files:
             shutil.copy(file, tmp_path)
@@ -129,8 +119,8 @@ def test_every_turn_encodes_the_rendered_history(
 
 
 def test_reply_is_stored_as_cut_by_the_stop_string(generator: Generator):
-    whole = Chat(generator, max_new_tokens=12, ignore_eos=True)
-    text = "".join(whole.send("hello"))
+    full = Chat(generator, max_new_tokens=12, ignore_eos=True)
+    text = "".join(full.send("hello"))
     stop = text[3:6]
 
     chat = Chat(generator, max_new_tokens=12, ignore_eos=True, stop=stop)
@@ -141,7 +131,7 @@ def test_reply_is_stored_as_cut_by_the_stop_string(generator: Generator):
 
 
 def test_keys_rotated_by_dynamic_ntk_are_not_reused():
-    """Dynamic NTK turns the keys of a long turn by another base than those of a short one."""
+    """The RoPE base of dynamic NTK depends on the length of the turn."""
     config = dataclasses.replace(SMALL, max_position_embeddings=24, rope_scaling=RopeScaling("dynamic", 2.0))
     params = SamplingParams(max_new_tokens=4, ignore_eos=True)
     made, kept = Generator(DeepSeekMoE.init(config, seed=2)), []

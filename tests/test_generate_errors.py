@@ -11,24 +11,14 @@ import pytest
 
 from dsmoe_jax.generate import Generator
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
-from tests.helpers.small import SMALL, save_checkpoint, small_model
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("generate"), small_model())
-
-
-@pytest.fixture(scope="session")
-def generator(folder: Path) -> Generator:
-    return Generator.from_pretrained(folder)
+from tests.helpers.small import SMALL, small_model
 
 
 @pytest.mark.parametrize("named", [5000, [5000, 100001], -1])
 def test_eos_ids_outside_the_vocabulary_are_ignored(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, named: Any
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, named: Any
 ):
-    shutil.copytree(folder, tmp_path / "native")
+    shutil.copytree(checkpoint, tmp_path / "native")
     (tmp_path / "native" / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
 
     made = Generator.from_pretrained(tmp_path / "native")
@@ -38,7 +28,7 @@ def test_eos_ids_outside_the_vocabulary_are_ignored(
     assert f"eos_token_id {first} is outside the vocabulary of 2048: using 1" in caplog.text
 
 
-def test_config_eos_outside_the_vocabulary_is_warned_of(caplog: pytest.LogCaptureFixture):
+def test_config_eos_outside_the_vocabulary_logs_a_warning(caplog: pytest.LogCaptureFixture):
     config = dataclasses.replace(SMALL, eos_token_id=5000)
 
     made = Generator(assemble(config, split(small_model())[1]))
@@ -60,15 +50,15 @@ def test_config_eos_outside_the_vocabulary_is_warned_of(caplog: pytest.LogCaptur
         ({"stop_strings": ""}, "generation_config.json: stop_strings must be .*, got ''"),
     ],
 )
-def test_invalid_generation_config_is_refused(folder: Path, tmp_path: Path, fields: dict, reason: str):
-    shutil.copytree(folder, tmp_path / "native")
+def test_invalid_generation_config_is_rejected(checkpoint: Path, tmp_path: Path, fields: dict, reason: str):
+    shutil.copytree(checkpoint, tmp_path / "native")
     (tmp_path / "native" / "generation_config.json").write_text(json.dumps(fields))
 
     with pytest.raises(ValueError, match=reason):
         Generator.from_pretrained(tmp_path / "native")
 
 
-def test_tokens_of_another_model_are_refused(generator: Generator):
+def test_tokens_of_another_model_are_rejected(generator: Generator):
     config = dataclasses.replace(SMALL, vocab_size=300)
     made = Generator(DeepSeekMoE.init(config), generator.tokenizer)
 
@@ -77,7 +67,7 @@ def test_tokens_of_another_model_are_refused(generator: Generator):
 
 
 @pytest.mark.parametrize("eos", ["</s>", [7, "x"], 0.5, {}])
-def test_eos_that_is_no_token_id_is_refused(eos):
+def test_eos_that_is_no_token_id_is_rejected(eos):
     with pytest.raises(ValueError, match="eos_token_id"):
         Generator(small_model(), eos_token_id=eos)
 
@@ -106,7 +96,7 @@ def test_eos_that_is_no_token_id_is_refused(eos):
         ([[{"role": "pirate", "content": "arr"}]], {}, "pirate"),
     ],
 )
-def test_invalid_call_is_refused_in_one_line(generator: Generator, prompts, options: dict, reason: str):
+def test_invalid_call_is_rejected_in_one_line(generator: Generator, prompts, options: dict, reason: str):
     with pytest.raises(ValueError, match=reason) as refused:
         generator(prompts, **options)
 
@@ -153,19 +143,19 @@ def test_invalid_prompt_returns_its_error_and_others_complete(generator: Generat
         ({"max_batch_size": 2.0}, "max_batch_size"),
     ],
 )
-def test_invalid_option_is_refused(options: dict, reason: str):
+def test_invalid_option_is_rejected(options: dict, reason: str):
     with pytest.raises(ValueError, match=reason):
         Generator(small_model(), **options)
 
 
-def test_weights_that_exceed_memory_are_refused_before_loading(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_weights_that_exceed_memory_are_rejected_before_loading(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("dsmoe_jax.generate.loading.device_bytes", lambda: 100_000)
 
     with pytest.raises(ValueError, match=r"native: the weights take 0\.000\d* GB|only 0\.0001 GB are free"):
-        Generator.from_pretrained(folder)
+        Generator.from_pretrained(checkpoint)
 
 
-def test_text_without_a_tokenizer_is_refused():
+def test_text_without_a_tokenizer_is_rejected():
     generator = Generator(small_model())
 
     with pytest.raises(ValueError, match="needs a tokenizer"):
@@ -174,6 +164,6 @@ def test_text_without_a_tokenizer_is_refused():
         generator.stream([1, 2])
 
 
-def test_stream_refuses_an_invalid_prompt_at_once(generator: Generator):
+def test_stream_rejects_an_invalid_prompt_at_once(generator: Generator):
     with pytest.raises(ValueError, match="context_length"):
         generator.stream("import os", max_new_tokens=10_000)

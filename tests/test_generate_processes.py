@@ -1,4 +1,4 @@
-"""Two processes generate together, experts and cache spread over both: each gets what one process alone would get."""
+"""Two processes with experts and cache sharded over both generate what one process does."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ PROMPTS = [[5, 6, 7], list(range(10, 60)), [8], [9, 10], list(range(3, 40)), [4]
 SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.2}
 PARAMS = [SamplingParams(max_new_tokens=8, ignore_eos=True, **(SAMPLED if i % 2 else {})) for i in range(len(PROMPTS))]
 
-# What each process runs; its arguments are its number and the coordinator. It prints its outputs.
+# Run by each process with its index and the coordinator's address; prints its outputs.
 PROGRAM = """
 import json, os, sys
 index, coordinator = int(sys.argv[1]), sys.argv[2]

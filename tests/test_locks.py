@@ -1,4 +1,4 @@
-"""One writer at a time, by every path to a folder; a killed one holds nothing. Start at the first test."""
+"""Locks: one writer per folder, released on exit, kill and fork. Start at the first test."""
 
 import contextlib
 import os
@@ -30,8 +30,8 @@ with lock_folder(Path(sys.argv[1])):
 
 
 @contextlib.contextmanager
-def held(folder: Path, *options: str) -> Iterator[subprocess.Popen]:
-    """The lock of the folder, in another process."""
+def locked(folder: Path, *options: str) -> Iterator[subprocess.Popen]:
+    """Hold the lock of a folder in another process."""
     command = [sys.executable, "-c", HOLD, str(folder), *options]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=REPOSITORY, process_group=0) as process:
@@ -53,7 +53,7 @@ def test_a_second_process_is_rejected_by_any_path(tmp_path: Path, monkeypatch: p
     (tmp_path / "link").symlink_to("run")
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path)
-    with held(tmp_path / "run") as first:
+    with locked(tmp_path / "run") as first:
         for path in ("run", "run/", "./run", "other/../run", "link", str(tmp_path / "run")):
             with pytest.raises(ValueError, match=rf"is in use by another process \(pid {first.pid}\); ") as refused:
                 take(Path(path))
@@ -61,7 +61,7 @@ def test_a_second_process_is_rejected_by_any_path(tmp_path: Path, monkeypatch: p
 
 
 def test_a_killed_holder_releases_the_lock(tmp_path: Path):
-    with held(tmp_path / "run") as first:
+    with locked(tmp_path / "run") as first:
         first.send_signal(signal.SIGKILL)
         first.wait(30)
 
@@ -71,7 +71,7 @@ def test_a_killed_holder_releases_the_lock(tmp_path: Path):
 
 
 def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path):
-    with held(tmp_path / "run", "fork") as first:
+    with locked(tmp_path / "run", "fork") as first:
         first.send_signal(signal.SIGKILL)
         first.wait(30)
 

@@ -1,4 +1,4 @@
-"""The manifest shared by all folders that the package writes: one format, one check, one wording."""
+"""Manifests of files: reading, verification, hash cache and older formats."""
 
 import json
 from collections.abc import Callable
@@ -117,7 +117,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
-def test_a_bad_manifest_is_refused(folder: Path, change: Callable[[dict], dict], message: str):
+def test_a_bad_manifest_is_rejected(folder: Path, change: Callable[[dict], dict], message: str):
     path = folder / "manifest.json"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
@@ -126,7 +126,7 @@ def test_a_bad_manifest_is_refused(folder: Path, change: Callable[[dict], dict],
 
 
 @pytest.mark.parametrize("listed", [[], {"a": 3}, {"a": {"bytes": "5", "sha256": ""}}, {"a": {"bytes": 5}}])
-def test_malformed_files_are_refused(folder: Path, listed: Any):
+def test_malformed_files_are_rejected(folder: Path, listed: Any):
     write_manifest(folder / "manifest.json", {"format": 1, "files": listed})
 
     with pytest.raises(DSMoEError, match=r"`files` must be an object|must have bytes and sha256"):

@@ -22,7 +22,7 @@ S = jax.ShapeDtypeStruct
 
 
 def compiled_bytes(program, *arguments) -> int:
-    """Of a program that is compiled and never run."""
+    """Return the memory of a program that is compiled but not run."""
     memory = program.lower(*arguments).compile().memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
@@ -40,7 +40,7 @@ def abstract_params(config: ModelConfig, dtype, outside) -> dict:
 def test_plan_matches_the_compiler_within_5_percent(preset: str, dtype):
     config, slots, chunk = ModelConfig.preset(preset), 4096, 512
     graph = abstract(config)[0]
-    params = abstract_params(config, dtype, jnp.float32)  # as they are generated from on CPU
+    params = abstract_params(config, dtype, jnp.float32)  # as after `upcast_for_cpu`
     cache = jax.eval_shape(lambda: KVCache.empty(config, 1, slots, jnp.float32))
     row, ids = S((1,), jnp.int32), S((1, chunk), jnp.int32)
 

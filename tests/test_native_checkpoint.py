@@ -1,7 +1,4 @@
-"""Native checkpoints: the round trip, what is refused, and restoring straight onto a mesh.
-
-Start at `test_save_and_load_are_bitwise_inverse`.
-"""
+"""Native checkpoints: round trip, damage, and loading onto a mesh."""
 
 import os
 import shutil
@@ -34,7 +31,7 @@ def model_of(dtype: Any = np.float32, **changes: Any) -> DeepSeekMoE:
 
 
 def differing(got: DeepSeekMoE, want: dict[str, np.ndarray]) -> list[str]:
-    """The names of the parameters that differ in dtype, shape or any bit."""
+    """Return the names of parameters that differ in dtype, shape or any bit."""
     arrays = {name: np.asarray(array) for name, array in split(got)[1].items()}
     assert arrays.keys() == want.keys()
     return [
@@ -46,7 +43,7 @@ def differing(got: DeepSeekMoE, want: dict[str, np.ndarray]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint to load, not to change."""
+    """A shared checkpoint; do not modify."""
     path = tmp_path_factory.mktemp("checkpoint") / "saved"
     save(model_of(), path)
     return path
@@ -54,11 +51,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(saved: Path, tmp_path: Path) -> Path:
-    """A checkpoint to spoil."""
+    """A copy to damage."""
     return Path(shutil.copytree(saved, tmp_path / "copy"))
-
-
-# The round trip
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16], ids=["fp32", "bf16", "fp16"])
@@ -92,11 +86,8 @@ def test_a_relative_path_and_a_moved_checkpoint_load(copy: Path, monkeypatch: py
     assert differing(model, random_params(tiny())) == []
 
 
-# What is refused
-
-
 @pytest.mark.parametrize("kind", ["folder", "file", "checkpoint"])
-def test_save_refuses_to_overwrite(tmp_path: Path, saved: Path, kind: str):
+def test_save_does_not_overwrite(tmp_path: Path, saved: Path, kind: str):
     out = tmp_path / "out"
     {"folder": out.mkdir, "file": out.touch, "checkpoint": lambda: shutil.copytree(saved, out)}[kind]()
     before = snapshot(tmp_path)
@@ -145,7 +136,7 @@ def weights_file(folder: Path) -> Path:
 
 
 def flip(at: float) -> Callable[[Path], None]:
-    """One bit of the weights turned, at that part of their file."""
+    """Flip one bit of the weights at this fraction of their file."""
 
     def spoil(folder: Path) -> None:
         data = bytearray(weights_file(folder).read_bytes())
@@ -158,7 +149,7 @@ def flip(at: float) -> Callable[[Path], None]:
 MODEL_MANIFEST = "dsmoe_jax.json"
 METADATA = "parameters/state/_METADATA"
 
-# what is done to the checkpoint | what the one line must say
+# damage | error
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "not there": (lambda folder: folder.rename(folder.parent / "away"), "copy: not a native checkpoint"),
     "no header": (lambda folder: (folder / MODEL_MANIFEST).unlink(), "copy: not a native checkpoint"),
@@ -249,9 +240,6 @@ def test_a_hugging_face_folder_is_not_native(tmp_path: Path):
 
     with pytest.raises(ValueError, match="not a native checkpoint"):
         load(tmp_path)
-
-
-# The mesh
 
 
 @pytest.mark.parametrize("mesh", MESHES)

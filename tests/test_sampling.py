@@ -8,20 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsmoe_jax.generate.sampling import (
-    PenaltyState,
-    Sampler,
-    _filter_logits,
-    _heaviest,
-    log_probabilities,
-    penalty_arrays,
-    sample_tokens,
-)
+from dsmoe_jax.generate import sampling
+from dsmoe_jax.generate.sampling import PenaltyState, Sampler, log_probabilities, penalty_arrays, sample_tokens
 from dsmoe_jax.generate.sampling_params import _NUMBERS, SamplingParams
 
-heaviest = jax.jit(_heaviest)
+heaviest = jax.jit(sampling._heaviest)
 DRAWS = 4000
-FAR = 3.7  # standard deviations; what chance takes that far in one of ten thousand tests
+FAR = 3.7  # standard deviations: exceeded by chance once in ten thousand tests
 LOGITS = np.random.default_rng(0).normal(size=12) * 1.5
 PROMPT, OUTPUT = [1, 4, 4, 7], [4, 4, 9, 2, 2, 2]
 
@@ -45,7 +38,7 @@ def draws(
     seed: int | None = None,
     index: int = 0,
 ) -> np.ndarray:
-    """The tokens of DRAWS steps of one row."""
+    """Return the tokens of DRAWS steps of one row."""
     sampler = Sampler.of([(params, seed or params.seed or 0, index)], logits.size)
     return np.asarray(_draws(jnp.asarray(logits, jnp.float32)[None], sampler, state))
 
@@ -56,7 +49,7 @@ def _draws(logits: jax.Array, sampler: Sampler | None, state: PenaltyState | Non
 
 
 def expected_logits(logits: np.ndarray, params: SamplingParams, prompt: list[int], output: list[int]) -> list[float]:
-    """Steps 1 to 3, token by token, as documented by SamplingParams."""
+    """Steps 1 to 3 per token, as documented by SamplingParams."""
     adjusted = []
     for token, logit in enumerate(logits.astype(float)):
         logit += dict(params.logit_bias or ()).get(token, 0)
@@ -69,7 +62,7 @@ def expected_logits(logits: np.ndarray, params: SamplingParams, prompt: list[int
 
 
 def expected_probabilities(logits: list[float], params: SamplingParams) -> np.ndarray:
-    """Steps 4 to 8, token by token."""
+    """Steps 4 to 8 per token."""
     scaled = [logit / params.temperature for logit in logits]
     probs = {token: np.exp(x - max(scaled)) for token, x in enumerate(scaled)}
     ranked = sorted(probs, key=lambda token: -probs[token])
@@ -92,9 +85,6 @@ def assert_drawn_from(counts: np.ndarray, want: np.ndarray) -> None:
     # Wilson and Hilferty (1931): the cube root of chi-square over its degrees of freedom is close to normal.
     freedom = max(likely.sum() - 1, 1)
     assert chi_square <= freedom * (1 - 2 / (9 * freedom) + FAR * np.sqrt(2 / (9 * freedom))) ** 3
-
-
-# --- samples ---
 
 
 @pytest.mark.parametrize(
@@ -165,7 +155,7 @@ def test_greedy_and_sampled_rows_share_a_batch():
     assert set(np.asarray(tokens)[:, [0, 2]].flat) == {LOGITS.argmax()}
     assert_drawn_from(np.bincount(tokens[:, 1], minlength=12), expected_probabilities(list(LOGITS), hot))
     assert Sampler.of([rows[0], rows[2]], 12) is None
-    # What the greedy rows ask does not make the others search for a cut-off.
+    # Filters of greedy rows do not make the others search for a threshold.
     assert sampler is not None
     assert (sampler.top_k == 12).all()
     assert (sampler.top_p == 1).all()
@@ -204,20 +194,20 @@ def test_seed_index_and_position_change_the_sample():
 def test_disabled_filters_change_no_bit():
     logits = np.random.default_rng(2).normal(size=1000) * 20
     plain = SamplingParams(temperature=1.0, seed=4)
-    # Beside a row that asks for everything, so that nothing is skipped.
-    asking = SamplingParams(temperature=1.0, top_k=5, top_p=0.5, min_p=0.3)
-    sampler = Sampler.of([(plain, 4, 0), (asking, 4, 0)], 1000)
+    # The other row enables every filter, so that none is skipped.
+    filtered = SamplingParams(temperature=1.0, top_k=5, top_p=0.5, min_p=0.3)
+    sampler = Sampler.of([(plain, 4, 0), (filtered, 4, 0)], 1000)
     both = jnp.tile(jnp.asarray(logits, jnp.float32), (2, 1))
 
-    beside = jax.vmap(lambda drawn: sample_tokens(both, sampler, PenaltyState.empty(2, 1000), jnp.full(2, drawn))[0])(
-        jnp.arange(50)
-    )
+    empty = PenaltyState.empty(2, 1000)
+    step = lambda drawn: sample_tokens(both, sampler, empty, jnp.full(2, drawn))[0]  # noqa: E731
+    sampled = jax.vmap(step)(jnp.arange(50))
 
-    assert np.asarray(beside).tolist() == draws(logits, plain)[:50].tolist()
+    assert np.asarray(sampled).tolist() == draws(logits, plain)[:50].tolist()
     assert (PenaltyState.empty(2, 1000).apply(both) == both).all()
-    # Not even what is too unlikely for a float32 is dropped.
+    # Even tokens whose probability underflows float32 are not dropped.
     assert sampler is not None
-    assert jnp.isfinite(_filter_logits(20 * both, sampler)[0]).all()
+    assert jnp.isfinite(sampling._filter_logits(20 * both, sampler)[0]).all()
 
 
 def test_half_precision_logits_are_sampled_in_fp32():
@@ -236,9 +226,6 @@ def test_nan_logits_give_a_token_of_the_vocabulary(bad: float):
 
     assert 0 <= int(sample_tokens(jnp.asarray(logits)[None], None, None, jnp.array([0]))[0]) < 8
     assert set(draws(logits, SamplingParams(temperature=1.0, top_k=2, top_p=0.5))) <= set(range(8))
-
-
-# --- thresholds ---
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -292,9 +279,6 @@ def test_ties_at_the_threshold_are_kept():
     assert set(draws(logits, SamplingParams(temperature=1.0, top_p=0.5))) == {0, 1, 2, 3}
 
 
-# --- penalties ---
-
-
 def test_reset_row_changes_no_other_row():
     old = SamplingParams(repetition_penalty=2.0, presence_penalty=1.0, frequency_penalty=0.5, logit_bias={3: 9.0})
     state = PenaltyState.empty(3, 6)
@@ -344,9 +328,6 @@ def test_maximum_number_of_biases_fits():
     assert not state.bias[0, 300:].any()
 
 
-# --- log-probabilities ---
-
-
 def test_log_probabilities_match_log_softmax():
     logits = np.random.default_rng(3).normal(size=(2, 40)) * 3
     exact = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -365,9 +346,6 @@ def test_log_probability_of_the_token_alone():
 
     assert found.top.shape == found.top_ids.shape == (3, 0)
     np.testing.assert_allclose(found.token, -np.log(10), rtol=1e-6)
-
-
-# --- validation ---
 
 
 NAN, INF = float("nan"), float("inf")
@@ -432,7 +410,7 @@ NAN, INF = float("nan"), float("inf")
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, dict) else "",
 )
-def test_invalid_parameter_is_refused_in_one_line(fields: dict[str, Any], reason: str):
+def test_invalid_parameter_is_rejected_in_one_line(fields: dict[str, Any], reason: str):
     with pytest.raises(ValueError, match=f"^{reason}") as refused:
         SamplingParams.of(**fields)
 
@@ -504,7 +482,7 @@ def test_adjusts_logits_only_with_biases_or_penalties(fields: dict[str, Any], ad
 
 
 @pytest.mark.parametrize("name", ["logit_bias", "stop_token_ids"])
-def test_token_outside_the_vocabulary_is_refused(name: str):
+def test_token_outside_the_vocabulary_is_rejected(name: str):
     params = SamplingParams.of(**{name: {99: 1.0, 100: 1.0} if name == "logit_bias" else [100, 99]})
 
     params.check_vocabulary(101)

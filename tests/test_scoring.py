@@ -22,7 +22,7 @@ from tests.helpers.meshes import MESHES
 pytestmark = pytest.mark.heavy
 
 SMALL = dataclasses.replace(small.SMALL, vocab_size=320)
-CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}  # fp32, two orders of summation
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}  # fp32, different summation order
 DYNAMIC = dataclasses.replace(SMALL, max_position_embeddings=20, rope_scaling=RopeScaling("dynamic", 2.0))
 
 Pair = tuple[list[int], list[int]]
@@ -48,7 +48,7 @@ def log_softmax(logits: Any) -> np.ndarray:
 
 
 def twin(model: DeepSeekMoE, pair: Pair) -> Score:
-    """One pair alone, unpadded, from the logits of all its positions."""
+    """Score one pair alone, unpadded, from the logits of all its positions."""
     context, continuation = pair
     logprobs = log_softmax(model(np.asarray([[*context, *continuation][:-1]])).logits[0])[len(context) - 1 :]
     tokens = [float(row[token]) for row, token in zip(logprobs, continuation, strict=True)]
@@ -65,13 +65,10 @@ def check_same(got: list[Score], expected: list[Score]) -> None:
 
 
 def random_pair(rng: random.Random, length: int) -> Pair:
-    """A pair of which `length` tokens are read."""
+    """Return a pair of which the model reads `length` tokens."""
     tokens = [rng.randrange(SMALL.vocab_size) for _ in range(length + 1)]
     cut = rng.randint(1, length)
     return tokens[:cut], tokens[cut:]
-
-
-# --- scores ---
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
@@ -109,9 +106,9 @@ def test_two_hundred_pairs_match_each_alone_with_few_programs():
     check_same(got, alone)
     lengths = {bucket(len(context) + len(continuation) - 1) for context, continuation in pairs}
     shapes = {(rows, length) for length in lengths for rows in (1, 2, 4, 8, 16, 32) if rows * length <= budget}
-    made = scoring._score_batch._cache_size() - before  # type: ignore[attr-defined]
-    assert 0 < made <= len(shapes)
-    assert made <= 2 * len(lengths)  # full batches and what is left over
+    compiled = scoring._score_batch._cache_size() - before  # type: ignore[attr-defined]
+    assert 0 < compiled <= len(shapes)
+    assert compiled <= 2 * len(lengths)  # full batches and the remainder
 
 
 def test_scores_keep_the_order_of_the_pairs():
@@ -158,11 +155,11 @@ def test_greedy_flag_marks_greedy_continuations_only():
 
 
 def test_progress_counts_pairs():
-    told = []
+    calls = []
 
-    scored(model_of(SMALL), [([1], [2])] * 3, max_tokens=16, progress=lambda *numbers: told.append(numbers))
+    scored(model_of(SMALL), [([1], [2])] * 3, max_tokens=16, progress=lambda *numbers: calls.append(numbers))
 
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert calls == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_no_pairs_give_no_scores():
@@ -195,9 +192,6 @@ def test_scores_on_a_mesh_match_one_device():
     check_same(got, scored(one, pairs))
 
 
-# --- dynamic NTK ---
-
-
 @pytest.mark.slow
 def test_stretched_pairs_do_not_depend_on_their_batch():
     model, rng = model_of(DYNAMIC), random.Random(7)
@@ -215,9 +209,6 @@ def test_stretched_pairs_share_batches_by_length():
     batches = scoring._plan(lengths, DYNAMIC, 256, 2048)
 
     assert [[lengths[i] for i in batch.pairs] for batch in batches] == [[24], [22, 22], [21], [20, 19, 18]]
-
-
-# --- rolling windows and perplexity ---
 
 
 def test_rolling_windows_match_examples():
@@ -253,14 +244,14 @@ def test_windows_predict_every_token_once():
         stride, length = rng.randint(1, window), rng.randint(1, 60)
         prefix = rng.choice([None, -1])
         text = list(range(length))
-        whole = text if prefix is None else [prefix, *text]
+        full = text if prefix is None else [prefix, *text]
 
         windows = rolling_windows(text, prefix=prefix, window=window, stride=stride)
 
-        assert list(itertools.chain.from_iterable(new for _, new in windows)) == whole[1:]
+        assert list(itertools.chain.from_iterable(new for _, new in windows)) == full[1:]
         for i, (context, new) in enumerate(windows):
-            end = whole.index(new[-1]) + 1
-            assert [*context, *new] == whole[max(0, end - window - 1) : end]
+            end = full.index(new[-1]) + 1
+            assert [*context, *new] == full[max(0, end - window - 1) : end]
             assert len(context) >= (1 if i == 0 else window - stride + 1)
             assert len(new) <= (window if i == 0 else stride)
 
@@ -290,9 +281,6 @@ def test_default_window_is_max_position_embeddings():
     assert got == measured(model, text, prefix=0, window=20)
     assert measured(model, text, prefix=0, context_length=16) == measured(model, text, prefix=0, window=16)
     assert got.bits_per_byte is None
-
-
-# --- what is refused ---
 
 
 # fmt: off
@@ -328,7 +316,7 @@ def test_invalid_pair_is_named(context, continuation, message: str):
 
 
 @pytest.mark.parametrize(("tokens", "options", "message"), BAD_TEXTS.values(), ids=BAD_TEXTS)
-def test_invalid_perplexity_arguments_are_refused(tokens, options, message: str):
+def test_invalid_perplexity_arguments_are_rejected(tokens, options, message: str):
     with pytest.raises(ValueError, match=message):
         measured(model_of(SMALL), tokens, context_length=32, **options)
 

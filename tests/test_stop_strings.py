@@ -1,4 +1,4 @@
-"""Incremental detokenization with stop strings matches cutting the full text, as early as possible."""
+"""Incremental detokenization with stop strings equals cutting the full text, as early as possible."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ TEXT = "def naïve(x): # 日本語 🙂🙂 aaab aaaab\n\n    return 'ünïcöd�
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Bytes and a few merges."""
+    """A byte-level tokenizer with a few merges."""
     folder = tmp_path_factory.mktemp("stop") / "tokenizer"
     make_tokenizer(folder, 400)
     return Tokenizer.from_pretrained(folder)
@@ -23,12 +23,12 @@ def ids_of(tokenizer: Tokenizer, *pieces: str) -> list[int]:
 
 
 def cut(text: str, stops: list[str]) -> str:
-    """The text before the first stop string."""
+    """Return the text before the first stop string."""
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
 def may_be_shown(text: str, stops: list[str]) -> str:
-    """The longest prefix of an unfinished text that no stop string may still cut."""
+    """Return the longest prefix of an unfinished text that no stop string can still cut."""
     for at in range(len(text)):
         if any(text.startswith(stop, at) or stop.startswith(text[at:]) for stop in stops):
             return text[:at]
@@ -36,7 +36,7 @@ def may_be_shown(text: str, stops: list[str]) -> str:
 
 
 def assert_cut_like_the_full_text(tokenizer: Tokenizer, ids: list[int], stops: list[str]) -> None:
-    whole = tokenizer.decode(ids)
+    full = tokenizer.decode(ids)
     stream, plain = Detokenizer(tokenizer.decode_stream(), stops), tokenizer.decode_stream()
     text = decoded = ""
     for token in ids:
@@ -44,9 +44,9 @@ def assert_cut_like_the_full_text(tokenizer: Tokenizer, ids: list[int], stops: l
         decoded += plain.feed(token)
         assert text == may_be_shown(decoded, stops)
     text += stream.flush()
-    assert text == cut(whole, stops)
-    assert (stream.stop_string is not None) == any(stop in whole for stop in stops)
-    assert stream.stop_string is None or whole.startswith(stream.stop_string, len(text))
+    assert text == cut(full, stops)
+    assert (stream.stop_string is not None) == any(stop in full for stop in stops)
+    assert stream.stop_string is None or full.startswith(stream.stop_string, len(text))
     assert stream.feed(ids[0]) == "" or stream.stop_string is None
 
 
@@ -54,12 +54,12 @@ def assert_cut_like_the_full_text(tokenizer: Tokenizer, ids: list[int], stops: l
 def test_random_tokens_are_cut_like_their_full_text(tokenizer: Tokenizer, seed: int):
     rng = np.random.default_rng(seed)
     ids = rng.integers(2, tokenizer.vocab_size, size=60).tolist()  # mostly broken UTF-8
-    if seed % 2:  # and few letters, so that stop strings begin again and again
+    if seed % 2:  # few letters, so that many stop strings start
         ids = rng.choice(ids_of(tokenizer, "a", "b", "aa", "ab", "é", "🙂"), size=60).tolist()
-    whole = tokenizer.decode(ids)
-    starts = rng.integers(0, len(whole) - 8, size=3)
-    stops = [whole[start : start + rng.integers(1, 8)] for start in starts]
-    stops += ["never\x00", whole[starts[0] :][:3] + "?", "aab", "b🙂"][: seed % 5]
+    full = tokenizer.decode(ids)
+    starts = rng.integers(0, len(full) - 8, size=3)
+    stops = [full[start : start + rng.integers(1, 8)] for start in starts]
+    stops += ["never\x00", full[starts[0] :][:3] + "?", "aab", "b🙂"][: seed % 5]
 
     for some in (stops[:1], stops, [stop + "\x00" for stop in stops], []):
         assert_cut_like_the_full_text(tokenizer, ids, some)
@@ -85,7 +85,7 @@ def test_random_tokens_are_cut_like_their_full_text(tokenizer: Tokenizer, seed: 
 )
 def test_stop_string_is_found_across_token_boundaries(tokenizer: Tokenizer, stops: list[str]):
     by_word, by_character = ids_of(tokenizer, TEXT), ids_of(tokenizer, *TEXT)
-    by_byte = [ids_of(tokenizer, letter)[0] for letter in "xyz"]  # what single bytes are is the tokenizer's business
+    by_byte = [ids_of(tokenizer, letter)[0] for letter in "xyz"]
     assert len(by_character) > len(by_word) > 3
 
     assert_cut_like_the_full_text(tokenizer, by_word, stops)
@@ -116,7 +116,7 @@ def test_partial_stop_string_is_released(tokenizer: Tokenizer):
 @pytest.mark.parametrize(
     ("rest", "text"),
     [
-        ("d", ""),  # the one that began first is complete as well
+        ("d", ""),  # the one that started first is complete, too
         ("x", "a"),
         ("", "a"),
     ],

@@ -1,6 +1,5 @@
 """`dsmoe generate`: output, files of prompts, and errors in one line."""
 
-import dataclasses
 import io
 import json
 import os
@@ -12,26 +11,13 @@ import pytest
 
 from dsmoe_jax import progress
 from dsmoe_jax.generate import Generator
-from dsmoe_jax.model import DeepSeekMoE
 from dsmoe_jax.storage.locks import lock_name
 from tests.helpers.command import load_once, run
 from tests.helpers.hf_folder import snapshot
-from tests.helpers.small import SMALL, save_checkpoint
 
 pytestmark = pytest.mark.heavy
 
-CONFIG = dataclasses.replace(SMALL, vocab_size=512)
 FEW = ("--max-new-tokens", "4", "--ignore-eos")
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("terminal"), DeepSeekMoE.init(CONFIG))
-
-
-@pytest.fixture(scope="session")
-def generator(model: Path) -> Generator:
-    return Generator.from_pretrained(model)
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +37,7 @@ def lines(text: str) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a file of prompts; a line is an object, or text as it is."""
+    """Writes a JSONL file of prompts; an entry is an object or a raw line."""
 
     def write(*entries: Any) -> Path:
         texts = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
@@ -61,13 +47,10 @@ def prompts(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-# --- one prompt ---
-
-
-def test_stdout_gets_prompt_and_completion_only(capsys: pytest.CaptureFixture, model: Path, generator: Generator):
+def test_stdout_gets_prompt_and_completion_only(capsys: pytest.CaptureFixture, checkpoint: Path, generator: Generator):
     output = generator(["def main("], max_new_tokens=4, ignore_eos=True)[0].text
 
-    code = run("generate", model, "--prompt", "def main(", *FEW)
+    code = run("generate", checkpoint, "--prompt", "def main(", *FEW)
 
     assert (code, *capsys.readouterr()) == (0, f"def main({output}\n", "")
 
@@ -75,22 +58,22 @@ def test_stdout_gets_prompt_and_completion_only(capsys: pytest.CaptureFixture, m
 @pytest.mark.parametrize("flags", [(), ("--prompt", "-")], ids=["no prompt", "a dash"])
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"], ids=["bare", "newline", "CRLF"])
 def test_stdin_prompt_drops_the_trailing_newline(
-    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, model: Path, flags: tuple[str, ...], end: bytes
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, flags: tuple[str, ...], end: bytes
 ):
-    asked = []
-    monkeypatch.setattr(Generator, "stream", lambda self, prompt, params: asked.append(prompt) or iter(["!"]))
+    prompted = []
+    monkeypatch.setattr(Generator, "stream", lambda self, prompt, params: prompted.append(prompt) or iter(["!"]))
     monkeypatch.setattr("sys.stdin", stdin("def größe(\n".encode() + end))
 
-    code = run("generate", model, *flags)
+    code = run("generate", checkpoint, *flags)
 
     want = "def größe(\n" if end else "def größe("
-    assert asked == [want]
+    assert prompted == [want]
     assert (code, *capsys.readouterr()) == (0, want + "!\n", "")
 
 
-def test_flags_set_the_parameters_of_their_names(monkeypatch: pytest.MonkeyPatch, model: Path):
+def test_flags_set_the_parameters_of_their_names(monkeypatch: pytest.MonkeyPatch, checkpoint: Path):
     seen: dict[str, Any] = {}
-    generator = Generator.from_pretrained(model)
+    generator = Generator.from_pretrained(checkpoint)
     monkeypatch.setattr(Generator, "from_pretrained", lambda **options: seen.update(options) or generator)
     monkeypatch.setattr(Generator, "stream", lambda self, prompt, params: seen.update(params=params) or iter([]))
     engine = {"quantize": "int8", "cache_dtype": "bfloat16", "max_batch_size": 3, "context_length": 99}
@@ -100,30 +83,27 @@ def test_flags_set_the_parameters_of_their_names(monkeypatch: pytest.MonkeyPatch
     flags = [part for name, value in (engine | sampling).items() for part in ("--" + name.replace("_", "-"), value)]
     lists = ("--stop", "a", "--stop", "b c", "--stop-token-id", 5, "--stop-token-id", 6)
 
-    code = run("generate", model, "--prompt", "x", *flags, *lists, "--logit-bias", "5=-1", "--logit-bias", "7=2.5",
+    code = run("generate", checkpoint, "--prompt", "x", *flags, *lists, "--logit-bias", "5=-1", "--logit-bias", "7=2.5",
                "--ignore-eos")  # fmt: skip
 
     got = seen.pop("params")
     assert code == 0
-    assert seen == {"path": str(model)} | engine
+    assert seen == {"path": str(checkpoint)} | engine
     assert {name: getattr(got, name) for name in sampling} == sampling
     assert (got.stop, got.stop_token_ids) == (("a", "b c"), (5, 6))
     assert (got.logit_bias, got.ignore_eos, got.n) == (((5, -1.0), (7, 2.5)), True, 1)
 
 
-def test_quantized_model_with_int8_cache_generates(capsys: pytest.CaptureFixture, model: Path):
-    code = run("generate", model, "--prompt", "def", *FEW, "--quantize", "int8", "--cache-dtype", "int8")
+def test_quantized_model_with_int8_cache_generates(capsys: pytest.CaptureFixture, checkpoint: Path):
+    code = run("generate", checkpoint, "--prompt", "def", *FEW, "--quantize", "int8", "--cache-dtype", "int8")
 
     out, err = capsys.readouterr()
     assert (code, err) == (0, "")
     assert len(out) > len("def\n")
 
 
-# --- a file of prompts ---
-
-
 def test_file_outputs_keep_the_order_of_the_lines(
-    capsys: pytest.CaptureFixture, model: Path, generator: Generator, prompts: Callable[..., Path]
+    capsys: pytest.CaptureFixture, checkpoint: Path, generator: Generator, prompts: Callable[..., Path]
 ):
     assert generator.tokenizer is not None
     chat = [{"role": "user", "content": "hi"}]
@@ -139,7 +119,7 @@ def test_file_outputs_keep_the_order_of_the_lines(
     two = generator([ids], max_new_tokens=2, ignore_eos=True)[0]
     several = generator([chat], **options, n=2, temperature=1, seed=5)
 
-    code = run("generate", model, "--file", file, *FEW)
+    code = run("generate", checkpoint, "--file", file, *FEW)
 
     out, err = capsys.readouterr()
     got = lines(out)
@@ -157,12 +137,12 @@ def test_file_outputs_keep_the_order_of_the_lines(
     assert err.endswith(" tok/s\n")
 
 
-def test_null_field_means_absent(capsys: pytest.CaptureFixture, model: Path, prompts: Callable[..., Path]):
+def test_null_field_means_absent(capsys: pytest.CaptureFixture, checkpoint: Path, prompts: Callable[..., Path]):
     fields = ("stop", "stop_token_ids", "logit_bias", "logprobs", "seed", "top_k", "top_p", "min_p", "n", "temperature")
     null = dict.fromkeys((*fields, "max_new_tokens", "ignore_eos", "max_tokens", "token_ids", "messages"))
     file = prompts({"prompt": "def main("}, {"prompt": "def main(", **null}, {"prompt": "def main(", "top_k": -1})
 
-    code = run("generate", model, "--file", file, *FEW, "--temperature", "0.8", "--seed", "3")
+    code = run("generate", checkpoint, "--file", file, *FEW, "--temperature", "0.8", "--seed", "3")
 
     plain, nulls, disabled = lines(capsys.readouterr().out)
     assert code == 0
@@ -182,7 +162,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a number for a prompt": ({"prompt": 5}, "prompt must be a string"),
     "a text for tokens": ({"token_ids": "abc"}, "token_ids must be a list of token ids"),
     "true for a token": ({"token_ids": [1, True]}, "token_ids must be a list of token ids"),
-    "a token of another model": ({"token_ids": [512]}, "token id 512 is outside the vocabulary of 512"),
+    "a token of another model": ({"token_ids": [2048]}, "token id 2048 is outside the vocabulary of 2048"),
     "a text for messages": ({"messages": ["hi"]}, "messages must be a list of messages"),
     "an unknown role": ({"messages": [{"role": "usr", "content": "a"}]}, "role 'usr'"),
     "the assistant begins": ({"messages": [{"role": "assistant", "content": "a"}]}, "must have role 'user'"),
@@ -197,11 +177,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 
 def test_invalid_line_gets_its_error_and_others_complete(
-    capsys: pytest.CaptureFixture, model: Path, prompts: Callable[..., Path]
+    capsys: pytest.CaptureFixture, checkpoint: Path, prompts: Callable[..., Path]
 ):
     file = prompts({"prompt": "a"}, *(line for line, _ in REFUSED.values()), {"prompt": "a", "id": "\ud800"})
 
-    code = run("generate", model, "--file", file, *FEW)
+    code = run("generate", checkpoint, "--file", file, *FEW)
 
     out, err = capsys.readouterr()
     first, *refused, last = lines(out)
@@ -221,11 +201,11 @@ def test_invalid_line_gets_its_error_and_others_complete(
 
 
 def test_invalid_line_keeps_its_id_and_bias_keys_are_strings(
-    capsys: pytest.CaptureFixture, model: Path, prompts: Callable[..., Path]
+    capsys: pytest.CaptureFixture, checkpoint: Path, prompts: Callable[..., Path]
 ):
     file = prompts({"id": 7, "prompt": "a", "zzz": 1}, {"prompt": "a", "logit_bias": {"9": 100}})
 
-    code = run("generate", model, "--file", file, *FEW, "--stop-token-id", 9)
+    code = run("generate", checkpoint, "--file", file, *FEW, "--stop-token-id", 9)
 
     assert code == 2
     assert [one.get("id") or one["token_ids"] for one in lines(capsys.readouterr().out)] == [7, [9]]
@@ -235,17 +215,17 @@ def test_output_file_is_written_atomically(
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
-    model: Path,
+    checkpoint: Path,
     prompts: Callable[..., Path],
 ):
     file, out = prompts({"prompt": "größe"}), tmp_path / "outputs.jsonl"
-    assert run("generate", model, "--file", file, *FEW) == 0
+    assert run("generate", checkpoint, "--file", file, *FEW) == 0
     want = capsys.readouterr().out
 
-    codes = [run("generate", model, "--file", file, "--out", out, *FEW) for _ in range(2)]
+    codes = [run("generate", checkpoint, "--file", file, "--out", out, *FEW) for _ in range(2)]
     _, err = capsys.readouterr()
     monkeypatch.setattr(Generator, "__call__", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-    interrupted = run("generate", model, "--file", file, "--out", tmp_path / "other.jsonl")
+    interrupted = run("generate", checkpoint, "--file", file, "--out", tmp_path / "other.jsonl")
 
     assert codes == [0, 2]
     assert out.read_text(encoding="utf-8") == want
@@ -255,12 +235,12 @@ def test_output_file_is_written_atomically(
 
 
 def test_output_file_is_locked(
-    tmp_path: Path, capsys: pytest.CaptureFixture, model: Path, prompts: Callable[..., Path]
+    tmp_path: Path, capsys: pytest.CaptureFixture, checkpoint: Path, prompts: Callable[..., Path]
 ):
     file, out = prompts({"prompt": "a"}), tmp_path / "outputs.jsonl"
 
     with lock_name(out):
-        code = run("generate", model, "--file", file, "--out", out, *FEW)
+        code = run("generate", checkpoint, "--file", file, "--out", out, *FEW)
 
     assert code == 2
     assert f"dsmoe generate: {out} is in use by another process (pid {os.getpid()}); " in capsys.readouterr().err
@@ -268,11 +248,11 @@ def test_output_file_is_locked(
 
 
 def test_file_of_invalid_lines_loads_no_model(
-    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, model: Path, prompts: Callable[..., Path]
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, prompts: Callable[..., Path]
 ):
     monkeypatch.setattr(Generator, "from_pretrained", lambda **_: pytest.fail("it was loaded"))
 
-    code = run("generate", model, "--file", prompts("{", "{"))
+    code = run("generate", checkpoint, "--file", prompts("{", "{"))
 
     out, err = capsys.readouterr()
     assert code == 2
@@ -281,13 +261,13 @@ def test_file_of_invalid_lines_loads_no_model(
 
 
 def test_progress_counts_completions_on_a_terminal(
-    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, model: Path, prompts: Callable[..., Path]
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, prompts: Callable[..., Path]
 ):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     shown: list[Any] = []
     monkeypatch.setattr("rich.progress.Progress.advance", lambda self, task, step: shown.append(step))
 
-    code = run("generate", model, "--file", prompts({"prompt": "a", "n": 2}, {"prompt": "b"}), *FEW)
+    code = run("generate", checkpoint, "--file", prompts({"prompt": "a", "n": 2}, {"prompt": "b"}), *FEW)
 
     assert code == 0
     assert sum(shown) == 3
@@ -302,8 +282,6 @@ def test_progress_bars_are_shown_on_terminals_only(capsys: pytest.CaptureFixture
                 advance(2)
         assert ("things" in capsys.readouterr().err) == person
 
-
-# --- invalid arguments ---
 
 # arguments | stdin, None for a terminal | error
 MISTAKES: dict[str, tuple[tuple[str, ...], bytes | None, str]] = {
@@ -326,7 +304,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], bytes | None, str]] = {
     "no bias": (("--prompt", "a", "--logit-bias", "5"), None, "'5' is not ID=VALUE"),
     "a biased word": (("--prompt", "a", "--logit-bias", "a=1"), None, "'a=1' is not ID=VALUE"),
     "a bias too large": (("--prompt", "a", "--logit-bias", "5=101"), None, "logit_bias[5] must be in"),
-    "a bias elsewhere": (("--prompt", "a", "--logit-bias", "512=1"), None, "token 512 is outside the vocabulary"),
+    "a bias elsewhere": (("--prompt", "a", "--logit-bias", "2048=1"), None, "token 2048 is outside the vocabulary"),
     "unknown scheme": (("--prompt", "a", "--quantize", "int3"), None, "--quantize: invalid choice: 'int3'"),
     "unknown cache": (("--prompt", "a", "--cache-dtype", "int4"), None, "--cache-dtype: invalid choice: 'int4'"),
     "no rows": (("--prompt", "a", "--max-batch-size", "0"), None, "max_batch_size must be an int of at least 1, got 0"),
@@ -334,23 +312,23 @@ MISTAKES: dict[str, tuple[tuple[str, ...], bytes | None, str]] = {
 }
 
 
-@pytest.mark.parametrize(("typed", "given", "named"), MISTAKES.values(), ids=MISTAKES)
+@pytest.mark.parametrize(("typed", "piped", "named"), MISTAKES.values(), ids=MISTAKES)
 def test_invalid_input_is_one_line_and_exit_code_2(
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
-    model: Path,
+    checkpoint: Path,
     typed: tuple[str, ...],
-    given: bytes | None,
+    piped: bytes | None,
     named: str,
 ):
     (tmp_path / "good").write_text('{"prompt": "a"}')
     (tmp_path / "latin1").write_bytes('{"prompt": "ä"}'.encode("latin-1"))
     (tmp_path / "blank").write_text("\n \n")
-    monkeypatch.setattr("sys.stdin", stdin(given or b"", terminal=given is None))
+    monkeypatch.setattr("sys.stdin", stdin(piped or b"", terminal=piped is None))
     before = snapshot(tmp_path)
 
-    code = run("generate", model, *(word.format(tmp=tmp_path) for word in typed))
+    code = run("generate", checkpoint, *(word.format(tmp=tmp_path) for word in typed))
 
     out, err = capsys.readouterr()
     assert (code, out) == (2, "")

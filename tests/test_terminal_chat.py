@@ -1,6 +1,5 @@
 """`dsmoe chat`: turns, commands and Ctrl-C."""
 
-import dataclasses
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -10,26 +9,14 @@ from typing import Any
 import pytest
 
 from dsmoe_jax.generate import Chat, Generator
-from dsmoe_jax.generate.generator import Stream
-from dsmoe_jax.model import DeepSeekMoE
+from dsmoe_jax.generate.engine import Engine
+from dsmoe_jax.generate.request import Output
 from tests.helpers.command import load_once, run
-from tests.helpers.small import SMALL, save_checkpoint
 
 pytestmark = pytest.mark.heavy
 
-CONFIG = dataclasses.replace(SMALL, vocab_size=512)
 FEW = ("--max-new-tokens", "4", "--ignore-eos")
 GREETING = "/help lists the commands; /quit, Ctrl-D or Ctrl-C ends the chat.\n"
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("terminal"), DeepSeekMoE.init(CONFIG))
-
-
-@pytest.fixture(scope="session")
-def generator(model: Path) -> Generator:
-    return Generator.from_pretrained(model)
 
 
 @pytest.fixture(autouse=True)
@@ -39,10 +26,10 @@ def _loaded_once(monkeypatch: pytest.MonkeyPatch, generator: Generator) -> None:
 
 @pytest.fixture
 def says(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Types these lines, then Ctrl-D; an exception is raised."""
+    """Types these lines, then Ctrl-D; raises exceptions among them."""
 
-    def script(*said: str | BaseException) -> None:
-        left = iter(said)
+    def script(*typed: str | BaseException) -> None:
+        left = iter(typed)
 
         def ask(prompt: str) -> str:
             print(prompt, end="")
@@ -57,13 +44,13 @@ def says(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_history_is_kept_until_reset(
-    capsys: pytest.CaptureFixture, model: Path, generator: Generator, says: Callable[..., None]
+    capsys: pytest.CaptureFixture, checkpoint: Path, generator: Generator, says: Callable[..., None]
 ):
     talk = Chat(generator, max_new_tokens=4, ignore_eos=True)
     first, second = "".join(talk.send("hello")), "".join(talk.send("and then?"))
     says("hello", "", "and then?", "/reset", " hello ")
 
-    code = run("chat", model, *FEW)
+    code = run("chat", checkpoint, *FEW)
 
     turns = [f"User: Assistant: {output}\n" for output in (first, second, first)]
     assert first != second
@@ -71,12 +58,12 @@ def test_history_is_kept_until_reset(
 
 
 def test_system_message_comes_first_and_survives_reset(
-    tmp_path: Path, model: Path, says: Callable[..., None], capsys: pytest.CaptureFixture
+    tmp_path: Path, checkpoint: Path, says: Callable[..., None], capsys: pytest.CaptureFixture
 ):
     before, after = tmp_path / "before.json", tmp_path / "with a blank.json"
-    says("hello", f"/save {before}", "/reset", f"/save {after}", "/quit", "never said")
+    says("hello", f"/save {before}", "/reset", f"/save {after}", "/quit", "unused")
 
-    code = run("chat", model, *FEW, "--system", "Sei größer.")
+    code = run("chat", checkpoint, *FEW, "--system", "Sei größer.")
 
     saved = json.loads(before.read_text(encoding="utf-8"))
     system = {"role": "system", "content": "Sei größer."}
@@ -87,13 +74,13 @@ def test_system_message_comes_first_and_survives_reset(
 
 
 def test_chat_continues_after_an_error(
-    tmp_path: Path, model: Path, says: Callable[..., None], capsys: pytest.CaptureFixture
+    tmp_path: Path, checkpoint: Path, says: Callable[..., None], capsys: pytest.CaptureFixture
 ):
     taken = tmp_path / "taken.json"
     taken.write_text("mine")
     says(f"/save {taken}", "/save", "/sing", "word " * 40, "hi", "/help")
 
-    code = run("chat", model, *FEW, "--context-length", "48")
+    code = run("chat", checkpoint, *FEW, "--context-length", "48")
 
     out, err = capsys.readouterr()
     exists, nameless, unknown, long = err.splitlines()
@@ -112,13 +99,13 @@ def test_ctrl_c_stops_a_reply_and_keeps_its_text(
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
-    model: Path,
+    checkpoint: Path,
     says: Callable[..., None],
 ):
     answered = Generator.pieces
 
-    def pieces(stream: Stream) -> Iterator[str]:
-        for number, piece in enumerate(answered(stream)):
+    def pieces(engine: Engine, output: Output) -> Iterator[str]:
+        for number, piece in enumerate(answered(engine, output)):
             if number == 2:
                 signal.raise_signal(signal.SIGINT)
             yield piece
@@ -127,19 +114,19 @@ def test_ctrl_c_stops_a_reply_and_keeps_its_text(
     handler = signal.getsignal(signal.SIGINT)
     says("hello", f"/save {tmp_path / 'talk.json'}", KeyboardInterrupt())
 
-    code = run("chat", model, "--max-new-tokens", "40", "--ignore-eos")
+    code = run("chat", checkpoint, "--max-new-tokens", "40", "--ignore-eos")
 
     out, err = capsys.readouterr()
-    said = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
+    saved = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
     assert (code, err) == (130, "\n")
-    assert said[0] == {"role": "user", "content": "hello"}
-    assert out == f"{GREETING}User: Assistant: {said[1]['content']}\nUser: User: "
-    assert said[1]["content"]
+    assert saved[0] == {"role": "user", "content": "hello"}
+    assert out == f"{GREETING}User: Assistant: {saved[1]['content']}\nUser: User: "
+    assert saved[1]["content"]
     assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_second_ctrl_c_ends_the_chat(
-    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, model: Path, says: Callable[..., None]
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, says: Callable[..., None]
 ):
     def send(*_: Any) -> Iterator[str]:
         signal.raise_signal(signal.SIGINT)
@@ -149,19 +136,19 @@ def test_second_ctrl_c_ends_the_chat(
     monkeypatch.setattr(Chat, "send", send)
     says("hello")
 
-    code = run("chat", model)
+    code = run("chat", checkpoint)
 
     assert code == 130
     assert "never" not in capsys.readouterr().out
 
 
 def test_rate_is_shown_on_a_terminal(
-    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, model: Path, says: Callable[..., None]
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, says: Callable[..., None]
 ):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     says("hello")
 
-    code = run("chat", model, *FEW)
+    code = run("chat", checkpoint, *FEW)
 
     err = capsys.readouterr().err
     assert code == 0
@@ -169,12 +156,12 @@ def test_rate_is_shown_on_a_terminal(
     assert err.endswith(" tok/s\n")
 
 
-def test_invalid_flags_are_refused_before_loading(
-    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, model: Path
+def test_invalid_flags_are_rejected_before_loading(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, checkpoint: Path
 ):
     monkeypatch.setattr(Generator, "from_pretrained", lambda **_: pytest.fail("it was loaded"))
 
-    codes = [run("chat", model, "--temperature", "-1"), run("chat", model, "--n", "2")]
+    codes = [run("chat", checkpoint, "--temperature", "-1"), run("chat", checkpoint, "--n", "2")]
 
     below, unknown = capsys.readouterr().err.splitlines()
     assert codes == [2, 2]

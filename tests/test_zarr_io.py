@@ -1,7 +1,4 @@
-"""Arrays on disk: what is written here is read by Orbax and by tensorstore, and nothing else is opened.
-
-Start at `test_orbax_tensorstore_and_mmap_read_the_arrays`.
-"""
+"""Arrays in zarr files: Orbax and tensorstore read them, damaged files are rejected."""
 
 import hashlib
 import os
@@ -23,20 +20,20 @@ from dsmoe_jax.storage.manifest import hash_file
 from tests.helpers.hf_folder import edit, same_bits, tiny
 from tests.helpers.meshes import MESHES
 
-SMALL_PART = 256  # bytes: so small that the tests' arrays have several parts
+SMALL_PART = 256  # bytes: arrays of the tests have several inner chunks
 
-# shape | into how many parts it falls where a part has at most SMALL_PART bytes and a number 4 (or 2)
+# shape | number of inner chunks of at most SMALL_PART bytes for 4-byte (or 2-byte) numbers
 SHAPES: dict[tuple[int, ...], tuple[int, int]] = {
     (16, 8, 4): (8, 4),
     (24, 6): (3, 2),
     (8, 64): (8, 4),
     (7, 5): (1, 1),
-    (13, 11): (13, 13),  # a prime number of rows: each is a part
-    (1, 300): (1, 1),  # one row, larger than a part
+    (13, 11): (13, 13),  # prime number of rows: one inner chunk each
+    (1, 300): (1, 1),  # one row, larger than an inner chunk
     (509,): (509, 509),
     (512,): (8, 4),
     (3,): (1, 1),
-    (65_537, 2): (1, 1),  # a prime number of rows, more than there may be parts
+    (65_537, 2): (1, 1),  # prime number of rows above the maximum number of inner chunks
 }
 every_dtype = pytest.mark.parametrize(
     "dtype", [np.float32, ml_dtypes.bfloat16, np.float16], ids=["fp32", "bf16", "fp16"]
@@ -50,7 +47,7 @@ def array_of(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 def write(
     folder: Path, arrays: dict[str, np.ndarray], pieces: Callable[[np.ndarray], Iterable[np.ndarray]] = row_chunks
 ) -> dict[str, ArrayRecord]:
-    """A checkpoint of these arrays; what there is to say of each."""
+    """Write a checkpoint of these arrays; return their records."""
     records: dict[str, ArrayRecord] = {}
     write_skeleton(folder, {name: array.dtype for name, array in arrays.items()})
     with ArrayWriter(folder, records.__setitem__) as writer:
@@ -65,12 +62,9 @@ def tensorstore_of(folder: Path, name: str) -> Any:
 
 
 def bytes_read() -> int:
-    """By tensorstore from files, in this process so far."""
+    """Return the bytes that tensorstore has read from files in this process."""
     found: list[Any] = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
     return found[0]["values"][0]["value"]
-
-
-# Other readers
 
 
 @every_dtype
@@ -124,9 +118,6 @@ def test_many_inner_chunks_load_onto_a_mesh(tmp_path: Path, monkeypatch: pytest.
 
     want = split(model)[1]
     assert [name for name, array in split(got)[1].items() if not same_bits(array, np.asarray(want[name]))] == []
-
-
-# What the writer does
 
 
 def test_the_record_has_hashes_of_tensor_and_files(tmp_path: Path):
@@ -201,8 +192,6 @@ def test_an_fsync_error_fails_the_writer(tmp_path: Path, monkeypatch: pytest.Mon
         write(tmp_path / "out", {"a": array_of((4, 2), np.float32)})
 
 
-# What is refused
-
 SPEC, DATA = "state/a/zarr.json", "state/a/c/0/0"
 
 
@@ -216,7 +205,7 @@ def shift_index(folder: Path) -> None:
     (folder / DATA).write_bytes(content)
 
 
-# what is done to the array | the file that the one line must name
+# damage | file named in the error
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another shape": (edit(SPEC, lambda spec: spec.update(shape=[5, 16])), SPEC),
     "another shape, all of it": (

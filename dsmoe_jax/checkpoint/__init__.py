@@ -1,1 +1,1 @@
-"""Native checkpoints: arrays in zarr files, a manifest of SHA-256 hashes, loading and saving."""
+"""Native checkpoints: zarr arrays, a manifest of SHA-256 hashes, loading and saving."""

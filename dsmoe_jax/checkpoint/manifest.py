@@ -1,7 +1,4 @@
-"""The manifest of a native checkpoint: `storage.manifest` plus its tensors and its source. It is written last.
-
-A folder without one is not a checkpoint. The SHA-256 of a tensor is that of its bytes in C order, little-endian.
-"""
+"""The manifest of a native checkpoint, written last: `storage.manifest` plus tensors (hashed in C order) and source."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -16,80 +13,64 @@ from dsmoe_jax.storage.manifest import MISMATCH, MODEL_MANIFEST, Damage, check_f
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.text.tokenizer_config import TOKENIZER_FILES
 
-PARAMETERS: Final = "parameters"  # the Orbax folder in a checkpoint
-RECORD: Final = "evaluation.json"  # of an adapter: the step and loss of its evaluation, and the hashes of its files
+PARAMETERS: Final = "parameters"  # the Orbax directory
+RECORD: Final = "evaluation.json"  # of an adapter: step and loss of its evaluation, hashes of its files
 FORMAT: Final = 2
-# Files that change the meaning of a checkpoint, although its manifest need not list them.
+# Files that affect the model or tokenizer even if the manifest does not list them.
 _MEANINGFUL: Final = frozenset({"config.json", "generation_config.json", "vocab.json", *TOKENIZER_FILES})
 _log = logging.getLogger(__name__)
 
 
 class Manifest(NamedTuple):
-    """The manifest of a native checkpoint.
+    """The manifest of a native checkpoint."""
 
-    Attributes:
-      sha256: Its own hash.
-      files: bytes and sha256 by path in the folder.
-      tensors: dtype, shape and sha256 by parameter name.
-      source: Where it was converted from: repository and revision on the hub; else empty.
-      intact: Whether `sha256` is the hash of the other fields.
-    """
-
-    sha256: str
-    files: dict[str, dict[str, Any]]
-    tensors: dict[str, dict[str, Any]]
-    source: dict[str, Any]
-    intact: bool
+    sha256: str  # of the other fields, as stored
+    files: dict[str, dict[str, Any]]  # bytes and sha256 by path
+    tensors: dict[str, dict[str, Any]]  # dtype, shape and sha256 by parameter name
+    source: dict[str, Any]  # repository and revision if converted from the hub, else empty
+    intact: bool  # whether `sha256` matches
 
     @property
     def identity(self) -> str:
-        """SHA-256 of config and tensors: equal for equal models, whenever and wherever they were written."""
+        """SHA-256 of config and tensors: equal for equal models."""
         return hash_json({"config": self.files.get("config.json", {}).get("sha256"), "tensors": self.tensors})
 
     @property
     def parameter_files(self) -> dict[str, dict[str, Any]]:
-        """Those of `files` that hold the parameters, with the hash of the tensor that each begins with, if any."""
-        return {name: self._row(name) for name in self.files if name.startswith(f"{PARAMETERS}/")}
+        """Files of parameters, each with the SHA-256 of the tensor at its start as `prefix`."""
+        rows = {file: row for file, row in self.files.items() if file.startswith(f"{PARAMETERS}/")}
+        for file, row in rows.items():
+            if (name := self.tensor_of(file)) and Path(file).name != "zarr.json":
+                tensor = self.tensors[name]
+                rows[file] = {**row, "prefix": {"bytes": tensor_bytes(tensor), "sha256": tensor.get("sha256")}}
+        return rows
 
     @property
     def other_files(self) -> dict[str, dict[str, Any]]:
-        """Those of `files` that do not hold parameters; small."""
+        """All other files."""
         return {name: row for name, row in self.files.items() if not name.startswith(f"{PARAMETERS}/")}
 
     def tensor_of(self, file: str) -> str | None:
-        """The tensor that a file belongs to."""
+        """Return the tensor that a file belongs to."""
         parts = file.split("/")
         found = parts[2] if parts[:2] == [PARAMETERS, STATE] and len(parts) > 3 else None
         return found if found in self.tensors else None
 
-    def _row(self, file: str) -> dict[str, Any]:
-        name = self.tensor_of(file)
-        if name is None or Path(file).name == "zarr.json":
-            return self.files[file]
-        tensor = self.tensors[name]
-        return {**self.files[file], "prefix": {"bytes": tensor_bytes(tensor), "sha256": tensor.get("sha256")}}
-
 
 class TensorDamage(NamedTuple):
-    """A file of a checkpoint that differs from its manifest.
-
-    Attributes:
-      file: Path in the folder.
-      tensor: The tensor stored in it, if any.
-      what: What is wrong, worded to follow the path.
-    """
+    """A file of a checkpoint that differs from its manifest, and its tensor; `what` is the message after the path."""
 
     file: str
     tensor: str | None
     what: str
 
     def __str__(self) -> str:
-        """One line."""
+        """Return one line."""
         return f"{self.file!r} {self.what}" + (f" (tensor {self.tensor})" if self.tensor else "")
 
 
 def write_manifest(folder: Path, arrays: Mapping[str, ArrayRecord], source: Mapping[str, Any]) -> str:
-    """Write the manifest of a folder whose arrays were hashed as they were written; returns its own SHA-256."""
+    """Write the manifest of a folder whose arrays are already hashed; return its SHA-256."""
     files = {f"{PARAMETERS}/{name}": row for record in arrays.values() for name, row in record.files.items()}
     files |= hash_tree(folder, exclude={*files, MODEL_MANIFEST})
     tensors = {name: record.tensor for name, record in arrays.items()}
@@ -98,12 +79,12 @@ def write_manifest(folder: Path, arrays: Mapping[str, ArrayRecord], source: Mapp
 
 
 def is_native(path: str | Path) -> bool:
-    """Whether the folder is a native checkpoint, and not one in the Hugging Face layout, say."""
+    """Return whether the folder is a native checkpoint."""
     return (user_path(path, "checkpoint") / MODEL_MANIFEST).is_file()
 
 
 def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
-    """Read the manifest of a native checkpoint; `verify` checks it, and all files but the parameters."""
+    """Read the manifest of a native checkpoint; `verify` checks it and all files except for the parameters."""
     path = folder / MODEL_MANIFEST
     if not is_native(folder):
         raise DSMoEError(f"{folder}: not a native checkpoint (no {MODEL_MANIFEST})")
@@ -131,17 +112,13 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
 
 
 def find_damage(folder: Path, manifest: Manifest, advance: Advance = lambda step: None) -> Iterator[TensorDamage]:
-    """Yield all that differs from a manifest read with `verify=False`; reads all files, and tells `advance`."""
+    """Yield all differences from a manifest read with `verify=False`; reads every file."""
     if not manifest.intact:
         yield TensorDamage(MODEL_MANIFEST, None, MISMATCH)
     rows = manifest.other_files | manifest.parameter_files
     for found in storage.find_damage(folder, {name: rows[name] for name in manifest.files}, advance=advance):
         yield TensorDamage(found.file, manifest.tensor_of(found.file), found.what)
-    yield from unexpected_files(folder, manifest)
-
-
-def unexpected_files(folder: Path, manifest: Manifest) -> Iterator[TensorDamage]:
-    """Yield files below the parameters that the manifest does not list: Orbax might read them."""
+    # Unexpected files of parameters: Orbax might read them.
     for path in sorted((folder / PARAMETERS).rglob("*")):
         name = path.relative_to(folder).as_posix()
         if not path.is_dir() and name not in manifest.files:
@@ -156,7 +133,7 @@ def check_parameters(folder: Path, manifest: Manifest, share: tuple[int, int] = 
 
 
 def read_evaluation_record(folder: Path) -> dict[str, Any]:
-    """The `evaluation.json` of an adapter, checked with the files it lists; older ones have no hashes."""
+    """Return the `evaluation.json` of an adapter and verify the files it lists; older ones have no hashes."""
     record = storage.read_manifest(folder / RECORD, None, require_hash=False)
     if "sha256" in record:
         check_files(folder, record.get("files", {}))

@@ -1,7 +1,7 @@
-"""Native checkpoints: a folder with `config.json`, the tokenizer's files, the parameters and a manifest of all files.
+"""Native checkpoints: `config.json`, the tokenizer's files, the parameters and a manifest. Start at `save` and `load`.
 
-Start at `save` and `load`. Writes are atomic, and a checkpoint does not depend on the mesh or the number of processes
-that saved it. Parameters from another source are written in two steps, `write_parameters` and `finalize`.
+Writes are atomic. The bytes do not depend on the mesh or the number of processes. The converter writes parameters with
+`write_parameters`, then everything else with `finalize`.
 """
 
 import contextlib
@@ -17,16 +17,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from dsmoe_jax.checkpoint import zarr_io
 from dsmoe_jax.checkpoint.manifest import PARAMETERS, Manifest, check_parameters, read_manifest, write_manifest
-from dsmoe_jax.checkpoint.zarr_io import (
-    DTYPES,
-    ArrayRecord,
-    ArrayWriter,
-    quiet_orbax,
-    row_chunks,
-    strip_timestamps,
-    write_skeleton,
-)
+from dsmoe_jax.checkpoint.zarr_io import DTYPES, ArrayRecord, ArrayWriter
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, count_tensors, shardings, split
@@ -44,39 +37,40 @@ def save(model: DeepSeekMoE, path: str | Path, *, extra_files: Sequence[Path] = 
     """Save a model as a native checkpoint; atomic, and collective over all processes.
 
     Args:
-      model: The model; its parameters may be sharded. Each process gathers, writes and hashes a share of them.
-      path: The folder to make, on a file system shared by all processes.
-      extra_files: Files to copy into it: tokenizer, generation config.
+        model: The model. Each process gathers, writes and hashes a share of its parameters.
+        path: Folder to create, on a file system shared by all processes.
+        extra_files: Files to copy into it: tokenizer, generation config.
 
     Raises:
-      DSMoEError: `path` exists, or the disk is too full.
+        DSMoEError: `path` exists, or the disk is too full.
     """
     path = check_new_path(path)
     params = split(model)[1]
     index, folder = jax.process_index(), staging_path(path)
     records: dict[str, ArrayRecord] = {}
+    record_files = [folder / f"records-{i}.json" for i in range(jax.process_count())]
     with collective_errors(), contextlib.ExitStack() as stack:
         with collective_errors():
             if index == 0:
                 stack.enter_context(atomic_dir(path, needs=sum(value.nbytes for value in params.values())))
         with collective_errors():
-            write_skeleton(folder / PARAMETERS, {name: value.dtype for name, value in params.items()})
+            zarr_io.write_skeleton(folder / PARAMETERS, {name: value.dtype for name, value in params.items()})
         with collective_errors():
             if index == 0:
-                strip_timestamps(folder / PARAMETERS)
+                zarr_io.strip_timestamps(folder / PARAMETERS)
         with collective_errors() as errors, ArrayWriter(folder / PARAMETERS, records.__setitem__) as writer:
             for i, (name, value) in enumerate(params.items()):
-                array = gather_to_host(value)  # collective, so even after an error
+                array = gather_to_host(value)  # collective, so all processes call it even after an error
                 if i % jax.process_count() == index and not errors:
                     try:
-                        writer.write(name, array.shape, array.dtype, row_chunks(array))
+                        writer.write(name, array.shape, array.dtype, zarr_io.row_chunks(array))
                     except Exception as error:
                         errors.append(error)
         with collective_errors():
-            write_json(_records_file(folder, index), {name: list(record) for name, record in records.items()})
+            write_json(record_files[index], {name: list(record) for name, record in records.items()})
         with collective_errors():
             if index == 0:
-                for file in [_records_file(folder, i) for i in range(jax.process_count())]:
+                for file in record_files:
                     records |= {name: ArrayRecord(*fields) for name, fields in read_json(file).items()}
                     file.unlink()
                 finalize(folder, model.config, records, extra_files)
@@ -88,14 +82,17 @@ def load(
     """Load a native checkpoint.
 
     Args:
-      path: The checkpoint.
-      dtype: "float32", "bfloat16" or "float16" to cast to while reading; None keeps the stored dtype.
-      mesh: The devices to load onto, sharded; None is the default device.
-      verify: Compare every file with its SHA-256 first, 0.5 s per GB and core, divided among processes. Orbax alone
-        does not detect a flipped bit.
+        path: The checkpoint.
+        dtype: Cast to "float32", "bfloat16" or "float16" while reading; None keeps the stored dtype.
+        mesh: Mesh to shard the model over; None: the default device.
+        verify: Compare every file with its SHA-256 first (0.5 s per GB and core, divided among processes). Orbax does
+            not detect a flipped bit.
+
+    Returns:
+        The model.
 
     Raises:
-      DSMoEError: The folder is not a native checkpoint, or is damaged.
+        DSMoEError: The folder is not a native checkpoint, or is damaged.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -116,7 +113,7 @@ def load(
 
 
 def open_checkpoint(path: Path, *, verify: bool = True) -> tuple[ModelConfig, Manifest]:
-    """Read the config and the manifest of a native checkpoint, with the checks of `load`; collective."""
+    """Read config and manifest of a native checkpoint and, with `verify`, verify all files; collective."""
     manifest = read_manifest(path, verify=verify)
     config = ModelConfig.from_file(path)
     check_tensor_count(path, config, len(manifest.tensors))
@@ -126,19 +123,8 @@ def open_checkpoint(path: Path, *, verify: bool = True) -> tuple[ModelConfig, Ma
     return config, manifest
 
 
-# --- writing in two steps ---
-
-
 class ArraySource(NamedTuple):
-    """An array to write.
-
-    Attributes:
-      name: The parameter.
-      shape: Its shape.
-      dtype: Its dtype.
-      chunks: Reads its values, consecutive in C order.
-      note: Called after the last chunk for `ArrayRecord.note`.
-    """
+    """An array to write: its values in consecutive `chunks` in C order; `note()` is called after the last one."""
 
     name: str
     shape: tuple[int, ...]
@@ -155,13 +141,13 @@ class ArraySource(NamedTuple):
 def write_parameters(
     staging: StagingDir, parameters: Sequence[ArraySource], advance: Advance
 ) -> dict[str, ArrayRecord]:
-    """Write the arrays that an earlier run has not, in chunks; returns the manifest's entries by parameter."""
+    """Write the arrays that an interrupted run has not written; return their records by name."""
     folder = staging.folder / PARAMETERS
     if _SKELETON_UNIT not in staging.finished:
-        for left in staging.folder.glob(f"{PARAMETERS}*"):  # by a killed run
+        for left in staging.folder.glob(f"{PARAMETERS}*"):  # of an interrupted run
             shutil.rmtree(left)
-        write_skeleton(folder, {parameter.name: parameter.dtype for parameter in parameters})
-        strip_timestamps(folder)
+        zarr_io.write_skeleton(folder, {parameter.name: parameter.dtype for parameter in parameters})
+        zarr_io.strip_timestamps(folder)
         sync_tree(folder)
         staging.finish(_SKELETON_UNIT, None)
     with ArrayWriter(folder, lambda name, record: staging.finish(name, list(record))) as writer:
@@ -175,7 +161,7 @@ def write_parameters(
 
 
 def is_written(staging: StagingDir, name: str) -> bool:
-    """Whether an earlier run wrote this array and its files are still there."""
+    """Return whether an interrupted run wrote this array completely."""
     if name not in staging.finished:
         return False
     files = ArrayRecord(*staging.finished[name]).files
@@ -189,7 +175,7 @@ def finalize(
     extra_files: Iterable[Path] = (),
     source: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """Write the files besides the parameters (`records`), the manifest last; returns the manifest's SHA-256."""
+    """Write all files except for the parameters, the manifest last; return its SHA-256."""
     for file in extra_files:
         shutil.copyfile(file, folder / file.name)
     write_json(folder / "config.json", config.to_dict())
@@ -197,17 +183,14 @@ def finalize(
 
 
 def check_tensor_count(source: str | Path, config: ModelConfig, found: int, per_stack: int = 1) -> None:
-    """Reject a config with far more tensors than the `found` ones, before anything is allocated per tensor.
-
-    `per_stack` tensors of the checkpoint make up one stack of experts.
-    """
+    """Reject a config with many more tensors than `found`, before allocating per tensor; experts count `per_stack`."""
     expected = count_tensors(config, per_stack)
     if expected > 2 * found + 100:
         raise DSMoEError(f"{source}: config.json asks for {expected:,} tensors, the checkpoint holds {found:,}")
 
 
 def as_dtype(dtype: Any) -> Any:
-    """The numpy dtype of "float32", "bfloat16" or "float16", or of their types; None stays None."""
+    """Return the numpy dtype of a name or type; None stays None."""
     if dtype is None:
         return None
     name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
@@ -219,7 +202,7 @@ def as_dtype(dtype: Any) -> Any:
 def check_names_and_shapes(
     source: str | Path, expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]
 ) -> None:
-    """Raise `DSMoEError` unless the shapes `found`, by name, are `expected`; names the first, and how many more."""
+    """Raise `DSMoEError` unless names and shapes match; the message names the first mismatch and counts the others."""
     missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     for what, names in (("is missing", missing), ("is unexpected under this config", surplus)):
         if names:
@@ -227,14 +210,13 @@ def check_names_and_shapes(
             raise DSMoEError(f"{source}: tensor {names[0]} {what}{more}")
     for name, shape in expected.items():
         if tuple(found[name]) != tuple(shape):
-            raise DSMoEError(
-                f"{source}: tensor {name} has shape {list(found[name])}, the config asks for {list(shape)}"
-            )
+            got = list(found[name])
+            raise DSMoEError(f"{source}: tensor {name} has shape {got}, the config asks for {list(shape)}")
 
 
 @contextlib.contextmanager
 def collective_errors() -> Iterator[list[Exception]]:
-    """Run the block on all processes; an error on one, raised or added to the list, is raised on all."""
+    """Raise an error of one process, thrown in the block or added to the list, on all processes."""
     errors: list[Exception] = []
     try:
         yield errors
@@ -250,16 +232,12 @@ def collective_errors() -> Iterator[list[Exception]]:
 
 
 def gather_to_host(value: jax.Array) -> np.ndarray:
-    """Gather a parameter into host memory; collective."""
+    """Gather an array into host memory; collective."""
     if not value.is_fully_addressable and not value.is_fully_replicated:
         return multihost_utils.process_allgather(value, tiled=True)
     # A new handle: JAX caches the host copy in the handle it was requested from.
     shards = [shard.data for shard in value.addressable_shards]
     return np.asarray(jax.make_array_from_single_device_arrays(value.shape, value.sharding, shards))
-
-
-def _records_file(folder: Path, process: int) -> Path:
-    return folder / f"records-{process}.json"
 
 
 def _metered(chunks: Iterable[np.ndarray], advance: Advance) -> Iterator[np.ndarray]:
@@ -270,9 +248,9 @@ def _metered(chunks: Iterable[np.ndarray], advance: Advance) -> Iterator[np.ndar
 
 @contextlib.contextmanager
 def _one_line_errors(path: Path) -> Iterator[None]:
-    """Turn errors of Orbax and tensorstore, of many types and lines, into a `DSMoEError` of one line."""
+    """Convert errors of Orbax and tensorstore to a one-line `DSMoEError`."""
     try:
-        with quiet_orbax():
+        with zarr_io.quiet_orbax():
             yield
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,11 +1,8 @@
-"""Arrays as zarr files that Orbax reads: one array per parameter, all its bytes in one file, in C order.
+"""Arrays in zarr files that Orbax reads: one file per parameter, written by `ArrayWriter`, mapped by `open_array`.
 
-`ArrayWriter` writes them in chunks, whatever their size, and hashes them on the way; `open_array` maps one. Orbax
-writes the metadata around them (`write_skeleton`), but not the arrays: it would hold several times the largest one in
-memory, and its files do not name their tensor.
-
-A file is the array in C order, then an index of its inner chunks, 16 bytes each: zarr 3's sharding codec without
-compression. A reader of a few experts, or of a few rows, reads only their inner chunks.
+Orbax writes the metadata (`write_skeleton`) but not the arrays: it would need several times the largest array in
+memory, and its file names do not contain the parameter. A file is the array in C order followed by an index of its
+inner chunks, 16 bytes each: zarr 3's sharding codec without compression, so that a few experts can be read alone.
 """
 
 import contextlib
@@ -35,9 +32,9 @@ from dsmoe_jax.storage.direct_io import DirectFile
 from dsmoe_jax.storage.manifest import hash_file
 from dsmoe_jax.storage.strict_json import read_json
 
-STATE: Final = "state"  # the folder that Orbax makes for the tree of arrays
-CHUNK_BYTES: Final = 1 << 20  # of an array in memory while it is written; a cast holds some ten of them
-_WORKERS: Final = 6  # some wait for the disk while others hash, at 2 GB/s per core at best
+STATE: Final = "state"  # Orbax's directory for the tree of arrays
+CHUNK_BYTES: Final = 1 << 20  # of an array in memory while it is written; a cast needs about ten of them
+_WORKERS: Final = 6  # some wait for the disk while others hash, at most 2 GB/s per core
 _STAMPS: Final = (  # file of the skeleton, pattern of a time or path in it, replacement
     ("_CHECKPOINT_METADATA", r'(_timestamp_nsecs": )\d+', r"\g<1>0"),
     ("commit_success.txt", r"(successful) to .*", r"\1"),
@@ -45,6 +42,8 @@ _STAMPS: Final = (  # file of the skeleton, pattern of a time or path in it, rep
 _INNER_CHUNK_BYTES: Final = 8 << 20  # an expert of the 16B has 5.8 MB
 _OS_ERROR: Final = re.compile(r"os_error_code='(\d+)'")  # in a message from tensorstore
 _hooks: list[Callable[[Any], Any]] = []  # the previous sys.unraisablehook
+Chunks = Iterable[np.ndarray]  # consecutive parts of an array, in C order
+Shape = tuple[int, ...]
 DTYPES: Final[dict[str, np.dtype]] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -53,24 +52,15 @@ DTYPES: Final[dict[str, np.dtype]] = {
 
 
 class ArrayRecord(NamedTuple):
-    """The manifest's entries for an array.
+    """The manifest's entries for an array."""
 
-    Attributes:
-      tensor: dtype, shape, and the SHA-256 of its bytes in C order.
-      files: bytes and sha256 by path in the folder of the parameters.
-      note: JSON from the source of the array, such as the loss of a cast.
-    """
-
-    tensor: dict[str, Any]
-    files: dict[str, dict[str, Any]]
-    note: Any = None
+    tensor: dict[str, Any]  # dtype, shape, and SHA-256 of the bytes in C order
+    files: dict[str, dict[str, Any]]  # bytes and sha256 by path in the parameter directory
+    note: Any = None  # JSON from the source of the array, such as the rounding error of a cast
 
 
 def write_skeleton(folder: Path, dtypes: Mapping[str, np.dtype]) -> None:
-    """Write an Orbax checkpoint whose arrays have one element each; collective over all processes.
-
-    Call `strip_timestamps` from one process afterwards.
-    """
+    """Write an Orbax checkpoint with one element per array; collective. `strip_timestamps` follows on one process."""
     from orbax.checkpoint import v1 as ocp
 
     context = ocp.Context()
@@ -82,7 +72,7 @@ def write_skeleton(folder: Path, dtypes: Mapping[str, np.dtype]) -> None:
 
 
 def strip_timestamps(folder: Path) -> None:
-    """Remove time and path of creation from the skeleton, so that equal arrays give equal bytes."""
+    """Remove creation time and path from the skeleton, so that equal arrays give equal bytes."""
     for file, pattern, text in _STAMPS:
         path = folder / file
         if path.is_file():
@@ -90,17 +80,13 @@ def strip_timestamps(folder: Path) -> None:
 
 
 def quiet_orbax() -> AbstractContextManager[None]:
-    """Silence the warnings of Orbax about checkpoints without an OCDBT database."""
+    """Silence Orbax's warnings about checkpoints without an OCDBT database."""
     return log_level("absl", logging.ERROR)
 
 
 @contextlib.contextmanager
 def orbax_write_errors(path: Path) -> Iterator[None]:
-    """Turn errors of Orbax and tensorstore while writing `path` into the underlying `OSError`.
-
-    Orbax also logs the stacks of its threads, and Python those of callbacks into closed event loops: hundreds of
-    redundant lines for a full disk, some after the exception. They are silenced.
-    """
+    """Convert errors of Orbax and tensorstore while writing `path` to the underlying `OSError`; silence stacks."""
     if sys.unraisablehook is not _ignore_closed_loops:
         _hooks[:] = [sys.unraisablehook]
         sys.unraisablehook = _ignore_closed_loops
@@ -126,31 +112,17 @@ def _is_not_of_a_thread(record: logging.LogRecord) -> bool:
 
 
 class ArrayWriter:
-    """Writes arrays into a skeleton, a few in parallel; leaving the `with` block waits for all of them.
-
-    `done(name, record)` is called from any thread once an array is on disk.
-    """
+    """Writes arrays into a skeleton in parallel; calls `done(name, record)` from any thread once one is on disk."""
 
     def __init__(self, folder: Path, done: Callable[[str, ArrayRecord], object]):
-        self._folder = folder
-        self._done = done
+        self._folder, self._done = folder, done
         self._pool = ThreadPoolExecutor(_WORKERS, "array")
         self._free = threading.Semaphore(_WORKERS)
         self._writing: list[Future] = []
         self._stopped = False
 
-    def write(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: np.dtype,
-        chunks: Iterable[np.ndarray],
-        note: Callable[[], Any] = lambda: None,
-    ) -> None:
-        """Start writing an array from chunks, consecutive in C order; `note` is called after the last one.
-
-        Waits for a free worker, so that only arrays being written are in memory.
-        """
+    def write(self, name: str, shape: Shape, dtype: np.dtype, chunks: Chunks, note: Callable = lambda: None) -> None:
+        """Wait for a free worker, which bounds the arrays in memory, and start writing; `note()` is called last."""
         self._free.acquire()
         if self._stopped:
             self._free.release()
@@ -171,17 +143,19 @@ class ArrayWriter:
             for writing in self._writing:
                 writing.result()
 
-    def _write(
-        self, name: str, shape: tuple[int, ...], dtype: np.dtype, chunks: Iterable[np.ndarray], note: Callable[[], Any]
-    ) -> None:
+    def _write(self, name: str, shape: Shape, dtype: np.dtype, chunks: Chunks, note: Callable[[], Any]) -> None:
         try:
-            home, file = _describe(self._folder, name, shape, dtype)
+            home = self._folder / STATE / name
+            if home.exists():  # the skeleton's one element
+                shutil.rmtree(home)
+            home.mkdir()
+            (home / "zarr.json").write_text(json.dumps(_spec(shape, dtype)), encoding="utf-8")
             digest = hashlib.sha256()
-            path = home / file
+            path = home / _file(len(shape))
             path.parent.mkdir(parents=True)
             with DirectFile(path) as out:
                 for chunk in chunks:
-                    if self._stopped:  # another array failed, or the caller did
+                    if self._stopped:  # after an error elsewhere
                         return
                     data = raw_bytes(chunk)
                     digest.update(data)
@@ -203,7 +177,7 @@ class ArrayWriter:
 
 
 def open_array(folder: Path, name: str) -> np.ndarray:
-    """A read-only, memory-mapped array; `DSMoEError` if its files are not as `ArrayWriter` writes them."""
+    """Return a read-only memory-mapped array; raise `DSMoEError` if `ArrayWriter` did not write it."""
     home = folder / STATE / name
     spec = read_json(home / "zarr.json")
     try:
@@ -219,14 +193,14 @@ def open_array(folder: Path, name: str) -> np.ndarray:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:  # an empty file is a ValueError
         raise DSMoEError(f"{path}: cannot be read: {error}") from None
-    size = math.prod(shape) * dtype.itemsize
-    if len(mapped) != size + len(_index(shape, dtype)) or mapped[size:] != _index(shape, dtype):
+    size, index = math.prod(shape) * dtype.itemsize, _index(shape, dtype)
+    if len(mapped) != size + len(index) or mapped[size:] != index:
         raise DSMoEError(f"{path}: {len(mapped)} bytes, or their index, do not match an array of {list(shape)} {dtype}")
     return np.ndarray(shape, dtype, mapped)
 
 
 def tensor_bytes(tensor: Mapping[str, Any]) -> int:
-    """The size of a tensor from its entry in a manifest; `DSMoEError` for a malformed entry."""
+    """Return the bytes of a tensor from its manifest entry; raise `DSMoEError` for a malformed entry."""
     try:
         return math.prod(map(operator.index, tensor["shape"])) * DTYPES[tensor["dtype"]].itemsize
     except (KeyError, TypeError):
@@ -241,18 +215,8 @@ def row_chunks(array: np.ndarray, limit: int = CHUNK_BYTES) -> Iterator[np.ndarr
 
 
 def raw_bytes(array: np.ndarray) -> memoryview:
-    """The bytes of an array in C order, copied only if it is not contiguous."""
+    """Return the bytes of an array in C order, copied only if it is not contiguous."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def _describe(folder: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> tuple[Path, Path]:
-    """Replace the skeleton's metadata of an array; returns its folder and, relative to it, its file."""
-    home = folder / STATE / name
-    if home.exists():  # a killed run may have removed it
-        shutil.rmtree(home)
-    home.mkdir()
-    (home / "zarr.json").write_text(json.dumps(_spec(shape, dtype)), encoding="utf-8")
-    return home, _file(len(shape))
 
 
 def _file(rank: int) -> Path:
@@ -260,7 +224,7 @@ def _file(rank: int) -> Path:
 
 
 def _inner_chunks(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """How many inner chunks the array is divided into: the fewest, equal ones of at most `_INNER_CHUNK_BYTES`."""
+    """Return the number of inner chunks: the fewest equal ones of at most `_INNER_CHUNK_BYTES`."""
     least = -(-math.prod(shape) * dtype.itemsize // _INNER_CHUNK_BYTES)
     return next((n for n in range(max(1, least), min(shape[0], 1 << 16) + 1) if shape[0] % n == 0), 1)
 
@@ -272,7 +236,7 @@ def _index(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
 
 
 def _spec(shape: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
-    """The `zarr.json` of an array (zarr 3 core specification, sharding codec 1.0)."""
+    """Return the `zarr.json` of an array (zarr 3 core specification, sharding codec 1.0)."""
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     inner = [shape[0] // _inner_chunks(shape, dtype), *shape[1:]]
     sharding = {"chunk_shape": inner, "codecs": [little], "index_codecs": [little]}

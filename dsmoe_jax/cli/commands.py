@@ -1,8 +1,4 @@
-"""The command `dsmoe`: parsing, exit codes and verbs, which call public functions and import them lazily.
-
-Start at `main`; `flags.py` has the arguments. Invalid input is one line on stderr and exit code 2; any other exception
-is a bug and shows its traceback.
-"""
+"""The command `dsmoe`: parsing, exit codes, and verbs, which import lazily. Start at `main`, then `flags.py`."""
 
 import argparse
 import functools
@@ -13,6 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from dsmoe_jax import __version__
@@ -20,6 +17,7 @@ from dsmoe_jax.cli.flags import ARGUMENTS, MODEL, SAMPLING, Argument
 from dsmoe_jax.cli.interrupts import interrupts
 from dsmoe_jax.cli.streams import flush_or_discard, open_standard_streams, print_error, print_status, reader_has_left
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.progress import bar
 from dsmoe_jax.xla_options import set_environment
 
 _DEBUG: Final = "show the traceback of every error"
@@ -29,16 +27,12 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Print one line instead of the usage and exit."""
+        """Print one line instead of the usage, and exit."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb.
-
-    Returns:
-        The exit code: 0, 1 for a bug, 2 for invalid input, 130 if interrupted.
-    """
+    """Run one verb; return the exit code: 0, 1 for a bug, 2 for invalid input, 130 if interrupted."""
     open_standard_streams()
     code = 0
     try:
@@ -68,7 +62,7 @@ def _run(argv: Sequence[str], interrupted: threading.Event) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and reader_has_left():  # `| head`; any other broken pipe is an error
             return 0
-        if interrupted.is_set():  # an interrupted import raises other exceptions
+        if interrupted.is_set():  # Ctrl-C during an import may raise any exception
             return _interrupted()
         expected = isinstance(error, (DSMoEError, OSError))
         if debug or not expected:
@@ -101,12 +95,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _interrupted() -> int:
-    print_error("")
+    print_error("")  # the terminal shows ^C without a newline
     return 130
 
 
 def _check_paths(parser: Parser, args: argparse.Namespace) -> None:
-    """Refuse empty paths and names, as an unset shell variable gives them."""
+    """Reject empty paths and names, usually from an unset shell variable."""
     for flags, _ in ARGUMENTS[args.verb]:
         name = flags[0].strip("-").replace("-", "_")
         value = getattr(args, name, None)
@@ -115,39 +109,28 @@ def _check_paths(parser: Parser, args: argparse.Namespace) -> None:
             parser.exit(2, f"dsmoe {args.verb}: {flags[0]} must not be empty\n")
 
 
-def info(args: argparse.Namespace) -> None:
-    """`dsmoe info`."""
+def _info(args: argparse.Namespace) -> None:
     from dsmoe_jax.info import describe
 
     print(describe(args.model), end="")
 
 
-def convert(args: argparse.Namespace) -> None:
-    """`dsmoe convert`."""
+def _convert(args: argparse.Namespace) -> None:
     from dsmoe_jax.convert import import_hf
-    from dsmoe_jax.progress import bar
 
-    dtype = None if args.dtype == "keep" else args.dtype
-    print_status(import_hf(args.source, args.out, dtype=dtype, revision=args.revision, progress=bar))
+    print_status(import_hf(args.source, args.out, dtype=_cast(args), revision=args.revision, progress=bar))
     print_status(f"  try `dsmoe generate {args.out}`")
 
 
-def export(args: argparse.Namespace) -> None:
-    """`dsmoe export`."""
+def _export(args: argparse.Namespace) -> None:
     from dsmoe_jax.convert import export_hf
-    from dsmoe_jax.progress import bar
 
-    dtype = None if args.dtype == "keep" else args.dtype
-    print_status(export_hf(args.native, args.out, max_shard_size=args.max_shard_size, dtype=dtype, progress=bar))
+    print_status(export_hf(args.native, args.out, max_shard_size=args.max_shard_size, dtype=_cast(args), progress=bar))
 
 
-def verify(args: argparse.Namespace) -> None:
-    """`dsmoe verify`."""
-    from pathlib import Path
-
+def _verify(args: argparse.Namespace) -> None:
     from dsmoe_jax.checkpoint.manifest import TensorDamage
     from dsmoe_jax.convert import verify
-    from dsmoe_jax.progress import bar
     from dsmoe_jax.storage.atomic_dir import write_json
     from dsmoe_jax.storage.locks import lock_name
 
@@ -163,17 +146,14 @@ def verify(args: argparse.Namespace) -> None:
         raise DSMoEError(str(TensorDamage(**report.mismatches[0])))
 
 
-def tokenize(args: argparse.Namespace) -> None:
-    """`dsmoe tokenize`."""
-    from dsmoe_jax.progress import bar
+def _tokenize(args: argparse.Namespace) -> None:
     from dsmoe_jax.train.data import tokenize
 
     split = args.split_special_tokens
     print_status(tokenize(args.sources, args.tokenizer, args.out, split_special_tokens=split, progress=bar))
 
 
-def pretrain(args: argparse.Namespace) -> None:
-    """`dsmoe pretrain`."""
+def _pretrain(args: argparse.Namespace) -> None:
     from dsmoe_jax.train.flags import parse
     from dsmoe_jax.train.recipes import RECIPES
 
@@ -182,8 +162,7 @@ def pretrain(args: argparse.Namespace) -> None:
     _train(parse(RECIPES[args.recipe](), args.flags, prog=f"dsmoe pretrain {args.recipe}"), args.recipe, args)
 
 
-def finetune(args: argparse.Namespace) -> None:
-    """`dsmoe finetune`."""
+def _finetune(args: argparse.Namespace) -> None:
     from dsmoe_jax.train.finetune import show_examples
     from dsmoe_jax.train.flags import parse_finetuning
 
@@ -194,15 +173,13 @@ def finetune(args: argparse.Namespace) -> None:
         _train(config, args.checkpoint, args)
 
 
-def merge(args: argparse.Namespace) -> None:
-    """`dsmoe merge`."""
+def _merge(args: argparse.Namespace) -> None:
     from dsmoe_jax.convert import merge_to
 
     print_status(merge_to(args.checkpoint, args.adapter, args.out, layout=args.layout, dtype=args.dtype))
 
 
-def generate(args: argparse.Namespace) -> None:
-    """`dsmoe generate`."""
+def _generate(args: argparse.Namespace) -> None:
     from dsmoe_jax.cli import terminal
 
     load = functools.partial(_generator, args)
@@ -210,15 +187,13 @@ def generate(args: argparse.Namespace) -> None:
     terminal.generate(load, _provided(args, SAMPLING), prompt=prompt, file=args.file, out=args.out)
 
 
-def chat(args: argparse.Namespace) -> None:
-    """`dsmoe chat`."""
+def _chat(args: argparse.Namespace) -> None:
     from dsmoe_jax.cli import terminal
 
     terminal.chat(functools.partial(_generator, args), _provided(args, SAMPLING), system=args.system)
 
 
-def demo(args: argparse.Namespace) -> None:
-    """`dsmoe demo`."""
+def _demo(args: argparse.Namespace) -> None:
     from dsmoe_jax.cli.demo import run
 
     run(args.out, steps=args.steps)
@@ -238,34 +213,30 @@ def _train(config: Any, source: str, args: argparse.Namespace) -> None:
     print_status(f"{done}{result.steps} steps{loss}{validation}, {result.total_skips} updates skipped: {result.model}")
 
 
+def _cast(args: argparse.Namespace) -> str | None:
+    return None if args.dtype == "keep" else args.dtype
+
+
 def _generator(args: argparse.Namespace) -> Any:
-    from dsmoe_jax.generate import Generator
-
-    _require_device()
-    return Generator.from_pretrained(**_provided(args, MODEL))
-
-
-def _require_device() -> None:
-    """Refuse a `JAX_PLATFORMS` without devices."""
     import jax
+
+    from dsmoe_jax.generate import Generator
 
     try:
         jax.devices()
     except RuntimeError as error:
         raise DSMoEError(f"JAX has no device: {error}") from None
+    return Generator.from_pretrained(**_provided(args, MODEL))
 
 
 def _provided(args: argparse.Namespace, arguments: Sequence[Argument]) -> dict[str, Any]:
-    """Return the values of those arguments that were passed, by parameter name."""
+    """Return the values of those arguments that were passed, keyed by parameter."""
     names = [options.get("dest", flags[0].strip("-").replace("-", "_")) for flags, options in arguments]
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 
 def _utf8(argument: str) -> str:
-    """Return an argument decoded as UTF-8, whatever the encoding of the terminal, or raise `DSMoEError`.
-
-    Array storage cannot open other paths, and tokenizers cannot read other text.
-    """
+    """Decode an argument as UTF-8 whatever the locale: array storage and tokenizers need valid UTF-8."""
     if argument.isascii():
         return argument
     try:
@@ -276,16 +247,16 @@ def _utf8(argument: str) -> str:
 
 # fmt: off
 VERBS: Final[dict[str, tuple[Callable[[argparse.Namespace], None], str]]] = {
-    "demo":     (demo,     "train a small model on Python's standard library, export, import and generate, offline"),
-    "convert":  (convert,  "convert a PyTorch checkpoint in the Hugging Face layout to a native one"),
-    "export":   (export,   "export a native checkpoint to the Hugging Face layout, for vLLM, SGLang or llama.cpp"),
-    "verify":   (verify,   "verify a native checkpoint bit by bit, alone or against a Hugging Face folder"),
-    "generate": (generate, "stream the completion of a prompt, or complete a file of prompts"),
-    "chat":     (chat,     "chat with a model"),
-    "tokenize": (tokenize, "tokenize text into token shards"),
-    "pretrain": (pretrain, "pretrain a model from a recipe, or resume a run"),
-    "finetune": (finetune, "fine-tune a model on examples, all weights or LoRA"),
-    "merge":    (merge,    "merge a LoRA adapter into a checkpoint"),
-    "info":     (info,     "print parameter counts, sizes and layers of a model"),
+    "demo":     (_demo,     "train a small model on Python's standard library, export, import and generate, offline"),
+    "convert":  (_convert,  "convert a PyTorch checkpoint in the Hugging Face layout to a native one"),
+    "export":   (_export,   "export a native checkpoint to the Hugging Face layout, for vLLM, SGLang or llama.cpp"),
+    "verify":   (_verify,   "verify a native checkpoint bit by bit, alone or against a Hugging Face folder"),
+    "generate": (_generate, "stream the completion of a prompt, or complete a file of prompts"),
+    "chat":     (_chat,     "chat with a model"),
+    "tokenize": (_tokenize, "tokenize text into token shards"),
+    "pretrain": (_pretrain, "pretrain a model from a recipe, or resume a run"),
+    "finetune": (_finetune, "fine-tune a model on examples, all weights or LoRA"),
+    "merge":    (_merge,    "merge a LoRA adapter into a checkpoint"),
+    "info":     (_info,     "print parameter counts, sizes and layers of a model"),
 }
 # fmt: on

@@ -1,9 +1,7 @@
-"""`dsmoe demo`: train a small model on Python's standard library, export, import and generate.
-
-Needs no network and no weights. Start at `run`.
-"""
+"""`dsmoe demo`: train a small model on Python's standard library, export, import, generate. Start at `run`."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import tempfile
@@ -21,15 +19,7 @@ _PROMPT: Final = "def __init__(self, "
 
 
 def run(out: str | Path | None = None, *, steps: int = 150) -> None:
-    """Train, export, import and generate, printing a line per step.
-
-    Args:
-        out: New folder for checkpoints and plot; default: a temporary one.
-        steps: Training steps.
-
-    Raises:
-        DSMoEError: `out` exists.
-    """
+    """Train, export, import and generate; `out` is a new folder for checkpoints and plot, default: a temporary one."""
     if out is None:
         with tempfile.TemporaryDirectory() as folder:
             _run(Path(folder), steps, plot=Path("dsmoe_demo.png"))
@@ -53,8 +43,9 @@ def _run(folder: Path, steps: int, plot: Path) -> None:
         export_hf(native, hf)
     with _step("Importing"):
         import_hf(hf, imported)
-    assert _tensors(imported) == _tensors(native), "the round trip changed a tensor"
-    print_status(f"  {len(_tensors(native))} tensors, SHA-256 unchanged")
+    before, after = (json.loads((path / "dsmoe_jax.json").read_text())["tensors"] for path in (native, imported))
+    assert before == after, "the round trip changed a tensor"
+    print_status(f"  {len(after)} tensors, SHA-256 unchanged")
     with _step("Loading"):
         generator = Generator.from_pretrained(imported)
     pieces = generator.stream(_PROMPT, max_new_tokens=64, temperature=0.7, top_p=0.9)
@@ -66,8 +57,6 @@ def _run(folder: Path, steps: int, plot: Path) -> None:
 
 def training_config(folder: Path, steps: int):
     """Return the `RunConfig` of recipe `tiny` with `steps` steps and twice the learning rate."""
-    import dataclasses
-
     from dsmoe_jax.train.recipes import tiny
 
     recipe = tiny()
@@ -83,7 +72,7 @@ def training_config(folder: Path, steps: int):
 
 
 def _train(config, plot: Path) -> Path:
-    """Train and report loss and expert load; plot them if matplotlib is installed. Returns the model."""
+    """Train, report loss and expert load, plot them if matplotlib is installed, and return the checkpoint."""
     from dsmoe_jax.train.loop import run as train
     from dsmoe_jax.train.metrics import read_records
 
@@ -96,8 +85,7 @@ def _train(config, plot: Path) -> Path:
         f"Trained {result.steps} steps in {time.perf_counter() - started:.0f} s: loss {first['loss']:.2f} to "
         f"{last['loss']:.2f}{validation}"
     )
-    busiest, unused = last["load_imbalance"], last["unused_experts"]
-    print_status(f"  Expert load: max/mean {busiest:.1f}, {unused} unused")
+    print_status(f"  Expert load: max/mean {last['load_imbalance']:.1f}, {last['unused_experts']} unused")
     if importlib.util.find_spec("matplotlib") is None:
         print_status("  No plot: pip install 'dsmoe_jax[demo]'")
     else:
@@ -107,10 +95,6 @@ def _train(config, plot: Path) -> Path:
         print_status(f"  Saved plot: {plot}")
     assert result.model is not None
     return result.model
-
-
-def _tensors(native: Path) -> dict[str, dict]:
-    return json.loads((native / "dsmoe_jax.json").read_text())["tensors"]
 
 
 @contextlib.contextmanager

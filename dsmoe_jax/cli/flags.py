@@ -1,13 +1,13 @@
-"""Arguments of the verbs: `ARGUMENTS`, one tuple per verb.
-
-Flags of `generate` and `chat` have the names of `Generator` and `SamplingParams` parameters; an absent flag keeps the
-default there.
-"""
+"""Arguments of the verbs: `ARGUMENTS`. `generate` and `chat` name flags after parameters, which set the defaults."""
 
 import argparse
 from typing import Any, Final
 
 Argument = tuple[tuple[str, ...], dict[str, Any]]  # flags, options of `add_argument`
+
+
+def _arg(flags: str, text: str, metavar: str | None = None, **options: Any) -> Argument:
+    return tuple(flags.split()), {"help": text, **({"metavar": metavar} if metavar else {}), **options}
 
 
 def _bias(text: str) -> tuple[int, float]:
@@ -20,125 +20,102 @@ def _bias(text: str) -> tuple[int, float]:
 
 _DTYPES: Final = ("float32", "bfloat16", "float16")
 _SPLIT: Final = "encode strings such as <|endoftext|> in {} as plain text, not as special tokens"
+_DTYPE: Final = _arg("--dtype", "dtype of the weights; default: as stored", choices=_DTYPES)
+_KEEP: Final = {"choices": (*_DTYPES, "keep"), "default": "keep"}
+_CAST: Final = _arg("--dtype", "cast the weights to this dtype; default: keep, as stored", **_KEEP)
+_CHECKPOINT: Final = "native checkpoint or Hugging Face folder"
+_ADAPTER: Final = "LoRA adapter in the format of peft"
+_CONTEXT: Final = "maximum tokens of prompt and output together; default: that of the model, at least 4096"
+_SOURCE: Final = "folder with config.json and safetensors or pytorch_model*.bin files, or OWNER/NAME on the Hub"
+_FILE: Final = "prompts, a JSON object per line: prompt, token_ids or messages; optional id and sampling parameters"
+_FLAGS: Final = "fields of the config; `dsmoe {} --help` lists them"
+_FINETUNE: Final = "--data FILE … [--recipe NAME] [--lora] [--show N]"
+_BIAS: Final = "add VALUE in [-100, 100] to the logit of token ID; repeatable"
+_STOP_ID: Final = "end the output after this token; repeatable"
+_INT: Final = {"type": int, "metavar": "N"}
+_FLOAT: Final = {"type": float, "metavar": "X"}
+_OPTIONAL: Final = {"action": "store_true", "default": None}
 
-# fmt: off
-_DTYPE: Final[Argument] = (("--dtype",), {"choices": _DTYPES, "help": "dtype of the weights; default: as stored"})
-_CAST: Final[Argument] = (("--dtype",), {"choices": (*_DTYPES, "keep"), "default": "keep",
-                                         "help": "cast the weights to this dtype; default: keep, as stored"})
-MODEL: Final[tuple[Argument, ...]] = (
-    (("path",), {"metavar": "PATH", "help": "native checkpoint or Hugging Face folder"}),
-    (("--adapter",), {"metavar": "DIR", "help": "LoRA adapter in the format of peft"}),
-    (("--quantize",), {"choices": ("int8", "int4", "nf4"),
-                       "help": "quantize the weights while loading; default: no quantization"}),
+MODEL: Final = (
+    _arg("path", _CHECKPOINT, "PATH"),
+    _arg("--adapter", _ADAPTER, "DIR"),
+    _arg("--quantize", "quantize the weights while loading; default: none", choices=("int8", "int4", "nf4")),
     _DTYPE,
-    (("--cache-dtype",), {"choices": (*_DTYPES, "int8"),
-                          "help": "dtype of the KV cache; default: that of the weights"}),
-    (("--max-batch-size",), {"type": int, "metavar": "N",
-                             "help": "maximum outputs generated at once; default: 8 on CPU, 64 on GPU and TPU"}),
-    (("--context-length",), {"type": int, "metavar": "N",
-                             "help": "maximum tokens of prompt and output together; default: that of the model, "
-                                     "at least 4096"}),
-    (("--split-special-tokens",), {"action": "store_true", "default": None, "help": _SPLIT.format("prompts")}),
+    _arg("--cache-dtype", "dtype of the KV cache; default: that of the weights", choices=(*_DTYPES, "int8")),
+    _arg("--max-batch-size", "maximum outputs generated at once; default: 8 on CPU, 64 on GPU and TPU", **_INT),
+    _arg("--context-length", _CONTEXT, **_INT),
+    _arg("--split-special-tokens", _SPLIT.format("prompts"), **_OPTIONAL),
 )
-_SAMPLING: Final[tuple[Argument, ...]] = (
-    (("--max-new-tokens", "--max-tokens"), {"type": int, "metavar": "N",
-                                            "help": "maximum output length in tokens; default: 128"}),
-    (("--temperature",), {"type": float, "metavar": "T", "help": "sampling temperature; default: 0, greedy decoding"}),
-    (("--top-k",), {"type": int, "metavar": "K",
-                    "help": "sample from the K most likely tokens; default: 0, which disables it"}),
-    (("--top-p",), {"type": float, "metavar": "P",
-                    "help": "sample from the smallest set of most likely tokens with total probability P in [0, 1]; "
-                            "default: 1"}),
-    (("--min-p",), {"type": float, "metavar": "P",
-                    "help": "drop tokens less likely than P in [0, 1] times the most likely one; default: 0"}),
-    (("--repetition-penalty",), {"type": float, "metavar": "X",
-                                 "help": "multiplicative penalty on tokens already present; default: 1.0, which "
-                                         "disables it"}),
-    (("--presence-penalty",), {"type": float, "metavar": "X",
-                               "help": "subtract X in [-2, 2] from the logit of tokens in the output; default: 0"}),
-    (("--frequency-penalty",), {"type": float, "metavar": "X",
-                                "help": "subtract X in [-2, 2] once per occurrence in the output; default: 0"}),
-    (("--logit-bias",), {"action": "append", "type": _bias, "metavar": "ID=VALUE",
-                         "help": "add VALUE in [-100, 100] to the logit of token ID; repeatable"}),
-    (("--seed",), {"type": int, "metavar": "N", "help": "sampling seed; default: index of the prompt"}),
-    (("--stop",), {"action": "append", "metavar": "TEXT", "help": "end the output before this string; repeatable"}),
-    (("--stop-token-id",), {"dest": "stop_token_ids", "action": "append", "type": int, "metavar": "ID",
-                            "help": "end the output after this token; repeatable"}),
-    (("--ignore-eos",), {"action": "store_true", "default": None,
-                         "help": "continue past EOS tokens and the stop strings of the model"}),
+_SAMPLING: Final = (
+    _arg("--max-new-tokens --max-tokens", "maximum output length in tokens; default: 128", **_INT),
+    _arg("--temperature", "sampling temperature; default: 0, greedy decoding", **_FLOAT),
+    _arg("--top-k", "sample from the N most likely tokens; default: 0, which disables it", **_INT),
+    _arg("--top-p", "sample from the smallest set with total probability X in [0, 1]; default: 1", **_FLOAT),
+    _arg("--min-p", "drop tokens less likely than X in [0, 1] times the most likely one; default: 0", **_FLOAT),
+    _arg("--repetition-penalty", "multiplicative penalty on tokens already present; 1.0 disables it", **_FLOAT),
+    _arg("--presence-penalty", "subtract X in [-2, 2] from the logit of tokens in the output; default: 0", **_FLOAT),
+    _arg("--frequency-penalty", "subtract X in [-2, 2] once per occurrence in the output; default: 0", **_FLOAT),
+    _arg("--logit-bias", _BIAS, "ID=VALUE", type=_bias, action="append"),
+    _arg("--seed", "sampling seed; default: index of the prompt", **_INT),
+    _arg("--stop", "end the output before this string; repeatable", "TEXT", action="append"),
+    _arg("--stop-token-id", _STOP_ID, "ID", type=int, dest="stop_token_ids", action="append"),
+    _arg("--ignore-eos", "continue past EOS tokens and the stop strings of the model", **_OPTIONAL),
 )
-SAMPLING: Final[tuple[Argument, ...]] = (
+SAMPLING: Final = (
     *_SAMPLING,
-    (("--n",), {"type": int, "metavar": "N", "help": "outputs per prompt of --file; default: 1"}),
-    (("--logprobs",), {"type": int, "metavar": "N",
-                       "help": "with --file: log-probabilities of every token and of the N most likely ones"}),
+    _arg("--n", "outputs per prompt of --file; default: 1", **_INT),
+    _arg("--logprobs", "with --file: log-probabilities of every token and the N most likely ones", **_INT),
 )
 ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
     "demo": (
-        (("--out",), {"metavar": "DIR", "help": "keep checkpoints and plot in this new folder; default: discard them"}),
-        (("--steps",), {"type": int, "default": 150, "metavar": "N", "help": "training steps; default: 150"}),
+        _arg("--out", "keep checkpoints and plot in this new folder; default: discard them", "DIR"),
+        _arg("--steps", "training steps; default: 150", default=150, **_INT),
     ),
     "convert": (
-        (("source",), {"metavar": "HF_DIR|REPOSITORY",
-                       "help": "folder with config.json and safetensors or pytorch_model*.bin files, or OWNER/NAME on "
-                               "the Hugging Face Hub"}),
-        (("out",), {"metavar": "OUT", "help": "native checkpoint to create"}),
+        _arg("source", _SOURCE, "HF_DIR|REPOSITORY"),
+        _arg("out", "native checkpoint to create", "OUT"),
         _CAST,
-        (("--revision",), {"metavar": "REV", "help": "branch, tag or commit of the repository; default: main"}),
+        _arg("--revision", "branch, tag or commit of the repository; default: main", "REV"),
     ),
     "export": (
-        (("native",), {"metavar": "NATIVE", "help": "native checkpoint"}),
-        (("out",), {"metavar": "OUT", "help": "Hugging Face folder to create"}),
-        (("--max-shard-size",), {"metavar": "SIZE", "default": "5GB", "help": "maximum size of a file; default: 5GB"}),
+        _arg("native", "native checkpoint", "NATIVE"),
+        _arg("out", "Hugging Face folder to create", "OUT"),
+        _arg("--max-shard-size", "maximum size of a file; default: 5GB", "SIZE", default="5GB"),
         _CAST,
     ),
     "verify": (
-        (("native",), {"metavar": "NATIVE", "help": "native checkpoint"}),
-        (("hf",), {"metavar": "HF_DIR", "nargs": "?", "help": "Hugging Face folder to compare every tensor with"}),
-        (("--report",), {"metavar": "FILE", "help": "JSON report to write; default: NATIVE.verify.json"}),
+        _arg("native", "native checkpoint", "NATIVE"),
+        _arg("hf", "Hugging Face folder to compare every tensor with", "HF_DIR", nargs="?"),
+        _arg("--report", "JSON report to write; default: NATIVE.verify.json", "FILE"),
     ),
     "generate": (
         *MODEL,
-        (("--prompt",), {"metavar": "TEXT", "help": "text to continue; default or -: read from stdin"}),
-        (("--file",), {"metavar": "FILE.jsonl",
-                       "help": "prompts, a JSON object per line: prompt, token_ids or messages; optional id and "
-                               "sampling parameters"}),
-        (("--out",), {"metavar": "FILE.jsonl", "help": "with --file: file of outputs to create; default: stdout"}),
+        _arg("--prompt", "text to continue; default or -: read from stdin", "TEXT"),
+        _arg("--file", _FILE, "FILE.jsonl"),
+        _arg("--out", "with --file: file of outputs to create; default: stdout", "FILE.jsonl"),
         *SAMPLING,
     ),
-    "chat": (
-        *MODEL,
-        (("--system",), {"metavar": "TEXT", "help": "system message; default: none"}),
-        *_SAMPLING,
-    ),
+    "chat": (*MODEL, _arg("--system", "system message; default: none", "TEXT"), *_SAMPLING),
     "tokenize": (
-        (("sources",), {"metavar": "SOURCE", "nargs": "+",
-                        "help": "text, jsonl(.gz, .zst), parquet, a folder, or python-stdlib"}),
-        (("--tokenizer",), {"required": True, "metavar": "DIR", "help": "folder with a tokenizer"}),
-        (("--out",), {"required": True, "metavar": "OUT", "help": "folder of token shards to create"}),
-        (("--split-special-tokens",), {"action": "store_true", "help": _SPLIT.format("documents")}),
+        _arg("sources", "text, jsonl(.gz, .zst), parquet, a folder, or python-stdlib", "SOURCE", nargs="+"),
+        _arg("--tokenizer", "folder with a tokenizer", "DIR", required=True),
+        _arg("--out", "folder of token shards to create", "OUT", required=True),
+        _arg("--split-special-tokens", _SPLIT.format("documents"), action="store_true"),
     ),
     "pretrain": (
-        (("recipe",), {"metavar": "RECIPE",
-                       "help": "tiny, bench, deepseek_moe_2b, deepseek_moe_16b or deepseek_moe_145b"}),
-        (("flags",), {"nargs": argparse.REMAINDER, "metavar": "--FLAG VALUE",
-                      "help": "fields of the config; `dsmoe pretrain RECIPE --help` lists them"}),
+        _arg("recipe", "tiny, bench, deepseek_moe_2b, deepseek_moe_16b or deepseek_moe_145b", "RECIPE"),
+        _arg("flags", _FLAGS.format("pretrain RECIPE"), "--FLAG VALUE", nargs=argparse.REMAINDER),
     ),
     "finetune": (
-        (("checkpoint",), {"metavar": "CKPT", "help": "native checkpoint"}),
-        (("flags",), {"nargs": argparse.REMAINDER, "metavar": "--data FILE … [--recipe NAME] [--lora] [--show N]",
-                      "help": "fields of the config; `dsmoe finetune CKPT --help` lists them"}),
+        _arg("checkpoint", "native checkpoint", "CKPT"),
+        _arg("flags", _FLAGS.format("finetune CKPT"), _FINETUNE, nargs=argparse.REMAINDER),
     ),
     "merge": (
-        (("checkpoint",), {"metavar": "CKPT", "help": "native checkpoint or Hugging Face folder"}),
-        (("adapter",), {"metavar": "ADAPTER", "help": "LoRA adapter in the format of peft"}),
-        (("out",), {"metavar": "OUT", "help": "checkpoint to create"}),
-        (("--layout",), {"choices": ("native", "hf"), "default": "native",
-                         "help": "format of the output; default: native"}),
+        _arg("checkpoint", _CHECKPOINT, "CKPT"),
+        _arg("adapter", _ADAPTER, "ADAPTER"),
+        _arg("out", "checkpoint to create", "OUT"),
+        _arg("--layout", "format of the output; default: native", choices=("native", "hf"), default="native"),
         _DTYPE,
     ),
-    "info": (
-        (("model",), {"metavar": "PRESET|PATH", "help": "preset, config.json or checkpoint"}),
-    ),
+    "info": (_arg("model", "preset, config.json or checkpoint", "PRESET|PATH"),),
 }
-# fmt: on

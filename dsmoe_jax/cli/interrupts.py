@@ -1,4 +1,4 @@
-"""Ctrl-C: `KeyboardInterrupt` where it can end a command cleanly."""
+"""Ctrl-C handling: `interrupts` raises `KeyboardInterrupt` only where it can end a command cleanly."""
 
 import contextlib
 import signal
@@ -11,22 +11,18 @@ from typing import Any
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[threading.Event]:
-    """Yield an event that is set by Ctrl-C, which also raises `KeyboardInterrupt`.
-
-    It is deferred during imports, since extension modules print it or continue half initialized. Python only reports it
-    in finalizers, so it is raised again. A process that ignores SIGINT continues to do so.
-    """
+    """Yield an event that Ctrl-C sets before it raises `KeyboardInterrupt`; an ignored SIGINT stays ignored."""
     pressed = threading.Event()
 
     def press(_: int, frame: FrameType | None) -> None:
         pressed.set()
-        while frame is not None:
+        while frame is not None:  # deferred during imports, which would print it or leave a module half initialized
             if frame.f_code.co_filename.startswith("<frozen importlib"):
                 return _interrupt_soon()
             frame = frame.f_back
         raise KeyboardInterrupt
 
-    def unraisable(report: Any) -> None:
+    def unraisable(report: Any) -> None:  # Python only reports exceptions of finalizers
         if issubclass(report.exc_type, KeyboardInterrupt):
             _interrupt_soon()
         else:

@@ -1,7 +1,4 @@
-"""Robust standard streams: cron and systemd may close them, readers may leave, terminals may not encode all text.
-
-Start at `open_standard_streams`.
-"""
+"""Standard streams that may be closed, broken or unable to encode all text. Start at `open_standard_streams`."""
 
 import codecs
 import contextlib
@@ -15,12 +12,12 @@ _STREAMS: Final = (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_WRONLY, "w"), ("
 
 
 def open_standard_streams() -> None:
-    """Open `/dev/null` for closed streams, and escape characters that the terminal cannot encode.
-
-    Call it first: the next opened file would get the descriptor of a closed stream, and with it what libraries print.
-    """
+    """Open `/dev/null` for closed streams, and escape characters that the terminal cannot encode. Call it first."""
+    # Otherwise the next opened file would get the descriptor of a closed stream, and library output would go there.
     for number, (name, flags, mode) in enumerate(_STREAMS):
-        if not _is_open(number):
+        try:
+            os.fstat(number)
+        except OSError:  # closed
             null = os.open(os.devnull, flags)
             if null != number:
                 os.dup2(null, number)
@@ -30,22 +27,14 @@ def open_standard_streams() -> None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         _reconfigure(stream, errors="backslashreplace")
-    # Callers refuse bytes that do not decode. An ASCII terminal may still send UTF-8.
+    # Undecodable bytes are rejected later. An ASCII terminal may still send UTF-8.
     encoding = getattr(sys.stdin, "encoding", None) or "ascii"
     is_ascii = codecs.lookup(encoding).name == "ascii"
     _reconfigure(sys.stdin, encoding="utf-8" if is_ascii else encoding, errors="surrogateescape")
 
 
 def print_status(text: object, end: str = "\n") -> None:
-    """Print a status line to stdout; a closed pipe is ignored.
-
-    Args:
-        text: The line.
-        end: As in `print`.
-
-    Raises:
-        OSError: Stdout cannot be written for another reason.
-    """
+    """Print a status line to stdout; ignore a closed pipe, raise `OSError` for any other failure."""
     try:
         print(text, end=end, flush=True)
     except BrokenPipeError:
@@ -64,7 +53,7 @@ def print_error(line: str) -> None:
 
 
 def reader_has_left() -> bool:
-    """Return whether the reader of stdout or stderr has closed its pipe."""
+    """Return whether the reader of stdout or stderr closed its pipe."""
     poll = select.poll()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # streams of pytest have no descriptor
@@ -73,7 +62,7 @@ def reader_has_left() -> bool:
 
 
 def flush_or_discard() -> None:
-    """Flush stdout and stderr; discard what cannot be written, so that Python does not fail at exit."""
+    """Flush stdout and stderr, discarding unwritable output so that Python does not fail at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -87,14 +76,6 @@ def _discard(stream: TextIO) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
-
-
-def _is_open(number: int) -> bool:
-    try:
-        os.fstat(number)
-    except OSError:
-        return False
-    return True
 
 
 def _reconfigure(stream: Any, **options: str) -> None:

@@ -1,7 +1,4 @@
-"""`dsmoe generate` and `dsmoe chat`: input and output. Start at `generate` and `chat`.
-
-Invalid input raises `DSMoEError`, if possible before the model is loaded. Stdout gets the text of the model only.
-"""
+"""`dsmoe generate` and `dsmoe chat`: input and output. Start at `generate` and `chat`."""
 
 import contextlib
 import errno
@@ -29,33 +26,17 @@ from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.storage.strict_json import parse_json
 
 Load = Callable[[], Generator]
+Sampling = Mapping[str, Any]  # arguments of `SamplingParams`
 
 
-def _quiet() -> AbstractContextManager[None]:
-    """Log warnings only: log lines of the engine would interleave with the text."""
+def _quiet() -> AbstractContextManager[None]:  # log lines would interleave with the text
     return log_level("dsmoe_jax", logging.WARNING)
 
 
 def generate(
-    load: Load,
-    sampling: Mapping[str, Any],
-    *,
-    prompt: str | None = None,
-    file: str | None = None,
-    out: str | None = None,
+    load: Load, sampling: Sampling, *, prompt: str | None = None, file: str | None = None, out: str | None = None
 ) -> None:
-    """Stream `prompt` and its completion to stdout, or complete a file of prompts.
-
-    Args:
-        load: Loads the generator.
-        sampling: `SamplingParams` by name.
-        prompt: The prompt; "-", or None without `file`: read from stdin, without the trailing newline.
-        file: JSONL file of prompts.
-        out: File to create for their completions, in order; default: stdout.
-
-    Raises:
-        DSMoEError: Invalid arguments or prompts.
-    """
+    """Stream `prompt` (default or "-": stdin) and its completion to stdout, or complete a JSONL file of prompts."""
     if prompt is not None and file is not None:
         raise DSMoEError("--prompt and --file are mutually exclusive")
     if file is not None:
@@ -88,9 +69,6 @@ def _decode(data: bytes, name: str) -> str:
         raise DSMoEError(f"{name} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}") from None
 
 
-# --- a file of prompts ---
-
-
 class _Line(NamedTuple):
     """A line of the file: a prompt with its parameters, or an error."""
 
@@ -116,8 +94,8 @@ _COMPLETION: Final = ("text", "token_ids", "finish_reason", "stop_reason")
 _FIELDS: Final = ("id", *_PROMPTS, *FIELD_NAMES)
 
 
-def _complete_file(load: Load, sampling: Mapping[str, Any], file: Path, out: str | None) -> None:
-    """Complete all prompts in one call of the generator; an invalid line gets an error in its place."""
+def _complete_file(load: Load, sampling: Sampling, file: Path, out: str | None) -> None:
+    """Complete all prompts in one call of the generator; write an error for each invalid line."""
     SamplingParams.of(**sampling)
     lines = [
         _parse_line(number, line, sampling)
@@ -149,7 +127,7 @@ def _complete_file(load: Load, sampling: Mapping[str, Any], file: Path, out: str
         raise DSMoEError(f"{len(failed)} of {len(lines)} prompts in {file} failed; first error, {first}")
 
 
-def _parse_line(number: int, line: str, sampling: Mapping[str, Any]) -> _Line:
+def _parse_line(number: int, line: str, sampling: Sampling) -> _Line:
     line_id: dict[str, Any] = {}
     try:
         fields = parse_json(line.encode())
@@ -160,8 +138,8 @@ def _parse_line(number: int, line: str, sampling: Mapping[str, Any]) -> _Line:
         return _Line(number, line_id, error=str(error))
 
 
-def _parse_fields(fields: dict[str, Any], sampling: Mapping[str, Any]) -> tuple[Any, SamplingParams]:
-    """Return the prompt of a line and its parameters: `sampling` updated by the line, where null means absent."""
+def _parse_fields(fields: dict[str, Any], sampling: Sampling) -> tuple[Any, SamplingParams]:
+    """Return prompt and parameters of a line; its fields override `sampling`, and null means absent."""
     for name in fields:
         if name not in _FIELDS:
             raise DSMoEError(f"unknown field {name[:80]!r}; {suggest(name, _FIELDS)}")
@@ -180,7 +158,7 @@ def _parse_fields(fields: dict[str, Any], sampling: Mapping[str, Any]) -> tuple[
 
 
 def _token_id(key: str) -> int | str:
-    """Return the integer of a canonical literal; anything else, like "05", unchanged."""
+    """Convert a canonical integer literal; return anything else, like "05", unchanged."""
     return int(key) if key.isdecimal() and len(key) <= 10 and str(int(key)) == key else key
 
 
@@ -202,7 +180,7 @@ def _records(lines: Iterable[_Line], completions: Iterable[Completion]) -> Itera
 
 @contextlib.contextmanager
 def _new_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Create a file atomically: it is renamed into place once it is fsynced. `DSMoEError` if it exists."""
+    """Create a file atomically: renamed into place once fsynced. Raises `DSMoEError` if it exists."""
     path = check_new_path(path)
     staging = staging_path(path)
     if not path.parent.is_dir():  # `lock_name` would create it
@@ -210,7 +188,7 @@ def _new_file(path: str | Path) -> Iterator[BinaryIO]:
     with lock_name(path), name_full_disk(path):
         check_new_path(path)  # another process may have created it before it released the lock
         try:
-            file = staging.open("wb")  # overwrites what a killed process left
+            file = staging.open("wb")  # overwrites the file of a killed process
         except OSError as error:
             raise DSMoEError(f"{path} cannot be written: {error.strerror}") from None
         try:
@@ -225,17 +203,8 @@ def _new_file(path: str | Path) -> Iterator[BinaryIO]:
             raise
 
 
-# --- a conversation ---
-
-
-def chat(load: Load, sampling: Mapping[str, Any], *, system: str | None = None) -> None:
-    """Chat until the input ends. Ctrl-C stops a reply; at the prompt it ends the chat.
-
-    Args:
-        load: Loads the generator.
-        sampling: `SamplingParams` by name, for every reply.
-        system: System message.
-    """
+def chat(load: Load, sampling: Sampling, *, system: str | None = None) -> None:
+    """Chat until the input ends. Ctrl-C stops a reply; at the prompt it ends the chat."""
     SamplingParams.of(**sampling)
     conversation = Chat(load(), system=system, **sampling)
     print("/help lists the commands; /quit, Ctrl-D or Ctrl-C ends the chat.")
@@ -249,7 +218,7 @@ def chat(load: Load, sampling: Mapping[str, Any], *, system: str | None = None) 
                     _print_reply(conversation, line)
             except BrokenPipeError:
                 raise
-            except (DSMoEError, OSError) as error:  # e.g. too long; the chat continues without this turn
+            except (DSMoEError, OSError) as error:  # e.g. too long: drop this turn
                 print(f"dsmoe chat: {' '.join(str(error).split())}", file=sys.stderr)
 
 
@@ -280,7 +249,7 @@ def _rate(tokens: int, seconds: float) -> str:
 
 @contextlib.contextmanager
 def _ctrl_c() -> Iterator[threading.Event]:
-    """Yield an event that Ctrl-C sets; only a second Ctrl-C interrupts, since an interrupted step loses the cache."""
+    """Yield an event that Ctrl-C sets; only a second one interrupts, since an interrupted step loses the KV cache."""
     pressed = threading.Event()
 
     def press(*_: Any) -> None:
@@ -295,18 +264,11 @@ def _ctrl_c() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-# --- chat commands ---
-
-
 def _run_command(conversation: Chat, line: str) -> None:
     name, _, argument = line.partition(" ")
     if name not in _COMMANDS:
         raise DSMoEError(f"unknown command {name}; /help lists the commands")
     _COMMANDS[name][0](conversation, argument.strip())
-
-
-def _reset(conversation: Chat, _: str) -> None:
-    conversation.reset()
 
 
 def _save(conversation: Chat, file: str) -> None:
@@ -328,7 +290,7 @@ def _quit(_: Chat, __: str) -> None:
 
 # fmt: off
 _COMMANDS: Final[dict[str, tuple[Callable[[Chat, str], None], str]]] = {
-    "/reset": (_reset, "clear the conversation, except for the system message"),
+    "/reset": (lambda chat, _: chat.reset(), "clear the conversation, except for the system message"),
     "/save":  (_save,  "FILE: save the conversation as a JSON list of messages"),
     "/help":  (_help,  "list the commands"),
     "/quit":  (_quit,  "end the chat"),

@@ -4,15 +4,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.generate.generator import Generator, Stream
-from dsmoe_jax.generate.request import Prefix
+from dsmoe_jax.generate.engine import Engine
+from dsmoe_jax.generate.generator import Generator
+from dsmoe_jax.generate.request import Output, Prefix
 
 
 class Chat:
     """A conversation: keeps the history, streams the replies and reuses the KV cache.
 
-    Every turn renders the whole history with the chat template and encodes it. Only the tokens after the longest common
-    prefix with the cached ones are prefilled.
+    Every turn encodes the whole history; only the tokens after the longest cached prefix are prefilled.
 
     Attributes:
         messages: The history, as dicts with role and content.
@@ -23,9 +23,9 @@ class Chat:
         """Start a conversation.
 
         Args:
-            generator: Needs a tokenizer with a chat template.
+            generator: A generator whose tokenizer has a chat template.
             system: System message.
-            **params: `SamplingParams` of every turn, by name.
+            **params: `SamplingParams` of every turn, by field.
         """
         self.generator, self.params = generator, params
         self._system = [] if system is None else [{"role": "system", "content": system}]
@@ -38,9 +38,7 @@ class Chat:
         self._prefix: Prefix | None = None  # prompt and reply of the last turn
 
     def send(self, text: str) -> Iterator[str]:
-        """Send a user message and stream the reply.
-
-        Both are added to the history once the reply is finished or the iterator is closed.
+        """Send a user message and stream the reply; both join the history once the iterator is exhausted or closed.
 
         Raises:
             DSMoEError: As `Generator.stream`; the history is unchanged.
@@ -50,19 +48,19 @@ class Chat:
             raise DSMoEError("a chat needs a tokenizer, and this generator has none")
         messages = [*self.messages, {"role": "user", "content": text}]
         token_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        stream = self.generator.start(token_ids, prefix=self._prefix, retain_prefix=True, **self.params)
-        return self._reply(messages, stream)
+        engine, output = self.generator.start(token_ids, prefix=self._prefix, retain_prefix=True, **self.params)
+        return self._reply(messages, engine, output)
 
-    def _reply(self, messages: list[dict[str, str]], stream: Stream) -> Iterator[str]:
+    def _reply(self, messages: list[dict[str, str]], engine: Engine, output: Output) -> Iterator[str]:
         reply = ""
         try:
-            for piece in Generator.pieces(stream):
-                # The template ends with "Assistant:" and the model continues " Hello": drop the blank.
+            for piece in Generator.pieces(engine, output):
+                # The template ends with "Assistant:" and the model continues " Hello".
                 piece = piece if reply else piece.lstrip()
                 reply += piece
                 if piece:
                     yield piece
         finally:
             self.messages = [*messages, {"role": "assistant", "content": reply}]
-            self.token_ids = stream.output.token_ids
-            self._prefix = stream.output.prefix or self._prefix  # None if cancelled before the first token
+            self.token_ids = output.token_ids
+            self._prefix = output.prefix or self._prefix  # None if canceled before the first token

@@ -1,10 +1,8 @@
 """`Engine`: continuous batching. Start at `Engine.step`.
 
-A batch has R rows. Between two decode steps, requests are admitted to idle rows, first come first served. Their prompts
-are prefilled in chunks of at most `prefill_chunk` tokens, one chunk between two steps, which bounds the latency of
-running requests. A row is released as soon as its output is finished. The device is always one step ahead of the host:
-a step is dispatched before the tokens of the last one are read back, and what it samples for a finished row is
-discarded.
+Between two decode steps, waiting requests are admitted to idle rows of the batch, first come first served. Prompts are
+prefilled in chunks, one per step, which bounds the latency of running requests. The host is one step behind the device:
+a step is dispatched before the tokens of the last one are read back, and tokens of finished rows are discarded.
 
 Scheduling depends on requests and tokens alone, so all processes of a cluster make the same decisions.
 """
@@ -33,7 +31,7 @@ from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.sharding import mesh_of
 from dsmoe_jax.text.tokenizer import Tokenizer
 
-_LOOKAHEAD: Final = 256  # output tokens to allocate at once; the cache grows for longer ones
+_LOOKAHEAD: Final = 256  # output tokens to allocate at once; the cache grows as needed
 _TOP_LOGPROBS: Final = 20  # computed if any request has `logprobs`
 
 _log = logging.getLogger("dsmoe_jax")
@@ -76,7 +74,7 @@ class _Prefill:
 
 
 class _Prefilled(NamedTuple):
-    """An output that waits for an idle row."""
+    """A prefilled output waiting for an idle row."""
 
     output: Output
     cache: KVCache
@@ -85,11 +83,7 @@ class _Prefilled(NamedTuple):
 
 
 class Engine:
-    """Runs requests: `submit`, then `step` while `busy`. Not thread-safe.
-
-    Attributes:
-        stats: Counters.
-    """
+    """Runs requests: `submit`, then `step` while `busy`; `stats` has counters. Not thread-safe."""
 
     def __init__(
         self,
@@ -124,8 +118,7 @@ class Engine:
         self._max_rows, self._chunk = max_batch_size, prefill_chunk
         self._dtype, self._max_cache_bytes = cache_dtype, max_cache_bytes
         self._mesh = getattr(jax.tree.leaves(dict(params))[0].sharding, "mesh", None)
-        # Dynamic NTK beyond the trained length: its angles depend on the batch, which is therefore admitted and
-        # released as a whole.
+        # Dynamic NTK beyond the trained length: the angles depend on the batch, which must be admitted as one.
         self._static = False
         self._waiting: collections.deque[Request] = collections.deque()
         self._outputs: dict[Request, list[Output]] = {}
@@ -138,8 +131,6 @@ class Engine:
         self._sampler_stale = True
         self._in_flight: collections.deque[tuple[SampledTokens, list[tuple[int, int, Output]]]] = collections.deque()
         self.stats = Stats()
-
-    # --- public ---
 
     @property
     def busy(self) -> bool:
@@ -163,31 +154,29 @@ class Engine:
             params: Its sampling parameters.
             seed: Used if `params.seed` is None.
             detokenize: Decode incrementally, for `Output.new_text`.
-            prefix: Reuse the keys and values of a former output.
+            prefix: Keys and values of an earlier output to reuse.
             retain_prefix: Keep those of the first output as its `prefix`.
 
         Returns:
             `params.n` outputs, which `step` extends.
 
         Raises:
-            DSMoEError: Prompt and output exceed the context or the memory for the cache, or text needs a tokenizer.
+            DSMoEError: Prompt and output exceed the context or the KV cache, or text needs a tokenizer.
         """
+        length = f"a prompt of {len(token_ids)} tokens and max_new_tokens {params.max_new_tokens}"
         if len(token_ids) + params.max_new_tokens > self._context:
-            raise DSMoEError(
-                f"a prompt of {len(token_ids)} tokens and max_new_tokens {params.max_new_tokens} "
-                f"exceed the context_length of {self._context}"
-            )
-        if (detokenize or params.stop) and self._tokenizer is None:
+            raise DSMoEError(f"{length} exceed the context_length of {self._context}")
+        detokenize = detokenize or bool(params.stop)
+        if detokenize and self._tokenizer is None:
             raise DSMoEError("a stream or stop string needs a tokenizer, and this generator has none")
-        seed = seed if params.seed is None else params.seed
-        request = Request(tuple(token_ids), params, seed, prefix, retain_prefix)
+        request = Request(tuple(token_ids), params, seed if params.seed is None else params.seed, prefix, retain_prefix)
         size = self._cache_bytes(1, bucket(request.max_length))
         if self._max_cache_bytes is not None and size > self._max_cache_bytes:
-            raise DSMoEError(
-                f"a prompt of {len(token_ids)} tokens and max_new_tokens {params.max_new_tokens} need {size / 1e9:.3g} "
-                f"GB of KV cache, at most {self._max_cache_bytes / 1e9:.3g} GB are available"
-            )
-        outputs = [Output(request, i, self._detokenizer(params, detokenize)) for i in range(params.n)]
+            limit = f"at most {self._max_cache_bytes / 1e9:.3g} GB are available"
+            raise DSMoEError(f"{length} need {size / 1e9:.3g} GB of KV cache, {limit}")
+        tokenizer = self._tokenizer if detokenize else None
+        detokenizer = lambda: None if tokenizer is None else Detokenizer(tokenizer.decode_stream(), params.stop)  # noqa: E731
+        outputs = [Output(request, i, detokenizer()) for i in range(params.n)]
         scaling = self._config.rope_scaling
         if scaling is not None and scaling.type == "dynamic":
             self._static |= request.max_length > self._config.max_position_embeddings
@@ -196,7 +185,7 @@ class Engine:
         return outputs
 
     def step(self) -> None:
-        """Prefill one chunk of waiting prompts, fill idle rows, decode one token in all others."""
+        """Prefill one chunk of waiting prompts, fill idle rows, decode one token in every active row."""
         with mesh_of(self._params):
             self._prefill_chunk()
             self._fill_rows()
@@ -215,10 +204,8 @@ class Engine:
                 self._waiting.remove(output.request)
                 del self._outputs[output.request]
 
-    # --- prompts ---
-
     def _prefill_chunk(self) -> None:
-        """Call the model once on waiting prompts, if there is room for them."""
+        """Prefill one chunk of the waiting prompts, if they fit."""
         if self._prefill is None and not self._prefilled and self._waiting:
             self._prefill = self._next_prefill()
         if (prefill := self._prefill) is None:
@@ -244,7 +231,7 @@ class Engine:
                 self._prefilled.extend(_Prefilled(output, cache, logits, row) for output in outputs)
 
     def _next_prefill(self) -> _Prefill | None:
-        """Take the first waiting requests, as many as fit into one call; None if there is no room for them."""
+        """Take as many waiting requests as fit into one call; None if the first does not fit the batch."""
         if not self._has_room(self._waiting[0]) or (self._static and any(self._rows)):
             return None
         first = self._waiting.popleft()
@@ -264,7 +251,7 @@ class Engine:
         return prefill
 
     def _start_chunked(self, prefill: _Prefill) -> None:
-        """Allocate the cache of a whole prompt and copy the part that its prefix has."""
+        """Allocate the cache of the prompt and copy its cached prefix."""
         (request,) = prefill.requests
         known = 0 if request.prefix is None else request.prefix.match(request.token_ids)
         last = (len(request.token_ids) - known - 1) % self._chunk + 1  # tokens of the last chunk
@@ -275,8 +262,6 @@ class Engine:
             prefill.num_cached = known
             self.stats.reused_tokens += known
 
-    # --- rows ---
-
     def _fill_rows(self) -> None:
         """Insert prefilled prompts into idle rows and sample the first token of each."""
         while self._prefilled and self._has_room(self._prefilled[0].output.request):
@@ -284,11 +269,11 @@ class Engine:
             self._grow(ready)
             row, output, request = self._rows.index(None), ready.output, ready.output.request
             assert self._batch is not None
-            one = (request.params, request.seed, output.index)
+            sampler = Sampler.of([(request.params, request.seed, output.index)], self._config.vocab_size)
             penalty_row = None if self._batch.penalties is None else _penalty_row(request)
             sampled, self._batch = programs.insert(
                 self._num_logprobs([output]), self._take_batch(), self._token, np.int32(row), ready.cache, ready.logits,
-                np.int32(ready.row), Sampler.of([one], self._config.vocab_size), penalty_row,
+                np.int32(ready.row), sampler, penalty_row,
             )  # fmt: skip
             self._rows[row], self._token, self._sampler_stale = output, sampled.token, True
             output.num_sampled = 1
@@ -297,7 +282,7 @@ class Engine:
                 self._release(output)
 
     def _has_room(self, request: Request) -> bool:
-        """Return whether one more row fits, by number and memory; a single one always does."""
+        """Return whether one more row fits into batch and memory; the first one always does."""
         active = [output for output in self._rows if output is not None]
         return not active or (len(active) < self._max_rows and self._fits_memory(len(active) + 1, request, active))
 
@@ -308,15 +293,14 @@ class Engine:
         return self._max_cache_bytes is None or self._cache_bytes(rows, longest) <= self._max_cache_bytes
 
     def _grow(self, ready: _Prefilled) -> None:
-        """Resize the batch for one more row, and for those that will soon follow."""
+        """Resize the batch for one more row and, if memory allows, for the waiting ones."""
         active = [output for output in self._rows if output is not None]
         request = ready.output.request
         rows = len(active) + 1 + len(self._prefilled) + sum(request.params.n for request in self._waiting)
         while rows > len(active) + 1 and not self._fits_memory(rows, request, active):
             rows = power_of_two(rows) // 2
-        length = max(
-            [len(request.token_ids) + _lookahead(ready.output), *(a.num_cached + _lookahead(a) for a in active)]
-        )
+        lengths = [a.num_cached + _lookahead(a) for a in active]
+        length = max(len(request.token_ids) + _lookahead(ready.output), *lengths, 0)
         max_length = max(bucket(length), ready.cache.slots, self._batch.cache.slots if self._batch else 0)
         self._resize(max(min(power_of_two(rows), self._max_rows), len(self._rows)), max_length)
         if request.params.adjusts_logits and self._batch is not None and self._batch.penalties is None:
@@ -324,7 +308,7 @@ class Engine:
             self._batch = self._batch._replace(penalties=penalties)
 
     def _resize(self, rows: int, max_length: int) -> None:
-        """Copy the batch into one of so many rows and tokens per row."""
+        """Copy the batch into a new shape."""
         size = self._cache_bytes(rows, max_length)
         if size > self.stats.cache_bytes:
             self.stats.cache_bytes = size
@@ -341,37 +325,34 @@ class Engine:
         self._sampler_stale = True
 
     def _take_batch(self) -> Batch:
-        """Return the batch to donate it; if the call is interrupted, the batch is lost."""
+        """Return the batch for donation; an interrupted call loses it."""
         batch, self._batch = self._batch, None
         assert batch is not None
         return batch
 
     def _release(self, output: Output) -> None:
-        """Make the row of an output idle; those of a static batch only once all are finished."""
+        """Make a row idle; those of a static batch only once all are finished."""
         if output not in self._rows or self._batch is None:
             return
         row = self._rows.index(output)
-        # Keys rotated by dynamic NTK are valid for their own length alone and cannot be reused.
+        # Keys rotated by dynamic NTK are valid for their batch only.
         if output.request.retain_prefix and output.index == 0 and output.prefix is None and not self._static:
             max_length = self._batch.cache.slots
             cache = programs.copy_row(max_length, self._batch.cache, np.int32(row), np.int32(output.num_cached))
-            output.prefix = Prefix((), cache)  # `_finish` adds the tokens, once all are read back
+            output.prefix = Prefix((), cache)  # `_finish` adds the tokens
         if not self._static:
             self._rows[row] = None
         elif all(one is None or one.finished for one in self._rows):
             self._rows = [None] * len(self._rows)
         self._sampler_stale = True
 
-    # --- tokens ---
-
     def _decode(self) -> bool:
-        """Dispatch one decode step; returns False if no row is active."""
+        """Dispatch one decode step; return False if no row is active."""
         active = [(row, output) for row, output in enumerate(self._rows) if output is not None]
         if not active or self._batch is None:
             return False
         if max(output.num_cached for _, output in active) + 1 > self._batch.cache.slots:
-            length = bucket(max(output.num_cached + _lookahead(output) for _, output in active))
-            self._resize(len(self._rows), length)
+            self._resize(len(self._rows), bucket(max(output.num_cached + _lookahead(output) for _, output in active)))
         if self._sampler_stale:
             rows = [(None, 0, 0) if o is None else (o.request.params, o.request.seed, o.index) for o in self._rows]
             self._sampler, self._sampler_stale = Sampler.of(rows, self._config.vocab_size), False
@@ -393,7 +374,7 @@ class Engine:
         return True
 
     def _collect_tokens(self, in_flight: int) -> None:
-        """Read back sampled tokens of all calls but the newest `in_flight`."""
+        """Read back the sampled tokens of all but the newest `in_flight` calls."""
         while len(self._in_flight) > in_flight:
             sampled, rows = self._in_flight.popleft()
             tokens, logprobs = jax.device_get((sampled.token, sampled.logprobs))
@@ -406,21 +387,13 @@ class Engine:
     def _finish(self, output: Output) -> None:
         self._release(output)
         if output.prefix is not None:
-            token_ids = (*output.request.token_ids, *output.token_ids)
-            output.prefix = output.prefix._replace(token_ids=token_ids)
-
-    # --- helpers ---
+            output.prefix = output.prefix._replace(token_ids=(*output.request.token_ids, *output.token_ids))
 
     def _cache_bytes(self, rows: int, max_length: int) -> int:
         return cache_bytes(self._config, rows, max_length, dtype=self._dtype, mesh=self._mesh)
 
-    def _detokenizer(self, params: SamplingParams, detokenize: bool) -> Detokenizer | None:
-        if not (detokenize or params.stop) or self._tokenizer is None:
-            return None
-        return Detokenizer(self._tokenizer.decode_stream(), params.stop)
-
     def _num_logprobs(self, outputs: Sequence[Output]) -> int | None:
-        """Return how many log-probabilities to compute: one of three values, as each is a program."""
+        """Return how many log-probabilities to compute; only three values, as each compiles a program."""
         requested = [one for output in outputs if (one := output.request.params.logprobs) is not None]
         return min(_TOP_LOGPROBS, self._config.vocab_size) if any(requested) else 0 if requested else None
 

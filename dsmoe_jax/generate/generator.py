@@ -1,7 +1,4 @@
-"""`Generator`: prompts in, completions out. Each call or stream runs an `Engine`.
-
-Start at `Generator.__call__`, then `engine.py`. `loading.py` prepares checkpoints.
-"""
+"""`Generator`: prompts in, completions out; each call or stream runs an `Engine`. Start at `Generator.__call__`."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,12 +18,10 @@ from dsmoe_jax.generate.sampling_params import SamplingParams
 from dsmoe_jax.generate.scoring import Perplexity, Score, perplexity, score
 from dsmoe_jax.model import DeepSeekMoE, split
 from dsmoe_jax.sharding import MeshConfig
-from dsmoe_jax.text.generation_config import eos_token_ids, with_default_eos
-from dsmoe_jax.text.generation_config import stop_strings as stop_strings_of
+from dsmoe_jax.text import generation_config as stops
 from dsmoe_jax.text.tokenizer import Tokenizer
 
-Progress = Callable[[int], Any]  # receives the number of completions since the last call
-
+Params = SamplingParams | Sequence[SamplingParams] | None  # for all prompts, or one for each
 _CACHE_FRACTION: Final = 0.45  # of the free memory: the cache is copied when it grows
 
 
@@ -53,16 +48,11 @@ class Completion(NamedTuple):
 class Generator:
     """Generates completions and scores text with a model.
 
+    The arguments of the constructor are attributes too, with defaults filled in.
+
     Attributes:
         config: Config of the model.
-        tokenizer: The tokenizer, or None.
-        context_length: Maximum tokens of prompt and output together.
-        max_batch_size: Maximum number of outputs generated at once.
-        prefill_chunk: Tokens of a prompt per call of the model.
-        cache_dtype: Dtype of keys and values.
-        cache_bytes: Bound on the KV cache, or None.
         eos_token_ids: Tokens that end an output.
-        stop_strings: Strings of the model that end an output.
         stats: Counters of the last call or stream.
     """
 
@@ -91,7 +81,7 @@ class Generator:
             max_batch_size: Outputs generated at once; others are queued. Default 8 on CPU, 64 elsewhere.
             prefill_chunk: Tokens of a prompt per call of the model. Default 512 on CPU, 2048 elsewhere.
             cache_dtype: Dtype of keys and values: float32, bfloat16, float16 or int8. Default: that of the model.
-            cache_bytes: Bound on the KV cache; a request that exceeds it is refused. Default: on GPUs 45 % of the
+            cache_bytes: Bound on the KV cache; requests that exceed it are rejected. Default: on GPUs 45 % of the
                 memory that is free after loading, on CPU none.
 
         Raises:
@@ -100,22 +90,21 @@ class Generator:
         self.config, self.tokenizer = model.config, tokenizer
         self._graph, params = split(model)
         self._params = loading.upcast_for_cpu(params)
-        scaling = self.config.rope_scaling
+        scaling, on_cpu = self.config.rope_scaling, jax.default_backend() == "cpu"
         trained = int(self.config.max_position_embeddings * (scaling.factor if scaling else 1))
-        on_cpu = jax.default_backend() == "cpu"
-        context_default = max(trained, loading.MIN_CONTEXT_LENGTH)
-        self.context_length = _at_least(2, "context_length", context_length, context_default)
+        trained = max(trained, loading.MIN_CONTEXT_LENGTH)
+        self.context_length = _at_least(2, "context_length", context_length, trained)
         self.max_batch_size = _at_least(1, "max_batch_size", max_batch_size, 8 if on_cpu else 64)
         self.prefill_chunk = _at_least(16, "prefill_chunk", prefill_chunk, loading.default_prefill_chunk())
         dtype = self._params["norm.weight"].dtype
         self.cache_dtype = dtype if cache_dtype is None else loading.as_cache_dtype(cache_dtype)
-        self.cache_bytes = (
-            _default_cache_bytes() if cache_bytes is None else _at_least(1, "cache_bytes", cache_bytes, 1)
-        )
+        free = device_bytes()
+        default_bytes = None if free is None else int(free * _CACHE_FRACTION)
+        self.cache_bytes = _at_least(1, "cache_bytes", cache_bytes, default_bytes)
         if eos_token_id is None:
-            fields = with_default_eos({}, self.config)
+            fields = stops.with_default_eos({}, self.config)
             eos_token_id = loading.valid_eos_token_ids(fields, tokenizer, self.config.vocab_size)
-        self.eos_token_ids = frozenset(eos_token_ids({"eos_token_id": eos_token_id}))
+        self.eos_token_ids = frozenset(stops.eos_token_ids({"eos_token_id": eos_token_id}))
         for token in self.eos_token_ids:
             if not 0 <= token < self.config.vocab_size:
                 raise DSMoEError(f"eos_token_id {token} is outside the vocabulary of {self.config.vocab_size}")
@@ -140,7 +129,7 @@ class Generator:
         EOS ids and stop strings come from `generation_config.json`, the config and the tokenizer.
 
         Args:
-            path: The folder.
+            path: The checkpoint or folder.
             dtype: Dtype of the weights; default: as stored.
             mesh: Mesh to shard the model over.
             adapter: Folder of a LoRA adapter in the format of peft; its EOS ids and stop strings are added.
@@ -155,27 +144,19 @@ class Generator:
         Raises:
             DSMoEError: The checkpoint is invalid, or its weights exceed the memory of the device.
         """
-        model, tokenizer, stop = loading.load(
-            path,
-            dtype=dtype,
-            mesh=mesh,
-            adapter=adapter,
-            quantize=quantize,
-            split_special_tokens=split_special_tokens,
-            options=options,
-        )
+        model, tokenizer, fields = loading.load(path, dtype, mesh, adapter, quantize, split_special_tokens, options)
         if options.get("eos_token_id") is None:
-            options["eos_token_id"] = loading.valid_eos_token_ids(stop, tokenizer, model.config.vocab_size)
-        options.setdefault("stop_strings", stop_strings_of(stop))
+            options["eos_token_id"] = loading.valid_eos_token_ids(fields, tokenizer, model.config.vocab_size)
+        options.setdefault("stop_strings", stops.stop_strings(fields))
         return cls(model, tokenizer, **options)
 
     def __call__(
         self,
         prompts: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: Params = None,
         *,
         errors: str = "raise",
-        progress: Progress = lambda finished: None,
+        progress: Callable[[int], Any] = lambda finished: None,
         **keywords: Any,
     ) -> list[Completion]:
         """Generate a completion for every prompt.
@@ -184,14 +165,14 @@ class Generator:
             prompts: Each a string, a list of token ids, or a chat (messages with role and content).
             params: Sampling parameters, for all prompts or one for each.
             errors: "raise", or "return" to return a completion with `error` for each invalid prompt.
-            progress: Called with the number of outputs finished since the last call.
-            **keywords: `SamplingParams` by name, instead of `params`.
+            progress: Called with the number of newly finished outputs.
+            **keywords: `SamplingParams` by field, instead of `params`.
 
         Returns:
-            Completions in the order of the prompts, `n` consecutive ones for each.
+            Completions in the order of the prompts, `n` per prompt.
 
         Raises:
-            DSMoEError: Before anything is generated: a prompt is empty, too long for the context or has ids outside the
+            DSMoEError: Before generation starts: a prompt is empty, too long for the context or has ids outside the
                 vocabulary, or a parameter is out of range.
         """
         if isinstance(prompts, str | bytes) or not len(prompts):
@@ -199,28 +180,22 @@ class Generator:
         if errors not in ("raise", "return"):
             raise DSMoEError(f"errors must be 'raise' or 'return', got {errors!r}")
         engine = self.engine()
-        submitted: list[list[Output] | str] = []
+        results: list[Completion | Output] = []
         for prompt, one in zip(prompts, self._each_params(params, keywords, len(prompts)), strict=True):
             try:
-                submitted.append(self._submit(engine, prompt, one))
+                results += self._submit(engine, prompt, one)
             except DSMoEError as error:
                 if errors == "raise":
                     raise
-                submitted.append(str(error))
-        outputs = [output for one in submitted if not isinstance(one, str) for output in one]
+                results.append(Completion("", [], "error", error=str(error)))
+        outputs = [one for one in results if isinstance(one, Output)]
         reported = 0
         while engine.busy:
             engine.step()
             finished = sum(output.finished for output in outputs)
             progress(finished - reported)
             reported = finished
-        completions = []
-        for one in submitted:
-            if isinstance(one, str):
-                completions.append(Completion("", [], "error", error=one))
-            else:
-                completions += map(self._completion, one)
-        return completions
+        return [self._completion(one) if isinstance(one, Output) else one for one in results]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **keywords: Any) -> Iterator[str]:
         """Stream the completion of one prompt as pieces of text; close the iterator to abort.
@@ -228,18 +203,18 @@ class Generator:
         Args:
             prompt: As in a call.
             params: Sampling parameters.
-            **keywords: `SamplingParams` by name, instead of `params`.
+            **keywords: `SamplingParams` by field, instead of `params`.
 
         Returns:
-            Pieces that contain whole characters and no part of a stop string.
+            Pieces of whole characters, without stop strings.
 
         Raises:
             DSMoEError: At once: as a call, if there is no tokenizer, or if `n` is not 1.
         """
-        return self.pieces(self.start(prompt, params, **keywords))
+        return self.pieces(*self.start(prompt, params, **keywords))
 
     def engine(self) -> Engine:
-        """Return an engine without requests; `stats` becomes its."""
+        """Return a new engine, whose counters become `stats`."""
         engine = Engine(
             self._graph,
             self._params,
@@ -263,30 +238,18 @@ class Generator:
         prefix: Prefix | None = None,
         retain_prefix: bool = False,
         **keywords: Any,
-    ) -> "Stream":
-        """Submit one prompt to a new engine, for `pieces`.
-
-        Args:
-            prompt: As in a call.
-            params: Sampling parameters.
-            prefix: As in `Engine.submit`.
-            retain_prefix: As in `Engine.submit`.
-            **keywords: `SamplingParams` by name, instead of `params`.
-
-        Returns:
-            The engine and the output in progress.
-        """
+    ) -> tuple[Engine, Output]:
+        """Submit one prompt to a new engine, for `pieces`; `prefix` and `retain_prefix` as in `Engine.submit`."""
         (params,) = self._each_params(params, keywords, 1)
         if params.n != 1:
             raise DSMoEError(f"n must be 1 for a stream, got {params.n}")
         engine = self.engine()
         (output,) = self._submit(engine, prompt, params, detokenize=True, prefix=prefix, retain_prefix=retain_prefix)
-        return Stream(engine, output)
+        return engine, output
 
     @staticmethod
-    def pieces(stream: "Stream") -> Iterator[str]:
-        """Yield the text of an output as it is generated."""
-        engine, output = stream
+    def pieces(engine: Engine, output: Output) -> Iterator[str]:
+        """Yield the text of an output as it is generated; the engine has no other requests."""
         try:
             while engine.busy and not output.finished:
                 engine.step()
@@ -296,7 +259,7 @@ class Generator:
             engine.cancel(output)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Return the token ids of a prompt: text with BOS, a chat rendered with the chat template.
+        """Return the token ids of a prompt: text with BOS, a chat with the chat template.
 
         Raises:
             DSMoEError: The prompt is empty, needs a tokenizer, has ids outside the vocabulary, or is a chat whose roles
@@ -304,48 +267,47 @@ class Generator:
         """
         return encode_prompt(prompt, self.tokenizer, self.config.vocab_size)
 
-    # --- scoring ---
-
     def score(
         self, prompts: Sequence[Prompt], continuations: Sequence[str | Sequence[int]], **options: Any
     ) -> list[Score]:
         """Return the log-likelihood of each continuation given its prompt.
 
         Text is tokenized together with its prompt, as in lm-evaluation-harness: whitespace between the two belongs to
-        the continuation, and an empty or blank prompt stands for the BOS token.
+        the continuation, and an empty or blank prompt is the BOS token.
 
         Args:
             prompts: As in a call.
             continuations: Text or token ids, one per prompt.
-            **options: Options of `scoring.score`.
+            **options: `context_length` (default: that of the generator), `max_tokens` per batch with padding (2048) and
+                `progress`, called with (scored, total) after every batch.
 
         Returns:
             Scores in the order of the prompts.
 
         Raises:
-            DSMoEError: As `scoring.score` and `encode`.
+            DSMoEError: As `encode`, an option is out of range, or a pair is empty or exceeds `context_length`.
         """
         if len(prompts) != len(continuations):
-            raise DSMoEError(
-                f"prompts and continuations must have one length, got {len(prompts)} and {len(continuations)}"
-            )
-        tokenizer, vocab_size, prefix = self.tokenizer, self.config.vocab_size, self.prefix_token_id
-        pairs = [
-            encode_pair(prompt, continuation, tokenizer, vocab_size, prefix)
-            for prompt, continuation in zip(prompts, continuations, strict=True)
-        ]
+            counts = f"{len(prompts)} and {len(continuations)}"
+            raise DSMoEError(f"prompts and continuations must have one length, got {counts}")
+        shared = self.tokenizer, self.config.vocab_size, self.prefix_token_id
+        pairs = [encode_pair(*pair, *shared) for pair in zip(prompts, continuations, strict=True)]
         options = {"context_length": self.context_length} | options
         return score(self._graph, self._params, self.config, pairs, **options)
 
     def perplexity(self, text: str | Sequence[int], **options: Any) -> Perplexity:
-        """Return the perplexity of text or token ids over rolling windows.
+        """Return the perplexity of text or token ids over rolling windows, as lm-evaluation-harness does.
 
         Args:
             text: Text, or token ids with or without BOS.
-            **options: Options of `scoring.perplexity`.
+            **options: Options of `score`, `window` (tokens read at once; default: `max_position_embeddings`, at most
+                `context_length`) and `stride` (new tokens per window; default: `window`).
 
         Returns:
             Perplexity, negative log-likelihood and bits per byte.
+
+        Raises:
+            DSMoEError: An option is out of range, or there is no token to predict.
         """
         prefix = self.prefix_token_id
         has_prefix = not isinstance(text, str) and len(text) > 0 and text[0] == prefix
@@ -359,17 +321,12 @@ class Generator:
 
     @property
     def prefix_token_id(self) -> int | None:
-        """Token that the first token of a text is predicted from: BOS, else EOS, else None."""
+        """Context of the first token of a text: BOS, else EOS, else None."""
         sources = [self.tokenizer, self.config] if self.tokenizer else [self.config]
         ids = [*(s.bos_token_id for s in sources), *(s.eos_token_id for s in sources), *sorted(self.eos_token_ids)]
         return next((token for token in ids if type(token) is int and 0 <= token < self.config.vocab_size), None)
 
-    # --- helpers ---
-
-    def _each_params(
-        self, params: SamplingParams | Sequence[SamplingParams] | None, keywords: Mapping[str, Any], prompts: int
-    ) -> list[SamplingParams]:
-        """Return the sampling parameters of each prompt."""
+    def _each_params(self, params: Params, keywords: Mapping[str, Any], prompts: int) -> list[SamplingParams]:
         if params is not None and keywords:
             raise DSMoEError(f"params and keywords are exclusive, got both: {', '.join(keywords)}")
         if params is None:
@@ -397,24 +354,7 @@ class Generator:
         return Completion(text, token_ids, output.finish_reason or "length", output.stop_reason, logprobs)
 
 
-class Stream(NamedTuple):
-    """One output in progress and its engine.
-
-    Attributes:
-        engine: The engine; it has no other requests.
-        output: The output.
-    """
-
-    engine: Engine
-    output: Output
-
-
-def _default_cache_bytes() -> int | None:
-    free = device_bytes()
-    return None if free is None else int(free * _CACHE_FRACTION)
-
-
-def _at_least(minimum: int, name: str, value: int | None, default: int) -> int:
+def _at_least(minimum: int, name: str, value: int | None, default: Any) -> Any:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:

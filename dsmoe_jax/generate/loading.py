@@ -1,4 +1,4 @@
-"""Loading a model for generation: memory check, weights, tokenizer and stop conditions. Start at `load`."""
+"""Loading for generation: memory check, weights, tokenizer and stop conditions. Start at `load`."""
 
 import logging
 from collections.abc import Mapping
@@ -21,12 +21,7 @@ from dsmoe_jax.model import DeepSeekMoE, assemble
 from dsmoe_jax.quantize import load_quantized, quantize_embedding
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.storage.paths import user_path
-from dsmoe_jax.text.generation_config import (
-    eos_token_ids,
-    merge_stop_conditions,
-    read_generation_config,
-    with_default_eos,
-)
+from dsmoe_jax.text import generation_config as stops
 from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
 MIN_CONTEXT_LENGTH: Final = 4096
@@ -37,7 +32,6 @@ _log = logging.getLogger("dsmoe_jax")
 
 def load(
     path: str | Path,
-    *,
     dtype: Any,
     mesh: Mesh | MeshConfig | None,
     adapter: str | Path | None,
@@ -45,11 +39,7 @@ def load(
     split_special_tokens: bool | None,
     options: Mapping[str, Any],
 ) -> tuple[DeepSeekMoE, Tokenizer | None, dict[str, Any]]:
-    """Load what `Generator.from_pretrained` needs, whose arguments these are.
-
-    Returns:
-        The model, its tokenizer if there is one, and the fields of the generation config.
-    """
+    """Load model, tokenizer and generation config for `Generator.from_pretrained`, which documents the arguments."""
     path = user_path(path, "model")
     _check_memory(path, dtype, quantize, mesh, options)
     if quantize is None:
@@ -64,16 +54,16 @@ def load(
     if tokenizer_files(path):
         # Loading the model has verified the files.
         tokenizer = Tokenizer.from_pretrained(path, split_special_tokens=split_special_tokens, verify=False)
-    fields = with_default_eos(read_generation_config(path), model.config)
+    fields = stops.with_default_eos(stops.read_generation_config(path), model.config)
     if adapter is not None:
-        fields = merge_stop_conditions(fields, read_generation_config(adapter))
+        fields = stops.merge_stop_conditions(fields, stops.read_generation_config(adapter))
     return model, tokenizer, fields
 
 
 def valid_eos_token_ids(fields: Mapping[str, Any], tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
-    """Return the EOS ids of a generation config and the tokenizer; warn of those outside the vocabulary."""
-    own = () if tokenizer is None or tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    ids = list(dict.fromkeys((*eos_token_ids(fields), *own)))
+    """Return the EOS ids of generation config and tokenizer; warn of those outside the vocabulary."""
+    extra = () if tokenizer is None or tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    ids = list(dict.fromkeys((*stops.eos_token_ids(fields), *extra)))
     valid = [token for token in ids if 0 <= token < vocab_size]
     for token in ids:
         if token not in valid:
@@ -83,22 +73,16 @@ def valid_eos_token_ids(fields: Mapping[str, Any], tokenizer: Tokenizer | None, 
 
 
 def upcast_for_cpu(params: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters for generation: on CPU, bf16 and fp16 ones outside the routed experts in fp32.
-
-    XLA has no fast bf16 on CPU and would convert them for every token. The experts are most of the weights; their
-    kernel reads them as stored.
-    """
+    """Upcast bf16 and fp16 weights except for routed experts to fp32 on CPU, where XLA converts them every token."""
     if jax.default_backend() != "cpu":
         return params
+    # The experts, most of the weights, are read as stored by their kernel.
     others = {name: value for name, value in params.items() if ".experts." not in name}
     half = [leaf for leaf in jax.tree.leaves(others) if leaf.dtype in _HALF]
     if half:
-        _log.info(
-            "Upcasting %d weights outside the routed experts (%.1f MB) from %s to float32 for speed on CPU",
-            len(half),
-            sum(leaf.nbytes for leaf in half) / 1e6,
-            half[0].dtype,
-        )
+        size, dtype = sum(leaf.nbytes for leaf in half) / 1e6, half[0].dtype
+        text = "Upcasting %d weights outside the routed experts (%.1f MB) from %s to float32 for speed on CPU"
+        _log.info(text, len(half), size, dtype)
     upcast = lambda leaf: leaf.astype(jnp.float32) if leaf.dtype in _HALF else leaf  # noqa: E731
     return params | jax.tree.map(upcast, others)
 
@@ -118,7 +102,7 @@ def as_cache_dtype(value: Any) -> np.dtype:
 
 
 def _check_memory(path: Path, dtype: Any, quantize: str | None, mesh: Any, options: Mapping[str, Any]) -> None:
-    """Log the memory of one output, from 1 GB on, and refuse weights that exceed the memory of the device."""
+    """Log the memory of one output if at least 1 GB, and reject weights that exceed the memory of the device."""
     config = ModelConfig.from_file(path)
     weight_dtype = as_dtype(dtype)
     max_length = options.get("context_length") or MIN_CONTEXT_LENGTH

@@ -23,19 +23,12 @@ from dsmoe_jax.sharding import MeshConfig, as_mesh
 
 
 class MemoryPlan(NamedTuple):
-    """Bytes per device.
-
-    Attributes:
-        weights: Parameters of the model.
-        cache: KV cache of the batch.
-        prompt_cache: KV cache of a prompt during prefill.
-        activations: Intermediate values of one prefill call, which needs more than a decode step.
-    """
+    """Bytes per device."""
 
     weights: int
-    cache: int
-    prompt_cache: int
-    activations: int
+    cache: int  # KV cache of the batch
+    prompt_cache: int  # KV cache of a prompt during prefill
+    activations: int  # of one prefill call, which needs more than a decode step
 
     @property
     def total(self) -> int:
@@ -44,8 +37,8 @@ class MemoryPlan(NamedTuple):
 
     def __str__(self) -> str:
         """Return one line in GB."""
-        parts = zip(self._fields, self, strict=True)
-        return f"{self.total / 1e9:.3g} GB: " + ", ".join(f"{name} {size / 1e9:.3g}" for name, size in parts)
+        parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in self._asdict().items())
+        return f"{self.total / 1e9:.3g} GB: {parts}"
 
     @classmethod
     def of(
@@ -61,47 +54,27 @@ class MemoryPlan(NamedTuple):
         mesh: Mesh | MeshConfig | None = None,
         upcast: bool = False,
     ) -> "MemoryPlan":
-        """Compute the memory of a `Generator`.
-
-        Args:
-            config: Config of the model.
-            batch_size: Outputs generated at once.
-            max_length: Tokens of prompt and output together.
-            dtype: Dtype of the weights, one for all or by name (`convert.stored_dtypes`).
-            cache_dtype: Dtype of keys and values; default: that of the weights.
-            quantize: Quantization scheme, a key of `SCHEMES`.
-            prefill_chunk: Tokens of a prompt per call of the model.
-            mesh: Mesh the model is sharded over.
-            upcast: Whether weights outside the routed experts are in fp32, as on CPU.
-
-        Returns:
-            Bytes per device. `activations` is fitted to compiled programs: six hidden states per layer and token of a
-            chunk plus twice its attention scores, in fp32.
-
-        Raises:
-            DSMoEError: `quantize` is not a scheme.
-        """
+        """Compute the memory of a `Generator` with these options; `upcast`: as `upcast_for_cpu`."""
         if quantize is not None and quantize not in SCHEMES:
             raise DSMoEError(f"quantize must be one of {', '.join(SCHEMES)}, got {quantize!r}")
         mesh = as_mesh(mesh)
         dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(abstract(config)[1], dtype)
-        widen = lambda own: jnp.float32 if upcast and jnp.dtype(own).itemsize < 4 else own  # noqa: E731
+        widen = lambda stored: jnp.float32 if upcast and jnp.dtype(stored).itemsize < 4 else stored  # noqa: E731
         sharding, weights = shardings(config, mesh), 0
         for name, spec in abstract(config)[1].items():
-            own = dtypes[name] if ".experts." in name else widen(dtypes[name])
+            stored = dtypes[name] if ".experts." in name else widen(dtypes[name])
             embedding = name == "embed" and not config.tie_word_embeddings
             shape = sharding[name].shard_shape(spec.shape)
             if quantize is not None and (embedding or kind_of(name)):
                 weights += _quantized_bytes(shape, "int8" if embedding else quantize)
             else:
-                weights += math.prod(shape) * jnp.dtype(own).itemsize
+                weights += math.prod(shape) * jnp.dtype(stored).itemsize
         cache_dtype = widen(dtypes["norm.weight"]) if cache_dtype is None else cache_dtype
-        cache, prompt_cache = (
-            cache_bytes(config, rows, max_length, dtype=cache_dtype, mesh=mesh) for rows in (batch_size, 1)
-        )
+        size = functools.partial(cache_bytes, config, max_length=max_length, dtype=cache_dtype, mesh=mesh)
         chunk = min(prefill_chunk, max_length)
+        # Fitted to compiled programs: six hidden states per layer and token, twice the attention scores, all fp32.
         states, scores = 6 * config.num_hidden_layers * config.hidden_size, 2 * config.num_attention_heads * max_length
-        return cls(weights, cache, prompt_cache, 4 * chunk * (states + scores))
+        return cls(weights, size(batch_size), size(1), 4 * chunk * (states + scores))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -120,7 +93,7 @@ def device_bytes() -> int | None:
 
 
 def weight_dtypes(path: Path, config: ModelConfig) -> Mapping[str, Any]:
-    """Return the dtype of each parameter as stored, or that of the config for a missing tensor."""
+    """Return the stored dtype of each parameter; for a missing tensor, that of the config."""
     default = DTYPES.get(config.torch_dtype or "", jnp.float32)
     try:
         if is_native(path):

@@ -1,7 +1,7 @@
-"""The jitted functions of generation: `prefill`, `extend`, `insert`, `step`, and operations on rows of the batch.
+"""The jitted functions of generation. Start at `prefill`, `extend`, `insert` and `step`.
 
-Shapes are static. Lengths are padded to buckets (`bucket`) and the batch size to powers of two, so that few programs
-are compiled. A `Batch` has R rows, some of them idle: an idle row is not routed and its cache does not grow.
+Lengths are padded to buckets (`bucket`) and batch sizes to powers of two, so that few programs are compiled. A `Batch`
+has R rows; idle rows are not routed, and their cache does not grow.
 """
 
 import functools
@@ -19,33 +19,21 @@ from dsmoe_jax.sharding import constrain
 
 
 class Batch(NamedTuple):
-    """State of R rows, donated to `step` and updated in place.
-
-    Attributes:
-        cache: Keys and values.
-        penalties: Biases and penalties; None while no request has any.
-    """
+    """State of R rows, donated to `step`; `penalties` is None while no request has any."""
 
     cache: KVCache
     penalties: PenaltyState | None
 
 
 class SampledTokens(NamedTuple):
-    """The newest token of each row.
-
-    Not part of `Batch`, which is donated: the host reads it while the next step runs.
-
-    Attributes:
-        token: Token ids.
-        logprobs: Log-probabilities, if any request has `logprobs`.
-    """
+    """The newest token of each row; not in `Batch`, which is donated while the host reads the tokens."""
 
     token: Int[Array, "R"]
-    logprobs: Logprobs | None
+    logprobs: Logprobs | None  # if any request has `logprobs`
 
 
 def bucket(length: int) -> int:
-    """Return the next size 2ᵏ or 1.5·2ᵏ, at least 16: two programs per octave, at most a third of it padding."""
+    """Round up to 2ᵏ or 1.5·2ᵏ, at least 16: two programs per octave, at most a third padding."""
     power = 16
     while power < length:
         if length <= power * 3 // 2:
@@ -55,7 +43,7 @@ def bucket(length: int) -> int:
 
 
 def power_of_two(count: int) -> int:
-    """Return the next power of two."""
+    """Round up to a power of two."""
     return 1 << max(count - 1, 0).bit_length()
 
 
@@ -68,11 +56,7 @@ def prefill(
     token_ids: Int[Array, "P T"],
     counts: Int[Array, "P"],
 ) -> tuple[Float[Array, "P V"], KVCache]:
-    """Run the model on prompts, or on their first chunks, with a new cache of `max_length` tokens per row.
-
-    `token_ids` is padded on the right; `counts` has the lengths without padding. Returns the logits after the last
-    token of each prompt, and the cache.
-    """
+    """Run the model on right-padded prompts or their first chunks; return logits of the last tokens and the cache."""
     model = merge(graph, params)
     cache = KVCache.empty(model.config, len(token_ids), max_length, dtype)
     # Dynamic NTK depends on the longest prompt of the batch, as in transformers, not on the bucket.
@@ -83,7 +67,7 @@ def prefill(
 def extend(
     graph: Any, params: dict[str, Any], cache: KVCache, token_ids: Int[Array, "P T"], counts: Int[Array, "P"]
 ) -> tuple[Float[Array, "P V"], KVCache]:
-    """Run the model on the next chunks of prompts; arguments and result as in `prefill`."""
+    """Run the model on the next chunks of prompts; otherwise as `prefill`."""
     model = merge(graph, params)
     return _prefill(model, cache, token_ids, counts, (cache.lengths + counts).max(), first=False)
 
@@ -109,19 +93,17 @@ def step(
     sampler: Sampler | None,
     num_sampled: Int[Array, "R"],
 ) -> tuple[SampledTokens, Batch]:
-    """Decode one token per active row; the batch is donated.
+    """Decode one token per active row from `token`, the newest; the batch is donated, no sampler means greedy.
 
-    `token` is the newest token of each row, `num_sampled` how many it has sampled before. `top` log-probabilities are
-    returned, none at all if it is None. Without a sampler all rows are greedy.
+    `num_sampled` counts the tokens sampled before. `top` log-probabilities are computed, none at all if None.
     """
     model = merge(graph, params)
     cache = batch.cache
     longest = jnp.where(active, cache.lengths, 0).max() + 1
     hidden = model.hidden(token[:, None], active[:, None], cache=cache.placed(), rope_length=longest)
     assert hidden.cache is not None
-    sampled, penalties = _sample(
-        model.logits(hidden.last_hidden_state[:, 0]), batch.penalties, top, active, sampler, num_sampled
-    )
+    logits = model.logits(hidden.last_hidden_state[:, 0])
+    sampled, penalties = _sample(logits, batch.penalties, top, active, sampler, num_sampled)
     return sampled, Batch(hidden.cache.placed(), penalties)
 
 
@@ -137,19 +119,15 @@ def insert(
     sampler: Sampler | None,
     penalty_row: tuple[Array, ...] | None,
 ) -> tuple[SampledTokens, Batch]:
-    """Insert row `prompt_row` of a prefilled cache into an idle row and sample its first token; the batch is donated.
-
-    `sampler` and `penalty_row` (arguments of `PenaltyState.reset_row`) are those of this row. Returns the newest token
-    of every row, with log-probabilities of the new one alone.
-    """
+    """Insert row `prompt_row` of a prefilled cache into an idle row, sample its first token, and donate the batch."""
     one, cache = row[None], batch.cache.put(row, prompt_cache, prompt_row)
     penalties = batch.penalties
     penalties = None if penalties is None or penalty_row is None else penalties.reset_row(row, *penalty_row)
-    own = None if penalties is None else penalties.take(one)
+    new = None if penalties is None else penalties.take(one)
     num_sampled, active = jnp.zeros(1, jnp.int32), jnp.ones(1, bool)
-    sampled, own = _sample(logits[prompt_row][None], own, top, active, sampler, num_sampled)
-    if penalties is not None and own is not None:
-        penalties = jax.tree.map(lambda rows, new: rows.at[row].set(new[0]), penalties, own)
+    sampled, new = _sample(logits[prompt_row][None], new, top, active, sampler, num_sampled)
+    if penalties is not None and new is not None:
+        penalties = jax.tree.map(lambda rows, value: rows.at[row].set(value[0]), penalties, new)
     return SampledTokens(token.at[row].set(sampled.token[0]), sampled.logprobs), Batch(cache.placed(), penalties)
 
 

@@ -13,12 +13,7 @@ Prompt = str | Sequence[int] | Sequence[Message]
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
-    """Return the token ids of a prompt: text with BOS, a chat rendered with the chat template.
-
-    Raises:
-        DSMoEError: The prompt is empty, needs a tokenizer, has ids outside the vocabulary, or is a chat whose roles do
-            not alternate.
-    """
+    """Return the token ids of a prompt; `Generator.encode` documents the errors."""
     if not len(prompt):
         raise DSMoEError("the prompt is empty")
     if isinstance(prompt, str) or isinstance(prompt[0], Mapping):
@@ -41,22 +36,11 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) 
 
 
 def encode_pair(
-    prompt: Prompt,
-    continuation: str | Sequence[int],
-    tokenizer: Tokenizer | None,
-    vocab_size: int,
-    prefix_token_id: int | None,
+    prompt: Prompt, continuation: str | Sequence[int], tokenizer: Tokenizer | None, vocab_size: int, prefix: int | None
 ) -> tuple[list[int], list[int]]:
-    """Return the token ids of a context and its continuation.
-
-    Text is tokenized together with its prompt, as in lm-evaluation-harness: whitespace between the two belongs to the
-    continuation. An empty or blank prompt is the prefix token.
-
-    Raises:
-        DSMoEError: As `encode_prompt`, or an empty prompt has no prefix token.
-    """
+    """Return the token ids of a prompt and a continuation, as `Generator.score`; `prefix` replaces an empty prompt."""
     if not isinstance(continuation, str):
-        context = encode_prompt(prompt, tokenizer, vocab_size) if len(prompt) else _empty_context(prefix_token_id)
+        context = encode_prompt(prompt, tokenizer, vocab_size) if len(prompt) else _empty_context(prefix)
         return context, list(continuation)
     tokenizer = _required(tokenizer, "a text continuation")
     if isinstance(prompt, str) and (context := prompt.rstrip()):
@@ -66,15 +50,15 @@ def encode_pair(
         before = encode_prompt(prompt, tokenizer, vocab_size)
         return before, tokenizer.encode(continuation, add_special_tokens=False)
     blank = prompt if isinstance(prompt, str) else ""
-    before = _empty_context(prefix_token_id)
+    before = _empty_context(prefix)
     after = tokenizer.encode(blank + continuation, add_special_tokens=False)
     return before, after[1:] if len(after) > 1 and after[:1] == before else after  # the text starts with BOS itself
 
 
-def _empty_context(prefix_token_id: int | None) -> list[int]:
-    if prefix_token_id is None:
+def _empty_context(prefix: int | None) -> list[int]:
+    if prefix is None:
         raise DSMoEError("an empty prompt needs a BOS or EOS token, and this model has neither")
-    return [prefix_token_id]
+    return [prefix]
 
 
 def _required(tokenizer: Tokenizer | None, what: str) -> Tokenizer:

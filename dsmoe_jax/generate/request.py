@@ -22,33 +22,20 @@ class TokenLogprob(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """Tokens with their keys and values, reused by prompts that start with them.
-
-    Attributes:
-        token_ids: Prompt and output.
-        cache: A cache of one row that holds at least all tokens but the last.
-    """
+    """Tokens of prompt and output with a one-row cache of all but the last, reused by prompts that start with them."""
 
     token_ids: tuple[int, ...]
     cache: KVCache
 
     def match(self, token_ids: Sequence[int]) -> int:
-        """Return how many tokens of a prompt are cached, at most all but the last, whose logits are needed."""
+        """Return how many tokens of a prompt are cached; the last is excluded, as its logits are needed."""
         limit = min(len(self.token_ids), len(token_ids)) - 1
         return next((i for i in range(limit) if self.token_ids[i] != token_ids[i]), limit)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
-    """A prompt and its sampling parameters.
-
-    Attributes:
-        token_ids: The prompt.
-        params: Sampling parameters of all its outputs.
-        seed: Seed of the sampler.
-        prefix: Tokens whose keys and values can be reused, or None.
-        retain_prefix: Whether the first output keeps its keys and values as a `Prefix`.
-    """
+    """A prompt and the sampling parameters of its outputs."""
 
     token_ids: tuple[int, ...]
     params: SamplingParams
@@ -58,33 +45,21 @@ class Request:
 
     @property
     def max_length(self) -> int:
-        """Prompt plus longest output, in tokens."""
+        """Maximum tokens of prompt and output."""
         return len(self.token_ids) + self.params.max_new_tokens
 
 
 class Output:
-    """One output in progress; a request has `params.n` of them.
-
-    Attributes:
-        request: The request.
-        index: Which of the outputs of its request this is.
-        token_ids: Tokens so far, as read back from the device.
-        logprobs: One entry per token if the request has `logprobs`.
-        finish_reason: "stop", "length" or "abort"; None while in progress.
-        stop_reason: The stop string or stop token id that ended it; None after EOS and for other finish reasons.
-        prefix: Keys and values, once finished, if the request retains them.
-        num_sampled: Tokens sampled on the device; the newest may not have been read back yet.
-        text: Text so far, if the output is detokenized incrementally.
-    """
+    """An output in progress; a request has `params.n` of them, numbered by `index`."""
 
     def __init__(self, request: Request, index: int, detokenizer: Detokenizer | None):
         self.request, self.index = request, index
-        self.token_ids: list[int] = []
+        self.token_ids: list[int] = []  # read back from the device
         self.logprobs: list[TokenLogprob] = []
-        self.finish_reason: str | None = None
-        self.stop_reason: int | str | None = None
-        self.prefix: Prefix | None = None
-        self.num_sampled = 0
+        self.finish_reason: str | None = None  # "stop", "length" or "abort"
+        self.stop_reason: int | str | None = None  # as in `Completion`
+        self.prefix: Prefix | None = None  # set when finished, with `retain_prefix`
+        self.num_sampled = 0  # on the device; `token_ids` may be one step behind
         self.text = ""
         self._detokenizer = detokenizer
         self._num_emitted = 0  # characters of `text` that `new_text` has returned
@@ -105,7 +80,7 @@ class Output:
         return new
 
     def append(self, token: int, logprob: TokenLogprob | None, eos_token_ids: frozenset[int]) -> None:
-        """Append a sampled token and check every stopping condition."""
+        """Append a sampled token and check the stopping conditions."""
         params = self.request.params
         self.token_ids.append(token)
         if logprob is not None:
@@ -120,7 +95,7 @@ class Output:
             self.finish("length")
 
     def finish(self, reason: str, stop_reason: int | None = None) -> None:
-        """Mark the output as complete; a stop string in its text goes before `reason`."""
+        """Mark the output as complete; a stop string in its text takes precedence over `reason`."""
         self.finish_reason, self.stop_reason = reason, stop_reason
         if self._detokenizer is not None:
             self.text += self._detokenizer.flush()
@@ -128,7 +103,7 @@ class Output:
                 self.finish_reason, self.stop_reason = "stop", self._detokenizer.stop_string
 
     def _detokenize(self, token: int) -> bool:
-        """Extend the text; returns True if a stop string is complete."""
+        """Extend the text; return whether a stop string is complete."""
         if self._detokenizer is None:
             return False
         self.text += self._detokenizer.feed(token)

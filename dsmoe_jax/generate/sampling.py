@@ -1,7 +1,4 @@
-"""Sampling on the device: `sample_tokens`. `SamplingParams` documents each step and their order.
-
-R is the number of rows of a batch. Nothing sorts the vocabulary: on CPU that takes longer than a small model does.
-"""
+"""Sampling on the device: `sample_tokens`; `SamplingParams` documents each step and their order."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
@@ -18,31 +15,18 @@ _DTYPES: Final = (np.float32, np.int32, np.float32, np.float32, np.uint32, np.in
 
 
 class Sampler(NamedTuple):
-    """Sampling parameters per row, as arrays: other values do not recompile.
+    """Sampling parameters per row, as arrays, so that new values do not recompile."""
 
-    Attributes:
-        temperature: Divides the logits; 0 for greedy rows.
-        top_k: Size of the vocabulary where disabled.
-        top_p: 1 where disabled.
-        min_p: 0 where disabled.
-        seed: uint32 [R].
-        index: Index among the outputs of the same prompt.
-    """
-
-    temperature: Float[Array, "R"]
-    top_k: Int[Array, "R"]
-    top_p: Float[Array, "R"]
-    min_p: Float[Array, "R"]
-    seed: Array
-    index: Int[Array, "R"]
+    temperature: Float[Array, "R"]  # 0: greedy
+    top_k: Int[Array, "R"]  # vocab_size: disabled
+    top_p: Float[Array, "R"]  # 1: disabled
+    min_p: Float[Array, "R"]  # 0: disabled
+    seed: Array  # uint32 [R]
+    index: Int[Array, "R"]  # among the outputs of the same prompt
 
     @classmethod
     def of(cls, rows: Sequence[tuple[SamplingParams | None, int, int]], vocab_size: int) -> "Sampler | None":
-        """Return numpy arrays, or None if all rows are greedy.
-
-        A row is its parameters (None: idle), seed and output index. The seed is passed separately because
-        `SamplingParams.seed` may be None.
-        """
+        """Return numpy arrays for rows of (parameters or None if idle, seed, output index); None if all are greedy."""
         # Filters of a greedy row have no effect; without them the other rows may skip the search for a cut-off.
         greedy = (0.0, vocab_size, 1.0, 0.0)
         values = [
@@ -53,27 +37,17 @@ class Sampler(NamedTuple):
         ]
         if all(value is greedy for value in values):
             return None
-        columns = zip(
-            *((*value, seed, index) for value, (_, seed, index) in zip(values, rows, strict=True)), strict=True
-        )
-        arrays: list[Any] = [np.array(column, dtype) for column, dtype in zip(columns, _DTYPES, strict=True)]
+        rows_of_values = [(*value, seed, index) for value, (_, seed, index) in zip(values, rows, strict=True)]
+        columns = zip(zip(*rows_of_values, strict=True), _DTYPES, strict=True)
+        arrays: list[Any] = [np.array(column, dtype) for column, dtype in columns]
         return cls(*arrays)
 
 
 class PenaltyState(NamedTuple):
-    """Biases, penalties and token counts per row: 9 bytes per row and token of the vocabulary.
+    """Biases, penalties and token counts per row: 9 bytes per row and token of the vocabulary."""
 
-    Attributes:
-        prompt_mask: Which tokens occur in the prompt.
-        output_counts: How often each token occurs in the output.
-        bias: Added to the logits.
-        repetition: Repetition penalty.
-        presence: Presence penalty.
-        frequency: Frequency penalty.
-    """
-
-    prompt_mask: Bool[Array, "R V"]
-    output_counts: Int[Array, "R V"]
+    prompt_mask: Bool[Array, "R V"]  # tokens in the prompt
+    output_counts: Int[Array, "R V"]  # occurrences in the output
     bias: Float[Array, "R V"]
     repetition: Float[Array, "R"]
     presence: Float[Array, "R"]
@@ -82,16 +56,10 @@ class PenaltyState(NamedTuple):
     @classmethod
     def empty(cls, rows: int, vocab_size: int) -> "PenaltyState":
         """Return a state that changes no logits."""
-        shape = (rows, vocab_size)
-        # One buffer each: donating a buffer twice is an error.
-        return cls(
-            jnp.zeros(shape, bool),
-            jnp.zeros(shape, jnp.int32),
-            jnp.zeros(shape, jnp.float32),
-            jnp.ones(rows, jnp.float32),
-            jnp.zeros(rows, jnp.float32),
-            jnp.zeros(rows, jnp.float32),
-        )
+        full = lambda value, dtype=jnp.float32: jnp.full((rows, vocab_size), value, dtype)  # noqa: E731
+        # One buffer per field: donating a buffer twice is an error.
+        penalties = [jnp.full(rows, value, jnp.float32) for value in (1, 0, 0)]
+        return cls(full(False, bool), full(0, jnp.int32), full(0), *penalties)
 
     def reset_row(
         self,
@@ -102,11 +70,7 @@ class PenaltyState(NamedTuple):
         bias_values: Float[Array, "N"],
         penalties: Float[Array, "3"],
     ) -> "PenaltyState":
-        """Replace a row by that of a new request without output.
-
-        The first `count` of `prompt_ids` are the prompt; `penalty_arrays` returns the last three arguments. Padding of
-        `bias_ids` has a bias of 0.
-        """
+        """Replace a row by a new request: `count` tokens of `prompt_ids`, then the values of `penalty_arrays`."""
         vocab_size = self.bias.shape[1]
         # Index V is out of bounds, and dropped.
         ids = jnp.where(jnp.arange(prompt_ids.shape[0]) < count, prompt_ids, vocab_size)
@@ -125,7 +89,7 @@ class PenaltyState(NamedTuple):
         return self._replace(output_counts=self.output_counts.at[rows, token].add(active.astype(jnp.int32)))
 
     def take(self, rows: Int[Array, "P"]) -> "PenaltyState":
-        """Gather rows, in any order and with repetition."""
+        """Gather rows."""
         return jax.tree.map(lambda x: x[rows], self)
 
     def apply(self, logits: Float[Array, "R V"]) -> Float[Array, "R V"]:
@@ -139,13 +103,7 @@ class PenaltyState(NamedTuple):
 
 
 class Logprobs(NamedTuple):
-    """Natural log-probabilities from the logits of the model.
-
-    Attributes:
-        token: Of the sampled token.
-        top_ids: The most likely tokens in descending order.
-        top: Their log-probabilities.
-    """
+    """Log-probabilities from the logits of the model: of the sampled token and of the N most likely ones."""
 
     token: Float[Array, "R"]
     top_ids: Int[Array, "R N"]
@@ -153,7 +111,7 @@ class Logprobs(NamedTuple):
 
 
 def penalty_arrays(params: SamplingParams) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the last arguments of `PenaltyState.reset_row`: ids and values of biases, padded, and penalties."""
+    """Return arguments of `PenaltyState.reset_row`: token ids and values of biases, padded with 0, and penalties."""
     biases = dict(params.logit_bias or ())
     ids, values = np.zeros(MAX_LOGIT_BIASES, np.int32), np.zeros(MAX_LOGIT_BIASES, np.float32)
     ids[: len(biases)], values[: len(biases)] = list(biases), list(biases.values())
@@ -162,15 +120,9 @@ def penalty_arrays(params: SamplingParams) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def sample_tokens(
-    logits: Float[Array, "R V"],
-    sampler: Sampler | None,
-    penalties: PenaltyState | None,
-    num_sampled: Int[Array, "R"],
+    logits: Float[Array, "R V"], sampler: Sampler | None, penalties: PenaltyState | None, num_sampled: Int[Array, "R"]
 ) -> Int[Array, "R"]:
-    """Sample the next token of every row; it depends on the arguments of that row alone.
-
-    Without a sampler all rows are greedy. `num_sampled` tokens were sampled before; it is part of the random key.
-    """
+    """Sample the next token of every row, independent of other rows; without a sampler all are greedy."""
     logits = logits.astype(jnp.float32) if penalties is None else penalties.apply(logits)
     if sampler is None:
         return _argmax(logits)
@@ -187,7 +139,7 @@ def log_probabilities(logits: Float[Array, "R V"], token: Int[Array, "R"], top: 
 
 
 def _filter_logits(logits: Float[Array, "R V"], sampler: Sampler) -> Float[Array, "R V"]:
-    """Return logits over temperature with a maximum of 0, and -inf where top-k, top-p or min-p drops a token."""
+    """Divide by temperature, shift the maximum to 0, and set -inf where top-k, top-p or min-p drops a token."""
     # Subtract the maximum first: a tiny temperature must not overflow.
     scaled = logits - logits.max(axis=-1, keepdims=True)
     scaled = scaled / jnp.maximum(sampler.temperature, _TINY)[:, None]
@@ -201,20 +153,20 @@ def _filter_logits(logits: Float[Array, "R V"], sampler: Sampler) -> Float[Array
 
 
 def _mask_if(enabled: Bool[Array, ""], mask: Callable[[Array], Array], scaled: Array) -> Array:
-    """Set -inf where `mask` is False; it is computed only if some row enables it."""
+    """Set -inf where `mask` is False, computed only if some row needs it."""
     return jax.lax.cond(enabled, lambda x: jnp.where(mask(x), x, -jnp.inf), lambda x: x, scaled)
 
 
 def _nucleus(scaled: Float[Array, "R V"], top_p: Float[Array, "R"]) -> Bool[Array, "R V"]:
     weight = jnp.exp(scaled)
-    # Sums are rounded: at 1 even the least likely token stays.
+    # With rounded sums, top_p = 1 could drop the least likely token.
     return _heaviest(scaled, weight, top_p * weight.sum(axis=-1)) | (top_p >= 1)[:, None]
 
 
 def _heaviest(x: Float[Array, "R V"], weight: Array, need: Array) -> Bool[Array, "R V"]:
-    """Mask the largest x whose weights sum to at least `need` [R]; everything if the total is less.
+    """Mask the largest x whose weights sum to at least `need` [R]; all if the total is less. Ties stay together.
 
-    Ties are kept or dropped together. Exact, with 32 sums instead of a sort: the threshold is found bit by bit.
+    Exact, with 32 sums instead of a sort, which on CPU takes longer than a forward pass of a small model.
     """
     order = _sortable_bits(x)
 
@@ -228,7 +180,7 @@ def _heaviest(x: Float[Array, "R V"], weight: Array, need: Array) -> Bool[Array,
 
 
 def _sortable_bits(x: Float[Array, "R V"]) -> Int[Array, "R V"]:
-    """Return integers in the order of the floats: the bits, all but the sign flipped where x is negative."""
+    """Map floats to integers of the same order: flip all bits but the sign of negative ones."""
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)  # -0 is 0
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -248,7 +200,7 @@ def _gumbel_noise(sampler: Sampler, num_sampled: Int[Array, "R"], vocab_size: in
 
 
 def _argmax(x: Float[Array, "R V"]) -> Int[Array, "R"]:
-    """Return the first maximum; on CPU several times as fast as jnp.argmax, which goes element by element."""
+    """Return the first maximum; several times as fast on CPU as jnp.argmax, which is not vectorized."""
     places = jnp.arange(x.shape[1], dtype=jnp.int32)
-    last = x.shape[1] - 1  # if NaN leaves no maximum, the result must still be a token
+    last = x.shape[1] - 1  # NaN has no maximum, but the result must be a valid token
     return jnp.where(x == x.max(axis=-1, keepdims=True), places[None, :], last).min(axis=-1)

@@ -15,7 +15,7 @@ _DEFAULT_MAX_NEW_TOKENS: Final = 128
 
 
 class _Bound(NamedTuple):
-    """The closed interval of a number, and whether it is an integer and may be None."""
+    """The closed interval of a number."""
 
     low: float
     high: float
@@ -38,13 +38,13 @@ _NUMBERS: Final[dict[str, _Bound]] = {
     "n": _Bound(1, 1024, integer=True),
     "logprobs": _Bound(0, 20, integer=True, optional=True),
 }
-# Further values that mean None, as in vLLM.
+# Other values that mean None, as in vLLM.
 _DISABLED: Final[dict[str, tuple[int, ...]]] = {"top_k": (-1, 0), "seed": (-1,)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Sampling parameters of a request; None stands for the default of any of them.
+    """Sampling parameters of a request; None selects the default of any of them.
 
     They apply in this order, that of transformers (vLLM applies `min_p` before `top_k`): `logit_bias`,
     `repetition_penalty`, presence and frequency penalties, `temperature`, `top_k`, `top_p`, `min_p`. Tokens tied with
@@ -76,7 +76,7 @@ class SamplingParams:
         DSMoEError: A value is out of range or of the wrong type.
     """
 
-    # None until `__post_init__`, which thereby tells a value that was passed from the default.
+    # None until `__post_init__`, to distinguish an explicit value from the default.
     max_new_tokens: int = None  # type: ignore[assignment]
     temperature: float = 0.0
     top_k: int | None = None
@@ -100,12 +100,11 @@ class SamplingParams:
         values |= {f.name: f.default for f in dataclasses.fields(self) if _is_default(f.name, values[f.name])}
         lengths = {"max_new_tokens": values["max_new_tokens"], "max_tokens": max_tokens}
         bound = _NUMBERS["max_new_tokens"]
-        given = {_number(name, value, bound) for name, value in lengths.items() if value is not None}
-        if len(given) > 1:
-            raise DSMoEError(
-                "max_new_tokens and its alias max_tokens must be equal, got {} and {}".format(*lengths.values())
-            )
-        values["max_new_tokens"] = given.pop() if given else _DEFAULT_MAX_NEW_TOKENS
+        passed = {_number(name, value, bound) for name, value in lengths.items() if value is not None}
+        if len(passed) > 1:
+            both = "{} and {}".format(*lengths.values())
+            raise DSMoEError(f"max_new_tokens and its alias max_tokens must be equal, got {both}")
+        values["max_new_tokens"] = passed.pop() if passed else _DEFAULT_MAX_NEW_TOKENS
         values |= {name: _number(name, values[name], bound) for name, bound in _NUMBERS.items()}
         values["logit_bias"] = _logit_bias(values["logit_bias"])
         values["stop"] = _stop_strings(values["stop"])
@@ -117,7 +116,7 @@ class SamplingParams:
 
     @classmethod
     def of(cls, **keywords: Any) -> "SamplingParams":
-        """Return parameters by name; an unknown name is a `DSMoEError` that suggests a similar one."""
+        """Return parameters by field; an unknown name is a `DSMoEError` that suggests a similar one."""
         for name in keywords:
             if name not in FIELD_NAMES:
                 raise DSMoEError(f"unknown sampling parameter {_short_repr(name)}; {suggest(name, FIELD_NAMES)}")
@@ -125,7 +124,7 @@ class SamplingParams:
 
     @property
     def adjusts_logits(self) -> bool:
-        """Whether biases or penalties are set, so that a `PenaltyState` is needed."""
+        """Whether biases or penalties are set."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
         return bool(self.logit_bias) or penalties != (1, 0, 0)
 

@@ -1,9 +1,4 @@
-"""Log-likelihoods of continuations given contexts, and perplexity over rolling windows.
-
-Start at `score`: it plans batches (`_plan`), runs them (`_run`, on the device `_score_batch`) and restores the order.
-`perplexity` is `score` over `rolling_windows`. Both follow `loglikelihood` and `loglikelihood_rolling` of EleutherAI's
-lm-evaluation-harness.
-"""
+"""`score` and `perplexity`: `loglikelihood` and `loglikelihood_rolling` of EleutherAI's lm-evaluation-harness."""
 
 import functools
 import math
@@ -22,9 +17,9 @@ from dsmoe_jax.model import merge
 from dsmoe_jax.sharding import mesh_of
 
 Tokens = Sequence[int]
-Progress = Callable[[int, int], object]  # receives (pairs done, total) after every batch
+Progress = Callable[[int, int], object]  # receives (pairs scored, total)
 
-_CHUNK: Final = 128  # positions whose logits are materialized at once: 52 MB in fp32 at a vocabulary of 102400
+_CHUNK: Final = 128  # positions whose logits exist at once: 52 MB in fp32 at a vocabulary of 102400
 
 
 class Score(NamedTuple):
@@ -67,27 +62,11 @@ def score(
     max_tokens: int = 2048,
     progress: Progress | None = None,
 ) -> list[Score]:
-    """Compute the log-probability of every continuation given its context.
+    """Return the log-likelihood of every (context, continuation), both token ids; `Generator.score` has the options.
 
-    Results do not depend on the other pairs, except for rounding: pairs beyond `max_position_embeddings` under dynamic
-    NTK share a batch only with pairs of the same length.
-
-    Args:
-        graph: Graph of the model (`model.split`).
-        params: Parameters of the model.
-        config: Config of the model.
-        pairs: (context, continuation), both non-empty token ids. No token is added or truncated.
-        context_length: Maximum tokens the model reads per pair. The last token of a continuation is predicted but not
-            read: a pair fits if len(context) + len(continuation) - 1 <= context_length.
-        max_tokens: Maximum tokens per batch, padding included. A longer pair is a batch of its own.
-        progress: Receives (pairs done, total) after every batch; the longest pairs come first.
-
-    Returns:
-        Scores in the order of the pairs.
-
-    Raises:
-        DSMoEError: `context_length` or `max_tokens` is below 1, or a pair is empty, too long or has ids outside the
-            vocabulary.
+    The last token of a continuation is predicted but not read: a pair fits if all but one token fit into the context.
+    Results do not depend on the other pairs, except for rounding: under dynamic NTK, pairs beyond
+    `max_position_embeddings` share a batch only with pairs of the same length.
     """
     for name, value in (("context_length", context_length), ("max_tokens", max_tokens)):
         if value < 1:
@@ -119,32 +98,9 @@ def perplexity(
     window: int | None = None,
     stride: int | None = None,
     text_bytes: int | None = None,
-    max_tokens: int = 2048,
-    progress: Progress | None = None,
+    **options: Any,
 ) -> Perplexity:
-    """Compute the perplexity of a text; `rolling_windows` predicts every token once.
-
-    Args:
-        graph: Graph of the model (`model.split`).
-        params: Parameters of the model.
-        config: Config of the model.
-        tokens: Token ids of the text.
-        prefix: Token the first one is predicted from, usually BOS. None: the first token is not predicted, for models
-            without BOS and for `tokens` that start with it.
-        context_length: As in `score`, where a window is a pair.
-        window: Maximum tokens read at once; default: `max_position_embeddings`, at most `context_length`.
-        stride: New tokens per window after the first; default: `window`.
-        text_bytes: Length of the text in UTF-8, for bits per byte.
-        max_tokens: As in `score`.
-        progress: As in `score`.
-
-    Returns:
-        Perplexity, negative log-likelihood and bits per byte.
-
-    Raises:
-        DSMoEError: As `rolling_windows` and `score`; `window` exceeds `context_length`, `text_bytes` is below 1, or no
-            token is predicted.
-    """
+    """Return the perplexity of token ids, the first predicted from `prefix` unless None; `options` are for `score`."""
     window = min(context_length, config.max_position_embeddings) if window is None else window
     if window > context_length:
         raise DSMoEError(f"window must be at most context_length {context_length}, got {window}")
@@ -153,8 +109,7 @@ def perplexity(
         raise DSMoEError(f"no token to predict: tokens has length {len(tokens)} and prefix is {prefix}")
     if text_bytes is not None and text_bytes < 1:
         raise DSMoEError(f"text_bytes must be at least 1, got {text_bytes}")
-    limits = {"context_length": context_length, "max_tokens": max_tokens}
-    scores = score(graph, params, config, windows, **limits, progress=progress)
+    scores = score(graph, params, config, windows, context_length=context_length, **options)
     nll = -math.fsum(one.logprob for one in scores)
     predicted = sum(len(continuation) for _, continuation in windows)
     bits = None if text_bytes is None else nll / (math.log(2) * text_bytes)
@@ -164,25 +119,12 @@ def perplexity(
 def rolling_windows(
     tokens: Tokens, *, prefix: int | None, window: int, stride: int | None = None
 ) -> list[tuple[list[int], list[int]]]:
-    """Split a text into pairs (context, continuation) for `score`.
+    """Split a text into pairs (context, continuation) for `score`; every token is predicted once.
 
-    The continuations concatenate to all predicted tokens. The first window predicts `window` tokens from one; each
-    later one predicts the next `stride` with as much context as fits into `window + 1` tokens (the last token of a pair
-    is not read). A token has at least `window - stride + 1` tokens of context. Same windows as lm-evaluation-harness
+    The first window predicts `window` tokens from one; each later one predicts the next `stride` with as much context
+    as fits into `window + 1` tokens, of which the last is not read. Same windows as lm-evaluation-harness
     (`get_rolling_token_windows`, `make_disjoint_window` in lm_eval/utils.py) with `max_seq_len = window` and
     `context_len = window - stride + 1`.
-
-    Args:
-        tokens: Token ids of the text.
-        prefix: Context of the first token; None: the first token is the context of the second.
-        window: Maximum tokens read at once.
-        stride: New tokens per window after the first; default: `window`.
-
-    Returns:
-        Pairs; none if there is no token to predict.
-
-    Raises:
-        DSMoEError: `window` is below 1, or `stride` is not in [1, window].
     """
     stride = window if stride is None else stride
     if window < 1:
@@ -196,9 +138,6 @@ def rolling_windows(
         pairs.append((text[max(0, end - window - 1) : done], text[done:end]))
         done, new = end, stride
     return pairs
-
-
-# --- pairs and their batches ---
 
 
 class _Pair(NamedTuple):
@@ -232,17 +171,14 @@ def _checked(index: int, pair: tuple[Tokens, Tokens], vocab_size: int, context_l
         for worst in (ids.min(), ids.max()):
             if not 0 <= worst < vocab_size:
                 raise DSMoEError(f"pair {index}: {name} id {worst} is outside the vocabulary of {vocab_size}")
-    read = len(context) + len(continuation) - 1
-    if read > context_length:
-        raise DSMoEError(
-            f"pair {index}: {len(context)} tokens of context and {len(continuation)} of continuation (the last is not "
-            f"read) exceed the context_length of {context_length}"
-        )
+    if len(context) + len(continuation) - 1 > context_length:
+        lengths = f"{len(context)} tokens of context and {len(continuation)} of continuation (the last is not read)"
+        raise DSMoEError(f"pair {index}: {lengths} exceed the context_length of {context_length}")
     return _Pair(np.concatenate([context, continuation]).astype(np.int32), len(continuation))
 
 
 def _plan(lengths: Sequence[int], config: ModelConfig, context_length: int, max_tokens: int) -> list[_Batch]:
-    """Batch pairs of the same padded length, the longest first, so that running out of memory shows at once."""
+    """Batch pairs of the same padded length, the longest first, so that running out of memory fails early."""
     groups: dict[tuple[int, int | None], list[int]] = {}
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         padded = min(bucket(lengths[i]), context_length)
@@ -257,13 +193,10 @@ def _plan(lengths: Sequence[int], config: ModelConfig, context_length: int, max_
 
 
 def _ntk_length(length: int, config: ModelConfig) -> int | None:
-    """Return the length the RoPE angles of a pair depend on, None if they do not: see dynamic NTK in `layers.rope`."""
+    """Return the length that determines the RoPE angles of a pair under dynamic NTK, else None (`layers.rope`)."""
     scaling = config.rope_scaling
     dynamic = scaling is not None and scaling.type == "dynamic"
     return length if dynamic and length > config.max_position_embeddings else None
-
-
-# --- on the device ---
 
 
 def _run(
@@ -296,11 +229,7 @@ def _score_batch(
     targets: Int[Array, "chunks size"],
     used: Int[Array, ""],
 ) -> tuple[Float[Array, "chunks size"], Bool[Array, "chunks size"]]:
-    """Return the log-probability of each target at its position (row · T + column), and whether it is the argmax.
-
-    Only the first `used` chunks are computed. `used` is a value, not a shape: the number of predicted tokens does not
-    recompile, and the head, a large part of the work, runs on the needed positions only.
-    """
+    """Return log-probability and greedy flag of each target at its position (row · T + column)."""
     model = merge(graph, params)
     B, T = token_ids.shape
     valid = jnp.arange(T)[None, :] < counts[:, None]
@@ -315,6 +244,7 @@ def _score_batch(
         logprobs = logprobs.at[i].set(target - jax.nn.logsumexp(logits, axis=-1))
         return logprobs, greedy.at[i].set(logits.argmax(axis=-1) == targets[i])
 
+    # `used` is a value, not a shape, so that the number of predicted tokens does not recompile.
     empty = jnp.zeros(positions.shape, jnp.float32), jnp.zeros(positions.shape, bool)
     return jax.lax.fori_loop(0, used, chunk, empty)
 

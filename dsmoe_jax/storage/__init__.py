@@ -1,1 +1,1 @@
-"""Files and folders: strict JSON, paths of users, atomic directories, direct I/O, locks."""
+"""Strict JSON, user paths, manifests, atomic directories, direct I/O and file locks."""

@@ -1,7 +1,7 @@
-"""Atomic, resumable writes of folders and small files.
+"""Atomic, resumable writes of folders and small files. Start at `atomic_dir`.
 
-Start at `atomic_dir`. Output goes to the staging directory `.NAME.incomplete`, is fsynced, and is renamed into place. A
-journal in it lists the units of work that are complete and on disk, so that an interrupted job can resume.
+Output goes to the staging directory `.NAME.incomplete`, is fsynced, and is renamed into place. A journal in the staging
+directory lists the completed units of work, so that an interrupted job can resume.
 """
 
 import contextlib
@@ -28,24 +28,19 @@ _log = logging.getLogger(__name__)
 
 
 class StagingDir:
-    """A folder that is being written; made by `atomic_dir`.
-
-    Attributes:
-      folder: Where to write.
-      finished: Records of the complete units, those of earlier runs of the same job included, by unit.
-    """
+    """The staging directory of `atomic_dir`: write to `folder`, skip the units in `finished` (records by unit name)."""
 
     def __init__(self, folder: Path, job: Mapping[str, Any] | None):
-        """Open the journal, or start a new one if it belongs to another job."""
         self.folder = folder
         self.finished: dict[str, Any] = {}
-        self._lock = threading.Lock()
-        self._journal = None
+        self._lock, self._journal = threading.Lock(), None
         if job is None:
             self._clear()
             return
         head = json.dumps({"job": job}, sort_keys=True)
-        lines = _lines(folder / JOURNAL)
+        lines: list[str] = []
+        with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
+            lines = (folder / JOURNAL).read_text(encoding="utf-8").split("\n")[:-1]  # a crash may truncate the last one
         if lines and lines[0] == head:
             with contextlib.suppress(ValueError, LookupError, TypeError):  # a damaged line: its unit is redone
                 for line in lines[1:]:
@@ -61,7 +56,7 @@ class StagingDir:
         self._journal = (folder / JOURNAL).open("a", encoding="utf-8")
 
     def finish(self, unit: str, record: Any) -> None:
-        """Record that `unit` is complete and on disk; thread-safe. `record` must be JSON."""
+        """Record that `unit` is complete and fsynced; thread-safe. `record` must be JSON."""
         with self._lock:
             self.finished[unit] = record
             if self._journal is not None:
@@ -82,12 +77,12 @@ class StagingDir:
 
 
 def staging_path(path: Path) -> Path:
-    """The staging directory of the folder `path`."""
+    """Return the staging directory of a folder."""
     return path.parent / f".{path.name}.incomplete"
 
 
 def check_new_path(path: str | Path) -> Path:
-    """The absolute path of an output that must not exist; `DSMoEError` if it does."""
+    """Return the absolute path of an output; raise `DSMoEError` if it exists."""
     path = user_path(path, "output path").absolute()
     if os.path.lexists(path):
         raise DSMoEError(f"{path} exists; nothing is overwritten")
@@ -96,37 +91,31 @@ def check_new_path(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_dir(path: str | Path, *, needs: int = 0, job: Mapping[str, Any] | None = None) -> Iterator[StagingDir]:
-    """Yield a `StagingDir` that is renamed to `path`, all bytes on disk, when the block succeeds.
+    """Yield a `StagingDir` that is fsynced and renamed to `path` when the block succeeds.
 
-    Args:
-      path: The folder to make.
-      needs: Bytes that it will have, for a check of the free disk space; resumed output counts.
-      job: JSON of all that determines the content. With one, a failure other than a `ValueError` (a full disk,
-        Ctrl-C) leaves the staging directory, and the next call with an equal job resumes from it. Without one, or for
-        another job, the staging directory is removed.
-
-    Raises:
-      DSMoEError: `path` exists or is being written by another process, or the disk is too full.
+    `needs` is the final size in bytes, to check the free disk space. `job` is JSON that determines the content: after a
+    failure other than a `ValueError` the staging directory stays, and the next call with an equal job resumes from it.
+    Raises `DSMoEError` if `path` exists or is being written by another process, or if the disk is too full.
     """
     path = check_new_path(path)
     folder = staging_path(path)
     with lock_name(path), name_full_disk(path), contextlib.ExitStack() as stack:
-        check_new_path(path)  # the previous holder of the lock may have made it
+        check_new_path(path)  # another process may have created it before it released the lock
         try:
             folder.mkdir(exist_ok=True)
             if folder.is_symlink():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             staging = StagingDir(folder, job)
         except OSError as error:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # `rmdir` removes a new, empty one only
                 if not folder.is_symlink():
                     (folder / _REWRITTEN).unlink(missing_ok=True)
-                    folder.rmdir()  # only a new one is empty
+                    folder.rmdir()
             raise DSMoEError(f"{path} cannot be written: {error.strerror}") from None
         stack.callback(staging.close)
         resumable = bool(staging.finished)
         try:
-            check_space(path, needs - _size(folder))
+            check_space(path, needs - sum(file.lstat().st_size for file in folder.rglob("*")))
             resumable = False
             yield staging
             sync_tree(folder)
@@ -154,13 +143,12 @@ def name_full_disk(path: Path) -> Iterator[None]:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Replace `path` by the complete folder `new`, atomically.
+    """Replace `path` by the complete folder `new`, atomically where the file system can exchange two names.
 
-    Where the file system cannot exchange two names, `path` is missing for an instant; `recover_folder` repairs what a
-    kill left then.
+    Elsewhere `path` is missing for an instant; after a crash at that point `recover_folder` restores it.
     """
     sync_tree(new)
-    old = _old(path)
+    old = path.with_name(f"{path.name}.old")
     if not os.path.lexists(path):
         new.rename(path)
     elif not _exchange(new, path):
@@ -173,8 +161,8 @@ def replace_folder(new: Path, path: Path) -> None:
 
 
 def recover_folder(path: Path, new: Path) -> None:
-    """Complete a `replace_folder` that was killed, and remove leftovers of it and of the writing of `new`."""
-    old = _old(path)
+    """Complete an interrupted `replace_folder` and remove leftovers, including the staging directory of `new`."""
+    old = path.with_name(f"{path.name}.old")
     if old.exists() and not path.exists():  # `new` was complete, or `path` had not been moved
         (new if new.exists() else old).rename(path)
         sync(path.parent)
@@ -182,12 +170,8 @@ def recover_folder(path: Path, new: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _old(path: Path) -> Path:
-    return path.with_name(f"{path.name}.old")
-
-
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names atomically; False if the system or the file system cannot."""
+    """Exchange two names atomically; return False if the system or the file system cannot."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     if renameat2 is None:
         return False
@@ -203,17 +187,12 @@ def check_space(path: Path, needed: int) -> None:
 
 
 def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write a small JSON file atomically, as Hugging Face formats it: sorted, two spaces."""
-    write_file(path, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write or replace a small file atomically and fsync it; an `OSError` names it."""
-    path = Path(os.path.realpath(path))  # a link stays, its target is replaced
+    """Write a small JSON file atomically, formatted as Hugging Face does: sorted, two spaces."""
+    path = Path(os.path.realpath(path))  # keep a symbolic link, replace its target
     temporary = path.with_name(f".{path.name}.new")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            file.write((json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -227,24 +206,10 @@ def _entry(unit: str, record: Any) -> str:
     return json.dumps({"unit": unit, "record": record}, sort_keys=True)
 
 
-def _lines(journal: Path) -> list[str]:
-    """The complete lines of the journal; the last one may be truncated."""
-    try:
-        return journal.read_text(encoding="utf-8").split("\n")[:-1]
-    except (FileNotFoundError, UnicodeDecodeError):
-        return []
-
-
-def _size(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*"))
-
-
 def sync_tree(folder: Path) -> None:
     """Fsync all files and folders of `folder`."""
-    for home, _, files in os.walk(folder):
-        for name in files:
-            sync(Path(home) / name)
-        sync(Path(home))
+    for path in (folder, *folder.rglob("*")):
+        sync(path)
 
 
 def sync(path: Path) -> None:

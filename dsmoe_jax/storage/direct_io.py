@@ -1,7 +1,7 @@
-"""Writing large files with direct I/O. See `DirectFile`.
+"""`DirectFile`: writes large files with direct I/O.
 
-Output that is not read soon only evicts other pages from the page cache, and costs more CPU time than the disk: on two
-cores 4 GB took 1.3 s with direct I/O and 2 to 8 s without, and hashing no longer waited for a core.
+Buffered output would evict other pages from the page cache and costs more CPU time: on two cores, 4 GB took 1.3 s with
+direct I/O and 2 to 8 s without, and hashing no longer waited for a core.
 """
 
 import errno
@@ -18,14 +18,9 @@ _BLOCK: Final = 4096  # size and alignment of direct writes
 
 
 class DirectFile:
-    """A new file, written sequentially, past the page cache if the file system allows; fsynced when closed.
-
-    Attributes:
-      size: Bytes written so far.
-    """
+    """Creates a file and writes it sequentially with O_DIRECT where supported; closing fsyncs. `size`: bytes so far."""
 
     def __init__(self, path: Path):
-        """Create the file; raises `OSError` if it exists."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         try:
             self._file = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o644)
@@ -34,8 +29,7 @@ class DirectFile:
                 raise
             self._file = os.open(path, flags & ~os.O_EXCL, 0o644)  # the failed attempt may have created it
         self._buffer = np.frombuffer(mmap.mmap(-1, _BUFFER), np.uint8)  # page-aligned
-        self._filled = 0
-        self.size = 0
+        self._filled = self.size = 0
 
     def write(self, data: memoryview | bytes) -> None:
         """Append the bytes."""
@@ -54,7 +48,7 @@ class DirectFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        """Write the rest, padded to a block and truncated again, and fsync."""
+        """Write the last block padded, truncate the padding and fsync."""
         try:
             if kind is None:
                 self._flush(-(-self._filled // _BLOCK) * _BLOCK)

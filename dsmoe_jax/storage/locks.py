@@ -1,7 +1,4 @@
-"""Exclusive locks for writers: `lock_folder` for a folder in use, `lock_name` for a file or folder to be made.
-
-The kernel releases a lock when its process ends, however it ends. Readers need none.
-"""
+"""Exclusive locks for writers: `lock_folder` and `lock_name`. The kernel releases them when the process ends."""
 
 import contextlib
 import errno
@@ -21,7 +18,7 @@ _handles: set[int] = set()
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Make `folder` if needed and hold its lock; `DSMoEError` if another process does. A new, empty one is removed."""
+    """Lock `folder`, creating it if needed; raise `DSMoEError` if another process has the lock."""
     folder = folder.absolute()
     new = not folder.exists()
     _make(folder, folder)
@@ -36,10 +33,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock_name(path: Path, suffix: str = "lock") -> Iterator[None]:
-    """Hold the lock of a path that need not exist; raises as `lock_folder`.
-
-    Its parent is made if needed. Locks of different `suffix` may be held at once.
-    """
+    """Lock an output path and create its parent; locks with different `suffix` are independent."""
     path = path.absolute()
     _make(path.parent, path)
     with _locked(path, path.parent / f".{path.name}.{suffix}"):
@@ -61,7 +55,7 @@ def _locked(path: Path, file: Path) -> Iterator[None]:
         yield
     finally:
         _handles.discard(handle)
-        file.unlink(missing_ok=True)  # before closing: the next process then creates and locks a new file
+        file.unlink(missing_ok=True)  # before closing, so that the next process locks a new file
         os.close(handle)
 
 
@@ -81,8 +75,8 @@ def _acquire(path: Path, file: Path) -> int:
         except BlockingIOError:
             pid = os.pread(handle, 20, 0).decode("ascii", "replace")
             os.close(handle)
-            who = f" (pid {pid})" if pid.isdigit() else ""
-            raise DSMoEError(f"{path} is in use by another process{who}; wait for it, or choose another path") from None
+            pid = f" (pid {pid})" if pid.isdigit() else ""
+            raise DSMoEError(f"{path} is in use by another process{pid}; wait for it, or choose another path") from None
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -91,11 +85,11 @@ def _acquire(path: Path, file: Path) -> int:
                 raise
             _log.warning("Cannot lock %s (%s); make sure that no other process writes to it", path, error.strerror)
             return handle
-        os.close(handle)  # the previous holder has just removed its file
+        os.close(handle)  # the previous process has just removed its lock file
 
 
 def _close_in_child() -> None:
-    """Release the locks in a forked child, which may outlive its parent."""
+    """Close the locks in a forked child, which may outlive its parent."""
     for handle in _handles:
         with contextlib.suppress(OSError):
             os.close(handle)

@@ -1,12 +1,8 @@
-"""Manifests: a JSON file that lists the size and SHA-256 of every file in a folder, and has a SHA-256 of its own.
+"""Manifests: JSON files with the size and SHA-256 of every file in a folder, and their own SHA-256.
 
-Start at `write_manifest`, `read_manifest` and `check_files`. Every folder the package writes uses one format:
+Start at `write_manifest`, `read_manifest` and `check_files`. All folders of the package use one format:
 
-    {"format": …, "files": {"path/in/folder": {"bytes": 12, "sha256": "…"}}, "sha256": "…", …fields of its kind}
-
-A new kind of folder calls `write_manifest(path, {"format": …, "files": hash_tree(folder), …})` to write, and to read
-`check_files(folder, read_manifest(path, FORMAT)["files"], verify=…, share=…, cache=…)`. A kind with older manifests
-passes `renamed={old key: new key}`; where an old manifest lists its files elsewhere, it builds `files` itself.
+    {"format": …, "files": {"path/in/folder": {"bytes": 12, "sha256": "…"}}, "sha256": "…", …other fields}
 """
 
 import contextlib
@@ -24,7 +20,7 @@ from dsmoe_jax.progress import Advance
 from dsmoe_jax.storage.atomic_dir import JOURNAL, write_json
 from dsmoe_jax.storage.strict_json import read_json
 
-MODEL_MANIFEST: Final = "dsmoe_jax.json"  # of a native checkpoint, and the mark of one
+MODEL_MANIFEST: Final = "dsmoe_jax.json"  # marks a native checkpoint
 MISMATCH: Final = "does not match its SHA-256"
 _READ_BYTES: Final = 1 << 20
 
@@ -32,23 +28,18 @@ Files = Mapping[str, Mapping[str, Any]]  # by path in the folder: bytes, sha256,
 
 
 class Damage(NamedTuple):
-    """A file that differs from its manifest.
-
-    Attributes:
-      file: Path in the folder.
-      what: What is wrong, worded to follow the path.
-    """
+    """A file that differs from its manifest; `what` is the error message after the path."""
 
     file: str
     what: str
 
     def __str__(self) -> str:
-        """One line."""
+        """Return one line."""
         return f"{self.file!r} {self.what}"
 
 
 def write_manifest(path: Path, fields: Mapping[str, Any]) -> str:
-    """Write a manifest atomically; returns its own SHA-256."""
+    """Write a manifest atomically; return its SHA-256."""
     complete = add_hash(fields)
     write_json(path, complete)
     return complete["sha256"]
@@ -62,10 +53,7 @@ def read_manifest(
     require_hash: bool = True,
     renamed: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Read a manifest and check its form, its format (`version`; None: any) and, with `verify`, its own SHA-256.
-
-    Without `require_hash` it may have none, as older ones. `renamed` has new names of fields by those of older ones.
-    """
+    """Read and check a manifest; `version` None allows any format, `renamed` maps field names of older manifests."""
     fields = read_json(path)
     if version is not None and fields.get("format") != version:
         raise DSMoEError(f"{path}: format must be {version!r}, got {fields.get('format')!r:.80}")
@@ -90,10 +78,9 @@ def find_damage(
     cache: "HashCache | None" = None,
     advance: Advance = lambda step: None,
 ) -> Iterator[Damage]:
-    """Yield the files that differ from their manifest, in its order; several are read in parallel.
+    """Yield damaged files, in the manifest's order, reading several in parallel; without `verify` compare sizes only.
 
-    Without `verify` only sizes are compared. `share` (i, n) checks every n-th file from the i-th on, for n processes.
-    `cache` has the hashes of unchanged files. `advance` is called with the bytes of each file.
+    `share` (i, n) checks every n-th file from the i-th on. `advance` is called with the bytes of each file.
     """
     mine = dict(list(files.items())[share[0] :: share[1]])
     hashes: Mapping[Path, str] = {}
@@ -119,61 +106,51 @@ def find_damage(
         pool.shutdown(cancel_futures=True)
 
 
-def check_files(
-    folder: Path,
-    files: Files,
-    *,
-    verify: bool = True,
-    share: tuple[int, int] = (0, 1),
-    cache: "HashCache | None" = None,
-) -> None:
-    """Raise `DSMoEError` for the first damaged file; the arguments are those of `find_damage`."""
-    for found in find_damage(folder, files, verify=verify, share=share, cache=cache):
+def check_files(folder: Path, files: Files, **options: Any) -> None:
+    """Raise `DSMoEError` for the first damaged file; options as in `find_damage`."""
+    for found in find_damage(folder, files, **options):
         raise DSMoEError(f"{folder}: damaged: {found}")
 
 
 def check_listed_files(folder: Path, names: Iterable[str], manifest: str = MODEL_MANIFEST) -> None:
-    """Check the files `names` of a folder that has a manifest, as far as it lists them; any other folder passes."""
+    """Verify those files of a folder that its manifest lists; a folder without a manifest passes."""
     if (folder / manifest).is_file():
         files = read_manifest(folder / manifest, None).get("files", {})
         check_files(folder, {name: files[name] for name in names if name in files})
 
 
 def hash_tree(folder: Path, *, exclude: Collection[str] = ()) -> dict[str, dict[str, Any]]:
-    """The `files` of a manifest: size and SHA-256 of every file in the folder, without the paths in `exclude`."""
+    """Return the `files` of a manifest: size and SHA-256 of every file in the folder except for `exclude`."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {name: hash_file(path) for name, path in paths.items() if name not in exclude and name != JOURNAL}
 
 
 def hash_file(path: Path) -> dict[str, Any]:
-    """The size and the SHA-256 of a file."""
+    """Return size and SHA-256 of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
 def hash_json(fields: Mapping[str, Any]) -> str:
-    """The SHA-256 of a JSON object, independent of the order and spacing of its fields in a file."""
+    """Return the SHA-256 of a JSON object, independent of field order and spacing."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def add_hash(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON object with its own SHA-256 as the field `sha256`."""
+    """Return the object with its SHA-256 as the field `sha256`."""
     return {**fields, "sha256": hash_json(fields)}
 
 
 def matches_own_hash(fields: Mapping[str, Any], *, required: bool = True) -> bool:
-    """Whether the field `sha256` is the hash of all others; without one, only if it is not `required`."""
+    """Return whether `sha256` is the hash of the other fields; without it, whether it is not `required`."""
     if "sha256" not in fields and not required:
         return True
     return fields.get("sha256") == hash_json({name: value for name, value in fields.items() if name != "sha256"})
 
 
 class HashCache:
-    """SHA-256 of files, computed once; a file counts as unchanged by its size, times and inode.
-
-    It is stored in the JSON file `path`, or in memory only where that cannot be written.
-    """
+    """Caches SHA-256 of files by size, times and inode in a JSON file, or in memory if that cannot be written."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -182,24 +159,22 @@ class HashCache:
             self._known = read_json(path)
 
     def hashes(self, files: Iterable[Path]) -> dict[Path, str]:
-        """The SHA-256 of each file; new ones are read in parallel. Raises `OSError` for one that cannot be read."""
+        """Return the SHA-256 of each file; new ones are read in parallel. Raises `OSError` for an unreadable file."""
         files = list(files)
-        stats = {file: _stat(file) for file in files}
-        unknown = [file for file in files if self._lookup(file, stats[file]) is None]
+        stats = {file: (os.path.relpath(file, self._path.parent), _stat(file)) for file in files}
+        unknown = [file for file, (key, stat) in stats.items() if self._lookup(key, stat) is None]
         with ThreadPoolExecutor() as pool:
             for file, row in zip(unknown, pool.map(hash_file, unknown), strict=True):
-                self._known[self._key(file)] = {"stat": stats[file], "sha256": row["sha256"]}
+                key, stat = stats[file]
+                self._known[key] = {"stat": stat, "sha256": row["sha256"]}
         if unknown:
             with contextlib.suppress(OSError):
                 write_json(self._path, self._known)
-        return {file: str(self._lookup(file, stats[file])) for file in files}
+        return {file: str(self._lookup(*stats[file])) for file in files}
 
-    def _lookup(self, file: Path, stat: list[int]) -> str | None:
-        entry = self._known.get(self._key(file))
+    def _lookup(self, key: str, stat: list[int]) -> str | None:
+        entry = self._known.get(key)
         return entry["sha256"] if isinstance(entry, dict) and entry.get("stat") == stat else None
-
-    def _key(self, file: Path) -> str:
-        return os.path.relpath(file, self._path.parent)
 
 
 def _stat(file: Path) -> list[int]:
@@ -217,7 +192,7 @@ def _size_damage(folder: Path, name: str, row: Mapping[str, Any]) -> Damage | No
 
 
 def _matches(path: Path, row: Mapping[str, Any]) -> bool:
-    """Whether the file has the hash of its row, and its first bytes that of the row's `prefix`, if it has one."""
+    """Return whether the file has the SHA-256 of its row and, if the row has a `prefix`, its first bytes that of it."""
     prefix = row.get("prefix")
     left = prefix["bytes"] if prefix else 0
     digest = hashlib.sha256()

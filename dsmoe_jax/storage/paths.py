@@ -7,7 +7,7 @@ from dsmoe_jax.errors import DSMoEError
 
 
 def expand_user(path: str | os.PathLike[str], name: str) -> str:
-    """Expand a leading `~`; `DSMoEError`, naming the argument, for an empty path, as of an unset shell variable."""
+    """Expand a leading `~`; raise `DSMoEError` for an empty path, usually an unset shell variable."""
     text = os.fspath(path)
     if not text.strip():
         raise DSMoEError(f"{name} must be a path, got an empty string")
@@ -15,5 +15,5 @@ def expand_user(path: str | os.PathLike[str], name: str) -> str:
 
 
 def user_path(path: str | os.PathLike[str], name: str) -> Path:
-    """`expand_user`, as a Path."""
+    """Return `expand_user` as a Path."""
     return Path(expand_user(path, name))

@@ -8,16 +8,16 @@ from typing import Any, Final
 
 from dsmoe_jax.errors import DSMoEError
 
-# Enough for 65 thousand tensors (a 145B's index has 24 thousand). Parsed JSON takes ten times its size in memory, and a
-# checkpoint must not take much more memory than its own size.
+# Enough for 65 thousand tensors (a 145B's index has 24 thousand). Parsed JSON takes ten times its size in memory, which
+# must stay small relative to the checkpoint.
 MAX_JSON_BYTES: Final = 8_000_000
 MAX_PARSED_BYTES: Final = 64_000_000
-MAX_DEPTH: Final = 64  # repr and copy of the result take more stack than parsing
+MAX_DEPTH: Final = 64  # repr and copy of the result need more stack than parsing
 _MAX_DIGITS: Final = 40  # of an integer; 64 bits have 20, the largest float32 has 39
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file; `DSMoEError` if it is missing, too large, malformed or has duplicate keys."""
+    """Read a JSON object; raise `DSMoEError` if it is missing, too large, malformed or has duplicate keys."""
     try:
         if path.exists() and not path.is_file():  # a pipe would block, a device never ends
             raise DSMoEError("is not a regular file")
@@ -35,12 +35,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
-    """Parse a JSON object in UTF-8; raises as `read_json`, worded to follow the file name."""
+    """Parse a JSON object in UTF-8; error messages follow the file name."""
     if len(data) > MAX_JSON_BYTES:
         raise DSMoEError(f"has {len(data)} bytes of JSON; at most {MAX_JSON_BYTES}")
     try:
         text = data.decode("utf-8")
-        if (size := _parsed_size(text)) > MAX_PARSED_BYTES:
+        # An upper bound: measured, a key takes < 250 bytes and any other value < 80. One emoji makes all characters of
+        # `text` and its strings 4 bytes wide, which `getsizeof` includes.
+        size = 2 * sys.getsizeof(text) + 250 * text.count(":") + 80 * (text.count(",") + text.count("["))
+        if size > MAX_PARSED_BYTES:
             raise DSMoEError(f"has JSON that may take {size} bytes in memory; at most {MAX_PARSED_BYTES}")
         fields = json.loads(text, object_pairs_hook=_checked_object, parse_int=_integer, parse_float=_float)
     except RecursionError:
@@ -51,14 +54,6 @@ def parse_json(data: bytes) -> dict[str, Any]:
         raise DSMoEError(f"must be a JSON object, got {type(fields).__name__}")
     check_depth(fields)
     return fields
-
-
-def _parsed_size(text: str) -> int:
-    """An upper bound on what `json.loads` allocates: measured, a key takes < 250 bytes and any other value < 80.
-
-    One emoji makes every character of `text`, and of its strings, 4 bytes wide.
-    """
-    return 2 * sys.getsizeof(text) + 250 * text.count(":") + 80 * (text.count(",") + text.count("["))
 
 
 def check_depth(value: Any) -> None:
@@ -72,10 +67,8 @@ def check_depth(value: Any) -> None:
     raise DSMoEError(f"has JSON nested too deeply; at most {MAX_DEPTH} levels")
 
 
-class _TooLarge(float):
-    """A number that is too large; rejected where its key is known."""
-
-    what: str
+class _TooLarge(str):
+    """Replaces a number that is too large; rejected with its key in the message."""
 
 
 def _checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -84,7 +77,7 @@ def _checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if key in fields:
             raise DSMoEError(f"has JSON key {key[:80]!r} twice")
         if (large := _too_large(value)) is not None:
-            raise DSMoEError(f"has {large.what} for {key[:80]!r}")
+            raise DSMoEError(f"has {large} for {key[:80]!r}")
         fields[key] = value
     return fields
 
@@ -95,17 +88,12 @@ def _too_large(value: Any) -> _TooLarge | None:
     return value if isinstance(value, _TooLarge) else None
 
 
-def _float(literal: str) -> float:
-    return value if math.isfinite(value := float(literal)) else _refused(f"{literal[:40]}, too large for a float,")
+def _float(literal: str) -> float | str:
+    value = float(literal)
+    return value if math.isfinite(value) else _TooLarge(f"{literal[:40]}, too large for a float,")
 
 
-def _integer(digits: str) -> int | float:
+def _integer(digits: str) -> int | float | str:
     if len(digits) > _MAX_DIGITS:
-        return _refused(f"an integer of {len(digits)} digits (at most {_MAX_DIGITS})")
+        return _TooLarge(f"an integer of {len(digits)} digits (at most {_MAX_DIGITS})")
     return -0.0 if digits == "-0" else int(digits)  # no integer has that sign
-
-
-def _refused(what: str) -> _TooLarge:
-    large = _TooLarge(math.inf)
-    large.what = what
-    return large
