@@ -94,12 +94,7 @@ def load_hf(
 
 
 def load_hf_quantized(
-    path: str | Path,
-    scheme: str,
-    *,
-    double: bool = True,
-    dtype: Any = None,
-    mesh: Mesh | MeshConfig | None = None,
+    path: str | Path, scheme: str, *, double: bool = True, dtype: Any = None, mesh: Mesh | MeshConfig | None = None
 ) -> tuple[ModelConfig, dict[str, Operand]]:
     """Load config and parameters of a Hugging Face folder, quantizing weights as they are read.
 

@@ -434,10 +434,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda native: flip_bit(native / DATA.format("layers.1.moe.experts.up/c/0/0/0"), 9_000, 3),
         r"damaged checkpoint: SHA-256 mismatch of tensor layers\.1\.moe\.experts\.up",
     ),
-    "the index of parts": (
-        lambda native: flip_bit(native / DATA.format("norm.weight/c/0"), -1),
-        "or their index",
-    ),
+    "the index of parts": (lambda native: flip_bit(native / DATA.format("norm.weight/c/0"), -1), "or their index"),
     "a description": (lambda native: flip_bit(native / DATA.format("embed/zarr.json"), 20), "zarr.json"),
     "a file gone": (lambda native: (native / DATA.format("embed/c/0/0")).unlink(), "embed/c/0/0: cannot be read"),
     "no manifest": (lambda native: (native / "dsmoe_jax.json").unlink(), "not a native checkpoint"),

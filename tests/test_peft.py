@@ -246,10 +246,7 @@ BAD: dict[str, tuple[Spoil, str]] = {
     "r = 0": (patch(r=0), "r must be an integer of at least 1, got 0"),
     "r = 2.5": (patch(r=2.5), "r must be an integer of at least 1, got 2.5"),
     "r = true": (patch(r=True), "r True is not supported"),
-    "a rank of 0": (
-        patch(rank_pattern={"q_proj": 0}),
-        "rank_pattern 'q_proj' must be an integer",
-    ),
+    "a rank of 0": (patch(rank_pattern={"q_proj": 0}), "rank_pattern 'q_proj' must be an integer"),
     "alpha = nan": (patch(lora_alpha=math.nan), "lora_alpha nan is not supported"),
     "alpha = inf": (patch(alpha_pattern={"q_proj": math.inf}), "alpha_pattern .* is not supported"),
     "alpha too large": (patch(lora_alpha=1e300), "lora_alpha must be a finite number, at most 1e"),
@@ -264,10 +261,7 @@ BAD: dict[str, tuple[Spoil, str]] = {
     # modules
     "nothing": (patch(target_modules=["query"]), r"target_modules \('query',\) match no module of this model"),
     "no target": (patch(target_modules=[]), r"target_modules \(\) match no module of this model"),
-    "regex of nothing": (
-        patch(target_modules="q_proj"),
-        "target_modules 'q_proj' match no module of this model",
-    ),
+    "regex of nothing": (patch(target_modules="q_proj"), "target_modules 'q_proj' match no module of this model"),
     "bad regex": (
         patch(target_modules="(q_proj"),
         r"target_modules: '\(q_proj' is not a regular expression \(.missing",
@@ -291,22 +285,10 @@ BAD: dict[str, tuple[Spoil, str]] = {
         patch(target_modules=["embed_tokens"]),
         r"target_modules must match only q_proj, .*, got model\.embed_tokens",
     ),
-    "head": (
-        patch(target_modules=["q_proj", "lm_head"]),
-        "target_modules must match only q_proj, .*, got lm_head",
-    ),
-    "router": (
-        patch(target_modules=["gate"]),
-        r"target_modules must match only .*, got model\.layers\.1\.mlp\.gate",
-    ),
-    "twice": (
-        patch(modules_to_save=["q_proj"]),
-        r"0\.self_attn\.q_proj is both in target_modules and in modules_to_",
-    ),
-    "an expert whole": (
-        patch(modules_to_save=["experts.0"]),
-        "modules_to_save must match all experts of .* or none",
-    ),
+    "head": (patch(target_modules=["q_proj", "lm_head"]), "target_modules must match only q_proj, .*, got lm_head"),
+    "router": (patch(target_modules=["gate"]), r"target_modules must match only .*, got model\.layers\.1\.mlp\.gate"),
+    "twice": (patch(modules_to_save=["q_proj"]), r"0\.self_attn\.q_proj is both in target_modules and in modules_to_"),
+    "an expert whole": (patch(modules_to_save=["experts.0"]), "modules_to_save must match all experts of .* or none"),
     # files
     "no config": (lambda folder: (folder / CONFIG).unlink(), rf"not an adapter, {CONFIG} is missing"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "no weights; looked for adapter_model"),

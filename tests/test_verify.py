@@ -18,15 +18,7 @@ from dsmoe_jax.info import describe
 from dsmoe_jax.quantize import load_quantized
 from dsmoe_jax.storage.manifest import MODEL_MANIFEST
 from tests.helpers import native_checkpoint
-from tests.helpers.hf_folder import (
-    VARIANTS,
-    edit,
-    flip_bit,
-    random_params,
-    snapshot,
-    stored,
-    tiny,
-)
+from tests.helpers.hf_folder import VARIANTS, edit, flip_bit, random_params, snapshot, stored, tiny
 from tests.helpers.native_checkpoint import DATA, EXTRA_FILES, ORBAX, STATE, found, make
 
 made, native = native_checkpoint.made, native_checkpoint.native

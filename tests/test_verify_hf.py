@@ -18,16 +18,7 @@ from dsmoe_jax.cli import main
 from dsmoe_jax.convert import export_hf, import_hf, verify
 from dsmoe_jax.storage.locks import lock_name
 from tests.helpers import native_checkpoint
-from tests.helpers.hf_folder import (
-    edit,
-    flip_bit,
-    hf_tensors,
-    random_params,
-    stored,
-    tiny,
-    write_hf,
-    write_tensors,
-)
+from tests.helpers.hf_folder import edit, flip_bit, hf_tensors, random_params, stored, tiny, write_hf, write_tensors
 from tests.helpers.native_checkpoint import DATA, EXPERT, STATE, found
 
 made, native = native_checkpoint.made, native_checkpoint.native
