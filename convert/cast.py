@@ -1,4 +1,4 @@
-"""Cast weights and count what changes (`Cast`), and report a finished conversion (`ConversionReport`)."""
+"""Cast weights and count changed values (`Cast`); report a finished conversion (`ConversionReport`)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ _HALF = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 
 
 class CastStats(NamedTuple):
-    """Counts of the values that a cast changed, and the largest finite change."""
+    """Number of values that a cast changed, and the largest finite change."""
 
     values: int = 0
     changed: int = 0
@@ -65,7 +65,7 @@ class ConversionReport:
         bytes: Bytes of all tensors.
         reused_bytes: Bytes written by an earlier, interrupted run.
         seconds: Wall-clock time.
-        cast_stats: What the cast changed.
+        cast_stats: Values changed by the cast.
         checksum: How the bytes were verified.
     """
 

@@ -33,7 +33,7 @@ def merge_to(
 ) -> str:
     """Write a checkpoint with an adapter merged into its weights.
 
-    The whole model is held in memory. The adapter's EOS ids and stop strings are added to the generation config.
+    The model must fit in memory. The adapter's EOS ids and stop strings are added to the generation config.
 
     Args:
         checkpoint: Native checkpoint or Hugging Face folder.

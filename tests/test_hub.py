@@ -16,7 +16,7 @@ import pytest
 
 from dsmoe_jax.convert import hub as our_hub
 from dsmoe_jax.convert import load_hf
-from dsmoe_jax.convert.hub import Snapshot, fetch, is_repo_id
+from dsmoe_jax.convert.hub import fetch, is_repo_id
 from dsmoe_jax.model import split
 from tests.helpers import golden
 from tests.helpers.fake_hub import FakeHub, serve
@@ -36,8 +36,7 @@ for line in sys.stdin:
     repository, revision, token = json.loads(line)
     os.environ["HF_TOKEN"] = token
     try:
-        folder, repository, revision = fetch(repository, revision=revision)
-        answer = {"snapshot": [str(folder), repository, revision]}
+        answer = {"folder": str(fetch(repository, revision=revision))}
     except ValueError as error:
         answer = {"refused": str(error), "traceback": traceback.format_exc()}
     faulthandler.cancel_dump_traceback_later()
@@ -57,9 +56,8 @@ class Client:
         print(json.dumps([repository, revision, token]), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 
-    def fetch(self, repository: str, revision: str | None = None, token: str = "") -> Snapshot:
-        folder, name, sha = self.ask(repository, revision, token)["snapshot"]
-        return Snapshot(Path(folder), name, sha)
+    def fetch(self, repository: str, revision: str | None = None, token: str = "") -> Path:
+        return Path(self.ask(repository, revision, token)["folder"])
 
     def refused(self, repository: str, revision: str | None = None, token: str = "") -> str:
         """Return the error message."""
@@ -182,14 +180,14 @@ def test_only_needed_files_are_fetched(hub: FakeHub, online: Client, checkpoint:
     repository = hub.add("tests/needed", ignored | beside | checkpoint)
     wanted = beside | checkpoint
 
-    snapshot = online.fetch("tests/needed")
+    folder = online.fetch("tests/needed")
 
-    assert snapshot[1:] == ("tests/needed", repository.branches["main"])
+    assert folder.name == repository.branches["main"]
     assert sorted(hub.fetched("tests/needed")) == sorted(wanted)  # each once
     assert hub.listed("tests/needed") == 1
     assert not [request for request in hub.requests if request.file.endswith(".py")]
-    assert read(snapshot.folder) == wanted
-    got, want = split(load_hf(snapshot.folder))[1], random_params(tiny())
+    assert read(folder) == wanted
+    got, want = split(load_hf(folder))[1], random_params(tiny())
     assert got.keys() == want.keys()
     assert [name for name in want if np.asarray(got[name]).tobytes() != want[name].tobytes()] == []
 
@@ -198,10 +196,10 @@ def test_repository_of_bin_files_loads_like_its_folder(hub: FakeHub, online: Cli
     source = golden.folder("k_bin_shards")
     hub.add("tests/bins", read(source))
 
-    snapshot = online.fetch("tests/bins")
+    folder = online.fetch("tests/bins")
 
     assert not [name for name in hub.fetched("tests/bins") if "safetensors" in name]
-    got, want = split(load_hf(snapshot.folder))[1], split(load_hf(source))[1]
+    got, want = split(load_hf(folder))[1], split(load_hf(source))[1]
     assert [name for name in want if np.asarray(got[name]).tobytes() != np.asarray(want[name]).tobytes()] == []
 
 
@@ -238,17 +236,17 @@ def test_hub_weights_are_chosen_as_by_the_reader(hub: FakeHub, online: Client, c
 
 def test_shared_blob_of_the_cache_loads(hub: FakeHub, online: Client, checkpoint: dict[str, bytes]):
     hub.add("tests/shared", checkpoint)
-    snapshot = online.fetch("tests/shared")
-    blobs = snapshot.folder.parent.parent / "blobs"
+    folder = online.fetch("tests/shared")
+    blobs = folder.parent.parent / "blobs"
     for blob in list(blobs.iterdir()):  # as huggingface_hub 2 leaves what came by Xet
         shared = blobs.parent.parent / "blobs" / blob.name[:2] / blob.name
         shared.parent.mkdir(parents=True, exist_ok=True)
         blob.rename(shared)
         blob.symlink_to(os.path.relpath(shared, blobs))
 
-    load_hf(snapshot.folder)
+    load_hf(folder)
 
-    assert online.fetch("tests/shared") == snapshot
+    assert online.fetch("tests/shared") == folder
 
 
 # Revisions and the cache
@@ -261,7 +259,7 @@ def test_revision_resolves_to_the_commit(hub: FakeHub, online: Client):
 
     found = {revision: online.fetch("tests/revisions", revision) for revision in (None, "main", main, "pr/1", other)}
 
-    assert {revision: snapshot.revision for revision, snapshot in found.items()} == {
+    assert {revision: folder.name for revision, folder in found.items()} == {
         None: main, "main": main, main: main, "pr/1": other, other: other
     }  # fmt: skip
     assert (found["pr/1"].folder / "pytorch_model.bin").is_file()
@@ -283,7 +281,7 @@ def test_second_fetch_downloads_only_changes(hub: FakeHub, online: Client):
 
     third = online.fetch("tests/twice")
 
-    assert third.revision == sha != first.revision
+    assert third.name == sha != first.name
     assert hub.fetched("tests/twice")[len(before) :] == ["tokenizer.json"]
     assert read(third.folder) == repository.commits[sha]
 
@@ -294,7 +292,7 @@ def test_offline_uses_the_cached_snapshot(hub: FakeHub, online: Client, offline:
     asked = len(hub.requests)
 
     assert offline.fetch("tests/offline") == fetched
-    assert offline.fetch("tests/offline", fetched.revision) == fetched
+    assert offline.fetch("tests/offline", fetched.name) == fetched
 
     assert len(hub.requests) == asked
 
@@ -322,11 +320,11 @@ def test_interrupted_download_resumes(hub: FakeHub, online: Client, offline: Cli
     assert f"lacks b.safetensors, which {INDEX} names" in offline.refused("tests/broken", sha)
 
     repository.cut.clear()
-    snapshot = online.fetch("tests/broken")
+    folder = online.fetch("tests/broken")
 
     assert hub.fetched("tests/broken")[len(before) :] == ["b.safetensors"]
-    assert read(snapshot.folder) == files
-    assert offline.fetch("tests/broken") == snapshot
+    assert read(folder) == files
+    assert offline.fetch("tests/broken") == folder
 
 
 # Refusals

@@ -46,7 +46,6 @@ class Tokenizer:
         files: tuple[Path, ...],
         split_special_tokens: bool = False,
     ):
-        """Use `from_pretrained`."""
         self._backend = backend
         self.chat_templates = dict(chat_templates)
         self.files = files
@@ -67,7 +66,7 @@ class Tokenizer:
             names["additional_special_tokens"] = [token.content for token in settings.additional_special_tokens]
         self.special_tokens_map = names
         self._prefix, self._suffix = _affixes(backend, settings, self.bos_token_id, self.eos_token_id)
-        self._escape = SpecialTokenEscaper(backend.placeholders)
+        self.escape = SpecialTokenEscaper(backend.placeholders)
 
     @classmethod
     def from_pretrained(
@@ -142,7 +141,7 @@ class Tokenizer:
         """Return the number of special-token strings in a text."""
         # Usually 0; the substring search is far faster than the pattern.
         found = any(token in text for token in self._backend.special_ids)
-        return len(self._escape.pattern.findall(text)) if found else 0
+        return len(self.escape.pattern.findall(text)) if found else 0
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids, with U+FFFD for invalid UTF-8.
@@ -212,19 +211,11 @@ class Tokenizer:
             return text
         escaped, variables = self.escape([dict(message) for message in messages]), self.escape(variables)
         marked = chat_template.render(template, escaped, **self.special_tokens_map | variables)
-        if self._escape.unescape(marked) != text:
+        if self.escape.unescape(marked) != text:
             raise DSMoEError(
                 "split_special_tokens is not supported by this chat template: it changes the text of messages"
             )
-        return self.protect(marked)
-
-    def escape(self, value: Any) -> Any:
-        """Mark special-token strings in text or JSON as text, for `protect`."""
-        return self._escape(value)
-
-    def protect(self, text: str) -> str:
-        """Replace special tokens by placeholders, except those that `escape` marked as text."""
-        return self._escape.protect(text)
+        return self.escape.protect(marked)
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, split_special_tokens: bool | None = None, **options: Any

@@ -55,6 +55,7 @@ class TokenizersBackend:
             library = self._library = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # The library raises bare Exception.
             raise DSMoEError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        self.id_of, self.decode = library.token_to_id, library.decode
         # Settings left from training; prompts must not be truncated or padded.
         self._padding = (library.padding or {}).get("pad_token")
         library.no_truncation()
@@ -93,20 +94,12 @@ class TokenizersBackend:
         candidates = (self._padding or "",) if attribute == "pad_token" else self._KNOWN.get(attribute, ())
         return next((name for name in candidates if self.id_of(name) is not None), None)
 
-    def id_of(self, token: str) -> int | None:
-        """See `Backend`."""
-        return self._library.token_to_id(token)
-
     def encode(self, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
         """See `Backend`."""
         library, ids = self._split if split_special_tokens else (self._library, None)
         # encode_batch_fast skips the unused text offsets.
         found = [one.ids for one in library.encode_batch_fast(texts, add_special_tokens=False)]
         return found if ids is None else [[ids.get(i, i) for i in one] for one in found]
-
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        """See `Backend`."""
-        return self._library.decode(ids, skip_special_tokens=skip_special_tokens)
 
     @functools.cached_property
     def _split(self) -> tuple[Any, dict[int, int]]:
