@@ -89,15 +89,7 @@ def load_hf(
 def load_hf_quantized(
     path: str | Path, scheme: str, *, double: bool = True, dtype: Any = None, mesh: Mesh | MeshConfig | None = None
 ) -> tuple[ModelConfig, dict[str, Operand]]:
-    """Load config and parameters of a Hugging Face folder, quantizing weights as they are read.
-
-    Args:
-        path: As in `load_hf`.
-        scheme: As in `read_quantized`.
-        double: As in `read_quantized`.
-        dtype: Dtype of the other parameters, as in `load_hf`.
-        mesh: As in `load_hf`.
-    """
+    """Load config and parameters as `load_hf` does, quantizing weights as `read_quantized` does."""
     cast_dtype, path = as_dtype(dtype), user_path(path, "model")
     config = ModelConfig.from_file(path)
     with CheckpointReader(path) as reader:

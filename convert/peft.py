@@ -144,23 +144,13 @@ def write_adapter(
 
 
 def attach_adapter(model: DeepSeekMoE, path: str | Path) -> DeepSeekMoE:
-    """Attach an adapter to a model without merging it.
-
-    Args:
-        model: The base.
-        path: Folder of the adapter; errors as in `read_adapter`.
-    """
+    """Attach the adapter in a folder to a model without merging it; errors as in `read_adapter`."""
     plan, config, params, adapter = _load_onto(model, path)
     return assemble(config, attach(plan, params, adapter))
 
 
 def merge_adapter(model: DeepSeekMoE, path: str | Path) -> DeepSeekMoE:
-    """Merge an adapter into a model's weights, which retain their dtypes.
-
-    Args:
-        model: The base.
-        path: Folder of the adapter; errors as in `read_adapter`.
-    """
+    """Merge the adapter in a folder into a model's weights, which retain their dtypes; errors as in `read_adapter`."""
     plan, config, params, adapter = _load_onto(model, path)
     return assemble(config, jax.jit(partial(merge, plan))(params, adapter))
 

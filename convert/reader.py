@@ -82,13 +82,6 @@ def _check_metadata(metadata: object) -> None:
         (key + value).encode()  # raises for a lone surrogate
 
 
-def is_file_name(value: object) -> bool:
-    """Return whether `value` is a printable file name without folders."""
-    if not isinstance(value, str) or not value.isprintable() or value in ("", ".", ".."):
-        return False
-    return "/" not in value and "\\" not in value and len(value.encode()) <= MAX_NAME
-
-
 def path_inside(folder: Path, name: str) -> Path:
     """Return the path of a regular file in a checkpoint; links must not lead outside.
 
@@ -130,11 +123,12 @@ def read_index(path: Path) -> dict[str, str]:
         raise DSMoEError(f"{path}: weight_map must be a non-empty object")
     end = Path(path.name.removesuffix(".index.json")).suffix
     for tensor, file in shards.items():
-        file = file.removeprefix("./") if isinstance(file, str) else file
-        if not is_file_name(file) or not file.endswith(end):
+        name = file.removeprefix("./") if isinstance(file, str) else ""
+        is_name = name.isprintable() and "/" not in name and "\\" not in name and len(name.encode()) <= MAX_NAME
+        if not is_name or not name.endswith(end):
             rule = f"a shard must be a {end} file in the same folder"
-            raise DSMoEError(f"{path}: tensor {quote(tensor)} is in {quote(file)}; {rule}")
-        shards[tensor] = file
+            raise DSMoEError(f"{path}: tensor {quote(tensor)} is in {quote(name or file)}; {rule}")
+        shards[tensor] = name
     return shards
 
 
@@ -200,7 +194,9 @@ class CheckpointReader(contextlib.AbstractContextManager["CheckpointReader"]):
                 raise DSMoEError(f"{self.folder / file}: tensor {quote(tensor)} of {name} is missing")
         if not self.tensors:
             raise DSMoEError(f"{self.folder / name}: has no tensors")
-        self.ignored += self._other_files({name, *self._maps}, layouts)
+        ends = tuple({Path(name.removesuffix(".index.json")).suffix for name, _, _ in layouts})
+        others = sorted({*os.listdir(self.folder)} - {name, *self._maps})
+        self.ignored += [other for other in others if other.removesuffix(".index.json").endswith(ends)]
 
     def read(self, name: str) -> np.ndarray:
         """Return a read-only view of the mapped tensor, valid after closing; it may be strided or unaligned."""
@@ -232,11 +228,6 @@ class CheckpointReader(contextlib.AbstractContextManager["CheckpointReader"]):
             names = ", ".join(name for name, _, _ in layouts)
             raise DSMoEError(f"{self.folder}: no weights; looked for {names}")
         return chosen
-
-    def _other_files(self, read: set[str], layouts: Layouts) -> list[str]:
-        ends = tuple({Path(name.removesuffix(".index.json")).suffix for name, _, _ in layouts})
-        names = sorted(entry.name for entry in os.scandir(self.folder) if entry.name not in read)
-        return [name for name in names if name.removesuffix(".index.json").endswith(ends)]
 
     def _read_file(self, name: str, parse: _Parser) -> dict[str, TensorInfo]:
         path = path_inside(self.folder, name)

@@ -262,7 +262,7 @@ def test_revision_resolves_to_the_commit(hub: FakeHub, online: Client):
     assert {revision: folder.name for revision, folder in found.items()} == {
         None: main, "main": main, main: main, "pr/1": other, other: other
     }  # fmt: skip
-    assert (found["pr/1"].folder / "pytorch_model.bin").is_file()
+    assert (found["pr/1"] / "pytorch_model.bin").is_file()
     assert not (found["main"].folder / "pytorch_model.bin").exists()
 
 

@@ -39,17 +39,10 @@ class Tokenizer:
     """
 
     def __init__(
-        self,
-        backend: Backend,
-        settings: TokenizerSettings,
-        chat_templates: Mapping[str, str],
-        files: tuple[Path, ...],
-        split_special_tokens: bool = False,
+        self, folder: Path, backend: Backend, settings: TokenizerSettings, templates: dict[str, str], split: bool
     ):
-        self._backend = backend
-        self.chat_templates = dict(chat_templates)
-        self.files = files
-        self.split_special_tokens = split_special_tokens
+        self._backend, self.chat_templates, self.split_special_tokens = backend, templates, split
+        self.files = tokenizer_files(folder)
         self.vocab_size = backend.vocab_size
         special = {key: _special_token(backend, settings, key) for key in SPECIAL_TOKENS_ATTRIBUTES}
         self.bos_token, self.bos_token_id = special["bos_token"]
@@ -94,8 +87,7 @@ class Tokenizer:
                 templates = chat_template.read_chat_templates(folder, settings.config)
                 if split_special_tokens is None:
                     split_special_tokens = settings.flag("split_special_tokens", False)
-                loaded = backend(folder / name, settings)
-                return cls(loaded, settings, templates, tokenizer_files(folder), split_special_tokens)
+                return cls(folder, backend(folder / name, settings), settings, templates, split_special_tokens)
         raise DSMoEError(f"{folder}: no tokenizer; looked for tokenizer.json and tokenizer.model")
 
     def encode(
@@ -117,13 +109,7 @@ class Tokenizer:
     def encode_batch(
         self, texts: Iterable[str], *, add_special_tokens: bool = True, split_special_tokens: bool | None = None
     ) -> list[list[int]]:
-        """Encode texts in parallel threads, each as by `encode`.
-
-        Args:
-            texts: Texts to encode.
-            add_special_tokens: As in `encode`.
-            split_special_tokens: As in `encode`.
-        """
+        """Return the token ids of each text as from `encode`, computed in parallel threads."""
         if isinstance(texts, str):
             raise DSMoEError("texts must be an iterable of strings, got one string")
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
@@ -220,13 +206,7 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, split_special_tokens: bool | None = None, **options: Any
     ) -> list[int]:
-        """Return the token ids of a rendered conversation.
-
-        Args:
-            messages: As in `render_chat`.
-            split_special_tokens: Whether to encode special-token strings in messages as text; default: the attribute.
-            **options: Other arguments of `render_chat`.
-        """
+        """Return the token ids of a conversation rendered by `render_chat`, whose arguments are in `options`."""
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
         text = self.render_chat(messages, split_special_tokens=split, **options)
         return self.encode(text, add_special_tokens=False, split_special_tokens=split)
