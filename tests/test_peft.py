@@ -78,7 +78,7 @@ def test_half_precision_is_read_as_fp32(tmp_path: Path, dtype: Any):
 
 
 def test_saved_router_with_adapted_gate_proj_is_read(tmp_path: Path):
-    """PEFT 0.13.2 writes this correctly but loses the adapters on reading: "gate" is in "gate_proj"."""
+    """PEFT 0.13.2 writes these adapters but drops them on reading, as "gate" is in "gate_proj"."""
     config = LoraConfig(target_modules=("gate_proj",), modules_to_save=("gate",))
     params = random_params(config)
     write_adapter(tmp_path / "adapter", config, MODEL, params)
@@ -172,32 +172,32 @@ def patch(**fields: Any) -> Spoil:
 
 
 def tensors(**changes: np.ndarray | None) -> Spoil:
-    """Change the adapter's first A and B, or a tensor of another name."""
+    """Change the adapter's first A and B, or another tensor."""
     changed = {{"A": A, "B": B}.get(name, name): tensor for name, tensor in changes.items()}
 
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         saved = load_file(folder / WEIGHTS) | changed
         save_file({name: tensor for name, tensor in saved.items() if tensor is not None}, folder / WEIGHTS)
 
-    return spoil
+    return damage
 
 
 def instead(file: str, data: bytes, name: str | None = None) -> Spoil:
     """Replace a file."""
 
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         (folder / file).unlink()
         (folder / (name or file)).write_bytes(data)
 
-    return spoil
+    return damage
 
 
 def linked_away(file: str) -> Spoil:
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         (folder / file).rename(folder.parent / "elsewhere")
         (folder / file).symlink_to(folder.parent / "elsewhere")
 
-    return spoil
+    return damage
 
 
 ZEROS = np.zeros((2, 32), np.float32)
@@ -302,14 +302,14 @@ BAD: dict[str, tuple[Spoil, str]] = {
 }
 
 
-@pytest.mark.parametrize(("spoil", "line"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize(("damage", "line"), BAD.values(), ids=BAD)
 def test_unsupported_adapter_is_a_one_line_error(
-    tmp_path: Path, spoil: Spoil, line: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, damage: Spoil, line: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(os, "system", lambda command: pytest.fail(f"ran {command}"))
     folder = tmp_path / "adapter"
     write_adapter(folder, GOOD, MODEL, random_params(GOOD))
-    spoil(folder)
+    damage(folder)
 
     with pytest.raises(ValueError, match=line) as caught:
         read_adapter(folder, MODEL)
@@ -363,7 +363,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     return folder, json.loads((folder / CONFIG).read_text())
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of odd regular expressions
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of unusual regular expressions
 @settings(max_examples=200, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.dictionaries(FIELDS | st.text(max_size=8), VALUES, min_size=1, max_size=3))
 @example(changes={"r": 10**30, "rank_pattern": {"(q_proj": 1}})

@@ -132,7 +132,7 @@ def folder_with(path: Path, vocabulary: Path, generation: dict | None, **fields:
 
 
 def test_export_takes_missing_ids_from_the_tokenizer(tmp_path: Path, vocabulary: Path):
-    # As in checkpoints of earlier versions: the original's ids.
+    # As in checkpoints of earlier versions, the original's ids.
     source = folder_with(tmp_path / "hf", vocabulary, None)
     edit("config.json", lambda fields: fields.update(bos_token_id=100000, eos_token_id=100001))(source)
 

@@ -84,7 +84,7 @@ DIFFERENCES: dict[str, tuple[Callable[[Path], Any], list[tuple[str, str | None, 
         edit("config.json", lambda fields: fields.update(rope_theta=500.0)),
         [("config.json", None, "has rope_theta 10000.0, {hf} 500.0")],
     ),
-    "a field of its own": (
+    "an unknown field": (
         edit("config.json", lambda fields: fields.pop("rms_norm_eps") and fields.update(rms_norm_eps=1e-5)),
         [("config.json", None, "has rms_norm_eps 1e-06, {hf} 1e-05")],
     ),
