@@ -1,6 +1,6 @@
 """Cast weights and count changed values (`Cast`); report a finished conversion (`ConversionReport`)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,12 +29,12 @@ class CastStats(NamedTuple):
         return line + (f"; {self.overflowed:,} overflowed to infinity" if self.overflowed else "")
 
 
+@dataclass
 class Cast:
     """Casts arrays to `dtype` (None: no cast), rounding to nearest even, and collects `stats`."""
 
-    def __init__(self, dtype: np.dtype | None):
-        self.dtype = dtype
-        self.stats = CastStats()
+    dtype: np.dtype | None
+    stats: CastStats = field(default_factory=CastStats)
 
     def __call__(self, array: np.ndarray) -> np.ndarray:
         """Return the cast array."""

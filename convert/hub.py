@@ -92,7 +92,7 @@ def _from_cache(repo_id: str, revision: str) -> Path:
 def _weights(files: Collection[str], where: str, get: Callable[[str], Path]) -> list[str]:
     """Return the weight files among `files`, the index first; `get` returns the path of a file."""
     try:
-        chosen = choose_layout(files, files.__contains__, lambda index: read_index(get(index)).values())
+        chosen = choose_layout(files.__contains__, lambda index: read_index(get(index)).values())
     except DSMoEError as error:
         raise DSMoEError(f"{where} {error}") from None
     if chosen is None:
@@ -115,19 +115,6 @@ def _missing_bytes(file: Any, path: Path, blobs: Path) -> int:
     return (file.size or 0) - (part.stat().st_size if part.is_file() else 0)
 
 
-@contextlib.contextmanager
-def _one_line_errors(revision: str) -> Iterator[None]:
-    """Raise any error of huggingface_hub as a one-line `DSMoEError`."""
-    try:
-        yield
-    # The errors of its HTTP libraries (httpx, httpx2) and of hf_xet have no narrower common base.
-    except Exception as error:
-        from huggingface_hub import errors
-
-        cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
-        raise DSMoEError(_describe(cause or error, revision)) from None
-
-
 _ADVICE: Final[Mapping[int, str]] = {
     401: "; it does not accept the token (HF_TOKEN, or `hf auth login`)",
     403: "; the token (HF_TOKEN, or `hf auth login`) does not permit it",
@@ -135,10 +122,18 @@ _ADVICE: Final[Mapping[int, str]] = {
 }
 
 
-def _describe(error: BaseException, revision: str) -> str:
-    """Describe an error in one line, without the library's message, which may contain server text or the token."""
+@contextlib.contextmanager
+def _one_line_errors(revision: str) -> Iterator[None]:
+    """Raise errors of huggingface_hub in one line, without its messages, which may contain server text or the token."""
     from huggingface_hub import constants, errors
 
+    try:
+        yield
+        return
+    # The errors of its HTTP libraries (httpx, httpx2) and of hf_xet have no narrower common base.
+    except Exception as raised:
+        error = raised.__cause__ if isinstance(raised, errors.LocalEntryNotFoundError) else None
+        error = error or raised
     hub = urlsplit(constants.ENDPOINT).netloc.rpartition("@")[2] or constants.ENDPOINT
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
     text = " ".join(str(error).split())[:300] or type(error).__name__
@@ -150,4 +145,4 @@ def _describe(error: BaseException, revision: str) -> str:
         (errors.HfHubHTTPError, f"{hub} returned HTTP {status}{_ADVICE.get(status, '')}"),
         (Exception, f"cannot be fetched from {hub}: {'the token is malformed' if 'Bearer' in text else text}"),
     )
-    return next(message for kind, message in table if isinstance(error, kind))
+    raise DSMoEError(next(message for kind, message in table if isinstance(error, kind)))

@@ -183,10 +183,8 @@ def check_tensors(path: str | Path, config: ModelConfig, reader: CheckpointReade
     """Normalize the reader's tensor names and check them, shapes and dtypes against the config."""
     adapter, *weights = _ADAPTER
     if (reader.folder / adapter).is_file() and any((reader.folder / name).is_file() for name in weights):
-        raise DSMoEError(
-            f"{path}: holds both a model and an adapter ({adapter}), of which transformers loads the adapter; "
-            "move one of them to another folder"
-        )
+        reason = "of which transformers loads the adapter; move one of them to another folder"
+        raise DSMoEError(f"{path}: holds both a model and an adapter ({adapter}), {reason}")
     normalize_names(reader, config)
     if reader.ignored:
         more = f" and {len(reader.ignored) - 8} more" if len(reader.ignored) > 8 else ""

@@ -64,11 +64,7 @@ def is_stacked(name: str) -> bool:
 def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every HF tensor."""
     specs = abstract(config)[1]
-    return {
-        hf_name: specs[name].shape[1:] if is_stacked(name) else specs[name].shape
-        for name, parts in hf_names(config).items()
-        for hf_name in parts
-    }
+    return {hf: specs[name].shape[is_stacked(name) :] for name, parts in hf_names(config).items() for hf in parts}
 
 
 def export_order(config: ModelConfig) -> list[tuple[str, str, int | None]]:

@@ -48,10 +48,9 @@ def make_plan(
     plan, *others = (_plan(config, paths_of, rules, strict) for rules in ([rules] if rules else RELEASES.values()))
     for other in others:
         for name in (name for name in paths_of if plan.targets.get(name) != other.targets.get(name)):
-            raise DSMoEError(
-                f"PEFT releases disagree on {paths_of[name][0]} or its other experts: use the same keys, in "
-                "parentheses, in rank_pattern and alpha_pattern, and layers_pattern with layers_to_transform"
-            )
+            keys = "the same keys, in parentheses, in rank_pattern and alpha_pattern"
+            advice = f"use {keys}, and layers_pattern with layers_to_transform"
+            raise DSMoEError(f"PEFT releases disagree on {paths_of[name][0]} or its other experts: {advice}")
     return plan
 
 

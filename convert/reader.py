@@ -133,17 +133,14 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def choose_layout(
-    present: Collection[str],
-    exists: Callable[[str], bool],
-    shards_of: Callable[[str], Collection[str]],
-    layouts: Layouts = LAYOUTS,
+    exists: Callable[[str], bool], shards_of: Callable[[str], Collection[str]], layouts: Layouts = LAYOUTS
 ) -> _Layout | None:
     """Choose which weights of a folder to read; None if there are none.
 
     As in transformers, an index with missing shards is ignored if there is a single file. A single file and a complete
     set of shards are an error, since programs differ in which they read.
     """
-    found = [layout for layout in layouts if layout[0] in present]
+    found = [layout for layout in layouts if exists(layout[0])]
     if len(found) < 2 or not found[0][1] or found[0][0] != f"{found[1][0]}.index.json":
         return found[0] if found else None
     (index, *_), single = found[:2]
@@ -217,11 +214,11 @@ class CheckpointReader(contextlib.AbstractContextManager["CheckpointReader"]):
         self._maps.clear()
 
     def _find_weights(self, layouts: Layouts) -> _Layout:
-        # A dangling link counts as present, and opening it raises an error.
-        present = {name for name, _, _ in layouts if os.path.lexists(self.folder / name)}
+        def exists(file: str) -> bool:
+            return os.path.lexists(self.folder / file)  # opening a dangling link raises an error
+
         try:
-            shards_of = lambda index: read_index(self.folder / index).values()  # noqa: E731
-            chosen = choose_layout(present, lambda file: os.path.lexists(self.folder / file), shards_of, layouts)
+            chosen = choose_layout(exists, lambda index: read_index(self.folder / index).values(), layouts)
         except ValueError as error:
             raise DSMoEError(f"{self.folder}: {error}") from None
         if chosen is None:

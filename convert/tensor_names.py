@@ -21,13 +21,11 @@ def normalize_names(reader: CheckpointReader, config: ModelConfig) -> None:
     Also drops TRL's value head and empty shared experts, and maps a tied head without an embedding to the embedding.
     """
     if lora := next((name for name in reader.tensors if ".lora_" in name), None):
-        raise DSMoEError(
-            f"{reader.folder}: tensor {quote(lora)} belongs to an unmerged LoRA adapter; "
-            "merge it first, or load base and adapter from separate folders"
-        )
+        advice = "merge it first, or load base and adapter from separate folders"
+        raise DSMoEError(f"{reader.folder}: tensor {quote(lora)} belongs to an unmerged LoRA adapter; {advice}")
     if heads := [name for name in reader.tensors if name.startswith(_VALUE_HEAD)]:
         reader.ignored += heads
-        reader.tensors = {name: info for name, info in reader.tensors.items() if name not in heads}
+        reader.tensors = {name: info for name, info in reader.tensors.items() if not name.startswith(_VALUE_HEAD)}
     renamed = {name: _WRAPPERS.sub("", name) for name in reader.tensors}
     if wrapped := next((name for name, plain in renamed.items() if name != plain), None):
         reader.ignored.append(f"wrappers in names such as {quote(wrapped)}")
@@ -50,7 +48,8 @@ def normalize_names(reader: CheckpointReader, config: ModelConfig) -> None:
     reader.tensors = {renamed[name]: info for name, info in reader.tensors.items()}
     if config.n_shared_experts is None:
         empty = [name for name, info in reader.tensors.items() if ".shared_experts." in name and 0 in info.shape]
-        reader.tensors = {name: info for name, info in reader.tensors.items() if name not in empty}
+        for name in empty:
+            del reader.tensors[name]
         reader.ignored += empty[:1]
 
 

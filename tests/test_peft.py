@@ -158,7 +158,7 @@ def test_absent_field_has_the_default_of_peft(tmp_path: Path, field: str, defaul
         assert set(scales(read.config).values()) == {8 / math.sqrt(8)}
 
 
-Spoil = Callable[[Path], Any]
+Damage = Callable[[Path], Any]
 
 
 GOOD = LoraConfig(r=2, target_modules=("q_proj", "experts.1.up_proj"))
@@ -167,11 +167,11 @@ GOOD = LoraConfig(r=2, target_modules=("q_proj", "experts.1.up_proj"))
 A, B = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{end}.weight" for end in "AB")
 
 
-def patch(**fields: Any) -> Spoil:
+def patch(**fields: Any) -> Damage:
     return edit(CONFIG, lambda old: old.update(fields))
 
 
-def tensors(**changes: np.ndarray | None) -> Spoil:
+def tensors(**changes: np.ndarray | None) -> Damage:
     """Change the adapter's first A and B, or another tensor."""
     changed = {{"A": A, "B": B}.get(name, name): tensor for name, tensor in changes.items()}
 
@@ -182,7 +182,7 @@ def tensors(**changes: np.ndarray | None) -> Spoil:
     return damage
 
 
-def instead(file: str, data: bytes, name: str | None = None) -> Spoil:
+def instead(file: str, data: bytes, name: str | None = None) -> Damage:
     """Replace a file."""
 
     def damage(folder: Path) -> None:
@@ -192,7 +192,7 @@ def instead(file: str, data: bytes, name: str | None = None) -> Spoil:
     return damage
 
 
-def linked_away(file: str) -> Spoil:
+def linked_away(file: str) -> Damage:
     def damage(folder: Path) -> None:
         (folder / file).rename(folder.parent / "elsewhere")
         (folder / file).symlink_to(folder.parent / "elsewhere")
@@ -206,7 +206,7 @@ ZEROS = np.zeros((2, 32), np.float32)
 ATTACK = zip_file(called("os", "system"))
 
 
-BAD: dict[str, tuple[Spoil, str]] = {
+BAD: dict[str, tuple[Damage, str]] = {
     # tensors
     "missing": (tensors(A=None), rf"tensor {A} is missing$"),
     "several missing": (tensors(A=None, B=None), rf"tensor {A} is missing \(and 1 more\)$"),
@@ -304,7 +304,7 @@ BAD: dict[str, tuple[Spoil, str]] = {
 
 @pytest.mark.parametrize(("damage", "line"), BAD.values(), ids=BAD)
 def test_unsupported_adapter_is_a_one_line_error(
-    tmp_path: Path, damage: Spoil, line: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, damage: Damage, line: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(os, "system", lambda command: pytest.fail(f"ran {command}"))
     folder = tmp_path / "adapter"

@@ -45,10 +45,8 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: An
     for index, message in enumerate(messages):
         others, role = [*messages[:index], *messages[index + 1 :]], message["role"]
         if role not in ROLES and renders_same(partial(_render, template, others, variables), text):
-            allowed = ", ".join(ROLES)
-            raise DSMoEError(
-                f"message {index} has role {role!r:.80}, which the chat template ignores; allowed are {allowed}"
-            )
+            ignored = f"role {role!r:.80}, which the chat template ignores"
+            raise DSMoEError(f"message {index} has {ignored}; allowed are {', '.join(ROLES)}")
     return text
 
 

@@ -56,9 +56,8 @@ def _compile(template: str) -> tuple[Any, bool]:
             return caller()
 
     # trim_blocks and lstrip_blocks as in transformers; published templates depend on both.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-    )
+    extensions = ["jinja2.ext.loopcontrols", Generation]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     environment.filters["tojson"] = _tojson

@@ -9,6 +9,7 @@ from dsmoe_jax.config_aliases import show_value
 from dsmoe_jax.errors import DSMoEError
 
 SPECIAL_IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
+_Fields = Mapping[str, Any]
 _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "the tokenizer"
 
 
@@ -20,10 +21,7 @@ class SpecialTokens(Protocol):
 
 
 def check_special_ids(
-    config: ModelConfig,
-    tokenizer: SpecialTokens | None = None,
-    generation_config: Mapping[str, Any] | None = None,
-    where: str = "",
+    config: ModelConfig, tokenizer: SpecialTokens | None, generation_config: _Fields | None = None, where: str = ""
 ) -> list[str]:
     """Return a warning for each special token id that is outside the vocabulary or differs between sources.
 
@@ -83,7 +81,7 @@ def with_tokenizer_ids(config: ModelConfig, tokenizer: SpecialTokens) -> ModelCo
     return dataclasses.replace(config, **ids)
 
 
-def drop_ids_outside_vocab(fields: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+def drop_ids_outside_vocab(fields: _Fields, vocab_size: int) -> dict[str, Any]:
     """Return config fields with token ids outside the vocabulary removed from lists or set to None."""
     cleaned = dict(fields)
     for name, value in fields.items():
@@ -97,7 +95,7 @@ def drop_ids_outside_vocab(fields: Mapping[str, Any], vocab_size: int) -> dict[s
     return cleaned
 
 
-def ids_for_export(fields: Mapping[str, Any], tokenizer: SpecialTokens | None, vocab_size: int) -> dict[str, Any]:
+def ids_for_export(fields: _Fields, tokenizer: SpecialTokens | None, vocab_size: int) -> dict[str, Any]:
     """Return config fields with valid token ids only; missing BOS and EOS ids come from the tokenizer."""
     exported = drop_ids_outside_vocab(fields, vocab_size)
     for name in ("bos_token_id", "eos_token_id"):

@@ -198,9 +198,8 @@ class Tokenizer:
         escaped, variables = self.escape([dict(message) for message in messages]), self.escape(variables)
         marked = chat_template.render(template, escaped, **self.special_tokens_map | variables)
         if self.escape.unescape(marked) != text:
-            raise DSMoEError(
-                "split_special_tokens is not supported by this chat template: it changes the text of messages"
-            )
+            reason = "it changes the text of messages"
+            raise DSMoEError(f"split_special_tokens is not supported by this chat template: {reason}")
         return self.escape.protect(marked)
 
     def apply_chat_template(

@@ -27,19 +27,15 @@ class Backend(Protocol):
 
     def default_special(self, attribute: str) -> str | None:
         """Return the special token of an attribute (`bos_token` …) that the config does not set."""
-        ...
 
     def id_of(self, token: str) -> int | None:
         """Return the id of a token, or None."""
-        ...
 
     def encode(self, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
         """Return the ids of each text; if split, only placeholders become special tokens."""
-        ...
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         """Return the text of the ids."""
-        ...
 
 
 class TokenizersBackend:
@@ -140,10 +136,9 @@ def _check_prefix_space(path: Path, library: Any, settings: TokenizerSettings) -
     configured = settings.flag("add_prefix_space", False)
     actual = _prefix_space(json.loads(library.to_str()), nested=settings.is_llama)
     if actual is not None and configured != actual:
-        raise DSMoEError(
-            f"add_prefix_space must be the same in {path} and tokenizer_config.json (default false), "
-            f"got {str(actual).lower()} and {str(configured).lower()}"
-        )
+        found = f"{str(actual).lower()} and {str(configured).lower()}"
+        files = f"{path} and tokenizer_config.json (default false)"
+        raise DSMoEError(f"add_prefix_space must be the same in {files}, got {found}")
 
 
 def _prefix_space(fields: Mapping[str, Any], nested: bool) -> bool | None:
@@ -269,12 +264,10 @@ class SentencePieceBackend:
         if self._legacy:
             return self._model.encode(texts)
         # sentencepiece drops a leading space, so the unknown token is prepended and its ids removed.
-        guarded = [text.startswith(("▁", " ")) for text in texts]
-        found = self._model.encode([self._unk * guard + text for text, guard in zip(texts, guarded, strict=True)])
-        return [
-            ids[self._unk_length :] if guard and len(ids) >= self._unk_length else ids
-            for ids, guard in zip(found, guarded, strict=True)
-        ]
+        guards = [self._unk * text.startswith(("▁", " ")) for text in texts]
+        found = self._model.encode([guard + text for guard, text in zip(guards, texts, strict=True)])
+        n = self._unk_length
+        return [ids[n:] if guard and len(ids) >= n else ids for guard, ids in zip(guards, found, strict=True)]
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         """See `Backend`."""
