@@ -177,10 +177,7 @@ def _header(names: list[str], reader: NativeReader, dtype: np.dtype | None) -> b
 
 
 def _write_configs(folder: Path, fields: dict[str, Any], generation_config: dict[str, Any] | None) -> None:
-    """Write the generation config, whose ids outside the vocabulary are dropped, and config.json and its class.
-
-    config.json, which loaders look for, is the last file of an export.
-    """
+    """Write the generation config without invalid ids, the config class and, last, config.json, which loaders find."""
     path = folder / GENERATION_CONFIG
     if generation_config is None:
         present = {name: fields[name] for name in SPECIAL_IDS if fields[name] is not None}

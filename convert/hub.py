@@ -32,10 +32,7 @@ def is_repo_id(source: str | Path) -> bool:
 
 
 def fetch(repo_id: str, *, revision: str | None = None) -> Path:
-    """Download config, weights and tokenizer of a repository to the hub's cache, unless they are cached.
-
-    The name of the returned folder is the SHA of the commit.
-    """
+    """Download config, weights and tokenizer unless cached; return the cache's folder, whose name is the commit SHA."""
     try:
         if not _REPO_ID.fullmatch(repo_id):
             raise DSMoEError("the repository id must have the form owner/name")

@@ -18,11 +18,7 @@ from .torch_pickle import read_torch_file
 
 MAX_NAME: Final = 250  # characters of a tensor name, bytes of a file name
 
-SAFETENSORS_DTYPES: Final[dict[str, np.dtype]] = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+SAFETENSORS_DTYPES: Final = {"F32": np.dtype("f4"), "F16": np.dtype("f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _OTHERS: Final = {"F64": "f8", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1", "U8": "u1", "BOOL": "?"}
 _BUFFER_DTYPES: Final = SAFETENSORS_DTYPES | {code: np.dtype(kind) for code, kind in _OTHERS.items()}
 

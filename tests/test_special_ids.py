@@ -13,7 +13,7 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import export_hf, import_hf
 from dsmoe_jax.storage.atomic_dir import write_json
 from dsmoe_jax.storage.strict_json import read_json
-from dsmoe_jax.text.special_ids import check_special_ids, drop_ids_outside_vocab, with_tokenizer_ids
+from dsmoe_jax.text.special_ids import check_special_ids, drop_ids_outside_vocab, with_special_ids
 from dsmoe_jax.text.tokenizer import Tokenizer
 from dsmoe_jax.text.train_tokenizer import train_tokenizer
 from tests.helpers.hf_folder import edit, random_params, tiny, write_hf
@@ -88,7 +88,7 @@ def test_invalid_ids_are_an_error(fields: dict, tokenizer: Any, generation: Any,
 
 
 def test_new_model_gets_the_ids_of_its_tokenizer():
-    model = with_tokenizer_ids(config(eos_token_id=5), Tokens(None, 1))
+    model = with_special_ids(config(eos_token_id=5), None, 1)
 
     assert (model.bos_token_id, model.eos_token_id) == (0, 1)
 

@@ -72,9 +72,8 @@ def _is_valid(name: str, token: int, vocab_size: int) -> bool:
     return 0 <= token < vocab_size or (name == "pad_token_id" and token == -1)
 
 
-def with_tokenizer_ids(config: ModelConfig, tokenizer: SpecialTokens) -> ModelConfig:
-    """Return the config with the tokenizer's BOS id, and its EOS id unless the config lists it."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+def with_special_ids(config: ModelConfig, bos: int | None, eos: int | None) -> ModelConfig:
+    """Return the config with this BOS id, and this EOS id unless the config lists it."""
     ids = {} if bos is None else {"bos_token_id": bos}
     if eos is not None and eos not in config.eos_token_ids:
         ids["eos_token_id"] = eos

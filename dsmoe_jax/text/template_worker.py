@@ -26,10 +26,7 @@ _inherited: list[subprocess.Popen[bytes]] = []  # of the parent process; referen
 
 
 def render(template: str, variables: Mapping[str, Any]) -> str:
-    """Render a template with JSON variables in the worker process, which the first call starts.
-
-    The messages of errors continue "the chat template failed: ".
-    """
+    """Render a template in the worker process; the messages of errors continue "the chat template failed: "."""
     try:
         request = json.dumps({"template": template, "variables": dict(variables)}).encode()
     except (TypeError, ValueError, RecursionError) as error:

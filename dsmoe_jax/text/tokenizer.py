@@ -214,8 +214,7 @@ class Tokenizer:
 class DecodeStream:
     """Decodes ids one at a time and withholds text that a later id may change.
 
-    The pieces join to `decode` of all ids, except with ByteFallback in tokenizer.json: there one truncated character
-    turns a run of byte tokens into U+FFFD.
+    The pieces concatenate to `decode` of all ids, except for truncated characters with ByteFallback in tokenizer.json.
     """
 
     def __init__(self, tokenizer: Tokenizer):

@@ -27,15 +27,19 @@ class Backend(Protocol):
 
     def default_special(self, attribute: str) -> str | None:
         """Return the special token of an attribute (`bos_token` …) that the config does not set."""
+        ...
 
     def id_of(self, token: str) -> int | None:
         """Return the id of a token, or None."""
+        ...
 
     def encode(self, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
         """Return the ids of each text; if split, only placeholders become special tokens."""
+        ...
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         """Return the text of the ids."""
+        ...
 
 
 class TokenizersBackend:
