@@ -24,10 +24,7 @@ _BUFFER_DTYPES: Final = SAFETENSORS_DTYPES | {code: np.dtype(kind) for code, kin
 
 
 def read_safetensors(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
-    """Locate the tensors of a safetensors file: 8 bytes of header length, the header in JSON, the data.
-
-    Weights must be F32, F16 or BF16, and tensors must cover the data exactly, as the format requires.
-    """
+    """Locate the tensors of a safetensors file: 8 bytes of header length, the header in JSON, the data."""
     length = int.from_bytes(mapped[:8], "little")
     if length > MAX_JSON_BYTES:
         raise DSMoEError(f"has a header of {length} bytes; at most {MAX_JSON_BYTES}")

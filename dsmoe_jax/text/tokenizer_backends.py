@@ -1,7 +1,4 @@
-"""Tokenizer backends: tokenizers for tokenizer.json, sentencepiece for tokenizer.model. Start at `Backend`.
-
-The libraries alone give other ids than transformers in places; this file removes the differences.
-"""
+"""Tokenizer backends with transformers' ids: tokenizers for tokenizer.json, sentencepiece for tokenizer.model."""
 
 import functools
 import json
