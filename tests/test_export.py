@@ -32,6 +32,7 @@ from tests.helpers.hf_folder import (
     hf_tensors,
     random_params,
     rehashed,
+    round_trip,
     snapshot,
     stop_after,
     stored,
@@ -44,12 +45,6 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 CODES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16", np.dtype(np.float16): "F16"}
 HEAD = "lm_head.weight"
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
-
-
-def round_trip(source: Path, work: Path, **options: Any) -> Path:
-    """Return the folder after an import to `work/native` and an export."""
-    import_hf(source, work / "native")
-    return export_hf(work / "native", work / "back", **options).path
 
 
 def as_stored(tensors: dict[str, np.ndarray]) -> dict[str, Stored]:

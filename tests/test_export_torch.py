@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from dsmoe_jax.convert import export_hf, import_hf, load_hf
 from tests.helpers import golden
-from tests.helpers.hf_folder import INDEX, VARIANTS, random_params, tiny, write_hf
+from tests.helpers.hf_folder import INDEX, VARIANTS, random_params, round_trip, tiny, write_hf
 
 pytest.importorskip("torch", reason="the independent reader is PyTorch: pip install -e '.[bench]'")
 import torch  # pyright: ignore[reportMissingImports]
@@ -40,7 +40,6 @@ every_variant = pytest.mark.parametrize("changes", FORWARD.values(), ids=FORWARD
 every_case = pytest.mark.parametrize("case", golden.COMMITTED)
 
 IDS = np.random.default_rng(1).integers(0, 64, (3, 20))
-ONE_SHARD = "5GB"  # one shard for a tiny model
 SPLIT = "20KB"
 
 
@@ -97,13 +96,6 @@ def lively(tmp_path: Path, changes: Mapping[str, Any], dtype: str = "float32") -
     for name, value in params.items():
         params[name] = 1 + value if name.endswith("norm.weight") else 3 * value
     return write_hf(tmp_path / "hf", config, params, dtype)
-
-
-def round_trip(source: Path, out: Path, max_shard_size: str = ONE_SHARD) -> Path:
-    """Import and export a folder."""
-    import_hf(source, out / "native")
-    export_hf(out / "native", out / "exported", max_shard_size=max_shard_size)
-    return out / "exported"
 
 
 # The reader
@@ -199,7 +191,7 @@ def test_export_in_several_shards_is_the_same_model(tmp_path: Path, tied: bool):
     source = lively(tmp_path, {"tie_word_embeddings": tied})
     ours = np.asarray(load_hf(source)(IDS).logits)
 
-    exported = round_trip(source, tmp_path, SPLIT)
+    exported = round_trip(source, tmp_path, max_shard_size=SPLIT)
 
     tensors = check_export(exported)
     sizes = [sum(map(size, load_file(shard).values())) for shard in exported.glob("*.safetensors")]

@@ -12,7 +12,8 @@ import safetensors
 from safetensors.numpy import save_file
 
 from dsmoe_jax.convert.reader import CheckpointReader
-from tests.helpers.hostile import assert_rejected, built, entry, same_bits
+from tests.helpers.hf_folder import same_bits
+from tests.helpers.hostile import assert_rejected, built, entry
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -15,6 +15,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.convert import export_hf, import_hf
 from dsmoe_jax.convert.param_mapping import hf_names, is_stacked
 from dsmoe_jax.model import abstract
 from dsmoe_jax.progress import Advance, Meter
@@ -116,6 +117,12 @@ def stored(folder: Path) -> dict[str, Stored]:
             assert name not in tensors
             tensors[name] = Stored(found["dtype"], tuple(found["shape"]), bytes(found["data"]))
     return tensors
+
+
+def round_trip(source: Path, work: Path, **options: Any) -> Path:
+    """Return the folder after an import to `work/native` and an export."""
+    import_hf(source, work / "native")
+    return export_hf(work / "native", work / "back", **options).path
 
 
 def same_bits(got: Any, want: np.ndarray) -> bool:

@@ -34,10 +34,6 @@ def assert_rejected(folder: Path, match: str) -> None:
     assert len(str(caught.value)) < 600
 
 
-def same_bits(got: np.ndarray, want: np.ndarray) -> bool:
-    return got.dtype == want.dtype and got.shape == want.shape and got.tobytes() == want.tobytes()
-
-
 # safetensors
 
 
