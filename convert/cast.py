@@ -1,6 +1,6 @@
-"""Cast weights and count what changes (`Cast`), and report a finished conversion (`ConversionReport`)."""
+"""Cast weights and count changed values (`Cast`); report a finished conversion (`ConversionReport`)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ _HALF = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 
 
 class CastStats(NamedTuple):
-    """Counts of the values that a cast changed, and the largest finite change."""
+    """Number of values that a cast changed, and the largest finite change."""
 
     values: int = 0
     changed: int = 0
@@ -29,12 +29,12 @@ class CastStats(NamedTuple):
         return line + (f"; {self.overflowed:,} overflowed to infinity" if self.overflowed else "")
 
 
+@dataclass
 class Cast:
     """Casts arrays to `dtype` (None: no cast), rounding to nearest even, and collects `stats`."""
 
-    def __init__(self, dtype: np.dtype | None):
-        self.dtype = dtype
-        self.stats = CastStats()
+    dtype: np.dtype | None
+    stats: CastStats = field(default_factory=CastStats)
 
     def __call__(self, array: np.ndarray) -> np.ndarray:
         """Return the cast array."""
@@ -65,7 +65,7 @@ class ConversionReport:
         bytes: Bytes of all tensors.
         reused_bytes: Bytes written by an earlier, interrupted run.
         seconds: Wall-clock time.
-        cast_stats: What the cast changed.
+        cast_stats: Values changed by the cast.
         checksum: How the bytes were verified.
     """
 

@@ -19,14 +19,14 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.model import abstract
 from dsmoe_jax.progress import Advance, Meter, silent
-from dsmoe_jax.storage.atomic_dir import StagingDir, atomic_dir, check_new_path, write_json
+from dsmoe_jax.storage.atomic_dir import atomic_dir, check_new_path, write_json
 from dsmoe_jax.storage.direct_io import DirectFile
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.text.generation_config import GENERATION_CONFIG
 from dsmoe_jax.text.special_ids import SPECIAL_IDS, drop_ids_outside_vocab, ids_for_export
 
 from .cast import Cast, CastStats, ConversionReport
-from .importer import AUTO_MAP, CODE, SpecialIds, extra_files, read_special_ids
+from .importer import AUTO_MAP, CODE, extra_files, read_special_ids
 from .param_mapping import export_order
 from .reader import SAFETENSORS_DTYPES
 
@@ -39,10 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 class NativeReader:
-    """Reads the tensors of a native checkpoint by Hugging Face's names, memory-mapped.
-
-    Raises `DSMoEError` if manifest, config and arrays disagree; tensor bytes are not checked.
-    """
+    """Reads memory-mapped tensors of a native checkpoint by Hugging Face's names; checks all but their bytes."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -54,31 +51,14 @@ class NativeReader:
         self._arrays = {name: open_array(folder / PARAMETERS, name) for name in shapes}
         for name, array in self._arrays.items():
             if (dtype := self.manifest.tensors[name]["dtype"]) != array.dtype.name or array.shape != shapes[name]:
-                raise DSMoEError(
-                    f"{folder}: tensor {name} is {array.dtype} {list(array.shape)}, {dtype} in the manifest"
-                )
+                found = f"{array.dtype} {list(array.shape)}"
+                raise DSMoEError(f"{folder}: tensor {name} is {found}, {dtype} in the manifest")
         self.order = {hf_name: (ours, expert) for hf_name, ours, expert in export_order(self.config)}
 
     def read(self, hf_name: str) -> np.ndarray:
-        """Return a view of the tensor."""
+        """Return a view of a tensor."""
         ours, expert = self.order[hf_name]
         return self._arrays[ours] if expert is None else self._arrays[ours][expert]
-
-
-class _ChecksumVerifier:
-    """Hashes our tensors chunk by chunk in order and compares them with the manifest at the end."""
-
-    def __init__(self, native: NativeReader):
-        self._native = native
-        self._digests = {name: hashlib.sha256() for name in native.manifest.tensors}
-
-    def update(self, hf_name: str, data: memoryview) -> None:
-        self._digests[self._native.order[hf_name][0]].update(data)
-
-    def check(self) -> None:
-        for name, tensor in self._native.manifest.tensors.items():
-            if self._digests[name].hexdigest() != tensor.get("sha256"):
-                raise DSMoEError(f"{self._native.folder}: damaged checkpoint: SHA-256 mismatch of tensor {name}")
 
 
 def export_hf(
@@ -91,9 +71,8 @@ def export_hf(
 ) -> ConversionReport:
     """Export a native checkpoint as a Hugging Face folder: safetensors, index, config and tokenizer.
 
-    Without a cast an imported checkpoint is exported bit for bit, and every tensor is checked against the manifest's
-    SHA-256. `configuration_deepseek.py` and `auto_map` let transformers' `AutoConfig` load the config with
-    `trust_remote_code=True`. An interrupted export resumes.
+    Without a cast tensors are exported bit for bit; each is checked against its SHA-256 in the manifest. With
+    `trust_remote_code=True` transformers' `AutoConfig` can load the config. An interrupted export resumes.
 
     Args:
         native: Native checkpoint.
@@ -102,9 +81,6 @@ def export_hf(
         dtype: "float32", "bfloat16" or "float16" to cast; default: the stored dtypes.
         progress: Progress meter.
 
-    Returns:
-        A report with sizes, time and the changes of the cast.
-
     Raises:
         DSMoEError: `output_dir` exists, the checkpoint is damaged, or the disk is too full.
     """
@@ -112,39 +88,40 @@ def export_hf(
     cast_dtype, limit = as_dtype(dtype), parse_size(max_shard_size)
     output_dir = check_new_path(output_dir)
     reader = NativeReader(user_path(native, "checkpoint"))
-    ids = read_special_ids(reader.folder, reader.config)
-    for warning in ids.warnings:
+    tokenizer, generation_config, warnings = read_special_ids(reader.folder, reader.config)
+    for warning in warnings:
         _log.warning("%s", warning)
     sizes = {name: reader.read(name).size * (cast_dtype or reader.read(name).dtype).itemsize for name in reader.order}
     shards = _shards(sizes, limit)
     total = sum(sizes.values())
-    job = {
-        "export": str(reader.folder.resolve()),
-        "manifest": reader.manifest.sha256,
-        "shards": [limit, str(cast_dtype)],
-    }
-    verifier, stats, reused = _ChecksumVerifier(reader), CastStats(), 0
+    shard_options = [limit, str(cast_dtype)]
+    job = {"export": str(reader.folder.resolve()), "manifest": reader.manifest.sha256, "shards": shard_options}
+    digests = {name: hashlib.sha256() for name in reader.manifest.tensors}
+    stats, reused = CastStats(), 0
     with atomic_dir(output_dir, needs=total, job=job) as draft, progress("exporting", total) as advance:
         for file, names in shards.items():
             if file in draft.finished and (draft.folder / file).is_file():
                 reused += sum(sizes[name] for name in names)
                 for name in names:
-                    verifier.update(name, raw_bytes(reader.read(name)))
+                    digests[reader.order[name][0]].update(raw_bytes(reader.read(name)))
                     advance(sizes[name])
             else:
-                _write_shard(draft, file, names, reader, cast_dtype, verifier, advance)
+                draft.finish(file, list(_write_shard(draft.folder / file, names, reader, cast_dtype, digests, advance)))
             stats += CastStats(*draft.finished[file])
-        verifier.check()
-        _write_metadata(draft.folder, reader, shards, total, cast_dtype, ids)
-    return ConversionReport(
-        path=output_dir,
-        tensors=len(reader.order),
-        bytes=total,
-        reused_bytes=reused,
-        seconds=time.perf_counter() - started,
-        cast_stats=stats,
-        checksum="verified every tensor against the manifest's SHA-256",
-    )
+        for name, tensor in reader.manifest.tensors.items():
+            if digests[name].hexdigest() != tensor.get("sha256"):
+                raise DSMoEError(f"{reader.folder}: damaged checkpoint: SHA-256 mismatch of tensor {name}")
+        config = reader.config
+        stored = {(cast_dtype or reader.read(name).dtype).name for name in reader.order}
+        if len(stored) == 1:
+            config = config.with_dtype(stored.pop())
+        for path in extra_files(reader.folder):
+            shutil.copyfile(path, draft.folder / path.name)
+        weight_map = {name: file for file, names in shards.items() for name in names}
+        write_json(draft.folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _write_configs(draft.folder, ids_for_export(config.to_dict(), tokenizer, config.vocab_size), generation_config)
+    seconds, checksum = time.perf_counter() - started, "verified every tensor against the manifest's SHA-256"
+    return ConversionReport(output_dir, len(reader.order), total, reused, seconds, stats, checksum)
 
 
 def parse_size(size: int | str) -> int:
@@ -157,8 +134,7 @@ def parse_size(size: int | str) -> int:
 
 def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
     """Return the tensors of each file, in order; a tensor that does not fit starts a new file."""
-    groups: list[list[str]] = [[]]
-    size = 0
+    groups, size = [[]], 0
     for name, nbytes in sizes.items():
         if groups[-1] and size + nbytes > limit:
             groups.append([])
@@ -169,27 +145,21 @@ def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
 
 
 def _write_shard(
-    draft: StagingDir,
-    file: str,
-    names: list[str],
-    reader: NativeReader,
-    dtype: np.dtype | None,
-    verifier: _ChecksumVerifier,
-    advance: Advance,
-) -> None:
+    path: Path, names: list[str], reader: NativeReader, dtype: Any, digests: dict[str, Any], advance: Advance
+) -> CastStats:
+    """Write a safetensors file and hash its tensors by our names."""
     cast = Cast(dtype)
-    path = draft.folder / file
     path.unlink(missing_ok=True)  # of an interrupted run
     with DirectFile(path) as out, ThreadPoolExecutor(1) as hasher:
         out.write(_header(names, reader, dtype))
         for name in names:
             for chunk in row_chunks(reader.read(name)):
-                hashing = hasher.submit(verifier.update, name, raw_bytes(chunk))
+                hashing = hasher.submit(digests[reader.order[name][0]].update, raw_bytes(chunk))
                 cast_chunk = cast(chunk)
                 out.write(raw_bytes(cast_chunk))
                 hashing.result()
                 advance(cast_chunk.nbytes)
-    draft.finish(file, list(cast.stats))
+    return cast.stats
 
 
 def _header(names: list[str], reader: NativeReader, dtype: np.dtype | None) -> bytes:
@@ -206,31 +176,15 @@ def _header(names: list[str], reader: NativeReader, dtype: np.dtype | None) -> b
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_metadata(
-    folder: Path,
-    reader: NativeReader,
-    shards: dict[str, list[str]],
-    total: int,
-    dtype: np.dtype | None,
-    ids: SpecialIds,
-) -> None:
-    """Write everything but the shards; config.json, which loaders look for, last."""
-    config = reader.config
-    stored = {(dtype or reader.read(name).dtype).name for name in reader.order}
-    if len(stored) == 1:
-        config = config.with_dtype(stored.pop())
-    for path in extra_files(reader.folder):
-        shutil.copyfile(path, folder / path.name)
-    fields = ids_for_export(config.to_dict(), ids.tokenizer, config.vocab_size)
-    source = ids.generation_config
-    if source is None:
+def _write_configs(folder: Path, fields: dict[str, Any], generation_config: dict[str, Any] | None) -> None:
+    """Write the generation config without invalid ids, the config class and, last, config.json, which loaders find."""
+    path = folder / GENERATION_CONFIG
+    if generation_config is None:
         present = {name: fields[name] for name in SPECIAL_IDS if fields[name] is not None}
-        write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **present})
-    elif (cleaned := drop_ids_outside_vocab(source, config.vocab_size)) != source:
-        replaced = {name: fields[name] for name in SPECIAL_IDS if source.get(name) and cleaned[name] is None}
-        (folder / GENERATION_CONFIG).unlink()
-        write_json(folder / GENERATION_CONFIG, cleaned | replaced)
-    weight_map = {name: file for file, names in shards.items() for name in names}
-    write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(path, {"_from_model_config": True, **present})
+    elif (cleaned := drop_ids_outside_vocab(generation_config, fields["vocab_size"])) != generation_config:
+        dropped = (name for name in SPECIAL_IDS if generation_config.get(name) and cleaned[name] is None)
+        path.unlink()
+        write_json(path, cleaned | {name: fields[name] for name in dropped})
     (folder / CODE).write_bytes(_CODE.read_bytes())
     write_json(folder / "config.json", fields | {"auto_map": AUTO_MAP})

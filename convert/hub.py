@@ -1,7 +1,7 @@
 """Download a checkpoint from the Hugging Face hub into its cache. Start at `fetch`.
 
-Uses `huggingface_hub`, so its environment variables apply: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN,
-HF_HUB_OFFLINE and others. Code is never downloaded.
+The environment variables of `huggingface_hub` apply: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and
+others. Code is never downloaded.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from dsmoe_jax.errors import DSMoEError
@@ -26,33 +26,13 @@ _EXTRA_FILES: Final = (GENERATION_CONFIG, *TOKENIZER_FILES)
 _REPO_ID: Final = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9_][\w.-]*", re.ASCII | re.IGNORECASE)
 
 
-class Snapshot(NamedTuple):
-    """A downloaded revision of a repository."""
-
-    folder: Path  # in the hub's cache
-    repo_id: str
-    revision: str  # SHA of the commit
-
-
 def is_repo_id(source: str | Path) -> bool:
     """Return whether `source` has the form owner/name and is not an existing path."""
     return bool(_REPO_ID.fullmatch(str(source))) and not os.path.lexists(source)
 
 
-def fetch(repo_id: str, *, revision: str | None = None) -> Snapshot:
-    """Download config, weights and tokenizer of a repository, except what is cached.
-
-    With HF_HUB_OFFLINE=1 only the cache is used. Weights are chosen by `choose_layout`.
-
-    Args:
-        repo_id: owner/name.
-        revision: Branch, tag or commit; default: `main`.
-
-    Raises:
-        DSMoEError: huggingface_hub is not installed; the hub is not reachable, denies access or has no such revision;
-            the repository has no config or weights, or a malformed index; the disk is too full; or, offline, a file
-            is not cached.
-    """
+def fetch(repo_id: str, *, revision: str | None = None) -> Path:
+    """Download config, weights and tokenizer unless cached; return the cache's folder, whose name is the commit SHA."""
     try:
         if not _REPO_ID.fullmatch(repo_id):
             raise DSMoEError("the repository id must have the form owner/name")
@@ -61,10 +41,9 @@ def fetch(repo_id: str, *, revision: str | None = None) -> Snapshot:
         except ImportError:
             raise DSMoEError("the hub needs huggingface_hub: pip install 'dsmoe_jax[hub]'") from None
         load = _from_cache if constants.HF_HUB_OFFLINE else _from_hub
-        folder = load(repo_id, revision or constants.DEFAULT_REVISION)
+        return load(repo_id, revision or constants.DEFAULT_REVISION)
     except ValueError as error:  # huggingface_hub validates ids by ValueError
         raise DSMoEError(f"{repo_id}: {error}") from None
-    return Snapshot(folder, repo_id, folder.name)
 
 
 def _from_hub(repo_id: str, revision: str) -> Path:
@@ -74,13 +53,11 @@ def _from_hub(repo_id: str, revision: str) -> Path:
         with _one_line_errors(revision):
             return Path(hf_hub_download(repo_id, name, revision=revision))
 
+    timeout = constants.HF_HUB_ETAG_TIMEOUT  # model_info has none by default
     with _one_line_errors(revision):
-        # The default is no timeout.
-        timeout = constants.HF_HUB_ETAG_TIMEOUT
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
     files = {file.rfilename: file for file in info.siblings or ()}
-    # All files are downloaded at this commit; the branch may move meanwhile.
-    sha = info.sha or ""
+    sha = info.sha or ""  # the commit of all files; the branch may move during the download
     if not re.fullmatch(r"[0-9a-f]{40}", sha):
         raise DSMoEError(f"the hub returned commit {quote(sha)} for revision {revision!r}")
     if CONFIG not in files:
@@ -110,9 +87,9 @@ def _from_cache(repo_id: str, revision: str) -> Path:
 
 
 def _weights(files: Collection[str], where: str, get: Callable[[str], Path]) -> list[str]:
-    """Return the weight files among `files`, the index first; `get` returns the path of the index."""
+    """Return the weight files among `files`, the index first; `get` returns the path of a file."""
     try:
-        chosen = choose_layout(files, files.__contains__, lambda index: read_index(get(index)).values())
+        chosen = choose_layout(files.__contains__, lambda index: read_index(get(index)).values())
     except DSMoEError as error:
         raise DSMoEError(f"{where} {error}") from None
     if chosen is None:
@@ -135,20 +112,6 @@ def _missing_bytes(file: Any, path: Path, blobs: Path) -> int:
     return (file.size or 0) - (part.stat().st_size if part.is_file() else 0)
 
 
-@contextlib.contextmanager
-def _one_line_errors(revision: str) -> Iterator[None]:
-    """Raise any error of huggingface_hub as a one-line `DSMoEError`."""
-    try:
-        yield
-    # Errors of its HTTP libraries (httpx, httpx2) and of hf_xet share no narrower base.
-    except Exception as error:
-        from huggingface_hub import errors
-
-        cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
-        raise DSMoEError(_describe(cause or error, revision)) from None
-
-
-# Advice by HTTP status.
 _ADVICE: Final[Mapping[int, str]] = {
     401: "; it does not accept the token (HF_TOKEN, or `hf auth login`)",
     403: "; the token (HF_TOKEN, or `hf auth login`) does not permit it",
@@ -156,14 +119,22 @@ _ADVICE: Final[Mapping[int, str]] = {
 }
 
 
-def _describe(error: BaseException, revision: str) -> str:
-    """Return the cause without the library's message, which may hold server text or the token."""
+@contextlib.contextmanager
+def _one_line_errors(revision: str) -> Iterator[None]:
+    """Raise errors of huggingface_hub in one line, without its messages, which may contain server text or the token."""
     from huggingface_hub import constants, errors
 
+    try:
+        yield
+        return
+    # The errors of its HTTP libraries (httpx, httpx2) and of hf_xet have no narrower common base.
+    except Exception as raised:
+        error = raised.__cause__ if isinstance(raised, errors.LocalEntryNotFoundError) else None
+        error = error or raised
     hub = urlsplit(constants.ENDPOINT).netloc.rpartition("@")[2] or constants.ENDPOINT
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
     text = " ".join(str(error).split())[:300] or type(error).__name__
-    # The first match wins: some are subclasses of others.
+    # In this order, as some are subclasses of others.
     table = (
         (errors.GatedRepoError, f"its owner grants access: ask at {hub}, then set HF_TOKEN or run `hf auth login`"),
         (errors.RepositoryNotFoundError, f"no such folder, and no such repository on {hub} (if private, set HF_TOKEN)"),
@@ -171,4 +142,4 @@ def _describe(error: BaseException, revision: str) -> str:
         (errors.HfHubHTTPError, f"{hub} returned HTTP {status}{_ADVICE.get(status, '')}"),
         (Exception, f"cannot be fetched from {hub}: {'the token is malformed' if 'Bearer' in text else text}"),
     )
-    return next(words for kind, words in table if isinstance(error, kind))
+    raise DSMoEError(next(message for kind, message in table if isinstance(error, kind)))

@@ -1,6 +1,6 @@
 """Import PyTorch checkpoints in the Hugging Face layout, as a model or as a native checkpoint.
 
-Both read tensor by tensor; `import_hf` holds a few megabytes in memory, whatever the size of the checkpoint.
+Tensors are read one at a time; `import_hf` needs a few megabytes of memory, whatever the size of the checkpoint.
 """
 
 import logging
@@ -9,22 +9,15 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dsmoe_jax.checkpoint import native
 from dsmoe_jax.checkpoint.manifest import is_native
-from dsmoe_jax.checkpoint.native import (
-    ArraySource,
-    as_dtype,
-    check_names_and_shapes,
-    check_tensor_count,
-    finalize,
-    is_written,
-    write_parameters,
-)
+from dsmoe_jax.checkpoint.native import ArraySource, as_dtype, check_tensor_count
 from dsmoe_jax.checkpoint.zarr_io import raw_bytes, row_chunks
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
@@ -48,7 +41,7 @@ from .tensor_info import quote
 from .tensor_names import normalize_names
 
 _ADAPTER: Final = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-# The config class of an export, see exporter.py. It is never copied or run.
+# The config class that exports include; see exporter.py. It is never copied or run on import.
 CODE: Final = "configuration_deepseek.py"
 AUTO_MAP: Final = {"AutoConfig": "configuration_deepseek.DeepseekConfig"}
 _log = logging.getLogger(__name__)
@@ -59,7 +52,7 @@ def load_hf(
 ) -> DeepSeekMoE:
     """Load the model of a Hugging Face folder, from safetensors or `pytorch_model*.bin`.
 
-    Each device's shard of a tensor is read from the memory-mapped file straight onto the device.
+    Each device reads only its shards from the memory-mapped files.
 
     Args:
         path: Folder with config.json and the weights.
@@ -94,30 +87,17 @@ def load_hf(
 
 
 def load_hf_quantized(
-    path: str | Path,
-    scheme: str,
-    *,
-    double: bool = True,
-    dtype: Any = None,
-    mesh: Mesh | MeshConfig | None = None,
+    path: str | Path, scheme: str, *, double: bool = True, dtype: Any = None, mesh: Mesh | MeshConfig | None = None
 ) -> tuple[ModelConfig, dict[str, Operand]]:
-    """Load config and parameters of a Hugging Face folder, quantizing weights as they are read.
-
-    Args:
-        path: As in `load_hf`.
-        scheme: As in `read_quantized`.
-        double: As in `read_quantized`.
-        dtype: Dtype of the other parameters, as in `load_hf`.
-        mesh: As in `load_hf`.
-    """
+    """Load config and parameters as `load_hf` does, quantizing weights as `read_quantized` does."""
     cast_dtype, path = as_dtype(dtype), user_path(path, "model")
     config = ModelConfig.from_file(path)
     with CheckpointReader(path) as reader:
         check_tensors(path, config, reader)
-        parts = hf_names(config)
+        names = hf_names(config)
 
         def stored(name: str) -> Any:
-            views = [reader.read(part) for part in parts[name]]
+            views = [reader.read(part) for part in names[name]]
             return views if is_stacked(name) else views[0]
 
         return config, read_quantized(config, stored, scheme, double=double, dtype=cast_dtype, mesh=mesh)
@@ -142,20 +122,16 @@ def import_hf(
         revision: Branch, tag or commit of the repository; default: `main`.
         progress: Progress meter.
 
-    Returns:
-        A report with sizes, time and the changes of the cast.
-
     Raises:
-        DSMoEError: `output_dir` exists, the disk is too full, the download fails, or the source is invalid (see
-            `load_hf`).
+        DSMoEError: `output_dir` exists, the disk is too full, the download fails, or the source is invalid.
     """
     started = time.perf_counter()
     cast_dtype = as_dtype(dtype)
     output_dir = check_new_path(output_dir)
     folder, origin = user_path(source, "source"), {}
     if is_repo_id(source):
-        snapshot = fetch(str(source), revision=revision)
-        folder, origin = snapshot.folder, {"repository": snapshot.repo_id, "revision": snapshot.revision}
+        folder = fetch(str(source), revision=revision)
+        origin = {"repository": str(source), "revision": folder.name}
     elif revision is not None:
         raise DSMoEError(f"revision {revision!r} requires a repository on the hub, got {source}")
     if is_native(folder):
@@ -168,27 +144,22 @@ def import_hf(
         files = extra_files(folder)
         for file in files:
             path_inside(folder, file.name)  # rejects links that lead outside
-        for warning in read_special_ids(folder, config).warnings:
+        for warning in read_special_ids(folder, config)[2]:
             _log.warning("%s", warning)
         parameters = _parameters(config, reader, cast_dtype)
         total = sum(parameter.nbytes for parameter in parameters)
         job = {"import": str(folder.resolve()), "files": _versions(reader), "config": config.to_dict()}
         job["dtype"] = str(cast_dtype)  # not implied by the config's where tensors have several dtypes
         with atomic_dir(output_dir, needs=total, job=job) as draft, progress("converting", total) as advance:
-            reused = sum(parameter.nbytes for parameter in parameters if is_written(draft, parameter.name))
+            reused = sum(parameter.nbytes for parameter in parameters if native.is_written(draft, parameter.name))
             if reused:
                 _log.info("Resuming %s from %.2f of %.2f GB", output_dir, reused / 1e9, total / 1e9)
-            records = write_parameters(draft, parameters, advance)
-            checksum = finalize(draft.folder, config, records, files, origin)
-    return ConversionReport(
-        path=output_dir,
-        tensors=sum(map(len, hf_names(config).values())),
-        bytes=total,
-        reused_bytes=reused,
-        seconds=time.perf_counter() - started,
-        cast_stats=sum((CastStats(*record.note) for record in records.values()), CastStats()),
-        checksum=f"SHA-256 of every file and tensor in dsmoe_jax.json, SHA-256 {checksum}",
-    )
+            records = native.write_parameters(draft, parameters, advance)
+            checksum = native.finalize(draft.folder, config, records, files, origin)
+    tensors, seconds = sum(map(len, hf_names(config).values())), time.perf_counter() - started
+    stats = sum((CastStats(*record.note) for record in records.values()), CastStats())
+    checksum = f"SHA-256 of every file and tensor in dsmoe_jax.json, SHA-256 {checksum}"
+    return ConversionReport(output_dir, tensors, total, reused, seconds, stats, checksum)
 
 
 def extra_files(folder: Path) -> tuple[Path, ...]:
@@ -197,34 +168,23 @@ def extra_files(folder: Path) -> tuple[Path, ...]:
     return (*tokenizer_files(folder), *([generation] if generation.is_file() else []))
 
 
-class SpecialIds(NamedTuple):
-    """The sources of special token ids in a folder, and warnings about them."""
-
-    tokenizer: Tokenizer | None
-    generation_config: dict[str, Any] | None
-    warnings: list[str]
-
-
-def read_special_ids(folder: Path, config: ModelConfig) -> SpecialIds:
-    """Read tokenizer and generation config of a folder and check their special token ids."""
+def read_special_ids(folder: Path, config: ModelConfig) -> tuple[Tokenizer | None, dict[str, Any] | None, list[str]]:
+    """Return tokenizer and generation config of a folder, and warnings about their special token ids."""
     try:
         tokenizer = Tokenizer.from_pretrained(folder) if tokenizer_files(folder) else None
-    except DSMoEError:  # copied as it is; generation will report the error
+    except DSMoEError:  # copied unchanged; generation will report the error
         tokenizer = None
     path = folder / GENERATION_CONFIG
     generation_config = read_json(path) if path.is_file() else None
-    warnings = check_special_ids(config, tokenizer, generation_config, str(folder))
-    return SpecialIds(tokenizer, generation_config, warnings)
+    return tokenizer, generation_config, check_special_ids(config, tokenizer, generation_config, str(folder))
 
 
 def check_tensors(path: str | Path, config: ModelConfig, reader: CheckpointReader) -> None:
-    """Normalize the reader's tensor names and check names, shapes and dtypes against the config."""
+    """Normalize the reader's tensor names and check them, shapes and dtypes against the config."""
     adapter, *weights = _ADAPTER
     if (reader.folder / adapter).is_file() and any((reader.folder / name).is_file() for name in weights):
-        raise DSMoEError(
-            f"{path}: holds both a model and an adapter ({adapter}), of which transformers loads the adapter; "
-            "move one of them to another folder"
-        )
+        reason = "of which transformers loads the adapter; move one of them to another folder"
+        raise DSMoEError(f"{path}: holds both a model and an adapter ({adapter}), {reason}")
     normalize_names(reader, config)
     if reader.ignored:
         more = f" and {len(reader.ignored) - 8} more" if len(reader.ignored) > 8 else ""
@@ -238,7 +198,7 @@ def check_tensors(path: str | Path, config: ModelConfig, reader: CheckpointReade
         if not _same_bits(reader.read(TIED_HEAD), reader.read(embedding)):
             raise DSMoEError(f"{path}: {TIED_HEAD} differs from {embedding} though tie_word_embeddings is true")
         del found[TIED_HEAD]
-    check_names_and_shapes(path, shapes, found)
+    native.check_names_and_shapes(path, shapes, found)
     for parts in hf_names(config).values():
         first = reader.tensors[parts[0]].dtype
         for part in parts:
@@ -257,7 +217,7 @@ def stored_dtypes(path: str | Path) -> dict[str, np.dtype]:
 
 
 def _parameters(config: ModelConfig, reader: CheckpointReader, dtype: np.dtype | None) -> list[ArraySource]:
-    """Return our parameters as sources of chunks: the rows of their tensors in order."""
+    """Return the source of each of our parameters, which yields its tensors in chunks of rows."""
 
     def parameter(name: str, parts: tuple[str, ...]) -> ArraySource:
         cast = Cast(dtype)
@@ -283,7 +243,7 @@ def _nbytes(info: Any) -> int:
 
 
 def _copy(views: list[np.ndarray], dtype: np.dtype | None) -> np.ndarray:
-    """Return a stacked copy of the views, since the mapped file will be closed."""
+    """Return a stacked copy of the views; the mapped file will be closed."""
     out = np.empty((len(views), *views[0].shape), dtype or views[0].dtype)
     for i, view in enumerate(views):
         out[i] = view

@@ -13,13 +13,7 @@ from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.atomic_dir import check_new_path, staging_path
 from dsmoe_jax.storage.locks import lock_name
 from dsmoe_jax.storage.paths import user_path
-from dsmoe_jax.text.generation_config import (
-    GENERATION_CONFIG,
-    merge_stop_conditions,
-    read_generation_config,
-    temporary_generation_config,
-    with_default_eos,
-)
+from dsmoe_jax.text import generation_config
 
 from .exporter import export_hf
 from .importer import extra_files, load_hf
@@ -33,7 +27,7 @@ def merge_to(
 ) -> str:
     """Write a checkpoint with an adapter merged into its weights.
 
-    The whole model is held in memory. The adapter's EOS ids and stop strings are added to the generation config.
+    The model must fit in memory. The adapter's EOS ids and stop strings are added to the generation config.
 
     Args:
         checkpoint: Native checkpoint or Hugging Face folder.
@@ -71,9 +65,10 @@ def merge_to(
 def _merged_files(checkpoint: Path, adapter: str | Path, config: ModelConfig) -> Iterator[tuple[Path, ...]]:
     """Yield the checkpoint's extra files with the adapter's stop conditions in the generation config."""
     files = extra_files(checkpoint)
-    fields = with_default_eos(read_generation_config(checkpoint), config)
-    if (merged := merge_stop_conditions(fields, read_generation_config(adapter))) == fields:
+    fields, added = map(generation_config.read_generation_config, (checkpoint, adapter))
+    fields = generation_config.with_default_eos(fields, config)
+    if (merged := generation_config.merge_stop_conditions(fields, added)) == fields:
         yield files
         return
-    with temporary_generation_config(merged) as file:
-        yield (*(path for path in files if path.name != GENERATION_CONFIG), *file)
+    with generation_config.temporary_generation_config(merged) as file:
+        yield (*(path for path in files if path.name != generation_config.GENERATION_CONFIG), *file)

@@ -1,7 +1,6 @@
 """Map our parameter names to Hugging Face's tensor names.
 
-Weights are [out, in] in both, so the only transformation is stacking: where a row has `{e}`, one of our parameters
-stacks the tensors of all experts along a new first axis.
+Weights are [out, in] in both. In rows with `{e}` our parameter stacks the experts' tensors along a new first axis.
 """
 
 import math
@@ -12,43 +11,49 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.model import abstract
 
 # fmt: off
-_TABLE: Final[tuple[tuple[str, str], ...]] = (
-    # ours                               Hugging Face's
-    ("embed",                            "model.embed_tokens.weight"),
-    ("layers.{i}.attention_norm.weight", "model.layers.{i}.input_layernorm.weight"),
-    ("layers.{i}.attention.q.weight",    "model.layers.{i}.self_attn.q_proj.weight"),
-    ("layers.{i}.attention.k.weight",    "model.layers.{i}.self_attn.k_proj.weight"),
-    ("layers.{i}.attention.v.weight",    "model.layers.{i}.self_attn.v_proj.weight"),
-    ("layers.{i}.attention.o.weight",    "model.layers.{i}.self_attn.o_proj.weight"),
-    ("layers.{i}.attention.q.bias",      "model.layers.{i}.self_attn.q_proj.bias"),
-    ("layers.{i}.attention.k.bias",      "model.layers.{i}.self_attn.k_proj.bias"),
-    ("layers.{i}.attention.v.bias",      "model.layers.{i}.self_attn.v_proj.bias"),
-    ("layers.{i}.attention.o.bias",      "model.layers.{i}.self_attn.o_proj.bias"),
-    ("layers.{i}.ffn_norm.weight",       "model.layers.{i}.post_attention_layernorm.weight"),
-    ("layers.{i}.mlp.gate.weight",       "model.layers.{i}.mlp.gate_proj.weight"),
-    ("layers.{i}.mlp.up.weight",         "model.layers.{i}.mlp.up_proj.weight"),
-    ("layers.{i}.mlp.down.weight",       "model.layers.{i}.mlp.down_proj.weight"),
-    ("layers.{i}.moe.router.weight",     "model.layers.{i}.mlp.gate.weight"),
-    ("layers.{i}.moe.experts.gate",      "model.layers.{i}.mlp.experts.{e}.gate_proj.weight"),
-    ("layers.{i}.moe.experts.up",        "model.layers.{i}.mlp.experts.{e}.up_proj.weight"),
-    ("layers.{i}.moe.experts.down",      "model.layers.{i}.mlp.experts.{e}.down_proj.weight"),
-    ("layers.{i}.moe.shared.gate.weight", "model.layers.{i}.mlp.shared_experts.gate_proj.weight"),
-    ("layers.{i}.moe.shared.up.weight",  "model.layers.{i}.mlp.shared_experts.up_proj.weight"),
-    ("layers.{i}.moe.shared.down.weight", "model.layers.{i}.mlp.shared_experts.down_proj.weight"),
-    ("norm.weight",                      "model.norm.weight"),
-    ("head.weight",                      "lm_head.weight"),
-)
+_HF_NAME: Final = {
+    # ours                                Hugging Face's
+    "embed":                              "model.embed_tokens.weight",
+    "layers.{i}.attention_norm.weight":   "model.layers.{i}.input_layernorm.weight",
+    "layers.{i}.attention.q.weight":      "model.layers.{i}.self_attn.q_proj.weight",
+    "layers.{i}.attention.k.weight":      "model.layers.{i}.self_attn.k_proj.weight",
+    "layers.{i}.attention.v.weight":      "model.layers.{i}.self_attn.v_proj.weight",
+    "layers.{i}.attention.o.weight":      "model.layers.{i}.self_attn.o_proj.weight",
+    "layers.{i}.attention.q.bias":        "model.layers.{i}.self_attn.q_proj.bias",
+    "layers.{i}.attention.k.bias":        "model.layers.{i}.self_attn.k_proj.bias",
+    "layers.{i}.attention.v.bias":        "model.layers.{i}.self_attn.v_proj.bias",
+    "layers.{i}.attention.o.bias":        "model.layers.{i}.self_attn.o_proj.bias",
+    "layers.{i}.ffn_norm.weight":         "model.layers.{i}.post_attention_layernorm.weight",
+    "layers.{i}.mlp.gate.weight":         "model.layers.{i}.mlp.gate_proj.weight",
+    "layers.{i}.mlp.up.weight":           "model.layers.{i}.mlp.up_proj.weight",
+    "layers.{i}.mlp.down.weight":         "model.layers.{i}.mlp.down_proj.weight",
+    "layers.{i}.moe.router.weight":       "model.layers.{i}.mlp.gate.weight",
+    "layers.{i}.moe.experts.gate":        "model.layers.{i}.mlp.experts.{e}.gate_proj.weight",
+    "layers.{i}.moe.experts.up":          "model.layers.{i}.mlp.experts.{e}.up_proj.weight",
+    "layers.{i}.moe.experts.down":        "model.layers.{i}.mlp.experts.{e}.down_proj.weight",
+    "layers.{i}.moe.shared.gate.weight":  "model.layers.{i}.mlp.shared_experts.gate_proj.weight",
+    "layers.{i}.moe.shared.up.weight":    "model.layers.{i}.mlp.shared_experts.up_proj.weight",
+    "layers.{i}.moe.shared.down.weight":  "model.layers.{i}.mlp.shared_experts.down_proj.weight",
+    "norm.weight":                        "model.norm.weight",
+    "head.weight":                        "lm_head.weight",
+}
 # fmt: on
-_HF_NAME: Final[dict[str, str]] = dict(_TABLE)
-_ROW: Final[dict[str, int]] = {ours: row for row, (ours, _) in enumerate(_TABLE)}
+_ROW: Final = {ours: row for row, ours in enumerate(_HF_NAME)}
 
 # PyTorch's `.bin` files may store the tied embedding a second time under this name.
 TIED_HEAD: Final = "lm_head.weight"
 
 
 def hf_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Return the HF tensors of each of our parameters: one, or one per expert in stack order."""
-    return {name: _hf_names(name, config) for name in abstract(config)[1]}
+    """Return the HF tensors of each of our parameters: one, or one per expert in order."""
+
+    def tensors(name: str) -> tuple[str, ...]:
+        layer = re.search(r"layers\.(\d+)", name)
+        row = _HF_NAME[_pattern(name)].replace("{i}", layer[1] if layer else "")
+        experts = range(config.n_routed_experts or 0)
+        return tuple(row.replace("{e}", str(e)) for e in experts) if is_stacked(name) else (row,)
+
+    return {name: tensors(name) for name in abstract(config)[1]}
 
 
 def is_stacked(name: str) -> bool:
@@ -59,11 +64,7 @@ def is_stacked(name: str) -> bool:
 def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every HF tensor."""
     specs = abstract(config)[1]
-    return {
-        hf_name: specs[name].shape[1:] if is_stacked(name) else specs[name].shape
-        for name, parts in hf_names(config).items()
-        for hf_name in parts
-    }
+    return {hf: specs[name].shape[is_stacked(name) :] for name, parts in hf_names(config).items() for hf in parts}
 
 
 def export_order(config: ModelConfig) -> list[tuple[str, str, int | None]]:
@@ -81,13 +82,6 @@ def export_order(config: ModelConfig) -> list[tuple[str, str, int | None]]:
         for e, hf_name in enumerate(parts)
     ]
     return sorted(entries, key=position)
-
-
-def _hf_names(name: str, config: ModelConfig) -> tuple[str, ...]:
-    layer = re.search(r"layers\.(\d+)", name)
-    row = _HF_NAME[_pattern(name)].replace("{i}", layer[1] if layer else "")
-    experts = range(config.n_routed_experts or 0)
-    return tuple(row.replace("{e}", str(e)) for e in experts) if is_stacked(name) else (row,)
 
 
 def _pattern(name: str) -> str:

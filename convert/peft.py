@@ -1,7 +1,7 @@
 """Read, write, attach and merge LoRA adapters in PEFT's format. Start at `read_adapter`.
 
-Adapters are written with the fields of PEFT 0.13, which rejects later ones. Unlike PEFT, nothing is ignored: every
-tensor in a file must belong to the adapter. peft_matching.py matches a config with a model.
+Adapters are written with the fields of PEFT 0.13, which rejects later ones. Unlike in PEFT, unexpected tensors are
+errors. peft_matching.py matches a config with a model.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.text.generation_config import GENERATION_CONFIG
 
 from .param_mapping import hf_names, is_stacked
-from .peft_matching import RELEASES, MatchingRules, make_plan, modules, untied_config, unties_embeddings
+from .peft_matching import RELEASES, MatchingRules, base_config, make_plan, modules
 from .reader import CheckpointReader, path_inside, read_safetensors
 from .tensor_info import quote
 from .torch_pickle import read_torch_file
@@ -39,20 +39,14 @@ _LAYOUTS: Final = ((WEIGHTS, False, read_safetensors), ("adapter_model.bin", Fal
 _PREFIX: Final = "base_model.model."
 _EMBEDDINGS: Final = ("embed_tokens", "lm_head")  # saved by `save_embedding_layers` even if not in modules_to_save
 
-# Supported values of fields that change what an adapter computes. Fields in none of these tables must be null, false or
-# empty.
-_FIXED: Final[dict[str, tuple[Any, ...]]] = {
-    "peft_type": ("LORA",),
-    "task_type": ("CAUSAL_LM", None),
-    "bias": ("none", None),
-}
+# Supported values. Fields in none of these tables must be null, false or empty.
+_FIXED: Final = {"peft_type": ("LORA",), "task_type": ("CAUSAL_LM", None), "bias": ("none", None)}
 _LORA_FIELDS: Final = frozenset(field.name for field in dataclasses.fields(LoraConfig))
 _IGNORED_FIELDS: Final = frozenset(
     {"auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "megatron_config", "megatron_core"}
     | {"peft_version", "qalora_group_size", "revision", "runtime_config"}
 )
-# PEFT's defaults that differ from those of `LoraConfig`.
-_DEFAULTS: Final[dict[str, Any]] = {"lora_alpha": 8}
+_DEFAULTS: Final = {"lora_alpha": 8}  # PEFT's defaults that differ from those of `LoraConfig`
 _REQUIRED: Final = ("r", "lora_alpha", "target_modules")  # must not be null
 _INITS: Final = (None, True, False, "gaussian", "eva", "orthogonal")  # others change the base's weights
 _WRITTEN_SINCE: Final = {"exclude_modules": (0, 14), "corda_config": (0, 15)}  # `peft_version` itself since 0.18
@@ -62,8 +56,8 @@ class Adapter(NamedTuple):
     """A PEFT adapter."""
 
     config: LoraConfig
-    plan: Plan  # the base's parameters that it adapts or replaces
-    params: dict[str, np.ndarray]  # fp32, by the names of `dsmoe_jax.lora`
+    plan: Plan
+    params: dict[str, np.ndarray]  # fp32, by their names in `dsmoe_jax.lora`
     base: str | None  # base_model_name_or_path
 
 
@@ -72,8 +66,7 @@ def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
 
     Args:
         path: Folder with adapter_config.json and the weights.
-        model: Config of the base. If the adapter replaces a tied embedding or head, `untie_for_adapter` prepares the
-            base's parameters.
+        model: Config of the base. Its parameters need `untie_for_adapter` if the adapter replaces a tied embedding.
 
     Raises:
         DSMoEError: The config is not supported, a tensor is missing, unexpected or of another shape, or a file does
@@ -99,7 +92,7 @@ def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
             raise DSMoEError(f"{path / CONFIG}: {error}") from None
         slots = _slots(plan, model)
         _check_tensors(path, {name: info.shape for name, info in reader.tensors.items()}, slots)
-        shapes = {name: spec.shape for name, spec in specs(plan, _base_config(plan, model)).items()}
+        shapes = {name: spec.shape for name, spec in specs(plan, base_config(plan, model)).items()}
         params = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
         for name, slot in slots.items():
             params[slot.name][slot.index] = reader.read(name)
@@ -132,9 +125,9 @@ def write_adapter(
         path: New folder.
         config: LoRA config.
         model: Config of the base.
-        params: Arrays by the names of `dsmoe_jax.lora`.
+        params: Arrays by their names in `dsmoe_jax.lora`.
         base: `base_model_name_or_path`.
-        generation: Fields of a `generation_config.json`, written if there are any.
+        generation: Fields of a `generation_config.json`; without any none is written.
 
     Raises:
         DSMoEError: `path` exists, or the disk is too full.
@@ -151,29 +144,19 @@ def write_adapter(
 
 
 def attach_adapter(model: DeepSeekMoE, path: str | Path) -> DeepSeekMoE:
-    """Return the model with an adapter attached, unmerged.
-
-    Args:
-        model: The base.
-        path: Folder of the adapter; errors as in `read_adapter`.
-    """
+    """Attach the adapter in a folder to a model without merging it; errors as in `read_adapter`."""
     plan, config, params, adapter = _load_onto(model, path)
     return assemble(config, attach(plan, params, adapter))
 
 
 def merge_adapter(model: DeepSeekMoE, path: str | Path) -> DeepSeekMoE:
-    """Return the model with an adapter merged into its weights, which keep their dtypes.
-
-    Args:
-        model: The base.
-        path: Folder of the adapter; errors as in `read_adapter`.
-    """
+    """Merge the adapter in a folder into a model's weights, which retain their dtypes; errors as in `read_adapter`."""
     plan, config, params, adapter = _load_onto(model, path)
     return assemble(config, jax.jit(partial(merge, plan))(params, adapter))
 
 
 def _load_onto(model: DeepSeekMoE, path: str | Path) -> tuple[Plan, ModelConfig, dict[str, Any], dict[str, jax.Array]]:
-    """Return the adapter's plan, the base's config and parameters, and the adapter's parameters on its devices."""
+    """Return the plan, the base's config and parameters, and the adapter's parameters on the same devices."""
     config, params = model.config, split(model)[1]
     adapter = read_adapter(path, config)
     config, params = untie_for_adapter(adapter.plan, config, params)
@@ -181,14 +164,14 @@ def _load_onto(model: DeepSeekMoE, path: str | Path) -> tuple[Plan, ModelConfig,
 
 
 def untie_for_adapter(plan: Plan, model: ModelConfig, params: Mapping[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
-    """Return config and parameters of the base, with a separate head if the adapter unties it."""
-    if not unties_embeddings(plan, model):
-        return model, dict(params)
-    return untied_config(model), {**params, "head.weight": params["embed"]}
+    """Return the base's config and parameters, with a separate head if the adapter unties it."""
+    base = base_config(plan, model)
+    is_untied = model.tie_word_embeddings and not base.tie_word_embeddings
+    return base, {**params, "head.weight": params["embed"]} if is_untied else dict(params)
 
 
 class _Slot(NamedTuple):
-    """Place of a PEFT tensor in our parameters."""
+    """Location of a PEFT tensor in our parameters."""
 
     name: str
     index: tuple[Any, ...]
@@ -196,26 +179,24 @@ class _Slot(NamedTuple):
 
 
 def _slots(plan: Plan, model: ModelConfig) -> dict[str, _Slot]:
-    """Return the slot of each PEFT tensor: of a stack one expert's, its rank zero-padded to the largest."""
-    base = _base_config(plan, model)
+    """Return the location of each PEFT tensor; in a stack it is one expert's, zero-padded to the largest rank."""
+    base = base_config(plan, model)
     shapes = {name: spec.shape for name, spec in specs(plan, base).items()}
     paths_of, names, slots = modules(base), hf_names(base), {}
 
-    def at(name: str, n: int) -> tuple[int, ...]:
-        return (n,) if is_stacked(name) else ()
+    def at(name: str, expert: int) -> tuple[int, ...]:
+        return (expert,) if is_stacked(name) else ()
 
     for name, target in plan.targets.items():
-        into, out = shapes[name + LORA_A][-1], shapes[name + LORA_B][-2]
-        for n, (path, r) in enumerate(zip(paths_of[name], target.ranks, strict=True)):
+        size_in, size_out = shapes[name + LORA_A][-1], shapes[name + LORA_B][-2]
+        for e, (path, r) in enumerate(zip(paths_of[name], target.ranks, strict=True)):
             if r:
-                rank = slice(r)
-                slots[f"{_PREFIX}{path}.lora_A.weight"] = _Slot(name + LORA_A, (*at(name, n), rank), (r, into))
-                slots[f"{_PREFIX}{path}.lora_B.weight"] = _Slot(name + LORA_B, (*at(name, n), ..., rank), (out, r))
+                rank, prefix = slice(r), f"{_PREFIX}{path}"
+                slots[f"{prefix}.lora_A.weight"] = _Slot(name + LORA_A, (*at(name, e), rank), (r, size_in))
+                slots[f"{prefix}.lora_B.weight"] = _Slot(name + LORA_B, (*at(name, e), ..., rank), (size_out, r))
     for name in plan.saved:
-        for n, hf_name in enumerate(names[name]):
-            slots[f"{_PREFIX}{hf_name}"] = _Slot(
-                name, at(name, n), shapes[name][1:] if is_stacked(name) else shapes[name]
-            )
+        shape = shapes[name][is_stacked(name) :]
+        slots |= {_PREFIX + hf_name: _Slot(name, at(name, e), shape) for e, hf_name in enumerate(names[name])}
     return slots
 
 
@@ -223,10 +204,6 @@ def to_peft(plan: Plan, model: ModelConfig, params: Mapping[str, Any]) -> dict[s
     """Return the tensors in PEFT's layout, fp32."""
     host = {name: np.asarray(value, np.float32) for name, value in params.items()}
     return {name: np.ascontiguousarray(host[slot.name][slot.index]) for name, slot in _slots(plan, model).items()}
-
-
-def _base_config(plan: Plan, model: ModelConfig) -> ModelConfig:
-    return untied_config(model) if unties_embeddings(plan, model) else model
 
 
 def _lora_config(fields: Mapping[str, Any]) -> LoraConfig:
@@ -244,10 +221,9 @@ def _lora_config(fields: Mapping[str, Any]) -> LoraConfig:
             raise DSMoEError(f"{quote(name)} {value!r:.80} is not supported")
     if "target_modules" not in fields:  # PEFT has no default for this model type
         raise DSMoEError("target_modules is missing")
-    given = {name: value for name, value in fields.items() if value is not None or name in _REQUIRED}
-    return LoraConfig(
-        **{name: _field(name, value) for name, value in (_DEFAULTS | given).items() if name in _LORA_FIELDS}
-    )
+    present = {name: value for name, value in fields.items() if value is not None or name in _REQUIRED}
+    present = _DEFAULTS | present
+    return LoraConfig(**{name: _field(name, value) for name, value in present.items() if name in _LORA_FIELDS})
 
 
 def _field(name: str, value: Any) -> Any:
@@ -275,7 +251,7 @@ def _field(name: str, value: Any) -> Any:
 
 
 def _rules(fields: Mapping[str, Any]) -> MatchingRules:
-    """Return the rules of the release that wrote the file."""
+    """Return the matching rules of the release that wrote the file."""
     release = max([(0, 13), *(since for name, since in _WRITTEN_SINCE.items() if name in fields)])
     if (version := fields.get("peft_version")) is not None:
         numbers = re.match(r"(\d{1,4})\.(\d{1,4})", version) if isinstance(version, str) else None

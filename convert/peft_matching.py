@@ -1,13 +1,13 @@
 """Match a LoRA config with the modules of a model, as PEFT does. Start at `make_plan`.
 
-PEFT releases match differently in places (`RELEASES`). A file is read by the rules of the release that wrote it; new
-adapters must mean the same in all releases.
+PEFT releases differ in places (`RELEASES`). A file is read by the rules of the release that wrote it; new adapters must
+match the same modules in all releases.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from dsmoe_jax.config import ModelConfig
@@ -17,15 +17,13 @@ from dsmoe_jax.lora import PROJECTIONS, LoraConfig, Plan, Target
 from .param_mapping import hf_names
 from .tensor_info import quote
 
-_EVERYTHING: Final = "all-linear"
-
 
 class MatchingRules(NamedTuple):
     """How a PEFT release matches modules."""
 
     separate_patterns: bool  # rank_pattern and alpha_pattern match separately; before, one key decided for both
     grouped_keys: bool  # a pattern key K means (.*\.)?(K)$; before, .*\.K$
-    first_number: bool  # the layer of a path is its first number; before, its last, an expert's index
+    first_number: bool  # the layer is the first number of a path; before, the last, an expert's index
 
 
 # fmt: off
@@ -44,23 +42,15 @@ def make_plan(
 ) -> Plan:
     """Return which parameters of a model a LoRA config adapts or replaces.
 
-    Args:
-        config: The LoRA config.
-        model: The base model's config.
-        rules: Rules of one PEFT release; default: all `RELEASES` must agree.
-        strict: Whether every name must match a module.
-
-    Raises:
-        DSMoEError: A name matches no module, a module cannot be adapted, or releases disagree.
+    Without `rules` all PEFT releases must agree; with `strict` every name in the config must match a module.
     """
     paths_of = modules(model)
     plan, *others = (_plan(config, paths_of, rules, strict) for rules in ([rules] if rules else RELEASES.values()))
     for other in others:
         for name in (name for name in paths_of if plan.targets.get(name) != other.targets.get(name)):
-            raise DSMoEError(
-                f"PEFT releases disagree on {paths_of[name][0]} or its other experts: use the same keys, in "
-                "parentheses, in rank_pattern and alpha_pattern, and layers_pattern with layers_to_transform"
-            )
+            keys = "the same keys, in parentheses, in rank_pattern and alpha_pattern"
+            advice = f"use {keys}, and layers_pattern with layers_to_transform"
+            raise DSMoEError(f"PEFT releases disagree on {paths_of[name][0]} or its other experts: {advice}")
     return plan
 
 
@@ -72,10 +62,10 @@ def _plan(config: LoraConfig, paths_of: Mapping[str, Sequence[str]], rules: Matc
     for name, paths in paths_of.items():
         ranks, scales = [], []
         for path in paths:
-            hit = is_target(path)
-            if hit and not _is_linear(path):
+            matches = is_target(path)
+            if matches and not _is_linear(path):
                 raise DSMoEError(f"target_modules must match only {', '.join(PROJECTIONS)}, got {path}")
-            rank, alpha = rank_and_alpha(path) if hit else (0, 0.0)
+            rank, alpha = rank_and_alpha(path) if matches else (0, 0.0)
             ranks.append(rank)
             scales.append(alpha / (math.sqrt(rank) if config.use_rslora else rank) if rank else 0.0)
         if any(ranks):
@@ -90,9 +80,9 @@ def _plan(config: LoraConfig, paths_of: Mapping[str, Sequence[str]], rules: Matc
     return Plan(targets, saved, config.lora_dropout)
 
 
-def unties_embeddings(plan: Plan, model: ModelConfig) -> bool:
-    """Return whether the adapter replaces the embedding or the head of a model that ties them."""
-    return model.tie_word_embeddings and bool({"embed", "head.weight"} & set(plan.saved))
+def base_config(plan: Plan, model: ModelConfig) -> ModelConfig:
+    """Return the config of the base, with a separate head if the adapter replaces a tied embedding or head."""
+    return untied_config(model) if {"embed", "head.weight"} & set(plan.saved) else model
 
 
 def untied_config(model: ModelConfig) -> ModelConfig:
@@ -101,13 +91,9 @@ def untied_config(model: ModelConfig) -> ModelConfig:
 
 
 def modules(model: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Return the module paths of each of our parameters, those of a tied head included."""
-    names = hf_names(untied_config(model) if model.tie_word_embeddings else model)
-    return {
-        name: tuple(part.removesuffix(".weight") for part in parts)
-        for name, parts in names.items()
-        if parts[0].endswith(".weight")
-    }
+    """Return the module paths of each of our parameters, including a tied head."""
+    weights = {name: parts for name, parts in hf_names(untied_config(model)).items() if parts[0].endswith(".weight")}
+    return {name: tuple(part.removesuffix(".weight") for part in parts) for name, parts in weights.items()}
 
 
 def _is_linear(path: str) -> bool:
@@ -115,22 +101,20 @@ def _is_linear(path: str) -> bool:
 
 
 def _targets(config: LoraConfig, rules: MatchingRules, matched: set[str]) -> Callable[[str], bool]:
-    """PEFT's `check_target_module_exists`; adds the list entries that match to `matched`."""
+    """Return PEFT's `check_target_module_exists`, which adds entries of target_modules that match to `matched`."""
     target = config.target_modules
     if isinstance(target, str):
-        if target.lower() == _EVERYTHING:
+        if target.lower() == "all-linear":
             return _is_linear
         pattern = _compiled(target, "target_modules")
         return lambda path: pattern.fullmatch(path) is not None
     entries = frozenset(target)
-    if rules.first_number:
-        number = rf"(?:^|.*?\.){config.layers_pattern or '[^.]*'}\.(?P<number>\d+)\."
-    else:
-        number = rf".*\.{config.layers_pattern or '[^.]*'}\.(?P<number>\d+)\."
-    layer_of = _compiled(number, "layers_pattern")
+    start = r"(?:^|.*?\.)" if rules.first_number else r".*\."
+    layer_of = _compiled(rf"{start}{config.layers_pattern or '[^.]*'}\.(?P<number>\d+)\.", "layers_pattern")
 
     def matches(path: str) -> bool:
-        hits = entries & {path, *_ends(path)}
+        parts = path.split(".")
+        hits = entries & {".".join(parts[n:]) for n in range(len(parts))}
         matched.update(hits)
         if path in hits or not hits or not config.layers_to_transform:
             return bool(hits)
@@ -140,39 +124,31 @@ def _targets(config: LoraConfig, rules: MatchingRules, matched: set[str]) -> Cal
     return matches
 
 
-def _ends(path: str) -> list[str]:
-    """Return what follows each dot of a path."""
-    parts = path.split(".")
-    return [".".join(parts[n:]) for n in range(1, len(parts))]
-
-
 def _is_saved(name: str, paths: Sequence[str], config: LoraConfig, matched: set[str]) -> bool:
-    """Return whether a module or a parent ends in an entry of modules_to_save, dot or not, as in PEFT."""
-    hits = [_saved_by(path, config.modules_to_save) for path in paths]
+    """Return whether a module or a parent ends with an entry of modules_to_save, even within a name, as in PEFT."""
+
+    def saved_by(path: str) -> set[str]:
+        parts = path.split(".")
+        parents = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+        return {entry for entry in config.modules_to_save if any(parent.endswith(entry) for parent in parents)}
+
+    hits = list(map(saved_by, paths))
     matched.update(*hits)
     if any(hits) and not all(hits):
         raise DSMoEError(f"modules_to_save must match all experts of {name} or none")
     return all(hits)
 
 
-def _saved_by(path: str, entries: Iterable[str]) -> set[str]:
-    parts = path.split(".")
-    modules = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-    return {entry for entry in entries if any(module.endswith(entry) for module in modules)}
-
-
 def _ranks_and_alphas(config: LoraConfig, rules: MatchingRules) -> Callable[[str], tuple[int, float]]:
     """Return a function from a module path to its r and lora_alpha."""
     form = r"(.*\.)?({key})$" if rules.grouped_keys else r".*\.{key}$"
-    ranks, alphas = (
-        {key: _compiled(form.replace("{key}", key), field) for key in pattern}
-        for field, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern))
-    )
+    ranks = {key: _compiled(form.replace("{key}", key), "rank_pattern") for key in config.rank_pattern}
+    alphas = {key: _compiled(form.replace("{key}", key), "alpha_pattern") for key in config.alpha_pattern}
     if not rules.separate_patterns:
         ranks = alphas = ranks | alphas
 
     def first(path: str, patterns: Mapping[str, re.Pattern[str]]) -> str:
-        # A full path may be a key too; a pattern that requires a dot before it does not match that.
+        # A key may be a full path, which a pattern that requires a dot before it does not match.
         return next((key for key, pattern in patterns.items() if pattern.match(path)), path)
 
     def of(path: str) -> tuple[int, float]:

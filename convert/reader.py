@@ -1,8 +1,6 @@
-"""Read the tensors of a Hugging Face checkpoint folder by name, memory-mapped and validated.
+"""Read memory-mapped, validated tensors of a Hugging Face checkpoint folder by name. Start at `CheckpointReader`."""
 
-Read `CheckpointReader` first. `read_safetensors` parses a safetensors file, torch_pickle.py a `.bin` file.
-"""
-
+import contextlib
 import mmap
 import os
 from collections.abc import Callable, Collection
@@ -20,178 +18,13 @@ from .torch_pickle import read_torch_file
 
 MAX_NAME: Final = 250  # characters of a tensor name, bytes of a file name
 
-SAFETENSORS_DTYPES: Final[dict[str, np.dtype]] = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
-_BUFFER_DTYPES: Final = SAFETENSORS_DTYPES | {
-    "F64": np.dtype(np.float64),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-
-
-class CheckpointReader:
-    """Reads tensors of a Hugging Face checkpoint folder on demand.
-
-    Opening validates headers and indexes only. The files must not change while the reader or one of its arrays is
-    alive.
-
-    Attributes:
-        folder: The folder.
-        tensors: Location, dtype and shape of each tensor.
-        ignored: Files and tensors that are not read: other layouts, stale indexes and shards, recomputed buffers.
-    """
-
-    tensors: dict[str, TensorInfo]
-    ignored: list[str]
-
-    def __init__(self, folder: str | Path, layouts: "Layouts | None" = None):
-        """Open the weights that `choose_layout` selects among `layouts` (default: `LAYOUTS`)."""
-        self.folder = Path(folder)
-        self.tensors, self.ignored = {}, []
-        self._maps: dict[str, mmap.mmap] = {}
-        if not self.folder.is_dir():
-            raise DSMoEError(f"{self.folder}: no such folder")
-        layouts = LAYOUTS if layouts is None else layouts
-        name, is_index, parse = self._find_weights(layouts)
-        index = None
-        if is_index:
-            path_inside(self.folder, name)  # rejects links that lead outside
-            index = read_index(self.folder / name)
-        for file in dict.fromkeys(index.values()) if index else [name]:
-            for tensor, info in self._read_file(file, parse).items():
-                if len(tensor) > MAX_NAME or not tensor.isprintable():
-                    rule = f"must have at most {MAX_NAME} characters, all printable"
-                    raise DSMoEError(f"{self.folder / file}: tensor name {quote(tensor)} {rule}")
-                if tensor in self.tensors:
-                    both = f"{quote(self.tensors[tensor].file)} and {quote(file)}"
-                    raise DSMoEError(f"{self.folder}: tensor {quote(tensor)} is in both {both}")
-                if is_buffer(tensor):
-                    self.ignored.append(tensor)
-                    continue
-                if index and tensor not in index:
-                    raise DSMoEError(f"{self.folder / file}: tensor {quote(tensor)} is not in {name}")
-                self.tensors[tensor] = info
-        for tensor, file in (index or {}).items():
-            if is_buffer(tensor):
-                continue
-            if tensor not in self.tensors or self.tensors[tensor].file != file:
-                raise DSMoEError(f"{self.folder / file}: tensor {quote(tensor)} of {name} is missing")
-        if not self.tensors:
-            raise DSMoEError(f"{self.folder / name}: has no tensors")
-        self.ignored += self._other_files({name, *self._maps}, layouts)
-
-    def read(self, name: str) -> np.ndarray:
-        """Return a read-only view of the mapped tensor, valid after `close`; it may be strided or unaligned."""
-        info = self.tensors.get(name)
-        if info is None:
-            raise DSMoEError(f"{self.folder}: has no tensor {quote(name)}")
-        if info.file not in self._maps:
-            raise DSMoEError(f"{self.folder}: the reader is closed, cannot read tensor {quote(name)}")
-        if 0 in info.shape:
-            empty = np.zeros(info.shape, info.dtype)
-            empty.flags.writeable = False
-            return empty
-        # numpy checks again that shape and strides stay inside the file.
-        return np.ndarray(info.shape, info.dtype, self._maps[info.file], info.offset, info.strides)
-
-    def close(self) -> None:
-        """Release the files; each stays mapped while an array read from it is alive."""
-        self._maps.clear()
-
-    def __enter__(self) -> "CheckpointReader":
-        """Return the reader."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close the reader."""
-        self.close()
-
-    def _find_weights(self, layouts: "Layouts") -> tuple[str, bool, "_Parser"]:
-        # A dangling link counts as present and fails when it is opened.
-        present = {name for name, _, _ in layouts if os.path.lexists(self.folder / name)}
-        try:
-            chosen = choose_layout(present, lambda file: os.path.lexists(self.folder / file), self._shards, layouts)
-        except ValueError as error:
-            raise DSMoEError(f"{self.folder}: {error}") from None
-        if chosen is None:
-            names = ", ".join(name for name, _, _ in layouts)
-            raise DSMoEError(f"{self.folder}: no weights; looked for {names}")
-        return chosen
-
-    def _shards(self, index: str) -> set[str]:
-        path_inside(self.folder, index)
-        return set(read_index(self.folder / index).values())
-
-    def _other_files(self, read: set[str], layouts: "Layouts") -> list[str]:
-        """Return other files that look like weights."""
-        ends = tuple({Path(name.removesuffix(".index.json")).suffix for name, _, _ in layouts})
-        names = sorted(entry.name for entry in os.scandir(self.folder) if entry.name not in read)
-        return [name for name in names if name.removesuffix(".index.json").endswith(ends)]
-
-    def _read_file(self, name: str, parse: "_Parser") -> dict[str, TensorInfo]:
-        path = path_inside(self.folder, name)
-        try:
-            if path.stat().st_size == 0:
-                raise DSMoEError("is empty")
-            with path.open("rb") as file:
-                self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            return parse(self._maps[name], name)
-        except (OSError, ValueError) as error:
-            raise DSMoEError(f"{self.folder / name}: {error}") from error
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """Return an index's map from tensor to shard; shards are weight files in the same folder."""
-    shards = read_json(path).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise DSMoEError(f"{path}: weight_map must be a non-empty object")
-    end = Path(path.name.removesuffix(".index.json")).suffix
-    for tensor, file in shards.items():
-        file = file.removeprefix("./") if isinstance(file, str) else file
-        if not is_file_name(file) or not file.endswith(end):
-            rule = f"a shard must be a {end} file in the same folder"
-            raise DSMoEError(f"{path}: tensor {quote(tensor)} is in {quote(file)}; {rule}")
-        shards[tensor] = file
-    return shards
-
-
-def choose_layout(
-    present: Collection[str],
-    exists: Callable[[str], bool],
-    shards_of: Callable[[str], Collection[str]],
-    layouts: "Layouts | None" = None,
-) -> "tuple[str, bool, _Parser] | None":
-    """Choose which weights of a folder to read; None if there are none.
-
-    Safetensors are preferred to `.bin` files. An index with missing shards is stale and ignored if there is also a
-    single file, as in transformers. Both a single file and a complete set of shards are an error, since programs
-    differ in which they read. `shards_of` returns the shards of an index, `exists` whether a shard exists.
-    """
-    found = [layout for layout in (LAYOUTS if layouts is None else layouts) if layout[0] in present]
-    if len(found) < 2 or not found[0][1] or found[0][0] != f"{found[1][0]}.index.json":
-        return found[0] if found else None
-    (index, *_), single = found[:2]
-    try:
-        shards = set(shards_of(index))
-    except DSMoEError:
-        return single
-    if shards != {single[0]} and all(map(exists, shards)):
-        raise DSMoEError(f"holds two checkpoints, {single[0]} and the shards of {index}; remove one of them")
-    return found[0] if shards == {single[0]} else single
+SAFETENSORS_DTYPES: Final = {"F32": np.dtype("f4"), "F16": np.dtype("f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_OTHERS: Final = {"F64": "f8", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1", "U8": "u1", "BOOL": "?"}
+_BUFFER_DTYPES: Final = SAFETENSORS_DTYPES | {code: np.dtype(kind) for code, kind in _OTHERS.items()}
 
 
 def read_safetensors(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
-    """Locate the tensors of a safetensors file: 8 bytes of header length, the header in JSON, the data.
-
-    Tensors must be F32, F16 or BF16 and fill the data exactly, as the format requires.
-    """
+    """Locate the tensors of a safetensors file: 8 bytes of header length, the header in JSON, the data."""
     length = int.from_bytes(mapped[:8], "little")
     if length > MAX_JSON_BYTES:
         raise DSMoEError(f"has a header of {length} bytes; at most {MAX_JSON_BYTES}")
@@ -206,7 +39,7 @@ def read_safetensors(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     ranges: list[tuple[int, int, str]] = []
     for name in list(header):
-        match header.pop(name):  # so that the header shrinks as `tensors` grows
+        match header.pop(name):  # the header shrinks as `tensors` grows
             case {"dtype": str(code), "shape": list(sizes), "data_offsets": [begin, end], **rest} if not rest:
                 pass
             case _:
@@ -242,17 +75,10 @@ def _check_metadata(metadata: object) -> None:
         (key + value).encode()  # raises for a lone surrogate
 
 
-def is_file_name(value: object) -> bool:
-    """Return whether `value` is a printable file name without folders."""
-    if not isinstance(value, str) or not value.isprintable() or value in ("", ".", ".."):
-        return False
-    return "/" not in value and "\\" not in value and len(value.encode()) <= MAX_NAME
-
-
 def path_inside(folder: Path, name: str) -> Path:
     """Return the path of a regular file in a checkpoint; links must not lead outside.
 
-    The hub cache has `snapshots/<revision>/` with links into the sibling `blobs/`, which may link into the `blobs/`
+    Exception: in the hub cache `snapshots/<revision>/` links to the sibling `blobs/`, which may link to the `blobs/`
     shared by all repositories (huggingface_hub 2).
     """
     home = Path(os.path.realpath(folder))
@@ -270,12 +96,136 @@ def path_inside(folder: Path, name: str) -> Path:
 
 
 _Parser = Callable[[mmap.mmap, str], dict[str, TensorInfo]]
-Layouts = tuple[tuple[str, bool, _Parser], ...]
+_Layout = tuple[str, bool, _Parser]  # file, whether it is an index, parser
+Layouts = tuple[_Layout, ...]
 
-# (file, whether it is an index, parser), in order of preference.
+# In order of preference.
 LAYOUTS: Final[Layouts] = (
     ("model.safetensors.index.json", True, read_safetensors),
     ("model.safetensors", False, read_safetensors),
     ("pytorch_model.bin.index.json", True, read_torch_file),
     ("pytorch_model.bin", False, read_torch_file),
 )
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Return an index's map from tensor to shard; shards are weight files in the same folder."""
+    path_inside(path.parent, path.name)  # rejects links that lead outside
+    shards = read_json(path).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise DSMoEError(f"{path}: weight_map must be a non-empty object")
+    end = Path(path.name.removesuffix(".index.json")).suffix
+    for tensor, file in shards.items():
+        name = file.removeprefix("./") if isinstance(file, str) else ""
+        is_name = name.isprintable() and "/" not in name and "\\" not in name and len(name.encode()) <= MAX_NAME
+        if not is_name or not name.endswith(end):
+            rule = f"a shard must be a {end} file in the same folder"
+            raise DSMoEError(f"{path}: tensor {quote(tensor)} is in {quote(name or file)}; {rule}")
+        shards[tensor] = name
+    return shards
+
+
+def choose_layout(
+    exists: Callable[[str], bool], shards_of: Callable[[str], Collection[str]], layouts: Layouts = LAYOUTS
+) -> _Layout | None:
+    """Choose which weights of a folder to read; None if there are none.
+
+    As in transformers, an index with missing shards is ignored if there is a single file. A single file and a complete
+    set of shards are an error, since programs differ in which they read.
+    """
+    found = [layout for layout in layouts if exists(layout[0])]
+    if len(found) < 2 or not found[0][1] or found[0][0] != f"{found[1][0]}.index.json":
+        return found[0] if found else None
+    (index, *_), single = found[:2]
+    try:
+        shards = set(shards_of(index))
+    except DSMoEError:
+        return single
+    if shards != {single[0]} and all(map(exists, shards)):
+        raise DSMoEError(f"holds two checkpoints, {single[0]} and the shards of {index}; remove one of them")
+    return found[0] if shards == {single[0]} else single
+
+
+class CheckpointReader(contextlib.AbstractContextManager["CheckpointReader"]):
+    """Reads tensors of a Hugging Face checkpoint folder on demand.
+
+    Opening validates only headers and indexes. The files must not change while the reader or one of its arrays exists.
+    """
+
+    tensors: dict[str, TensorInfo]
+    ignored: list[str]  # files and tensors: other layouts, stale indexes and shards, recomputed buffers
+
+    def __init__(self, folder: str | Path, layouts: Layouts = LAYOUTS):
+        self.folder = Path(folder)
+        self.tensors, self.ignored = {}, []
+        self._maps: dict[str, mmap.mmap] = {}
+        if not self.folder.is_dir():
+            raise DSMoEError(f"{self.folder}: no such folder")
+        name, is_index, parse = self._find_weights(layouts)
+        index = read_index(self.folder / name) if is_index else None
+        for file in dict.fromkeys(index.values()) if index else [name]:
+            for tensor, info in self._read_file(file, parse).items():
+                if len(tensor) > MAX_NAME or not tensor.isprintable():
+                    rule = f"must have at most {MAX_NAME} characters, all printable"
+                    raise DSMoEError(f"{self.folder / file}: tensor name {quote(tensor)} {rule}")
+                if tensor in self.tensors:
+                    both = f"{quote(self.tensors[tensor].file)} and {quote(file)}"
+                    raise DSMoEError(f"{self.folder}: tensor {quote(tensor)} is in both {both}")
+                if is_buffer(tensor):
+                    self.ignored.append(tensor)
+                    continue
+                if index and tensor not in index:
+                    raise DSMoEError(f"{self.folder / file}: tensor {quote(tensor)} is not in {name}")
+                self.tensors[tensor] = info
+        for tensor, file in (index or {}).items():
+            if is_buffer(tensor):
+                continue
+            if tensor not in self.tensors or self.tensors[tensor].file != file:
+                raise DSMoEError(f"{self.folder / file}: tensor {quote(tensor)} of {name} is missing")
+        if not self.tensors:
+            raise DSMoEError(f"{self.folder / name}: has no tensors")
+        ends = tuple({Path(name.removesuffix(".index.json")).suffix for name, _, _ in layouts})
+        others = sorted({*os.listdir(self.folder)} - {name, *self._maps})
+        self.ignored += [other for other in others if other.removesuffix(".index.json").endswith(ends)]
+
+    def read(self, name: str) -> np.ndarray:
+        """Return a read-only view of the mapped tensor, valid after closing; it may be strided or unaligned."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise DSMoEError(f"{self.folder}: has no tensor {quote(name)}")
+        if info.file not in self._maps:
+            raise DSMoEError(f"{self.folder}: the reader is closed, cannot read tensor {quote(name)}")
+        if 0 in info.shape:
+            empty = np.zeros(info.shape, info.dtype)
+            empty.flags.writeable = False
+            return empty
+        # numpy checks again that shape and strides stay inside the file.
+        return np.ndarray(info.shape, info.dtype, self._maps[info.file], info.offset, info.strides)
+
+    def __exit__(self, *_: object) -> None:
+        """Release the files; each remains mapped while an array read from it exists."""
+        self._maps.clear()
+
+    def _find_weights(self, layouts: Layouts) -> _Layout:
+        def exists(file: str) -> bool:
+            return os.path.lexists(self.folder / file)  # opening a dangling link raises an error
+
+        try:
+            chosen = choose_layout(exists, lambda index: read_index(self.folder / index).values(), layouts)
+        except ValueError as error:
+            raise DSMoEError(f"{self.folder}: {error}") from None
+        if chosen is None:
+            names = ", ".join(name for name, _, _ in layouts)
+            raise DSMoEError(f"{self.folder}: no weights; looked for {names}")
+        return chosen
+
+    def _read_file(self, name: str, parse: _Parser) -> dict[str, TensorInfo]:
+        path = path_inside(self.folder, name)
+        try:
+            if path.stat().st_size == 0:
+                raise DSMoEError("is empty")
+            with path.open("rb") as file:
+                self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return parse(self._maps[name], name)
+        except (OSError, ValueError) as error:
+            raise DSMoEError(f"{self.folder / name}: {error}") from error

@@ -25,7 +25,7 @@ class TensorInfo:
 
 
 def is_buffer(name: str) -> bool:
-    """Return whether a tensor is a buffer that older releases of transformers stored and the model recomputes."""
+    """Return whether a tensor is a buffer stored by older releases of transformers, which the model recomputes."""
     return _BUFFER.search(name) is not None
 
 

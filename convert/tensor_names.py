@@ -16,33 +16,23 @@ _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_
 
 
 def normalize_names(reader: CheckpointReader, config: ModelConfig) -> None:
-    """Rename the reader's tensors to Hugging Face's names and drop tensors without content.
+    """Rename the reader's tensors to Hugging Face's names and list the changes in `reader.ignored`.
 
-    Drops a common prefix, TRL's value head and the empty shared experts of `n_shared_experts` 0. Adds `model.` to the
-    names of a model without its head, and maps a lone tied head to the embedding. Changes are listed in
-    `reader.ignored`.
-
-    Raises:
-        DSMoEError: The folder holds LoRA tensors, the prefix is not common, or two tensors get the same name.
+    Also drops TRL's value head and empty shared experts, and maps a tied head without an embedding to the embedding.
     """
     if lora := next((name for name in reader.tensors if ".lora_" in name), None):
-        raise DSMoEError(
-            f"{reader.folder}: tensor {quote(lora)} belongs to an unmerged LoRA adapter; "
-            "merge it first, or load base and adapter from separate folders"
-        )
+        advice = "merge it first, or load base and adapter from separate folders"
+        raise DSMoEError(f"{reader.folder}: tensor {quote(lora)} belongs to an unmerged LoRA adapter; {advice}")
     if heads := [name for name in reader.tensors if name.startswith(_VALUE_HEAD)]:
         reader.ignored += heads
-        reader.tensors = {name: info for name, info in reader.tensors.items() if name not in heads}
+        reader.tensors = {name: info for name, info in reader.tensors.items() if not name.startswith(_VALUE_HEAD)}
     renamed = {name: _WRAPPERS.sub("", name) for name in reader.tensors}
     if wrapped := next((name for name, plain in renamed.items() if name != plain), None):
         reader.ignored.append(f"wrappers in names such as {quote(wrapped)}")
     prefix = _prefix(list(renamed.values()))
     if prefix:
-        for name, plain in renamed.items():
-            if not plain.startswith(prefix):
-                raise DSMoEError(
-                    f"{reader.folder}: tensor {quote(name)} lacks the prefix {quote(prefix)} of the others"
-                )
+        if other := next((name for name, plain in renamed.items() if not plain.startswith(prefix)), None):
+            raise DSMoEError(f"{reader.folder}: tensor {quote(other)} lacks the prefix {quote(prefix)} of the others")
         renamed = {name: plain.removeprefix(prefix) for name, plain in renamed.items()}
         reader.ignored.append(f"the prefix {quote(prefix)} of all tensors")
     if _EMBEDDING in renamed.values():
@@ -64,7 +54,7 @@ def normalize_names(reader: CheckpointReader, config: ModelConfig) -> None:
 
 
 def _prefix(names: list[str]) -> str:
-    """Return what precedes the name of the embedding or the final norm."""
+    """Return the prefix of the embedding or the final norm."""
     for end in (_EMBEDDING, "norm.weight"):
         for name in (name for name in names if name.endswith(end)):
             match = re.fullmatch(rf"(.*?)(?:model\.)?{re.escape(end)}", name)

@@ -1,10 +1,8 @@
-"""Locate the tensors of a PyTorch `.bin` file without torch and without running its pickle.
+"""Locate the tensors of a PyTorch `.bin` file without torch and without unpickling. Start at `read_torch_file`.
 
-Read `read_torch_file` first. A `.bin` file is a pickle that calls functions to build tensors, and the raw storages they
-are views of. `_Machine` interprets the pickle opcode by opcode: the allowed opcodes are the rows of `_OPCODES`, the
-allowed functions those of `_CALLS`. Python's unpickler is not used, since a restricted one can still be made to set
-attributes of our functions (BUILD), allocate gigabytes (a memo index of 2**31) and hash a nested tuple for years (a
-dictionary key).
+A `.bin` file is a pickle that calls functions to build tensors, and raw storages. `_Machine` interprets the opcodes in
+`_OPCODES` and the functions in `_CALLS`. A restricted Python unpickler could still be made to set attributes of our
+functions (BUILD), allocate gigabytes (a memo index of 2**31) and hash a nested tuple for years (a dictionary key).
 """
 
 import io
@@ -24,8 +22,8 @@ from dsmoe_jax.errors import DSMoEError
 
 from .tensor_info import MAX_RANK, TensorInfo, count_elements, is_buffer, quote
 
-# Enough for 12 thousand tensors a file at 40 opcodes and 150 bytes each. An opcode allocates up to 110 bytes, an entry
-# of the zip directory 600: the limits keep memory close to the file's own size.
+# Enough for 12,000 tensors per file at 40 opcodes and 150 bytes each. An opcode allocates up to 110 bytes and an entry
+# of the zip directory 600, so these limits bound memory.
 MAX_PICKLE_BYTES: Final = 8 << 20
 MAX_OPCODES: Final = 500_000
 MAX_STRING: Final = 1 << 20
@@ -35,27 +33,14 @@ _MAX_GLOBAL: Final = 200  # length of a module or function name
 _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL: Final = 1001
 
-_STORAGES: Final[dict[str, np.dtype]] = {
-    "torch.FloatStorage": np.dtype(np.float32),
-    "torch.HalfStorage": np.dtype(np.float16),
-    "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    # Allowed for buffers only.
-    "torch.DoubleStorage": np.dtype(np.float64),
-    "torch.LongStorage": np.dtype(np.int64),
-    "torch.IntStorage": np.dtype(np.int32),
-    "torch.ShortStorage": np.dtype(np.int16),
-    "torch.CharStorage": np.dtype(np.int8),
-    "torch.ByteStorage": np.dtype(np.uint8),
-    "torch.BoolStorage": np.dtype(np.bool_),
-}
-_WEIGHTS: Final = tuple(_STORAGES.values())[:3]
+_WEIGHTS: Final = tuple(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16)))
+_BUFFERS: Final = tuple(map(np.dtype, (np.float64, np.int64, np.int32, np.int16, np.int8, np.uint8, np.bool_)))
+_NAMES: Final = ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
+_STORAGES: Final = {f"torch.{name}Storage": d for name, d in zip(_NAMES, _WEIGHTS + _BUFFERS, strict=True)}
 
 
 def read_torch_file(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
-    """Locate the tensors of a `.bin` file, zip (torch >= 1.6) or legacy, without reading the storages.
-
-    The file must be a flat dictionary of float32, float16 or bfloat16 tensors that lie inside their storages.
-    """
+    """Locate the tensors of a `.bin` file, zip (torch >= 1.6) or legacy, which must contain a flat state dict."""
     read = _read_zip if mapped[:4] == b"PK\x03\x04" else _read_legacy
     state, ranges = read(mapped)
     if not isinstance(state, dict):
@@ -63,7 +48,7 @@ def read_torch_file(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
     if len(state) > MAX_TENSORS:
         raise DSMoEError(f"holds {len(state)} tensors; at most {MAX_TENSORS}")
     tensors = {name: _locate(name, entry, ranges, file) for name, entry in state.items()}
-    # Tied weights share a storage; a storage shared by a thousand names is a bomb.
+    # Tied weights share a storage; one shared by a thousand names is a decompression bomb.
     nbytes = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
     if nbytes > 2 * len(mapped):
         raise DSMoEError(f"has tensors of {nbytes} bytes in a file of {len(mapped)}; at most twice its size")
@@ -94,7 +79,7 @@ _Ranges = dict[str, tuple[int, int]]  # storage key -> offset in the file, size 
 
 
 def _locate(name: str, tensor: object, ranges: _Ranges, file: str) -> TensorInfo:
-    """Convert a view of a storage into a location in the file, checking that it lies inside the storage."""
+    """Convert a view of a storage into a location in the file, within the bounds of the storage."""
     if not isinstance(tensor, _Tensor):
         raise DSMoEError(f"entry {quote(name)} is {quote(tensor)}, not a tensor")
     storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
@@ -105,10 +90,8 @@ def _locate(name: str, tensor: object, ranges: _Ranges, file: str) -> TensorInfo
         raise DSMoEError(f"tensor {quote(name)} needs storage {quote(storage.key)}, which is not in the file")
     start, nbytes = ranges[storage.key]
     if storage.numel * dtype.itemsize != nbytes:
-        raise DSMoEError(
-            f"tensor {quote(name)} declares storage {quote(storage.key)} as {quote(storage.numel)} x {dtype}; "
-            f"it has {nbytes} bytes"
-        )
+        declared = f"storage {quote(storage.key)} as {quote(storage.numel)} x {dtype}"
+        raise DSMoEError(f"tensor {quote(name)} declares {declared}; it has {nbytes} bytes")
     count = count_elements(name, shape, dtype.itemsize)
     if len(strides) != len(shape) or min(strides, default=0) < 0 or tensor.offset < 0:
         raise DSMoEError(f"tensor {quote(name)} has a negative offset or stride, or strides of another rank")
@@ -118,7 +101,7 @@ def _locate(name: str, tensor: object, ranges: _Ranges, file: str) -> TensorInfo
     # A stride of 0 repeats elements: without this limit a file of 100 bytes could declare a terabyte.
     if count > storage.numel:
         raise DSMoEError(f"tensor {quote(name)} repeats {storage.numel} stored elements into {count}")
-    # The stride of a dimension of size 1 is unused and may be too large for numpy.
+    # Strides of dimensions of size 1 are unused and may be too large for numpy.
     steps = tuple((stride if size > 1 else 1) * dtype.itemsize for size, stride in zip(shape, strides, strict=True))
     return TensorInfo(dtype, shape, file, start + (tensor.offset * dtype.itemsize if count else 0), steps)
 
@@ -130,7 +113,7 @@ def _ordered_dict(*items: object) -> dict:
 
 
 def _tensor(storage, offset, shape, strides, requires_grad, hooks, metadata=None) -> _Tensor:
-    # Metadata such as "conjugate" or "negative" would change every value.
+    # Metadata such as "conjugate" and "negative" would change all values.
     if not isinstance(storage, _Storage) or type(offset) is not int or metadata:
         raise DSMoEError("calls _rebuild_tensor_v2 with arguments torch does not write")
     for sizes in (shape, strides):
@@ -153,7 +136,7 @@ _CALLS: Final[dict[str, Callable]] = {
 
 
 class _Machine:
-    """Stack, marks and memo of a pickle; dictionary keys are strings, and every step is O(1)."""
+    """Stack, marks and memo of a pickle; dictionary keys must be strings."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -194,9 +177,8 @@ class _Machine:
             case _:
                 raise DSMoEError("has a persistent id other than ('storage', type, key, location, size)")
         if kind not in _STORAGES or numel < 0 or self.storages.setdefault(key, storage) != storage:
-            raise DSMoEError(
-                f"has an invalid or conflicting definition of storage {quote(key)}: {quote(numel)} x {kind}"
-            )
+            definition = f"{quote(key)}: {quote(numel)} x {kind}"
+            raise DSMoEError(f"has an invalid or conflicting definition of storage {definition}")
         self.stack.append(storage)
 
     def set_items(self, items: list) -> None:
@@ -214,7 +196,7 @@ class _Machine:
         self.stack[-1].extend(items)
 
     def set_attributes(self) -> None:
-        """Drop `_metadata`, the module versions of a state_dict."""
+        """Drop `_metadata`, the module versions of a state dict."""
         target, state = self.pop(2)
         if type(target) is not dict or type(state) is not dict or state.keys() != {"_metadata"}:
             raise DSMoEError(f"sets attributes other than _metadata on {quote(target)}")
@@ -272,10 +254,7 @@ _BY_CODE: Final = {opcode.code.encode("latin-1"): opcode for opcode in pickletoo
 
 
 def _operations(stream: io.BytesIO) -> Iterator[tuple[str, Any]]:
-    """Yield each opcode's name and argument up to STOP.
-
-    `pickletools.genops` would read the argument, possibly as long as the file, before the opcode can be rejected.
-    """
+    """Yield each opcode's name and argument up to STOP; unlike `pickletools.genops`, check opcodes before arguments."""
     while code := stream.read(1):
         opcode = _BY_CODE.get(code)
         if opcode is None:
@@ -290,9 +269,8 @@ def _operations(stream: io.BytesIO) -> Iterator[tuple[str, Any]]:
 
 
 def _unpickle(stream: io.BytesIO, opcodes_left: Iterator[int]) -> tuple[Any, dict[str, _Storage]]:
-    """Return the value of the next pickle in the stream and the storages it names."""
-    machine = _Machine()
-    count = 0
+    """Return the value of the next pickle in the stream and its storages."""
+    machine, count = _Machine(), 0
     try:
         for name, argument in _operations(stream):
             if next(opcodes_left, None) is None:
@@ -346,11 +324,11 @@ def _read_zip(mapped: mmap.mmap) -> tuple[Any, _Ranges]:
 
 
 class _TooLargeError(Exception):
-    """Passes through zipfile, which swallows errors of known types."""
+    """Not caught by zipfile, unlike errors of known types."""
 
 
 class _Directory:
-    """A file for `zipfile` that limits the size of the directory, of which it keeps 600 bytes an entry."""
+    """A file for `zipfile` that limits the size of the directory, whose entries take 600 bytes of memory each."""
 
     def __init__(self, mapped: mmap.mmap):
         self.mapped, self.seek, self.tell = mapped, mapped.seek, mapped.tell
@@ -366,7 +344,7 @@ class _Directory:
 
 
 def _member_range(mapped: mmap.mmap, member: zipfile.ZipInfo) -> tuple[int, int]:
-    """Return offset and size of a stored member; only its own header has the length of the header."""
+    """Return offset and size of the data of an uncompressed member, after its header of variable length."""
     name, offset, size = quote(member.filename), member.header_offset, member.file_size
     if member.compress_type != zipfile.ZIP_STORED or member.compress_size != size or member.flag_bits & 1:
         raise DSMoEError(f"has compressed or encrypted member {name}")
@@ -407,10 +385,8 @@ def _read_legacy(mapped: mmap.mmap) -> tuple[Any, _Ranges]:
             raise DSMoEError(f"has a storage of {storage.kind}; weights are F32, F16 or BF16")
         numel, position = int.from_bytes(mapped[position : position + 8], "little"), position + 8
         if numel != storage.numel or position + numel * dtype.itemsize > len(mapped):
-            left = max(0, len(mapped) - position)
-            raise DSMoEError(
-                f"storage {quote(key)} must be {quote(storage.numel)} x {dtype}, got {numel} in {left} bytes"
-            )
+            actual = f"{numel} in {max(0, len(mapped) - position)} bytes"
+            raise DSMoEError(f"storage {quote(key)} must be {quote(storage.numel)} x {dtype}, got {actual}")
         ranges[key] = (position, numel * dtype.itemsize)
         position += numel * dtype.itemsize
     if position != len(mapped):

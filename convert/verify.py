@@ -21,7 +21,7 @@ from .exporter import NativeReader
 from .importer import check_tensors, read_special_ids
 from .reader import CheckpointReader
 
-# Config fields without effect on the model, or implied by the tensors.
+# Config fields that do not affect the model or follow from the tensors.
 _NOT_COMPARED: Final = ("torch_dtype", "dtype", "transformers_version", "architectures", "use_cache")
 
 
@@ -60,24 +60,19 @@ class VerificationReport:
 
 
 def verify(native: str | Path, hf: str | Path | None = None, *, progress: Meter = silent) -> VerificationReport:
-    """Compare a native checkpoint with its manifest, and its tensors with those of a Hugging Face folder.
-
-    Reads every byte, a few megabytes at a time.
+    """Compare a native checkpoint with its manifest and, bit for bit, with a Hugging Face folder.
 
     Args:
         native: Native checkpoint.
-        hf: Hugging Face folder to compare with, bit for bit.
+        hf: Hugging Face folder, if any.
         progress: Progress meter.
 
-    Returns:
-        The report; every difference is one of its mismatches.
-
     Raises:
-        DSMoEError: There is nothing to compare: `native` is no native checkpoint, or `hf` has other tensors.
+        DSMoEError: `native` is not a native checkpoint, or `hf` has other tensors.
     """
     started = time.perf_counter()
     native = user_path(native, "checkpoint")
-    manifest = read_manifest(native, verify=False)  # its damage is reported below
+    manifest = read_manifest(native, verify=False)  # damage is reported below
     report = VerificationReport(str(native), None if hf is None else str(hf), len(manifest.tensors))
     report.hashes = {name: str(tensor.get("sha256")) for name, tensor in manifest.tensors.items()}
     report.bytes = sum(sums["bytes"] for sums in manifest.files.values())
@@ -98,8 +93,8 @@ def _differences(
     with CheckpointReader(folder) as reader, ThreadPoolExecutor(1) as hasher:
         check_tensors(folder, native.config, reader)
         fields, hf_fields = native.config.to_dict(), hf_config.to_dict()
-        # An export takes the tokenizer's ids for missing or invalid ones.
-        tokenizer = read_special_ids(native.folder, native.config).tokenizer
+        # Exports replace missing and invalid ids by the tokenizer's.
+        tokenizer = read_special_ids(native.folder, native.config)[0]
         exported = ids_for_export(fields, tokenizer, native.config.vocab_size)
         for name, value in fields.items():
             other = hf_fields.get(name)
@@ -120,17 +115,16 @@ def _differences(
                     hashing.result()
                     advance(chunk.nbytes)
                 report.hashes[name] = digest.hexdigest()
+                what = f"differs in {differing:,} of {ours.size:,} values" if differing else None
                 if ours.dtype != other.dtype:
                     what = f"is {other.dtype}, {ours.dtype} in {native.folder}"
-                    yield TensorDamage(reader.tensors[name].file, name, what)
-                elif differing:
-                    what = f"differs in {differing:,} of {ours.size:,} values"
+                if what is not None:
                     yield TensorDamage(reader.tensors[name].file, name, what)
 
 
 def _count_differing(one: np.ndarray, two: np.ndarray) -> int:
     """Return the number of values with different bits."""
-    if raw_bytes(one) == raw_bytes(two):  # memory comparison, several times as fast as counting
+    if raw_bytes(one) == raw_bytes(two):  # several times as fast as counting
         return 0
     bits = np.dtype(f"u{one.itemsize}")
     return int((np.ascontiguousarray(one).view(bits) != np.ascontiguousarray(two).view(bits)).sum())

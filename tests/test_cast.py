@@ -20,7 +20,7 @@ from tests.helpers.hf_folder import hf_tensors, random_params, stop_after, store
 FP32, BF16, FP16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 
 LOSSY = pytest.mark.parametrize(
-    ("with_dtype", "wanted"), [(FP32, BF16), (FP32, FP16), (BF16, FP16), (FP16, BF16)], ids=str
+    ("from_dtype", "to_dtype"), [(FP32, BF16), (FP32, FP16), (BF16, FP16), (FP16, BF16)], ids=str
 )
 EDGES = (
     0.0, -0.0, 1.0, 1 + 2**-7, 1 + 2**-8, 1 + 3 * 2**-9, 1 + 2**-10, 1 + 2**-11, 1 + 3 * 2**-11, 65503.0, 65504.0,
@@ -38,16 +38,16 @@ def numbers(dtype: np.dtype) -> np.ndarray:
 
 
 def is_nan(array: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore"):  # signalling ones say so
+    with np.errstate(invalid="ignore"):  # by signaling NaNs
         return np.isnan(array)
 
 
-def slow_loss(before: np.ndarray, wanted: np.dtype) -> CastStats:
+def slow_loss(before: np.ndarray, to_dtype: np.dtype) -> CastStats:
     """Count value by value with Python floats, which represent all three dtypes."""
     changed, overflowed, largest = 0, 0, 0.0
     for number in before:
         with np.errstate(all="ignore"):
-            old, new = float(number), float(number.astype(wanted))
+            old, new = float(number), float(number.astype(to_dtype))
         if old == new or (math.isnan(old) and math.isnan(new)):
             continue
         changed += 1
@@ -58,9 +58,9 @@ def slow_loss(before: np.ndarray, wanted: np.dtype) -> CastStats:
     return CastStats(len(before), changed, overflowed, largest)
 
 
-def nearest_even(number: float, wanted: np.dtype) -> float:
-    """Round by Python's pack for float16 and by bits for bfloat16."""
-    if wanted == FP16:
+def nearest_even(number: float, to_dtype: np.dtype) -> float:
+    """Round to float16 by struct.pack and to bfloat16 by bits."""
+    if to_dtype == FP16:
         try:
             return struct.unpack("<e", struct.pack("<e", number))[0]
         except OverflowError:
@@ -71,38 +71,38 @@ def nearest_even(number: float, wanted: np.dtype) -> float:
 
 
 @LOSSY
-def test_cast_stats_equal_a_slow_count(with_dtype: np.dtype, wanted: np.dtype):
-    before = numbers(with_dtype)
-    cast = Cast(wanted)
+def test_cast_stats_equal_a_slow_count(from_dtype: np.dtype, to_dtype: np.dtype):
+    before = numbers(from_dtype)
+    cast = Cast(to_dtype)
 
     cast(before)
 
-    assert cast.stats == slow_loss(before, wanted)
+    assert cast.stats == slow_loss(before, to_dtype)
     assert 0 < cast.stats.changed < cast.stats.values
-    assert (cast.stats.overflowed > 0) == (with_dtype != FP16)
+    assert (cast.stats.overflowed > 0) == (from_dtype != FP16)
 
 
 @LOSSY
-def test_cast_rounds_to_nearest_even(with_dtype: np.dtype, wanted: np.dtype):
-    before = numbers(with_dtype)
+def test_cast_rounds_to_nearest_even(from_dtype: np.dtype, to_dtype: np.dtype):
+    before = numbers(from_dtype)
 
-    after = Cast(wanted)(before)
+    after = Cast(to_dtype)(before)
 
-    assert after.dtype == wanted
-    want = [math.nan if math.isnan(number) else nearest_even(number, wanted) for number in before.tolist()]
+    assert after.dtype == to_dtype
+    want = [math.nan if math.isnan(number) else nearest_even(number, to_dtype) for number in before.tolist()]
     np.testing.assert_array_equal(after.astype(np.float64), np.array(want))
     np.testing.assert_array_equal(np.signbit(after)[~is_nan(after)], np.signbit(before)[~is_nan(before)])
 
 
-@pytest.mark.parametrize("with_dtype", [BF16, FP16], ids=str)
-def test_float32_represents_all_16_bit_values(with_dtype: np.dtype):
-    before = numbers(with_dtype)
+@pytest.mark.parametrize("from_dtype", [BF16, FP16], ids=str)
+def test_float32_represents_all_16_bit_values(from_dtype: np.dtype):
+    before = numbers(from_dtype)
     cast = Cast(FP32)
 
     after = cast(before)
 
     with np.errstate(invalid="ignore"):
-        back = after.astype(with_dtype)
+        back = after.astype(from_dtype)
     finite = ~is_nan(before)
     assert after.dtype == FP32
     assert back[finite].tobytes() == before[finite].tobytes()
@@ -130,14 +130,14 @@ def test_nan_and_overflow_are_not_in_the_max_error():
 
 
 def test_cast_stats_of_chunks_add_up():
-    whole, pieces = Cast(BF16), Cast(BF16)
+    at_once, pieces = Cast(BF16), Cast(BF16)
 
-    whole(numbers(FP32))
+    at_once(numbers(FP32))
     for piece in np.array_split(numbers(FP32), 7):
         pieces(piece)
 
-    assert pieces.stats == whole.stats
-    assert sum([whole.stats, pieces.stats], CastStats()).changed == 2 * whole.stats.changed
+    assert pieces.stats == at_once.stats
+    assert sum([at_once.stats, pieces.stats], CastStats()).changed == 2 * at_once.stats.changed
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_cast_stats_are_one_line(loss: CastStats, line: str):
     assert str(loss) == line
 
 
-# Through a conversion
+# Conversions
 
 
 def config_loss(dtype: np.dtype) -> CastStats:
@@ -160,7 +160,7 @@ def config_loss(dtype: np.dtype) -> CastStats:
 
 
 @pytest.mark.parametrize(
-    ("source", "option", "told"),
+    ("source", "option", "is_printed"),
     [
         ("float32", "bfloat16", True),
         ("float32", "float16", True),
@@ -170,19 +170,21 @@ def config_loss(dtype: np.dtype) -> CastStats:
         ("float16", "float32", False),
     ],
 )
-def test_commands_print_cast_stats(tmp_path: Path, capsys: pytest.CaptureFixture, source: str, option: str, told: bool):
+def test_commands_print_cast_stats(
+    tmp_path: Path, capsys: pytest.CaptureFixture, source: str, option: str, is_printed: bool
+):
     hf = str(write_hf(tmp_path / "hf", tiny(), random_params(tiny()), source))
-    native, kept, back = (str(tmp_path / name) for name in ("native", "kept", "back"))
+    native, unchanged, back = (str(tmp_path / name) for name in ("native", "unchanged", "back"))
 
     codes = [
         main(["convert", hf, native, "--dtype", option]),
-        main(["convert", hf, kept]),
-        main(["export", kept, back, "--dtype", option]),
+        main(["convert", hf, unchanged]),
+        main(["export", unchanged, back, "--dtype", option]),
     ]
 
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  cast:")]
     assert codes == [0, 0, 0]
-    assert lines == ([f"  cast: {config_loss(np.dtype(option))}"] * 2 if told else [])
+    assert lines == ([f"  cast: {config_loss(np.dtype(option))}"] * 2 if is_printed else [])
     if option != "keep":
         assert {tensor.dtype for tensor in stored(tmp_path / "back").values()} == {
             {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[option]
@@ -192,10 +194,10 @@ def test_commands_print_cast_stats(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("done_before", [10_000, 30_000, 59_000])
 def test_cast_stats_of_a_resumed_conversion_are_complete(tmp_path: Path, done_before: int):
     hf = write_hf(tmp_path / "hf", tiny(), random_params(tiny()))
-    import_hf(hf, tmp_path / "kept")
+    import_hf(hf, tmp_path / "unchanged")
     ways: list[tuple[Callable[..., ConversionReport], Path, dict[str, int]]] = [
         (import_hf, hf, {}),
-        (export_hf, tmp_path / "kept", {"max_shard_size": 1_000}),
+        (export_hf, tmp_path / "unchanged", {"max_shard_size": 1_000}),
     ]
 
     for convert, source, options in ways:

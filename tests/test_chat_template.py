@@ -145,8 +145,8 @@ def test_killed_worker_is_restarted():
     worker = template_worker._worker
     assert worker is not None
 
-    worker.process.kill()
-    worker.process.wait()
+    worker.kill()
+    worker.wait()
 
     assert render("y", CHAT) == "y"
 
@@ -167,7 +167,7 @@ def test_concurrent_renders_do_not_mix():
 
 def test_worker_ends_with_its_parent():
     program = (
-        "from dsmoe_jax.text import template_worker as w; w.render('x', {}); print(w._worker.process.pid, flush=True);"
+        "from dsmoe_jax.text import template_worker as w; w.render('x', {}); print(w._worker.pid, flush=True);"
         "import os; os._exit(0)"
     )
 

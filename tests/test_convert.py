@@ -228,7 +228,7 @@ def prefixed(prefix: str) -> Renaming:
     return lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-# what another program made of the tensors | what the log says
+# changed tensors | log message
 FOREIGN: dict[str, tuple[Renaming, str]] = {
     **{
         prefix: (prefixed(prefix), f"the prefix '{prefix}' of all tensors")
@@ -254,9 +254,9 @@ FOREIGN: dict[str, tuple[Renaming, str]] = {
 }
 
 
-@pytest.mark.parametrize(("rename", "said"), FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize(("rename", "message"), FOREIGN.values(), ids=FOREIGN)
 def test_wrapper_prefixes_are_dropped_and_logged(
-    tmp_path: Path, rename: Renaming, said: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, rename: Renaming, message: str, caplog: pytest.LogCaptureFixture
 ):
     source = write_hf(tmp_path, tiny(), random_params(tiny()))
     write_tensors(source, rename(hf_tensors(tiny(), random_params(tiny()))))
@@ -264,7 +264,7 @@ def test_wrapper_prefixes_are_dropped_and_logged(
     with caplog.at_level("INFO"):
         params = split(load_hf(source))[1]
 
-    assert re.search(said, caplog.text)
+    assert re.search(message, caplog.text)
     assert all(same_bits(params[name], want) for name, want in random_params(tiny()).items())
 
 
@@ -302,14 +302,14 @@ def test_empty_shared_experts_are_none(tmp_path: Path):
 
 def test_imported_checkpoint_is_the_same_model(tmp_path: Path):
     source = write_hf(tmp_path / "hf", tiny(), random_params(tiny()), shards=2)
-    beside = {
+    copied = {
         "generation_config.json": b'{"eos_token_id":   1}\n',
         "tokenizer.json": b"{ }",
         "tokenizer_config.json": b"{}\r\n",
         "special_tokens_map.json": b"{}",
         "chat_template.jinja": "｜é".encode(),
     }
-    for name, data in beside.items():
+    for name, data in copied.items():
         (source / name).write_bytes(data)
     (source / "modeling_evil.py").write_text("raise SystemExit")
     before = snapshot(tmp_path)
@@ -320,8 +320,8 @@ def test_imported_checkpoint_is_the_same_model(tmp_path: Path):
     loaded = dsmoe_jax.load(out)
 
     assert {name: data for name, data in snapshot(tmp_path).items() if name.split("/")[0] != "out"} == before
-    assert {path.name for path in out.iterdir()} == {*beside, "config.json", "dsmoe_jax.json", "parameters"}
-    assert {name: (out / name).read_bytes() for name in beside} == beside
+    assert {path.name for path in out.iterdir()} == {*copied, "config.json", "dsmoe_jax.json", "parameters"}
+    assert {name: (out / name).read_bytes() for name in copied} == copied
     assert "auto_map" not in json.loads((out / "config.json").read_text())
     assert loaded.config == load_hf(source).config == tiny()
     want = split(load_hf(source))[1]
@@ -341,24 +341,24 @@ def remove_weights(folder: Path) -> None:
 def change_tensors(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
     """Rewrite the checkpoint as one file with changed tensors."""
 
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         remove_weights(folder)
         tensors = hf_tensors(tiny(), random_params(tiny()))
         change(tensors)
         write_tensors(folder, tensors)
 
-    return spoil
+    return damage
 
 
 def place_in(shard: str) -> Callable[[Path], None]:
     """Place a tensor in `shard`, a valid file outside the folder."""
 
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         (folder / SHARD).rename(folder.parent / "elsewhere.safetensors")
         file = shard.format(outside=folder.parent / "elsewhere.safetensors")
         edit(INDEX, lambda index: index["weight_map"].update({NORM: file}))(folder)
 
-    return spoil
+    return damage
 
 
 def link_out(folder: Path) -> None:
@@ -377,7 +377,7 @@ class Touch:
 
 
 def evil_pickle(zipped: bool) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         remove_weights(folder)
         data = pickle.dumps({"model.norm.weight": Touch(folder / "marker")}, protocol=2)
         if not zipped:
@@ -386,14 +386,14 @@ def evil_pickle(zipped: bool) -> Callable[[Path], None]:
         with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as file:
             file.writestr("archive/data.pkl", data)
 
-    return spoil
+    return damage
 
 
 SHARD = "model-00002-of-00002.safetensors"
 NORM, EXPERT = "model.norm.weight", "model.layers.1.mlp.experts.3.up_proj.weight"
 POSIX_SYSTEM = rf"{os.system.__module__}.system"  # what pickle calls os.system
 
-# what is done to the folder | what the one line must say
+# change of the folder | text of the error
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (lambda folder: folder.rename(folder.parent / "away"), "hf"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
@@ -413,7 +413,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         change_tensors(lambda t: t.update({"model.layers.0.self_attn.q_proj.lora_A.weight": t[NORM].copy()})),
         "belongs to an unmerged LoRA adapter",
     ),
-    "an adapter beside": (
+    "an adapter in the folder": (
         lambda folder: [(folder / f"adapter_{name}").write_text("{}") for name in ("config.json", "model.bin")],
         r"holds both a model and an adapter \(adapter_config.json\)",
     ),
@@ -437,17 +437,17 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("spoil", "named"), BAD.values(), ids=BAD)
-def test_invalid_folder_is_a_one_line_error(tmp_path: Path, spoil: Callable, named: str):
+@pytest.mark.parametrize(("damage", "named"), BAD.values(), ids=BAD)
+def test_invalid_folder_is_a_one_line_error(tmp_path: Path, damage: Callable, named: str):
     source = write_hf(tmp_path / "hf", tiny(), random_params(tiny()), shards=2)
-    spoil(source)
+    damage(source)
     before = snapshot(tmp_path)
 
-    with pytest.raises(ValueError, match=named) as refused:
+    with pytest.raises(ValueError, match=named) as error:
         import_hf(source, tmp_path / "out")
 
-    assert "\n" not in str(refused.value)
-    assert len(str(refused.value)) < 600
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
     assert snapshot(tmp_path) == before
 
 

@@ -31,7 +31,8 @@ from tests.helpers.hf_folder import (
     flip_bit,
     hf_tensors,
     random_params,
-    resealed,
+    rehashed,
+    round_trip,
     snapshot,
     stop_after,
     stored,
@@ -44,12 +45,6 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 CODES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16", np.dtype(np.float16): "F16"}
 HEAD = "lm_head.weight"
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
-
-
-def round_trip(source: Path, work: Path, **options: Any) -> Path:
-    """Return the folder after an import to `work/native` and an export."""
-    import_hf(source, work / "native")
-    return export_hf(work / "native", work / "back", **options).path
 
 
 def as_stored(tensors: dict[str, np.ndarray]) -> dict[str, Stored]:
@@ -73,7 +68,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work / "native"
 
 
-# Every bit
+# Tensors
 
 
 @pytest.mark.parametrize("case", golden.CASES)
@@ -104,7 +99,7 @@ def test_every_variant_round_trips_bit_for_bit(tmp_path: Path, changes: dict, dt
 
 @every_dtype
 def test_special_values_keep_their_bits(tmp_path: Path, dtype: str):
-    config = tiny(vocab_size=2048)  # its embedding has 2**16 numbers: every one there is of 16 bits
+    config = tiny(vocab_size=2048)  # its embedding has all 2**16 values of 16 bits
     rng = np.random.default_rng(0)
     tensors: dict[str, Any] = {
         name: np.frombuffer(rng.bytes(array.size * 4), DTYPES[dtype])[: array.size].reshape(array.shape)
@@ -123,7 +118,7 @@ def test_special_values_keep_their_bits(tmp_path: Path, dtype: str):
 
 
 def norms_wide(config: Any) -> dict[str, np.ndarray]:
-    """Tensors of several dtypes: norms in float32, the router in float16, the rest in bfloat16."""
+    """Return tensors with norms in float32, the router in float16 and the rest in bfloat16."""
 
     def dtype(name: str) -> Any:
         return np.float32 if "norm" in name else np.float16 if name.endswith("mlp.gate.weight") else ml_dtypes.bfloat16
@@ -160,7 +155,7 @@ def test_duplicate_tied_head_is_exported_once(tmp_path: Path, form: str):
 
 
 def bin_file(tensors: dict[str, np.ndarray], shared: dict[str, str]) -> bytes:
-    """Write them as `torch.save` does; `shared` names views of another's storage."""
+    """Write tensors as `torch.save` does; those in `shared` are views of another's storage."""
     keys = {name: str(i) for i, name in enumerate(tensors)}
     rows = {
         name: hostile.row_by_row(keys[shared.get(name, name)], array.shape, array.size)
@@ -179,7 +174,7 @@ def test_import_of_an_export_is_the_same_checkpoint(tmp_path: Path, native: Path
     assert fields_of(tmp_path / "again") == fields_of(native)
 
 
-# The files beside the tensors
+# Other files
 
 ODD_FIELDS: dict[str, Any] = {
     "rope_theta": 10000,
@@ -203,13 +198,13 @@ ODD_FIELDS: dict[str, Any] = {
 }
 
 
-def missing_fields(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields that are missing or differ; 1 differs from 1.0 and true."""
+def missing_fields(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that are missing or differ, also in type."""
     found = fields_of(folder)
     text = functools.partial(json.dumps, sort_keys=True)
     return {
         name: value
-        for name, value in wanted.items()
+        for name, value in expected.items()
         if name != "auto_map" and text(value) != text(found.get(name, "absent"))
     }
 
@@ -259,14 +254,16 @@ def test_export_has_all_fields_that_loaders_need(tmp_path: Path, field: str):
 
     back = round_trip(source, tmp_path)
 
-    wanted = {"model_type": "deepseek", "architectures": ["DeepseekForCausalLM"], "torch_dtype": "float16"}
-    assert missing_fields(back, wanted) == {}
+    expected = {"model_type": "deepseek", "architectures": ["DeepseekForCausalLM"], "torch_dtype": "float16"}
+    assert missing_fields(back, expected) == {}
 
 
 @every_dtype
-@pytest.mark.parametrize("said", ["float32", "bfloat16", None])
-def test_config_has_the_dtype_of_the_tensors(tmp_path: Path, said: str | None, dtype: str):
-    source = write_hf(tmp_path / "hf", tiny(torch_dtype=said, extra={"dtype": said}), random_params(tiny()), dtype)
+@pytest.mark.parametrize("torch_dtype", ["float32", "bfloat16", None])
+def test_config_has_the_dtype_of_the_tensors(tmp_path: Path, torch_dtype: str | None, dtype: str):
+    source = write_hf(
+        tmp_path / "hf", tiny(torch_dtype=torch_dtype, extra={"dtype": torch_dtype}), random_params(tiny()), dtype
+    )
 
     back = round_trip(source, tmp_path)
 
@@ -275,17 +272,17 @@ def test_config_has_the_dtype_of_the_tensors(tmp_path: Path, said: str | None, d
 
 def test_tokenizer_and_generation_config_round_trip(tmp_path: Path):
     source = write_hf(tmp_path / "hf", tiny(), random_params(tiny()))
-    beside = {name: f'{{"{name}":\t"é｜"}}\r\n'.encode() for name in (*TOKENIZER_FILES, "generation_config.json")}
-    for name, data in beside.items():
+    copied = {name: f'{{"{name}":\t"é｜"}}\r\n'.encode() for name in (*TOKENIZER_FILES, "generation_config.json")}
+    for name, data in copied.items():
         (source / name).write_bytes(data)
     (source / "modeling_evil.py").write_text("raise SystemExit")
 
     back = round_trip(source, tmp_path)
 
-    files = {name: (back / name).read_bytes() for name in beside}
-    assert files == beside
+    files = {name: (back / name).read_bytes() for name in copied}
+    assert files == copied
     assert {path.name for path in back.iterdir()} == {
-        *beside,
+        *copied,
         "config.json",
         "configuration_deepseek.py",
         INDEX,
@@ -312,7 +309,7 @@ def test_missing_generation_config_is_created(tmp_path: Path, changes: dict, mad
 
 
 def check_layout(folder: Path, limit: int) -> int:
-    """Read index and headers by hand and hold them to the format; returns how many shards there are."""
+    """Check index and headers against the format; returns the number of shards."""
     index = json.loads((folder / INDEX).read_text())
     files = sorted(file.name for file in folder.glob("*.safetensors"))
     assert files == [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
@@ -357,11 +354,11 @@ def test_shards_respect_size_and_format(tmp_path: Path, size: int | str, limit: 
 
 
 def test_shards_are_filled_to_the_limit(tmp_path: Path, native: Path):
-    whole = sum(len(tensor.data) for tensor in stored(native.parent / "hf").values())
+    total = sum(len(tensor.data) for tensor in stored(native.parent / "hf").values())
 
-    just, short = (export_hf(native, tmp_path / str(size), max_shard_size=size).path for size in (whole, whole - 1))
+    just, short = (export_hf(native, tmp_path / str(size), max_shard_size=size).path for size in (total, total - 1))
 
-    assert (check_layout(just, whole), check_layout(short, whole - 1)) == (1, 2)
+    assert (check_layout(just, total), check_layout(short, total - 1)) == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -383,10 +380,10 @@ def test_shard_size_accepts_units(size: int | str, nbytes: int):
     ids=lambda size: repr(size)[:12],
 )
 def test_invalid_shard_size_is_an_error(tmp_path: Path, native: Path, size: Any):
-    with pytest.raises(ValueError, match=r"max_shard_size must be a size such as 5GB") as refused:
+    with pytest.raises(ValueError, match=r"max_shard_size must be a size such as 5GB") as error:
         export_hf(native, tmp_path / "back", max_shard_size=size)
 
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -417,10 +414,10 @@ def test_export_without_cast_reports_no_change(tmp_path: Path, native: Path):
     assert "  cast:" not in str(same)
 
 
-# What is refused
+# Errors
 
 DATA = "parameters/state/{}"
-# what is done to the native checkpoint | what the one line must say
+# change of the native checkpoint | text of the error
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "first bit of the first tensor": (
         lambda native: flip_bit(native / DATA.format("embed/c/0/0"), 0),
@@ -434,10 +431,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda native: flip_bit(native / DATA.format("layers.1.moe.experts.up/c/0/0/0"), 9_000, 3),
         r"damaged checkpoint: SHA-256 mismatch of tensor layers\.1\.moe\.experts\.up",
     ),
-    "the index of parts": (
-        lambda native: flip_bit(native / DATA.format("norm.weight/c/0"), -1),
-        "or their index",
-    ),
+    "the index of parts": (lambda native: flip_bit(native / DATA.format("norm.weight/c/0"), -1), "or their index"),
     "a description": (lambda native: flip_bit(native / DATA.format("embed/zarr.json"), 20), "zarr.json"),
     "a file gone": (lambda native: (native / DATA.format("embed/c/0/0")).unlink(), "embed/c/0/0: cannot be read"),
     "no manifest": (lambda native: (native / "dsmoe_jax.json").unlink(), "not a native checkpoint"),
@@ -446,22 +440,22 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "damaged: 'config.json' ",
     ),
     "another model": (
-        resealed(lambda native: (native / "config.json").write_text(json.dumps(tiny(vocab_size=32).to_dict()))),
+        rehashed(lambda native: (native / "config.json").write_text(json.dumps(tiny(vocab_size=32).to_dict()))),
         r"has shape \[64, 32\], the config asks for \[32, 32\]",
     ),
 }
 
 
-@pytest.mark.parametrize(("spoil", "named"), BAD.values(), ids=BAD)
-def test_export_of_a_damaged_checkpoint_is_an_error(tmp_path: Path, spoil: Callable[[Path], Any], named: str):
+@pytest.mark.parametrize(("damage", "named"), BAD.values(), ids=BAD)
+def test_export_of_a_damaged_checkpoint_is_an_error(tmp_path: Path, damage: Callable[[Path], Any], named: str):
     native = tmp_path / "native"
     import_hf(write_hf(tmp_path / "hf", tiny(), random_params(tiny())), native)
-    spoil(native)
+    damage(native)
 
-    with pytest.raises(ValueError, match=named) as refused:
+    with pytest.raises(ValueError, match=named) as error:
         export_hf(native, tmp_path / "new" / "back", max_shard_size="20KB")
 
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
     assert list(tmp_path.glob("new/*")) == []
 
 

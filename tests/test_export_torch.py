@@ -1,6 +1,6 @@
 """Exports loaded strictly by PyTorch give equal outputs.
 
-Start at `check_export`. Between an exported folder and its logits stands no code of ours but the test's own model.
+Start at `check_export`. Only PyTorch, safetensors and the tests' model read the exported folder.
 """
 
 import json
@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from dsmoe_jax.convert import export_hf, import_hf, load_hf
 from tests.helpers import golden
-from tests.helpers.hf_folder import INDEX, VARIANTS, random_params, tiny, write_hf
+from tests.helpers.hf_folder import INDEX, VARIANTS, random_params, round_trip, tiny, write_hf
 
 pytest.importorskip("torch", reason="the independent reader is PyTorch: pip install -e '.[bench]'")
 import torch  # pyright: ignore[reportMissingImports]
@@ -23,7 +23,7 @@ from torch import Tensor  # pyright: ignore[reportMissingImports]
 
 from tests.helpers.torch_model import TorchModel
 
-# Those of every test of tensors, and those that change what is computed from them.
+# Configs with other tensors, and configs with other computations.
 FORWARD: dict[str, dict[str, Any]] = VARIANTS | {
     "two dense layers first": {"first_k_dense_replace": 2, "num_hidden_layers": 3},
     "one key-value head": {"num_key_value_heads": 1},
@@ -40,7 +40,6 @@ every_variant = pytest.mark.parametrize("changes", FORWARD.values(), ids=FORWARD
 every_case = pytest.mark.parametrize("case", golden.COMMITTED)
 
 IDS = np.random.default_rng(1).integers(0, 64, (3, 20))
-WHOLE = "5GB"  # a shard's size that splits no tiny model
 SPLIT = "20KB"
 
 
@@ -54,7 +53,7 @@ def check_export(folder: Path) -> dict[str, Tensor]:
     assert list(shards) == [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
     assert not list(folder.glob("*.bin"))
     assert index["weight_map"] == {name: file for file, shard in shards.items() for name in shard}
-    assert sum(len(shard) for shard in shards.values()) == len(tensors)  # none lies in two shards
+    assert sum(len(shard) for shard in shards.values()) == len(tensors)  # each in one shard
     assert index["metadata"]["total_size"] == sum(size(tensor) for tensor in tensors.values())
     for file in files:
         with safe_open(file, "pt") as opened:
@@ -99,14 +98,7 @@ def lively(tmp_path: Path, changes: Mapping[str, Any], dtype: str = "float32") -
     return write_hf(tmp_path / "hf", config, params, dtype)
 
 
-def round_trip(source: Path, out: Path, max_shard_size: str = WHOLE) -> Path:
-    """Import and export a folder."""
-    import_hf(source, out / "native")
-    export_hf(out / "native", out / "exported", max_shard_size=max_shard_size)
-    return out / "exported"
-
-
-# The reader itself
+# The reader
 
 
 @every_case
@@ -199,7 +191,7 @@ def test_export_in_several_shards_is_the_same_model(tmp_path: Path, tied: bool):
     source = lively(tmp_path, {"tie_word_embeddings": tied})
     ours = np.asarray(load_hf(source)(IDS).logits)
 
-    exported = round_trip(source, tmp_path, SPLIT)
+    exported = round_trip(source, tmp_path, max_shard_size=SPLIT)
 
     tensors = check_export(exported)
     sizes = [sum(map(size, load_file(shard).values())) for shard in exported.glob("*.safetensors")]

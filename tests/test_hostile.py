@@ -1,7 +1,6 @@
-"""Hostile checkpoints: each is a one-line error or loads what an independent reader reads.
+"""Hostile checkpoints give one-line errors or load the same tensors as an independent reader.
 
-Start at `HOSTILE`, folders that each try one thing; below it the same promise is held against mutated files. More
-hostile headers, pickles and zips, each as one file, are in test_reader.py.
+Start at `HOSTILE`, folders with one attack each; mutated files follow. Hostile files alone are in test_reader.py.
 """
 
 import functools
@@ -48,35 +47,32 @@ from tests.helpers.hostile import (
 
 pytestmark = pytest.mark.heavy
 
-set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")  # it keeps nothing, but makes a folder
+set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")  # hypothesis creates it even without a database
 
-SECONDS = 10  # for what takes milliseconds; the machine may be busy
-MEGABYTES = 64_000_000  # beside twice the size of the files
+SECONDS = 10  # usually milliseconds; the machine may be busy
+MEGABYTES = 64_000_000  # plus twice the size of the files
 
 
 def within_bounds(folder: Path, attempt: Callable[[], object]) -> ValueError | None:
-    """Run `attempt` within limits; returns its error or None.
-
-    Memory is what tracemalloc sees, Python's and numpy's: whatever a file can make the readers allocate is that.
-    """
+    """Run `attempt` within limits of time and traced memory, Python's and NumPy's; returns its error or None."""
     size = sum(path.lstat().st_size for path in folder.rglob("*"))
-    refused = None
+    raised = None
     tracemalloc.reset_peak()
     before, started = tracemalloc.get_traced_memory()[0], time.process_time()
     try:
         attempt()
     except ValueError as error:
-        refused = error
+        raised = error
     took, peak = time.process_time() - started, tracemalloc.get_traced_memory()[1] - before
     assert took < SECONDS
     assert peak < 2 * size + MEGABYTES, f"{peak} bytes for files of {size}"
-    if refused is not None:
-        line = str(refused)
+    if raised is not None:
+        line = str(raised)
         assert line.startswith(str(folder)), line
         assert len(line) < 600, len(line)
-        # One line for a terminal too.
+        # Terminals must not break it either.
         assert line.isprintable(), line
-    return refused
+    return raised
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,38 +83,38 @@ def memory():
     tracemalloc.stop()
 
 
-# By name
+# Attacks
 
 
-Spoil = Callable[[Path], object]
+Damage = Callable[[Path], object]
 ONE, SHARD = "model.safetensors", "model-00002-of-00002.safetensors"
 EMPTY = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
 
 
-def weights(name: str, content: Callable[[], bytes]) -> Spoil:
+def weights(name: str, content: Callable[[], bytes]) -> Damage:
     """Replace the weights by this file."""
 
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         for path in folder.glob("model*"):
             path.unlink()
         (folder / name).write_bytes(content())
 
-    return spoil
+    return damage
 
 
-def header(content: Callable[[], object], data: bytes = bytes(16)) -> Spoil:
+def header(content: Callable[[], object], data: bytes = bytes(16)) -> Damage:
     return weights(ONE, lambda: built(content(), data))
 
 
-def pickled(*parts: bytes) -> Spoil:
+def pickled(*parts: bytes) -> Damage:
     return weights("pytorch_model.bin", lambda: zip_file(opcodes(*parts), storages={}))
 
 
-def replaced(name: str, content: Callable[[], bytes]) -> Spoil:
+def replaced(name: str, content: Callable[[], bytes]) -> Damage:
     return lambda folder: (folder / name).write_bytes(content())
 
 
-def placed_in(shard: str) -> Spoil:
+def placed_in(shard: str) -> Damage:
     """Place every tensor in `shard`."""
     return replaced(
         INDEX,
@@ -126,36 +122,36 @@ def placed_in(shard: str) -> Spoil:
     )
 
 
-def config(**fields: object) -> Spoil:
-    def spoil(folder: Path) -> None:
+def config(**fields: object) -> Damage:
+    def damage(folder: Path) -> None:
         old = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(old | fields))
 
-    return spoil
+    return damage
 
 
-def pipe(name: str) -> Spoil:
-    def spoil(folder: Path) -> None:
+def pipe(name: str) -> Damage:
+    def damage(folder: Path) -> None:
         (folder / name).unlink()
         os.mkfifo(folder / name)
 
-    return spoil
+    return damage
 
 
-def linked(name: str, target: str) -> Spoil:
-    def spoil(folder: Path) -> None:
+def linked(name: str, target: str) -> Damage:
+    def damage(folder: Path) -> None:
         (folder / name).rename(folder.parent / "moved")
         (folder / name).symlink_to(target)
 
-    return spoil
+    return damage
 
 
-def sparse(name: str, start: bytes, size: int) -> Spoil:
-    def spoil(folder: Path) -> None:
+def sparse(name: str, start: bytes, size: int) -> Damage:
+    def damage(folder: Path) -> None:
         weights(name, lambda: start)(folder)
         os.truncate(folder / name, size)
 
-    return spoil
+    return damage
 
 
 @functools.cache
@@ -172,7 +168,7 @@ def bomb() -> bytes:
 
 
 def directory(entries: int, name: bytes = b"%07d", offset: int = 0) -> bytes:
-    """A zip that is one member's header and a directory of many entries."""
+    """Return a zip of one member and a directory of many entries."""
     row = struct.pack("<4s6H3L5H2L", b"PK\1\2", 20, 20, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, offset)
     rows = b"".join(row + name % i for i in range(entries)) if b"%" in name else (row + name) * entries
     end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, entries & 0xFFFF, entries & 0xFFFF, len(rows), 37, 0)
@@ -180,7 +176,7 @@ def directory(entries: int, name: bytes = b"%07d", offset: int = 0) -> bytes:
 
 
 def overlapping() -> bytes:
-    """Two entries of the directory share their bytes: storage 1 is also the end of storage 0."""
+    """Return a zip with overlapping members: storage 1 is also the end of storage 0."""
     inner = struct.pack("<4s5H3L2H", b"PK\3\4", 20, 0, 0, 0, 0, 0, 16, 16, 8, 0) + b"r/data/1" + bytes(16)
     content = zip_file(
         state(("w", tensor(numel=len(inner) // 4, shape=(4,))), ("v", tensor(key="1"))), {"0": inner + bytes(2)}
@@ -194,7 +190,7 @@ def overlapping() -> bytes:
 
 
 def into_the_directory() -> bytes:
-    """The last member, which nothing needs, is as long as the file up to its end."""
+    """Return a zip whose last, unused member spans the rest of the file."""
     content = bytearray(zip_file(extra={"r/version": b"3"}))
     local, row, end = content.index(b"PK\3\4", content.index(b"r/data/0")), content.rindex(b"PK\1\2"), len(content)
     size = end - (local + 30 + len("r/version"))
@@ -212,7 +208,7 @@ def memo(count: int) -> bytes:
 
 
 def one_tensor_under(count: int) -> bytes:
-    """A pickle that names an empty tensor once and recalls it in two opcodes each time."""
+    """Return a pickle that repeats one empty tensor, with two opcodes each time."""
     recalled = b"".join(text(f"{i:x}") + b"h\x00" for i in range(count))
     items = text("w") + tensor(numel=0, shape=(0,)) + b"q\x00" + recalled
     return zip_file(opcodes(b"}(", items, b"u"), {"0": b""})
@@ -228,7 +224,7 @@ TWICE = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F3
 
 # change of the folder | text of the error
 # fmt: off
-HOSTILE: dict[str, tuple[Spoil, str]] = {
+HOSTILE: dict[str, tuple[Damage, str]] = {
     # safetensors
     "overlapping offsets": (header(lambda: {"a": entry(0, 16, [4]), "b": entry(8, 16, [2])}), "'b' starts at 8"),
     "offsets with a hole": (header(lambda: {"a": entry(0, 4, [1]), "b": entry(8, 16, [2])}), "'b' starts at 8"),
@@ -240,7 +236,7 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
     "duplicate names": (header(lambda: TWICE), "JSON key 'a' twice"),
     "name of two lines": (header(lambda: {"a\nb": entry(0, 16, [4])}), r"tensor name 'a\\nb' must have"),
     "name with NUL": (header(lambda: {"a\0": entry(0, 16, [4])}), "tensor name .* must have at most"),
-    "name of half a character": (header(lambda: {"\ud800": entry(0, 16, [4])}), "tensor name .* must have at most"),
+    "name with a lone surrogate": (header(lambda: {"\ud800": entry(0, 16, [4])}), "tensor name .* must have at most"),
     "name of a megabyte": (header(lambda: {"a" * 10**6: entry(0, 16, [4])}), "tensor name .* must have at most"),
     "shape of 2**64 elements": (header(lambda: {"a": entry(0, 0, [2**32, 2**32])}, b""), r"2\*\*63 bytes or more"),
     "shape of 64 long numbers": (header(lambda: {"a": entry(0, 0, [2**62] * 64)}, b""), r"2\*\*63 bytes or more"),
@@ -263,7 +259,7 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
     "index: backslash": (placed_in("..\\moved"), "a shard must be a .safetensors file"),
     "index: NUL": (placed_in("model\0.safetensors"), "a shard must be a .safetensors file"),
     "index: two lines": (placed_in("a\nb"), "a shard must be a .safetensors file"),
-    "index: half a character": (placed_in("\ud800"), "a shard must be a .safetensors file"),
+    "index: a lone surrogate": (placed_in("\ud800"), "a shard must be a .safetensors file"),
     "index: name of 10,000 characters": (placed_in("x" * 10_000), "a shard must be a .safetensors file"),
     "index: itself": (placed_in(INDEX), "a shard must be a .safetensors file"),
     "index: config": (placed_in("config.json"), "a shard must be a .safetensors file"),
@@ -272,7 +268,7 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
     ),
     "index: of lists": (replaced(INDEX, lambda: filled("[]", "[]")), "may take .* bytes in memory"),
     "index: over 100 MB": (sparse(INDEX, b"{", 10**8 + 1), "has 100000001 bytes"),
-    # not regular files of the folder
+    # links and special files
     "shard is a pipe": (pipe(SHARD), "is not a regular file"),
     "index is a pipe": (pipe(INDEX), "is not a regular file"),
     "config is a pipe": (pipe("config.json"), "config.json: is not a regular file"),
@@ -340,28 +336,28 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
 # fmt: on
 
 
-@pytest.mark.parametrize(("spoil", "named"), HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize(("damage", "named"), HOSTILE.values(), ids=HOSTILE)
 def test_hostile_folder_is_rejected_within_limits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Spoil, named: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Damage, named: str
 ):
     folder = tmp_path / "hf"
     folder.mkdir()
     for name, content in good("shards").items():
         (folder / name).write_bytes(content)
-    spoil(folder)
+    damage(folder)
     monkeypatch.chdir(tmp_path)
     before = snapshot(tmp_path)
 
-    refused = within_bounds(folder, lambda: load_hf(folder))
+    error = within_bounds(folder, lambda: load_hf(folder))
 
-    assert refused is not None
-    assert re.search(named, str(refused)), str(refused)[:600]
+    assert error is not None
+    assert re.search(named, str(error)), str(error)[:600]
     assert snapshot(tmp_path) == before
 
 
-# By mutation
+# Mutations
 
-# Rejected although the format allows it: other dtypes and what no checkpoint of this model has.
+# Errors for files that the format allows: other dtypes, and tensors of other models.
 STRICTER = re.compile(
     r"weights are F32, F16 or BF16|tensor name .* must have|JSON key .* twice|dimensions; at most|2\*\*63"
     r"|nested too deeply|integer of \d+ digits|by dtype, shape and data_offsets only|has no tensors|bytes; at most"
@@ -369,15 +365,15 @@ STRICTER = re.compile(
 )
 
 
-def agrees_with_safetensors(file: Path, refused: ValueError | None, got: dict[str, np.ndarray]) -> None:
+def agrees_with_safetensors(file: Path, error: ValueError | None, got: dict[str, np.ndarray]) -> None:
     """Compare with the safetensors library."""
     try:
         theirs = safetensors.deserialize(file.read_bytes())
     except safetensors.SafetensorError:
-        assert refused is not None
+        assert error is not None
         return
-    if refused is not None:
-        assert STRICTER.search(str(refused)), str(refused)
+    if error is not None:
+        assert STRICTER.search(str(error)), str(error)
         return
     codes = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
     ours = {name: (list(array.shape), codes[array.dtype.name], array.tobytes()) for name, array in got.items()}
@@ -395,9 +391,9 @@ def agrees_with_its_bytes(content: bytes, original: bytes, got: dict[str, np.nda
 
 def outcome(folder: Path, mutation: str, r: Random) -> str:
     """Mutate one file of a valid checkpoint, open it and restore the file; returns the result."""
-    form, name, spoil = MUTATIONS[mutation]
+    form, name, damage = MUTATIONS[mutation]
     files = good(form)
-    content = spoil(r, files[name])
+    content = damage(r, files[name])
     file = folder / name
     file.write_bytes(content)
     got: dict[str, np.ndarray] = {}
@@ -409,23 +405,23 @@ def outcome(folder: Path, mutation: str, r: Random) -> str:
                 got[tensor] = reader.read(tensor)
 
     try:
-        refused = within_bounds(folder, read)
+        error = within_bounds(folder, read)
         assert sum(array.nbytes for array in got.values()) <= 2 * sum(map(len, files.values())) + len(content)
         if name == "model.safetensors":
-            agrees_with_safetensors(file, refused, got)
+            agrees_with_safetensors(file, error, got)
         if mutation.endswith(", tensor"):
-            assert refused is None
+            assert error is None
             agrees_with_its_bytes(content, files[name], got)
-        if mutation == "zip, headers" and refused is None:  # no header may lead elsewhere than to the tensors
+        if mutation == "zip, headers" and error is None:  # headers must lead to the same tensors
             agrees_with_its_bytes(files[name], files[name], got)
         got.clear()
-        if refused is None:
-            refused, kind = within_bounds(folder, lambda: load_hf(folder)), "refused by load_hf"
+        if error is None:
+            error, kind = within_bounds(folder, lambda: load_hf(folder)), "rejected by load_hf"
         else:
-            kind = "refused by " + ("config" if "config.json" in str(refused) else "the reader")
+            kind = "rejected by " + ("config" if "config.json" in str(error) else "the reader")
         assert {path.name for path in folder.iterdir()} == files.keys()
         assert not os.path.exists("ran")
-        return "loaded" if refused is None else kind
+        return "loaded" if error is None else kind
     finally:
         file.write_bytes(files[name])
 

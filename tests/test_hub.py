@@ -1,4 +1,4 @@
-"""Downloads from a small hub on loopback, in subprocesses with a user's environment.
+"""Downloads from a fake hub on loopback, in subprocesses with a user's environment.
 
 Start at `test_only_needed_files_are_fetched`.
 """
@@ -16,7 +16,7 @@ import pytest
 
 from dsmoe_jax.convert import hub as our_hub
 from dsmoe_jax.convert import load_hf
-from dsmoe_jax.convert.hub import Snapshot, fetch, is_repo_id
+from dsmoe_jax.convert.hub import fetch, is_repo_id
 from dsmoe_jax.model import split
 from tests.helpers import golden
 from tests.helpers.fake_hub import FakeHub, serve
@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN_INDEX = "pytorch_model.bin.index.json"
 TOKEN = "hf_verysecret"
 
-# Answers a line, [repository, revision, token], with what `fetch` gave or refused. The library reads most of its
-# environment when it is imported, so the environment must be a process's own.
+# Answers each line, [repository, revision, token], with the result of `fetch`. It runs in a subprocess, since
+# huggingface_hub reads most environment variables on import.
 CLIENT = """
 import faulthandler, json, os, sys, traceback
 from dsmoe_jax.convert.hub import fetch
@@ -36,10 +36,9 @@ for line in sys.stdin:
     repository, revision, token = json.loads(line)
     os.environ["HF_TOKEN"] = token
     try:
-        folder, repository, revision = fetch(repository, revision=revision)
-        answer = {"snapshot": [str(folder), repository, revision]}
+        answer = {"folder": str(fetch(repository, revision=revision))}
     except ValueError as error:
-        answer = {"refused": str(error), "traceback": traceback.format_exc()}
+        answer = {"error": str(error), "traceback": traceback.format_exc()}
     faulthandler.cancel_dump_traceback_later()
     print(json.dumps(answer), flush=True)
 """
@@ -51,19 +50,18 @@ class Client:
     def __init__(self, process: subprocess.Popen[str]):
         self.process = process
 
-    def ask(self, repository: str, revision: str | None = None, token: str = "") -> dict[str, Any]:
+    def request(self, repository: str, revision: str | None = None, token: str = "") -> dict[str, Any]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         print(json.dumps([repository, revision, token]), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 
-    def fetch(self, repository: str, revision: str | None = None, token: str = "") -> Snapshot:
-        folder, name, sha = self.ask(repository, revision, token)["snapshot"]
-        return Snapshot(Path(folder), name, sha)
+    def fetch(self, repository: str, revision: str | None = None, token: str = "") -> Path:
+        return Path(self.request(repository, revision, token)["folder"])
 
-    def refused(self, repository: str, revision: str | None = None, token: str = "") -> str:
+    def error(self, repository: str, revision: str | None = None, token: str = "") -> str:
         """Return the error message."""
-        line = self.ask(repository, revision, token)["refused"]
+        line = self.request(repository, revision, token)["error"]
         assert line.startswith(f"{repository}: ")
         assert line.isprintable()
         assert len(line) < 500
@@ -84,11 +82,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(hub: FakeHub, cache: Path, **environment: str) -> Iterator[Client]:
     pytest.importorskip("huggingface_hub")
     foreign = ("HF_", "HUGGING", "TRANSFORMERS_")
-    own = {k: v for k, v in os.environ.items() if not k.startswith(foreign) and not k.lower().endswith("_proxy")}
-    own |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(foreign) and not k.lower().endswith("_proxy")}
+    env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, "-c", CLIENT]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=own | environment) as process:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=env | environment) as process:
         yield Client(process)
         assert process.stdin is not None
         process.stdin.close()
@@ -131,7 +129,7 @@ def holding(*names: str, **content: bytes) -> dict[str, bytes]:
     {
         "deepseek-ai/deepseek-moe-16b-base": True,
         "a/b_c.d-1": True,
-        "here/model": False,  # there is such a folder
+        "here/model": False,  # an existing folder
         "here/dangling": False,
         "here/other": True,
         "./a/b": False,
@@ -169,27 +167,27 @@ def test_missing_huggingface_hub_is_named(monkeypatch: pytest.MonkeyPatch):
         fetch("a/b")
 
 
-# Which files
+# Files
 
 
 def test_only_needed_files_are_fetched(hub: FakeHub, online: Client, checkpoint: dict[str, bytes]):
-    beside = holding("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    extra = holding("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     ignored = holding(
         "README.md", ".gitattributes", "modeling_deepseek.py", "configuration_deepseek.py",
         "pytorch_model.bin", BIN_INDEX, "original/consolidated.00.pth", "original/tokenizer.model", "tokenizer.py",
         "model-00003-of-00002.safetensors",
     )  # fmt: skip
-    repository = hub.add("tests/needed", ignored | beside | checkpoint)
-    wanted = beside | checkpoint
+    repository = hub.add("tests/needed", ignored | extra | checkpoint)
+    expected = extra | checkpoint
 
-    snapshot = online.fetch("tests/needed")
+    folder = online.fetch("tests/needed")
 
-    assert snapshot[1:] == ("tests/needed", repository.branches["main"])
-    assert sorted(hub.fetched("tests/needed")) == sorted(wanted)  # each once
+    assert folder.name == repository.branches["main"]
+    assert sorted(hub.fetched("tests/needed")) == sorted(expected)  # each once
     assert hub.listed("tests/needed") == 1
     assert not [request for request in hub.requests if request.file.endswith(".py")]
-    assert read(snapshot.folder) == wanted
-    got, want = split(load_hf(snapshot.folder))[1], random_params(tiny())
+    assert read(folder) == expected
+    got, want = split(load_hf(folder))[1], random_params(tiny())
     assert got.keys() == want.keys()
     assert [name for name in want if np.asarray(got[name]).tobytes() != want[name].tobytes()] == []
 
@@ -198,14 +196,14 @@ def test_repository_of_bin_files_loads_like_its_folder(hub: FakeHub, online: Cli
     source = golden.folder("k_bin_shards")
     hub.add("tests/bins", read(source))
 
-    snapshot = online.fetch("tests/bins")
+    folder = online.fetch("tests/bins")
 
     assert not [name for name in hub.fetched("tests/bins") if "safetensors" in name]
-    got, want = split(load_hf(snapshot.folder))[1], split(load_hf(source))[1]
+    got, want = split(load_hf(folder))[1], split(load_hf(source))[1]
     assert [name for name in want if np.asarray(got[name]).tobytes() != np.asarray(want[name]).tobytes()] == []
 
 
-# what the repository holds | what of it is fetched beside config.json
+# files of the repository | files fetched with config.json
 CHOICES: dict[str, tuple[Mapping[str, bytes], set[str]]] = {
     "safetensors, not bin": (holding("pytorch_model.bin", "model.safetensors"), {"model.safetensors"}),
     "one file of safetensors, not shards of bin": (
@@ -238,17 +236,17 @@ def test_hub_weights_are_chosen_as_by_the_reader(hub: FakeHub, online: Client, c
 
 def test_shared_blob_of_the_cache_loads(hub: FakeHub, online: Client, checkpoint: dict[str, bytes]):
     hub.add("tests/shared", checkpoint)
-    snapshot = online.fetch("tests/shared")
-    blobs = snapshot.folder.parent.parent / "blobs"
-    for blob in list(blobs.iterdir()):  # as huggingface_hub 2 leaves what came by Xet
+    folder = online.fetch("tests/shared")
+    blobs = folder.parent.parent / "blobs"
+    for blob in list(blobs.iterdir()):  # as huggingface_hub 2 stores files from Xet
         shared = blobs.parent.parent / "blobs" / blob.name[:2] / blob.name
         shared.parent.mkdir(parents=True, exist_ok=True)
         blob.rename(shared)
         blob.symlink_to(os.path.relpath(shared, blobs))
 
-    load_hf(snapshot.folder)
+    load_hf(folder)
 
-    assert online.fetch("tests/shared") == snapshot
+    assert online.fetch("tests/shared") == folder
 
 
 # Revisions and the cache
@@ -261,11 +259,11 @@ def test_revision_resolves_to_the_commit(hub: FakeHub, online: Client):
 
     found = {revision: online.fetch("tests/revisions", revision) for revision in (None, "main", main, "pr/1", other)}
 
-    assert {revision: snapshot.revision for revision, snapshot in found.items()} == {
+    assert {revision: folder.name for revision, folder in found.items()} == {
         None: main, "main": main, main: main, "pr/1": other, other: other
     }  # fmt: skip
-    assert (found["pr/1"].folder / "pytorch_model.bin").is_file()
-    assert not (found["main"].folder / "pytorch_model.bin").exists()
+    assert (found["pr/1"] / "pytorch_model.bin").is_file()
+    assert not (found["main"] / "pytorch_model.bin").exists()
 
 
 def test_second_fetch_downloads_only_changes(hub: FakeHub, online: Client):
@@ -279,30 +277,30 @@ def test_second_fetch_downloads_only_changes(hub: FakeHub, online: Client):
     assert hub.fetched("tests/twice") == before
 
     sha = repository.commit(holding("model.safetensors", **{"tokenizer.json": b"new"}))
-    repository.sizes["model.safetensors"] = 10**18  # no disk has room for what is here already
+    repository.sizes["model.safetensors"] = 10**18  # more than any disk, but cached
 
     third = online.fetch("tests/twice")
 
-    assert third.revision == sha != first.revision
+    assert third.name == sha != first.name
     assert hub.fetched("tests/twice")[len(before) :] == ["tokenizer.json"]
-    assert read(third.folder) == repository.commits[sha]
+    assert read(third) == repository.commits[sha]
 
 
 def test_offline_uses_the_cached_snapshot(hub: FakeHub, online: Client, offline: Client):
     hub.add("tests/offline", holding("a.safetensors", **{INDEX: index("a.safetensors")}))
     fetched = online.fetch("tests/offline")
-    asked = len(hub.requests)
+    requests = len(hub.requests)
 
     assert offline.fetch("tests/offline") == fetched
-    assert offline.fetch("tests/offline", fetched.revision) == fetched
+    assert offline.fetch("tests/offline", fetched.name) == fetched
 
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == requests
 
 
 def test_offline_a_missing_file_is_named(hub: FakeHub, offline: Client, cache: Path):
     hub.add("tests/uncached", holding("model.safetensors"))
 
-    line = offline.refused("tests/uncached", "v1")
+    line = offline.error("tests/uncached", "v1")
 
     assert line.endswith(f"HF_HUB_OFFLINE is set and the cache, {cache}/hub, has no config.json of revision 'v1'")
     assert not hub.fetched("tests/uncached")
@@ -310,32 +308,32 @@ def test_offline_a_missing_file_is_named(hub: FakeHub, offline: Client, cache: P
 
 def test_interrupted_download_resumes(hub: FakeHub, online: Client, offline: Client):
     files = holding("a.safetensors", **{INDEX: index("a.safetensors", "b.safetensors")})
-    # huggingface_hub writes in pieces of 10 MiB, so one piece arrives.
+    # huggingface_hub writes 10 MiB at a time, so one piece arrives.
     files["b.safetensors"] = np.random.default_rng(0).bytes((10 << 20) + 5000)
     repository = hub.add("tests/broken", files, cut={"b.safetensors": (10 << 20) + 1000})
     sha = repository.branches["main"]
 
-    online.refused("tests/broken")
+    online.error("tests/broken")
 
     before = hub.fetched("tests/broken")
     assert before[-1] == "b.safetensors"
-    assert f"lacks b.safetensors, which {INDEX} names" in offline.refused("tests/broken", sha)
+    assert f"lacks b.safetensors, which {INDEX} names" in offline.error("tests/broken", sha)
 
     repository.cut.clear()
-    snapshot = online.fetch("tests/broken")
+    folder = online.fetch("tests/broken")
 
     assert hub.fetched("tests/broken")[len(before) :] == ["b.safetensors"]
-    assert read(snapshot.folder) == files
-    assert offline.fetch("tests/broken") == snapshot
+    assert read(folder) == files
+    assert offline.fetch("tests/broken") == folder
 
 
-# Refusals
+# Errors
 
 FINE = holding("model.safetensors")
 HOSTILE = "a shard must be a .safetensors file"
 
-# the files | what is wrong with the repository | what the one line says
-REFUSED: dict[str, tuple[Mapping[str, bytes], dict[str, Any], str]] = {
+# files | failures of the repository | text of the error
+ERRORS: dict[str, tuple[Mapping[str, bytes], dict[str, Any], str]] = {
     "absent": (FINE, {"listing": "absent"}, "no such repository on"),
     "gated": (FINE, {"download": "gated"}, "its owner grants access"),
     "gated, listing too": (FINE, {"listing": "gated"}, "its owner grants access"),
@@ -371,23 +369,23 @@ REFUSED: dict[str, tuple[Mapping[str, bytes], dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("case", ERRORS)
 def test_errors_precede_the_download_of_weights(hub: FakeHub, online: Client, case: str):
-    files, wrong, said = REFUSED[case]
-    name = f"refused/{list(REFUSED).index(case)}"
-    hub.add(name, files, **wrong)
+    files, failures, message = ERRORS[case]
+    name = f"error/{list(ERRORS).index(case)}"
+    hub.add(name, files, **failures)
 
-    line = online.refused(name)
+    line = online.error(name)
 
-    assert said in line
+    assert message in line
     assert set(hub.fetched(name)) <= {"config.json", INDEX}
 
 
 def test_unknown_repository_or_revision_is_an_error(hub: FakeHub, online: Client):
     hub.add("tests/known", FINE)
 
-    assert "no such folder, and no such repository on 127.0.0.1:" in online.refused("tests/unknown")
-    assert online.refused("tests/known", "v7").endswith(": has no revision 'v7'")
+    assert "no such folder, and no such repository on 127.0.0.1:" in online.error("tests/unknown")
+    assert online.error("tests/known", "v7").endswith(": has no revision 'v7'")
 
 
 # The token
@@ -401,22 +399,22 @@ def test_token_is_sent_with_every_request(hub: FakeHub, online: Client):
     assert {r.token for r in hub.requests if r.repository == "tests/private"} == {f"Bearer {TOKEN}"}
 
 
-@pytest.mark.parametrize("wrong", ["absent", "gated", "bad token", "forbidden", "silent", "garbage"])
-def test_token_is_in_no_error(hub: FakeHub, online: Client, wrong: str):
-    hub.add(f"secret/{wrong.replace(' ', '-')}", FINE, listing=wrong)
+@pytest.mark.parametrize("failures", ["absent", "gated", "bad token", "forbidden", "silent", "garbage"])
+def test_token_is_in_no_error(hub: FakeHub, online: Client, failures: str):
+    hub.add(f"secret/{failures.replace(' ', '-')}", FINE, listing=failures)
 
-    answer = online.ask(f"secret/{wrong.replace(' ', '-')}", token=TOKEN)
+    answer = online.request(f"secret/{failures.replace(' ', '-')}", token=TOKEN)
 
     assert hub.requests[-1].token == f"Bearer {TOKEN}"
-    assert TOKEN not in answer["refused"] + answer["traceback"]
+    assert TOKEN not in answer["error"] + answer["traceback"]
 
 
 def test_malformed_token_is_in_no_error(hub: FakeHub, online: Client):
     hub.add("tests/malformed", FINE)
 
-    answer = online.ask("tests/malformed", token=f"{TOKEN}\v{TOKEN}")
+    answer = online.request("tests/malformed", token=f"{TOKEN}\v{TOKEN}")
 
-    assert answer["refused"].endswith(": the token is malformed")
+    assert answer["error"].endswith(": the token is malformed")
     assert TOKEN not in answer["traceback"]
 
 

@@ -14,7 +14,7 @@ import pytest
 from dsmoe_jax.checkpoint import native
 from dsmoe_jax.checkpoint.native import load, save
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
-from tests.helpers.hf_folder import edit, random_params, resealed, snapshot, tiny, write_hf
+from tests.helpers.hf_folder import edit, random_params, rehashed, snapshot, tiny, write_hf
 from tests.helpers.meshes import MESHES, check_parts
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -161,7 +161,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a header without files": (edit(MODEL_MANIFEST, lambda h: h.pop("files")), "`files` must list"),
     "a header without tensors": (edit(MODEL_MANIFEST, lambda h: h.pop("tensors")), "`tensors` must list"),
     "a header that leads out": (
-        resealed(edit(MODEL_MANIFEST, lambda h: h["files"].update({"parameters/../../x": {"bytes": 0, "sha256": ""}}))),
+        rehashed(edit(MODEL_MANIFEST, lambda h: h["files"].update({"parameters/../../x": {"bytes": 0, "sha256": ""}}))),
         r"'parameters/\.\./\.\./x' is missing",
     ),
     "a header without sums": (
@@ -169,7 +169,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "must have bytes and sha256",
     ),
     "a header with other sums": (
-        resealed(edit(MODEL_MANIFEST, lambda h: h["files"].update({METADATA: {"bytes": 1, "sha256": ""}}))),
+        rehashed(edit(MODEL_MANIFEST, lambda h: h["files"].update({METADATA: {"bytes": 1, "sha256": ""}}))),
         "_METADATA' has",
     ),
     "a tensor of another dtype": (
@@ -188,19 +188,19 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "damaged: 'dsmoe_jax.json' does not match",
     ),
     "a layer more": (
-        resealed(edit("config.json", lambda c: c.update(num_hidden_layers=3))),
+        rehashed(edit("config.json", lambda c: c.update(num_hidden_layers=3))),
         r"layers\.2\.\S+ is missing \(and 12 more\)",
     ),
     "a layer less": (
-        resealed(edit("config.json", lambda c: c.update(num_hidden_layers=1))),
+        rehashed(edit("config.json", lambda c: c.update(num_hidden_layers=1))),
         r"layers\.1\.\S+ is unexpected under this config \(and 12 more\)",
     ),
     "tied": (
-        resealed(edit("config.json", lambda c: c.update(tie_word_embeddings=True))),
+        rehashed(edit("config.json", lambda c: c.update(tie_word_embeddings=True))),
         r"head\.weight is unexpected",
     ),
     "other experts": (
-        resealed(edit("config.json", lambda c: c.update(moe_intermediate_size=8, n_shared_experts=4))),
+        rehashed(edit("config.json", lambda c: c.update(moe_intermediate_size=8, n_shared_experts=4))),
         r"layers\.1\.moe\.experts\.down has shape \[8, 32, 16\], the config asks for \[8, 32, 8\]",
     ),
     "missing weights": (lambda folder: weights_file(folder).unlink(), "damaged: .* is missing"),
@@ -212,7 +212,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no metadata": (lambda folder: (folder / METADATA).unlink(), "damaged: .*_METADATA' is missing"),
     "no parameters": (lambda folder: shutil.rmtree(folder / "parameters"), "damaged: .* is missing"),
     "empty parameters, sums and all": (
-        resealed(
+        rehashed(
             lambda folder: (
                 shutil.rmtree(folder / "parameters"),
                 (folder / "parameters").mkdir(),

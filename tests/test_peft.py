@@ -78,7 +78,7 @@ def test_half_precision_is_read_as_fp32(tmp_path: Path, dtype: Any):
 
 
 def test_saved_router_with_adapted_gate_proj_is_read(tmp_path: Path):
-    """PEFT 0.13.2 writes this correctly but loses the adapters on reading: "gate" is in "gate_proj"."""
+    """PEFT 0.13.2 writes these adapters but drops them on reading, as "gate" is in "gate_proj"."""
     config = LoraConfig(target_modules=("gate_proj",), modules_to_save=("gate",))
     params = random_params(config)
     write_adapter(tmp_path / "adapter", config, MODEL, params)
@@ -158,7 +158,7 @@ def test_absent_field_has_the_default_of_peft(tmp_path: Path, field: str, defaul
         assert set(scales(read.config).values()) == {8 / math.sqrt(8)}
 
 
-Spoil = Callable[[Path], Any]
+Damage = Callable[[Path], Any]
 
 
 GOOD = LoraConfig(r=2, target_modules=("q_proj", "experts.1.up_proj"))
@@ -167,37 +167,37 @@ GOOD = LoraConfig(r=2, target_modules=("q_proj", "experts.1.up_proj"))
 A, B = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{end}.weight" for end in "AB")
 
 
-def patch(**fields: Any) -> Spoil:
+def patch(**fields: Any) -> Damage:
     return edit(CONFIG, lambda old: old.update(fields))
 
 
-def tensors(**changes: np.ndarray | None) -> Spoil:
-    """Change the adapter's first A and B, or a tensor of another name."""
+def tensors(**changes: np.ndarray | None) -> Damage:
+    """Change the adapter's first A and B, or another tensor."""
     changed = {{"A": A, "B": B}.get(name, name): tensor for name, tensor in changes.items()}
 
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         saved = load_file(folder / WEIGHTS) | changed
         save_file({name: tensor for name, tensor in saved.items() if tensor is not None}, folder / WEIGHTS)
 
-    return spoil
+    return damage
 
 
-def instead(file: str, data: bytes, name: str | None = None) -> Spoil:
+def instead(file: str, data: bytes, name: str | None = None) -> Damage:
     """Replace a file."""
 
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         (folder / file).unlink()
         (folder / (name or file)).write_bytes(data)
 
-    return spoil
+    return damage
 
 
-def linked_away(file: str) -> Spoil:
-    def spoil(folder: Path) -> None:
+def linked_away(file: str) -> Damage:
+    def damage(folder: Path) -> None:
         (folder / file).rename(folder.parent / "elsewhere")
         (folder / file).symlink_to(folder.parent / "elsewhere")
 
-    return spoil
+    return damage
 
 
 ZEROS = np.zeros((2, 32), np.float32)
@@ -206,7 +206,7 @@ ZEROS = np.zeros((2, 32), np.float32)
 ATTACK = zip_file(called("os", "system"))
 
 
-BAD: dict[str, tuple[Spoil, str]] = {
+BAD: dict[str, tuple[Damage, str]] = {
     # tensors
     "missing": (tensors(A=None), rf"tensor {A} is missing$"),
     "several missing": (tensors(A=None, B=None), rf"tensor {A} is missing \(and 1 more\)$"),
@@ -246,10 +246,7 @@ BAD: dict[str, tuple[Spoil, str]] = {
     "r = 0": (patch(r=0), "r must be an integer of at least 1, got 0"),
     "r = 2.5": (patch(r=2.5), "r must be an integer of at least 1, got 2.5"),
     "r = true": (patch(r=True), "r True is not supported"),
-    "a rank of 0": (
-        patch(rank_pattern={"q_proj": 0}),
-        "rank_pattern 'q_proj' must be an integer",
-    ),
+    "a rank of 0": (patch(rank_pattern={"q_proj": 0}), "rank_pattern 'q_proj' must be an integer"),
     "alpha = nan": (patch(lora_alpha=math.nan), "lora_alpha nan is not supported"),
     "alpha = inf": (patch(alpha_pattern={"q_proj": math.inf}), "alpha_pattern .* is not supported"),
     "alpha too large": (patch(lora_alpha=1e300), "lora_alpha must be a finite number, at most 1e"),
@@ -264,10 +261,7 @@ BAD: dict[str, tuple[Spoil, str]] = {
     # modules
     "nothing": (patch(target_modules=["query"]), r"target_modules \('query',\) match no module of this model"),
     "no target": (patch(target_modules=[]), r"target_modules \(\) match no module of this model"),
-    "regex of nothing": (
-        patch(target_modules="q_proj"),
-        "target_modules 'q_proj' match no module of this model",
-    ),
+    "regex of nothing": (patch(target_modules="q_proj"), "target_modules 'q_proj' match no module of this model"),
     "bad regex": (
         patch(target_modules="(q_proj"),
         r"target_modules: '\(q_proj' is not a regular expression \(.missing",
@@ -291,22 +285,10 @@ BAD: dict[str, tuple[Spoil, str]] = {
         patch(target_modules=["embed_tokens"]),
         r"target_modules must match only q_proj, .*, got model\.embed_tokens",
     ),
-    "head": (
-        patch(target_modules=["q_proj", "lm_head"]),
-        "target_modules must match only q_proj, .*, got lm_head",
-    ),
-    "router": (
-        patch(target_modules=["gate"]),
-        r"target_modules must match only .*, got model\.layers\.1\.mlp\.gate",
-    ),
-    "twice": (
-        patch(modules_to_save=["q_proj"]),
-        r"0\.self_attn\.q_proj is both in target_modules and in modules_to_",
-    ),
-    "an expert whole": (
-        patch(modules_to_save=["experts.0"]),
-        "modules_to_save must match all experts of .* or none",
-    ),
+    "head": (patch(target_modules=["q_proj", "lm_head"]), "target_modules must match only q_proj, .*, got lm_head"),
+    "router": (patch(target_modules=["gate"]), r"target_modules must match only .*, got model\.layers\.1\.mlp\.gate"),
+    "twice": (patch(modules_to_save=["q_proj"]), r"0\.self_attn\.q_proj is both in target_modules and in modules_to_"),
+    "an expert whole": (patch(modules_to_save=["experts.0"]), "modules_to_save must match all experts of .* or none"),
     # files
     "no config": (lambda folder: (folder / CONFIG).unlink(), rf"not an adapter, {CONFIG} is missing"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "no weights; looked for adapter_model"),
@@ -320,14 +302,14 @@ BAD: dict[str, tuple[Spoil, str]] = {
 }
 
 
-@pytest.mark.parametrize(("spoil", "line"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize(("damage", "line"), BAD.values(), ids=BAD)
 def test_unsupported_adapter_is_a_one_line_error(
-    tmp_path: Path, spoil: Spoil, line: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, damage: Damage, line: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(os, "system", lambda command: pytest.fail(f"ran {command}"))
     folder = tmp_path / "adapter"
     write_adapter(folder, GOOD, MODEL, random_params(GOOD))
-    spoil(folder)
+    damage(folder)
 
     with pytest.raises(ValueError, match=line) as caught:
         read_adapter(folder, MODEL)
@@ -381,7 +363,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     return folder, json.loads((folder / CONFIG).read_text())
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of odd regular expressions
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of unusual regular expressions
 @settings(max_examples=200, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.dictionaries(FIELDS | st.text(max_size=8), VALUES, min_size=1, max_size=3))
 @example(changes={"r": 10**30, "rank_pattern": {"(q_proj": 1}})

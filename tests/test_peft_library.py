@@ -1,8 +1,7 @@
 """Compatibility with the PEFT library, in both directions.
 
-Start at `test_adapter_of_peft_has_equal_outputs`. The model is PyTorch's, of `torch_model`; `CASES` are the
-ways to choose what is adapted, each as peft's `LoraConfig` takes it. They hold for every release since 0.13, the ones
-that read a config differently included (`convert.peft_matching.RELEASES`).
+Start at `test_adapter_of_peft_has_equal_outputs`. The model is the `TorchModel` of the tests; `CASES` are configs of
+`peft.LoraConfig`. The tests pass with every release since 0.13, although releases match differently.
 """
 
 import json
@@ -31,7 +30,7 @@ from transformers import PretrainedConfig, PreTrainedModel  # pyright: ignore[re
 
 from tests.helpers.torch_model import TorchModel
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # those libraries' own
+pytestmark = pytest.mark.filterwarnings("ignore")  # of torch and peft
 
 MERGED = 1e-6  # absolute, weights below 4
 IDS = np.random.default_rng(1).integers(0, 64, (3, 20))
@@ -48,7 +47,7 @@ class Case(NamedTuple):
     """An adapter case: config, model, how it is saved, and whether all PEFT releases agree."""
 
     options: dict[str, Any]
-    model: dict[str, Any] = {}  # noqa: RUF012 (nobody writes to it)
+    model: dict[str, Any] = {}  # noqa: RUF012 (read only)
     saving: dict[str, Any] = {}  # noqa: RUF012
     alike: bool = True
 
@@ -197,7 +196,7 @@ def test_merged_weights_equal_peft(tmp_path: Path, case: Case):
 )
 def test_peft_loads_our_adapters(tmp_path: Path, case: Case):
     if case is CASES["router"] and RELEASE < (0, 15):
-        pytest.xfail("before 0.15 peft does not load the adapters of gate_proj where gate is saved whole")
+        pytest.xfail("before 0.15 PEFT does not load adapters of gate_proj if gate is in modules_to_save")
     base, config = write_base(tmp_path / "base", **case.model)
     theirs = make_adapter(tmp_path / "adapter", base, case)
     adapter = read_adapter(tmp_path / "adapter", config)
@@ -212,7 +211,7 @@ def test_peft_loads_our_adapters(tmp_path: Path, case: Case):
     mine, other = fields(tmp_path / "again"), fields(tmp_path / "adapter")
     if "save_embedding_layers" in case.saving:
         assert mine.pop("modules_to_save") == ["embed_tokens", "lm_head"]
-    for name in ("peft_version", "qalora_group_size"):  # since 0.16 and 0.18, and of no effect
+    for name in ("peft_version", "qalora_group_size"):  # since 0.16 and 0.18, without effect
         other.pop(name, None)
     assert mine == other
 

@@ -76,7 +76,7 @@ def test_all_linear_matches_every_projection():
     ("config", "rules", "paths"),
     [
         (LoraConfig(target_modules=("up_proj",), layers_to_transform=(1,)), NEW, UP[1:6]),
-        # The last number counts: the expert's, if there is one.
+        # The last number in the path, the expert's if any.
         (LoraConfig(target_modules=("up_proj",), layers_to_transform=(1,)), OLD, (UP[2], UP[5], UP[7])),
         (LoraConfig(target_modules=("up_proj",), layers_to_transform=(1,), layers_pattern="layers"), None, UP[1:6]),
         (LoraConfig(target_modules=("q_proj",), layers_to_transform=(0, 2)), None, ATTENTION[::2]),

@@ -12,12 +12,8 @@ import safetensors
 from safetensors.numpy import save_file
 
 from dsmoe_jax.convert.reader import CheckpointReader
-from tests.helpers.hostile import (
-    assert_rejected,
-    built,
-    entry,
-    same_bits,
-)
+from tests.helpers.hf_folder import same_bits
+from tests.helpers.hostile import assert_rejected, built, entry
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -37,11 +33,7 @@ def test_equals_the_safetensors_library(case: str):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_reads_safetensors_without_copying(tmp_path: Path, dtype: np.dtype):
-    tensors = {
-        "w": np.arange(12).reshape(3, 4).astype(dtype),
-        "s": np.array(3, dtype),
-        "e": np.zeros((2, 0), dtype),
-    }
+    tensors = {"w": np.arange(12).reshape(3, 4).astype(dtype), "s": np.array(3, dtype), "e": np.zeros((2, 0), dtype)}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
 
     reader = CheckpointReader(str(tmp_path))

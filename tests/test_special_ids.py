@@ -13,7 +13,7 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import export_hf, import_hf
 from dsmoe_jax.storage.atomic_dir import write_json
 from dsmoe_jax.storage.strict_json import read_json
-from dsmoe_jax.text.special_ids import check_special_ids, drop_ids_outside_vocab, with_tokenizer_ids
+from dsmoe_jax.text.special_ids import check_special_ids, drop_ids_outside_vocab, with_special_ids
 from dsmoe_jax.text.tokenizer import Tokenizer
 from dsmoe_jax.text.train_tokenizer import train_tokenizer
 from tests.helpers.hf_folder import edit, random_params, tiny, write_hf
@@ -58,12 +58,7 @@ def test_consistent_ids_give_no_warning(fields: dict, tokenizer: Tokens | None, 
         ({"eos_token_id": 99}, Tokens(), None, "eos_token_id 99 of config.json is outside the vocabulary"),
         ({}, None, {"eos_token_id": [1, 99]}, "eos_token_id 99 of generation_config.json is outside the vocabulary"),
         ({"bos_token_id": 3}, Tokens(), None, "bos_token_id is 3 in config.json, 0 in the tokenizer"),
-        (
-            {"eos_token_id": 3},
-            Tokens(),
-            None,
-            r"eos_token_id 1 of the tokenizer is not among the EOS ids of .*\[3\]",
-        ),
+        ({"eos_token_id": 3}, Tokens(), None, r"eos_token_id 1 of the tokenizer is not among the EOS ids of .*\[3\]"),
     ],
     ids=str,
 )
@@ -82,12 +77,7 @@ def test_suspicious_ids_give_one_warning(fields: dict, tokenizer: Any, generatio
         ({}, None, {"eos_token_id": 64}, "generation would never stop"),
         ({}, None, {"eos_token_id": -1}, "generation would never stop"),
         ({"bos_token_id": None}, Tokens(bos_token_id=64), None, "bos_token_id 64 of the tokenizer is outside"),
-        (
-            {},
-            None,
-            {"eos_token_id": "1"},
-            "generation_config.json: eos_token_id must be a token id or a list",
-        ),
+        ({}, None, {"eos_token_id": "1"}, "generation_config.json: eos_token_id must be a token id or a list"),
         ({}, None, {"eos_token_id": [True]}, "eos_token_id must be a token id"),
     ],
     ids=str,
@@ -98,7 +88,7 @@ def test_invalid_ids_are_an_error(fields: dict, tokenizer: Any, generation: Any,
 
 
 def test_new_model_gets_the_ids_of_its_tokenizer():
-    model = with_tokenizer_ids(config(eos_token_id=5), Tokens(None, 1))
+    model = with_special_ids(config(eos_token_id=5), None, 1)
 
     assert (model.bos_token_id, model.eos_token_id) == (0, 1)
 
@@ -142,7 +132,7 @@ def folder_with(path: Path, vocabulary: Path, generation: dict | None, **fields:
 
 
 def test_export_takes_missing_ids_from_the_tokenizer(tmp_path: Path, vocabulary: Path):
-    # As in checkpoints of earlier versions: the original's ids.
+    # As in checkpoints of earlier versions, the original's ids.
     source = folder_with(tmp_path / "hf", vocabulary, None)
     edit("config.json", lambda fields: fields.update(bos_token_id=100000, eos_token_id=100001))(source)
 

@@ -42,7 +42,7 @@ pytestmark = pytest.mark.heavy
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KILLS: Final = 10
-GROWTH: Final = 64 << 20  # of the memory that no file stands behind
+GROWTH: Final = 64 << 20  # of anonymous memory
 LARGE: Final = 20 * GROWTH
 WIDE: Final = {"vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408}
 
@@ -50,8 +50,8 @@ WIDE: Final = {"vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 1
 class Way:
     """A direction of conversion with its source and the expected result."""
 
-    def __init__(self, convert: Callable[..., ConversionReport], source: Path, options: dict[str, Any], whole: Path):
-        self.convert, self.source, self.options, self.whole = convert, source, options, whole
+    def __init__(self, convert: Callable[..., ConversionReport], source: Path, options: dict[str, Any], expected: Path):
+        self.convert, self.source, self.options, self.expected = convert, source, options, expected
 
     def run(self, out: Path, **more: Any) -> ConversionReport:
         return self.convert(self.source, out, **self.options, **more)
@@ -59,8 +59,8 @@ class Way:
     def is_whole(self, folder: Path) -> bool:
         """Return whether a folder equals the expected result; a staging directory may have its journal."""
         if self.convert is export_hf:
-            return {n: data for n, data in snapshot(folder).items() if n != "journal.jsonl"} == snapshot(self.whole)
-        same = read_manifest(folder).tensors == read_manifest(self.whole).tensors
+            return {n: data for n, data in snapshot(folder).items() if n != "journal.jsonl"} == snapshot(self.expected)
+        same = read_manifest(folder).tensors == read_manifest(self.expected).tensors
         return same and verify(folder, self.source).mismatches == []
 
 
@@ -94,10 +94,9 @@ def loads(folder: Path) -> bool:
     return False
 
 
-# Killed
+# Kills
 
-# Forks a child for each conversion, so that it starts at once, and kills it some seconds after the journal of its draft
-# has some units.
+# Forks a child for each conversion, which starts at once, and kills it some seconds after its journal has some units.
 SERVER = """
 import json, os, signal, sys, time
 import jax
@@ -179,11 +178,11 @@ def test_killed_conversion_resumes_correctly(
 
     for i in range(KILLS):
         out = tmp_path / "out"
-        if i % 2:  # at some moment of the whole
+        if i % 2:  # at a random time
             code, _ = server.run(way, out, seconds=(i + chance.random()) / KILLS * seconds)
-        else:  # in the middle of writing
+        else:  # during a write
             code, _ = server.run(way, out, seconds=chance.random() / 100, units=1 + i // 2)
-        if out.exists():  # killed after it had got its name, or not at all
+        if out.exists():  # killed after the rename, or not at all
             assert way.is_whole(out)
             assert not (out / "journal.jsonl").exists()
             left["all"] += 1
@@ -216,12 +215,14 @@ def test_conversion_killed_before_the_rename_resumes(tmp_path: Path, monkeypatch
     assert way.is_whole(tmp_path / "out")
 
 
-# Interrupted
+# Interrupts
 
 
 def test_interrupted_conversion_resumes(tmp_path: Path, caplog: pytest.LogCaptureFixture, way: Way):
     caplog.set_level(logging.INFO)
-    total = sum(len(tensor.data) for tensor in stored(way.whole if way.convert is export_hf else way.source).values())
+    total = sum(
+        len(tensor.data) for tensor in stored(way.expected if way.convert is export_hf else way.source).values()
+    )
     reused = []
 
     for share in (0.3, 0.6, 0.9):
@@ -248,7 +249,7 @@ def test_uninterrupted_conversion_reuses_nothing(tmp_path: Path, way: Way):
 
 
 def mixed(folder: Path) -> Path:
-    """A checkpoint whose norms are stored wider than its config says."""
+    """Return a checkpoint whose norms have a wider dtype than its config."""
     config = tiny(torch_dtype="bfloat16")
     write_hf(folder, config, random_params(config))
     tensors = hf_tensors(config, random_params(config))
@@ -300,7 +301,7 @@ def test_missing_or_truncated_part_is_rewritten(tmp_path: Path, ways: dict[str, 
     state = staging_path(tmp_path / "out") / "parameters" / "state"
     (state / "embed" / "c" / "0" / "0").unlink()
     (state / "layers.0.mlp.up.weight" / "c" / "0" / "0").write_bytes(b"cut")
-    shutil.rmtree(state / "norm.weight")  # where a run is killed that was about to write it
+    shutil.rmtree(state / "norm.weight")  # as if killed before writing it
 
     done = way.run(tmp_path / "out")
 
@@ -308,7 +309,7 @@ def test_missing_or_truncated_part_is_rewritten(tmp_path: Path, ways: dict[str, 
     assert way.is_whole(done.path)
 
 
-# Room
+# Disk space
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -367,7 +368,7 @@ def test_conversion_resumes_after_a_full_disk(
 
 # Memory
 
-# Prints by how many bytes an import and an export grow the memory that no file stands behind, once warm.
+# Prints the growth of anonymous memory, in bytes, of a second import and export.
 MEASURE = """
 import json, sys, threading
 from dsmoe_jax.convert import export_hf, import_hf

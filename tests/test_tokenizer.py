@@ -127,12 +127,12 @@ def test_post_processor_adds_bos_once(json_folder: Path):
 
 
 def test_truncation_of_tokenizer_json_is_not_applied(json_folder: Path):
-    whole = Tokenizer.from_pretrained(json_folder).encode("the quick brown fox")
+    expected = Tokenizer.from_pretrained(json_folder).encode("the quick brown fox")
     content = json.loads((json_folder / "tokenizer.json").read_text())
     content["truncation"] = {"max_length": 2, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}
     (json_folder / "tokenizer.json").write_text(json.dumps(content))
 
-    assert Tokenizer.from_pretrained(json_folder).encode("the quick brown fox") == whole
+    assert Tokenizer.from_pretrained(json_folder).encode("the quick brown fox") == expected
 
 
 def test_special_tokens_as_dicts_and_a_separate_pad_token(json_folder: Path):

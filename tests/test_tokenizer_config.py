@@ -49,11 +49,7 @@ def test_missing_or_unreadable_tokenizer_is_an_error(tmp_path: Path, files: dict
     [
         ("tokenizer_config.json", "{", "tokenizer_config.json: is not JSON"),
         ("special_tokens_map.json", "[]", "special_tokens_map.json: must be a JSON object"),
-        (
-            "tokenizer_config.json",
-            '{"bos_token": "<no>"}',
-            "bos_token '<no>' is not in the tokenizer's vocabulary",
-        ),
+        ("tokenizer_config.json", '{"bos_token": "<no>"}', "bos_token '<no>' is not in the tokenizer's vocabulary"),
         ("tokenizer_config.json", '{"eos_token": 7}', "eos_token 7 is not in the tokenizer's vocabulary"),
         ("tokenizer_config.json", '{"add_bos_token": "no"}', "add_bos_token must be true or false, got 'no'"),
         (

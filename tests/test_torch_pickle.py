@@ -16,6 +16,7 @@ import pytest
 
 from dsmoe_jax.convert import torch_pickle
 from dsmoe_jax.convert.reader import CheckpointReader
+from tests.helpers.hf_folder import same_bits
 from tests.helpers.hostile import (
     FOUR,
     HOOKS,
@@ -28,7 +29,6 @@ from tests.helpers.hostile import (
     number,
     numbers,
     opcodes,
-    same_bits,
     state,
     storage,
     tensor,

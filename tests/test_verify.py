@@ -18,15 +18,7 @@ from dsmoe_jax.info import describe
 from dsmoe_jax.quantize import load_quantized
 from dsmoe_jax.storage.manifest import MODEL_MANIFEST
 from tests.helpers import native_checkpoint
-from tests.helpers.hf_folder import (
-    VARIANTS,
-    edit,
-    flip_bit,
-    random_params,
-    snapshot,
-    stored,
-    tiny,
-)
+from tests.helpers.hf_folder import VARIANTS, edit, flip_bit, random_params, snapshot, stored, tiny
 from tests.helpers.native_checkpoint import DATA, EXTRA_FILES, ORBAX, STATE, found, make
 
 made, native = native_checkpoint.made, native_checkpoint.native
@@ -98,23 +90,23 @@ def test_flipped_bit_is_reported_with_file_and_tensor(native: Path, at: str):
     missed = []
 
     for path in files:
-        whole, name = path.read_bytes(), path.relative_to(native).as_posix()
-        flip_bit(path, {"start": 0, "middle": len(whole) // 2, "end": -1}[at], rng.randrange(8))
+        original, name = path.read_bytes(), path.relative_to(native).as_posix()
+        flip_bit(path, {"start": 0, "middle": len(original) // 2, "end": -1}[at], rng.randrange(8))
         if found(verify(native)) != [(name, tensor_in(name))]:
             missed.append(name)
-        path.write_bytes(whole)
+        path.write_bytes(original)
 
     assert missed == []
     assert verify(native).mismatches == []
 
 
 def test_flipped_bit_in_the_manifest_is_detected(native: Path):
-    whole = (native / MODEL_MANIFEST).read_bytes()
+    original = (native / MODEL_MANIFEST).read_bytes()
     rng = random.Random(0)
     counts = {"reported": 0, "rejected": 0}
 
     for _ in range(400):
-        at, bit = rng.randrange(len(whole)), rng.randrange(8)
+        at, bit = rng.randrange(len(original)), rng.randrange(8)
         flip_bit(native / MODEL_MANIFEST, at, bit)
         error = read_error(native)
         if error is None:
@@ -123,14 +115,14 @@ def test_flipped_bit_in_the_manifest_is_detected(native: Path):
             assert "\n" not in error
             assert str(native) in error
         counts["reported" if error is None else "rejected"] += 1
-        (native / MODEL_MANIFEST).write_bytes(whole)
+        (native / MODEL_MANIFEST).write_bytes(original)
 
     assert min(counts.values()) > 50
 
 
 @pytest.mark.parametrize("file", ["config.json", *EXTRA_FILES, MODEL_MANIFEST])
 def test_damaged_checkpoint_cannot_be_opened(native: Path, tmp_path: Path, file: str):
-    flip_bit(native / file, (native / file).read_bytes().index(b"}") - 1)  # mostly still JSON
+    flip_bit(native / file, (native / file).read_bytes().index(b"}") - 1)  # usually still JSON
 
     for open_checkpoint in (
         dsmoe_jax.load,
@@ -241,7 +233,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], list[tuple[str, str | None]], str
         [(MODEL_MANIFEST, None)],
         "does not match",
     ),
-    "a manifest without its own sum": (
+    "a manifest without its SHA-256": (
         edit(MODEL_MANIFEST, lambda fields: fields.pop("sha256")), [(MODEL_MANIFEST, None)], "does not match"
     ),
     "bytes and their file's sum changed together": (

@@ -18,16 +18,7 @@ from dsmoe_jax.cli import main
 from dsmoe_jax.convert import export_hf, import_hf, verify
 from dsmoe_jax.storage.locks import lock_name
 from tests.helpers import native_checkpoint
-from tests.helpers.hf_folder import (
-    edit,
-    flip_bit,
-    hf_tensors,
-    random_params,
-    stored,
-    tiny,
-    write_hf,
-    write_tensors,
-)
+from tests.helpers.hf_folder import edit, flip_bit, hf_tensors, random_params, stored, tiny, write_hf, write_tensors
 from tests.helpers.native_checkpoint import DATA, EXPERT, STATE, found
 
 made, native = native_checkpoint.made, native_checkpoint.native
@@ -93,7 +84,7 @@ DIFFERENCES: dict[str, tuple[Callable[[Path], Any], list[tuple[str, str | None, 
         edit("config.json", lambda fields: fields.update(rope_theta=500.0)),
         [("config.json", None, "has rope_theta 10000.0, {hf} 500.0")],
     ),
-    "a field of its own": (
+    "an unknown field": (
         edit("config.json", lambda fields: fields.pop("rms_norm_eps") and fields.update(rms_norm_eps=1e-5)),
         [("config.json", None, "has rms_norm_eps 1e-06, {hf} 1e-05")],
     ),

@@ -19,7 +19,7 @@ from dsmoe_jax.checkpoint.manifest import is_native, read_manifest
 from dsmoe_jax.checkpoint.native import collective_errors, gather_to_host, load
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.peft import untie_for_adapter, write_adapter
-from dsmoe_jax.convert.peft_matching import make_plan, untied_config, unties_embeddings
+from dsmoe_jax.convert.peft_matching import base_config, make_plan
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.info import count_parameters
 from dsmoe_jax.kernels.operand import Operand
@@ -189,7 +189,7 @@ def finetuning(config: FinetuneConfig, output_dir: Path) -> Job:
         _log.warning("%s", line)  # an adapter is used with the config of its base
     adapter = config.lora
     plan = make_plan(adapter, model)
-    onto = untied_config(model) if unties_embeddings(plan, model) else model
+    onto = base_config(plan, model)
 
     def load_frozen(mesh: Mesh | None) -> Mapping[str, Operand]:
         if config.quantize is None:

@@ -16,13 +16,7 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.kernels.operand import Operand
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
 from dsmoe_jax.text.generation_config import temporary_generation_config
-from dsmoe_jax.text.special_ids import (
-    SPECIAL_IDS,
-    SpecialTokenIds,
-    check_special_ids,
-    drop_ids_outside_vocab,
-    with_tokenizer_ids,
-)
+from dsmoe_jax.text.special_ids import SPECIAL_IDS, check_special_ids, drop_ids_outside_vocab, with_special_ids
 from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
 from .config import RunConfig
@@ -115,8 +109,9 @@ def with_token_ids(model: ModelConfig, corpus: Corpus) -> ModelConfig:
     """
     tokenizer = None if corpus.tokenizer is None else Tokenizer.from_pretrained(corpus.tokenizer)
     # Without a tokenizer, token shards still record the EOS id.
-    known = tokenizer or SpecialTokenIds(None, corpus.eos_token_id)
-    old, new = ({name: getattr(one, name) for name in SPECIAL_IDS} for one in (model, with_tokenizer_ids(model, known)))
+    bos, eos = (tokenizer.bos_token_id, tokenizer.eos_token_id) if tokenizer else (None, corpus.eos_token_id)
+    updated = with_special_ids(model, bos, eos)
+    old, new = ({name: getattr(one, name) for name in SPECIAL_IDS} for one in (model, updated))
     ids = drop_ids_outside_vocab(new, model.vocab_size)
     for change in differences(old, ids):
         _log.info("Using the tokenizer's %s", change)

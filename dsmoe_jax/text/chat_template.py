@@ -33,49 +33,32 @@ _PROCESSOR_FILE: Final = "chat_template.json"  # of multimodal processors, writt
 _MAX_BYTES: Final = 1_000_000
 
 
-def render(
-    template: str,
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    add_generation_prompt: bool = False,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    documents: Sequence[Mapping[str, Any]] | None = None,
-    **variables: Any,
-) -> str:
-    """Render messages as one text.
-
-    The arguments are those of `Tokenizer.render_chat`; content may also be None with tool calls.
-
-    Raises:
-        DSMoEError: A message is malformed or ignored by the template, or the template fails.
-    """
+def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+    """Render messages as one text, with the variables of `Tokenizer.render_chat`; no message may be ignored."""
     messages = [_checked(index, message) for index, message in enumerate(messages)]
-    for name, value in (("tools", tools), ("documents", documents)):
-        if value is not None and not (
-            isinstance(value, list | tuple) and all(isinstance(one, Mapping) for one in value)
-        ):
-            raise DSMoEError(f"{name} must be a list of JSON objects, got {value!r:.80}")
-    given = {"add_generation_prompt": add_generation_prompt, "tools": tools, "documents": documents, **variables}
-    text = _render(template, messages, given)
+    variables = {"add_generation_prompt": False, "tools": None, "documents": None, **variables}
+    for name in ("tools", "documents"):
+        objects = () if variables[name] is None else variables[name]
+        if not isinstance(objects, list | tuple) or not all(isinstance(entry, Mapping) for entry in objects):
+            raise DSMoEError(f"{name} must be a list of JSON objects, got {objects!r:.80}")
+    text = _render(template, messages, variables)
     for index, message in enumerate(messages):
-        others = [*messages[:index], *messages[index + 1 :]]
-        if message["role"] not in ROLES and renders_same(partial(_render, template, others, given), text):
-            raise DSMoEError(
-                f"message {index} has role {message['role']!r:.80}, which the chat template ignores; "
-                f"allowed are {', '.join(ROLES)}"
-            )
+        others, role = [*messages[:index], *messages[index + 1 :]], message["role"]
+        if role not in ROLES and renders_same(partial(_render, template, others, variables), text):
+            ignored = f"role {role!r:.80}, which the chat template ignores"
+            raise DSMoEError(f"message {index} has {ignored}; allowed are {', '.join(ROLES)}")
     return text
 
 
-def _render(template: str, messages: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> str:
+def _render(template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
     try:
-        return template_worker.render(template, {**given, "messages": messages})
+        return template_worker.render(template, {**variables, "messages": messages})
     except DSMoEError as error:
         raise DSMoEError(f"the chat template failed: {error}") from None
 
 
 def renders_same(render: Callable[[], str], text: str) -> bool:
-    """Return whether `render`, with part of the input removed, still gives `text`: the template ignores that part."""
+    """Return whether `render` without some part of the input still returns `text`: the template ignores that part."""
     try:
         return render() == text
     except DSMoEError:
@@ -83,10 +66,9 @@ def renders_same(render: Callable[[], str], text: str) -> bool:
 
 
 def read_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the chat templates of a tokenizer by name; `config` is its tokenizer_config.json.
+    """Return the chat templates of a tokenizer by name, DeepSeek's as "default" if it has none.
 
-    "default" comes from chat_template.jinja, else tokenizer_config.json, else chat_template.json; without any template
-    it is DeepSeek's.
+    chat_template.jinja overrides tokenizer_config.json (`config`), which overrides chat_template.json.
     """
     templates = _named(f"{folder}/tokenizer_config.json", config.get("chat_template"))
     if not templates and (folder / _PROCESSOR_FILE).is_file():
@@ -137,15 +119,12 @@ def _checked(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
         raise DSMoEError(f"message {index} has no 'content'")
     if isinstance(content, list):
         for number, part in enumerate(content):
-            _check_part(f"message {index}: part {number} of content", part)
+            where = f"message {index}: part {number} of content"
+            kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+            if kind != "text":
+                raise DSMoEError(f"{where} has type {kind!r:.80}; only 'text' is supported")
+            if not isinstance(part.get("text"), str):
+                raise DSMoEError(f"{where} has no string as 'text'")
     elif not isinstance(content, str):
         raise DSMoEError(f"message {index}: content must be a string or a list, got {type(content).__name__}")
     return dict(message)
-
-
-def _check_part(where: str, part: Any) -> None:
-    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-    if kind != "text":
-        raise DSMoEError(f"{where} has type {kind!r:.80}; only 'text' is supported")
-    if not isinstance(part.get("text"), str):
-        raise DSMoEError(f"{where} has no string as 'text'")

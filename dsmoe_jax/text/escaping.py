@@ -1,8 +1,7 @@
 """Keep special-token strings in user text from becoming special tokens. Start at `SpecialTokenEscaper`.
 
-A chat template writes special tokens and user text into one string. So user text is marked before the template runs, at
-every character that could begin or end a special token. Unmarked special tokens in the output come from the template
-and are replaced by random placeholders, which only the tokenizer knows.
+A chat template mixes special tokens with user text. So user text is marked before rendering, at every character that
+can begin or end a special token; unmarked special tokens in the output come from the template and become placeholders.
 """
 
 import re
@@ -12,7 +11,7 @@ from typing import Any
 
 
 def make_placeholders(tokens: Iterable[str]) -> dict[str, str]:
-    """Return a random placeholder for each special token, which no text can contain."""
+    """Return a random placeholder for each special token, so that no text contains one."""
     secret = f"{secrets.randbelow(10**18):018}"
     return {token: f"\ue000{secret}{i:06}\ue001" for i, token in enumerate(tokens)}
 
@@ -23,14 +22,9 @@ def longest_match(tokens: Iterable[str]) -> re.Pattern[str]:
 
 
 class SpecialTokenEscaper:
-    """Marks text and replaces unmarked special tokens by their placeholders.
-
-    Attributes:
-        pattern: Matches any special token.
-    """
+    """Marks text and replaces unmarked special tokens by their placeholders."""
 
     def __init__(self, placeholders: Mapping[str, str]):
-        """Create an escaper from the placeholder of each special token."""
         self.pattern = longest_match(placeholders)
         self._placeholders = placeholders
         # Digits only: filters such as upper and tojson do not change them.
@@ -44,7 +38,7 @@ class SpecialTokenEscaper:
         self._unmarked = re.compile(f"{longest_match(longer).pattern}|{unmarked_single}")
 
     def __call__(self, value: Any) -> Any:
-        """Mark all strings of a JSON value; keys and roles, which templates compare, only if they hold a token."""
+        """Mark all strings of a JSON value; keys and roles, which templates compare, only if they contain a token."""
         match value:
             case str():
                 return self._ends.sub(self._add_mark, value)

@@ -1,4 +1,4 @@
-"""Read and merge `generation_config.json`: EOS ids and stop strings. Other fields are copied unread."""
+"""Read and merge the EOS ids and stop strings of `generation_config.json`; other fields are copied unchanged."""
 
 import contextlib
 import tempfile
@@ -16,11 +16,7 @@ GENERATION_CONFIG: Final = "generation_config.json"
 
 
 def read_generation_config(folder: str | Path) -> dict[str, Any]:
-    """Return the fields of the folder's `generation_config.json`, or {} without one.
-
-    Raises:
-        DSMoEError: The file is not JSON, or its `eos_token_id` or `stop_strings` has a wrong type.
-    """
+    """Return the validated fields of the folder's `generation_config.json`, or {} without one."""
     path = Path(folder) / GENERATION_CONFIG
     if not path.is_file():
         return {}
@@ -34,12 +30,12 @@ def read_generation_config(folder: str | Path) -> dict[str, Any]:
 
 
 def eos_token_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the ids in `eos_token_id`: one, several or none."""
+    """Return the ids in `eos_token_id`: none, one or several."""
     return token_ids("eos_token_id", fields.get("eos_token_id"))
 
 
 def stop_strings(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the strings in `stop_strings`: one, several or none."""
+    """Return the strings in `stop_strings`: none, one or several."""
     strings = as_tuple(value := fields.get("stop_strings"))
     if not all(isinstance(string, str) and string for string in strings):
         raise DSMoEError(f"stop_strings must be a non-empty string or a list of them, got {value!r:.80}")

@@ -1,7 +1,7 @@
 """Render chat templates in Jinja's sandbox; the subprocess of template_worker.py. Start at `render`.
 
-Templates get what transformers offers: `raise_exception`, `strftime_now`, `tojson` without HTML escapes, loop controls
-and `{% generation %}`. This file imports nothing of the package, so that it starts fast and without jax.
+Templates can use transformers' extensions: `raise_exception`, `strftime_now`, `tojson` without HTML escapes, loop
+controls and `{% generation %}`. This file imports nothing from the package, so that it starts fast and without jax.
 
 Protocol: stdin and stdout carry frames of an 8-byte little-endian size and that many bytes. A request is JSON,
 {"template": …, "variables": {…}}; a response is a status byte, `+` or `-`, and the rendered text or the error in UTF-8.
@@ -23,10 +23,10 @@ _ITERATING_FILTERS: Final = ("map", "select", "selectattr", "reject", "rejectatt
 
 
 def render(template: str, variables: dict[str, Any]) -> str:
-    """Render a template; lists of text parts in `messages` are joined for a template that does not read parts."""
+    """Render a template; content that is a list of text parts is joined if the template does not iterate over parts."""
     compiled, takes_parts = _compile(template)
     if not takes_parts:
-        variables = {**variables, "messages": [_joined(message) for message in variables.get("messages") or ()]}
+        variables = {**variables, "messages": [_join_parts(message) for message in variables.get("messages") or ()]}
     pieces, length = [], 0
     for piece in compiled.generate(variables):
         length += len(piece)
@@ -56,17 +56,17 @@ def _compile(template: str) -> tuple[Any, bool]:
             return caller()
 
     # trim_blocks and lstrip_blocks as in transformers; published templates depend on both.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-    )
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    extensions = ["jinja2.ext.loopcontrols", Generation]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     environment.filters["tojson"] = _tojson
     return environment.from_string(template), _takes_parts(environment.parse(template), nodes)
 
 
 def _takes_parts(tree: Any, nodes: Any) -> bool:
-    """Return whether a template iterates over message content or reads `text` of its parts."""
-    names = {"content"}  # variables, parameters and fields that hold content
+    """Return whether a template iterates over message content or reads the `text` of a part."""
+    names = {"content"}  # variables, parameters and fields with content
 
     def key(node: Any) -> Any:
         match node:
@@ -105,23 +105,21 @@ def _takes_parts(tree: Any, nodes: Any) -> bool:
     bound = list(bindings())
     while new := {name for name, value in bound if is_content(value)} - names:
         names |= new
-    for node in tree.find_all((nodes.For, nodes.Filter, nodes.Getattr, nodes.Getitem, nodes.Call)):
+
+    def reads_parts(node: Any) -> bool:
         match node:
             case nodes.For():
-                found = is_content(node.iter)
+                return is_content(node.iter)
             case nodes.Filter():
                 by_part = node.name in _ITERATING_FILTERS or any(keyword.key == "attribute" for keyword in node.kwargs)
-                found = by_part and is_content(node)
-            case nodes.Call():
-                found = key(node) == "text" and is_content(node.node.node)
-            case _:
-                found = key(node) == "text" and is_content(node.node)
-        if found:
-            return True
-    return False
+                return by_part and is_content(node)
+        return key(node) == "text" and is_content(node.node.node if isinstance(node, nodes.Call) else node.node)
+
+    kinds = (nodes.For, nodes.Filter, nodes.Getattr, nodes.Getitem, nodes.Call)
+    return any(map(reads_parts, tree.find_all(kinds)))
 
 
-def _joined(message: Any) -> Any:
+def _join_parts(message: Any) -> Any:
     content = message.get("content") if isinstance(message, dict) else None
     return {**message, "content": "".join(part["text"] for part in content)} if isinstance(content, list) else message
 
@@ -130,16 +128,8 @@ def _raise_exception(message: str) -> NoReturn:
     raise ValueError(message)
 
 
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
 def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     # Jinja's tojson escapes <, > and & for HTML, which no model was trained on.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
@@ -162,8 +152,7 @@ def _limit_memory() -> None:
         import resource
     except ImportError:  # Windows
         return
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = MEGABYTES << 20
+    limit, (_, hard) = MEGABYTES << 20, resource.getrlimit(resource.RLIMIT_AS)
     limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Final, NamedTuple
+from typing import Any, Final
 
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.text import jinja_sandbox
@@ -20,32 +20,20 @@ from dsmoe_jax.text import jinja_sandbox
 _PROGRAM: Final = str(Path(jinja_sandbox.__file__).absolute())
 # The status byte and at most 4 bytes per character.
 _MAX_RESPONSE_BYTES: Final = 4 * jinja_sandbox.CHARACTERS + 1
-
-
-class _Worker(NamedTuple):
-    process: subprocess.Popen[bytes]
-    requests: BinaryIO
-    responses: BinaryIO
-
-
 _lock = threading.Lock()
-_worker: _Worker | None = None
-_inherited: list[_Worker] = []  # of the parent process; referenced, so that they are not terminated
+_worker: subprocess.Popen[bytes] | None = None
+_inherited: list[subprocess.Popen[bytes]] = []  # of the parent process; referenced, so that they are not terminated
 
 
 def render(template: str, variables: Mapping[str, Any]) -> str:
-    """Render a template with JSON variables in the worker process, which starts with the first call.
-
-    Raises:
-        DSMoEError: The template fails or reaches a limit; the message continues "the chat template failed: ".
-    """
+    """Render a template in the worker process; the messages of errors continue "the chat template failed: "."""
     try:
         request = json.dumps({"template": template, "variables": dict(variables)}).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise DSMoEError(f"its variables must be JSON: {error}") from None
     with _lock:
         try:
-            response = _exchange(_started(), request)
+            response = _exchange(_running_worker(), request)
         except BaseException:  # KeyboardInterrupt too: a pending response would be read by the next call.
             _stop()
             raise
@@ -55,49 +43,44 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
     return text
 
 
-def _exchange(worker: _Worker, request: bytes) -> bytes:
+def _exchange(worker: subprocess.Popen[bytes], request: bytes) -> bytes:
+    assert worker.stdin is not None
+    assert worker.stdout is not None
     try:
-        worker.requests.write(len(request).to_bytes(8, "little"))
-        worker.requests.write(request)
-        worker.requests.flush()
-        head = worker.responses.read(8)
+        worker.stdin.write(len(request).to_bytes(8, "little"))
+        worker.stdin.write(request)
+        worker.stdin.flush()
+        head = worker.stdout.read(8)
         size = int.from_bytes(head, "little")
-        response = worker.responses.read(size) if len(head) == 8 and 0 < size <= _MAX_RESPONSE_BYTES else b""
+        response = worker.stdout.read(size) if len(head) == 8 and 0 < size <= _MAX_RESPONSE_BYTES else b""
     except BrokenPipeError:
         size, response = 0, b""
-    if not response or len(response) != size:
-        raise DSMoEError(_why_ended(worker.process))
-    return response
-
-
-def _why_ended(process: subprocess.Popen[bytes]) -> str:
+    if response and len(response) == size:
+        return response
     try:
-        code = process.wait(timeout=1)
+        code = worker.wait(timeout=1)
     except subprocess.TimeoutExpired:
-        return "its process sent a malformed response"
+        raise DSMoEError("its process sent a malformed response") from None
     if code == -14:  # SIGALRM
-        return f"it took more than {jinja_sandbox.SECONDS} s"
-    return f"its process ended with exit code {code}; memory is limited to {jinja_sandbox.MEGABYTES} MB"
+        raise DSMoEError(f"it took more than {jinja_sandbox.SECONDS} s")
+    raise DSMoEError(f"its process ended with exit code {code}; memory is limited to {jinja_sandbox.MEGABYTES} MB")
 
 
-def _started() -> _Worker:
+def _running_worker() -> subprocess.Popen[bytes]:
     global _worker
-    if _worker is not None and _worker.process.poll() is not None:
+    if _worker is not None and _worker.poll() is not None:
         _stop()
     if _worker is None:
         if not sys.executable:
             raise DSMoEError("it needs a subprocess, but sys.executable is empty")
         # -I ignores the environment and the current folder; a new session does not receive Ctrl-C.
-        process = subprocess.Popen(
+        _worker = subprocess.Popen(
             [sys.executable, "-I", "-W", "ignore", _PROGRAM, str(jinja_sandbox.SECONDS), *filter(None, sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        assert process.stdin is not None
-        assert process.stdout is not None
-        _worker = _Worker(process, process.stdin, process.stdout)  # type: ignore[arg-type]
     return _worker
 
 
@@ -106,9 +89,9 @@ def _stop() -> None:
     if _worker is None:
         return
     worker, _worker = _worker, None
-    worker.process.kill()
-    worker.process.wait()
-    for pipe in (worker.requests, worker.responses):
+    worker.kill()
+    worker.wait()
+    for pipe in filter(None, (worker.stdin, worker.stdout)):
         with contextlib.suppress(OSError):  # unsent data has no reader
             pipe.close()
 

@@ -1,8 +1,4 @@
-"""Encode text to token ids and decode them, from tokenizer.json or tokenizer.model.
-
-Start at `Tokenizer`; `DecodeStream` is for streaming output. tokenizer_config.py reads the configuration files,
-tokenizer_backends.py wraps the tokenizers and sentencepiece libraries.
-"""
+"""Encode text to token ids and decode them, with tokenizer.json or tokenizer.model. Start at `Tokenizer`."""
 
 import logging
 import operator
@@ -15,24 +11,19 @@ from dsmoe_jax.storage.manifest import check_listed_files
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.text import chat_template
 from dsmoe_jax.text.escaping import SpecialTokenEscaper
-from dsmoe_jax.text.tokenizer_backends import Backend, SentencePieceBackend, TokenizersBackend
-from dsmoe_jax.text.tokenizer_config import (
-    SPECIAL_TOKENS_ATTRIBUTES,
-    TOKENIZER_FILES,
-    TokenizerSettings,
-    read_settings,
-)
+from dsmoe_jax.text.tokenizer_backends import Affixes, Backend, SentencePieceBackend, TokenizersBackend
+from dsmoe_jax.text.tokenizer_config import SPECIAL_TOKENS_ATTRIBUTES, TOKENIZER_FILES, TokenizerSettings, read_settings
 
 _log = logging.getLogger("dsmoe_jax")
 
 
 def tokenizer_files(folder: str | Path) -> tuple[Path, ...]:
-    """Return the tokenizer's files in `folder`, which are copied with a checkpoint."""
+    """Return the tokenizer files of `folder`, which are copied with a checkpoint."""
     return tuple(path for name in TOKENIZER_FILES if (path := user_path(folder, "tokenizer folder") / name).is_file())
 
 
 class Tokenizer:
-    """Encodes and decodes with the ids that transformers gives.
+    """Encodes and decodes text with the same ids as transformers.
 
     As in transformers, special-token strings in a text become special tokens, unless `split_special_tokens`.
 
@@ -40,26 +31,18 @@ class Tokenizer:
         bos_token: Beginning-of-sequence token or None; its id is `bos_token_id`.
         eos_token: End-of-sequence token or None; its id is `eos_token_id`.
         pad_token_id: Id of the padding token, by default that of EOS.
-        special_tokens_map: Special tokens by attribute, as chat templates see them.
+        special_tokens_map: Special tokens by attribute, as variables of chat templates.
         chat_templates: Chat templates by name; a single one is "default".
         split_special_tokens: Whether special-token strings are encoded as text by default.
-        vocab_size: Number of ids, added tokens included; the model's may be larger.
+        vocab_size: Number of ids, including added tokens; the model's may be larger.
         files: Files that are copied with a checkpoint.
     """
 
     def __init__(
-        self,
-        backend: Backend,
-        settings: TokenizerSettings,
-        chat_templates: Mapping[str, str],
-        files: tuple[Path, ...],
-        split_special_tokens: bool = False,
+        self, folder: Path, backend: Backend, settings: TokenizerSettings, templates: dict[str, str], split: bool
     ):
-        """Use `from_pretrained`."""
-        self._backend = backend
-        self.chat_templates = dict(chat_templates)
-        self.files = files
-        self.split_special_tokens = split_special_tokens
+        self._backend, self.chat_templates, self.split_special_tokens = backend, templates, split
+        self.files = tokenizer_files(folder)
         self.vocab_size = backend.vocab_size
         special = {key: _special_token(backend, settings, key) for key in SPECIAL_TOKENS_ATTRIBUTES}
         self.bos_token, self.bos_token_id = special["bos_token"]
@@ -76,7 +59,7 @@ class Tokenizer:
             names["additional_special_tokens"] = [token.content for token in settings.additional_special_tokens]
         self.special_tokens_map = names
         self._prefix, self._suffix = _affixes(backend, settings, self.bos_token_id, self.eos_token_id)
-        self._escape = SpecialTokenEscaper(backend.placeholders)
+        self.escape = SpecialTokenEscaper(backend.placeholders)
 
     @classmethod
     def from_pretrained(
@@ -85,14 +68,13 @@ class Tokenizer:
         """Load the tokenizer of a folder.
 
         Args:
-            folder: Holds tokenizer.json or tokenizer.model; the first wins, other files are optional.
-            split_special_tokens: Whether special-token strings in a text are encoded as text; default:
-                tokenizer_config.json's value, else False.
+            folder: Folder with tokenizer.json or, if absent, tokenizer.model; other files are optional.
+            split_special_tokens: Whether to encode special-token strings as text; default: the value in
+                tokenizer_config.json, else False.
             verify: Whether to check the files against the folder's manifest, if any.
 
         Raises:
-            DSMoEError: Neither file exists, a file is malformed or does not match the folder's manifest, or a setting
-                is not supported.
+            DSMoEError: A file is missing, malformed or does not match the manifest, or a setting is not supported.
         """
         folder = user_path(folder, "tokenizer folder")
         if verify:
@@ -105,8 +87,7 @@ class Tokenizer:
                 templates = chat_template.read_chat_templates(folder, settings.config)
                 if split_special_tokens is None:
                     split_special_tokens = settings.flag("split_special_tokens", False)
-                loaded = backend(folder / name, settings)
-                return cls(loaded, settings, templates, tokenizer_files(folder), split_special_tokens)
+                return cls(folder, backend(folder / name, settings), settings, templates, split_special_tokens)
         raise DSMoEError(f"{folder}: no tokenizer; looked for tokenizer.json and tokenizer.model")
 
     def encode(
@@ -117,10 +98,10 @@ class Tokenizer:
         Args:
             text: Text to encode.
             add_special_tokens: Whether to add BOS and EOS as configured.
-            split_special_tokens: Whether special-token strings are encoded as text; default: the attribute.
+            split_special_tokens: Whether to encode special-token strings as text; default: the attribute.
 
         Raises:
-            DSMoEError: `text` is not a string or has a lone surrogate, or the tokenizers library fails on it.
+            DSMoEError: `text` is not a string or has a lone surrogate, or the tokenizers library fails.
         """
         options = {"add_special_tokens": add_special_tokens, "split_special_tokens": split_special_tokens}
         return self.encode_batch([text], **options)[0]
@@ -128,16 +109,7 @@ class Tokenizer:
     def encode_batch(
         self, texts: Iterable[str], *, add_special_tokens: bool = True, split_special_tokens: bool | None = None
     ) -> list[list[int]]:
-        """Return the token ids of each text, encoded in parallel threads.
-
-        Args:
-            texts: Texts to encode.
-            add_special_tokens: As in `encode`.
-            split_special_tokens: As in `encode`.
-
-        Raises:
-            DSMoEError: As in `encode`.
-        """
+        """Return the token ids of each text as from `encode`, computed in parallel threads."""
         if isinstance(texts, str):
             raise DSMoEError("texts must be an iterable of strings, got one string")
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
@@ -145,7 +117,7 @@ class Tokenizer:
         try:
             encoded = self._backend.encode(checked, split)
         except BaseException as error:
-            # The panic of tokenizers, for example on a runaway pattern, is not an Exception.
+            # A panic in tokenizers, for example by a runaway pattern, is no Exception.
             if type(error).__name__ != "PanicException":
                 raise
             raise DSMoEError(f"the tokenizer failed on a text: {' '.join(str(error).split())[:200]}") from None
@@ -155,20 +127,20 @@ class Tokenizer:
         """Return the number of special-token strings in a text."""
         # Usually 0; the substring search is far faster than the pattern.
         found = any(token in text for token in self._backend.special_ids)
-        return len(self._escape.pattern.findall(text)) if found else 0
+        return len(self.escape.pattern.findall(text)) if found else 0
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids, with U+FFFD for invalid UTF-8.
 
         Args:
-            ids: Token ids. Those at or above `vocab_size` decode to "": DeepSeekMoE-16B has 2,385 rows without a token.
+            ids: Token ids. Those from `vocab_size` up decode to "": 2,385 embedding rows of DeepSeekMoE-16B are unused.
             skip_special_tokens: Whether to leave out special tokens.
 
         Raises:
             DSMoEError: An id is negative or not an integer.
         """
         try:
-            # Iterating over arrays, jax arrays above all, is slow.
+            # Iterating over arrays, above all jax arrays, is slow.
             integers = [operator.index(i) for i in getattr(ids, "tolist", lambda: ids)()]
         except TypeError as error:
             raise DSMoEError(f"token ids must be a flat sequence of integers: {error}") from None
@@ -195,8 +167,8 @@ class Tokenizer:
 
         Args:
             messages: `{"role": …, "content": …}` and other fields; content is a string or a list of text parts.
-            add_generation_prompt: Whether to open the assistant's next turn.
-            split_special_tokens: Whether to write the template's special tokens as placeholders, for
+            add_generation_prompt: Whether to end with the prefix of an assistant message.
+            split_special_tokens: Whether to replace the template's special tokens by placeholders for
                 `encode(..., split_special_tokens=True)`, so that no message can contain a special token.
             chat_template: Name in `chat_templates` or Jinja source; default: "tool_use" with tools if it exists, else
                 "default".
@@ -207,69 +179,42 @@ class Tokenizer:
         Raises:
             DSMoEError: A message is malformed, or the template fails.
         """
-        source = self._chat_template(chat_template, tools is not None)
-        given = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt, **variables}
-        return self.render_template(source, messages, split_special_tokens=split_special_tokens, **given)
+        if chat_template is None:
+            chat_template = "tool_use" if tools is not None and "tool_use" in self.chat_templates else "default"
+            if chat_template not in self.chat_templates:
+                names = ", ".join(sorted(self.chat_templates))
+                raise DSMoEError(f"chat_template must be one of {names}: there is no default")
+        source = self.chat_templates.get(chat_template, chat_template)
+        variables |= {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
+        return self.render_template(source, messages, split_special_tokens=split_special_tokens, **variables)
 
     def render_template(
-        self,
-        template: str,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        split_special_tokens: bool = False,
-        **variables: Any,
+        self, template: str, messages: Sequence[Mapping[str, Any]], *, split_special_tokens: bool, **variables: Any
     ) -> str:
-        """Render a conversation like `render_chat`, by the Jinja source of any template."""
+        """Render a conversation like `render_chat`, with the Jinja source of a template."""
         text = chat_template.render(template, messages, **self.special_tokens_map | variables)
         if not split_special_tokens:
             return text
         escaped, variables = self.escape([dict(message) for message in messages]), self.escape(variables)
         marked = chat_template.render(template, escaped, **self.special_tokens_map | variables)
-        if self._escape.unescape(marked) != text:
-            raise DSMoEError(
-                "split_special_tokens is not supported by this chat template: it changes the text of messages"
-            )
-        return self.protect(marked)
-
-    def escape(self, value: Any) -> Any:
-        """Mark special-token strings in text or JSON as text, for `protect`."""
-        return self._escape(value)
-
-    def protect(self, text: str) -> str:
-        """Replace special tokens by placeholders, except those that `escape` marked as text."""
-        return self._escape.protect(text)
+        if self.escape.unescape(marked) != text:
+            reason = "it changes the text of messages"
+            raise DSMoEError(f"split_special_tokens is not supported by this chat template: {reason}")
+        return self.escape.protect(marked)
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, split_special_tokens: bool | None = None, **options: Any
     ) -> list[int]:
-        """Return the token ids of a rendered conversation.
-
-        Args:
-            messages: As in `render_chat`.
-            split_special_tokens: Whether special-token strings in messages are encoded as text; default: the attribute.
-            **options: Other arguments of `render_chat`.
-
-        Raises:
-            DSMoEError: As in `render_chat`.
-        """
+        """Return the token ids of a conversation rendered by `render_chat`, whose arguments are in `options`."""
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
         text = self.render_chat(messages, split_special_tokens=split, **options)
         return self.encode(text, add_special_tokens=False, split_special_tokens=split)
 
-    def _chat_template(self, name: str | None, has_tools: bool) -> str:
-        templates = self.chat_templates
-        if name is None:
-            name = "tool_use" if has_tools and "tool_use" in templates else "default"
-            if name not in templates:
-                raise DSMoEError(f"chat_template must be one of {', '.join(sorted(templates))}: there is no default")
-        return templates.get(name, name)
-
 
 class DecodeStream:
-    """Decodes ids one at a time, holding back text that a later id may change.
+    """Decodes ids one at a time and withholds text that a later id may change.
 
-    The concatenated pieces equal `decode` of all ids. (One exception: a tokenizer.json with ByteFallback, where
-    `decode` replaces a whole run of bytes for one truncated character.)
+    The pieces concatenate to `decode` of all ids, except for truncated characters with ByteFallback in tokenizer.json.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -280,19 +225,19 @@ class DecodeStream:
         """Return the text that `token_id` completes, "" within a character."""
         window = [*self._window, token_id]
         text = self._decode(window)
-        # An incomplete character shows as U+FFFD at the end.
+        # An incomplete character decodes to U+FFFD at the end.
         complete = text.rstrip("\ufffd")
         piece = complete[self._emitted :]
         self._window, self._emitted = window, max(self._emitted, len(complete))
         # Decoding all ids each time would be quadratic, so the window advances at complete characters. Its last
-        # ids stay as context: sentencepiece drops the leading space of a text.
+        # ids remain as context: sentencepiece drops the leading space of a text.
         recent = window[self._context :]
         if text == complete and (recent_text := self._decode(recent)):
             self._window, self._context, self._emitted = recent, len(recent), len(recent_text)
         return piece
 
     def flush(self) -> str:
-        """Return the text held back and reset."""
+        """Return the withheld text and reset."""
         rest = self._decode(self._window)[self._emitted :]
         self._reset()
         return rest
@@ -304,11 +249,10 @@ class DecodeStream:
 
 
 def _special_token(backend: Backend, settings: TokenizerSettings, attribute: str) -> tuple[str | None, int | None]:
-    """Return the string and id of a special token, from the config or else the backend."""
-    if attribute in settings.special_tokens:
-        token = settings.special_tokens[attribute]
-        name = None if token is None else token.content
-    else:
+    """Return the string and id of a special token, by the config or else the backend."""
+    token = settings.special_tokens.get(attribute)
+    name = token.content if token else None
+    if attribute not in settings.special_tokens:
         name = backend.default_special(attribute)
     if name is None:
         return None, None
@@ -317,29 +261,27 @@ def _special_token(backend: Backend, settings: TokenizerSettings, attribute: str
     return name, index
 
 
-def _affixes(
-    backend: Backend, settings: TokenizerSettings, bos: int | None, eos: int | None
-) -> tuple[list[int], list[int]]:
+def _affixes(backend: Backend, settings: TokenizerSettings, bos: int | None, eos: int | None) -> Affixes:
     """Return the ids added before and after a text.
 
-    For the Llama family the config decides, whatever tokenizer.json's post-processor does: DeepSeek's adds no BOS, the
-    original does. For other classes, and without any config, the post-processor decides.
+    The config decides for Llama classes: the post-processor of DeepSeek's tokenizer.json adds no BOS, the original
+    tokenizer does. The post-processor decides for other classes and without a config.
     """
     flags = {"add_bos_token": (bos, True), "add_eos_token": (eos, False)}
-    has_class = settings.config.get("tokenizer_class") is not None
-    given = [flag for flag in flags if flag in settings.config]
+    configured = [flag for flag in flags if flag in settings.config]
     if not settings.is_llama:
         actual = dict(zip(flags, map(bool, backend.affixes), strict=True))
-        if ignored := [flag for flag in given if settings.flag(flag, False) != actual[flag]]:
+        if ignored := [flag for flag in configured if settings.flag(flag, False) != actual[flag]]:
             _log.info("Ignoring %s: the post-processor of tokenizer.json decides", ", ".join(ignored))
         return backend.affixes
-    if not has_class and not given and any(backend.affixes):
+    if settings.config.get("tokenizer_class") is None and not configured and any(backend.affixes):
         return backend.affixes
     affixes = []
     for flag, (index, default) in flags.items():
-        if index is None and flag in settings.config and settings.flag(flag, default):
+        enabled = settings.flag(flag, default)
+        if index is None and flag in configured and enabled:
             raise DSMoEError(f"tokenizer_config.json: {flag} is true, but the tokenizer has no {flag[4:]}")
-        affixes.append([index] if index is not None and settings.flag(flag, default) else [])
+        affixes.append([index] if index is not None and enabled else [])
     return affixes[0], affixes[1]
 
 

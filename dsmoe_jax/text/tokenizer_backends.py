@@ -1,37 +1,29 @@
-"""Tokenizer backends: tokenizers for tokenizer.json, sentencepiece for tokenizer.model. Start at `Backend`.
-
-Where a library alone gives other ids than transformers does with it, this file closes the gap.
-"""
+"""Tokenizer backends with transformers' ids: tokenizers for tokenizer.json, sentencepiece for tokenizer.model."""
 
 import functools
 import json
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Protocol
 
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.text.escaping import longest_match, make_placeholders
 from dsmoe_jax.text.tokenizer_config import GENERIC_CLASSES, AddedToken, TokenizerSettings
 
+Affixes = tuple[list[int], list[int]]  # ids before and after a text
+
 
 class Backend(Protocol):
-    """A tokenizer library.
+    """A tokenizer library with a loaded tokenizer."""
 
-    Attributes:
-        vocab_size: Number of ids, added tokens included.
-        special_ids: Ids of the special tokens, by string; `split_special_tokens` encodes these strings as text.
-        placeholders: The string that stands for each special token under `split_special_tokens`.
-        affixes: Ids that the post-processor puts before and after a text.
-    """
-
-    vocab_size: int
-    special_ids: dict[str, int]
-    placeholders: dict[str, str]
-    affixes: tuple[list[int], list[int]]
+    vocab_size: int  # number of ids, including added tokens
+    special_ids: dict[str, int]  # of special tokens by string; `split_special_tokens` encodes these strings as text
+    placeholders: dict[str, str]  # replacements of special tokens under `split_special_tokens`
+    affixes: Affixes  # added by the post-processor
 
     def default_special(self, attribute: str) -> str | None:
-        """Return the special token for an attribute (`bos_token` …) that no config sets."""
+        """Return the special token of an attribute (`bos_token` …) that the config does not set."""
         ...
 
     def id_of(self, token: str) -> int | None:
@@ -39,7 +31,7 @@ class Backend(Protocol):
         ...
 
     def encode(self, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
-        """Return the ids of each text; split, only placeholders become special tokens."""
+        """Return the ids of each text; if split, only placeholders become special tokens."""
         ...
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
@@ -50,11 +42,8 @@ class Backend(Protocol):
 class TokenizersBackend:
     """tokenizer.json, read by the tokenizers library."""
 
-    # Without a config the special tokens of these two families are recognized by their strings.
-    _KNOWN: Final = {
-        "bos_token": ("<｜begin▁of▁sentence｜>", "<s>"),
-        "eos_token": ("<｜end▁of▁sentence｜>", "</s>"),
-    }
+    # Special tokens of DeepSeek and Llama, used if the config sets none.
+    _KNOWN: Final = {"bos_token": ("<｜begin▁of▁sentence｜>", "<s>"), "eos_token": ("<｜end▁of▁sentence｜>", "</s>")}
 
     def __init__(self, path: Path, settings: TokenizerSettings):
         import tokenizers
@@ -63,7 +52,8 @@ class TokenizersBackend:
             library = self._library = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # The library raises bare Exception.
             raise DSMoEError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-        # Leftovers of training; prompts must not be truncated or padded.
+        self.id_of, self.decode = library.token_to_id, library.decode
+        # Settings left from training; prompts must not be truncated or padded.
         self._padding = (library.padding or {}).get("pad_token")
         library.no_truncation()
         library.no_padding()
@@ -78,7 +68,7 @@ class TokenizersBackend:
         self.affixes = _affixes(library)
 
     def _add(self, settings: TokenizerSettings) -> None:
-        """Add the config's tokens, whose flags override those of tokenizer.json, and mark special ones."""
+        """Add the config's tokens, whose flags override tokenizer.json, and mark special ones."""
         names = {token.content for token in settings.named_tokens}
         present = {token.content for token in self._library.get_added_tokens_decoder().values()}
         has_flags = "added_tokens_decoder" in settings.config  # added_tokens.json has ids only
@@ -98,12 +88,8 @@ class TokenizersBackend:
 
     def default_special(self, attribute: str) -> str | None:
         """See `Backend`."""
-        known = (self._padding or "",) if attribute == "pad_token" else self._KNOWN.get(attribute, ())
-        return next((name for name in known if self.id_of(name) is not None), None)
-
-    def id_of(self, token: str) -> int | None:
-        """See `Backend`."""
-        return self._library.token_to_id(token)
+        candidates = (self._padding or "",) if attribute == "pad_token" else self._KNOWN.get(attribute, ())
+        return next((name for name in candidates if self.id_of(name) is not None), None)
 
     def encode(self, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
         """See `Backend`."""
@@ -112,15 +98,11 @@ class TokenizersBackend:
         found = [one.ids for one in library.encode_batch_fast(texts, add_special_tokens=False)]
         return found if ids is None else [[ids.get(i, i) for i in one] for one in found]
 
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        """See `Backend`."""
-        return self._library.decode(ids, skip_special_tokens=skip_special_tokens)
-
     @functools.cached_property
     def _split(self) -> tuple[Any, dict[int, int]]:
-        """A copy of the tokenizer with placeholders for special tokens, and the original ids of its ids.
+        """Return a copy of the tokenizer with placeholders for special tokens, and the map from its ids to ours.
 
-        The library's `encode_special_tokens` is a property of the tokenizer, so it is not thread-safe.
+        The library's `encode_special_tokens` is tokenizer state, so it is not thread-safe.
         """
         import tokenizers
 
@@ -142,27 +124,26 @@ def _added_token(token: AddedToken, special: bool) -> Any:
     return tokenizers.AddedToken(flags.pop("content"), **flags | {"special": special})
 
 
-def _affixes(library: Any) -> tuple[list[int], list[int]]:
+def _affixes(library: Any) -> Affixes:
     plain, full = (library.encode("a", add_special_tokens=special).ids for special in (False, True))
     at = next((at for at in range(len(full)) if full[at : at + len(plain)] == plain), 0)
     return full[:at], full[at + len(plain) :]
 
 
 def _check_prefix_space(path: Path, library: Any, settings: TokenizerSettings) -> None:
-    """Raise for an `add_prefix_space` that transformers 4 applies and transformers 5 ignores."""
+    """Reject an `add_prefix_space` that transformers 4 applies and transformers 5 ignores."""
     if settings.config.get("add_prefix_space") is None and settings.is_llama:
         return
     configured = settings.flag("add_prefix_space", False)
     actual = _prefix_space(json.loads(library.to_str()), nested=settings.is_llama)
     if actual is not None and configured != actual:
-        raise DSMoEError(
-            f"add_prefix_space must be the same in {path} and tokenizer_config.json (default false), "
-            f"got {str(actual).lower()} and {str(configured).lower()}"
-        )
+        found = f"{str(actual).lower()} and {str(configured).lower()}"
+        files = f"{path} and tokenizer_config.json (default false)"
+        raise DSMoEError(f"add_prefix_space must be the same in {files}, got {found}")
 
 
 def _prefix_space(fields: Mapping[str, Any], nested: bool) -> bool | None:
-    """Return whether a tokenizer.json prepends a space, or None if it has no such step."""
+    """Return whether a tokenizer.json prepends a space, or None without such a step."""
     steps = [fields.get("pre_tokenizer"), fields.get("normalizer")]
     inner = [inner for step in steps if step for inner in step.get("pretokenizers", step.get("normalizers", []))]
     steps += inner if nested else []
@@ -177,11 +158,7 @@ def _prefix_space(fields: Mapping[str, Any], nested: bool) -> bool | None:
     return None
 
 
-class _Part(NamedTuple):
-    """A piece of text for sentencepiece, or an added token."""
-
-    text: str
-    token: int | None = None
+_Part = tuple[str, int | None]  # text for sentencepiece and None, or an added token and its id
 
 
 class SentencePieceBackend:
@@ -229,11 +206,8 @@ class SentencePieceBackend:
 
     def _defaults(self, settings: TokenizerSettings) -> list[str]:
         """Return the special tokens of the model that the config does not set."""
-        return [
-            name
-            for attribute in _MODEL_ATTRIBUTES
-            if attribute not in settings.special_tokens and (name := self.default_special(attribute))
-        ]
+        unset = (attribute for attribute in _MODEL_ATTRIBUTES if attribute not in settings.special_tokens)
+        return list(filter(None, map(self.default_special, unset)))
 
     def default_special(self, attribute: str) -> str | None:
         """See `Backend`."""
@@ -257,14 +231,14 @@ class SentencePieceBackend:
         if split_special_tokens:
             names = {self.placeholders[name]: i for name, i in names.items()}
         parts = [self._parts(text, names) for text in texts]
-        found = iter(self._encode_parts([part.text for some in parts for part in some if part.token is None]))
-        return [self._join(some, found) for some in parts]
+        found = iter(self._encode_parts([text for one in parts for text, token in one if token is None]))
+        return [self._join(one, found) for one in parts]
 
     def _join(self, parts: list[_Part], found: Iterator[list[int]]) -> list[int]:
-        ids = [next(found) if part.token is None else [part.token] for part in parts]
+        ids = [next(found) if token is None else [token] for _, token in parts]
         # Without `legacy` a single space before a leading special token is dropped.
-        if not self._legacy and len(parts) > 1 and parts[1].token in self._special:
-            ids = ids[parts[0].text in ("▁", " ") and len(ids[0]) == 1 :]
+        if not self._legacy and len(parts) > 1 and parts[1][1] in self._special:
+            ids = ids[parts[0][0] in ("▁", " ") and len(ids[0]) == 1 :]
         return [i for some in ids for i in some]
 
     def _parts(self, text: str, names: Mapping[str, int]) -> list[_Part]:
@@ -284,34 +258,30 @@ class SentencePieceBackend:
                 words[at - 1], words[at] = words[at - 1] + word, ""
             elif token.single_word and right and right[0] != " ":
                 words[at], words[at + 1] = "", word + words[at + 1]
-        return [_Part(word, names.get(word)) for word in words if word]
+        return [(word, names.get(word)) for word in words if word]
 
     def _encode_parts(self, texts: list[str]) -> list[list[int]]:
-        """Encode text parts; without `legacy` their leading spaces stay."""
+        """Encode text parts; without `legacy` leading spaces are preserved."""
         if self._legacy:
             return self._model.encode(texts)
-        # sentencepiece drops a leading space, so the unknown token is put before it and removed again.
-        guarded = [text.startswith(("▁", " ")) for text in texts]
-        found = self._model.encode([self._unk * guard + text for text, guard in zip(texts, guarded, strict=True)])
-        return [
-            ids[self._unk_length :] if guard and len(ids) >= self._unk_length else ids
-            for ids, guard in zip(found, guarded, strict=True)
-        ]
+        # sentencepiece drops a leading space, so the unknown token is prepended and its ids removed.
+        guards = [self._unk * text.startswith(("▁", " ")) for text in texts]
+        found = self._model.encode([guard + text for guard, text in zip(guards, texts, strict=True)])
+        n = self._unk_length
+        return [ids[n:] if guard and len(ids) >= n else ids for guard, ids in zip(guards, found, strict=True)]
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         """See `Backend`."""
         hidden = self._hidden if skip_special_tokens else ()
         visible = [i for i in ids if i not in hidden and (i < self._pieces or i in self._tokens)]
         added = self._tokens.keys() | self._hidden
-        text = "".join(
-            "".join(self._content(i) for i in run) if is_added else self._model.decode(list(run))
-            for is_added, run in groupby(visible, key=added.__contains__)
-        )
+        text = ""
+        for is_added, group in groupby(visible, key=added.__contains__):
+            run = list(group)
+            contents = (self._tokens[i].content if i in self._tokens else self._model.id_to_piece(i) for i in run)
+            text += "".join(contents) if is_added else self._model.decode(run)
         # Remove the space that `encode` prepended; with `legacy` sentencepiece does.
         return text.removeprefix(" ") if self._prefix and visible and visible[0] not in added else text
-
-    def _content(self, i: int) -> str:
-        return self._tokens[i].content if i in self._tokens else self._model.id_to_piece(i)
 
 
 _MODEL_ATTRIBUTES: Final = ("bos_token", "eos_token", "unk_token")
@@ -338,7 +308,5 @@ def _check_model_flags(settings: TokenizerSettings) -> None:
         if value and name not in _IGNORED_OPTIONS:
             raise DSMoEError(f"tokenizer_config.json: sp_model_kwargs {name} {value!r:.80} is not supported")
     if _is_legacy(settings) and not settings.flag("add_prefix_space", True):
-        raise DSMoEError(
-            "tokenizer_config.json: add_prefix_space false needs legacy false: with legacy the slow and fast Llama "
-            "tokenizers of transformers differ"
-        )
+        reason = "with legacy the slow and fast Llama tokenizers of transformers differ"
+        raise DSMoEError(f"tokenizer_config.json: add_prefix_space false needs legacy false: {reason}")

@@ -1,7 +1,7 @@
 """Read the configuration files of a tokenizer and merge them as transformers does. Start at `read_settings`.
 
-tokenizer_config.json has the settings. Older folders have special tokens in special_tokens_map.json and added tokens in
-added_tokens.json; both are read only if tokenizer_config.json has no `added_tokens_decoder`.
+special_tokens_map.json and added_tokens.json, written by older releases of transformers, are read only if
+tokenizer_config.json has no `added_tokens_decoder`.
 """
 
 import logging
@@ -12,27 +12,20 @@ from typing import Any, Final, NamedTuple
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.strict_json import read_json
 
+# fmt: off
 # Copied with a checkpoint.
 TOKENIZER_FILES: Final = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json",
 )
-# fmt: off
 SPECIAL_TOKENS_ATTRIBUTES: Final = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )
-# fmt: on
 _ADDITIONAL: Final = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS: Final = ("lstrip", "rstrip", "single_word", "normalized", "special")
 # Llama classes add BOS and EOS by add_bos_token (default true) and add_eos_token, generic ones by the post-processor of
 # tokenizer.json.
 LLAMA_CLASSES: Final = ("LlamaTokenizer", "LlamaTokenizerFast", "DeepseekTokenizer", "DeepseekTokenizerFast")
-# fmt: off
 GENERIC_CLASSES: Final = (
     "PreTrainedTokenizerFast", "TokenizersBackend", "GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer",
     "Qwen2TokenizerFast",
@@ -42,12 +35,12 @@ _log = logging.getLogger("dsmoe_jax")
 
 
 class AddedToken(NamedTuple):
-    """A token that is matched in a text before the model runs; the fields of transformers' AddedToken."""
+    """A token matched before the tokenizer model runs, with the fields of transformers' AddedToken."""
 
     content: str
-    lstrip: bool = False  # also matches the spaces before it
-    rstrip: bool = False  # also matches the spaces after it
-    single_word: bool = False  # matches between spaces only
+    lstrip: bool = False  # also matches spaces before it
+    rstrip: bool = False  # also matches spaces after it
+    single_word: bool = False  # matches only between spaces
     normalized: bool = False
     special: bool = True
 
@@ -56,8 +49,8 @@ class TokenizerSettings(NamedTuple):
     """The merged settings of a tokenizer."""
 
     config: Mapping[str, Any]  # fields of tokenizer_config.json
-    special_tokens: dict[str, AddedToken | None]  # by attribute (`bos_token` …), if in a file
-    with_flags: frozenset[str]  # special tokens whose flags the config spells out
+    special_tokens: dict[str, AddedToken | None]  # by attribute (`bos_token` …), if set in a file
+    with_flags: frozenset[str]  # special tokens with explicit flags
     additional_special_tokens: tuple[AddedToken, ...]
     added_tokens: dict[int, AddedToken]  # by id
 
@@ -80,19 +73,13 @@ class TokenizerSettings(NamedTuple):
 
 
 def read_settings(folder: Path) -> TokenizerSettings:
-    """Read a tokenizer's configuration files; all of them are optional.
-
-    Raises:
-        DSMoEError: A file is malformed, or its `tokenizer_class` is not supported.
-    """
-    config = _read(folder / "tokenizer_config.json")
-    tokens_map = _read(folder / "special_tokens_map.json")
+    """Read and validate a tokenizer's configuration files; all of them are optional."""
+    paths = (folder / "tokenizer_config.json", folder / "special_tokens_map.json")
+    config, tokens_map = (read_json(path) if path.is_file() else {} for path in paths)
     added_path = folder / "added_tokens.json"
-    allowed = (*LLAMA_CLASSES, *GENERIC_CLASSES)
-    if (name := config.get("tokenizer_class")) is not None and name not in allowed:
-        raise DSMoEError(
-            f"tokenizer_config.json: tokenizer_class {name!r:.80} is not supported; allowed are {', '.join(allowed)}"
-        )
+    if (name := config.get("tokenizer_class")) not in (None, *LLAMA_CLASSES, *GENERIC_CLASSES):
+        allowed = ", ".join((*LLAMA_CLASSES, *GENERIC_CLASSES))
+        raise DSMoEError(f"tokenizer_config.json: tokenizer_class {name!r:.80} is not supported; allowed are {allowed}")
     has_decoder = "added_tokens_decoder" in config
     different = [key for key in tokens_map if key in config and _content(tokens_map[key]) != _content(config[key])]
     if has_decoder:
@@ -118,10 +105,6 @@ def read_settings(folder: Path) -> TokenizerSettings:
     with_flags = frozenset(_content(config[key]) for key in special if isinstance(config[key], dict))
     with_flags -= {token.content for token in added.values()}
     return TokenizerSettings(config, special, with_flags, additional, added)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
 
 
 def _content(token: Any) -> Any:

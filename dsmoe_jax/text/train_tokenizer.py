@@ -13,17 +13,9 @@ _MIN_VOCAB_SIZE: Final = 258  # 256 bytes, BOS and EOS
 
 
 def train_tokenizer(texts: Iterable[str], output_dir: Path, vocab_size: int) -> None:
-    """Train a byte-level BPE tokenizer and save it.
+    """Train a byte-level BPE tokenizer, with DeepSeek's BOS and EOS as ids 0 and 1, and save it to a new directory.
 
-    DeepSeek's BOS and EOS tokens get the ids 0 and 1.
-
-    Args:
-        texts: Training texts.
-        output_dir: New directory for tokenizer.json and tokenizer_config.json.
-        vocab_size: Number of tokens; the result is smaller if the texts have too few pairs to merge.
-
-    Raises:
-        DSMoEError: `vocab_size` is below 258, or `output_dir` exists.
+    It has fewer than `vocab_size` tokens if the texts have too few pairs to merge.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -32,28 +24,17 @@ def train_tokenizer(texts: Iterable[str], output_dir: Path, vocab_size: int) -> 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[_BOS, _EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=[_BOS, _EOS], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     # For transformers, which adds BOS by the post-processor.
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{_BOS} $A",
-        pair=f"{_BOS} $A {_BOS}:1 $B:1",
-        special_tokens=[(_BOS, tokenizer.token_to_id(_BOS))],
+        single=f"{_BOS} $A", pair=f"{_BOS} $A {_BOS}:1 $B:1", special_tokens=[(_BOS, tokenizer.token_to_id(_BOS))]
     )
-    tokenizer_config = {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "bos_token": _BOS,
-        "eos_token": _EOS,
-        "pad_token": _EOS,
-        "clean_up_tokenization_spaces": False,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
+    tokens = {"bos_token": _BOS, "eos_token": _EOS, "pad_token": _EOS, "tokenizer_class": "PreTrainedTokenizerFast"}
+    flags = {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
     with atomic_dir(output_dir) as draft:
         tokenizer.save(str(draft.folder / "tokenizer.json"))
-        write_json(draft.folder / "tokenizer_config.json", tokenizer_config)
+        write_json(draft.folder / "tokenizer_config.json", flags | tokens)

@@ -10,7 +10,7 @@ from dsmoe_jax.generate import Generator
 
 
 def run(*arguments: Any) -> int:
-    """Return the exit code, also that of argparse."""
+    """Return the exit code, including argparse's."""
     try:
         return main([str(argument) for argument in arguments])
     except SystemExit as stop:
@@ -18,7 +18,7 @@ def run(*arguments: Any) -> int:
 
 
 def load_once(monkeypatch: pytest.MonkeyPatch, generator: Generator) -> None:
-    """Let `Generator.from_pretrained` return `generator`, already compiled, unless it gets options."""
+    """Patch `Generator.from_pretrained` to return the compiled `generator` unless called with options."""
     load = Generator.from_pretrained.__func__  # type: ignore[attr-defined]
 
     def from_pretrained(cls: type[Generator], path: Any, **options: Any) -> Generator:

@@ -20,7 +20,7 @@ E, D, F = 4, 8, 12
 DENSE = ("dense", "dense", "dense")
 NOT_ADAPTERS = r"^(?!.*\.[ab]$)"
 
-FP32 = 1e-5  # of the largest value: sums of some ten products, in another order
+FP32 = 1e-5  # of the largest value: sums of about ten products in another order
 BF16 = 2e-2  # of the largest value: eps is 0.0078, and hidden rows and results are rounded, weight gradients too
 
 # fmt: off
@@ -44,7 +44,7 @@ ROWS = {name: 24 for name in GROUPS} | {
     "one row each": 6, "one row, rows beyond": 6, "largest blocks": 540,
 }
 KINDS = {
-    # each kind in another operand:   gate                   up                     down                    frozen
+    # a different kind per operand:   gate                   up                     down                    frozen
     "quantized":                 (("int8",                "4-bit",               "double"),               FROZEN),
     "quantized, trained scales": (("double",              "int8",                "4-bit"),                "codes"),
     "low-rank":                  (("low-rank over dense", "low-rank over int8",  "low-rank over double"), FROZEN),
@@ -69,7 +69,7 @@ def out_and_grads(function: Any, inputs: Inputs, sizes: Any, cotangent: Any, fro
 
 @functools.cache
 def jitted(function: Any, frozen: str = "", **options: Any):
-    """`out_and_grads`, compiled once per shape: group sizes are data."""
+    """Compiled `out_and_grads`; group sizes are traced."""
     return jax.jit(functools.partial(out_and_grads, function, frozen=frozen, **options))
 
 
@@ -81,7 +81,7 @@ def arrays(
     experts: int = E,
     widths: tuple[int, int] = (D, F),
 ):
-    """Inputs scaled for results near 1, and a gradient of the output. Every fifth row has weight 0."""
+    """Return inputs scaled for outputs near 1, and an output gradient; every fifth row has weight 0."""
     rng, (D, F) = np.random.default_rng(R), widths
     weights = jnp.asarray(rng.uniform(0.2, 1, R) * (np.arange(R) % 5 != 3), jnp.float32)
     shapes = ((F, D), (F, D), (D, F))
@@ -106,7 +106,7 @@ def check_all(got: Any, want: Any, tolerance: float = FP32):
 
 
 def check_groups(groups: str, backend: str):
-    """Every row goes through its own expert; rows beyond the groups are zero, with zero gradients."""
+    """Check that rows use their group's expert, and that rows beyond the groups and their gradients are zero."""
     inputs, cotangent = arrays(ROWS[groups])
     sizes = jnp.array(GROUPS[groups], jnp.int32)
     used = sum(GROUPS[groups])
@@ -122,7 +122,7 @@ def check_groups(groups: str, backend: str):
 
 
 def check_no_rows(backend: str):
-    """An empty output, zero gradients."""
+    """Check an empty output and zero gradients."""
     inputs, cotangent = arrays(0)
 
     out, grads = jitted(expert_ffn, backend=backend)(inputs, jnp.zeros(E, jnp.int32), cotangent)
@@ -133,7 +133,7 @@ def check_no_rows(backend: str):
 
 
 def check_kinds(kinds: str, backend: str):
-    """Quantized and low-rank operands, some of their leaves frozen."""
+    """Check quantized and low-rank operands with frozen leaves."""
     operands, frozen = KINDS[kinds]
     inputs, cotangent = arrays(24, kinds=operands)
     sizes = jnp.array(GROUPS["uneven"], jnp.int32)
@@ -144,7 +144,7 @@ def check_kinds(kinds: str, backend: str):
 
 
 def check_legs(backend: str):
-    """Legs of different backends."""
+    """Check different backends for fwd, dgrad and wgrad."""
     inputs, cotangent = arrays(24)
     sizes = jnp.array(GROUPS["rows beyond"], jnp.int32)
 
@@ -154,7 +154,7 @@ def check_legs(backend: str):
 
 
 def check_checkpoint(backend: str):
-    """Recomputing in the backward pass does not change the gradients."""
+    """Check that recomputation in the backward pass does not change the gradients."""
     inputs, cotangent = arrays(24)
     sizes = jnp.array(GROUPS["uneven"], jnp.int32)
 
@@ -164,7 +164,7 @@ def check_checkpoint(backend: str):
 
 
 def check_bf16(backend: str):
-    """Results near fp32, every gradient in its operand's dtype."""
+    """Check outputs against fp32, and that gradients have their operand's dtype."""
     inputs, cotangent = arrays(24, jnp.bfloat16)
     sizes = jnp.array(GROUPS["uneven"], jnp.int32)
 
@@ -176,7 +176,7 @@ def check_bf16(backend: str):
 
 
 def check_adapters_over_bf16(backend: str):
-    """Rows in bf16, adapters and their gradients in fp32."""
+    """Check bf16 rows with fp32 adapters and gradients."""
     inputs, cotangent = arrays(24, jnp.bfloat16, ("low-rank over dense", "low-rank over 4-bit", "dense"))
     sizes = jnp.array(GROUPS["uneven"], jnp.int32)
 
@@ -188,7 +188,7 @@ def check_adapters_over_bf16(backend: str):
 
 
 def expected(inputs: Inputs, sizes: list[int], cotangent: Any, activation: str = "silu"):
-    """Output and all gradients, by path, in float64 NumPy."""
+    """Return output and all gradients, by path, in float64 NumPy."""
     rows, weights, experts = inputs
     exact = [np.asarray(rows, np.float64), np.asarray(weights, np.float64), *map(reference.dense, experts)]
     options = {"group_sizes": sizes, "activation": activation}

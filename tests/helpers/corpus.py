@@ -1,4 +1,4 @@
-"""Small corpora: a tokenizer of bytes, files of text in every format, token shards written by hand."""
+"""Small corpora: a byte tokenizer, text files in every format, token shards."""
 
 import gzip
 import hashlib
@@ -16,7 +16,7 @@ TEXTS = ["def f(x):\n    return x\n", "你好, wörld 👩‍👧", "a", "the qu
 
 
 def byte_tokenizer(folder: Path, *, eos: bool = True, bos: bool = True, fill: int = 0) -> Path:
-    """A tokenizer with an id for every byte, bos 0 and eos 1; `fill` more tokens that no text has."""
+    """Return a byte tokenizer with BOS 0, EOS 1 and `fill` unused tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -37,7 +37,7 @@ def jsonl(texts: Sequence[Any], field: str = "text") -> bytes:
 
 
 def write_texts(path: Path, texts: Sequence[str], field: str = "text") -> Path:
-    """The texts as one file, in the format that the name asks for."""
+    """Write the texts as one file in the format of its extension."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.name.endswith(".parquet"):
         import pyarrow
@@ -59,7 +59,7 @@ def write_texts(path: Path, texts: Sequence[str], field: str = "text") -> Path:
 
 
 def hand_made_shards(folder: Path, lengths: Sequence[int], *, shards: int = 1, first_id: int = 1) -> TokenShards:
-    """Documents of these lengths as shards of uint32; every token has an id of its own, in order."""
+    """Write documents of these lengths as shards of uint32 with consecutive token ids."""
     folder.mkdir(parents=True)
     files, names, next_id = {}, [], first_id
     for index, part in enumerate(np.array_split(np.array(lengths), shards)):

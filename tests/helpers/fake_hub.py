@@ -1,6 +1,6 @@
 """A small Hugging Face hub on loopback that records every request.
 
-Start at `FakeHub`. A `Repository` says what it holds and what is wrong with it.
+Start at `FakeHub`. A `Repository` has files and simulated failures.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 LFS = (".safetensors", ".bin", ".pth")  # stored as large files, whose ETag is their SHA-256
 
-# what is wrong: status, X-Error-Code, X-Error-Message
+# failure: status, X-Error-Code, X-Error-Message
 REFUSALS: dict[str, tuple[int, str, str]] = {
     "absent": (401, "RepoNotFound", "Invalid username or password."),
     "gated": (403, "GatedRepo", "Access is restricted"),
@@ -33,10 +33,10 @@ class Repository:
 
     commits: dict[str, Mapping[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)  # what the listing says instead of the truth
+    sizes: dict[str, int] = field(default_factory=dict)  # wrong sizes in the listing
     listing: str = ""  # a key of REFUSALS; "silent" hangs up, "garbage" is no JSON
     download: str = ""  # a key of REFUSALS, for the files
-    cut: dict[str, int] = field(default_factory=dict)  # after so many bytes of a file the line breaks, then the hub
+    cut: dict[str, int] = field(default_factory=dict)  # bytes of a file after which the connection breaks
 
     def commit(self, files: Mapping[str, bytes], branch: str = "main") -> str:
         """Return the SHA of a new commit at the head of `branch`."""
@@ -61,9 +61,9 @@ class FakeHub:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[Request] = []
 
-    def add(self, name: str, files: Mapping[str, bytes], **wrong: Any) -> Repository:
+    def add(self, name: str, files: Mapping[str, bytes], **failure: Any) -> Repository:
         """Return a new repository with one commit."""
-        repository = self.repositories[name] = Repository(**wrong)
+        repository = self.repositories[name] = Repository(**failure)
         repository.commit(files)
         return repository
 
@@ -119,20 +119,20 @@ class _Handler(BaseHTTPRequestHandler):
         hub: FakeHub = self.server.hub  # pyright: ignore[reportAttributeAccessIssue]
         hub.requests.append(Request(self.command, name, file, self.headers.get("Authorization", "")))
         repository = hub.repositories.get(name, Repository(listing="absent", download="absent"))
-        if wrong := repository.download if file else repository.listing:
-            return self._refuse(wrong)
+        if failure := repository.download if file else repository.listing:
+            return self._send_error(failure)
         sha = repository.branches.get(revision, revision)
         if sha not in repository.commits:
             return self._answer(404, {"X-Error-Code": "RevisionNotFound"})
         return repository, sha
 
-    def _refuse(self, wrong: str) -> None:
-        if wrong == "silent":
+    def _send_error(self, failure: str) -> None:
+        if failure == "silent":
             self.close_connection = True
-        elif wrong == "garbage":
+        elif failure == "garbage":
             self._answer(200, {}, b"<html>Log in to the hotel's network</html>")
         else:
-            status, code, message = REFUSALS[wrong]
+            status, code, message = REFUSALS[failure]
             self._answer(
                 status, {"X-Error-Code": code, "X-Error-Message": message.replace("\n", " ")}, message.encode()
             )
@@ -165,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
             repository.cut[file] = 0
             self._answer(200, headers, data, until=until)
         else:
-            self._refuse("broken")
+            self._send_error("broken")
 
     def _answer(
         self, status: int, headers: Mapping[str, str] | None = None, body: bytes = b"", *, until: int | None = None

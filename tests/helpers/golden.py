@@ -1,4 +1,4 @@
-"""Golden cases: outputs of the original PyTorch model, four beside this file and the larger ones in `../shared`."""
+"""Golden cases: outputs of the original PyTorch model, in `tests/golden` and, if large, in `../shared`."""
 
 import functools
 import json
@@ -17,29 +17,29 @@ SHARED = TESTS.parent.parent / "shared"
 COMMITTED = ("a_baseline", "b_norm_topk", "d_rope_linear", "k_bin_shards")
 CASES = (*COMMITTED, "i_mid")
 
-LOGITS = 1e-4  # absolute, against logits of rms 2; a right fp32 implementation sits near 1e-5
+LOGITS = 1e-4  # absolute, for logits of rms 2; a correct fp32 implementation is within 1e-5
 
 
 def folder(case: str) -> Path:
-    """The folder of a case; the test skips where it lies in `../shared` and that is absent."""
+    """Return the folder of a case; skips the test if it is in an absent `../shared`."""
     path = TESTS / "golden" / case if case in COMMITTED else SHARED / "golden" / case
     if not path.is_dir():
-        pytest.skip(f"golden case {case} lies in ../shared, which is absent")
+        pytest.skip(f"golden case {case} is in ../shared, which is absent")
     return path
 
 
 @functools.lru_cache(maxsize=2)
 def tensors(case: str) -> dict[str, np.ndarray]:
-    """What the original computed."""
+    """Return the outputs of the original."""
     return load_file(folder(case) / "expected.safetensors")
 
 
 def expected(case: str) -> dict[str, Any]:
-    """The scalars, curves and generated ids."""
+    """Return the scalars, curves and generated ids."""
     return json.loads((folder(case) / "expected.json").read_text())
 
 
 @functools.lru_cache(maxsize=4)
 def model(case: str, dtype: str = "float32") -> DeepSeekMoE:
-    """The case's model through the real import."""
+    """Import the model of a case."""
     return load_hf(folder(case), dtype=dtype)

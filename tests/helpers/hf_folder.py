@@ -1,6 +1,6 @@
 """Write small checkpoints in the Hugging Face layout. Start at `write_hf`.
 
-Behind it what the tests of conversions share: a reader that is not ours, and ways to spoil and to interrupt.
+Also helpers of the conversion tests: an independent reader, and functions that damage files and interrupt conversions.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.convert import export_hf, import_hf
 from dsmoe_jax.convert.param_mapping import hf_names, is_stacked
 from dsmoe_jax.model import abstract
 from dsmoe_jax.progress import Advance, Meter
@@ -24,7 +25,7 @@ from dsmoe_jax.text.train_tokenizer import train_tokenizer
 
 INDEX = "model.safetensors.index.json"
 
-# Changes to `tiny`, each another set of tensors.
+# Config changes to `tiny`, each with a different set of tensors.
 VARIANTS: Final[dict[str, dict[str, Any]]] = {
     "everything": {},
     "tied": {"tie_word_embeddings": True},
@@ -118,6 +119,12 @@ def stored(folder: Path) -> dict[str, Stored]:
     return tensors
 
 
+def round_trip(source: Path, work: Path, **options: Any) -> Path:
+    """Return the folder after an import to `work/native` and an export."""
+    import_hf(source, work / "native")
+    return export_hf(work / "native", work / "back", **options).path
+
+
 def same_bits(got: Any, want: np.ndarray) -> bool:
     got = np.asarray(got)
     return got.dtype == want.dtype and got.shape == want.shape and got.tobytes() == want.tobytes()
@@ -126,26 +133,26 @@ def same_bits(got: Any, want: np.ndarray) -> bool:
 def edit(file: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     """Return a function that changes the fields of a JSON file in a folder."""
 
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         fields = json.loads((folder / file).read_text())
         change(fields)
         (folder / file).write_text(json.dumps(fields))
 
-    return spoil
+    return damage
 
 
-def resealed(spoil: Callable[[Path], Any]) -> Callable[[Path], None]:
-    """`spoil`, and then a manifest that agrees with it: what is left to find is not a matter of hashes."""
+def rehashed(damage: Callable[[Path], Any]) -> Callable[[Path], None]:
+    """Return a function that calls `damage` and updates the manifest, so that hashes match."""
 
-    def spoil_and_seal(folder: Path) -> None:
-        spoil(folder)
+    def damage_and_rehash(folder: Path) -> None:
+        damage(folder)
         fields = json.loads((folder / MODEL_MANIFEST).read_text())
         if (folder / "config.json").is_file():
             fields["files"]["config.json"] = hash_file(folder / "config.json")
         del fields["sha256"]
         write_json(folder / MODEL_MANIFEST, fields | {"sha256": hash_json(fields)})
 
-    return spoil_and_seal
+    return damage_and_rehash
 
 
 def flip_bit(file: Path, at: int, bit: int = 0) -> None:
@@ -156,7 +163,7 @@ def flip_bit(file: Path, at: int, bit: int = 0) -> None:
 
 
 def stop_after(nbytes: int, error: BaseException | None = None) -> Meter:
-    """A progress meter that interrupts the conversion (Ctrl-C, if not `error`) once that many bytes are done."""
+    """A progress meter that interrupts the conversion with `error`, by default Ctrl-C, after that many bytes."""
 
     @contextlib.contextmanager
     def meter(what: str, total: int) -> Iterator[Advance]:

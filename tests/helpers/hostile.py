@@ -34,10 +34,6 @@ def assert_rejected(folder: Path, match: str) -> None:
     assert len(str(caught.value)) < 600
 
 
-def same_bits(got: np.ndarray, want: np.ndarray) -> bool:
-    return got.dtype == want.dtype and got.shape == want.shape and got.tobytes() == want.tobytes()
-
-
 # safetensors
 
 
@@ -50,7 +46,7 @@ def built(header: object, data: bytes = bytes(16)) -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
-# .bin files: an assembler for the pickles torch writes, and for those it would not
+# .bin files: an assembler of pickles
 
 
 def text(value: str) -> bytes:
@@ -125,7 +121,7 @@ def called(module: str, name: str, argument: str = "touch ran") -> bytes:
     return opcodes(named(module, name), group(text(argument)), b"R")
 
 
-# Good checkpoints, the files of each by name, and how each of their files may be spoilt
+# Valid checkpoints and mutations of their files
 
 
 @functools.cache
@@ -188,7 +184,7 @@ def deep(r: Random) -> list:
 
 
 def spoil_node(r: Random, parent: dict | list, key: Any) -> None:
-    """One change to the child `key` of a parsed JSON document."""
+    """Change the child `key` of a parsed JSON document."""
     value = parent[key]
     match r.randrange(7):
         case 0:
@@ -213,7 +209,7 @@ def spoil_node(r: Random, parent: dict | list, key: Any) -> None:
 
 
 def spoil_tree(r: Random, document: Any) -> None:
-    """One to three changes anywhere in a parsed JSON document."""
+    """Make one to three changes anywhere in a parsed JSON document."""
     for _ in range(r.choice((1, 1, 2, 3))):
         node = document
         while node:
@@ -233,12 +229,12 @@ def spoil_json(r: Random, data: bytes) -> bytes:
 
 
 def written(document: Any) -> bytes:
-    """JSON as hostile as Python writes it: NaN, half surrogate pairs, integers of any length."""
+    """Return JSON with everything Python can write: NaN, lone surrogates, integers of any length."""
     return json.dumps(document).encode()
 
 
 def spoil_spelling(r: Random, text: bytes) -> bytes:
-    """Sometimes add what `json.dumps` never writes: duplicate keys, spaces, another zero, a second document."""
+    """Sometimes add text that `json.dumps` never writes: duplicate keys, spaces, leading zeros, a second document."""
     if r.random() < 0.8:
         return text
     old, new = r.choice(
@@ -250,7 +246,7 @@ def spoil_spelling(r: Random, text: bytes) -> bytes:
 
 
 def spoil_bytes(r: Random, data: bytes) -> bytes:
-    """One to three flips, insertions, deletions or cuts, half of them near the start or the end."""
+    """Make one to three flips, insertions, deletions or cuts, half of them near the start or the end."""
     changed = bytearray(data)
     for _ in range(r.choice((1, 1, 2, 3))):
         span = len(changed) or 1
@@ -272,7 +268,7 @@ def spoil_bytes(r: Random, data: bytes) -> bytes:
 
 
 def spoil_safetensors(r: Random, data: bytes) -> bytes:
-    """The header as JSON, its length, or the data behind it."""
+    """Mutate the header as JSON, its length, or the data after it."""
     size = int.from_bytes(data[:8], "little")
     header, rest = json.loads(data[8 : 8 + size]), data[8 + size :]
     text, length = data[8 : 8 + size], None
@@ -280,7 +276,7 @@ def spoil_safetensors(r: Random, data: bytes) -> bytes:
         case 0 | 1 | 2:
             spoil_tree(r, header)
             text = spoil_spelling(r, written(header))
-        case 3:  # still a good file, most of the time
+        case 3:  # usually still valid
             names = [name for name in header if name != "__metadata__"]
             one, other = r.choice(names), r.choice(names)
             header[one], header[other] = header[other], header[one]
@@ -295,18 +291,18 @@ def spoil_safetensors(r: Random, data: bytes) -> bytes:
 
 
 def spoil_zip(r: Random, data: bytes) -> bytes:
-    """Fields of the members' headers, of the directory and of its end; members packed, doubled or renamed."""
+    """Mutate fields of headers and directory; compress, duplicate or rename members."""
     changed = bytearray(data)
     if r.randrange(8) == 0:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = [(name, archive.read(name)) for name in archive.namelist()]
-        spoilt = r.randrange(len(members))
-        name, content = members[spoilt]
-        members[spoilt] = (r.choice((name, "x", "/", "../x", "r/x", f"{name}\0x", "q/data.pkl", "x" * 3000)), content)
+        damaged = r.randrange(len(members))
+        name, content = members[damaged]
+        members[damaged] = (r.choice((name, "x", "/", "../x", "r/x", f"{name}\0x", "q/data.pkl", "x" * 3000)), content)
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as archive:
             for i, (name, content) in enumerate(members):
-                deflated = i == spoilt and r.random() < 0.5
+                deflated = i == damaged and r.random() < 0.5
                 archive.writestr(name, content, zipfile.ZIP_DEFLATED if deflated else zipfile.ZIP_STORED)
         return buffer.getvalue()
     for _ in range(r.choice((1, 1, 2))):
@@ -327,7 +323,7 @@ def spoil_zip(r: Random, data: bytes) -> bytes:
 
 
 def spoil_pickle(r: Random, content: bytes) -> bytes:
-    """One to three opcodes with their arguments left out, doubled, swapped, changed or put in."""
+    """Delete, duplicate, swap, change or insert one to three opcodes and their arguments."""
     starts = [position for _, _, position in pickletools.genops(content)]
     parts = [content[start:end] for start, end in zip(starts, [*starts[1:], len(content)], strict=True)]
     for _ in range(r.choice((1, 1, 2, 3))):
@@ -373,7 +369,7 @@ OPCODES = (
 
 
 def spoil_bin(r: Random, data: bytes) -> bytes:
-    """The pickle of the tensors inside a zip or a legacy file; the rest is unchanged."""
+    """Mutate only the pickle of the tensors in a zip or legacy file."""
     if data[:2] == b"PK":
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = {name: archive.read(name) for name in archive.namelist()}
@@ -385,8 +381,8 @@ def spoil_bin(r: Random, data: bytes) -> bytes:
     for _ in range(5):
         list(pickletools.genops(stream))
         bounds.append(stream.tell())
-    spoilt = r.choice((0, 1, 2, 3, 3, 3, 3, 4))
-    start, end = bounds[spoilt : spoilt + 2]
+    damaged = r.choice((0, 1, 2, 3, 3, 3, 3, 4))
+    start, end = bounds[damaged : damaged + 2]
     return data[:start] + spoil_pickle(r, data[start:end]) + data[end:]
 
 
@@ -401,7 +397,7 @@ def spoil_storage(r: Random, data: bytes) -> bytes:
 
 
 def spoil_config(r: Random, data: bytes) -> bytes:
-    """One to three fields, known here or to related models, at a value that is extreme or of another type."""
+    """Set one to three fields of this or related models to extreme values or other types."""
     fields = json.loads(data)
     known = [*_LIMITS, *_FOREIGN, "rope_scaling", "architectures", "model_type", "auto_map", "extra"]
     for _ in range(r.choice((1, 1, 2, 3))):
@@ -411,7 +407,7 @@ def spoil_config(r: Random, data: bytes) -> bytes:
     return spoil_spelling(r, written(fields))
 
 
-# What is spoilt: the checkpoint, the file of it, how. Every row gets the same share of a run.
+# Checkpoint, file and mutation; all are equally frequent.
 MUTATIONS: dict[str, tuple[str, str, Callable[[Random, bytes], bytes]]] = {
     "safetensors, header":   ("single", "model.safetensors", spoil_safetensors),
     "safetensors, bytes":    ("single", "model.safetensors", spoil_bytes),

@@ -1,4 +1,4 @@
-"""The ways the 8 simulated devices are laid out in tests, and how large each device's part of a parameter is then."""
+"""Meshes of the 8 simulated devices, and the shard shapes of parameters on them."""
 
 import contextlib
 
@@ -17,11 +17,11 @@ MESHES = {
 
 
 def on_mesh(mesh: str | None) -> contextlib.AbstractContextManager:
-    """The context of jitted functions that run on this mesh; None: on one device."""
+    """Return the context of jitted functions on this mesh; None: on one device."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(make_mesh(MESHES[mesh]))
 
 
-# What one device holds of the parameters of `hf_folder.tiny()`.
+# Shard shapes of the parameters of `hf_folder.tiny()`.
 # fmt: off
 PARTS = {
     #                           embed [64, 32]  attention.q [32, 32]  experts.gate [8, 16, 32]  router [8, 32]
@@ -36,7 +36,7 @@ PARTS_OF = ("embed", "layers.0.attention.q.weight", "layers.1.moe.experts.gate",
 
 
 def check_placement(model: DeepSeekMoE, mesh: str) -> None:
-    """Every array lies as `shardings` says, and no device holds more of it than its part."""
+    """Check that every array has its sharding by `shardings`, and every device only its shard."""
     params = split(model)[1]
     for name, place in shardings(model.config, MESHES[mesh]).items():
         array = params[name]
@@ -46,7 +46,7 @@ def check_placement(model: DeepSeekMoE, mesh: str) -> None:
 
 
 def check_parts(model: DeepSeekMoE, mesh: str) -> None:
-    """The same for `hf_folder.tiny()`, whose parts are known in numbers."""
+    """Also check the shard shapes for `hf_folder.tiny()`."""
     check_placement(model, mesh)
     params = split(model)[1]
     for name, part in zip(PARTS_OF, PARTS[mesh], strict=True):

@@ -1,7 +1,7 @@
-"""The slow obvious twin: the whole model in float64 NumPy, one token, one head and one expert at a time.
+"""Slow reference of the model in float64 NumPy, one token, head and expert at a time.
 
-Start at `forward`, then `moe`; for the kernels at `expert_ffn`, then `dense`. Nothing here is shared with the model but
-its parameters' names and layout, [out, in].
+Start at `forward` and `moe`, for the kernels at `expert_ffn` and `dense`. It shares only the parameters' names and
+layout, [out, in], with the model.
 """
 
 import dataclasses
@@ -18,19 +18,19 @@ from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, split
 
 Params = Mapping[str, np.ndarray]
 
-TILE = 10  # of 4-bit operands: divides no row and no expert of the tests
+TILE = 10  # of 4-bit operands; divides no row or expert of the tests
 
 
 @dataclasses.dataclass
 class Output:
     logits: np.ndarray  # [B, T, V]
-    hidden_states: list[np.ndarray]  # L + 1 of [B, T, D], the last one after the final norm
+    hidden_states: list[np.ndarray]  # L + 1 of [B, T, D], the last after the final norm
     last_before_norm: np.ndarray
     chosen: dict[int, np.ndarray]  # [B, T, A] expert ids by MoE layer
 
 
 def forward(model: DeepSeekMoE, token_ids: Any, attention_mask: Any = None, position_ids: Any = None) -> Output:
-    """What `model(token_ids, attention_mask, position_ids)` should return."""
+    """Return the expected output of `model(token_ids, attention_mask, position_ids)`."""
     config = model.config
     params = {name: np.asarray(value, np.float64) for name, value in split(model)[1].items()}
     ids = np.asarray(token_ids)
@@ -59,7 +59,7 @@ def forward(model: DeepSeekMoE, token_ids: Any, attention_mask: Any = None, posi
 
 
 def moe(config: ModelConfig, params: Params, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The MoE layer: every token alone, through each of its experts in turn."""
+    """Compute the MoE layer, one token and expert at a time."""
     experts = params["experts.gate"], params["experts.up"], params["experts.down"]
     y, chosen = np.zeros_like(x), np.zeros((*x.shape[:-1], config.num_experts_per_tok or 0), int)
     for token in np.ndindex(x.shape[:-1]):
@@ -84,7 +84,7 @@ def expert_ffn(
     group_sizes: Any,
     activation: str,
 ) -> np.ndarray:
-    """The routed experts on sorted rows: each expert takes the next `group_sizes[e]` of them, the rest are zeros."""
+    """Compute the routed experts on sorted rows, `group_sizes[e]` for each expert; further rows are zero."""
     out, start = np.zeros(rows.shape), 0
     for e, size in enumerate(group_sizes):
         mine = slice(start, start + size)
@@ -103,7 +103,7 @@ def expert_ffn_grads(
     activation: str,
     grad_out: np.ndarray,
 ) -> list[np.ndarray]:
-    """The gradients of `expert_ffn` by hand; only the activation's slope is taken numerically."""
+    """Compute the gradients of `expert_ffn` by hand, the activation's numerically."""
     act, h = ACTIVATIONS[activation], 1e-6
     grads = [np.zeros(array.shape) for array in (rows, weights, gate, up, down)]
     d_rows, d_weights, d_gate, d_up, d_down = grads
@@ -123,7 +123,7 @@ def expert_ffn_grads(
 
 
 def dense(operand: Any) -> np.ndarray:
-    """The weights [E, O, I] that a dense, quantised or low-rank operand stands for."""
+    """Return the weights [E, O, I] of a dense, quantized or low-rank operand."""
     if hasattr(operand, "base"):
         a, b = np.asarray(operand.a, np.float64), np.asarray(operand.b, np.float64)
         return dense(operand.base) + np.stack([b[e] @ a[e] for e in range(len(a))])
@@ -131,7 +131,7 @@ def dense(operand: Any) -> np.ndarray:
 
 
 def dequantize(quantized: Any) -> np.ndarray:
-    """A `Quantized` of all experts, one code at a time."""
+    """Dequantize a `Quantized` of all experts, one code at a time."""
     scales, units = dense(quantized.scales), unscaled(quantized)
     values = np.zeros(units.shape)
     for e in range(len(units)):
@@ -143,7 +143,7 @@ def dequantize(quantized: Any) -> np.ndarray:
 
 
 def unscaled(quantized: Any) -> np.ndarray:
-    """What the codes of a `Quantized` stand for, before scales."""
+    """Return the unscaled values of the codes of a `Quantized`."""
     codes, codebook = np.asarray(quantized.codes), quantized.codebook
     if codebook is None:
         return codes.astype(np.float64)
@@ -154,7 +154,7 @@ def unscaled(quantized: Any) -> np.ndarray:
 
 
 def operand_grads(name: str, operand: Any, grad: np.ndarray) -> dict[str, np.ndarray]:
-    """From the gradient of what an operand stands for, those of its float leaves, by their paths."""
+    """Return the gradients of an operand's float leaves by path, from the gradient of its dense weights."""
     if hasattr(operand, "base"):
         a, b = np.asarray(operand.a, np.float64), np.asarray(operand.b, np.float64)
         return operand_grads(f"{name}.base", operand.base, grad) | {
@@ -185,20 +185,20 @@ def self_attention(
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S]; each query head alone with its key-value head."""
+    """Attend with q [B, T, N, H], k and v [B, S, K, H] and mask [B, T, S], one query head at a time."""
     B, _, N, H = q.shape
     group = N // k.shape[2]
     out = np.zeros(q.shape)
     for b, head in np.ndindex(B, N):
         scores = q[b, :, head] @ k[b, :, head // group].T / math.sqrt(H)
-        # The original's way to mask: a query that may read nothing reads everything alike.
+        # As in the original, a fully masked query attends uniformly.
         scores = np.where(mask[b], scores, np.finfo(np.float32).min)
         out[b, :, head] = softmax(scores) @ v[b, :, head // group]
     return out
 
 
 def frequencies(config: ModelConfig, length: int) -> np.ndarray:
-    """Angle per position of every pair, with position interpolation (linear) or NTK-aware scaling (dynamic)."""
+    """Return the RoPE angles, with position interpolation (linear) or NTK-aware scaling (dynamic)."""
     H, base, scaling = config.head_dim, config.rope_theta, config.rope_scaling
     if scaling is not None and scaling.type == "dynamic" and length > config.max_position_embeddings:
         stretch = scaling.factor * length / config.max_position_embeddings - (scaling.factor - 1)
@@ -208,7 +208,7 @@ def frequencies(config: ModelConfig, length: int) -> np.ndarray:
 
 
 def rotate(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
-    """x [B, T, N, H] by angles [B, T, H/2]: entry j and entry j + H/2 are a complex number, turned."""
+    """Rotate x [B, T, N, H] by angles [B, T, H/2]; entries j and j + H/2 are a complex number."""
     real, imaginary = np.split(x, 2, axis=-1)
     turned = (real + 1j * imaginary) * np.exp(1j * angles)[:, :, None, :]
     return np.concatenate([turned.real, turned.imag], axis=-1)
@@ -242,7 +242,7 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def under(params: Params, prefix: str) -> dict[str, np.ndarray]:
-    """The parameters below `prefix`, by the rest of their path."""
+    """Return the parameters below `prefix`, by the rest of their path."""
     return {name.removeprefix(f"{prefix}."): value for name, value in params.items() if name.startswith(f"{prefix}.")}
 
 
@@ -251,7 +251,7 @@ def projections(params: Params) -> list[np.ndarray]:
 
 
 def random_model(config: ModelConfig, seed: int = 0, dtype=jnp.float32) -> DeepSeekMoE:
-    """A model whose every parameter matters: weights that keep the size of their input, no bias 0, no norm 1."""
+    """Return a model in which every parameter matters: weights preserve the rms, no bias is 0, no norm 1."""
     rng = np.random.default_rng(seed)
     params = {}
     for name, spec in abstract(config)[1].items():
@@ -265,16 +265,16 @@ def random_model(config: ModelConfig, seed: int = 0, dtype=jnp.float32) -> DeepS
 
 
 def random_operand(kind: str, shape: tuple[int, int, int], rng: np.random.Generator, dtype: Any = jnp.float32) -> Any:
-    """An operand of this kind, [E, O, I], that keeps the size of its input; `dtype` is that of dense weights."""
+    """Return an operand [E, O, I] of this kind that preserves the rms; `dtype` is for dense weights."""
     experts, out, into = shape
     size, tiles = 1 / math.sqrt(into), math.ceil(out * into / TILE)
     match kind.split(" over "):
         case ["dense"]:
             return jnp.asarray(size * rng.normal(size=shape), dtype)
-        case ["int8"]:  # a scale for each output
+        case ["int8"]:  # one scale per output
             scales = jnp.asarray(size * rng.uniform(0.01, 0.03, (experts, out, 1)), jnp.float32)
             return Quantized(jnp.asarray(rng.integers(-128, 128, shape), jnp.int8), scales, tile=into)
-        case ["4-bit" | "double" as kind]:  # tiles that run across rows; the last one may be short
+        case ["4-bit" | "double" as kind]:  # tiles may span rows; the last may be short
             scales = jnp.asarray(size * rng.uniform(1, 3, (experts, tiles)), jnp.float32)
             if kind == "double":
                 scales = Quantized(
@@ -296,7 +296,7 @@ def random_operand(kind: str, shape: tuple[int, int, int], rng: np.random.Genera
 def encode(
     values: np.ndarray, codebook: tuple[float, ...], tile: int, largest: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Quantised fp32 values: what their codes stand for and the scales, one tile and one value at a time."""
+    """Quantize fp32 values, one tile and one value at a time; returns the codes' values and scales."""
     units, scales = [], []
     for start in range(0, len(values), tile):
         scales.append(np.abs(values[start : start + tile]).max() * np.float32(1 / largest))

@@ -1,4 +1,4 @@
-"""Fine-tuning records and how tests read them."""
+"""Fine-tuning records, and helpers to read examples."""
 
 import itertools
 import json
@@ -19,12 +19,12 @@ def jsonl(path: Path, lines: list[Any]) -> Path:
 
 
 def said(*texts: str) -> Conversation:
-    """Turns of the user and of the assistant, in turn."""
+    """Return a conversation of alternating user and assistant messages."""
     return Conversation([{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)])
 
 
 def spans(example: Example, tokenizer: Tokenizer) -> list[tuple[bool, str]]:
-    """The example's text, cut where it begins or ceases to be learned."""
+    """Return the example's text, split where loss tokens begin and end."""
     tokens, loss_mask = example
     cuts = [0, *(np.flatnonzero(np.diff(loss_mask)) + 1), len(tokens)]
     return [

@@ -1,4 +1,4 @@
-"""The small model of the tests of generation, as a model and as a native checkpoint with a tokenizer."""
+"""The small model of the generation tests, and its native checkpoint with a tokenizer."""
 
 import functools
 from pathlib import Path

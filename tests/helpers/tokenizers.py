@@ -1,4 +1,4 @@
-"""Tiny tokenizers of both kinds, as fixtures to assign in a test module."""
+"""Tiny tokenizers of both backends, as fixtures to assign in a test module."""
 
 import json
 from pathlib import Path
@@ -68,7 +68,7 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["json_file", "model_file"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A copy of a tokenizer of either kind."""
+    """Return a copy of a tokenizer of either backend."""
     source: Path = request.getfixturevalue(request.param)
     (tmp_path / source.name).write_bytes(source.read_bytes())
     return tmp_path

@@ -1,7 +1,7 @@
-"""The independent reader: DeepSeekMoE v1 in plain PyTorch, with the module names of the Hugging Face checkpoints.
+"""An independent DeepSeekMoE v1 in plain PyTorch, with the module names of Hugging Face checkpoints.
 
-Start at `TorchModel.forward`. Eager, float32, inference only, and built from the fields of a `config.json` as they
-stand: nothing of `dsmoe_jax` is imported, so that it cannot share a mistake with it.
+Start at `TorchModel.forward`. Eager, float32, inference only, built from the raw fields of `config.json`. It imports
+nothing from `dsmoe_jax`, so it cannot share its mistakes.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,13 +26,13 @@ class TorchModel(nn.Module):
             raise ValueError(f"not a DeepSeekMoE v1: {config['model_type']}, scoring_func {config['scoring_func']}")
         self.config = config
         self.model = Decoder(config)
-        # Tied: the head is the embedding, and the file holds that once.
+        # A tied head is stored once, as the embedding.
         tied = config["tie_word_embeddings"]
         self.lm_head = None if tied else nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
 
     @torch.no_grad()
     def forward(self, ids: Tensor) -> Tensor:
-        """Logits [B, T, V] of whole rows of ids [B, T], without padding and from position 0 on."""
+        """Return logits [B, T, V] of ids [B, T] without padding, from position 0."""
         cos, sin = rotation(self.config, length=ids.shape[1])
         x = self.model.embed_tokens(ids)
         for layer in self.model.layers:
@@ -42,7 +42,7 @@ class TorchModel(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything below the head; named `model` in a checkpoint."""
+    """The decoder without the head, `model` in a checkpoint."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -52,7 +52,7 @@ class Decoder(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, then a feed-forward, each on the normalised states and added to them."""
+    """Pre-norm attention and feed-forward with residuals."""
 
     def __init__(self, config: Config, index: int):
         super().__init__()
@@ -82,7 +82,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal; key-value head h serves the query heads h * groups to (h + 1) * groups - 1."""
+    """Causal attention; key-value head h serves query heads h * groups to (h + 1) * groups - 1."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -105,12 +105,12 @@ class Attention(nn.Module):
         return self.o_proj((weights @ v).transpose(1, 2).flatten(2))
 
     def by_head(self, x: Tensor) -> Tensor:
-        """[B, T, heads * head_dim] -> [B, heads, T, head_dim]."""
+        """Reshape [B, T, heads * head_dim] to [B, heads, T, head_dim]."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 def rotation(config: Config, length: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [T, head_dim] of every position's angles; the second half repeats the first."""
+    """Return cosine and sine [T, head_dim] of the angles; the second half repeats the first."""
     width = config["hidden_size"] // config["num_attention_heads"]
     base, positions = config["rope_theta"], torch.arange(length, dtype=torch.float32)
     if (scaling := config["rope_scaling"]) is not None:
@@ -128,12 +128,12 @@ def rotation(config: Config, length: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Element j of a head turns together with element j + head_dim / 2."""
+    """Rotate elements j and j + head_dim / 2 of a head as a pair."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-# As transformers names them: "gelu" is the exact one, the other two are its tanh approximation.
+# By transformers' names: "gelu" is exact, the other two are its tanh approximation.
 ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "silu": F.silu,
     "swish": F.silu,
@@ -145,7 +145,7 @@ ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
 
 
 class SwiGLU(nn.Module):
-    """A dense feed-forward, one routed expert, or all shared experts as one."""
+    """A dense feed-forward, a routed expert, or the fused shared experts."""
 
     def __init__(self, config: Config, width: int):
         super().__init__()
@@ -160,24 +160,24 @@ class SwiGLU(nn.Module):
 
 
 class Gate(nn.Module):
-    """The router. Its weights sum to less than one unless `norm_topk_prob`, which means nothing to a single expert."""
+    """The router; top-k weights are normalized only with `norm_topk_prob` and k > 1."""
 
     def __init__(self, config: Config):
         super().__init__()
-        self.kept = config["num_experts_per_tok"]
-        self.normalise = config["norm_topk_prob"] and self.kept > 1
+        self.k = config["num_experts_per_tok"]
+        self.normalize = config["norm_topk_prob"] and self.k > 1
         self.weight = nn.Parameter(torch.empty(config["n_routed_experts"], config["hidden_size"]))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and ids of every token's experts, each [tokens, kept]."""
-        weights, ids = F.linear(x, self.weight).softmax(dim=-1).topk(self.kept, dim=-1)
-        if self.normalise:
+        """Return weights and ids [tokens, k] of the top-k experts."""
+        weights, ids = F.linear(x, self.weight).softmax(dim=-1).topk(self.k, dim=-1)
+        if self.normalize:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return weights, ids
 
 
 class MoE(nn.Module):
-    """The weighted sum of a token's routed experts, plus the shared ones where there are any."""
+    """The weighted sum of the routed experts, plus the shared experts if any."""
 
     def __init__(self, config: Config):
         super().__init__()

@@ -148,8 +148,8 @@ def _deepseek_instruct(messages: Messages, tokenizer: Tokenizer, **variables: An
     instruction, output = (message["content"] for message in messages)
     prompt, completion = _INSTRUCT.format(instruction.strip()), _INSTRUCT_COMPLETION.format(output)
     if tokenizer.split_special_tokens:
-        prompt = tokenizer.protect(_INSTRUCT.format(tokenizer.escape(instruction.strip())))
-        completion = tokenizer.protect(_INSTRUCT_COMPLETION.format(tokenizer.escape(output)))
+        prompt = tokenizer.escape.protect(_INSTRUCT.format(tokenizer.escape(instruction.strip())))
+        completion = tokenizer.escape.protect(_INSTRUCT_COMPLETION.format(tokenizer.escape(output)))
     ids = _with_bos(prompt + completion, tokenizer)
     size = len(_with_bos(prompt, tokenizer))
     return [Piece(ids[:size], False), Piece(ids[size:], True)]
