@@ -11,8 +11,9 @@ from dsmoe_jax.axes import Array
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, split
-from dsmoe_jax.quantize import KINDS, SCHEMES, kind_of, quantize_embedding, quantize_params, relative_error, usage
+from dsmoe_jax.quantize import KINDS, SCHEMES, kind_of, quantize_embedding, quantize_params
 from tests.helpers import golden
+from tests.helpers.quantization import relative_error, usage
 
 CASE = "a_baseline"
 PRESET = "deepseek_moe_16b"

@@ -30,13 +30,12 @@ from dsmoe_jax.quantize import (
     quantize,
     quantize_matrix,
     quantize_params,
-    relative_error,
-    usage,
 )
 from dsmoe_jax.sharding import spec
 from tests.helpers import reference
 from tests.helpers.hf_folder import VARIANTS, edit, flip_bit, random_params, tiny, write_hf
 from tests.helpers.meshes import MESHES
+from tests.helpers.quantization import relative_error, usage
 from tests.test_streaming import GROWTH, REPOSITORY, write_sparse
 
 E, O, I = 2, 130, 128  # noqa: E741  # 260 tiles of 64 a matrix, so the scales have two tiles, the last one short

@@ -18,12 +18,7 @@ class Attention(nnx.Module):
         D, N, K, H = config.hidden_size, config.num_attention_heads, config.num_kv_heads, config.head_dim
         self.heads, self.kv_heads, self.head_dim = N, K, H
         self.dropout = config.attention_dropout
-        options = {
-            "std": config.initializer_range,
-            "bias": config.attention_bias,
-            "rngs": rngs,
-            "dtype": dtype,
-        }
+        options = {"std": config.initializer_range, "bias": config.attention_bias, "rngs": rngs, "dtype": dtype}
         self.q = Linear((N * H, D), ("heads", "embed"), **options)
         self.k = Linear((K * H, D), ("kv_heads", "embed"), **options)
         self.v = Linear((K * H, D), ("kv_heads", "embed"), **options)
