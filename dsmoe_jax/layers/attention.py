@@ -33,9 +33,9 @@ class Attention(nnx.Module):
         start: Int[Array, "B"] | None = None,
         dropout_key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Attend to the T tokens, and write their keys and values to an empty cache if there is one.
+        """Attend to the T tokens and write their keys and values to the cache.
 
-        With `start`, write them from that slot of each sequence on, and attend to all S slots.
+        With `start`, write from that slot of each sequence and attend to all S slots; else the cache is empty.
         """
         B, T, _ = x.shape
         q = rotate(self.q(x).reshape(B, T, self.heads, self.head_dim), rotation)

@@ -10,7 +10,7 @@ from typing import Final
 import pytest
 
 from dsmoe_jax.kernels import grouped_matmul, plain
-from dsmoe_jax.kernels.expert_ffn import Backend
+from dsmoe_jax.kernels.expert_ffn import Backend, differentiated
 from dsmoe_jax.kernels.tuning import Legs
 
 KERNELS: Final = ("pallas", "tokamax")
@@ -26,8 +26,7 @@ with warnings.catch_warnings():
 
 def backend_of(legs: Legs) -> Backend:
     """`grouped` with these kernels instead of its own choice."""
-    forward = functools.partial(plain.forward_by_groups, lambda: legs)
-    return Backend(forward, plain.backward_of(forward))
+    return differentiated(functools.partial(plain.forward_by_groups, lambda: legs))
 
 
 def skip_without(backend: str) -> None:
