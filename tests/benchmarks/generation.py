@@ -1,7 +1,7 @@
-"""`python -m tests.benchmarks.generation`: what the public `Generator` costs above the bare decode step, what
-continuous batching brings over static batches, and what int8 weights cost, on `bench` with random weights.
+"""`python -m tests.benchmarks.generation`: overhead of `Generator` over the bare decode step, speedup of continuous over
+static batching, and cost of int8 weights, on `bench` with random weights.
 
-Contenders take turns; figures are medians over the turns. Lines of JSON come out as they are known.
+Contenders are interleaved, and figures are medians. Prints JSON lines.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def decode(model: DeepSeekMoE, rounds: int) -> None:
-    """A call of the generator against one prefill and the bare steps; the same tokens."""
+    """Compare a call of the generator with one prefill and the bare steps, for the same tokens."""
     for rows in (1, ROWS):
         bare, call = _bare(model, rows), _call(Generator(model), rows)
         found = _turns({"bare": bare, "generator": call}, rounds)
@@ -49,7 +49,7 @@ def decode(model: DeepSeekMoE, rounds: int) -> None:
 
 
 def batching(model: DeepSeekMoE, rounds: int) -> None:
-    """64 requests of mixed length, at once and in batches of 8 that end with their longest answer."""
+    """Compare 64 requests of mixed length at once with batches of 8 that run until their longest completion."""
     rng = np.random.default_rng(0)
     config = model.config
     prompts = [
@@ -92,7 +92,7 @@ def batching(model: DeepSeekMoE, rounds: int) -> None:
 
 
 def int8(model: DeepSeekMoE, rounds: int) -> None:
-    """Decode with int8 weights against fp32, and the bytes of both."""
+    """Compare decoding with int8 and fp32 weights, in time and bytes."""
     config, params = model.config, split(model)[1]
     small = assemble(config, quantize_embedding(quantize_params(params, "int8")))
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(split(one)[1])) for one in (small, model)]
@@ -128,7 +128,7 @@ def _bare(model: DeepSeekMoE, rows: int) -> Callable[[], object]:
 
 
 def _turns(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, after one call that compiles."""
+    """Return the median seconds of each, after one call that compiles."""
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():
         run()
@@ -145,7 +145,7 @@ def _ratio(found: dict[str, float], above: str, below: str) -> float:
 
 
 def show(what: str, **figures: Any) -> None:
-    """One line."""
+    """Print one JSON line."""
     print(json.dumps({"what": what, **figures}), flush=True)
 
 

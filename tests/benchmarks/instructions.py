@@ -1,7 +1,7 @@
-"""`python -m tests.benchmarks.instructions CKPT` teaches a task that a model cannot do, by each way of fine-tuning.
+"""`python -m tests.benchmarks.instructions CKPT` fine-tunes on a new task: full, LoRA and QLoRA.
 
-CKPT is what `dsmoe pretrain tiny` leaves behind. The task is to turn three or four digits round; of the answers to
-prompts that were never trained on the exact ones are counted.
+CKPT is the output of `dsmoe pretrain tiny`. The task is to reverse three or four digits; prints the number of exact
+completions of held-out prompts.
 """
 
 import argparse
@@ -29,7 +29,7 @@ WAYS: Final[dict[str, dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Print a row of a table for each way."""
+    """Print one table row per method."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks.instructions", description=(__doc__ or "").strip()
     )
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def examples(count: int) -> list[dict[str, str]]:
-    """Different ones, always the same."""
+    """Return distinct examples from a fixed seed."""
     rng, seen = random.Random(0), {}
     while len(seen) < count:
         digits = tuple(rng.choices("0123456789", k=rng.randint(3, 4)))
@@ -74,7 +74,7 @@ def examples(count: int) -> list[dict[str, str]]:
 
 
 def score(checkpoint: Any, rows: list[dict[str, str]], adapter: Any = None) -> int:
-    """How many greedy answers are exact."""
+    """Count the exact greedy completions."""
     generate = Generator.from_pretrained(checkpoint, adapter=adapter)
     chats = [[{"role": "user", "content": row["instruction"]}] for row in rows]
     answers = generate(chats, max_new_tokens=16)
