@@ -1,4 +1,4 @@
-"""ModelConfig: presets, the round trip of config.json, and one clear line for every bad value."""
+"""ModelConfig: presets, round trips of config.json, and one-line errors for invalid values."""
 
 import dataclasses
 import json
@@ -213,7 +213,7 @@ def test_an_alias_may_repeat_the_field():
         ModelConfig.from_dict(fields | {"num_experts": 16})
 
 
-# What PretrainedConfig of transformers 4.57 and 5 writes into a config.json beside a model's own fields.
+# Fields that PretrainedConfig of transformers 4.57 and 5 adds to every config.json.
 PRETRAINED = """
 _attn_implementation_autoset _attn_implementation _commit_hash _from_model_config _name_or_path _output_attentions
 add_cross_attention bad_words_ids begin_suppress_tokens cache_config cache_implementation chunk_size_feed_forward
@@ -236,7 +236,7 @@ def test_other_fields_of_transformers_are_carried():
     assert dict(ModelConfig.from_dict(fields).extra) == fields
 
 
-# another spelling | what it means
+# alias | fields
 SAME = [
     ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, {"rope_theta": 5e5}),
     ({"rope_parameters": {"rope_theta": 5e5, "type": "default"}, "rope_theta": 500000}, {"rope_theta": 5e5}),

@@ -27,21 +27,21 @@ _CHECK_SHAPE: Final = (2, 48)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmarks; return the exit code: 1 if the PyTorch peer's logits differ, 2 for invalid options."""
     try:
-        asked = options(sys.argv[1:] if argv is None else argv)
-        check_installed(asked.contenders)
+        args = options(sys.argv[1:] if argv is None else argv)
+        check_installed(args.contenders)
     except ValueError as error:
         print(f"tests.benchmarks: {error}", file=sys.stderr)
         return 2
     console = Console() if sys.stdout.isatty() else Console(width=160)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            results = measure(asked, Path(folder) / "checkpoint", console.log)
+            results = measure(args, Path(folder) / "checkpoint", console.log)
         except RuntimeError as error:
             print(f"tests.benchmarks: {error}", file=sys.stderr)
             return 1
     report.show(results, console)
-    for path in report.write(results, asked.out):
-        console.print(f"written: {path}", soft_wrap=True)
+    for path in report.write(results, args.out):
+        console.print(f"Saved report: {path}", soft_wrap=True)
     return 0
 
 
@@ -52,14 +52,14 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", default=",".join(plan.OPTIONS), metavar="AREA,…", help="default %(default)s")
     parser.add_argument("--contenders", default=",".join(plan.ALL), metavar="NAME,…", help="default %(default)s")
     parser.add_argument("--out", type=Path, default=REPORTS, metavar="DIR", help="directory of the report")
-    asked = parser.parse_args(argv)
-    if asked.rounds < 1:
-        raise ValueError(f"--rounds must be at least 1, not {asked.rounds}")
-    asked.only = _listed("--only", asked.only, plan.OPTIONS)
-    asked.contenders = _listed("--contenders", asked.contenders, plan.ALL)
-    if asked.out.exists() and not asked.out.is_dir():
-        raise ValueError(f"--out {asked.out} is not a directory")
-    return asked
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
+    args.only = _listed("--only", args.only, plan.OPTIONS)
+    args.contenders = _listed("--contenders", args.contenders, plan.ALL)
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is not a directory")
+    return args
 
 
 def _listed(option: str, value: str, choices: tuple[str, ...]) -> tuple[str, ...]:
@@ -67,7 +67,7 @@ def _listed(option: str, value: str, choices: tuple[str, ...]) -> tuple[str, ...
     words = value.split(",")
     for word in words:
         if word not in choices:
-            raise ValueError(f"{option} {word!r} does not exist, only {', '.join(choices)}")
+            raise ValueError(f"{option} must be one of {', '.join(choices)}, got {word!r}")
     return tuple(choice for choice in choices if choice in words)
 
 
@@ -81,24 +81,24 @@ def check_installed(contenders: Sequence[str]) -> None:
                 )
 
 
-def measure(asked: argparse.Namespace, folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
+def measure(args: argparse.Namespace, folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
     """Run all selected areas; return the content of the JSON report."""
     start = datetime.datetime.now(datetime.UTC)
     with Child("ours", "write", folder) as ours:
         ours.call("run")
-    checks = check_twin(folder) if {"ours", "twin"} <= set(asked.contenders) else {}
+    checks = check_twin(folder) if {"ours", "twin"} <= set(args.contenders) else {}
     areas = {}
     for name, area in plan.AREAS.items():
-        kept = [c for c in area.contenders if c in asked.contenders or area.contenders != plan.ALL]
-        if area.option in asked.only:
-            log(f"{name}: {', '.join(kept)}, {asked.rounds * area.turns} quiet turns each")
-            areas[name] = measure_area(area, kept, asked.rounds, folder)
+        kept = [c for c in area.contenders if c in args.contenders or area.contenders != plan.ALL]
+        if area.option in args.only:
+            log(f"{name}: {', '.join(kept)}, {args.rounds * area.turns} quiet turns each")
+            areas[name] = measure_area(area, kept, args.rounds, folder)
             log(report.one_line(name, areas[name]))
     return {
         "date": start.date().isoformat(),
         "minutes": (datetime.datetime.now(datetime.UTC) - start).total_seconds() / 60,
-        "command": f"python -m tests.benchmarks --rounds {asked.rounds} --only {','.join(asked.only)} "
-        f"--contenders {','.join(asked.contenders)}",
+        "command": f"python -m tests.benchmarks --rounds {args.rounds} --only {','.join(args.only)} "
+        f"--contenders {','.join(args.contenders)}",
         "environment": ENVIRONMENT,
         "commit": machine.commit(),
         "hardware": machine.hardware(),
@@ -119,7 +119,7 @@ def check_twin(folder: Path) -> dict[str, float]:
     far = {f"logits, {way}": float(np.abs(got[way] - want[way]).max()) for way in got}
     for name, distance in far.items():
         if not distance <= LOGITS:
-            raise RuntimeError(f"the twin's {name} differ from ours by {distance:.1e}, more than {LOGITS:.0e}")
+            raise RuntimeError(f"the PyTorch {name} must differ from ours by at most {LOGITS:.0e}, got {distance:.1e}")
     return far
 
 

@@ -70,14 +70,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.abstract", description=(__doc__ or "").strip())
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="default all")
     parser.add_argument("--card", choices=cards.CARDS, help="compile for GPUs of this kind")
-    asked = parser.parse_args()
-    known = cases(asked.card)
-    for recipe in asked.recipes:
+    args = parser.parse_args()
+    known = cases(args.card)
+    for recipe in args.recipes:
         if recipe not in known:
             parser.error(f"RECIPE {recipe!r} does not exist, only {', '.join(known)}")
-    for recipe in asked.recipes or known:
-        with contextlib.nullcontext() if asked.card is None else cards.chosen_as_on_gpu():
-            print(recipe, compiled(known[recipe], apart=asked.card is None), flush=True)
+    for recipe in args.recipes or known:
+        with contextlib.nullcontext() if args.card is None else cards.chosen_as_on_gpu():
+            print(recipe, compiled(known[recipe], apart=args.card is None), flush=True)
 
 
 def compiled(case: Case, *, apart: bool = True) -> dict[str, Any]:

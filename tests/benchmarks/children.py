@@ -94,7 +94,7 @@ class Child:
             good, answer = self._pipe.recv()
         except EOFError:
             self._process.join(timeout=10)
-            raise RuntimeError(f"{self._name} died, exit code {self._process.exitcode} (-9: out of memory)") from None
+            raise RuntimeError(f"{self._name} exited with code {self._process.exitcode} (-9: out of memory)") from None
         if not good:
             raise RuntimeError(f"{self._name} failed:\n{answer}")
         return answer

@@ -41,26 +41,26 @@ def main() -> None:
         prog="python -m tests.benchmarks.conversion", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--preset", default="deepseek_moe_16b", choices=tuple(PRESETS))
-    parser.add_argument("--rounds", type=int, default=3, help="of import, export and cp in turns, with the 2B's size")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of import, export and cp at the 2B's size")
     parser.add_argument("--work", type=Path, default=Path("conversion.work"), help="new folder, deleted at the end")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "reports", help="for the report")
-    asked = parser.parse_args()
-    asked.out.mkdir(parents=True, exist_ok=True)  # before a run of an hour
-    asked.work.mkdir(parents=True)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "reports", help="directory of the report")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)  # before a run of an hour
+    args.work.mkdir(parents=True)
     try:
         results = {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "command": f"python -m tests.benchmarks.conversion --preset {asked.preset} --rounds {asked.rounds}",
+            "command": f"python -m tests.benchmarks.conversion --preset {args.preset} --rounds {args.rounds}",
             "commit": machine.commit(),
             "hardware": machine.hardware(),
             "versions": machine.versions(),
-            "turns": turns(asked.work, asked.rounds),
-            "hashing": hashing(asked.work, asked.rounds),
-            "whole": measure(asked.work, ModelConfig.preset(asked.preset)),
+            "turns": turns(args.work, args.rounds),
+            "hashing": hashing(args.work, args.rounds),
+            "whole": measure(args.work, ModelConfig.preset(args.preset)),
         }
     finally:
-        shutil.rmtree(asked.work)
-    path = asked.out / f"{results['date']}-conversion.json"
+        shutil.rmtree(args.work)
+    path = args.out / f"{results['date']}-conversion.json"
     write_json(path, results)
     path.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
     print(markdown(results))
@@ -219,7 +219,7 @@ def drop_caches() -> None:
     try:
         Path("/proc/sys/vm/drop_caches").write_text("3")
     except OSError as error:
-        print(f"caches are not dropped: {error}", file=sys.stderr)
+        print(f"page cache not dropped: {error}", file=sys.stderr)
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -1,7 +1,6 @@
-"""`python -m tests.benchmarks.generation`: overhead of `Generator` over the bare decode step, speedup of continuous over
-static batching, and cost of int8 weights, on `bench` with random weights.
+"""`python -m tests.benchmarks.generation`: overhead of `Generator` over the decode step, continuous batching, and int8.
 
-Contenders are interleaved, and figures are medians. Prints JSON lines.
+Runs the `bench` preset with random weights. Contenders are interleaved, and figures are medians. Prints JSON lines.
 """
 
 import argparse
@@ -34,10 +33,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.generation", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="decode,batching,int8")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     model = DeepSeekMoE.init(ModelConfig.preset(plan.PRESET), seed=plan.SEED)
-    for name in asked.only.split(","):
-        {"decode": decode, "batching": batching, "int8": int8}[name](model, asked.rounds)
+    for name in args.only.split(","):
+        {"decode": decode, "batching": batching, "int8": int8}[name](model, args.rounds)
 
 
 def decode(model: DeepSeekMoE, rounds: int) -> None:
@@ -104,8 +103,8 @@ def int8(model: DeepSeekMoE, rounds: int) -> None:
 
 def _call(generator: Generator, rows: int) -> Callable[[], object]:
     prompts = batch(generator.config, rows, plan.PROMPT).tolist()
-    asked = SamplingParams(max_new_tokens=plan.NEW_TOKENS + 1, ignore_eos=True)
-    return lambda: generator(prompts, asked)
+    params = SamplingParams(max_new_tokens=plan.NEW_TOKENS + 1, ignore_eos=True)
+    return lambda: generator(prompts, params)
 
 
 def _bare(model: DeepSeekMoE, rows: int) -> Callable[[], object]:

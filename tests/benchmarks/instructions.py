@@ -37,21 +37,21 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", default=list(WAYS))
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     rows = examples(TRAINED + ASKED)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "train.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows[:TRAINED]))
         print("| way | exact answers | minutes | updates skipped |\n| --- | --- | --- | --- |")
-        print(f"| before | {score(asked.checkpoint, rows[TRAINED:])} of {ASKED} | | |", flush=True)
-        for way in asked.ways:
+        print(f"| before | {score(args.checkpoint, rows[TRAINED:])} of {ASKED} | | |", flush=True)
+        for way in args.ways:
             config = FinetuneConfig(
                 output_dir=f"{folder}/{way}",
-                init_from=asked.checkpoint,
-                steps=asked.steps,
+                init_from=args.checkpoint,
+                steps=args.steps,
                 data=ExamplesConfig(files=(str(file),), sequence_length=256, batch_size=4),
                 optimizer=OptimizerConfig(
-                    learning_rate=asked.learning_rate, schedule="cosine", warmup_steps=50, weight_decay=0.0, b2=0.99
+                    learning_rate=args.learning_rate, schedule="cosine", warmup_steps=50, weight_decay=0.0, b2=0.99
                 ),
                 eval_interval=500,
                 trackers=("jsonl",),
@@ -60,7 +60,7 @@ def main() -> None:
             result = run(dataclasses.replace(config, **WAYS[way]))
             minutes = (time.perf_counter() - started) / 60
             adapter = None if WAYS[way]["lora"] is None else result.model
-            found = score(result.model if adapter is None else asked.checkpoint, rows[TRAINED:], adapter)
+            found = score(result.model if adapter is None else args.checkpoint, rows[TRAINED:], adapter)
             print(f"| {way} | {found} of {ASKED} | {minutes:.1f} | {result.total_skips} |", flush=True)
 
 

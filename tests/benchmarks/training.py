@@ -39,8 +39,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.training", description=(__doc__ or "").strip())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--preset", default="bench")
-    asked = parser.parse_args()
-    config = ModelConfig.preset(asked.preset)
+    args = parser.parse_args()
+    config = ModelConfig.preset(args.preset)
     params = split(DeepSeekMoE.init(config))[1]
     ids = jax.random.randint(jax.random.key(0), (ROWS, TOKENS), 0, config.vocab_size)
     ones, places = jnp.ones_like(ids), jnp.broadcast_to(jnp.arange(TOKENS), ids.shape)
@@ -53,7 +53,7 @@ def main() -> None:
         "adapters over nf4": _step(config, params, batch, LoraConfig(), "nf4"),
     }
     rows: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(asked.rounds):
+    for _ in range(args.rounds):
         for name, (run, _) in steps.items():
             started = time.perf_counter()
             run()
@@ -65,7 +65,7 @@ def main() -> None:
             f"{name:24} {median:6.3f} s ({min(rows[name]):.3f} to {max(rows[name]):.3f}) {median / whole:5.2f}x  "
             f"{held / 2**20:7.0f} MiB {held / most:5.2f}x"
         )
-    print(f"between two steps of the loop: {_between_steps(asked.preset):.2%} of a step")
+    print(f"between two steps of the loop: {_between_steps(args.preset):.2%} of a step")
 
 
 def _bare(config: ModelConfig, params: dict[str, Any], ids: Any) -> tuple[Callable[[], Any], int]:
