@@ -84,7 +84,7 @@ def test_every_room_has_a_floor():
 
 
 @pytest.mark.parametrize("file", MODULES)
-def test_a_room_imports_only_from_its_own_floor_and_lower_ones(file: str):
+def test_a_room_imports_only_from_its_floor_or_lower(file: str):
     own = LEVEL[room_of(file)]
 
     rooms = {room_of(name) for name in imports(file, MODULES[file]) if name.startswith("dsmoe_jax.")}
@@ -115,7 +115,7 @@ def module_graph() -> dict[str, set[str]]:
     return graph
 
 
-def test_no_import_circle():
+def test_no_import_cycles():
     graph, done = module_graph(), set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
@@ -138,7 +138,7 @@ def test_the_root_is_short():
     assert len(list(PACKAGE.glob("*.py"))) <= ROOT_FILES
 
 
-def test_the_check_sees_an_import_from_above_and_a_relative_one():
+def test_the_check_finds_upward_and_relative_imports():
     tree = ast.parse("from dsmoe_jax.layers.moe import MoE\nfrom dsmoe_jax import model\nfrom .param_mapping import x")
 
     assert imports("convert/reader.py", tree) == {
@@ -148,7 +148,7 @@ def test_the_check_sees_an_import_from_above_and_a_relative_one():
     }
 
 
-def test_training_imports_of_the_converter_the_form_of_adapters_alone():
+def test_train_imports_only_the_adapter_modules_of_convert():
     found = {name for file, tree in MODULES.items() if room_of(file) == "train" for name in imports(file, tree)}
 
     assert {name for name in found if name.startswith("dsmoe_jax.convert")} == {
@@ -165,7 +165,7 @@ def test_only_the_dispatcher_communicates(file: str):
     assert file in COMMUNICATORS or not names & COLLECTIVES
 
 
-def test_nothing_drags_in_another_framework():
+def test_no_other_framework_is_imported():
     roots = {name.split(".")[0] for file, tree in FILES.items() for name in imports(file, tree)}
 
     assert not roots & HEAVY
@@ -178,7 +178,7 @@ def undefined(table: symtable.SymbolTable, known: set[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("file", MODULES)
-def test_every_name_that_is_used_is_defined(file: str):
+def test_every_used_name_is_defined(file: str):
     """ruff cannot check this, as F821 is disabled for shape strings."""
     whole = symtable.symtable((PACKAGE / file).read_text(encoding="utf-8"), file, "exec")
 
@@ -188,5 +188,5 @@ def test_every_name_that_is_used_is_defined(file: str):
     assert not undefined(whole, known)
 
 
-def test_every_file_opens_by_saying_what_it_holds():
+def test_every_module_has_a_docstring():
     assert not [file for file, tree in FILES.items() if not ast.get_docstring(tree)]

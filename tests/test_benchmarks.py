@@ -26,12 +26,12 @@ def test_a_spread_is_median_quartiles_and_range():
     assert spread([7.0]) == (7.0,) * 5
 
 
-def test_ratios_are_taken_turn_by_turn():
+def test_ratios_are_computed_per_turn():
     # The machine was half as fast in the second turn, which does not change the ratio.
     assert ratios([2.0, 4.0], [1.0, 2.0]) == [2.0, 2.0]
 
 
-def test_the_benchs_work_is_what_a_hand_counts():
+def test_flops_of_bench_equal_a_hand_count():
     config = ModelConfig.preset("bench")
     attention = 4 * 2 * 512 * 512 + 2 * 2 * 512 * 513 // 2  # q, k, v, o; scores and their sum over 256.5 keys
     dense = 3 * 2 * 512 * 2736
@@ -43,7 +43,7 @@ def test_the_benchs_work_is_what_a_hand_counts():
     assert plan.task_flops(config)["train"] == 3 * 4 * plan.flops(config, 1, 256)
 
 
-def test_fewer_key_value_heads_and_no_experts_are_less_work():
+def test_fewer_kv_heads_and_no_experts_reduce_the_flops():
     whole = ModelConfig.preset("bench")
     grouped = dataclasses.replace(whole, num_key_value_heads=4)
 
@@ -71,7 +71,7 @@ def test_a_ratio_is_compared_with_its_bar_and_aim(sense: Any, bar, aim, ratio: f
     assert report.verdict(plan.Bar("train", "twin", "ours", sense, bar, aim), ratio) == expected
 
 
-def test_every_bar_and_area_speaks_of_contenders_that_exist():
+def test_every_bar_and_area_has_known_contenders():
     for area in plan.AREAS.values():
         assert set(area.contenders) <= set(CONTENDERS)
     for bar in plan.BARS:
@@ -103,7 +103,7 @@ def results() -> dict[str, Any]:
     }
 
 
-def test_the_report_says_what_was_measured():
+def test_the_report_has_all_measurements():
     page = report.markdown(results())
 
     for line in (
@@ -119,21 +119,21 @@ def test_the_report_says_what_was_measured():
         assert line in page.splitlines()
 
 
-def test_the_report_is_written_twice_and_dated(tmp_path):
+def test_the_report_is_dated_json_and_markdown(tmp_path):
     data, page = report.write(results(), tmp_path / "new")
 
     assert (data.name, page.name) == ("2030-01-02-cpu.json", "2030-01-02-cpu.md")
     assert json.loads(data.read_text())["bars"][0]["ratio"]["median"] == 3.0
 
 
-def test_a_verdict_from_a_restless_machine_says_so():
+def test_verdicts_on_a_busy_machine_are_marked():
     restless = results()
     restless["areas"]["decode b=1"]["disturbance"] = [0.0, 0.5]
 
     assert "| aim, disturbed |" in report.markdown(restless)
 
 
-def test_without_the_peers_there_are_no_ratios_to_them():
+def test_a_ratio_needs_both_contenders():
     alone = results()
     alone["areas"]["decode b=1"]["seconds"].pop("twin")
 
@@ -151,7 +151,7 @@ def test_without_the_peers_there_are_no_ratios_to_them():
         (["--fast"], "unrecognized arguments: --fast"),
     ],
 )
-def test_a_bad_option_is_one_line_and_exit_code_2(arguments: list[str], message: str, capsys):
+def test_an_invalid_option_is_one_line_and_exit_code_2(arguments: list[str], message: str, capsys):
     try:
         code = command.main(arguments)
     except SystemExit as exited:  # by argparse

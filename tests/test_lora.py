@@ -292,7 +292,7 @@ def test_padding_of_ranks_gets_no_gradient(small: Any):
         assert (np.asarray(stepped[STACK + end] != 0).any(axis=axis) == in_use).all()
 
 
-def test_a_new_adapter_is_an_identity(small: Any):
+def test_a_new_adapter_is_the_identity(small: Any):
     plan, base, _ = small
 
     fresh = jax.jit(lambda key: lora.init(plan, SMALL, base, key))(jax.random.key(0))

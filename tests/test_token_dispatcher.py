@@ -422,7 +422,7 @@ def test_on_a_foreign_mesh_nothing_is_communicated():
     assert not re.search(COLLECTIVES, text)
 
 
-def test_inside_a_shard_map_each_device_works_alone():
+def test_inside_a_shard_map_each_device_computes_alone():
     inputs, cotangent = arrays()
     ids, tokens = ids_of("skewed"), PartitionSpec(BATCH_AXES)
 

@@ -77,7 +77,8 @@ def _tables(user_file: str | None) -> list[dict[str, Any]]:
             _check(f"{name}: {part}", value, _PARTS[part])
         for card, tiles in table.get("tiles", {}).items():
             for matmul, numbers in tiles.items():
-                if not _is_tile(numbers):
+                valid = isinstance(numbers, list) and all(type(number) is int and number > 0 for number in numbers)
+                if not valid or len(numbers) != 5:
                     raise DSMoEError(f"{name}: tiles, {card}, {matmul} must be five positive integers, got {numbers!r}")
     return list(named.values())
 
@@ -92,7 +93,3 @@ def _check(where: str, value: Any, levels: Sequence[tuple[str, Sequence[str] | N
             raise DSMoEError(f"{where}: {what} must be one of {', '.join(known)}, got {name!r}")
         if deeper:
             _check(f"{where}, {name}", value[name], deeper)
-
-
-def _is_tile(numbers: Any) -> bool:
-    return isinstance(numbers, list) and len(numbers) == 5 and all(type(one) is int and one > 0 for one in numbers)
