@@ -18,6 +18,7 @@ from dsmoe_jax.kernels.operand import EXPERT_AXES, Experts, leaf_axes
 from dsmoe_jax.layers.token_dispatcher import STRATEGIES, DispatchConfig, Strategy, routed_experts
 from dsmoe_jax.sharding import BATCH_AXES, make_mesh, sharding
 from tests.helpers import reference
+from tests.helpers.conformance import FP32, assert_near
 from tests.helpers.meshes import MESHES, on_mesh
 from tests.helpers.trees import FROZEN, paths, trained
 
@@ -29,7 +30,6 @@ LOW_RANK: Kinds = ("low-rank over dense", "low-rank over dense", "low-rank over 
 QUANTIZED: Kinds = ("int8", "low-rank over 4-bit", "double")
 FACTORS = (None, 0.5, 2.0)
 
-FP32 = 1e-5  # of the largest value: sums of some ten products, in another order
 BF16 = 2e-2  # of the largest value: eps is 0.0078, and states, results and gradients are rounded
 
 # The experts of token m. A router repeats none for a token; dispatch allows it.
@@ -121,12 +121,6 @@ def placed(inputs: Inputs, mesh: str) -> Inputs:
 def run(mesh: str | None, config: DispatchConfig, ids: Any, inputs: Inputs, cotangent: Any, frozen: str = "") -> Result:
     with on_mesh(mesh):
         return program(mesh, config, frozen)(inputs if mesh is None else placed(inputs, mesh), ids, cotangent)
-
-
-def assert_near(got: Any, want: Any, relative: float, name: str = "") -> None:
-    want = np.asarray(want, np.float64)
-    scale = np.abs(want).max(initial=0)
-    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=relative * scale, err_msg=name)
 
 
 def check_all(got: Result, want: Result, tolerance: float = FP32, name: str = "") -> None:
