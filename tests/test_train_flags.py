@@ -64,3 +64,29 @@ def test_an_invalid_flag_exits_with_2(capsys: pytest.CaptureFixture, typed: tupl
     assert code == 2
     assert error.count("\n") == 1
     assert named in error
+
+
+def test_old_flags_and_values_are_accepted(caplog: pytest.LogCaptureFixture):
+    flags = [
+        "--out",
+        "a",
+        "--checkpoints.every=5",
+        "--data.packing",
+        "documents",
+        "--step.accumulation",
+        "2",
+        "--sinks",
+        "jsonl",
+    ]
+
+    config = parse(RECIPES["tiny"](), flags, prog="")
+
+    assert (config.output_dir, config.checkpoint.interval, config.trackers) == ("a", 5, ("jsonl",))
+    assert (config.data.packing, config.step.gradient_accumulation_steps) == ("block_causal", 2)
+    assert "Flag --checkpoints.every is deprecated, use --checkpoint.interval" in caplog.text
+
+
+def test_a_value_that_looks_like_an_old_one_is_kept():
+    config = parse(RECIPES["tiny"](), ["--output-dir", "documents", "--data.sources", "out", "packed"], prog="")
+
+    assert (config.output_dir, config.data.sources) == ("documents", ("out", "packed"))

@@ -15,6 +15,7 @@ from dsmoe_jax.lora import LoraConfig
 
 from .config import RunConfig
 from .finetune import FinetuneConfig
+from .old_names import new_flags
 from .recipes import FINETUNING
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -40,7 +41,7 @@ def parse(recipe: Config, flags: Sequence[str], *, prog: str) -> Config:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(type(recipe), default=recipe, args=list(flags), prog=prog, config=_OPTIONS)
+            return tyro.cli(type(recipe), default=recipe, args=new_flags(flags), prog=prog, config=_OPTIONS)
     except SystemExit as end:
         if not end.code:
             raise

@@ -1,7 +1,10 @@
 """Names in the files of earlier versions: `OLD_NAMES` and its readers."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
+
+_log = logging.getLogger(__name__)
 
 # fmt: off
 # By file: the dotted path in the old file, the last part of the new one. Paths use old names throughout.
@@ -94,6 +97,27 @@ def with_new_names(content: Any, file: str, path: str = "") -> Any:
     names = OLD_NAMES[file]
     inner = {key: f"{path}.{key}" if path else key for key in content}
     return {names.get(inner[key], key): with_new_names(value, file, inner[key]) for key, value in content.items()}
+
+
+def new_flags(flags: Sequence[str]) -> list[str]:
+    """Return the command line with today's flags and values; each old one is logged."""
+    new, path = [], ""
+    for flag in flags:
+        if flag.startswith("--"):
+            name, equals, value = flag[2:].partition("=")
+            path = name.replace("-", "_")
+            if (today := _new_path(path)) != path:
+                name = today.replace("_", "-")
+                _log.warning("Flag --%s is deprecated, use --%s", path.replace("_", "-"), name)
+            new.append(f"--{name}{equals}{OLD_VALUES.get(path, {}).get(value, value)}")
+        else:
+            new.append(OLD_VALUES.get(path, {}).get(flag, flag))
+    return new
+
+
+def _new_path(path: str) -> str:
+    names, parts = OLD_NAMES["run.json"], path.split(".")
+    return ".".join(names.get(".".join(parts[: i + 1]), part) for i, part in enumerate(parts))
 
 
 def new_metric(name: str) -> str:
