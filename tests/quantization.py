@@ -1,6 +1,6 @@
-"""`python -m tests.quantization` prints the README's tables: what quantising changes, and what it saves.
+"""`python -m tests.quantization` prints the README's tables: error and memory of quantization.
 
-First the weights themselves, then what the model says of the golden cases' tokens with such weights, or such a cache.
+First the weights, then the KL divergence on the golden cases with quantized weights, or a quantized cache.
 """
 
 import jax
@@ -17,7 +17,7 @@ from tests.helpers.quantization import relative_error, usage
 
 CASE = "a_baseline"
 PRESET = "deepseek_moe_16b"
-EXPERTS = 2  # of a stack: a tile knows nothing of the others
+EXPERTS = 2  # of a stack: tiles are independent
 
 
 def random_params(config: ModelConfig) -> dict[str, Array]:
@@ -40,7 +40,7 @@ def row(source: str, params: dict[str, Array], scheme: str, double: bool) -> str
 
 
 def logits(model: DeepSeekMoE, ids: np.ndarray, cache_dtype) -> np.ndarray:
-    """The logits after each token, read one by one with a cache [B, T, V]."""
+    """Decode token by token with a cache; return the logits [B, T, V]."""
     empty = KVCache.empty(model.config, len(ids), ids.shape[1], cache_dtype)
 
     def read(cache: KVCache, token: Array) -> tuple[KVCache, Array]:
@@ -52,9 +52,7 @@ def logits(model: DeepSeekMoE, ids: np.ndarray, cache_dtype) -> np.ndarray:
 
 
 def accuracy(case: str) -> list[str]:
-    """Lines of the second table: KL(fp32 || it) in nats a token, the mean and the worst, and how often the likeliest
-    token is the same.
-    """
+    """Rows of the second table: KL(fp32 || quantized) in nats per token, mean and worst, and the top-1 agreement."""
     ids, model = golden.tensors(case)["in.input_ids"], golden.model(case)
     params = split(model)[1]
     kinds = {
@@ -88,7 +86,7 @@ def main() -> None:
         for scheme in SCHEMES:
             for double in (False, True)[: 1 if scheme == "int8" else 2]:
                 print(row(source, params, scheme, double))
-    print("\n| case | weights | KL, mean | KL, worst | same likeliest token |\n| --- | --- | --- | --- | --- |")
+    print("\n| case | weights | KL, mean | KL, worst | top-1 agreement |\n| --- | --- | --- | --- | --- |")
     for case in golden.CASES:
         try:
             print("\n".join(accuracy(case)))
