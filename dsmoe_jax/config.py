@@ -1,7 +1,6 @@
 """The architecture of a model: `ModelConfig`, in Hugging Face's field names, with presets and validation.
 
-Read the fields first, then `_LIMITS`. Mesh, dtypes, kernels and training are configured elsewhere. Other spellings of a
-config (transformers 5, other libraries) are read in `config_aliases.py`.
+Start at the fields, then `_LIMITS`. `config_aliases.py` converts fields of transformers 5 and of other libraries.
 """
 
 import dataclasses
@@ -9,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from dsmoe_jax.config_aliases import ROPE_SCALING_TYPES, check_unknown, show_value, standardize
+from dsmoe_jax.config_aliases import ROPE_SCALING_TYPES, check_unknown, equal, show_value, standardize
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.storage.strict_json import read_json
@@ -22,15 +21,10 @@ _DEFAULT_EOS: Final = 100001
 
 
 class RopeScaling(NamedTuple):
-    """Scaling of rotary embeddings beyond the trained length.
+    """Scaling of rotary embeddings beyond the trained length."""
 
-    Attributes:
-      type: "linear", or "dynamic" (NTK).
-      factor: Above 1.
-    """
-
-    type: str
-    factor: float
+    type: str  # "linear" or "dynamic" (NTK)
+    factor: float  # > 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +43,7 @@ class ModelConfig:
       n_routed_experts: Routed experts per MoE layer; None: all layers are dense.
       num_experts_per_tok: Top-k of the router.
       moe_layer_freq: Every n-th layer is an MoE layer.
-      first_k_dense_replace: The first k layers are dense.
+      first_k_dense_replace: Number of leading dense layers.
       norm_topk_prob: Normalize the top-k router weights to sum to 1.
       scoring_func: Scoring of the router; only "softmax".
       aux_loss_alpha: Coefficient of the balance loss (arXiv 2401.06066, §3.3).
@@ -58,23 +52,23 @@ class ModelConfig:
       max_position_embeddings: Trained context length, in tokens.
       initializer_range: Standard deviation of initial weights.
       rms_norm_eps: Epsilon of the RMS norms.
-      use_cache: For transformers.
+      use_cache: Not used here; kept for export, like `pretraining_tp` and the next fields but `extra`.
       pad_token_id: Padding token.
-      bos_token_id: BOS token; by default None if the vocabulary has no such id.
-      eos_token_id: EOS token, or several; default as for BOS.
-      pretraining_tp: For transformers; only 1.
+      bos_token_id: BOS token; the default becomes None in a smaller vocabulary.
+      eos_token_id: EOS token or tokens; the default becomes None in a smaller vocabulary.
+      pretraining_tp: Not used here; must be 1.
       tie_word_embeddings: Use the embedding as the head.
       rope_theta: Base of the rotary embeddings.
       rope_scaling: Scaling of the rotary embeddings; a mapping with exactly `type` and `factor` is accepted too.
       attention_bias: Whether the projections of attention have biases.
       attention_dropout: Dropout of attention weights in training.
-      torch_dtype: Carried from config.json and back, as the next two.
-      transformers_version: Of the release that wrote config.json.
+      torch_dtype: dtype of the stored weights; not used here.
+      transformers_version: Version that wrote config.json; not used here.
       architectures: Always `ARCHITECTURES`.
-      extra: Fields of config.json unknown to this model.
+      extra: Unknown fields of config.json, written back on export.
 
     Raises:
-      DSMoEError: A field has a value the model does not support; names field, value and bound.
+      DSMoEError: A field has an unsupported value.
     """
 
     vocab_size: int = 102400
@@ -113,7 +107,7 @@ class ModelConfig:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        """Validate all fields; see `_LIMITS` for the bounds."""
+        """Normalize and validate all fields."""
         for name, value in _normalized(self).items():
             object.__setattr__(self, name, value)
         for name, (kinds, low, high) in _LIMITS.items():
@@ -146,7 +140,7 @@ class ModelConfig:
         return () if eos is None else eos if isinstance(eos, tuple) else (eos,)
 
     def with_dtype(self, dtype: str) -> "ModelConfig":
-        """The config with `dtype` as the dtype of the weights, under both names that transformers has for it."""
+        """Replace `torch_dtype`, and `dtype`, its name in transformers 5, if present."""
         extra = {**self.extra, "dtype": dtype} if "dtype" in self.extra else self.extra
         return dataclasses.replace(self, torch_dtype=dtype, extra=extra)
 
@@ -157,24 +151,17 @@ class ModelConfig:
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether `layer`, counted from 0, is an MoE layer."""
-        return (
-            self.n_routed_experts is not None
-            and layer >= self.first_k_dense_replace
-            and layer % self.moe_layer_freq == 0
-        )
+        first, every = self.first_k_dense_replace, self.moe_layer_freq
+        return self.n_routed_experts is not None and layer >= first and layer % every == 0
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "ModelConfig":
-        """Make a config from the fields of a `config.json`.
+        """Create a config from the fields of a `config.json`.
 
-        Spellings of other releases are standardized, `auto_map` is dropped, and unknown fields go to `extra`.
-
-        Args:
-          fields: The object in the file.
+        Known aliases are converted, `auto_map` is dropped, and unknown fields go to `extra`.
 
         Raises:
-          DSMoEError: A field is invalid, looks like a misspelled one, is another model's name for one, or changes what
-            related models compute and has a value that DeepSeekMoE v1 does not implement.
+          DSMoEError: A field is invalid or probably misspelled, or enables a feature that DeepSeekMoE v1 lacks.
         """
         fields = standardize(fields)
         fields.pop("auto_map", None)
@@ -182,9 +169,10 @@ class ModelConfig:
         defaults = {field.name: field.default for field in dataclasses.fields(cls) if field.name != "extra"}
         known = {name: fields.get(name, default) for name, default in defaults.items()}
         extra = {name: value for name, value in fields.items() if name not in known}
-        check_unknown(extra, known, {*_FOREIGN, *_IMPLIED})  # first: a misspelled field is missing under its name
+        check_unknown(extra, known, {*_FOREIGN, *_IMPLIED})  # before validation, which would report a missing field
         config = cls(**{name: value for name, value in fields.items() if name in known}, extra=extra)
-        for name, neutral in (_FOREIGN | _implied(config)).items():
+        implied = {name: (None, getattr(config, field)) for name, field in _IMPLIED.items()}
+        for name, neutral in (_FOREIGN | implied).items():
             if name in extra:
                 _check_choice(name, extra[name], neutral)
         return config
@@ -200,7 +188,7 @@ class ModelConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelConfig":
-        """Read a config from a `config.json`, or from a folder with one."""
+        """Read a config from a `config.json` or its folder."""
         path = user_path(path, "config")
         path = path / "config.json" if path.is_dir() else path
         fields = read_json(path)
@@ -253,66 +241,31 @@ _LIMITS: Final[dict[str, tuple[tuple[type | None, ...], float, float]]] = {
     "transformers_version":    ((str, None), 0, 0),
 }
 
-# Fields of related models (DeepSeek V2 and V3, Llama) with the values that are equivalent to v1.
+# Fields of related models (DeepSeek V2 and V3, Llama), by the values that are equivalent to v1.
 _FOREIGN: Final[dict[str, tuple[Any, ...]]] = {
-    "routed_scaling_factor":   (None, 1),
-    "topk_method":             (None, "greedy", "gready"),  # DeepSeek V2's own default is misspelled
-    "n_group":                 (None, 0, 1),
-    "topk_group":              (None, 0, 1),
-    "num_nextn_predict_layers": (None, 0),
-    "q_lora_rank":             (None,),
-    "kv_lora_rank":            (None,),
-    "qk_nope_head_dim":        (None,),
-    "qk_rope_head_dim":        (None,),
-    "v_head_dim":              (None,),
-    "mlp_bias":                (None, False),
-    "partial_rotary_factor":   (None, 1),
-    "rope_interleave":         (None, False),
-    "sliding_window":          (None,),
-    "quantization_config":     (None, {}),
-    "use_sliding_window":      (None, False),
-    "rope_scaling_factor":     (None, 1),
-    "attn_logit_softcapping":  (None,),
-    "final_logit_softcapping": (None,),
-    "logit_scale":             (None, 1),
-    "logits_scaling":          (None, 1),
-    "embedding_multiplier":    (None, 1),
-    "residual_multiplier":     (None, 1),
-    "attention_multiplier":    (None,),
-    "qk_norm":                 (None, False),
-    "use_qk_norm":             (None, False),
-    "use_parallel_residual":   (None, False),
-    "alibi":                   (None, False),
-    "clip_qkv":                (None,),
-    "mlp_only_layers":         (None, []),
-    "pruned_heads":            (None, {}),
-    "qk_layernorm":            (None, False),
-    "rotary_pct":              (None, 1),
-    "rope_pct":                (None, 1),
-    "rope_ratio":              (None, 1),
-    "scale_emb":               (None, 1),
-    "scale_depth":             (None,),
-    "residual_scale":          (None, 1),
-    "route_scale":             (None, 1),
-    "n_expert_groups":         (None, 0, 1),
-    "n_limited_groups":        (None, 0, 1),
-    "num_mtp_layers":          (None, 0),
-    "mtp_num_layers":          (None, 0),
-    "o_bias":                  (None, False),
-    "lm_head_bias":            (None, False),
-    "router_bias":             (None, False),
-    "expert_bias":             (None, False),
-    "use_expert_bias":         (None, False),
-    "moe_router_enable_expert_bias": (None, False),
-    "attention_output_gate":   (None, False),
-    "swiglu_limit":            (None,),
-    "dropout":                 (None, 0),
-    "hidden_dropout":          (None, 0),
-    "resid_pdrop":             (None, 0),
-    "embd_pdrop":              (None, 0),
+    name: neutral
+    for neutral, names in (
+        ((None,), "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim sliding_window "
+                  "attn_logit_softcapping final_logit_softcapping attention_multiplier clip_qkv scale_depth "
+                  "swiglu_limit"),
+        ((None, False), "mlp_bias rope_interleave use_sliding_window qk_norm use_qk_norm use_parallel_residual "
+                        "alibi qk_layernorm o_bias lm_head_bias router_bias expert_bias use_expert_bias "
+                        "moe_router_enable_expert_bias attention_output_gate"),
+        ((None, 0), "num_nextn_predict_layers num_mtp_layers mtp_num_layers dropout hidden_dropout "
+                    "resid_pdrop embd_pdrop"),
+        ((None, 1), "routed_scaling_factor partial_rotary_factor rope_scaling_factor logit_scale "
+                    "logits_scaling embedding_multiplier residual_multiplier rotary_pct rope_pct rope_ratio "
+                    "scale_emb residual_scale route_scale"),
+        ((None, 0, 1), "n_group topk_group n_expert_groups n_limited_groups"),
+        ((None, {}), "quantization_config pruned_heads"),
+        ((None, []), "mlp_only_layers"),
+        ((None, "greedy", "gready"), "topk_method"),  # DeepSeek V2's own default is misspelled
+    )
+    for name in names.split()
 }
-# Redundant fields of other configs, which must agree with the rest.
-_IMPLIED: Final = ("head_dim", "rotary_dim", "kv_channels", "original_max_position_embeddings")
+# Redundant fields of other configs, by the attribute they must equal.
+_IMPLIED: Final = {"head_dim": "head_dim", "rotary_dim": "head_dim", "kv_channels": "head_dim",
+                   "original_max_position_embeddings": "max_position_embeddings"}
 
 _BASE: Final[dict[str, Any]] = {"bos_token_id": 100000, "eos_token_id": 100001, "torch_dtype": "bfloat16"}
 
@@ -356,11 +309,10 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
 
 
 def _normalized(config: ModelConfig) -> dict[str, Any]:
-    """Canonical values of the fields that can be written in several ways."""
-    if not isinstance(config.architectures, list | tuple | None) or not all(
-        isinstance(name, str) for name in config.architectures or ()
-    ):
-        raise DSMoEError(f"architectures must be null or a list of strings, got {show_value(config.architectures)}")
+    """Normalized values of the fields that have equivalent spellings."""
+    classes = config.architectures
+    if not isinstance(classes, list | tuple | None) or not all(isinstance(name, str) for name in classes or ()):
+        raise DSMoEError(f"architectures must be null or a list of strings, got {show_value(classes)}")
     eos = config.eos_token_id
     eos = int(eos) if type(eos) is float and eos.is_integer() else eos
     if isinstance(eos, list | tuple):
@@ -381,17 +333,12 @@ def _normalized(config: ModelConfig) -> dict[str, Any]:
         if type(value := getattr(config, name)) is float and float not in kinds and value.is_integer()
     }
     fields = {**integers, **without, "architectures": ARCHITECTURES, "eos_token_id": eos}
-    # The original's default ids mean nothing in a smaller vocabulary.
+    # The default ids do not exist in a smaller vocabulary.
     if type(config.vocab_size) is int:
         for name, default in (("bos_token_id", _DEFAULT_BOS), ("eos_token_id", _DEFAULT_EOS)):
             if fields.get(name, getattr(config, name)) == default >= config.vocab_size:
                 fields[name] = None
     return fields
-
-
-def _implied(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
-    width, length = config.head_dim, config.max_position_embeddings
-    return {name: (None, value) for name, value in zip(_IMPLIED, (width, width, width, length), strict=True)}
 
 
 def _check(name: str, value: Any, kinds: tuple[type | None, ...], low: float, high: float) -> None:
@@ -408,9 +355,8 @@ def _check(name: str, value: Any, kinds: tuple[type | None, ...], low: float, hi
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    # True == 1 in Python, but is not the same choice.
-    if not any(value == c and isinstance(value, bool) == isinstance(c, bool) for c in choices):
-        raise DSMoEError(f"{name} {show_value(value)} is not supported, only {', '.join(repr(c) for c in choices)}")
+    if not any(equal(value, choice) for choice in choices):
+        raise DSMoEError(f"{name} {show_value(value)} is not supported, only {', '.join(map(repr, choices))}")
 
 
 def _rope_scaling(value: Any) -> RopeScaling | None:

@@ -1,7 +1,4 @@
-"""Aliases in a `config.json`: transformers 4 and 5, related models, and misspellings.
-
-Start at `standardize`, which converts equivalent spellings; `check_unknown` rejects fields that resemble known ones.
-"""
+"""Aliases of the fields of a `config.json`, in transformers 4 and 5 and in related models. Start at `standardize`."""
 
 import difflib
 import re
@@ -12,11 +9,11 @@ from dsmoe_jax.errors import DSMoEError
 
 ROPE_SCALING_TYPES: Final = ("linear", "dynamic")
 _DEFAULT_ROPE: Final = "default"  # transformers' name for plain RoPE
-_DEFAULT_LENGTH: Final = 2048  # of the original config's max_position_embeddings
+_DEFAULT_LENGTH: Final = 2048  # default of max_position_embeddings
 _MAX_UNKNOWN: Final = 300  # fields; fuzzy matching is slow
 _NEAR: Final = 0.83  # difflib ratio: one or two wrong letters
 
-# What null means in the original code, which tests these or multiplies by them.
+# The value that the original code treats null as.
 _NULLS: Final[dict[str, Any]] = {
     "attention_bias": False,
     "norm_topk_prob": False,
@@ -88,7 +85,7 @@ _ALIASES: Final[dict[str, tuple[str, ...]]] = {
     "attention_dropout":       ("attention_probs_dropout_prob", "attn_dropout", "attn_pdrop"),
 }
 
-# Fields of transformers' configs that only look similar to one of ours.
+# Unrelated fields of transformers' configs with similar names.
 _UNRELATED: Final = frozenset({
     "boa_token_id", "boi_token_id", "decoder_start_token_id", "eoa_token_id", "eod_token_id", "eoi_token_id",
     "forced_bos_token_id", "forced_eos_token_id", "hidden_dropout_prob", "max_length", "num_beam_groups",
@@ -100,15 +97,9 @@ _FIELD_OF: Final = {alias: field for field, aliases in _ALIASES.items() for alia
 
 
 def standardize(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert equivalent spellings in the fields of a `config.json` to those of the original.
-
-    Raises:
-        DSMoEError: Two spellings contradict each other, or one is not supported by DeepSeekMoE v1.
-    """
+    """Convert the fields of a `config.json` to the original's spellings; contradictions are errors."""
     fields = dict(fields)
-    for name, meaning in _NULLS.items():
-        if name in fields and fields[name] is None:
-            fields[name] = meaning
+    fields |= {name: default for name, default in _NULLS.items() if name in fields and fields[name] is None}
     if type(fields.get("pretraining_tp")) is int and fields["pretraining_tp"] == 0:
         fields["pretraining_tp"] = 1  # only values above 1 have an effect
     for name in ("bos_token_id", "pad_token_id"):
@@ -129,16 +120,7 @@ def standardize(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_unknown(extra: Mapping[str, Any], known: Mapping[str, Any], foreign: Collection[str]) -> None:
-    """Reject unknown fields that resemble a known one.
-
-    Args:
-        extra: The unknown fields and their values.
-        known: The fields of this model and their values.
-        foreign: Names of fields of related models, which are checked elsewhere.
-
-    Raises:
-        DSMoEError: A field is a misspelled one, or another model's name for one with another value.
-    """
+    """Reject unknown fields that look misspelled or are aliases of a known field with a different value."""
     if len(extra) > _MAX_UNKNOWN:
         raise DSMoEError(f"{len(extra)} fields are unknown to this model; at most {_MAX_UNKNOWN}")
     names = {*known, "dtype", "auto_map", "layer_types", "rope_parameters"}
@@ -148,7 +130,7 @@ def check_unknown(extra: Mapping[str, Any], known: Mapping[str, Any], foreign: C
         if name in names or name in foreign or name in _UNRELATED:
             continue
         if (field := _FIELD_OF.get(name)) is not None:
-            if value is not None and not _same(value, known[field]):
+            if value is not None and not equal(value, known[field]):
                 raise DSMoEError(f"unknown field {name!r}; in this model it is called {field!r}")
         elif meant := _meant(name, simple, by_words):
             raise DSMoEError(f"unknown field {show_value(name)}; did you mean {_FIELD_OF.get(meant, meant)!r}?")
@@ -163,19 +145,14 @@ def _standardize_rope(fields: dict[str, Any]) -> None:
     for name in ("rope_scaling", "rope_parameters"):
         value = fields.get(name)
         if isinstance(value, Mapping) and value:
-            length = fields.get("max_position_embeddings", _DEFAULT_LENGTH)
-            theta, scalings[name] = _read_rope(name, value, length)
+            theta, scalings[name] = _read_rope(name, value, fields.get("max_position_embeddings", _DEFAULT_LENGTH))
             if theta is not None:
                 thetas[f"{name}.rope_theta"] = theta
         elif value is not None and not isinstance(value, Mapping):
             raise DSMoEError(f"{name} must be null or an object, got {show_value(value)}")
     fields.pop("rope_parameters", None)
-    for found in (thetas, scalings):
-        for name, value in found.items():
-            if value != (first := next(iter(found.values()))):
-                raise DSMoEError(
-                    f"{next(iter(found))} {show_value(first)} and {name} {show_value(value)} contradict each other"
-                )
+    _check_agree(thetas)
+    _check_agree(scalings)
     if thetas:
         fields["rope_theta"] = next(iter(thetas.values()))
     if "rope_scaling" in fields or scalings:
@@ -183,15 +160,12 @@ def _standardize_rope(fields: dict[str, Any]) -> None:
 
 
 def _read_rope(name: str, value: Mapping[str, Any], length: Any) -> tuple[Any, dict[str, Any] | None]:
-    """The base and the scaling (None: plain RoPE) in one of these objects."""
+    """The theta and the scaling in a RoPE object; a scaling of None is plain RoPE."""
     rest = {key: item for key, item in value.items() if item is not None}
     theta = rest.pop("rope_theta", None)
-    kinds = {key: rest.pop(key) for key in ("rope_type", "type") if key in rest}
-    kind, *other = kinds.values() or [_DEFAULT_ROPE]
-    if other and other[0] != kind:
-        raise DSMoEError(
-            f"{name}.rope_type {show_value(kind)} and {name}.type {show_value(other[0])} contradict each other"
-        )
+    kinds = {f"{name}.{key}": rest.pop(key) for key in ("rope_type", "type") if key in rest}
+    _check_agree(kinds)
+    kind = next(iter(kinds.values()), _DEFAULT_ROPE)
     allowed = (_DEFAULT_ROPE, *ROPE_SCALING_TYPES)
     if kind not in allowed:
         raise DSMoEError(f"{name}.type {show_value(kind)} is not supported, only {', '.join(map(repr, allowed))}")
@@ -199,32 +173,39 @@ def _read_rope(name: str, value: Mapping[str, Any], length: Any) -> tuple[Any, d
     if kind == _DEFAULT_ROPE:
         neutral["factor"] = 1
     for key, meaning in neutral.items():
-        if key in rest and not _same(found := rest.pop(key), meaning):
+        if key in rest and not equal(found := rest.pop(key), meaning):
             raise DSMoEError(f"{name}.{key} {show_value(found)} is not supported with type {kind!r}, only {meaning!r}")
     if rest and kind == _DEFAULT_ROPE:
         raise DSMoEError(f"{name}.{next(iter(rest))[:80]} is not supported with type {kind!r}")
     return theta, None if kind == _DEFAULT_ROPE else {"type": kind, **rest}
 
 
+def _check_agree(values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        first, expected = next(iter(values.items()))
+        if value != expected:
+            raise DSMoEError(f"{first} {show_value(expected)} and {name} {show_value(value)} contradict each other")
+
+
 def _meant(name: str, simple: Mapping[str, str], by_words: Mapping[str, str]) -> str | None:
-    """The known name that a name resembles, by letters or by words."""
+    """The closest known name, by letters or by words."""
     near = difflib.get_close_matches(_simple(name), simple, n=1, cutoff=_NEAR)
     return simple[near[0]] if near else by_words.get(_words(name))
 
 
 def _words(name: str) -> str:
-    """Its words in order, without those for counts: `n_experts_routed` equals `num_routed_expert`."""
+    """The sorted words of a name, without count prefixes: `n_experts_routed` equals `num_routed_expert`."""
     words = {word.rstrip("s") for word in re.findall(r"[a-z0-9]+", name[:80].lower())}
     return " ".join(sorted(words - {"n", "num", "number", "nr", "of"}))
 
 
 def _simple(name: str) -> str:
-    """Without case and punctuation, to match `hiddenSize` and `hidden-size`."""
+    """The name in lower case without punctuation: `hiddenSize` equals `hidden-size`."""
     return re.sub(r"[^a-z0-9]", "", name[:80].lower())
 
 
-def _same(value: Any, other: Any) -> bool:
-    """Whether two values are equal, and both or neither are booleans."""
+def equal(value: Any, other: Any) -> bool:
+    """Whether two values are equal, with True and 1 distinct."""
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 

@@ -25,17 +25,11 @@ _BYTES: Final = {"bfloat16": 2, "float32": 4}
 
 
 class Counts(NamedTuple):
-    """Parameter counts of a model.
-
-    Attributes:
-      total: All parameters.
-      activated: Parameters used per token, the full embedding and head included.
-      parts: All parameters by part of the model.
-    """
+    """Parameter counts of a model."""
 
     total: int
-    activated: int
-    parts: dict[str, int]
+    activated: int  # per token, including the full embedding and head
+    parts: dict[str, int]  # by part of the model
 
 
 def count_parameters(config: ModelConfig) -> Counts:
@@ -49,7 +43,7 @@ def count_parameters(config: ModelConfig) -> Counts:
 
 
 def describe(model: str) -> str:
-    """Describe a preset, a `config.json`, or a folder with one, for a terminal."""
+    """Describe a preset, a `config.json` or its folder, for a terminal."""
     model = expand_user(model, "model")
     if model not in PRESETS and not Path(model).exists():
         raise DSMoEError(f"model must be a path or a preset ({', '.join(PRESETS)}), got {model!r}")
@@ -69,7 +63,7 @@ def describe(model: str) -> str:
 
 
 def _layer_plan(config: ModelConfig) -> list[str]:
-    """One line for consecutive layers of the same kind."""
+    """One line per run of consecutive layers of the same kind."""
     heads, kv_heads = config.num_attention_heads, config.num_kv_heads
     shared = "no" if config.n_shared_experts is None else config.n_shared_experts
     kinds = {

@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on any projection, routed experts included.
 
 Start at `attach`. An adapter is a flat dict of arrays: the factors `NAME.lora_a` and `NAME.lora_b` of each adapted
-parameter NAME, and full tensors that replace those of the base, under their names. Its `Plan` lists both;
-`convert.peft_matching` makes one from Hugging Face's module names.
+parameter NAME, and full tensors that replace parameters of the base. Its `Plan` lists both; `convert.peft_matching`
+creates plans from Hugging Face's module names.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_p
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Configuration of an adapter; the fields and their matching are those of the peft library.
+    """Configuration of an adapter; fields and module matching are those of the peft library.
 
     Attributes:
       r: Rank.
@@ -79,38 +79,27 @@ class LoraConfig:
 
 
 class Target(NamedTuple):
-    """An adapted parameter.
+    """An adapted parameter: one matrix, or one per expert."""
 
-    Attributes:
-      ranks: The rank of its matrix, or of each expert's; 0 is not adapted.
-      scales: The scale of each.
-    """
-
-    ranks: tuple[int, ...]
-    scales: tuple[float, ...]
+    ranks: tuple[int, ...]  # of each matrix; 0: not adapted
+    scales: tuple[float, ...]  # of each matrix
 
     @property
     def width(self) -> int:
-        """The rank of the stored factors; lower ranks are padded with zeros, which stay zero."""
+        """The rank of the stored factors; lower ranks are zero-padded, and the padding stays zero."""
         return max(self.ranks)
 
 
 class Plan(NamedTuple):
-    """The parameters of an adapter.
+    """The parameters of an adapter."""
 
-    Attributes:
-      targets: The adapted parameters of the base, by name.
-      saved: Names of the parameters it replaces.
-      dropout: As `LoraConfig.lora_dropout`.
-    """
-
-    targets: Mapping[str, Target]
-    saved: tuple[str, ...] = ()
+    targets: Mapping[str, Target]  # the adapted parameters of the base, by name
+    saved: tuple[str, ...] = ()  # the parameters replaced in full
     dropout: float = 0.0
 
 
 def specs(plan: Plan, config: ModelConfig) -> dict[str, ParamSpec]:
-    """Describe every array of an adapter: A is drawn from U(-1/√in, 1/√in), B is zero, as in peft."""
+    """Declare every array of an adapter: A is drawn from U(-1/√in, 1/√in), B is zero, as in peft."""
     base, found = abstract(config)[1], {}
     for name, target in plan.targets.items():
         *experts, out, into = base[name].shape
@@ -135,7 +124,7 @@ def init(plan: Plan, config: ModelConfig, base: Mapping[str, Operand], key: PRNG
 
 
 def shardings(plan: Plan, config: ModelConfig, mesh: Mesh | None) -> dict[str, Sharding]:
-    """The sharding of every array of an adapter: that of its weight, except along the rank."""
+    """Return the sharding of every array of an adapter: that of its weight, replicated along the rank."""
     return {name: sharding(name, spec.shape, spec.axes, mesh) for name, spec in specs(plan, config).items()}
 
 
@@ -153,12 +142,8 @@ def attach(
 ) -> dict[str, Any]:
     """Add an adapter to the parameters of a model without merging; traceable.
 
-    Args:
-      plan: The parameters of the adapter.
-      base: The parameters of the model.
-      adapter: The arrays of the adapter.
-      dropout_key: Enables dropout. It drops columns of A, the same for all tokens of the call, so that all kernels,
-        devices and recomputations agree; peft draws per token, with the same mean.
+    With a key, dropout drops columns of A for all tokens of the call, so that all kernels, devices and recomputations
+    agree; peft draws per token, with the same mean.
     """
     params: dict[str, Any] = dict(base)
     for name, target in plan.targets.items():
@@ -172,13 +157,7 @@ def attach(
 
 
 def merge(plan: Plan, base: Mapping[str, Operand], adapter: Mapping[str, Array]) -> dict[str, Array]:
-    """Merge an adapter into the parameters: W + (B A) · s, summed in fp32 as in peft, in the dtype of W.
-
-    Args:
-      plan: The parameters of the adapter.
-      base: The parameters of the model; quantized ones become fp32.
-      adapter: The arrays of the adapter.
-    """
+    """Merge an adapter: W + (B A) · s, summed in fp32 as in peft, in the dtype of W (fp32 if quantized)."""
     params = {name: _dense(value) for name, value in base.items()}
     for name, target in plan.targets.items():
         a, b = adapter[name + LORA_A], adapter[name + LORA_B]
@@ -188,19 +167,19 @@ def merge(plan: Plan, base: Mapping[str, Operand], adapter: Mapping[str, Array])
 
 
 def count(plan: Plan, config: ModelConfig) -> int:
-    """The number of trained values, padding of lower ranks excluded."""
+    """Count the trainable parameters, without the padding of lower ranks."""
     base = abstract(config)[1]
     factors = sum(sum(base[name].shape[-2:]) * sum(target.ranks) for name, target in plan.targets.items())
     return factors + sum(math.prod(base[name].shape) for name in plan.saved)
 
 
 def _rank_mask(target: Target, ndim: int) -> np.ndarray:
-    """1 for the rows of A within the rank of their matrix, 0 for padding."""
+    """Return 1 for the rows of A within the rank of their matrix, 0 for padding."""
     return (np.arange(target.width, dtype=np.float32)[:, None] < _per_matrix(target.ranks, ndim)).astype(np.float32)
 
 
 def _per_matrix(values: Sequence[float], ndim: int) -> np.ndarray:
-    """Reshape one value per matrix to broadcast over a stack [E, …, …], or a matrix."""
+    """Reshape one value per matrix to broadcast over [E, …, …] or […, …]."""
     return np.asarray(values, np.float32).reshape(*(-1,) * (ndim - 2), 1, 1)
 
 

@@ -1,7 +1,7 @@
 """DeepSeekMoE: embedding, unrolled decoder blocks, final norm, head.
 
-Start at `DeepSeekMoE.hidden`. At jit boundaries the model is a pair (graph, parameters): the graph is hashable and
-static, the parameters are a flat dict of arrays by dotted path, such as `layers.1.moe.experts.gate`.
+Start at `DeepSeekMoE.hidden`. At jit boundaries a model is split into a static, hashable graph and a flat dict of
+parameters by dotted path, such as `layers.1.moe.experts.gate`.
 """
 
 import functools
@@ -40,7 +40,7 @@ from dsmoe_jax.sharding import (
 )
 
 _STATES: Final = ("batch", None, None)  # the logical axes of hidden states
-# What is saved of a block's forward pass for the backward pass; the rest is recomputed.
+# Rematerialization policies: the activations of a block that are saved for the backward pass.
 REMAT: Final[dict[str, Any]] = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -49,46 +49,31 @@ REMAT: Final[dict[str, Any]] = {
 
 
 class ModelOutput(NamedTuple):
-    """What `model(token_ids)` returns.
+    """The output of `DeepSeekMoE`."""
 
-    Attributes:
-      logits: float32 [B, T, V].
-      routing: Router outputs by index of the MoE layer.
-      hidden_states: The embeddings and every block's output, the last one after the final norm: L + 1 arrays
-        [B, T, D], as in transformers.
-    """
-
-    logits: Float[Array, "B T V"]
-    routing: dict[int, Routing]
-    hidden_states: tuple[Float[Array, "B T D"], ...] | None = None
+    logits: Float[Array, "B T V"]  # float32
+    routing: dict[int, Routing]  # by index of the MoE layer
+    hidden_states: tuple[Float[Array, "B T D"], ...] | None = None  # L + 1, as in transformers: the last is normalized
 
 
 class DecoderOutput(NamedTuple):
-    """What `model.hidden` returns.
+    """The output of `DeepSeekMoE.hidden`."""
 
-    Attributes:
-      last_hidden_state: [B, T, D], after the final norm.
-      routing: Router outputs by index of the MoE layer.
-      cache: The updated cache, if there was one.
-      hidden_states: The embeddings and every block's output, before the final norm: L + 1 arrays [B, T, D].
-    """
-
-    last_hidden_state: Float[Array, "B T D"]
-    routing: dict[int, Routing]
+    last_hidden_state: Float[Array, "B T D"]  # after the final norm
+    routing: dict[int, Routing]  # by index of the MoE layer
     cache: KVCache | None
-    hidden_states: tuple[Float[Array, "B T D"], ...]
+    hidden_states: tuple[Float[Array, "B T D"], ...]  # the embeddings and every block's output, before the final norm
 
 
 class DeepSeekMoE(nnx.Module):
-    """The decoder. `DeepSeekMoE.init` makes a random one, `dsmoe_jax.load` loads a checkpoint."""
+    """The decoder. `DeepSeekMoE.init` draws random weights, `dsmoe_jax.load` loads a checkpoint."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         V, D, std = config.vocab_size, config.hidden_size, config.initializer_range
         self.config = config
         self.embed = weight(rngs, (V, D), ("vocab", "embed"), Initializer("normal", std), dtype)
-        self.layers = nnx.List(
-            [Block(config, layer, rngs=rngs, dtype=dtype) for layer in range(config.num_hidden_layers)]
-        )
+        L = config.num_hidden_layers
+        self.layers = nnx.List([Block(config, layer, rngs=rngs, dtype=dtype) for layer in range(L)])
         self.norm = RMSNorm(D, eps=config.rms_norm_eps, rngs=rngs, dtype=dtype)
         tied = config.tie_word_embeddings
         self.head = None if tied else Linear((V, D), ("vocab", "embed"), std=std, rngs=rngs, dtype=dtype)
@@ -101,19 +86,19 @@ class DeepSeekMoE(nnx.Module):
 
         Args:
           config: The architecture.
-          seed: Determines the weights, whatever the mesh; in [0, 2**32).
-          dtype: Of the weights.
-          mesh: The devices; None is the default device.
+          seed: In [0, 2**32). The weights do not depend on the mesh.
+          dtype: The dtype of the weights.
+          mesh: The mesh; None: the default device.
 
         Raises:
-          DSMoEError: The seed is out of range, or a size does not divide over the mesh.
+          DSMoEError: The seed is out of range, or a weight cannot be sharded evenly over the mesh.
         """
         check_seed(seed)
         places, key = shardings(config, mesh), jax.random.key(seed)
-        params = {
-            name: _drawer(spec.initializer, spec.shape, np.dtype(dtype), places[name])(key_of(name, key))
-            for name, spec in abstract(config)[1].items()
-        }
+        params = {}
+        for name, spec in abstract(config)[1].items():
+            draw = _initializer_program(spec.initializer, spec.shape, np.dtype(dtype), places[name])
+            params[name] = draw(key_of(name, key))
         return assemble(config, params)
 
     def __call__(
@@ -129,14 +114,14 @@ class DeepSeekMoE(nnx.Module):
         Args:
           token_ids: int [B, T].
           attention_mask: [B, T], 1 for tokens and 0 for padding on either side; outputs at padding are undefined.
-          position_ids: int [B, T]; default 0 … T-1 in every row, padding included.
+          position_ids: int [B, T]; default 0 … T-1 in every sequence, padding included.
           output_hidden_states: Also return the L + 1 hidden states.
 
         Raises:
-          DSMoEError: Shapes do not agree, or an id is outside the vocabulary; traced ids are not checked.
+          DSMoEError: Shapes differ, or a token id is outside the vocabulary (not checked under tracing).
         """
         token_ids = check_token_ids(token_ids, self.config.vocab_size)
-        # Defaults are filled in outside jit, so that calls with and without them share a program.
+        # Defaults are filled in outside jit, so that calls with and without them share a compiled program.
         mask = jnp.ones_like(token_ids) if attention_mask is None else jnp.asarray(attention_mask, jnp.int32)
         arange = jnp.arange(token_ids.shape[1], dtype=jnp.int32)
         positions = jnp.broadcast_to(arange, token_ids.shape) if position_ids is None else jnp.asarray(position_ids)
@@ -163,20 +148,20 @@ class DeepSeekMoE(nnx.Module):
         router_bias: Mapping[int, Float[Array, "E"]] | None = None,
         remat: str = "none",
     ) -> DecoderOutput:
-        """Compute the hidden states before the head; traceable, unchecked, not jitted.
+        """Compute the hidden states before the head; traceable, not jitted, without checks.
 
         Args:
           token_ids: int [B, T].
-          attention_mask: [B, T], 1 for valid tokens. With a cache, padding must be on the right; it does not count
-            towards the lengths and is not routed, but needs slots.
-          position_ids: int [B, T]; default from the cache's lengths on, or from 0.
+          attention_mask: [B, T], 1 for valid tokens. With a cache, padding must be on the right; it is not routed and
+            not counted in the lengths, but its slots are written.
+          position_ids: int [B, T]; default: continue from the lengths of the cache, or from 0.
           cache: Keys and values of earlier tokens; the T tokens are appended.
           prefill: The cache is empty, so the T tokens attend to each other only.
-          rope_length: Length for dynamic NTK scaling; default all keys of the call, padding included.
+          rope_length: Length for dynamic NTK scaling; default: all keys, padding included.
           dropout_key: Enables attention dropout.
-          segment_ids: int [B, T]; attention is block-diagonal over segments. Not with a cache.
+          segment_ids: int [B, T]; attention is block-diagonal over segments. Not supported with a cache.
           router_bias: Bias on expert selection by layer, see `Router`.
-          remat: A key of `REMAT`, applied to each block.
+          remat: Rematerialization policy of each block, a key of `REMAT`.
         """
         T = token_ids.shape[1]
         start = None if cache is None or prefill else cache.lengths
@@ -185,7 +170,7 @@ class DeepSeekMoE(nnx.Module):
             position_ids = offset[:, None] + jnp.arange(T)[None, :]
         if rope_length is None:
             rope_length = T if start is None else start.max() + T
-        mask = _causal(token_ids, attention_mask, segment_ids) if cache is None or prefill else cache.mask(T)
+        mask = _causal_mask(token_ids, attention_mask, segment_ids) if cache is None or prefill else cache.mask(T)
         valid = None if cache is None or attention_mask is None else attention_mask != 0
         x = constrain(self._embed(token_ids), _STATES)
         rope = rotation(self.config, position_ids, rope_length, x.dtype)
@@ -195,8 +180,7 @@ class DeepSeekMoE(nnx.Module):
             layer_cache = None if cache is None else cache.layers[i]
             bias = None if router_bias is None else router_bias.get(i)
             graph, params = nnx.split(block)
-            operands = (x, rope, mask, layer_cache, start, key, bias, valid)
-            x, layer_cache, routed = _block(graph, remat, params, *operands)
+            x, layer_cache, routed = _block(graph, remat, params, x, rope, mask, layer_cache, start, key, bias, valid)
             x = constrain(x, _STATES)
             hidden_states.append(x)
             layer_caches.append(layer_cache)
@@ -209,13 +193,13 @@ class DeepSeekMoE(nnx.Module):
 
     def _embed(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         table = self.embed.get_value()
-        if isinstance(table, Quantized):  # int8 rows, each with its scale
+        if isinstance(table, Quantized):  # int8, one scale per token
             return (table.codes[token_ids] * table.scales[token_ids]).astype(self.norm.weight[...].dtype)
-        # All-gather along fsdp before the lookup: tokens are split over that axis, too.
+        # All-gather along fsdp before the lookup: tokens are sharded over that axis as well.
         return constrain(table, ("vocab", None))[token_ids]
 
     def logits(self, states: Float[Array, "*tokens D"]) -> Float[Array, "*tokens V"]:
-        """The head: float32 logits of hidden states after the final norm."""
+        """Compute the float32 logits of hidden states after the final norm."""
         weight = self.embed[...] if self.head is None else self.head.weight[...]
         logits = matmul(states, weight, preferred_element_type=jnp.float32)
         return constrain(logits, ("batch", *(None,) * (logits.ndim - 2), "vocab"))
@@ -223,9 +207,9 @@ class DeepSeekMoE(nnx.Module):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _block(graph: Any, remat: str, params: Any, *operands: Any) -> tuple[Array, LayerCache | None, Routing | None]:
-    """A block with its rematerialization; jitted, so that equal layers are traced and lowered once."""
+    """Apply a block with its remat policy; jitted, so that equal layers are traced and lowered once."""
     run = lambda params, *operands: nnx.merge(graph, params)(*operands)  # noqa: E731
-    # A compiler option may ask XLA not to inline blocks; what they call stays inlineable.
+    # Calls within a block stay inlineable under the compiler option that keeps XLA from inlining blocks.
     with set_xla_metadata(inlineable=None):
         return (run if remat == "none" else jax.checkpoint(run, policy=REMAT[remat]))(params, *operands)
 
@@ -238,9 +222,7 @@ def _forward(graph, params, token_ids, attention_mask, position_ids, output_hidd
     return ModelOutput(model.logits(hidden.last_hidden_state), hidden.routing, states)
 
 
-def _causal(
-    token_ids: Int[Array, "B T"], attention_mask: Array | None, segment_ids: Array | None
-) -> Bool[Array, "B T T"]:
+def _causal_mask(token_ids: Array, attention_mask: Array | None, segment_ids: Array | None) -> Bool[Array, "B T T"]:
     B, T = token_ids.shape
     mask = jnp.broadcast_to(jnp.tri(T, dtype=bool)[None], (B, T, T))
     if attention_mask is not None:
@@ -251,7 +233,7 @@ def _causal(
 
 
 def check_token_ids(token_ids: Any, vocab_size: int) -> Int[Array, "B T"]:
-    """Return the ids as int32 [B, T]; `DSMoEError` if malformed or outside the vocabulary, where JAX would clamp."""
+    """Convert to int32 [B, T]; raise if malformed or outside the vocabulary, where JAX would clamp silently."""
     ids = token_ids if isinstance(token_ids, Tracer) else np.asarray(token_ids)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
         raise DSMoEError(f"token_ids must be non-empty int [B, T], got {ids.dtype} {list(ids.shape)}")
@@ -265,16 +247,10 @@ def check_token_ids(token_ids: Any, vocab_size: int) -> Int[Array, "B T"]:
 
 
 class ParamSpec(NamedTuple):
-    """Description of a parameter.
-
-    Attributes:
-      shape: Its shape.
-      axes: The logical name of each axis.
-      initializer: Draws its initial values.
-    """
+    """The declaration of a parameter."""
 
     shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
+    axes: tuple[str | None, ...]  # logical
     initializer: Initializer
 
 
@@ -285,16 +261,16 @@ def check_seed(seed: int) -> None:
 
 
 class Graph:
-    """A model without its parameters, for static arguments of `jax.jit`.
+    """A model without its parameters, as a static argument of `jax.jit`.
 
-    The hash is computed once: that of Flax's graph definition takes milliseconds per call of a jitted function.
+    The hash is cached: hashing Flax's graph definition takes milliseconds per call of a jitted function.
     """
 
     def __init__(self, definition: Any):
         self.definition, self._hash = definition, hash(definition)
 
     def __hash__(self) -> int:
-        """The hash of the definition."""
+        """The cached hash."""
         return self._hash
 
     def __eq__(self, other: object) -> bool:
@@ -311,24 +287,21 @@ def split(model: DeepSeekMoE) -> tuple[Graph, dict[str, Any]]:
 
 
 def merge(graph: Graph, params: Mapping[str, Any]) -> DeepSeekMoE:
-    """The inverse of `split`; cheap enough for every traced function.
-
-    Weights of projections may be any operand (`kernels.operand`), the embedding may be int8.
-    """
+    """The inverse of `split`; projections may be any operand (`kernels.operand`), the embedding may be int8."""
     return nnx.merge(graph.definition, nnx.from_flat_state([(_split(name), value) for name, value in params.items()]))
 
 
 def assemble(config: ModelConfig, params: Mapping[str, Any]) -> DeepSeekMoE:
-    """Make a model from its parameters by dotted path."""
+    """Create a model from its parameters by dotted path."""
     return merge(abstract(config)[0], params)
 
 
 @functools.lru_cache(maxsize=16)
 def abstract(config: ModelConfig, dispatch: DispatchConfig | None = None) -> tuple[Graph, dict[str, ParamSpec]]:
-    """The graph and the description of every parameter, without allocating any; cached."""
+    """The graph and the declaration of every parameter, without allocating any; cached."""
     model = nnx.eval_shape(lambda: DeepSeekMoE(config, rngs=nnx.Rngs(0)))
     if dispatch is not None:
-        model.set_attributes(dispatch=dispatch, raise_if_not_found=False)  # a dense model has no experts
+        model.set_attributes(dispatch=dispatch, raise_if_not_found=False)  # not found in a dense model
     definition, state = nnx.split(model)
     specs = {
         _join(path): ParamSpec(tuple(leaf.shape), leaf.logical_axes, leaf.initializer)
@@ -338,26 +311,15 @@ def abstract(config: ModelConfig, dispatch: DispatchConfig | None = None) -> tup
 
 
 def count_tensors(config: ModelConfig, per_stack: int = 1) -> int:
-    """The number of parameter tensors, computed without anything per tensor; a stack of experts is `per_stack`."""
-    moe = sum(map(config.is_moe_layer, range(config.num_hidden_layers)))
-    dense = config.num_hidden_layers - moe
-    layer = 6 + 4 * config.attention_bias
-    shared = 0 if config.n_shared_experts is None else 3
-    return (
-        3
-        - config.tie_word_embeddings
-        + config.num_hidden_layers * layer
-        + 3 * dense
-        + moe * (1 + 3 * per_stack + shared)
-    )
+    """Count parameter tensors without building the model; a stack of experts counts as `per_stack`."""
+    L = config.num_hidden_layers
+    moe = sum(map(config.is_moe_layer, range(L)))
+    per_moe = 1 + 3 * per_stack + 3 * (config.n_shared_experts is not None)
+    return 3 - config.tie_word_embeddings + L * (6 + 4 * config.attention_bias) + 3 * (L - moe) + per_moe * moe
 
 
 def shardings(config: ModelConfig, mesh: Mesh | MeshConfig | None) -> dict[str, Sharding]:
-    """The sharding of every parameter on the mesh, or the default device.
-
-    Raises:
-      DSMoEError: A size does not divide over the mesh; heads are never split.
-    """
+    """The sharding of every parameter over the mesh; None: the default device."""
     mesh = as_mesh(mesh)
     if mesh is not None:
         check_divides("num_attention_heads", (config.num_attention_heads,), ("heads",), mesh)
@@ -366,8 +328,8 @@ def shardings(config: ModelConfig, mesh: Mesh | MeshConfig | None) -> dict[str, 
 
 
 @functools.lru_cache(maxsize=64)
-def _drawer(initializer: Initializer, shape: tuple[int, ...], dtype: np.dtype, place: Sharding):
-    """A program shared by all weights of a shape: random bits take seconds to compile."""
+def _initializer_program(initializer: Initializer, shape: tuple[int, ...], dtype: np.dtype, place: Sharding):
+    """Compile once per shape: random bits take seconds to compile."""
     return jax.jit(lambda key: initializer.draw(key, shape, dtype), out_shardings=place)
 
 

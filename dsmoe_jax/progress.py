@@ -1,7 +1,4 @@
-"""Progress of long operations, shown on a terminal, and temporary log levels.
-
-A long-running function takes a `Meter`: `silent` (the default) or `bar`, which the command line passes.
-"""
+"""Progress bars of long operations (`bar`; the default is `silent`), and temporary log levels."""
 
 import contextlib
 import logging

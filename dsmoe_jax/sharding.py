@@ -1,7 +1,4 @@
-"""The device mesh, and the mapping of logical axes to mesh axes.
-
-Layers name logical axes; only this file knows the mesh. Start at `_TABLE`.
-"""
+"""The device mesh, and the mapping of logical axes to mesh axes. Start at `_TABLE`."""
 
 import contextlib
 import dataclasses
@@ -12,15 +9,7 @@ from typing import Any, Final
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import (
-    AbstractMesh,
-    AxisType,
-    Mesh,
-    NamedSharding,
-    PartitionSpec,
-    Sharding,
-    SingleDeviceSharding,
-)
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from dsmoe_jax.axes import Array
 from dsmoe_jax.errors import DSMoEError
@@ -67,13 +56,10 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
 
     Args:
       config: The axis sizes; default `MeshConfig()`.
-      devices: Default all.
-
-    Returns:
-      The mesh.
+      devices: Default: all devices.
 
     Raises:
-      ValueError: For a size that is neither positive nor -1, for two -1, and for sizes that do not match the devices.
+      DSMoEError: A size is neither positive nor -1, two are -1, or the sizes do not match the devices.
     """
     sizes = list(dataclasses.astuple(config or MeshConfig()))
     devices = list(jax.devices() if devices is None else devices)
@@ -97,12 +83,12 @@ def as_mesh(mesh: Mesh | MeshConfig | None) -> Mesh | None:
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """Return the partition spec of an array with these logical axes."""
+    """Map logical axes to a partition spec."""
     return PartitionSpec(*(_TABLE[axis] for axis in axes))
 
 
 def sharding(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh | None) -> Sharding:
-    """Return the sharding of an array; `name` names it in the `ValueError` for a size that does not divide."""
+    """Return the sharding of an array; `name` is for the error if a size does not divide."""
     if mesh is None:
         return SingleDeviceSharding(jax.local_devices()[0])
     check_divides(name, shape, axes, mesh)
@@ -110,14 +96,14 @@ def sharding(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], me
 
 
 def check_divides(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh) -> None:
-    """Raise `ValueError` for a size that does not divide over the mesh."""
+    """Raise if a size does not divide over the mesh."""
     for size, logical in zip(shape, axes, strict=True):
         if ways := _ways(_TABLE[logical], mesh, size):
             raise DSMoEError(f"{name}: {logical} of size {size} does not divide over {ways}")
 
 
 def _ways(axes: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh, size: int) -> str:
-    """Return the mesh axes, with their sizes, that `size` does not divide over; empty if it does."""
+    """Format the mesh axes that `size` does not divide over; empty if it does."""
     names = (axes,) if isinstance(axes, str) else axes or ()
     if not size % math.prod(mesh.shape[name] for name in names):
         return ""
@@ -125,66 +111,42 @@ def _ways(axes: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh, size: i
 
 
 def place_batch(mesh: Mesh | None, *arrays: Any) -> tuple[Array, ...]:
-    """Shard arrays [B, …] over the data, fsdp and expert axes.
-
-    Args:
-      mesh: None for the default device.
-      *arrays: The arrays of a batch.
-
-    Returns:
-      The device arrays.
-
-    Raises:
-      ValueError: If the batch does not divide over the mesh.
-    """
-    return tuple(
-        jax.device_put(array, sharding("batch", np.shape(array), ("batch", *(None,) * (np.ndim(array) - 1)), mesh))
-        for array in arrays
-    )
+    """Shard arrays [B, …] over the data, fsdp and expert axes; None: the default device."""
+    axes = [("batch", *(None,) * (np.ndim(array) - 1)) for array in arrays]
+    places = [sharding("batch", np.shape(array), names, mesh) for array, names in zip(arrays, axes, strict=True)]
+    return tuple(map(jax.device_put, arrays, places))
 
 
 def current_mesh() -> AbstractMesh | None:
-    """Return the mesh of `jax.set_mesh` around the traced function, if it has our axes."""
+    """Return the mesh set by `jax.set_mesh`; None without our axes, or in a `shard_map` (manual axes)."""
     mesh = jax.sharding.get_abstract_mesh()
-    # Inside a shard_map (manual axes) each device computes alone.
-    usable = not mesh.empty and mesh.axis_names == AXIS_NAMES and not mesh.manual_axes
-    return mesh if usable else None
+    return mesh if not mesh.empty and mesh.axis_names == AXIS_NAMES and not mesh.manual_axes else None
 
 
 def constrain(x: Array, axes: tuple[str | None, ...], *, replicate: bool = False) -> Array:
-    """Constrain `x` to its logical axes under the current mesh.
-
-    An axis that does not divide is placed by the compiler, or replicated with `replicate`.
-    """
+    """Constrain `x` to its logical axes under the current mesh; uneven axes are unconstrained or replicated."""
     if (mesh := current_mesh()) is None:
         return x
-    otherwise = None if replicate else PartitionSpec.UNCONSTRAINED
-    placed = [
-        otherwise if _ways(_TABLE[axis], mesh, size) else _TABLE[axis] for size, axis in zip(x.shape, axes, strict=True)
-    ]
+    uneven = None if replicate else PartitionSpec.UNCONSTRAINED
+    sizes = zip(x.shape, (_TABLE[axis] for axis in axes), strict=True)
+    placed = [uneven if _ways(names, mesh, size) else names for size, names in sizes]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*placed))
 
 
 def mesh_of(params: Mapping[str, Any]) -> contextlib.AbstractContextManager:
-    """Return the context that sets the mesh of a model's parameters, if any.
-
-    For traced parameters see `traceable_mesh_of`.
-    """
+    """Set the mesh of a model's parameters, if any, within the context; not for traced parameters."""
     mesh = _concrete_mesh(params)
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def traceable_mesh_of(params: Mapping[str, Any]) -> contextlib.AbstractContextManager:
-    """Return the context of `mesh_of` under JAX transformations too: traced types have a mesh without devices."""
+    """Set the abstract mesh (without devices) of parameters, which may be traced, within the context."""
     mesh = jax.typeof(_first_leaf(params)).sharding.mesh
     return contextlib.nullcontext() if mesh.empty else jax.sharding.use_abstract_mesh(mesh)
 
 
 def pin_to_mesh_of(params: Mapping[str, Any], x: Array) -> Array:
-    """Replicate `x` over the mesh of parameters that a traced function closes over.
-
-    Closed-over constants do not carry devices, so the function would be compiled for one device.
-    """
+    """Replicate `x` over the mesh of closed-over parameters, whose devices a traced function would not see."""
     mesh = _concrete_mesh(params)
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 
@@ -196,4 +158,4 @@ def _concrete_mesh(params: Mapping[str, Any]) -> Mesh | None:
 
 
 def _first_leaf(params: Mapping[str, Any]) -> Any:
-    return jax.tree.leaves(next(iter(params.values())))[0]  # one suffices, and this runs every step
+    return jax.tree.leaves(next(iter(params.values())))[0]  # not all leaves: this runs every step

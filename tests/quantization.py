@@ -1,6 +1,6 @@
-"""`python -m tests.quantization` prints the README's tables: what quantising changes, and what it saves.
+"""`python -m tests.quantization` prints the README's tables: error and memory of quantization.
 
-First the weights themselves, then what the model says of the golden cases' tokens with such weights, or such a cache.
+First the weights, then the KL divergence on the golden cases with quantized weights, or a quantized cache.
 """
 
 import jax
@@ -11,12 +11,13 @@ from dsmoe_jax.axes import Array
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, split
-from dsmoe_jax.quantize import KINDS, SCHEMES, kind_of, quantize_embedding, quantize_params, relative_error, usage
+from dsmoe_jax.quantize import KINDS, SCHEMES, kind_of, quantize_embedding, quantize_params
 from tests.helpers import golden
+from tests.helpers.quantization import relative_error, usage
 
 CASE = "a_baseline"
 PRESET = "deepseek_moe_16b"
-EXPERTS = 2  # of a stack: a tile knows nothing of the others
+EXPERTS = 2  # of a stack: tiles are independent
 
 
 def random_params(config: ModelConfig) -> dict[str, Array]:
@@ -39,7 +40,7 @@ def row(source: str, params: dict[str, Array], scheme: str, double: bool) -> str
 
 
 def logits(model: DeepSeekMoE, ids: np.ndarray, cache_dtype) -> np.ndarray:
-    """The logits after each token, read one by one with a cache [B, T, V]."""
+    """Decode token by token with a cache; return the logits [B, T, V]."""
     empty = KVCache.empty(model.config, len(ids), ids.shape[1], cache_dtype)
 
     def read(cache: KVCache, token: Array) -> tuple[KVCache, Array]:
@@ -51,9 +52,7 @@ def logits(model: DeepSeekMoE, ids: np.ndarray, cache_dtype) -> np.ndarray:
 
 
 def accuracy(case: str) -> list[str]:
-    """Lines of the second table: KL(fp32 || it) in nats a token, the mean and the worst, and how often the likeliest
-    token is the same.
-    """
+    """Rows of the second table: KL(fp32 || quantized) in nats per token, mean and worst, and the top-1 agreement."""
     ids, model = golden.tensors(case)["in.input_ids"], golden.model(case)
     params = split(model)[1]
     kinds = {
@@ -87,7 +86,7 @@ def main() -> None:
         for scheme in SCHEMES:
             for double in (False, True)[: 1 if scheme == "int8" else 2]:
                 print(row(source, params, scheme, double))
-    print("\n| case | weights | KL, mean | KL, worst | same likeliest token |\n| --- | --- | --- | --- | --- |")
+    print("\n| case | weights | KL, mean | KL, worst | top-1 agreement |\n| --- | --- | --- | --- | --- |")
     for case in golden.CASES:
         try:
             print("\n".join(accuracy(case)))

@@ -1,4 +1,4 @@
-"""The architecture: each room imports only from lower floors, and files stay small."""
+"""Architecture: import order of rooms, and file sizes."""
 
 import ast
 import builtins
@@ -14,7 +14,7 @@ README = PACKAGE.parent / "README.md"
 LINES = 450  # of a file at most
 ROOT_FILES = 14
 
-# From the ground up; a room may import its own floor and those below it. README.md states the same order.
+# Bottom-up; a room may import from the same or a lower floor. README.md has the same order.
 FLOORS = (
     ("axes", "errors", "progress", "xla_options"),
     ("storage",),
@@ -30,18 +30,18 @@ FLOORS = (
     ("train",),
     ("cli",),
 )
-PARTS = {"config_aliases": "config", "__main__": "cli"}  # a file that belongs to another's floor
+PARTS = {"config_aliases": "config", "__main__": "cli"}  # a single file on a different floor
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 LEVEL |= {part: LEVEL[room] for part, room in PARTS.items()}
 
-# What the model computes may not ask where it runs: only these files speak of the mesh or communicate.
+# Only these files may use the mesh or collectives.
 COMMUNICATORS = {"layers/token_dispatcher.py"}
 COLLECTIVES = {"shard_map", "psum", "psum_scatter", "all_gather", "all_to_all", "ppermute", "axis_index"}
 HEAVY = {"torch", "transformers", "tensorflow"}
 
 
 def source_files() -> dict[str, ast.Module]:
-    """Every module of the package by its path within it, rooms behind links included."""
+    """Every module of the package by its path, including symlinked rooms."""
     files = {}
     for folder, _, names in os.walk(PACKAGE, followlinks=True):
         for name in names:
@@ -75,16 +75,16 @@ def room_of(dotted_or_file: str) -> str:
 
 
 FILES = source_files()
-MODULES = {file: tree for file, tree in FILES.items() if file != "__init__.py"}  # the face itself is lazy
+MODULES = {file: tree for file, tree in FILES.items() if file != "__init__.py"}  # the public module is lazy
 
 
-def test_every_room_was_seen_and_stands_on_a_floor():
+def test_every_room_has_a_floor():
     assert {room_of(file) for file in MODULES} == set(LEVEL)
     assert {"convert/reader.py", "train/loss.py", "layers/moe.py", "generate/generator.py"} <= set(FILES)
 
 
 @pytest.mark.parametrize("file", MODULES)
-def test_a_room_imports_only_from_its_own_floor_and_lower_ones(file: str):
+def test_a_room_imports_only_from_its_floor_or_lower(file: str):
     own = LEVEL[room_of(file)]
 
     rooms = {room_of(name) for name in imports(file, MODULES[file]) if name.startswith("dsmoe_jax.")}
@@ -102,7 +102,7 @@ def test_the_readme_states_these_floors():
 
 
 def module_graph() -> dict[str, set[str]]:
-    """Which modules of the package each of them imports when it is imported itself."""
+    """The modules of the package that each module imports on import."""
     names = {file.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): file for file in MODULES}
     graph = {}
     for name, file in names.items():
@@ -115,7 +115,7 @@ def module_graph() -> dict[str, set[str]]:
     return graph
 
 
-def test_no_import_circle():
+def test_no_import_cycles():
     graph, done = module_graph(), set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
@@ -138,7 +138,7 @@ def test_the_root_is_short():
     assert len(list(PACKAGE.glob("*.py"))) <= ROOT_FILES
 
 
-def test_the_check_sees_an_import_from_above_and_a_relative_one():
+def test_the_check_finds_upward_and_relative_imports():
     tree = ast.parse("from dsmoe_jax.layers.moe import MoE\nfrom dsmoe_jax import model\nfrom .param_mapping import x")
 
     assert imports("convert/reader.py", tree) == {
@@ -148,7 +148,7 @@ def test_the_check_sees_an_import_from_above_and_a_relative_one():
     }
 
 
-def test_training_imports_of_the_converter_the_form_of_adapters_alone():
+def test_train_imports_only_the_adapter_modules_of_convert():
     found = {name for file, tree in MODULES.items() if room_of(file) == "train" for name in imports(file, tree)}
 
     assert {name for name in found if name.startswith("dsmoe_jax.convert")} == {
@@ -165,7 +165,7 @@ def test_only_the_dispatcher_communicates(file: str):
     assert file in COMMUNICATORS or not names & COLLECTIVES
 
 
-def test_nothing_drags_in_another_framework():
+def test_no_other_framework_is_imported():
     roots = {name.split(".")[0] for file, tree in FILES.items() for name in imports(file, tree)}
 
     assert not roots & HEAVY
@@ -178,8 +178,8 @@ def undefined(table: symtable.SymbolTable, known: set[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("file", MODULES)
-def test_every_name_that_is_used_is_defined(file: str):
-    """The linter cannot tell: it must not read the strings that are shapes."""
+def test_every_used_name_is_defined(file: str):
+    """ruff cannot check this, as F821 is disabled for shape strings."""
     whole = symtable.symtable((PACKAGE / file).read_text(encoding="utf-8"), file, "exec")
 
     own = {symbol.get_name() for symbol in whole.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
@@ -188,5 +188,5 @@ def test_every_name_that_is_used_is_defined(file: str):
     assert not undefined(whole, known)
 
 
-def test_every_file_opens_by_saying_what_it_holds():
+def test_every_module_has_a_docstring():
     assert not [file for file, tree in FILES.items() if not ast.get_docstring(tree)]

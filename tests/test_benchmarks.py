@@ -1,4 +1,4 @@
-"""The parts of `tests.benchmarks`: figures, counted work, tables, options; and that the PyTorch twin is a twin."""
+"""`tests.benchmarks`: statistics, FLOPs, tables, options, and the logits of the PyTorch twin."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from tests.helpers.hf_folder import random_params, tiny, write_hf
 
 pytestmark = pytest.mark.heavy
 
-LOGITS = 1e-4  # absolute, on logits of rms 1: two right fp32 implementations are near 1e-6 apart
+LOGITS = 1e-4  # absolute, on logits of rms 1; correct fp32 implementations differ by about 1e-6
 
 
 def test_a_spread_is_median_quartiles_and_range():
@@ -26,12 +26,12 @@ def test_a_spread_is_median_quartiles_and_range():
     assert spread([7.0]) == (7.0,) * 5
 
 
-def test_ratios_are_taken_turn_by_turn():
-    # The machine was twice as slow in the second turn: the ratio does not see it.
+def test_ratios_are_computed_per_turn():
+    # The machine was half as fast in the second turn, which does not change the ratio.
     assert ratios([2.0, 4.0], [1.0, 2.0]) == [2.0, 2.0]
 
 
-def test_the_benchs_work_is_what_a_hand_counts():
+def test_flops_of_bench_equal_a_hand_count():
     config = ModelConfig.preset("bench")
     attention = 4 * 2 * 512 * 512 + 2 * 2 * 512 * 513 // 2  # q, k, v, o; scores and their sum over 256.5 keys
     dense = 3 * 2 * 512 * 2736
@@ -43,7 +43,7 @@ def test_the_benchs_work_is_what_a_hand_counts():
     assert plan.task_flops(config)["train"] == 3 * 4 * plan.flops(config, 1, 256)
 
 
-def test_fewer_key_value_heads_and_no_experts_are_less_work():
+def test_fewer_kv_heads_and_no_experts_reduce_the_flops():
     whole = ModelConfig.preset("bench")
     grouped = dataclasses.replace(whole, num_key_value_heads=4)
 
@@ -67,11 +67,11 @@ def test_fewer_key_value_heads_and_no_experts_are_less_work():
         ("at most", None, None, 9.0, ""),
     ],
 )
-def test_a_ratio_stands_before_its_bar_at_it_or_at_its_aim(sense: Any, bar, aim, ratio: float, expected: str):
+def test_a_ratio_is_compared_with_its_bar_and_aim(sense: Any, bar, aim, ratio: float, expected: str):
     assert report.verdict(plan.Bar("train", "twin", "ours", sense, bar, aim), ratio) == expected
 
 
-def test_every_bar_and_area_speaks_of_contenders_that_exist():
+def test_every_bar_and_area_has_known_contenders():
     for area in plan.AREAS.values():
         assert set(area.contenders) <= set(CONTENDERS)
     for bar in plan.BARS:
@@ -79,7 +79,7 @@ def test_every_bar_and_area_speaks_of_contenders_that_exist():
 
 
 def results() -> dict[str, Any]:
-    """As `measure` returns them, with figures that are easy to check by eye."""
+    """Results of `measure` with simple figures."""
     area = {
         "tokens": 64,
         "rounds_taken": 3,
@@ -103,7 +103,7 @@ def results() -> dict[str, Any]:
     }
 
 
-def test_the_report_says_what_was_measured():
+def test_the_report_has_all_measurements():
     page = report.markdown(results())
 
     for line in (
@@ -119,21 +119,21 @@ def test_the_report_says_what_was_measured():
         assert line in page.splitlines()
 
 
-def test_the_report_is_written_twice_and_dated(tmp_path):
+def test_the_report_is_dated_json_and_markdown(tmp_path):
     data, page = report.write(results(), tmp_path / "new")
 
     assert (data.name, page.name) == ("2030-01-02-cpu.json", "2030-01-02-cpu.md")
     assert json.loads(data.read_text())["bars"][0]["ratio"]["median"] == 3.0
 
 
-def test_a_verdict_from_a_restless_machine_says_so():
+def test_verdicts_on_a_busy_machine_are_marked():
     restless = results()
     restless["areas"]["decode b=1"]["disturbance"] = [0.0, 0.5]
 
     assert "| aim, disturbed |" in report.markdown(restless)
 
 
-def test_without_the_peers_there_are_no_ratios_to_them():
+def test_a_ratio_needs_both_contenders():
     alone = results()
     alone["areas"]["decode b=1"]["seconds"].pop("twin")
 
@@ -141,25 +141,25 @@ def test_without_the_peers_there_are_no_ratios_to_them():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
-        (["--rounds", "0"], "--rounds must be at least 1, not 0"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--rounds", "many"], "argument --rounds: invalid int value: 'many'"),
-        (["--only", "prefill,decode"], "--only 'decode' does not exist, only prefill, decode1"),
-        (["--contenders", ""], "--contenders '' does not exist, only ours, twin, transformers"),
+        (["--only", "prefill,decode"], "--only must be one of prefill, decode1"),
+        (["--contenders", ""], "--contenders must be one of ours, twin, transformers, got ''"),
         (["--out", __file__], "is not a directory"),
         (["--fast"], "unrecognized arguments: --fast"),
     ],
 )
-def test_a_bad_option_is_one_line_and_exit_code_2(arguments: list[str], told: str, capsys):
+def test_an_invalid_option_is_one_line_and_exit_code_2(arguments: list[str], message: str, capsys):
     try:
         code = command.main(arguments)
-    except SystemExit as exited:  # what argparse finds itself
+    except SystemExit as exited:  # by argparse
         code = exited.code
 
     error = capsys.readouterr().err
     assert code == 2
-    assert told in error
+    assert message in error
     assert error.count("\n") == 1
 
 
@@ -173,7 +173,7 @@ def test_a_missing_package_names_the_extra(monkeypatch, capsys):
 
 
 class Recorded:
-    """A child whose turns are written down beforehand: (figure, share of the machine that others took)."""
+    """A fake child with given turns: (figure, CPU share of other processes)."""
 
     def __init__(self, *turns: tuple[float, float]):
         self.turns = list(turns)
@@ -182,7 +182,7 @@ class Recorded:
         return self.turns.pop(0)
 
 
-def test_rounds_go_on_until_enough_were_quiet():
+def test_rounds_repeat_until_enough_are_quiet():
     children: Any = {"ours": Recorded((1.0, 0.0), (9.0, 0.8), (2.0, 0.01), (3.0, 0.0))}
 
     rounds, taken = command.take_rounds(2, [("ours", "ours", "run")], children)
@@ -191,7 +191,7 @@ def test_rounds_go_on_until_enough_were_quiet():
     assert taken == 3
 
 
-def test_on_a_restless_machine_the_least_disturbed_rounds_count():
+def test_the_least_disturbed_rounds_are_selected():
     children: Any = {"ours": Recorded(*((float(i), share) for i, share in enumerate([0.9, 0.2, 0.5, 0.3])))}
 
     rounds, taken = command.take_rounds(2, [("ours", "ours", "run")], children)
@@ -221,7 +221,7 @@ def test_every_action_of_ours_runs_on_a_tiny_model(tmp_path, monkeypatch, task: 
     [{}, {"norm_topk_prob": True}, {"attention_bias": True, "n_shared_experts": None, "moe_layer_freq": 2}],
     ids=["plain", "norm_topk_prob", "biases, no shared experts"],
 )
-def test_the_pytorch_twins_logits_are_ours(tmp_path, changes: dict[str, Any]):
+def test_the_pytorch_twins_logits_equal_ours(tmp_path, changes: dict[str, Any]):
     pytest.importorskip("torch", reason="the twin is PyTorch: pip install -e '.[bench]'")
     from tests.benchmarks.peer_torch import load_twin, twin_peer
     from tests.benchmarks.torch_tasks import decoded_logits, training_logits
@@ -237,7 +237,7 @@ def test_the_pytorch_twins_logits_are_ours(tmp_path, changes: dict[str, Any]):
     np.testing.assert_allclose(decoded_logits(twin, ids), want[:, 5:], rtol=0, atol=LOGITS)
 
 
-def test_the_twin_refuses_a_checkpoint_that_lacks_a_tensor(tmp_path):
+def test_the_twin_rejects_a_checkpoint_without_a_tensor(tmp_path):
     pytest.importorskip("torch", reason="the twin is PyTorch: pip install -e '.[bench]'")
     from tests.benchmarks.peer_torch import load_twin
 

@@ -1,4 +1,4 @@
-"""The parts of `tests.benchmarks.gpu`: counted work, the sharing of time, the report, the command. No GPU is needed."""
+"""`tests.benchmarks.gpu`: FLOPs and bytes, time budgets, the report, the command. No GPU needed."""
 
 import json
 import os
@@ -23,7 +23,7 @@ RATES = {"copy": 2e12, "read": 1e12, "matmul": 4e14}
 
 
 def results(**shown: Any) -> dict[str, Any]:
-    """A run of three parts: one measured, one with a row that failed, one not run."""
+    """A run of three parts: one measured, one with a failed row, one not run."""
     ceilings = [
         {"key": "ceilings.copy", "name": "copy", "seconds": [1e-3, 2e-3, 3e-3], "bytes": 4e9},
         {"key": "ceilings.matmul", "name": "matmul", "seconds": [1e-3], "flops": 4e11},
@@ -109,7 +109,7 @@ def test_a_report_is_json_and_markdown_with_trials_marked(tmp_path: Path):
 
 
 def second(**shown: Any) -> dict[str, Any]:
-    """A run after `results`, of the block alone, with ceilings of its own; training was not reached."""
+    """A later run of the block alone, with different ceilings; training was not reached."""
     block: dict[str, Any] = {"rows": [{"key": "block.sort", "name": "sort", "seconds": [1.0]}]}
     ceilings: dict[str, Any] = {"rows": [{"key": "ceilings.copy", "name": "copy", "seconds": [1.0], "bytes": 1e12}]}
     parts = {"ceilings": ceilings, "train": {"rows": [], "not run": "not reached"}, "block": block}
@@ -261,7 +261,7 @@ def test_priority_is_ceilings_decode_experts_training_block():
     assert list(parts.PARTS)[:5] == ["ceilings", "decode", "experts", "train", "block"]
     assert parts.chosen(None) == list(parts.PARTS)
     assert parts.chosen(["block", "decode"]) == ["ceilings", "decode", "block"]
-    with pytest.raises(ValueError, match="'speed' does not exist, only ceilings"):
+    with pytest.raises(ValueError, match=r"must be one of ceilings.*, got 'speed'"):
         parts.chosen(["speed"])
 
 
@@ -306,10 +306,10 @@ def test_after_a_failed_case_the_next_one_runs():
         yield cases.Case("c", "c", lambda: {"seconds": [1.0]})
         raise OSError("gone")
 
-    told: list[dict[str, Any]] = []
-    cases.serve(found, time.monotonic() + 60, told.append)
+    rows_out: list[dict[str, Any]] = []
+    cases.serve(found, time.monotonic() + 60, rows_out.append)
 
-    assert told == [
+    assert rows_out == [
         {"key": "a", "name": "a", "error": "out of memory: RESOURCE_EXHAUSTED: 99 GB asked for"},
         {"key": "b", "name": "b", "error": "torch is not installed"},
         {"key": "c", "name": "c", "seconds": [1.0]},
@@ -318,10 +318,10 @@ def test_after_a_failed_case_the_next_one_runs():
 
 
 def test_a_case_past_the_deadline_is_reported_as_not_run():
-    told: list[dict[str, Any]] = []
-    cases.serve(lambda: [cases.Case("a", "a", dict)], time.monotonic(), told.append)
+    rows_out: list[dict[str, Any]] = []
+    cases.serve(lambda: [cases.Case("a", "a", dict)], time.monotonic(), rows_out.append)
 
-    assert told == [{"key": "a", "name": "a", "error": "not run: no time left"}]
+    assert rows_out == [{"key": "a", "name": "a", "error": "not run: no time left"}]
 
 
 @pytest.mark.parametrize(
@@ -351,10 +351,10 @@ def test_the_report_is_written_after_every_part(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(command, "driver", dict)
     clock = iter([0.0, 0.0, 1.0, 1.0, 1.0, 590.0, 590.0])
     monkeypatch.setattr(command, "time", types.SimpleNamespace(monotonic=clock.__next__))
-    asked = command.options(["--minutes", "10", "--only", "decode,block", "--out", str(tmp_path)])
-    asked.only = ["decode", "experts", "block"]
+    args = command.options(["--minutes", "10", "--only", "decode,block", "--out", str(tmp_path)])
+    args.only = ["decode", "experts", "block"]
 
-    found = command.measure(asked, lambda line: None)
+    found = command.measure(args, lambda line: None)
 
     assert "row of decode" in pages[0]
     assert "- experts (the routed experts, 16K tokens, by backend and leg): not reached" in pages[0]
@@ -365,10 +365,10 @@ def test_the_report_is_written_after_every_part(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--minutes", "0"], "--minutes must be more than 0, not 0"),
-        (["--only", "decode,speed"], "--only 'speed' does not exist, only ceilings, decode"),
+        (["--minutes", "0"], "--minutes must be positive, got 0"),
+        (["--only", "decode,speed"], "--only must be one of ceilings, decode"),
         (["--out", __file__], "is not a directory"),
-        ([], "jax does not start here: it said nothing"),
+        ([], "jax failed to start: no output"),
     ],
 )
 def test_a_user_error_is_one_line_and_exit_2(
@@ -382,7 +382,7 @@ def test_a_user_error_is_one_line_and_exit_2(
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """In the repository's root, one CPU device."""
+    """Run Python in the repository root with one CPU device."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -392,12 +392,12 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_without_a_gpu_the_command_runs_a_trial(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     ran: list[bool] = []
     monkeypatch.setattr(command, "default_backend", lambda: "cpu")
-    monkeypatch.setattr(command, "measure", lambda asked, log: ran.append(asked.small))
+    monkeypatch.setattr(command, "measure", lambda args, log: ran.append(args.small))
 
     assert command.main([]) == 0
     assert ran == [True]
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("jax finds no GPU here (cpu): a trial at small sizes on the CPU")
+    assert line.startswith("No GPU found (default backend 'cpu'): running a trial")
 
 
 def test_no_unneeded_module_is_imported():
@@ -467,11 +467,11 @@ def test_a_trial_writes_no_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_a_missing_peer_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    told: list[dict[str, Any]] = []
+    rows_out: list[dict[str, Any]] = []
 
-    cases.serve(lambda: peers.transformers(SMALL), time.monotonic() + 60, told.append)
+    cases.serve(lambda: peers.transformers(SMALL), time.monotonic() + 60, rows_out.append)
 
-    assert told == [{"key": "", "name": "all further cases", "error": "torch is not installed"}]
+    assert rows_out == [{"key": "", "name": "all further cases", "error": "torch is not installed"}]
 
 
 @pytest.mark.slow
@@ -486,6 +486,6 @@ def test_a_small_run_measures_every_part(tmp_path: Path):
     failed = []
     for name, part in found["parts"].items():
         assert part["rows"], f"{name}: {part.get('not run')}"
-        # A library that is not installed is said so, which is no failure.
+        # A library that is not installed is not a failure.
         failed += [row for row in part["rows"] if "is not installed" not in row.get("error", "is not installed")]
     assert failed == []

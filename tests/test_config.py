@@ -1,4 +1,4 @@
-"""ModelConfig: presets, the round trip of config.json, and one clear line for every bad value."""
+"""ModelConfig: presets, round trips of config.json, and one-line errors for invalid values."""
 
 import dataclasses
 import json
@@ -33,14 +33,14 @@ def test_presets_have_the_papers_sizes(preset: str, total: int | None, activated
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_survives_the_round_trip(preset: str):
+def test_every_preset_round_trips(preset: str):
     config = ModelConfig.preset(preset)
 
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @pytest.mark.parametrize("case", golden.CASES)
-def test_config_json_survives_the_round_trip_without_its_code(case: str):
+def test_config_json_round_trips_without_auto_map(case: str):
     fields = json.loads((golden.folder(case) / "config.json").read_text())
 
     back = ModelConfig.from_dict(fields).to_dict()
@@ -57,7 +57,7 @@ def test_missing_fields_take_the_originals_defaults():
     assert (config.aux_loss_alpha, config.seq_aux, config.norm_topk_prob) == (0.001, True, False)
 
 
-def test_harmless_unknown_fields_are_carried_but_not_code():
+def test_unknown_fields_are_preserved_but_not_code():
     config = ModelConfig.from_dict({"my_note": {"a": [1]}, "auto_map": {"AutoModel": "evil.Model"}, "head_dim": 128})
 
     assert config.to_dict()["my_note"] == {"a": [1]}
@@ -213,7 +213,7 @@ def test_an_alias_may_repeat_the_field():
         ModelConfig.from_dict(fields | {"num_experts": 16})
 
 
-# What PretrainedConfig of transformers 4.57 and 5 writes into a config.json beside a model's own fields.
+# Fields that PretrainedConfig of transformers 4.57 and 5 adds to every config.json.
 PRETRAINED = """
 _attn_implementation_autoset _attn_implementation _commit_hash _from_model_config _name_or_path _output_attentions
 add_cross_attention bad_words_ids begin_suppress_tokens cache_config cache_implementation chunk_size_feed_forward
@@ -230,13 +230,13 @@ use_bfloat16 use_mtp watermarking_config ep_size output_router_logits router_z_l
 """
 
 
-def test_other_fields_of_transformers_are_carried():
+def test_other_fields_of_transformers_are_preserved():
     fields: dict[str, Any] = dict.fromkeys(PRETRAINED.split(), 1)
 
     assert dict(ModelConfig.from_dict(fields).extra) == fields
 
 
-# another spelling | what it means
+# alias | fields
 SAME = [
     ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, {"rope_theta": 5e5}),
     ({"rope_parameters": {"rope_theta": 5e5, "type": "default"}, "rope_theta": 500000}, {"rope_theta": 5e5}),

@@ -1,4 +1,4 @@
-"""`DispatchConfig`: what it rejects, and its way from the flags of a run to the model."""
+"""`DispatchConfig`: invalid values, and the flags of a run that set it."""
 
 import json
 import re

@@ -50,9 +50,9 @@ from tests.helpers.conformance import (
 from tests.helpers.trees import FROZEN, paths
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-# The kernels of `grouped` have their own suite; here they are interpreted, which is slow.
+# The kernels of `grouped` are interpreted here, which is slow; see test_grouped_matmul.py.
 every_fast_backend = pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "grouped"])
-# These have explicit gradients; those of the others are derived by JAX and need fewer cases.
+# These have explicit backward passes; the others are differentiated by JAX and need fewer cases.
 LOOPS = ("block_loop", "batched")
 
 
@@ -193,7 +193,7 @@ def spy(monkeypatch: pytest.MonkeyPatch, *backends: str) -> dict[str, set[str]]:
     ids=["all", "rows", "two weights", "all of low-rank", "adapters"],
 )
 def test_frozen_weight_gradients_are_not_accumulated(kinds: Any, frozen: str, sums: int, backend: str):
-    """The loops carry sums over blocks or passes; with 48 rows nothing else has the shape of a weight."""
+    """Loops carry sums over blocks or passes; with 48 rows nothing else has the shape of a weight."""
     inputs, cotangent = arrays(48, kinds=kinds)
     program = functools.partial(out_and_grads, expert_ffn, frozen=frozen, backend=backend)
 
@@ -336,7 +336,7 @@ def test_each_leg_runs_its_own_backend(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def fresh_choice(monkeypatch: pytest.MonkeyPatch):
-    """No cached choices and no environment variable."""
+    """Clear cached choices and the environment variable."""
     monkeypatch.delenv(operation.VARIABLE, raising=False)
     for cached in (operation._or_fallback, operation._log_once):
         cached.cache_clear()

@@ -1,4 +1,4 @@
-"""The routed experts on few tokens, without sorting: the reference's sums, on one device and over meshes."""
+"""The routed experts on few tokens, without sorting: equal to the reference, on one device and over meshes."""
 
 from typing import Any
 
@@ -70,7 +70,7 @@ def test_bf16_stays_near_fp32(few: few_tokens.Form):
 def test_unchosen_experts_do_not_change_the_output(few: few_tokens.Form):
     x, weights, experts = operands(DENSE)
     up: Any = experts.up
-    broken = experts._replace(up=up.at[2].set(jnp.inf))  # chosen by no token
+    broken = experts._replace(up=up.at[2].set(jnp.inf))  # not selected by any token
 
     got = jax.jit(few, static_argnums=4)(x, jnp.asarray(IDS), weights, broken, "silu")
 
@@ -124,8 +124,8 @@ def test_a_requested_backend_overrides_the_form(way: str, monkeypatch: pytest.Mo
 )
 def test_few_tokens_on_a_mesh_equal_the_reference(mesh: str, few: few_tokens.Form, monkeypatch: pytest.MonkeyPatch):
     x, weights, experts = operands(DENSE)
-    asked = []
-    monkeypatch.setattr(few_tokens, "form", lambda platform, *sizes: asked.append(sizes) or few)
+    calls = []
+    monkeypatch.setattr(few_tokens, "form", lambda platform, *sizes: calls.append(sizes) or few)
 
     with on_mesh(mesh):
         program = jax.jit(lambda x, ids, weights: routed_experts(x, ids, weights, experts, activation="silu"))
@@ -137,7 +137,7 @@ def test_few_tokens_on_a_mesh_equal_the_reference(mesh: str, few: few_tokens.For
     assert "stablehlo.sort" not in lowered
     ways = MESHES[mesh].expert
     tokens = -(-M // (2 * ways)) * ways  # of an expert group, after padding to the data axes
-    assert set(asked) == {(tokens, K, E // ways)}
+    assert set(calls) == {(tokens, K, E // ways)}
 
 
 def test_an_explicit_all_to_all_does_not_gather_few_tokens(monkeypatch: pytest.MonkeyPatch):

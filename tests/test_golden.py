@@ -1,4 +1,4 @@
-"""Every number on the way from ids to text against the original PyTorch model; the README's parity table."""
+"""Parity with the original PyTorch model, from logits to text: the README's parity table."""
 
 import functools
 
@@ -13,8 +13,8 @@ from dsmoe_jax.model import merge, split
 from tests.helpers import golden
 
 ROUTER_WEIGHTS = 1e-5  # absolute; the weights are probabilities
-BF16_RMS = 2.0  # times the original's own distance between bf16 and fp32
-BF16_ARGMAX = 0.95  # or as often as the original's own bf16, where that is less
+BF16_RMS = 2.0  # times the original's difference between bf16 and fp32
+BF16_ARGMAX = 0.95  # or the original's rate in bf16, if lower
 
 every_case = pytest.mark.parametrize("case", golden.CASES)
 

@@ -19,6 +19,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from dsmoe_jax.kernels import grouped_matmul
 from dsmoe_jax.kernels.grouped_matmul import IMPLEMENTATIONS, available, gmm, gmm_transposed, tgmm
+from tests.helpers.conformance import assert_near
 
 E, N, K = 4, 136, 72  # no tile divides them
 
@@ -104,11 +105,6 @@ def with_nan_beyond(leg: Any, first: jax.Array, second: jax.Array, sizes: list[i
 def jitted(leg: Any, **options: Any):
     """Compiled once per shape: group sizes are data."""
     return jax.jit(lambda first, second, sizes: leg(first, second, sizes, **options))
-
-
-def assert_near(got: Any, want: np.ndarray, relative: float):
-    scale = np.abs(want).max(initial=0)
-    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=relative * scale)
 
 
 def expected(leg: Any, first: Any, second: Any, sizes: list[int]) -> np.ndarray:

@@ -23,7 +23,7 @@ from tests.helpers import reference
 from tests.helpers.hf_folder import tiny
 
 FP32 = 2e-6  # absolute, on values near 1: a few roundings
-LOGITS = 1e-4  # absolute, on logits of rms 1: a whole model's roundings in fp32
+LOGITS = 1e-4  # absolute, on logits of rms 1: the rounding of a model in fp32
 
 
 def normal(*shape: int, seed: int = 0, dtype: Any = jnp.float32) -> jax.Array:
@@ -385,7 +385,7 @@ def test_without_a_key_there_is_no_dropout():
 
 
 def test_dropout_drops_its_rate_and_scales_the_rest():
-    """With equal scores and one-hot values the output is the probabilities themselves."""
+    """With equal scores and one-hot values the output equals the probabilities."""
     rate, keys = 0.25, 512
     q, k = jnp.zeros((1, 64, 1, keys)), jnp.zeros((1, 1, keys, keys))
     mask = jnp.ones((1, 64, keys), bool)
@@ -417,7 +417,7 @@ def cached_model(rope: str) -> tuple[DeepSeekMoE, Any, Any]:
 
 
 IDS = np.random.default_rng(3).integers(0, 64, (2, 8))
-SLOTS = 12  # a chunk may be wider than the rest: padding needs slots too
+SLOTS = 12  # padding needs slots as well
 
 
 @pytest.mark.parametrize("rope", ["plain", "linear"])
@@ -438,7 +438,7 @@ def test_chunked_prefill_and_decode_equal_one_forward(chunks: tuple[int, ...], r
 
 @pytest.mark.parametrize("rope", ["plain", "linear"])
 def test_sequences_of_different_lengths_continue_in_the_cache(rope: str):
-    """Each chunk is right-padded; sequence 0 reads 2, 4 and 1 tokens, sequence 1 reads 4, 1 and 1."""
+    """Chunks are right-padded; sequence 0 has 2, 4 and 1 tokens, sequence 1 has 4, 1 and 1."""
     model, read, _ = cached_model(rope)
     cache = KVCache.empty(model.config, 2, SLOTS)
     valid = [(2, 4), (4, 1), (1, 1)]

@@ -1,7 +1,7 @@
-"""Low-rank adapters against peft's on the original model, and against a base that they are merged into.
+"""LoRA adapters compared with peft on the original model, and with merged weights.
 
-Start at `test_logits_with_an_adapter_equal_pefts`. The case `lora_all` adapts every projection of `a_baseline`. Below
-it the same is held on meshes, over quantised bases, under dropout and for ranks that differ, with a smaller model.
+Start at `test_logits_with_an_adapter_equal_pefts`. The case `lora_all` adapts every projection of `a_baseline`; a
+smaller model covers meshes, quantized bases, dropout and per-matrix ranks.
 """
 
 import dataclasses
@@ -92,9 +92,9 @@ def test_merged_weights_equal_pefts(case: dict[str, Any]):
     logits = assemble(case["config"], merged)(case["tensors"]["in.input_ids"]).logits
 
     names = {name: (ours, e) for name, ours, e in export_order(case["config"])}
-    kept = [name for name in case["tensors"] if name.startswith("merged.weight.")]
-    assert kept
-    for name in kept:
+    merged_names = [name for name in case["tensors"] if name.startswith("merged.weight.")]
+    assert merged_names
+    for name in merged_names:
         ours, e = names[name.removeprefix("merged.weight.")]
         got = merged[ours] if e is None else merged[ours][e]
         np.testing.assert_allclose(got, case["tensors"][name], rtol=0, atol=1e-6)
@@ -221,7 +221,7 @@ def small() -> tuple[lora.Plan, dict[str, Any], dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def alone(small: tuple[lora.Plan, dict[str, Any], dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
-    """What they give on one device."""
+    """The results on one device."""
     return logits_and_gradients(*small)
 
 
@@ -246,16 +246,16 @@ def test_logits_and_gradients_on_a_mesh_equal_one_device(mesh: str, small: Any, 
 def test_adapters_on_a_quantized_base(scheme: str, small: Any):
     plan, base, adapter = small
     some = {name: base[name] for name in (STACK, "layers.0.attention.q.weight")}  # each is a program to compile
-    quantised = base | quantize_params(some, scheme)
-    dense = base | {name: lora.merge(lora.Plan({}), {name: quantised[name]}, {})[name] for name in some}
+    quantized = base | quantize_params(some, scheme)
+    dense = base | {name: lora.merge(lora.Plan({}), {name: quantized[name]}, {})[name] for name in some}
 
-    got, want = (jax.jit(partial(logits_of, plan))(params, adapter) for params in (quantised, dense))
+    got, want = (jax.jit(partial(logits_of, plan))(params, adapter) for params in (quantized, dense))
 
-    assert isinstance(quantised[STACK], Quantized)
+    assert isinstance(quantized[STACK], Quantized)
     assert_close(got, want)
     for name in some:
         alone = lora.Plan({name: plan.targets[name]})
-        merged, expected = (lora.merge(alone, {name: params[name]}, adapter)[name] for params in (quantised, dense))
+        merged, expected = (lora.merge(alone, {name: params[name]}, adapter)[name] for params in (quantized, dense))
         assert merged.dtype == jnp.float32
         np.testing.assert_array_equal(merged, expected)
 
@@ -292,7 +292,7 @@ def test_padding_of_ranks_gets_no_gradient(small: Any):
         assert (np.asarray(stepped[STACK + end] != 0).any(axis=axis) == in_use).all()
 
 
-def test_a_new_adapter_is_an_identity(small: Any):
+def test_a_new_adapter_is_the_identity(small: Any):
     plan, base, _ = small
 
     fresh = jax.jit(lambda key: lora.init(plan, SMALL, base, key))(jax.random.key(0))

@@ -1,4 +1,4 @@
-"""The whole model against its slow twin, over everything a config can ask for; padding, positions, init, refusals.
+"""The model against the NumPy reference, for every option of a config; padding, positions, initialization, errors.
 
 Start at `test_logits_equal_the_reference`.
 """
@@ -27,7 +27,7 @@ from tests.helpers import reference
 from tests.helpers.hf_folder import tiny
 from tests.helpers.meshes import MESHES
 
-LOGITS = 1e-4  # absolute, on logits of rms 1: a right fp32 implementation sits near 1e-6
+LOGITS = 1e-4  # absolute, on logits of rms 1; correct fp32 implementations differ by about 1e-6
 BF16_RMS = 0.05  # of the logits' rms: eps is 0.0078 and a block rounds some ten times
 
 IDS = np.random.default_rng(0).integers(0, 64, (2, 12))
@@ -60,7 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 } | {name: ONE_LAYER | {"hidden_act": name} for name in ACTIVATION_FUNCTIONS if name != "silu"}
 # fmt: on
 
-# Validated and carried from config.json and back; nothing else asks for them.
+# Validated and exported only.
 CARRIED = {
     "use_cache",
     "torch_dtype",
@@ -87,7 +87,7 @@ def assert_logits(got: Any, want: Any, where: Any = np.s_[:]):
     np.testing.assert_allclose(np.asarray(got)[where], want[where], rtol=0, atol=LOGITS)
 
 
-# The twin
+# The reference
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -109,7 +109,7 @@ OF_THE_SAME_SHAPES = ["norm_topk_prob", "linear rope", "dynamic rope, beyond", "
 
 @pytest.mark.parametrize("variant", OF_THE_SAME_SHAPES)
 def test_the_reference_distinguishes_the_variants(variant: str):
-    """An option that changed nothing would prove nothing above."""
+    """Otherwise the comparison above would not test the option."""
     plain = reference.random_model(tiny(**ONE_LAYER))
     other = assemble(tiny(**VARIANTS[variant]), split(plain)[1])
 
@@ -158,7 +158,7 @@ def test_bf16_runs_and_stays_near_fp32():
 
 @pytest.mark.parametrize(("positions", "kind"), [("default", bool), ("counted", int)])
 def test_padding_does_not_change_valid_logits(positions: str, kind: type):
-    """Row 0 is padded on the left, row 1 on the right; rope is relative, so a shifted row gives the same."""
+    """Sequence 0 is left-padded, sequence 1 right-padded; RoPE is relative, so a shift changes nothing."""
     mask = np.ones(IDS.shape, int)
     mask[0, :5], mask[1, 8:] = 0, 0
     position_ids = np.maximum(mask.cumsum(axis=1) - 1, 0) if positions == "counted" else None
@@ -184,7 +184,7 @@ def test_positions_with_gaps():
 
 # Transformations
 
-# The logits of `params` for IDS, each by another transformation.
+# The logits of `params` for IDS under each transformation.
 LOGITS_BY = {
     "jit": lambda graph, params, ids: jax.jit(lambda params: merge(graph, params)(ids).logits)(params),
     "jit of a closure": lambda graph, params, ids: jax.jit(lambda ids: merge(graph, params)(ids).logits)(ids),
@@ -217,8 +217,8 @@ def shallow(mesh: str | None = None) -> tuple[Graph, dict[str, Any]]:
 
 
 @functools.cache
-def gradients_of_the_whole_program() -> dict[str, Any]:
-    """Those of one jitted program on one device, as training makes it."""
+def gradients_of_one_program() -> dict[str, Any]:
+    """The gradients of one jitted program on one device, as in training."""
     graph, params = shallow()
 
     def loss(params: dict[str, Any]) -> jax.Array:
@@ -241,7 +241,7 @@ def test_transformations_give_the_same_logits(way: str, mesh: str | None):
 def test_all_ways_to_differentiate_agree(way: str, mesh: str | None):
     grads = GRADS_BY[way](lambda model: (model(ODD).logits ** 2).sum(), *shallow(mesh))
 
-    for name, want in gradients_of_the_whole_program().items():
+    for name, want in gradients_of_one_program().items():
         np.testing.assert_allclose(grads[name], want, rtol=1e-4, atol=1e-4 * np.abs(want).max(), err_msg=name)
 
 
@@ -293,7 +293,7 @@ def test_traced_ids_of_a_wrong_type_are_rejected(ids: jax.Array):
         jax.jit(base())(ids)
 
 
-# The config is read
+# Every field is read
 
 
 def reads_of_the_config() -> set[str]:
@@ -334,7 +334,7 @@ def test_every_parameter_has_logical_axes():
 
 @functools.cache
 def fresh(seed: int) -> dict[str, np.ndarray]:
-    """Of few shapes: each is a program that draws."""
+    """A config with few shapes: each compiles an initializer."""
     return {name: np.asarray(value) for name, value in split(DeepSeekMoE.init(SQUARE, seed=seed))[1].items()}
 
 
@@ -363,7 +363,7 @@ def test_all_parameters_start_differently():
 
 
 def test_init_has_the_distributions_of_the_original():
-    """N(0, initializer_range), norms 1, biases 0; the router alone U(±1/√D): no init of the original reaches it."""
+    """N(0, initializer_range²), norms 1, biases 0; only the router has U(±1/√D), PyTorch's default."""
     bound = 32**-0.5
     for name, value in fresh(0).items():
         if name.endswith("norm.weight"):
@@ -379,7 +379,7 @@ def test_init_has_the_distributions_of_the_original():
             assert abs(value.mean()) < 5 * 0.05 / value.size**0.5, name
 
 
-# Refusals
+# Errors
 
 
 @pytest.mark.parametrize(

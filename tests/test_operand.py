@@ -22,13 +22,13 @@ from dsmoe_jax.kernels.operand import (
     shape,
 )
 from tests.helpers import reference
+from tests.helpers.conformance import FP32, assert_near
 
 E, O, I = 3, 6, 8  # noqa: E741
 QUANTIZED = ("int8", "4-bit", "double")
 KINDS = ("dense", *QUANTIZED, "low-rank over dense", "low-rank over int8", "low-rank over double")
 COUNTING = tuple(float(n) for n in range(16))  # the identity codebook
 
-FP32 = 1e-5  # of the largest value: sums of some ten products, in another order
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -39,11 +39,6 @@ def operand(kind: str, dtype: Any = jnp.float32) -> Any:
 
 def of_expert(e: int, operand: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[e], operand)
-
-
-def assert_near(got: Any, want: Any, relative: float = FP32):
-    want = np.asarray(want, np.float64)
-    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=relative * np.abs(want).max())
 
 
 # --- dequantization of one expert ---
@@ -135,7 +130,7 @@ def test_a_linear_map_equals_the_dense_matmul(kind: str):
 
     got = jax.jit(linear)(x, of_expert(1, experts))
 
-    assert_near(got, np.asarray(x, np.float64) @ reference.dense(experts)[1].T)
+    assert_near(got, np.asarray(x, np.float64) @ reference.dense(experts)[1].T, FP32)
 
 
 def test_a_low_rank_product_is_never_materialized():

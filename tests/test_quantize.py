@@ -1,4 +1,4 @@
-"""Quantised weights: code books as they were published, then one tile at a time, then checkpoints as they are read.
+"""Quantization: published codebooks, single weights, models, and checkpoints quantized while loading.
 
 Start at `test_codes_and_scales_equal_a_tilewise_reference`.
 """
@@ -30,17 +30,16 @@ from dsmoe_jax.quantize import (
     quantize,
     quantize_matrix,
     quantize_params,
-    relative_error,
-    usage,
 )
 from dsmoe_jax.sharding import spec
 from tests.helpers import reference
 from tests.helpers.hf_folder import VARIANTS, edit, flip_bit, random_params, tiny, write_hf
 from tests.helpers.meshes import MESHES
+from tests.helpers.quantization import relative_error, usage
 from tests.test_streaming import GROWTH, REPOSITORY, write_sparse
 
 E, O, I = 2, 130, 128  # noqa: E741  # 260 tiles of 64 a matrix, so the scales have two tiles, the last one short
-ODD = (3, 5, 26)  # tiles run across rows, and the last one is short
+ODD = (3, 5, 26)  # tiles span rows, and the last one is short
 
 ROUNDING = 1e-4  # of half a step: codes are chosen in fp32
 
@@ -68,7 +67,7 @@ def assert_same(got: Any, want: Any):
         np.testing.assert_array_equal(one, other)
 
 
-# --- code books ---
+# --- codebooks ---
 
 
 def test_nf4_has_the_published_values():
@@ -81,7 +80,7 @@ def test_nf4_has_the_published_values():
 
 
 def test_the_codebook_of_scales_has_the_published_values():
-    """Dynamic tree quantisation (arXiv 1511.04561, §2; arXiv 2110.02861, §2.1) with a sign, 7 exponents, 8 bits."""
+    """Dynamic tree quantization (arXiv 1511.04561, §2; arXiv 2110.02861, §2.1) with a sign, 7 exponents, 8 bits."""
     values = np.array(DYNAMIC)
 
     assert len(values) == len(set(DYNAMIC)) == 256
@@ -96,7 +95,7 @@ def test_the_codebook_of_scales_has_the_published_values():
 
 
 def test_codes_follow_the_published_thresholds():
-    """Four of those in bitsandbytes' kernel, which asks for more than the threshold."""
+    """Four thresholds of bitsandbytes' kernel, which compares with >."""
     on = np.array([-0.8480964004993439, -0.045525018125772476, 0.03979014977812767, 0.8614784181118011], np.float32)
 
     assert nearest(jnp.asarray(on), NF4).tolist() == [0, 6, 7, 14]
@@ -152,7 +151,7 @@ def test_double_quantization_of_scales(shape: tuple[int, int, int]):
     np.testing.assert_allclose(dequantize(twice), reference.dequantize(twice), rtol=1e-5, atol=1e-9)
 
 
-# By how much a value changes at most: half the widest gap of its code book, times its scale.
+# The largest quantization error: half the widest gap of the codebook, times the scale.
 STEPS = {"int8": 0.5, "int4": 0.5, "nf4": (1 - 0.6961928009986877) / 2}
 
 
@@ -264,7 +263,7 @@ def test_bits_per_weight_of_the_16b(scheme: str, double: bool):
     assert used["routed"].bits == BITS[scheme, double] <= {"int8": 8.02, "int4": 4.5, "nf4": 4.5}[scheme]
 
 
-# --- whole models ---
+# --- models ---
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
@@ -304,10 +303,10 @@ def test_the_error_is_relative_to_the_weights():
     assert relative_error({name: np.array([[0.0, 4.0]])}, {name: quantized})["dense"] == pytest.approx(3 / 4, rel=1e-2)
 
 
-@pytest.mark.parametrize("of", ["quantised", "adapted"])
+@pytest.mark.parametrize("of", ["quantized", "adapted"])
 def test_parameters_that_are_not_dense_are_rejected(of: str):
     dense = jnp.ones((4, 4))
-    value = quantize(dense, "int8") if of == "quantised" else LowRank(dense, dense, dense)
+    value = quantize(dense, "int8") if of == "quantized" else LowRank(dense, dense, dense)
 
     with pytest.raises(ValueError, match=r"^layers\.0\.mlp\.up\.weight must be dense"):
         quantize_params({"layers.0.mlp.up.weight": value}, "nf4")
@@ -426,7 +425,7 @@ def test_non_finite_weights_are_rejected_while_reading(tmp_path: Path):
 
 # --- memory ---
 
-# Prints by how many bytes a load grows the memory that no file stands behind, once warm, and how many it leaves.
+# Prints the peak growth of anonymous memory during a warm load, and the bytes of its result.
 MEASURE = """
 import json, sys, threading
 import jax
@@ -476,7 +475,7 @@ def test_the_dense_model_is_never_in_memory(tmp_path: Path):
             shutil.rmtree(folder)
 
     grown, kept = json.loads(done.stdout)
-    print(f"{size / 2**20:.0f} MiB in bf16, {kept / 2**20:.0f} MiB quantised: {grown / 2**20:.0f} MiB at most")
+    print(f"{size / 2**20:.0f} MiB in bf16, {kept / 2**20:.0f} MiB quantized: {grown / 2**20:.0f} MiB at most")
     assert size > 3.5 * kept
     assert size >= 5 * GROWTH
     assert grown <= kept + 2 * GROWTH

@@ -1,6 +1,6 @@
 """The mesh, the sharding of every array, and results equal to one device.
 
-Start at `test_loss_and_all_gradients_equal_one_device`; `test_dispatch.py` tests the routed experts alone.
+Start at `test_loss_and_all_gradients_equal_one_device`; `test_token_dispatcher.py` tests the routed experts alone.
 """
 
 import functools
@@ -24,9 +24,9 @@ from tests.helpers.hf_folder import random_params, tiny, write_hf
 from tests.helpers.meshes import MESHES, check_parts, check_placement, on_mesh
 from tests.helpers.reference import random_model
 
-LOGITS = 1e-5  # absolute: the same sums in another order, logits of rms 2
-DRAWN = 1e-6  # relative: the same random bits, but the last bit may round differently per shard shape
-TRAINING = 1e-5  # absolute, on a loss near 5 and gradients below 1: the same
+LOGITS = 1e-5  # absolute, on logits of rms 2: a different order of summation
+DRAWN = 1e-6  # relative: equal random bits, but rounding may depend on the shard shape
+TRAINING = 1e-5  # absolute, on a loss near 5 and gradients below 1: a different order of summation
 
 every_mesh = pytest.mark.parametrize("mesh", MESHES)
 

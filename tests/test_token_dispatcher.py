@@ -1,4 +1,4 @@
-"""Token dispatch over meshes: for every mesh, strategy and routing, the results of one device.
+"""Token dispatch: every mesh, strategy and routing equals one device.
 
 Start at `test_one_device_equals_the_reference`, then `test_every_mesh_equals_one_device`.
 """
@@ -18,6 +18,7 @@ from dsmoe_jax.kernels.operand import EXPERT_AXES, Experts, leaf_axes
 from dsmoe_jax.layers.token_dispatcher import STRATEGIES, DispatchConfig, Strategy, routed_experts
 from dsmoe_jax.sharding import BATCH_AXES, make_mesh, sharding
 from tests.helpers import reference
+from tests.helpers.conformance import FP32, assert_near
 from tests.helpers.meshes import MESHES, on_mesh
 from tests.helpers.trees import FROZEN, paths, trained
 
@@ -29,20 +30,19 @@ LOW_RANK: Kinds = ("low-rank over dense", "low-rank over dense", "low-rank over 
 QUANTIZED: Kinds = ("int8", "low-rank over 4-bit", "double")
 FACTORS = (None, 0.5, 2.0)
 
-FP32 = 1e-5  # of the largest value: sums of some ten products, in another order
 BF16 = 2e-2  # of the largest value: eps is 0.0078, and states, results and gradients are rounded
 
 # The experts of token m. A router repeats none for a token; dispatch allows it.
 ROUTINGS = {
     "balanced": lambda m: [(3 * m + a) % E for a in range(K)],
     "skewed": lambda m: [0, 1, 2] if m % 2 == 0 else [(3 * m + a) % E for a in range(K)],
-    "first three": lambda m: [0, 1, 2],  # all rows to one device, where 4 experts share it
+    "first three": lambda m: [0, 1, 2],  # all rows to one device with 4 experts
     "one expert": lambda m: [5, 5, 5],
     "half idle": lambda m: [(m + a) % 4 for a in range(K)],
 }
 
 # Each mesh with each strategy, every factor at least once, and the overflow passes, counted by hand: the most rows of
-# any device (all_to_all: for any one device), over rows per pass.
+# any device (all_to_all: for any device) over rows per pass.
 # fmt: off
 OVERFLOW_PASSES = {
     # mesh                       strategy      factor    balanced  skewed  first three  one expert  half idle
@@ -121,12 +121,6 @@ def placed(inputs: Inputs, mesh: str) -> Inputs:
 def run(mesh: str | None, config: DispatchConfig, ids: Any, inputs: Inputs, cotangent: Any, frozen: str = "") -> Result:
     with on_mesh(mesh):
         return program(mesh, config, frozen)(inputs if mesh is None else placed(inputs, mesh), ids, cotangent)
-
-
-def assert_near(got: Any, want: Any, relative: float, name: str = "") -> None:
-    want = np.asarray(want, np.float64)
-    scale = np.abs(want).max(initial=0)
-    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=relative * scale, err_msg=name)
 
 
 def check_all(got: Result, want: Result, tolerance: float = FP32, name: str = "") -> None:
@@ -216,7 +210,7 @@ def test_every_factor_on_every_mesh_equals_one_device(mesh: str, strategy: Strat
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_no_row_is_dropped_with_one_row_per_pass(strategy: Strategy):
-    """Expert e maps ones to the e-th unit vector: outputs count exactly how often each expert is used."""
+    """Expert e maps ones to the e-th unit vector, so outputs count the uses of each expert."""
     gate = up = jnp.full((E, F, D), 1 / D)
     down = jnp.zeros((E, D, F)).at[jnp.arange(E), jnp.arange(E)].set(1 / F)
     ids = ids_of("skewed")
@@ -231,7 +225,7 @@ def test_no_row_is_dropped_with_one_row_per_pass(strategy: Strategy):
         uses, overflow_passes = count(ids)
 
     np.testing.assert_array_equal(uses, [np.bincount(of_token, minlength=E) for of_token in np.asarray(ids)])
-    # The device of the first two experts serves 11 of the 24 rows of its group, and 4 of 6 from one device.
+    # The device of the first two experts has 11 of the 24 rows of its group, and 4 of 6 from one device.
     assert overflow_passes == {"gather": 10, "all_to_all": 3}[strategy]
 
 
@@ -422,7 +416,7 @@ def test_on_a_foreign_mesh_nothing_is_communicated():
     assert not re.search(COLLECTIVES, text)
 
 
-def test_inside_a_shard_map_each_device_works_alone():
+def test_inside_a_shard_map_each_device_computes_alone():
     inputs, cotangent = arrays()
     ids, tokens = ids_of("skewed"), PartitionSpec(BATCH_AXES)
 
@@ -482,7 +476,7 @@ def test_a_width_that_does_not_divide_is_rejected():
     ids=["gate", "down", "up"],
 )
 def test_quantized_operands_over_tensor_are_rejected(kinds: Kinds, name: str):
-    """Each device of the axis would hold all of them, and add the full sum."""
+    """Each device of the axis would have all of them and add the full sum."""
     message = error("expert=2,tensor=2,fsdp=2", DispatchConfig(), kinds=kinds)
 
     assert message == f"{name} of the routed experts is quantized and cannot be sharded over tensor=2"

@@ -1,4 +1,4 @@
-"""Tuned choices as data: which file takes precedence, and which contents are rejected."""
+"""Tuned backends and tiles: precedence of files, and invalid contents."""
 
 import json
 import re

@@ -1,7 +1,7 @@
 """Scaled dot-product attention.
 
-Start at `attention`; `BACKENDS` lists the implementations. Keys and values have heads before tokens: one matmul per
-key-value head and sequence. Query head n reads key-value head n // G, so the G query heads of a group are adjacent.
+Start at `attention`; `BACKENDS` lists the implementations. Keys and values are [B, K, S, H]: one matmul per key-value
+head and sequence. Query head n attends to key-value head n // G.
 """
 
 import functools
@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from dsmoe_jax.axes import Array, Bool, Float, PRNGKeyArray
 from dsmoe_jax.errors import DSMoEError
 
-VARIABLE: Final = "DSMOE_ATTENTION_BACKEND"  # the backend where no argument names one
-# `plain`: XLA, in chunks of queries. `cudnn`: NVIDIA's flash attention, for full sequences in half precision on Ampere
-# or newer, with `plain` as the fallback. Which is faster is not measured yet, so `plain` is the default everywhere.
+VARIABLE: Final = "DSMOE_ATTENTION_BACKEND"  # the default backend
+# `plain`: XLA, in chunks of queries; the default, as neither has been measured on a GPU. `cudnn`: NVIDIA's flash
+# attention, for full sequences in half precision on Ampere or newer; falls back to `plain`.
 BACKENDS: Final = ("plain", "cudnn")
 
-_CHUNK: Final = 64  # queries; their scores stay in cache: 4× at T = 512 on CPU, half of it saved work
+_CHUNK: Final = 64  # queries; their scores fit in cache: 4× faster at T = 512 on CPU, half of it from causality
 _MAX_CHUNKS: Final = 16  # unrolled
 
 
@@ -36,36 +36,18 @@ def attention(
     dropout_key: PRNGKeyArray | None = None,
     backend: str | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Compute softmax(q kᵀ / √H) v under a mask, the softmax in fp32.
+    """Compute softmax(q kᵀ / √H) v under a mask, the softmax in fp32; a fully masked query gets the mean of v.
 
-    Args:
-      q: Queries.
-      k: Keys.
-      v: Values.
-      mask: Which keys each query attends to. A fully masked query gets the mean of the values: finite, to be ignored.
-      causal: Asserts that the mask is causal (so T = S); scores above the diagonal are then not computed.
-      dropout: Dropout rate of the probabilities.
-      dropout_key: Enables dropout.
-      backend: One of `BACKENDS`; default the environment variable DSMOE_ATTENTION_BACKEND, else "plain".
-
-    Returns:
-      The attention output, in the dtype of q.
-
-    Raises:
-      ValueError: For an unknown backend.
+    `causal` asserts that the mask is causal (so T = S), which skips the scores above the diagonal.
     """
     T, backend = q.shape[1], backend or os.environ.get(VARIABLE) or "plain"
     if backend not in BACKENDS:
         raise DSMoEError(f"attention backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     dropping = bool(dropout) and dropout_key is not None
-    if (
-        backend == "cudnn"
-        and causal
-        and not _cudnn_unsupported(jax.default_backend(), q.dtype.name, q.shape[3], dropping)
-    ):
-        return _cudnn(q, k, v, mask)
     if not causal:
         return _attention(q, k, v, mask, dropout, dropout_key)
+    if backend == "cudnn" and not _cudnn_unsupported(jax.default_backend(), q.dtype.name, q.shape[3], dropping):
+        return _cudnn(q, k, v, mask)
     chunk = max(_CHUNK, -(-T // _MAX_CHUNKS))
     chunks = []
     for start in range(0, T, chunk):
@@ -78,7 +60,7 @@ def attention(
 
 @functools.cache
 def _cudnn_unsupported(platform: str, dtype: str, head_dim: int, dropout: bool) -> str | None:
-    """Return why cuDNN does not support this, with one warning per reason; None if it does."""
+    """Return the reason why cuDNN does not support this, and warn once per reason; None if it does."""
     reasons = {
         f"it needs an NVIDIA GPU, got {platform!r}": platform != "gpu",
         f"it needs bfloat16 or float16, got {dtype}": dtype not in ("bfloat16", "float16"),
@@ -94,7 +76,7 @@ def _cudnn_unsupported(platform: str, dtype: str, head_dim: int, dropout: bool) 
 def _cudnn(
     q: Float[Array, "B T N H"], k: Float[Array, "B K T H"], v: Float[Array, "B K T H"], mask: Bool[Array, "B T T"]
 ) -> Float[Array, "B T N H"]:
-    """Call jax.nn's cuDNN attention; it has no segment IDs, so the mask separates packed documents."""
+    """Call jax.nn's cuDNN attention; it has no segment IDs, so packed documents are separated by the mask."""
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], is_causal=True, implementation="cudnn")
 

@@ -1,9 +1,8 @@
-"""The routed experts as batched matmuls over [E, C, D]: plain XLA, as fast as its batched matmuls.
+"""The routed experts as batched matmuls over [E, C, D]: plain XLA. Start at `forward`.
 
-Read `forward` first. Each expert has a capacity of C rows, a little above the mean; experts with more rows take
-further passes, so no row is dropped and memory stays bounded however skewed the routing is. Rows are placed and
-returned by gathers. The number of passes depends on the data, which autodiff rejects, so the backward pass repeats the
-passes explicitly.
+Each expert has a capacity of C rows, a little above the mean. Overflowing rows take further passes, so no row is
+dropped and memory is bounded under any routing. The number of passes depends on the data, which autodiff rejects, so
+the backward pass is explicit.
 """
 
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from dsmoe_jax.axes import Array, Bool, Float, Int
 from dsmoe_jax.kernels.operand import GradMask, Inputs, expert_of_rows, swiglu
 
-_HEADROOM = 1.25  # capacity over the mean: a balanced router then needs one pass
+_HEADROOM = 1.25  # capacity over the mean: one pass for a balanced router
 
 
 class _Slots(NamedTuple):
@@ -24,14 +23,14 @@ class _Slots(NamedTuple):
     row: Int[Array, "E C"]  # the row in each slot
     used: Bool[Array, "E C"]
     slot: Int[Array, "R"]  # the slot of each row, in E·C
-    served: Bool[Array, "R"]  # whether this pass serves the row
+    served: Bool[Array, "R"]  # rows of this pass
 
     def put(self, x: Array) -> Array:
         """Copy row-wise values [R, …] into the slots, [E, C, …]."""
         return jnp.where(_expand(self.used, x.ndim + 1), x[self.row], 0)
 
     def take(self, y: Array, otherwise: Array) -> Array:
-        """Return values of slots [E, C, …] to the rows served; the others keep `otherwise`."""
+        """Copy slots [E, C, …] to their rows; rows of other passes keep `otherwise`."""
         y = y.reshape(-1, *y.shape[2:])[self.slot].astype(otherwise.dtype)
         return jnp.where(_expand(self.served, y.ndim), y, otherwise)
 
@@ -41,7 +40,7 @@ def _expand(mask: Array, ndim: int) -> Array:
 
 
 def capacity(rows: int, experts: int) -> int:
-    """Return slots per expert: a multiple of 8 above the mean, at most all rows."""
+    """Return the slots per expert: a multiple of 8 above the mean, at most all rows."""
     return min(rows, -(-int(_HEADROOM * rows / experts + 1) // 8) * 8)
 
 
@@ -60,7 +59,7 @@ def _slots(group_sizes: Array, rows: int, index: Array | int) -> _Slots:
 
 
 def _over_passes(one_pass: Callable[[Any, Any], Any], start: Any, group_sizes: Array, rows: int) -> Any:
-    """Run `one_pass(index, carry)` as often as the fullest expert needs, the first time outside the loop."""
+    """Run `one_pass(index, carry)` until the fullest expert is done, the first pass outside the loop."""
     C, carry = capacity(rows, group_sizes.shape[0]), one_pass(0, start)
     return carry if rows <= C else jax.lax.fori_loop(1, -(-group_sizes.max() // C), one_pass, carry)
 

@@ -1,4 +1,4 @@
-"""What the codes of quantised weights stand for: NF4, and the 8-bit map of the scales. Start at `nearest`."""
+"""Codebooks of quantized values: NF4 for weights, dynamic 8-bit for scales. Start at `nearest`."""
 
 from typing import Final
 
@@ -7,7 +7,7 @@ import numpy as np
 
 from dsmoe_jax.axes import Array, Float, Shaped
 
-# The quantiles of a normal distribution, scaled to [-1, 1], with a zero among them: arXiv 2305.14314, appendix E.
+# Quantiles of a normal distribution, scaled to [-1, 1] and including zero: arXiv 2305.14314, appendix E.
 # fmt: off
 NF4: Final = (
     -1.0,                 -0.6961928009986877,  -0.5250730514526367, -0.39491748809814453,
@@ -19,16 +19,15 @@ NF4: Final = (
 
 
 def _dynamic() -> tuple[float, ...]:
-    """Dynamic 8-bit values (arXiv 1511.04561; as in bitsandbytes' signed map): finer the smaller they are.
+    """Return the signed dynamic 8-bit values of bitsandbytes (arXiv 1511.04561), finer towards zero.
 
-    Of each of seven decades, the highest from 0.1 to 1, the middles of equal parts with either sign: 64 parts of the
-    highest, half as many of each one below. And 0, and 1.
+    0, 1, and ± the midpoints of equal intervals of seven decades: 64 in [0.1, 1], half as many in each decade below.
     """
     values = [0.0, 1.0]
     for decade in range(7):
         edges = np.linspace(0.1, 1, (64 >> decade) + 1)
-        middles = (edges[:-1] + edges[1:]) / 2 * 10.0**-decade
-        values += [*middles, *-middles]
+        midpoints = (edges[:-1] + edges[1:]) / 2 * 10.0**-decade
+        values += [*midpoints, *-midpoints]
     return tuple(np.sort(np.asarray(values, np.float32)).tolist())
 
 
@@ -36,9 +35,8 @@ DYNAMIC: Final = _dynamic()
 
 
 def nearest(x: Float[Array, "n"], codebook: tuple[float, ...]) -> Shaped[Array, "n"]:
-    """The code of the value nearest to each x, uint8; of a number halfway between two values, that of the lower one."""
+    """Return the code of the value nearest to each x, uint8; ties go to the lower value."""
     values = np.asarray(codebook)
-    halfway = jnp.asarray((values[:-1] + values[1:]) / 2, jnp.float32)
-    # Counting the smaller ones is quickest while they are few.
-    method = "compare_all" if len(codebook) <= 16 else "scan"
-    return jnp.searchsorted(halfway, x, side="left", method=method).astype(jnp.uint8)
+    midpoints = jnp.asarray((values[:-1] + values[1:]) / 2, jnp.float32)
+    method = "compare_all" if len(codebook) <= 16 else "scan"  # faster for a small codebook
+    return jnp.searchsorted(midpoints, x, side="left", method=method).astype(jnp.uint8)

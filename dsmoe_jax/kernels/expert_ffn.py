@@ -1,7 +1,6 @@
-"""The routed experts on sorted rows: the SwiGLU of every expert on its own rows, as one operation.
+"""The SwiGLU of every expert on its rows, sorted by expert, as one operation with several backends.
 
-Start at `expert_ffn`; `LEGS` is the table of defaults, `BACKENDS` lists what computes it. All backends have one
-signature and one conformance suite.
+Start at `expert_ffn`; `BACKENDS` lists the implementations, `LEGS` the defaults.
 """
 
 import functools
@@ -22,34 +21,38 @@ from dsmoe_jax.kernels import batched, block_loop, plain, tuning
 from dsmoe_jax.kernels.operand import Experts, GradMask, Inputs, Operand, shape
 from dsmoe_jax.kernels.tuning import Legs
 
-VARIABLE: Final = "DSMOE_EXPERT_BACKEND"  # the backend where no argument names one
+VARIABLE: Final = "DSMOE_EXPERT_BACKEND"  # the default backend
 _FALLBACK: Final = "batched"  # needs nothing but XLA
 _log = logging.getLogger("dsmoe_jax")
 
 
 class Backend(NamedTuple):
-    """One implementation of the operation and its gradients."""
+    """An implementation of the operation and its gradients."""
 
     forward: Callable[[Inputs, Array, str], Array]
     backward: Callable[[Inputs, Array, str, Array, GradMask], list[Array]]
 
 
-def _differentiated(forward: Callable[[Inputs, Array, str], Array]) -> Backend:
-    return Backend(forward, plain.backward_of(forward))
+def differentiated(forward: Callable[[Inputs, Array, str], Array]) -> Backend:
+    """Differentiate `forward` with JAX."""
+
+    def backward(inputs: Inputs, group_sizes: Array, activation: str, grad: Array, needs_grad: GradMask) -> list[Array]:
+        return needs_grad.vjp(lambda inputs: forward(inputs, group_sizes, activation), inputs, grad)
+
+    return Backend(forward, backward)
 
 
 BACKENDS: Final[dict[str, Backend]] = {
     "block_loop": Backend(block_loop.forward, block_loop.backward),
     "batched": Backend(batched.forward, batched.backward),
-    "grouped": _differentiated(functools.partial(plain.forward_by_groups, plain.grouped_legs)),
-    "ragged": _differentiated(functools.partial(plain.forward_by_groups, lambda: plain.RAGGED)),
-    "dense": _differentiated(plain.forward_dense),
+    "grouped": differentiated(functools.partial(plain.forward_by_groups, plain.grouped_legs)),
+    "ragged": differentiated(functools.partial(plain.forward_by_groups, lambda: plain.RAGGED)),
+    "dense": differentiated(plain.forward_dense),
 }
 
-# The defaults where `tuned.json` has no measurement of the card. On GPU a loop of data-dependent length synchronizes
-# with the host every iteration, and `ragged_dot` multiplies every row by every expert, as it does on CPU (reported by
-# others; not measured on a GPU here yet). The dtype is that of the rows. Few tokens never come here on GPU and TPU:
-# see `few_tokens`.
+# The defaults for cards that are not in `tuned.json`; the dtype is that of the rows. On GPU a loop of data-dependent
+# length synchronizes with the host every iteration, and `ragged_dot` is a dense matmul over all experts, as on CPU
+# (reported upstream, not measured here). On GPU and TPU few tokens take `few_tokens` instead.
 # fmt: off
 LEGS: Final[dict[tuple[str, str], Legs]] = {
     # device  dtype            fwd           dgrad         wgrad
@@ -74,28 +77,10 @@ def expert_ffn(
     activation: str = "silu",
     backend: str | None = None,
 ) -> Float[Array, "R D"]:
-    """Compute weight · down_e(act(gate_e x) · up_e x) for each row x of expert e.
+    """Compute weight · down_e(act(gate_e x) · up_e x) for each row x of expert e; rows past the last group give zeros.
 
-    Differentiable in rows, weights and every float leaf of the operands; frozen leaves cost nothing in the backward
-    pass, which saves the inputs alone. The model calls `forward` and `backward` from
-    `layers.token_dispatcher`.
-
-    Args:
-      rows: Hidden states sorted by expert: the first `group_sizes[0]` are expert 0's. Rows beyond the sum give zeros.
-      gate: [E, F, D] ([out, in], as in PyTorch), dense, quantized or low-rank (`kernels.operand`).
-      up: [E, F, D].
-      down: [E, D, F].
-      group_sizes: The number of rows of each expert.
-      weights: The router weight of each row; default 1.
-      activation: A key of `ACTIVATION_FUNCTIONS`.
-      backend: One of `BACKENDS`, or three, "fwd,dgrad,wgrad"; default as `choose_legs` says.
-
-    Returns:
-      The results, in the dtype of the rows.
-
-    Raises:
-      ValueError: For an unknown backend, for shapes that do not fit, and for group sizes that sum to more than the
-        rows (where they are known).
+    Differentiable in rows, weights and every float leaf of the operands; only inputs are saved, and frozen leaves cost
+    nothing in the backward pass. The model calls `forward` and `backward` through `layers.token_dispatcher`.
     """
     inputs, group_sizes = equally_varying((Inputs(rows, weights, Experts(gate, up, down)), group_sizes))
     check(inputs, group_sizes)
@@ -127,7 +112,7 @@ _expert_ffn.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)
 
 @jax.named_scope("expert_ffn")
 def forward(inputs: Inputs, group_sizes: Int[Array, "E"], activation: str, backend: str | None) -> Float[Array, "R D"]:
-    """Compute `expert_ffn` without a gradient."""
+    """Compute `expert_ffn`; not differentiable."""
     return BACKENDS[_legs_for(inputs, group_sizes, backend).fwd].forward(inputs, group_sizes, activation)
 
 
@@ -156,11 +141,9 @@ def _legs_for(inputs: Inputs, group_sizes: Array, backend: str | None) -> Legs:
 
 
 def choose_legs(platform: str, dtype: Any, rows: int, experts: int, backend: str | None = None) -> Legs:
-    """Choose the backend of each leg, and log each choice once per process.
+    """Choose the backend of each leg: `backend`, DSMOE_EXPERT_BACKEND, `tuned.json`, or else `LEGS`.
 
-    In order of precedence: `backend`, the environment variable DSMOE_EXPERT_BACKEND, what is tuned for this card and
-    few (at most one per expert) or many rows, the table `LEGS`. A backend that cannot run here is replaced by `batched`
-    with a warning. Raises `ValueError` for an unknown one.
+    Each choice is logged once. A backend that cannot run here is replaced by `batched`, with a warning.
     """
     if legs := parse_backend(override(backend)):
         reason = "as requested"
@@ -176,12 +159,12 @@ def choose_legs(platform: str, dtype: Any, rows: int, experts: int, backend: str
 
 
 def override(backend: str | None = None) -> str | None:
-    """Return the argument, or else the environment variable; None where neither names a backend."""
+    """Return the argument, or else the environment variable, or else None."""
     return backend or os.environ.get(VARIABLE) or None
 
 
 def parse_backend(backend: str | None) -> Legs | None:
-    """Return the legs of "name" or "fwd,dgrad,wgrad". Raises `ValueError` for an unknown one."""
+    """Parse "name" or "fwd,dgrad,wgrad"."""
     if backend is None:
         return None
     names = backend.split(",")
@@ -210,7 +193,7 @@ def _log_once(legs: Legs, reason: str) -> None:
 
 
 def check(inputs: Inputs, group_sizes: Array) -> None:
-    """Raise `ValueError` for shapes that do not fit."""
+    """Raise for shapes that do not agree, and for concrete group sizes that exceed the rows."""
     rows, weights, experts = inputs
     R, D = rows.shape
     if weights is not None and weights.shape != (R,):
@@ -224,23 +207,18 @@ def check(inputs: Inputs, group_sizes: Array) -> None:
             raise DSMoEError(f"expert_ffn: {name} [out, in] must be {fits} for rows of width {D}, got {shape(operand)}")
     if not isinstance(group_sizes, Tracer):
         sizes = np.asarray(group_sizes)
-        if sizes.min() < 0 or sizes.sum() > R:
-            raise DSMoEError(
-                f"expert_ffn: group_sizes must sum to at most {R} rows, got {sizes.sum()}, min {sizes.min()}"
-            )
+        total, least = sizes.sum(), sizes.min()
+        if least < 0 or total > R:
+            raise DSMoEError(f"expert_ffn: group_sizes must sum to at most {R} rows, got {total}, min {least}")
 
 
 def equally_varying(operands: Any) -> Any:
-    """Make every leaf vary over all mesh axes that one of them varies over, inside a shard_map.
-
-    A loop's carry must not change its type, and the cast of a weight that all devices share is what sums its gradient
-    over them.
-    """
+    """Make all leaves vary over the same mesh axes in a `shard_map`, as the carry of a loop needs."""
     axes = frozenset().union(*(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(operands)))
     return jax.tree.map(lambda leaf: varying(leaf, axes), operands)
 
 
 def varying(value: Array, axes: Iterable[str]) -> Array:
-    """Cast to a value that varies over all `axes`; the gradient is summed over those it did not vary over."""
+    """Cast to a value that varies over all `axes`; the transpose sums the gradient over the axes added."""
     missing = tuple(axis for axis in axes if axis not in jax.typeof(value).mat.varying)
     return jax.lax.pcast(value, missing, to="varying") if missing else value

@@ -1,7 +1,7 @@
-"""The routed experts on few tokens: no sorting, no loop of data-dependent length.
+"""The routed experts on few tokens, without sorting and without a loop of data-dependent length. Start at `form`.
 
-Start at `form`. On a GPU each step of sorting and gathering is a kernel launch, and such a loop synchronizes with the
-host: in a decode step they would take longer than reading the experts.
+On a GPU each step of sorting and gathering is a kernel launch, and such a loop synchronizes with the host: in a decode
+step they would take longer than reading the experts.
 """
 
 from collections.abc import Callable
@@ -13,17 +13,16 @@ import jax.numpy as jnp
 from dsmoe_jax.axes import Array, Float, Int
 from dsmoe_jax.kernels.operand import Experts, Inputs, as_sum, swiglu
 
-Form: TypeAlias = Callable[
-    [Array, Array, Array, Experts, str], Array
-]  # (x, ids, weights, experts, activation) -> fp32 sums
+# (x, ids, weights, experts, activation) -> fp32 sums
+Form: TypeAlias = Callable[[Array, Array, Array, Experts, str], Array]
 
-# Tokens up to which all experts compute all tokens: the matmuls still take as long as reading the weights, and
-# intermediates are a tenth of that (16B; by arithmetic, not measured on a GPU yet).
+# Tokens up to which all experts compute all tokens: the matmuls are bound by reading the weights, and intermediates are
+# a tenth of these (16B; by arithmetic, not measured).
 _FEW: Final = 32
 
 
 def form(platform: str, tokens: int, k: int, experts: int) -> Form | None:
-    """Choose by tokens (after gathering) and experts per device; None where sorting is faster: many tokens, or CPU."""
+    """Choose by tokens (after the all-gather) and experts per device; None, for sorting, on CPU or for many tokens."""
     if platform == "cpu" or tokens > _FEW:
         return None
     return by_choice if tokens * k <= experts else by_expert
@@ -33,10 +32,9 @@ def form(platform: str, tokens: int, k: int, experts: int) -> Form | None:
 def by_choice(
     x: Float[Array, "M D"], ids: Int[Array, "M K"], weights: Float[Array, "M K"], experts: Experts, activation: str
 ) -> Float[Array, "M D"]:
-    """Compute each choice as matrix-vector products; an expert that two tokens chose is read twice.
+    """Compute each (token, expert) pair as matrix-vector products, in fp32; an expert of two tokens is read twice.
 
-    As products and sums rather than dots, which would need a gathered copy of the weights. An id of `experts` (no
-    expert) adds nothing. In fp32.
+    Dots would need a gathered copy of the weights. The id E (no expert) adds nothing.
     """
 
     def one(x: Array, weight: Array, expert: Array) -> Array:
@@ -53,7 +51,7 @@ def by_choice(
 def by_expert(
     x: Float[Array, "M D"], ids: Int[Array, "M K"], weights: Float[Array, "M K"], experts: Experts, activation: str
 ) -> Float[Array, "M D"]:
-    """Compute all experts on all tokens as batched matmuls and sum those chosen. In fp32."""
+    """Compute all experts on all tokens as batched matmuls and sum the selected ones, in fp32."""
     count = jax.tree.leaves(experts)[0].shape[0]
     chosen = ids[None, :, :] == jnp.arange(count)[:, None, None]
     by_token = jnp.where(chosen, weights[None], 0).sum(axis=2)

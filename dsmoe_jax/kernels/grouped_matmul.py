@@ -1,12 +1,10 @@
-"""The grouped matmul of rows sorted by expert, and its gradients, each by one of several implementations.
+"""The grouped matmul of rows sorted by expert, and its gradients: `gmm`, `gmm_transposed`, `tgmm`.
 
-Start at `gmm`, `gmm_transposed` and `tgmm`; `available` checks which `IMPLEMENTATIONS` can run here. A weight is [N, K]
-here, [out, in] as in PyTorch (not heads). The first `group_sizes[0]` rows are expert 0's, and so on. Rows beyond the
-sum of `group_sizes` give zeros and are ignored, whatever their values. Accumulation is in fp32; fp32 operands follow
-`jax_default_matmul_precision`, whose default on NVIDIA is TF32. The functions need not be differentiable: each is the
-gradient of another.
+A weight is [N, K] here: [out, in] as in PyTorch. Rows beyond the sum of `group_sizes` are ignored and give zeros.
+Accumulation is in fp32; fp32 operands follow `jax_default_matmul_precision`, TF32 by default on NVIDIA.
 """
 
+import functools
 import importlib
 from typing import Any, Final
 
@@ -31,10 +29,7 @@ def gmm(
     implementation: str,
     out_dtype: Any = None,
 ) -> Float[Array, "R N"]:
-    """Compute y_r = W_e x_r in `out_dtype`, by default that of the rows.
-
-    Raises `ValueError` for an implementation that is unknown or cannot run here, and for operands of two dtypes.
-    """
+    """Compute y_r = W_e x_r in `out_dtype`, by default that of the rows."""
     return _run(_FWD, rows, weights, group_sizes, implementation, out_dtype or rows.dtype)
 
 
@@ -60,10 +55,7 @@ def tgmm(
 
 
 def available(implementation: str) -> str | None:
-    """Return None if the implementation can run on the default device, else the reason, in one line.
-
-    Raises `ValueError` for an unknown implementation.
-    """
+    """Return None if the implementation can run on the default device, or else the reason, in one line."""
     if implementation not in IMPLEMENTATIONS:
         raise DSMoEError(f"grouped matmul must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
     platforms, modules, gpu_modules = _NEEDS[implementation]
@@ -81,7 +73,7 @@ def available(implementation: str) -> str | None:
 def _import_failure(module: str) -> str | None:
     try:
         importlib.import_module(module)
-    except Exception as error:  # a module built for another jax may fail with any error
+    except Exception as error:  # a module for another version of jax can fail in any way
         if isinstance(error, ModuleNotFoundError) and error.name == module in ("tokamax", "jax_triton"):
             return f"{module} is not installed: pip install 'dsmoe_jax[tokamax]', on Python 3.12 or newer"
         return f"{module} cannot be imported under jax {jax.__version__}: {error}"
@@ -89,7 +81,7 @@ def _import_failure(module: str) -> str | None:
 
 
 def _compute_capability() -> float:
-    """Return that of the first GPU; infinity where it is no number (an AMD GPU's is a name)."""
+    """Return that of the first GPU; infinity if it is not a number, as on AMD."""
     try:
         return float(jax.local_devices()[0].compute_capability)
     except (AttributeError, ValueError):
@@ -101,9 +93,8 @@ def _run(dims: _Dims, x: Array, y: Array, group_sizes: Array, implementation: st
         raise DSMoEError(f"grouped matmul {implementation!r} cannot run here: {reason}")
     if x.dtype != y.dtype:
         raise DSMoEError(f"grouped matmul operands must have one dtype, got {x.dtype} and {y.dtype}")
-    if not len(x):
-        implementation = "ragged"  # a kernel needs at least one row
-    return IMPLEMENTATIONS[implementation](dims, x, y, group_sizes, out_dtype)
+    # A kernel needs at least one row.
+    return IMPLEMENTATIONS[implementation if len(x) else "ragged"](dims, x, y, group_sizes, out_dtype)
 
 
 def _ragged(dims: _Dims, x: Array, y: Array, group_sizes: Array, out_dtype: Any) -> Array:
@@ -117,40 +108,31 @@ def _ragged(dims: _Dims, x: Array, y: Array, group_sizes: Array, out_dtype: Any)
 
 
 def _tokamax(dims: _Dims, x: Array, y: Array, group_sizes: Array, out_dtype: Any) -> Array:
-    """Google's tokamax: tuned kernels for Ampere to Blackwell (0.0.17 was read, and tried on CPU).
+    """Google's tokamax (0.0.17, tested on CPU only): tuned kernels for Ampere to Blackwell.
 
-    Its Mosaic kernels support bf16 and fp16 only. Its XLA implementation is `ragged`, so it is not used on GPU. For
-    `gmm` it copies weights to [in, out]; `gmm_transposed` and `tgmm` need no copy.
+    Its Mosaic kernels support bf16 and fp16 only. Its XLA implementation equals `ragged`, so it is not used on GPU. For
+    `gmm` it copies weights to [in, out].
     """
     tokamax = importlib.import_module("tokamax")
-    # By its tables for H100, Triton is four times as fast for wgrad, Mosaic faster otherwise.
+    # By its tables for H100, Triton is 4× as fast for wgrad, Mosaic faster otherwise.
     on_gpu = ("triton", "mosaic") if dims == _WGRAD else ("mosaic", "triton")
     kernels = on_gpu if jax.default_backend() == "gpu" else ("xla",)
 
-    def dot(x: Array, y: Array) -> Array:
-        return tokamax.ragged_dot_general(
-            x, y, group_sizes, dims, preferred_element_type=out_dtype, implementation=kernels
-        )
-
+    options = {"preferred_element_type": out_dtype, "implementation": kernels}
+    dot = lambda x, y: tokamax.ragged_dot_general(x, y, group_sizes, dims, **options)  # noqa: E731
     return _mask_unused(dot, dims, x, y, group_sizes)
 
 
 def _pallas(dims: _Dims, x: Array, y: Array, group_sizes: Array, out_dtype: Any) -> Array:
     """Our Pallas kernels; interpreted on CPU, for tests."""
-    from dsmoe_jax.kernels import pallas_matmul  # slow to import, see there
+    from dsmoe_jax.kernels import pallas_matmul  # slow to import
 
-    interpret = jax.default_backend() == "cpu"
-    if dims == _WGRAD:
-        return pallas_matmul.tgmm(x, y, group_sizes, out_dtype=out_dtype, interpret=interpret)
-    transposed = dims == _DGRAD
-    return pallas_matmul.gmm(x, y, group_sizes, transposed=transposed, out_dtype=out_dtype, interpret=interpret)
+    kernel = pallas_matmul.tgmm if dims == _WGRAD else functools.partial(pallas_matmul.gmm, transposed=dims == _DGRAD)
+    return kernel(x, y, group_sizes, out_dtype=out_dtype, interpret=jax.default_backend() == "cpu")
 
 
 def _mask_unused(dot: Any, dims: _Dims, x: Array, y: Array, group_sizes: Array) -> Array:
-    """Mask rows beyond the groups for kernels that leave them undefined or add them to the last group.
-
-    tokamax on H100 multiplies them by a zero mask, and NaN × 0 is NaN.
-    """
+    """Mask rows beyond the groups, which kernels leave undefined, add to the last group, or multiply by 0 (NaN)."""
     used = (jnp.arange(len(x)) < group_sizes.sum())[:, None]
     if dims == _WGRAD:
         return dot(jnp.where(used, x, 0), jnp.where(used, y, 0))

@@ -18,9 +18,9 @@ def matmul(
     """Compute x Wᵀ; int8 codes are cast to x's dtype.
 
     Few tokens on CPU use (W xᵀ)ᵀ, as XLA's matmul is faster with the large operand untransposed on the left: 1.3 to
-    2.2× for 2 to 32 tokens (jax 0.10.1 and 0.12, 2 cores); for many tokens the final transposition costs more than it
-    saves. Up to 16 tokens multiply int8 codes per token: a matrix-vector product fuses the cast (a decode step of
-    `bench` at batch 8 takes 0.85 of the fp32 time instead of 1.3; on jax 0.12, 0.93).
+    2.2× for 2 to 32 tokens (jax 0.10.1 and 0.12, 2 cores). Up to 16 tokens multiply int8 codes per token: a
+    matrix-vector product fuses the cast (a decode step of `bench` at batch 8 takes 0.85 of the fp32 time instead of
+    1.3; on jax 0.12, 0.93).
     """
     I = x.shape[-1]  # noqa: E741
     on_cpu, codes = jax.default_backend() == "cpu", weight.dtype == jnp.int8
@@ -36,6 +36,6 @@ def matmul(
 
 
 def _one_token(codes: Array, x: Array) -> Array:
-    """Multiply behind a barrier, else XLA casts all codes before the loop (jax 0.12 does so even then)."""
+    """Multiply behind a barrier, else XLA casts all codes before the loop (jax 0.12 does so regardless)."""
     codes, x = jax.lax.optimization_barrier((codes, x))
     return jnp.einsum("i,oi->o", x, codes.astype(x.dtype))

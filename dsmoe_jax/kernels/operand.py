@@ -1,8 +1,7 @@
 """Operands of a linear map: dense, quantized, or a base plus a low-rank adapter.
 
-Start at `linear`. An operand has the weights of E experts, [out, in] each as in PyTorch, and the expert axis leads in
-every leaf: indexing or mapping all leaves gives one expert's operand. Backends rely on nothing else, so what works for
-dense weights works for all three.
+Start at `linear`. An operand has the weights of E experts, each [out, in] as in PyTorch. Every leaf has a leading
+expert axis, so that indexing or `vmap` gives one expert's operand; backends rely on nothing else.
 """
 
 import dataclasses
@@ -23,27 +22,19 @@ _STATIC: Final = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """codebook[code] · scale (+ offset), in tiles of `tile` values, row-major over an expert's [out, in].
+    """codebook[code] · scale (+ offset), in tiles of `tile` values, row-major over an expert's [out, in]."""
 
-    Attributes:
-      codes: Int[E, O, I], packed [E, O, I / 2]; [E, n] for quantized scales. int8 values without a codebook; two codes
-        per byte, the first in the upper half (as in bitsandbytes), with a codebook of 16; else one per byte.
-      scales: Float[E, …] or Quantized (double quantization, arXiv 2305.14314, §3): ⌈O·I / tile⌉ per expert, the last
-        tile may be short.
-      offset: Float[E], added to every value: the mean of quantized scales.
-      tile: Values per scale.
-      codebook: The values of the codes.
-    """
-
+    # Int[E, O, I], or [E, n] for quantized scales. Without a codebook, int8 values; with one of 16, two codes per byte,
+    # [E, O, I / 2], the first in the upper half (as in bitsandbytes).
     codes: Any
-    scales: Any
-    offset: Any = None
+    scales: Any  # ⌈O·I / tile⌉ per expert; Quantized for double quantization (arXiv 2305.14314, §3)
+    offset: Any = None  # Float[E]: the mean of quantized scales
     tile: int = dataclasses.field(default=64, metadata=_STATIC)
     codebook: tuple[float, ...] | None = dataclasses.field(default=None, metadata=_STATIC)
 
     @property
     def packed(self) -> bool:
-        """Whether a byte has two codes."""
+        """Whether each byte has two codes."""
         return self.codebook is not None and len(self.codebook) == 16
 
     @property
@@ -53,7 +44,7 @@ class Quantized:
         return unnested and self.tile == self.codes.shape[-1]
 
     def dequantize(self) -> Float[Array, "..."]:
-        """Return the fp32 values of one expert, so of a `Quantized` without the expert axis."""
+        """Return the fp32 values of one expert's operand (without the expert axis)."""
         codes = self.codes
         if self.packed:
             codes = jnp.stack([codes >> 4, codes & 15], axis=-1).reshape(*codes.shape[:-1], -1)
@@ -65,9 +56,9 @@ class Quantized:
         return values if self.offset is None else values + self.offset
 
     def dequantize_halves(self) -> tuple[Float[Array, "O half"], Float[Array, "O half"]]:
-        """Return the even and the odd columns of one expert's packed values, for an even tile.
+        """Return the even and odd columns of one expert's packed values, for an even tile.
 
-        2 to 3 times as fast as `dequantize` on CPU, where interleaving the two halves of a byte dominates.
+        2 to 3× as fast as `dequantize` on CPU, where interleaving the two halves of a byte dominates.
         """
         scales = self._scales().reshape(-1, 1)
         scales = jnp.broadcast_to(scales, (len(scales), self.tile // 2)).reshape(-1)
@@ -85,17 +76,11 @@ class Quantized:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """base + b a, never materialized: (x aᵀ) bᵀ costs r·(O + I) per row, b a r·O·I per expert.
+    """base + b a, never materialized: (x aᵀ) bᵀ costs r·(O + I) per row, b a r·O·I per expert."""
 
-    Attributes:
-      base: Float[E, O, I] or Quantized.
-      a: Float[E, r, I].
-      b: Float[E, O, r], with the adapter's scale (such as α / r) multiplied in, possibly per expert.
-    """
-
-    base: Any
-    a: Any
-    b: Any
+    base: Any  # Float[E, O, I] or Quantized
+    a: Any  # Float[E, r, I]
+    b: Any  # Float[E, O, r], multiplied by the adapter's scale
 
 
 Operand: TypeAlias = Array | Quantized | LowRank  # [E, O, I]; under JAX transformations leaves may not be arrays
@@ -117,7 +102,7 @@ class Inputs(NamedTuple):
     experts: Experts
 
     def by_row(self) -> list[bool]:
-        """Return for each leaf whether it is per row rather than per expert."""
+        """Return whether each leaf is per row rather than per expert."""
         rows = len(jax.tree.leaves(self[:2]))
         return [n < rows for n in range(len(jax.tree.leaves(self)))]
 
@@ -128,7 +113,7 @@ class Inputs(NamedTuple):
 
 
 def shape(operand: Operand) -> tuple[int, int]:
-    """Return (out, in) of each expert. Raises `ValueError` if the parts of an operand do not fit together."""
+    """Return (out, in) of each expert; raise if the parts of an operand do not agree."""
     match operand:
         case LowRank(base, a, b):
             out, into = shape(base)
@@ -155,7 +140,7 @@ def dot(x: Float[Array, "R I"], weight: Shaped[Array, "O I"]) -> Float[Array, "R
 
 @jax.custom_vjp
 def _dot(x: Array, weight: Array) -> Array:
-    """Cast gradients to x's dtype first: else bf16 operands would be multiplied in fp32."""
+    """Multiply; the custom VJP casts gradients to x's dtype, else bf16 operands would be multiplied in fp32."""
     return contract(x, weight, 1, 1)
 
 
@@ -175,12 +160,12 @@ _dot.defvjp(lambda x, weight: (_dot(x, weight), (x, weight)), _dot_backward)
 
 
 def as_sum(x: Float[Array, "R I"], weight: Shaped[Array, "O I"]) -> Float[Array, "R O"]:
-    """Compute `dot` as products and sums, which XLA fuses with the fetch of the weight."""
+    """Compute `dot` as products and sums, which XLA fuses with the gather of the weight."""
     return (x.astype(jnp.float32)[:, None, :] * weight.astype(jnp.float32)[None]).sum(axis=-1)
 
 
 def linear(x: Float[Array, "*rows I"], operand: Operand, dot: Dot = dot) -> Float[Array, "*rows O"]:
-    """Apply one expert's operand to rows, in fp32; with a grouped `dot`, those of all experts to sorted rows."""
+    """Apply one expert's operand to rows, in fp32, or all experts' operands to sorted rows with a grouped `dot`."""
     match operand:
         case LowRank():
             narrow = linear(x, operand.a, dot).astype(x.dtype)
@@ -189,7 +174,7 @@ def linear(x: Float[Array, "*rows I"], operand: Operand, dot: Dot = dot) -> Floa
             upper, lower = (half.astype(x.dtype) for half in operand.dequantize_halves())
             return dot(x[..., ::2], upper) + dot(x[..., 1::2], lower)
         case Quantized(codes, scales) if operand.by_output:
-            # Scale the result: the matmul reads int8 codes, exact in any dtype.
+            # Scale the output: the matmul then reads int8 codes, which are exact in any dtype.
             y = dot(x, codes)
             return y * scales.reshape((1,) * (y.ndim - 1) + (-1,))
         case Quantized():
@@ -199,19 +184,16 @@ def linear(x: Float[Array, "*rows I"], operand: Operand, dot: Dot = dot) -> Floa
 
 
 def swiglu(inputs: Inputs, activation: str, dot: Dot = dot) -> Float[Array, "R D"]:
-    """Compute weight · down(act(gate x) · up x), in fp32.
-
-    The weight scales the hidden row: its gradient then needs no output.
-    """
+    """Compute weight · down(act(gate x) · up x), in fp32."""
     x, weights, experts = inputs
     hidden = ACTIVATION_FUNCTIONS[activation](linear(x, experts.gate, dot)) * linear(x, experts.up, dot)
-    if weights is not None:
+    if weights is not None:  # scales the hidden row: the gradient then does not need the output
         hidden = hidden * weights.astype(jnp.float32)[:, None]
     return linear(hidden.astype(x.dtype), experts.down, dot)
 
 
 def expert_of_rows(group_sizes: Int[Array, "E"], rows: int) -> tuple[Int[Array, "R"], Bool[Array, "R"]]:
-    """Return each sorted row's expert, and whether it has one."""
+    """Return the expert of each sorted row, and whether it has one."""
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(rows)
     return range_of(row, ends).clip(max=len(ends) - 1), row < ends[-1]
@@ -219,7 +201,7 @@ def expert_of_rows(group_sizes: Int[Array, "E"], rows: int) -> tuple[Int[Array, 
 
 def range_of(values: Int[Array, "*n"], ends: Int[Array, "E"]) -> Int[Array, "*n"]:
     """Return the first range that ends above each value, or the number of ranges."""
-    # On a GPU the loop of a binary search is slower than comparing with all ends at once.
+    # On a GPU the loop of a binary search is slower than comparing with all ends.
     method = "scan" if jax.default_backend() == "cpu" else "compare_all"
     return jnp.searchsorted(ends, values, side="right", method=method)
 
@@ -232,6 +214,28 @@ def dequantize_all(experts: Experts) -> Experts:
     )
 
 
+class Blocks(NamedTuple):
+    """Blocks of consecutive rows of one expert each."""
+
+    expert: Int[Array, "n"]
+    start: Int[Array, "n"]  # first row
+    end: Int[Array, "n"]  # one past the expert's last row, possibly beyond the block
+    count: Int[Array, ""]  # blocks in use
+
+    @classmethod
+    def split(cls, group_sizes: Int[Array, "E"], size: int, n: int) -> "Blocks":
+        """Split each group into blocks of `size` rows; `n` bounds their number."""
+        per_expert = (group_sizes + size - 1) // size
+        last = jnp.cumsum(per_expert)
+        i = jnp.arange(n, dtype=jnp.int32)
+        # compare_all: one fused comparison instead of a loop of kernel launches.
+        expert = jnp.searchsorted(last, i, side="right", method="compare_all").astype(jnp.int32)
+        expert = expert.clip(max=len(group_sizes) - 1)
+        ends = jnp.cumsum(group_sizes)
+        start = (ends - group_sizes)[expert] + (i - (last - per_expert)[expert]) * size
+        return cls(expert, start.astype(jnp.int32), ends[expert].astype(jnp.int32), last[-1])
+
+
 @jax.tree_util.register_static
 class GradMask(tuple[bool, ...]):
     """Which leaves need a gradient; a backward pass treats the others as constants."""
@@ -241,12 +245,12 @@ class GradMask(tuple[bool, ...]):
         return [leaf for leaf, needed in zip(leaves, self, strict=True) if needed]
 
     def fill(self, values: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
-        """Return all leaves, with `values` in place of those that need a gradient."""
+        """Replace the leaves that need a gradient by `values`."""
         new = iter(values)
         return [next(new) if needed else leaf for leaf, needed in zip(leaves, self, strict=True)]
 
     def vjp(self, function: Callable[[Any], Array], operands: Any, grad: Array) -> list[Array]:
-        """Return the gradients of the selected leaves of `operands`, given that of `function(operands)`."""
+        """Return the gradients of the selected leaves of `operands`, from that of `function(operands)`."""
         leaves, tree = jax.tree.flatten(operands)
         of_selected = lambda values: function(jax.tree.unflatten(tree, self.fill(values, leaves)))  # noqa: E731
         return jax.vjp(of_selected, self.select(leaves))[1](grad)[0]
@@ -261,10 +265,7 @@ EXPERT_AXES: Final = (
 
 
 def leaf_axes(operand: Operand, axes: tuple[str | None, ...]) -> list[tuple[str | None, ...]]:
-    """Return the logical axes of each leaf of an operand whose dense form has `axes`.
-
-    Tiles of quantized values may span rows, so these are sharded over experts alone.
-    """
+    """Return the logical axes of each leaf; tiles may span rows, so quantized leaves are sharded over experts alone."""
     experts, out, into = axes
     match operand:
         case LowRank():

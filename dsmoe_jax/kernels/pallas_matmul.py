@@ -1,12 +1,11 @@
 """Grouped matmul kernels in Pallas: lowered through Triton on NVIDIA GPUs, interpreted on CPU in tests.
 
-Read `_gmm_kernel` first, then `_tgmm_kernel`; `grouped_matmul` defines the operations. `jax.experimental.pallas` is
-slow to import and its Triton backend is deprecated since jax 0.11, so import this module only to call it. Inside a
-shard_map both results vary as `rows` or `a` do; interpreted there, the kernels need `check_vma=False`.
+Start at `_gmm_kernel`, then `_tgmm_kernel`; `grouped_matmul` defines the operations. Imported lazily: Pallas is slow to
+import, and its Triton backend is deprecated since jax 0.11. Interpreted in a `shard_map`, the kernels need
+`check_vma=False`.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -16,11 +15,11 @@ from jax.experimental.pallas import triton
 
 from dsmoe_jax.axes import Array, Float, Int
 from dsmoe_jax.kernels import tuning
-from dsmoe_jax.kernels.operand import contract
+from dsmoe_jax.kernels.operand import Blocks, contract
 
 
 class Tile(NamedTuple):
-    """The output [rows, columns] of one gmm program, and its step over the contracted axis: `depth` bytes."""
+    """The output tile [rows, columns] of one gmm program, and its step over the contracted axis, in bytes."""
 
     rows: int
     columns: int
@@ -29,20 +28,19 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Chosen by arithmetic, not measured; measurements are in `tuning`. Tensor cores need at least 16 of each, Triton powers
-# of two. A [128, 128] accumulator takes 64 registers per thread of 8 warps, a stage 32 KiB of shared memory (of 164 on
-# A100, 227 on H100) in any dtype, as depth is in bytes. Blocks start at their expert's first row, so half a block per
-# expert is idle on average: fewer rows, smaller blocks. With very few rows the weights are read once at memory
-# bandwidth, and narrow tiles give more programs. 256 columns are wrong on sm100 (marin#7484). Triton 3.9 spills no
-# registers for sm80 and sm90.
+# By arithmetic; measured tiles are in `tuning`. Tensor cores need at least 16 of each, Triton powers of two. A
+# [128, 128] accumulator takes 64 registers per thread of 8 warps, a stage 32 KiB of shared memory (of 164 on A100, 227
+# on H100). Half a block per expert is idle on average, hence smaller blocks for fewer rows. With very few rows reading
+# the weights dominates, and narrow tiles give more programs. 256 columns are wrong on sm100 (marin#7484). Triton 3.9
+# spills no registers for sm80 and sm90.
 _TILES: Final[tuple[tuple[int, Tile], ...]] = (
-    # from this mean of rows per expert on:
+    # minimum mean of rows per expert:
     #    rows  columns  depth  warps  stages
     (256, Tile(128, 128, 128, 8, 3)),
     (64, Tile(64, 128, 128, 4, 3)),
     (0, Tile(16, 64, 256, 4, 4)),
 )
-# For tgmm the tile is one of a weight, and steps of `depth` bytes are rows; one program loops over all of its expert.
+# For tgmm: a tile of a weight; one program loops over its expert's rows in steps of `depth` bytes.
 _WEIGHT_TILE: Final = Tile(128, 128, 128, 8, 3)
 
 
@@ -60,14 +58,10 @@ def gmm(
     R, width = len(rows), K if transposed else N
     tile = tile_for(R, E, "gmm_transposed" if transposed else "gmm")
     blocks = _blocks(group_sizes, R, tile.rows)
-    return _call(
-        functools.partial(_gmm_kernel, tile=tile, transposed=transposed),
-        # The first axis runs fastest on a GPU: concurrent programs share rows, and an expert's weights stay in L2.
-        grid=(pl.cdiv(width, tile.columns), len(blocks.expert)),
-        out=((R, width), out_dtype),
-        tile=tile,
-        interpret=interpret,
-    )(*blocks, rows, weights)
+    # The first axis of the grid runs fastest on a GPU: concurrent programs share rows, and weights stay in L2.
+    grid = (pl.cdiv(width, tile.columns), len(blocks[0]))
+    kernel = functools.partial(_gmm_kernel, tile=tile, transposed=transposed)
+    return _call(kernel, (*blocks, rows, weights), grid, ((R, width), out_dtype), tile, interpret)
 
 
 def tgmm(
@@ -77,13 +71,9 @@ def tgmm(
     E, N, K = len(group_sizes), a.shape[1], b.shape[1]
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     tile = Tile(*(tuning.tile("tgmm") or _WEIGHT_TILE))
-    return _call(
-        functools.partial(_tgmm_kernel, tile=tile),
-        grid=(pl.cdiv(K, tile.columns), pl.cdiv(N, tile.rows), E),
-        out=((E, N, K), out_dtype),
-        tile=tile,
-        interpret=interpret,
-    )(ends - group_sizes.astype(jnp.int32), ends, a, b)
+    operands = (ends - group_sizes.astype(jnp.int32), ends, a, b)
+    grid = (pl.cdiv(K, tile.columns), pl.cdiv(N, tile.rows), E)
+    return _call(functools.partial(_tgmm_kernel, tile=tile), operands, grid, ((E, N, K), out_dtype), tile, interpret)
 
 
 def _gmm_kernel(expert_ref, start_ref, end_ref, rows_ref, weights_ref, out_ref, *, tile: Tile, transposed: bool):
@@ -103,8 +93,8 @@ def _gmm_kernel(expert_ref, start_ref, end_ref, rows_ref, weights_ref, out_ref, 
             return total + contract(x, _load(weights_ref, (expert,), inner, columns), 1, 0)
         return total + contract(x, _load(weights_ref, (expert,), columns, inner), 1, 1)
 
-    # Blocks of rows without an expert are written with zeros; unused blocks have no rows. A product, as the Triton
-    # lowering of jax 0.10.1 and 0.12.0 miscompiles `where` of two scalars as one of booleans.
+    # Blocks without an expert are set to zero; unused blocks have no rows. A product, as the Triton lowering of jax
+    # 0.10.1 and 0.12.0 miscompiles `where` of two scalars.
     steps = ((expert < E) & (start < end)).astype(jnp.int32) * pl.cdiv(depth, k)
     total = jax.lax.fori_loop(0, steps, step, jnp.zeros((tile.rows, tile.columns), jnp.float32))
     _store(out_ref, (), block_rows, columns, total)
@@ -135,15 +125,14 @@ class _Span(NamedTuple):
 
     @property
     def inside(self) -> Array | None:
-        """[size]: which indices are unmasked; None if the axis is a multiple of the tile."""
+        """The mask [size] of valid indices; None if the axis is a multiple of the tile."""
         if isinstance(self.end, int) and self.end % self.size == 0:
             return None
         return self.start + jnp.arange(self.size, dtype=jnp.int32) < self.end
 
 
 def _load(ref, lead: tuple[Any, ...], rows: _Span, columns: _Span) -> Array:
-    mask = _mask(rows, columns)
-    # Masked elements must read as zeros: they may be NaN, or out of bounds.
+    mask = _mask(rows, columns)  # masked elements read as zeros: they may be NaN, or out of bounds
     return triton.load(_at(ref, lead, rows, columns), mask=mask, other=None if mask is None else 0.0)
 
 
@@ -164,46 +153,24 @@ def _mask(rows: _Span, columns: _Span) -> Array | None:
 
 
 def tile_for(rows: int, experts: int, matmul: str = "gmm") -> Tile:
-    """Return the tile by the mean of rows per expert; tuned tiles apply to many rows."""
+    """Return the tile for the mean of rows per expert; tuned tiles are for many rows."""
     least, tile = next((least, tile) for least, tile in _TILES if rows >= least * experts)
     return Tile(*((tuning.tile(matmul) if least == _TILES[0][0] else None) or tile))
 
 
-class _Blocks(NamedTuple):
-    """Blocks of rows of one expert each; rows without an expert have expert E."""
-
-    expert: Int[Array, "n"]
-    start: Int[Array, "n"]  # first row
-    end: Int[Array, "n"]  # one past the expert's last row, possibly beyond the block
-
-
-def _blocks(group_sizes: Int[Array, "E"], rows: int, block: int) -> _Blocks:
+def _blocks(group_sizes: Int[Array, "E"], rows: int, block: int) -> tuple[Array, Array, Array]:
+    """Return the expert (E: none), first row and end of each block; unused blocks start after all rows."""
     sizes = group_sizes.astype(jnp.int32)
     sizes = jnp.append(sizes, rows - sizes.sum(dtype=jnp.int32))
-    per_expert = (sizes + block - 1) // block
-    last = jnp.cumsum(per_expert, dtype=jnp.int32)
     # A block has at least one row, and each expert at most one partial block.
-    n = min(rows, pl.cdiv(rows, block) + len(group_sizes))
-    i = jnp.arange(n, dtype=jnp.int32)
-    # compare_all: one small fused comparison instead of a loop of kernel launches.
-    expert = jnp.searchsorted(last, i, side="right", method="compare_all").astype(jnp.int32).clip(max=len(sizes) - 1)
-    ends = jnp.cumsum(sizes, dtype=jnp.int32)
-    # Unused blocks start after all rows.
-    start = (ends - sizes)[expert] + (i - (last - per_expert)[expert]) * block
-    return _Blocks(expert, start.clip(max=rows), ends[expert])
+    blocks = Blocks.split(sizes, block, min(rows, pl.cdiv(rows, block) + len(group_sizes)))
+    return blocks.expert, blocks.start.clip(max=rows), blocks.end
 
 
 def _call(
-    kernel: Callable[..., None], *, grid: tuple[int, ...], out: tuple[Any, Any], tile: Tile, interpret: bool
-) -> Callable[..., Array]:
-    def call(*operands: Array) -> Array:
-        varying = jax.typeof(operands[-2]).mat  # the last two operands are those of the matmul
-        return pl.pallas_call(
-            kernel,
-            out_shape=jax.ShapeDtypeStruct(*out, manual_axis_type=varying),
-            grid=grid,
-            compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-            interpret=interpret,
-        )(*operands)
-
-    return call
+    kernel: Any, operands: tuple[Array, ...], grid: tuple[int, ...], out: Any, tile: Tile, interpret: bool
+) -> Array:
+    varying = jax.typeof(operands[-2]).mat  # the last two operands are those of the matmul
+    shape = jax.ShapeDtypeStruct(*out, manual_axis_type=varying)
+    params = triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
+    return pl.pallas_call(kernel, shape, grid=grid, compiler_params=params, interpret=interpret)(*operands)

@@ -1,7 +1,4 @@
-"""The backends without a loop: one expression over all rows, differentiated by JAX.
-
-`grouped` and `ragged` are grouped matmuls of sorted rows, `dense` multiplies every row by every expert.
-"""
+"""Backends without a loop, differentiated by JAX: grouped matmuls (`grouped`, `ragged`), and all experts (`dense`)."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -13,20 +10,17 @@ import jax.numpy as jnp
 from dsmoe_jax.axes import Array, Float, Int
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.kernels import grouped_matmul
-from dsmoe_jax.kernels.operand import GradMask, Inputs, dequantize_all, expert_of_rows, swiglu
+from dsmoe_jax.kernels.operand import Inputs, dequantize_all, expert_of_rows, swiglu
 from dsmoe_jax.kernels.tuning import Legs
 
-Forward = Callable[[Inputs, Array, str], Array]
-
-
 RAGGED: Final = Legs("ragged", "ragged", "ragged")
-# Per leg, the first implementation that is available is used. Not measured on a GPU yet; tokamax's tables for an H100
-# give Mosaic 290-420 TFLOP/s for fwd and dgrad, and 110 for wgrad.
+# Implementations in order of preference, by tokamax's tables for an H100 (Mosaic: 290-420 TFLOP/s for fwd and dgrad,
+# 110 for wgrad); not measured here.
 _GROUPED: Final = Legs("tokamax pallas", "tokamax pallas", "pallas tokamax")
 
 
 def grouped_legs() -> Legs:
-    """Return the implementations that `grouped` uses here. Raises `ValueError` with the reasons if none can run."""
+    """Return the implementations that `grouped` uses here; raise with the reasons if none can run."""
     return Legs(*(_first_available(names.split()) for names in _GROUPED))
 
 
@@ -47,7 +41,7 @@ def forward_by_groups(legs: Callable[[], Legs], inputs: Inputs, group_sizes: Arr
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_dot(legs: Legs, group_sizes: Array, rows: Array, weights: Array) -> Array:
-    """`operand.dot` for grouped matmuls; JAX differentiates low-rank and quantized operands around it."""
+    """`operand.dot` as a grouped matmul; JAX differentiates low-rank and quantized operands around it."""
     return grouped_matmul.gmm(rows, weights, group_sizes, implementation=legs.fwd, out_dtype=jnp.float32)
 
 
@@ -61,30 +55,13 @@ def _grouped_dot_backward(legs: Legs, saved: tuple[Array, ...], grad: Array):
     )
 
 
-_grouped_dot.defvjp(
-    lambda legs, group_sizes, rows, weights: (
-        _grouped_dot(legs, group_sizes, rows, weights),
-        (group_sizes, rows, weights),
-    ),
-    _grouped_dot_backward,
-)
+_grouped_dot.defvjp(lambda legs, *operands: (_grouped_dot(legs, *operands), operands), _grouped_dot_backward)
 
 
 def forward_dense(inputs: Inputs, group_sizes: Int[Array, "E"], activation: str) -> Float[Array, "R D"]:
-    """Compute every expert on every row in fp32 and select each row's own: the reference."""
-    expert, has_one = expert_of_rows(group_sizes, len(inputs.rows))
+    """Compute every expert on every row in fp32 and select one per row: the reference."""
+    expert, valid = expert_of_rows(group_sizes, len(inputs.rows))
     exact = inputs._replace(rows=inputs.rows.astype(jnp.float32))
-    per_expert = jax.vmap(lambda own: swiglu(exact._replace(experts=own), activation))(inputs.experts)
+    per_expert = jax.vmap(lambda operands: swiglu(exact._replace(experts=operands), activation))(inputs.experts)
     y = jnp.take_along_axis(per_expert, expert[None, :, None], axis=0)[0]
-    return jnp.where(has_one[:, None], y, 0).astype(inputs.rows.dtype)
-
-
-def backward_of(forward: Forward) -> Callable[..., list[Array]]:
-    """Return the backward pass that JAX derives from `forward`, recomputing it."""
-
-    def backward(
-        inputs: Inputs, group_sizes: Array, activation: str, grad_out: Array, needs_grad: GradMask
-    ) -> list[Array]:
-        return needs_grad.vjp(lambda inputs: forward(inputs, group_sizes, activation), inputs, grad_out)
-
-    return backward
+    return jnp.where(valid[:, None], y, 0).astype(inputs.rows.dtype)

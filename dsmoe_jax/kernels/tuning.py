@@ -1,13 +1,11 @@
-"""Tuned choices per GPU, as data: the backend of each leg of `expert_ffn`, the tiles of the Pallas kernels.
+"""Tuned backends of `expert_ffn` and tiles of the Pallas kernels per GPU. Start at `legs`.
 
-Start at `legs`. The data is `tuned.json` in this package; the file named by the environment variable DSMOE_TUNING
-overrides it leg by leg. Both contain
+`tuned.json` in this package, and the file in the environment variable DSMOE_TUNING, which takes precedence, contain
 
     {"legs": {KIND: {dtype: {"few" or "many": {leg: backend}}}}, "tiles": {KIND: {matmul: [five numbers of a `Tile`]}}}
 
-where KIND is jax's `device_kind`, as in "NVIDIA H200", few rows are at most one per expert, and the other keys are
-those of `Legs`, `expert_ffn.BACKENDS` and `grouped_matmul`. Missing entries fall back to the tables in the code. To
-measure a card: `python -m tests.benchmarks.gpu.tuning --into FILE`.
+where KIND is jax's `device_kind`, as in "NVIDIA H200", and "few" means at most one row per expert. Missing entries
+default to the tables in the code. To tune a card: `python -m tests.benchmarks.gpu.tuning --into FILE`.
 """
 
 import functools
@@ -24,7 +22,7 @@ from dsmoe_jax.storage.strict_json import parse_json, read_json
 
 
 class Legs(NamedTuple):
-    """What computes each leg of an operation: its result, and the gradients of its rows and of its weights."""
+    """The backend of each leg of an operation: forward, gradient of the rows, gradient of the weights."""
 
     fwd: str
     dgrad: str
@@ -33,7 +31,7 @@ class Legs(NamedTuple):
 
 VARIABLE: Final = "DSMOE_TUNING"
 _FILE: Final = "tuned.json"
-# For each part of a file, level by level: what the keys (at last the values) are, and the allowed ones; None: any.
+# The schema of each part of a file: per level, what its keys (at the last level, its values) are and the allowed ones.
 _PARTS: Final[dict[str, tuple[tuple[str, Sequence[str] | None], ...]]] = {
     "note": (("text", None),),
     "legs": (
@@ -48,12 +46,12 @@ _PARTS: Final[dict[str, tuple[tuple[str, Sequence[str] | None], ...]]] = {
 
 
 def kind() -> str | None:
-    """Return the device kind of this process's GPU; None without one, as nothing else is tuned."""
+    """Return the device kind of the GPU; None without one."""
     return jax.local_devices()[0].device_kind if jax.default_backend() == "gpu" else None
 
 
 def legs(card: str, dtype: str, rows: str) -> dict[str, str]:
-    """Return the tuned backends by leg. Raises `ValueError` for an unknown name in a file."""
+    """Return the tuned backends by leg."""
     found: dict[str, str] = {}
     for table in _tables(os.environ.get(VARIABLE)):
         found |= table.get("legs", {}).get(card, {}).get(dtype, {}).get(rows, {})
@@ -61,7 +59,7 @@ def legs(card: str, dtype: str, rows: str) -> dict[str, str]:
 
 
 def tile(matmul: str) -> list[int] | None:
-    """Return the tuned `pallas_matmul.Tile` of this card for many rows, if any. Raises as `legs` does."""
+    """Return the tuned `pallas_matmul.Tile` of this card for many rows, if any."""
     found = None
     for table in _tables(os.environ.get(VARIABLE)) if (card := kind()) else ():
         found = table.get("tiles", {}).get(card, {}).get(matmul, found)
@@ -70,7 +68,7 @@ def tile(matmul: str) -> list[int] | None:
 
 @functools.cache
 def _tables(user_file: str | None) -> list[dict[str, Any]]:
-    """Read and validate the package's table, then the user's."""
+    """Read and validate the tables of the package and the user, in this order."""
     named = {_FILE: parse_json(resources.files("dsmoe_jax.kernels").joinpath(_FILE).read_bytes())}
     named |= {f"{VARIABLE}: {user_file}": read_json(Path(user_file))} if user_file else {}
     for name, table in named.items():
@@ -79,13 +77,14 @@ def _tables(user_file: str | None) -> list[dict[str, Any]]:
             _check(f"{name}: {part}", value, _PARTS[part])
         for card, tiles in table.get("tiles", {}).items():
             for matmul, numbers in tiles.items():
-                if not _is_tile(numbers):
+                valid = isinstance(numbers, list) and all(type(number) is int and number > 0 for number in numbers)
+                if not valid or len(numbers) != 5:
                     raise DSMoEError(f"{name}: tiles, {card}, {matmul} must be five positive integers, got {numbers!r}")
     return list(named.values())
 
 
 def _check(where: str, value: Any, levels: Sequence[tuple[str, Sequence[str] | None]]) -> None:
-    """Raise `ValueError` for an unknown name."""
+    """Raise for an unknown name."""
     (what, known), *deeper = levels
     if deeper and not isinstance(value, dict):
         raise DSMoEError(f"{where} must be an object, got {value!r}")
@@ -94,7 +93,3 @@ def _check(where: str, value: Any, levels: Sequence[tuple[str, Sequence[str] | N
             raise DSMoEError(f"{where}: {what} must be one of {', '.join(known)}, got {name!r}")
         if deeper:
             _check(f"{where}, {name}", value[name], deeper)
-
-
-def _is_tile(numbers: Any) -> bool:
-    return isinstance(numbers, list) and len(numbers) == 5 and all(type(one) is int and one > 0 for one in numbers)

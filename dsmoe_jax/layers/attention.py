@@ -18,12 +18,7 @@ class Attention(nnx.Module):
         D, N, K, H = config.hidden_size, config.num_attention_heads, config.num_kv_heads, config.head_dim
         self.heads, self.kv_heads, self.head_dim = N, K, H
         self.dropout = config.attention_dropout
-        options = {
-            "std": config.initializer_range,
-            "bias": config.attention_bias,
-            "rngs": rngs,
-            "dtype": dtype,
-        }
+        options = {"std": config.initializer_range, "bias": config.attention_bias, "rngs": rngs, "dtype": dtype}
         self.q = Linear((N * H, D), ("heads", "embed"), **options)
         self.k = Linear((K * H, D), ("kv_heads", "embed"), **options)
         self.v = Linear((K * H, D), ("kv_heads", "embed"), **options)
@@ -38,9 +33,9 @@ class Attention(nnx.Module):
         start: Int[Array, "B"] | None = None,
         dropout_key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Attend to the T tokens, and write their keys and values to an empty cache if there is one.
+        """Attend to the T tokens and write their keys and values to the cache.
 
-        With `start`, write them from that slot of each sequence on, and attend to all S slots.
+        With `start`, write from that slot of each sequence and attend to all S slots; else the cache is empty.
         """
         B, T, _ = x.shape
         q = rotate(self.q(x).reshape(B, T, self.heads, self.head_dim), rotation)

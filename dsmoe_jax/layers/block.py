@@ -15,7 +15,7 @@ from dsmoe_jax.layers.router import Routing
 
 
 class Block(nnx.Module):
-    """x + attention(norm x), then x + feed_forward(norm x), by `mlp` or `moe` (the other is None)."""
+    """x + attention(norm x), then x + feed_forward(norm x), where the latter is `mlp` or `moe` (the other is None)."""
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype=jnp.float32):
         is_moe = config.is_moe_layer(layer)

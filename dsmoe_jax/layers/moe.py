@@ -1,7 +1,4 @@
-"""The DeepSeekMoE feed-forward layer: shared experts, a softmax router, routed experts.
-
-Start at `MoE.__call__`.
-"""
+"""The DeepSeekMoE feed-forward layer: shared experts, a softmax router, routed experts. Start at `MoE.__call__`."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +14,7 @@ from dsmoe_jax.layers.weights import Initializer, weight
 
 
 class RoutedExperts(nnx.Module):
-    """The stacked weights of E SwiGLUs; `set_attributes(dispatch=DispatchConfig(…))` configures their dispatch."""
+    """The stacked weights of E SwiGLUs; `set_attributes(dispatch=DispatchConfig(…))` configures token dispatch."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         assert config.n_routed_experts is not None
@@ -53,9 +50,8 @@ class MoE(nnx.Module):
         self.router = Router(config, rngs=rngs, dtype=dtype)
         self.experts = RoutedExperts(config, rngs=rngs, dtype=dtype)
         shared = config.n_shared_experts
-        self.shared = (
-            MLP(config, shared * config.moe_intermediate_size, rngs=rngs, dtype=dtype) if shared is not None else None
-        )
+        width = (shared or 0) * config.moe_intermediate_size
+        self.shared = MLP(config, width, rngs=rngs, dtype=dtype) if width else None
 
     @jax.named_scope("moe")
     def __call__(

@@ -16,11 +16,10 @@ class Rotation(NamedTuple):
 
 
 def rotation(config: ModelConfig, position_ids: Int[Array, "B T"], length: int | Int[Array, ""], dtype) -> Rotation:
-    """Compute the angles position · θ^(-2j/H) in fp32.
+    """Compute the angles position · θ^(-2j/H) in fp32; linear scaling divides positions by the factor.
 
-    Linear scaling divides positions by the factor. Dynamic NTK multiplies θ by
-    (factor · length / max_position_embeddings − factor + 1)^(H / (H − 2)) if `length` (keys in the call, cached and
-    new, padding included) is above `max_position_embeddings`.
+    Dynamic NTK multiplies θ by (factor · length / max_position_embeddings − factor + 1)^(H / (H − 2)) if `length`
+    (cached and new keys, padding included) is above `max_position_embeddings`.
     """
     H = config.head_dim
     theta = jnp.float32(config.rope_theta)

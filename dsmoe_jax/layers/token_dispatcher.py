@@ -1,10 +1,9 @@
-"""Token dispatch: tokens to rows sorted by expert, through the experts, and back, on one device or over a mesh.
+"""Token dispatch: sort tokens by expert, apply the experts and combine the results, on one device or over a mesh.
 
-Start at `routed_experts`, then `_forward_pass` and `_backward_pass`. This is the only file that communicates. A
-strategy routes rows to their experts and sums to their tokens; each direction is the transpose of the other, so the
-backward pass moves gradients with the same functions. Rows are served in passes of bounded size until every device is
-done, so no token is dropped however skewed the routing is. All movement is by index gathers: the transpose that
-autodiff finds for a gather is a scatter-add, slow everywhere and not deterministic on GPU.
+Start at `routed_experts`, then `_forward_pass` and `_backward_pass`. All communication of the model is here. Dispatch
+and combine are transposes, so the backward pass uses the same functions. Rows are processed in passes of bounded size
+until every device is done, so no token is dropped under any routing. Data moves by gathers: autodiff would transpose
+them to scatter-adds, which are slow everywhere and not deterministic on GPU.
 """
 
 import dataclasses
@@ -25,23 +24,20 @@ from dsmoe_jax.kernels.operand import EXPERT_AXES, Experts, GradMask, Inputs, Lo
 from dsmoe_jax.sharding import AXIS_NAMES, BATCH_AXES, EXPERT, FSDP, TENSOR, check_divides, current_mesh, spec
 
 _DEFAULT_FACTOR: Final = 1.5
-_FEW_ROWS: Final = 4096  # over all devices; a buffer then holds all of them: one pass, no data-dependent loop
-_WIDEST_GATHER: Final = 8  # ways; with top-6 it moves 1.33 times the bytes of all_to_all there, in fewer steps
-
+_FEW_ROWS: Final = 4096  # over all devices; up to this, all rows fit in one pass, without a data-dependent loop
+_WIDEST_GATHER: Final = 8  # ways; with top-6 it moves 1.33× the bytes of all_to_all there, in fewer steps
 
 Strategy: TypeAlias = Literal["gather", "all_to_all"]
 
 
 @dataclasses.dataclass(frozen=True)
 class DispatchConfig:
-    """How tokens reach the routed experts. Results do not depend on it.
-
-    Raises `ValueError` for an unknown strategy or backend and for a buffer factor that is not positive.
+    """Configuration of token dispatch; results do not depend on it.
 
     Attributes:
       strategy: Expert parallelism. "gather" all-gathers tokens over the expert axis and reduce-scatters the sums,
         "all_to_all" sends each row to its expert's device. None: gather up to 8 ways and for few tokens.
-      buffer_factor: Rows per pass, as a multiple of a device's fair share. None: 1.5, or all rows where they are few.
+      buffer_factor: Rows per pass, as a multiple of a device's fair share. None: 1.5, or all rows if they are few.
       backend: Expert kernel: block_loop, batched, grouped, ragged or dense, or three as fwd,dgrad,wgrad. None: the
         environment variable DSMOE_EXPERT_BACKEND, or else by platform.
     """
@@ -60,21 +56,15 @@ class DispatchConfig:
             ffn.parse_backend(self.backend)
 
 
-# --- which pair is in which row ---
+# --- (token, expert) pairs to rows ---
 
 
 class Rows(NamedTuple):
-    """The rows of (token, choice) pairs, and the two transposed movements between tokens and rows.
+    """The rows of (token, expert) pairs: gather from tokens to rows, and its transpose."""
 
-    Attributes:
-      pair: The pair of each row; its token is `pair // K`. Arbitrary for unused rows.
-      row: The row of each pair; in range only where `valid`.
-      valid: Whether the pair has a row.
-    """
-
-    pair: Int[Array, "C"]
-    row: Int[Array, "M K"]
-    valid: Bool[Array, "M K"]
+    pair: Int[Array, "C"]  # the pair of each row, of token `pair // K`; arbitrary for unused rows
+    row: Int[Array, "M K"]  # the row of each pair; in range only if valid
+    valid: Bool[Array, "M K"]  # whether the pair has a row
 
     def gather(self, x: Float[Array, "M D"]) -> Float[Array, "C D"]:
         """Copy each token's state to its rows."""
@@ -110,7 +100,7 @@ class Sorted(NamedTuple):
         return cls(Rows(pair, row, ids < experts), group_sizes)
 
     def window(self, index: Array | int, size: int) -> "Sorted":
-        """Return the `size` rows from `index · size` on, with their group sizes."""
+        """Return the rows of window `index`, with their group sizes."""
         start, ends = index * size, jnp.cumsum(self.group_sizes)
         inside = jnp.clip(ends, start, start + size)
         group_sizes = inside - jnp.clip(ends - self.group_sizes, start, start + size)
@@ -119,10 +109,9 @@ class Sorted(NamedTuple):
         return Sorted(Rows(pair, row, self.rows.valid & (row >= 0) & (row < size)), group_sizes)
 
     def slots(self, ways: int, index: Array | int, size: int) -> tuple[Rows, Int[Array, "slots"]]:
-        """Fill `size` slots for each of `ways` equal ranges of experts with their rows from `index · size` on.
+        """Fill `size` slots for each of `ways` equal ranges of experts with the rows of window `index`.
 
-        Returns:
-          The rows, and the expert of each slot within its range; for an unused slot, the number of experts in a range.
+        Also return the expert of each slot within its range, or the number of experts in a range for an unused slot.
         """
         per_range = self.group_sizes.reshape(ways, -1)
         ends = jnp.cumsum(per_range.sum(axis=1))
@@ -138,7 +127,7 @@ class Sorted(NamedTuple):
 
 
 class _ExchangedRows(NamedTuple):
-    """`Rows` by way of an all-to-all between devices: `sent` are this device's, `received` index what arrives."""
+    """`Rows` through an all-to-all between devices."""
 
     sent: Rows
     received: Rows
@@ -167,32 +156,28 @@ _Route: TypeAlias = tuple[Rows | _ExchangedRows, Int[Array, "E"]]  # and the gro
 
 @dataclasses.dataclass(frozen=True)
 class _Gather:
-    """All-gather the tokens of the expert group, serve this device's experts, reduce-scatter the sums.
-
-    On one device nothing is communicated.
-    """
+    """All-gather tokens over the expert axis, apply the local experts, reduce-scatter the sums; local on one device."""
 
     ways: int  # devices that share the experts
     experts: int  # per device
     buffer_factor: float | None
 
     def enter(self, x: Array) -> Array:
-        """Return the values of all tokens that passes work on."""
         return jax.lax.all_gather(x, EXPERT, tiled=True) if self.ways > 1 else x
 
     def leave(self, y: Array) -> Array:
-        """Return the sums of this device's tokens: the transpose of `enter`."""
+        """Transpose `enter`."""
         return jax.lax.psum_scatter(y, EXPERT, tiled=True) if self.ways > 1 else y
 
     def local_ids(self, ids: Int[Array, "M K"]) -> Int[Array, "_ K"]:
-        """Return all tokens' ids among this device's experts, `experts` for those of other devices."""
+        """Return the local expert ids of all tokens; `experts` for experts of other devices."""
         if self.ways == 1:
             return ids
         local = self.enter(ids) - jax.lax.axis_index(EXPERT) * self.experts
         return jnp.where((local >= 0) & (local < self.experts), local, self.experts)
 
     def order(self, ids: Int[Array, "M K"]) -> tuple[Sorted, int, Array | None]:
-        """Return the sorted rows, rows per pass, and the number of rows (None: one pass holds all)."""
+        """Return the sorted rows, the rows per pass, and the number of rows (None: one pass)."""
         most, size = ids.size * self.ways, self.buffer(ids.size * self.ways, ids.size)
         ordered = Sorted.by_expert(self.local_ids(ids), self.experts)
         return ordered, size, None if size == most else ordered.group_sizes.sum()
@@ -202,7 +187,7 @@ class _Gather:
         return ordered if size == ordered.rows.pair.size else ordered.window(index, size)
 
     def buffer(self, rows: int, share: int | float) -> int:
-        """Return rows per pass, of at most `rows`, with `share` of them as a fair share."""
+        """Return the rows per pass, for at most `rows` and a fair share of `share`."""
         if self.ways == 1 or (self.buffer_factor is None and rows * self.ways <= _FEW_ROWS):
             return rows
         factor = _DEFAULT_FACTOR if self.buffer_factor is None else self.buffer_factor
@@ -210,24 +195,22 @@ class _Gather:
 
 
 class _AllToAll(_Gather):
-    """Send each row to its expert's device, in a fixed number of slots per device and pass, and return its result."""
+    """Send each row to its expert's device and back, in a fixed number of slots per device and pass."""
 
     def enter(self, x: Array) -> Array:
-        """Return `x`: tokens stay on their device."""
         return x
 
     def leave(self, y: Array) -> Array:
-        """Return `y`."""
         return y
 
     def order(self, ids: Int[Array, "M K"]) -> tuple[Sorted, int, Array | None]:
-        """Return the sorted rows, slots per device and pass, and the most rows for one device."""
+        """Return the sorted rows, the slots per device and pass, and the most rows for a device (None: one pass)."""
         ordered, size = Sorted.by_expert(ids, self.ways * self.experts), self.buffer(ids.size, ids.size / self.ways)
         most = ordered.group_sizes.reshape(self.ways, -1).sum(axis=1).max()
         return ordered, size, None if size == ids.size else most
 
     def route(self, index: Any, size: int, ordered: Sorted) -> _Route:
-        """Return the rows that all devices send here in one pass."""
+        """Return the rows that this device receives in one pass."""
         sent, expert = ordered.slots(self.ways, index, size)
         received, group_sizes = Sorted.by_expert(_exchange(expert)[:, None], self.experts)
         return _ExchangedRows(sent, received), group_sizes
@@ -240,22 +223,22 @@ STRATEGIES: Final[dict[Strategy, type[_Gather]]] = {"gather": _Gather, "all_to_a
 
 
 class _Plan(NamedTuple):
-    """Everything static."""
+    """The static arguments."""
 
     strategy: _Gather
     activation: str
     backend: str | None
     fsdp_dims: tuple[int | None, ...]  # the dimension of each operand leaf that is sharded over fsdp
-    few: few_tokens.Form | None = None  # computes the forward pass where tokens are few
+    few: few_tokens.Form | None = None  # the forward pass for few tokens
     mesh_axes: tuple[str, ...] = ()  # empty on one device
 
 
-_custom_vjp: Any = functools.partial(jax.custom_vjp, nondiff_argnums=(0,))  # pyright has no type for its result
+_custom_vjp: Any = functools.partial(jax.custom_vjp, nondiff_argnums=(0,))  # untyped for pyright
 
 
 @_custom_vjp
 def _routed(plan: _Plan, x: Array, weights: Array, experts: Experts, ids: Array) -> tuple[Array, Array]:
-    """Return the fp32 sums for this device's tokens, and the number of overflow passes."""
+    """Return the fp32 sums of this device's tokens, and the number of overflow passes."""
     strategy = plan.strategy
     if plan.few is not None:
         ids, x, weights, experts = strategy.local_ids(ids), *_enter(plan, x, weights, experts)
@@ -277,13 +260,13 @@ def _forward_pass(plan: _Plan, route: _Route, x: Array, weights: Array, experts:
 def _backward_pass(
     plan: _Plan, route: _Route, x: Array, weights: Array, experts: Experts, grad: Array, needs_grad: GradMask
 ) -> list[Array | None]:
-    """Return the fp32 gradients of x, weights and operand leaves, None where not needed."""
+    """Return the fp32 gradients of x, weights and operand leaves; None if not needed."""
     rows, group_sizes = route
     inputs = Inputs(rows.gather(x), rows.gather_weights(weights), experts)
     grad_rows = rows.gather(grad.astype(x.dtype))
-    of_x, of_weights, *rest = ffn.backward(inputs, group_sizes, plan.activation, grad_rows, needs_grad, plan.backend)
-    of_x, of_weights = jax.tree.map(rows.combine, of_x), jax.tree.map(rows.combine_weights, of_weights)  # None stays
-    return jax.tree.map(lambda piece: piece.astype(jnp.float32), [of_x, of_weights, *rest])
+    dx, dweights, *rest = ffn.backward(inputs, group_sizes, plan.activation, grad_rows, needs_grad, plan.backend)
+    dx, dweights = jax.tree.map(rows.combine, dx), jax.tree.map(rows.combine_weights, dweights)  # maps None to None
+    return jax.tree.map(lambda piece: piece.astype(jnp.float32), [dx, dweights, *rest])
 
 
 def _routed_forward(plan: _Plan, *operands: Any):
@@ -292,49 +275,48 @@ def _routed_forward(plan: _Plan, *operands: Any):
     return _routed(plan, *operands), (operands, needs_grad)
 
 
-def _routed_backward(plan: _Plan, saved: tuple[Any, GradMask], grads: tuple[Array, Any]):
-    """Gather again and repeat the passes: only the inputs are saved for the backward pass."""
+def _routed_backward(plan: _Plan, saved: tuple[Any, GradMask], output_grads: tuple[Array, Any]):
+    """Gather and compute again: only the inputs are saved for the backward pass."""
     (x, weights, experts, ids), needs_grad = saved
-    strategy, grad = plan.strategy, grads[0]
+    strategy, grad = plan.strategy, output_grads[0]
     if plan.mesh_axes:
-        # Without it XLA merges these gathers with those of the forward pass and keeps every layer's gathered weights.
+        # Else XLA merges these all-gathers with those of the forward pass and keeps every layer's gathered weights.
         (x, weights, experts), grad = jax.lax.optimization_barrier(((x, weights, experts), grad))
     ordered, size, most = strategy.order(ids)
     operands = *_enter(plan, x, weights, experts), strategy.enter(grad)
-    one_pass = lambda index: _backward_pass(  # noqa: E731
-        plan, strategy.route(index, size, ordered), *operands, needs_grad
-    )
+    route = functools.partial(strategy.route, size=size, ordered=ordered)
+    one_pass = lambda index: _backward_pass(plan, route(index), *operands, needs_grad)  # noqa: E731
     sums, _ = _over_passes(plan, size, most, one_pass)
 
     leave = [strategy.leave, strategy.leave, *(functools.partial(_reduce_scatter, dim) for dim in plan.fsdp_dims)]
     stored, tree = jax.tree.flatten((x, weights, experts))
-    back = [
-        None if grad is None else to_owner(grad).astype(leaf.dtype)
-        for grad, to_owner, leaf in zip(sums, leave, stored, strict=True)
+    grads = [
+        None if grad is None else scatter(grad).astype(leaf.dtype)
+        for grad, scatter, leaf in zip(sums, leave, stored, strict=True)
     ]
     if plan.mesh_axes:
-        # The layer before waits until these gradients are scattered: else XLA scatters those of all layers at the end
-        # and holds them unsharded until then.
-        back = jax.lax.optimization_barrier(back)
-    return *jax.tree.unflatten(tree, back), None
+        # The previous layer waits for this reduce-scatter: else XLA defers those of all layers to the end and keeps
+        # unsharded gradients until then.
+        grads = jax.lax.optimization_barrier(grads)
+    return *jax.tree.unflatten(tree, grads), None
 
 
 _routed.defvjp(_routed_forward, _routed_backward, symbolic_zeros=True)
 
 
 def _over_passes(plan: _Plan, size: int, most: Array | None, one_pass: Callable[[Any], Any]) -> tuple[Any, Array]:
-    """Sum `one_pass(index)` over as many passes as any device needs; also return how many followed the first."""
+    """Sum `one_pass(index)` over as many passes as any device needs; also return the number of overflow passes."""
     total = one_pass(0)
     if most is None:
         return total, jnp.int32(0)
-    # Every device takes part in every pass: a collective that some devices skip never returns.
+    # All devices run all passes: a collective that some devices skip would hang.
     passes = jax.lax.pmax(-(-most // size), plan.mesh_axes)
     total = jax.lax.fori_loop(1, passes, lambda index, sums: jax.tree.map(jnp.add, sums, one_pass(index)), total)
     return total, jnp.maximum(passes - 1, 0).astype(jnp.int32)
 
 
 def _enter(plan: _Plan, x: Array, weights: Array, experts: Experts) -> tuple[Array, Array, Experts]:
-    """All-gather tokens over the expert axis where the strategy does, and operands over fsdp."""
+    """All-gather tokens over the expert axis, if the strategy does, and operands over fsdp."""
     leaves, tree = jax.tree.flatten(experts)
     gathered = [
         leaf if dim is None else jax.lax.all_gather(leaf, FSDP, axis=dim, tiled=True)
@@ -360,25 +342,10 @@ def routed_experts(
     activation: str,
     config: DispatchConfig = DispatchConfig(),
 ) -> tuple[Float[Array, "M D"], Int[Array, ""]]:
-    """Compute the weighted sum of each token's top-k experts.
+    """Compute the weighted sum of each token's top-k experts (id E: none), and the number of overflow passes.
 
-    Under a mesh (`jax.set_mesh`) tokens are sharded over the data, fsdp and expert axes, experts over the expert axis,
-    their width over the tensor axis. Operands are passed as stored and gathered over fsdp here, so that their gradients
-    are reduce-scattered. The results are those of one device.
-
-    Args:
-      x: Hidden states.
-      ids: The experts of each token; E (no expert) adds nothing.
-      weights: The router weight of each expert.
-      experts: The operands of E experts, dense, quantized or low-rank.
-      activation: A key of `ACTIVATION_FUNCTIONS`.
-      config: Strategy, buffer size and backend.
-
-    Returns:
-      The sums, and the number of overflow passes: those after the first, on a mesh.
-
-    Raises:
-      ValueError: For operands that do not divide over the mesh, and for quantized ones over a tensor axis.
+    Under a mesh tokens are sharded over the data, fsdp and expert axes, experts over the expert axis, their width over
+    the tensor axis. Operands are all-gathered over fsdp here, so that their gradients are reduce-scattered.
     """
     mesh, count, K = current_mesh(), jax.tree.leaves(experts)[0].shape[0], ids.shape[1]
     ways = mesh.shape[EXPERT] if mesh else 1
@@ -386,8 +353,8 @@ def routed_experts(
     specs = [] if mesh is None else _specs(experts, mesh)
     fsdp_dims = tuple(spec.index(FSDP) if FSDP in spec else None for spec in specs) or (None,) * len(leaves)
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES) if mesh else 1
-    missing = -len(x) % shards  # tokens missing to an even split
-    group_tokens, few = ways * (len(x) + missing) // shards, None
+    padding = -len(x) % shards  # tokens
+    group_tokens, few = ways * (len(x) + padding) // shards, None
     if ffn.override(config.backend) is None and config.strategy != "all_to_all":
         few = few_tokens.form(jax.default_backend(), group_tokens, K, count // ways)
     chosen = config.strategy or ("gather" if few or ways <= _WIDEST_GATHER else "all_to_all")
@@ -404,10 +371,10 @@ def routed_experts(
         return jax.lax.psum(y, TENSOR), overflow_passes
 
     tokens = spec(("batch", None))
-    x_padded, weights = (jnp.pad(values, ((0, missing), (0, 0))) for values in (x, weights))
-    ids = jnp.pad(ids, ((0, missing), (0, 0)), constant_values=count)
+    x_padded, weights = (jnp.pad(values, ((0, padding), (0, 0))) for values in (x, weights))
+    ids = jnp.pad(ids, ((0, padding), (0, 0)), constant_values=count)
     split = {"in_specs": (tokens, tokens, tokens, *specs), "out_specs": (tokens, PartitionSpec())}
-    on_mesh = jax.jit(jax.shard_map(on_device, **split))  # outside of jit JAX has no shard_map of a `custom_vjp`
+    on_mesh = jax.jit(jax.shard_map(on_device, **split))  # jit: JAX has no eager shard_map of a `custom_vjp`
     y, overflow_passes = on_mesh(x_padded, ids, weights, *leaves)
     return y[: len(x)].astype(x.dtype), overflow_passes
 
@@ -417,7 +384,7 @@ def _specs(experts: Experts, mesh: AbstractMesh) -> list[PartitionSpec]:
     specs = []
     for name, operand, axes in zip(Experts._fields, experts, EXPERT_AXES, strict=True):
         name, base = f"{name} of the routed experts", operand.base if isinstance(operand, LowRank) else operand
-        if isinstance(base, Quantized) and (ways := mesh.shape[TENSOR]) > 1:  # replicated, each would add all of it
+        if isinstance(base, Quantized) and (ways := mesh.shape[TENSOR]) > 1:  # the sum over replicas would be wrong
             raise DSMoEError(f"{name} is quantized and cannot be sharded over tensor={ways}")
         for leaf, logical in zip(jax.tree.leaves(operand), leaf_axes(operand, axes), strict=True):
             check_divides(name, leaf.shape, logical, mesh)

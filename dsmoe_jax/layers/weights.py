@@ -1,4 +1,4 @@
-"""Declaration of a weight: shape, logical axes and initializer; and the `Linear` layer."""
+"""Declaration of weights (shape, logical axes, initializer), and the `Linear` layer."""
 
 import functools
 from typing import Literal, NamedTuple
@@ -32,7 +32,7 @@ class Initializer(NamedTuple):
 def weight(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], initializer: Initializer, dtype
 ) -> nnx.Param:
-    """Create a weight with the logical name of each axis, which `sharding.py` maps to the mesh."""
+    """Create a weight with logical axes, which `sharding.py` maps to the mesh."""
     return nnx.Param(_draw(initializer, rngs.params(), shape, dtype), logical_axes=axes, initializer=initializer)
 
 
@@ -41,10 +41,7 @@ _draw = functools.partial(jax.jit, static_argnums=(0, 2, 3))(Initializer.draw)
 
 
 class Linear(nnx.Module):
-    """y = x Wᵀ + b. W is [out, in] as in PyTorch: import is a copy, and decode reads rows at memory bandwidth.
-
-    W may be any operand (`kernels.operand`): quantized, or with a low-rank adapter.
-    """
+    """y = x Wᵀ + b. W is any operand (`kernels.operand`), [out, in] as in PyTorch: decode reads rows sequentially."""
 
     def __init__(
         self,

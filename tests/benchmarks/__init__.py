@@ -1,4 +1,4 @@
-"""Speed and memory against PyTorch, transformers and the machine's own limits: `python -m tests.benchmarks`.
+"""Speed and memory compared with PyTorch, transformers and hardware limits: `python -m tests.benchmarks`.
 
-Read `plan.py` for what is measured and the bars it is held to, then `children.py` for how turns are taken.
+`plan.py` defines the measurements and their targets, `children.py` interleaves the contenders.
 """

@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks` measures, prints and writes a report. Start at `main`, then `measure`."""
+"""`python -m tests.benchmarks`: measure, print and write a report. Start at `main`, then `measure`."""
 
 import argparse
 import datetime
@@ -20,59 +20,59 @@ from tests.benchmarks.children import ENVIRONMENT, NEEDS, Child
 from tests.benchmarks.inputs import batch
 
 REPORTS: Final = Path(__file__).parent / "reports"
-LOGITS: Final = 1e-4  # the twin may differ from us by as much as the original does (README, "Parity")
+LOGITS: Final = 1e-4  # absolute; the README allows the same for the original ("Parity")
 _CHECK_SHAPE: Final = (2, 48)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure what the options ask for; returns the exit code: 0, 1 if the twin is no twin, 2 for a user's mistake."""
+    """Run the benchmarks; return the exit code: 1 if the PyTorch peer's logits differ, 2 for invalid options."""
     try:
-        asked = options(sys.argv[1:] if argv is None else argv)
-        check_installed(asked.contenders)
+        args = options(sys.argv[1:] if argv is None else argv)
+        check_installed(args.contenders)
     except ValueError as error:
         print(f"tests.benchmarks: {error}", file=sys.stderr)
         return 2
     console = Console() if sys.stdout.isatty() else Console(width=160)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            results = measure(asked, Path(folder) / "checkpoint", console.log)
+            results = measure(args, Path(folder) / "checkpoint", console.log)
         except RuntimeError as error:
             print(f"tests.benchmarks: {error}", file=sys.stderr)
             return 1
     report.show(results, console)
-    for path in report.write(results, asked.out):
-        console.print(f"written: {path}", soft_wrap=True)
+    for path in report.write(results, args.out):
+        console.print(f"Saved report: {path}", soft_wrap=True)
     return 0
 
 
 def options(argv: Sequence[str]) -> argparse.Namespace:
-    """The options; `ValueError` for a value that does not exist."""
+    """Parse and validate the options."""
     parser = Parser(prog="python -m tests.benchmarks", description="Speed and memory against peers and floors.")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of turns per contender, default 5")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds per contender, default 5")
     parser.add_argument("--only", default=",".join(plan.OPTIONS), metavar="AREA,…", help="default %(default)s")
     parser.add_argument("--contenders", default=",".join(plan.ALL), metavar="NAME,…", help="default %(default)s")
-    parser.add_argument("--out", type=Path, default=REPORTS, metavar="DIR", help="for the report")
-    asked = parser.parse_args(argv)
-    if asked.rounds < 1:
-        raise ValueError(f"--rounds must be at least 1, not {asked.rounds}")
-    asked.only = _listed("--only", asked.only, plan.OPTIONS)
-    asked.contenders = _listed("--contenders", asked.contenders, plan.ALL)
-    if asked.out.exists() and not asked.out.is_dir():
-        raise ValueError(f"--out {asked.out} is not a directory")
-    return asked
+    parser.add_argument("--out", type=Path, default=REPORTS, metavar="DIR", help="directory of the report")
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
+    args.only = _listed("--only", args.only, plan.OPTIONS)
+    args.contenders = _listed("--contenders", args.contenders, plan.ALL)
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is not a directory")
+    return args
 
 
 def _listed(option: str, value: str, choices: tuple[str, ...]) -> tuple[str, ...]:
-    """The words of a comma list, in the order of `choices`."""
+    """Split a comma-separated list and sort it in the order of `choices`."""
     words = value.split(",")
     for word in words:
         if word not in choices:
-            raise ValueError(f"{option} {word!r} does not exist, only {', '.join(choices)}")
+            raise ValueError(f"{option} must be one of {', '.join(choices)}, got {word!r}")
     return tuple(choice for choice in choices if choice in words)
 
 
 def check_installed(contenders: Sequence[str]) -> None:
-    """`ValueError` naming the extra if a contender's package is missing."""
+    """Raise if a contender's package is not installed, naming the extra."""
     for contender in contenders:
         for package in NEEDS.get(contender, ()):
             if importlib.util.find_spec(package) is None:
@@ -81,24 +81,24 @@ def check_installed(contenders: Sequence[str]) -> None:
                 )
 
 
-def measure(asked: argparse.Namespace, folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
-    """Everything asked for, as plain data: what the JSON report holds."""
+def measure(args: argparse.Namespace, folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
+    """Run all selected areas; return the content of the JSON report."""
     start = datetime.datetime.now(datetime.UTC)
     with Child("ours", "write", folder) as ours:
         ours.call("run")
-    checks = check_twin(folder) if {"ours", "twin"} <= set(asked.contenders) else {}
+    checks = check_twin(folder) if {"ours", "twin"} <= set(args.contenders) else {}
     areas = {}
     for name, area in plan.AREAS.items():
-        kept = [c for c in area.contenders if c in asked.contenders or area.contenders != plan.ALL]
-        if area.option in asked.only:
-            log(f"{name}: {', '.join(kept)}, {asked.rounds * area.turns} quiet turns each")
-            areas[name] = measure_area(area, kept, asked.rounds, folder)
+        kept = [c for c in area.contenders if c in args.contenders or area.contenders != plan.ALL]
+        if area.option in args.only:
+            log(f"{name}: {', '.join(kept)}, {args.rounds * area.turns} quiet turns each")
+            areas[name] = measure_area(area, kept, args.rounds, folder)
             log(report.one_line(name, areas[name]))
     return {
         "date": start.date().isoformat(),
         "minutes": (datetime.datetime.now(datetime.UTC) - start).total_seconds() / 60,
-        "command": f"python -m tests.benchmarks --rounds {asked.rounds} --only {','.join(asked.only)} "
-        f"--contenders {','.join(asked.contenders)}",
+        "command": f"python -m tests.benchmarks --rounds {args.rounds} --only {','.join(args.only)} "
+        f"--contenders {','.join(args.contenders)}",
         "environment": ENVIRONMENT,
         "commit": machine.commit(),
         "hardware": machine.hardware(),
@@ -109,7 +109,7 @@ def measure(asked: argparse.Namespace, folder: Path, log: Callable[[str], None])
 
 
 def check_twin(folder: Path) -> dict[str, float]:
-    """How far the twin's logits are from ours, by both of its ways; `RuntimeError` if too far to be called a twin."""
+    """Return the largest logit difference of the PyTorch peer, in training and in decoding; raise above `LOGITS`."""
     ids = batch(ModelConfig.from_file(folder), *_CHECK_SHAPE)
     with Child("ours", "check", folder) as ours, Child("twin", "check", folder) as twin:
         want = ours.call("logits", ids)
@@ -119,12 +119,12 @@ def check_twin(folder: Path) -> dict[str, float]:
     far = {f"logits, {way}": float(np.abs(got[way] - want[way]).max()) for way in got}
     for name, distance in far.items():
         if not distance <= LOGITS:
-            raise RuntimeError(f"the twin's {name} differ from ours by {distance:.1e}, more than {LOGITS:.0e}")
+            raise RuntimeError(f"the PyTorch {name} must differ from ours by at most {LOGITS:.0e}, got {distance:.1e}")
     return far
 
 
 def measure_area(area: plan.Area, contenders: Sequence[str], rounds: int, folder: Path) -> dict[str, Any]:
-    """All turns of one area, as plain data."""
+    """Measure one area."""
     judged = area.contenders == plan.ALL
     watched = [*contenders, "limits"] if judged else list(contenders)
     turns = [(name, name, "run") for name in watched]
@@ -136,7 +136,7 @@ def measure_area(area: plan.Area, contenders: Sequence[str], rounds: int, folder
         children = {name: stack.enter_context(child) for name, child in loading.items()}
         for _, child, action in turns:
             children[child].call(action)  # compile and warm up
-        # A turn of decoding is 64 steps, one of these a single one: in use, another has gone before.
+        # Prefill and train turns are a single step, so they are preceded by another one; a decode turn has 64 steps.
         kept, taken = take_rounds(rounds * area.turns, turns, children, warm_up=area.task in ("prefill", "train"))
         result: dict[str, Any] = {
             "tokens": area.tokens,
@@ -159,19 +159,19 @@ def measure_area(area: plan.Area, contenders: Sequence[str], rounds: int, folder
 
 
 class Round(NamedTuple):
-    """One turn of everybody."""
+    """One turn of each contender."""
 
-    disturbance: float  # the largest share of the machine that others took during a turn
+    disturbance: float  # the largest share of CPU time used by other processes during a turn
     figures: dict[str, Any]
 
 
 def take_rounds(
     wanted: int, turns: list[tuple[str, str, str]], children: Mapping[str, Child], *, warm_up: bool = False
 ) -> tuple[list[Round], int]:
-    """The `wanted` least disturbed rounds in their order, and how many were taken.
+    """Return the `wanted` least disturbed rounds, in order, and the number of rounds run.
 
-    Rounds go on until enough were quiet, at most to twice as many. Each begins with another contender, so that
-    nobody always follows the same one. A turn is (name of its figure, child, action).
+    Rounds are repeated until enough were quiet, at most twice as many. The starting contender rotates, so that none
+    always follows the same one. A turn is (name of its figure, child, action).
     """
     rounds: list[Round] = []
     while sum(round.disturbance <= plan.QUIET for round in rounds) < wanted and len(rounds) < 2 * wanted:
@@ -184,7 +184,7 @@ def take_rounds(
     return [round for round in rounds if round.disturbance <= bound][:wanted], len(rounds)
 
 
-# By task: what else a contender tells, and the action that it answers.
+# Additional results by task: (name, action of the child).
 _NOTES: Final = {
     "decode1": (("answers", "tokens"),),
     "decode8": (("answers", "tokens"),),

@@ -1,9 +1,8 @@
-"""`python -m tests.benchmarks.abstract` compiles train steps of the 16B and the 145B for devices that are not there.
+"""`python -m tests.benchmarks.abstract` compiles train steps of the 16B and the 145B ahead of time, without devices.
 
-Nothing is allocated but the program. It shows that the step compiles in minutes on a large mesh, that each device is
-given the bytes that arithmetic says, and what temporaries the compiler plans: for simulated CPUs, or with `--card` for
-GPUs of that kind (see `cards`; other kernels run there). Pretraining recipes are compiled for fsdp 8 x expert 8, those
-of fine-tuning for the devices in their name.
+No parameters are allocated. Prints compile times, bytes per device and temporaries for simulated CPUs, or with `--card`
+for GPUs (see `cards`). Pretraining recipes are compiled for fsdp 8 x expert 8, fine-tuning recipes for the devices in
+their name.
 """
 
 import os
@@ -36,27 +35,26 @@ from dsmoe_jax.train.recipes import FINETUNING, RECIPES
 from dsmoe_jax.train.step import Trainable, init_state, make_step, state_shardings
 from tests.benchmarks import cards
 
-# XLA:CPU orders the operations of each function in more than linear time: in one piece the 145B takes above 15 minutes,
-# block by block 3. A program that is to run cannot have it: on simulated devices, collectives of nested functions wait
-# for threads that others of them hold.
+# XLA:CPU schedules each function in superlinear time: the 145B takes over 15 minutes in one function, 3 by block. Only
+# for compilation: on simulated devices, collectives in nested functions would deadlock on the thread pool.
 _BLOCKS_APART: Final = set_xla_metadata(inlineable="false")
 
 
 class Case(NamedTuple):
-    """What is compiled."""
+    """A step to compile."""
 
     run: RunConfig
     model: ModelConfig
     mesh: Mesh | None
-    tokens: int  # of a row; one row a device and micro-batch
+    tokens: int  # per sequence; one sequence per device and micro-batch
 
 
 def cases(card: str | None = None) -> dict[str, Case]:
-    """By the recipe's name."""
+    """Return the cases by recipe."""
     few, base = MeshConfig(fsdp=8), ModelConfig.preset("deepseek_moe_16b")
     wide = make_mesh(MeshConfig(data=1, fsdp=8, expert=8), jax.devices() if card is None else cards.devices(card, 64))
     eight = make_mesh(few, jax.devices()[:8] if card is None else cards.devices(card, 8))
-    # On CPU one device has no mesh; to compile for a GPU that is not there, its place must be named.
+    # On CPU one device has no mesh; to compile for an absent GPU, its device must be given.
     one = None if card is None else make_mesh(MeshConfig(), cards.devices(card, 1))
     found = {}
     for name in ("deepseek_moe_16b", "deepseek_moe_145b"):
@@ -68,22 +66,22 @@ def cases(card: str | None = None) -> dict[str, Case]:
 
 
 def main() -> None:
-    """Print a line for each recipe."""
+    """Print one line per recipe."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.abstract", description=(__doc__ or "").strip())
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="default all")
     parser.add_argument("--card", choices=cards.CARDS, help="compile for GPUs of this kind")
-    asked = parser.parse_args()
-    known = cases(asked.card)
-    for recipe in asked.recipes:
+    args = parser.parse_args()
+    known = cases(args.card)
+    for recipe in args.recipes:
         if recipe not in known:
             parser.error(f"RECIPE {recipe!r} does not exist, only {', '.join(known)}")
-    for recipe in asked.recipes or known:
-        with contextlib.nullcontext() if asked.card is None else cards.chosen_as_on_gpu():
-            print(recipe, compiled(known[recipe], apart=asked.card is None), flush=True)
+    for recipe in args.recipes or known:
+        with contextlib.nullcontext() if args.card is None else cards.chosen_as_on_gpu():
+            print(recipe, compiled(known[recipe], apart=args.card is None), flush=True)
 
 
 def compiled(case: Case, *, apart: bool = True) -> dict[str, Any]:
-    """Seconds and bytes of one recipe's step; blocks `apart` are functions of their own."""
+    """Compile a recipe's step; return seconds and bytes. With `apart`, blocks are separate functions."""
     run, config, mesh, tokens = case
     options = dataclasses.replace(run.step, gradient_accumulation_steps=2)
     optimizer, schedule = make_optimizer(run.optimizer, max(run.steps, 100))
@@ -124,7 +122,7 @@ def compiled(case: Case, *, apart: bool = True) -> dict[str, Any]:
 
 
 def _frozen(config: ModelConfig, scheme: str | None, mesh: Mesh | None) -> dict[str, Any]:
-    """The base on one device, in bf16 or quantised."""
+    """Return the frozen base on one device, in bf16 or quantized."""
     place = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, PartitionSpec())
     found = {}
     for name, spec in abstract(config)[1].items():

@@ -1,7 +1,7 @@
-"""GPUs that are not here: XLA's CUDA compiler makes programs for them that nothing runs. Start at `devices`.
+"""Ahead-of-time compilation for GPUs that are not present. Start at `devices`.
 
-It needs jax's CUDA plugin (`pip install -e '.[gpu]'`), no GPU and no driver. What comes out tells memory, the kernels
-that will run and whether they compile, but no time: tiles of matmuls are not tuned, and cuDNN's plans are not made.
+Needs jax's CUDA plugin (`pip install -e '.[gpu]'`), but no GPU and no driver. Shows memory, kernels and whether they
+compile, but no timings: matmuls are not autotuned, and cuDNN plans are not built.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ _GPUS_A_HOST: Final = 8
 
 
 class Card(NamedTuple):
-    """What differs between the cards, from OpenXLA's descriptions of them (xla/backends/gpu/target_config/specs)."""
+    """Properties of a card, from OpenXLA's specs (xla/backends/gpu/target_config/specs)."""
 
     name: str
     memory: int  # bytes
@@ -24,9 +24,9 @@ class Card(NamedTuple):
     l2: int  # bytes
     capability: int
     cores: int
-    fpus: int  # of a core
-    shared: int  # bytes of shared memory of a core
-    shared_optin: int  # what a block may have of them
+    fpus: int  # per SM
+    shared: int  # bytes of shared memory per SM
+    shared_optin: int  # bytes of shared memory per block
     clock: float  # GHz
 
 
@@ -43,8 +43,8 @@ CARDS: Final[dict[str, Card]] = {
 
 
 def devices(card: str, count: int = 1) -> list[Any]:
-    """`count` such GPUs, 8 a host. Raises `ValueError` where jax's CUDA plugin is not installed."""
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # there is no driver to ask
+    """Return `count` abstract GPUs, 8 per host; raise if jax's CUDA plugin is not installed."""
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # there is no driver to query
     hosts = -(-count // _GPUS_A_HOST)
     shape = f"1x{hosts}x{count // hosts}"
     try:
@@ -60,7 +60,7 @@ def devices(card: str, count: int = 1) -> list[Any]:
 
 @contextlib.contextmanager
 def chosen_as_on_gpu() -> Iterator[None]:
-    """Whoever asks for the default device's kind is told "gpu": kernels and layouts are chosen by it."""
+    """Report "gpu" as the default backend, by which kernels and layouts are chosen."""
     kept = jax.default_backend
     jax.default_backend = lambda: "gpu"
     try:
@@ -70,7 +70,7 @@ def chosen_as_on_gpu() -> Iterator[None]:
 
 
 def _description(card: Card) -> str:
-    """XLA's message `GpuTargetConfigProto` as text."""
+    """Return XLA's `GpuTargetConfigProto` as text."""
     extension = "ACCELERATED_FEATURES" if card.capability >= 9 else "NONE"
     return f"""
         platform_name: "CUDA"

@@ -1,6 +1,6 @@
-"""Each contender in its own process, taking turns: start at `Child`; `CONTENDERS` says who is who.
+"""Each contender in a separate process. Start at `Child`; `CONTENDERS` maps names to modules.
 
-A child that waits for its turn blocks on its pipe and costs nothing; thread pools and memory never mix.
+A waiting child blocks on its pipe and uses no CPU; thread pools and memory are not shared.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from tests.benchmarks import machine
 
-# What a child can be asked to do, by name; what returns a time has finished its work.
+# The actions of a child by name; those that return a time are synchronous.
 Actions = dict[str, Callable[..., Any]]
 
 # fmt: off
@@ -30,24 +30,24 @@ CONTENDERS: Final[dict[str, tuple[str, dict[str, str]]]] = {
     "ragged":       ("kernel",            {"backend": "ragged"}),
     "limits":       ("limits",            {}),
 }
-# Packages of the extra [bench] that a contender cannot do without.
+# Packages of the extra [bench] that a contender needs.
 NEEDS: Final[dict[str, tuple[str, ...]]] = {"twin": ("torch",), "transformers": ("torch", "transformers")}
 # fmt: on
 
-# For every contender alike; set before a process starts, and what the caller has set stays.
+# For all contenders; set before a process starts, unless the caller has set it.
 ENVIRONMENT: Final = {
     "JAX_PLATFORMS": "cpu",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # huge pages for large arrays
-    # PyTorch's threads wait for each other by spinning. Where another process has a core, that costs it 3 to 100 times
-    # its time; with a short spin it reaches the same best times and keeps to them.
+    # PyTorch's threads spin at barriers, which is 3 to 100× slower if another process uses a core; with a short spin
+    # it reaches the same best times, with less variance.
     "GOMP_SPINCOUNT": "10000",
 }
-# Thread pools spin for a moment after their work; the next turn shall not pay for that.
+# Seconds. Thread pools spin briefly after their work, which would slow down the next turn.
 _PAUSE: Final = 0.1
 
 
 class Child:
-    """A contender in a process of its own, with the weights of `folder` loaded for one task."""
+    """A contender in a separate process, with the weights of `folder` loaded for one task."""
 
     def __init__(self, contender: str, task: str, folder: Path):
         for name, value in ENVIRONMENT.items():
@@ -60,7 +60,7 @@ class Child:
         theirs.close()
 
     def __enter__(self) -> "Child":
-        self._answer()  # it is ready
+        self._answer()  # ready
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,14 +71,14 @@ class Child:
             self._process.join()
 
     def call(self, action: str, *args: Any) -> Any:
-        """The answer to one action; `RuntimeError` with the child's traceback if it failed."""
+        """Run an action in the child and return its result; raise with its traceback if it failed."""
         self._pipe.send((action, args))
         return self._answer()
 
     def take_turn(self, action: str, *, warm_up: bool = False) -> tuple[Any, float]:
-        """The answer to `action`, and the share of the machine that other processes took meanwhile.
+        """Run an action; return its result and the share of CPU time used by other processes.
 
-        With `warm_up`, the answer to the second of two: what was idle must first get its memory and caches back.
+        With `warm_up`, run it twice and return the second result: an idle process has lost its caches.
         """
         assert self._process.pid is not None
         time.sleep(_PAUSE)
@@ -94,14 +94,14 @@ class Child:
             good, answer = self._pipe.recv()
         except EOFError:
             self._process.join(timeout=10)
-            raise RuntimeError(f"{self._name} died, exit code {self._process.exitcode} (-9: out of memory)") from None
+            raise RuntimeError(f"{self._name} exited with code {self._process.exitcode} (-9: out of memory)") from None
         if not good:
             raise RuntimeError(f"{self._name} failed:\n{answer}")
         return answer
 
 
 def _serve(pipe: Connection, contender: str, task: str, folder: Path) -> None:
-    """The child's whole life: load, say so, act until the pipe closes."""
+    """Load the contender, then run actions until the pipe is closed."""
     try:
         room, options = CONTENDERS[contender]
         actions: Actions = importlib.import_module(f"tests.benchmarks.{room}").actions(task, folder, **options)
@@ -118,7 +118,7 @@ def _serve(pipe: Connection, contender: str, task: str, folder: Path) -> None:
 
 
 def _reset_peak() -> None:
-    """Forget what loading took: the peak is to be that of the task. Linux only; elsewhere loading counts."""
+    """Reset the peak memory after loading (Linux only)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -126,7 +126,7 @@ def _reset_peak() -> None:
 
 
 def _peak_bytes() -> int:
-    """The most memory this process has held, compilation and warm-up included."""
+    """Return the peak memory of this process, compilation and warm-up included."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024

@@ -1,8 +1,7 @@
-"""`python -m tests.benchmarks.conversion` converts a checkpoint of the 16B's full size both ways and proves every bit.
+"""`python -m tests.benchmarks.conversion` imports and exports a checkpoint of the 16B's size and compares all bits.
 
-The checkpoint is drawn tensor by tensor from a seed, so the proof at the end needs no second copy on the disk: what was
-exported is compared with what the seed gives again. Start at `measure`. It takes two and a bit times the checkpoint's
-size on the disk at a time; every folder is deleted as soon as the next step can do without it.
+Tensors are drawn from a seed, so the exported checkpoint is compared without a second copy on disk. Start at `measure`.
+Needs slightly more than twice the checkpoint's size on disk; folders are deleted as soon as they are not needed.
 """
 
 import argparse
@@ -42,33 +41,33 @@ def main() -> None:
         prog="python -m tests.benchmarks.conversion", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--preset", default="deepseek_moe_16b", choices=tuple(PRESETS))
-    parser.add_argument("--rounds", type=int, default=3, help="of import, export and cp in turns, with the 2B's size")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of import, export and cp at the 2B's size")
     parser.add_argument("--work", type=Path, default=Path("conversion.work"), help="new folder, deleted at the end")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "reports", help="for the report")
-    asked = parser.parse_args()
-    asked.out.mkdir(parents=True, exist_ok=True)  # before the hour that it takes
-    asked.work.mkdir(parents=True)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "reports", help="directory of the report")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)  # before a run of an hour
+    args.work.mkdir(parents=True)
     try:
         results = {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "command": f"python -m tests.benchmarks.conversion --preset {asked.preset} --rounds {asked.rounds}",
+            "command": f"python -m tests.benchmarks.conversion --preset {args.preset} --rounds {args.rounds}",
             "commit": machine.commit(),
             "hardware": machine.hardware(),
             "versions": machine.versions(),
-            "turns": turns(asked.work, asked.rounds),
-            "hashing": hashing(asked.work, asked.rounds),
-            "whole": measure(asked.work, ModelConfig.preset(asked.preset)),
+            "turns": turns(args.work, args.rounds),
+            "hashing": hashing(args.work, args.rounds),
+            "whole": measure(args.work, ModelConfig.preset(args.preset)),
         }
     finally:
-        shutil.rmtree(asked.work)
-    path = asked.out / f"{results['date']}-conversion.json"
+        shutil.rmtree(args.work)
+    path = args.out / f"{results['date']}-conversion.json"
     write_json(path, results)
     path.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
     print(markdown(results))
 
 
 def measure(work: Path, config: ModelConfig) -> dict[str, Any]:
-    """The whole way once: make, copy, import, verify, export, compare."""
+    """Run once: generate, copy, import, verify, export, compare."""
     hf, native, back, copy = (work / name for name in ("hf", "native", "back", "copy"))
     said: dict[str, Any] = {"make": _timed(lambda: write_checkpoint(hf, config)), "bytes": _size(hf)}
     said["cp"] = copied(hf, copy)
@@ -85,7 +84,7 @@ def measure(work: Path, config: ModelConfig) -> dict[str, Any]:
 
 
 def turns(work: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds of cp, import and export of the 2B's bytes, in turns, caches dropped before each."""
+    """Return interleaved timings of cp, import and export of the 2B, each from a cold cache."""
     hf, native, back, copy = (work / name for name in ("hf", "native", "back", "copy"))
     write_checkpoint(hf, ModelConfig.preset("deepseek_moe_2b"))
     taken: dict[str, list[float]] = {"cp": [], "import": [], "export": []}
@@ -100,7 +99,7 @@ def turns(work: Path, rounds: int) -> dict[str, list[float]]:
 
 
 def hashing(work: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds of `save` of the 2B with its manifest, and with hashes that cost nothing, in turns."""
+    """Return interleaved timings of `save` of the 2B, with and without hashing."""
     from dsmoe_jax import DeepSeekMoE, save
 
     class NoHash:
@@ -128,7 +127,7 @@ def hashing(work: Path, rounds: int) -> dict[str, list[float]]:
 
 
 def write_checkpoint(folder: Path, config: ModelConfig) -> None:
-    """A checkpoint in bfloat16 of random bits, a few megabytes in memory at a time."""
+    """Write a bfloat16 checkpoint of random bits with a few megabytes in memory."""
     folder.mkdir()
     shapes = hf_shapes(config)
     shards: list[list[str]] = [[]]
@@ -155,14 +154,14 @@ def write_checkpoint(folder: Path, config: ModelConfig) -> None:
 
 
 def bits(name: str, size: int) -> Iterator[bytes]:
-    """The tensor's bytes, drawn from its name, in pieces."""
+    """Yield the bytes of a tensor in chunks, seeded by its name."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     for start in range(0, size, _PIECE):
         yield rng.bytes(min(_PIECE, size - start))
 
 
 def compare(folder: Path, config: ModelConfig) -> dict[str, int]:
-    """Read the exported folder with the safetensors library; how many tensors are there, and how many are wrong."""
+    """Read the export with the safetensors library; return the number of tensors, and of those that differ."""
     weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     shapes, wrong = hf_shapes(config), 0
     for file in sorted(set(weight_map.values())):
@@ -176,11 +175,11 @@ def compare(folder: Path, config: ModelConfig) -> dict[str, int]:
     return {"tensors": len(weight_map), "expected": len(shapes), "wrong": wrong}
 
 
-# --- what is timed ---
+# --- timed operations ---
 
 
 def copied(source: Path, copy: Path) -> float:
-    """Seconds of `cp`, on the disk, from a cold cache."""
+    """Return the seconds of `cp` with fsync, from a cold cache."""
     drop_caches()
     seconds = _timed(lambda: subprocess.run(["cp", "-r", "--reflink=never", source, copy], check=True), os.sync)
     shutil.rmtree(copy)
@@ -188,14 +187,14 @@ def copied(source: Path, copy: Path) -> float:
 
 
 def converted(function: str, source: Path, out: Path) -> dict[str, float]:
-    """Run `import_hf` or `export_hf` in a process that measures itself, from a cold cache."""
+    """Run `import_hf` or `export_hf` in a child process, from a cold cache."""
     drop_caches()
     command = [sys.executable, "-c", f"from tests.benchmarks import conversion; conversion.child({function!r})"]
     return json.loads(subprocess.run([*command, source, out], check=True, stdout=subprocess.PIPE).stdout)
 
 
 def child(function: str) -> None:
-    """Convert what the arguments say, everything on the disk; print seconds and peaks of memory as JSON."""
+    """Convert as the arguments specify and fsync; print seconds and peak memory as JSON."""
     source, out = sys.argv[1:]
     peaks, stop = {"RssAnon": 0, "VmRSS": 0}, threading.Event()
 
@@ -215,12 +214,12 @@ def child(function: str) -> None:
 
 
 def drop_caches() -> None:
-    """Forget what was read; needs root, and says so where it is not."""
+    """Drop the page cache; needs root."""
     os.sync()
     try:
         Path("/proc/sys/vm/drop_caches").write_text("3")
     except OSError as error:
-        print(f"caches are not dropped: {error}", file=sys.stderr)
+        print(f"page cache not dropped: {error}", file=sys.stderr)
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -1,7 +1,6 @@
-"""`python -m tests.benchmarks.generation`: what the public `Generator` costs above the bare decode step, what
-continuous batching brings over static batches, and what int8 weights cost, on `bench` with random weights.
+"""`python -m tests.benchmarks.generation`: overhead of `Generator` over the decode step, continuous batching, and int8.
 
-Contenders take turns; figures are medians over the turns. Lines of JSON come out as they are known.
+Runs the `bench` preset with random weights. Contenders are interleaved, and figures are medians. Prints JSON lines.
 """
 
 import argparse
@@ -34,14 +33,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.generation", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="decode,batching,int8")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     model = DeepSeekMoE.init(ModelConfig.preset(plan.PRESET), seed=plan.SEED)
-    for name in asked.only.split(","):
-        {"decode": decode, "batching": batching, "int8": int8}[name](model, asked.rounds)
+    for name in args.only.split(","):
+        {"decode": decode, "batching": batching, "int8": int8}[name](model, args.rounds)
 
 
 def decode(model: DeepSeekMoE, rounds: int) -> None:
-    """A call of the generator against one prefill and the bare steps; the same tokens."""
+    """Compare a call of the generator with one prefill and the bare steps, for the same tokens."""
     for rows in (1, ROWS):
         bare, call = _bare(model, rows), _call(Generator(model), rows)
         found = _turns({"bare": bare, "generator": call}, rounds)
@@ -49,7 +48,7 @@ def decode(model: DeepSeekMoE, rounds: int) -> None:
 
 
 def batching(model: DeepSeekMoE, rounds: int) -> None:
-    """64 requests of mixed length, at once and in batches of 8 that end with their longest answer."""
+    """Compare 64 requests of mixed length at once with batches of 8 that run until their longest completion."""
     rng = np.random.default_rng(0)
     config = model.config
     prompts = [
@@ -92,7 +91,7 @@ def batching(model: DeepSeekMoE, rounds: int) -> None:
 
 
 def int8(model: DeepSeekMoE, rounds: int) -> None:
-    """Decode with int8 weights against fp32, and the bytes of both."""
+    """Compare decoding with int8 and fp32 weights, in time and bytes."""
     config, params = model.config, split(model)[1]
     small = assemble(config, quantize_embedding(quantize_params(params, "int8")))
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(split(one)[1])) for one in (small, model)]
@@ -104,8 +103,8 @@ def int8(model: DeepSeekMoE, rounds: int) -> None:
 
 def _call(generator: Generator, rows: int) -> Callable[[], object]:
     prompts = batch(generator.config, rows, plan.PROMPT).tolist()
-    asked = SamplingParams(max_new_tokens=plan.NEW_TOKENS + 1, ignore_eos=True)
-    return lambda: generator(prompts, asked)
+    params = SamplingParams(max_new_tokens=plan.NEW_TOKENS + 1, ignore_eos=True)
+    return lambda: generator(prompts, params)
 
 
 def _bare(model: DeepSeekMoE, rows: int) -> Callable[[], object]:
@@ -128,7 +127,7 @@ def _bare(model: DeepSeekMoE, rows: int) -> Callable[[], object]:
 
 
 def _turns(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, after one call that compiles."""
+    """Return the median seconds of each, after one call that compiles."""
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():
         run()
@@ -145,7 +144,7 @@ def _ratio(found: dict[str, float], above: str, below: str) -> float:
 
 
 def show(what: str, **figures: Any) -> None:
-    """One line."""
+    """Print one JSON line."""
     print(json.dumps({"what": what, **figures}), flush=True)
 
 

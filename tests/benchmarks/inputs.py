@@ -1,4 +1,4 @@
-"""The token ids that every contender gets: drawn by numpy, without jax or torch."""
+"""The token ids for all contenders, drawn by NumPy: no jax or torch needed."""
 
 import numpy as np
 
@@ -7,5 +7,5 @@ from tests.benchmarks import plan
 
 
 def batch(config: ModelConfig, rows: int, tokens: int) -> np.ndarray:
-    """Random token ids, int32 [rows, tokens]; the same for the same shape."""
+    """Return random token ids, int32 [rows, tokens], from a fixed seed."""
     return np.random.default_rng(plan.SEED).integers(0, config.vocab_size, (rows, tokens), dtype=np.int32)

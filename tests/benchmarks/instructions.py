@@ -1,7 +1,7 @@
-"""`python -m tests.benchmarks.instructions CKPT` teaches a task that a model cannot do, by each way of fine-tuning.
+"""`python -m tests.benchmarks.instructions CKPT` fine-tunes on a new task: full, LoRA and QLoRA.
 
-CKPT is what `dsmoe pretrain tiny` leaves behind. The task is to turn three or four digits round; of the answers to
-prompts that were never trained on the exact ones are counted.
+CKPT is the output of `dsmoe pretrain tiny`. The task is to reverse three or four digits; prints the number of exact
+completions of held-out prompts.
 """
 
 import argparse
@@ -29,7 +29,7 @@ WAYS: Final[dict[str, dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Print a row of a table for each way."""
+    """Print one table row per method."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks.instructions", description=(__doc__ or "").strip()
     )
@@ -37,21 +37,21 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", default=list(WAYS))
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     rows = examples(TRAINED + ASKED)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "train.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows[:TRAINED]))
         print("| way | exact answers | minutes | updates skipped |\n| --- | --- | --- | --- |")
-        print(f"| before | {score(asked.checkpoint, rows[TRAINED:])} of {ASKED} | | |", flush=True)
-        for way in asked.ways:
+        print(f"| before | {score(args.checkpoint, rows[TRAINED:])} of {ASKED} | | |", flush=True)
+        for way in args.ways:
             config = FinetuneConfig(
                 output_dir=f"{folder}/{way}",
-                init_from=asked.checkpoint,
-                steps=asked.steps,
+                init_from=args.checkpoint,
+                steps=args.steps,
                 data=ExamplesConfig(files=(str(file),), sequence_length=256, batch_size=4),
                 optimizer=OptimizerConfig(
-                    learning_rate=asked.learning_rate, schedule="cosine", warmup_steps=50, weight_decay=0.0, b2=0.99
+                    learning_rate=args.learning_rate, schedule="cosine", warmup_steps=50, weight_decay=0.0, b2=0.99
                 ),
                 eval_interval=500,
                 trackers=("jsonl",),
@@ -60,12 +60,12 @@ def main() -> None:
             result = run(dataclasses.replace(config, **WAYS[way]))
             minutes = (time.perf_counter() - started) / 60
             adapter = None if WAYS[way]["lora"] is None else result.model
-            found = score(result.model if adapter is None else asked.checkpoint, rows[TRAINED:], adapter)
+            found = score(result.model if adapter is None else args.checkpoint, rows[TRAINED:], adapter)
             print(f"| {way} | {found} of {ASKED} | {minutes:.1f} | {result.total_skips} |", flush=True)
 
 
 def examples(count: int) -> list[dict[str, str]]:
-    """Different ones, always the same."""
+    """Return distinct examples from a fixed seed."""
     rng, seen = random.Random(0), {}
     while len(seen) < count:
         digits = tuple(rng.choices("0123456789", k=rng.randint(3, 4)))
@@ -74,7 +74,7 @@ def examples(count: int) -> list[dict[str, str]]:
 
 
 def score(checkpoint: Any, rows: list[dict[str, str]], adapter: Any = None) -> int:
-    """How many greedy answers are exact."""
+    """Count the exact greedy completions."""
     generate = Generator.from_pretrained(checkpoint, adapter=adapter)
     chats = [[{"role": "user", "content": row["instruction"]}] for row in rows]
     answers = generate(chats, max_new_tokens=16)

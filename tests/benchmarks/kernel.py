@@ -14,7 +14,7 @@ from tests.benchmarks.timing import seconds
 
 
 def actions(task: str, folder: Path, backend: str) -> Actions:
-    """One jitted value and gradient in rows and weights."""
+    """Compile the value and the gradients of rows and weights."""
     operands, group_sizes = _operands(ModelConfig.preset(plan.PRESET))
 
     def loss(rows: Array, gate: Array, up: Array, down: Array) -> Array:
@@ -30,7 +30,7 @@ def actions(task: str, folder: Path, backend: str) -> Actions:
 
 
 def _operands(config: ModelConfig) -> tuple[list[Array], Array]:
-    """Rows sorted by expert, as a router that chooses at random leaves them."""
+    """Return rows sorted by expert, with random routing."""
     assert config.n_routed_experts is not None
     assert config.num_experts_per_tok is not None
     E, A = config.n_routed_experts, config.num_experts_per_tok

@@ -1,6 +1,6 @@
-"""What this machine can do: read, copy and multiply. Start at `actions`; `Reader` is the floor of a decode step.
+"""Memory bandwidth and matmul rate of this machine. Start at `actions`; `Reader` is the floor of a decode step.
 
-Measured in turn with the contenders: on a shared machine bandwidth halves and doubles within minutes.
+Interleaved with the contenders: on a shared machine bandwidth varies by 2× within minutes.
 """
 
 import threading
@@ -16,12 +16,12 @@ from tests.benchmarks.children import Actions
 from tests.benchmarks.timing import seconds, spread
 
 _FLOATS = 64 * 2**20  # 256 MiB: larger than any cache
-_SIDE = 2048  # of the matrices: large enough for the full rate
+_SIDE = 2048  # of the square matrices: large enough for the full rate
 _REPEATS = 5
 
 
 def actions(task: str, folder: Path) -> Actions:
-    """Bytes and operations per second, whatever the task."""
+    """Measure bytes and operations per second; independent of the task."""
     array, matrix = jnp.ones(_FLOATS, jnp.float32), jnp.ones((_SIDE, _SIDE), jnp.float32)
     whole, product = Reader([np.asarray(array)]), jax.jit(jnp.matmul)
     source, target = (np.ones(_FLOATS // 2, np.float32) for _ in range(2))
@@ -40,16 +40,16 @@ def actions(task: str, folder: Path) -> Actions:
 
 
 class Reader:
-    """Reads arrays once, at the speed of memory, on all cores, without copying any."""
+    """Reads arrays once at memory bandwidth, on all cores, without copies."""
 
     def __init__(self, arrays: Sequence[np.ndarray]):
         self.bytes = sum(array.nbytes for array in arrays)
-        # Aliases of the very memory. A loop of dynamic slices over the stacked experts would read on one core only.
+        # Aliases. A loop of dynamic slices over the stacked experts would read on one core only.
         self._arrays = [jax.device_put(array) for array in arrays]
         self._sum = jax.jit(_total)
 
     def read(self) -> Array:
-        """The sum of everything; done when it returns."""
+        """Return the sum of all arrays, synchronously."""
         return self._sum(self._arrays).block_until_ready()
 
 
@@ -58,7 +58,7 @@ def _total(arrays: Sequence[Array]) -> Array:
 
 
 def _copy(source: np.ndarray, target: np.ndarray) -> None:
-    """Half by one thread, half by another: one alone does not fill the memory's lanes."""
+    """Copy with two threads: one does not saturate the memory bandwidth."""
     halves = zip(np.split(target, 2), np.split(source, 2), strict=True)
     threads = [threading.Thread(target=np.copyto, args=pair) for pair in halves]
     for thread in threads:

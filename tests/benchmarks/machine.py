@@ -1,4 +1,4 @@
-"""Where a report was made (hardware, versions, commit; no names of hosts or paths), and what else ran there."""
+"""Hardware, versions and commit of a report (no host names or paths), and the load of the machine."""
 
 import importlib.metadata
 import os
@@ -11,7 +11,7 @@ _PACKAGES: Final = ("dsmoe_jax", "jax", "jaxlib", "flax", "optax", "torch", "tra
 
 
 def hardware() -> dict[str, str]:
-    """The CPU's model, its cores, the memory."""
+    """Return the CPU model, cores and memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {"cpu": _cpu(), "cores": str(cores()), "memory": f"{memory:.0f} GiB", "system": platform.system()}
 
@@ -24,7 +24,7 @@ def _cpu() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of every package that has a say; an absent one is absent."""
+    """Return the versions of Python and of the installed packages that matter."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that was measured, and whether files differed from it."""
+    """Return the commit, and whether there are uncommitted changes."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -49,7 +49,7 @@ def commit() -> str:
 
 
 def busy_seconds() -> float:
-    """CPU time that all processes together have taken since boot. 0 where the system does not say (not Linux)."""
+    """Return the CPU time of all processes since boot; 0 if not on Linux."""
     try:
         user, nice, system = Path("/proc/stat").read_text().split()[1:4]
     except OSError:
@@ -58,7 +58,7 @@ def busy_seconds() -> float:
 
 
 def cpu_seconds(process: int) -> float:
-    """CPU time that one process, with all its threads, has taken. 0 where the system does not say."""
+    """Return the CPU time of a process with its threads; 0 if not on Linux."""
     try:
         user, system = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
     except OSError:
@@ -67,5 +67,5 @@ def cpu_seconds(process: int) -> float:
 
 
 def cores() -> int:
-    """The cores this process may use."""
+    """Return the number of cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Our model at the four tasks: the bare jitted steps. Start at `actions`."""
+"""The bare jitted steps of our model. Start at `actions`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ from tests.helpers.hf_folder import write_hf
 
 
 def actions(task: str, folder: Path, dtype: str = "float32") -> Actions:
-    """What our child can do; `write` makes the checkpoint that all others load."""
+    """Return the actions of our child; `write` writes the checkpoint for all contenders."""
     if task == "write":
         return {"run": lambda: _write(folder)}
     model = load_hf(folder, dtype=dtype)
@@ -73,7 +73,7 @@ def _decode_actions(model: DeepSeekMoE, rows: int) -> Actions:
         return jax.block_until_ready((logits.argmax(axis=1).astype(jnp.int32), cache))
 
     def generate(token: Array, cache: KVCache) -> list[list[int]]:
-        """As `Generator` does: the next step is asked for before the last one's tokens are read."""
+        """Dispatch each step before reading the tokens of the previous one, as `Generator` does."""
         answer, now = [], Batch(cache, None)
         for _ in range(plan.NEW_TOKENS):
             ready = token
@@ -86,10 +86,10 @@ def _decode_actions(model: DeepSeekMoE, rows: int) -> Actions:
         begun = start()
         return seconds(lambda: generate(*begun))
 
-    reader: list[Reader] = []  # made when first asked for: bf16 has no use for it
+    reader: list[Reader] = []  # created on demand: not needed for bf16
 
     def floor() -> float:
-        """As many steps that only read what a step must read."""
+        """Time steps that only read the bytes that a decode step must read."""
         if not reader:
             reader.append(Reader(_touched(model, params, *start())))
         return seconds(lambda: [reader[0].read() for _ in range(plan.NEW_TOKENS)])
@@ -106,9 +106,9 @@ def _decode_actions(model: DeepSeekMoE, rows: int) -> Actions:
 
 
 def _touched(model: DeepSeekMoE, params: dict[str, Array], token: Array, cache: KVCache) -> list[np.ndarray]:
-    """Views of all that one decode step reads: the cache, the weights, of the experts only those that were hit.
+    """Return views of all arrays that a decode step reads: cache, weights, and activated experts.
 
-    Steps differ in how many experts they hit; this is the step nearest to their mean.
+    The number of activated experts varies by step; this is the step nearest to the mean.
     """
     steps = _hit_experts(model, params, token, cache)
     counts = [sum(len(hit) for hit in step.values()) for step in steps]
@@ -126,7 +126,7 @@ def _touched(model: DeepSeekMoE, params: dict[str, Array], token: Array, cache: 
 def _hit_experts(
     model: DeepSeekMoE, params: dict[str, Array], token: Array, cache: KVCache
 ) -> list[dict[int, np.ndarray]]:
-    """The experts that each step of the answer hits, by layer."""
+    """Return the activated experts of each decode step, by layer."""
     graph, _ = split(model)
 
     @jax.jit
@@ -159,7 +159,7 @@ def _train_actions(model: DeepSeekMoE) -> Actions:
         return loss, optax.apply_updates(params, updates), state
 
     train = jax.jit(step, donate_argnums=(0, 1))
-    # All committed to the device, as the step gives them back: else its second call would compile anew.
+    # Committed to the device like the outputs of a step: else the second call would compile again.
     now, losses = list(jax.device_put((params, optimizer.init(params)), jax.devices()[0])), []
 
     def run() -> float:

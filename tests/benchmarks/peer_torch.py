@@ -1,7 +1,7 @@
-"""A plain PyTorch DeepSeekMoE: the peer that our speed is measured against, in the manner of the original code.
+"""A plain PyTorch DeepSeekMoE in the style of the original code: the baseline of the benchmarks.
 
-Start at `Twin.forward`. Modules bear Hugging Face's names, so a checkpoint loads strictly. Like the original it loops
-over experts: in training over all of them, with a mask each; in inference over those that have tokens, sorted.
+Start at `Twin.forward`. Modules have Hugging Face's names, so a checkpoint loads strictly. Like the original it loops
+over experts: in training over all of them with masks, in inference over those with tokens, sorted.
 """
 
 from pathlib import Path
@@ -17,19 +17,19 @@ from tests.benchmarks.torch_tasks import Peer, torch_actions
 
 
 def actions(task: str, folder: Path) -> Actions:
-    """The twin with the weights of the checkpoint, every tensor in its place or an error."""
+    """Load a checkpoint strictly into a twin."""
     return torch_actions(task, twin_peer(load_twin(folder)), ModelConfig.from_file(folder))
 
 
 def load_twin(folder: Path) -> "Twin":
-    """The twin of a Hugging Face folder."""
+    """Create a twin from a Hugging Face folder."""
     twin = Twin(ModelConfig.from_file(folder))
     twin.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
     return twin
 
 
 def twin_peer(twin: "Twin") -> Peer:
-    """The twin as `torch_tasks` wants it."""
+    """Wrap the twin for `torch_tasks`."""
     return Peer(
         model=twin,
         empty_cache=lambda rows, slots: KeysValues(twin.config, rows, slots),
@@ -39,14 +39,14 @@ def twin_peer(twin: "Twin") -> Peer:
 
 
 class KeysValues:
-    """The cache: room for `slots` tokens in every layer, allocated once."""
+    """A preallocated KV cache of `slots` tokens per layer."""
 
     def __init__(self, config: ModelConfig, rows: int, slots: int):
         shape = (config.num_hidden_layers, 2, rows, config.num_kv_heads, slots, config.head_dim)
         self.length, self._store = 0, torch.zeros(shape)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append [B, K, T, H]; returns all keys and values so far."""
+        """Append [B, K, T, H]; return all keys and values so far."""
         end = self.length + k.shape[2]
         keys, values = self._store[layer]
         keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
@@ -79,7 +79,7 @@ class Attention(nn.Module):
             k, v = cache.write(layer, k, v)
         if self.groups > 1:
             k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))
-        # One token may read all keys; several stand, here, at the start of their row.
+        # A single token attends to all keys; several tokens are always a prefill.
         out = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
@@ -113,7 +113,7 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and ids of the kept experts, each [M, A]."""
+        """Return weights and ids of the top-k experts, [M, K] each."""
         weights, ids = F.linear(x, self.weight).softmax(dim=-1).topk(self.kept, dim=-1, sorted=False)
         return (weights / (weights.sum(dim=-1, keepdim=True) + 1e-20) if self.normalise else weights), ids
 
@@ -135,7 +135,7 @@ class MoE(nn.Module):
         return y.view_as(x_BTD)
 
     def _all_experts(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        """Training: every token once per choice; an expert without tokens still gets its zero gradient."""
+        """Training: tokens are repeated per expert; an expert without tokens gets a zero gradient."""
         repeated, flat = x.repeat_interleave(ids.shape[1], dim=0), ids.flatten()
         y = torch.empty_like(repeated)
         for e, expert in enumerate(self.experts):
@@ -145,7 +145,7 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def _hit_experts(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        """Inference: choices sorted by expert; what an expert gives is weighed and added to its tokens."""
+        """Inference: pairs sorted by expert; weighted outputs are added to their tokens."""
         order = ids.flatten().argsort()
         tokens, flat_weights = order // ids.shape[1], weights.flatten()
         y, start = torch.zeros_like(x), 0
@@ -181,7 +181,7 @@ class Decoder(nn.Module):
 
 
 class Twin(nn.Module):
-    """The whole model. What the benchmark does not need (RoPE scaling, other activations, tied heads) is refused."""
+    """The model; RoPE scaling, other activations and tied heads are not supported."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -193,9 +193,9 @@ class Twin(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, ids: Tensor, cache: KeysValues | None = None, *, last_only: bool = False) -> Tensor:
-        """Logits [B, T, V], or [B, 1, V] of the last position.
+        """Compute logits [B, T, V], or [B, 1, V] of the last position.
 
-        With a cache the T tokens go on where it ends: one of them at a time, or any number from the start.
+        With a cache, T is 1, or the cache is empty.
         """
         start = 0 if cache is None else cache.length
         x = self.model.embed_tokens(ids)

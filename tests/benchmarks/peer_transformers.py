@@ -1,7 +1,6 @@
-"""The nearest model that transformers has of its own: Qwen2-MoE in the sizes of ours, with grouped experts.
+"""The nearest native model of transformers: Qwen2-MoE at the same sizes, with grouped experts. Start at `actions`.
 
-It has no dense first layer's weights in common with us, so its weights are random; and one gate more, on the shared
-expert. Start at `actions`.
+Weights are random, as the architectures differ: Qwen2-MoE has an additional gate on the shared expert.
 """
 
 import inspect
@@ -22,13 +21,13 @@ from tests.benchmarks.torch_tasks import Peer, torch_actions
 
 
 def actions(task: str, folder: Path) -> Actions:
-    """A random model of the sizes that the checkpoint's config gives."""
+    """Create a random model of the sizes in the checkpoint's config."""
     torch.manual_seed(plan.SEED)
     config = ModelConfig.from_file(folder)
     model = AutoModelForCausalLM.from_config(
         qwen2_moe_config(config), attn_implementation="sdpa", experts_implementation="grouped_mm"
     )
-    # The cache's keyword was renamed in transformers 5.
+    # Renamed in transformers 5.
     keyword = next(name for name in ("cache", "past_key_values") if name in inspect.signature(model.forward).parameters)
 
     def last_logits(ids: Tensor, cache: DynamicCache) -> Tensor:
@@ -44,7 +43,7 @@ def actions(task: str, folder: Path) -> Actions:
 
 
 def qwen2_moe_config(config: ModelConfig) -> Qwen2MoeConfig:
-    """Our sizes by Qwen2-MoE's names."""
+    """Map our config to Qwen2-MoE's names."""
     assert config.n_routed_experts is not None
     assert config.num_experts_per_tok is not None
     layers = range(config.num_hidden_layers)

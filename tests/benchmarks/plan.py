@@ -1,7 +1,4 @@
-"""What is measured: the tasks, who takes turns in each area, and the bars its ratios are held to.
-
-Read `AREAS`, then `BARS`. Nothing here needs jax or torch.
-"""
+"""The tasks, the contenders of each area and the targets of their ratios: `AREAS`, then `BARS`. No jax or torch."""
 
 from typing import Final, Literal, NamedTuple
 
@@ -10,25 +7,25 @@ from dsmoe_jax.config import ModelConfig
 PRESET: Final = "bench"
 SEED: Final = 0
 
-# The four tasks. Prompts and batches are drawn by numpy, the same for everyone.
+# The four tasks.
 PREFILL_TOKENS: Final = 512
 PROMPT, NEW_TOKENS = 32, 64
 TRAIN_SHAPE: Final = (4, 256)
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-2
-# The share of the machine that others may take in a quiet turn; in a short one a tick of the clock is half of that.
+# CPU share of other processes in a quiet turn; in a short turn one clock tick is half of it.
 QUIET: Final = 0.1
-# The kernel's: tokens; its other sizes are the preset's.
+# For the kernel; other sizes are the preset's.
 KERNEL_TOKENS: Final = 1024
 
 
 class Area(NamedTuple):
-    """One set of contenders that take turns at one task."""
+    """A task and its interleaved contenders."""
 
-    option: str  # the word of --only
+    option: str  # for --only
     task: str
     contenders: tuple[str, ...]
-    turns: int  # per round: short turns are taken more often
-    tokens: int = 0  # that a turn reads or makes
+    turns: int  # per round: more for short turns
+    tokens: int = 0  # read or generated per turn
 
 
 # fmt: off
@@ -48,11 +45,11 @@ AREAS: Final[dict[str, Area]] = {
 # fmt: on
 OPTIONS: Final = tuple(dict.fromkeys(area.option for area in AREAS.values()))
 
-FLOOR: Final = "floor"  # stands among the contenders: what the machine allows at best
+FLOOR: Final = "floor"  # a pseudo-contender: the bound by hardware
 
 
 class Bar(NamedTuple):
-    """A ratio of two contenders' figures in one area, and what it must be. Without a bar it is only shown."""
+    """A ratio of two contenders in one area and its target; without a bar it is informational."""
 
     area: str
     above: str
@@ -88,10 +85,10 @@ BARS: Final = (
 
 
 def flops(config: ModelConfig, batch: int, tokens: int, *, head_tokens: int | None = None) -> int:
-    """The multiplications and additions that a forward pass over [batch, tokens] cannot do without.
+    """Count the FLOPs of a forward pass over [batch, tokens].
 
-    Attention counts the keys a causal query may read, (T + 1) / 2 on average. `head_tokens` is how many positions
-    of a row go through the head, by default all.
+    Attention is causal: (T + 1) / 2 keys per query on average. `head_tokens` positions per sequence go through the
+    head, by default all.
     """
     D, H = config.hidden_size, config.head_dim
     N, K = config.num_attention_heads, config.num_kv_heads
@@ -108,7 +105,7 @@ def flops(config: ModelConfig, batch: int, tokens: int, *, head_tokens: int | No
 
 
 def task_flops(config: ModelConfig) -> dict[str, int]:
-    """Of one turn, for the tasks that arithmetic bounds; backward costs twice the forward."""
+    """Count the FLOPs of a turn of each compute-bound task; backward costs twice the forward."""
     return {
         "prefill": flops(config, 1, PREFILL_TOKENS, head_tokens=1),
         "train": 3 * flops(config, *TRAIN_SHAPE),

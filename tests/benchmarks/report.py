@@ -1,4 +1,4 @@
-"""From measurements to tables: the same ones on the terminal and in Markdown. Start at `tables`."""
+"""Format measurements as tables, for the terminal and Markdown. Start at `tables`."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class Table(NamedTuple):
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
-    """Everything that is shown, the verdicts first."""
+    """Return all tables, the verdicts first."""
     made = [_ratio_table(results), _figure_table(results), _limit_table(results), _agreement_table(results)]
     return [table for table in made if table.rows]
 
@@ -37,7 +37,7 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 
 def write(results: dict[str, Any], out: Path) -> list[Path]:
-    """`YYYY-MM-DD-cpu.json` and `.md` in `out`; a report of the same day is overwritten. Returns the paths."""
+    """Write `YYYY-MM-DD-cpu.json` and `.md`, replacing a report of the same day; return their paths."""
     out.mkdir(parents=True, exist_ok=True)
     data, page = (out / f"{results['date']}-cpu.{ending}" for ending in ("json", "md"))
     data.write_text(json.dumps(results | {"bars": [bar._asdict() | _held(bar, results) for bar in _bars(results)]}))
@@ -46,7 +46,7 @@ def write(results: dict[str, Any], out: Path) -> list[Path]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The whole report."""
+    """Format the report as Markdown."""
     facts = {
         "command": f"`{results['command']}`",
         "commit": results["commit"],
@@ -63,13 +63,13 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def one_line(name: str, area: dict[str, Any]) -> str:
-    """How an area went, while the next one runs."""
+    """Summarize an area in one line."""
     medians = [f"{who} {1000 * spread(figures).median:.4g} ms" for who, figures in area["seconds"].items()]
     return f"{name}: {', '.join(medians)}"
 
 
 def _bars(results: dict[str, Any]) -> Iterator[plan.Bar]:
-    """Those whose two sides were both measured."""
+    """Yield the bars whose contenders were both measured."""
     for bar in plan.BARS:
         sides = results["areas"].get(bar.area, {}).get(bar.quantity, {})
         if bar.above in sides and bar.below in sides:
@@ -77,9 +77,9 @@ def _bars(results: dict[str, Any]) -> Iterator[plan.Bar]:
 
 
 def _held(bar: plan.Bar, results: dict[str, Any]) -> dict[str, Any]:
-    """The ratio that a bar is about and how it stands. `best` is that of the two best turns: a machine undisturbed.
+    """Return the ratio of a bar and its verdict; `best` is the ratio of the two best turns.
 
-    Where others kept taking the machine the verdict says so: that slows PyTorch more than us and proves little.
+    Disturbed measurements are marked: load from other processes slows PyTorch more than us.
     """
     sides = results["areas"][bar.area][bar.quantity]
     above, below = sides[bar.above], sides[bar.below]
@@ -93,7 +93,7 @@ def _held(bar: plan.Bar, results: dict[str, Any]) -> dict[str, Any]:
 
 
 def verdict(bar: plan.Bar, ratio: float) -> str:
-    """Where a ratio stands between bar and aim."""
+    """Compare a ratio with its bar and aim."""
     if bar.bar is None:
         return ""
 
@@ -132,7 +132,7 @@ def _figure_table(results: dict[str, Any]) -> Table:
 
 
 def _spans(figure: Spread, digits: int) -> tuple[str, str]:
-    """Quartiles and range."""
+    """Format quartiles and range."""
     ends = ((figure.quartile1, figure.quartile3), (figure.least, figure.most))
     quartiles, whole = (f"{low:.{digits}g} … {high:.{digits}g}" for low, high in ends)
     return quartiles, whole
@@ -156,7 +156,7 @@ def _limit_table(results: dict[str, Any]) -> Table:
 
 
 def _agreement_table(results: dict[str, Any]) -> Table:
-    """That ours and the twin did the same work."""
+    """Compare the outputs of ours and the twin."""
     rows = [(name, f"{far:.1e} apart") for name, far in results["checks"].items()]
     for name, area in results["areas"].items():
         for steps in _both(area, "answers"):
@@ -168,7 +168,7 @@ def _agreement_table(results: dict[str, Any]) -> Table:
 
 
 def _both(area: dict[str, Any], note: str) -> Iterator[list[tuple[Any, Any]]]:
-    """Step by step what ours and the twin noted, if both did."""
+    """Yield the results of ours and the twin step by step, if both have them."""
     told = area.get(note, {})
     if "ours" in told and "twin" in told:
         yield list(zip(told["ours"], told["twin"], strict=True))

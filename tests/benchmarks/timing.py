@@ -1,4 +1,4 @@
-"""Seconds, and what a row of them says: median, quartiles, range. Start at `spread`."""
+"""Timings and their statistics: median, quartiles, range. Start at `spread`."""
 
 import statistics
 import time
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Spread(NamedTuple):
-    """A row of figures in five numbers."""
+    """A five-number summary."""
 
     median: float
     quartile1: float
@@ -17,7 +17,7 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Quartiles lie between values where need be, as in numpy; of one value all five are that value."""
+    """Summarize values, with interpolated quartiles as in NumPy."""
     if not values:
         raise ValueError("no figures to take the median of")
     if len(values) == 1:
@@ -27,12 +27,12 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    """Turn by turn: neighbours in time share the machine's mood, medians of whole rows need not."""
+    """Return the ratios per turn: adjacent turns share the load of the machine, unlike medians of all turns."""
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """How long `work` takes; it must have finished when it returns."""
+    """Time a synchronous call."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""The tasks for models in PyTorch. Start at `torch_actions`; a `Peer` is a model and how to call it."""
+"""The tasks for PyTorch models. Start at `torch_actions`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,16 +16,16 @@ from tests.benchmarks.timing import seconds
 
 
 class Peer(NamedTuple):
-    """A model and how it is called."""
+    """A model and its functions."""
 
     model: nn.Module
     empty_cache: Callable[[int, int], Any]  # (rows, slots) -> a cache
-    last_logits: Callable[[Tensor, Any], Tensor]  # (ids [B, T], cache, which takes the tokens in) -> [B, V]
+    last_logits: Callable[[Tensor, Any], Tensor]  # (ids [B, T], cache, updated in place) -> [B, V]
     logits: Callable[[Tensor], Tensor]  # ids [B, T] -> [B, T, V]
 
 
 def torch_actions(task: str, peer: Peer, config: ModelConfig) -> Actions:
-    """What a child around a PyTorch model can do."""
+    """Return the actions of a child with a PyTorch model."""
     tasks: dict[str, Callable[[Peer, ModelConfig], Actions]] = {
         "check": lambda peer, config: {
             "training logits": lambda ids: training_logits(peer, ids),
@@ -40,7 +40,7 @@ def torch_actions(task: str, peer: Peer, config: ModelConfig) -> Actions:
 
 
 def training_logits(peer: Peer, ids: np.ndarray) -> np.ndarray:
-    """All logits [B, T, V] by the way that training goes."""
+    """Compute logits [B, T, V] by the training path."""
     peer.model.train()
     with torch.no_grad():
         return peer.logits(_tensor(ids)).numpy()
@@ -48,7 +48,7 @@ def training_logits(peer: Peer, ids: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def decoded_logits(peer: Peer, ids: np.ndarray) -> np.ndarray:
-    """The logits [B, T/2 + 1, V] of the second half of the tokens, which go through the cache one by one."""
+    """Compute logits [B, T/2 + 1, V], decoding the second half of the tokens one by one with a cache."""
     peer.model.eval()
     tokens, half = _tensor(ids), ids.shape[1] // 2
     cache = peer.empty_cache(*ids.shape)

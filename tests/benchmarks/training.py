@@ -1,7 +1,7 @@
-"""`python -m tests.benchmarks.training` times the training steps that users run, in turns, on the `bench` preset.
+"""`python -m tests.benchmarks.training` times training steps, interleaved, on the `bench` preset.
 
-The whole model, adapters on every projection, the same over int8 and nf4 weights, and a bare gradient with AdamW as a
-floor; then what the loop adds between two steps. Bytes are those of the state and of the compiled program.
+Full fine-tuning, LoRA on every projection, QLoRA with int8 and nf4, and a bare gradient with AdamW as the floor; then
+the overhead of the loop per step. Bytes are those of the state and of the compiled program.
 """
 
 import argparse
@@ -35,12 +35,12 @@ ROWS, TOKENS = 4, 256
 
 
 def main() -> None:
-    """Print a table, then the share of the loop."""
+    """Print a table, then the overhead of the loop."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.training", description=(__doc__ or "").strip())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--preset", default="bench")
-    asked = parser.parse_args()
-    config = ModelConfig.preset(asked.preset)
+    args = parser.parse_args()
+    config = ModelConfig.preset(args.preset)
     params = split(DeepSeekMoE.init(config))[1]
     ids = jax.random.randint(jax.random.key(0), (ROWS, TOKENS), 0, config.vocab_size)
     ones, places = jnp.ones_like(ids), jnp.broadcast_to(jnp.arange(TOKENS), ids.shape)
@@ -53,7 +53,7 @@ def main() -> None:
         "adapters over nf4": _step(config, params, batch, LoraConfig(), "nf4"),
     }
     rows: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(asked.rounds):
+    for _ in range(args.rounds):
         for name, (run, _) in steps.items():
             started = time.perf_counter()
             run()
@@ -65,7 +65,7 @@ def main() -> None:
             f"{name:24} {median:6.3f} s ({min(rows[name]):.3f} to {max(rows[name]):.3f}) {median / whole:5.2f}x  "
             f"{held / 2**20:7.0f} MiB {held / most:5.2f}x"
         )
-    print(f"between two steps of the loop: {_between_steps(asked.preset):.2%} of a step")
+    print(f"between two steps of the loop: {_between_steps(args.preset):.2%} of a step")
 
 
 def _bare(config: ModelConfig, params: dict[str, Any], ids: Any) -> tuple[Callable[[], Any], int]:
@@ -106,7 +106,7 @@ def _step(
 def _repeated(
     step: Callable[..., Any], state: Any, *rest: Any, program: Any = None, held: Any = None
 ) -> tuple[Callable[[], Any], int]:
-    """A function that takes one step further and waits for it; and the bytes of arguments and temporaries."""
+    """Return a function that runs one step synchronously, and the bytes of arguments and temporaries."""
     memory = (program or step).lower(*(held or (state, *rest))).compile().memory_analysis()
     size = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     carried = [step(state, *rest)]
@@ -119,7 +119,7 @@ def _repeated(
 
 
 def _between_steps(preset: str) -> float:
-    """The median time from a step's end to the call of the next, with nothing overlapped, as a share of a step."""
+    """Return the median time between two steps, without overlap, as a share of a step."""
     called, ready, original = [], [], loop.make_step
 
     def noting(*arguments: Any, **options: Any):

@@ -10,7 +10,7 @@ from typing import Final
 import pytest
 
 from dsmoe_jax.kernels import grouped_matmul, plain
-from dsmoe_jax.kernels.expert_ffn import Backend
+from dsmoe_jax.kernels.expert_ffn import Backend, differentiated
 from dsmoe_jax.kernels.tuning import Legs
 
 KERNELS: Final = ("pallas", "tokamax")
@@ -19,19 +19,18 @@ SERVING: Final = ("batched", *GROUPED)  # the default on GPUs, and what tuning m
 EVERY: Final = (*SERVING, "block_loop", "ragged", "dense")
 
 with warnings.catch_warnings():
-    # Their warnings, errors in this suite, would look like failed imports.
+    # Warnings are errors in this suite and would look like failed imports.
     warnings.simplefilter("ignore")
     WHY_NOT: Final = {name: grouped_matmul.available(name) for name in KERNELS}
 
 
 def backend_of(legs: Legs) -> Backend:
-    """`grouped` with these kernels instead of its own choice."""
-    forward = functools.partial(plain.forward_by_groups, lambda: legs)
-    return Backend(forward, plain.backward_of(forward))
+    """`grouped` with these kernels."""
+    return differentiated(functools.partial(plain.forward_by_groups, lambda: legs))
 
 
 def skip_without(backend: str) -> None:
-    """Skip the test if a kernel that one of the legs needs cannot run here."""
+    """Skip the test if a kernel of one of the legs cannot run here."""
     for leg in backend.split(","):
         kernel = leg.removeprefix("grouped ")
         if leg in GROUPED and WHY_NOT[kernel]:

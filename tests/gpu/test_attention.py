@@ -1,6 +1,6 @@
 """Attention on a GPU, by every backend: equal to its reference, and block-diagonal for packed documents.
 
-Start at `test_packed_documents_are_independent`. cuDNN serves whole sequences in half precision only.
+Start at `test_packed_documents_are_independent`. cuDNN supports full sequences in half precision only.
 """
 
 import functools

@@ -26,7 +26,7 @@ from tests.test_step import (
 
 LOSSES = 1e-5  # absolute; losses are near 8
 GRADIENTS = 1e-4  # of each parameter's largest: sums over 72 tokens and three layers, in another order
-BF16_LOSS = 2e-2  # absolute; the original's own bf16 is 0.011 away
+BF16_LOSS = 2e-2  # absolute; the original's bf16 differs by 0.011
 BF16_NORM = 5e-2  # relative
 
 CASE = "a_baseline"
@@ -39,14 +39,14 @@ def batch() -> Batch:
 
 @functools.cache
 def differentiated(options: StepConfig, device: Any = None) -> tuple[Metrics, dict[str, np.ndarray]]:
-    """What a step reports and its gradients, unclipped, computed on this device; None: the default one."""
+    """The metrics and unclipped gradients of a step on a device (None: the default)."""
     model: DeepSeekMoE = golden.model(CASE)
     graph, params = split(model)
     transformation, _ = make_optimizer(OptimizerConfig(), 10)
     of_model = functools.partial(
         train_step._gradients, model.config, graph, options, 0, Trainable.all_params(model.config), frozen={}
     )
-    # What a program reads decides where it runs. Copies: nothing then lies where the model does.
+    # The placement of the inputs decides where a program runs.
     given: Any = jax.device_put(({name: np.asarray(value) for name, value in params.items()}, batch()), device)
     program = jax.jit(lambda params, batch: of_model(init_state(model.config, params, transformation, options), batch))
     grads, report = program(*given)

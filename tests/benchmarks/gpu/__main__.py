@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks.gpu` measures part by part and writes a report. Start at `main`, then `measure`."""
+"""`python -m tests.benchmarks.gpu`: measure part by part and write a report. Start at `main`, then `measure`."""
 
 import argparse
 import contextlib
@@ -21,17 +21,20 @@ from tests.benchmarks.gpu import parts, report
 
 REPORTS: Final = Path(__file__).parents[1] / "reports"
 _ROOT: Final = Path(__file__).parents[3]
-_LONGEST_ROW: Final = 180  # seconds that a part may take beyond its share
+_LONGEST_ROW: Final = 180  # seconds of grace for a part beyond its allotment
 _PROBE: Final = "import jax; print(jax.default_backend())"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure what the options ask for; returns the exit code: 0, or 2 for a user's mistake."""
+    """Run the benchmarks; return the exit code: 2 for invalid options."""
     try:
-        asked = options(sys.argv[1:] if argv is None else argv)
-        if not asked.small and (backend := default_backend()) != "gpu":
-            print(f"jax finds no GPU here ({backend}): a trial at small sizes on the CPU, as with --small", flush=True)
-            asked.small = True
+        args = options(sys.argv[1:] if argv is None else argv)
+        if not args.small and (backend := default_backend()) != "gpu":
+            print(
+                f"No GPU found (default backend {backend!r}): running a trial at small sizes, as with --small",
+                flush=True,
+            )
+            args.small = True
     except ValueError as error:
         print(f"tests.benchmarks.gpu: {error}", file=sys.stderr)
         return 2
@@ -39,45 +42,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     def log(line: str) -> None:
         print(f"{datetime.datetime.now():%H:%M:%S} {line}", flush=True)
 
-    measure(asked, log)
+    measure(args, log)
     return 0
 
 
 def options(argv: Sequence[str]) -> argparse.Namespace:
-    """The options; `ValueError` for a value that does not exist."""
+    """Parse and validate the options."""
     parser = Parser(prog="python -m tests.benchmarks.gpu", description="Speed and memory on one NVIDIA GPU.")
-    parser.add_argument("--minutes", type=float, default=10, metavar="N", help="for all parts, default %(default)s")
+    parser.add_argument("--minutes", type=float, default=10, metavar="N", help="time budget, default %(default)s")
     parser.add_argument("--only", default="", metavar="PART,…", help=f"default all: {', '.join(parts.PARTS)}")
     parser.add_argument("--small", action="store_true", help="a trial at small sizes, on the CPU")
-    parser.add_argument("--out", type=Path, default=REPORTS, metavar="DIR", help="for the report")
-    asked = parser.parse_args(argv)
-    if not asked.minutes > 0:
-        raise ValueError(f"--minutes must be more than 0, not {asked.minutes:g}")
-    asked.only = parts.chosen(asked.only.split(",") if asked.only else None)
-    if asked.out.exists() and not asked.out.is_dir():
-        raise ValueError(f"--out {asked.out} is not a directory")
-    return asked
+    parser.add_argument("--out", type=Path, default=REPORTS, metavar="DIR", help="directory of the report")
+    args = parser.parse_args(argv)
+    if not args.minutes > 0:
+        raise ValueError(f"--minutes must be positive, got {args.minutes:g}")
+    args.only = parts.chosen(args.only.split(",") if args.only else None)
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is not a directory")
+    return args
 
 
 def default_backend() -> str:
-    """What jax runs on by default, asked in a process of its own, as this one shall hold no memory of a GPU.
-
-    `ValueError` where it does not start.
-    """
+    """Return jax's default backend, from a child process, as this one must not allocate GPU memory."""
     found = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False)
     if found.returncode:
-        raise ValueError(f"jax does not start here: {(found.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
+        raise ValueError(f"jax failed to start: {(found.stderr.strip().splitlines() or ['no output'])[-1]}")
     return found.stdout.strip()
 
 
-def measure(asked: argparse.Namespace, log: Callable[[str], None]) -> dict[str, Any]:
-    """All parts that fit, as plain data. The report is written after every part, together with what it goes on with."""
-    start, budget = time.monotonic(), 60 * asked.minutes
-    shown = f"--minutes {asked.minutes:g}" + (" --small" if asked.small else "")
-    shown += "" if asked.only == list(parts.PARTS) else f" --only {','.join(asked.only)}"
+def measure(args: argparse.Namespace, log: Callable[[str], None]) -> dict[str, Any]:
+    """Run all parts that fit; the report is written after each of them, merged with the one that it continues."""
+    start, budget = time.monotonic(), 60 * args.minutes
+    shown = f"--minutes {args.minutes:g}" + (" --small" if args.small else "")
+    shown += "" if args.only == list(parts.PARTS) else f" --only {','.join(args.only)}"
     results: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "trial": asked.small,
+        "trial": args.small,
         "commands": [f"python -m tests.benchmarks.gpu {shown}"],
         "commit": machine.commit(),
         "sources": sources(),
@@ -85,31 +85,31 @@ def measure(asked: argparse.Namespace, log: Callable[[str], None]) -> dict[str, 
         "versions": machine.versions(),
         "minutes": 0.0,
         "device": {},
-        "parts": {name: {"rows": [], "not run": "not reached"} for name in asked.only},
+        "parts": {name: {"rows": [], "not run": "not reached"} for name in args.only},
     }
     place, written = None, []
-    for name in asked.only:
+    for name in args.only:
         left = budget - (time.monotonic() - start)
-        seconds = parts.allotment(name, left, asked.only, budget)
+        seconds = parts.allotment(name, left, args.only, budget)
         if seconds is None:
             results["parts"][name]["not run"] = f"{max(left, 0):.0f} s were left, it takes {parts.PARTS[name].least}"
         else:
-            results["parts"][name] = run_part(name, seconds, left, results["device"], small=asked.small, log=log)
+            results["parts"][name] = run_part(name, seconds, left, results["device"], small=args.small, log=log)
         results["minutes"] = (time.monotonic() - start) / 60
         results["parts"][name]["ceilings"] = report.ceilings(results)
-        place = place or report.place(results, asked.out)  # the first part told the device
+        place = place or report.place(results, args.out)  # known from the first part
         written = report.write(report.merged(results, place.earlier), place.stem)
     for path in written:
-        log(f"written: {path}")
+        log(f"Saved report: {path}")
     return results
 
 
 def run_part(
     name: str, seconds: float, left: float, device: dict[str, Any], *, small: bool, log: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The rows of a part's process.
+    """Run a part in a child process and return its rows.
 
-    No row begins after `seconds`; the process is ended where one outlasts what is `left`, or takes very long.
+    No row starts after `seconds`; the process is killed if a row exceeds `left`, or takes very long.
     """
     log(f"{name}: {parts.PARTS[name].what}, up to {seconds:.0f} s")
     start, rows = time.monotonic(), []
@@ -125,7 +125,7 @@ def run_part(
 
 
 def lines_of(command: Sequence[str], environment: Mapping[str, str], limit: float) -> Iterator[dict[str, Any]]:
-    """What a process tells, line by line of JSON; the last line is an error where it did not end by itself or well."""
+    """Yield the JSON lines of a process, and an error if it was killed or failed."""
     start = time.monotonic()
     with tempfile.TemporaryFile("w+") as said, contextlib.ExitStack() as stack:
         process = subprocess.Popen(
@@ -141,7 +141,7 @@ def lines_of(command: Sequence[str], environment: Mapping[str, str], limit: floa
             yield from (json.loads(line) for line in process.stdout if line.endswith("\n"))
         code = process.wait()
         said.seek(0)
-        last = (said.read().strip().splitlines() or ["it said nothing"])[-1]
+        last = (said.read().strip().splitlines() or ["no output"])[-1]
         if code and time.monotonic() - start >= limit:
             yield {"key": "", "name": "all further cases", "error": f"not run: the part was ended after {limit:.0f} s"}
         elif code:
@@ -149,14 +149,14 @@ def lines_of(command: Sequence[str], environment: Mapping[str, str], limit: floa
 
 
 def sources() -> str:
-    """A digest of the package and of this benchmark, as a commit says nothing of what is not committed."""
+    """Return a digest of the package and of this benchmark, which includes uncommitted changes."""
     folders = ("dsmoe_jax", "convert", "train", "tests/benchmarks/gpu")
     files = (file for folder in folders for file in (_ROOT / folder).rglob("*") if file.suffix in (".py", ".json"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:12]
 
 
 def driver() -> dict[str, str]:
-    """The GPU's name, its driver and the power it may take, as nvidia-smi has them; nothing where it is not there."""
+    """Return the GPU's name, driver and power limit from nvidia-smi; empty without it."""
     fields = ("name", "driver_version", "power.limit")
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
     try:

@@ -1,6 +1,6 @@
-"""What a run should reach on one H200, and what it did: start at `BARS`, then `measured`. Nothing here needs jax.
+"""The targets on one H200: start at `BARS`, then `measured`. No jax.
 
-A figure is looked for in one part, by a pattern of its rows' keys; of several rows that fit, the best one counts.
+A figure is the best of the rows of a part whose keys match a pattern.
 """
 
 import re
@@ -15,14 +15,14 @@ Row = Mapping[str, Any]
 
 
 class Found(NamedTuple):
-    """A figure and what it is of."""
+    """A figure and its description."""
 
     value: float
     of: str
 
 
 class Bar(NamedTuple):
-    """One line of the table; `find` gives None where nothing was measured."""
+    """A target; `find` returns None if it was not measured."""
 
     figure: str
     unit: str
@@ -32,7 +32,7 @@ class Bar(NamedTuple):
 
 
 def measured(results: Results) -> list[dict[str, Any]]:
-    """Every bar as plain data; `met` is None where nothing was measured, or only tried."""
+    """Evaluate all bars; `met` is None if not measured, or in a trial."""
     lines = []
     for name, unit, find, bar, aim in BARS:
         found = find(results)
@@ -43,7 +43,7 @@ def measured(results: Results) -> list[dict[str, Any]]:
 
 
 def rate(part: str, pattern: str, amount: str, unit: float) -> Callable[[Results], Found | None]:
-    """An amount of the row by its median."""
+    """An amount per second, by the median."""
     return lambda results: _best(
         Found(row[amount] / unit / median(row), row["name"]) for row in rows(results, part, pattern)
     )
@@ -60,7 +60,7 @@ def roofline(part: str, pattern: str) -> Callable[[Results], Found | None]:
 
 
 def mfu(results: Results) -> Found | None:
-    """By the card's data sheet, in percent; of the measured matmul where that has no row for it."""
+    """The share of the peak in the data sheet, in percent; of the measured matmul for unknown cards."""
     sheet = results["device"].get("data_sheet")
     peak = sheet or _ceilings(results, "train").get("matmul")
     if not peak:
@@ -73,7 +73,7 @@ def mfu(results: Results) -> Found | None:
 
 
 def against_transformers(results: Results) -> Found | None:
-    """The least ratio of our speed to the better of transformers' two, over decode by batch size and prefill."""
+    """The lowest speedup over the better implementation of transformers, over decode batch sizes and prefill."""
     ratios = []
     for part in ("decode", "prefill"):
         same = _ceilings(results, part) == _ceilings(results, "transformers")
@@ -85,7 +85,7 @@ def against_transformers(results: Results) -> Found | None:
     return min(ratios, default=None)
 
 
-_EXPERTS: Final = r"experts\.\d+\.balanced\.default\.both"  # what the package does by itself
+_EXPERTS: Final = r"experts\.\d+\.balanced\.default\.both"  # the defaults of the package
 BARS: Final = (
     Bar("experts, forward and backward", "TFLOP/s", rate("experts", _EXPERTS, "flops", 1e12), 350, 550),
     Bar("train step, MFU", "%", mfu, 30, 45),
@@ -96,7 +96,7 @@ BARS: Final = (
 
 
 def rows(results: Results, part: str, pattern: str) -> Iterator[Row]:
-    """The rows of a part that were measured and whose keys fit."""
+    """Return the measured rows of a part whose keys match."""
     for row in results["parts"].get(part, {"rows": []})["rows"]:
         if "seconds" in row and re.fullmatch(pattern, row["key"]):
             yield row

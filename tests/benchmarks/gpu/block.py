@@ -1,4 +1,4 @@
-"""One MoE block of the 16B, forward and with its gradients, and the pieces that it is made of. Start at `cases`."""
+"""One MoE block of the 16B and its components, forward and with gradients. Start at `cases`."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from tests.benchmarks.gpu.sizes import Sizes
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
-    """The whole, then its pieces; the expert MLP between gathers and combine is a part of its own."""
+    """Yield the block, then its components; the expert MLP is in `experts`."""
     config = dataclasses.replace(sizes.model, num_hidden_layers=1, first_k_dense_replace=0, vocab_size=64)
     (B, T), dtype = sizes.block_shape, jnp.dtype(sizes.dtype)
     D, A, E = config.hidden_size, config.num_experts_per_tok or 0, config.n_routed_experts or 0
@@ -27,7 +27,7 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     x = timing.noise(timing.shape(dtype, B, T, D))
 
     def place() -> tuple[Any, Any]:
-        """Angles and mask, made inside of each program as the model makes them: outside, they would be constants."""
+        """Compute angles and mask within each program, as the model does: outside, they would be constants."""
         turn = rotation(config, jnp.broadcast_to(jnp.arange(T)[None], (B, T)), T, dtype)
         return turn, jnp.broadcast_to(jnp.tri(T, dtype=bool)[None], (B, T, T))
 
@@ -38,7 +38,7 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     y = timing.noise(timing.shape(dtype, B * T * A, D))
 
     def of(module: Any, call: Callable[[Any, Any], Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """A function of the module's own weights and the states: others' would count as read and get gradients."""
+        """Return a function of one module's weights and the states: others would count as read and get gradients."""
         graph, params = nnx.split(module)
         return lambda params, x: call(nnx.merge(graph, params), x), (params, x)
 
@@ -68,7 +68,7 @@ def cases(sizes: Sizes) -> Iterator[Case]:
 
 
 def piece(sizes: Sizes, name: str, function: Callable[..., Any], operands: tuple[Any, ...], flops: int) -> Case:
-    """One row."""
+    """Return one row."""
     tokens = sizes.block_shape[0] * sizes.block_shape[1]
     run = lambda: timing.timed(function, *operands, seconds=sizes.turn_seconds, flops=flops, tokens=tokens)  # noqa: E731
     return Case(f"block.{name}", name, run)

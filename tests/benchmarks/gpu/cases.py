@@ -1,6 +1,6 @@
-"""A case is one row of the report: start at `serve`, which runs a part's cases and tells each row as it is known.
+"""A case is a row of the report. Start at `serve`, which runs the cases of a part. No jax or torch.
 
-Nothing here needs jax or torch. Whatever goes wrong in a case is said in its row, in one line, and the next one begins.
+An error in a case is reported in its row, in one line, and does not stop the others.
 """
 
 import re
@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple
 
-_LONGEST: Final = 240  # characters of a reason
+_LONGEST: Final = 240  # characters of an error
 _MEMORY: Final = re.compile(r"RESOURCE_EXHAUSTED|out of memory|OutOfMemory", re.IGNORECASE)
 
 
 class Case(NamedTuple):
-    """What is measured; `key` finds its row again, `run` gives the rest of it."""
+    """A measurement: `key` identifies its row, `run` returns its figures."""
 
     key: str
     name: str
@@ -21,11 +21,11 @@ class Case(NamedTuple):
 
 
 class UnableError(Exception):
-    """A case that cannot run here, for a reason that is no fault: too little memory, a library that is missing."""
+    """The case cannot run here: too little memory, or a missing library."""
 
 
 def serve(cases: Callable[[], Iterable[Case]], until: float, tell: Callable[[dict[str, Any]], None]) -> None:
-    """Run the cases that begin before `until` (of `time.monotonic`); every one of them is told, run or not."""
+    """Run the cases that start before `until` (of `time.monotonic`), and report every one, run or not."""
     try:
         for case in cases():
             row: dict[str, Any] = {"key": case.key, "name": case.name}
@@ -42,7 +42,7 @@ def serve(cases: Callable[[], Iterable[Case]], until: float, tell: Callable[[dic
 
 
 def one_line(error: BaseException) -> str:
-    """Why, in one line."""
+    """Format an error in one line."""
     text = " ".join(str(error).split())
     if isinstance(error, UnableError):
         reason = text
@@ -56,7 +56,7 @@ def one_line(error: BaseException) -> str:
 
 
 def turns(run: Callable[[], Any], seconds: float, *, least: int = 3, most: int = 30) -> list[float]:
-    """The seconds of each repetition, after one that is not counted; `run` has finished its work when it returns."""
+    """Time repetitions of the synchronous `run`, after a warm-up."""
     run()
     taken: list[float] = []
     while len(taken) < least or (len(taken) < most and sum(taken) < seconds):

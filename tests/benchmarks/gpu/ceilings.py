@@ -1,4 +1,4 @@
-"""What this GPU reaches at best: copying, reading, multiplying in bf16. Every floor of the report comes from here."""
+"""Peak rates of this GPU: copy, read, bf16 matmul. The floors of the report derive from them."""
 
 from collections.abc import Iterator
 
@@ -11,12 +11,12 @@ from tests.benchmarks.gpu.sizes import Sizes
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
-    """Three rates."""
+    """Yield the three rates."""
     count, side = sizes.copied_bytes // 4, sizes.matmul_side
 
     def copy() -> dict:
         array = timing.noise(timing.shape(jnp.float32, count))
-        # A sign that flips, as a program that only returned its operand would copy nothing.
+        # Negate, as a program that returns its operand copies nothing.
         return timing.timed(lambda x: -x, array, seconds=sizes.turn_seconds, bytes=2 * array.nbytes)
 
     def read() -> dict:

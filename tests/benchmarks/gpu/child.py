@@ -1,6 +1,6 @@
-"""`python -m tests.benchmarks.gpu.child PART SECONDS [--small]`: one part in this process, its rows as lines of JSON.
+"""`python -m tests.benchmarks.gpu.child PART SECONDS [--small]`: run one part and print its rows as JSON lines.
 
-`__main__.py` starts it. Standard output carries rows and nothing else: what libraries print goes to standard error.
+Started by `__main__.py`. Output of libraries is redirected to stderr.
 """
 
 import functools
@@ -16,7 +16,7 @@ from tests.benchmarks.gpu.sizes import sizes
 
 
 def main() -> None:
-    """Serve the part."""
+    """Run the part."""
     part, seconds, *rest = sys.argv[1:]
     until = time.monotonic() + float(seconds)
     lines = os.fdopen(os.dup(1), "w")

@@ -1,6 +1,6 @@
-"""Generation at the 16B's sizes with weights made on the device: the programs of `dsmoe_jax.generate.programs`, bare.
+"""Generation at the 16B's sizes with random weights: the programs of `dsmoe_jax.generate.programs`, without the engine.
 
-Start at `decode_row`. Weights are random, so routing is; the experts that a step hits are counted, not assumed.
+Start at `decode_row`. Routing is random too; the activated experts of a step are counted, not assumed.
 """
 
 import functools
@@ -21,7 +21,7 @@ from tests.benchmarks.gpu.sizes import Sizes
 
 
 class Hits(NamedTuple):
-    """How many experts of each MoE layer a step reads, by batch size; by chance, with the reason, if not counted."""
+    """The activated experts of each MoE layer by batch size; the expected number, with a reason, if not counted."""
 
     by_rows: Mapping[int, list[float]]
     why_not: str = ""
@@ -58,11 +58,11 @@ def _params(sizes: Sizes, scheme: str | None) -> dict[str, Any]:
 
 def _decode_case(sizes: Sizes, params: Mapping[str, Any], hits: Hits, rows: int, name: str) -> Case:
     run = functools.partial(decode_row, sizes, params, hits, rows)
-    return Case(f"decode.{name}.{rows}", f"decode b={rows}, {name}, {sizes.context} tokens held", run)
+    return Case(f"decode.{name}.{rows}", f"decode b={rows}, {name}, {sizes.context} tokens cached", run)
 
 
 def decode_row(sizes: Sizes, params: Mapping[str, Any], hits: Hits, rows: int) -> dict[str, Any]:
-    """A turn is `steps` steps as `Generator` takes them: the next one is asked for before the last one's are read."""
+    """Time `steps` decode steps, each dispatched before the tokens of the previous one are read, as in `Generator`."""
     config, dtype = sizes.model, jnp.dtype(sizes.dtype)
     slots = sizes.context + sizes.steps
     width = work.cache_bytes_per_token(config, dtype.itemsize)
@@ -84,7 +84,7 @@ def decode_row(sizes: Sizes, params: Mapping[str, Any], hits: Hits, rows: int) -
         held[:] = jax.block_until_ready((token, batch))
 
     seconds = [taken / sizes.steps for taken in turns(run, sizes.turn_seconds)]
-    held_tokens = sizes.context + (sizes.steps + 1) // 2  # the middle of a turn, its own token included
+    held_tokens = sizes.context + (sizes.steps + 1) // 2  # the mean over the steps, including the new token
     read, chance = hits.by_rows[rows], work.hit_by_chance(config, rows)
     note = f"{np.mean(read):.1f} of {config.n_routed_experts} experts hit a layer ({chance:.1f} by chance)"
     return {
@@ -98,7 +98,7 @@ def decode_row(sizes: Sizes, params: Mapping[str, Any], hits: Hits, rows: int) -
 
 
 def prefill_row(sizes: Sizes, params: Mapping[str, Any]) -> dict[str, Any]:
-    """One prompt, the logits after its last token."""
+    """Prefill one prompt and compute the logits of its last token."""
     config, dtype, T = sizes.model, jnp.dtype(sizes.dtype), sizes.prompt
     ids, counts = timing.ids(config, 1, T), jnp.full(1, T, jnp.int32)
     program, figures = timing.compiled(prefill, abstract(config)[0], T, dtype, params, ids, counts)
@@ -112,7 +112,7 @@ def prefill_row(sizes: Sizes, params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hit_experts(sizes: Sizes, params: Mapping[str, Any]) -> Hits:
-    """Counted; if that fails, the rows are measured all the same, against what is hit by chance."""
+    """Count the activated experts; if that fails, use the expected number."""
     try:
         return Hits(_counted(sizes, params))
     except Exception as error:
@@ -121,9 +121,9 @@ def hit_experts(sizes: Sizes, params: Mapping[str, Any]) -> Hits:
 
 
 def _counted(sizes: Sizes, params: Mapping[str, Any]) -> dict[int, list[float]]:
-    """For each batch size, how many experts of each MoE layer one step reads: of as many random tokens.
+    """Count the activated experts of each MoE layer for each batch size, with random tokens.
 
-    One program for all sizes, without a cache: a token that stands alone is routed as well as any.
+    One program for all sizes, without a cache: each token is a sequence of its own.
     """
     config, most = sizes.model, max(sizes.batches)
     graph = abstract(config)[0]
@@ -137,7 +137,7 @@ def _counted(sizes: Sizes, params: Mapping[str, Any]) -> dict[int, list[float]]:
 
 
 def _noise_cache(sizes: Sizes, rows: int, slots: int) -> KVCache:
-    """Rows that hold `context` tokens of noise, made in place."""
+    """Create a cache with `context` random tokens per sequence."""
     cache = empty(sizes.model, rows, slots, jnp.dtype(sizes.dtype))
 
     @functools.partial(jax.jit, donate_argnums=0)

@@ -1,24 +1,24 @@
-"""What is measured, in order of priority, and how a run's time is shared out. Read `PARTS`, then `allotment`."""
+"""The measurements, in order of priority, and their time budgets. Start at `PARTS`, then `allotment`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 
 class Part(NamedTuple):
-    """One process of its own; `cases` is MODULE.FUNCTION of this package."""
+    """A part, run in a separate process; `cases` is MODULE.FUNCTION of this package."""
 
     cases: str
-    least: int  # seconds below which it is not begun
-    wants: int  # seconds on a large GPU, most of them compilation; a guess until the first report
+    least: int  # minimum seconds
+    wants: int  # seconds on a large GPU, most of them compilation; estimated
     what: str
-    share: str = "of roofline"  # what the report calls the share of the floor
-    flags: str = ""  # added to XLA_FLAGS, which jax reads once, at its start
+    share: str = "of roofline"  # title of the share of the floor in the report
+    flags: str = ""  # added to XLA_FLAGS, which jax reads at startup
 
 
 _FUSION: Final = "--xla_gpu_experimental_use_ragged_dot_fusion"
 _ROOF: Final = "of roofline"
-_MFU: Final = "of measured matmul"  # the bars have it of the data sheet's
-CEILINGS: Final = "ceilings"  # always run: without it no figure has a floor
+_MFU: Final = "of measured matmul"  # the bars use the data sheet
+CEILINGS: Final = "ceilings"  # always run: the floors derive from it
 
 # fmt: off
 PARTS: Final[dict[str, Part]] = {
@@ -43,18 +43,17 @@ PARTS: Final[dict[str, Part]] = {
 
 
 def chosen(only: Sequence[str] | None) -> list[str]:
-    """The parts of a run in order, all by default. Raises `ValueError` for a part that does not exist."""
+    """Return the parts to run, in order; default all."""
     for name in only or ():
         if name not in PARTS:
-            raise ValueError(f"--only {name!r} does not exist, only {', '.join(PARTS)}")
+            raise ValueError(f"--only must be one of {', '.join(PARTS)}, got {name!r}")
     return [name for name in PARTS if not only or name in (CEILINGS, *only)]
 
 
 def allotment(name: str, left: float, names: Sequence[str], budget: float) -> float | None:
-    """The seconds that the part may take of the `left` ones; None where it no longer fits.
+    """Return the seconds for a part of the `left` ones; None if it does not fit.
 
-    Earlier parts get all they want before later ones get anything. Where the budget is larger than what all `names`
-    want together, each may take more in proportion.
+    Earlier parts have priority. A budget above the sum of all parts is distributed in proportion.
     """
     if left < PARTS[name].least:
         return None
@@ -63,7 +62,7 @@ def allotment(name: str, left: float, names: Sequence[str], budget: float) -> fl
 
 
 def environment(name: str, given: Mapping[str, str], *, small: bool) -> dict[str, str]:
-    """That of a part's process: what is given stays, the part's own flags come last. A small run is for CPUs."""
+    """Return the environment of a part's process: `given` takes precedence, the part's flags are appended."""
     own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
     own |= {"JAX_PLATFORMS": "cpu"} if small else {}
     flags = (given.get("XLA_FLAGS", ""), PARTS[name].flags)

@@ -1,7 +1,7 @@
-"""PyTorch on the same GPU: transformers' nearest native MoE in the 16B's sizes, and the bare grouped matmul.
+"""PyTorch on the same GPU: transformers' nearest native MoE at the 16B's sizes, and the grouped matmul.
 
-Start at `transformers`. Neither imports jax: the process holds no more of the GPU than PyTorch does. The model is
-Qwen2-MoE (`peer_transformers`), its weights random, its cache `DynamicCache`, nothing compiled.
+Start at `transformers`. No jax, which would allocate GPU memory. The model is Qwen2-MoE (`peer_transformers`) with
+random weights and `DynamicCache`, not compiled.
 """
 
 import functools
@@ -18,20 +18,20 @@ IMPLEMENTATIONS: Final = ("grouped_mm", "batched_mm")
 
 
 def transformers(sizes: Sizes) -> Iterator[Case]:
-    """Decode, then prefill, by each way that transformers has of serving experts."""
+    """Yield decode and prefill, for each expert implementation of transformers."""
     torch, device = _torch(sizes)
     model = _model(sizes, torch, device)
     for implementation in IMPLEMENTATIONS:
         own = functools.partial(_decode, sizes, model, implementation)
         for rows in sizes.batches:
-            name = f"decode b={rows}, {implementation}, {sizes.context} tokens held"
+            name = f"decode b={rows}, {implementation}, {sizes.context} tokens cached"
             yield Case(f"transformers.decode.{implementation}.{rows}", name, functools.partial(own, rows))
         run = functools.partial(_prefill, sizes, model, implementation)
         yield Case(f"transformers.prefill.{implementation}", f"prefill 1 x {sizes.prompt}, {implementation}", run)
 
 
 def torch_experts(sizes: Sizes) -> Iterator[Case]:
-    """The expert MLP as three products of `torch.nn.functional.grouped_mm`, sorted rows given; as in `experts`."""
+    """Yield the expert MLP on sorted rows by `torch.nn.functional.grouped_mm`, as in `experts`."""
     torch, device = _torch(sizes)
     tokens = sizes.expert_tokens[0]
     for skewed in (False, True):
@@ -42,18 +42,18 @@ def torch_experts(sizes: Sizes) -> Iterator[Case]:
 
 
 def _torch(sizes: Sizes) -> tuple[Any, str]:
-    """PyTorch and the device; `UnableError` where it has no GPU and the sizes are not a trial's."""
+    """Return PyTorch and the device; raise `UnableError` without a GPU, except in a trial."""
     import torch  # pyright: ignore[reportMissingImports]
 
     if torch.cuda.is_available():
         return torch, "cuda"
     if not sizes.trial:
-        raise UnableError(f"torch {torch.__version__} sees no GPU")
+        raise UnableError(f"torch {torch.__version__} finds no GPU")
     return torch, "cpu"
 
 
 def _timed(torch: Any, run: Callable[[], Any], sizes: Sizes, **known: Any) -> dict[str, Any]:
-    """Repetitions with the device waited for, and the most memory that PyTorch held."""
+    """Time synchronized repetitions, and return the peak memory of PyTorch."""
     on_gpu = torch.cuda.is_available()
 
     def waited() -> None:
@@ -86,7 +86,7 @@ def _logits(model: Any, ids: Any, cache: Any) -> Any:
 
 
 def _read(sizes: Sizes, model: Any, rows: int, tokens: int) -> tuple[Any, Any, Any]:
-    """PyTorch, random ids on the model's device, an empty cache."""
+    """Return PyTorch, random ids on the model's device, and an empty cache."""
     import torch  # pyright: ignore[reportMissingImports]
     from transformers import DynamicCache  # pyright: ignore[reportMissingImports]
 
@@ -95,7 +95,7 @@ def _read(sizes: Sizes, model: Any, rows: int, tokens: int) -> tuple[Any, Any, A
 
 
 def _decode(sizes: Sizes, model: Any, implementation: str, rows: int) -> dict[str, Any]:
-    """A turn is `steps` greedy steps from the same context; that is read by grouped experts, whoever decodes."""
+    """Time `steps` greedy steps from the same context, prefilled with grouped experts in all cases."""
     torch, ids, cache = _read(sizes, model, rows, sizes.context)
     config = sizes.model
     with torch.inference_mode():
@@ -141,13 +141,13 @@ def _experts(sizes: Sizes, torch: Any, device: str, tokens: int, skewed: bool, n
     from torch.nn import functional as F  # noqa: N812  # pyright: ignore[reportMissingImports]
 
     if not hasattr(F, "grouped_mm"):
-        raise UnableError(f"torch {torch.__version__} has no grouped_mm; 2.10 has")
+        raise UnableError(f"torch {torch.__version__} has no grouped_mm; needs 2.10")
     config = sizes.model
     E, D, A = config.n_routed_experts or 0, config.hidden_size, config.num_experts_per_tok or 0
     hidden, R = config.moe_intermediate_size, tokens * A
     torch.manual_seed(plan.SEED)
     draw = functools.partial(torch.randn, dtype=getattr(torch, sizes.dtype), device=device)
-    x, grad = draw(R, D), draw(R, D)  # a gradient of its own: that of a sum has strides of zero, which is refused
+    x, grad = draw(R, D), draw(R, D)  # an explicit gradient: that of a sum has zero strides, which is not supported
     gate_up, down = draw(E, 2 * hidden, D) * D**-0.5, draw(E, D, hidden) * hidden**-0.5
     weights = torch.full((R,), 1 / A, device=device)
     counts = torch.from_numpy(work.group_sizes(tokens, E, A, skewed=skewed)).to(device)

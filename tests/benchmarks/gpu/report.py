@@ -1,4 +1,4 @@
-"""From rows to the report, JSON and Markdown. Start at `markdown`, then `COLUMNS`; `place` finds its file."""
+"""Format rows as a report, in JSON and Markdown. Start at `markdown`, then `COLUMNS`."""
 
 import contextlib
 import json
@@ -23,20 +23,20 @@ _TRIAL: Final = (
 
 
 class Place(NamedTuple):
-    """Where the report of a run goes, and the one that it goes on with, if there is one."""
+    """The path of a report, and the report that it continues, if any."""
 
     stem: Path
     earlier: Mapping[str, Any] | None
 
 
 def place(results: Mapping[str, Any], out: Path, number: int = 1) -> Place:
-    """`YYYY-MM-DD-gpu` in `out`, `-gpu-trial` for a trial; `-2` and so on where that is of something else."""
+    """Choose `YYYY-MM-DD-gpu` in `out`, `-gpu-trial` for a trial, with a suffix `-2`, … if the report differs."""
     kind, more = "gpu-trial" if results["trial"] else "gpu", "" if number == 1 else f"-{number}"
     stem = out / f"{results['date']}-{kind}{more}"
     data = stem.with_suffix(".json")
     if not data.exists():
         return Place(stem, None)
-    with contextlib.suppress(ValueError):  # a run that was ended while it wrote leaves no JSON
+    with contextlib.suppress(ValueError):  # truncated by an interrupted run
         earlier = json.loads(data.read_text())
         if _subject(earlier) == _subject(results):
             return Place(stem, earlier)
@@ -44,12 +44,12 @@ def place(results: Mapping[str, Any], out: Path, number: int = 1) -> Place:
 
 
 def _subject(results: Mapping[str, Any]) -> list[Any]:
-    """What two runs must have in common to be one report."""
+    """Return the properties that runs in one report share."""
     return [results.get("device", {}).get("device"), *(results.get(name) for name in ("commit", "sources", "versions"))]
 
 
 def merged(results: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The run with the parts of the earlier one that it measured nothing of; each keeps the ceilings of its own run."""
+    """Add the parts that only the earlier run measured, with their ceilings."""
     if earlier is None:
         return dict(results)
     ran = {name: part for name, part in results["parts"].items() if any("seconds" in row for row in part["rows"])}
@@ -64,7 +64,7 @@ def merged(results: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> dic
 
 
 def write(results: Mapping[str, Any], stem: Path) -> list[Path]:
-    """The two files."""
+    """Write both files."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     data, page = stem.with_suffix(".json"), stem.with_suffix(".md")
     data.write_text(json.dumps({**results, "bars": bars.measured(results)}) + "\n")
@@ -73,7 +73,7 @@ def write(results: Mapping[str, Any], stem: Path) -> list[Path]:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The whole report."""
+    """Format the report as Markdown."""
     facts = {
         "commands" if len(results["commands"]) > 1 else "command": ", ".join(f"`{one}`" for one in results["commands"]),
         "commit": results["commit"],
@@ -98,7 +98,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _bars(results: Mapping[str, Any]) -> list[str]:
-    """A line for every bar."""
+    """Format one line per bar."""
     lines = ["| figure | measured | bar | aim | met | of |", "| --- " * 6 + "|"]
     for line in bars.measured(results):
         value, figure = line["measured"], f"{line['figure']}, {line['unit']}"
@@ -117,7 +117,7 @@ def _other_run(rates: Ceilings) -> str:
 
 
 def ceilings(results: Mapping[str, Any]) -> dict[str, float]:
-    """The rates that were measured, by name: `copy`, `read`, `matmul`."""
+    """Return the measured rates `copy`, `read` and `matmul`."""
     found = {}
     for row in results["parts"].get(parts.CEILINGS, {"rows": []})["rows"]:
         if "seconds" in row:
@@ -127,12 +127,12 @@ def ceilings(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def one_line(row: Row) -> str:
-    """How a row went, while the next one runs."""
+    """Summarize a row in one line."""
     return f"{row['name']}: {row.get('error') or f'{1000 * _spread(row).median:.4g} ms'}"
 
 
 def share(row: Row, rates: Ceilings) -> str:
-    """The floor over the median, and which floor it was."""
+    """Return the floor over the median, and which floor it is."""
     floor = work.total(row, rates)
     if floor is None:
         return ""
@@ -158,7 +158,7 @@ COLUMNS: Final[dict[str, Callable[[Row, Ceilings], str]]] = {
 
 
 def _table(part: str, rows: list[Row], rates: Ceilings) -> list[str]:
-    """A line for every row; columns that no row fills are left out, a row that failed has its reason as its note."""
+    """Format one line per row, without empty columns; the note of a failed row is its error."""
     if not rows:
         return ["No row came back."]
     shown = [_cells(row, rates) for row in rows]

@@ -1,4 +1,4 @@
-"""The sizes of a run: the 16B's, or small ones for a trial. Start at `FULL`. Nothing here needs jax or torch."""
+"""The sizes of a run: the 16B's, or small ones for a trial. Start at `FULL`. No jax or torch."""
 
 import dataclasses
 from typing import Final, NamedTuple
@@ -7,24 +7,24 @@ from dsmoe_jax.config import ModelConfig
 
 
 class Sizes(NamedTuple):
-    """All that a part needs to know; T and B of `axes.py` are tokens and rows."""
+    """The sizes for all parts."""
 
     model: ModelConfig
     expert_tokens: tuple[int, ...]  # the main size first
-    block_shape: tuple[int, int]  # rows, tokens of a row
+    block_shape: tuple[int, int]  # sequences, tokens per sequence
     train_layers: int
     train_shape: tuple[int, int]
     whole_presets: tuple[str, ...]  # largest first
     adapter_shape: tuple[int, int]
-    prompt: int  # tokens that are read
-    context: int  # tokens that the cache holds before a decode step
-    steps: int  # decode steps of a turn
+    prompt: int  # prompt tokens
+    context: int  # cached tokens before a decode step
+    steps: int  # decode steps per turn
     batches: tuple[int, ...]  # in order of priority
     copied_bytes: int
     matmul_side: int
     dtype: str = "bfloat16"
     trial: bool = False
-    turn_seconds: float = 2.0  # repetitions go on for so long, within `cases.turns`'s bounds
+    turn_seconds: float = 2.0  # duration of the repetitions, within the bounds of `cases.turns`
 
     @property
     def trained(self) -> ModelConfig:
@@ -67,5 +67,5 @@ SMALL: Final = Sizes(
 
 
 def sizes(*, small: bool) -> Sizes:
-    """Small ones, or those that are asked about."""
+    """Return the small or the full sizes."""
     return SMALL if small else FULL

@@ -1,7 +1,4 @@
-"""A function of JAX as figures of a row: compiled once, its memory as planned, its repetitions waited for.
-
-Start at `timed`; `noise` makes operands where they will be used.
-"""
+"""Time and memory of JAX functions. Start at `timed`; `noise` creates operands on the device."""
 
 import functools
 import math
@@ -21,9 +18,9 @@ from tests.benchmarks.gpu.cases import UnableError, turns
 
 
 def timed(function: Callable[..., Any], *operands: Any, seconds: float, **known: Any) -> dict[str, Any]:
-    """Median-ready seconds of a pure function of arrays. What is `known` (flops, bytes, tokens) joins the row.
+    """Time a pure function of arrays; `known` figures (flops, bytes, tokens) are added to the row.
 
-    Where no `bytes` are given, every operand is read once and every result written once.
+    By default `bytes` counts every operand and result once.
     """
     program, figures = compiled(jax.jit(function), *operands)
     own = {"bytes": nbytes(operands) + nbytes(jax.eval_shape(function, *operands))}
@@ -32,9 +29,9 @@ def timed(function: Callable[..., Any], *operands: Any, seconds: float, **known:
 
 
 def compiled(function: Any, *operands: Any) -> tuple[Any, dict[str, Any]]:
-    """The program of a jitted function, with the seconds it took to compile and the memory it plans to hold.
+    """Compile a jitted function; return the program, the seconds to compile and the planned memory.
 
-    Static operands are given here and not when the program is called.
+    Static operands are passed here, not to the program.
     """
     start = time.perf_counter()
     program = function.lower(*operands).compile()
@@ -46,10 +43,10 @@ def compiled(function: Any, *operands: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def by_cudnn(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `run` gives where attention is cuDNN's; `UnableError` where there is no GPU."""
+    """Call `run` with cuDNN attention; raise `UnableError` without a GPU."""
     if jax.default_backend() != "gpu":
         raise UnableError("cuDNN needs a GPU")
-    jax.clear_caches()  # else an equal block would be found as it was traced before
+    jax.clear_caches()  # else the cached trace of an equal block would be used
     try:
         with mock.patch.dict(os.environ, {attention.VARIABLE: "cudnn"}):
             return run()
@@ -58,19 +55,19 @@ def by_cudnn(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def nbytes(tree: Any) -> int:
-    """Of all leaves, shapes or arrays."""
+    """Return the bytes of all leaves, shapes or arrays."""
     return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 def need(what: str, size: float) -> None:
-    """`UnableError` where the device has less free memory than that; where it does not say, it has enough."""
+    """Raise `UnableError` if the device reports less free memory."""
     free = device_bytes()
     if free is not None and size > free:
         raise UnableError(f"{what} takes about {size / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
 
 
 def noise(shapes: Any, *, scale: float = 1.0, seed: int = 0) -> Any:
-    """A tree of arrays on the device for a tree of shapes: normal numbers times `scale`, random bits for integers."""
+    """Draw arrays on the device for a tree of shapes: N(0, `scale`²), random bits for integers."""
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     drawn = [
@@ -88,12 +85,12 @@ def _draw(key: Any, shape: tuple[int, ...], dtype: str, scale: float) -> Any:
 
 
 def shape(dtype: Any, *dims: int) -> jax.ShapeDtypeStruct:
-    """Short for what `noise` takes."""
+    """Shorthand for `jax.ShapeDtypeStruct`."""
     return jax.ShapeDtypeStruct(dims, dtype)
 
 
 def facts() -> dict[str, Any]:
-    """The device, how much memory JAX may use of it, its dense bf16 rate by its data sheet where we have that."""
+    """Return the device, the memory available to JAX, and the dense bf16 rate of its data sheet, if known."""
     device = jax.devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     return {
@@ -106,10 +103,10 @@ def facts() -> dict[str, Any]:
 
 
 def ids(config: Any, rows: int, tokens: int) -> Any:
-    """Random token ids on the device."""
+    """Draw random token ids on the device."""
     return jax.random.randint(jax.random.key(0), (rows, tokens), 0, config.vocab_size, jnp.int32)
 
 
 def sizes_of(params: Mapping[str, Any]) -> dict[str, int]:
-    """The bytes of each parameter, whatever it is made of."""
+    """Return the bytes of each parameter, dense or quantized."""
     return {name: nbytes(value) for name, value in params.items()}

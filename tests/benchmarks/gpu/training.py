@@ -1,4 +1,4 @@
-"""Training steps as users run them: `dsmoe_jax.train.step.make_step`, its state on the device. Start at `step_row`."""
+"""The training steps of `dsmoe_jax.train.step.make_step`. Start at `step_row`."""
 
 import dataclasses
 import functools
@@ -24,13 +24,13 @@ from tests.benchmarks.gpu import timing, work
 from tests.benchmarks.gpu.cases import Case, UnableError, turns
 from tests.benchmarks.gpu.sizes import Sizes
 
-# Bytes a parameter: fp32 weight and two moments, a gradient, the bf16 copy, and the largest temporaries of an update.
+# Bytes per parameter: fp32 weight and two moments, a gradient, the bf16 copy, and the largest temporaries of an update.
 _STATE_BYTES: Final = 20
 _HEADROOM: Final = 8e9  # activations of a block, logits
 
 
 def widths_of_16b(sizes: Sizes) -> Iterator[Case]:
-    """As many layers as fit, up to those asked for; by each way of keeping activations and of attention."""
+    """Yield the step with as many layers as fit, for each remat policy and attention backend."""
     config = sizes.trained
     while config.num_hidden_layers > 1 and not _fits(config):
         config = dataclasses.replace(config, num_hidden_layers=config.num_hidden_layers - 1)
@@ -44,7 +44,7 @@ def widths_of_16b(sizes: Sizes) -> Iterator[Case]:
 
 
 def largest_preset(sizes: Sizes) -> Iterator[Case]:
-    """State included, in full."""
+    """Return whether the step fits, state included."""
     for preset in sizes.whole_presets:
         config = ModelConfig.preset(preset)
         if _fits(config) or preset == sizes.whole_presets[-1]:
@@ -74,7 +74,7 @@ def step_row(
     adapter: LoraConfig | None = None,
     scheme: str | None = None,
 ) -> dict[str, Any]:
-    """The figures of one step; frozen weights, if any, are noise of the right kind."""
+    """Measure one step; frozen weights are random."""
     options = StepConfig(compute_dtype="bfloat16", remat=remat)
     optimizer, schedule = make_optimizer(OptimizerConfig(warmup_steps=0, schedule="constant", learning_rate=1e-5), 1000)
     trained, frozen = Trainable.all_params(config), {}
@@ -89,7 +89,7 @@ def step_row(
         frozen = noise_params(config, scheme, jnp.dtype(sizes.dtype))
         trained = Trainable(lora.specs(plan, config), lambda own, frozen, key: lora.attach(plan, frozen, own, key))
         params = lora.init(plan, config, frozen, jax.random.key(0))
-    # Committed to the device, as the step gives them back: else the compiled program would refuse its own results.
+    # Committed to the device like the outputs: else the compiled program would reject them.
     state = jax.device_put(init_state(config, params, optimizer, options), jax.devices()[0])
     del params
     ids = timing.ids(config, *shape)
@@ -121,9 +121,9 @@ def step_row(
 def noise_params(
     config: ModelConfig, scheme: str | None, dtype: Any, *, embedding: str | None = None
 ) -> dict[str, Operand]:
-    """Random parameters made on the device; with a `scheme`, quantised ones as random codes with scales to match.
+    """Draw random parameters on the device; with a `scheme`, random codes and scales.
 
-    Real quantisation goes through the host matrix by matrix: minutes, for values that a benchmark does not look at.
+    Real quantization runs matrix by matrix through the host, which takes minutes.
     """
     found: dict[str, Any] = {}
     for number, (name, spec) in enumerate(abstract(config)[1].items()):
@@ -139,7 +139,7 @@ def noise_params(
     return found
 
 
-_SCALE: Final = 1e-4  # of quantised weights: times codes up to 127, near the size of fresh weights
+_SCALE: Final = 1e-4  # of quantized weights: times codes up to 127, similar to initial weights
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))

@@ -1,4 +1,4 @@
-"""The best backend for each leg of the experts, and the best tiles of our own kernels, on this card.
+"""The best backend for each leg of the experts, and the best tiles of our kernels, on this card.
 
     python -m tests.benchmarks.gpu.tuning --into my_card.json   # ten minutes
     DSMOE_TUNING=my_card.json dsmoe …                           # or copy its entries to dsmoe_jax/kernels/tuned.json
@@ -47,9 +47,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     prog, about = "python -m tests.benchmarks.gpu.tuning", (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog=prog, description=about)
     parser.add_argument("--small", action="store_true", help="a trial at small sizes")
-    parser.add_argument("--minutes", type=float, default=10, metavar="N", help="no candidate begins after these")
-    parser.add_argument("--out", type=Path, default=Path("tuning.json"), metavar="FILE", help="for all figures")
-    parser.add_argument("--into", type=Path, metavar="FILE", help="to add what was found to, for DSMOE_TUNING")
+    parser.add_argument("--minutes", type=float, default=10, metavar="N", help="time budget, default %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=Path("tuning.json"), metavar="FILE", help="timings of all candidates"
+    )
+    parser.add_argument("--into", type=Path, metavar="FILE", help="file to merge the results into, for DSMOE_TUNING")
     args = parser.parse_args(argv)
     facts, rows = timing.facts(), []
     if args.into and (args.small or facts["platform"] != "gpu"):

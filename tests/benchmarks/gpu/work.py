@@ -1,4 +1,4 @@
-"""The least that a task must do: operations and bytes, by arithmetic. Nothing here needs jax or torch.
+"""The minimum operations and bytes of a task, by arithmetic. No jax or torch.
 
 A floor is the larger of operations over the measured matmul rate and bytes over the measured bandwidth.
 """
@@ -13,23 +13,23 @@ from tests.benchmarks import plan
 
 
 def expert_flops(rows: int, width: int, hidden: int, legs: int = 1) -> int:
-    """Of a SwiGLU over routed rows: three products a leg; forward, gradient of rows, gradient of weights."""
+    """Count the FLOPs of a SwiGLU over routed rows: three matmuls per leg (fwd, dgrad, wgrad)."""
     return legs * 6 * rows * width * hidden
 
 
 def train_flops(config: ModelConfig, rows: int, tokens: int, *, frozen: bool = False) -> int:
-    """Of a step; the gradient costs twice the forward pass, once where weights are `frozen`. Recomputing is no work."""
+    """Count the FLOPs of a train step, without recomputation; backward costs 2× forward, 1× if weights are `frozen`."""
     return (2 if frozen else 3) * plan.flops(config, rows, tokens)
 
 
 def decode_flops(config: ModelConfig, rows: int, held: int) -> int:
-    """Of one step whose queries read `held` keys each, their own included."""
+    """Count the FLOPs of a decode step with `held` keys per query, including the new token."""
     per_key = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
     return plan.flops(config, rows, 1) + rows * (held - 1) * per_key
 
 
 def hit_by_chance(config: ModelConfig, rows: int) -> float:
-    """How many experts of a layer that many tokens reach if each chooses at random."""
+    """Return the expected number of activated experts per layer under random routing."""
     E, A = config.n_routed_experts or 0, config.num_experts_per_tok or 0
     return E * (1 - (1 - A / E) ** rows) if E else 0.0
 
@@ -37,10 +37,10 @@ def hit_by_chance(config: ModelConfig, rows: int) -> float:
 def decode_bytes(
     config: ModelConfig, sizes: Mapping[str, int], rows: int, tokens: int, hits: Sequence[float], width: int
 ) -> int:
-    """What one step reads: weights once, of the experts those that were hit, and the keys and values that are held.
+    """Count the bytes that a decode step reads: weights, activated experts, cached keys and values.
 
-    `sizes` are the bytes of each parameter, `hits` the experts hit in each MoE layer, `width` the bytes of a value in
-    the cache.
+    `sizes` are the bytes of each parameter, `hits` the activated experts of each MoE layer, `width` the bytes of a
+    cached value.
     """
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
     layers = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
@@ -55,12 +55,12 @@ def decode_bytes(
 
 
 def cache_bytes_per_token(config: ModelConfig, width: int) -> int:
-    """Keys and values of all layers."""
+    """Count the cached bytes of a token over all layers."""
     return 2 * config.num_hidden_layers * config.num_kv_heads * config.head_dim * width
 
 
 def group_sizes(tokens: int, experts: int, kept: int, *, skewed: bool) -> np.ndarray:
-    """Rows of each expert, int32 [E]: of a random router, or of one whose k-th expert gets k^-½ as much."""
+    """Return the rows of each expert, int32 [E]: uniform routing, or skewed by k^-½ for the k-th expert."""
     rows = tokens * kept
     if not skewed:
         choices = np.random.default_rng(plan.SEED).random((tokens, experts), np.float32)
@@ -73,7 +73,7 @@ def group_sizes(tokens: int, experts: int, kept: int, *, skewed: bool) -> np.nda
 
 
 def total(row: Mapping[str, Any], ceilings: Mapping[str, float]) -> float | None:
-    """The floor of a row in seconds; None where its work or a ceiling is not known."""
+    """Return the floor of a row in seconds; None if its work or a ceiling is unknown."""
     parts = []
     if row.get("flops") and ceilings.get("matmul"):
         parts.append(row["flops"] / ceilings["matmul"])
