@@ -4,16 +4,9 @@ from typing import Any, NamedTuple
 
 
 class Batch(NamedTuple):
-    """Sequences of tokens, int32 [B, T]; NumPy on the host, JAX on devices.
+    """Sequences of tokens, int32 [B, T]; NumPy on the host, JAX on devices."""
 
-    Attributes:
-        token_ids: Input tokens.
-        labels: Next token of each position; -100 has no loss.
-        segment_ids: Document in the sequence, from 1; 0 is padding.
-        position_ids: Position in the document.
-    """
-
-    token_ids: Any
-    labels: Any
-    segment_ids: Any
-    position_ids: Any
+    token_ids: Any  # input tokens
+    labels: Any  # next token of each position; -100 has no loss
+    segment_ids: Any  # document in the sequence, from 1; 0 is padding
+    position_ids: Any  # position in the document

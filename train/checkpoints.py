@@ -52,16 +52,7 @@ class Checkpoints:
         self._problems: dict[int, str | None] = {}  # of the steps that this process has written or verified
 
     def save(self, step: int, state: TrainState, resume_metadata: Mapping[str, Any]) -> None:
-        """Start saving the state in the background, after the previous save has finished.
-
-        Args:
-            step: Step of the state; an intact checkpoint of it is not written again.
-            state: The state; the caller may donate it at once.
-            resume_metadata: JSON that `newest` returns.
-
-        Raises:
-            OSError: from this save or the previous one, a full disk for example.
-        """
+        """Start saving the state in the background, after the previous save has finished."""
         from orbax.checkpoint import v1 as ocp
 
         self.wait()
@@ -109,18 +100,7 @@ class Checkpoints:
         return None
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """Load a checkpoint.
-
-        Args:
-            step: Step of an intact checkpoint.
-            like: Shapes, dtypes and shardings of the result.
-
-        Returns:
-            The state.
-
-        Raises:
-            DSMoEError: if names or shapes differ.
-        """
+        """Load a checkpoint."""
         from orbax.checkpoint import v1 as ocp
 
         path = self._path(step)

@@ -39,25 +39,15 @@ _log = logging.getLogger(__name__)
 
 
 class Corpus(NamedTuple):
-    """The data of a run.
+    """The data of a run."""
 
-    Attributes:
-        stream: The training stream.
-        validation: Validation batches, of `process_index` and `process_count`.
-        tokenizer: Folder of the tokenizer; None if there are only token shards.
-        prefetch: Batches prepared ahead.
-        eval_batches: Validation batches per evaluation.
-        inputs: What the datasets were made from, as JSON: `files` and `validation` with hashes, `options`.
-        eos_token_id: Ends a document, if there is no tokenizer.
-    """
-
-    stream: Stream
-    validation: Callable[..., Iterator[Batch]]
-    tokenizer: Path | None
-    prefetch: int
-    eval_batches: int
-    inputs: Mapping[str, Any]
-    eos_token_id: int | None = None
+    stream: Stream  # the training stream
+    validation: Callable[..., Iterator[Batch]]  # validation batches, of `process_index` and `process_count`
+    tokenizer: Path | None  # folder of the tokenizer; None if there are only token shards
+    prefetch: int  # batches prepared ahead
+    eval_batches: int  # validation batches per evaluation
+    inputs: Mapping[str, Any]  # what the datasets were made from, as JSON: `files` and `validation` with hashes, `options`
+    eos_token_id: int | None = None  # ends a document, if there is no tokenizer
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -78,19 +68,6 @@ def prepare(config: RunConfig, model_config: ModelConfig, out: Path, *, resuming
 
     If the config names no tokenizer, one is trained on the training split of the texts. Both are made again when the
     texts or the options have changed since an earlier start.
-
-    Args:
-        config: The run.
-        model_config: Its model.
-        out: The run's folder.
-        resuming: Checkpoints were trained on the data: refuse changes.
-
-    Returns:
-        The corpus.
-
-    Raises:
-        DSMoEError: A source is empty, malformed or of examples, the shards have another tokenizer, or the vocabulary is
-            larger than the model's.
     """
     data = config.data
     if data.weights and len(data.sources) == 1:

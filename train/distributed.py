@@ -14,11 +14,7 @@ _LAUNCHERS: Final = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # Slurm's 
 
 
 def initialize(config: DistributedConfig) -> None:
-    """Initialize `jax.distributed` for multi-process runs, before JAX is used.
-
-    Raises:
-        DSMoEError: if only some of `coordinator_address`, `num_processes` and `process_id` are set.
-    """
+    """Initialize `jax.distributed` for multi-process runs, before JAX is used."""
     explicit = {
         "coordinator_address": config.coordinator_address,
         "num_processes": config.num_processes,

@@ -254,35 +254,16 @@ def examples(config: FinetuneConfig, model: ModelConfig, output_dir: Path) -> tu
 
 
 class OpenExamples(NamedTuple):
-    """The tokenized examples of a run.
+    """The tokenized examples of a run."""
 
-    Attributes:
-        tokenizer: The tokenizer's folder.
-        train: Training examples.
-        validation: Validation examples.
-        inputs: What they were made from: `files` with their hashes, and `options`.
-    """
-
-    tokenizer: Path
-    train: Examples
-    validation: Examples
-    inputs: dict[str, Any]
+    tokenizer: Path  # the tokenizer's folder
+    train: Examples  # training examples
+    validation: Examples  # validation examples
+    inputs: dict[str, Any]  # what they were made from: `files` with their hashes, and `options`
 
 
 def open_examples(config: FinetuneConfig, model: ModelConfig, output_dir: Path) -> OpenExamples:
-    """Tokenize the examples of a run, unless done before from the same inputs.
-
-    Args:
-        config: The run.
-        model: Config of the model.
-        output_dir: Where the tokenized examples are written.
-
-    Returns:
-        The examples.
-
-    Raises:
-        DSMoEError: for files that are empty or invalid, or a vocabulary larger than the model's.
-    """
+    """Tokenize the examples of a run, unless done before from the same inputs."""
     data = config.data
     tokenizer = Path(data.tokenizer or config.init_from or "")
     options = {

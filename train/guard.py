@@ -12,21 +12,13 @@ _SIGMAS: Final = 6.0
 
 
 class Guard(NamedTuple):
-    """Loss and gradient norm of the last steps, to detect outliers.
+    """Loss and gradient norm of the last steps, to detect outliers."""
 
-    Attributes:
-        losses: Losses of the last finite steps, a ring buffer.
-        grad_norms: Their gradient norms.
-        finite_steps: Finite steps so far.
-        total_skips: Updates skipped so far.
-        consecutive_skips: Updates skipped since the last one applied.
-    """
-
-    losses: Float[Array, "window"]
-    grad_norms: Float[Array, "window"]
-    finite_steps: Int[Array, ""]
-    total_skips: Int[Array, ""]
-    consecutive_skips: Int[Array, ""]
+    losses: Float[Array, "window"]  # losses of the last finite steps, a ring buffer
+    grad_norms: Float[Array, "window"]  # their gradient norms
+    finite_steps: Int[Array, ""]  # finite steps so far
+    total_skips: Int[Array, ""]  # updates skipped so far
+    consecutive_skips: Int[Array, ""]  # updates skipped since the last one applied
 
     @classmethod
     def empty(cls) -> "Guard":

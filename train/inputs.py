@@ -103,18 +103,7 @@ class DerivedFolders:
         write: Callable[[Path], None],
         digest: Callable[[Path], str] | None = None,
     ) -> None:
-        """Make a folder, unless it exists and was made from the same inputs.
-
-        Args:
-            name: The folder, relative to the run's.
-            sources: What it is made from; copies under other names count as equal.
-            options: Everything else that determines its content, as JSON.
-            write: Makes the folder, atomically.
-            digest: Computes the SHA-256 of its content, to detect damage in a folder without a manifest.
-
-        Raises:
-            DSMoEError: The folder is damaged, or the inputs changed while resuming.
-        """
+        """Make a folder, unless it exists and was made from the same inputs."""
         folder, known = self._out / name, self._record.get(name)
         inputs = {"sources": [list(source) for source in sources], "options": dict(options)}
         if folder.exists():

@@ -36,44 +36,22 @@ _log = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
-    """A training run once its data is ready.
+    """A training run once its data is ready."""
 
-    Attributes:
-        model: Config of the model.
-        corpus: Training and validation data.
-        steps: Total steps, earlier starts included.
-        trainable: The trainable parameters.
-        load_frozen: Loads the frozen parameters onto a mesh, in their storage dtype.
-        init_params: Makes the initial trainable parameters, fp32, from mesh and frozen parameters.
-        result: Name of the result in the output directory.
-        save: Writes the result; collective over all processes.
-        resume_metadata: What a run must have in common with the checkpoint it resumes from, as JSON.
-        keep_best: Whether the result with the lowest validation loss is saved too.
-    """
-
-    model: ModelConfig
-    corpus: Corpus
-    steps: int
-    trainable: Trainable
-    load_frozen: Callable[[Mesh | None], Mapping[str, Operand]]
-    init_params: Callable[[Mesh | None, Mapping[str, Operand]], Mapping[str, Array]]
-    result: str
-    save: Callable[[Path, Mapping[str, Array]], None]
-    resume_metadata: Mapping[str, Any]
-    keep_best: bool = False
+    model: ModelConfig  # config of the model
+    corpus: Corpus  # training and validation data
+    steps: int  # total steps, earlier starts included
+    trainable: Trainable  # the trainable parameters
+    load_frozen: Callable[[Mesh | None], Mapping[str, Operand]]  # loads the frozen parameters onto a mesh, in their storage dtype
+    init_params: Callable[[Mesh | None, Mapping[str, Operand]], Mapping[str, Array]]  # makes the initial trainable parameters, fp32, from mesh and frozen parameters
+    result: str  # name of the result in the output directory
+    save: Callable[[Path, Mapping[str, Array]], None]  # writes the result; collective over all processes
+    resume_metadata: Mapping[str, Any]  # what a run must have in common with the checkpoint it resumes from, as JSON
+    keep_best: bool = False  # whether the result with the lowest validation loss is saved too
 
 
 def pretraining(config: RunConfig, output_dir: Path, *, resuming: bool = False) -> Job:
-    """Set up the training of all parameters on text.
-
-    Args:
-        config: The run.
-        output_dir: Where text is tokenized to.
-        resuming: Whether there are checkpoints to resume from: data that has changed is refused.
-
-    Returns:
-        The job.
-    """
+    """Set up the training of all parameters on text."""
     model, init_from = config.model_config(), None
     with collective_errors():
         if config.init_from is not None:
@@ -109,9 +87,6 @@ def with_token_ids(model: ModelConfig, corpus: Corpus) -> ModelConfig:
     """Return the config with the special token ids of the run's tokenizer.
 
     Ids outside the vocabulary become None.
-
-    Raises:
-        DSMoEError: as `check_special_ids`, whose warnings are logged.
     """
     tokenizer = None if corpus.tokenizer is None else Tokenizer.from_pretrained(corpus.tokenizer)
     # Without a tokenizer, token shards still record the EOS id.

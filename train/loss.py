@@ -52,15 +52,10 @@ def shift_labels(labels: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 
 class CrossEntropySums(NamedTuple):
-    """Sums over all targets.
+    """Sums over all targets."""
 
-    Attributes:
-        total: Σ cross-entropy + z_loss · logsumexp²; the differentiable one.
-        cross_entropy: Σ cross-entropy, without gradient.
-    """
-
-    total: Float[Array, ""]
-    cross_entropy: Float[Array, ""]
+    total: Float[Array, ""]  # Σ cross-entropy + z_loss · logsumexp²; the differentiable one
+    cross_entropy: Float[Array, ""]  # Σ cross-entropy, without gradient
 
 
 def chunked_cross_entropy(
@@ -70,15 +65,6 @@ def chunked_cross_entropy(
 
     The gradient is computed in the forward pass from the same fp32 logits, so nothing is recomputed. On a mesh each
     device processes its tokens and its shard of the vocabulary.
-
-    Args:
-        states: Hidden states after the final norm, [B, T, D].
-        head: Output projection, [V, D].
-        targets: Shifted labels, [B, T]; -100 is ignored.
-        z_loss: Weight of logsumexp² (PaLM, arXiv 2204.02311, section 5).
-
-    Returns:
-        Sums over all targets.
     """
     mesh = current_mesh()
     if mesh is None:
@@ -204,18 +190,6 @@ def device_balance_loss(
 
     See arXiv 2401.06066, eq. 15 to 17. f'_d is the mean of f over a group of experts, P'_d the sum of P, both over the
     batch.
-
-    Args:
-        routing: Router outputs by MoE layer.
-        groups: Number of groups of experts.
-        alpha: Weight of the loss.
-        counted: Mask of the tokens that count, [B, T]; all by default.
-
-    Returns:
-        The loss of each MoE layer.
-
-    Raises:
-        DSMoEError: if the experts do not divide into the groups.
     """
 
     def one(routed: Routing) -> Float[Array, ""]:

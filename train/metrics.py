@@ -59,13 +59,6 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     PaLM's count (arXiv 2204.02311, appendix B), except that a causal query attends to (T + 1) / 2 keys on average
     instead of T; rematerialization does not count. With T keys it gives 75.9 TFLOP per 4K tokens for the 16B and 586
     for the 145B, where the paper has 74.4 and 585.6 (arXiv 2401.06066, tables 3 and 6).
-
-    Args:
-        config: Config of the model.
-        sequence_length: T, in tokens.
-
-    Returns:
-        FLOPs of forward and backward per token.
     """
     counts = count_parameters(config)
     looked_up = 0 if config.tie_word_embeddings else counts.parts["embedding"]
@@ -105,24 +98,7 @@ class Recorder:
         resumed_from: int = 0,
         name: str = "",
     ):
-        """Open the trackers.
-
-        Args:
-            folder: Output directory of the run.
-            config: Config of the model.
-            tokens_per_step: Tokens of a global batch, padding included.
-            sequence_length: Tokens per sequence.
-            steps: Total steps of the run.
-            trackers: Keys of `TRACKERS`.
-            devices: Devices of the mesh; all by default.
-            log_interval: Steps between console lines.
-            expert_load_interval: Steps between records of each expert's load, besides the first and last step.
-            resumed_from: Step of the checkpoint resumed from.
-            name: Name of the run.
-
-        Raises:
-            DSMoEError: for an unknown tracker, or one whose package is not installed.
-        """
+        """Open the trackers."""
         if unknown := [tracker for tracker in trackers if tracker not in TRACKERS]:
             raise DSMoEError(f"trackers must be of {', '.join(TRACKERS)}, got {unknown[0]!r}")
         self._devices = jax.devices() if devices is None else devices
@@ -152,14 +128,7 @@ class Recorder:
             self._open = opening.pop_all()
 
     def record(self, step: int, metrics: Metrics, *, seconds: float, data_loading_seconds: float) -> None:
-        """Record a training step.
-
-        Args:
-            step: Number of the step, from 1.
-            metrics: Its metrics, on the host.
-            seconds: Time of the whole step.
-            data_loading_seconds: Time spent waiting for its batch.
-        """
+        """Record a training step."""
         rate = self._tokens / seconds if seconds > 0 else math.nan
         with_load = self._first or step % self._load_interval == 0 or step == self._steps
         values: dict[str, Any] = {
@@ -203,16 +172,6 @@ def read_records(folder: str | Path, *, superseded: bool = False) -> list[dict[s
     """Read `metrics.jsonl`; records of earlier versions get today's names.
 
     An incomplete last line is left out.
-
-    Args:
-        folder: Output directory of the run.
-        superseded: Also return records of steps that a resumed run repeated.
-
-    Returns:
-        The records in order; non-finite values are None and listed in `not_finite`.
-
-    Raises:
-        DSMoEError: for a line that is not a record.
     """
     file, records = Path(folder) / RECORDS, []
     with file.open("rb") as lines:

@@ -79,16 +79,7 @@ OLD_VALUES: Final[dict[str, dict[str, str]]] = {
 
 
 def with_new_names(content: Any, file: str, path: str = "") -> Any:
-    """Translate JSON that an earlier version wrote.
-
-    Args:
-        content: JSON of the file; new names in it are left as they are.
-        file: A key of `OLD_NAMES`.
-        path: Dotted path of `content` in the file.
-
-    Returns:
-        The content with new names and values.
-    """
+    """Translate JSON that an earlier version wrote."""
     if not isinstance(content, Mapping):
         return OLD_VALUES.get(path, {}).get(content, content) if isinstance(content, str) else content
     names = OLD_NAMES[file]

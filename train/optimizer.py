@@ -62,15 +62,7 @@ class OptimizerConfig:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Build the optimizer and its learning-rate schedule.
-
-    Args:
-        config: The settings.
-        steps: Number of updates of the run.
-
-    Returns:
-        The transformation of clipped gradients, and the learning rate as a function of the update count.
-    """
+    """Build the optimizer and its learning-rate schedule."""
     peak, warmup = config.learning_rate, min(config.warmup_steps, steps)
     schedule = body = _SCHEDULES[config.schedule](config, steps)
     if warmup:

@@ -34,15 +34,7 @@ _STYLE: Final[dict[Any, Any]] = {
 
 
 def draw(folder: Path, out: Path) -> None:
-    """Plot the metrics of a run; a model without MoE layers gets the loss alone.
-
-    Args:
-        folder: Output directory of the run.
-        out: PNG to write.
-
-    Raises:
-        DSMoEError: without matplotlib, or without a recorded step.
-    """
+    """Plot the metrics of a run; a model without MoE layers gets the loss alone."""
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure

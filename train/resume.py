@@ -35,16 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 def identity(config: RunConfig, model: ModelConfig, **others: Any) -> dict[str, Any]:
-    """Return every setting that affects what a run learns, except its data, as JSON.
-
-    Args:
-        config: The run.
-        model: Config of the model.
-        **others: Further settings, of fine-tuning say.
-
-    Returns:
-        Values that `check_resumable` compares.
-    """
+    """Return every setting that affects what a run learns, except its data, as JSON."""
     fields = {name: value for name, value in vars(model).items() if name not in _NEUTRAL}
     fields |= {
         "num_key_value_heads": model.num_kv_heads,
@@ -60,17 +51,7 @@ def identity(config: RunConfig, model: ModelConfig, **others: Any) -> dict[str, 
 
 
 def check_resumable(folder: Path, step: int, known: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Check that a run may resume from a checkpoint.
-
-    Args:
-        folder: The checkpoints, for messages.
-        step: Step of the checkpoint.
-        known: `Job.resume_metadata` of the checkpoint.
-        now: That of this run.
-
-    Raises:
-        DSMoEError: naming every setting and input that differs.
-    """
+    """Check that a run may resume from a checkpoint."""
     if "config" not in known:
         _log.warning("%s: step %d was saved by an earlier version: comparing its data only", folder, step)
     old, new = known.get("stream", {}), now["stream"]

@@ -66,17 +66,11 @@ class StepConfig:
 
 
 class Trainable(NamedTuple):
-    """The trainable parameters, and how they combine with the frozen ones.
+    """The trainable parameters, and how they combine with the frozen ones."""
 
-    Attributes:
-        specs: Shape and axes of each trainable parameter.
-        merge_params: Function of (trainable, frozen, dropout key or None) that returns the model's parameters.
-        dropout: Dropout rate that `merge_params` applies; above 0 it needs a key.
-    """
-
-    specs: Mapping[str, ParamSpec]
-    merge_params: Callable[[Mapping[str, Array], Mapping[str, Operand], Any], Mapping[str, Operand]]
-    dropout: float = 0.0
+    specs: Mapping[str, ParamSpec]  # shape and axes of each trainable parameter
+    merge_params: Callable[[Mapping[str, Array], Mapping[str, Operand], Any], Mapping[str, Operand]]  # function of (trainable, frozen, dropout key or None) that returns the model's parameters
+    dropout: float = 0.0  # dropout rate that `merge_params` applies; above 0 it needs a key
 
     @classmethod
     def all_params(cls, config: ModelConfig) -> "Trainable":
@@ -85,55 +79,31 @@ class Trainable(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """The full training state; every leaf is in a checkpoint.
+    """The full training state; every leaf is in a checkpoint."""
 
-    Attributes:
-        step: Batches consumed so far.
-        params: Trainable parameters, fp32.
-        opt_state: State of the optax optimizer.
-        router_bias: Router biases by layer index; empty unless `bias_update_rate` is set.
-        guard: Statistics for skipping bad updates.
-    """
-
-    step: Int[Array, ""]
-    params: dict[str, Array]
-    opt_state: Any
-    router_bias: dict[str, Array]
-    guard: Guard
+    step: Int[Array, ""]  # batches consumed so far
+    params: dict[str, Array]  # trainable parameters, fp32
+    opt_state: Any  # state of the optax optimizer
+    router_bias: dict[str, Array]  # router biases by layer index; empty unless `bias_update_rate` is set
+    guard: Guard  # statistics for skipping bad updates
 
 
 class Metrics(NamedTuple):
-    """Metrics of one step; `layers` are the MoE layers in order.
+    """Metrics of one step; `layers` are the MoE layers in order."""
 
-    Attributes:
-        loss: Sum of the cross-entropy, balance, device balance and z losses.
-        cross_entropy: Mean over the targets, in nats per token.
-        balance_loss: Expert-level balance loss per layer.
-        device_balance_loss: Device-level balance loss per layer.
-        z_loss: Mean over the targets.
-        grad_norm: Global norm before clipping.
-        learning_rate: Of this update.
-        skipped: Whether the update was skipped.
-        total_skips: Updates skipped so far.
-        consecutive_skips: Updates skipped in a row.
-        expert_load: Valid tokens routed to each expert.
-        entropy: Entropy of the router scores, mean over valid tokens, in nats.
-        overflow_passes: Dispatch passes beyond the first.
-    """
-
-    loss: Float[Array, ""]
-    cross_entropy: Float[Array, ""]
-    balance_loss: Float[Array, "layers"]
-    device_balance_loss: Float[Array, "layers"]
-    z_loss: Float[Array, ""]
-    grad_norm: Float[Array, ""]
-    learning_rate: Float[Array, ""]
-    skipped: Bool[Array, ""]
-    total_skips: Int[Array, ""]
-    consecutive_skips: Int[Array, ""]
-    expert_load: Float[Array, "layers E"]
-    entropy: Float[Array, "layers"]
-    overflow_passes: Float[Array, "layers"]
+    loss: Float[Array, ""]  # sum of the cross-entropy, balance, device balance and z losses
+    cross_entropy: Float[Array, ""]  # mean over the targets, in nats per token
+    balance_loss: Float[Array, "layers"]  # expert-level balance loss per layer
+    device_balance_loss: Float[Array, "layers"]  # device-level balance loss per layer
+    z_loss: Float[Array, ""]  # mean over the targets
+    grad_norm: Float[Array, ""]  # global norm before clipping
+    learning_rate: Float[Array, ""]  # of this update
+    skipped: Bool[Array, ""]  # whether the update was skipped
+    total_skips: Int[Array, ""]  # updates skipped so far
+    consecutive_skips: Int[Array, ""]  # updates skipped in a row
+    expert_load: Float[Array, "layers E"]  # valid tokens routed to each expert
+    entropy: Float[Array, "layers"]  # entropy of the router scores, mean over valid tokens, in nats
+    overflow_passes: Float[Array, "layers"]  # dispatch passes beyond the first
 
 
 def init_state(
@@ -155,16 +125,6 @@ def state_shardings(
     """Return the sharding of every leaf of the state.
 
     Optimizer moments are sharded like their parameters; everything else is replicated.
-
-    Args:
-        config: Config of the model.
-        optimizer: The optimizer.
-        options: Settings of the step.
-        mesh: Device mesh; None for one device.
-        trainable: The trainable parameters; all by default.
-
-    Returns:
-        A state of shardings.
     """
     shardings(config, mesh)  # raises for axes that do not divide
     specs = (trainable or Trainable.all_params(config)).specs
@@ -198,21 +158,6 @@ def make_step(
     per micro-batch, then averaged (by valid tokens or sequences if padding does not count). An update is skipped if
     loss or gradient norm is not finite, or exceeds the mean of the last 128 steps by more than 6 standard deviations;
     the batch is consumed all the same.
-
-    Args:
-        config: Config of the model.
-        graph: The model's NNX graph.
-        optimizer: Transformation of the clipped gradients.
-        schedule: Learning rate by update, for the metrics.
-        options: Settings of the step.
-        max_grad_norm: Global norm that gradients are clipped to; None disables clipping.
-        mesh: Device mesh; None for one device.
-        seed: Seed of dropout.
-        trainable: The trainable parameters; all by default.
-
-    Returns:
-        A function of (state, batch, frozen parameters) that returns the new state and metrics. The input state is
-        donated.
     """
     trainable = trainable or Trainable.all_params(config)
     places = state_shardings(config, optimizer, options, mesh, trainable)
@@ -244,17 +189,7 @@ def make_step(
 def make_eval_step(
     config: ModelConfig, graph: Any, options: StepConfig, trainable: Trainable | None = None
 ) -> Callable[..., tuple[Array, Array]]:
-    """Compile the evaluation step.
-
-    Args:
-        config: Config of the model.
-        graph: The model's NNX graph.
-        options: Settings of the step.
-        trainable: The trainable parameters; all by default.
-
-    Returns:
-        A function of (params, router_bias, batch, frozen) that returns summed cross-entropy and target count.
-    """
+    """Compile the evaluation step."""
     trainable = trainable or Trainable.all_params(config)
 
     def evaluate(

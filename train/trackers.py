@@ -18,21 +18,13 @@ _log = logging.getLogger(__name__)
 
 
 class Run(NamedTuple):
-    """What trackers need to know of the run.
+    """What trackers need to know of the run."""
 
-    Attributes:
-        folder: Output directory.
-        info: Size of model, batch and devices, in the first record.
-        steps: Total steps of the run.
-        log_interval: Steps between console lines.
-        resumed_from: Step of the checkpoint resumed from; 0 for a new run.
-    """
-
-    folder: Path
-    info: dict[str, Any]
-    steps: int
-    log_interval: int
-    resumed_from: int
+    folder: Path  # output directory
+    info: dict[str, Any]  # size of model, batch and devices, in the first record
+    steps: int  # total steps of the run
+    log_interval: int  # steps between console lines
+    resumed_from: int  # step of the checkpoint resumed from; 0 for a new run
 
 
 class Tracker(Protocol):

@@ -36,18 +36,7 @@ class Packing(abc.ABC):
     def __init__(
         self, data: TokenShards, *, sequence_length: int, seed: int, packing: str | None = None, dataset: int = 0
     ):
-        """Pack a dataset.
-
-        Args:
-            data: The token shards of one split.
-            sequence_length: Tokens per sequence.
-            seed: Seed of all shuffles, at least 0.
-            packing: One of `CHOICES`; the first by default.
-            dataset: Index of the dataset in its mixture; it keys the shuffles.
-
-        Raises:
-            DSMoEError: An argument is out of range, or the dataset is empty.
-        """
+        """Pack a dataset."""
         packing = packing or self.CHOICES[0]
         self.check(data, sequence_length=sequence_length, packing=packing)
         if not len(data):

@@ -121,11 +121,7 @@ class TokenShards:
         return len(self.lengths)
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return token ids `start` to `stop` of a document, a view of the file.
-
-        Raises:
-            DSMoEError: An id is beyond the vocabulary.
-        """
+        """Return token ids `start` to `stop` of a document, a view of the file."""
         shard = int(np.searchsorted(self._first, document, side="right")) - 1
         begin = int(self._offsets[shard][document - self._first[shard]])
         stop = int(self.lengths[document]) if stop is None else stop

@@ -92,11 +92,7 @@ def stack(sequences: Sequence[np.ndarray]) -> Batch:
 
 
 def local_indices(batch_size: int, process_index: int, process_count: int) -> range:
-    """Return which sequences of every batch this process reads.
-
-    Raises:
-        DSMoEError: The batch does not divide over the processes.
-    """
+    """Return which sequences of every batch this process reads."""
     if batch_size < 1:
         raise DSMoEError(f"batch_size must be at least 1, got {batch_size}")
     if not 0 <= process_index < process_count:

@@ -137,15 +137,7 @@ def tokenize(
 
 
 class ShardWriter:
-    """Writes documents or examples as token shards; see `tokenize` for the arguments.
-
-    Attributes:
-        sources: The sources to read.
-        exclude: What to leave out of them.
-        tokenizer: The tokenizer.
-        eos: Its EOS id.
-        fields: Further fields of the manifest.
-    """
+    """Writes documents or examples as token shards; see `tokenize` for the arguments."""
 
     def __init__(
         self,

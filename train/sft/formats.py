@@ -101,18 +101,7 @@ class Format(NamedTuple):
 
 
 def parse_record(fields: Fields, format: str = AUTO) -> Record:
-    """Parse a record; refuse fields that are input of the model but not read.
-
-    Args:
-        fields: The record. `ignored_fields` lists what is neither read nor refused.
-        format: A key of `FORMATS`, or "auto": detected from the fields.
-
-    Returns:
-        The conversation, completion or tokens.
-
-    Raises:
-        DSMoEError: The record is malformed or unsupported.
-    """
+    """Parse a record; refuse fields that are input of the model but not read."""
     for field, value in fields.items():
         if (why := _UNSUPPORTED.get(_plain(field))) and not _is_blank(value):
             raise DSMoEError(f"has {field!r}: {why}")

@@ -66,18 +66,6 @@ def tokenize_record(record: Record, tokenizer: Tokenizer, template: Template, tr
     """Tokenize a record and mark the tokens with loss.
 
     Turns after the last one with loss are omitted. The first token never has a loss: nothing precedes it.
-
-    Args:
-        record: What `parse_record` returned.
-        tokenizer: The tokenizer.
-        template: What `open_template` returned; renders conversations.
-        train_on: "all": every assistant turn (or run of labels); "last": the last one.
-
-    Returns:
-        The example.
-
-    Raises:
-        DSMoEError: The template cannot render the record, or no token has a loss.
     """
     match record:
         case Conversation():
@@ -175,7 +163,4 @@ def _with_bos(text: str, tokenizer: Tokenizer) -> list[int]:
     return bos + tokenizer.encode(text, add_special_tokens=False)
 
 
-TEMPLATES: Final[dict[str, Template]] = {
-    "chat": _chat,
-    "deepseek-instruct": _deepseek_instruct,
-}
+TEMPLATES: Final[dict[str, Template]] = {"chat": _chat, "deepseek-instruct": _deepseek_instruct}
