@@ -71,7 +71,7 @@ def test_shards_of_version_0_1_resume(tmp_path: Path, monkeypatch: pytest.Monkey
 
     corpus = prepare(RunConfig(output_dir="run", data=data), tiny(vocab_size=VOCABULARY), Path("run"), resuming=True)
 
-    digests = corpus.identity["datasets"][0], corpus.inputs["validation"][0]
+    digests = corpus.stream.identity["datasets"][0], corpus.inputs["validation"][0]
     assert digests == recorded(Path("run/checkpoints/step-00000002"))
     assert {name: data for name, data in snapshot(Path("run/data")).items() if ".verified" not in name} == before
 

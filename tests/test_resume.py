@@ -310,11 +310,11 @@ def test_a_template_is_known_by_its_content(home: Path, base: Path, tmp_path: Pa
     one = finetune(home, base, tmp_path, files=(str(chats),), template=str(template), val_fraction=0.0)
     model = one.model_config()
 
-    first = open_examples(one, model, tmp_path).train
+    first = open_examples(one, model, tmp_path)[1]
     template.write_text(template.read_text().replace("content", "content | upper"))
-    edited = open_examples(one, model, tmp_path).train
+    edited = open_examples(one, model, tmp_path)[1]
     os.utime(chats, (1, 1))
-    touched = open_examples(one, model, tmp_path).train
+    touched = open_examples(one, model, tmp_path)[1]
 
     assert first.digest != edited.digest
     assert edited.folder == touched.folder

@@ -22,10 +22,7 @@ _OPTIONS = (tyro.conf.AvoidSubcommands,)  # an optional group is as in the recip
 
 
 def parse(recipe: Config, flags: Sequence[str], *, prog: str) -> Config:
-    """Override fields of a recipe with flags: `--steps 10 --data.batch-size 16`.
-
-    `--help` prints all flags and exits.
-    """
+    """Override fields of a recipe with flags, `--steps 10 --data.batch-size 16`; errors are one line."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -37,7 +34,7 @@ def parse(recipe: Config, flags: Sequence[str], *, prog: str) -> Config:
 
 
 def parse_finetuning(checkpoint: str, flags: Sequence[str]) -> tuple[FinetuneConfig, int]:
-    """Parse the flags of `dsmoe finetune CHECKPOINT`.
+    """Parse the flags of `dsmoe finetune CHECKPOINT`; return the config and the number of examples to `--show`.
 
     `--recipe NAME` sets the defaults of the other flags; `--lora`, or any flag of that group, enables adapters.
     """

@@ -38,20 +38,20 @@ _log = logging.getLogger(__name__)
 class Job(NamedTuple):
     """A training run once its data is ready."""
 
-    model: ModelConfig  # config of the model
-    corpus: Corpus  # training and validation data
-    steps: int  # total steps, earlier starts included
-    trainable: Trainable  # the trainable parameters
-    load_frozen: Callable[[Mesh | None], Mapping[str, Operand]]  # loads the frozen parameters onto a mesh, in their storage dtype
-    init_params: Callable[[Mesh | None, Mapping[str, Operand]], Mapping[str, Array]]  # makes the initial trainable parameters, fp32, from mesh and frozen parameters
-    result: str  # name of the result in the output directory
-    save: Callable[[Path, Mapping[str, Array]], None]  # writes the result; collective over all processes
-    resume_metadata: Mapping[str, Any]  # what a run must have in common with the checkpoint it resumes from, as JSON
-    keep_best: bool = False  # whether the result with the lowest validation loss is saved too
+    model: ModelConfig
+    corpus: Corpus
+    steps: int  # in total, earlier starts included
+    trainable: Trainable
+    load_frozen: Callable[[Mesh | None], Mapping[str, Operand]]  # onto a mesh, in their storage dtype
+    init_params: Callable[[Mesh | None, Mapping[str, Operand]], Mapping[str, Array]]  # fp32, from the frozen ones
+    result: str  # name in the output directory
+    save: Callable[[Path, Mapping[str, Array]], None]  # writes the result; collective
+    resume_metadata: Mapping[str, Any]  # JSON that must match to resume from a checkpoint
+    keep_best: bool = False  # also save the result with the lowest validation loss
 
 
 def pretraining(config: RunConfig, output_dir: Path, *, resuming: bool = False) -> Job:
-    """Set up the training of all parameters on text."""
+    """Set up pretraining; `resuming` refuses changed data."""
     model, init_from = config.model_config(), None
     with collective_errors():
         if config.init_from is not None:
@@ -79,15 +79,12 @@ def pretraining(config: RunConfig, output_dir: Path, *, resuming: bool = False) 
 
 def resume_metadata(config: RunConfig, model: ModelConfig, corpus: Corpus, **others: Any) -> dict[str, Any]:
     """Return settings (including `others`), data stream and input hashes."""
-    settings = identity(config, model, **others)
-    return {"config": settings, "stream": corpus.identity, "inputs": dict(corpus.inputs)}
+    stream, inputs = corpus.stream.identity, dict(corpus.inputs)
+    return {"config": identity(config, model, **others), "stream": stream, "inputs": inputs}
 
 
 def with_token_ids(model: ModelConfig, corpus: Corpus) -> ModelConfig:
-    """Return the config with the special token ids of the run's tokenizer.
-
-    Ids outside the vocabulary become None.
-    """
+    """Return the config with the special token ids of the run's tokenizer, None for ids outside the vocabulary."""
     tokenizer = None if corpus.tokenizer is None else Tokenizer.from_pretrained(corpus.tokenizer)
     # Without a tokenizer, token shards still record the EOS id.
     known = tokenizer or SpecialTokenIds(None, corpus.eos_token_id)

@@ -68,9 +68,10 @@ class StepConfig:
 class Trainable(NamedTuple):
     """The trainable parameters, and how they combine with the frozen ones."""
 
-    specs: Mapping[str, ParamSpec]  # shape and axes of each trainable parameter
-    merge_params: Callable[[Mapping[str, Array], Mapping[str, Operand], Any], Mapping[str, Operand]]  # function of (trainable, frozen, dropout key or None) that returns the model's parameters
-    dropout: float = 0.0  # dropout rate that `merge_params` applies; above 0 it needs a key
+    specs: Mapping[str, ParamSpec]
+    # Returns the model's parameters from (trainable, frozen, dropout key or None).
+    merge_params: Callable[[Mapping[str, Array], Mapping[str, Operand], Any], Mapping[str, Operand]]
+    dropout: float = 0.0  # rate that `merge_params` applies; above 0 it needs a key
 
     @classmethod
     def all_params(cls, config: ModelConfig) -> "Trainable":
@@ -83,9 +84,9 @@ class TrainState(NamedTuple):
 
     step: Int[Array, ""]  # batches consumed so far
     params: dict[str, Array]  # trainable parameters, fp32
-    opt_state: Any  # state of the optax optimizer
+    opt_state: Any  # of the optax optimizer
     router_bias: dict[str, Array]  # router biases by layer index; empty unless `bias_update_rate` is set
-    guard: Guard  # statistics for skipping bad updates
+    guard: Guard
 
 
 class Metrics(NamedTuple):
@@ -93,14 +94,14 @@ class Metrics(NamedTuple):
 
     loss: Float[Array, ""]  # sum of the cross-entropy, balance, device balance and z losses
     cross_entropy: Float[Array, ""]  # mean over the targets, in nats per token
-    balance_loss: Float[Array, "layers"]  # expert-level balance loss per layer
-    device_balance_loss: Float[Array, "layers"]  # device-level balance loss per layer
+    balance_loss: Float[Array, "layers"]
+    device_balance_loss: Float[Array, "layers"]
     z_loss: Float[Array, ""]  # mean over the targets
     grad_norm: Float[Array, ""]  # global norm before clipping
-    learning_rate: Float[Array, ""]  # of this update
+    learning_rate: Float[Array, ""]
     skipped: Bool[Array, ""]  # whether the update was skipped
-    total_skips: Int[Array, ""]  # updates skipped so far
-    consecutive_skips: Int[Array, ""]  # updates skipped in a row
+    total_skips: Int[Array, ""]
+    consecutive_skips: Int[Array, ""]
     expert_load: Float[Array, "layers E"]  # valid tokens routed to each expert
     entropy: Float[Array, "layers"]  # entropy of the router scores, mean over valid tokens, in nats
     overflow_passes: Float[Array, "layers"]  # dispatch passes beyond the first
@@ -122,10 +123,7 @@ def state_shardings(
     mesh: Mesh | None,
     trainable: Trainable | None = None,
 ) -> TrainState:
-    """Return the sharding of every leaf of the state.
-
-    Optimizer moments are sharded like their parameters; everything else is replicated.
-    """
+    """Return the sharding of every leaf: optimizer moments as their parameters, everything else replicated."""
     shardings(config, mesh)  # raises for axes that do not divide
     specs = (trainable or Trainable.all_params(config)).specs
     places = {name: sharding(name, spec.shape, spec.axes, mesh) for name, spec in specs.items()}
@@ -154,10 +152,9 @@ def make_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Compile the training step; call it under `jax.set_mesh(mesh)`.
 
-    The mean cross-entropy is over all targets of the batch, whatever the number of micro-batches; balance losses are
-    per micro-batch, then averaged (by valid tokens or sequences if padding does not count). An update is skipped if
-    loss or gradient norm is not finite, or exceeds the mean of the last 128 steps by more than 6 standard deviations;
-    the batch is consumed all the same.
+    The step maps (state, batch, frozen parameters) to the new state and metrics, and donates the state. Cross-entropy
+    is averaged over the targets of the batch, balance losses per micro-batch (weighted by valid tokens or sequences if
+    padding does not count). `Guard` skips bad updates but not their batches.
     """
     trainable = trainable or Trainable.all_params(config)
     places = state_shardings(config, optimizer, options, mesh, trainable)
@@ -174,7 +171,7 @@ def make_step(
         guard = state.guard.updated(report.loss, norm, good)
         metrics = report._replace(
             grad_norm=norm,
-            learning_rate=jnp.asarray(schedule(_updates(state)), jnp.float32),
+            learning_rate=jnp.asarray(schedule(state.step - state.guard.total_skips), jnp.float32),
             skipped=~good,
             total_skips=guard.total_skips,
             consecutive_skips=guard.consecutive_skips,
@@ -189,19 +186,13 @@ def make_step(
 def make_eval_step(
     config: ModelConfig, graph: Any, options: StepConfig, trainable: Trainable | None = None
 ) -> Callable[..., tuple[Array, Array]]:
-    """Compile the evaluation step."""
+    """Compile the evaluation step, which returns summed cross-entropy and number of targets."""
     trainable = trainable or Trainable.all_params(config)
 
-    def evaluate(
-        params: dict[str, Array],
-        router_bias: dict[str, Array],
-        batch: Batch,
-        frozen: Mapping[str, Operand] = _NO_PARAMS,
-    ) -> tuple[Array, Array]:
+    def evaluate(params: Any, router_bias: Any, batch: Batch, frozen: Any = _NO_PARAMS) -> tuple[Array, Array]:
         hidden, head = _hidden(graph, trainable.merge_params(params, frozen, None), router_bias, batch, options, None)
-        return chunked_cross_entropy(hidden.last_hidden_state, head, batch.labels).cross_entropy, (
-            batch.labels != IGNORED
-        ).sum()
+        sums = chunked_cross_entropy(hidden.last_hidden_state, head, batch.labels)
+        return sums.cross_entropy, (batch.labels != IGNORED).sum()
 
     return jax.jit(evaluate)
 
@@ -239,11 +230,8 @@ def _gradients(
         by_token = 1 / parts if counted is None else valid.sum() / tokens
         by_sequence = 1 / parts if counted is None else valid.any(axis=1).sum() / sequences
         balance = balance_loss(config, hidden.routing, counted) if config.aux_loss_alpha else {}
-        device = (
-            device_balance_loss(hidden.routing, options.device_balance_groups, options.device_balance_alpha, counted)
-            if options.device_balance_alpha
-            else {}
-        )
+        groups, alpha = options.device_balance_groups, options.device_balance_alpha
+        device = device_balance_loss(hidden.routing, groups, alpha, counted) if alpha else {}
         balance = {i: one * (by_sequence if config.seq_aux else by_token) for i, one in balance.items()}
         device = {i: one * by_token for i, one in device.items()}
         loss = sums.total / targets + sum((*balance.values(), *device.values()))
@@ -345,20 +333,16 @@ def _stack(layers: Sequence[Any], *shape: int) -> Array:
 
 
 def _load(routed: Routing, valid: Bool[Array, "B T"]) -> Float[Array, "E"]:
+    """Count the valid tokens of each expert."""
     experts = jnp.arange(routed.scores.shape[-1])
     ids = jnp.where(valid[:, :, None], routed.ids, -1)  # padding is not routed
     return (ids.reshape(-1, 1) == experts[None, :]).sum(axis=0, dtype=jnp.float32)
 
 
 def _entropy(scores: Float[Array, "B T E"], valid: Bool[Array, "B T"]) -> Float[Array, ""]:
-    """Sum over valid tokens."""
+    """Return the entropy of the router scores, summed over valid tokens."""
     entropy = -(scores * jnp.log(jnp.maximum(scores, 1e-30))).sum(axis=-1)
     return jnp.where(valid, entropy, 0).sum()
-
-
-def _updates(state: TrainState) -> Int[Array, ""]:
-    """Return the number of updates applied, which the schedule is a function of."""
-    return state.step - state.guard.total_skips
 
 
 def _updated_bias(bias: dict[str, Array], load: Float[Array, "layers E"], rate: float) -> dict[str, Array]:
