@@ -51,7 +51,7 @@ from .step import Trainable
 
 ADAPTER: Final = "adapter"  # in the output directory
 _EXAMPLES: Final = "examples"
-_NOT_TOKENIZATION: Final = ("files", "tokenizer", "batch_size", "packing", "prefetch")  # of `ExamplesConfig`
+_NOT_WRITER_OPTIONS: Final = ("files", "tokenizer", "batch_size", "packing", "prefetch")
 _log = logging.getLogger(__name__)
 
 
@@ -252,7 +252,7 @@ def open_examples(
 
 def _write_examples(data: ExamplesConfig, tokenizer: Path, output_dir: Path) -> None:
     """Tokenize the examples into a folder named after the hash of their inputs."""
-    options = {name: value for name, value in vars(data).items() if name not in _NOT_TOKENIZATION}
+    options = {name: value for name, value in vars(data).items() if name not in _NOT_WRITER_OPTIONS}
     made_by = {f"data.{name}": value for name, value in options.items()}
     made_by |= {"data.template": template_hash(data.template), "data.tokenizer": tokenizer_hash(tokenizer)}
     hashes = {source: file_hashes(source, output_dir) for source in data.files}

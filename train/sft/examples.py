@@ -15,7 +15,7 @@ class Example(NamedTuple):
     """One training example."""
 
     tokens: np.ndarray  # int32 [tokens], token ids
-    loss_mask: np.ndarray  # bool [tokens], whether the token is predicted (is a label) in the loss
+    loss_mask: np.ndarray  # bool [tokens], whether the token is a label
 
 
 class Examples(TokenShards):
