@@ -79,7 +79,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientT
 
 def clip_by_global_norm(grads: Mapping[str, Array], max_norm: float | None) -> tuple[dict[str, Array], Array]:
     """Clip gradients to a global norm; also return the norm before clipping."""
-    # Row by row: on CPU a sum over a whole array runs on one core.
+    # Per row, because XLA:CPU sums an array on one core.
     rows = [jnp.einsum("...i,...i->...", grad, grad, precision="highest") for grad in grads.values()]
     norm = jnp.sqrt(sum((row.sum() for row in rows), jnp.zeros((), jnp.float32)))
     if max_norm is None:

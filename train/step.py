@@ -226,7 +226,7 @@ def _gradients(
         sums = chunked_cross_entropy(hidden.last_hidden_state, head, micro.labels, z_loss=options.z_loss)
         valid = micro.segment_ids > 0
         counted = None if options.count_padding else valid
-        # A micro-batch's share of the means over the whole batch.
+        # Weights of the micro-batch in the means over the batch.
         by_token = 1 / parts if counted is None else valid.sum() / tokens
         by_sequence = 1 / parts if counted is None else valid.any(axis=1).sum() / sequences
         balance = balance_loss(config, hidden.routing, counted) if config.aux_loss_alpha else {}

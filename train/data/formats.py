@@ -87,7 +87,7 @@ def _read_zstd(path: Path, field: str | None) -> Iterator[Entry]:
 
 
 def _read_parquet(path: Path, field: str | None) -> Iterator[Entry]:
-    """Read a column of texts, or whole rows."""
+    """Read a column of texts, or all columns of each row."""
     parquet = importlib.import_module("pyarrow.parquet")
     size, row = path.stat().st_size, 0
     with parquet.ParquetFile(path) as file:

@@ -14,7 +14,7 @@ from ..loss import IGNORED
 from .shards import TokenShards
 from .shuffle import shuffled
 
-DOCUMENTS, SEQUENCES = 0, 1  # shuffle keys: what is shuffled
+DOCUMENTS, SEQUENCES = 0, 1  # shuffle keys
 Builder = Callable[[int], np.ndarray]
 
 

@@ -235,17 +235,17 @@ class _Walk:
     def below(self, folder: Path, above: Set[Any]) -> None:
         """Add all files below a folder, sorted by path; `above` has the identities of its parents."""
         found: list[Path] = []
-        visited = {_identity(folder)}
+        seen = {_identity(folder)}
         for home, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
             here = []
             for name in sorted(folders):
                 path = Path(home) / name
                 if name.startswith(".") or self.leaves_out([path]):
                     continue
-                if (identity := _identity(path)) in visited or identity in above:
+                if (identity := _identity(path)) in seen or identity in above:
                     self._leave_out("links to a parent folder or one already read", path)
                 else:
-                    visited.add(identity)
+                    seen.add(identity)
                     here.append(name)
             folders[:] = here
             found += [Path(home) / name for name in names if not name.startswith(".")]

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from dsmoe_jax.errors import DSMoEError
@@ -11,7 +12,7 @@ from dsmoe_jax.text.chat_template import ROLES
 
 AUTO: Final = "auto"
 _IGNORED: Final = -100  # label without loss, as in Hugging Face
-_ROLES: Final = {role: role for role in (*ROLES, "tool")}
+_OPENAI: Final = ("role", "content", {role: role for role in (*ROLES, "tool")})
 _SHAREGPT: Final = {
     "system": "system",
     "human": "user",
@@ -198,24 +199,16 @@ def _history(fields: Fields) -> list[tuple[Message, Message]]:
     history = fields.get("history")
     if _is_blank(history):
         return []
-    pairs = history if isinstance(history, list) else [None]
+    pairs: Any = history if isinstance(history, list) else [None]
     if not all(isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in pairs):
         raise DSMoEError("must have a list of pairs of strings as 'history'")
     return [(_message("user", prompt), _message("assistant", response)) for prompt, response in pairs]
 
 
-def _messages(fields: Fields) -> Conversation:
-    return _conversation(fields, "messages", "role", "content", _ROLES)
-
-
-def _sharegpt(fields: Fields) -> Conversation:
-    return _conversation(fields, "conversations", "from", "value", _SHAREGPT)
-
-
 def _completion(fields: Fields) -> Record:
     prompt, completion = fields["prompt"], fields["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):  # messages, as in TRL
-        before, after = (_turns(fields, name, "role", "content", _ROLES) for name in ("prompt", "completion"))
+        before, after = (_turns(fields, name) for name in ("prompt", "completion"))
         turns = [*((message, False) for message, _ in before), *after]
         return _with_mask(turns, [message for message, _ in turns], fields)
     for name in ("tools", "documents"):
@@ -272,8 +265,8 @@ def _valid(fields: Fields, ids: list[int], loss_mask: list[bool]) -> slice:
     return slice(first, last)
 
 
-def _conversation(fields: Fields, field: str, who: str, what: str, roles: Mapping[str, str]) -> Conversation:
-    turns = _turns(fields, field, who, what, roles)
+def _conversation(field: str, fields: Fields) -> Conversation:
+    turns = _turns(fields, field)
     if all(message["role"] != "assistant" for message, _ in turns):
         raise DSMoEError(f"has no assistant turn in {field!r}")
     return _with_mask(turns, _with_system(fields, [message for message, _ in turns]), fields)
@@ -285,22 +278,23 @@ def _with_mask(turns: list[tuple[Message, bool]], messages: list[Message], field
     return Conversation(messages, _objects(fields, "tools"), _objects(fields, "documents"), () if all(mask) else mask)
 
 
-def _turns(fields: Fields, field: str, who: str, what: str, roles: Mapping[str, str]) -> list[tuple[Message, bool]]:
+def _turns(fields: Fields, field: str) -> list[tuple[Message, bool]]:
     """Return each message, and whether it may have a loss."""
     if not isinstance(turns := fields[field], list):
         raise DSMoEError(f"must have a list as {field!r}, got {type(turns).__name__}")
-    return [_turn(number, turn, field, who, what, roles) for number, turn in enumerate(turns)]
+    return [_turn(number, turn, field) for number, turn in enumerate(turns)]
 
 
-def _turn(number: int, turn: Any, field: str, who: str, what: str, roles: Mapping[str, str]) -> tuple[Message, bool]:
+def _turn(number: int, turn: Any, field: str) -> tuple[Message, bool]:
     """Return the message without metadata, and whether it has a loss."""
+    role_key, content_key, roles = ("from", "value", _SHAREGPT) if field == "conversations" else _OPENAI
     where = f"turn {number} of {field!r}"
     extra = {} if not isinstance(turn, Mapping) else {k: v for k, v in turn.items() if not _is_blank(v)}
     calls = "tool_calls" in extra or "function_call" in extra
-    if not isinstance(turn, Mapping) or who not in turn or (what not in turn and not calls):
-        raise DSMoEError(f"must have {who!r} and {what!r} in {where}")
-    if (role := roles.get(str(turn[who]))) is None:
-        raise DSMoEError(f"must have turns from {', '.join(roles)}, got {turn[who]!r:.80} in turn {number}")
+    if not isinstance(turn, Mapping) or role_key not in turn or (content_key not in turn and not calls):
+        raise DSMoEError(f"must have {role_key!r} and {content_key!r} in {where}")
+    if (role := roles.get(str(turn[role_key]))) is None:
+        raise DSMoEError(f"must have turns from {', '.join(roles)}, got {turn[role_key]!r:.80} in turn {number}")
     has_loss = True
     for name in _LOSS_FIELDS:
         if (mark := turn.get(name)) is None:
@@ -308,20 +302,21 @@ def _turn(number: int, turn: Any, field: str, who: str, what: str, roles: Mappin
         if mark not in (0, 1):
             raise DSMoEError(f"has {name} {mark!r:.80} in {where}; it must be true, false, 1 or 0")
         if mark and role != "assistant":
-            sender = f"which is from {turn[who]!r}; only assistant turns have a loss"
+            sender = f"which is from {turn[role_key]!r}; only assistant turns have a loss"
             raise DSMoEError(f"has {name} {mark!r} in {where}, {sender}")
         has_loss = has_loss and bool(mark)
-    extra = {name: value for name, value in extra.items() if name not in (who, what, *_LOSS_FIELDS, *_TURN_METADATA)}
+    known = (role_key, content_key, *_LOSS_FIELDS, *_TURN_METADATA)
+    extra = {name: value for name, value in extra.items() if name not in known}
     if clash := [name for name in ("role", "content") if name in extra]:
-        raise DSMoEError(f"has both {clash[0]!r} and {what!r} in {where}")
-    if turn[who] == "function_call":
-        message = {"role": role, "content": None, "tool_calls": _calls(turn[what], where)}
-    elif calls and turn.get(what) is None:
+        raise DSMoEError(f"has both {clash[0]!r} and {content_key!r} in {where}")
+    if turn[role_key] == "function_call":
+        message = {"role": role, "content": None, "tool_calls": _calls(turn[content_key], where)}
+    elif calls and turn.get(content_key) is None:
         message = {"role": role, "content": None}
     else:
-        content = turn[what] if not isinstance(turn[what], list) else _joined(turn[what], where)
+        content = turn[content_key] if not isinstance(turn[content_key], list) else _joined(turn[content_key], where)
         filled = role == "assistant" and has_loss and not calls
-        message = _message(role, (_filled if filled else _text)({what: content}, what))
+        message = _message(role, (_filled if filled else _text)({content_key: content}, content_key))
     return message | extra, has_loss
 
 
@@ -389,6 +384,7 @@ def _filled(fields: Fields, name: str) -> str:
 
 _TOKEN_MASKS: Final = ("loss_mask", "completion_mask", "assistant_masks", "assistant_mask")  # 1 where there is a loss
 _PADDING: Final = ("attention_mask", "position_ids", "token_type_ids")
+_messages, _sharegpt = partial(_conversation, "messages"), partial(_conversation, "conversations")
 # fmt: off
 FORMATS: Final[dict[str, Format]] = {
     "instruction": Format(("instruction", "output"), _instruction, ("input", "history", "tools", *_SYSTEM)),
