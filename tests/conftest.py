@@ -8,7 +8,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Before jax starts. The suite compiles thousands of small programs and runs each once or twice, so on CPU it does
 # without LLVM optimization (a third of its time) and, where jaxlib has both, without XLA's newer emitters (three
@@ -84,3 +84,18 @@ def tokenizer(tokenizer_folder: Path) -> "Tokenizer":
     from dsmoe_jax.text.tokenizer import Tokenizer
 
     return Tokenizer.from_pretrained(tokenizer_folder)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Run all tests of a file in one worker: they share models, runs and compiled programs."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the files that take longest, so that workers finish at the same time."""
+    heavy = {item.path for item in items if item.get_closest_marker("heavy")}
+    items.sort(key=lambda item: item.path not in heavy)

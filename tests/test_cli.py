@@ -25,6 +25,7 @@ from dsmoe_jax.convert import import_hf
 from dsmoe_jax.generate import Chat, Generator
 from dsmoe_jax.info import describe
 from dsmoe_jax.model import _forward, abstract, split
+from dsmoe_jax.train.data import sources
 from tests.helpers.command import run
 from tests.helpers.hf_folder import make_tokenizer, random_params, snapshot, tiny, write_hf
 
@@ -112,7 +113,10 @@ def test_chat_ends_on_quit_and_ctrl_c(monkeypatch: pytest.MonkeyPatch, native: P
     assert got == code
 
 
-def test_demo_keeps_its_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_demo_keeps_its_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    library = sources._stdlib()
+    monkeypatch.setattr(sources, "_stdlib", lambda: library[::4])
+
     code = run("demo", "--out", tmp_path / "demo", "--steps", 3)
 
     out, _ = capsys.readouterr()
@@ -339,6 +343,7 @@ def test_unknown_name_is_an_attribute_error():
         dsmoe_jax.DeepSeekMoe  # noqa: B018
 
 
+@pytest.mark.slow
 def test_forward_of_the_16b_compiles_in_a_minute():
     graph, specs = abstract(ModelConfig.preset("deepseek_moe_16b"))
     params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16) for name, spec in specs.items()}

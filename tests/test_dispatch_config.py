@@ -10,6 +10,7 @@ import pytest
 
 from dsmoe_jax.cli import main
 from dsmoe_jax.kernels.expert_ffn import BACKENDS, Backend
+from dsmoe_jax.layers import token_dispatcher
 from dsmoe_jax.layers.token_dispatcher import DispatchConfig
 from dsmoe_jax.model import abstract, assemble, merge, split
 from dsmoe_jax.text.train_tokenizer import train_tokenizer

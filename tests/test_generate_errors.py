@@ -52,7 +52,10 @@ def test_config_eos_outside_the_vocabulary_is_warned_of(caplog: pytest.LogCaptur
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"eos_token_id": "x"}, "generation_config.json: eos_token_id must be an int or a list of ints, got 'x'"),
+        (
+            {"eos_token_id": "x"},
+            "generation_config.json: eos_token_id must be a token id or a list of token ids, got 'x'",
+        ),
         ({"stop_strings": [1]}, r"generation_config.json: stop_strings must be .*, got \[1\]"),
         ({"stop_strings": ""}, "generation_config.json: stop_strings must be .*, got ''"),
     ],

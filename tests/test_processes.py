@@ -141,7 +141,7 @@ def test_damage_that_one_process_finds_is_known_to_all(seen: list[dict[str, str]
 
 
 @pytest.mark.parametrize(
-    ("scenario", "named"), {"no model": "", "no base": "", "no tokenizer": "holds no tokenizer"}.items()
+    ("scenario", "named"), {"no model": "", "no base": "", "no tokenizer": "no tokenizer found"}.items()
 )
 def test_what_one_process_cannot_find_ends_all(seen: list[dict[str, str]], scenario: str, named: str):
     outcomes = [process[scenario] for process in seen]
@@ -152,4 +152,4 @@ def test_what_one_process_cannot_find_ends_all(seen: list[dict[str, str]], scena
 
 
 def test_no_process_waits_for_data_that_are_not_there(seen: list[dict[str, str]]):
-    assert all(process["no data"].startswith("ValueError: ") for process in seen)
+    assert all(process["no data"].startswith("DSMoEError: ") for process in seen)

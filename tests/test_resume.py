@@ -196,7 +196,7 @@ def test_a_damaged_tokenizer_of_the_run_is_refused(home: Path, tmp_path: Path):
     file = tmp_path / "tokenizer" / "tokenizer.json"
     file.write_text(file.read_text().replace('"alpha"', '"alphb"'))
 
-    with pytest.raises(ValueError, match=r"tokenizer: damaged: SHA-256 mismatch; remove it to have it made ag"):
+    with pytest.raises(ValueError, match=r"tokenizer: damaged: SHA-256 mismatch; remove it to rebuild it"):
         prepared(home, tmp_path)
 
     shutil.rmtree(file.parent)

@@ -271,7 +271,7 @@ def test_bad_arguments_give_one_line_and_leave_nothing(tmp_path: Path, tokenizer
         (tmp_path / "done", tokenizer_folder, {}, "done: holds token shards, already tokenized"),
         ([path, tmp_path / "nowhere"], tokenizer_folder, {}, "nowhere: does not exist"),
         (empty, tokenizer_folder, {}, "empty: no files"),
-        (path, empty, {}, "no tokenizer in"),
+        (path, empty, {}, "no tokenizer; looked for"),
         (path, no_eos, {}, "has no EOS token"),
         (path, tokenizer_folder, {"field": "body"}, "5 of 5 lines are malformed"),
     )

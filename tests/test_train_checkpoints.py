@@ -154,7 +154,7 @@ def test_the_newest_intact_checkpoint_is_found(
     found = checkpoints.newest()
 
     assert found == (10, METADATA)
-    assert "step-00000020: " in caplog.text
+    assert "step-00000020" in caplog.text
     assert message in caplog.text
     same(checkpoints.restore(10, like()), state)
 
@@ -201,7 +201,7 @@ def test_background_errors_are_raised_by_the_next_call(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dsmoe_jax.train.checkpoints.write_json", full)
+    monkeypatch.setattr("dsmoe_jax.train.checkpoints.write_manifest", full)
     checkpoints.save(2, state, METADATA)
 
     with pytest.raises(OSError, match="No space left"):

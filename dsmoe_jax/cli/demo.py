@@ -91,9 +91,10 @@ def _train(config, plot: Path) -> Path:
     result = train(config)
     records = [record for record in read_records(config.output_dir) if "loss" in record]
     first, last = records[0], records[-1]
+    validation = "" if result.eval_loss is None else f", eval/loss {result.eval_loss:.2f}"
     print_status(
         f"Trained {result.steps} steps in {time.perf_counter() - started:.0f} s: loss {first['loss']:.2f} to "
-        f"{last['loss']:.2f}, eval/loss {result.eval_loss:.2f}"
+        f"{last['loss']:.2f}{validation}"
     )
     busiest, unused = last["load_imbalance"], last["unused_experts"]
     print_status(f"  Expert load: max/mean {busiest:.1f}, {unused} unused")

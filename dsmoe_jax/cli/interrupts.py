@@ -1,6 +1,5 @@
 """Ctrl-C: `KeyboardInterrupt` where it can end a command cleanly."""
 
-import _thread
 import contextlib
 import signal
 import sys
@@ -49,6 +48,7 @@ def interrupts() -> Iterator[threading.Event]:
 
 
 def _interrupt_soon() -> None:
-    timer = threading.Timer(0.1, _thread.interrupt_main)
+    # A signal, not `_thread.interrupt_main`, which does not end a system call.
+    timer = threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
     timer.daemon = True
     timer.start()
