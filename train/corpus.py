@@ -76,8 +76,7 @@ def prepare(config: RunConfig, model_config: ModelConfig, out: Path, *, resuming
             raise DSMoEError(f"{tokenizer}: no tokenizer found")
         folders = [Path(s) if is_token_shards(s) else out / _SHARDS / f"{i:02}" for i, s in enumerate(data.sources)]
     texts = {folder: source for source, folder in zip(data.sources, folders, strict=True) if folder != Path(source)}
-    if texts:
-        on_process_0(_derive, config, model_config, out, texts, tokenizer, resuming)
+    on_process_0(_derive, config, model_config, out, texts, tokenizer, resuming)
     shards, validation = [], []
     with collective_errors():
         shards, validation = ([TokenShards.open(folder, split) for folder in folders] for split in SPLITS)
@@ -106,7 +105,9 @@ def _derive(
     tokenizer: Path | None,
     resuming: bool,
 ) -> None:
-    """Train the tokenizer if there is none, and tokenize the texts."""
+    """Tokenize the texts, if any, and train the tokenizer if none is set."""
+    if not texts:
+        return
     derived = DerivedFolders(out, resuming=resuming)
     val_fraction, split = config.data.val_fraction, config.data.split_special_tokens
     warn_on_overlap(list(texts.values()), [out])

@@ -218,7 +218,7 @@ def examples(config: FinetuneConfig, model: ModelConfig, output_dir: Path) -> tu
     corpus = Corpus(stream, batches, tokenizer, data.prefetch, config.eval_batches, inputs)
     if config.steps:
         if config.epochs != FinetuneConfig.epochs:
-            _log.warning("epochs %s has no effect: steps is %d; set steps 0", config.epochs, config.steps)
+            _log.warning("epochs %s has no effect with steps %d; set steps 0", config.epochs, config.steps)
         return corpus, config.steps
     full, packing = int(config.epochs), ExamplePacking(train, seed=config.seed, **shape)
     last = packing.sequences_of(full)

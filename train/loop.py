@@ -120,7 +120,8 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
         else:
             _warn_of_leftovers(job, output_dir)
         if (warmup := config.optimizer.warmup_steps) > job.steps:
-            _log.warning("optimizer.warmup_steps %d exceeds steps %d: the peak is not reached", warmup, job.steps)
+            text = "optimizer.warmup_steps %d exceeds steps %d: the learning rate will not reach its peak"
+            _log.warning(text, warmup, job.steps)
         stack.enter_context(nullcontext() if mesh is None else jax.set_mesh(mesh))
         corpus = job.corpus
         graph = abstract(job.model, config.dispatch)[0]
