@@ -413,4 +413,4 @@ def test_steps_override_epochs(home: Path, base: Path, tmp_path: Path, caplog: p
     one = dataclasses.replace(finetune(home, base, tmp_path), steps=3, epochs=5.0)
 
     assert finetuning(one, tmp_path).steps == 3
-    assert "epochs 5.0 has no effect: steps is 3" in caplog.text
+    assert "epochs 5.0 has no effect with steps 3" in caplog.text
