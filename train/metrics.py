@@ -41,7 +41,7 @@ PEAK_FLOPS: Final[dict[str, float | None]] = {
     "TPU v6 lite": 918e12,
 }
 # fmt: on
-_LOSSES: Final = ("loss", "cross_entropy", "z_loss", "balance_loss", "device_balance_loss")
+_LOSSES: Final = ("loss", "cross_entropy", "z_loss", "balance_loss", "device_balance_loss")  # summed over layers
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
@@ -113,12 +113,11 @@ class Recorder(contextlib.AbstractContextManager):
         """Record a training step."""
         rate = self._tokens / seconds if seconds > 0 else math.nan
         with_load = self._first or step % self._load_interval == 0 or step == self._steps
+        floats = {name: float(np.sum(getattr(metrics, name))) for name in (*_LOSSES, "grad_norm", "learning_rate")}
         values: dict[str, Any] = {
             "step": step,
             "tokens": step * self._tokens,
-            **{
-                name: float(np.sum(getattr(metrics, name))) for name in (*_LOSSES, "grad_norm", "learning_rate")
-            },  # balance losses summed over layers
+            **floats,
             **{name: int(getattr(metrics, name)) for name in ("skipped", "total_skips", "consecutive_skips")},
             "step_time_seconds": seconds,
             "tokens_per_second": rate,
