@@ -51,7 +51,7 @@ class OptimizerConfig:
     """Clip gradients to this global norm; None disables clipping."""
 
     moments: Literal["float32", "bfloat16", "factored"] = "float32"
-    """Optimizer moments: `bfloat16` stores the first in bf16; `factored` is Adafactor's second and no first."""
+    """Optimizer moments: `bfloat16` stores the first in bf16; `factored` uses Adafactor's second and no first."""
 
     def __post_init__(self) -> None:
         """Raise `DSMoEError` for invalid values."""
