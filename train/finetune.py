@@ -82,7 +82,7 @@ class ExamplesConfig(DatasetConfig):
     """Global batch size in sequences, over all devices and gradient-accumulation steps."""
 
     packing: Literal["best_fit", "none"] = "best_fit"
-    """`best_fit`: several whole examples per sequence, attention within each; `none`: one example per sequence."""
+    """`best_fit`: several examples per sequence, with attention within each; `none`: one example per sequence."""
 
     val_fraction: float = 0.02
     """Fraction of the examples held out for validation, chosen by hash."""
