@@ -42,10 +42,10 @@ class Best:
                 record = read_evaluation_record(self._folder)
                 loss, step = record.get("loss"), record.get("step")
                 if type(loss) is not float or type(step) is not int:
-                    raise DSMoEError(f"{RECORD} has no step or no loss")
+                    raise DSMoEError(f"{self._folder / RECORD}: no step or no loss")
                 self._loss = loss if step <= first else self._loss
             except ValueError as error:
-                _log.warning("%s is damaged and will be replaced at the next evaluation: %s", self._folder, error)
+                _log.warning("%s; it will be replaced at the next evaluation", error)
 
     def offer(self, step: int, loss: float, params: Mapping[str, Array]) -> None:
         """Save the parameters if their validation loss is the lowest; collective."""
