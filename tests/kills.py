@@ -1,4 +1,4 @@
-"""Kills runs, conversions and replacements of a folder again and again, and compares with undisturbed ones.
+"""Kills runs, conversions and replacements of a folder repeatedly, and compares with uninterrupted ones.
 
     python -m tests.kills --kills 100
 
@@ -21,14 +21,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-# What depends on the clock, the machine, or how often the run was started.
+# Metrics that depend on time, the machine or the number of restarts.
 _NOT_COMPARED: Final = ("seconds", "per_second", "data_loading", "mfu", "memory", "resumed_from", "run", "/expert_load")
 
 
 class Job(NamedTuple):
-    """Something to kill: how it is done, what came out of it, and what may be damaged between two tries."""
+    """A job to kill: its work, its outcome, and damage between two tries."""
 
-    work: Callable[[Path, Path], None]  # of the inputs and the folder
+    work: Callable[[Path, Path], None]  # a function of inputs and output folder
     outcome: Callable[[Path], Any]
     damage: Callable[[Path, random.Random], None] = lambda out, chance: None
 
@@ -37,7 +37,7 @@ class Job(NamedTuple):
 
 
 def pretrain(home: Path, out: Path) -> None:
-    """24 steps of a very small model, a checkpoint every third."""
+    """24 steps of a very small model with a checkpoint every third."""
     from dsmoe_jax.train.config import CheckpointConfig, DataConfig, RunConfig
     from dsmoe_jax.train.loop import run
 
@@ -58,7 +58,7 @@ def pretrain(home: Path, out: Path) -> None:
 
 
 def finetune(home: Path, out: Path) -> None:
-    """20 steps of an adapter, evaluated every second, so that `best` is often replaced."""
+    """20 steps of an adapter, evaluated every second step to replace `best` often."""
     from dsmoe_jax.lora import LoraConfig
     from dsmoe_jax.train.config import CheckpointConfig
     from dsmoe_jax.train.finetune import ExamplesConfig, FinetuneConfig
@@ -82,7 +82,7 @@ def finetune(home: Path, out: Path) -> None:
 
 
 def convert(home: Path, out: Path) -> None:
-    """There and back: a native checkpoint of a Hugging Face folder, and such a folder of it."""
+    """Import a Hugging Face folder and export it."""
     from dsmoe_jax.convert import export_hf, import_hf
 
     if not (out / "native").exists():
@@ -92,7 +92,7 @@ def convert(home: Path, out: Path) -> None:
 
 
 def replace(_: Path, out: Path) -> None:
-    """50 times a folder of two files that belong together in the place of the one before."""
+    """Replace a folder of two equal files 50 times."""
     from dsmoe_jax.storage.atomic_dir import recover_folder, replace_folder, write_json
 
     new, best = out / "best.new", out / "best"
@@ -108,11 +108,11 @@ def replace(_: Path, out: Path) -> None:
             time.sleep(0.01)
 
 
-# --- what is compared, what is damaged ---
+# --- outcomes and damage ---
 
 
 def files_of(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file."""
+    """SHA-256 of every file."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -121,7 +121,7 @@ def files_of(folder: Path) -> dict[str, str]:
 
 
 def run_outcome(out: Path) -> dict[str, Any]:
-    """The weights of a run, those that were best, the names in its folders, and its records."""
+    """Hashes of the results, names in the output directory, and records of a run."""
     from dsmoe_jax.train.metrics import read_records
 
     run = out / "run"
@@ -135,7 +135,7 @@ def run_outcome(out: Path) -> dict[str, Any]:
 
 
 def damage_newest(out: Path, chance: random.Random) -> None:
-    """Half of the time: turn a bit of a file of the newest checkpoint, cut it, or remove it."""
+    """With probability 1/2 flip a bit of a file of the newest checkpoint, truncate it or remove it."""
     steps = sorted((out / "run" / "checkpoints").glob("step-*"))
     files = sorted(path for path in steps[-1].rglob("*") if path.is_file() and path.stat().st_size) if steps else []
     if not files or chance.random() < 0.5:
@@ -164,7 +164,7 @@ JOBS: Final[dict[str, Job]] = {
 
 
 def make_inputs(home: Path) -> None:
-    """A tokenizer, token shards, examples, a base, and a Hugging Face folder, all very small."""
+    """Write a very small tokenizer, token shards, examples, base and Hugging Face folder."""
     import dsmoe_jax
     from dsmoe_jax.model import DeepSeekMoE
     from dsmoe_jax.text.tokenizer import tokenizer_files
@@ -188,7 +188,7 @@ def make_inputs(home: Path) -> None:
 
 
 def child(work: Callable[[], Any]) -> int:
-    """Do `work` in a fork of this process, which must have started no backend; returns its pid."""
+    """Run `work` in a fork of this process, which must not have initialized a backend; return its pid."""
     sys.stdout.flush()
     sys.stderr.flush()
     if pid := os.fork():
@@ -204,14 +204,14 @@ def child(work: Callable[[], Any]) -> int:
 
 
 def finish(work: Callable[[], Any]) -> None:
-    """`work` in a child, to its end."""
+    """Run `work` in a child process."""
     _, status = os.waitpid(child(work), 0)
     if status:
         raise AssertionError(f"ended with status {status}")
 
 
 def kill_after(work: Callable[[], Any], seconds: float) -> bool:
-    """`work` in a child that is killed after `seconds`; whether it was at work still."""
+    """Run `work` in a child process and kill it after `seconds`; return whether it was still running."""
     pid = child(work)
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -227,9 +227,9 @@ def kill_after(work: Callable[[], Any], seconds: float) -> bool:
 
 
 def torment(name: str, home: Path, kills: int, seed: int = 0) -> int:
-    """Kill a job `kills` times, starting it afresh whenever it is done; returns how many outcomes were compared.
+    """Kill a job `kills` times, restarting it when complete; return the number of outcomes compared.
 
-    Raises `AssertionError` for one that is not as that of an undisturbed job.
+    Raises `AssertionError` for an outcome other than that of an uninterrupted job.
     """
     job, chance = JOBS[name], random.Random(f"{name} {seed}")
     with tempfile.TemporaryDirectory(prefix=f"kills-{name}-") as folder:
@@ -273,25 +273,25 @@ def _first_difference(got: Any, want: Any, place: str = "") -> str:
 
 
 def main() -> None:
-    """Split the kills over the jobs and say what came of each."""
+    """Kill each job and print the number of equal outcomes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
-    asked = parser.parse_args()
+    args = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="kills-inputs-") as folder:
         finish(lambda: make_inputs(Path(folder)))
-        for i, name in enumerate(asked.jobs):
-            kills = asked.kills // len(asked.jobs) + (i < asked.kills % len(asked.jobs))
+        for i, name in enumerate(args.jobs):
+            kills = args.kills // len(args.jobs) + (i < args.kills % len(args.jobs))
             started = time.monotonic()
-            compared = torment(name, Path(folder), kills, asked.seed)
+            compared = torment(name, Path(folder), kills, args.seed)
             print(f"{name}: {kills} kills, {compared} outcomes equal, {time.monotonic() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA says of every program in the cache where it was compiled
-    with contextlib.suppress(ImportError):  # here, so that the children need not
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA logs where each cached program was compiled
+    with contextlib.suppress(ImportError):  # imported once for all children
         import dsmoe_jax.train.loop  # noqa: F401
     main()

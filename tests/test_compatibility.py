@@ -1,7 +1,7 @@
 """Files of version 0.1.0 still work: runs resume, models and adapters load, metrics are read.
 
-`tests/data/v0_1` was written by that version on one CPU device; the expected losses are its own, of the same runs
-resumed to step 4.
+`tests/data/v0_1` was written by that version on one CPU device; the expected losses are from the same runs resumed to
+step 4 with that version.
 """
 
 import json
@@ -16,6 +16,7 @@ from dsmoe_jax.convert.peft import read_adapter
 from dsmoe_jax.train.metrics import read_records
 from dsmoe_jax.train.old_names import OLD_NAMES, new_metric, with_new_names
 from dsmoe_jax.train.plotting import draw
+from tests.helpers.runs import losses
 
 pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("on_one_device")]
 
@@ -37,14 +38,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "v0_1"
 
 
-def losses(run: Path) -> dict[int, float]:
-    return {record["step"]: record["loss"] for record in read_records(run) if "loss" in record}
-
-
-def eval_losses(run: Path) -> dict[int, float]:
-    return {record["step"]: record["eval/loss"] for record in read_records(run) if "eval/loss" in record}
-
-
 def test_a_pretraining_run_resumes(folder: Path):
     code = main([*PRETRAIN, "--steps", "4"])
 
@@ -52,7 +45,7 @@ def test_a_pretraining_run_resumes(folder: Path):
     assert [losses(folder / "run")[step] for step in (3, 4)] == pytest.approx(
         [6.332320213317871, 6.435914039611816], rel=EQUAL
     )
-    assert eval_losses(folder / "run")[4] == pytest.approx(6.229704265353046, rel=EQUAL)
+    assert losses(folder / "run", "eval/loss")[4] == pytest.approx(6.229704265353046, rel=EQUAL)
     assert json.loads((folder / "run" / "run.json").read_text())["checkpoint"]["interval"] == 2
 
 
@@ -63,16 +56,16 @@ def test_a_fine_tuning_run_resumes(folder: Path):
     assert [losses(folder / "finetune")[step] for step in (3, 4)] == pytest.approx(
         [5.996227741241455, 5.931654453277588], rel=EQUAL
     )
-    assert eval_losses(folder / "finetune")[4] == pytest.approx(6.1332221031188965, rel=EQUAL)
+    assert losses(folder / "finetune", "eval/loss")[4] == pytest.approx(6.1332221031188965, rel=EQUAL)
 
 
 def test_a_finished_run_is_complete(folder: Path, capsys: pytest.CaptureFixture[str]):
     code = main([*PRETRAIN, "--steps", "2"])
 
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert code == 0
-    assert "6.5656" in said
-    assert "6.3054" in said
+    assert "6.5656" in printed
+    assert "6.3054" in printed
     assert list(losses(folder / "run")) == [1, 2]
 
 

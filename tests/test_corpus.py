@@ -1,4 +1,4 @@
-"""What a run makes of its sources before the first step, and data of version 0.1."""
+"""Data preparation of a run, and data of version 0.1."""
 
 import json
 import random
@@ -23,7 +23,7 @@ VAL_FRACTION = 0.3
 
 
 def prepared(out: Path, model: ModelConfig, *sources: Path) -> dict[str, Any]:
-    """The files of the tokenizer that is trained where none is known."""
+    """Files of the tokenizer trained on the sources."""
     data = DataConfig(sources=tuple(map(str, sources)), val_fraction=VAL_FRACTION, sequence_length=16)
 
     corpus = prepare(RunConfig(output_dir=str(out), data=data), model, out)
@@ -58,7 +58,7 @@ def test_examples_are_refused_for_pretraining(tmp_path: Path):
 
 
 def recorded(checkpoint: Path) -> tuple[str, str]:
-    """The digests of the training and the validation split in a checkpoint of version 0.1."""
+    """Digests of training and validation split in a checkpoint of version 0.1."""
     facts = json.loads((checkpoint / "manifest.json").read_text())["facts"]
     return facts["stream"]["datasets"][0], facts["inputs"]["heldout"][0]
 
@@ -71,7 +71,7 @@ def test_shards_of_version_0_1_resume(tmp_path: Path, monkeypatch: pytest.Monkey
 
     corpus = prepare(RunConfig(output_dir="run", data=data), tiny(vocab_size=VOCABULARY), Path("run"), resuming=True)
 
-    digests = corpus.identity["datasets"][0], corpus.inputs["validation"][0]
+    digests = corpus.stream.identity["datasets"][0], corpus.inputs["validation"][0]
     assert digests == recorded(Path("run/checkpoints/step-00000002"))
     assert {name: data for name, data in snapshot(Path("run/data")).items() if ".verified" not in name} == before
 

@@ -23,7 +23,7 @@ B, T = 8, 16
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> list[TokenShards]:
-    """Two datasets without a common token; an epoch of the second is 15 sequences."""
+    """Two datasets with disjoint tokens; an epoch of the second has 15 sequences."""
     folder = tmp_path_factory.mktemp("datasets")
     first = hand_made_shards(folder / "first", np.random.default_rng(0).integers(1, 60, 200).tolist(), shards=3)
     return [first, hand_made_shards(folder / "second", [3, 50, 7, 90, 90], first_id=100_000)]
@@ -35,21 +35,21 @@ def stream_of(datasets: list[TokenShards], **options: Any) -> Stream:
 
 
 def read(batches: Any, count: int) -> list[list]:
-    """The next batches as lists; a loader's threads are ended."""
+    """The next batches as lists; closes a loader."""
     found = [[field.tolist() for field in batch] for batch in itertools.islice(batches, count)]
     getattr(batches, "close", lambda: None)()
     return found
 
 
 def joined(parts: list[list[list]]) -> list[list]:
-    """The batches of all processes, put together."""
+    """Global batches from those of all processes."""
     return [
         [[*itertools.chain(*fields)] for fields in zip(*batches, strict=True)] for batches in zip(*parts, strict=True)
     ]
 
 
 @pytest.fixture(scope="module")
-def whole(datasets: list[TokenShards]) -> list[list]:
+def expected(datasets: list[TokenShards]) -> list[list]:
     stream = stream_of(datasets)
     return read((stream.batch(step) for step in range(40)), 40)
 
@@ -60,27 +60,27 @@ def whole(datasets: list[TokenShards]) -> list[list]:
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
 def test_stream_does_not_depend_on_processes_or_prefetch(
-    datasets: list[TokenShards], whole: list[list], processes: int, prefetch: int
+    datasets: list[TokenShards], expected: list[list], processes: int, prefetch: int
 ):
     parts = [
         read(loader(stream_of(datasets), process_index=h, process_count=processes, prefetch=prefetch), 40)
         for h in range(processes)
     ]
 
-    assert joined(parts) == whole
+    assert joined(parts) == expected
 
 
 @pytest.mark.parametrize("start", [0, 1, 7, 29, 39])
-def test_restart_at_any_step_continues_the_stream(datasets: list[TokenShards], whole: list[list], start: int):
+def test_restart_at_any_step_continues_the_stream(datasets: list[TokenShards], expected: list[list], start: int):
     parts = [
         read(loader(stream_of(datasets), start_step=start, process_index=h, process_count=2), 40 - start)
         for h in (0, 1)
     ]
 
-    assert joined(parts) == whole[start:]
+    assert joined(parts) == expected[start:]
 
 
-def test_restart_with_other_process_count_continues_the_stream(datasets: list[TokenShards], whole: list[list]):
+def test_restart_with_other_process_count_continues_the_stream(datasets: list[TokenShards], expected: list[list]):
     stream = stream_of(datasets)
 
     found = [
@@ -94,15 +94,15 @@ def test_restart_with_other_process_count_continues_the_stream(datasets: list[To
         )
     ]
 
-    assert found == whole
+    assert found == expected
 
 
-def test_any_slice_of_any_batch_can_be_read(datasets: list[TokenShards], whole: list[list]):
+def test_any_slice_of_any_batch_can_be_read(datasets: list[TokenShards], expected: list[list]):
     stream = stream_of(datasets)
     for step, sequences in ((39, slice(2, 5)), (0, slice(None)), (12, slice(7, None)), (12, slice(0, 8, 3)), (3, None)):
         found = [field.tolist() for field in stream.batch(step, sequences)]
 
-        assert found == [field[sequences or slice(None)] for field in whole[step]]
+        assert found == [field[sequences or slice(None)] for field in expected[step]]
 
 
 def test_batch_is_four_int32_arrays(datasets: list[TokenShards]):
@@ -118,12 +118,12 @@ def test_batch_is_four_int32_arrays(datasets: list[TokenShards]):
     [{"seed": 8}, {"weights": [1.0, 1.0]}, {"sequence_length": 17}, {"batch_size": 4}, {"packing": "causal"}],
     ids=lambda options: next(iter(options)),
 )
-def test_identity_tells_streams_apart(datasets: list[TokenShards], whole: list[list], other: dict[str, Any]):
+def test_identity_tells_streams_apart(datasets: list[TokenShards], expected: list[list], other: dict[str, Any]):
     stream, same = stream_of(datasets, **other), stream_of(datasets)
 
     assert stream_of(datasets).identity == same.identity == json.loads(json.dumps(same.identity))
     assert [name for name in same.identity if same.identity[name] != stream.identity[name]] == list(other)
-    assert [field.tolist() for field in stream.batch(0)] != whole[0]
+    assert [field.tolist() for field in stream.batch(0)] != expected[0]
 
 
 def test_digest_covers_tokens(tmp_path: Path):
@@ -142,17 +142,17 @@ def test_batches_read_every_token_of_an_epoch_once(datasets: list[TokenShards]):
         token for step in range(shards.tokens // B) for token in stream.batch(step).token_ids.ravel().tolist()
     )
 
-    assert set(ids.values()) == {T}  # that many epochs are whole sequences
+    assert set(ids.values()) == {T}  # T epochs end with a complete sequence
     assert len(ids) == shards.tokens
 
 
-def test_global_random_state_is_unused(datasets: list[TokenShards], whole: list[list]):
+def test_global_random_state_is_unused(datasets: list[TokenShards], expected: list[list]):
     np.random.seed(3)
     before = np.random.get_state()[1].tolist()  # pyright: ignore
 
     found = [field.tolist() for field in stream_of(datasets).batch(5)]
 
-    assert found == whole[5]
+    assert found == expected[5]
     assert np.random.get_state()[1].tolist() == before  # pyright: ignore
 
 
@@ -169,7 +169,7 @@ def test_mixture_is_exact_after_every_block(weights: list[float]):
     for block in range(12):
         places = [mixture.place(block * mixture.block + n) for n in range(mixture.block)]
         for dataset, number in places:
-            assert number == taken[dataset]  # its samples come in their order, none is left out
+            assert number == taken[dataset]  # samples in order, without gaps
             taken[dataset] += 1
 
         share = np.array(weights) / sum(weights) * mixture.block * (block + 1)
@@ -235,7 +235,7 @@ def test_validation_reads_every_token_once_in_order(datasets: list[TokenShards],
         assert ids[real & some].tolist() == want.tolist()
     assert (len(ids) % B, {field.shape for field in (ids, labels, segments, positions)}) == (0, {(len(ids), T)})
     assert (labels[~real] == -100).all()
-    # Without a label: the end of each document, or of each dataset.
+    # The last token of each document, or of each dataset, has no label.
     assert (labels[real] == -100).sum() == {"block_causal": 205, "causal": 2}[mode]
     assert positions.max() < T
 
@@ -266,7 +266,7 @@ def test_validation_documents_are_not_in_training(tmp_path: Path):
     stream = stream_of([train], weights=[], sequence_length=64)
 
     def seen(batches: Any) -> set[str]:
-        """The whole documents in some batches."""
+        """The complete documents in some batches."""
         found = set()
         for batch in batches:
             for ids, segments in zip(batch.token_ids, batch.segment_ids, strict=True):

@@ -1,4 +1,4 @@
-"""Fine-tuning runs of a very small model: what is trained, what they leave, how they go on, what they refuse.
+"""Fine-tuning runs of a very small model: training, output, resuming, invalid requests.
 
 Start at `test_a_run_trains_an_adapter_and_not_the_base`.
 """
@@ -35,11 +35,11 @@ from dsmoe_jax.train.finetune import ExamplesConfig, FinetuneConfig, finetuning
 from dsmoe_jax.train.flags import parse_finetuning
 from dsmoe_jax.train.loop import run
 from dsmoe_jax.train.loss import chunked_cross_entropy
-from dsmoe_jax.train.metrics import read_records
 from dsmoe_jax.train.optimizer import OptimizerConfig
 from dsmoe_jax.train.recipes import FINETUNING
 from dsmoe_jax.train.sft import ExamplePacking, Examples, write_examples
 from tests.helpers.hf_folder import flip_bit, tiny
+from tests.helpers.runs import losses
 
 pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("on_one_device")]
 
@@ -60,7 +60,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts = [f"User: {row['instruction']}\n\nAssistant: {row['output']}" for row in rows]
     train_tokenizer(texts * 3, home / "tokenizer", VOCABULARY)
-    # With logits as large as a trained model's: adapters do not reach the head.
+    # Logits as large as those of a trained model: adapters do not change the head.
     model = DeepSeekMoE.init(MODEL, seed=1)
     dsmoe_jax.save(model, home / "base", extra_files=tokenizer_files(home / "tokenizer"))
     return home
@@ -84,17 +84,13 @@ def config(home: Path, out: Path, **changes: Any) -> FinetuneConfig:
     return FinetuneConfig(**(fields | changes))
 
 
-def losses(out: Path) -> dict[int, float]:
-    return {record["step"]: record["loss"] for record in read_records(out) if "loss" in record}
-
-
 def weights(adapter: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     return load_file(adapter / WEIGHTS)
 
 
-# --- where results stop ---
+# --- stop conditions of the result ---
 
 
 @pytest.mark.parametrize("adapted", [True, False], ids=["adapter", "model"])
@@ -170,9 +166,9 @@ def test_only_adapters_have_state_and_moments(home: Path, tmp_path: Path, monkey
     wanted = set(lora.specs(plan, MODEL))
     assert set(state.params) == wanted
     is_shape = lambda leaf: isinstance(leaf, tuple) and all(isinstance(size, int) for size in leaf)  # noqa: E731
-    held = sum(math.prod(shape) for shape in jax.tree.leaves(state.opt_state, is_leaf=is_shape) if shape)
+    moments = sum(math.prod(shape) for shape in jax.tree.leaves(state.opt_state, is_leaf=is_shape) if shape)
     trained = sum(math.prod(shape) for shape in state.params.values())
-    assert held == 2 * trained
+    assert moments == 2 * trained
 
 
 def test_a_full_run_leaves_a_checkpoint_that_generates(home: Path, tmp_path: Path):
@@ -199,12 +195,12 @@ def test_epochs_decide_how_many_steps_there_are(home: Path, tmp_path: Path):
 
 
 def test_the_best_adapter_is_kept(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    said = iter([3.0, 2.0, 4.0, 2.5])
-    monkeypatch.setattr(loop, "_evaluate", lambda *_: (next(said), 1))
+    eval_losses = iter([3.0, 2.0, 4.0, 2.5])
+    monkeypatch.setattr(loop, "_evaluate", lambda *_: (next(eval_losses), 1))
 
     run(config(home, tmp_path / "out", steps=6, eval_interval=2))  # 3, 2, 4
     best = weights(tmp_path / "out" / "best")
-    run(config(home, tmp_path / "out", steps=8, eval_interval=2))  # and, after a restart, 2.5
+    run(config(home, tmp_path / "out", steps=8, eval_interval=2))  # 2.5 after a restart
 
     last = weights(tmp_path / "out" / "adapter")
     record = json.loads((tmp_path / "out" / "best" / "evaluation.json").read_text())
@@ -218,8 +214,8 @@ def test_the_best_adapter_is_kept(home: Path, tmp_path: Path, monkeypatch: pytes
 def test_a_damaged_best_is_named_and_replaced(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    said = iter([2.0, 3.0])
-    monkeypatch.setattr(loop, "_evaluate", lambda *_: (next(said), 1))
+    eval_losses = iter([2.0, 3.0])
+    monkeypatch.setattr(loop, "_evaluate", lambda *_: (next(eval_losses), 1))
     run(config(home, tmp_path / "out", steps=2, eval_interval=2))
     flip_bit(tmp_path / "out" / "best" / WEIGHTS, -1)
     with pytest.raises(ValueError, match=f"best: damaged: {WEIGHTS!r} does not match its SHA-256"):
@@ -228,10 +224,7 @@ def test_a_damaged_best_is_named_and_replaced(
     run(config(home, tmp_path / "out", steps=4, eval_interval=2))
 
     best, last = weights(tmp_path / "out" / "best"), weights(tmp_path / "out" / "adapter")
-    assert (
-        f"best is damaged and will be replaced at the next evaluation: {WEIGHTS!r} does not match its SHA-256"
-        in caplog.text
-    )
+    assert f"best: damaged: {WEIGHTS!r} does not match its SHA-256; it will be replaced at" in caplog.text
     assert json.loads((tmp_path / "out" / "best" / "evaluation.json").read_text())["loss"] == 3.0
     assert best.keys() == last.keys()
 
@@ -239,7 +232,7 @@ def test_a_damaged_best_is_named_and_replaced(
 @pytest.mark.slow
 def test_a_run_stopped_ten_times_equals_an_undisturbed_one(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     dropping = dataclasses.replace(LORA, lora_dropout=0.2)
-    run(config(home, tmp_path / "whole", lora=dropping))
+    run(config(home, tmp_path / "uninterrupted", lora=dropping))
     place = loop._place
 
     def stopping(batch: Batch, mesh: Any) -> Batch:
@@ -253,8 +246,8 @@ def test_a_run_stopped_ten_times_equals_an_undisturbed_one(home: Path, tmp_path:
             assert (result.steps, result.stopped) == (n, True)
     run(config(home, tmp_path / "out", lora=dropping))
 
-    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
-    one, other = (weights(tmp_path / name / "adapter") for name in ("whole", "out"))
+    assert losses(tmp_path / "out") == losses(tmp_path / "uninterrupted")
+    one, other = (weights(tmp_path / name / "adapter") for name in ("uninterrupted", "out"))
     assert one.keys() == other.keys()
     assert all((one[name] == other[name]).all() for name in one)
 
@@ -270,9 +263,9 @@ def test_adapters_on_a_mesh_learn_as_on_one_device(home: Path, tmp_path: Path, m
 
 
 def test_modules_to_save_are_trained(home: Path, tmp_path: Path):
-    whole = LoraConfig(r=2, target_modules=("q_proj",), modules_to_save=("embed_tokens", "lm_head"))
+    adapter = LoraConfig(r=2, target_modules=("q_proj",), modules_to_save=("embed_tokens", "lm_head"))
 
-    run(config(home, tmp_path / "out", lora=whole, steps=3))
+    run(config(home, tmp_path / "out", lora=adapter, steps=3))
 
     adapter = read_adapter(tmp_path / "out" / "adapter", MODEL)
     base = split(dsmoe_jax.load(home / "base"))[1]
@@ -346,7 +339,7 @@ def test_masked_tokens_give_no_gradient(home: Path, tmp_path: Path):
     assert 0 < learnt.sum() < 64
 
 
-# --- the command line ---
+# --- command line ---
 
 
 def test_finetune_merge_and_generate_from_the_command_line(
@@ -371,12 +364,12 @@ def test_finetune_merge_and_generate_from_the_command_line(
     assert main(["merge", base, f"{out}/adapter", str(tmp_path / "merged")]) == 0
     assert main(["merge", base, f"{out}/adapter", str(tmp_path / "hf"), "--layout", "hf"]) == 0
     capsys.readouterr()
-    said = []
+    printed = []
     for path, adapter in ((base, ["--adapter", f"{out}/adapter"]), (tmp_path / "merged", []), (tmp_path / "hf", [])):
         assert main(["generate", str(path), *adapter, "--prompt", "User: Reverse", "--max-new-tokens", "8"]) == 0
-        said.append(capsys.readouterr().out)
+        printed.append(capsys.readouterr().out)
 
-    assert said[0] == said[1] == said[2]
+    assert printed[0] == printed[1] == printed[2]
 
 
 def test_show_prints_examples_and_trains_nothing(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -398,8 +391,8 @@ def test_show_prints_examples_and_trains_nothing(home: Path, tmp_path: Path, cap
         == 0
     )
 
-    said = capsys.readouterr().out
-    assert said.count("Reverse: ") == 3
+    printed = capsys.readouterr().out
+    assert printed.count("Reverse: ") == 3
     assert not out.exists()
 
 
@@ -410,8 +403,8 @@ def test_every_recipe_is_a_run_and_its_flags_change_it():
         assert (recipe.init_from, shown) == ("base", 2)
         assert recipe == dataclasses.replace(FINETUNING[name](), init_from="base", data=recipe.data)
     assert parse_finetuning("base", ["--lora"])[0].lora == LoraConfig()
-    asked = ["--lora.target-modules", "q_proj", "down_proj", "--lora.rank-pattern", "q_proj", "3", "--quantize", "nf4"]
-    recipe = parse_finetuning("base", asked)[0]
+    flags = ["--lora.target-modules", "q_proj", "down_proj", "--lora.rank-pattern", "q_proj", "3", "--quantize", "nf4"]
+    recipe = parse_finetuning("base", flags)[0]
     assert recipe.lora == LoraConfig(target_modules=("q_proj", "down_proj"), rank_pattern={"q_proj": 3})
     assert recipe.quantize == "nf4"
 
@@ -440,9 +433,9 @@ def test_invalid_requests_are_one_line(
 
     assert main([*base, *data, *flags]) == 2
 
-    said = capsys.readouterr().err
-    assert line in said.splitlines()[-1]
-    assert "Traceback" not in said
+    printed = capsys.readouterr().err
+    assert line in printed.splitlines()[-1]
+    assert "Traceback" not in printed
 
 
 def test_resuming_with_another_adapter_or_base_is_refused(home: Path, tmp_path: Path):

@@ -40,6 +40,7 @@ from dsmoe_jax.train.metrics import read_records
 from dsmoe_jax.train.optimizer import OptimizerConfig
 from dsmoe_jax.train.step import StepConfig
 from tests.helpers.hf_folder import flip_bit, tiny
+from tests.helpers.runs import losses
 
 pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("no_compilation_cache")]
 
@@ -50,7 +51,7 @@ STEPS = 28
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model's config, a tokenizer, and token shards of a few small texts."""
+    """A model config, a tokenizer, and token shards of a few small texts."""
     home = tmp_path_factory.mktemp("train")
     rng = random.Random(0)
     words = ["alpha", "beta", "gamma", "delta", "moe", "(x)", "return", "\n    "]
@@ -80,18 +81,14 @@ def config(home: Path, out: Path, **changes: Any) -> RunConfig:
     return RunConfig(**(fields | changes))
 
 
-def losses(out: Path) -> dict[int, float]:
-    return {record["step"]: record["loss"] for record in read_records(out) if "loss" in record}
-
-
 def digest(model: Path) -> str:
-    """Of all parameters' bits."""
+    """SHA-256 of all parameters."""
     params = split(dsmoe_jax.load(model))[1]
     return hashlib.sha256(b"".join(np.asarray(params[name]).tobytes() for name in sorted(params))).hexdigest()
 
 
 def note_states(out: Path, patch: pytest.MonkeyPatch) -> None:
-    """Let the next run write the SHA-256 of its whole state after each step: parameters, moments, biases, counts."""
+    """Make the next run record the SHA-256 of its training state after each step."""
 
     def noting(*arguments: Any, **options: Any) -> Callable[..., Any]:
         step = original(*arguments, **options)
@@ -114,37 +111,37 @@ def states(out: Path) -> dict[int, str]:
 
 
 @pytest.fixture(scope="module")
-def whole(home: Path) -> Path:
-    """The folder of a run that nothing disturbed."""
+def uninterrupted(home: Path) -> Path:
+    """Output directory of an uninterrupted run."""
     with pytest.MonkeyPatch.context() as patch:
-        note_states(home / "whole", patch)
-        run(config(home, home / "whole"))
+        note_states(home / "uninterrupted", patch)
+        run(config(home, home / "uninterrupted"))
     jax.config.update("jax_compilation_cache_dir", None)
-    return home / "whole"
+    return home / "uninterrupted"
 
 
-# What a run leaves
+# Output
 
 
-def test_a_run_leaves_model_metrics_and_config(home: Path, whole: Path):
-    records = read_records(whole)
-    generator = dsmoe_jax.Generator.from_pretrained(whole / "model")
+def test_a_run_leaves_model_metrics_and_config(home: Path, uninterrupted: Path):
+    records = read_records(uninterrupted)
+    generator = dsmoe_jax.Generator.from_pretrained(uninterrupted / "model")
 
     assert [record["step"] for record in records if "loss" in record] == list(range(1, STEPS + 1))
     assert [record["step"] for record in records if "eval/loss" in record] == [6, 12, 18, 24, STEPS]
-    assert losses(whole)[STEPS] < losses(whole)[1] - 0.3
-    assert json.loads((whole / "run.json").read_text())["steps"] == STEPS
+    assert losses(uninterrupted)[STEPS] < losses(uninterrupted)[1] - 0.3
+    assert json.loads((uninterrupted / "run.json").read_text())["steps"] == STEPS
     assert len(generator(["moe"], max_new_tokens=4, ignore_eos=True)[0].token_ids) == 4
-    assert sorted(Checkpoints(whole / "checkpoints").steps()) == [20, 24, STEPS]
+    assert sorted(Checkpoints(uninterrupted / "checkpoints").steps()) == [20, 24, STEPS]
 
 
-def test_a_complete_run_is_not_repeated(home: Path, whole: Path):
-    before = digest(whole / "model")
+def test_a_complete_run_is_not_repeated(home: Path, uninterrupted: Path):
+    before = digest(uninterrupted / "model")
 
-    result = run(config(home, whole))
+    result = run(config(home, uninterrupted))
 
     assert (result.steps, result.stopped) == (STEPS, False)
-    assert digest(whole / "model") == before
+    assert digest(uninterrupted / "model") == before
 
 
 GOLDEN = Path(__file__).parent / "golden" / "pretrain"  # a text, a tokenizer, and the losses of 20 steps on them
@@ -178,19 +175,19 @@ def test_a_second_run_in_the_output_dir_is_refused(tmp_path: Path, home: Path):
         assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
-# Going on
+# Resuming
 
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if a signal came while that step was under way."""
+    """Simulate a signal during the step."""
     monkeypatch.setattr(loop, "_should_stop", lambda stop, n, every: n == step)
 
 
 @pytest.mark.parametrize("at", [8, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_stopped_run_resumes_bit_for_bit(
-    tmp_path: Path, home: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, at: int
+    tmp_path: Path, home: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ):
-    shutil.copytree(whole / "compiled", tmp_path / "out" / "compiled")  # nothing but time is saved
+    shutil.copytree(uninterrupted / "compiled", tmp_path / "out" / "compiled")  # saves time only
     note_states(tmp_path / "out", monkeypatch)
     with monkeypatch.context() as patch:
         stop_at(at, patch)
@@ -200,24 +197,26 @@ def test_a_stopped_run_resumes_bit_for_bit(
     assert STEPS - at >= 20
     assert (stopped.steps, stopped.stopped, stopped.model) == (at, True, None)
     assert (finished.steps, finished.stopped) == (STEPS, False)
-    assert list(states(whole)) == list(range(1, STEPS + 1))
-    assert states(tmp_path / "out") == states(whole)
-    assert losses(tmp_path / "out") == losses(whole)
-    assert digest(tmp_path / "out" / "model") == digest(whole / "model")
+    assert list(states(uninterrupted)) == list(range(1, STEPS + 1))
+    assert states(tmp_path / "out") == states(uninterrupted)
+    assert losses(tmp_path / "out") == losses(uninterrupted)
+    assert digest(tmp_path / "out" / "model") == digest(uninterrupted / "model")
 
 
-def test_a_run_resumes_on_another_mesh(tmp_path: Path, home: Path, whole: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_resumes_on_another_mesh(
+    tmp_path: Path, home: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+):
     with monkeypatch.context() as patch:
         stop_at(5, patch)
         run(config(home, tmp_path / "out", mesh=MeshConfig(fsdp=2, expert=4)))
     run(config(home, tmp_path / "out", mesh=MeshConfig(data=2, fsdp=4)))
 
-    for step, loss in losses(whole).items():
+    for step, loss in losses(uninterrupted).items():
         assert losses(tmp_path / "out")[step] == pytest.approx(loss, abs=1e-4)
 
 
 @pytest.mark.slow
-def test_accumulation_gives_the_same_run(tmp_path: Path, home: Path, whole: Path):
+def test_accumulation_gives_the_same_run(tmp_path: Path, home: Path, uninterrupted: Path):
     model = json.loads((home / "model.json").read_text())
     assert model["seq_aux"]
 
@@ -230,12 +229,14 @@ def test_accumulation_gives_the_same_run(tmp_path: Path, home: Path, whole: Path
         )
     )
 
-    for step, loss in losses(whole).items():
+    for step, loss in losses(uninterrupted).items():
         assert losses(tmp_path / "out")[step] == pytest.approx(loss, abs=1e-4)
 
 
-def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, home: Path, whole: Path, caplog: pytest.LogCaptureFixture):
-    out = Path(shutil.copytree(whole, tmp_path / "out"))
+def test_a_damaged_checkpoint_is_skipped(
+    tmp_path: Path, home: Path, uninterrupted: Path, caplog: pytest.LogCaptureFixture
+):
+    out = Path(shutil.copytree(uninterrupted, tmp_path / "out"))
     shutil.rmtree(out / "model")
     newest = out / "checkpoints" / "step-00000028"
     flip_bit(max((f for f in newest.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size), -100)
@@ -245,41 +246,41 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, home: Path, whole: Path
 
     assert f"Skipping checkpoint {newest}: damaged" in caplog.text
     assert "Resuming from step 24 of 28" in caplog.text
-    assert digest(out / "model") == digest(whole / "model")
+    assert digest(out / "model") == digest(uninterrupted / "model")
 
 
-def test_a_changed_data_stream_is_refused(tmp_path: Path, home: Path, whole: Path):
-    out = Path(shutil.copytree(whole, tmp_path / "out"))
+def test_a_changed_data_stream_is_refused(tmp_path: Path, home: Path, uninterrupted: Path):
+    out = Path(shutil.copytree(uninterrupted, tmp_path / "out"))
 
     with pytest.raises(ValueError, match="cannot resume from step 28: seed is 0 in the checkpoint, 1 in this run;"):
         run(config(home, out, seed=1))
 
 
-def test_resume_never_refuses_checkpoints(home: Path, whole: Path):
+def test_resume_never_refuses_checkpoints(home: Path, uninterrupted: Path):
     with pytest.raises(ValueError, match="has checkpoints; pass --resume auto to resume from them"):
-        run(config(home, whole, resume="never"))
+        run(config(home, uninterrupted, resume="never"))
 
 
-def test_a_run_begins_from_a_native_checkpoint(tmp_path: Path, home: Path, whole: Path):
-    result = run(config(home, tmp_path / "out", init_from=str(whole / "model"), steps=1))
+def test_a_run_begins_from_a_native_checkpoint(tmp_path: Path, home: Path, uninterrupted: Path):
+    result = run(config(home, tmp_path / "out", init_from=str(uninterrupted / "model"), steps=1))
 
-    assert result.loss < losses(whole)[4]
+    assert result.loss < losses(uninterrupted)[4]
 
 
 # Stopping
 
 
 def test_a_run_resumes_after_a_full_disk(
-    tmp_path: Path, home: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, home: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.INFO)
-    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    out = Path(shutil.copytree(uninterrupted, tmp_path / "out"))
     for left in ("model", "checkpoints/step-00000024", "checkpoints/step-00000028"):
         shutil.rmtree(out / left)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def saving(self: Checkpoints, step: int, *others: Any) -> None:
-        # No file may grow past this: what the kernel says then goes the way of a full disk's answer.
+        # A file size limit raises OSError as a full disk does.
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
         try:
             save(self, step, *others)
@@ -298,12 +299,12 @@ def test_a_run_resumes_after_a_full_disk(
     assert "\n" not in str(refused.value)
     assert caplog.text.count("Resuming from step 20 of 28") == 2
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
-    assert losses(out) == losses(whole)
-    assert digest(out / "model") == digest(whole / "model")
+    assert losses(out) == losses(uninterrupted)
+    assert digest(out / "model") == digest(uninterrupted / "model")
 
 
 def test_too_many_skipped_updates_in_a_row_stop_the_run(
-    tmp_path: Path, home: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, home: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def broken(*arguments: Any, **options: Any) -> Callable[..., Any]:
         step = original(*arguments, **options)
@@ -360,16 +361,16 @@ def test_a_signal_saves_a_checkpoint_and_exits_with_0(tmp_path: Path, home: Path
 
 
 def saving(out: Path, since: float) -> bool:
-    """Whether a checkpoint was begun after that time and is not complete."""
+    """Whether a checkpoint begun after that time is incomplete."""
     for path in (out / "checkpoints").glob("step-*"):
-        with contextlib.suppress(FileNotFoundError):  # it just got its name
+        with contextlib.suppress(FileNotFoundError):  # just renamed
             if path.stat().st_mtime > since and not (path / "manifest.json").exists():
                 return True
     return False
 
 
 def kill_at(moment: str, process: subprocess.Popen, out: Path, chance: random.Random) -> None:
-    """Kill the run some steps after it began to train, then or in the next save; or at any time since its start."""
+    """Kill the run at any time, or some steps after the first one: at once or in the next save."""
     since, records = time.time(), out / "metrics.jsonl"
     if moment == "any time":
         time.sleep(chance.uniform(0, 5))
@@ -397,10 +398,10 @@ def test_kills_at_random_moments_lose_nothing(tmp_path: Path, home: Path):
         since = time.time()
         with start(home, out, steps) as process:
             kill_at(moment, process, out, chance)
-        assert process.returncode == -signal.SIGKILL  # it was not done yet
+        assert process.returncode == -signal.SIGKILL  # not complete
         in_saves += saving(out, since)
         found = Checkpoints(out / "checkpoints").newest()
-        assert newest == 0 or (found is not None and found[0] >= newest)  # what was complete stays intact
+        assert newest == 0 or (found is not None and found[0] >= newest)  # complete checkpoints are kept
         newest = found[0] if found is not None else 0
     with start(home, out, steps) as process:
         assert process.wait(timeout=120) == 0
@@ -459,7 +460,7 @@ def test_a_mistake_is_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
-# The command line
+# Command line
 
 
 def test_tokenize_and_pretrain_from_the_command_line(tmp_path: Path, home: Path, capsys: pytest.CaptureFixture):
@@ -483,8 +484,8 @@ def test_tokenize_and_pretrain_from_the_command_line(tmp_path: Path, home: Path,
         main(["pretrain", "tiny", *map(str, flags)]),
     ]
 
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert codes == [0, 0]
-    assert "200 documents, " in said
-    assert f"2 steps, loss {losses(out)[2]:.4f}" in said
-    assert str(out / "model") in said
+    assert "200 documents, " in printed
+    assert f"2 steps, loss {losses(out)[2]:.4f}" in printed
+    assert str(out / "model") in printed

@@ -1,4 +1,4 @@
-"""The losses and their gradients against the original's training step."""
+"""Losses and their gradients compared with the original's training step."""
 
 import jax
 import jax.numpy as jnp
@@ -77,11 +77,11 @@ def test_padding_counts_in_the_balance_loss_as_in_the_original():
             assert jnp.linalg.norm(got) == pytest.approx(expected["grad_norms_rightpad"][part], rel=GRADIENT), part
 
 
-# The head and its loss in one
+# Fused output projection and loss
 
 
 def plain_loss(states, head, targets, z_loss=0.0):
-    """The slow obvious twin of `chunked_cross_entropy`: all logits at once."""
+    """Reference of `chunked_cross_entropy` with all logits at once."""
     logits = jnp.einsum("btd,vd->btv", states, head)
     log_sum = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, targets[:, :, None].clip(0), axis=-1)[:, :, 0]
@@ -150,7 +150,7 @@ def test_full_logits_are_never_materialized():
     assert memory.temp_size_in_bytes <= 4 * loss._CHUNK_BYTES
 
 
-# Balance
+# Balance losses
 
 
 def routing_of(ids, scores) -> dict[int, Routing]:

@@ -1,4 +1,4 @@
-"""What a run says of itself, against slow sums, in every sink, and as a picture."""
+"""Metrics compared with slow sums, trackers, and the plot of a run."""
 
 import io
 import json
@@ -63,7 +63,7 @@ def write(folder: Path, these: range, trackers: tuple[str, ...] = ("jsonl",), **
             record.record(step, metrics(step), seconds=0.5, data_loading_seconds=0.001)
 
 
-# What is counted
+# FLOPs, devices, records
 
 
 @pytest.mark.parametrize("preset", ["tiny", "bench", "deepseek_moe_2b"])
@@ -80,7 +80,7 @@ def test_tied_embeddings_cost_what_a_head_of_their_own_costs():
     assert flops_per_token(tied, 256) == flops_per_token(CONFIG, 256)
 
 
-# The paper's figures count all T keys of a query; its totals are reproduced within its rounding of widths.
+# The paper counts T keys per query; its totals are reproduced within its rounding of widths.
 @pytest.mark.parametrize(
     ("preset", "tokens", "paper", "ours"),
     [
@@ -109,19 +109,21 @@ def test_peak_flops_sum_over_known_devices():
 
 
 def test_metrics_equal_slow_sums(tmp_path: Path):
-    said = metrics()
-    load = said.expert_load.tolist()
+    measured = metrics()
+    load = measured.expert_load.tolist()
     load[1][5] = load[1][6] = 0.0
     h100s = [device("NVIDIA H100 80GB HBM3", peak=peak) for peak in (5, 7)]
 
     with recorder(tmp_path, devices=h100s) as record:
-        record.record(1, said._replace(expert_load=np.array(load, np.float32)), seconds=0.25, data_loading_seconds=0.01)
+        record.record(
+            1, measured._replace(expert_load=np.array(load, np.float32)), seconds=0.25, data_loading_seconds=0.01
+        )
     (got,) = read_records(tmp_path)
 
-    aux = [sum(float(x) for x in losses) for losses in (said.balance_loss, said.device_balance_loss)]
+    aux = [sum(float(x) for x in losses) for losses in (measured.balance_loss, measured.device_balance_loss)]
     assert [got["balance_loss"], got["device_balance_loss"]] == pytest.approx(aux)
     for name in ("loss", "cross_entropy", "z_loss", "grad_norm", "learning_rate"):
-        assert got[name] == float(getattr(said, name))
+        assert got[name] == float(getattr(measured, name))
     assert (got["skipped"], got["total_skips"], got["consecutive_skips"]) == (0, 4, 0)
     assert (got["tokens_per_second"], got["data_loading_share"]) == (8192, 0.04)
     assert got["mfu"] == pytest.approx(8192 * flops_per_token(CONFIG, 256) / (2 * 989e12))
@@ -129,8 +131,8 @@ def test_metrics_equal_slow_sums(tmp_path: Path):
     for n, layer in enumerate(LAYERS):
         assert got[f"moe/{layer}/load_imbalance"] == pytest.approx(max(load[n]) / (sum(load[n]) / E))
         assert got[f"moe/{layer}/unused_experts"] == load[n].count(0.0)
-        assert got[f"moe/{layer}/balance_loss"] == float(said.balance_loss[n])
-        assert got[f"moe/{layer}/entropy"] == float(said.entropy[n])
+        assert got[f"moe/{layer}/balance_loss"] == float(measured.balance_loss[n])
+        assert got[f"moe/{layer}/entropy"] == float(measured.entropy[n])
         assert got[f"moe/{layer}/expert_load"] == load[n]
     assert got["load_imbalance"] == max(got[f"moe/{layer}/load_imbalance"] for layer in LAYERS)
     assert (got["unused_experts"], got["overflow_passes"]) == (2, 0)
@@ -149,14 +151,14 @@ def test_an_unknown_device_has_no_mfu_and_reports_host_memory(tmp_path: Path):
 def test_a_dense_model_has_no_routing_metrics(tmp_path: Path):
     dense = ModelConfig.from_dict({**CONFIG.to_dict(), "n_routed_experts": None, "num_experts_per_tok": None})
     none = np.zeros(0, np.float32)
-    said = metrics(
+    measured = metrics(
         expert_load=np.zeros((0, 0)), balance_loss=none, device_balance_loss=none, entropy=none, overflow_passes=none
     )
 
     with Recorder(
         tmp_path, config=dense, tokens_per_step=8, sequence_length=8, steps=1, trackers=("jsonl", "console")
     ) as record:
-        record.record(1, said, seconds=1.0, data_loading_seconds=0.0)
+        record.record(1, measured, seconds=1.0, data_loading_seconds=0.0)
 
     assert not [key for key in read_records(tmp_path)[0] if "load_imbalance" in key or key.startswith("moe/")]
     pytest.importorskip("matplotlib")
@@ -256,12 +258,12 @@ def test_a_full_disk_names_the_file(tmp_path: Path):
         record.record_eval(1, 2.0, 3)
 
 
-# The other trackers
+# Other trackers
 
 
 def test_console_logs_at_intervals_and_evaluations(tmp_path: Path, caplog):
     caplog.set_level(logging.INFO)
-    said = metrics(
+    measured = metrics(
         loss=np.float32(5.12), cross_entropy=np.float32(5.11), balance_loss=np.full(3, 0.004, np.float32),
         device_balance_loss=np.zeros(3), grad_norm=np.float32(0.8), learning_rate=np.float32(1e-3),
         expert_load=np.array([[1] * 15 + [3]] * 3, np.float32), total_skips=np.int32(0),
@@ -270,7 +272,7 @@ def test_console_logs_at_intervals_and_evaluations(tmp_path: Path, caplog):
 
     with recorder(tmp_path, ("console",), log_interval=50, steps=120, **peaks) as record:
         for step in range(1, 121):
-            record.record(step, said, seconds=1.0, data_loading_seconds=0.1)
+            record.record(step, measured, seconds=1.0, data_loading_seconds=0.1)
         record.record_eval(120, 4.98, 512)
 
     head = "loss 5.12 ce 5.11 aux 0.012 norm 0.8 lr 1.0e-03 12.3M tok/s"
@@ -302,7 +304,7 @@ def test_a_terminal_shows_a_progress_bar_below_the_log(tmp_path: Path, monkeypat
 
 
 def events(folder: Path) -> list[Any]:
-    """The events of TensorBoard's files: length, its checksum, the event, its checksum."""
+    """Events of TensorBoard files: length, its checksum, the event, its checksum."""
     from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
     found = []
@@ -364,7 +366,7 @@ def test_an_unknown_tracker_is_refused(tmp_path: Path):
         recorder(tmp_path, ("csv",))
 
 
-# The plot
+# Plot
 
 
 def test_a_run_is_plotted(tmp_path: Path):

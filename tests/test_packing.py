@@ -1,6 +1,6 @@
 """Packing of documents, compared with a token-by-token reference.
 
-Start at `test_packed_sequence_matches_literals`. Every token of the shards has its own id.
+Start at `test_packed_sequence_matches_literals`. All tokens of the shards have different ids.
 """
 
 import functools
@@ -25,7 +25,7 @@ CORPORA: dict[str, tuple[list[int], int]] = {  # lengths of documents, tokens of
     "documents longer than a sequence": ([50, 7, 31], 8),
     "one document": ([23], 5),
     "sequences of one token": ([3, 1, 2], 1),
-    "an epoch in whole sequences": ([4, 8, 12], 8),
+    "an epoch without remainder": ([4, 8, 12], 8),
     "an epoch of one sequence": ([5, 3], 8),
     "an epoch shorter than a sequence": ([2, 1], 10),
     "documents of one token": ([1] * 30, 7),
@@ -34,8 +34,8 @@ corpora = pytest.mark.parametrize(("lengths", "T"), CORPORA.values(), ids=CORPOR
 modes = pytest.mark.parametrize("mode", ["block_causal", "causal"])
 
 
-def twin(shards: TokenShards, T: int, mode: str, epochs: int, seed: int) -> list[list[list[int]]]:
-    """The sequences in the order in which they are cut, token by token."""
+def reference(shards: TokenShards, T: int, mode: str, epochs: int, seed: int) -> list[list[list[int]]]:
+    """Reference: the unshuffled sequences, token by token."""
     line = []
     for epoch in range(epochs):
         for document in shuffled(len(shards), seed, 0, epoch, 0):
@@ -92,14 +92,14 @@ def test_short_sequence_is_padded(mode: str):
 def test_sequences_match_the_reference(tmp_path: Path, lengths: list[int], T: int, mode: str):
     shards = hand_made_shards(tmp_path / "s", lengths, shards=min(3, len(lengths)))
     packing = DocumentPacking(shards, sequence_length=T, seed=3, packing=mode)
-    want = twin(shards, T, mode, epochs=15, seed=3)
+    want = reference(shards, T, mode, epochs=15, seed=3)
 
     for epoch in range(4):
         numbers = packing.sequences_of(epoch)
         got = sequences_of(packing, numbers)
 
         assert sorted(got) == sorted(want[numbers.start : numbers.stop])
-        assert got[-1:] == want[numbers.start : numbers.stop][-1:]  # the last sequence stays last
+        assert got[-1:] == want[numbers.start : numbers.stop][-1:]  # the last sequence is not shuffled
 
 
 @modes
@@ -108,7 +108,7 @@ def test_every_token_of_an_epoch_is_read_once(tmp_path: Path, lengths: list[int]
     shards = hand_made_shards(tmp_path / "s", lengths)
     packing = DocumentPacking(shards, sequence_length=T, seed=0, packing=mode)
 
-    sequences = np.stack([packing.sequence(n) for n in range(shards.tokens)])  # T epochs are that many whole sequences
+    sequences = np.stack([packing.sequence(n) for n in range(shards.tokens)])  # T epochs have that many tokens × T
 
     firsts = set((np.cumsum(lengths) - lengths + 1).tolist())
     labels = Counter(sequences[:, 1].ravel().tolist())
@@ -118,7 +118,7 @@ def test_every_token_of_an_epoch_is_read_once(tmp_path: Path, lengths: list[int]
         assert labels == {token: T for token in range(1, shards.tokens + 1) if token not in firsts}
         assert ignored == T * len(lengths)
     else:
-        # The first token of all is nobody's label; the first of the epoch after the last is one.
+        # The first token of the first epoch is no label; the first of the epoch after the last is one.
         assert sum(labels.values()) == shards.tokens * T
         assert all(labels[token] == T for token in range(1, shards.tokens + 1) if token not in firsts)
 
@@ -220,10 +220,10 @@ def test_index_of_a_million_documents_is_small_and_fast(tmp_path: Path):
 
     packing.sequence(5)
 
-    seconds, (held, peak) = time.perf_counter() - started, tracemalloc.get_traced_memory()
+    seconds, (current, peak) = time.perf_counter() - started, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert seconds < 10  # measured: 0.2
-    assert held < 2.2 * 8 * len(shards)
+    assert current < 2.2 * 8 * len(shards)
     assert peak < 4 * 8 * len(shards)
 
 

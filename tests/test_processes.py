@@ -1,6 +1,6 @@
-"""Two processes that share a mesh: what they save together is what one process would have saved.
+"""Two processes with one mesh save the same checkpoint as one process.
 
-They are started once, on loopback, and go through all scenes of `PROGRAM`; each test looks at one scene.
+They are started once, on loopback, and run all scenarios of `PROGRAM`; each test checks one.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.heavy
 TIMEOUT = 120
 OTHER_FAILED = "DSMoEError: another process failed; see its log"
 
-# What each process runs; its arguments are its number, the coordinator and a folder. It prints a JSON object at its
-# end: what it saw in each scene.
+# Run by each process, with process index, coordinator and a folder as arguments; prints a JSON object with the outcome
+# of each scenario.
 PROGRAM = """
 import json, os, sys
 index, coordinator, home = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -43,12 +43,12 @@ write, seen = zarr_io.ArrayWriter.write, {}
 def full_disk(*_):
     raise OSError("no space left")
 
-def attempt(scene, step):
+def attempt(scenario, step):
     try:
-        seen[scene] = str(step())
+        seen[scenario] = str(step())
     except (ValueError, OSError) as error:
-        seen[scene] = f"{type(error).__name__}: {error}"
-    sync_global_devices(scene)
+        seen[scenario] = f"{type(error).__name__}: {error}"
+    sync_global_devices(scenario)
 
 for failing in (0, 1):
     zarr_io.ArrayWriter.write = full_disk if index == failing else write
@@ -70,14 +70,14 @@ if index == 0:
         file.write(first)
 from dsmoe_jax.train.config import DataConfig, RunConfig
 from dsmoe_jax.train.loop import run
-own = lambda path: path if index == 0 else f"{path} of nobody"  # process 1 does not find it
+visible = lambda path: path if index == 0 else f"{path} is missing"  # process 1 does not find it
 def trains(**changes):
     data = DataConfig(sources=(changes.pop("source", "python-stdlib"),), tokenizer=changes.pop("tokenizer", None))
     run(RunConfig(output_dir=f"{home}/run", data=data, **changes))
-attempt("no model", lambda: trains(model=own(f"{home}/out/config.json")))
-attempt("no base", lambda: trains(init_from=own(f"{home}/out")))
-attempt("no data", lambda: trains(model=f"{home}/out/config.json", source=own(f"{home}/out")))
-attempt("no tokenizer", lambda: trains(model=f"{home}/out/config.json", tokenizer=own(f"{home}/tokenizer")))
+attempt("no model", lambda: trains(model=visible(f"{home}/out/config.json")))
+attempt("no base", lambda: trains(init_from=visible(f"{home}/out")))
+attempt("no data", lambda: trains(model=f"{home}/out/config.json", source=visible(f"{home}/out")))
+attempt("no tokenizer", lambda: trains(model=f"{home}/out/config.json", tokenizer=visible(f"{home}/tokenizer")))
 print(json.dumps(seen))
 """
 
@@ -91,7 +91,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def seen(home: Path) -> list[dict[str, str]]:
-    """By process: what it saw in each scene."""
+    """Outcome of each scenario, per process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
@@ -126,29 +126,29 @@ def test_all_refuse_to_overwrite(seen: list[dict[str, str]]):
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_failing_process_fails_all_and_leaves_nothing(seen: list[dict[str, str]], failing: int):
-    said = [process[f"process {failing} cannot write"] for process in seen]
+    outcomes = [process[f"process {failing} cannot write"] for process in seen]
 
-    assert said[failing] == "OSError: no space left"
-    assert said[1 - failing] == OTHER_FAILED
+    assert outcomes[failing] == "OSError: no space left"
+    assert outcomes[1 - failing] == OTHER_FAILED
     assert [process["left"] for process in seen] == [["tokenizer"], ["tokenizer"]]
 
 
 def test_damage_that_one_process_finds_is_known_to_all(seen: list[dict[str, str]]):
-    said = [process["damage"] for process in seen]
+    outcomes = [process["damage"] for process in seen]
 
-    assert OTHER_FAILED in said
-    assert sum("damaged: 'parameters/state/embed/c/0/0'" in line for line in said) == 1
+    assert OTHER_FAILED in outcomes
+    assert sum("damaged: 'parameters/state/embed/c/0/0'" in line for line in outcomes) == 1
 
 
 @pytest.mark.parametrize(
-    ("scene", "named"), {"no model": "", "no base": "", "no tokenizer": "no tokenizer found"}.items()
+    ("scenario", "named"), {"no model": "", "no base": "", "no tokenizer": "no tokenizer found"}.items()
 )
-def test_what_one_process_cannot_find_ends_all(seen: list[dict[str, str]], scene: str, named: str):
-    said = [process[scene] for process in seen]
+def test_what_one_process_cannot_find_ends_all(seen: list[dict[str, str]], scenario: str, named: str):
+    outcomes = [process[scenario] for process in seen]
 
-    assert said[0] == OTHER_FAILED
-    assert "of nobody" in said[1]
-    assert named in said[1]
+    assert outcomes[0] == OTHER_FAILED
+    assert "is missing" in outcomes[1]
+    assert named in outcomes[1]
 
 
 def test_no_process_waits_for_data_that_are_not_there(seen: list[dict[str, str]]):

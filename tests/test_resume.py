@@ -1,4 +1,4 @@
-"""What a run's folder may keep of an earlier start, and what it refuses. Most tests train nothing."""
+"""Restarting a run with the same or other settings, data and base; most tests do not train."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ STEPS = 2
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model's config with DeepSeek's ids, and texts."""
+    """A model config with DeepSeek's token ids, and texts."""
     home = tmp_path_factory.mktemp("resume")
     model = tiny(vocab_size=VOCABULARY).to_dict() | {"bos_token_id": 270, "eos_token_id": 271, "num_hidden_layers": 2}
     (home / "model.json").write_text(json.dumps(model))
@@ -68,7 +68,7 @@ def config(home: Path, out: Path, **changes: Any) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def finished(home: Path) -> Path:
-    """The folder of a run of two steps; copy it before it is changed."""
+    """Output directory of a run of two steps; copy before changing it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
         run(config(home, home / "finished"))
@@ -84,7 +84,7 @@ def embed(model: Path) -> np.ndarray:
     return np.asarray(split(dsmoe_jax.load(model))[1]["embed"])
 
 
-# The result
+# Result
 
 
 def test_a_longer_run_replaces_the_model(home: Path, copy: Path):
@@ -92,7 +92,7 @@ def test_a_longer_run_replaces_the_model(home: Path, copy: Path):
 
     result = run(config(home, copy, steps=STEPS + 1))
 
-    with warnings.catch_warnings(action="ignore"):  # orbax: that no sharding is given
+    with warnings.catch_warnings(action="ignore"):  # Orbax warns that no sharding is set
         state = ocp.load(str(copy / "checkpoints" / f"step-{STEPS + 1:08}"))
     assert (result.steps, result.resumed_from) == (STEPS + 1, STEPS)
     assert (embed(copy / "model") == np.asarray(state["params/embed"])).all()
@@ -112,8 +112,8 @@ def test_a_complete_run_prints_its_result(
     assert main(["pretrain", "tiny", *map(str, flags)]) == 0
 
     loss = f"loss {known['loss']:.4f}, eval/loss {known['eval_loss']:.4f}"
-    said = capsys.readouterr().out
-    assert said == f"Run already complete: {STEPS} steps, {loss}, 0 updates skipped: {copy / 'model'}\n"
+    printed = capsys.readouterr().out
+    assert printed == f"Run already complete: {STEPS} steps, {loss}, 0 updates skipped: {copy / 'model'}\n"
 
 
 def test_a_missing_result_is_restored(home: Path, copy: Path):
@@ -138,7 +138,7 @@ def test_a_damaged_result_is_restored(home: Path, copy: Path):
     assert (embed(copy / "model") == before).all()
 
 
-# The settings
+# Settings
 
 
 def test_settings_are_compared_before_training(home: Path, copy: Path):
@@ -152,11 +152,11 @@ def test_settings_are_compared_before_training(home: Path, copy: Path):
     assert (copy / "run.json").read_bytes() == before
 
 
-# The data
+# Data
 
 
 def prepared(home: Path, out: Path, *, resuming: bool = False, **data: Any) -> str:
-    """The first document that a run would train on."""
+    """First training document of a run."""
     one = config(home, out, data=data)
     corpus = prepare(one, one.model_config(), out, resuming=resuming)
     assert corpus.tokenizer is not None
@@ -196,7 +196,7 @@ def test_a_damaged_tokenizer_of_the_run_is_refused(home: Path, tmp_path: Path):
     file = tmp_path / "tokenizer" / "tokenizer.json"
     file.write_text(file.read_text().replace('"alpha"', '"alphb"'))
 
-    with pytest.raises(ValueError, match=r"tokenizer: damaged: SHA-256 mismatch; remove it to have it made ag"):
+    with pytest.raises(ValueError, match=r"tokenizer: damaged: SHA-256 mismatch; remove it to rebuild it"):
         prepared(home, tmp_path)
 
     shutil.rmtree(file.parent)
@@ -254,12 +254,12 @@ def test_the_best_of_discarded_steps_is_ignored(tmp_path: Path):
     assert (kept, json.loads((tmp_path / "best" / "evaluation.json").read_text())["step"]) == (6, 5)
 
 
-# Examples to fine-tune on
+# Fine-tuning examples
 
 
 @pytest.fixture(scope="module")
 def base(home: Path) -> Path:
-    """A checkpoint whose config has ids of another tokenizer than the one beside it."""
+    """A checkpoint whose config has special token ids of another tokenizer."""
     train_tokenizer(["User: a\n\nAssistant: b"] * 9, home / "tokenizer", VOCABULARY)
     model = DeepSeekMoE.init(ModelConfig.from_file(home / "model.json"))
     dsmoe_jax.save(model, home / "base", extra_files=sorted((home / "tokenizer").iterdir()))
@@ -310,11 +310,11 @@ def test_a_template_is_known_by_its_content(home: Path, base: Path, tmp_path: Pa
     one = finetune(home, base, tmp_path, files=(str(chats),), template=str(template), val_fraction=0.0)
     model = one.model_config()
 
-    first = open_examples(one, model, tmp_path).train
+    first = open_examples(one, model, tmp_path)[1]
     template.write_text(template.read_text().replace("content", "content | upper"))
-    edited = open_examples(one, model, tmp_path).train
+    edited = open_examples(one, model, tmp_path)[1]
     os.utime(chats, (1, 1))
-    touched = open_examples(one, model, tmp_path).train
+    touched = open_examples(one, model, tmp_path)[1]
 
     assert first.digest != edited.digest
     assert edited.folder == touched.folder
@@ -339,7 +339,7 @@ def test_examples_that_changed_are_named(home: Path, base: Path, tmp_path: Path,
         check_resumable(tmp_path, 1, json.loads(json.dumps(known)), now)
 
 
-# Ids
+# Special token ids
 
 
 def test_a_run_has_the_ids_of_its_tokenizer(finished: Path):
@@ -362,7 +362,7 @@ def test_shards_alone_give_the_end_token(home: Path, copy: Path, tmp_path: Path)
     assert pretraining(one, tmp_path).model.eos_token_id == 1
 
 
-# Requests that cannot be met
+# Invalid requests
 
 
 @pytest.mark.parametrize(
@@ -413,4 +413,4 @@ def test_steps_override_epochs(home: Path, base: Path, tmp_path: Path, caplog: p
     one = dataclasses.replace(finetune(home, base, tmp_path), steps=3, epochs=5.0)
 
     assert finetuning(one, tmp_path).steps == 3
-    assert "epochs 5.0 has no effect: steps is 3" in caplog.text
+    assert "epochs 5.0 has no effect with steps 3" in caplog.text

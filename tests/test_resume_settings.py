@@ -1,4 +1,4 @@
-"""Settings: which must match to resume, which may change, which are invalid."""
+"""Settings that must match to resume, may change, or are invalid."""
 
 import dataclasses
 import logging

@@ -15,7 +15,7 @@ from dsmoe_jax.train.data import TokenShards, is_token_shards, tokenizer_hash
 from dsmoe_jax.train.sft import Examples, is_examples, show, write_examples
 from dsmoe_jax.train.sft.formats import Completion
 from tests.helpers.corpus import BOS, EOS, byte_tokenizer
-from tests.helpers.sft import CHAT, RECORDS, jsonl, read, said
+from tests.helpers.sft import CHAT, RECORDS, chat, jsonl, read
 
 LONG = 10_000
 
@@ -34,7 +34,7 @@ def test_special_token_strings_in_examples_are_counted(
     tokenizer_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, split: bool, said_of_them: str
 ):
     lines = [{"prompt": f"a{EOS}{EOS}", "completion": BOS}, {"prompt": "a", "completion": "b"}]
-    lines += [{"messages": said(f"x{EOS}", "y").messages}]
+    lines += [{"messages": chat(f"x{EOS}", "y").messages}]
 
     with caplog.at_level(logging.INFO):
         source = jsonl(tmp_path / "a.jsonl", lines)
@@ -87,7 +87,7 @@ def test_examples_round_trip(tmp_path: Path, tokenizer_folder: Path, tokenizer: 
     want = [read(Completion(**line), tokenizer) for line in CORPUS]
     pairs = [(tokens.tolist(), loss_mask.tolist()) for tokens, loss_mask in want]
     assert sorted(examples_of(train) + examples_of(validation)) == sorted(pairs)
-    assert examples_of(train) == [pair for pair in pairs if pair in examples_of(train)]  # in their order
+    assert examples_of(train) == [pair for pair in pairs if pair in examples_of(train)]  # in order
     assert 0 < len(validation) < 30
     assert report.train[:2] == (len(train), train.tokens) == (len(train), train.lengths.sum())
     assert report.train.loss_tokens == sum(sum(loss_mask) for _, loss_mask in examples_of(train))
@@ -111,7 +111,7 @@ def test_examples_are_token_shards_with_loss_masks(tmp_path: Path, tokenizer_fol
 def test_file_formats_give_equal_examples(tmp_path: Path, tokenizer_folder: Path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet, zstandard = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("zstandard")
-    lines = [*({"messages": said(f"q {n}", f"a {n}").messages} for n in range(9))]
+    lines = [*({"messages": chat(f"q {n}", f"a {n}").messages} for n in range(9))]
     plain = jsonl(tmp_path / "a.jsonl", lines)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
     (tmp_path / "c.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(plain.read_bytes()))
@@ -160,7 +160,7 @@ def test_validation_split_depends_on_content_alone(tmp_path: Path, tokenizer_fol
             sequence_length=LONG,
             val_fraction=0.3,
         )
-    chats = [{"messages": said(line["instruction"], line["output"]).messages} for line in pairs]
+    chats = [{"messages": chat(line["instruction"], line["output"]).messages} for line in pairs]
     chats = jsonl(tmp_path / "chats.jsonl", chats)
     write_examples(
         chats,
@@ -182,7 +182,7 @@ def test_validation_split_depends_on_content_alone(tmp_path: Path, tokenizer_fol
 
 
 def test_digest_covers_tokens_and_loss_masks(tmp_path: Path, tokenizer_folder: Path):
-    chats = jsonl(tmp_path / "a.jsonl", [{"messages": said("a", "b", "c", "d").messages}])
+    chats = jsonl(tmp_path / "a.jsonl", [{"messages": chat("a", "b", "c", "d").messages}])
     for name, options in {
         "one": {},
         "same": {},
@@ -223,7 +223,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "template folder": ({"template": "/"}, "template / cannot be read"),
     "length":          ({"sequence_length": 1}, "sequence_length must be at least 2, a token and its label, got 1"),
     "val_fraction":    ({"val_fraction": 1.0}, r"val_fraction must be in \[0, 1\), got 1.0"),
-    "all held out":    ({"val_fraction": 0.9999999}, "val_fraction 0.9999999 leaves none of 60 examples to train on"),
+    "all validation":  ({"val_fraction": 0.9999999}, "val_fraction 0.9999999 leaves none of 60 examples to train on"),
     "a long example":  ({"sequence_length": 30, **RAISE}, r"a.jsonl:5: example must have at most 30 tokens, got 36"),
     "all are long":    ({"sequence_length": 7, **DROP}, "sequence_length 7 is less than the length of all 60 examples"),
 }
@@ -301,19 +301,19 @@ def test_overlong_examples_are_truncated_or_dropped(
     tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture
 ):
     source = jsonl(tmp_path / "a.jsonl", CORPUS)
-    write_examples(source, tokenizer_folder, tmp_path / "whole", sequence_length=LONG)
-    whole = Examples.open(tmp_path / "whole").lengths
+    write_examples(source, tokenizer_folder, tmp_path / "full", sequence_length=LONG)
+    lengths = Examples.open(tmp_path / "full").lengths
 
     for strategy, done in {"truncate": "truncated", "drop": "dropped"}.items():
         report = write_examples(
             source, tokenizer_folder, tmp_path / strategy, sequence_length=40, excess_length_strategy=strategy
         )
-        assert report.overlong == (whole > 40).sum() > 0
-        longest = f"{done} {report.overlong} of 60 examples (longer than 40 tokens, the longest {whole.max()})"
+        assert report.overlong == (lengths > 40).sum() > 0
+        longest = f"{done} {report.overlong} of 60 examples (longer than 40 tokens, the longest {lengths.max()})"
         assert caplog.text.count(longest) == 1
 
-    assert Examples.open(tmp_path / "truncate").lengths.tolist() == np.minimum(whole, 40).tolist()
-    assert Examples.open(tmp_path / "drop").lengths.tolist() == whole[whole <= 40].tolist()
+    assert Examples.open(tmp_path / "truncate").lengths.tolist() == np.minimum(lengths, 40).tolist()
+    assert Examples.open(tmp_path / "drop").lengths.tolist() == lengths[lengths <= 40].tolist()
 
 
 def test_show_highlights_loss_tokens(tmp_path: Path, tokenizer_folder: Path, tokenizer: Tokenizer):

@@ -31,7 +31,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(home: Path, name: str, lengths: list[int], **options: Any) -> Path:
-    """Examples of these lengths; the tokens of one are its number in base 250 and then what follows from it."""
+    """Examples of these lengths; the first two tokens encode the number of the example."""
     rng = np.random.default_rng(len(lengths))
     lines = []
     for number, size in enumerate(lengths):
@@ -59,7 +59,7 @@ def few(home: Path) -> Examples:
 
 
 def unpack(sequences: np.ndarray) -> list[tuple[list[int], list[int]]]:
-    """The examples in some sequences, [sequences, 4, T]: their ids, and their labels."""
+    """Token ids and labels of the examples in sequences, [sequences, 4, T]."""
     found = []
     for ids, labels, segments, positions in sequences:
         for segment in range(1, segments.max() + 1):
@@ -74,8 +74,8 @@ def unpack(sequences: np.ndarray) -> list[tuple[list[int], list[int]]]:
     return found
 
 
-def twin(examples: Examples) -> list[tuple[list[int], list[int]]]:
-    """Each example's ids and labels, token by token."""
+def reference(examples: Examples) -> list[tuple[list[int], list[int]]]:
+    """Reference: token ids and labels of each example, token by token."""
     found = []
     for number in range(len(examples)):
         tokens, loss_mask = (field.tolist() for field in examples.example(number))
@@ -104,8 +104,8 @@ def test_packed_sequence_matches_literals():
 def test_best_fit_matches_literals():
     sizes = [6, 5, 4, 5, 3, 10, 1]
 
-    assert best_fit(sizes, 10, 8).tolist() == [0, 1, 0, 1, 2, 3, 2]  # each sequence as full as can be
-    assert best_fit(sizes, 10, 1).tolist() == [0, 1, 1, 2, 2, 3, 4]  # in their order
+    assert best_fit(sizes, 10, 8).tolist() == [0, 1, 0, 1, 2, 3, 2]  # best fit
+    assert best_fit(sizes, 10, 1).tolist() == [0, 1, 1, 2, 2, 3, 4]  # in order
     assert best_fit(sizes, 10, 0).tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
@@ -115,8 +115,8 @@ def test_every_example_is_in_every_epoch_once(examples: Examples, mode: str):
 
     epochs = [epoch_of(packing, epoch) for epoch in range(3)]
 
-    assert all(sorted(unpack(sequences)) == sorted(twin(examples)) for sequences in epochs)
-    assert len({str(unpack(sequences)) for sequences in epochs}) == 3  # each in an order of its own
+    assert all(sorted(unpack(sequences)) == sorted(reference(examples)) for sequences in epochs)
+    assert len({str(unpack(sequences)) for sequences in epochs}) == 3  # each in another order
     if mode == "none":
         assert all(sequences[:, 2].max() == 1 for sequences in epochs)
     else:
@@ -167,7 +167,7 @@ def test_longer_sequence_holds_more_examples(few: Examples):
     packing = ExamplePacking(few, sequence_length=80, seed=0)
 
     assert len(packing.sequences_of(0)) == 1
-    assert sorted(unpack(epoch_of(packing, 0))) == sorted(twin(few))
+    assert sorted(unpack(epoch_of(packing, 0))) == sorted(reference(few))
 
 
 def test_stream_of_examples_does_not_depend_on_processes(examples: Examples, few: Examples):
@@ -175,7 +175,7 @@ def test_stream_of_examples_does_not_depend_on_processes(examples: Examples, few
         usual: dict[str, Any] = {"sequence_length": T, "batch_size": 4, "seed": 7, "packing": "best_fit"}
         return Stream([examples, few], [3.0, 1.0], packer=ExamplePacking, **(usual | options))
 
-    whole = [[field.tolist() for field in stream().batch(step)] for step in range(20)]
+    expected = [[field.tolist() for field in stream().batch(step)] for step in range(20)]
     halves = [loader(stream(), process_index=h, process_count=2) for h in (0, 1)]
     joined = [
         [np.concatenate(fields).tolist() for fields in zip(*(next(half) for half in halves), strict=True)]
@@ -184,7 +184,7 @@ def test_stream_of_examples_does_not_depend_on_processes(examples: Examples, few
     for half in halves:
         half.close()  # pyright: ignore
 
-    assert joined == whole
+    assert joined == expected
     same, other = stream().identity, stream(packing="none").identity
     assert same["datasets"] == [examples.digest, few.digest]
     assert [name for name in same if same[name] != other[name]] == ["packing"]
@@ -219,11 +219,11 @@ def test_validation_reads_every_example_once_in_order(examples: Examples, few: E
     ]
 
     sequences = np.concatenate([np.concatenate(batches) for batches in zip(*parts, strict=True)])
-    found, want = unpack(sequences), twin(examples)
+    found, want = unpack(sequences), reference(examples)
     assert len(sequences) % 8 == 0
-    assert Counter(map(str, found)) == Counter(map(str, want + twin(few)))
+    assert Counter(map(str, found)) == Counter(map(str, want + reference(few)))
     assert [one for one in found if one in want] == want
-    assert twin(few)[0] in found[:30]  # the datasets take turns
+    assert reference(few)[0] in found[:30]  # datasets are interleaved
 
 
 def test_empty_validation_split_gives_no_batch(examples: Examples):

@@ -15,7 +15,7 @@ from dsmoe_jax.train.sft.examples import Example
 from dsmoe_jax.train.sft.formats import Completion, Tokens, parse_record
 from dsmoe_jax.train.sft.truncate import truncate
 from tests.helpers.corpus import BOS, EOS, byte_tokenizer
-from tests.helpers.sft import CALL, CHAT, TOOL, A, jsonl, read, said, spans
+from tests.helpers.sft import CALL, CHAT, TOOL, A, chat, jsonl, read, spans
 
 SHARED = Path(__file__).parents[2] / "shared" / "tokenizer"
 LONG = 10_000
@@ -25,7 +25,7 @@ LONG = 10_000
 def test_split_special_tokens_keeps_strings_in_messages_as_text(tokenizer_folder: Path, tmp_path: Path, template: str):
     if template == "file":
         (tmp_path / "t").write_text("{% for m in messages %}{{ bos_token + m.content + eos_token }}{% endfor %}")
-    line = said(f"a{EOS}b", f"c{BOS}d{EOS}")
+    line = chat(f"a{EOS}b", f"c{BOS}d{EOS}")
     example_by = {
         split: read(
             line,
@@ -55,7 +55,7 @@ def test_split_special_tokens_keeps_strings_in_completions(tokenizer_folder: Pat
 
 
 def test_loss_masks_match_literals(tokenizer: Tokenizer):
-    line = said("Hi", "Hello", "Bye", "See you")
+    line = chat("Hi", "Hello", "Bye", "See you")
 
     assert spans(read(line, tokenizer), tokenizer) == [
         (False, f"{BOS}User: Hi\n\nAssistant:"),
@@ -71,7 +71,7 @@ def test_loss_masks_match_literals(tokenizer: Tokenizer):
         (False, f"{BOS}1 + 1 ="),
         (True, f" 2{EOS}"),
     ]
-    assert spans(read(said("Hi", "Hello"), tokenizer, "deepseek-instruct"), tokenizer) == [
+    assert spans(read(chat("Hi", "Hello"), tokenizer, "deepseek-instruct"), tokenizer) == [
         (
             False,
             f"{BOS}You are an AI assistant, developed by DeepSeek Company. For politically sensitive questions, "
@@ -79,13 +79,13 @@ def test_loss_masks_match_literals(tokenizer: Tokenizer):
         ),
         (True, "Hello\n<|EOT|>"),
     ]
-    given = Tokens([0, 70, 71, 72, 73, 1], [False, True, True, False, True, True])
-    assert read(given, tokenizer).loss_mask.tolist() == given.loss_mask
-    assert read(given, tokenizer, train_on="last").loss_mask.tolist() == [False] * 4 + [True] * 2
+    record = Tokens([0, 70, 71, 72, 73, 1], [False, True, True, False, True, True])
+    assert read(record, tokenizer).loss_mask.tolist() == record.loss_mask
+    assert read(record, tokenizer, train_on="last").loss_mask.tolist() == [False] * 4 + [True] * 2
 
 
 def test_loss_begins_where_generation_begins(tokenizer: Tokenizer):
-    line = said("Hi", "Hello", "Bye", "See you")
+    line = chat("Hi", "Hello", "Bye", "See you")
     tokens, loss_mask = read(line, tokenizer)
 
     for turn, begin in zip((1, 3), np.flatnonzero(np.diff(loss_mask.astype(int)) == 1) + 1, strict=True):
@@ -94,7 +94,7 @@ def test_loss_begins_where_generation_begins(tokenizer: Tokenizer):
 
 
 def test_turns_after_the_last_assistant_turn_are_omitted(tokenizer: Tokenizer):
-    assert np.array_equal(read(said("a", "b", "c"), tokenizer).tokens, read(said("a", "b"), tokenizer).tokens)
+    assert np.array_equal(read(chat("a", "b", "c"), tokenizer).tokens, read(chat("a", "b"), tokenizer).tokens)
 
 
 def test_first_token_has_no_loss(tokenizer: Tokenizer):
@@ -142,7 +142,7 @@ ODD_PAIRS = [  # instruction, output
 
 
 def original(tokenizer: Tokenizer, instruction: str, output: str) -> tuple[list[int], list[bool]]:
-    """The slow obvious twin: finetune.py's source and target, both tokenized with BOS, the source's length masked."""
+    """Reference: finetune.py's source and target, tokenized with BOS, with the length of the source masked."""
     source = "".join(
         [
             "You are an AI assistant, developed by DeepSeek Company. ",
@@ -169,7 +169,7 @@ def test_deepseek_instruct_matches_the_original_script(tokenizer: Tokenizer, whi
         tokenizer = Tokenizer.from_pretrained(SHARED)
 
     for instruction, output in ODD_PAIRS:
-        tokens, loss_mask = read(said(instruction, output), tokenizer, "deepseek-instruct")
+        tokens, loss_mask = read(chat(instruction, output), tokenizer, "deepseek-instruct")
 
         assert (tokens.tolist(), loss_mask.tolist()) == original(tokenizer, instruction, output)
 
@@ -178,8 +178,8 @@ def test_deepseek_instruct_matches_the_original_script(tokenizer: Tokenizer, whi
 def test_chat_by_turn_matches_the_full_chat_template():
     tokenizer = Tokenizer.from_pretrained(SHARED)
 
-    for asked, answer in ODD_PAIRS[:15]:
-        line = said(asked, answer, asked, answer)
+    for question, answer in ODD_PAIRS[:15]:
+        line = chat(question, answer, question, answer)
         tokens, _ = read(line, tokenizer)
 
         assert tokenizer.decode(tokens, skip_special_tokens=False) == tokenizer.decode(
@@ -190,7 +190,7 @@ def test_chat_by_turn_matches_the_full_chat_template():
 
 def test_deepseek_instruct_refuses_several_turns(tokenizer: Tokenizer):
     with pytest.raises(ValueError, match="must be one user turn and one assistant turn"):
-        read(said("a", "b", "c", "d"), tokenizer, "deepseek-instruct")
+        read(chat("a", "b", "c", "d"), tokenizer, "deepseek-instruct")
 
 
 def test_template_may_be_a_jinja_file(tmp_path: Path, tokenizer: Tokenizer):
@@ -200,7 +200,7 @@ def test_template_may_be_a_jinja_file(tmp_path: Path, tokenizer: Tokenizer):
         "{{ eos_token if m.role == 'assistant' }}{% endfor %}{{ '[assistant]' if add_generation_prompt }}"
     )
 
-    found = spans(read(said("Hi", " Hello"), tokenizer, path), tokenizer)
+    found = spans(read(chat("Hi", " Hello"), tokenizer, path), tokenizer)
 
     assert found == [(False, f"{BOS}[user]Hi[assistant]"), (True, f" Hello{EOS}")]
 
@@ -215,7 +215,7 @@ def test_template_may_be_a_jinja_file(tmp_path: Path, tokenizer: Tokenizer):
 )
 def test_template_without_a_stable_prefix_is_refused(tmp_path: Path, tokenizer_folder: Path, template: str, turn: int):
     (tmp_path / "bad.jinja").write_text(template)
-    source = jsonl(tmp_path / "a.jsonl", [{"messages": said("a", "b", "c", "d").messages}])
+    source = jsonl(tmp_path / "a.jsonl", [{"messages": chat("a", "b", "c", "d").messages}])
 
     with pytest.raises(ValueError, match=rf"a.jsonl:1 cannot be split at turn {turn}: the template renders") as refused:
         write_examples(
@@ -229,7 +229,7 @@ def test_template_without_a_stable_prefix_is_refused(tmp_path: Path, tokenizer_f
     "mark", [{"weight": 0}, {"train": False}, {"training": False}, {"learn": 0}, {"loss": False}, {"loss_mask": 0.0}]
 )
 def test_turn_marked_without_loss_has_none(tokenizer: Tokenizer, mark: dict[str, Any]):
-    messages = said("Hi", "Hello", "Bye", "See you").messages
+    messages = chat("Hi", "Hello", "Bye", "See you").messages
     line = parse_record({"messages": [messages[0], messages[1] | mark, *messages[2:]]})
 
     want = [(False, f"{BOS}User: Hi\n\nAssistant: Hello{EOS}User: Bye\n\nAssistant:"), (True, f" See you{EOS}")]
@@ -237,7 +237,7 @@ def test_turn_marked_without_loss_has_none(tokenizer: Tokenizer, mark: dict[str,
 
 
 def test_only_the_completion_of_messages_has_a_loss(tokenizer: Tokenizer):
-    messages = said("Hi", "Hello", "Bye", "See you").messages
+    messages = chat("Hi", "Hello", "Bye", "See you").messages
     line = parse_record({"prompt": messages[:3], "completion": messages[3:]})
 
     assert spans(read(line, tokenizer), tokenizer)[-1] == (True, f" See you{EOS}")
@@ -365,7 +365,7 @@ def test_stop_config_of_known_templates(tokenizer: Tokenizer, caplog: pytest.Log
 
 
 def masked(*runs: tuple[bool, int], bos: bool = True) -> Example:
-    """Tokens 1, 2 and so on after bos 0, in runs that are targets or not."""
+    """BOS 0 and tokens 1, 2, …, in runs with or without loss."""
     loss_mask = np.concatenate([np.full(size, learned) for learned, size in runs])
     return Example(np.arange(len(loss_mask), dtype=np.int32) + (not bos), loss_mask)
 
@@ -374,11 +374,11 @@ def test_truncation_matches_literals():
     short = truncate(masked((False, 3), (True, 3), (False, 4)), 8, 0)
     assert short.tokens.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
 
-    late = truncate(masked((False, 10), (True, 6)), 6, 0)  # half a row of targets
+    late = truncate(masked((False, 10), (True, 6)), 6, 0)  # length // 2 loss tokens
     assert late.tokens.tolist() == [0, 8, 9, 10, 11, 12]
     assert late.loss_mask.tolist() == [False] * 3 + [True] * 3
 
-    few = truncate(masked((False, 10), (True, 1), (False, 2), (True, 9)), 6, 0)  # the whole of a small answer
+    few = truncate(masked((False, 10), (True, 1), (False, 2), (True, 9)), 6, 0)  # a short completion is complete
     assert few.tokens.tolist() == [0, 6, 7, 8, 9, 10]
 
     bare = truncate(masked((False, 10), (True, 6), bos=False), 6, 0)
@@ -401,5 +401,5 @@ def test_truncated_examples_keep_loss_tokens(runs: list[tuple[bool, int]], bos: 
     assert loss_mask.sum() >= min(run, length // 2) > 0
     assert not loss_mask[0]
     assert (tokens[0] == 0) == bos
-    assert (np.diff(tokens[1:]) == 1).all()  # one stretch of the example
+    assert (np.diff(tokens[1:]) == 1).all()  # contiguous
     assert loss_mask.tolist() == example.loss_mask[tokens - (not bos)].tolist()

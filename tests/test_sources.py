@@ -19,7 +19,7 @@ from dsmoe_jax.train.data import (
 )
 from tests.helpers.corpus import TEXTS, jsonl, write_texts
 
-MODULES = {".parquet": "pyarrow", ".jsonl.zst": "zstandard"}  # what a format needs beside Python
+MODULES = {".parquet": "pyarrow", ".jsonl.zst": "zstandard"}  # required by a format
 
 
 FORMATS = (".jsonl", ".jsonl.gz", *MODULES)
@@ -30,7 +30,7 @@ def texts_of(source: str | Path, **options: Any) -> list[str]:
 
 
 def files(folder: Path, **contents: bytes) -> Path:
-    """Files by name, in which __ is a dot and _ a slash."""
+    """Write files; in names __ is a dot and _ a slash."""
     for name, data in contents.items():
         path = folder / name.replace("__", ".").replace("_", "/")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -394,17 +394,17 @@ def test_pipe_is_refused_without_waiting(tmp_path: Path):
 
 def test_zstd_file_truncated_anywhere_is_refused(tmp_path: Path):
     pytest.importorskip("zstandard")
-    whole = write_texts(tmp_path / "a.jsonl.zst", TEXTS * 3).read_bytes()
+    content = write_texts(tmp_path / "a.jsonl.zst", TEXTS * 3).read_bytes()
     ends = []
 
-    for size in range(1, len(whole)):
-        (tmp_path / "a.jsonl.zst").write_bytes(whole[:size])
+    for size in range(1, len(content)):
+        (tmp_path / "a.jsonl.zst").write_bytes(content[:size])
         try:
             ends += [size] if len(texts_of(tmp_path / "a.jsonl.zst", max_malformed_fraction=0.2)) else []
         except ValueError:
             continue
 
-    assert len(ends) <= 1  # between its two frames the file is a whole one
+    assert len(ends) <= 1  # truncated between its two frames the file is valid
 
 
 def test_missing_parquet_column_lists_the_columns(tmp_path: Path):

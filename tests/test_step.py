@@ -1,4 +1,4 @@
-"""The training step against the original's curves, and against itself over meshes, micro-batches and remat.
+"""The training step compared with the original, and across meshes, micro-batches and remat policies.
 
 Start at `test_ten_steps_of_adamw_follow_the_originals_curve`.
 """
@@ -34,7 +34,7 @@ EQUAL = 1e-5  # absolute, of losses and gradients; losses are near 4
 
 
 def batch_of(token_ids: Any, labels: Any | None = None) -> Batch:
-    """Whole rows, one document each."""
+    """Sequences of one document each, without padding."""
     ids = np.asarray(token_ids, np.int32)
     targets = np.asarray(shift_labels(jnp.asarray(ids if labels is None else labels, jnp.int32)))
     return Batch(ids, targets, np.ones_like(ids), np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape))
@@ -46,7 +46,7 @@ def random_batch(config: ModelConfig, rows: int = 32, tokens: int = 12) -> Batch
 
 @functools.lru_cache
 def programs(fields: str, options: StepConfig, optimizer: OptimizerConfig, mesh: MeshConfig | None, steps: int) -> Any:
-    """Mesh, shardings and compiled functions of equal runs: compiling takes most of the time of these tests."""
+    """Mesh, shardings and compiled functions, cached: compilation dominates the time of these tests."""
     config = ModelConfig.from_dict(json.loads(fields))
     on = None if mesh is None else make_mesh(mesh)
     transformation, schedule = make_optimizer(optimizer, steps)
@@ -85,7 +85,7 @@ class Run:
             return metrics
 
 
-# The original
+# Parity
 
 
 @pytest.mark.parametrize("case", ["a_baseline", pytest.param("i_mid", marks=pytest.mark.slow)])
@@ -115,11 +115,11 @@ def test_ten_steps_of_adamw_follow_the_originals_curve(case: str):
         np.testing.assert_allclose(values, want[name], rtol=CURVE, err_msg=name)
 
 
-# Itself
+# Invariance
 
 
 def one_step(options: StepConfig, mesh: MeshConfig | None = None, **changes: Any) -> tuple[Metrics, dict[str, Any]]:
-    """The report of one step and the gradients it took, read from AdamW's first moments."""
+    """Metrics of one step, and its gradients from AdamW's first moments."""
     return _one_step(options, mesh, tuple(changes.items()))
 
 
@@ -142,7 +142,7 @@ PLAIN = StepConfig()
 POLICIES = ("none", "dots", "full")
 PARTS = (1, 2, 4)
 
-# Every pair of a mesh, a number of micro-batches and a remat policy is in one of these rows; one a mesh is not slow.
+# Each pair of a mesh, a number of micro-batches and a remat policy is in one row; one row per mesh is not slow.
 PAIRWISE = [
     pytest.param(mesh, parts, POLICIES[(i + j) % 3], marks=[] if j == i % 3 else [pytest.mark.slow])
     for i, mesh in enumerate(MESHES)
@@ -223,11 +223,11 @@ def test_packed_documents_have_the_loss_of_separate_ones():
         np.testing.assert_allclose(results[0][1][name], moment, atol=1e-6, err_msg=name)
 
 
-# The balance losses
+# Balance losses
 
 
 def router_gradients(options: StepConfig, **changes: Any) -> dict[str, float]:
-    """The norms of the gradients that a balance loss adds, by parameter."""
+    """Gradient norms of a balance loss by parameter."""
     _, with_loss = one_step(options, **changes)
     _, without = one_step(StepConfig(), aux_loss_alpha=0.0)
     return {name: float(np.abs(with_loss[name] - without[name]).max()) for name in without}
@@ -275,7 +275,7 @@ def test_router_biases_move_toward_equal_load():
 
 
 def padded(batch: Batch, tokens: int, rows: int = 0) -> Batch:
-    """The batch with this many places of padding after each row, and rows of nothing but padding between its rows."""
+    """The batch with `tokens` of padding after each sequence, and `rows` sequences of padding."""
     blanks = Batch(*(np.full((rows, batch.token_ids.shape[1]), fill, np.int32) for fill in (3, -100, 0, 0)))
     fields = []
     for one, blank, fill in zip(batch, blanks, (3, -100, 0, 0), strict=True):
@@ -294,7 +294,7 @@ UNCOUNTED = StepConfig(count_padding=False, bias_update_rate=0.01, device_balanc
 def test_padding_changes_no_metric_and_no_router_bias(seq_aux: bool, accumulation: int, mesh: str | None):
     config = tiny(aux_loss_alpha=0.1, seq_aux=seq_aux)
     options = dataclasses.replace(UNCOUNTED, gradient_accumulation_steps=accumulation)
-    # Micro-batches take turns by row, so that whole rows of padding must come in numbers that keep their halves alike.
+    # Micro-batches are strided: 16 rows of padding leave the same sequences in each.
     short = random_batch(config, rows=16)
     runs = [Run(DeepSeekMoE.init(config), options, mesh=MESHES[mesh] if mesh else None) for _ in range(2)]
 
@@ -327,7 +327,7 @@ def test_padding_that_counts_in_the_loss_loads_no_expert():
 def test_a_micro_batch_of_padding_alone_counts_for_nothing(blank: str):
     config = tiny(aux_loss_alpha=0.1, seq_aux=blank == "half")
     batch = random_batch(config, rows=4)
-    # Every second row, so that one of the two micro-batches has no token.
+    # Every second row is padding: one of the two micro-batches has no token.
     rows = [np.stack([one, np.full_like(one, fill)], axis=1) for one, fill in zip(batch, (3, -100, 0, 0), strict=True)]
     spread = Batch(*(one.reshape(8, -1) for one in rows))
 
@@ -348,7 +348,7 @@ def test_router_biases_even_the_load_out():
     assert loads[-1].max() < 0.8 * loads[0].max()
 
 
-# The guard
+# Guard
 
 
 def test_a_non_finite_step_is_skipped_and_counted():
@@ -373,7 +373,7 @@ def test_a_non_finite_step_is_skipped_and_counted():
 
 
 def slow_guard(values: list[tuple[float, float]]) -> list[bool]:
-    """The guard in plain Python: which steps are skipped."""
+    """Reference of the guard in plain Python: whether each step is skipped."""
     window: list[tuple[float, float]] = []
     skipped = []
     for loss, norm in values:
@@ -408,7 +408,7 @@ def test_the_guard_is_its_slow_twin():
     assert int(guard.total_skips) == sum(skipped)
 
 
-# The optimizer
+# Optimizer
 
 
 @pytest.mark.parametrize(

@@ -145,9 +145,9 @@ def test_validation_split_depends_on_text_alone(tmp_path: Path, tokenizer_folder
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
 def test_validation_fraction_is_approximate(share: float):
-    held = sum(is_validation(str(n).encode(), share) for n in range(20_000))
+    count = sum(is_validation(str(n).encode(), share) for n in range(20_000))
 
-    assert held / 20_000 == pytest.approx(share, abs=0.02 if share else 0)
+    assert count / 20_000 == pytest.approx(share, abs=0.02 if share else 0)
 
 
 @pytest.mark.parametrize("split", [False, True], ids="split={}".format)
@@ -234,8 +234,8 @@ def test_disk_space_for_the_rest_is_checked_early(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, short: int
 ):
     (tmp_path / "a.txt").write_bytes(b"x" * 1000)
-    sources = [tmp_path / "a.txt"] * 4  # 1,002 tokens of two bytes each, and a boundary of eight
-    free = iter([10**9, *(3 * 2012 - step * 2012 - short for step in range(4))])  # atomic_dir asks first
+    sources = [tmp_path / "a.txt"] * 4  # 1,002 tokens of 2 bytes and an offset of 8 bytes each
+    free = iter([10**9, *(3 * 2012 - step * 2012 - short for step in range(4))])  # atomic_dir checks first
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=next(free)))
     before = snapshot(tmp_path)
 
@@ -243,7 +243,7 @@ def test_disk_space_for_the_rest_is_checked_early(
         with pytest.raises(ValueError, match=r"out needs 0\.00 GB more; .* has 0\.00 GB free"):
             tokenize(sources, tokenizer_folder, tmp_path / "out", val_fraction=0.0)
         assert snapshot(tmp_path) == before
-        assert len(list(free)) == 3  # refused at the first look
+        assert len(list(free)) == 3  # refused at the first check
     else:
         assert tokenize(sources, tokenizer_folder, tmp_path / "out", val_fraction=0.0).train.tokens == 4 * 1002
 
@@ -286,7 +286,7 @@ def test_bad_arguments_give_one_line_and_leave_nothing(tmp_path: Path, tokenizer
 def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
     def apply(folder: Path) -> None:
         manifest = json.loads((folder / "manifest.json").read_text())
-        manifest.pop("sha256")  # older ones have none, and are held to their form all the same
+        manifest.pop("sha256")  # old manifests have none; their types are checked
         change(manifest)
         (folder / "manifest.json").write_text(json.dumps(manifest))
 

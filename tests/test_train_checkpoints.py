@@ -1,4 +1,4 @@
-"""A run's checkpoints: what is restored, what is skipped and said, what stays.
+"""Training checkpoints: saving, restoring, damage, retention.
 
 Start at `test_a_state_is_restored_bit_for_bit_after_donation`.
 """
@@ -45,7 +45,7 @@ def like(mesh: MeshConfig | None = None) -> TrainState:
 
 @pytest.fixture(scope="module")
 def state() -> TrainState:
-    """With other values in every leaf."""
+    """A training state with distinct leaves."""
     state = fresh(split(DeepSeekMoE.init(tiny()))[1])
     leaves, tree = jax.tree.flatten(state)
     return jax.tree.unflatten(tree, [leaf + jnp.asarray(i, leaf.dtype) for i, leaf in enumerate(leaves)])
@@ -66,7 +66,7 @@ def saved(folder: Path, state: TrainState, *steps: int, **options: Any) -> Check
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory, state: TrainState) -> Path:
-    """A folder of two checkpoints, to copy."""
+    """A folder of two checkpoints; copy before changing it."""
     folder = tmp_path_factory.mktemp("checkpoints") / "two"
     saved(folder, state, 10, 20).close()
     return folder
@@ -121,11 +121,11 @@ def data_file(home: Path) -> Path:
 
 
 def sha256_in(home: Path) -> int:
-    """The offset of a digit of a SHA-256 in the manifest."""
+    """Offset of a digit of a SHA-256 in the manifest."""
     return (home / "manifest.json").read_bytes().index(b'"sha256": "') + len(b'"sha256": "')
 
 
-# Damage to the newest checkpoint | the message
+# Damage to the newest checkpoint | message
 SPOIL: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no manifest": (lambda home: (home / "manifest.json").unlink(), "incomplete: 'manifest.json' is missing"),
     "a flipped bit": (lambda home: flip_bit(data_file(home), -100), "does not match its SHA-256"),
@@ -144,9 +144,9 @@ SPOIL: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("spoil", "said"), SPOIL.values(), ids=SPOIL)
+@pytest.mark.parametrize(("spoil", "message"), SPOIL.values(), ids=SPOIL)
 def test_the_newest_intact_checkpoint_is_found(
-    copy: Path, state: TrainState, caplog: pytest.LogCaptureFixture, spoil: Callable[[Path], Any], said: str
+    copy: Path, state: TrainState, caplog: pytest.LogCaptureFixture, spoil: Callable[[Path], Any], message: str
 ):
     spoil(copy / "step-00000020")
 
@@ -155,7 +155,7 @@ def test_the_newest_intact_checkpoint_is_found(
 
     assert found == (10, METADATA)
     assert "step-00000020" in caplog.text
-    assert said in caplog.text
+    assert message in caplog.text
     same(checkpoints.restore(10, like()), state)
 
 
@@ -183,12 +183,12 @@ def test_a_checkpoint_of_another_model_is_refused(two: Path):
     larger = jax.ShapeDtypeStruct((2, *embed.shape), embed.dtype)
     less = {name: spec for name, spec in wanted.params.items() if name != "embed"}
 
-    for params, said in (
+    for params, message in (
         (wanted.params | {"more": embed}, "tensor params/more is missing"),
         (less, "tensor params/embed is unexpected under this config"),
         (less | {"embed": larger}, r"tensor params/embed has shape \[64, 32\], the config asks for \[2, 64, 32\]"),
     ):
-        with pytest.raises(ValueError, match=f"step-00000020: {said}"):
+        with pytest.raises(ValueError, match=f"step-00000020: {message}"):
             Checkpoints(two).restore(20, wanted._replace(params=params))
 
 
@@ -212,11 +212,11 @@ def test_background_errors_are_raised_by_the_next_call(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with room for one checkpoint and half of another."""
+    """A file system with room for one and a half checkpoints."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=650k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("a file system can be mounted here by nobody, or by root alone")
+        pytest.skip("mounting a file system requires root")
     yield disk
     subprocess.run(["umount", disk], check=True)
 

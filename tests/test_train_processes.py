@@ -1,4 +1,4 @@
-"""Two processes of four devices train as one process of eight does, and go on where one stopped.
+"""Two processes of four devices train and resume like one process of eight.
 
 Each test starts two processes on loopback.
 """
@@ -15,23 +15,24 @@ import pytest
 
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.train.loop import run
-from tests.test_loop import config, home, losses  # noqa: F401  fixtures
+from tests.helpers.runs import losses
+from tests.test_loop import config, home  # noqa: F401  fixtures
 
 pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("no_compilation_cache")]
 
 TIMEOUT = 200
 STEPS = 6
-# What each process runs; its arguments are a JSON object.
+# Run by each process, with JSON args as argument.
 PROGRAM = """
 import json, sys
 from pathlib import Path
-asked = json.loads(sys.argv[1])
+args = json.loads(sys.argv[1])
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.train.config import DistributedConfig
 from tests.test_loop import config, run
-distributed = DistributedConfig(coordinator_address=asked["coordinator"], num_processes=2, process_id=asked["index"])
-mesh = MeshConfig(**asked["mesh"])
-run(config(Path(asked["home"]), Path(asked["out"]), mesh=mesh, steps=asked["steps"], distributed=distributed))
+distributed = DistributedConfig(coordinator_address=args["coordinator"], num_processes=2, process_id=args["index"])
+mesh = MeshConfig(**args["mesh"])
+run(config(Path(args["home"]), Path(args["out"]), mesh=mesh, steps=args["steps"], distributed=distributed))
 """
 
 
@@ -44,7 +45,7 @@ def run_two(home: Path, out: Path, mesh: MeshConfig, steps: int = STEPS) -> None
     with contextlib.ExitStack() as stack:
         started = []
         for index in range(2):
-            asked = {
+            args = {
                 "coordinator": coordinator,
                 "index": index,
                 "home": str(home),
@@ -53,7 +54,7 @@ def run_two(home: Path, out: Path, mesh: MeshConfig, steps: int = STEPS) -> None
                 "steps": steps,
             }
             process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, json.dumps(asked)],
+                [sys.executable, "-c", PROGRAM, json.dumps(args)],
                 env=environment,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -88,6 +89,6 @@ def test_two_processes_resume_from_one(
         patch.setattr("dsmoe_jax.train.loop._should_stop", lambda stop, n, every: n == 3)
         run(config(home, tmp_path / "two", mesh=mesh, steps=STEPS))
 
-    run_two(home, tmp_path / "two", MeshConfig(fsdp=1, expert=8))  # its experts lie across both
+    run_two(home, tmp_path / "two", MeshConfig(fsdp=1, expert=8))  # experts sharded over both processes
 
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)

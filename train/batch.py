@@ -4,16 +4,9 @@ from typing import Any, NamedTuple
 
 
 class Batch(NamedTuple):
-    """Sequences of tokens, int32 [B, T]; NumPy on the host, JAX on devices.
-
-    Attributes:
-        token_ids: Input tokens.
-        labels: Next token of each position; -100 has no loss.
-        segment_ids: Document in the sequence, from 1; 0 is padding.
-        position_ids: Position in the document.
-    """
+    """Sequences of tokens, int32 [B, T]; NumPy on the host, JAX on devices."""
 
     token_ids: Any
-    labels: Any
-    segment_ids: Any
-    position_ids: Any
+    labels: Any  # next token of each position; -100 has no loss
+    segment_ids: Any  # index of the document, from 1; 0 is padding
+    position_ids: Any  # position within the document

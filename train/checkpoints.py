@@ -1,8 +1,7 @@
 """Training checkpoints: asynchronous, verified by SHA-256. Start at `Checkpoints`.
 
-A folder `step-N` holds the state as Orbax writes it and `manifest.json`, written last, with the SHA-256 of every file.
-Without a manifest the checkpoint is incomplete, with another hash it is damaged; neither is restored. A damaged one is
-kept as `step-N.damaged` until an intact one has replaced it.
+A folder `step-N` holds the state as Orbax writes it and, written last, a manifest with the SHA-256 of every file. A
+damaged checkpoint is kept as `step-N.damaged` until an intact one has replaced it.
 """
 
 import contextlib
@@ -27,6 +26,7 @@ from dsmoe_jax.storage.atomic_dir import sync, write_json
 from dsmoe_jax.storage.manifest import check_files, hash_file, read_manifest, write_manifest
 from dsmoe_jax.storage.strict_json import read_json
 
+from .distributed import on_process_0
 from .old_names import stored_leaves, with_new_names
 from .step import TrainState
 
@@ -39,41 +39,24 @@ _log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of a run.
-
-    Keeps the last `max_to_keep` intact ones, and those at multiples of `keep_period`.
-    """
+    """The checkpoints of a run: the last `max_to_keep` intact ones, and those at multiples of `keep_period`."""
 
     def __init__(self, folder: Path, *, max_to_keep: int = 3, keep_period: int | None = None):
         self.folder = folder
         self._max_to_keep, self._keep_period = max_to_keep, keep_period
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
-        self._problems: dict[int, str | None] = {}  # of the steps that this process has written or verified
+        self._problems: dict[int, str | None] = {}  # by step, if written or verified
 
     def save(self, step: int, state: TrainState, resume_metadata: Mapping[str, Any]) -> None:
-        """Start saving the state in the background, after the previous save has finished.
-
-        Args:
-            step: Step of the state; an intact checkpoint of it is not written again.
-            state: The state; the caller may donate it at once.
-            resume_metadata: JSON that `newest` returns.
-
-        Raises:
-            OSError: from this save or the previous one, a full disk for example.
-        """
+        """Start saving in the background after the previous save has finished; the state may be donated at once."""
         from orbax.checkpoint import v1 as ocp
 
         self.wait()
         path = self._path(step)
         if self._problem(step) is None:
             return
-        with collective_errors():
-            if jax.process_index() == 0:
-                for left in self.folder.glob(f"{path.name}?*"):  # by a killed run
-                    shutil.rmtree(left)
-                if path.exists():
-                    path.rename(_damaged(path))
+        on_process_0(_clear, path)
         # On CPU, Orbax would read the memory that the next step overwrites.
         on_host = jax.default_backend() == "cpu"
         leaves = {name: jnp.copy(leaf) if on_host else leaf for name, leaf in _flat(state).items()}
@@ -100,7 +83,7 @@ class Checkpoints:
             self._worker.shutdown()
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:
-        """Return step and resume metadata of the newest intact checkpoint."""
+        """Return the step and the resume metadata of the newest intact checkpoint."""
         for step in sorted(self.steps(), reverse=True):
             path = self._path(step)
             if (problem := self._problem(step)) is None:
@@ -109,18 +92,7 @@ class Checkpoints:
         return None
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """Load a checkpoint.
-
-        Args:
-            step: Step of an intact checkpoint.
-            like: Shapes, dtypes and shardings of the result.
-
-        Returns:
-            The state.
-
-        Raises:
-            DSMoEError: if names or shapes differ.
-        """
+        """Load an intact checkpoint with the shapes, dtypes and shardings of `like`."""
         from orbax.checkpoint import v1 as ocp
 
         path = self._path(step)
@@ -142,21 +114,20 @@ class Checkpoints:
         return self.folder / f"step-{step:08}"
 
     def _problem(self, step: int, *, collective: bool = True) -> str | None:
-        """Return why a checkpoint cannot be restored, None for an intact one.
-
-        Each process verifies a share of the files; if not `collective`, this process verifies all of them.
-        """
+        """Return why a checkpoint cannot be restored; if `collective`, each process verifies a share of the files."""
         if step in self._problems and (self._problems[step] is None or not collective):
             return self._problems[step]
         share = (jax.process_index(), jax.process_count()) if collective else (0, 1)
+        path, problem = self._path(step), None
         try:
             with collective_errors() if collective else contextlib.nullcontext():
-                _check_files(self._path(step), *share)
+                if not (path / _MANIFEST).is_file():
+                    raise DSMoEError(f"{path}: incomplete: {_MANIFEST!r} is missing")
+                check_files(path, read_manifest(path / _MANIFEST, _FORMAT)["files"], share=share)
         except ValueError as error:
-            self._problems[step] = str(error)
-        else:
-            self._problems[step] = None
-        return self._problems[step]
+            problem = str(error)
+        self._problems[step] = problem
+        return problem
 
     def _finalize(self, path: Path, step: int, writing: Any, resume_metadata: Mapping[str, Any]) -> None:
         """Hash the files, each process its share, then write the manifest."""
@@ -203,15 +174,11 @@ class Checkpoints:
 def _flat(state: Any) -> dict[str, Any]:
     """Return the state's leaves by their path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {"/".join(map(_key, path)): leaf for path, leaf in leaves}
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-
-
-def _key(entry: Any) -> str:
-    return str(next(getattr(entry, name) for name in ("name", "key", "idx") if hasattr(entry, name)))
 
 
 def _check_space(folder: Path, leaves: Mapping[str, Any]) -> None:
@@ -227,18 +194,17 @@ def _damaged(path: Path) -> Path:
     return path.with_name(f"{path.name}.damaged")
 
 
-def _check_files(path: Path, index: int = 0, count: int = 1) -> None:
-    """Raise `DSMoEError` unless this process's share of the files is intact."""
-    if not (path / _MANIFEST).is_file():
-        raise DSMoEError(f"{path}: incomplete: {_MANIFEST!r} is missing")
-    check_files(path, read_manifest(path / _MANIFEST, _FORMAT)["files"], share=(index, count))
+def _clear(path: Path) -> None:
+    """Remove what a killed run left of a checkpoint, and rename a damaged one."""
+    for left in path.parent.glob(f"{path.name}?*"):
+        shutil.rmtree(left)
+    if path.exists():
+        path.rename(_damaged(path))
 
 
 def _wait_for(path: Path) -> None:
     until = time.monotonic() + _TIMEOUT
     while not path.is_file():
         if time.monotonic() > until:
-            raise TimeoutError(
-                f"{path} did not appear within {_TIMEOUT} s; is the file system shared by all processes?"
-            )
+            raise TimeoutError(f"{path} did not appear in {_TIMEOUT} s; is the file system shared by all processes?")
         time.sleep(0.05)

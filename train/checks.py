@@ -7,12 +7,7 @@ from dsmoe_jax.errors import DSMoEError
 
 
 def check_choices(config: Any, prefix: str = "") -> None:
-    """Raise `DSMoEError` for a field whose value is not in its `Literal` type.
-
-    Args:
-        config: A dataclass instance; fields of other types are not checked.
-        prefix: Prepended to the field's name in the error, `"optimizer."` say.
-    """
+    """Raise `DSMoEError` for a field whose value is not in its `Literal` type."""
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         for literal in (hint, *get_args(hint)):  # of `Literal[…] | None` and `tuple[Literal[…], …]` too
@@ -24,13 +19,7 @@ def check_choices(config: Any, prefix: str = "") -> None:
 
 
 def check_minimum(config: Any, minimum: Mapping[str, int], prefix: str = "") -> None:
-    """Raise `DSMoEError` for a field below its minimum, or NaN; None is valid.
-
-    Args:
-        config: A dataclass instance.
-        minimum: The smallest valid value, by field name.
-        prefix: Prepended to the field's name in the error.
-    """
+    """Raise `DSMoEError` for a field below its minimum, or NaN; None is valid."""
     for name, least in minimum.items():
         value = getattr(config, name)
         if value is not None and not value >= least:

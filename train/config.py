@@ -17,7 +17,40 @@ from .step import StepConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DatasetConfig:
+    """Fields of both `DataConfig` and `ExamplesConfig`."""
+
+    tokenizer: str | None = None
+    """Tokenizer folder. Default: that of `init_from`; without it, pretraining trains one on the sources."""
+
+    sequence_length: int = 256
+    """Tokens per sequence."""
+
+    batch_size: int = 8
+    """Global batch size in sequences, over all devices and gradient-accumulation steps."""
+
+    val_fraction: float = 0.01
+    """Fraction of the documents held out for validation, chosen by hash."""
+
+    split_special_tokens: bool = False
+    """Tokenize special-token strings in the data as plain text instead of as control tokens."""
+
+    prefetch: int = 2
+    """Batches prepared ahead of the training step."""
+
+    def __post_init__(self) -> None:
+        """Expand `~` in paths; raise `DSMoEError` for invalid values."""
+        for name, value in vars(self).items():
+            if name in ("sources", "files"):
+                object.__setattr__(self, name, tuple(expand_user(one, f"data.{name}") for one in value))
+            elif name in ("tokenizer", "template") and value is not None:
+                object.__setattr__(self, name, expand_user(value, f"data.{name}"))
+        check_choices(self, "data.")
+        check_minimum(self, {"sequence_length": 1, "batch_size": 1, "prefetch": 0}, "data.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(DatasetConfig):
     """Pretraining data."""
 
     sources: tuple[str, ...] = ("python-stdlib",)
@@ -26,34 +59,12 @@ class DataConfig:
     weights: tuple[float, ...] = ()
     """Sampling weight of each source in the mixture; equal weights if empty."""
 
-    tokenizer: str | None = None
-    """Tokenizer folder. Default: the tokenizer of `init_from`, else one trained on the sources."""
-
-    sequence_length: int = 256
-    """Tokens per sequence."""
-
-    batch_size: int = 8
-    """Global batch size in sequences, over all devices and gradient-accumulation steps."""
-
     packing: Literal["block_causal", "causal"] = "block_causal"
     """Attention of packed documents: within each (`block_causal`, by segment IDs) or across them (`causal`)."""
 
-    val_fraction: float = 0.01
-    """Fraction of the documents held out for validation, chosen by hash."""
-
-    split_special_tokens: bool = False
-    """Tokenize special-token strings in the text as plain text instead of as control tokens."""
-
-    prefetch: int = 2
-    """Batches prepared ahead of the training step."""
-
     def __post_init__(self) -> None:
         """Raise `DSMoEError` for invalid values."""
-        object.__setattr__(self, "sources", tuple(expand_user(source, "data.sources") for source in self.sources))
-        if self.tokenizer is not None:
-            object.__setattr__(self, "tokenizer", expand_user(self.tokenizer, "data.tokenizer"))
-        check_choices(self, "data.")
-        check_minimum(self, {"sequence_length": 1, "batch_size": 1, "prefetch": 0}, "data.")
+        super().__post_init__()
         if self.weights and len(self.weights) != len(self.sources):
             raise DSMoEError(f"{len(self.weights)} data.weights for {len(self.sources)} data.sources")
 
@@ -75,10 +86,8 @@ class CheckpointConfig:
         """Raise `DSMoEError` for invalid values."""
         check_minimum(self, dict.fromkeys(vars(self), 1), "checkpoint.")
         if self.keep_period is not None and self.keep_period % self.interval:
-            raise DSMoEError(
-                f"checkpoint.keep_period must be a multiple of checkpoint.interval {self.interval}, "
-                f"got {self.keep_period}"
-            )
+            multiple = f"a multiple of checkpoint.interval {self.interval}"
+            raise DSMoEError(f"checkpoint.keep_period must be {multiple}, got {self.keep_period}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +116,7 @@ class RunConfig:
     )
 
     output_dir: str
-    """Directory of the run: checkpoints, metrics, the resolved config (`run.json`), the final model."""
+    """Output directory: checkpoints, metrics, the resolved config (`run.json`), the final model."""
 
     model: str = "tiny"
     """Preset name, or path to a `config.json`."""
@@ -174,15 +183,13 @@ class RunConfig:
 
     def model_config(self) -> ModelConfig:
         """Return the config of the model to train."""
-        if self.init_from is not None:
-            config = ModelConfig.from_file(self.init_from)
-        elif self.model in PRESETS:
+        if self.init_from is None and self.model in PRESETS:
             config = ModelConfig.preset(self.model)
         else:
-            config = ModelConfig.from_file(self.model)
-        if self.aux_loss_alpha is not None:
-            config = dataclasses.replace(config, aux_loss_alpha=self.aux_loss_alpha)
-        return config
+            config = ModelConfig.from_file(self.init_from or self.model)
+        if self.aux_loss_alpha is None:
+            return config
+        return dataclasses.replace(config, aux_loss_alpha=self.aux_loss_alpha)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as JSON-compatible values."""

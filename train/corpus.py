@@ -30,42 +30,28 @@ from .data import (
     warn_on_overlap,
 )
 from .data.shards import SPLITS
+from .distributed import on_process_0
 from .inputs import DerivedFolders, Source
 from .sft import is_examples
 
-_SHARDS: Final = "data"  # below the run's folder: the token shards of its texts
-_TOKENIZER: Final = "tokenizer"  # and the tokenizer trained on them
+_SHARDS: Final = "data"  # in the output directory: token shards of the texts
+_TOKENIZER: Final = "tokenizer"  # in the output directory: the tokenizer trained on them
 _log = logging.getLogger(__name__)
 
 
 class Corpus(NamedTuple):
-    """The data of a run.
-
-    Attributes:
-        stream: The training stream.
-        validation: Validation batches, of `process_index` and `process_count`.
-        tokenizer: Folder of the tokenizer; None if there are only token shards.
-        prefetch: Batches prepared ahead.
-        eval_batches: Validation batches per evaluation.
-        inputs: What the datasets were made from, as JSON: `files` and `validation` with hashes, `options`.
-        eos_token_id: Ends a document, if there is no tokenizer.
-    """
+    """The data of a run."""
 
     stream: Stream
-    validation: Callable[..., Iterator[Batch]]
-    tokenizer: Path | None
+    validation: Callable[..., Iterator[Batch]]  # a function of `process_index` and `process_count`
+    tokenizer: Path | None  # folder; None if there are only token shards
     prefetch: int
-    eval_batches: int
-    inputs: Mapping[str, Any]
-    eos_token_id: int | None = None
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Everything that determines the training stream, as JSON."""
-        return self.stream.identity
+    eval_batches: int  # per evaluation
+    inputs: Mapping[str, Any]  # JSON: hashes of `files` and `validation`, and the `options` of the datasets
+    eos_token_id: int | None = None  # of the token shards
 
     def batches(self, step: int) -> Iterator[Batch]:
-        """Iterate over this process's part of the batches from `step` on, without end."""
+        """Iterate endlessly over this process's part of the batches, starting at `step`."""
         return loader(self.stream, start_step=step, prefetch=self.prefetch, **_share())
 
     def validation_batches(self) -> Iterator[Batch]:
@@ -74,23 +60,9 @@ class Corpus(NamedTuple):
 
 
 def prepare(config: RunConfig, model_config: ModelConfig, out: Path, *, resuming: bool = False) -> Corpus:
-    """Open the token shards of every source; texts are tokenized first, once.
+    """Open the token shards of every source, after training a tokenizer (if none is set) and tokenizing the texts.
 
-    If the config names no tokenizer, one is trained on the training split of the texts. Both are made again when the
-    texts or the options have changed since an earlier start.
-
-    Args:
-        config: The run.
-        model_config: Its model.
-        out: The run's folder.
-        resuming: Checkpoints were trained on the data: refuse changes.
-
-    Returns:
-        The corpus.
-
-    Raises:
-        DSMoEError: A source is empty, malformed or of examples, the shards have another tokenizer, or the vocabulary is
-            larger than the model's.
+    Texts are tokenized again when they change, except if `resuming`: the checkpoints were trained on the old ones.
     """
     data = config.data
     if data.weights and len(data.sources) == 1:
@@ -99,40 +71,26 @@ def prepare(config: RunConfig, model_config: ModelConfig, out: Path, *, resuming
     folders = []
     with collective_errors():
         if examples := next((source for source in data.sources if is_examples(source)), None):
-            raise DSMoEError(
-                f"{examples}: holds examples for `dsmoe finetune`; pretraining would ignore their loss masks"
-            )
+            raise DSMoEError(f"{examples}: holds examples for `dsmoe finetune`; pretraining ignores loss masks")
         if tokenizer is not None and not tokenizer_files(tokenizer):
             raise DSMoEError(f"{tokenizer}: no tokenizer found")
         folders = [Path(s) if is_token_shards(s) else out / _SHARDS / f"{i:02}" for i, s in enumerate(data.sources)]
     texts = {folder: source for source, folder in zip(data.sources, folders, strict=True) if folder != Path(source)}
-    with collective_errors():
-        if jax.process_index() == 0 and texts:
-            _derive(config, model_config, out, texts, tokenizer, resuming)
+    on_process_0(_derive, config, model_config, out, texts, tokenizer, resuming)
     shards, validation = [], []
     with collective_errors():
         shards, validation = ([TokenShards.open(folder, split) for folder in folders] for split in SPLITS)
         if tokenizer is None:
-            tokenizer = _trained(out, shards)
+            trained = out / _TOKENIZER
+            if tokenizer_files(trained) and tokenizer_hash(trained) == shards[0].tokenizer_hash:
+                tokenizer = trained
         expected = None if tokenizer is None else tokenizer_hash(tokenizer)
         for dataset in shards:
             dataset.check(tokenizer_hash=expected, vocab_size=model_config.vocab_size)
         _check_val_fraction(data, shards, texts, validation)
-    stream = Stream(
-        shards,
-        data.weights,
-        sequence_length=data.sequence_length,
-        batch_size=data.batch_size,
-        seed=config.seed,
-        packing=data.packing,
-    )
-    batches = functools.partial(
-        validation_batches,
-        validation,
-        sequence_length=data.sequence_length,
-        batch_size=data.batch_size,
-        packing=data.packing,
-    )
+    shape: dict[str, Any] = {name: getattr(data, name) for name in ("sequence_length", "batch_size", "packing")}
+    stream = Stream(shards, data.weights, seed=config.seed, **shape)
+    batches = functools.partial(validation_batches, validation, **shape)
     files = {source: dataset.digest for source, dataset in zip(data.sources, shards, strict=True)}
     inputs = {"files": files, "options": {}, "validation": [dataset.digest for dataset in validation]}
     eos = shards[0].eos_token_id
@@ -147,10 +105,11 @@ def _derive(
     tokenizer: Path | None,
     resuming: bool,
 ) -> None:
-    """Train the tokenizer, if there is none, and tokenize the texts."""
-    val_fraction = config.data.val_fraction
+    """Tokenize the texts, if any, and train the tokenizer if none is set."""
+    if not texts:
+        return
     derived = DerivedFolders(out, resuming=resuming)
-    split = config.data.split_special_tokens
+    val_fraction, split = config.data.val_fraction, config.data.split_special_tokens
     warn_on_overlap(list(texts.values()), [out])
     sources = {folder: Source.read(text, out) for folder, text in texts.items()}
 
@@ -167,9 +126,8 @@ def _derive(
     options = {"data.val_fraction": val_fraction, "tokenizer": tokenizer_hash(tokenizer)}
     options |= {"data.split_special_tokens": True} if split else {}
     for folder, source in sources.items():
-        write = functools.partial(
-            _tokenize, source.name, tokenizer, val_fraction=val_fraction, split_special_tokens=split, exclude=[out]
-        )
+        settings = {"val_fraction": val_fraction, "split_special_tokens": split, "exclude": [out]}
+        write = functools.partial(_tokenize, source.name, tokenizer, **settings)
         derived.make(folder.relative_to(out).as_posix(), [source], options, write)
 
 
@@ -177,27 +135,17 @@ def _tokenize(source: str, tokenizer: Path, folder: Path, **options: Any) -> Non
     _log.info("Tokenized %s", tokenize(source, tokenizer, folder, **options))
 
 
-def _trained(out: Path, shards: Sequence[TokenShards]) -> Path | None:
-    """Return the tokenizer trained in this run's folder, if it made the shards."""
-    trained = out / _TOKENIZER
-    if tokenizer_files(trained) and tokenizer_hash(trained) == shards[0].tokenizer_hash:
-        return trained
-    return None
-
-
 def _check_val_fraction(
     data: DataConfig, shards: Sequence[TokenShards], texts: Mapping[Path, str], validation: Sequence[TokenShards]
 ) -> None:
-    """Refuse a validation fraction that the shards do not have."""
+    """Refuse a validation fraction other than that of existing token shards."""
     for dataset in shards:
         if data.val_fraction == DataConfig.val_fraction or dataset.val_fraction in (None, data.val_fraction):
             continue
-        problem = (
-            f"data.val_fraction {data.val_fraction} has no effect on {dataset.folder}, "
-            f"tokenized with {dataset.val_fraction}"
-        )
+        ignored = f"data.val_fraction {data.val_fraction} has no effect on {dataset.folder}"
+        problem = f"{ignored}, tokenized with {dataset.val_fraction}"
         if not texts:
-            raise DSMoEError(f"{problem}; leave it out, or tokenize the text again")
+            raise DSMoEError(f"{problem}; omit it or tokenize the text again")
         _log.warning("%s", problem)
     if data.val_fraction and not sum(map(len, validation)):
         _log.warning("No validation documents: evaluation is skipped; increase data.val_fraction %s", data.val_fraction)

@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import jax
 import tyro
@@ -28,7 +28,6 @@ from dsmoe_jax.model import split
 from dsmoe_jax.quantize import load_quantized
 from dsmoe_jax.storage.atomic_dir import write_json
 from dsmoe_jax.storage.manifest import hash_json
-from dsmoe_jax.storage.paths import expand_user
 from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.text.generation_config import (
     eos_token_ids,
@@ -39,10 +38,11 @@ from dsmoe_jax.text.generation_config import (
 from dsmoe_jax.text.special_ids import check_special_ids
 from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
-from .checks import check_choices, check_minimum
-from .config import RunConfig
+from .config import DatasetConfig, RunConfig
 from .corpus import Corpus
 from .data import Stream, tokenizer_hash, validation_batches
+from .data.shards import SPLITS
+from .distributed import on_process_0
 from .inputs import RECORD, Source, file_hashes
 from .job import MODEL, Job, model_writer, resume_metadata, with_token_ids
 from .optimizer import OptimizerConfig
@@ -51,11 +51,12 @@ from .step import Trainable
 
 ADAPTER: Final = "adapter"  # in the output directory
 _EXAMPLES: Final = "examples"
+_NOT_WRITER_OPTIONS: Final = ("files", "tokenizer", "batch_size", "packing", "prefetch")
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExamplesConfig:
+class ExamplesConfig(DatasetConfig):
     """Fine-tuning data."""
 
     files: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--data"])] = ()
@@ -71,9 +72,6 @@ class ExamplesConfig:
     train_on: Literal["all", "last"] = "all"
     """Assistant turns in the loss: all of them or the last."""
 
-    tokenizer: str | None = None
-    """Tokenizer folder. Default: the model's."""
-
     sequence_length: int = 1024
     """Tokens per sequence."""
 
@@ -84,25 +82,10 @@ class ExamplesConfig:
     """Global batch size in sequences, over all devices and gradient-accumulation steps."""
 
     packing: Literal["best_fit", "none"] = "best_fit"
-    """`best_fit`: several whole examples per sequence, attention within each; `none`: one example per sequence."""
+    """`best_fit`: several examples per sequence, with attention within each; `none`: one example per sequence."""
 
     val_fraction: float = 0.02
     """Fraction of the examples held out for validation, chosen by hash."""
-
-    split_special_tokens: bool = False
-    """Tokenize special-token strings in messages as plain text instead of as control tokens."""
-
-    prefetch: int = 2
-    """Batches prepared ahead of the training step."""
-
-    def __post_init__(self) -> None:
-        """Raise `DSMoEError` for invalid values."""
-        object.__setattr__(self, "files", tuple(expand_user(file, "data.files") for file in self.files))
-        for name in ("tokenizer", "template"):
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, expand_user(value, f"data.{name}"))
-        check_choices(self, "data.")
-        check_minimum(self, {"sequence_length": 1, "batch_size": 1, "prefetch": 0}, "data.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +95,7 @@ class FinetuneConfig(RunConfig):
     _MINIMUM: ClassVar[Mapping[str, int]] = {**RunConfig._MINIMUM, "steps": 0}
 
     output_dir: str = "runs/finetune"
-    """Directory of the run: checkpoints, metrics, the resolved config (`run.json`), the final model or adapter."""
+    """Output directory: checkpoints, metrics, the resolved config (`run.json`), the final model or adapter."""
 
     model: tyro.conf.Suppress[str] = ""
     """Unused: the model is `init_from`."""
@@ -151,7 +134,7 @@ class FinetuneConfig(RunConfig):
 
 
 def finetuning(config: FinetuneConfig, output_dir: Path) -> Job:
-    """Set up the training of a whole model, or of adapters on it, on examples."""
+    """Set up full-parameter or LoRA fine-tuning."""
     base, init_from = Path(config.init_from or ""), ""
     with collective_errors():
         if not is_native(base):
@@ -159,20 +142,19 @@ def finetuning(config: FinetuneConfig, output_dir: Path) -> Job:
         init_from = read_manifest(base).identity
     model = config.model_config()
     corpus, steps = examples(config, model, output_dir)
-    adapter = None if config.lora is None else dataclasses.asdict(config.lora)
-    metadata = resume_metadata(config, model, corpus, init_from=init_from, lora=adapter, quantize=config.quantize)
+    settings = None if config.lora is None else dataclasses.asdict(config.lora)
+    metadata = resume_metadata(config, model, corpus, init_from=init_from, lora=settings, quantize=config.quantize)
     if config.lora is None:
         model = with_token_ids(model, corpus)
     base_generation = read_generation_config(base)
     with_eos = with_default_eos(base_generation, model)
     assert corpus.tokenizer is not None
     tokenizer = Tokenizer.from_pretrained(corpus.tokenizer)
-    # Stop tokens and strings that the template adds to the base's.
-    endings = infer_stop_config(config.data.template, tokenizer, eos_token_ids(with_eos))
+    stops = infer_stop_config(config.data.template, tokenizer, eos_token_ids(with_eos))
     if config.lora is None:
         ids = {name: getattr(model, name) for name in ("bos_token_id", "pad_token_id")} | with_eos
         known = {name: value for name, value in ids.items() if value is not None}
-        generation = merge_stop_conditions(known, endings) if base_generation or endings else {}
+        generation = merge_stop_conditions(known, stops) if base_generation or stops else {}
         return Job(
             model=model,
             corpus=corpus,
@@ -199,26 +181,22 @@ def finetuning(config: FinetuneConfig, output_dir: Path) -> Job:
         return untie_for_adapter(plan, model, params)[1]
 
     def init_params(mesh: Mesh | None, frozen: Mapping[str, Operand]) -> Mapping[str, Array]:
-        key = jax.random.key(config.seed)
-        draw = jax.jit(functools.partial(lora.init, plan, onto), out_shardings=lora.shardings(plan, onto, mesh))
-        return draw(dict(frozen), key)
+        init = jax.jit(functools.partial(lora.init, plan, onto), out_shardings=lora.shardings(plan, onto, mesh))
+        return init(dict(frozen), jax.random.key(config.seed))
+
+    def attach(params: Mapping[str, Array], frozen: Mapping[str, Operand], key: Any) -> Mapping[str, Operand]:
+        return lora.attach(plan, frozen, params, key)
 
     def save(path: Path, params: Mapping[str, Array]) -> None:
         on_host = {name: gather_to_host(value) for name, value in params.items()}
-        with collective_errors():
-            if jax.process_index() == 0:
-                write_adapter(path, adapter, model, on_host, base=str(base), generation=endings)
+        on_process_0(write_adapter, path, adapter, model, on_host, base=str(base), generation=stops)
 
     _log.info("Trainable parameters: %s of %s", f"{lora.count(plan, onto):,}", f"{count_parameters(onto).total:,}")
     return Job(
         model=onto,
         corpus=corpus,
         steps=steps,
-        trainable=Trainable(
-            lora.specs(plan, onto),
-            lambda params, frozen, key: lora.attach(plan, frozen, params, key),
-            adapter.lora_dropout,
-        ),
+        trainable=Trainable(lora.specs(plan, onto), attach, adapter.lora_dropout),
         load_frozen=load_frozen,
         init_params=init_params,
         result=ADAPTER,
@@ -233,19 +211,14 @@ def examples(config: FinetuneConfig, model: ModelConfig, output_dir: Path) -> tu
     data = config.data
     tokenizer, train, validation, inputs = open_examples(config, model, output_dir)
     shape: dict[str, Any] = {"sequence_length": data.sequence_length, "packing": data.packing}
-    stream = Stream([train], batch_size=data.batch_size, seed=config.seed, packer=ExamplePacking, **shape)
-    batches = functools.partial(
-        validation_batches, [validation], batch_size=data.batch_size, packer=ExamplePacking, **shape
-    )
+    batched = {"batch_size": data.batch_size, "packer": ExamplePacking, **shape}
+    stream = Stream([train], seed=config.seed, **batched)
+    batches = functools.partial(validation_batches, [validation], **batched)
     inputs = {**inputs, "validation": [validation.digest]}
     corpus = Corpus(stream, batches, tokenizer, data.prefetch, config.eval_batches, inputs)
     if config.steps:
         if config.epochs != FinetuneConfig.epochs:
-            _log.warning(
-                "epochs %s has no effect: steps is %d; steps 0 derives the steps from epochs",
-                config.epochs,
-                config.steps,
-            )
+            _log.warning("epochs %s has no effect with steps %d; set steps 0", config.epochs, config.steps)
         return corpus, config.steps
     full, packing = int(config.epochs), ExamplePacking(train, seed=config.seed, **shape)
     last = packing.sequences_of(full)
@@ -253,84 +226,48 @@ def examples(config: FinetuneConfig, model: ModelConfig, output_dir: Path) -> tu
     return corpus, math.ceil(sequences / data.batch_size)
 
 
-class OpenExamples(NamedTuple):
-    """The tokenized examples of a run.
-
-    Attributes:
-        tokenizer: The tokenizer's folder.
-        train: Training examples.
-        validation: Validation examples.
-        inputs: What they were made from: `files` with their hashes, and `options`.
-    """
-
-    tokenizer: Path
-    train: Examples
-    validation: Examples
-    inputs: dict[str, Any]
-
-
-def open_examples(config: FinetuneConfig, model: ModelConfig, output_dir: Path) -> OpenExamples:
-    """Tokenize the examples of a run, unless done before from the same inputs.
-
-    Args:
-        config: The run.
-        model: Config of the model.
-        output_dir: Where the tokenized examples are written.
-
-    Returns:
-        The examples.
-
-    Raises:
-        DSMoEError: for files that are empty or invalid, or a vocabulary larger than the model's.
-    """
+def open_examples(
+    config: FinetuneConfig, model: ModelConfig, output_dir: Path
+) -> tuple[Path, Examples, Examples, dict[str, Any]]:
+    """Tokenize the examples unless their inputs are unchanged; return tokenizer folder, both splits and the inputs."""
     data = config.data
     tokenizer = Path(data.tokenizer or config.init_from or "")
-    options = {
-        "template": data.template,
-        "format": data.format,
-        "train_on": data.train_on,
-        "sequence_length": data.sequence_length,
-        "excess_length_strategy": data.excess_length_strategy,
-        "val_fraction": data.val_fraction,
-        "split_special_tokens": data.split_special_tokens,
-    }
     with collective_errors():
         if not data.files:
             raise DSMoEError("data.files is empty: pass --data FILE")
         if not tokenizer_files(tokenizer):
             raise DSMoEError(f"{tokenizer} has no tokenizer: pass --data.tokenizer FOLDER")
-        if jax.process_index() == 0:
-            made_by = {f"data.{name}": value for name, value in options.items()}
-            made_by |= {"data.template": template_hash(data.template), "data.tokenizer": tokenizer_hash(tokenizer)}
-            hashes = {source: file_hashes(source, output_dir) for source in data.files}
-            sources = [Source.of(source, hashes[source]).sha256 for source in data.files]
-            home = hash_json({"sources": sources, "options": made_by})[:12]
-            if not (output_dir / _EXAMPLES / home).exists():
-                (output_dir / _EXAMPLES).mkdir(parents=True, exist_ok=True)
-                _log.info(
-                    "Wrote %s",
-                    write_examples(
-                        data.files, tokenizer, output_dir / _EXAMPLES / home, exclude=[output_dir], **options
-                    ),
-                )
-            files = {name: sha256 for of_source in hashes.values() for name, sha256 in of_source.items()}
-            write_json(output_dir / RECORD, {"folder": home, "files": files, "options": made_by})
+    on_process_0(_write_examples, data, tokenizer, output_dir)
     inputs: dict[str, Any] = {}
     splits: list[Examples] = []
     with collective_errors():
         inputs |= read_json(output_dir / RECORD)
-        home = output_dir / _EXAMPLES / inputs.pop("folder")
-        splits += [Examples.open(home, split) for split in ("train", "validation")]
+        folder = output_dir / _EXAMPLES / inputs.pop("folder")
+        splits += [Examples.open(folder, split) for split in SPLITS]
         splits[0].check(tokenizer_hash=tokenizer_hash(tokenizer), vocab_size=model.vocab_size)
     if data.val_fraction and not len(splits[1]):
-        _log.warning(
-            "No validation examples: evaluation is skipped; increase data.val_fraction (%s)", data.val_fraction
-        )
-    return OpenExamples(tokenizer, splits[0], splits[1], inputs)
+        _log.warning("No validation examples: evaluation is skipped; increase data.val_fraction %s", data.val_fraction)
+    return tokenizer, splits[0], splits[1], inputs
+
+
+def _write_examples(data: ExamplesConfig, tokenizer: Path, output_dir: Path) -> None:
+    """Tokenize the examples into a folder named after the hash of their inputs."""
+    options = {name: value for name, value in vars(data).items() if name not in _NOT_WRITER_OPTIONS}
+    made_by = {f"data.{name}": value for name, value in options.items()}
+    made_by |= {"data.template": template_hash(data.template), "data.tokenizer": tokenizer_hash(tokenizer)}
+    hashes = {source: file_hashes(source, output_dir) for source in data.files}
+    sources = [Source.of(source, hashes[source]).sha256 for source in data.files]
+    name = hash_json({"sources": sources, "options": made_by})[:12]
+    folder = output_dir / _EXAMPLES / name
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _log.info("Wrote %s", write_examples(data.files, tokenizer, folder, exclude=[output_dir], **options))
+    files = {path: sha256 for of_source in hashes.values() for path, sha256 in of_source.items()}
+    write_json(output_dir / RECORD, {"folder": name, "files": files, "options": made_by})
 
 
 def show_examples(config: FinetuneConfig, count: int) -> None:
     """Print the first `count` examples with their loss tokens highlighted."""
     with tempfile.TemporaryDirectory() as folder:
-        found = open_examples(config, config.model_config(), Path(folder))
-        show(found.train, Tokenizer.from_pretrained(found.tokenizer), count)
+        tokenizer, train, *_ = open_examples(config, config.model_config(), Path(folder))
+        show(train, Tokenizer.from_pretrained(tokenizer), count)

@@ -23,21 +23,7 @@ _OPTIONS = (tyro.conf.AvoidSubcommands,)  # an optional group is as in the recip
 
 
 def parse(recipe: Config, flags: Sequence[str], *, prog: str) -> Config:
-    """Override fields of a recipe with flags: `--steps 10 --data.batch-size 16`.
-
-    `--help` prints all flags and exits.
-
-    Args:
-        recipe: The defaults.
-        flags: Command-line arguments.
-        prog: Program name for the help.
-
-    Returns:
-        The config.
-
-    Raises:
-        DSMoEError: in one line, for an unknown flag or an invalid value.
-    """
+    """Override fields of a recipe with flags, `--steps 10 --data.batch-size 16`; errors are one line."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -49,19 +35,9 @@ def parse(recipe: Config, flags: Sequence[str], *, prog: str) -> Config:
 
 
 def parse_finetuning(checkpoint: str, flags: Sequence[str]) -> tuple[FinetuneConfig, int]:
-    """Parse the flags of `dsmoe finetune CHECKPOINT`.
+    """Parse the flags of `dsmoe finetune CHECKPOINT`; return the config and the number of examples to `--show`.
 
     `--recipe NAME` sets the defaults of the other flags; `--lora`, or any flag of that group, enables adapters.
-
-    Args:
-        checkpoint: The native checkpoint to fine-tune.
-        flags: Command-line arguments.
-
-    Returns:
-        The config, and the number of examples to preview instead of training (`--show`).
-
-    Raises:
-        DSMoEError: as `parse`.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--recipe", default="full")

@@ -7,26 +7,18 @@ import jax.numpy as jnp
 from dsmoe_jax.axes import Array, Bool, Float, Int
 
 WINDOW: Final = 128  # steps whose statistics a new one is compared with (as OLMo-core's SkipStepOptimizer)
-_MIN_STEPS: Final = 64  # before that many, only non-finite steps are skipped
+_MIN_STEPS: Final = 64  # fewer are too few to detect outliers: only non-finite steps are skipped
 _SIGMAS: Final = 6.0
 
 
 class Guard(NamedTuple):
-    """Loss and gradient norm of the last steps, to detect outliers.
+    """Loss and gradient norm of the last steps, to detect outliers."""
 
-    Attributes:
-        losses: Losses of the last finite steps, a ring buffer.
-        grad_norms: Their gradient norms.
-        finite_steps: Finite steps so far.
-        total_skips: Updates skipped so far.
-        consecutive_skips: Updates skipped since the last one applied.
-    """
-
-    losses: Float[Array, "window"]
-    grad_norms: Float[Array, "window"]
+    losses: Float[Array, "window"]  # of the last finite steps, a ring buffer
+    grad_norms: Float[Array, "window"]  # of the same steps
     finite_steps: Int[Array, ""]
     total_skips: Int[Array, ""]
-    consecutive_skips: Int[Array, ""]
+    consecutive_skips: Int[Array, ""]  # updates skipped since the last one applied
 
     @classmethod
     def empty(cls) -> "Guard":

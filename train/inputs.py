@@ -1,8 +1,4 @@
-"""Folders that a run derives from its inputs. Start at `DerivedFolders`.
-
-Inputs are identified by content, not by name or time. `run/inputs.json` (RECORD) has, for each derived folder
-(tokenizer, token shards), the hashes of the texts and the options that it was made from.
-"""
+"""Tokenizer and token shards that a run derives from its inputs, identified by content. Start at `DerivedFolders`."""
 
 import contextlib
 import logging
@@ -20,7 +16,7 @@ from dsmoe_jax.storage.strict_json import read_json
 from .data import PYTHON_STDLIB, find_files
 from .data.formats import reader_of
 
-RECORD: Final = "inputs.json"
+RECORD: Final = "inputs.json"  # hashes of the inputs and options of each derived folder
 _HASHES: Final = "hashes.json"
 _SHORT: Final = 12  # digits of a SHA-256 in a message
 # Options of earlier versions, by their present names.
@@ -36,19 +32,19 @@ def file_hashes(source: str | Path, out: Path) -> dict[str, str]:
 
 
 class Source(NamedTuple):
-    """A source by name, and by content: its files in order, and their readers."""
+    """Name of a source, and the hash of its files in order and their readers."""
 
     name: str
     sha256: str
 
     @classmethod
     def read(cls, name: str, out: Path) -> "Source":
-        """Hash the source of that name; `DSMoEError` if it has no files."""
+        """Hash the files of a source; `DSMoEError` if there are none."""
         return cls.of(name, file_hashes(name, out))
 
     @classmethod
     def of(cls, name: str, hashes: Mapping[str, str]) -> "Source":
-        """Return the source of that name with these file hashes, by path, in order."""
+        """Return the source from its file hashes, by path, in order."""
         files = [[reader_of(Path(path)).__name__, sha256] for path, sha256 in hashes.items()]
         return cls(name, hash_json({"files": files, "stdlib": name == PYTHON_STDLIB}))
 
@@ -57,21 +53,21 @@ class Change(NamedTuple):
     """A changed value."""
 
     name: str
-    then: Any
-    now: Any
+    old: Any
+    new: Any
 
     def __str__(self) -> str:
         """Return one line."""
-        return f"{self.name}: {short(self.then)} -> {short(self.now)}"
+        return f"{self.name}: {short(self.old)} -> {short(self.new)}"
 
 
-def differences(then: Any, now: Any, name: str = "") -> Iterator[Change]:
+def differences(old: Any, new: Any, name: str = "") -> Iterator[Change]:
     """Iterate over the changes between two JSON values, by dotted name."""
-    if isinstance(then, Mapping) and isinstance(now, Mapping):
-        for key in sorted(then.keys() | now.keys()):
-            yield from differences(then.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif then != now:
-        yield Change(name, then, now)
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted(old.keys() | new.keys()):
+            yield from differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif old != new:
+        yield Change(name, old, new)
 
 
 def short(value: Any) -> str:
@@ -80,13 +76,10 @@ def short(value: Any) -> str:
 
 
 class DerivedFolders:
-    """The folders that a run derives from its inputs, rebuilt when these change.
-
-    With `resuming` a change is refused instead: checkpoints were trained on what is there.
-    """
+    """Folders rebuilt when their inputs change; if `resuming`, an error: the checkpoints were trained on them."""
 
     def __init__(self, out: Path, *, resuming: bool):
-        """Read the record of an earlier start, if there is one."""
+        """Read the record of an earlier start, if any."""
         self._out, self._resuming = out, resuming
         self._record: dict[str, Any] = {}
         with contextlib.suppress(ValueError):
@@ -103,35 +96,26 @@ class DerivedFolders:
         write: Callable[[Path], None],
         digest: Callable[[Path], str] | None = None,
     ) -> None:
-        """Make a folder, unless it exists and was made from the same inputs.
+        """Write a folder unless it exists and its sources, by content, and options are unchanged.
 
-        Args:
-            name: The folder, relative to the run's.
-            sources: What it is made from; copies under other names count as equal.
-            options: Everything else that determines its content, as JSON.
-            write: Makes the folder, atomically.
-            digest: Computes the SHA-256 of its content, to detect damage in a folder without a manifest.
-
-        Raises:
-            DSMoEError: The folder is damaged, or the inputs changed while resuming.
+        `write` is atomic; `digest` detects damage in a folder without a manifest.
         """
         folder, known = self._out / name, self._record.get(name)
         inputs = {"sources": [list(source) for source in sources], "options": dict(options)}
         if folder.exists():
-            changes = ["inputs not recorded"] if known is None else list(_changes(known, inputs))
-            if not changes:
-                recorded = None if known is None else known.get("sha256")
-                if digest is not None and recorded is not None and digest(folder) != recorded:
-                    raise DSMoEError(f"{folder}: damaged: SHA-256 mismatch; remove it to have it made again")
+            changes = "inputs not recorded" if known is None else "; ".join(_changes(known, inputs))
+            if known is not None and not changes:
+                if digest is not None and known.get("sha256") not in (None, digest(folder)):
+                    raise DSMoEError(f"{folder}: damaged: SHA-256 mismatch; remove it to rebuild it")
                 return
             if self._resuming and known is not None:
-                raise DSMoEError(f"{folder}: cannot resume on changed data: {'; '.join(changes)}")
+                raise DSMoEError(f"{folder}: cannot resume on changed data: {changes}")
             if self._resuming:
                 _log.warning("%s: inputs not recorded; using it unchecked", folder)
             else:
-                _log.info("Rebuilding %s: %s", folder, "; ".join(changes))
+                _log.info("Rebuilding %s: %s", folder, changes)
                 shutil.rmtree(folder)
-        # Recorded first: the folder is written atomically, so one that exists was made from what is recorded.
+        # Recorded before the folder is written, so that an existing folder always matches its record.
         self._record[name] = inputs
         self._out.mkdir(parents=True, exist_ok=True)
         write_json(self._out / RECORD, self._record)
@@ -142,16 +126,15 @@ class DerivedFolders:
                 write_json(self._out / RECORD, self._record)
 
 
-def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     """Describe the changes in the inputs of a folder."""
-    before, after = (list(starmap(Source, inputs["sources"])) for inputs in (then, now))
+    before, after = (list(starmap(Source, inputs["sources"])) for inputs in (old, new))
     if len(before) != len(after):
         yield f"data.sources: {', '.join(s.name for s in before)} -> {', '.join(s.name for s in after)}"
-    for old, new in zip(before, after, strict=False):
-        if old.sha256 != new.sha256:
+    for one, other in zip(before, after, strict=False):
+        if one.sha256 != other.sha256:
+            same_name = one.name == other.name
             yield (
-                f"data.sources: {new.name} has changed"
-                if old.name == new.name
-                else f"data.sources: {old.name} -> {new.name}"
+                f"data.sources: {other.name} has changed" if same_name else f"data.sources: {one.name} -> {other.name}"
             )
-    yield from map(str, differences(then["options"], now["options"]))
+    yield from map(str, differences(old["options"], new["options"]))

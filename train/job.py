@@ -30,44 +30,22 @@ _log = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
-    """A training run once its data is ready.
-
-    Attributes:
-        model: Config of the model.
-        corpus: Training and validation data.
-        steps: Total steps, earlier starts included.
-        trainable: The trainable parameters.
-        load_frozen: Loads the frozen parameters onto a mesh, in their storage dtype.
-        init_params: Makes the initial trainable parameters, fp32, from mesh and frozen parameters.
-        result: Name of the result in the output directory.
-        save: Writes the result; collective over all processes.
-        resume_metadata: What a run must have in common with the checkpoint it resumes from, as JSON.
-        keep_best: Whether the result with the lowest validation loss is saved too.
-    """
+    """A training run once its data is ready."""
 
     model: ModelConfig
     corpus: Corpus
-    steps: int
+    steps: int  # in total, earlier starts included
     trainable: Trainable
-    load_frozen: Callable[[Mesh | None], Mapping[str, Operand]]
-    init_params: Callable[[Mesh | None, Mapping[str, Operand]], Mapping[str, Array]]
-    result: str
-    save: Callable[[Path, Mapping[str, Array]], None]
-    resume_metadata: Mapping[str, Any]
-    keep_best: bool = False
+    load_frozen: Callable[[Mesh | None], Mapping[str, Operand]]  # onto a mesh, in their storage dtype
+    init_params: Callable[[Mesh | None, Mapping[str, Operand]], Mapping[str, Array]]  # fp32, from the frozen ones
+    result: str  # name in the output directory
+    save: Callable[[Path, Mapping[str, Array]], None]  # writes the result; collective
+    resume_metadata: Mapping[str, Any]  # JSON that must match to resume from a checkpoint
+    keep_best: bool = False  # also save the result with the lowest validation loss
 
 
 def pretraining(config: RunConfig, output_dir: Path, *, resuming: bool = False) -> Job:
-    """Set up the training of all parameters on text.
-
-    Args:
-        config: The run.
-        output_dir: Where text is tokenized to.
-        resuming: Whether there are checkpoints to resume from: data that has changed is refused.
-
-    Returns:
-        The job.
-    """
+    """Set up pretraining; `resuming` refuses changed data."""
     model, init_from = config.model_config(), None
     with collective_errors():
         if config.init_from is not None:
@@ -95,18 +73,12 @@ def pretraining(config: RunConfig, output_dir: Path, *, resuming: bool = False) 
 
 def resume_metadata(config: RunConfig, model: ModelConfig, corpus: Corpus, **others: Any) -> dict[str, Any]:
     """Return settings (including `others`), data stream and input hashes."""
-    settings = identity(config, model, **others)
-    return {"config": settings, "stream": corpus.identity, "inputs": dict(corpus.inputs)}
+    stream, inputs = corpus.stream.identity, dict(corpus.inputs)
+    return {"config": identity(config, model, **others), "stream": stream, "inputs": inputs}
 
 
 def with_token_ids(model: ModelConfig, corpus: Corpus) -> ModelConfig:
-    """Return the config with the special token ids of the run's tokenizer.
-
-    Ids outside the vocabulary become None.
-
-    Raises:
-        DSMoEError: as `check_special_ids`, whose warnings are logged.
-    """
+    """Return the config with the special token ids of the run's tokenizer, None for ids outside the vocabulary."""
     tokenizer = None if corpus.tokenizer is None else Tokenizer.from_pretrained(corpus.tokenizer)
     # Without a tokenizer, token shards still record the EOS id.
     bos, eos = (tokenizer.bos_token_id, tokenizer.eos_token_id) if tokenizer else (None, corpus.eos_token_id)

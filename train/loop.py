@@ -22,17 +22,17 @@ from dsmoe_jax.checkpoint.native import collective_errors
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.model import abstract, shardings
 from dsmoe_jax.sharding import BATCH_AXES, make_mesh
-from dsmoe_jax.storage.atomic_dir import recover_folder, replace_folder, write_json
+from dsmoe_jax.storage.atomic_dir import write_json
 from dsmoe_jax.storage.locks import lock_folder
 from dsmoe_jax.storage.manifest import hash_file, hash_json
 from dsmoe_jax.xla_options import quiet_cache_reads
 
 from .batch import Batch
-from .best import BEST, Best
+from .best import BEST, Best, replace_result
 from .checkpoints import Checkpoints
 from .config import RunConfig
 from .corpus import Corpus
-from .distributed import initialize
+from .distributed import initialize, on_process_0
 from .finetune import ADAPTER, FinetuneConfig, finetuning
 from .inputs import differences
 from .job import MODEL, Job, pretraining
@@ -89,9 +89,10 @@ def run(config: RunConfig) -> Result:
     """
     initialize(config.distributed)
     output_dir, mesh = Path(config.output_dir), None
-    with collective_errors():  # refuse before anything is written
+    with collective_errors():  # fail before anything is written
         mesh = _check(config)
-    with _locked(output_dir):
+    with ExitStack() as stack:
+        on_process_0(lambda: stack.enter_context(lock_folder(output_dir)))
         return _run(config, output_dir, mesh)
 
 
@@ -99,11 +100,8 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
     output_dir.mkdir(parents=True, exist_ok=True)
     _enable_compilation_cache(output_dir / _CACHE)
     with ExitStack() as stack:
-        checkpoints = Checkpoints(
-            output_dir / CHECKPOINTS,
-            max_to_keep=config.checkpoint.max_to_keep,
-            keep_period=config.checkpoint.keep_period,
-        )
+        folder, keep = output_dir / CHECKPOINTS, config.checkpoint
+        checkpoints = Checkpoints(folder, max_to_keep=keep.max_to_keep, keep_period=keep.keep_period)
         stack.callback(checkpoints.close)
         _check_same_checkpoints(checkpoints)
         if config.resume == "never" and checkpoints.steps():
@@ -122,11 +120,8 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
         else:
             _warn_of_leftovers(job, output_dir)
         if (warmup := config.optimizer.warmup_steps) > job.steps:
-            _log.warning(
-                "optimizer.warmup_steps %d exceeds steps %d: the learning rate will not reach its peak",
-                warmup,
-                job.steps,
-            )
+            text = "optimizer.warmup_steps %d exceeds steps %d: the learning rate will not reach its peak"
+            _log.warning(text, warmup, job.steps)
         stack.enter_context(nullcontext() if mesh is None else jax.set_mesh(mesh))
         corpus = job.corpus
         graph = abstract(job.model, config.dispatch)[0]
@@ -136,17 +131,8 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
         first = int(state.step)
         if jax.process_index() == 0:
             write_json(output_dir / CONFIG, now)
-        step = make_step(
-            job.model,
-            graph,
-            optimizer,
-            schedule,
-            config.step,
-            max_grad_norm=config.optimizer.max_grad_norm,
-            mesh=mesh,
-            seed=config.seed,
-            trainable=job.trainable,
-        )
+        options: dict[str, Any] = {"mesh": mesh, "seed": config.seed, "max_grad_norm": config.optimizer.max_grad_norm}
+        step = make_step(job.model, graph, optimizer, schedule, config.step, trainable=job.trainable, **options)
         eval_step = make_eval_step(job.model, graph, config.step, job.trainable)
         recorder = stack.enter_context(_recorder(config, job, output_dir, first))
         monitor = Monitor(recorder, config)
@@ -180,7 +166,7 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
         if metrics is not None:
             loss = float(metrics.loss)
             checkpoints.save(n, state, {**job.resume_metadata, "loss": loss})
-        else:  # all steps were done, only the result is missing
+        else:  # all steps were done; only the result is missing
             loss = _last_loss(output_dir, n, found)
             evaluation = None if stopped else _evaluate(eval_step, state, frozen, corpus, mesh)
             if evaluation and best is not None:
@@ -191,7 +177,7 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
         if stopped:
             return result
         result = result._replace(model=output_dir / job.result)
-        _write_result(output_dir / job.result, job, state.params)
+        replace_result(output_dir / job.result, job, state.params)
         if jax.process_index() == 0:
             record = {"step": n, "loss": loss if math.isfinite(loss) else None, "eval_loss": eval_loss}
             record |= {"total_skips": result.total_skips, "sha256": _sha256(output_dir / job.result)}
@@ -206,10 +192,9 @@ def _check(config: RunConfig) -> Mesh | None:
     data_parallel = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
     micro_batches = config.step.gradient_accumulation_steps
     if config.data.batch_size % (data_parallel * micro_batches):
-        raise DSMoEError(
-            f"data.batch_size must be a multiple of {data_parallel * micro_batches} ({data_parallel} data-parallel "
-            f"devices × {micro_batches} gradient-accumulation steps), got {config.data.batch_size}"
-        )
+        why = f"{data_parallel} data-parallel devices × {micro_batches} gradient-accumulation steps"
+        multiple = f"a multiple of {data_parallel * micro_batches} ({why})"
+        raise DSMoEError(f"data.batch_size must be {multiple}, got {config.data.batch_size}")
     length, positions = config.data.sequence_length, model.max_position_embeddings
     if model.rope_scaling is not None:
         positions = int(positions * model.rope_scaling.factor)
@@ -218,19 +203,14 @@ def _check(config: RunConfig) -> Mesh | None:
     if config.init_from is not None and config.model not in ("", RunConfig.model):
         requested = dataclasses.replace(config, init_from=None).model_config()
         if changes := [change.name for change in differences(identity(config, requested), identity(config, model))]:
-            _log.warning(
-                "model %s has no effect: init_from %s has its own config (different %s)",
-                config.model,
-                config.init_from,
-                ", ".join(changes),
-            )
+            text = "model %s has no effect: init_from %s has its own config (different %s)"
+            _log.warning(text, config.model, config.init_from, ", ".join(changes))
     groups, alpha = config.step.device_balance_groups, config.step.device_balance_alpha
     if model.n_routed_experts is not None and model.n_routed_experts % groups:
         raise DSMoEError(f"step.device_balance_groups must divide {model.n_routed_experts} experts, got {groups}")
     if (groups > 1) != (alpha > 0):
-        _log.warning(
-            "step.device_balance_groups %d and step.device_balance_alpha %s have no effect: set both", groups, alpha
-        )
+        text = "step.device_balance_groups %d and step.device_balance_alpha %s have no effect: set both"
+        _log.warning(text, groups, alpha)
     return None if mesh.size == 1 else mesh
 
 
@@ -278,26 +258,13 @@ def _completed(step: int, job: Job, output_dir: Path, record: Mapping[str, Any] 
     return Result(step, job.steps, False, loss, record["eval_loss"], record["total_skips"], path, step)
 
 
-def _write_result(path: Path, job: Job, params: Mapping[str, Any]) -> None:
-    """Save the result, atomically replacing that of an earlier, shorter run."""
-    new = path.with_name(f"{path.name}.new")
-    with collective_errors():
-        if jax.process_index() == 0:
-            recover_folder(path, new)
-    job.save(new, params)
-    with collective_errors():
-        if jax.process_index() == 0:
-            replace_folder(new, path)
-
-
 def _sha256(result: Path) -> str | None:
     """Return the SHA-256 of a result's files; None if it is missing or damaged."""
     if is_native(result):
-        try:
+        with contextlib.suppress(ValueError):
             manifest = read_manifest(result, verify=False)
-        except ValueError:
-            return None
-        return None if any(find_damage(result, manifest)) else manifest.sha256
+            return None if any(find_damage(result, manifest)) else manifest.sha256
+        return None
     files = sorted(path for path in result.rglob("*") if path.is_file())
     return hash_json({path.name: hash_file(path) for path in files}) if files else None
 
@@ -314,12 +281,12 @@ def _last_loss(output_dir: Path, step: int, found: tuple[int, Mapping[str, Any]]
 
 
 def _warn_of_leftovers(job: Job, output_dir: Path) -> None:
-    """Log the results of an earlier run without checkpoints to resume from."""
+    """Warn about results of an earlier run that has no checkpoints."""
     for name in (MODEL, ADAPTER, BEST):
         if (output_dir / name).exists():
             replaced = name == job.result or (name == BEST and job.keep_best)
-            action = "will be replaced" if replaced else "is left as it is"
-            _log.warning("%s, from an earlier run, %s", output_dir / name, action)
+            action = "will be replaced" if replaced else "is kept"
+            _log.warning("%s of an earlier run %s", output_dir / name, action)
 
 
 def _check_same_checkpoints(checkpoints: Checkpoints) -> None:
@@ -329,16 +296,6 @@ def _check_same_checkpoints(checkpoints: Checkpoints) -> None:
         seen = multihost_utils.process_allgather(newest).ravel()
         if (seen != seen[0]).any():
             raise DSMoEError(f"{checkpoints.folder} differs between processes; the file system must be shared")
-
-
-@contextmanager
-def _locked(output_dir: Path) -> Iterator[None]:
-    """Lock the output directory; if it is in use, all processes raise."""
-    with ExitStack() as stack:
-        with collective_errors():
-            if jax.process_index() == 0:
-                stack.enter_context(lock_folder(output_dir))
-        yield
 
 
 # --- the loop ---
@@ -390,11 +347,9 @@ def _stop_signal() -> Iterator[list[int]]:
         seen.append(number)
         signal.signal(number, before[number])
 
-    try:
+    with contextlib.suppress(ValueError):  # raised outside the main thread
         for number in (signal.SIGTERM, signal.SIGINT):
             before[number] = signal.signal(number, note)
-    except ValueError:  # not in the main thread
-        pass
     try:
         yield seen
     finally:

@@ -1,8 +1,4 @@
-"""Training losses: next-token cross-entropy and expert load balancing.
-
-Training uses `chunked_cross_entropy`, which fuses the output projection and materializes the logits of one chunk of
-tokens at a time; `cross_entropy` takes logits.
-"""
+"""Training losses: next-token cross-entropy, from logits or fused with the output projection, and load balancing."""
 
 import functools
 from collections.abc import Mapping
@@ -48,37 +44,20 @@ def shift_labels(labels: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
 
 
-# --- the head and its loss in one ---
-
-
 class CrossEntropySums(NamedTuple):
-    """Sums over all targets.
+    """Sums over all targets; only `total` is differentiable."""
 
-    Attributes:
-        total: Σ cross-entropy + z_loss · logsumexp²; the differentiable one.
-        cross_entropy: Σ cross-entropy, without gradient.
-    """
-
-    total: Float[Array, ""]
-    cross_entropy: Float[Array, ""]
+    total: Float[Array, ""]  # Σ cross-entropy + z_loss · logsumexp²
+    cross_entropy: Float[Array, ""]  # Σ cross-entropy
 
 
 def chunked_cross_entropy(
     states: Float[Array, "B T D"], head: Float[Array, "V D"], targets: Int[Array, "B T"], *, z_loss: float = 0.0
 ) -> CrossEntropySums:
-    """Compute output projection and cross-entropy, fused in chunks of tokens.
+    """Compute output projection and cross-entropy of shifted labels, fused in chunks of tokens.
 
-    The gradient is computed in the forward pass from the same fp32 logits, so nothing is recomputed. On a mesh each
-    device processes its tokens and its shard of the vocabulary.
-
-    Args:
-        states: Hidden states after the final norm, [B, T, D].
-        head: Output projection, [V, D].
-        targets: Shifted labels, [B, T]; -100 is ignored.
-        z_loss: Weight of logsumexp² (PaLM, arXiv 2204.02311, section 5).
-
-    Returns:
-        Sums over all targets.
+    The forward pass computes the gradient from the same fp32 logits. `z_loss` weights logsumexp² (PaLM, arXiv
+    2204.02311, section 5). On a mesh each device processes its tokens and its shard of the vocabulary.
     """
     mesh = current_mesh()
     if mesh is None:
@@ -119,10 +98,8 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 def _sums(states: Array, head: Array, targets: Array, z_loss: float, over: str | None, with_gradients: bool):
     """Return the sums, and the gradients of `total` with respect to states and head."""
-    B, T, D = states.shape
-    V = head.shape[0]
-    first = 0 if over is None else jax.lax.axis_index(over) * V
-    M = B * T
+    (B, T, D), V = states.shape, head.shape[0]
+    first, M = 0 if over is None else jax.lax.axis_index(over) * V, B * T
     size = min(M, max(1, _CHUNK_BYTES // (4 * V)))
     chunks = -(-M // size)
     pad = chunks * size - M
@@ -149,9 +126,7 @@ def _sums(states: Array, head: Array, targets: Array, z_loss: float, over: str |
         grad_head = grad_head + jnp.einsum("mv,md->vd", grad, x, preferred_element_type=jnp.float32)
         return (sums, grad_head), grad_x
 
-    zero = (states[0, 0, 0] * 0).astype(jnp.float32) + (head[0, 0] * 0).astype(
-        jnp.float32
-    )  # with the varying axes of its terms
+    zero = (states[0, 0, 0] * 0 + head[0, 0] * 0).astype(jnp.float32)  # varies over the mesh axes of both
     start = (CrossEntropySums(zero, zero), zero + jnp.zeros(head.shape if with_gradients else (), jnp.float32))
     (sums, grad_head), grad_x = jax.lax.scan(one, start, (x, y))
     if grad_x is None:
@@ -164,9 +139,6 @@ def _logsumexp(logits: Float[Array, "M V"], over: str | None) -> Float[Array, "M
     most = most if over is None else jax.lax.pmax(most, over)
     total = jnp.exp(logits - most[:, None]).sum(axis=-1)
     return most + jnp.log(total if over is None else jax.lax.psum(total, over))
-
-
-# --- balance ---
 
 
 def balance_loss(
@@ -200,22 +172,9 @@ def balance_loss(
 def device_balance_loss(
     routing: Mapping[int, Routing], groups: int, alpha: float, counted: Bool[Array, "B T"] | None = None
 ) -> dict[int, Float[Array, ""]]:
-    """Compute the device-level balance loss of each MoE layer, α · Σ_d f'_d · P'_d.
+    """Compute the device-level balance loss of each MoE layer, α · Σ_d f'_d · P'_d (arXiv 2401.06066, eq. 15 to 17).
 
-    See arXiv 2401.06066, eq. 15 to 17. f'_d is the mean of f over a group of experts, P'_d the sum of P, both over the
-    batch.
-
-    Args:
-        routing: Router outputs by MoE layer.
-        groups: Number of groups of experts.
-        alpha: Weight of the loss.
-        counted: Mask of the tokens that count, [B, T]; all by default.
-
-    Returns:
-        The loss of each MoE layer.
-
-    Raises:
-        DSMoEError: if the experts do not divide into the groups.
+    f'_d is the mean of f over a group of experts, P'_d the sum of P, both over the batch.
     """
 
     def one(routed: Routing) -> Float[Array, ""]:

@@ -41,31 +41,15 @@ PEAK_FLOPS: Final[dict[str, float | None]] = {
     "TPU v6 lite": 918e12,
 }
 # fmt: on
-_FLOATS: Final = (
-    "loss",
-    "cross_entropy",
-    "z_loss",
-    "balance_loss",
-    "device_balance_loss",
-    "grad_norm",
-    "learning_rate",
-)
+_LOSSES: Final = ("loss", "cross_entropy", "z_loss", "balance_loss", "device_balance_loss")  # summed over layers
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """Compute model FLOPs per token: 6 · N + 12 · L · heads · head_dim · (T + 1) / 2.
 
-    N are the activated parameters that are multiplied: the output head but neither embedding lookup nor norms. This is
-    PaLM's count (arXiv 2204.02311, appendix B), except that a causal query attends to (T + 1) / 2 keys on average
-    instead of T; rematerialization does not count. With T keys it gives 75.9 TFLOP per 4K tokens for the 16B and 586
-    for the 145B, where the paper has 74.4 and 585.6 (arXiv 2401.06066, tables 3 and 6).
-
-    Args:
-        config: Config of the model.
-        sequence_length: T, in tokens.
-
-    Returns:
-        FLOPs of forward and backward per token.
+    N counts the activated parameters without embedding lookup and norms. As in PaLM (arXiv 2204.02311, appendix B), but
+    with (T + 1) / 2 keys per causal query instead of T; T would give 75.9 TFLOP per 4K tokens for the 16B and 586 for
+    the 145B, where the paper has 74.4 and 585.6 (arXiv 2401.06066, tables 3 and 6).
     """
     counts = count_parameters(config)
     looked_up = 0 if config.tie_word_embeddings else counts.parts["embedding"]
@@ -76,19 +60,17 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 
 def peak_flops(devices: Sequence[Any]) -> float | None:
     """Return the devices' total peak bf16 FLOP/s; None if one is unknown."""
-    peaks = [
-        next((peak for kind, peak in PEAK_FLOPS.items() if kind in device.device_kind), None) for device in devices
-    ]
-    known = [peak for peak in peaks if peak is not None]
-    return sum(known) if known and len(known) == len(peaks) else None
+    total = 0.0
+    for device in devices:
+        peak = next((peak for kind, peak in PEAK_FLOPS.items() if kind in device.device_kind), None)
+        if peak is None:
+            return None
+        total += peak
+    return total or None
 
 
-class Recorder:
-    """Writes the metrics of a run to its trackers, in one process only.
-
-    A resumed run records its checkpoint's step; earlier records beyond that step stay in the file, and `read_records`
-    leaves them out.
-    """
+class Recorder(contextlib.AbstractContextManager):
+    """Writes the metrics of a run to its trackers, in one process only; `read_records` reads them."""
 
     def __init__(
         self,
@@ -105,24 +87,7 @@ class Recorder:
         resumed_from: int = 0,
         name: str = "",
     ):
-        """Open the trackers.
-
-        Args:
-            folder: Output directory of the run.
-            config: Config of the model.
-            tokens_per_step: Tokens of a global batch, padding included.
-            sequence_length: Tokens per sequence.
-            steps: Total steps of the run.
-            trackers: Keys of `TRACKERS`.
-            devices: Devices of the mesh; all by default.
-            log_interval: Steps between console lines.
-            expert_load_interval: Steps between records of each expert's load, besides the first and last step.
-            resumed_from: Step of the checkpoint resumed from.
-            name: Name of the run.
-
-        Raises:
-            DSMoEError: for an unknown tracker, or one whose package is not installed.
-        """
+        """Open the trackers."""
         if unknown := [tracker for tracker in trackers if tracker not in TRACKERS]:
             raise DSMoEError(f"trackers must be of {', '.join(TRACKERS)}, got {unknown[0]!r}")
         self._devices = jax.devices() if devices is None else devices
@@ -131,41 +96,28 @@ class Recorder:
         self._flops, self._peak = flops_per_token(config, sequence_length), peak_flops(self._devices)
         self._first = True
         counts = count_parameters(config)
-        facts = {
-            "name": name,
-            "steps": steps,
-            "tokens_per_step": tokens_per_step,
-            "sequence_length": sequence_length,
-            "parameters": counts.total,
-            "activated": counts.activated,
-            "vocab_size": config.vocab_size,
-            "devices": f"{len(self._devices)} × {self._devices[0].device_kind}",
-        }
+        info = {"name": name, "steps": steps, "tokens_per_step": tokens_per_step, "sequence_length": sequence_length}
+        info |= {"parameters": counts.total, "activated": counts.activated, "vocab_size": config.vocab_size}
+        info |= {"devices": f"{len(self._devices)} × {self._devices[0].device_kind}"}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._open = contextlib.ExitStack()
         with contextlib.ExitStack() as opening:  # closes the others if one does not open
-            run = Run(folder, facts, steps, log_interval, resumed_from)
+            run = Run(folder, info, steps, log_interval, resumed_from)
             self._trackers: list[Tracker] = [
                 opening.enter_context(contextlib.closing(TRACKERS[tracker](run))) for tracker in trackers
             ]
             self._open = opening.pop_all()
 
     def record(self, step: int, metrics: Metrics, *, seconds: float, data_loading_seconds: float) -> None:
-        """Record a training step.
-
-        Args:
-            step: Number of the step, from 1.
-            metrics: Its metrics, on the host.
-            seconds: Time of the whole step.
-            data_loading_seconds: Time spent waiting for its batch.
-        """
+        """Record a training step."""
         rate = self._tokens / seconds if seconds > 0 else math.nan
         with_load = self._first or step % self._load_interval == 0 or step == self._steps
+        floats = {name: float(np.sum(getattr(metrics, name))) for name in (*_LOSSES, "grad_norm", "learning_rate")}
         values: dict[str, Any] = {
             "step": step,
             "tokens": step * self._tokens,
-            **{name: float(np.sum(getattr(metrics, name))) for name in _FLOATS},  # balance losses summed over layers
+            **floats,
             **{name: int(getattr(metrics, name)) for name in ("skipped", "total_skips", "consecutive_skips")},
             "step_time_seconds": seconds,
             "tokens_per_second": rate,
@@ -190,29 +142,15 @@ class Recorder:
         """Close the trackers; idempotent."""
         self._open.close()
 
-    def __enter__(self) -> "Recorder":
-        """Return self."""
-        return self
-
     def __exit__(self, *error: object) -> None:
         """Close the trackers."""
         self.close()
 
 
 def read_records(folder: str | Path, *, superseded: bool = False) -> list[dict[str, Any]]:
-    """Read `metrics.jsonl`; records of earlier versions get today's names.
+    """Read the complete lines of `metrics.jsonl`, with today's names for metrics of earlier versions.
 
-    An incomplete last line is left out.
-
-    Args:
-        folder: Output directory of the run.
-        superseded: Also return records of steps that a resumed run repeated.
-
-    Returns:
-        The records in order; non-finite values are None and listed in `not_finite`.
-
-    Raises:
-        DSMoEError: for a line that is not a record.
+    Records that a resumed run repeated are omitted unless `superseded`; non-finite values are None and in `not_finite`.
     """
     file, records = Path(folder) / RECORDS, []
     with file.open("rb") as lines:

@@ -24,7 +24,7 @@ class Monitor:
         self._start = time.perf_counter()
 
     def add(self, step: int, metrics: Metrics, data_loading_seconds: float) -> None:
-        """Take the metrics of a dispatched step, and record those of the step before."""
+        """Queue the metrics of a dispatched step, and record those of the previous one."""
         self.flush()
         self._pending = (step, metrics, data_loading_seconds)
 
@@ -43,10 +43,9 @@ class Monitor:
             self._recorder.record(step, metrics, seconds=now - self._start, data_loading_seconds=loading)
         self._start = now
         if (skips := int(metrics.consecutive_skips)) > self._config.max_consecutive_skips:
-            raise DSMoEError(
-                f"{skips} consecutive updates skipped at step {step}: loss {float(metrics.loss):.4g}, gradient norm "
-                f"{float(metrics.grad_norm):.4g}; the checkpoints in {self._config.output_dir} are intact"
-            )
+            values = f"loss {float(metrics.loss):.4g}, gradient norm {float(metrics.grad_norm):.4g}"
+            intact = f"the checkpoints in {self._config.output_dir} are intact"
+            raise DSMoEError(f"{skips} consecutive updates skipped at step {step}: {values}; {intact}")
         self._zero_losses = self._zero_losses + 1 if metrics.cross_entropy < _ZERO_LOSS else 0
         if self._zero_losses > self._config.max_consecutive_skips:
             raise DSMoEError(

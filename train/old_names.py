@@ -82,16 +82,7 @@ OLD_VALUES: Final[dict[str, dict[str, str]]] = {
 
 
 def with_new_names(content: Any, file: str, path: str = "") -> Any:
-    """Translate JSON that an earlier version wrote.
-
-    Args:
-        content: JSON of the file; new names in it are left as they are.
-        file: A key of `OLD_NAMES`.
-        path: Dotted path of `content` in the file.
-
-    Returns:
-        The content with new names and values.
-    """
+    """Translate the JSON of an earlier version's `file`, a key of `OLD_NAMES`; new names remain unchanged."""
     if not isinstance(content, Mapping):
         return OLD_VALUES.get(path, {}).get(content, content) if isinstance(content, str) else content
     names = OLD_NAMES[file]
@@ -121,17 +112,16 @@ def _new_path(path: str) -> str:
 
 
 def new_metric(name: str) -> str:
-    """Return the name of a metric today; per-layer metrics are `moe/LAYER/NAME`."""
+    """Return today's name of a metric, which is `moe/LAYER/NAME` if per layer."""
     names = OLD_NAMES["metrics.jsonl"]
     prefix, _, last = name.rpartition("/")
     return f"{prefix}/{names.get(last, last)}" if prefix.startswith("moe/") else names.get(name, name)
 
 
 def stored_leaves(wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, str]:
-    """Return the name in a checkpoint of each state leaf, by its name today."""
-    today = {}
+    """Return the name in a checkpoint of each state leaf, by today's name."""
+    today, names = {}, OLD_NAMES["state"]
     for name in stored:
         group, _, rest = name.partition("/")
-        names = OLD_NAMES["state"]
         today["/".join(filter(None, (names.get(group, group), names.get(f"{group}.{rest}", rest))))] = name
     return {name: today.get(name, name) for name in wanted}

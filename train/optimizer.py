@@ -18,7 +18,7 @@ _PAPER_DECAY: Final = 0.316  # arXiv 2401.06066, section 4.1.3: at 80 % and agai
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW; the defaults are of the paper's 2B (arXiv 2401.06066, 4.1.3)."""
+    """AdamW with the settings of the paper's 2B (arXiv 2401.06066, 4.1.3)."""
 
     learning_rate: float = 1.08e-3
     """Peak learning rate."""
@@ -51,7 +51,7 @@ class OptimizerConfig:
     """Clip gradients to this global norm; None disables clipping."""
 
     moments: Literal["float32", "bfloat16", "factored"] = "float32"
-    """Optimizer moments: `bfloat16` stores the first in bf16; `factored` has Adafactor's second and no first."""
+    """Optimizer moments: `bfloat16` stores the first in bf16; `factored` uses Adafactor's second and no first."""
 
     def __post_init__(self) -> None:
         """Raise `DSMoEError` for invalid values."""
@@ -62,15 +62,7 @@ class OptimizerConfig:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Build the optimizer and its learning-rate schedule.
-
-    Args:
-        config: The settings.
-        steps: Number of updates of the run.
-
-    Returns:
-        The transformation of clipped gradients, and the learning rate as a function of the update count.
-    """
+    """Build the optimizer and its learning-rate schedule, a function of the update count."""
     peak, warmup = config.learning_rate, min(config.warmup_steps, steps)
     schedule = body = _SCHEDULES[config.schedule](config, steps)
     if warmup:
@@ -87,7 +79,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientT
 
 def clip_by_global_norm(grads: Mapping[str, Array], max_norm: float | None) -> tuple[dict[str, Array], Array]:
     """Clip gradients to a global norm; also return the norm before clipping."""
-    # Row by row: on CPU a sum over a whole array runs on one core.
+    # Per row, because XLA:CPU sums an array on one core.
     rows = [jnp.einsum("...i,...i->...", grad, grad, precision="highest") for grad in grads.values()]
     norm = jnp.sqrt(sum((row.sum() for row in rows), jnp.zeros((), jnp.float32)))
     if max_norm is None:
@@ -107,22 +99,16 @@ def _cosine(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return lambda count: decay(count - warmup)
 
 
-def _constant(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    return optax.constant_schedule(config.learning_rate)
-
-
 # Functions of the update count, warmup included.
 _SCHEDULES: Final[dict[str, Callable[[OptimizerConfig, int], optax.Schedule]]] = {
     "paper": _paper,
     "cosine": _cosine,
-    "constant": _constant,
+    "constant": lambda config, steps: optax.constant_schedule(config.learning_rate),
 }
-
 _DECAY_MASKS: Final[dict[str, Callable[[Any], Any] | None]] = {
     "matrices": lambda params: {name: value.ndim > 1 for name, value in params.items()},
     "all": None,
 }
-
 _MOMENTS: Final[dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]]] = {
     "float32": lambda c: optax.scale_by_adam(c.b1, c.b2, c.eps),
     "bfloat16": lambda c: optax.scale_by_adam(c.b1, c.b2, c.eps, mu_dtype=jnp.bfloat16),

@@ -34,15 +34,7 @@ _STYLE: Final[dict[Any, Any]] = {
 
 
 def draw(folder: Path, out: Path) -> None:
-    """Plot the metrics of a run; a model without MoE layers gets the loss alone.
-
-    Args:
-        folder: Output directory of the run.
-        out: PNG to write.
-
-    Raises:
-        DSMoEError: without matplotlib, or without a recorded step.
-    """
+    """Plot the metrics of a run into a PNG; without MoE layers only the loss."""
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure
@@ -100,15 +92,13 @@ def _draw_loss(axes: Any, records: Records, steps: Records, info: dict[str, Any]
     evals = [record for record in records if "eval/loss" in record]
     if evals:
         at, values = _column(evals, "step"), _column(evals, "eval/loss")
-        axes.plot(
-            at, values, "o-", color=_VALIDATION, linewidth=1, markersize=4, label="validation", clip_on=False, zorder=3
-        )
+        style = {"linewidth": 1, "markersize": 4, "clip_on": False, "zorder": 3}
+        axes.plot(at, values, "o-", color=_VALIDATION, label="validation", **style)
     if vocab := info.get("vocab_size"):
         axes.axhline(np.log(vocab), color=_FAINT, linestyle=":")
         label = f"uniform: ln {vocab:,} = {np.log(vocab):.2f}"
-        axes.annotate(
-            label, (1, np.log(vocab)), (-4, 3), ("axes fraction", "data"), "offset points", color=_FAINT, ha="right"
-        )
+        at, systems = (1, np.log(vocab)), {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes.annotate(label, at, (-4, 3), **systems, color=_FAINT, ha="right")
         axes.margins(y=0.12)
     last = loss[np.isfinite(loss)][-width:]
     final = f", {last.mean():.3f} at the end" if len(last) else ""
@@ -118,26 +108,26 @@ def _draw_loss(axes: Any, records: Records, steps: Records, info: dict[str, Any]
 
 def _draw_heat(figure: Any, axes: Any, steps: Records, layers: Sequence[int]) -> None:
     """Plot layers by experts: each expert's recent load relative to the mean."""
+    from matplotlib.colors import TwoSlopeNorm
+
     heats = [record for record in steps if f"moe/{layers[0]}/expert_load" in record]
     if not heats:
         axes.set_title("No expert load recorded")
         return
     recent = heats[-max(1, len(heats) // 4) :]
-    load = np.array(
-        [np.sum([record[f"moe/{layer}/expert_load"] for record in recent], axis=0) for layer in layers], float
-    )
+    load = np.array([sum(np.array(one[f"moe/{n}/expert_load"], float) for one in recent) for n in layers])
     share = load / np.maximum(load.mean(axis=1, keepdims=True), 1e-9)
     top = float(np.clip(share.max(), 2, _MAX_COLOR))
     # Blue below the mean, white at the mean, red above.
-    image = axes.imshow(share, cmap="RdBu_r", norm=_centered(top), aspect="auto", interpolation="nearest")
+    norm = TwoSlopeNorm(vcenter=1, vmin=0, vmax=top)
+    image = axes.imshow(share, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
     for row, expert in np.argwhere(load == 0):
         axes.plot(expert, row, "x", color="white", markersize=5)
     axes.grid(visible=False)
     shown = range(0, len(layers), max(1, len(layers) // 12))
     axes.set_yticks(list(shown), [str(layers[n]) for n in shown])
-    when = (
-        f"step {recent[-1]['step']:,}" if len(recent) == 1 else f"steps {recent[0]['step']:,} to {recent[-1]['step']:,}"
-    )
+    first, last = (f"{recent[n]['step']:,}" for n in (0, -1))
+    when = f"step {last}" if len(recent) == 1 else f"steps {first} to {last}"
     unused = int((load == 0).sum())
     title = f"Expert load, {when}" + (f" (×: {unused} unused)" if unused else "")
     axes.set(title=title, xlabel="expert", ylabel="layer")
@@ -145,12 +135,6 @@ def _draw_heat(figure: Any, axes: Any, steps: Records, layers: Sequence[int]) ->
     bar = figure.colorbar(image, ax=axes, label="tokens / layer mean", extend="max" if share.max() > top else "neither")
     bar.set_ticks(ticks, labels=[f"{tick:.2g}×" for tick in ticks])
     bar.outline.set_visible(False)
-
-
-def _centered(top: float) -> Any:
-    from matplotlib.colors import TwoSlopeNorm
-
-    return TwoSlopeNorm(vcenter=1, vmin=0, vmax=top)
 
 
 def _draw_imbalance(axes: Any, steps: Records, layers: Sequence[int]) -> None:
@@ -178,7 +162,6 @@ def _smooth(values: np.ndarray) -> tuple[np.ndarray, int]:
     """Return the moving average of finite values and its width."""
     width = max(1, min(_SMOOTH, len(values) // 20)) // 2 * 2 + 1
     window, finite = np.ones(width), np.isfinite(values)
-    sums, counts = (
-        np.convolve(x, window, "full")[width // 2 :][: len(values)] for x in (np.where(finite, values, 0), finite)
-    )
+    both = np.where(finite, values, 0), finite
+    sums, counts = (np.convolve(x, window, "full")[width // 2 :][: len(values)] for x in both)
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan), width

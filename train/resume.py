@@ -1,8 +1,4 @@
-"""Settings and data that must match to resume. Start at `check_resumable`.
-
-A setting is compared, free to change between starts (and logged), or not compared because it describes where and how
-the run is started: `_FREE` and `_NOT_COMPARED`.
-"""
+"""Settings and data that must match to resume. Start at `check_resumable`."""
 
 import contextlib
 import json
@@ -25,26 +21,18 @@ _NEUTRAL: Final = frozenset(
     {"architectures", "bos_token_id", "eos_token_id", "extra", "pad_token_id", "pretraining_tp", "torch_dtype"}
     | {"transformers_version", "use_cache"}
 )
-# Settings that may change between starts: speed, duration and schedule, not the objective.
+# Settings that may change between starts, which is logged: speed, duration and schedule, not the objective.
 _FREE: Final[Mapping[str, frozenset[str]]] = {
     "optimizer": frozenset({"learning_rate", "schedule", "warmup_steps", "min_lr_ratio"}),
     "step": frozenset({"gradient_accumulation_steps", "compute_dtype", "remat"}),
 }
+# Entries of run.json whose changes are not logged.
 _NOT_COMPARED: Final = frozenset({"output_dir", "resume", "distributed", "model_config", "result"})
 _log = logging.getLogger(__name__)
 
 
 def identity(config: RunConfig, model: ModelConfig, **others: Any) -> dict[str, Any]:
-    """Return every setting that affects what a run learns, except its data, as JSON.
-
-    Args:
-        config: The run.
-        model: Config of the model.
-        **others: Further settings, of fine-tuning say.
-
-    Returns:
-        Values that `check_resumable` compares.
-    """
+    """Return, as JSON, every setting except the data that affects what is learned; `others` are of fine-tuning."""
     fields = {name: value for name, value in vars(model).items() if name not in _NEUTRAL}
     fields |= {
         "num_key_value_heads": model.num_kv_heads,
@@ -60,28 +48,13 @@ def identity(config: RunConfig, model: ModelConfig, **others: Any) -> dict[str, 
 
 
 def check_resumable(folder: Path, step: int, known: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Check that a run may resume from a checkpoint.
-
-    Args:
-        folder: The checkpoints, for messages.
-        step: Step of the checkpoint.
-        known: `Job.resume_metadata` of the checkpoint.
-        now: That of this run.
-
-    Raises:
-        DSMoEError: naming every setting and input that differs.
-    """
+    """Raise `DSMoEError` naming all settings and inputs that differ between a checkpoint (`known`) and this run."""
     if "config" not in known:
-        _log.warning("%s: step %d was saved by an earlier version: comparing its data only", folder, step)
+        _log.warning("%s: step %d is of an earlier version: only its data is compared", folder, step)
     old, new = known.get("stream", {}), now["stream"]
-    old_stream, new_stream = ({k: v for k, v in one.items() if k != "datasets"} for one in (old, new))
-    changes = [
-        *differences(known.get("config", now["config"]), now["config"]),
-        *(
-            change._replace(name=change.name if change.name == "seed" else f"data.{change.name}")
-            for change in differences(old_stream, new_stream)
-        ),
-    ]
+    changes = list(differences(known.get("config", now["config"]), now["config"]))
+    for change in differences({**old, "datasets": None}, {**new, "datasets": None}):
+        changes.append(change._replace(name=change.name if change.name == "seed" else f"data.{change.name}"))
     problems = [_mismatch(*change) for change in changes]
     if not problems:
         inputs = known.get("inputs", {})
@@ -90,13 +63,12 @@ def check_resumable(folder: Path, step: int, known: Mapping[str, Any], now: Mapp
         elif inputs.get("validation", now["inputs"]["validation"]) != now["inputs"]["validation"]:
             problems = ["the validation data has changed"]
     if problems:
-        raise DSMoEError(
-            f"{folder}: cannot resume from step {step}: {'; '.join(problems)}; choose another --output-dir"
-        )
+        why = "; ".join(problems)
+        raise DSMoEError(f"{folder}: cannot resume from step {step}: {why}; choose another --output-dir")
 
 
 def read_run(output_dir: Path) -> dict[str, Any]:
-    """Return the `run.json` of the last start; empty if there is no valid one."""
+    """Read the `run.json` of the last start; empty if it is missing or malformed."""
     with contextlib.suppress(ValueError):
         return with_new_names(read_json(output_dir / CONFIG), CONFIG)
     return {}
@@ -104,9 +76,9 @@ def read_run(output_dir: Path) -> dict[str, Any]:
 
 def log_changes(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -> None:
     """Log each setting that differs from the `run.json` of the last start."""
-    known = before.keys() - _NOT_COMPARED  # earlier versions had fewer settings
-    then, this = ({k: v for k, v in _as_json(one).items() if k in known} for one in (before, now))
-    for change in differences(then, this):
+    names = before.keys() - _NOT_COMPARED  # earlier versions had fewer settings
+    old, new = ({k: v for k, v in _as_json(one).items() if k in names} for one in (before, now))
+    for change in differences(old, new):
         _log.info("Changed from step %d on: %s", step, change)
 
 

@@ -66,17 +66,12 @@ class StepConfig:
 
 
 class Trainable(NamedTuple):
-    """The trainable parameters, and how they combine with the frozen ones.
-
-    Attributes:
-        specs: Shape and axes of each trainable parameter.
-        merge_params: Function of (trainable, frozen, dropout key or None) that returns the model's parameters.
-        dropout: Dropout rate that `merge_params` applies; above 0 it needs a key.
-    """
+    """The trainable parameters, and how they combine with the frozen ones."""
 
     specs: Mapping[str, ParamSpec]
+    # Returns the model's parameters from (trainable, frozen, dropout key or None).
     merge_params: Callable[[Mapping[str, Array], Mapping[str, Operand], Any], Mapping[str, Operand]]
-    dropout: float = 0.0
+    dropout: float = 0.0  # rate that `merge_params` applies; above 0 it needs a key
 
     @classmethod
     def all_params(cls, config: ModelConfig) -> "Trainable":
@@ -85,55 +80,31 @@ class Trainable(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """The full training state; every leaf is in a checkpoint.
+    """The full training state; every leaf is in a checkpoint."""
 
-    Attributes:
-        step: Batches consumed so far.
-        params: Trainable parameters, fp32.
-        opt_state: State of the optax optimizer.
-        router_bias: Router biases by layer index; empty unless `bias_update_rate` is set.
-        guard: Statistics for skipping bad updates.
-    """
-
-    step: Int[Array, ""]
-    params: dict[str, Array]
-    opt_state: Any
-    router_bias: dict[str, Array]
+    step: Int[Array, ""]  # batches consumed so far
+    params: dict[str, Array]  # trainable parameters, fp32
+    opt_state: Any  # of the optax optimizer
+    router_bias: dict[str, Array]  # router biases by layer index; empty unless `bias_update_rate` is set
     guard: Guard
 
 
 class Metrics(NamedTuple):
-    """Metrics of one step; `layers` are the MoE layers in order.
+    """Metrics of one step; `layers` are the MoE layers in order."""
 
-    Attributes:
-        loss: Sum of the cross-entropy, balance, device balance and z losses.
-        cross_entropy: Mean over the targets, in nats per token.
-        balance_loss: Expert-level balance loss per layer.
-        device_balance_loss: Device-level balance loss per layer.
-        z_loss: Mean over the targets.
-        grad_norm: Global norm before clipping.
-        learning_rate: Of this update.
-        skipped: Whether the update was skipped.
-        total_skips: Updates skipped so far.
-        consecutive_skips: Updates skipped in a row.
-        expert_load: Valid tokens routed to each expert.
-        entropy: Entropy of the router scores, mean over valid tokens, in nats.
-        overflow_passes: Dispatch passes beyond the first.
-    """
-
-    loss: Float[Array, ""]
-    cross_entropy: Float[Array, ""]
+    loss: Float[Array, ""]  # sum of the cross-entropy, balance, device balance and z losses
+    cross_entropy: Float[Array, ""]  # mean over the targets, in nats per token
     balance_loss: Float[Array, "layers"]
     device_balance_loss: Float[Array, "layers"]
-    z_loss: Float[Array, ""]
-    grad_norm: Float[Array, ""]
+    z_loss: Float[Array, ""]  # mean over the targets
+    grad_norm: Float[Array, ""]  # global norm before clipping
     learning_rate: Float[Array, ""]
-    skipped: Bool[Array, ""]
+    skipped: Bool[Array, ""]  # whether the update was skipped
     total_skips: Int[Array, ""]
     consecutive_skips: Int[Array, ""]
-    expert_load: Float[Array, "layers E"]
-    entropy: Float[Array, "layers"]
-    overflow_passes: Float[Array, "layers"]
+    expert_load: Float[Array, "layers E"]  # valid tokens routed to each expert
+    entropy: Float[Array, "layers"]  # entropy of the router scores, mean over valid tokens, in nats
+    overflow_passes: Float[Array, "layers"]  # dispatch passes beyond the first
 
 
 def init_state(
@@ -152,20 +123,7 @@ def state_shardings(
     mesh: Mesh | None,
     trainable: Trainable | None = None,
 ) -> TrainState:
-    """Return the sharding of every leaf of the state.
-
-    Optimizer moments are sharded like their parameters; everything else is replicated.
-
-    Args:
-        config: Config of the model.
-        optimizer: The optimizer.
-        options: Settings of the step.
-        mesh: Device mesh; None for one device.
-        trainable: The trainable parameters; all by default.
-
-    Returns:
-        A state of shardings.
-    """
+    """Return the sharding of every leaf: optimizer moments as their parameters, everything else replicated."""
     shardings(config, mesh)  # raises for axes that do not divide
     specs = (trainable or Trainable.all_params(config)).specs
     places = {name: sharding(name, spec.shape, spec.axes, mesh) for name, spec in specs.items()}
@@ -194,25 +152,9 @@ def make_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Compile the training step; call it under `jax.set_mesh(mesh)`.
 
-    The mean cross-entropy is over all targets of the batch, whatever the number of micro-batches; balance losses are
-    per micro-batch, then averaged (by valid tokens or sequences if padding does not count). An update is skipped if
-    loss or gradient norm is not finite, or exceeds the mean of the last 128 steps by more than 6 standard deviations;
-    the batch is consumed all the same.
-
-    Args:
-        config: Config of the model.
-        graph: The model's NNX graph.
-        optimizer: Transformation of the clipped gradients.
-        schedule: Learning rate by update, for the metrics.
-        options: Settings of the step.
-        max_grad_norm: Global norm that gradients are clipped to; None disables clipping.
-        mesh: Device mesh; None for one device.
-        seed: Seed of dropout.
-        trainable: The trainable parameters; all by default.
-
-    Returns:
-        A function of (state, batch, frozen parameters) that returns the new state and metrics. The input state is
-        donated.
+    The step maps (state, batch, frozen parameters) to the new state and metrics, and donates the state. Cross-entropy
+    is averaged over the targets of the batch, balance losses per micro-batch (weighted by valid tokens or sequences if
+    padding does not count). `Guard` skips bad updates but not their batches.
     """
     trainable = trainable or Trainable.all_params(config)
     places = state_shardings(config, optimizer, options, mesh, trainable)
@@ -229,7 +171,7 @@ def make_step(
         guard = state.guard.updated(report.loss, norm, good)
         metrics = report._replace(
             grad_norm=norm,
-            learning_rate=jnp.asarray(schedule(_updates(state)), jnp.float32),
+            learning_rate=jnp.asarray(schedule(state.step - state.guard.total_skips), jnp.float32),
             skipped=~good,
             total_skips=guard.total_skips,
             consecutive_skips=guard.consecutive_skips,
@@ -244,29 +186,13 @@ def make_step(
 def make_eval_step(
     config: ModelConfig, graph: Any, options: StepConfig, trainable: Trainable | None = None
 ) -> Callable[..., tuple[Array, Array]]:
-    """Compile the evaluation step.
-
-    Args:
-        config: Config of the model.
-        graph: The model's NNX graph.
-        options: Settings of the step.
-        trainable: The trainable parameters; all by default.
-
-    Returns:
-        A function of (params, router_bias, batch, frozen) that returns summed cross-entropy and target count.
-    """
+    """Compile the evaluation step, which returns summed cross-entropy and number of targets."""
     trainable = trainable or Trainable.all_params(config)
 
-    def evaluate(
-        params: dict[str, Array],
-        router_bias: dict[str, Array],
-        batch: Batch,
-        frozen: Mapping[str, Operand] = _NO_PARAMS,
-    ) -> tuple[Array, Array]:
+    def evaluate(params: Any, router_bias: Any, batch: Batch, frozen: Any = _NO_PARAMS) -> tuple[Array, Array]:
         hidden, head = _hidden(graph, trainable.merge_params(params, frozen, None), router_bias, batch, options, None)
-        return chunked_cross_entropy(hidden.last_hidden_state, head, batch.labels).cross_entropy, (
-            batch.labels != IGNORED
-        ).sum()
+        sums = chunked_cross_entropy(hidden.last_hidden_state, head, batch.labels)
+        return sums.cross_entropy, (batch.labels != IGNORED).sum()
 
     return jax.jit(evaluate)
 
@@ -300,15 +226,12 @@ def _gradients(
         sums = chunked_cross_entropy(hidden.last_hidden_state, head, micro.labels, z_loss=options.z_loss)
         valid = micro.segment_ids > 0
         counted = None if options.count_padding else valid
-        # A micro-batch's share of the means over the whole batch.
+        # Weights of the micro-batch in the means over the batch.
         by_token = 1 / parts if counted is None else valid.sum() / tokens
         by_sequence = 1 / parts if counted is None else valid.any(axis=1).sum() / sequences
         balance = balance_loss(config, hidden.routing, counted) if config.aux_loss_alpha else {}
-        device = (
-            device_balance_loss(hidden.routing, options.device_balance_groups, options.device_balance_alpha, counted)
-            if options.device_balance_alpha
-            else {}
-        )
+        groups, alpha = options.device_balance_groups, options.device_balance_alpha
+        device = device_balance_loss(hidden.routing, groups, alpha, counted) if alpha else {}
         balance = {i: one * (by_sequence if config.seq_aux else by_token) for i, one in balance.items()}
         device = {i: one * by_token for i, one in device.items()}
         loss = sums.total / targets + sum((*balance.values(), *device.values()))
@@ -410,20 +333,16 @@ def _stack(layers: Sequence[Any], *shape: int) -> Array:
 
 
 def _load(routed: Routing, valid: Bool[Array, "B T"]) -> Float[Array, "E"]:
+    """Count the valid tokens of each expert."""
     experts = jnp.arange(routed.scores.shape[-1])
     ids = jnp.where(valid[:, :, None], routed.ids, -1)  # padding is not routed
     return (ids.reshape(-1, 1) == experts[None, :]).sum(axis=0, dtype=jnp.float32)
 
 
 def _entropy(scores: Float[Array, "B T E"], valid: Bool[Array, "B T"]) -> Float[Array, ""]:
-    """Sum over valid tokens."""
+    """Return the entropy of the router scores, summed over valid tokens."""
     entropy = -(scores * jnp.log(jnp.maximum(scores, 1e-30))).sum(axis=-1)
     return jnp.where(valid, entropy, 0).sum()
-
-
-def _updates(state: TrainState) -> Int[Array, ""]:
-    """Return the number of updates applied, which the schedule is a function of."""
-    return state.step - state.guard.total_skips
 
 
 def _updated_bias(bias: dict[str, Array], load: Float[Array, "layers E"], rate: float) -> dict[str, Array]:

@@ -18,21 +18,13 @@ _log = logging.getLogger(__name__)
 
 
 class Run(NamedTuple):
-    """What trackers need to know of the run.
+    """Properties of the run for trackers."""
 
-    Attributes:
-        folder: Output directory.
-        info: Size of model, batch and devices, in the first record.
-        steps: Total steps of the run.
-        log_interval: Steps between console lines.
-        resumed_from: Step of the checkpoint resumed from; 0 for a new run.
-    """
-
-    folder: Path
-    info: dict[str, Any]
-    steps: int
-    log_interval: int
-    resumed_from: int
+    folder: Path  # output directory
+    info: dict[str, Any]  # sizes of model, batch and devices, for the first record
+    steps: int  # in total
+    log_interval: int  # steps between console lines
+    resumed_from: int  # step of the checkpoint; 0 for a new run
 
 
 class Tracker(Protocol):
@@ -47,7 +39,7 @@ class JsonLines:
 
     def __init__(self, run: Run):
         self._path = run.folder / RECORDS
-        # Unbuffered: a line that did not fit on the disk is not written again at exit.
+        # Unbuffered: a line that failed on a full disk is not written again at exit.
         self._file = self._path.open("ab", buffering=0)
         _truncate_incomplete_line(self._path)
         appending = run.resumed_from > 0 or self._path.stat().st_size > 0
@@ -89,15 +81,15 @@ _LINE: Final[tuple[tuple[str, Callable[[Any], str]], ...]] = (
     ("cross_entropy",      "ce {:.4g}".format),
     ("balance_loss",       "aux {:.2g}".format),
     ("device_balance_loss", lambda x: f"device aux {x:.2g}" if x else ""),
-    ("grad_norm",      "norm {:.2g}".format),
+    ("grad_norm",          "norm {:.2g}".format),
     ("learning_rate",      "lr {:.1e}".format),
     ("tokens_per_second",  lambda x: f"{_short(x)} tok/s"),
     ("mfu",                "mfu {:.0%}".format),
-    ("load_imbalance", "load {:.1f}×".format),
+    ("load_imbalance",     "load {:.1f}×".format),
     ("unused_experts",     "unused {}".format),
-    ("overflow_passes",       lambda x: f"overflow passes {x}" if x else ""),
-    ("data_loading_share",    lambda x: f"data loading {x:.0%}" if x > 0.01 else ""),
-    ("total_skips",     lambda x: f"skipped {x}" if x else ""),
+    ("overflow_passes",    lambda x: f"overflow passes {x}" if x else ""),
+    ("data_loading_share", lambda x: f"data loading {x:.0%}" if x > 0.01 else ""),
+    ("total_skips",        lambda x: f"skipped {x}" if x else ""),
 )
 # fmt: on
 
@@ -144,7 +136,7 @@ class _Bar:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"))
-        # Log handlers hold the original stream; rich keeps the bar below only what is written to its own.
+        # Log handlers hold the original stderr; only writes to rich's appear above the bar.
         stream = sys.stderr
         self._progress = Progress(*columns, console=Terminal(stderr=True), redirect_stdout=False)
         self._task = self._progress.add_task("", total=run.steps, completed=run.resumed_from, metrics="")
@@ -183,13 +175,10 @@ class TensorBoard:
             self._writer = None
             return
         self._summary = Summary
-        # purge_step hides records past the step resumed from. The suffix keeps files apart: they are named after the
-        # second, in which a run may be resumed.
-        self._writer = SummaryWriter(
-            logdir=str(run.folder / "tensorboard"),
-            purge_step=run.resumed_from + 1,
-            filename_suffix=f".{run.resumed_from}",
-        )
+        # purge_step hides records past the step resumed from. Files are named after the second, in which a run may be
+        # resumed: the suffix makes names unique.
+        folder, step = run.folder / "tensorboard", run.resumed_from
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1, filename_suffix=f".{step}")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Write all scalars in one event."""
@@ -215,15 +204,9 @@ class WandB:
         id_file = run.folder / "wandb_id.txt"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
-        self._run = wandb.init(
-            project="dsmoe_jax",
-            name=run.folder.name,
-            id=id_file.read_text(encoding="utf-8"),
-            resume="allow",
-            dir=str(run.folder),
-            config=run.info,
-        )
-        # Steps as a metric: W&B's own step cannot decrease, as a resumed run's does.
+        run_id, options = id_file.read_text(encoding="utf-8"), {"dir": str(run.folder), "config": run.info}
+        self._run = wandb.init(project="dsmoe_jax", name=run.folder.name, id=run_id, resume="allow", **options)
+        # A metric, because W&B's built-in step cannot decrease when a run is resumed.
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:

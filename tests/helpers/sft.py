@@ -1,4 +1,4 @@
-"""Fine-tuning records, and helpers to read examples."""
+"""Fine-tuning records and how tests read them."""
 
 import itertools
 import json
@@ -18,13 +18,13 @@ def jsonl(path: Path, lines: list[Any]) -> Path:
     return path
 
 
-def said(*texts: str) -> Conversation:
-    """Return a conversation of alternating user and assistant messages."""
+def chat(*texts: str) -> Conversation:
+    """Alternating user and assistant turns."""
     return Conversation([{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)])
 
 
 def spans(example: Example, tokenizer: Tokenizer) -> list[tuple[bool, str]]:
-    """Return the example's text, split where loss tokens begin and end."""
+    """Text of an example, split where the loss mask changes."""
     tokens, loss_mask = example
     cuts = [0, *(np.flatnonzero(np.diff(loss_mask)) + 1), len(tokens)]
     return [
@@ -38,22 +38,22 @@ def read(line: Any, tokenizer: Tokenizer, template: str | Path = "chat", train_o
 
 
 RECORDS: dict[str, tuple[dict[str, Any], Any]] = {
-    "instruction": ({"instruction": "Hi", "output": "Hello"}, said("Hi", "Hello")),
-    "with an input": ({"instruction": "Add", "input": "1, 2", "output": "3"}, said("Add\n\n1, 2", "3")),
-    "with an empty input": ({"instruction": "Hi ", "input": " ", "output": "Hello"}, said("Hi ", "Hello")),
-    "with no input": ({"instruction": "Hi", "input": None, "output": "Hello"}, said("Hi", "Hello")),
-    "an input alone": ({"instruction": "", "input": "1, 2", "output": "3"}, said("1, 2", "3")),
+    "instruction": ({"instruction": "Hi", "output": "Hello"}, chat("Hi", "Hello")),
+    "with an input": ({"instruction": "Add", "input": "1, 2", "output": "3"}, chat("Add\n\n1, 2", "3")),
+    "with an empty input": ({"instruction": "Hi ", "input": " ", "output": "Hello"}, chat("Hi ", "Hello")),
+    "with no input": ({"instruction": "Hi", "input": None, "output": "Hello"}, chat("Hi", "Hello")),
+    "an input alone": ({"instruction": "", "input": "1, 2", "output": "3"}, chat("1, 2", "3")),
     "messages": (
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "id": 3}]},
-        said("Hi", "Hello"),
+        chat("Hi", "Hello"),
     ),
     "sharegpt": (
         {"id": "x", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
-        said("Hi", "Hello"),
+        chat("Hi", "Hello"),
     ),
     "sharegpt by other names": (
         {"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello"}]},
-        said("Hi", "Hello"),
+        chat("Hi", "Hello"),
     ),
     "completion": ({"prompt": "1 + 1 =", "completion": " 2"}, Completion("1 + 1 =", " 2")),
     "tokens": (

@@ -1,11 +1,4 @@
-"""Pretraining data: batches as a pure function of (seed, step, index).
-
-sources.py   files, folders, patterns, the standard library   formats.py     readers of file formats
-writer.py    texts to token shards, once                      shards.py      the shards, memory-mapped
-packing.py   documents to sequences                           shuffle.py     the only source of randomness
-mixture.py   datasets by weight                               stream.py      the training stream
-loader.py    prefetching, per process                         validation.py  the validation split
-"""
+"""Pretraining data: batches as a pure function of (seed, step, index)."""
 
 from .loader import loader
 from .mixture import Mixture

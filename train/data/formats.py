@@ -1,7 +1,4 @@
-"""Readers of data files. Start at `FORMATS`: the suffix selects the reader.
-
-A reader yields an `Entry` per text (or per record, if no field is named), valid or malformed.
-"""
+"""Readers of data files, selected by suffix (`FORMATS`). A reader yields an `Entry` per record, valid or malformed."""
 
 import gzip
 import importlib
@@ -16,10 +13,10 @@ from typing import Any, BinaryIO, Final, NamedTuple
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.strict_json import MAX_DEPTH, check_depth
 
-MAX_LINE_BYTES: Final = 32 << 20  # of a line or a row, uncompressed; four times the longest books
+MAX_LINE_BYTES: Final = 32 << 20  # of a line or row, uncompressed; four times the longest books
 MAX_TEXT_BYTES: Final = 1 << 30  # of a plain text file
-_MAX_PARSED_BYTES: Final = 512 << 20  # estimated memory of the object of a line
-_SMALL: Final = 1 << 20  # a shorter line cannot take that much
+_MAX_PARSED_BYTES: Final = 512 << 20  # estimated memory of a parsed line
+_SMALL: Final = 1 << 20  # a shorter line cannot exceed it
 _MAX_BLANK: Final = 1_000_000  # consecutive blank lines
 _READ_BYTES: Final = 1 << 20
 _ZSTD_BYTES: Final = 1 << 10  # per read: a block of 4 bytes may expand to 128 KiB
@@ -27,15 +24,15 @@ _ZSTD_WINDOW: Final = 1 << 27  # the limit of zstd without --long
 _ROWS: Final = 1024  # of a parquet file per batch
 _ROWS_BYTES: Final = 64 << 20
 _SMALL_COLUMN: Final = 256 << 20  # of a row group, uncompressed
-_MAX_RATIO: Final = 200  # compression of a larger one; text has 10
+_MAX_RATIO: Final = 200  # compression ratio of a larger column; that of text is 10
 
 
 class Entry(NamedTuple):
-    """A value of a file, or the problem in its place."""
+    """A value in a file, or why it is malformed."""
 
-    place: str  # suffix of the file name: ":LINE", or "" for a file that is one text
-    value: Any  # the text of a field, or all fields as a dict; None if malformed
-    problem: str  # empty if there is a value
+    place: str  # ":LINE" after the file name, or "" for a text file
+    value: Any  # text of a field, or all fields as a dict; None if malformed
+    problem: str  # empty if valid
     bytes_read: int  # of the file so far
 
 
@@ -43,12 +40,12 @@ Reader = Callable[[Path, str | None], Iterator[Entry]]  # the field; None: all o
 
 
 def read_file(path: Path, field: str | None) -> Iterator[Entry]:
-    """Iterate over the entries of a file; `DSMoEError` if it cannot be read to its end."""
+    """Iterate over the entries of a file; `DSMoEError` if it is unreadable."""
     try:
         yield from reader_of(path)(path, field)
     except ModuleNotFoundError as error:
         raise DSMoEError(f"{path}: requires {error.name}: pip install 'dsmoe_jax[data]'") from None
-    except Exception as error:  # the libraries of the formats share no base class
+    except Exception as error:  # the formats' libraries have no common base class
         raise DSMoEError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
 
 
@@ -60,12 +57,10 @@ def reader_of(path: Path) -> Reader:
 def read_text(path: Path, field: str | None) -> Iterator[Entry]:
     """Read a file that is one text."""
     if (size := path.stat().st_size) > MAX_TEXT_BYTES:
-        raise DSMoEError(
-            f"a text file may have at most {MAX_TEXT_BYTES:,} bytes, got {size:,}: split it, or use .jsonl"
-        )
+        raise DSMoEError(f"a text file may have at most {MAX_TEXT_BYTES:,} bytes, got {size:,}: split it or use .jsonl")
     with path.open("rb") as file:
         data = file.read(_READ_BYTES)
-        if b"\0" not in data:  # otherwise the rest is not needed
+        if b"\0" not in data:  # else it is binary: the rest is not read
             data += file.read(MAX_TEXT_BYTES)
     try:
         text, problem = data.decode("utf-8-sig"), ""
@@ -92,12 +87,12 @@ def _read_zstd(path: Path, field: str | None) -> Iterator[Entry]:
 
 
 def _read_parquet(path: Path, field: str | None) -> Iterator[Entry]:
-    """Read a column of texts, or whole rows."""
+    """Read a column of texts, or all columns of each row."""
     parquet = importlib.import_module("pyarrow.parquet")
     size, row = path.stat().st_size, 0
     with parquet.ParquetFile(path) as file:
         texts = _small_texts(file.metadata)
-    # As dictionaries, a long text that many rows share is in memory once.
+    # Dictionary encoding stores a long text shared by many rows once.
     with parquet.ParquetFile(path, read_dictionary=texts) as file:
         if field is not None and field not in file.schema_arrow.names:
             raise DSMoEError(f"has no column {field!r}, only {', '.join(file.schema_arrow.names)}")
@@ -108,7 +103,7 @@ def _read_parquet(path: Path, field: str | None) -> Iterator[Entry]:
                 if (longest := max(map(_longest, batch.columns), default=0)) > MAX_LINE_BYTES:
                     where = f"rows {row + 1} to {row + batch.num_rows}"
                     raise DSMoEError(f"a row may have at most {MAX_LINE_BYTES:,} bytes, got {longest:,} in {where}")
-                # Row by row: each use of a dictionary entry makes a new string.
+                # Per row: converting a dictionary entry makes a new string each time.
                 for values in zip(*batch.columns, strict=True):
                     row += 1
                     fields = dict(zip(batch.schema.names, (value.as_py() for value in values), strict=True))
@@ -116,7 +111,7 @@ def _read_parquet(path: Path, field: str | None) -> Iterator[Entry]:
 
 
 def _small_texts(metadata: Any) -> list[str]:
-    """Return the text columns to read as dictionaries; refuse a decompression bomb."""
+    """Return the text columns to read dictionary-encoded; refuse decompression bombs."""
     large, texts = set(), set()
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):
@@ -149,9 +144,8 @@ def _rows_at_once(group: Any, field: str | None, done: int) -> int:
     read = [column for column in columns if field is None or column.path_in_schema.split(".")[0] == field]
     mean = sum(column.total_uncompressed_size for column in read) // max(group.num_rows, 1)
     if mean > MAX_LINE_BYTES:
-        raise DSMoEError(
-            f"a row may have at most {MAX_LINE_BYTES:,} bytes, got {mean:,} on average from row {done + 1}"
-        )
+        average = f"got {mean:,} on average from row {done + 1}"
+        raise DSMoEError(f"a row may have at most {MAX_LINE_BYTES:,} bytes, {average}")
     return min(max(_ROWS_BYTES // max(mean, 1), 1), _ROWS)
 
 
@@ -178,21 +172,22 @@ def _parsed(line: bytes, field: str | None) -> tuple[Any, str]:
             return None, f"has JSON that may take {size:,} bytes in memory, more than {_MAX_PARSED_BYTES:,}"
     try:
         fields = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
-        if line.count(b"[") + line.count(b"{") > MAX_DEPTH:
-            _check_depth(fields)
     except UnicodeDecodeError:
         return None, "is not UTF-8"
     except _BadLineError as error:
         return None, str(error)
     except (ValueError, RecursionError):
         return None, "is not JSON"
-    if not isinstance(fields, dict):
-        return None, "is not a JSON object"
-    return _value_of(fields, field)
+    if line.count(b"[") + line.count(b"{") > MAX_DEPTH:
+        try:
+            check_depth(fields)
+        except ValueError as error:
+            return None, str(error)
+    return _value_of(fields, field) if isinstance(fields, dict) else (None, "is not a JSON object")
 
 
 class _BadLineError(ValueError):
-    """JSON that is not a record."""
+    """JSON with a duplicate key."""
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -201,13 +196,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         raise _BadLineError(f"has the key {twice[:80]!r} twice")
     return fields
-
-
-def _check_depth(value: Any) -> None:
-    try:
-        check_depth(value)
-    except ValueError as error:
-        raise _BadLineError(str(error)) from None
 
 
 def _value_of(fields: dict[str, Any], field: str | None) -> tuple[Any, str]:
@@ -225,7 +213,7 @@ def _value_of(fields: dict[str, Any], field: str | None) -> tuple[Any, str]:
 
 
 class _Unzstd(io.RawIOBase):
-    """A zstd file of one or more frames; zstandard's reader accepts truncated ones."""
+    """A zstd file of one or more frames; unlike zstandard's reader it refuses truncated ones."""
 
     def __init__(self, file: BinaryIO):
         self._file = file

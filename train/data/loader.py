@@ -11,16 +11,14 @@ from dsmoe_jax.errors import DSMoEError
 from ..batch import Batch
 from .stream import Stream, local_indices, stack
 
-_ENDLESS: Final = 1 << 60  # sequences; grain adds to it, and more would overflow an index
+_ENDLESS: Final = 1 << 60  # sequences; grain adds to it, and a larger number would overflow
 _THREADS: Final = 2  # a batch takes a millisecond, most of it in Python
 
 
 def loader(
     stream: Stream, *, start_step: int = 0, process_index: int = 0, process_count: int = 1, prefetch: int = 2
 ) -> Iterator[Batch]:
-    """Iterate over this process's part of the batches from `start_step` on, endlessly.
-
-    The step is the only state, so a loader started at any step continues any other.
+    """Iterate endlessly over this process's part of the batches, starting at `start_step`, the only state.
 
     Args:
         stream: The training stream.
@@ -40,14 +38,14 @@ def loader(
         raise DSMoEError(f"start_step must be at least 0, got {start_step}")
     if prefetch < 0:
         raise DSMoEError(f"prefetch must be at least 0, got {prefetch}")
-    # Grain only sees packed sequences: packing or shuffling in grain would depend on the number of processes.
+    # Grain gets packed sequences: its packing and shuffling would depend on the number of processes.
     sequences = grain.MapDataset.source(_LocalSequences(stream, start_step, local))
     options = grain.ReadOptions(num_threads=min(_THREADS, prefetch), prefetch_buffer_size=prefetch)
     return iter(sequences.batch(len(local), batch_fn=stack).to_iter_dataset(options))
 
 
 class _LocalSequences:
-    """The sequences of one process from a step on."""
+    """The sequences of one process, starting at a step."""
 
     def __init__(self, stream: Stream, start_step: int, local: range):
         self._stream, self._start, self._local = stream, start_step, local

@@ -18,10 +18,9 @@ _MIXTURE: Final = 1 << 31  # shuffle key: no dataset has this number
 
 
 class Mixture:
-    """Samples of several datasets in shuffled blocks.
+    """Samples several datasets by weight, in shuffled blocks.
 
-    After every block each dataset has had its share of all samples so far, rounded by largest remainder: the error
-    stays below one sample. Within a block the order is random.
+    After every block each dataset has its share of all samples, rounded by largest remainder, so within one sample.
     """
 
     def __init__(self, weights: Sequence[float], *, seed: int):
@@ -34,14 +33,14 @@ class Mixture:
         exact = [Fraction(weight) for weight in weights]
         self._shares = [weight / sum(exact) for weight in exact]
         self._seed = seed
-        # With one sample of every dataset per block the rounded totals never decrease: no count is negative.
+        # With at least one sample of each dataset per block the rounded totals never decrease.
         self.block = max(_BLOCK, math.ceil(1 / min(self._shares)))
         if self.block > _LARGEST_BLOCK:
             raise DSMoEError(f"weights must be at least one sample in {_LARGEST_BLOCK}, got {min(weights)}")
         self._cached = functools.lru_cache(maxsize=8)(self._build)
 
     def place(self, n: int) -> tuple[int, int]:
-        """Return the dataset of sample `n`, and the number of the sample within it."""
+        """Return the dataset of sample `n`, and the sample's index in it."""
         block, at = divmod(n, self.block)
         datasets, numbers = self._cached(block)
         return int(datasets[at]), int(numbers[at])

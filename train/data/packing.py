@@ -1,10 +1,4 @@
-"""Packing of documents into sequences. Start at `DocumentPacking.sequence`.
-
-The documents of each epoch are shuffled and concatenated, epoch after epoch. The endless token stream is cut every
-`sequence_length` tokens, so each token of an epoch is in exactly one sequence; the last sequence of an epoch may extend
-into the next epoch. Then the sequences of each epoch are shuffled. All of it is index arithmetic keyed by
-(seed, dataset, epoch): no sequence depends on which others were read before.
-"""
+"""Packing of documents into sequences, index arithmetic keyed by (seed, dataset, epoch). Start at `DocumentPacking`."""
 
 import abc
 import functools
@@ -20,15 +14,12 @@ from ..loss import IGNORED
 from .shards import TokenShards
 from .shuffle import shuffled
 
-DOCUMENTS, SEQUENCES = 0, 1  # shuffle keys: what is shuffled
+DOCUMENTS, SEQUENCES = 0, 1  # shuffle keys
 Builder = Callable[[int], np.ndarray]
 
 
 class Packing(abc.ABC):
-    """The training sequences of one dataset, numbered from 0 without end.
-
-    A sequence is int32 [4, sequence_length]: token ids, labels, segment ids and positions, the fields of a `Batch`.
-    """
+    """The endless sequences of one dataset, int32 [4, sequence_length]: the fields of a `Batch`."""
 
     CHOICES: ClassVar[Sequence[str]]  # values of `packing`
     UNIT: ClassVar[str] = "documents"
@@ -36,31 +27,20 @@ class Packing(abc.ABC):
     def __init__(
         self, data: TokenShards, *, sequence_length: int, seed: int, packing: str | None = None, dataset: int = 0
     ):
-        """Pack a dataset.
-
-        Args:
-            data: The token shards of one split.
-            sequence_length: Tokens per sequence.
-            seed: Seed of all shuffles, at least 0.
-            packing: One of `CHOICES`; the first by default.
-            dataset: Index of the dataset in its mixture; it keys the shuffles.
-
-        Raises:
-            DSMoEError: An argument is out of range, or the dataset is empty.
-        """
+        """Pack a dataset, whose index in the mixture keys the shuffles with the seed."""
         packing = packing or self.CHOICES[0]
         self.check(data, sequence_length=sequence_length, packing=packing)
         if not len(data):
             raise DSMoEError(f"{data.folder}: no {self.UNIT} to train on")
         self._data, self._length, self._packing = data, sequence_length, packing
         self._key = (seed, dataset)
-        # The lock makes threads that wait for an epoch build it once. A batch spans two at most, but for tiny data.
+        # The lock prevents that several threads build an epoch. A batch spans at most two, except of tiny data.
         self._lock = threading.Lock()
         self._cached = functools.lru_cache(maxsize=2)(self._build)
 
     @classmethod
     def check(cls, data: TokenShards, *, sequence_length: int, packing: str) -> None:
-        """Raise `DSMoEError` for a shape that is impossible."""
+        """Raise `DSMoEError` for an invalid shape or choice."""
         if sequence_length < 1:
             raise DSMoEError(f"sequence_length must be at least 1, got {sequence_length}")
         if packing not in cls.CHOICES:
@@ -87,10 +67,10 @@ class Packing(abc.ABC):
 
 
 class _Concatenation(NamedTuple):
-    """Documents one after another."""
+    """Concatenated documents."""
 
     order: np.ndarray  # int64 [documents]
-    ends: np.ndarray  # int64 [documents]: tokens up to the end of each, in that order
+    ends: np.ndarray  # int64 [documents]: cumulative tokens, in that order
 
     @classmethod
     def of(cls, lengths: np.ndarray, order: np.ndarray) -> "_Concatenation":
@@ -112,11 +92,11 @@ class _Concatenation(NamedTuple):
 
 
 class DocumentPacking(Packing):
-    """Documents concatenated and cut into sequences of `sequence_length` tokens.
+    """Concatenates the shuffled documents of all epochs, splits them into sequences, and shuffles those of each epoch.
 
-    With `packing="block_causal"` each document has its own segment ID, positions from 0 (from the start of the sequence
-    if it began in another one) and no label at its last token: attention is block-diagonal and causal. With "causal"
-    the sequence is one segment and every label is the next token. Longer documents continue in another sequence.
+    Each token of an epoch is in exactly one sequence; the last may extend into the next epoch. "block_causal" packing
+    gives each document a segment ID, positions from 0 in each sequence and no label at its last token; with "causal" a
+    sequence is one segment.
     """
 
     CHOICES: ClassVar = ("block_causal", "causal")
@@ -141,7 +121,7 @@ class DocumentPacking(Packing):
         """See `Packing.sequence`."""
         epoch = n * self._length // self._data.tokens
         numbers = self.sequences_of(epoch)
-        # The last sequence stays last: it may extend into the next epoch, whose index is then not needed early.
+        # The last sequence is not shuffled: it may need the index of the next epoch.
         if n != numbers[-1]:
             n = numbers[0] + int(self._epoch(epoch)[1][n - numbers[0]])
         return pack(self._pieces(n * self._length, self._length + 1), self._length, self._packing)
@@ -167,11 +147,7 @@ class DocumentPacking(Packing):
 
 
 def pack(pieces: Sequence[np.ndarray], length: int, packing: str = "block_causal") -> np.ndarray:
-    """Pack pieces of documents into one sequence, int32 [4, length], with padding.
-
-    Its rows are token ids, labels, segment ids (0 is padding) and positions. One token beyond `length`, if any, is the
-    label of the last position.
-    """
+    """Pack pieces of documents into one sequence, int32 [4, length], with padding; token `length` is the last label."""
     sequence = np.zeros((4, length), np.int32)
     token_ids, labels, segment_ids, positions = sequence
     labels[:] = IGNORED

@@ -1,9 +1,8 @@
 """Token shards: tokenized data in memory-mapped files. Start at `TokenShards`.
 
-A folder holds `manifest.json` and, per split (`train`, `validation`) and shard, `SPLIT-00000.tokens`: the concatenated
-token ids, little-endian uint16 (uint32 for a vocabulary beyond 65,536), and `SPLIT-00000.documents`: the offset of each
-document and the total, little-endian uint64. Fine-tuning examples add `SPLIT.loss_mask`, one byte per token of the
-split. The first reader hashes each file once and records that in `.verified` where the folder is writable.
+A folder has `manifest.json` and, per split (`train`, `validation`) and shard, `SPLIT-00000.tokens` with the token ids
+(little-endian uint16, or uint32 beyond 65,536 tokens) and `SPLIT-00000.documents` with the offset of each document and
+the total (little-endian uint64). Fine-tuning examples have `SPLIT.loss_mask`, one byte per token.
 """
 
 import hashlib
@@ -25,7 +24,7 @@ SPLITS: Final = ("train", "validation")
 DTYPES: Final = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 OFFSET: Final = np.dtype("<u8")
 _VERIFIED: Final = ".verified"
-# Version 0.1 kept the masks of examples under a manifest of their own, and called the validation split `heldout`.
+# Version 0.1 had a second manifest for the masks of examples, and called the validation split `heldout`.
 _FORMAT_1: Final = "dsmoe token shards 1"
 _EXAMPLES_1: Final = "examples.json"
 _SPLITS_1: Final = dict(zip(SPLITS, ("train", "heldout"), strict=True))
@@ -38,9 +37,8 @@ def is_token_shards(path: str | Path) -> bool:
 
 def is_examples(path: str | Path) -> bool:
     """Whether the path is a folder of token shards of fine-tuning examples."""
-    return is_token_shards(path) and (
-        "examples" in _fields(path) or (user_path(path, "source") / _EXAMPLES_1).is_file()
-    )
+    old = user_path(path, "source") / _EXAMPLES_1
+    return is_token_shards(path) and ("examples" in _fields(path) or old.is_file())
 
 
 def _fields(path: str | Path) -> dict[str, Any]:
@@ -79,7 +77,7 @@ class TokenShards:
         self.tokenizer_hash, self.val_fraction = manifest["tokenizer_sha256"], manifest.get("val_fraction")
         self.dtype = DTYPES[manifest["dtype"]]
         shards = self._split["shards"]
-        # As format 1 had it, so that runs resume on shards of either format.
+        # As in format 1, so that runs resume on shards of either format.
         hashes = [{kind: manifest["files"][name] for kind, name in shard.items()} for shard in shards]
         counts = {name: self._split[name] for name in ("documents", "tokens")}
         self.digest = hash_json({"dtype": manifest["dtype"], **counts, "shards": hashes})
@@ -99,8 +97,8 @@ class TokenShards:
         Args:
             folder: What `tokenize` or `write_examples` wrote.
             split: `train` or `validation`.
-            verify: Compare the SHA-256 of every file, half a second per gigabyte and core; once, as long as its size,
-                times and inode are unchanged.
+            verify: Compare the SHA-256 of every file (half a second per gigabyte and core), once; `.verified` records
+                its size, times and inode.
 
         Raises:
             DSMoEError: The folder holds no token shards, or a file is missing or damaged.
@@ -121,35 +119,26 @@ class TokenShards:
         return len(self.lengths)
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return token ids `start` to `stop` of a document, a view of the file.
-
-        Raises:
-            DSMoEError: An id is beyond the vocabulary.
-        """
+        """Return token ids `start` to `stop` of a document, a view of the file."""
         shard = int(np.searchsorted(self._first, document, side="right")) - 1
         begin = int(self._offsets[shard][document - self._first[shard]])
         stop = int(self.lengths[document]) if stop is None else stop
         ids = self._tokens[shard][begin + start : begin + stop]
-        # An embedding lookup would return another row, or NaN; the file may have changed since it was opened.
+        # The file may have changed since it was opened, and an embedding lookup out of range is not an error.
         if ids.size and (largest := ids.max()) >= self.vocab_size:
             path = self.folder / self._split["shards"][shard]["tokens"]
-            raise DSMoEError(
-                f"{path}: damaged: token ids must be below vocab_size {self.vocab_size}, "
-                f"got {largest} in document {document}"
-            )
+            bound = f"token ids must be below vocab_size {self.vocab_size}, got {largest}"
+            raise DSMoEError(f"{path}: damaged: {bound} in document {document}")
         return ids
 
     def check(self, *, tokenizer_hash: str | None = None, vocab_size: int | None = None) -> None:
         """Raise `DSMoEError` for another tokenizer, or a `vocab_size` that is too small."""
         if tokenizer_hash is not None and tokenizer_hash != self.tokenizer_hash:
-            raise DSMoEError(
-                f"{self.folder}: written with another tokenizer (SHA-256 {self.tokenizer_hash[:12]}…, "
-                f"not {tokenizer_hash[:12]}…); tokenize the text again"
-            )
+            hashes = f"SHA-256 {self.tokenizer_hash[:12]}…, not {tokenizer_hash[:12]}…"
+            raise DSMoEError(f"{self.folder}: written with another tokenizer ({hashes}); tokenize the text again")
         if vocab_size is not None and self.vocab_size > vocab_size:
-            raise DSMoEError(
-                f"{self.folder}: the model's vocab_size must be at least {self.vocab_size}, got {vocab_size}"
-            )
+            least = f"the model's vocab_size must be at least {self.vocab_size}"
+            raise DSMoEError(f"{self.folder}: {least}, got {vocab_size}")
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:

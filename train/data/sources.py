@@ -20,15 +20,15 @@ from .formats import FORMATS, Entry, read_file, read_text, reader_of
 from .shards import MANIFEST, is_token_shards
 
 PYTHON_STDLIB: Final = "python-stdlib"
-# Not part of the library itself, or different between machines.
+# Not the library proper, or different between machines.
 _NOT_STDLIB: Final = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
 _NOT_STDLIB_BEGINS: Final = ("config-", "_sysconfigdata")
-# A line of one character over and over, like "# ------", in a comment or not.
+# A line of one repeated character, like "# ------".
 _RULER: Final = re.compile(r"^[ \t]*#?[ \t]*([^\w\s])\1{7,}.*\n", re.MULTILINE)
 _HEXADECIMAL: Final = re.compile(rb"\b0x[0-9a-fA-F]")
-_TABLE: Final = 64  # hexadecimal numbers; files of the library have fewer than 50, or more than 100
-RUN: Final = "run.json"  # in the folder of a run
-# Not data when next to weights or a tokenizer.
+_TABLE: Final = 64  # hexadecimal numbers of a character table; files have fewer than 50 or more than 100
+RUN: Final = "run.json"  # in the output directory of a run
+# Not data in a folder with weights or a tokenizer.
 _MODEL_FILES: Final = re.compile(
     r"(tokenizer|added_tokens|special_tokens_map|config|generation_config|adapter_config|vocab"
     r"|tokenizer_config|.*\.safetensors\.index|.*\.bin\.index)\.json"
@@ -36,8 +36,7 @@ _MODEL_FILES: Final = re.compile(
 )
 _NAMED: Final = 3  # paths per log line
 _NAMED_LINES: Final = 10  # malformed lines logged per file
-_GIVE_UP: Final = 1000  # malformed lines at the start of a file, after which the rest is not read
-
+_GIVE_UP: Final = 1000  # malformed lines at the start of a file after which reading stops
 _log = logging.getLogger(__name__)
 
 
@@ -63,7 +62,7 @@ def documents(
     exclude: Iterable[Path] = (),
     advance: Advance = lambda step: None,
 ) -> Iterator[Document]:
-    """Iterate over the texts of a source, always in the same order.
+    """Iterate over the texts of a source, in deterministic order.
 
     Each line or row of a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file is a document; every other UTF-8 file is one.
     Blank texts are skipped.
@@ -79,7 +78,7 @@ def documents(
     Raises:
         DSMoEError: A file cannot be read or has too many malformed lines, or the source holds no text.
     """
-    clean = _without_rulers if str(source) == PYTHON_STDLIB else str
+    clean = functools.partial(_RULER.sub, "") if str(source) == PYTHON_STDLIB else str
     count = blank = 0
     options = {"max_malformed_fraction": max_malformed_fraction, "exclude": exclude, "advance": advance}
     for where, value in read_source(source, field, **options):
@@ -103,10 +102,9 @@ def read_source(
     exclude: Iterable[Path],
     advance: Advance,
 ) -> Iterator[tuple[str, Any]]:
-    """Iterate over the locations and values of a source; see `documents`.
+    """Iterate over (location, parsed value) of a source; see `documents`.
 
-    Without a `field` whole records are read, and plain text files are skipped. A `ValueError` of `parse`, which is
-    applied to each value, makes its line malformed.
+    Without a `field`, records are read and text files are skipped. A line is malformed if `parse` raises `ValueError`.
     """
     count = skipped = 0
     found = resolve_source(source, exclude)
@@ -137,9 +135,8 @@ def read_source(
                 yield f"{file.path}{entry.place}", entry.value
         malformed.check()
     if skipped:
-        _log.info(
-            "%s: skipped %d files that are not %s", source, skipped, "UTF-8 text" if field else ", ".join(FORMATS)
-        )
+        expected = "UTF-8 text" if field else ", ".join(FORMATS)
+        _log.info("%s: skipped %d files that are not %s", source, skipped, expected)
     if not count:
         raise DSMoEError(f"{source}: no {'text' if field else 'examples'} found")
 
@@ -152,9 +149,9 @@ def source_bytes(source: str | Path, exclude: Iterable[Path] = ()) -> int:
 def find_files(source: str | Path, exclude: Iterable[Path] = ()) -> list[SourceFile]:
     """Return the files of a source, each once.
 
-    Below a folder, and where a pattern leads, some are left out: hidden files; what this project wrote (runs, token
-    shards, checkpoints); the files of tokenizers and models; dangling links and links to a parent folder. Other links
-    are followed. A file with several names, by links of either kind, is read once.
+    Of folders and patterns, these are left out: hidden files, output of this project (runs, token shards, checkpoints),
+    files of tokenizers and models, dangling links and links to a parent folder. Other links are followed; a file with
+    several hard or symbolic links is read once.
 
     Args:
         source: See `documents`.
@@ -167,7 +164,7 @@ def find_files(source: str | Path, exclude: Iterable[Path] = ()) -> list[SourceF
 
 
 def warn_on_overlap(sources: Sequence[str | Path], exclude: Iterable[Path] = ()) -> None:
-    """Warn about a file that is in several sources: it is read once for each."""
+    """Warn about a file in several sources, which is read once for each."""
     first: dict[Any, int] = {}
     for number, source in enumerate(sources if len(sources) > 1 else ()):
         for file in find_files(source, exclude):
@@ -178,7 +175,7 @@ def warn_on_overlap(sources: Sequence[str | Path], exclude: Iterable[Path] = ())
 
 
 class SourceFiles(NamedTuple):
-    """The files of a source, and the paths that were left out, by reason."""
+    """The files of a source, and the paths left out, by reason."""
 
     files: list[SourceFile]
     left_out: dict[str, list[str]]
@@ -227,7 +224,7 @@ def resolve_source(source: str | Path, exclude: Iterable[Path] = ()) -> SourceFi
 
 
 class _Walk:
-    """Collects files, each once, and records what it leaves out."""
+    """Collects files, each once, and the paths left out."""
 
     def __init__(self, exclude: Iterable[Path]):
         self.excluded = {_identity(path) for path in exclude if path.exists()}
@@ -236,19 +233,19 @@ class _Walk:
         self._seen: dict[Any, Path] = {}
 
     def below(self, folder: Path, above: Set[Any]) -> None:
-        """Add all files below the folder, sorted by path; `above` are its parent folders."""
+        """Add all files below a folder, sorted by path; `above` has the identities of its parents."""
         found: list[Path] = []
-        visited = {_identity(folder)}
+        seen = {_identity(folder)}
         for home, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
             here = []
             for name in sorted(folders):
                 path = Path(home) / name
                 if name.startswith(".") or self.leaves_out([path]):
                     continue
-                if (identity := _identity(path)) in visited or identity in above:
+                if (identity := _identity(path)) in seen or identity in above:
                     self._leave_out("links to a parent folder or one already read", path)
                 else:
-                    visited.add(identity)
+                    seen.add(identity)
                     here.append(name)
             folders[:] = here
             found += [Path(home) / name for name in names if not name.startswith(".")]
@@ -256,7 +253,7 @@ class _Walk:
             self.file(path)
 
     def file(self, path: Path) -> None:
-        """Add a file that was found, not named."""
+        """Add a file that the user has not named."""
         if path.is_symlink() and not path.exists():
             self._leave_out("dangling links", path)
         elif _MODEL_FILES.fullmatch(path.name) and _has_model(path.parent):
@@ -267,7 +264,7 @@ class _Walk:
             self._leave_out("special files", path)
 
     def add(self, path: Path, identity: Any, *, named: bool) -> None:
-        """Add the file, unless it is excluded or was added under another name."""
+        """Add a file, unless it is excluded or was added under another name."""
         if identity in self.excluded:
             self._leave_out("the output of this command", path)
         elif identity not in self._seen:
@@ -277,7 +274,7 @@ class _Walk:
             self._leave_out("duplicate names of files", path)
 
     def leaves_out(self, folders: Iterable[Path]) -> bool:
-        """Whether one of the folders, from the outermost, is not data."""
+        """Return whether one of the folders, from the outermost, is not data."""
         for folder in folders:
             kind = "the output of this command" if _identity(folder) in self.excluded else _kind_of(folder)
             if kind:
@@ -305,7 +302,7 @@ def _refuse_non_data(folder: Path) -> None:
 
 
 def _kind_of(folder: Path) -> str | None:
-    """What kind of output of this project the folder is, if any."""
+    """Return which output of this project the folder is, if any."""
     names = os.listdir(folder) if os.access(folder, os.R_OK) else ()
     if RUN in names and ("checkpoints" in names or "metrics.jsonl" in names):
         return "a training run"
@@ -319,7 +316,7 @@ def _kind_of(folder: Path) -> str | None:
 
 
 def _has_model(folder: Path) -> bool:
-    """Whether the folder has the files of a model or a tokenizer."""
+    """Return whether the folder has the files of a model or a tokenizer."""
     names = os.listdir(folder)
     return any(name in ("tokenizer.json", "tokenizer.model") or name.endswith(".safetensors") for name in names)
 
@@ -330,11 +327,10 @@ def _refuse(error: OSError) -> None:
 
 @functools.cache
 def _stdlib() -> tuple[SourceFile, ...]:
-    """Find the standard library's sources, without site-packages and tests.
+    """Find the standard library's sources that are the same on every machine with this Python.
 
-    They are the same on every machine with this Python. Files with non-ASCII characters, character tables (codecs,
-    known by their hexadecimal numbers) and the rulers of all others (`_without_rulers`) are left out: they repeat
-    tokens that are rare elsewhere, with gradients so large that training skips the batch as an outlier.
+    Non-ASCII files and character tables (and rulers, `_RULER`) are left out: they repeat tokens that are rare
+    elsewhere, with gradients so large that training skips the batch as an outlier.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
 
@@ -347,10 +343,6 @@ def _stdlib() -> tuple[SourceFile, ...]:
     contents = ((path, path.read_bytes()) for path in sources if path.is_file())
     ascii_texts = ((path, text) for path, text in contents if text.isascii())
     return tuple(SourceFile(path, False) for path, text in ascii_texts if len(_HEXADECIMAL.findall(text)) < _TABLE)
-
-
-def _without_rulers(text: str) -> str:
-    return _RULER.sub("", text)
 
 
 class _MalformedLines:
@@ -378,9 +370,7 @@ class _MalformedLines:
     def check(self) -> None:
         """Raise `DSMoEError` if too many lines were malformed."""
         if self._malformed > self._max * self._lines or 0 < self._malformed == self._lines:
-            raise DSMoEError(
-                f"{self._path}: {self._malformed} of {self._lines} lines are malformed, "
-                f"at most {100 * self._max:g} % may be; the first: {self._first}"
-            )
+            problem = f"{self._malformed} of {self._lines} lines are malformed, at most {100 * self._max:g} % may be"
+            raise DSMoEError(f"{self._path}: {problem}; the first: {self._first}")
         if self._malformed:
             _log.warning("%s: skipped %d malformed lines of %d", self._path, self._malformed, self._lines)

@@ -14,15 +14,12 @@ from .shards import TokenShards
 
 
 class Stream:
-    """An endless stream of batches from one or more datasets.
-
-    Batch `step` holds sequences step · batch_size and following of the mixture. Only indices that can be recomputed are
-    cached between calls, so any process or thread may read any sequences in any order.
+    """An endless stream of batches from one or more datasets, read in any order by any process or thread.
 
     Attributes:
         batch_size: Sequences per batch.
         sequence_length: Tokens per sequence.
-        identity: Everything that determines the stream, as JSON. Checkpoints record it; a resumed run must match.
+        identity: JSON of everything that determines the stream; a resumed run must match that of the checkpoint.
     """
 
     def __init__(
@@ -92,11 +89,7 @@ def stack(sequences: Sequence[np.ndarray]) -> Batch:
 
 
 def local_indices(batch_size: int, process_index: int, process_count: int) -> range:
-    """Return which sequences of every batch this process reads.
-
-    Raises:
-        DSMoEError: The batch does not divide over the processes.
-    """
+    """Return the indices of this process's sequences in every batch."""
     if batch_size < 1:
         raise DSMoEError(f"batch_size must be at least 1, got {batch_size}")
     if not 0 <= process_index < process_count:

@@ -21,9 +21,8 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """Iterate over all tokens of the datasets once, unshuffled.
 
-    Sequences are packed as in training, but in order, and taken from the datasets in turn, so that the first batches
-    cover all of them. Padding (segment 0, no label) fills the last sequence of a dataset and the last batch: all
-    batches have one shape, and all processes get the same number.
+    Sequences are packed as in training and interleaved over the datasets. Padding (segment 0, no label) fills the last
+    sequence of a dataset and the last batch, so that shapes and the number of batches are equal on all processes.
 
     Args:
         datasets: The validation split of each dataset.
@@ -38,7 +37,7 @@ def validation_batches(
         This process's part of every batch; nothing if the datasets are empty.
 
     Raises:
-        DSMoEError: The batch does not divide over the processes, or the shape is impossible; at once, not on iteration.
+        DSMoEError: The batch does not divide over the processes, or the shape is invalid; before the first batch.
     """
     local = local_indices(batch_size, process_index, process_count)
     packed = [packer.in_order(data, sequence_length=sequence_length, packing=packing) for data in datasets]

@@ -21,8 +21,8 @@ from .shards import DTYPES, FORMAT, MANIFEST, OFFSET, SPLITS, is_token_shards, t
 from .sources import Document, documents, source_bytes, warn_on_overlap
 
 SHARD_TOKENS: Final = 1 << 27
-_SAMPLE: Final = 0.01  # fraction of the sources after which the size of the rest is extrapolated
-_BATCH_CHARS: Final = 1 << 22  # encoded together, which takes thirty times as many bytes
+_SAMPLE: Final = 0.01  # fraction of the sources from which the total size is extrapolated
+_BATCH_CHARS: Final = 1 << 22  # per call of the tokenizer, which takes thirty times as many bytes
 Progress = Callable[[str, int], AbstractContextManager[Advance]]  # like `dsmoe_jax.progress.Meter`
 _log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class ShardStats(NamedTuple):
     overlong: int = 0
 
     def __str__(self) -> str:
-        """Return one line for a person."""
+        """Return one line."""
 
         def line(split: SplitStats) -> str:
             loss = f" ({split.loss_tokens:,} with loss)" if self.unit == "examples" else ""
@@ -85,16 +85,14 @@ def tokenize(
 ) -> ShardStats:
     """Tokenize texts into a new folder of token shards, written atomically.
 
-    A document becomes its tokens (BOS first, if the tokenizer adds one) and EOS. The same texts and tokenizer give the
-    same bytes.
+    A document becomes BOS (if the tokenizer adds one), its tokens and EOS. The output is deterministic.
 
     Args:
         sources: One or more sources; see `documents`.
         tokenizer_folder: Holds the tokenizer's files.
         out: Output folder; must not exist.
-        shard_tokens: Size at which a shard is closed. No document crosses shards.
-        val_fraction: Fraction of the documents in the validation split, in [0, 1). A hash of the text decides: copies
-            are in the same split.
+        shard_tokens: Size at which a shard is closed; documents are not split.
+        val_fraction: Fraction of the documents in the validation split, in [0, 1), chosen by a hash of the text.
         field: The field of a line or row that holds the text.
         max_malformed_fraction: Malformed lines of a file that are skipped and logged; more are an error.
         split_special_tokens: Encode the strings of special tokens in texts as text, not as control tokens.
@@ -108,16 +106,9 @@ def tokenize(
         DSMoEError: An argument, a source or the tokenizer is invalid, the output exists, or the disk is (or, by
             extrapolation, will be) full.
     """
-    writer = ShardWriter(
-        sources,
-        tokenizer_folder,
-        out,
-        unit="documents",
-        shard_tokens=shard_tokens,
-        val_fraction=val_fraction,
-        split_special_tokens=split_special_tokens,
-        exclude=exclude,
-    )
+    options: dict[str, Any] = {"split_special_tokens": split_special_tokens, "exclude": exclude}
+    options |= {"shard_tokens": shard_tokens, "val_fraction": val_fraction}
+    writer = ShardWriter(sources, tokenizer_folder, out, unit="documents", **options)
     reading = {"field": field, "max_malformed_fraction": max_malformed_fraction, "exclude": writer.exclude}
     text_bytes = 0
     with writer.open(progress):
@@ -137,15 +128,7 @@ def tokenize(
 
 
 class ShardWriter:
-    """Writes documents or examples as token shards; see `tokenize` for the arguments.
-
-    Attributes:
-        sources: The sources to read.
-        exclude: What to leave out of them.
-        tokenizer: The tokenizer.
-        eos: Its EOS id.
-        fields: Further fields of the manifest.
-    """
+    """Writes documents or examples as token shards; see `tokenize` for the arguments."""
 
     def __init__(
         self,
@@ -181,7 +164,7 @@ class ShardWriter:
 
     @contextlib.contextmanager
     def open(self, progress: Progress) -> Iterator[None]:
-        """Open the shards; they are finalized when the block ends without an error."""
+        """Open the shards, finalized when the block ends without an error."""
         warn_on_overlap(self.sources, self.exclude)
         self._total, self._read = sum(source_bytes(source, self.exclude) for source in self.sources), 0
         dtype = "uint16" if self.tokenizer.vocab_size <= 1 << 16 else "uint32"
@@ -193,12 +176,12 @@ class ShardWriter:
                 )
                 yield
                 write_manifest(staging.folder / MANIFEST, self._finalize(dtype))
-        except OSError as error:  # a full disk; problems of a source are ValueErrors
+        except OSError as error:  # a full disk; errors of a source are ValueErrors
             raise DSMoEError(f"{self._out} cannot be written: {error.strerror}") from None
         self._report()
 
     def split_of(self, content: bytes) -> "_Split":
-        """Return the split of a document or example, a pure function of its content."""
+        """Return the split of a document or example, which depends only on its content."""
         return self._validation if is_validation(content, self._val_fraction) else self._train
 
     def count_special_tokens(self, texts: Iterable[str]) -> None:
@@ -213,7 +196,7 @@ class ShardWriter:
         self._advance(step)
 
     def check_space(self) -> None:
-        """Raise `DSMoEError` if the disk has no room for the rest, by extrapolation."""
+        """Raise `DSMoEError` if the disk is too small for the extrapolated rest."""
         if self._read >= self._total * _SAMPLE:
             written = self._train.size + self._validation.size
             check_space(self._out, written * (self._total - self._read) // max(self._read, 1))
@@ -239,7 +222,7 @@ class ShardWriter:
         }
 
     def _report(self) -> None:
-        """Log what a user should know of the result."""
+        """Log special-token strings in the texts, and an empty validation split."""
         if self._special_tokens:
             found = f"{self._special_tokens:,} special-token strings in {self._with_special_tokens:,} {self._unit}"
             if self.tokenizer.split_special_tokens:
@@ -260,12 +243,12 @@ class ShardWriter:
 
 
 def is_validation(content: bytes, val_fraction: float) -> bool:
-    """Whether a document or example with this content is in the validation split."""
+    """Return whether a document or example with this content is in the validation split."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()) < val_fraction * 2**64
 
 
 def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:
-    """Group documents until a group reaches `_BATCH_CHARS`."""
+    """Group documents into batches of `_BATCH_CHARS` or more."""
     batch, size = [], 0
     for document in found:
         batch.append(document)
@@ -278,7 +261,7 @@ def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 class _Split:
-    """Writes the shards of a split one after another, and the loss mask of examples."""
+    """Writes the shards of a split, and the loss mask of examples."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, masked: bool, stack: ExitStack):
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
@@ -286,14 +269,14 @@ class _Split:
         self._file = self._mask = None
         self.files: dict[str, dict[str, Any]] = {}
         self.documents = self.tokens = self.loss_tokens = 0
-        stack.callback(self._abandon)
+        stack.callback(self._close_file)
         if masked:
             self._mask_name, self._mask_hash = f"{split}.loss_mask", hashlib.sha256()
             self._mask = stack.enter_context((folder / self._mask_name).open("wb"))
 
     @property
     def size(self) -> int:
-        """Bytes on disk, once all shards are closed."""
+        """Bytes on disk when all shards are closed."""
         return self.tokens * self._dtype.itemsize + self.documents * OFFSET.itemsize
 
     def add(self, ids: Sequence[int], loss_mask: np.ndarray | None = None) -> None:
@@ -328,7 +311,7 @@ class _Split:
         self.files[self._mask_name] = {"bytes": self.tokens, "sha256": self._mask_hash.hexdigest()}
         return entry | {"loss_tokens": self.loss_tokens, "loss_mask": self._mask_name}
 
-    def _abandon(self) -> None:
+    def _close_file(self) -> None:
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()

@@ -1,11 +1,4 @@
-"""Fine-tuning data: conversations, completions or tokens, with loss masks.
-
-formats.py    records of known formats          templates.py          records to tokens and loss masks
-truncate.py   examples that are too long        template_coverage.py  whether a template ignores something
-writer.py     files to token shards, once       examples.py           the shards, memory-mapped
-packing.py    whole examples to sequences       show.py               preview of examples
-stop_config.py  stop tokens of a template
-"""
+"""Fine-tuning data: conversations, completions or tokens, with loss masks."""
 
 from ..data.shards import is_examples
 from .examples import Examples

@@ -12,15 +12,10 @@ from ..data.shards import TokenShards
 
 
 class Example(NamedTuple):
-    """One training example.
+    """One training example."""
 
-    Attributes:
-        tokens: int32 [tokens], token ids.
-        loss_mask: bool [tokens], whether the token is predicted (is a label) in the loss.
-    """
-
-    tokens: np.ndarray
-    loss_mask: np.ndarray
+    tokens: np.ndarray  # int32 [tokens], token ids
+    loss_mask: np.ndarray  # bool [tokens], whether the token is a label
 
 
 class Examples(TokenShards):

@@ -1,12 +1,10 @@
-"""Formats of fine-tuning records. Start at `FORMATS`, at the end.
-
-Every error is worded to follow the record's location.
-"""
+"""Formats of fine-tuning records (`FORMATS`, at the end). Error messages follow the record's location."""
 
 import itertools
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from dsmoe_jax.errors import DSMoEError
@@ -14,7 +12,7 @@ from dsmoe_jax.text.chat_template import ROLES
 
 AUTO: Final = "auto"
 _IGNORED: Final = -100  # label without loss, as in Hugging Face
-_ROLES: Final = {role: role for role in (*ROLES, "tool")}
+_OPENAI: Final = ("role", "content", {role: role for role in (*ROLES, "tool")})
 _SHAREGPT: Final = {
     "system": "system",
     "human": "user",
@@ -26,7 +24,7 @@ _SHAREGPT: Final = {
     "function_response": "tool",
     "tool": "tool",
 }
-# Fields of a turn that say whether it is in the loss.
+# Fields of a turn that select whether it is in the loss.
 _LOSS_FIELDS: Final = ("weight", "train", "training", "trainable", "learn", "loss", "loss_mask")
 # fmt: off
 # Metadata of a turn.
@@ -34,7 +32,7 @@ _TURN_METADATA: Final = frozenset((
     "id", "uuid", "turn_id", "message_id", "parent_id", "index", "timestamp", "created_at", "date",
     "source", "lang", "language", "model", "score", "rating",
 ))
-# Fields that are input of the model, normalized by `_plain`: refused if the format does not read them.
+# Model input, normalized by `_plain`: an error if the format does not read the field.
 _MODEL_INPUT: Final = frozenset((
     "system", "systemprompt", "systemmessage", "history", "input", "context", "background", "passage", "knowledge",
     "preamble", "persona", "prefix", "suffix", "instruction", "instructions", "prompt", "query", "question",
@@ -50,7 +48,7 @@ _UNSUPPORTED: Final = {
                      for end in ("", "s", "path", "paths", "url", "urls", "file", "files")), "only text is supported"),
     **dict.fromkeys(("pixelvalues", "attachments"), "only text is supported"),
 }
-# Fields of a record that select the loss: they must agree with what the format does.
+# Fields of a record that select the loss: an error if the format does otherwise.
 _LOSS_ON: Final = re.compile(r"(.*_)?(mask|weight)s?|train(ing|able)?|learn|loss|mask_prompt")
 _LOSS_OFF: Final = re.compile(r"train_on_(input|prompt)s?|mask_history")
 _SYSTEM: Final = ("system", "system_prompt")
@@ -62,7 +60,7 @@ Message = dict[str, Any]
 
 
 class Conversation(NamedTuple):
-    """Messages, rendered by a template; the assistant turns have a loss."""
+    """Messages rendered by a template; assistant turns have a loss."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
@@ -76,14 +74,14 @@ class Conversation(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """A prompt and its completion, which has a loss; no template."""
+    """A prompt and its completion, which has a loss, without a template."""
 
     prompt: str
     completion: str
 
 
 class Tokens(NamedTuple):
-    """Token ids, and which of them have a loss."""
+    """Token ids and their loss mask."""
 
     ids: list[int]
     loss_mask: list[bool]
@@ -101,24 +99,13 @@ class Format(NamedTuple):
 
 
 def parse_record(fields: Fields, format: str = AUTO) -> Record:
-    """Parse a record; refuse fields that are input of the model but not read.
-
-    Args:
-        fields: The record. `ignored_fields` lists what is neither read nor refused.
-        format: A key of `FORMATS`, or "auto": detected from the fields.
-
-    Returns:
-        The conversation, completion or tokens.
-
-    Raises:
-        DSMoEError: The record is malformed or unsupported.
-    """
+    """Parse a record; raise `DSMoEError` if it is malformed or has model input that its format does not read."""
     for field, value in fields.items():
         if (why := _UNSUPPORTED.get(_plain(field))) and not _is_blank(value):
             raise DSMoEError(f"has {field!r}: {why}")
     name = _format_of(fields, format)
     entry = FORMATS[name]
-    # Naming a format ignores the fields of the others.
+    # With a named format, fields of the others are ignored.
     skipped = () if format == AUTO else [field for other in FORMATS.values() for field in other.fields]
     known = (*entry.fields, *entry.optional, *skipped)
     others = {field: value for field, value in fields.items() if field not in known}
@@ -132,7 +119,7 @@ def parse_record(fields: Fields, format: str = AUTO) -> Record:
     record = entry.parse(fields)
     texts = {text.strip() for text in texts_of(record)}
     for field, value in others.items():
-        repeated = isinstance(value, str) and value.strip() in texts  # some datasets repeat the first question
+        repeated = isinstance(value, str) and value.strip() in texts  # e.g. the first question again
         if _plain(field) in _MODEL_INPUT and not _is_blank(value) and not repeated:
             raise DSMoEError(f"has {field!r}, which the format {name} does not read")
     return record
@@ -153,12 +140,12 @@ def _required(field: str, value: Any) -> bool | None:
 def _format_of(fields: Fields, format: str) -> str:
     """Return the name of the record's format."""
     # Parquet rows have every column, None if missing.
-    there = {name for name, value in fields.items() if value is not None}
+    present = {name for name, value in fields.items() if value is not None}
     if format != AUTO:
-        if missing := [name for name in FORMATS[format].fields if name not in there]:
+        if missing := [name for name in FORMATS[format].fields if name not in present]:
             raise DSMoEError(f"has no field {missing[0]!r}")
         return format
-    found = [name for name, entry in FORMATS.items() if there.issuperset(entry.fields)]
+    found = [name for name, entry in FORMATS.items() if present.issuperset(entry.fields)]
     if not found:
         known = ", ".join(" and ".join(entry.fields) for entry in FORMATS.values())
         raise DSMoEError(f"has none of the fields {known}")
@@ -171,11 +158,8 @@ def ignored_fields(fields: Fields, format: str = AUTO) -> set[str]:
     """Return the names of the fields that `parse_record` neither reads nor refuses."""
     entry = FORMATS[_format_of(fields, format)]
     known = (*entry.fields, *entry.optional)
-    ignored = {
-        name
-        for name, value in fields.items()
-        if name not in known and not _is_blank(value) and _required(name, value) is None
-    }
+    filled = {name: value for name, value in fields.items() if name not in known and not _is_blank(value)}
+    ignored = {name for name, value in filled.items() if _required(name, value) is None}
     for field in ("messages", "conversations"):
         for turn in fields[field] if isinstance(fields.get(field), list) else ():
             if isinstance(turn, Mapping):
@@ -184,7 +168,7 @@ def ignored_fields(fields: Fields, format: str = AUTO) -> set[str]:
 
 
 def _is_blank(value: Any) -> bool:
-    """Whether a field is null, or an empty string, list or object."""
+    """Return whether a value is null, blank or an empty list or object."""
     return value is None or value in ([], {}) or (isinstance(value, str) and not value.strip())
 
 
@@ -215,25 +199,16 @@ def _history(fields: Fields) -> list[tuple[Message, Message]]:
     history = fields.get("history")
     if _is_blank(history):
         return []
-    if not isinstance(history, list) or not all(
-        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in history
-    ):
+    pairs: Any = history if isinstance(history, list) else [None]
+    if not all(isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in pairs):
         raise DSMoEError("must have a list of pairs of strings as 'history'")
-    return [(_message("user", prompt), _message("assistant", response)) for prompt, response in history]
-
-
-def _messages(fields: Fields) -> Conversation:
-    return _conversation(fields, "messages", "role", "content", _ROLES)
-
-
-def _sharegpt(fields: Fields) -> Conversation:
-    return _conversation(fields, "conversations", "from", "value", _SHAREGPT)
+    return [(_message("user", prompt), _message("assistant", response)) for prompt, response in pairs]
 
 
 def _completion(fields: Fields) -> Record:
     prompt, completion = fields["prompt"], fields["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):  # messages, as in TRL
-        before, after = (_turns(fields, name, "role", "content", _ROLES) for name in ("prompt", "completion"))
+        before, after = (_turns(fields, name) for name in ("prompt", "completion"))
         turns = [*((message, False) for message, _ in before), *after]
         return _with_mask(turns, [message for message, _ in turns], fields)
     for name in ("tools", "documents"):
@@ -278,7 +253,7 @@ def _mask(fields: Fields, name: str, length: int) -> list[int] | None:
 
 
 def _valid(fields: Fields, ids: list[int], loss_mask: list[bool]) -> slice:
-    """Return the slice of tokens that are not padding by `attention_mask`."""
+    """Return the slice of tokens that `attention_mask` does not mark as padding."""
     mask = _mask(fields, "attention_mask", len(ids)) or [1] * len(ids)
     if 1 not in mask:
         raise DSMoEError("has no 1 in its attention_mask")
@@ -290,8 +265,8 @@ def _valid(fields: Fields, ids: list[int], loss_mask: list[bool]) -> slice:
     return slice(first, last)
 
 
-def _conversation(fields: Fields, field: str, who: str, what: str, roles: Mapping[str, str]) -> Conversation:
-    turns = _turns(fields, field, who, what, roles)
+def _conversation(field: str, fields: Fields) -> Conversation:
+    turns = _turns(fields, field)
     if all(message["role"] != "assistant" for message, _ in turns):
         raise DSMoEError(f"has no assistant turn in {field!r}")
     return _with_mask(turns, _with_system(fields, [message for message, _ in turns]), fields)
@@ -303,22 +278,23 @@ def _with_mask(turns: list[tuple[Message, bool]], messages: list[Message], field
     return Conversation(messages, _objects(fields, "tools"), _objects(fields, "documents"), () if all(mask) else mask)
 
 
-def _turns(fields: Fields, field: str, who: str, what: str, roles: Mapping[str, str]) -> list[tuple[Message, bool]]:
-    """Return the messages, and which may have a loss."""
+def _turns(fields: Fields, field: str) -> list[tuple[Message, bool]]:
+    """Return each message, and whether it may have a loss."""
     if not isinstance(turns := fields[field], list):
         raise DSMoEError(f"must have a list as {field!r}, got {type(turns).__name__}")
-    return [_turn(number, turn, field, who, what, roles) for number, turn in enumerate(turns)]
+    return [_turn(number, turn, field) for number, turn in enumerate(turns)]
 
 
-def _turn(number: int, turn: Any, field: str, who: str, what: str, roles: Mapping[str, str]) -> tuple[Message, bool]:
-    """Return a message with the fields that the model reads, and whether it has a loss."""
+def _turn(number: int, turn: Any, field: str) -> tuple[Message, bool]:
+    """Return the message without metadata, and whether it has a loss."""
+    role_key, content_key, roles = ("from", "value", _SHAREGPT) if field == "conversations" else _OPENAI
     where = f"turn {number} of {field!r}"
     extra = {} if not isinstance(turn, Mapping) else {k: v for k, v in turn.items() if not _is_blank(v)}
     calls = "tool_calls" in extra or "function_call" in extra
-    if not isinstance(turn, Mapping) or who not in turn or (what not in turn and not calls):
-        raise DSMoEError(f"must have {who!r} and {what!r} in {where}")
-    if (role := roles.get(str(turn[who]))) is None:
-        raise DSMoEError(f"must have turns from {', '.join(roles)}, got {turn[who]!r:.80} in turn {number}")
+    if not isinstance(turn, Mapping) or role_key not in turn or (content_key not in turn and not calls):
+        raise DSMoEError(f"must have {role_key!r} and {content_key!r} in {where}")
+    if (role := roles.get(str(turn[role_key]))) is None:
+        raise DSMoEError(f"must have turns from {', '.join(roles)}, got {turn[role_key]!r:.80} in turn {number}")
     has_loss = True
     for name in _LOSS_FIELDS:
         if (mark := turn.get(name)) is None:
@@ -326,21 +302,21 @@ def _turn(number: int, turn: Any, field: str, who: str, what: str, roles: Mappin
         if mark not in (0, 1):
             raise DSMoEError(f"has {name} {mark!r:.80} in {where}; it must be true, false, 1 or 0")
         if mark and role != "assistant":
-            raise DSMoEError(
-                f"has {name} {mark!r} in {where}, which is from {turn[who]!r}; only assistant turns have a loss"
-            )
+            sender = f"which is from {turn[role_key]!r}; only assistant turns have a loss"
+            raise DSMoEError(f"has {name} {mark!r} in {where}, {sender}")
         has_loss = has_loss and bool(mark)
-    extra = {name: value for name, value in extra.items() if name not in (who, what, *_LOSS_FIELDS, *_TURN_METADATA)}
+    known = (role_key, content_key, *_LOSS_FIELDS, *_TURN_METADATA)
+    extra = {name: value for name, value in extra.items() if name not in known}
     if clash := [name for name in ("role", "content") if name in extra]:
-        raise DSMoEError(f"has both {clash[0]!r} and {what!r} in {where}")
-    if turn[who] == "function_call":
-        message = {"role": role, "content": None, "tool_calls": _calls(turn[what], where)}
-    elif calls and turn.get(what) is None:
+        raise DSMoEError(f"has both {clash[0]!r} and {content_key!r} in {where}")
+    if turn[role_key] == "function_call":
+        message = {"role": role, "content": None, "tool_calls": _calls(turn[content_key], where)}
+    elif calls and turn.get(content_key) is None:
         message = {"role": role, "content": None}
     else:
-        content = turn[what] if not isinstance(turn[what], list) else _joined(turn[what], where)
+        content = turn[content_key] if not isinstance(turn[content_key], list) else _joined(turn[content_key], where)
         filled = role == "assistant" and has_loss and not calls
-        message = _message(role, (_filled if filled else _text)({what: content}, what))
+        message = _message(role, (_filled if filled else _text)({content_key: content}, content_key))
     return message | extra, has_loss
 
 
@@ -356,7 +332,7 @@ def _joined(parts: list[Any], where: str) -> str:
 
 
 def _calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """Parse ShareGPT's function call, or several, from JSON."""
+    """Parse ShareGPT's JSON of one or more function calls."""
     try:
         calls = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
@@ -370,15 +346,15 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
 def _with_system(fields: Fields, messages: list[Message]) -> list[Message]:
     """Prepend the record's system message, if it has one."""
     names = [name for name in _SYSTEM if not _is_blank(fields.get(name))]
-    here = {_text(fields, name) for name in names}
-    there = {message["content"] for message in messages if message["role"] == "system"}
-    if len(here | there) > 1 and here:
+    texts = {_text(fields, name) for name in names}
+    in_messages = {message["content"] for message in messages if message["role"] == "system"}
+    if len(texts | in_messages) > 1 and texts:
         raise DSMoEError(f"has two system messages, one of them as {names[0]!r}")
-    return messages if there or not here else [_message("system", here.pop()), *messages]
+    return messages if in_messages or not texts else [_message("system", texts.pop()), *messages]
 
 
 def _objects(fields: Fields, name: str) -> list[dict[str, Any]] | None:
-    """Return a list of objects, parsed if it is JSON."""
+    """Return a list of objects, which may be a JSON string."""
     if _is_blank(value := fields.get(name)):
         return None
     try:
@@ -408,6 +384,7 @@ def _filled(fields: Fields, name: str) -> str:
 
 _TOKEN_MASKS: Final = ("loss_mask", "completion_mask", "assistant_masks", "assistant_mask")  # 1 where there is a loss
 _PADDING: Final = ("attention_mask", "position_ids", "token_type_ids")
+_messages, _sharegpt = partial(_conversation, "messages"), partial(_conversation, "conversations")
 # fmt: off
 FORMATS: Final[dict[str, Format]] = {
     "instruction": Format(("instruction", "output"), _instruction, ("input", "history", "tools", *_SYSTEM)),

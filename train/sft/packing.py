@@ -1,9 +1,4 @@
-"""Packing of whole examples into sequences. Start at `ExamplePacking.sequence`.
-
-The examples of each epoch are shuffled and packed, and then the sequences are shuffled: each example is in exactly one
-sequence of an epoch, and no sequence spans two epochs. A sequence depends on (seed, dataset, epoch) alone, but its
-number depends on how many sequences the epochs before it have: a resumed run packs those first.
-"""
+"""Packing of examples into sequences without splitting any. Start at `ExamplePacking`."""
 
 import bisect
 from collections.abc import Sequence
@@ -18,15 +13,14 @@ from ..data.shards import TokenShards
 from ..loss import IGNORED
 from .examples import Example, Examples
 
-# Sequences that are open at a time for examples that fit.
-_MAX_OPEN = {"best_fit": 64, "none": 0}
+_MAX_OPEN = {"best_fit": 64, "none": 0}  # sequences that further examples may join
 
 
 class _Bins(NamedTuple):
-    """Examples assigned to sequences."""
+    """Assignment of examples to sequences."""
 
-    order: np.ndarray  # int64 [examples], sequence by sequence
-    ends: np.ndarray  # int64 [sequences]: examples up to the end of each
+    order: np.ndarray  # int64 [examples], by sequence
+    ends: np.ndarray  # int64 [sequences]: cumulative examples
 
     @classmethod
     def of(cls, lengths: np.ndarray, order: np.ndarray, length: int, max_open: int) -> "_Bins":
@@ -41,10 +35,10 @@ class _Bins(NamedTuple):
 
 
 class ExamplePacking(Packing):
-    """Whole examples in sequences; epochs may have different numbers of them.
+    """Shuffles and packs the examples of each epoch, by best fit or one per sequence, and shuffles its sequences.
 
-    With `packing="best_fit"` a sequence holds as many examples as fit, each with its own segment ID and positions from
-    0: attention is block-diagonal and causal. With "none" it holds one example.
+    Examples have a segment ID each and positions from 0. The number of sequences varies by epoch, so a resumed run
+    packs the earlier epochs again.
     """
 
     CHOICES: ClassVar = tuple(_MAX_OPEN)
@@ -54,20 +48,19 @@ class ExamplePacking(Packing):
     def __init__(self, data: Examples, **options: Any):
         """See `Packing`."""
         super().__init__(data, **options)
-        self._firsts = [0]  # the first sequence of each epoch that is packed, and of the next
+        self._firsts = [0]  # the first sequence of each packed epoch, and of the next one
 
     @classmethod
     def check(cls, data: TokenShards, *, sequence_length: int, packing: str) -> None:
         """See `Packing.check`."""
         super().check(data, sequence_length=sequence_length, packing=packing)
         if (longest := int(data.lengths.max(initial=1))) > sequence_length:
-            raise DSMoEError(
-                f"{data.folder}: sequence_length must be at least {longest}, the longest example, got {sequence_length}"
-            )
+            least = f"sequence_length must be at least {longest}, the longest example"
+            raise DSMoEError(f"{data.folder}: {least}, got {sequence_length}")
 
     @classmethod
     def in_order(cls, data: TokenShards, *, sequence_length: int, packing: str) -> tuple[int, Builder]:
-        """See `Packing.in_order`; an example that does not fit begins a sequence."""
+        """See `Packing.in_order`; examples are not reordered."""
         cls.check(data, sequence_length=sequence_length, packing=packing)
         assert isinstance(data, Examples)
         bins = _Bins.of(data.lengths, np.arange(len(data)), sequence_length, min(_MAX_OPEN[packing], 1))
@@ -100,11 +93,10 @@ class ExamplePacking(Packing):
 
 
 def best_fit(lengths: Sequence[int], capacity: int, max_open: int) -> np.ndarray:
-    """Assign examples to bins by online best fit.
+    """Assign examples to bins by online best fit; return the bin of each, int64 [examples], in order of opening.
 
-    An example goes to the fullest open bin that has room for it, or opens a bin; beyond `max_open` bins the fullest is
-    closed. With one open bin the examples keep their order; with 0 each has its own. Returns the bin of each example,
-    int64 [examples], numbered as they are opened.
+    An example goes to the fullest open bin with enough room, or opens one; beyond `max_open` the fullest is closed.
+    With one open bin examples stay in order; with 0 each has a bin.
     """
     bins, count = [], 0
     unfilled: list[tuple[int, int]] = []  # ascending: free tokens, bin
@@ -126,6 +118,6 @@ def pack_examples(examples: Sequence[Example], length: int) -> np.ndarray:
     """Pack examples into one sequence, int32 [4, length]; see `pack`."""
     sequence = pack([example.tokens for example in examples], length)
     if examples:
-        predicted = np.concatenate([example.loss_mask for example in examples])[1:]
-        sequence[1, : len(predicted)][~predicted] = IGNORED
+        mask = np.concatenate([example.loss_mask for example in examples])[1:]
+        sequence[1, : len(mask)][~mask] = IGNORED
     return sequence

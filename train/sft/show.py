@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 _LOSS, _NO_LOSS = "bold green", "dim"
 _MARKS: Final = ("⟦", "⟧")  # around loss tokens, without colors
-# Data must not control a terminal: control characters are escaped.
+# Control characters are escaped, so that data cannot control the terminal.
 _VISIBLE: Final = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 

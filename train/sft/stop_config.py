@@ -24,15 +24,13 @@ def infer_stop_config(
         eos_token_ids: Ids that end generation in addition to the tokenizer's EOS.
 
     Returns:
-        Nothing if the template ends assistant turns with one of these ids. Otherwise `eos_token_id`, if it ends them
-        with another special token, or else `stop_strings` with the text that ends them.
+        `eos_token_id` if assistant turns end with another special token, or else `stop_strings`; empty if they end with
+        one of these ids.
     """
-    name = str(template)
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _COMPLETION}]
     try:
-        pieces = open_template(template)(
-            [{"role": "user", "content": "question"}, {"role": "assistant", "content": _COMPLETION}], tokenizer
-        )
-    except ValueError:  # raised again for the first example that needs it
+        pieces = open_template(template)(messages, tokenizer)
+    except ValueError:  # raised again for the first conversation
         return {}
     text = tokenizer.decode([token for piece in pieces for token in piece.ids], skip_special_tokens=False)
     _, found, ending = text.rpartition(_COMPLETION)
@@ -41,16 +39,12 @@ def infer_stop_config(
         return {}
     for token in ids:
         if (content := tokenizer.decode([token], skip_special_tokens=False)) and not tokenizer.decode([token]):
-            _log.info(
-                "Template %s: assistant turns end with %s; adding eos_token_id %d to generation_config.json",
-                name,
-                content,
-                token,
-            )
+            added = f"adding eos_token_id {token} to generation_config.json"
+            _log.info("Template %s: assistant turns end with %s; %s", template, content, added)
             return {"eos_token_id": token}
     if ending.strip():
         added = "which is not an EOS token; adding it to stop_strings in generation_config.json"
-        _log.info("Template %s: assistant turns end with the text %r, %s", name, ending.strip(), added)
+        _log.info("Template %s: assistant turns end with the text %r, %s", template, ending.strip(), added)
         return {"stop_strings": [ending.strip()]}
-    _log.warning("Template %s: nothing ends assistant turns, so the model does not learn to stop", name)
+    _log.warning("Template %s: assistant turns have no end marker, so the model does not learn to stop", template)
     return {}

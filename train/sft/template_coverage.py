@@ -8,7 +8,7 @@ from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.text.chat_template import renders_same
 
 _OTHER: Final = "a replacement that is in no record"
-_SURE: Final = 16  # characters: a text of that length is not in another by chance
+_SURE: Final = 16  # characters: a longer text is not in another by chance
 _LINKS: Final = ("tool_call_id",)  # like the ids of tool_calls: templates often omit them
 
 Messages = Sequence[Mapping[str, Any]]
@@ -17,11 +17,7 @@ Messages = Sequence[Mapping[str, Any]]
 def check_template_coverage(
     render: Callable[..., str], messages: Messages, variables: Mapping[str, Any], text: str
 ) -> None:
-    """Refuse messages, fields or variables that the template silently ignores.
-
-    Whatever may be missing from `text`, which `render` made of the messages, is changed and rendered again: a template
-    that uses it renders another text, or fails.
-    """
+    """Refuse messages, fields and variables that can be changed without changing `text`, the rendered conversation."""
     for what, other_messages, other_variables in _changes(messages, variables, text):
         changed = partial(render, other_messages, add_generation_prompt=False, **other_variables)
         if renders_same(changed, text):
@@ -29,7 +25,7 @@ def check_template_coverage(
 
 
 def _changes(messages: Messages, variables: Mapping[str, Any], text: str) -> Iterator[tuple[str, Messages, Mapping]]:
-    """Name what may be ignored, with messages and variables that differ in it."""
+    """Iterate over (name, messages, variables) with one changed field or variable each."""
     for name in variables:
         yield repr(name), messages, {key: value for key, value in variables.items() if key != name}
     for number, message in enumerate(messages):
@@ -40,7 +36,7 @@ def _changes(messages: Messages, variables: Mapping[str, Any], text: str) -> Ite
 def _changed(message: Mapping[str, Any], text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     content = message["content"]
     if content and content.strip():
-        # No template omits the user or the assistant, whose texts are often short.
+        # Templates never omit user and assistant turns, whose texts are often short.
         sure = len(content.strip()) >= _SURE or message["role"] in ("user", "assistant")
         if not (sure and content.strip() in text):
             yield f"a text from {message['role']!r}", {**message, "content": _OTHER}
@@ -54,7 +50,7 @@ def _changed(message: Mapping[str, Any], text: str) -> Iterator[tuple[str, Mappi
 
 
 def _changed_calls(call: Any) -> Iterator[Any]:
-    """Return the tool call with another name, and with other arguments."""
+    """Iterate over the tool call with another name, and with other arguments."""
     if not isinstance(call, Mapping):
         return
     function = call.get("function", call)

@@ -1,7 +1,4 @@
-"""Chat templates and tokenization. Start at `tokenize_record` and `TEMPLATES`.
-
-A template turns a conversation into pieces with or without loss. Its errors are worded to follow the record's location.
-"""
+"""Chat templates and tokenization of records. Start at `tokenize_record` and `TEMPLATES`."""
 
 import functools
 import hashlib
@@ -20,8 +17,8 @@ from .formats import Completion, Conversation, Record, Tokens
 from .template_coverage import check_template_coverage
 
 TRAIN_ON: Final = ("all", "last")
-# The prompt of DeepSeek-MoE's finetune.py. Its <|EOT|> is five tokens of text in DeepSeekMoE's tokenizer, and no EOS
-# follows: `stop_config.py` makes a stop string of it.
+# The prompt of DeepSeek-MoE's finetune.py. No EOS follows <|EOT|>, five tokens of text in DeepSeekMoE's tokenizer:
+# `stop_config.py` adds it to the stop strings.
 _INSTRUCT: Final = """\
 You are an AI assistant, developed by DeepSeek Company. For politically sensitive questions, security and privacy \
 issues, you will refuse to answer.
@@ -33,18 +30,18 @@ _INSTRUCT_COMPLETION: Final = "{}\n<|EOT|>"
 
 
 class Piece(NamedTuple):
-    """Consecutive tokens, all with loss or all without."""
+    """Consecutive tokens, all with or all without loss."""
 
     ids: Sequence[int]
     has_loss: bool
 
 
 Messages = Sequence[dict[str, Any]]
-Template = Callable[..., list[Piece]]  # of messages and tokenizer; the keywords are further Jinja variables
+Template = Callable[..., list[Piece]]  # of (messages, tokenizer, **Jinja variables)
 
 
 def open_template(name: str | Path) -> Template:
-    """Return the template of that name in `TEMPLATES`, or of that Jinja file."""
+    """Return a template of `TEMPLATES`, or of a Jinja file."""
     if known := TEMPLATES.get(str(name)):
         return known
     try:
@@ -63,21 +60,9 @@ def template_hash(name: str | Path) -> str:
 
 
 def tokenize_record(record: Record, tokenizer: Tokenizer, template: Template, train_on: str = "all") -> Example:
-    """Tokenize a record and mark the tokens with loss.
+    """Tokenize a record up to its last turn with loss, without a loss for the first token.
 
-    Turns after the last one with loss are omitted. The first token never has a loss: nothing precedes it.
-
-    Args:
-        record: What `parse_record` returned.
-        tokenizer: The tokenizer.
-        template: What `open_template` returned; renders conversations.
-        train_on: "all": every assistant turn (or run of labels); "last": the last one.
-
-    Returns:
-        The example.
-
-    Raises:
-        DSMoEError: The template cannot render the record, or no token has a loss.
+    `train_on` "all" selects every assistant turn (or run of labels), "last" the last one.
     """
     match record:
         case Conversation():
@@ -128,9 +113,8 @@ def _by_turn(
         for some, has_loss in ((messages[:number], False), (messages[: number + 1], True)):
             text = render(some, add_generation_prompt=not has_loss, **variables)
             if not text.startswith(written):
-                raise DSMoEError(
-                    f"cannot be split at turn {number}: the template renders earlier turns differently with it"
-                )
+                why = "the template renders earlier turns differently with it"
+                raise DSMoEError(f"cannot be split at turn {number}: {why}")
             pieces.append(Piece(tokenizer.encode(text[len(written) :], add_special_tokens=False), has_loss))
             written = text
         last = number
@@ -140,7 +124,7 @@ def _by_turn(
 
 
 def _deepseek_instruct(messages: Messages, tokenizer: Tokenizer, **variables: Any) -> list[Piece]:
-    """Tokenize as the original: no loss for as many tokens as the prompt alone has."""
+    """Tokenize as the original: prompt and completion together, masking the length of the prompt."""
     if [message["role"] for message in messages] != ["user", "assistant"]:
         raise DSMoEError("must be one user turn and one assistant turn for deepseek-instruct")
     if more := [*variables, *(name for message in messages for name in message if name not in ("role", "content"))]:
@@ -170,12 +154,9 @@ def _tokens(record: Tokens, tokenizer: Tokenizer) -> list[Piece]:
 
 
 def _with_bos(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Encode a prompt: with BOS, if the tokenizer adds one, but without EOS."""
+    """Encode a prompt, with BOS if the tokenizer adds one, without EOS."""
     bos = [token for token in tokenizer.encode("")[:1] if token == tokenizer.bos_token_id]
     return bos + tokenizer.encode(text, add_special_tokens=False)
 
 
-TEMPLATES: Final[dict[str, Template]] = {
-    "chat": _chat,
-    "deepseek-instruct": _deepseek_instruct,
-}
+TEMPLATES: Final[dict[str, Template]] = {"chat": _chat, "deepseek-instruct": _deepseek_instruct}

@@ -6,10 +6,10 @@ from .examples import Example
 
 
 def truncate(example: Example, length: int, bos: int | None) -> Example:
-    """Truncate an example to `length` tokens, keeping tokens with loss.
+    """Truncate an example to `length` tokens at the end.
 
-    The end is cut, unless that leaves fewer than min(first run of loss tokens, length // 2) of them. Then the start of
-    the prompt is cut instead, except for its `bos`, and the example ends with the last of that number.
+    If that left fewer loss tokens than min(first run of them, length // 2), the start of the prompt except `bos` is cut
+    instead, and the example ends with the last of that number.
     """
     tokens, loss_mask = example
     if len(tokens) <= length:

@@ -93,25 +93,21 @@ def write_examples(
                     if excess_length_strategy == "drop":
                         continue
                     example = truncate(example, sequence_length, writer.tokenizer.bos_token_id)
-                # Equal messages are in the same split, whatever else their records have.
+                # Conversations with equal messages are in the same split.
                 content = [record.messages] if isinstance(record, Conversation) else record
                 split = writer.split_of(json.dumps(content, sort_keys=True).encode())
                 split.add(example.tokens.tolist(), example.loss_mask)
         if overlong == count and excess_length_strategy == "drop":
             raise DSMoEError(f"sequence_length {sequence_length} is less than the length of all {count} examples")
-        writer.fields["examples"] = {
-            "template": str(template),
-            "train_on": train_on,
-            "sequence_length": sequence_length,
-            "excess_length_strategy": excess_length_strategy,
-            "overlong": overlong,
-        }
+        settings = {"template": str(template), "train_on": train_on, "sequence_length": sequence_length}
+        settings |= {"excess_length_strategy": excess_length_strategy, "overlong": overlong}
+        writer.fields["examples"] = settings
     if ignored:
         names = ", ".join(f"{name} ({lines:,} lines)" for name, lines in sorted(ignored.items())[:_NAMED_FIELDS])
         more = f" and {len(ignored) - _NAMED_FIELDS} more" if len(ignored) > _NAMED_FIELDS else ""
         _log.info("%s: ignored fields: %s%s", out, names, more)
     if overlong:
-        done = {"truncate": "truncated", "drop": "dropped"}[excess_length_strategy]
+        done = "truncated" if excess_length_strategy == "truncate" else "dropped"
         limit = f"longer than {sequence_length} tokens, the longest {longest}"
         _log.warning("%s: %s %d of %d examples (%s)", out, done, overlong, count, limit)
     return writer.stats()._replace(overlong=overlong)
