@@ -42,7 +42,7 @@ def test_shards_round_trip(tmp_path: Path, tokenizer_folder: Path):
     assert shards.lengths.tolist() == [len(text.encode()) + 2 for text in TEXTS]
     assert (made.train, made.validation.documents) == ((len(TEXTS), shards.tokens, 0), 0)
     assert (shards.vocab_size, shards.eos_token_id, shards.dtype) == (258, 1, np.dtype("<u2"))
-    assert str(made) == f"{tmp_path}/out: training: 5 documents, 265 tokens; validation: 0 documents, 0 tokens"
+    assert str(made) == f"{tmp_path}/out: training: 265 tokens of 5 documents; validation: 0 tokens of 0 documents"
 
 
 def test_read_returns_a_view_of_the_file(tmp_path: Path, tokenizer_folder: Path):

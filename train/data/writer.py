@@ -64,8 +64,8 @@ class ShardStats(NamedTuple):
         """Return one line."""
 
         def line(split: SplitStats) -> str:
-            loss = f" ({split.loss_tokens:,} with loss)" if self.unit == "examples" else ""
-            return f"{split.documents:,} {self.unit}, {split.tokens:,} tokens{loss}"
+            loss = f", {split.loss_tokens:,} with loss" if self.unit == "examples" else ""
+            return f"{split.tokens:,} tokens of {split.documents:,} {self.unit}{loss}"
 
         return f"{self.folder}: training: {line(self.train)}; validation: {line(self.validation)}"
 
