@@ -81,6 +81,9 @@ def export_hf(
         dtype: "float32", "bfloat16" or "float16" to cast; default: the stored dtypes.
         progress: Progress meter.
 
+    Returns:
+        What was written.
+
     Raises:
         DSMoEError: `output_dir` exists, the checkpoint is damaged, or the disk is too full.
     """

@@ -60,6 +60,9 @@ def load_hf(
         mesh: Devices to load onto; default: one device.
         progress: Progress meter.
 
+    Returns:
+        The model.
+
     Raises:
         DSMoEError: The config is invalid, or a tensor is missing, unexpected or of another shape or dtype.
     """
@@ -89,7 +92,21 @@ def load_hf(
 def load_hf_quantized(
     path: str | Path, scheme: str, *, double: bool = True, dtype: Any = None, mesh: Mesh | MeshConfig | None = None
 ) -> tuple[ModelConfig, dict[str, Operand]]:
-    """Load config and parameters as `load_hf` does, quantizing weights as `read_quantized` does."""
+    """Load a Hugging Face folder, quantizing weights while they are read.
+
+    Args:
+        path: Folder with config.json and the weights.
+        scheme: "int8", "int4" or "nf4"; embedding, head, norms and routers are not quantized.
+        double: Quantize the scales of 4-bit schemes as well (QLoRA, arXiv 2305.14314).
+        dtype: Dtype of the other weights; default: the stored dtypes.
+        mesh: Devices to load onto; default: one device.
+
+    Returns:
+        The config, and the parameters by name.
+
+    Raises:
+        DSMoEError: As `load_hf`, and for an unknown scheme.
+    """
     cast_dtype, path = as_dtype(dtype), user_path(path, "model")
     config = ModelConfig.from_file(path)
     with CheckpointReader(path) as reader:
@@ -121,6 +138,9 @@ def import_hf(
         dtype: "float32", "bfloat16" or "float16" to cast; default: the stored dtypes.
         revision: Branch, tag or commit of the repository; default: `main`.
         progress: Progress meter.
+
+    Returns:
+        What was written.
 
     Raises:
         DSMoEError: `output_dir` exists, the disk is too full, the download fails, or the source is invalid.

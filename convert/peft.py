@@ -68,6 +68,9 @@ def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
         path: Folder with adapter_config.json and the weights.
         model: Config of the base. Its parameters need `untie_for_adapter` if the adapter replaces a tied embedding.
 
+    Returns:
+        The adapter.
+
     Raises:
         DSMoEError: The config is not supported, a tensor is missing, unexpected or of another shape, or a file does
             not match the folder's `evaluation.json`.
@@ -144,13 +147,35 @@ def write_adapter(
 
 
 def attach_adapter(model: DeepSeekMoE, path: str | Path) -> DeepSeekMoE:
-    """Attach the adapter in a folder to a model without merging it; errors as in `read_adapter`."""
+    """Attach an adapter to a model without merging it.
+
+    Args:
+        model: Base model; its parameters are shared.
+        path: Folder with the adapter.
+
+    Returns:
+        The model with low-rank operands.
+
+    Raises:
+        DSMoEError: As `read_adapter`.
+    """
     plan, config, params, adapter = _load_onto(model, path)
     return assemble(config, attach(plan, params, adapter))
 
 
 def merge_adapter(model: DeepSeekMoE, path: str | Path) -> DeepSeekMoE:
-    """Merge the adapter in a folder into a model's weights, which retain their dtypes; errors as in `read_adapter`."""
+    """Merge an adapter into a model's weights, which retain their dtypes.
+
+    Args:
+        model: Base model.
+        path: Folder with the adapter.
+
+    Returns:
+        The merged model.
+
+    Raises:
+        DSMoEError: As `read_adapter`.
+    """
     plan, config, params, adapter = _load_onto(model, path)
     return assemble(config, jax.jit(partial(merge, plan))(params, adapter))
 

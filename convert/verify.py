@@ -67,6 +67,9 @@ def verify(native: str | Path, hf: str | Path | None = None, *, progress: Meter 
         hf: Hugging Face folder, if any.
         progress: Progress meter.
 
+    Returns:
+        The report; `mismatches` is empty if all bits agree.
+
     Raises:
         DSMoEError: `native` is not a native checkpoint, or `hf` has other tensors.
     """

@@ -32,43 +32,43 @@ class ModelConfig:
     """The architecture of a DeepSeekMoE v1 model; names and defaults are those of the original `DeepseekConfig`.
 
     Attributes:
-      vocab_size: Rows of the embedding and of the head.
-      hidden_size: Width of the hidden states.
-      intermediate_size: Width of the dense feed-forward layers.
-      moe_intermediate_size: Width of one expert, routed or shared.
-      num_hidden_layers: Number of blocks.
-      num_attention_heads: Query heads.
-      num_key_value_heads: Key-value heads; None: as many as query heads.
-      n_shared_experts: Shared experts per MoE layer; None: none.
-      n_routed_experts: Routed experts per MoE layer; None: all layers are dense.
-      num_experts_per_tok: Top-k of the router.
-      moe_layer_freq: Every n-th layer is an MoE layer.
-      first_k_dense_replace: Number of leading dense layers.
-      norm_topk_prob: Normalize the top-k router weights to sum to 1.
-      scoring_func: Scoring of the router; only "softmax".
-      aux_loss_alpha: Coefficient of the balance loss (arXiv 2401.06066, §3.3).
-      seq_aux: Compute the balance loss per sequence, not over the batch.
-      hidden_act: Activation of the feed-forward layers; one of `ACTIVATIONS`.
-      max_position_embeddings: Trained context length, in tokens.
-      initializer_range: Standard deviation of initial weights.
-      rms_norm_eps: Epsilon of the RMS norms.
-      use_cache: Not used here; kept for export, like `pretraining_tp` and the next fields but `extra`.
-      pad_token_id: Padding token.
-      bos_token_id: BOS token; the default becomes None in a smaller vocabulary.
-      eos_token_id: EOS token or tokens; the default becomes None in a smaller vocabulary.
-      pretraining_tp: Not used here; must be 1.
-      tie_word_embeddings: Use the embedding as the head.
-      rope_theta: Base of the rotary embeddings.
-      rope_scaling: Scaling of the rotary embeddings; a mapping with exactly `type` and `factor` is accepted too.
-      attention_bias: Whether the projections of attention have biases.
-      attention_dropout: Dropout of attention weights in training.
-      torch_dtype: dtype of the stored weights; not used here.
-      transformers_version: Version that wrote config.json; not used here.
-      architectures: Always `ARCHITECTURES`.
-      extra: Unknown fields of config.json, written back on export.
+        vocab_size: Rows of the embedding and of the head.
+        hidden_size: Width of the hidden states.
+        intermediate_size: Width of the dense feed-forward layers.
+        moe_intermediate_size: Width of one expert, routed or shared.
+        num_hidden_layers: Number of blocks.
+        num_attention_heads: Query heads.
+        num_key_value_heads: Key-value heads; None: as many as query heads.
+        n_shared_experts: Shared experts per MoE layer; None: none.
+        n_routed_experts: Routed experts per MoE layer; None: all layers are dense.
+        num_experts_per_tok: Top-k of the router.
+        moe_layer_freq: Every n-th layer is an MoE layer.
+        first_k_dense_replace: Number of leading dense layers.
+        norm_topk_prob: Normalize the top-k router weights to sum to 1.
+        scoring_func: Scoring of the router; only "softmax".
+        aux_loss_alpha: Coefficient of the balance loss (arXiv 2401.06066, §3.3).
+        seq_aux: Compute the balance loss per sequence, not over the batch.
+        hidden_act: Activation of the feed-forward layers; one of `ACTIVATIONS`.
+        max_position_embeddings: Trained context length, in tokens.
+        initializer_range: Standard deviation of initial weights.
+        rms_norm_eps: Epsilon of the RMS norms.
+        use_cache: Not used here; kept for export, like `pretraining_tp` and the next fields but `extra`.
+        pad_token_id: Padding token.
+        bos_token_id: BOS token; the default becomes None in a smaller vocabulary.
+        eos_token_id: EOS token or tokens; the default becomes None in a smaller vocabulary.
+        pretraining_tp: Not used here; must be 1.
+        tie_word_embeddings: Use the embedding as the head.
+        rope_theta: Base of the rotary embeddings.
+        rope_scaling: Scaling of the rotary embeddings; a mapping with exactly `type` and `factor` is accepted too.
+        attention_bias: Whether the projections of attention have biases.
+        attention_dropout: Dropout of attention weights in training.
+        torch_dtype: dtype of the stored weights; not used here.
+        transformers_version: Version that wrote config.json; not used here.
+        architectures: Always `ARCHITECTURES`.
+        extra: Unknown fields of config.json, written back on export.
 
     Raises:
-      DSMoEError: A field has an unsupported value.
+        DSMoEError: A field has an unsupported value.
     """
 
     vocab_size: int = 102400
@@ -161,7 +161,7 @@ class ModelConfig:
         Known aliases are converted, `auto_map` is dropped, and unknown fields go to `extra`.
 
         Raises:
-          DSMoEError: A field is invalid or probably misspelled, or enables a feature that DeepSeekMoE v1 lacks.
+            DSMoEError: A field is invalid or probably misspelled, or enables a feature that DeepSeekMoE v1 lacks.
         """
         fields = standardize(fields)
         fields.pop("auto_map", None)

@@ -85,13 +85,16 @@ class DeepSeekMoE(nnx.Module):
         """Initialize a model, each weight directly in its sharding.
 
         Args:
-          config: The architecture.
-          seed: In [0, 2**32). The weights do not depend on the mesh.
-          dtype: The dtype of the weights.
-          mesh: The mesh; None: the default device.
+            config: The architecture.
+            seed: In [0, 2**32). The weights do not depend on the mesh.
+            dtype: The dtype of the weights.
+            mesh: The mesh; None: the default device.
+
+        Returns:
+            The model.
 
         Raises:
-          DSMoEError: The seed is out of range, or a weight cannot be sharded evenly over the mesh.
+            DSMoEError: The seed is out of range, or a weight cannot be sharded evenly over the mesh.
         """
         check_seed(seed)
         places, key = shardings(config, mesh), jax.random.key(seed)
@@ -112,13 +115,13 @@ class DeepSeekMoE(nnx.Module):
         """Compute the logits of every position; works under transformations of JAX and Flax.
 
         Args:
-          token_ids: int [B, T].
-          attention_mask: [B, T], 1 for tokens and 0 for padding on either side; outputs at padding are undefined.
-          position_ids: int [B, T]; default 0 … T-1 in every sequence, padding included.
-          output_hidden_states: Also return the L + 1 hidden states.
+            token_ids: int [B, T].
+            attention_mask: [B, T], 1 for tokens and 0 for padding on either side; outputs at padding are undefined.
+            position_ids: int [B, T]; default 0 … T-1 in every sequence, padding included.
+            output_hidden_states: Also return the L + 1 hidden states.
 
         Raises:
-          DSMoEError: Shapes differ, or a token id is outside the vocabulary (not checked under tracing).
+            DSMoEError: Shapes differ, or a token id is outside the vocabulary (not checked under tracing).
         """
         token_ids = check_token_ids(token_ids, self.config.vocab_size)
         # Defaults are filled in outside jit, so that calls with and without them share a compiled program.
@@ -151,17 +154,20 @@ class DeepSeekMoE(nnx.Module):
         """Compute the hidden states before the head; traceable, not jitted, without checks.
 
         Args:
-          token_ids: int [B, T].
-          attention_mask: [B, T], 1 for valid tokens. With a cache, padding must be on the right; it is not routed and
-            not counted in the lengths, but its slots are written.
-          position_ids: int [B, T]; default: continue from the lengths of the cache, or from 0.
-          cache: Keys and values of earlier tokens; the T tokens are appended.
-          prefill: The cache is empty, so the T tokens attend to each other only.
-          rope_length: Length for dynamic NTK scaling; default: all keys, padding included.
-          dropout_key: Enables attention dropout.
-          segment_ids: int [B, T]; attention is block-diagonal over segments. Not supported with a cache.
-          router_bias: Bias on expert selection by layer, see `Router`.
-          remat: Rematerialization policy of each block, a key of `REMAT`.
+            token_ids: int [B, T].
+            attention_mask: [B, T], 1 for valid tokens. With a cache, padding must be on the right; it is not routed and
+              not counted in the lengths, but its slots are written.
+            position_ids: int [B, T]; default: continue from the lengths of the cache, or from 0.
+            cache: Keys and values of earlier tokens; the T tokens are appended.
+            prefill: The cache is empty, so the T tokens attend to each other only.
+            rope_length: Length for dynamic NTK scaling; default: all keys, padding included.
+            dropout_key: Enables attention dropout.
+            segment_ids: int [B, T]; attention is block-diagonal over segments. Not supported with a cache.
+            router_bias: Bias on expert selection by layer, see `Router`.
+            remat: Rematerialization policy of each block, a key of `REMAT`.
+
+        Returns:
+            The hidden states of the last layer and, with them, those of all layers, the routing and the new cache.
         """
         T = token_ids.shape[1]
         start = None if cache is None or prefill else cache.lengths

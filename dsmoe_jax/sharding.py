@@ -39,10 +39,10 @@ class MeshConfig:
     """The size of each mesh axis; at most one may be -1, for the remaining devices.
 
     Attributes:
-      data: Data parallelism: parameters are replicated.
-      fsdp: Fully sharded data parallelism: parameters and optimizer state are sharded.
-      expert: Expert parallelism.
-      tensor: Tensor parallelism over heads and feed-forward widths.
+        data: Data parallelism: parameters are replicated.
+        fsdp: Fully sharded data parallelism: parameters and optimizer state are sharded.
+        expert: Expert parallelism.
+        tensor: Tensor parallelism over heads and feed-forward widths.
     """
 
     data: int = 1
@@ -55,11 +55,14 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
     """Create a mesh.
 
     Args:
-      config: The axis sizes; default `MeshConfig()`.
-      devices: Default: all devices.
+        config: The axis sizes; default `MeshConfig()`.
+        devices: Default: all devices.
+
+    Returns:
+        The mesh, with automatic axes.
 
     Raises:
-      DSMoEError: A size is neither positive nor -1, two are -1, or the sizes do not match the devices.
+        DSMoEError: A size is neither positive nor -1, two are -1, or the sizes do not match the devices.
     """
     sizes = list(dataclasses.astuple(config or MeshConfig()))
     devices = list(jax.devices() if devices is None else devices)

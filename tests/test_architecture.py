@@ -2,10 +2,13 @@
 
 import ast
 import builtins
+import importlib
+import inspect
 import os
 import re
 import symtable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -190,3 +193,26 @@ def test_every_used_name_is_defined(file: str):
 
 def test_every_module_has_a_docstring():
     assert not [file for file, tree in FILES.items() if not ast.get_docstring(tree)]
+
+
+def public_callables() -> dict[str, Any]:
+    """The exported functions, and the methods of exported classes."""
+    found = {}
+    for room in ("dsmoe_jax", "dsmoe_jax.convert", "dsmoe_jax.generate", "dsmoe_jax.train"):
+        module = importlib.import_module(room)
+        for name in module.__all__:
+            thing = getattr(module, name)
+            members = {name: thing} if inspect.isfunction(thing) else {f"{name}.{k}": v for k, v in vars(thing).items()}
+            found |= {key: getattr(value, "__func__", value) for key, value in members.items() if "._" not in key}
+    return {name: thing for name, thing in found.items() if inspect.isfunction(thing)}
+
+
+def test_public_functions_have_google_sections():
+    missing = []
+    for name, function in public_callables().items():
+        signature, doc = inspect.signature(function), inspect.getdoc(function) or ""
+        wanted = ["Args:"] if signature.return_annotation in (None, "None") else ["Args:", "Returns:|Yields:"]
+        if len(signature.parameters.keys() - {"self", "cls"}) > 1:
+            missing += [f"{name} {section}" for section in wanted if not re.search(section, doc)]
+
+    assert not missing

@@ -239,7 +239,21 @@ class Generator:
         retain_prefix: bool = False,
         **keywords: Any,
     ) -> tuple[Engine, Output]:
-        """Submit one prompt to a new engine, for `pieces`; `prefix` and `retain_prefix` as in `Engine.submit`."""
+        """Submit one prompt to a new engine, for `pieces`.
+
+        Args:
+            prompt: Text, chat or token ids.
+            params: Sampling parameters; default: `SamplingParams()`.
+            prefix: Cached keys and values of an earlier prompt (`Engine.submit`).
+            retain_prefix: Retain keys and values as `Output.prefix`.
+            **keywords: Fields of `SamplingParams` that replace those of `params`.
+
+        Returns:
+            The engine and the output it generates.
+
+        Raises:
+            DSMoEError: The prompt or a parameter is invalid.
+        """
         (params,) = self._each_params(params, keywords, 1)
         if params.n != 1:
             raise DSMoEError(f"n must be 1 for a stream, got {params.n}")
@@ -249,7 +263,15 @@ class Generator:
 
     @staticmethod
     def pieces(engine: Engine, output: Output) -> Iterator[str]:
-        """Yield the text of an output as it is generated; the engine has no other requests."""
+        """Yield the text of an output as it is generated.
+
+        Args:
+            engine: The engine, without other requests.
+            output: The output; it is canceled if the iterator is closed.
+
+        Yields:
+            New text.
+        """
         try:
             while engine.busy and not output.finished:
                 engine.step()

@@ -73,6 +73,9 @@ class Tokenizer:
                 tokenizer_config.json, else False.
             verify: Whether to check the files against the folder's manifest, if any.
 
+        Returns:
+            The tokenizer.
+
         Raises:
             DSMoEError: A file is missing, malformed or does not match the manifest, or a setting is not supported.
         """
@@ -100,6 +103,9 @@ class Tokenizer:
             add_special_tokens: Whether to add BOS and EOS as configured.
             split_special_tokens: Whether to encode special-token strings as text; default: the attribute.
 
+        Returns:
+            The token ids.
+
         Raises:
             DSMoEError: `text` is not a string or has a lone surrogate, or the tokenizers library fails.
         """
@@ -109,7 +115,19 @@ class Tokenizer:
     def encode_batch(
         self, texts: Iterable[str], *, add_special_tokens: bool = True, split_special_tokens: bool | None = None
     ) -> list[list[int]]:
-        """Return the token ids of each text as from `encode`, computed in parallel threads."""
+        """Encode texts in parallel threads.
+
+        Args:
+            texts: Texts.
+            add_special_tokens: Add BOS and EOS as the tokenizer's config says.
+            split_special_tokens: Encode special-token strings as plain text; default: that of the tokenizer.
+
+        Returns:
+            The token ids of each text, as from `encode`.
+
+        Raises:
+            DSMoEError: A text is not a valid string, or the tokenizer fails on it.
+        """
         if isinstance(texts, str):
             raise DSMoEError("texts must be an iterable of strings, got one string")
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
@@ -135,6 +153,9 @@ class Tokenizer:
         Args:
             ids: Token ids. Those from `vocab_size` up decode to "": 2,385 embedding rows of DeepSeekMoE-16B are unused.
             skip_special_tokens: Whether to leave out special tokens.
+
+        Returns:
+            The text.
 
         Raises:
             DSMoEError: An id is negative or not an integer.
@@ -176,6 +197,9 @@ class Tokenizer:
             documents: Documents for the template.
             **variables: Further template variables; they override the special tokens.
 
+        Returns:
+            The text, to encode without special tokens.
+
         Raises:
             DSMoEError: A message is malformed, or the template fails.
         """
@@ -191,7 +215,20 @@ class Tokenizer:
     def render_template(
         self, template: str, messages: Sequence[Mapping[str, Any]], *, split_special_tokens: bool, **variables: Any
     ) -> str:
-        """Render a conversation like `render_chat`, with the Jinja source of a template."""
+        """Render a conversation like `render_chat`, with the Jinja source of a template.
+
+        Args:
+            template: Jinja source.
+            messages: Messages with `role` and `content`.
+            split_special_tokens: Protect special-token strings in messages, so that they are encoded as plain text.
+            **variables: Further variables of the template.
+
+        Returns:
+            The text.
+
+        Raises:
+            DSMoEError: The template fails, exceeds its limits, or does not support `split_special_tokens`.
+        """
         text = chat_template.render(template, messages, **self.special_tokens_map | variables)
         if not split_special_tokens:
             return text
@@ -205,7 +242,19 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, split_special_tokens: bool | None = None, **options: Any
     ) -> list[int]:
-        """Return the token ids of a conversation rendered by `render_chat`, whose arguments are in `options`."""
+        """Render and encode a conversation.
+
+        Args:
+            messages: Messages with `role` and `content`.
+            split_special_tokens: Encode special-token strings in messages as plain text; default: as the tokenizer.
+            **options: Arguments of `render_chat`.
+
+        Returns:
+            The token ids.
+
+        Raises:
+            DSMoEError: As `render_chat`.
+        """
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
         text = self.render_chat(messages, split_special_tokens=split, **options)
         return self.encode(text, add_special_tokens=False, split_special_tokens=split)
