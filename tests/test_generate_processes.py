@@ -16,9 +16,9 @@ from tests.helpers.hf_folder import tiny
 pytestmark = pytest.mark.heavy
 
 TIMEOUT = 240
-PROMPTS = [[5, 6, 7], list(range(10, 60)), [8], [9, 10], list(range(3, 40)), [4] * 5]
+PROMPTS = [[5, 6, 7], list(range(10, 60)), [8], [9, 10]]
 SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.2}
-PARAMS = [SamplingParams(max_new_tokens=8, ignore_eos=True, **(SAMPLED if i % 2 else {})) for i in range(len(PROMPTS))]
+PARAMS = [SamplingParams(max_new_tokens=4, ignore_eos=True, **(SAMPLED if i % 2 else {})) for i in range(len(PROMPTS))]
 
 # Run by each process with its index and the coordinator's address; prints its outputs.
 PROGRAM = """

@@ -459,7 +459,7 @@ def large() -> ModelConfig:
     return tiny(hidden_size=1024, intermediate_size=1024, moe_intermediate_size=1408, n_routed_experts=36)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is what Linux tells of a process")
 def test_the_dense_model_is_never_in_memory(tmp_path: Path):
     size = write_sparse(tmp_path / "large-hf", large())

@@ -41,7 +41,7 @@ from tests.helpers.hf_folder import (
 pytestmark = pytest.mark.heavy
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-KILLS: Final = 10
+KILLS: Final = 6
 GROWTH: Final = 64 << 20  # of anonymous memory
 LARGE: Final = 20 * GROWTH
 WIDE: Final = {"vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408}
@@ -195,7 +195,7 @@ def test_killed_conversion_resumes_correctly(
         assert list(tmp_path.iterdir()) == [out]
         shutil.rmtree(out)
 
-    assert left["some"] >= 2
+    assert left["some"] >= 1
     assert left.total() == KILLS
 
 
