@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Where arrays are, shapes are checked; the other rooms check what users give them themselves, and are tested for it.
+# Shapes are checked in the packages that compute with arrays; the others validate their input themselves.
 ROOMS_OF_ARRAYS = ("kv_cache", "kernels", "layers", "model", "train")
 CHECKS_SHAPES = importlib.util.find_spec("beartype") is not None
 if CHECKS_SHAPES:
@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 @pytest.fixture
 def no_compilation_cache() -> Iterator[None]:
-    """A run turns it on for its process; the other tests are without."""
+    """Turn off the compilation cache that a run enables for its process."""
     from jax.experimental.compilation_cache import compilation_cache
 
     yield
@@ -64,7 +64,7 @@ def no_compilation_cache() -> Iterator[None]:
 def on_one_device(
     no_compilation_cache: None, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Runs see one device of the eight, and share what was compiled; the other tests are without that."""
+    """Runs use one of the eight devices and share a compilation cache."""
     from dsmoe_jax.sharding import make_mesh
     from dsmoe_jax.train import loop
 

@@ -1,4 +1,4 @@
-"""What an install holds: every folder with modules, wherever it lies in the checkout, and no link needed."""
+"""Installs contain every package and data file of the checkout, without the links."""
 
 import tomllib
 from pathlib import Path

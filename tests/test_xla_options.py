@@ -1,4 +1,4 @@
-"""What XLA is asked for on GPUs: where, and that the user's own word goes first."""
+"""XLA options on GPUs: where they apply, and that those of the user take precedence."""
 
 import os
 from pathlib import Path
