@@ -4,6 +4,7 @@ The blocks are read from the pages and run unchanged in a folder (`world`) where
 texts; `SMALL` has the arguments that make a command small. Start at `test_python_blocks_run`.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -22,10 +23,11 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from dsmoe_jax.cli.commands import VERBS, _parse, main
+from dsmoe_jax.cli.flags import ARGUMENTS
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import import_hf
 from dsmoe_jax.train.flags import parse, parse_finetuning
-from dsmoe_jax.train.recipes import RECIPES
+from dsmoe_jax.train.recipes import FINETUNING, RECIPES
 from tests.helpers.hf_folder import make_tokenizer, random_params, tiny, write_hf
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -272,6 +274,21 @@ def check(words: list[str]) -> None:
                 parse_finetuning(asked.checkpoint, flags)
         case _:
             pytest.fail(f"a README has a command that no test runs: {command}")
+
+
+def field_flags(config: Any, prefix: str = "--") -> Iterator[str]:
+    for field in dataclasses.fields(config):
+        name, value = f"{prefix}{field.name.replace('_', '-')}", getattr(config, field.name)
+        yield from field_flags(value, f"{name}.") if dataclasses.is_dataclass(value) else [name]
+
+
+def test_flags_in_the_text_exist():
+    config = dataclasses.replace(FINETUNING["lora_1x80gb"](), quantize="nf4")
+    known = {*field_flags(RECIPES["tiny"]()), *field_flags(config)} | {"--debug"}
+    known |= {flag for arguments in ARGUMENTS.values() for flags, _ in arguments for flag in flags}
+    for page in PAGES[:5]:
+        spans = re.findall(r"`(--[^`\n]+)`", page.read_text(encoding="utf-8"))
+        assert not [flag for span in spans for flag in re.findall(r"--[\w.-]+", span) if flag not in known], page
 
 
 def test_a_command_of_no_test_fails():
