@@ -203,6 +203,7 @@ def test_a_stopped_run_resumes_bit_for_bit(
     assert digest(tmp_path / "out" / "model") == digest(uninterrupted / "model")
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_another_mesh(
     tmp_path: Path, home: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -233,6 +234,7 @@ def test_accumulation_gives_the_same_run(tmp_path: Path, home: Path, uninterrupt
         assert losses(tmp_path / "out")[step] == pytest.approx(loss, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_skipped(
     tmp_path: Path, home: Path, uninterrupted: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -270,6 +272,7 @@ def test_a_run_begins_from_a_native_checkpoint(tmp_path: Path, home: Path, unint
 # Stopping
 
 
+@pytest.mark.slow
 def test_a_run_resumes_after_a_full_disk(
     tmp_path: Path, home: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
