@@ -118,12 +118,10 @@ class Checkpoints:
         if step in self._problems and (self._problems[step] is None or not collective):
             return self._problems[step]
         share = (jax.process_index(), jax.process_count()) if collective else (0, 1)
-        path, problem = self._path(step), None
+        problem = None
         try:
             with collective_errors() if collective else contextlib.nullcontext():
-                if not (path / _MANIFEST).is_file():
-                    raise DSMoEError(f"{path}: incomplete: {_MANIFEST!r} is missing")
-                check_files(path, read_manifest(path / _MANIFEST, _FORMAT)["files"], share=share)
+                _check_files(self._path(step), share)
         except ValueError as error:
             problem = str(error)
         self._problems[step] = problem
@@ -200,6 +198,13 @@ def _clear(path: Path) -> None:
         shutil.rmtree(left)
     if path.exists():
         path.rename(_damaged(path))
+
+
+def _check_files(path: Path, share: tuple[int, int] = (0, 1)) -> None:
+    """Raise `DSMoEError` unless this process's share of the files is intact."""
+    if not (path / _MANIFEST).is_file():
+        raise DSMoEError(f"{path}: incomplete: {_MANIFEST!r} is missing")
+    check_files(path, read_manifest(path / _MANIFEST, _FORMAT)["files"], share=share)
 
 
 def _wait_for(path: Path) -> None:
