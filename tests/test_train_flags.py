@@ -23,7 +23,7 @@ def test_every_recipe_is_a_full_config_of_a_preset(name: str):
 def test_an_invalid_flag_is_one_line(encoding: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
 
-    with pytest.raises(ValueError, match=r"^Error parsing RunConfig: steps must be at least 1, got 0$"):
+    with pytest.raises(ValueError, match=r"^steps must be at least 1, got 0$"):
         parse(RECIPES["tiny"](), ["--steps", "0"], prog="tiny")
 
 
@@ -84,6 +84,7 @@ def test_old_flags_and_values_are_accepted(caplog: pytest.LogCaptureFixture):
     assert (config.output_dir, config.checkpoint.interval, config.trackers) == ("a", 5, ("jsonl",))
     assert (config.data.packing, config.step.gradient_accumulation_steps) == ("block_causal", 2)
     assert "Flag --checkpoints.every is deprecated, use --checkpoint.interval" in caplog.text
+    assert "Value documents of --data.packing is deprecated, use block_causal" in caplog.text
 
 
 def test_a_value_that_looks_like_an_old_one_is_kept():

@@ -64,4 +64,5 @@ def _one_line(boxed: str) -> str:
         if not line and message:
             break
         message.append(line)
-    return " ".join(" ".join(message or [title]).split())
+    text = " ".join(" ".join(message or [title]).split())
+    return re.sub(r"^Error parsing \w+Config: ", "", text)

@@ -100,10 +100,17 @@ def new_flags(flags: Sequence[str]) -> list[str]:
             if (today := _new_path(path)) != path:
                 name = today.replace("_", "-")
                 _log.warning("Flag --%s is deprecated, use --%s", path.replace("_", "-"), name)
-            new.append(f"--{name}{equals}{OLD_VALUES.get(path, {}).get(value, value)}")
+            new.append(f"--{name}{equals}{_new_value(path, value)}")
         else:
-            new.append(OLD_VALUES.get(path, {}).get(flag, flag))
+            new.append(_new_value(path, flag))
     return new
+
+
+def _new_value(path: str, value: str) -> str:
+    today = OLD_VALUES.get(path, {}).get(value, value)
+    if today != value:
+        _log.warning("Value %s of --%s is deprecated, use %s", value, path.replace("_", "-"), today)
+    return today
 
 
 def _new_path(path: str) -> str:
