@@ -9,7 +9,7 @@ from typing import Any, Final
 from dsmoe_jax.checkpoint.manifest import is_native
 from dsmoe_jax.checkpoint.native import load, save
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.errors import check_choice
 from dsmoe_jax.storage.atomic_dir import check_new_path, staging_path
 from dsmoe_jax.storage.locks import lock_name
 from dsmoe_jax.storage.paths import user_path
@@ -42,8 +42,7 @@ def merge_to(
     Raises:
         DSMoEError: `output_dir` exists, or the checkpoint or adapter is invalid.
     """
-    if layout not in LAYOUTS:
-        raise DSMoEError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    check_choice("layout", layout, LAYOUTS)
     checkpoint, output_dir = user_path(checkpoint, "checkpoint"), check_new_path(output_dir)
     scratch = output_dir.with_name(f".{output_dir.name}.merging")
     native = output_dir if layout == "native" else scratch

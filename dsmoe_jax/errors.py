@@ -1,4 +1,6 @@
-"""The exception for invalid input: `DSMoEError`."""
+"""Invalid input: the exception `DSMoEError`, and `check_choice`."""
+
+from collections.abc import Iterable
 
 
 class DSMoEError(ValueError):
@@ -6,3 +8,10 @@ class DSMoEError(ValueError):
 
     The command line prints it and exits with code 2. Any other exception except `OSError` is a bug.
     """
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise `DSMoEError` unless the value of `name` is one of the choices."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise DSMoEError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -20,7 +20,7 @@ from dsmoe_jax.checkpoint.manifest import PARAMETERS
 from dsmoe_jax.checkpoint.native import as_dtype, check_names_and_shapes, open_checkpoint
 from dsmoe_jax.checkpoint.zarr_io import open_array
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.errors import DSMoEError, check_choice
 from dsmoe_jax.kernels.codebooks import DYNAMIC, NF4, nearest
 from dsmoe_jax.kernels.operand import LowRank, Operand, Quantized
 from dsmoe_jax.model import abstract, shardings
@@ -131,8 +131,7 @@ def _encode(
 
 
 def _scheme(name: str, into: int, weight: str) -> Scheme:
-    if name not in SCHEMES:
-        raise DSMoEError(f"scheme must be one of {', '.join(SCHEMES)}, got {name!r}")
+    check_choice("scheme", name, SCHEMES)
     if SCHEMES[name].codebook is not None and into % 2:
         raise DSMoEError(f"{weight} must have rows of even length for {name}, got {into}")
     return SCHEMES[name]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.errors import DSMoEError, check_choice
 
 
 def check_choices(config: Any, prefix: str = "") -> None:
@@ -14,8 +14,8 @@ def check_choices(config: Any, prefix: str = "") -> None:
             if get_origin(literal) is not Literal:
                 continue
             for one in value if isinstance(value, tuple) else (value,):
-                if one is not None and one not in get_args(literal):
-                    raise DSMoEError(f"{prefix}{name} must be one of {', '.join(get_args(literal))}, got {one!r}")
+                if one is not None:
+                    check_choice(f"{prefix}{name}", one, get_args(literal))
 
 
 def check_minimum(config: Any, minimum: Mapping[str, int], prefix: str = "") -> None:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import tyro
 
-from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.errors import DSMoEError, check_choice
 from dsmoe_jax.lora import LoraConfig
 
 from .config import RunConfig
@@ -46,8 +46,7 @@ def parse_finetuning(checkpoint: str, flags: Sequence[str]) -> tuple[FinetuneCon
         known, rest = parser.parse_known_args(list(flags))
     except argparse.ArgumentError as error:
         raise DSMoEError(str(error)) from None
-    if known.recipe not in FINETUNING:
-        raise DSMoEError(f"recipe must be one of {', '.join(FINETUNING)}, got {known.recipe!r}")
+    check_choice("recipe", known.recipe, FINETUNING)
     recipe = dataclasses.replace(FINETUNING[known.recipe](), init_from=checkpoint)
     if recipe.lora is None and any(flag == "--lora" or flag.startswith("--lora.") for flag in rest):
         recipe = dataclasses.replace(recipe, lora=LoraConfig())

@@ -16,7 +16,7 @@ from dsmoe_jax import __version__
 from dsmoe_jax.cli.flags import ARGUMENTS, MODEL, SAMPLING, Argument
 from dsmoe_jax.cli.interrupts import interrupts
 from dsmoe_jax.cli.streams import flush_or_discard, open_standard_streams, print_error, print_status, reader_has_left
-from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.errors import DSMoEError, check_choice
 from dsmoe_jax.progress import bar
 from dsmoe_jax.xla_options import set_environment
 
@@ -157,8 +157,7 @@ def _pretrain(args: argparse.Namespace) -> None:
     from dsmoe_jax.train.flags import parse
     from dsmoe_jax.train.recipes import RECIPES
 
-    if args.recipe not in RECIPES:
-        raise DSMoEError(f"recipe must be one of {', '.join(RECIPES)}, got {args.recipe!r}")
+    check_choice("recipe", args.recipe, RECIPES)
     _train(parse(RECIPES[args.recipe](), args.flags, prog=f"dsmoe pretrain {args.recipe}"), args.recipe, args)
 
 

@@ -15,7 +15,7 @@ from dsmoe_jax.checkpoint.manifest import is_native, read_manifest
 from dsmoe_jax.checkpoint.native import DTYPES
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import stored_dtypes
-from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.errors import check_choice
 from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.model import abstract, shardings
 from dsmoe_jax.quantize import SCHEMES, kind_of, quantized_spec
@@ -55,8 +55,8 @@ class MemoryPlan(NamedTuple):
         upcast: bool = False,
     ) -> "MemoryPlan":
         """Compute the memory of a `Generator` with these options; `upcast`: as `upcast_for_cpu`."""
-        if quantize is not None and quantize not in SCHEMES:
-            raise DSMoEError(f"quantize must be one of {', '.join(SCHEMES)}, got {quantize!r}")
+        if quantize is not None:
+            check_choice("quantize", quantize, SCHEMES)
         mesh = as_mesh(mesh)
         dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(abstract(config)[1], dtype)
         widen = lambda stored: jnp.float32 if upcast and jnp.dtype(stored).itemsize < 4 else stored  # noqa: E731

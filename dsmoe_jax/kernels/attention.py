@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dsmoe_jax.axes import Array, Bool, Float, PRNGKeyArray
-from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.errors import check_choice
 
 VARIABLE: Final = "DSMOE_ATTENTION_BACKEND"  # the default backend
 # `plain`: XLA, in chunks of queries; the default, as neither has been measured on a GPU. `cudnn`: NVIDIA's flash
@@ -41,8 +41,7 @@ def attention(
     `causal` asserts that the mask is causal (so T = S), which skips the scores above the diagonal.
     """
     T, backend = q.shape[1], backend or os.environ.get(VARIABLE) or "plain"
-    if backend not in BACKENDS:
-        raise DSMoEError(f"attention backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_choice("attention backend", backend, BACKENDS)
     dropping = bool(dropout) and dropout_key is not None
     if not causal:
         return _attention(q, k, v, mask, dropout, dropout_key)

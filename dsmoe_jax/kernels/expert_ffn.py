@@ -16,7 +16,7 @@ import numpy as np
 from jax.core import Tracer
 
 from dsmoe_jax.axes import Array, Float, Int
-from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.errors import DSMoEError, check_choice
 from dsmoe_jax.kernels import batched, block_loop, plain, tuning
 from dsmoe_jax.kernels.operand import Experts, GradMask, Inputs, Operand, shape
 from dsmoe_jax.kernels.tuning import Legs
@@ -169,8 +169,7 @@ def parse_backend(backend: str | None) -> Legs | None:
         return None
     names = backend.split(",")
     for name in names:
-        if name not in BACKENDS:
-            raise DSMoEError(f"expert_ffn backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+        check_choice("expert_ffn backend", name, BACKENDS)
     if len(names) not in (1, len(Legs._fields)):
         raise DSMoEError(f"expert_ffn backend must be one name or {','.join(Legs._fields)}, got {backend!r}")
     return Legs(*(names * 3)[:3])

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dsmoe_jax.axes import Array, Float, Int
-from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.errors import DSMoEError, check_choice
 
 _Dims = jax.lax.RaggedDotDimensionNumbers
 _FWD: Final = _Dims((([1], [2]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0])
@@ -56,8 +56,7 @@ def tgmm(
 
 def available(implementation: str) -> str | None:
     """Return None if the implementation can run on the default device, or else the reason, in one line."""
-    if implementation not in IMPLEMENTATIONS:
-        raise DSMoEError(f"grouped matmul must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
+    check_choice("grouped matmul", implementation, IMPLEMENTATIONS)
     platforms, modules, gpu_modules = _NEEDS[implementation]
     platform = jax.default_backend()
     if platforms and platform not in platforms:

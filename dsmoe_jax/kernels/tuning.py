@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 import jax
 
-from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.errors import DSMoEError, check_choice
 from dsmoe_jax.storage.strict_json import parse_json, read_json
 
 
@@ -89,7 +89,7 @@ def _check(where: str, value: Any, levels: Sequence[tuple[str, Sequence[str] | N
     if deeper and not isinstance(value, dict):
         raise DSMoEError(f"{where} must be an object, got {value!r}")
     for name in value if deeper else (value,):
-        if known is not None and name not in known:
-            raise DSMoEError(f"{where}: {what} must be one of {', '.join(known)}, got {name!r}")
+        if known is not None:
+            check_choice(f"{where}: {what}", name, known)
         if deeper:
             _check(f"{where}, {name}", value[name], deeper)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from dsmoe_jax.axes import Array, Bool, Float, Int
-from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.errors import DSMoEError, check_choice
 from dsmoe_jax.kernels import expert_ffn as ffn
 from dsmoe_jax.kernels import few_tokens
 from dsmoe_jax.kernels.operand import EXPERT_AXES, Experts, GradMask, Inputs, LowRank, Quantized, leaf_axes, range_of
@@ -48,8 +48,8 @@ class DispatchConfig:
 
     def __post_init__(self) -> None:
         """Validate the fields."""
-        if self.strategy not in (None, *STRATEGIES):
-            raise DSMoEError(f"dispatch.strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
+        if self.strategy is not None:
+            check_choice("dispatch.strategy", self.strategy, STRATEGIES)
         if self.buffer_factor is not None and not self.buffer_factor > 0:
             raise DSMoEError(f"dispatch.buffer_factor must be positive, got {self.buffer_factor}")
         if self.backend:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.errors import DSMoEError, check_choice
 
 from ..loss import IGNORED
 from .shards import TokenShards
@@ -43,8 +43,7 @@ class Packing(abc.ABC):
         """Raise `DSMoEError` for an invalid shape or choice."""
         if sequence_length < 1:
             raise DSMoEError(f"sequence_length must be at least 1, got {sequence_length}")
-        if packing not in cls.CHOICES:
-            raise DSMoEError(f"packing must be one of {', '.join(cls.CHOICES)}, got {packing!r}")
+        check_choice("packing", packing, cls.CHOICES)
 
     @classmethod
     @abc.abstractmethod

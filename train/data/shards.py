@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.errors import DSMoEError, check_choice
 from dsmoe_jax.storage.manifest import HashCache, check_files, hash_json, read_manifest
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.storage.strict_json import read_json
@@ -104,8 +104,7 @@ class TokenShards:
             DSMoEError: The folder holds no token shards, or a file is missing or damaged.
         """
         folder = user_path(folder, "folder")
-        if split not in SPLITS:
-            raise DSMoEError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+        check_choice("split", split, SPLITS)
         manifest = _read_manifest(folder)
         entry = manifest["splits"][split]
         names = [name for shard in entry["shards"] for name in shard.values()]

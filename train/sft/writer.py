@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.errors import DSMoEError, check_choice
 from dsmoe_jax.progress import silent
 
 from ..data.sources import read_source
@@ -62,9 +62,9 @@ def write_examples(
         DSMoEError: An argument, a source, the tokenizer or the template is invalid, the output exists, or the disk is
             full.
     """
-    _check_choice("format", format, (AUTO, *FORMATS))
-    _check_choice("train_on", train_on, TRAIN_ON)
-    _check_choice("excess_length_strategy", excess_length_strategy, EXCESS_LENGTH_STRATEGIES)
+    check_choice("format", format, (AUTO, *FORMATS))
+    check_choice("train_on", train_on, TRAIN_ON)
+    check_choice("excess_length_strategy", excess_length_strategy, EXCESS_LENGTH_STRATEGIES)
     if sequence_length < 2:
         raise DSMoEError(f"sequence_length must be at least 2, a token and its label, got {sequence_length}")
     render = open_template(template)
@@ -111,8 +111,3 @@ def write_examples(
         limit = f"longer than {sequence_length} tokens, the longest {longest}"
         _log.warning("%s: %s %d of %d examples (%s)", out, done, overlong, count, limit)
     return writer.stats()._replace(overlong=overlong)
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise DSMoEError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
