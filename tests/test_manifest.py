@@ -136,9 +136,9 @@ def test_malformed_files_are_rejected(folder: Path, listed: Any):
 def test_older_manifests_are_read(folder: Path):
     (folder / "manifest.json").write_text('{"format": 1, "facts": 7}')
 
-    fields = read_manifest(folder / "manifest.json", 1, require_hash=False, renamed={"facts": "metadata"})
+    fields = read_manifest(folder / "manifest.json", 1, require_hash=False)
 
-    assert fields["metadata"] == 7
+    assert fields["facts"] == 7
 
 
 def test_listed_files_are_checked_where_there_is_a_manifest(folder: Path):

@@ -3,11 +3,7 @@
 They are started once, on loopback, and run all scenarios of `PROGRAM`; each test checks one.
 """
 
-import contextlib
 import json
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +12,7 @@ from dsmoe_jax.checkpoint.native import load, save
 from dsmoe_jax.model import DeepSeekMoE
 from dsmoe_jax.text.train_tokenizer import train_tokenizer
 from tests.helpers.hf_folder import tiny
+from tests.helpers.processes import run_two
 
 pytestmark = pytest.mark.heavy
 
@@ -27,8 +24,6 @@ OTHER_FAILED = "DSMoEError: another process failed; see its log"
 PROGRAM = """
 import json, os, sys
 index, coordinator, home = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
-os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(coordinator, num_processes=2, process_id=index)
@@ -92,16 +87,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def seen(home: Path) -> list[dict[str, str]]:
     """Outcome of each scenario, per process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    with contextlib.ExitStack() as stack:
-        started = []
-        for i in range(2):
-            command = [sys.executable, "-c", PROGRAM, str(i), coordinator, str(home)]
-            started.append(stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)))
-            stack.callback(started[-1].kill)
-        return [json.loads(process.communicate(timeout=TIMEOUT)[0].strip().split("\n")[-1]) for process in started]
+    return [json.loads(output.strip().split("\n")[-1]) for output in run_two(PROGRAM, str(home), timeout=TIMEOUT)]
 
 
 def test_two_processes_save_the_checkpoint_of_one(seen: list[dict[str, str]], home: Path, tmp_path: Path):

@@ -383,7 +383,7 @@ def _generation(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 def _instructions(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.benchmarks import instructions
 
-    for name, size in {"TRAINED": 8, "ASKED": 2}.items():
+    for name, size in {"TRAINED": 8, "EVALUATED": 2}.items():
         monkeypatch.setattr(instructions, name, size)
     ways = ("--ways", *list(instructions.WAYS)[:2])
     called("instructions", instructions.main, "--steps", "1", *ways)(arguments or ["runs/tiny/model"], monkeypatch)

@@ -8,8 +8,8 @@ from typing import Final
 from dsmoe_jax.axes import Array
 from dsmoe_jax.checkpoint.manifest import RECORD, read_evaluation_record
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.storage.atomic_dir import recover_folder, replace_folder, write_json
-from dsmoe_jax.storage.manifest import add_hash, hash_file
+from dsmoe_jax.storage.atomic_dir import recover_folder, replace_folder
+from dsmoe_jax.storage.manifest import hash_tree, write_manifest
 
 from .distributed import on_process_0
 from .job import Job
@@ -53,9 +53,7 @@ class Best:
             return
 
         def add_record(folder: Path) -> None:
-            names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-            files = {name.as_posix(): hash_file(folder / name) for name in names}
-            write_json(folder / RECORD, add_hash({"step": step, "loss": loss, "files": files}))
+            write_manifest(folder / RECORD, {"step": step, "loss": loss, "files": hash_tree(folder)})
 
         replace_result(self._folder, self._job, params, add_record)
         self._loss = loss

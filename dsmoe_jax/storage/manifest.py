@@ -12,7 +12,6 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from dsmoe_jax.errors import DSMoEError
@@ -46,20 +45,14 @@ def write_manifest(path: Path, fields: Mapping[str, Any]) -> str:
 
 
 def read_manifest(
-    path: Path,
-    version: int | str | None,
-    *,
-    verify: bool = True,
-    require_hash: bool = True,
-    renamed: Mapping[str, str] = MappingProxyType({}),
+    path: Path, version: int | str | None, *, verify: bool = True, require_hash: bool = True
 ) -> dict[str, Any]:
-    """Read and check a manifest; `version` None allows any format, `renamed` maps field names of older manifests."""
+    """Read and check a manifest; `version` None allows any format."""
     fields = read_json(path)
     if version is not None and fields.get("format") != version:
         raise DSMoEError(f"{path}: format must be {version!r}, got {fields.get('format')!r:.80}")
     if verify and not matches_own_hash(fields, required=require_hash):
         raise DSMoEError(f"{path.parent}: damaged: {path.name!r} {MISMATCH}")
-    fields = {renamed.get(name, name): value for name, value in fields.items()}
     files = fields.get("files", {})
     if not isinstance(files, dict):
         raise DSMoEError(f"{path}: `files` must be an object, got {files!r:.80}")

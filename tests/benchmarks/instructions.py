@@ -19,7 +19,7 @@ from dsmoe_jax.train.finetune import ExamplesConfig, FinetuneConfig
 from dsmoe_jax.train.loop import run
 from dsmoe_jax.train.optimizer import OptimizerConfig
 
-TRAINED, ASKED = 4000, 200
+TRAINED, EVALUATED = 4000, 200
 LORA: Final = LoraConfig(r=16, lora_alpha=32)
 WAYS: Final[dict[str, dict[str, Any]]] = {
     "full": {"lora": None},
@@ -38,12 +38,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     args = parser.parse_args()
-    rows = examples(TRAINED + ASKED)
+    rows = examples(TRAINED + EVALUATED)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "train.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows[:TRAINED]))
         print("| way | exact answers | minutes | updates skipped |\n| --- | --- | --- | --- |")
-        print(f"| before | {score(args.checkpoint, rows[TRAINED:])} of {ASKED} | | |", flush=True)
+        print(f"| before | {score(args.checkpoint, rows[TRAINED:])} of {EVALUATED} | | |", flush=True)
         for way in args.ways:
             config = FinetuneConfig(
                 output_dir=f"{folder}/{way}",
@@ -61,7 +61,7 @@ def main() -> None:
             minutes = (time.perf_counter() - started) / 60
             adapter = None if WAYS[way]["lora"] is None else result.model
             found = score(result.model if adapter is None else args.checkpoint, rows[TRAINED:], adapter)
-            print(f"| {way} | {found} of {ASKED} | {minutes:.1f} | {result.total_skips} |", flush=True)
+            print(f"| {way} | {found} of {EVALUATED} | {minutes:.1f} | {result.total_skips} |", flush=True)
 
 
 def examples(count: int) -> list[dict[str, str]]:
