@@ -26,15 +26,16 @@ from dsmoe_jax.text.generation_config import GENERATION_CONFIG
 from dsmoe_jax.text.special_ids import SPECIAL_IDS, drop_ids_outside_vocab, ids_for_export
 
 from .cast import Cast, CastStats, ConversionReport
-from .importer import AUTO_MAP, CODE, extra_files, read_special_ids
+from .importer import AUTO_MAP, MODELING, extra_files, read_special_ids
 from .param_mapping import export_order
 from .reader import SAFETENSORS_DTYPES
 
 _INDEX: Final = "model.safetensors.index.json"
 _UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _CODES: Final = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
-# Config class for transformers' AutoConfig, which has no model_type "deepseek"; vLLM and SGLang load it first.
-_CODE: Final = Path(__file__).with_name("configuration_deepseek.py.txt")
+# Code for transformers, which has no model_type "deepseek": the config class, which vLLM and SGLang load first, and the
+# model. Templates end in .txt, so that nothing imports them here.
+_TEMPLATES: Final = Path(__file__).parent
 _log = logging.getLogger(__name__)
 
 
@@ -48,8 +49,8 @@ class NativeReader:
         check_tensor_count(folder, self.config, len(self.manifest.tensors))
         shapes = {name: tuple(tensor["shape"]) for name, tensor in self.manifest.tensors.items()}
         check_names_and_shapes(folder, {name: spec.shape for name, spec in abstract(self.config)[1].items()}, shapes)
-        self._arrays = {name: open_array(folder / PARAMETERS, name) for name in shapes}
-        for name, array in self._arrays.items():
+        self.arrays = {name: open_array(folder / PARAMETERS, name) for name in shapes}
+        for name, array in self.arrays.items():
             if (dtype := self.manifest.tensors[name]["dtype"]) != array.dtype.name or array.shape != shapes[name]:
                 found = f"{array.dtype} {list(array.shape)}"
                 raise DSMoEError(f"{folder}: tensor {name} is {found}, {dtype} in the manifest")
@@ -58,7 +59,7 @@ class NativeReader:
     def read(self, hf_name: str) -> np.ndarray:
         """Return a view of a tensor."""
         ours, expert = self.order[hf_name]
-        return self._arrays[ours] if expert is None else self._arrays[ours][expert]
+        return self.arrays[ours] if expert is None else self.arrays[ours][expert]
 
 
 def export_hf(
@@ -67,6 +68,7 @@ def export_hf(
     *,
     max_shard_size: int | str = "5GB",
     dtype: Any = None,
+    with_modeling: bool = False,
     progress: Meter = silent,
 ) -> ConversionReport:
     """Export a native checkpoint as a Hugging Face folder: safetensors, index, config and tokenizer.
@@ -79,6 +81,8 @@ def export_hf(
         output_dir: New folder.
         max_shard_size: Maximum size of a file in bytes, or "5GB", "500MB", "2GiB".
         dtype: "float32", "bfloat16" or "float16" to cast; default: the stored dtypes.
+        with_modeling: Add PyTorch code of the model, so that transformers' `AutoModelForCausalLM` opens the folder with
+            `trust_remote_code=True`.
         progress: Progress meter.
 
     Returns:
@@ -122,7 +126,8 @@ def export_hf(
             shutil.copyfile(path, draft.folder / path.name)
         weight_map = {name: file for file, names in shards.items() for name in names}
         write_json(draft.folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        _write_configs(draft.folder, ids_for_export(config.to_dict(), tokenizer, config.vocab_size), generation_config)
+        fields = ids_for_export(config.to_dict(), tokenizer, config.vocab_size)
+        _write_configs(draft.folder, fields, generation_config, AUTO_MAP | (MODELING if with_modeling else {}))
     seconds, checksum = time.perf_counter() - started, "verified every tensor against the manifest's SHA-256"
     return ConversionReport(output_dir, len(reader.order), total, reused, seconds, stats, checksum)
 
@@ -179,8 +184,10 @@ def _header(names: list[str], reader: NativeReader, dtype: np.dtype | None) -> b
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_configs(folder: Path, fields: dict[str, Any], generation_config: dict[str, Any] | None) -> None:
-    """Write the generation config without invalid ids, the config class and, last, config.json, which loaders find."""
+def _write_configs(
+    folder: Path, fields: dict[str, Any], generation_config: dict[str, Any] | None, auto_map: dict[str, str]
+) -> None:
+    """Write the generation config without invalid ids, the code and, last, config.json, which loaders look for."""
     path = folder / GENERATION_CONFIG
     if generation_config is None:
         present = {name: fields[name] for name in SPECIAL_IDS if fields[name] is not None}
@@ -189,5 +196,6 @@ def _write_configs(folder: Path, fields: dict[str, Any], generation_config: dict
         dropped = (name for name in SPECIAL_IDS if generation_config.get(name) and cleaned[name] is None)
         path.unlink()
         write_json(path, cleaned | {name: fields[name] for name in dropped})
-    (folder / CODE).write_bytes(_CODE.read_bytes())
-    write_json(folder / "config.json", fields | {"auto_map": AUTO_MAP})
+    for module in {target.partition(".")[0] for target in auto_map.values()}:
+        shutil.copyfile(_TEMPLATES / f"{module}.py.txt", folder / f"{module}.py")
+    write_json(folder / "config.json", fields | {"auto_map": auto_map})

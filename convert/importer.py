@@ -41,9 +41,12 @@ from .tensor_info import quote
 from .tensor_names import normalize_names
 
 _ADAPTER: Final = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-# The config class that exports include; see exporter.py. It is never copied or run on import.
-CODE: Final = "configuration_deepseek.py"
+# The code that exports include; see exporter.py. It is never copied or run on import.
 AUTO_MAP: Final = {"AutoConfig": "configuration_deepseek.DeepseekConfig"}
+MODELING: Final = {
+    "AutoModel": "modeling_deepseek.DeepseekModel",
+    "AutoModelForCausalLM": "modeling_deepseek.DeepseekForCausalLM",
+}
 _log = logging.getLogger(__name__)
 
 

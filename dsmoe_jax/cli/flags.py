@@ -31,6 +31,7 @@ _FILE: Final = "prompts, a JSON object per line: prompt, token_ids or messages; 
 _FLAGS: Final = "fields of the config; `dsmoe {} --help` lists them"
 _FINETUNE: Final = "--data FILE … [--recipe NAME] [--lora] [--show N]"
 _BIAS: Final = "add VALUE in [-100, 100] to the logit of token ID; repeatable"
+_MODELING: Final = "add PyTorch code, so that AutoModelForCausalLM opens the folder with trust_remote_code=True"
 _STOP_ID: Final = "end the output after this token; repeatable"
 _INT: Final = {"type": int, "metavar": "N"}
 _FLOAT: Final = {"type": float, "metavar": "X"}
@@ -81,6 +82,7 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
         _arg("native", "native checkpoint", "NATIVE"),
         _arg("out", "Hugging Face folder to create", "OUT"),
         _arg("--max-shard-size", "maximum size of a file; default: 5GB", "SIZE", default="5GB"),
+        _arg("--with-modeling", _MODELING, action="store_true"),
         _CAST,
     ),
     "verify": (

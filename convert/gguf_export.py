@@ -1,0 +1,203 @@
+"""Export a native checkpoint to a GGUF file, for llama.cpp. Start at `export_gguf`."""
+
+import hashlib
+import importlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Final, NamedTuple
+
+import numpy as np
+
+from dsmoe_jax.checkpoint.native import as_dtype
+from dsmoe_jax.checkpoint.zarr_io import raw_bytes, row_chunks
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.errors import DSMoEError, check_choice
+from dsmoe_jax.progress import Advance, Meter, silent
+from dsmoe_jax.storage.atomic_dir import check_new_path
+from dsmoe_jax.storage.atomic_file import atomic_file
+from dsmoe_jax.storage.paths import user_path
+
+from .cast import Cast, CastStats, ConversionReport
+from .exporter import NativeReader
+from .gguf_tokenizer import add_tokenizer
+
+# fmt: off
+_GGUF_NAME: Final = {
+    # ours                                llama.cpp's
+    "embed":                              "token_embd.weight",
+    "layers.{i}.attention_norm.weight":   "blk.{i}.attn_norm.weight",
+    "layers.{i}.attention.q.weight":      "blk.{i}.attn_q.weight",
+    "layers.{i}.attention.k.weight":      "blk.{i}.attn_k.weight",
+    "layers.{i}.attention.v.weight":      "blk.{i}.attn_v.weight",
+    "layers.{i}.attention.o.weight":      "blk.{i}.attn_output.weight",
+    "layers.{i}.ffn_norm.weight":         "blk.{i}.ffn_norm.weight",
+    "layers.{i}.mlp.gate.weight":         "blk.{i}.ffn_gate.weight",
+    "layers.{i}.mlp.up.weight":           "blk.{i}.ffn_up.weight",
+    "layers.{i}.mlp.down.weight":         "blk.{i}.ffn_down.weight",
+    "layers.{i}.moe.router.weight":       "blk.{i}.ffn_gate_inp.weight",
+    "layers.{i}.moe.experts.gate":        "blk.{i}.ffn_gate_exps.weight",
+    "layers.{i}.moe.experts.up":          "blk.{i}.ffn_up_exps.weight",
+    "layers.{i}.moe.experts.down":        "blk.{i}.ffn_down_exps.weight",
+    "layers.{i}.moe.shared.gate.weight":  "blk.{i}.ffn_gate_shexp.weight",
+    "layers.{i}.moe.shared.up.weight":    "blk.{i}.ffn_up_shexp.weight",
+    "layers.{i}.moe.shared.down.weight":  "blk.{i}.ffn_down_shexp.weight",
+    "norm.weight":                        "output_norm.weight",
+    "head.weight":                        "output.weight",
+}
+_TYPE: Final = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+_DTYPE: Final = {kind: dtype for dtype, kind in _TYPE.items()}
+# What llama.cpp's architecture "deepseek" does not compute, or computes otherwise without an error.
+_UNSUPPORTED: Final[dict[str, Callable[[ModelConfig], bool]]] = {
+    "norm_topk_prob":    lambda config: config.norm_topk_prob and (config.num_experts_per_tok or 0) > 1,
+    "rope_scaling":      lambda config: config.rope_scaling is not None,
+    "attention_bias":    lambda config: config.attention_bias,
+    "hidden_act":        lambda config: config.hidden_act not in ("silu", "swish"),
+    "moe_layer_freq":    lambda config: config.moe_layer_freq != 1,
+    "n_routed_experts":  lambda config: not config.n_routed_experts,
+    "n_shared_experts":  lambda config: not config.n_shared_experts,
+}
+# fmt: on
+_CHUNK_BYTES: Final = 1 << 22
+_BLOCK: Final = 32  # values of a row that share a scale in q8_0
+
+
+class _Tensor(NamedTuple):
+    """A tensor of the file."""
+
+    name: str
+    ours: str
+    source: np.ndarray  # memory-mapped
+    type: str  # of `gguf.GGMLQuantizationType`
+    heads: int  # of a query or key projection, else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the file."""
+        if self.type == "Q8_0":
+            return self.source.size // _BLOCK * (_BLOCK + 2)
+        return self.source.size * (4 if self.type == "F32" else 2)
+
+
+def export_gguf(
+    native: str | Path, output: str | Path, *, dtype: str | None = None, progress: Meter = silent
+) -> ConversionReport:
+    """Export a native checkpoint as one GGUF file with its tokenizer, for llama.cpp.
+
+    Norms and routers are stored in float32. Each tensor is checked against its SHA-256 in the manifest.
+
+    Args:
+        native: Native checkpoint.
+        output: New file.
+        dtype: "float32", "bfloat16", "float16" or "q8_0"; default: the stored dtypes.
+        progress: Progress meter.
+
+    Returns:
+        What was written.
+
+    Raises:
+        DSMoEError: `output` exists, the checkpoint is damaged, or llama.cpp does not support its config or tokenizer.
+    """
+    started = time.perf_counter()
+    if dtype is not None:
+        check_choice("dtype", dtype, _TYPE)
+    try:
+        gguf = importlib.import_module("gguf")
+    except ImportError:
+        raise DSMoEError("GGUF needs the package gguf: pip install 'dsmoe_jax[gguf]'") from None
+    output = check_new_path(output)
+    reader = NativeReader(user_path(native, "checkpoint"))
+    _check_supported(reader.folder, reader.config)
+    tensors = list(_tensors(reader, dtype))
+    total, stats = sum(tensor.nbytes for tensor in tensors), CastStats()
+    with atomic_file(output, needs=total) as staging, progress("exporting", total) as advance:
+        writer = gguf.GGUFWriter(staging, "deepseek")
+        _add_config(writer, reader)
+        add_tokenizer(gguf, writer, reader.folder, reader.config)
+        for tensor in tensors:
+            kind = gguf.GGMLQuantizationType[tensor.type]
+            writer.add_tensor_info(tensor.name, tensor.source.shape, np.dtype(np.float32), tensor.nbytes, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        (file,) = writer.fout
+        for tensor in tensors:
+            writer.write_padding(file, file.tell())
+            stats += _write(gguf, file, tensor, reader, advance)
+            writer.write_padding(file, tensor.nbytes)
+        writer.close()
+    checksum = "verified every tensor against the manifest's SHA-256"
+    return ConversionReport(output, len(tensors), total, 0, time.perf_counter() - started, stats, checksum)
+
+
+def _check_supported(folder: Path, config: ModelConfig) -> None:
+    """Refuse a config that llama.cpp does not compute, or computes otherwise without an error."""
+    for name, is_unsupported in _UNSUPPORTED.items():
+        if is_unsupported(config):
+            value = getattr(config, name)
+            raise DSMoEError(f"{folder}: llama.cpp's architecture 'deepseek' does not support {name} {value!r}")
+
+
+def _tensors(reader: NativeReader, dtype: str | None) -> Iterator[_Tensor]:
+    """Yield the tensors in the order of the file."""
+    config = reader.config
+    heads = {"q": config.num_attention_heads, "k": config.num_kv_heads}
+    for ours, array in reader.arrays.items():
+        layer, pattern = re.search(r"layers\.(\d+)", ours), re.sub(r"layers\.\d+", "layers.{i}", ours)
+        name = _GGUF_NAME[pattern].replace("{i}", layer[1] if layer else "")
+        kind = _TYPE[dtype or array.dtype.name]
+        if array.ndim == 1 or pattern.endswith("router.weight"):
+            kind = "F32"
+        elif kind == "Q8_0" and array.shape[-1] % _BLOCK:
+            kind = "F16"  # as llama.cpp does
+        projection = re.search(r"attention\.([qk])\.weight", ours)
+        yield _Tensor(name, ours, array, kind, heads[projection[1]] if projection else 0)
+        if ours == "embed" and config.tie_word_embeddings:  # llama.cpp requires a head
+            yield _Tensor("output.weight", ours, array, kind, 0)
+
+
+def _write(gguf: Any, file: BinaryIO, tensor: _Tensor, reader: NativeReader, advance: Advance) -> CastStats:
+    """Write the data of a tensor in chunks."""
+    digest, cast = hashlib.sha256(), Cast(None if tensor.type == "Q8_0" else as_dtype(_DTYPE[tensor.type]))
+    for chunk in [tensor.source] if tensor.heads else row_chunks(tensor.source):
+        digest.update(raw_bytes(chunk))
+        if tensor.heads:
+            chunk = _interleave(chunk, tensor.heads)
+        for rows in row_chunks(chunk.reshape(-1, chunk.shape[-1]), _CHUNK_BYTES):
+            if tensor.type == "Q8_0":
+                encoded = gguf.quantize(rows.astype(np.float32), gguf.GGMLQuantizationType.Q8_0)
+            else:
+                encoded = cast(rows)
+            file.write(raw_bytes(encoded))
+            advance(encoded.nbytes)
+    if digest.hexdigest() != reader.manifest.tensors[tensor.ours].get("sha256"):
+        raise DSMoEError(f"{reader.folder}: damaged checkpoint: SHA-256 mismatch of tensor {tensor.ours}")
+    return cast.stats
+
+
+def _interleave(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Reorder the rows of a query or key projection: llama.cpp rotates neighbors, the model the halves of a head."""
+    return weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def _add_config(writer: Any, reader: NativeReader) -> None:
+    """Add the metadata of the model."""
+    config = reader.config
+    writer.add_name(reader.folder.resolve().name)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_leading_dense_block_count(min(config.first_k_dense_replace, config.num_hidden_layers))
+    writer.add_expert_count(config.n_routed_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_shared_count(config.n_shared_experts)
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer.add_expert_weights_scale(1.0)

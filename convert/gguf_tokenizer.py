@@ -1,0 +1,85 @@
+"""The tokenizer of a checkpoint as GGUF metadata: `add_tokenizer`."""
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.storage.manifest import hash_json
+from dsmoe_jax.storage.strict_json import read_json
+from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
+
+# llama.cpp's name of a pre-tokenizer, by the SHA-256 of its JSON in tokenizer.json.
+_PRE: Final = {
+    "5990693cd157d5b2abbe362cd9a0a103db4b3a87f7d029137ae0f1e70c1ee012": "gpt-2",  # ByteLevel, of `train_tokenizer`
+    "5f897854a756c679d23afdd63e0198976b8f127933de1f78856a0b4ab1d456f9": "deepseek-llm",
+}
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # llama.cpp's token types
+
+
+def add_tokenizer(gguf: Any, writer: Any, folder: Path, config: ModelConfig) -> None:
+    """Add vocabulary, merges, special tokens and chat template; without a tokenizer llama.cpp takes token ids only."""
+    if not tokenizer_files(folder):
+        writer.add_tokenizer_model("none")
+        return
+    tokenizer = Tokenizer.from_pretrained(folder)
+    add = _add_bpe if (folder / "tokenizer.json").is_file() else _add_sentencepiece
+    tokens, types = add(writer, folder)
+    if len(tokens) > config.vocab_size:
+        raise DSMoEError(f"{folder}: the tokenizer has {len(tokens)} tokens, the model {config.vocab_size}")
+    unused = range(len(tokens), config.vocab_size)
+    writer.add_token_list([*tokens, *(f"[PAD{i}]" for i in unused)])
+    writer.add_token_types([*types, *(_UNUSED for _ in unused)])
+    for name in ("bos", "eos", "pad"):
+        if (token := getattr(tokenizer, f"{name}_token_id")) is not None:
+            getattr(writer, f"add_{name}_token_id")(token)
+    ids = tokenizer.encode("a")
+    writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
+    if template := tokenizer.chat_templates.get("default"):
+        writer.add_chat_template(template)
+
+
+def _add_bpe(writer: Any, folder: Path) -> tuple[list[str], list[int]]:
+    """Add a byte-level BPE vocabulary; return its tokens and their types."""
+    path = folder / "tokenizer.json"
+    fields = read_json(path)
+    model, normalizer = fields["model"], fields.get("normalizer")
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        raise DSMoEError(f"{path}: llama.cpp needs byte-level BPE or a tokenizer.model, got {model.get('type')}")
+    if normalizer not in (None, {"type": "Sequence", "normalizers": []}):
+        raise DSMoEError(f"{path}: llama.cpp does not support normalizer {json.dumps(normalizer)[:80]}")
+    pre = _PRE.get(hash_json(fields.get("pre_tokenizer")))
+    if pre is None:
+        raise DSMoEError(f"{path}: llama.cpp has no pre-tokenizer equal to this one")
+    names = {i: token for token, i in model["vocab"].items()}
+    types = dict.fromkeys(names, _NORMAL)
+    for token in fields.get("added_tokens", ()):
+        names[token["id"]] = token["content"]
+        types[token["id"]] = _CONTROL if token["special"] else _USER_DEFINED
+    size = max(names) + 1
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    merges = model["merges"]
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    return [names.get(i, f"[PAD{i}]") for i in range(size)], [types.get(i, _UNUSED) for i in range(size)]
+
+
+def _add_sentencepiece(writer: Any, folder: Path) -> tuple[list[str], list[int]]:
+    """Add a sentencepiece vocabulary; return its pieces and their types."""
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    ids = range(model.vocab_size())
+    kinds = (
+        (_UNKNOWN, model.is_unknown),
+        (_CONTROL, model.is_control),
+        (_BYTE, model.is_byte),
+        (_UNUSED, model.is_unused),
+    )
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_scores([model.get_score(i) for i in ids])
+    types = [next((kind for kind, test in kinds if test(i)), _NORMAL) for i in ids]
+    return [model.id_to_piece(i) for i in ids], types
