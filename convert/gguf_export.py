@@ -1,5 +1,6 @@
 """Export a native checkpoint to a GGUF file, for llama.cpp. Start at `export_gguf`."""
 
+import contextlib
 import hashlib
 import importlib
 import re
@@ -112,21 +113,20 @@ def export_gguf(
     tensors = list(_tensors(reader, dtype))
     total, stats = sum(tensor.nbytes for tensor in tensors), CastStats()
     with atomic_file(output, needs=total) as staging, progress("exporting", total) as advance:
-        writer = gguf.GGUFWriter(staging, "deepseek")
-        _add_config(writer, reader)
-        add_tokenizer(gguf, writer, reader.folder, reader.config)
-        for tensor in tensors:
-            kind = gguf.GGMLQuantizationType[tensor.type]
-            writer.add_tensor_info(tensor.name, tensor.source.shape, np.dtype(np.float32), tensor.nbytes, kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        (file,) = writer.fout
-        for tensor in tensors:
-            writer.write_padding(file, file.tell())
-            stats += _write(gguf, file, tensor, reader, advance)
-            writer.write_padding(file, tensor.nbytes)
-        writer.close()
+        with contextlib.closing(gguf.GGUFWriter(staging, "deepseek")) as writer:
+            _add_config(writer, reader)
+            add_tokenizer(gguf, writer, reader.folder, reader.config)
+            for tensor in tensors:
+                kind = gguf.GGMLQuantizationType[tensor.type]
+                writer.add_tensor_info(tensor.name, tensor.source.shape, np.dtype(np.float32), tensor.nbytes, kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            (file,) = writer.fout
+            for tensor in tensors:
+                writer.write_padding(file, file.tell())
+                stats += _write(gguf, file, tensor, reader, advance)
+                writer.write_padding(file, tensor.nbytes)
     checksum = "verified every tensor against the manifest's SHA-256"
     return ConversionReport(output, len(tensors), total, 0, time.perf_counter() - started, stats, checksum)
 

@@ -7,7 +7,6 @@ from typing import Any, Final
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.manifest import hash_json
-from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
 # llama.cpp's name of a pre-tokenizer, by the SHA-256 of its JSON in tokenizer.json.
@@ -44,7 +43,7 @@ def add_tokenizer(gguf: Any, writer: Any, folder: Path, config: ModelConfig) -> 
 def _add_bpe(writer: Any, folder: Path) -> tuple[list[str], list[int]]:
     """Add a byte-level BPE vocabulary; return its tokens and their types."""
     path = folder / "tokenizer.json"
-    fields = read_json(path)
+    fields = json.loads(path.read_bytes())  # the tokenizers library has read it
     model, normalizer = fields["model"], fields.get("normalizer")
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise DSMoEError(f"{path}: llama.cpp needs byte-level BPE or a tokenizer.model, got {model.get('type')}")

@@ -21,9 +21,13 @@ from tests.helpers import golden
 from tests.helpers.hf_folder import VARIANTS, make_tokenizer, random_params, tiny, write_hf
 
 pytest.importorskip("torch", reason="the reader is PyTorch: pip install -e '.[interop]'")
-transformers = pytest.importorskip("transformers", reason="the reader is transformers: pip install -e '.[interop]'")
+pytest.importorskip("transformers", reason="the reader is transformers: pip install -e '.[interop]'")
 import torch  # pyright: ignore[reportMissingImports]
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # pyright: ignore[reportMissingImports]
+from transformers import (  # pyright: ignore[reportMissingImports]
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch and transformers
 
