@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import threading
+from base64 import b64decode
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,6 +38,7 @@ class Repository:
     listing: str = ""  # a key of REFUSALS; "silent" hangs up, "garbage" is no JSON
     download: str = ""  # a key of REFUSALS, for the files
     cut: dict[str, int] = field(default_factory=dict)  # bytes of a file after which the connection breaks
+    private: bool = False
 
     def commit(self, files: Mapping[str, bytes], branch: str = "main") -> str:
         """Return the SHA of a new commit at the head of `branch`."""
@@ -60,6 +62,7 @@ class FakeHub:
         self.url = url
         self.repositories: dict[str, Repository] = {}
         self.requests: list[Request] = []
+        self.objects: dict[str, bytes] = {}  # large files by SHA-256
 
     def add(self, name: str, files: Mapping[str, bytes], **failure: Any) -> Repository:
         """Return a new repository with one commit."""
@@ -110,6 +113,62 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404)
 
     do_HEAD = do_GET  # noqa: N815
+
+    # Uploads, which need a token: a repository or branch is created, each file is uploaded by its SHA-256 or is part of
+    # the commit.
+    _CREATE = "/api/repos/create"
+    _UPLOAD = re.compile(r"/api/models/([^/]+/[^/]+)/(branch|preupload|commit)/([^/]+)")
+    _BATCH = re.compile(r"/([^/]+/[^/]+?)(?:\.git)?/info/lfs/objects/batch")
+
+    def do_POST(self) -> None:
+        hub: FakeHub = self.server.hub  # pyright: ignore[reportAttributeAccessIssue]
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = unquote(urlsplit(self.path).path)
+        lines = [json.loads(line) for line in body.splitlines() if line]
+        if not self.headers.get("Authorization"):
+            return self._send_error("absent")
+        if path == self._CREATE:
+            name = "/".join(filter(None, (lines[0].get("organization"), lines[0]["name"])))
+            if name in hub.repositories:
+                return self._answer(409, {}, b"{}")
+            hub.add(name, {}).private = bool(lines[0].get("private"))
+            return self._json({"url": f"{hub.url}/{name}", "id": name})
+        if match := self._BATCH.fullmatch(path):
+            return self._json({"transfer": "basic", "objects": [self._lfs(hub, one) for one in lines[0]["objects"]]})
+        match = self._UPLOAD.fullmatch(path)
+        repository = hub.repositories.get(match[1]) if match else None
+        if match is None or repository is None:
+            return self._send_error("absent")
+        if repository.listing:
+            return self._send_error(repository.listing)
+        if match[2] == "branch":
+            repository.branches.setdefault(match[3], repository.branches["main"])
+            self._json({})
+        elif match[2] == "preupload":
+            self._json({"files": [self._mode(file["path"]) for file in lines[0]["files"]]})
+        else:
+            files = dict(repository.commits[repository.branches[match[3]]])
+            for line in lines[1:]:
+                value = line["value"]
+                files[value["path"]] = b64decode(value["content"]) if line["key"] == "file" else hub.objects[value["oid"]]
+            sha = repository.commit(files, match[3])
+            self._json({"commitOid": sha, "commitUrl": f"{hub.url}/{match[1]}/commit/{sha}"})
+
+    def do_PUT(self) -> None:
+        hub: FakeHub = self.server.hub  # pyright: ignore[reportAttributeAccessIssue]
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        hub.objects[hashlib.sha256(data).hexdigest()] = data
+        self._answer(200)
+
+    def _lfs(self, hub: "FakeHub", entry: dict[str, Any]) -> dict[str, Any]:
+        actions = {"upload": {"href": f"{hub.url}/lfs/{entry['oid']}"}}
+        return {**entry, **({} if entry["oid"] in hub.objects else {"actions": actions})}
+
+    def _mode(self, path: str) -> dict[str, Any]:
+        return {"path": path, "uploadMode": "lfs" if path.endswith(LFS) else "regular", "shouldIgnore": False}
+
+    def _json(self, fields: dict[str, Any]) -> None:
+        self._answer(200, {"Content-Type": "application/json"}, json.dumps(fields).encode())
 
     def log_message(self, *_: Any) -> None:
         """Log nothing."""
