@@ -40,7 +40,7 @@ from dsmoe_jax.train.metrics import read_records
 from dsmoe_jax.train.optimizer import OptimizerConfig
 from dsmoe_jax.train.step import StepConfig
 from tests.helpers.hf_folder import flip_bit, tiny
-from tests.helpers.runs import losses
+from tests.helpers.runs import losses, share_steps
 
 pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("no_compilation_cache")]
 
@@ -114,6 +114,7 @@ def states(out: Path) -> dict[int, str]:
 def uninterrupted(home: Path) -> Path:
     """Output directory of an uninterrupted run."""
     with pytest.MonkeyPatch.context() as patch:
+        share_steps(patch)
         note_states(home / "uninterrupted", patch)
         run(config(home, home / "uninterrupted"))
     jax.config.update("jax_compilation_cache_dir", None)
@@ -187,7 +188,7 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_stopped_run_resumes_bit_for_bit(
     tmp_path: Path, home: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ):
-    shutil.copytree(uninterrupted / "compiled", tmp_path / "out" / "compiled")  # saves time only
+    (tmp_path / "out").mkdir()
     note_states(tmp_path / "out", monkeypatch)
     with monkeypatch.context() as patch:
         stop_at(at, patch)
@@ -263,8 +264,12 @@ def test_resume_never_refuses_checkpoints(home: Path, uninterrupted: Path):
         run(config(home, uninterrupted, resume="never"))
 
 
-def test_a_run_begins_from_a_native_checkpoint(tmp_path: Path, home: Path, uninterrupted: Path):
-    result = run(config(home, tmp_path / "out", init_from=str(uninterrupted / "model"), steps=1))
+def test_a_run_begins_from_a_native_checkpoint(
+    tmp_path: Path, home: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stop_at(1, monkeypatch)
+
+    result = run(config(home, tmp_path / "out", init_from=str(uninterrupted / "model")))
 
     assert result.loss < losses(uninterrupted)[4]
 
