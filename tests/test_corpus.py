@@ -12,7 +12,7 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.text.train_tokenizer import train_tokenizer
 from dsmoe_jax.train.config import DataConfig, RunConfig
 from dsmoe_jax.train.corpus import prepare
-from dsmoe_jax.train.data import TokenShards, is_validation
+from dsmoe_jax.train.data import TokenShards, is_validation, validation_threshold
 from dsmoe_jax.train.sft import Examples, write_examples
 from tests.helpers.corpus import write_texts
 from tests.helpers.hf_folder import snapshot, tiny
@@ -35,7 +35,7 @@ def prepared(out: Path, model: ModelConfig, *sources: Path) -> dict[str, Any]:
 def test_tokenizer_is_trained_on_the_training_split(tmp_path: Path):
     rng = random.Random(0)
     texts = [" ".join("".join(rng.choices("abcd", k=5)) for _ in range(40)) for _ in range(40)]
-    training = [text for text in texts if not is_validation(text.encode(), VAL_FRACTION)]
+    training = [text for text in texts if not is_validation(text.encode(), validation_threshold([], VAL_FRACTION))]
     assert 5 < len(training) < len(texts) - 5
     first = write_texts(tmp_path / "first.jsonl", texts[:25])
     second = write_texts(tmp_path / "second.jsonl", texts[25:])

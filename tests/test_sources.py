@@ -216,7 +216,7 @@ def test_malformed_line_is_logged_and_skipped(
 
     assert texts_of(path) == ["a"] * 120
     assert f"Skipping malformed line: {path}:62 {problem}" in caplog.text
-    assert "skipped 1 malformed lines of 121" in caplog.text
+    assert "skipped 1 malformed line of 121" in caplog.text
 
 
 def test_log_names_ten_malformed_lines_and_counts_all(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -149,8 +149,8 @@ def _verify(args: argparse.Namespace) -> None:
 def _tokenize(args: argparse.Namespace) -> None:
     from dsmoe_jax.train.data import tokenize
 
-    split = args.split_special_tokens
-    print_status(tokenize(args.sources, args.tokenizer, args.out, split_special_tokens=split, progress=bar))
+    options = {name: getattr(args, name) for name in ("validation", "val_fraction", "split_special_tokens")}
+    print_status(tokenize(args.sources, args.tokenizer, args.out, progress=bar, **options))
 
 
 def _pretrain(args: argparse.Namespace) -> None:
