@@ -13,6 +13,7 @@ from dsmoe_jax.text.train_tokenizer import train_tokenizer
 from dsmoe_jax.train.config import DataConfig, RunConfig
 from dsmoe_jax.train.corpus import prepare
 from dsmoe_jax.train.data import TokenShards, is_validation, validation_threshold
+from dsmoe_jax.train.preflight import check_inputs
 from dsmoe_jax.train.sft import Examples, write_examples
 from tests.helpers.corpus import write_texts
 from tests.helpers.hf_folder import snapshot, tiny
@@ -53,8 +54,11 @@ def test_examples_are_refused_for_pretraining(tmp_path: Path):
     (tmp_path / "some.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
     write_examples(tmp_path / "some.jsonl", tmp_path / "tokenizer", tmp_path / "examples", sequence_length=8)
 
+    (tmp_path / "model.json").write_text(json.dumps(tiny(vocab_size=VOCABULARY).to_dict()))
+    data = DataConfig(sources=(str(tmp_path / "examples"),))
+
     with pytest.raises(ValueError, match=r"examples: holds examples for `dsmoe finetune`"):
-        prepared(tmp_path / "out", tiny(vocab_size=VOCABULARY), tmp_path / "examples")
+        check_inputs(RunConfig(output_dir=str(tmp_path / "out"), model=str(tmp_path / "model.json"), data=data))
 
 
 def recorded(checkpoint: Path) -> tuple[str, str]:

@@ -12,6 +12,7 @@ import jax
 from dsmoe_jax.checkpoint.native import collective_errors
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.progress import plural
 from dsmoe_jax.text.tokenizer import tokenizer_files
 from dsmoe_jax.text.train_tokenizer import train_tokenizer
 
@@ -168,7 +169,7 @@ def _derive(
             options = {"data.val_fraction": fraction, "tokenizer": tokenizer_hash(tokenizer)}
             options |= {"data.split_special_tokens": True} if split else {}
             settings = {"val_fraction": fraction, "split_special_tokens": split, "exclude": [out]}
-            write = functools.partial(_tokenize, source.name, tokenizer, **settings)
+            write = functools.partial(_tokenize, source.name, tokenizer, field, **settings)
             derived.make(folder.relative_to(out).as_posix(), [source], options, write, field=f"data.{field}")
 
 
@@ -180,8 +181,10 @@ def _training_texts(source: str, out: Path, val_fraction: float) -> Iterator[str
     return (text for text in texts if not is_validation(text.encode(), threshold))
 
 
-def _tokenize(source: str, tokenizer: Path, folder: Path, **options: Any) -> None:
-    _log.info("Tokenized %s", tokenize(source, tokenizer, folder, **options))
+def _tokenize(source: str, tokenizer: Path, split: str, folder: Path, **options: Any) -> None:
+    stats = tokenize(source, tokenizer, folder, **options)
+    size = f"{plural(stats.train.tokens, 'token')} of {plural(stats.train.documents, 'document')}"
+    _log.info("Tokenized %s", stats if split == "sources" else f"{folder}: {split}: {size}")
 
 
 def _check_validation(

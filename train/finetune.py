@@ -216,11 +216,11 @@ def examples(
     """Return the run's corpus of examples and its number of steps."""
     data, epochs = config.data, config.epochs
     known = read_run(output_dir).get("data", {}) if resuming else {}
-    tokenizer, splits, inputs = open_examples(config, model, output_dir, known.get("sequence_length"))
-    train, validation = splits
+    length = known.get("sequence_length")
+    tokenizer, train, validation, inputs = open_examples(config, model, output_dir, length)
     length = inputs["options"]["data.sequence_length"]
-    if data.sequence_length is None:
-        longest = max(int(split.lengths.max(initial=0)) for split in splits)
+    if data.sequence_length is None and "sequence_length" not in known:
+        longest = _longest(train, validation)
         _log.info("Sequence length: %d tokens, for a longest example of %d", length, longest)
     shape: dict[str, Any] = {"sequence_length": length, "packing": data.packing}
     batch_size, sequences = data.batch_size or known.get("batch_size"), 0
@@ -249,7 +249,7 @@ def examples(
 
 def open_examples(
     config: FinetuneConfig, model: ModelConfig, output_dir: Path, sequence_length: int | None = None
-) -> tuple[Path, tuple[Examples, Examples], dict[str, Any]]:
+) -> tuple[Path, Examples, Examples, dict[str, Any]]:
     """Tokenize the examples unless their inputs are unchanged; return tokenizer folder, both splits and the inputs."""
     data, tokenizer = config.data, tokenizer_of(config)
     length = data.sequence_length or sequence_length
@@ -262,13 +262,19 @@ def open_examples(
     limit = length or min(MAX_LENGTH, model.context_length)
     on_process_0(_write_examples, data, tokenizer, output_dir, limit, fits=length is None)
     inputs: dict[str, Any] = {}
-    splits: list[tuple[Examples, Examples]] = []
+    splits: list[Examples] = []
     with collective_errors():
         inputs |= read_json(output_dir / RECORD)
-        splits.append(Examples.open_splits(output_dir / _EXAMPLES / inputs.pop("folder")))
-        splits[0][0].check(tokenizer_hash=tokenizer_hash(tokenizer), vocab_size=model.vocab_size)
-    warn_without_validation(splits[0][1:], data.val_fraction)
-    return tokenizer, splits[0], inputs
+        splits += Examples.open_splits(output_dir / _EXAMPLES / inputs.pop("folder"))
+        splits[0].check(tokenizer_hash=tokenizer_hash(tokenizer), vocab_size=model.vocab_size)
+    train, validation = splits
+    warn_without_validation([validation], data.val_fraction)
+    return tokenizer, train, validation, inputs
+
+
+def _longest(*splits: Examples) -> int:
+    """Return the tokens of the longest example."""
+    return max(int(split.lengths.max(initial=0)) for split in splits)
 
 
 def _write_examples(data: ExamplesConfig, tokenizer: Path, output_dir: Path, limit: int, *, fits: bool) -> None:
@@ -291,8 +297,7 @@ def _write_examples(data: ExamplesConfig, tokenizer: Path, output_dir: Path, lim
         options |= {"validation": data.validation, "exclude": [output_dir]}
         _log.info("Wrote %s", write_examples(data.files, tokenizer, folder, **options))
     if fits:
-        longest = max(int(split.lengths.max(initial=0)) for split in Examples.open_splits(folder))
-        made_by["data.sequence_length"] = fit_sequence_length(longest, limit)
+        made_by["data.sequence_length"] = fit_sequence_length(_longest(*Examples.open_splits(folder)), limit)
     files = {path: sha256 for of_source in hashes.values() for path, sha256 in of_source.items()}
     write_json(output_dir / RECORD, {"folder": name, "files": files, "options": made_by})
 
@@ -300,5 +305,5 @@ def _write_examples(data: ExamplesConfig, tokenizer: Path, output_dir: Path, lim
 def show_examples(config: FinetuneConfig, count: int) -> None:
     """Print the first `count` examples with their loss tokens highlighted."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer, splits, _ = open_examples(config, config.model_config(), Path(folder))
-        show(splits[0], Tokenizer.from_pretrained(tokenizer), count)
+        tokenizer, train, *_ = open_examples(config, config.model_config(), Path(folder))
+        show(train, Tokenizer.from_pretrained(tokenizer), count)

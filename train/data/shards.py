@@ -8,7 +8,7 @@ the total (little-endian uint64). Fine-tuning examples have `SPLIT.loss_mask`, o
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ FORMAT: Final = "dsmoe token shards 2"
 SPLITS: Final = ("train", "validation")
 DTYPES: Final = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 OFFSET: Final = np.dtype("<u8")
+Shards = TypeVar("Shards", bound="TokenShards")
 _VERIFIED: Final = ".verified"
 # Version 0.1 had a second manifest for the masks of examples, and called the validation split `heldout`.
 _FORMAT_1: Final = "dsmoe token shards 1"
@@ -91,7 +92,7 @@ class TokenShards:
         self._first = np.cumsum([0, *(len(offsets) - 1 for offsets in self._offsets)])
 
     @classmethod
-    def open(cls, folder: str | Path, split: str = "train", *, verify: bool = True) -> Self:
+    def open(cls: type[Shards], folder: str | Path, split: str = "train", *, verify: bool = True) -> Shards:
         """Map the shards of a split.
 
         Args:
@@ -107,13 +108,13 @@ class TokenShards:
         return cls._open(user_path(folder, "folder"), [split], verify)[0]
 
     @classmethod
-    def open_splits(cls, folder: str | Path) -> tuple[Self, Self]:
+    def open_splits(cls: type[Shards], folder: str | Path) -> tuple[Shards, Shards]:
         """Map the training and the validation split; see `open`."""
         train, validation = cls._open(user_path(folder, "folder"), SPLITS, verify=True)
         return train, validation
 
     @classmethod
-    def _open(cls, folder: Path, splits: Sequence[str], verify: bool) -> list[Self]:
+    def _open(cls: type[Shards], folder: Path, splits: Sequence[str], verify: bool) -> list[Shards]:
         manifest = _read_manifest(folder)
         entries = [manifest["splits"][split] for split in splits]
         names = [name for entry in entries for shard in entry["shards"] for name in shard.values()]

@@ -136,8 +136,8 @@ def read_source(
                 yield f"{file.path}{entry.place}", entry.value
         malformed.check()
     if skipped:
-        expected = "UTF-8 text" if field else ", ".join(FORMATS)
-        _log.info("%s: skipped %s not in %s", source, plural(skipped, "file"), expected)
+        expected = "without UTF-8 text" if field else f"of formats other than {', '.join(FORMATS)}"
+        _log.info("%s: skipped %s %s", source, plural(skipped, "file"), expected)
     if not count:
         raise DSMoEError(f"{source}: no {'text' if field else 'examples'} found")
 
