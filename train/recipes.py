@@ -22,6 +22,7 @@ def tiny() -> RunConfig:
         data=DataConfig(sequence_length=256, batch_size=8),
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=50),
         checkpoint=CheckpointConfig(interval=250),
+        eval_batches=32,
     )
 
 
