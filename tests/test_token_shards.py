@@ -273,6 +273,7 @@ def test_bad_arguments_give_one_line_and_leave_nothing(tmp_path: Path, tokenizer
         ([path, tmp_path / "nowhere"], tokenizer_folder, {}, "nowhere: does not exist"),
         (empty, tokenizer_folder, {}, "empty: no files"),
         (path, empty, {}, "no tokenizer; looked for"),
+        (path, tmp_path / "nix", {}, "nix: does not exist"),
         (path, no_eos, {}, "has no EOS token"),
         (path, tokenizer_folder, {"field": "body"}, "5 of 5 lines are malformed"),
     )
