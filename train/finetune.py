@@ -141,8 +141,7 @@ def finetuning(config: FinetuneConfig, output_dir: Path, *, resuming: bool = Fal
     """Set up full-parameter or LoRA fine-tuning; the batch size is a multiple of `batch_multiple` by default."""
     base, init_from = Path(config.init_from or ""), ""
     with collective_errors():
-        if not is_native(base):
-            raise DSMoEError(f"{base} is not a native checkpoint; `dsmoe convert` makes one from a Hugging Face folder")
+        check_base(base)
         init_from = read_manifest(base).identity
     model = config.model_config()
     corpus, steps = examples(config, model, output_dir, resuming=resuming, batch_multiple=batch_multiple)
@@ -208,6 +207,12 @@ def finetuning(config: FinetuneConfig, output_dir: Path, *, resuming: bool = Fal
         resume_metadata=metadata,
         keep_best=True,
     )
+
+
+def check_base(base: Path) -> None:
+    """Raise `DSMoEError` unless the model to fine-tune is a native checkpoint."""
+    if not is_native(base):
+        raise DSMoEError(f"{base} is not a native checkpoint; `dsmoe convert` makes one from a Hugging Face folder")
 
 
 def examples(

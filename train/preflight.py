@@ -13,7 +13,7 @@ from .config import RunConfig
 from .corpus import tokenizer_of
 from .data import TokenShards, documents, find_files, is_token_shards
 from .data.sources import read_source, refuse_overlap, unlogged
-from .finetune import FinetuneConfig
+from .finetune import FinetuneConfig, check_base
 from .sft import FORMATS, is_examples
 from .sft.formats import AUTO, parse_record
 from .sft.templates import open_template
@@ -28,7 +28,8 @@ def check_inputs(config: RunConfig) -> None:
 
     Raises:
         DSMoEError: A tracker's package, a source, the tokenizer, the template, the format or an adapter's module is
-            missing or invalid, or token ids exceed the model's vocabulary.
+            missing or invalid, a file is in the training and in the validation data, or the tokenizer has more tokens
+            than the model.
     """
     check_installed(config.trackers)
     model, out = config.model_config(), Path(config.output_dir)
@@ -71,6 +72,7 @@ def _check_sources(config: RunConfig, model: ModelConfig, out: Path) -> None:
 
 def _check_examples(config: FinetuneConfig, model: ModelConfig, tokenizer: Path | None, out: Path) -> None:
     data = config.data
+    check_base(Path(config.init_from or ""))
     if not data.files:
         raise DSMoEError("data.files is empty: pass --data FILE")
     if tokenizer is None:
