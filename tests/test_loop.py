@@ -494,6 +494,6 @@ def test_tokenize_and_pretrain_from_the_command_line(tmp_path: Path, home: Path,
 
     printed = capsys.readouterr().out
     assert codes == [0, 0]
-    assert "tokens of 200 documents" in printed
+    assert "tokens of 199 documents; validation: " in printed
     assert f"2 steps, loss {losses(out)[2]:.4f}" in printed
     assert str(out / "model") in printed

@@ -404,9 +404,13 @@ def test_settings_without_effect_are_logged(
 
 
 def test_an_empty_validation_split_is_logged(home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    prepared(home, tmp_path, val_fraction=1e-9)
+    write_texts(tmp_path / "one.jsonl", ["alone " * 99])
 
-    assert "No validation documents" in caplog.text
+    prepared(home, tmp_path / "out", sources=(str(tmp_path / "one.jsonl"),), val_fraction=0.01)
+
+    assert [line.getMessage() for line in caplog.records if "validation" in line.message] == [
+        "No validation data: evaluation is skipped; pass --data.validation FILES"
+    ]
 
 
 def test_steps_override_epochs(home: Path, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -23,14 +23,12 @@ class DatasetConfig:
     tokenizer: str | None = None
     """Tokenizer folder. Default: that of `init_from`; without it, pretraining trains one on the sources."""
 
-    sequence_length: int = 256
-    """Tokens per sequence."""
+    validation: tuple[str, ...] = ()
+    """Validation data, like the training data: files, folders, globs or token shards. Replaces `val_fraction`."""
 
-    batch_size: int = 8
-    """Global batch size in sequences, over all devices and gradient-accumulation steps."""
-
-    val_fraction: float = 0.01
-    """Fraction of the documents held out for validation, chosen by hash."""
+    val_fraction: float | None = None
+    """Fraction of the documents held out for validation, chosen by hash, at least one. Default: 0.01; 0.05 of
+    `python-stdlib`."""
 
     split_special_tokens: bool = False
     """Tokenize special-token strings in the data as plain text instead of as control tokens."""
@@ -41,12 +39,14 @@ class DatasetConfig:
     def __post_init__(self) -> None:
         """Expand `~` in paths; raise `DSMoEError` for invalid values."""
         for name, value in vars(self).items():
-            if name in ("sources", "files"):
+            if name in ("sources", "files", "validation"):
                 object.__setattr__(self, name, tuple(expand_user(one, f"data.{name}") for one in value))
             elif name in ("tokenizer", "template") and value is not None:
                 object.__setattr__(self, name, expand_user(value, f"data.{name}"))
         check_choices(self, "data.")
         check_minimum(self, {"sequence_length": 1, "batch_size": 1, "prefetch": 0}, "data.")
+        if self.val_fraction is not None and not 0 <= self.val_fraction < 1:
+            raise DSMoEError(f"data.val_fraction must be in [0, 1), got {self.val_fraction}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,12 @@ class DataConfig(DatasetConfig):
 
     sources: tuple[str, ...] = ("python-stdlib",)
     """Token-shard folders or text files, folders and globs; text is tokenized once into the output directory."""
+
+    sequence_length: int = 256
+    """Tokens per sequence."""
+
+    batch_size: int = 8
+    """Global batch size in sequences, over all devices and gradient-accumulation steps."""
 
     weights: tuple[float, ...] = ()
     """Sampling weight of each source in the mixture; equal weights if empty."""

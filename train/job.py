@@ -51,7 +51,8 @@ def pretraining(config: RunConfig, output_dir: Path, *, resuming: bool = False) 
         if config.init_from is not None:
             init_from = read_manifest(Path(config.init_from)).identity
     corpus = prepare(config, model, output_dir, resuming=resuming)
-    model = with_token_ids(model, corpus)
+    tokenizer = None if corpus.tokenizer is None else Tokenizer.from_pretrained(corpus.tokenizer)
+    model = with_token_ids(model, tokenizer, corpus.eos_token_id)
 
     def init_params(mesh: Mesh | None, frozen: Mapping[str, Operand]) -> Mapping[str, Array]:
         if config.init_from is not None:
@@ -77,11 +78,12 @@ def resume_metadata(config: RunConfig, model: ModelConfig, corpus: Corpus, **oth
     return {"config": identity(config, model, **others), "stream": stream, "inputs": inputs}
 
 
-def with_token_ids(model: ModelConfig, corpus: Corpus) -> ModelConfig:
-    """Return the config with the special token ids of the run's tokenizer, None for ids outside the vocabulary."""
-    tokenizer = None if corpus.tokenizer is None else Tokenizer.from_pretrained(corpus.tokenizer)
-    # Without a tokenizer, token shards still record the EOS id.
-    bos, eos = (tokenizer.bos_token_id, tokenizer.eos_token_id) if tokenizer else (None, corpus.eos_token_id)
+def with_token_ids(model: ModelConfig, tokenizer: Tokenizer | None, eos_token_id: int | None = None) -> ModelConfig:
+    """Return the config with the special token ids of the run's tokenizer, None for ids outside the vocabulary.
+
+    Without a tokenizer, `eos_token_id` is that of the token shards.
+    """
+    bos, eos = (tokenizer.bos_token_id, tokenizer.eos_token_id) if tokenizer else (None, eos_token_id)
     updated = with_special_ids(model, bos, eos)
     old, new = ({name: getattr(one, name) for name in SPECIAL_IDS} for one in (model, updated))
     ids = drop_ids_outside_vocab(new, model.vocab_size)

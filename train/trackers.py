@@ -1,5 +1,6 @@
 """Trackers, which write metrics: `TRACKERS`, at the end, lists them."""
 
+import importlib
 import json
 import logging
 import math
@@ -7,7 +8,7 @@ import mmap
 import secrets
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -197,10 +198,7 @@ class WandB:
     """Writes to Weights & Biases; a resumed run continues its W&B run."""
 
     def __init__(self, run: Run):
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise DSMoEError("tracker 'wandb' requires wandb: pip install 'dsmoe_jax[wandb]'") from None
+        wandb = _import_wandb()
         id_file = run.folder / "wandb_id.txt"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
@@ -216,6 +214,19 @@ class WandB:
     def close(self) -> None:
         """Finish the W&B run."""
         self._run.finish()
+
+
+def _import_wandb() -> Any:
+    try:
+        return importlib.import_module("wandb")
+    except ImportError:
+        raise DSMoEError("tracker 'wandb' requires wandb: pip install 'dsmoe_jax[wandb]'") from None
+
+
+def check_installed(trackers: Collection[str]) -> None:
+    """Raise `DSMoEError` for a tracker whose package is missing."""
+    if "wandb" in trackers:
+        _import_wandb()
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, int | float]:

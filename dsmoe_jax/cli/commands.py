@@ -17,7 +17,7 @@ from dsmoe_jax.cli.flags import ARGUMENTS, MODEL, SAMPLING, Argument
 from dsmoe_jax.cli.interrupts import interrupts
 from dsmoe_jax.cli.streams import flush_or_discard, open_standard_streams, print_error, print_status, reader_has_left
 from dsmoe_jax.errors import DSMoEError, check_choice
-from dsmoe_jax.progress import bar
+from dsmoe_jax.progress import bar, plural
 from dsmoe_jax.xla_options import set_environment
 
 _DEBUG: Final = "show the traceback of every error"
@@ -149,8 +149,8 @@ def _verify(args: argparse.Namespace) -> None:
 def _tokenize(args: argparse.Namespace) -> None:
     from dsmoe_jax.train.data import tokenize
 
-    split = args.split_special_tokens
-    print_status(tokenize(args.sources, args.tokenizer, args.out, split_special_tokens=split, progress=bar))
+    options = {name: getattr(args, name) for name in ("validation", "val_fraction", "split_special_tokens")}
+    print_status(tokenize(args.sources, args.tokenizer, args.out, progress=bar, **options))
 
 
 def _pretrain(args: argparse.Namespace) -> None:
@@ -209,7 +209,8 @@ def _train(config: Any, source: str, args: argparse.Namespace) -> None:
     done = "Run already complete: " if result.resumed_from == result.steps else "Trained "
     loss = "" if math.isnan(result.loss) else f", loss {result.loss:.4f}"
     validation = "" if result.eval_loss is None else f", eval/loss {result.eval_loss:.4f}"
-    print_status(f"{done}{result.steps} steps{loss}{validation}, {result.total_skips} updates skipped: {result.model}")
+    steps, skips = plural(result.steps, "step"), plural(result.total_skips, "update")
+    print_status(f"{done}{steps}{loss}{validation}, {skips} skipped: {result.model}")
 
 
 def _cast(args: argparse.Namespace) -> str | None:

@@ -100,6 +100,12 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
         _arg("sources", "text, jsonl(.gz, .zst), parquet, a folder, or python-stdlib", "SOURCE", nargs="+"),
         _arg("--tokenizer", "folder with a tokenizer", "DIR", required=True),
         _arg("--out", "folder of token shards to create", "OUT", required=True),
+        _arg(
+            "--validation", "texts of the validation split, instead of --val-fraction", "SOURCE", nargs="+", default=[]
+        ),
+        _arg(
+            "--val-fraction", "fraction of the documents held out for validation; default: 0.01", default=0.01, **_FLOAT
+        ),
         _arg("--split-special-tokens", _SPLIT.format("documents"), action="store_true"),
     ),
     "pretrain": (

@@ -90,9 +90,8 @@ class Generator:
         self.config, self.tokenizer = model.config, tokenizer
         self._graph, params = split(model)
         self._params = loading.upcast_for_cpu(params)
-        scaling, on_cpu = self.config.rope_scaling, jax.default_backend() == "cpu"
-        trained = int(self.config.max_position_embeddings * (scaling.factor if scaling else 1))
-        trained = max(trained, loading.MIN_CONTEXT_LENGTH)
+        on_cpu = jax.default_backend() == "cpu"
+        trained = max(self.config.context_length, loading.MIN_CONTEXT_LENGTH)
         self.context_length = _at_least(2, "context_length", context_length, trained)
         self.max_batch_size = _at_least(1, "max_batch_size", max_batch_size, 8 if on_cpu else 64)
         self.prefill_chunk = _at_least(16, "prefill_chunk", prefill_chunk, loading.default_prefill_chunk())
