@@ -60,10 +60,10 @@ class ExamplesConfig(DatasetConfig):
     """Fine-tuning data."""
 
     files: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--data"])] = ()
-    """Conversations or completions: .jsonl (.gz, .zst) or .parquet files, folders or globs."""
+    """Examples: .jsonl (.gz, .zst) or .parquet files, folders or globs. Default: none, at least one is required."""
 
-    format: str = "auto"
-    """Format of the examples, a key of `dsmoe_jax.train.sft.FORMATS`; `auto` detects it from their fields."""
+    format: Literal["auto", "instruction", "messages", "sharegpt", "completion", "tokens"] = "auto"
+    """Format of the examples; `auto` detects it from their fields."""
 
     template: str = "chat"
     """Chat template: `chat` (the tokenizer's), `deepseek-instruct` (outputs end with the text <|EOT|>, which becomes a
@@ -73,7 +73,7 @@ class ExamplesConfig(DatasetConfig):
     """Assistant turns in the loss: all of them or the last."""
 
     sequence_length: int = 1024
-    """Tokens per sequence."""
+    """Tokens per sequence; longer ones cost memory and attention time."""
 
     excess_length_strategy: Literal["truncate", "drop", "raise"] = "truncate"
     """What to do with examples longer than `sequence_length`."""
@@ -85,7 +85,7 @@ class ExamplesConfig(DatasetConfig):
     """`best_fit`: several examples per sequence, with attention within each; `none`: one example per sequence."""
 
     val_fraction: float = 0.02
-    """Fraction of the examples held out for validation, chosen by hash."""
+    """Fraction of the examples held out for validation, in [0, 1), chosen by hash."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +99,9 @@ class FinetuneConfig(RunConfig):
 
     model: tyro.conf.Suppress[str] = ""
     """Unused: the model is `init_from`."""
+
+    init_from: tyro.conf.Suppress[str | None] = None
+    """Native checkpoint to fine-tune."""
 
     steps: int = 0
     """Total optimizer steps; 0 derives them from `epochs`."""
@@ -117,10 +120,10 @@ class FinetuneConfig(RunConfig):
     """Optimizer and learning-rate schedule."""
 
     lora: LoraConfig | None = None
-    """Low-rank adapters; None trains all parameters."""
+    """Low-rank adapters. Default: train all parameters."""
 
     quantize: Literal["int8", "int4", "nf4"] | None = None
-    """Quantization of the frozen base weights; requires `lora`."""
+    """Quantization of the frozen base weights; requires `lora`. Default: none."""
 
     def __post_init__(self) -> None:
         """Raise `DSMoEError` for invalid values."""

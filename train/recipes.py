@@ -84,6 +84,11 @@ RECIPES: Final[dict[str, Callable[[], RunConfig]]] = {
 # --- fine-tuning: the settings of the original's finetune.py and README, without `init_from` ---
 
 
+def full() -> FinetuneConfig:
+    """Fine-tune all parameters in fp32, with the optimizer settings of the original."""
+    return FinetuneConfig()
+
+
 def full_8x40gb() -> FinetuneConfig:
     """Fine-tune all parameters of the 16B on 8 GPUs of 40 GB."""
     return FinetuneConfig(
@@ -121,7 +126,7 @@ def tiny_finetune() -> FinetuneConfig:
 
 
 FINETUNING: Final[dict[str, Callable[[], FinetuneConfig]]] = {
-    "full": FinetuneConfig,
+    "full": full,
     "full_8x40gb": full_8x40gb,
     "lora_1x80gb": lora_1x80gb,
     "qlora_1x80gb": qlora_1x80gb,

@@ -36,10 +36,11 @@ class DispatchConfig:
 
     Attributes:
         strategy: Expert parallelism. "gather" all-gathers tokens over the expert axis and reduce-scatters the sums,
-          "all_to_all" sends each row to its expert's device. None: gather up to 8 ways and for few tokens.
-        buffer_factor: Rows per pass, as a multiple of a device's fair share. None: 1.5, or all rows if they are few.
-        backend: Expert kernel: block_loop, batched, grouped, ragged or dense, or three as fwd,dgrad,wgrad. None: the
-          environment variable DSMOE_EXPERT_BACKEND, or else by platform.
+          "all_to_all" sends each row to its expert's device. Default: gather up to 8 ways and for few tokens.
+        buffer_factor: Rows per pass, as a multiple of a device's fair share; a smaller one saves memory and may need
+          more passes. Default: 1.5, or all rows if they are few.
+        backend: Expert kernel, or three for forward and both gradients. Default: the environment variable
+          DSMOE_EXPERT_BACKEND, or else by device.
     """
 
     strategy: Strategy | None = None
