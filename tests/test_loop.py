@@ -260,7 +260,7 @@ def test_a_changed_data_stream_is_refused(tmp_path: Path, home: Path, uninterrup
 
 
 def test_resume_never_refuses_checkpoints(home: Path, uninterrupted: Path):
-    with pytest.raises(ValueError, match="has checkpoints; pass --resume auto to resume from them"):
+    with pytest.raises(ValueError, match="has checkpoints: omit --resume never, or choose another --output-dir"):
         run(config(home, uninterrupted, resume="never"))
 
 

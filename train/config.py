@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+import tyro
+
 from dsmoe_jax.config import PRESETS, ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.layers.token_dispatcher import DispatchConfig
@@ -117,6 +119,9 @@ class RunConfig:
 
     output_dir: str
     """Output directory: checkpoints, metrics, the resolved config (`run.json`), the final model."""
+
+    recipe: tyro.conf.Suppress[str | None] = None
+    """Name of the recipe that the settings started from; recorded in `run.json`."""
 
     model: str = "tiny"
     """Preset name, or path to a `config.json`."""

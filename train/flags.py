@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from .config import RunConfig
 from .finetune import FinetuneConfig
 from .old_names import new_flags
 from .recipes import FINETUNING, RECIPES
+from .resume import CONFIG, settings_of_run, with_settings
 from .sft.templates import TEMPLATES
 
 Config = TypeVar("Config")
@@ -69,6 +71,7 @@ _PRETRAINING: Final = (
     "one, the defaults below are those of `tiny`."
 )
 _REGISTRY: Final = ConstructorRegistry()
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,20 +98,22 @@ def parse_pretraining(arguments: Sequence[str]) -> RunConfig:
     if name.endswith(".json") or Path(name).is_dir():
         raise DSMoEError(f"recipe must be one of {', '.join(RECIPES)}; pass a model with it, `tiny --model {name}`")
     check_choice("recipe", name, RECIPES)
+    config, _ = _resumed(RECIPES, name, name, flags)
     with _recipes_after_help(RECIPES):
-        return parse(RECIPES[name](), flags, prog=f"dsmoe pretrain {given or 'RECIPE'}", description=_PRETRAINING)
+        return parse(config, flags, prog=f"dsmoe pretrain {given or 'RECIPE'}", description=_PRETRAINING)
 
 
 def parse_finetuning(arguments: Sequence[str]) -> tuple[FinetuneConfig, int]:
     """Parse `CKPT --FLAG VALUE …`, the arguments of `dsmoe finetune`; return also the number of examples to show."""
     checkpoint, flags = _first(arguments, "CKPT", FINETUNING)
-    name = _value_of("--recipe", flags) or "full"
-    check_choice("recipe", name, FINETUNING)
-    config = dataclasses.replace(FINETUNING[name](), init_from=checkpoint)
+    if (requested := _value_of(flags, "--recipe")) is not None:
+        check_choice("recipe", requested, FINETUNING)
+    config, name = _resumed(FINETUNING, requested, "full", flags)
+    config = dataclasses.replace(config, init_from=checkpoint)
     if config.lora is None and any(flag.partition(".")[0] in ("--lora", "--help", "-h") for flag in flags):
         config = dataclasses.replace(config, lora=LoraConfig())
     with _recipes_after_help(FINETUNING):
-        parsed = parse(_Finetuning(config=config), flags, prog=f"dsmoe finetune {checkpoint or 'CKPT'}")
+        parsed = parse(_Finetuning(recipe=name, config=config), flags, prog=f"dsmoe finetune {checkpoint or 'CKPT'}")
     return parsed.config, parsed.show
 
 
@@ -136,10 +141,27 @@ def _first(arguments: Sequence[str], metavar: str, recipes: Recipes) -> tuple[st
     raise DSMoEError(f"{metavar} must come first, before the flags; recipes are {', '.join(recipes)}")
 
 
-def _value_of(flag: str, flags: Sequence[str]) -> str | None:
-    """Return the value of a flag, None if it is not among them."""
+def _resumed(recipes: Recipes, requested: str | None, default: str, flags: Sequence[str]) -> tuple[Any, str]:
+    """Return the defaults of the flags and their recipe: those of the run in the output directory, if any."""
+    name = requested or default
+    config = recipes[name]()
+    output_dir = _value_of(flags, "--output-dir", "--output_dir", "--out") or config.output_dir
+    settings = settings_of_run(Path(output_dir).expanduser())
+    known = settings.get("recipe") or name
+    if requested not in (None, known):
+        raise DSMoEError(
+            f"recipe {requested} is not that of the run in {output_dir}, {known}; choose another --output-dir"
+        )
+    if settings:
+        _log.info("Using the settings of %s; flags override them", Path(output_dir) / CONFIG)
+        config = with_settings(recipes[known]() if known in recipes else config, settings)
+    return dataclasses.replace(config, recipe=known), known
+
+
+def _value_of(flags: Sequence[str], *names: str) -> str | None:
+    """Return the value of the flag with one of the names, None if it is not there."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument(flag, dest="value")
+    parser.add_argument(*names, dest="value")
     try:
         return parser.parse_known_args(list(flags))[0].value
     except argparse.ArgumentError as error:

@@ -39,10 +39,9 @@ from .job import MODEL, Job, pretraining
 from .metrics import Recorder, read_records
 from .monitor import Monitor
 from .optimizer import make_optimizer
-from .resume import CONFIG, check_resumable, identity, log_changes, read_run
+from .resume import CHECKPOINTS, CONFIG, check_resumable, identity, log_changes, read_run
 from .step import TrainState, init_state, make_eval_step, make_step, state_shardings
 
-CHECKPOINTS: Final = "checkpoints"  # in the output directory
 _CACHE: Final = "compiled"
 _log = logging.getLogger(__name__)
 
@@ -105,13 +104,16 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
         stack.callback(checkpoints.close)
         _check_same_checkpoints(checkpoints)
         if config.resume == "never" and checkpoints.steps():
-            raise DSMoEError(f"{checkpoints.folder} has checkpoints; pass --resume auto to resume from them")
+            raise DSMoEError(
+                f"{checkpoints.folder} has checkpoints: omit --resume never, or choose another --output-dir"
+            )
         found = checkpoints.newest()
         if isinstance(config, FinetuneConfig):
             job = finetuning(config, output_dir)
         else:
             job = pretraining(config, output_dir, resuming=found is not None)
-        before, now = read_run(output_dir), config.to_dict() | {"steps": job.steps, "model_config": job.model.to_dict()}
+        before, resolved = read_run(output_dir), {"total_steps": job.steps, "model_config": job.model.to_dict()}
+        now = config.to_dict() | resolved
         if found is not None:
             check_resumable(checkpoints.folder, *found, job.resume_metadata)
             if result := _completed(found[0], job, output_dir, before.get("result")):
