@@ -21,7 +21,6 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.peft import untie_for_adapter, write_adapter
 from dsmoe_jax.convert.peft_matching import base_config, make_plan
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.info import count_parameters
 from dsmoe_jax.kernels.operand import Operand
 from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.model import split
@@ -194,7 +193,6 @@ def finetuning(config: FinetuneConfig, output_dir: Path) -> Job:
         on_host = {name: gather_to_host(value) for name, value in params.items()}
         on_process_0(write_adapter, path, adapter, model, on_host, base=str(base), generation=stops)
 
-    _log.info("Trainable parameters: %s of %s", f"{lora.count(plan, onto):,}", f"{count_parameters(onto).total:,}")
     return Job(
         model=onto,
         corpus=corpus,
@@ -218,7 +216,8 @@ def examples(config: FinetuneConfig, model: ModelConfig, output_dir: Path) -> tu
     stream = Stream([train], seed=config.seed, **batched)
     batches = functools.partial(validation_batches, [validation], **batched)
     inputs = {**inputs, "validation": [validation.digest]}
-    corpus = Corpus(stream, batches, tokenizer, data.prefetch, config.eval_batches, inputs)
+    held_out = {"validation_tokens": validation.tokens}
+    corpus = Corpus(stream, batches, tokenizer, data.prefetch, config.eval_batches, inputs, **held_out)
     if config.steps:
         if config.epochs != FinetuneConfig.epochs:
             _log.warning("epochs %s has no effect with steps %d; set steps 0", config.epochs, config.steps)

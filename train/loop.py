@@ -41,6 +41,7 @@ from .monitor import Monitor
 from .optimizer import make_optimizer
 from .resume import CHECKPOINTS, CONFIG, check_resumable, identity, log_changes, read_run
 from .step import TrainState, init_state, make_eval_step, make_step, state_shardings
+from .summary import log_summary
 
 _CACHE: Final = "compiled"
 _log = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
         first = int(state.step)
         if jax.process_index() == 0:
             write_json(output_dir / CONFIG, now)
+            log_summary(config, job, mesh, state, frozen)
         options: dict[str, Any] = {"mesh": mesh, "seed": config.seed, "max_grad_norm": config.optimizer.max_grad_norm}
         step = make_step(job.model, graph, optimizer, schedule, config.step, trainable=job.trainable, **options)
         eval_step = make_eval_step(job.model, graph, config.step, job.trainable)
@@ -148,7 +150,10 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
             loading = -time.perf_counter()
             batch = _place(next(batches), mesh)
             loading += time.perf_counter()
+            started = time.perf_counter()
             state, metrics = step(state, batch, frozen)
+            if n == first and recorder is not None:
+                _log.info("Compiled the training step in %.1f s", time.perf_counter() - started)
             n += 1
             monitor.add(n, metrics, loading)
             saves = n % config.checkpoint.interval == 0
@@ -239,7 +244,6 @@ def _initial_state(
         jax.eval_shape(init, params),
         places,
     )
-    _log.info("Resuming from step %d of %d", found[0], job.steps)
     return checkpoints.restore(found[0], like)
 
 

@@ -220,6 +220,11 @@ class _AllToAll(_Gather):
 STRATEGIES: Final[dict[Strategy, type[_Gather]]] = {"gather": _Gather, "all_to_all": _AllToAll}
 
 
+def choose_strategy(strategy: Strategy | None, ways: int) -> Strategy:
+    """Return the requested strategy, or else the default for an expert axis of this size."""
+    return strategy or ("gather" if ways <= _WIDEST_GATHER else "all_to_all")
+
+
 # --- the passes and their gradient: one custom VJP, as autodiff rejects a loop of data-dependent length ---
 
 
@@ -356,10 +361,10 @@ def routed_experts(
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES) if mesh else 1
     padding = -len(x) % shards  # tokens
     group_tokens, few = ways * (len(x) + padding) // shards, None
-    if ffn.override(config.backend) is None and config.strategy != "all_to_all":
+    if ffn.requested_legs(config.backend) is None and config.strategy != "all_to_all":
         few = few_tokens.form(jax.default_backend(), group_tokens, K, count // ways)
-    chosen = config.strategy or ("gather" if few or ways <= _WIDEST_GATHER else "all_to_all")
-    strategy = STRATEGIES[chosen if ways > 1 else "gather"](ways, count // ways, config.buffer_factor)
+    chosen = "gather" if few or ways == 1 else choose_strategy(config.strategy, ways)
+    strategy = STRATEGIES[chosen](ways, count // ways, config.buffer_factor)
     plan = _Plan(strategy, activation, config.backend, fsdp_dims, few, AXIS_NAMES if mesh else ())
     if mesh is None:
         x_, weights, experts, ids = ffn.equally_varying((x, weights, experts, ids))
