@@ -72,7 +72,7 @@ def metadata(settings: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]
 @pytest.mark.parametrize(("line", "change"), REFUSED.items(), ids=[line.partition(" ")[0] for line in REFUSED])
 def test_changed_settings_are_refused_by_name(line: str, change: tuple[dict[str, Any], dict[str, Any]]):
     wanted = re.escape(
-        f"run/checkpoints: cannot resume from step 20: {line}; keep them, or choose another --output-dir"
+        f"run/checkpoints: cannot resume from step 20: {line}; choose those of the checkpoint, or another --output-dir"
     )
 
     with pytest.raises(ValueError, match=f"^{wanted}$"):

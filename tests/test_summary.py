@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-from dsmoe_jax.kernels import attention, expert_ffn
 from dsmoe_jax.layers.token_dispatcher import DispatchConfig
 from dsmoe_jax.sharding import MeshConfig, make_mesh
 from dsmoe_jax.train import summary as module
@@ -19,6 +19,7 @@ from dsmoe_jax.train.job import Job
 from dsmoe_jax.train.optimizer import OptimizerConfig, make_optimizer
 from dsmoe_jax.train.step import StepConfig, Trainable, TrainState, init_state, state_shardings
 from dsmoe_jax.train.summary import log_summary, summary
+from tests.helpers.command import run
 from tests.helpers.small import SMALL
 
 MESH = MeshConfig(fsdp=4, expert=2)
@@ -124,21 +125,24 @@ def test_nothing_is_printed_without_logging(monkeypatch: pytest.MonkeyPatch, cap
 
 
 @pytest.mark.parametrize(
-    ("choose", "variable", "value", "line"),
+    ("variable", "value", "line"),
     [
-        (expert_ffn.requested_legs, expert_ffn.VARIABLE, "cutlass", "DSMOE_EXPERT_BACKEND must be one of block_loop, "),
-        (
-            expert_ffn.requested_legs,
-            expert_ffn.VARIABLE,
-            "ragged,dense",
-            "DSMOE_EXPERT_BACKEND must be one name or fwd,",
-        ),
-        (attention.choose_backend, attention.VARIABLE, "flash", "DSMOE_ATTENTION_BACKEND must be one of plain, cudnn"),
+        ("DSMOE_EXPERT_BACKEND", "cutlass", "DSMOE_EXPERT_BACKEND must be one of block_loop, "),
+        ("DSMOE_EXPERT_BACKEND", "ragged,dense", "DSMOE_EXPERT_BACKEND must be one name or fwd,dgrad,wgrad, got"),
+        ("DSMOE_ATTENTION_BACKEND", "flash", "DSMOE_ATTENTION_BACKEND must be one of plain, cudnn, got 'flash'"),
+        ("DSMOE_TUNING", "/absent/tuned.json", "DSMOE_TUNING: /absent/tuned.json: "),
     ],
-    ids=["experts", "legs", "attention"],
+    ids=["name", "three", "attention", "file"],
 )
-def test_a_bad_variable_is_named(choose: Any, variable: str, value: str, line: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_bad_variable_is_named_before_anything_is_written(
+    tmp_path: Path, variable: str, value: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     monkeypatch.setenv(variable, value)
 
-    with pytest.raises(ValueError, match=f"^{line}"):
-        choose()
+    codes = [run("pretrain", "tiny", "--output-dir", tmp_path / "run"), run("generate", tmp_path, "--prompt", "a")]
+
+    out, err = capsys.readouterr()
+    assert codes == [2, 2]
+    assert out == ""
+    assert [message.partition(": ")[2].startswith(line) for message in err.splitlines()] == [True, True], err
+    assert not (tmp_path / "run").exists()

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dsmoe_jax.checkpoint.manifest import find_damage, is_native, read_manifest
 from dsmoe_jax.checkpoint.native import collective_errors
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.kernels.environment import check_environment
 from dsmoe_jax.model import abstract, shardings
 from dsmoe_jax.sharding import BATCH_AXES, make_mesh
 from dsmoe_jax.storage.atomic_dir import write_json
@@ -193,7 +194,8 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
 
 
 def _check(config: RunConfig) -> Mesh | None:
-    """Validate the config and return the mesh, None for one device."""
+    """Validate the config and the environment; return the mesh, None for one device."""
+    check_environment()
     model, mesh = config.model_config(), make_mesh(config.mesh)
     shardings(model, mesh)  # raises for axes that do not divide
     data_parallel = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))

@@ -70,7 +70,7 @@ def check_resumable(folder: Path, step: int, known: Mapping[str, Any], now: Mapp
             problems = ["the validation data has changed"]
     if problems:
         why = "; ".join(problems)
-        way_out = "keep them, or choose another --output-dir"
+        way_out = "choose those of the checkpoint, or another --output-dir"
         raise DSMoEError(f"{folder}: cannot resume from step {step}: {why}; {way_out}")
 
 

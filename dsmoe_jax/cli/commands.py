@@ -16,7 +16,14 @@ from typing import Any, Final, NoReturn
 from dsmoe_jax import __version__
 from dsmoe_jax.cli.flags import ARGUMENTS, GROUPS, MODEL, SAMPLING, Argument
 from dsmoe_jax.cli.interrupts import interrupts
-from dsmoe_jax.cli.streams import flush_or_discard, open_standard_streams, print_error, print_status, reader_has_left
+from dsmoe_jax.cli.streams import (
+    describe_error,
+    flush_or_discard,
+    open_standard_streams,
+    print_error,
+    print_status,
+    reader_has_left,
+)
 from dsmoe_jax.errors import DSMoEError, unknown_flag
 from dsmoe_jax.progress import bar
 from dsmoe_jax.xla_options import set_environment
@@ -69,7 +76,7 @@ def _run(argv: Sequence[str], interrupted: threading.Event) -> int:
         if debug or not expected:
             print_error(traceback.format_exc().rstrip())
         if expected:
-            print_error(f"{command}: {' '.join(str(error).split())}")
+            print_error(f"{command}: {describe_error(error)}")
             return 2
         print_error(f"{command}: internal error, please report it with the traceback above")
         return 1
@@ -241,7 +248,9 @@ def _generator(args: argparse.Namespace) -> Any:
     import jax
 
     from dsmoe_jax.generate import Generator
+    from dsmoe_jax.kernels.environment import check_environment
 
+    check_environment()
     try:
         jax.devices()
     except RuntimeError as error:
