@@ -165,3 +165,13 @@ def test_another_recipe_is_refused(tmp_path: Path):
         ValueError, match=r"recipe bench is not that of the run in .*, tiny; choose another --output-dir"
     ):
         parse_pretraining(["bench", *folder])
+
+
+def test_a_folder_named_like_a_recipe_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "own").mkdir()
+
+    assert parse_pretraining(["tiny"]).model == "tiny"
+    with pytest.raises(ValueError, match="pass a model with it, `tiny --model own`"):
+        parse_pretraining(["own"])

@@ -95,7 +95,7 @@ def parse_pretraining(arguments: Sequence[str]) -> RunConfig:
     """Parse `RECIPE --FLAG VALUE …`, the arguments of `dsmoe pretrain`."""
     given, flags = _first(arguments, "RECIPE", RECIPES)
     name = given or "tiny"
-    if name.endswith(".json") or Path(name).is_dir():
+    if name not in RECIPES and (name.endswith(".json") or Path(name).exists()):
         raise DSMoEError(f"recipe must be one of {', '.join(RECIPES)}; pass a model with it, `tiny --model {name}`")
     check_choice("recipe", name, RECIPES)
     config, _ = _resumed(RECIPES, name, name, flags)
