@@ -26,13 +26,13 @@ class DatasetConfig:
     """Folder of the tokenizer. Default: that of `init_from`, or else one trained on the sources."""
 
     sequence_length: int = 256
-    """Tokens per sequence; longer ones cost memory and attention time."""
+    """Tokens per sequence."""
 
     batch_size: int = 8
     """Global batch size in sequences, over all devices and gradient-accumulation steps."""
 
     val_fraction: float = 0.01
-    """Fraction of the documents held out for validation, in [0, 1), chosen by hash."""
+    """Fraction of the documents held out for validation, chosen by hash."""
 
     split_special_tokens: bool = False
     """Tokenize special-token strings in the data as plain text instead of as control tokens."""

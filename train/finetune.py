@@ -72,7 +72,7 @@ class ExamplesConfig(DatasetConfig):
     """Assistant turns in the loss: all of them or the last."""
 
     sequence_length: int = 1024
-    """Tokens per sequence; longer ones cost memory and attention time."""
+    """Tokens per sequence."""
 
     excess_length_strategy: Literal["truncate", "drop", "raise"] = "truncate"
     """What to do with examples longer than `sequence_length`."""
@@ -84,7 +84,7 @@ class ExamplesConfig(DatasetConfig):
     """`best_fit`: several examples per sequence, with attention within each; `none`: one example per sequence."""
 
     val_fraction: float = 0.02
-    """Fraction of the examples held out for validation, in [0, 1), chosen by hash."""
+    """Fraction of the examples held out for validation, chosen by hash."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
