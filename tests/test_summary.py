@@ -102,7 +102,7 @@ def test_adapters_show_their_share():
 def test_the_table_is_on_stderr(
     terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ):
-    config = RunConfig(output_dir="runs/a")
+    config = RunConfig(output_dir="runs/[bold]a")
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     monkeypatch.setenv("COLUMNS", "150")
@@ -111,7 +111,7 @@ def test_the_table_is_on_stderr(
 
     out, err = capsys.readouterr()
     assert out == ""
-    assert ("Steps" in err, "Steps: 1,000, 512,000 tokens" in caplog.messages) == (terminal, not terminal)
+    assert ("runs/[bold]a" in err, "Steps: 1,000, 512,000 tokens" in caplog.messages) == (terminal, not terminal)
 
 
 def test_nothing_is_printed_without_logging(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):

@@ -35,10 +35,11 @@ def log_summary(config: RunConfig, job: Job, mesh: Mesh | None, state: TrainStat
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(show_header=False)
-    for name, text in rows.items():
-        table.add_row(f"[bold]{name}", text)
-    Console(stderr=True).print(table)
+    table = Table("", "", show_header=False)
+    table.columns[0].style = "bold"
+    for row in rows.items():
+        table.add_row(*row)
+    Console(stderr=True, markup=False, highlight=False).print(table)  # paths may have brackets
 
 
 def summary(
