@@ -39,10 +39,10 @@ class MeshConfig:
     """The size of each mesh axis; at most one may be -1, for the remaining devices.
 
     Attributes:
-        data: Data parallelism: parameters are replicated.
-        fsdp: Fully sharded data parallelism: parameters and optimizer state are sharded.
-        expert: Expert parallelism.
-        tensor: Tensor parallelism over heads and feed-forward widths.
+        data: Devices of data parallelism: parameters are replicated.
+        fsdp: Devices of fully sharded data parallelism: parameters and optimizer state are sharded; -1: all others.
+        expert: Devices of expert parallelism: each has a part of the experts.
+        tensor: Devices of tensor parallelism: heads and feed-forward widths are sharded.
     """
 
     data: int = 1

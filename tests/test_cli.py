@@ -16,7 +16,6 @@ import pytest
 import dsmoe_jax
 from dsmoe_jax.checkpoint.manifest import is_native
 from dsmoe_jax.cli.commands import VERBS
-from dsmoe_jax.cli.flags import ARGUMENTS
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import import_hf
 from dsmoe_jax.generate import Chat, Generator
@@ -214,10 +213,10 @@ EMPTY_PATHS: dict[str, tuple[str, ...]] = {
     "--report":     ("verify", "x", "--report", "{}"),
     "sources":      ("tokenize", "a.txt", "{}", "--tokenizer", "x", "--out", "out"),
     "--tokenizer":  ("tokenize", "a.txt", "--tokenizer", "{}", "--out", "out"),
-    "checkpoint":   ("finetune", "{}", "--data", "a.jsonl"),
+    "CKPT":         ("finetune", "{}", "--data", "a.jsonl"),
     "adapter":      ("merge", "x", "{}", "out"),
     "model":        ("info", "{}"),
-    "recipe":       ("pretrain", "{}"),
+    "RECIPE":       ("pretrain", "{}"),
     "output_dir":   ("pretrain", "tiny", "--output-dir", "{}"),
     "init_from":    ("pretrain", "tiny", "--init-from", "{}"),
     "config":       ("pretrain", "tiny", "--model", "{}"),
@@ -454,7 +453,7 @@ def test_broken_pipe_other_than_stdout_is_an_error(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(VERBS, "info", (broken, VERBS["info"][1]))
 
     assert run("info", "tiny") == 2
-    assert capsys.readouterr().err == "dsmoe info: [Errno 32] Broken pipe\n"
+    assert capsys.readouterr().err == "dsmoe info: Broken pipe\n"
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), AssertionError("a bug")], ids=repr)
@@ -478,12 +477,6 @@ def test_debug_shows_the_traceback_of_invalid_input(capsys: pytest.CaptureFixtur
     err = capsys.readouterr().err
     assert err.startswith("Traceback (most recent call last):")
     assert err.splitlines()[-1].startswith("dsmoe info: ")
-
-
-def test_every_flag_has_a_help_text():
-    assert VERBS.keys() == ARGUMENTS.keys()
-    for arguments in ARGUMENTS.values():
-        assert all(options["help"] for _, options in arguments)
 
 
 def test_platform_without_a_device_is_rejected(tmp_path: Path, native: Path):

@@ -423,13 +423,13 @@ def test_show_prints_examples_and_trains_nothing(home: Path, tmp_path: Path, cap
 
 def test_every_recipe_is_a_run_and_its_flags_change_it():
     for name in FINETUNING:
-        recipe, shown = parse_finetuning("base", ["--recipe", name, "--data", "a.jsonl", "b.jsonl", "--show", "2"])
+        recipe, shown = parse_finetuning(["base", "--recipe", name, "--data", "a.jsonl", "b.jsonl", "--show", "2"])
         assert recipe.data.files == ("a.jsonl", "b.jsonl")
         assert (recipe.init_from, shown) == ("base", 2)
-        assert recipe == dataclasses.replace(FINETUNING[name](), init_from="base", data=recipe.data)
-    assert parse_finetuning("base", ["--lora"])[0].lora == LoraConfig()
+        assert recipe == dataclasses.replace(FINETUNING[name](), recipe=name, init_from="base", data=recipe.data)
+    assert parse_finetuning(["base", "--lora"])[0].lora == LoraConfig()
     flags = ["--lora.target-modules", "q_proj", "down_proj", "--lora.rank-pattern", "q_proj", "3", "--quantize", "nf4"]
-    recipe = parse_finetuning("base", flags)[0]
+    recipe = parse_finetuning(["base", *flags])[0]
     assert recipe.lora == LoraConfig(target_modules=("q_proj", "down_proj"), rank_pattern={"q_proj": 3})
     assert recipe.quantize == "nf4"
 
@@ -445,8 +445,8 @@ def test_every_recipe_is_a_run_and_its_flags_change_it():
         (["--lora.target-modules", "qproj"], "'qproj' matches no module of this model"),
         (["--lora.target-modules", "gate"], "down_proj, got model.layers.1.mlp.gate"),
         (["--epochs", "0"], "epochs must be more than 0, got 0.0"),
-        (["--show", "x"], "argument --show: invalid int value: 'x'"),
-        (["--ranks", "3"], "Unrecognized options: --ranks"),
+        (["--show", "x"], "--show must be an integer, got 'x'"),
+        (["--ranks", "3"], "unknown flag --ranks"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )

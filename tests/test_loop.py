@@ -248,7 +248,7 @@ def test_a_damaged_checkpoint_is_skipped(
     run(config(home, out))
 
     assert f"Skipping checkpoint {newest}: damaged" in caplog.text
-    assert "Resuming from step 24 of 28" in caplog.text
+    assert "resuming from step 24" in caplog.text
     assert digest(out / "model") == digest(uninterrupted / "model")
 
 
@@ -260,7 +260,7 @@ def test_a_changed_data_stream_is_refused(tmp_path: Path, home: Path, uninterrup
 
 
 def test_resume_never_refuses_checkpoints(home: Path, uninterrupted: Path):
-    with pytest.raises(ValueError, match="has checkpoints; pass --resume auto to resume from them"):
+    with pytest.raises(ValueError, match="has checkpoints: omit --resume never, or choose another --output-dir"):
         run(config(home, uninterrupted, resume="never"))
 
 
@@ -305,7 +305,7 @@ def test_a_run_resumes_after_a_full_disk(
     run(config(home, out))
 
     assert "\n" not in str(refused.value)
-    assert caplog.text.count("Resuming from step 20 of 28") == 2
+    assert caplog.text.count("resuming from step 20") == 2
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
     assert losses(out) == losses(uninterrupted)
     assert digest(out / "model") == digest(uninterrupted / "model")

@@ -26,7 +26,7 @@ from dsmoe_jax.cli.commands import VERBS, _parse, main
 from dsmoe_jax.cli.flags import ARGUMENTS
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import import_hf
-from dsmoe_jax.train.flags import parse, parse_finetuning
+from dsmoe_jax.train.flags import parse_finetuning, parse_pretraining
 from dsmoe_jax.train.recipes import FINETUNING, RECIPES
 from tests.helpers.hf_folder import make_tokenizer, random_params, tiny, write_hf
 
@@ -269,9 +269,9 @@ def check(words: list[str]) -> None:
             asked = _parse(arguments)
             flags = [flag for flag in getattr(asked, "flags", []) if flag != "--help"]
             if asked.verb == "pretrain":
-                parse(RECIPES[asked.recipe](), flags, prog="")
+                parse_pretraining(flags)
             elif asked.verb == "finetune":
-                parse_finetuning(asked.checkpoint, flags)
+                parse_finetuning(flags)
         case _:
             pytest.fail(f"a README has a command that no test runs: {command}")
 

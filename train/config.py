@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+import tyro
+
 from dsmoe_jax.config import PRESETS, ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.layers.token_dispatcher import DispatchConfig
@@ -21,7 +23,7 @@ class DatasetConfig:
     """Fields of both `DataConfig` and `ExamplesConfig`."""
 
     tokenizer: str | None = None
-    """Tokenizer folder. Default: that of `init_from`; without it, pretraining trains one on the sources."""
+    """Folder of the tokenizer. Default: that of `init_from`, or else one trained on the sources."""
 
     validation: tuple[str, ...] = ()
     """Validation data, like the training data: files, folders, globs or token shards. Replaces `val_fraction`."""
@@ -34,7 +36,7 @@ class DatasetConfig:
     """Tokenize special-token strings in the data as plain text instead of as control tokens."""
 
     prefetch: int = 2
-    """Batches prepared ahead of the training step."""
+    """Batches prepared ahead of the training step; 0 prepares each when it is needed."""
 
     def __post_init__(self) -> None:
         """Expand `~` in paths; raise `DSMoEError` for invalid values."""
@@ -63,7 +65,7 @@ class DataConfig(DatasetConfig):
     """Global batch size in sequences, over all devices and gradient-accumulation steps."""
 
     weights: tuple[float, ...] = ()
-    """Sampling weight of each source in the mixture; equal weights if empty."""
+    """Sampling weight of each source in the mixture. Default: equal weights."""
 
     packing: Literal["block_causal", "causal"] = "block_causal"
     """Attention of packed documents: within each (`block_causal`, by segment IDs) or across them (`causal`)."""
@@ -86,7 +88,7 @@ class CheckpointConfig:
     """Number of latest intact checkpoints to keep."""
 
     keep_period: int | None = None
-    """Also keep every checkpoint whose step is divisible by this; a multiple of `interval`."""
+    """Also keep every checkpoint whose step is divisible by this multiple of `interval`. Default: only the latest."""
 
     def __post_init__(self) -> None:
         """Raise `DSMoEError` for invalid values."""
@@ -104,13 +106,13 @@ class DistributedConfig:
     """Call `jax.distributed.initialize()` even where no launcher is detected."""
 
     coordinator_address: str | None = None
-    """HOST:PORT of process 0; requires `num_processes` and `process_id`."""
+    """Address of process 0; requires `num_processes` and `process_id`. Default: that of the launcher."""
 
     num_processes: int | None = None
-    """Number of processes."""
+    """Number of processes of the run. Default: that of the launcher, or else 1."""
 
     process_id: int | None = None
-    """Index of this process, from 0."""
+    """Index of this process, from 0. Default: that of the launcher."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,14 +126,17 @@ class RunConfig:
     output_dir: str
     """Output directory: checkpoints, metrics, the resolved config (`run.json`), the final model."""
 
+    recipe: tyro.conf.Suppress[str | None] = None
+    """Name of the recipe that the settings started from; recorded in `run.json`."""
+
     model: str = "tiny"
     """Preset name, or path to a `config.json`."""
 
     resume: Literal["auto", "never"] = "auto"
-    """`auto`: resume from the newest intact checkpoint in `output_dir`; `never`: fail if there is one."""
+    """`auto` resumes from the newest intact checkpoint in `output_dir`; `never` fails if there is one."""
 
     init_from: str | None = None
-    """Native checkpoint to initialize from; its config replaces `model`."""
+    """Native checkpoint to initialize from; its config replaces `model`. Default: random weights."""
 
     steps: int = 1000
     """Total optimizer steps."""
@@ -149,16 +154,16 @@ class RunConfig:
     """Precision, rematerialization, micro-batches and auxiliary losses."""
 
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    """Device mesh."""
+    """Sizes of the device mesh; the devices of all processes are used."""
 
     dispatch: DispatchConfig = dataclasses.field(default_factory=DispatchConfig)
     """Expert parallelism and the expert kernel; results do not depend on it."""
 
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    """Training checkpoints."""
+    """When training checkpoints are saved, and which are kept."""
 
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
-    """Multi-process setup."""
+    """Multi-process setup; needed only where no launcher (Slurm, Open MPI, JobSet) is detected."""
 
     log_interval: int = 10
     """Steps between console log lines."""
@@ -167,16 +172,16 @@ class RunConfig:
     """Steps between evaluations on the validation split; the last step is always evaluated."""
 
     eval_batches: int = 8
-    """Maximum batches per evaluation."""
+    """Maximum batches per evaluation; more give a more precise loss and take longer."""
 
     trackers: tuple[Literal["console", "jsonl", "tensorboard", "wandb"], ...] = ("console", "jsonl", "tensorboard")
-    """Where metrics are written."""
+    """Where metrics are written: console, `metrics.jsonl`, TensorBoard files, Weights & Biases."""
 
     max_consecutive_skips: int = 10
     """Stop the run after more than this many skipped updates in a row."""
 
     aux_loss_alpha: float | None = None
-    """Weight of the expert-level balance loss. Default: the model config's."""
+    """Weight of the expert-level balance loss. Default: that of the model config."""
 
     def __post_init__(self) -> None:
         """Raise `DSMoEError` for invalid values."""

@@ -54,6 +54,7 @@ class Corpus(NamedTuple):
     eval_batches: int  # per evaluation
     inputs: Mapping[str, Any]  # JSON: hashes of `files` and `validation`, and the `options` of the datasets
     eos_token_id: int | None = None  # of the token shards
+    validation_tokens: int = 0  # in all validation documents
     val_fraction: float | None = None  # if texts were split by it
 
     @property
@@ -107,7 +108,8 @@ def prepare(config: RunConfig, model_config: ModelConfig, out: Path, *, resuming
     files = {source: dataset.digest for source, dataset in zip(data.sources, shards, strict=True)}
     inputs = {"files": files, "options": {}, "validation": [dataset.digest for dataset in validation]}
     eos, applied = shards[0].eos_token_id, val_fraction if texts.sources and not own else None
-    return Corpus(stream, batches, tokenizer, data.prefetch, config.eval_batches, inputs, eos, applied)
+    held_out = sum(dataset.tokens for dataset in validation)
+    return Corpus(stream, batches, tokenizer, data.prefetch, config.eval_batches, inputs, eos, held_out, applied)
 
 
 class _Texts(NamedTuple):

@@ -21,7 +21,6 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.peft import untie_for_adapter, write_adapter
 from dsmoe_jax.convert.peft_matching import base_config, make_plan
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.info import count_parameters
 from dsmoe_jax.kernels.operand import Operand
 from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.model import split
@@ -62,10 +61,10 @@ class ExamplesConfig(DatasetConfig):
     """Fine-tuning data."""
 
     files: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--data"])] = ()
-    """Conversations or completions: .jsonl (.gz, .zst) or .parquet files, folders or globs."""
+    """Examples: .jsonl (.gz, .zst) or .parquet files, folders or globs. Default: none, at least one is required."""
 
-    format: str = "auto"
-    """Format of the examples, a key of `dsmoe_jax.train.sft.FORMATS`; `auto` detects it from their fields."""
+    format: Literal["auto", "instruction", "messages", "sharegpt", "completion", "tokens"] = "auto"
+    """Format of the examples; `auto` detects it from their fields."""
 
     template: str = "chat"
     """Chat template: `chat` (the tokenizer's), `deepseek-instruct` (outputs end with the text <|EOT|>, which becomes a
@@ -104,6 +103,9 @@ class FinetuneConfig(RunConfig):
     model: tyro.conf.Suppress[str] = ""
     """Unused: the model is `init_from`."""
 
+    init_from: tyro.conf.Suppress[str | None] = None
+    """Native checkpoint to fine-tune."""
+
     steps: int = 0
     """Total optimizer steps; 0 derives them from `epochs`."""
 
@@ -121,10 +123,10 @@ class FinetuneConfig(RunConfig):
     """Optimizer and learning-rate schedule."""
 
     lora: LoraConfig | None = None
-    """Low-rank adapters; None trains all parameters."""
+    """Low-rank adapters. Default: train all parameters."""
 
     quantize: Literal["int8", "int4", "nf4"] | None = None
-    """Quantization of the frozen base weights; requires `lora`."""
+    """Quantization of the frozen base weights; requires `lora`. Default: none."""
 
     def __post_init__(self) -> None:
         """Raise `DSMoEError` for invalid values."""
@@ -194,7 +196,6 @@ def finetuning(config: FinetuneConfig, output_dir: Path, *, resuming: bool = Fal
         on_host = {name: gather_to_host(value) for name, value in params.items()}
         on_process_0(write_adapter, path, adapter, model, on_host, base=str(base), generation=stops)
 
-    _log.info("Trainable parameters: %s of %s", f"{lora.count(plan, onto):,}", f"{count_parameters(onto).total:,}")
     return Job(
         model=onto,
         corpus=corpus,
@@ -239,7 +240,8 @@ def examples(
     stream = Stream([train], seed=config.seed, **batched)
     batches = functools.partial(validation_batches, [validation], **batched)
     inputs = {**inputs, "validation": [validation.digest]}
-    corpus = Corpus(stream, batches, tokenizer, data.prefetch, config.eval_batches, inputs)
+    held_out = {"validation_tokens": validation.tokens}
+    corpus = Corpus(stream, batches, tokenizer, data.prefetch, config.eval_batches, inputs, **held_out)
     if config.steps:
         if epochs != FinetuneConfig.epochs:
             _log.warning("epochs %s has no effect with steps %d; set steps 0", epochs, config.steps)

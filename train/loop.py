@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dsmoe_jax.checkpoint.manifest import find_damage, is_native, read_manifest
 from dsmoe_jax.checkpoint.native import collective_errors
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.kernels.environment import check_environment
 from dsmoe_jax.model import abstract, shardings
 from dsmoe_jax.sharding import BATCH_AXES, make_mesh
 from dsmoe_jax.storage.atomic_dir import write_json
@@ -40,10 +41,10 @@ from .metrics import Recorder, read_records
 from .monitor import Monitor
 from .optimizer import make_optimizer
 from .preflight import check_inputs
-from .resume import CONFIG, check_resumable, identity, log_changes, read_run
+from .resume import CHECKPOINTS, CONFIG, check_resumable, identity, log_changes, read_run
 from .step import TrainState, init_state, make_eval_step, make_step, state_shardings
+from .summary import log_summary
 
-CHECKPOINTS: Final = "checkpoints"  # in the output directory
 _CACHE: Final = "compiled"
 _log = logging.getLogger(__name__)
 
@@ -107,14 +108,17 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
         stack.callback(checkpoints.close)
         _check_same_checkpoints(checkpoints)
         if config.resume == "never" and checkpoints.steps():
-            raise DSMoEError(f"{checkpoints.folder} has checkpoints; pass --resume auto to resume from them")
+            raise DSMoEError(
+                f"{checkpoints.folder} has checkpoints: omit --resume never, or choose another --output-dir"
+            )
         found = checkpoints.newest()
         if isinstance(config, FinetuneConfig):
             multiple = _batch_multiple(config, mesh)
             job = finetuning(config, output_dir, resuming=found is not None, batch_multiple=multiple)
         else:
             job = pretraining(config, output_dir, resuming=found is not None)
-        before, now = read_run(output_dir), config.to_dict() | {"steps": job.steps, "model_config": job.model.to_dict()}
+        before, resolved = read_run(output_dir), {"total_steps": job.steps, "model_config": job.model.to_dict()}
+        now = config.to_dict() | resolved
         now["data"] |= job.corpus.settings
         if found is not None:
             check_resumable(checkpoints.folder, *found, job.resume_metadata)
@@ -135,6 +139,7 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
         first = int(state.step)
         if jax.process_index() == 0:
             write_json(output_dir / CONFIG, now)
+            log_summary(config, job, mesh, state, frozen)
         options: dict[str, Any] = {"mesh": mesh, "seed": config.seed, "max_grad_norm": config.optimizer.max_grad_norm}
         step = make_step(job.model, graph, optimizer, schedule, config.step, trainable=job.trainable, **options)
         eval_step = make_eval_step(job.model, graph, config.step, job.trainable)
@@ -150,7 +155,10 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
             loading = -time.perf_counter()
             batch = _place(next(batches), mesh)
             loading += time.perf_counter()
+            started = time.perf_counter()
             state, metrics = step(state, batch, frozen)
+            if n == first and recorder is not None:
+                _log.info("Compiled the training step in %.1f s", time.perf_counter() - started)
             n += 1
             monitor.add(n, metrics, loading)
             saves = n % config.checkpoint.interval == 0
@@ -190,7 +198,8 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
 
 
 def _check(config: RunConfig) -> Mesh | None:
-    """Validate the config and return the mesh, None for one device."""
+    """Validate the config and the environment; return the mesh, None for one device."""
+    check_environment()
     model, mesh = config.model_config(), make_mesh(config.mesh)
     shardings(model, mesh)  # raises for axes that do not divide
     length, batch_size, multiple = config.data.sequence_length, config.data.batch_size, _batch_multiple(config, mesh)
@@ -244,7 +253,6 @@ def _initial_state(
         jax.eval_shape(init, params),
         places,
     )
-    _log.info("Resuming from step %d of %d", found[0], job.steps)
     return checkpoints.restore(found[0], like)
 
 

@@ -88,6 +88,11 @@ RECIPES: Final[dict[str, Callable[[], RunConfig]]] = {
 _EXAMPLES: Final = ExamplesConfig(sequence_length=1024, batch_size=64)
 
 
+def full() -> FinetuneConfig:
+    """Fine-tune all parameters in fp32, with the optimizer settings of the original."""
+    return FinetuneConfig()
+
+
 def full_8x40gb() -> FinetuneConfig:
     """Fine-tune all parameters of the 16B on 8 GPUs of 40 GB."""
     return FinetuneConfig(
@@ -127,7 +132,7 @@ def tiny_finetune() -> FinetuneConfig:
 
 
 FINETUNING: Final[dict[str, Callable[[], FinetuneConfig]]] = {
-    "full": FinetuneConfig,
+    "full": full,
     "full_8x40gb": full_8x40gb,
     "lora_1x80gb": lora_1x80gb,
     "qlora_1x80gb": qlora_1x80gb,

@@ -95,6 +95,9 @@ _LINE: Final[tuple[tuple[str, Callable[[Any], str]], ...]] = (
 # fmt: on
 
 
+_SPEEDS: Final = ("tokens_per_second", "mfu", "data_loading_share")
+
+
 class Console:
     """Logs a line every `log_interval` steps; a progress bar on a terminal."""
 
@@ -107,13 +110,15 @@ class Console:
         if (loss := values.get("eval/loss")) is not None:
             _log.info("step %d/%d validation loss %.4g", step, self._run.steps, loss)
             return
+        if step == self._run.resumed_from + 1:  # its time includes compilation
+            values = {name: value for name, value in values.items() if name not in _SPEEDS}
         self._recent.append(values)
         if self._bar is None and step % self._run.log_interval and step not in (1, self._run.steps):
             return
         medians = {
-            key: statistics.median(one[key] for one in self._recent)
-            for key in ("tokens_per_second", "mfu", "data_loading_share")
-            if key in values
+            key: statistics.median(measured)
+            for key in _SPEEDS
+            if (measured := [one[key] for one in self._recent if key in one])
         }
         shown = {**values, **medians}
         text = " ".join(piece for key, form in _LINE if key in shown and (piece := form(shown[key])))

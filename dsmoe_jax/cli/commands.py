@@ -5,6 +5,7 @@ import functools
 import logging
 import math
 import os
+import shlex
 import sys
 import threading
 import traceback
@@ -13,10 +14,17 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from dsmoe_jax import __version__
-from dsmoe_jax.cli.flags import ARGUMENTS, MODEL, SAMPLING, Argument
+from dsmoe_jax.cli.flags import ARGUMENTS, GROUPS, MODEL, SAMPLING, Argument
 from dsmoe_jax.cli.interrupts import interrupts
-from dsmoe_jax.cli.streams import flush_or_discard, open_standard_streams, print_error, print_status, reader_has_left
-from dsmoe_jax.errors import DSMoEError, check_choice
+from dsmoe_jax.cli.streams import (
+    describe_error,
+    flush_or_discard,
+    open_standard_streams,
+    print_error,
+    print_status,
+    reader_has_left,
+)
+from dsmoe_jax.errors import DSMoEError, unknown_flag
 from dsmoe_jax.progress import bar, plural
 from dsmoe_jax.xla_options import set_environment
 
@@ -68,7 +76,7 @@ def _run(argv: Sequence[str], interrupted: threading.Event) -> int:
         if debug or not expected:
             print_error(traceback.format_exc().rstrip())
         if expected:
-            print_error(f"{command}: {' '.join(str(error).split())}")
+            print_error(f"{command}: {describe_error(error)}")
             return 2
         print_error(f"{command}: internal error, please report it with the traceback above")
         return 1
@@ -79,19 +87,34 @@ def _run(argv: Sequence[str], interrupted: threading.Event) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the verb and its arguments; exits on `--help` and usage errors."""
+    if argv and argv[0] in VERBS and argv[0] not in ARGUMENTS:  # tyro parses the rest
+        return argparse.Namespace(verb=argv[0], run=VERBS[argv[0]][0], flags=[*argv[1:]])
+    parser, verbs = make_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        verbs[args.verb].error(_unknown(unknown[0], verbs[args.verb]))
+    _check_paths(parser, args)
+    return args
+
+
+def make_parser() -> tuple[Parser, dict[str, Parser]]:
+    """Return the parser of the command, and those of its verbs by name."""
     parser = Parser(prog="dsmoe", description="DeepSeekMoE in JAX.")
-    parser.add_argument("--version", action="version", version=f"dsmoe {__version__}")
+    parser.add_argument("--version", action="version", version=f"dsmoe {__version__}", help="print the version")
     parser.add_argument("--debug", action="store_true", help=_DEBUG)  # `_run` removes it, before or after the verb
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
     for name, (run, help_line) in VERBS.items():
         verb = verbs.add_parser(name, help=help_line, description=f"{help_line[0].upper()}{help_line[1:]}.")
-        for flags, options in ARGUMENTS[name]:
-            verb.add_argument(*flags, **options)
+        groups: dict[str | None, Any] = {}
+        for argument in ARGUMENTS.get(name, ()):
+            title = next((title for title, (_, members) in GROUPS.items() if argument in members), None)
+            if title is not None and title not in groups:
+                groups[title] = verb.add_argument_group(title, GROUPS[title][0])
+            flags, options = argument
+            groups.get(title, verb).add_argument(*flags, **options)
         verb.add_argument("--debug", action="store_true", help=_DEBUG)
         verb.set_defaults(run=run)
-    args = parser.parse_args(argv)
-    _check_paths(parser, args)
-    return args
+    return parser, verbs.choices
 
 
 def _interrupted() -> int:
@@ -99,12 +122,19 @@ def _interrupted() -> int:
     return 130
 
 
+def _unknown(argument: str, verb: argparse.ArgumentParser) -> str:
+    """Describe an argument that a verb does not have."""
+    flag = argument.partition("=")[0]
+    known = (name for action in verb._actions for name in action.option_strings)
+    return unknown_flag(flag, known) if flag.startswith("-") else f"unexpected argument {argument!r}"
+
+
 def _check_paths(parser: Parser, args: argparse.Namespace) -> None:
     """Reject empty paths and names, usually from an unset shell variable."""
     for flags, _ in ARGUMENTS[args.verb]:
         name = flags[0].strip("-").replace("-", "_")
         value = getattr(args, name, None)
-        values = value if isinstance(value, list) and name != "flags" else [value]
+        values = value if isinstance(value, list) else [value]
         if name not in ("prompt", "system", "stop") and any(isinstance(v, str) and not v.strip() for v in values):
             parser.exit(2, f"dsmoe {args.verb}: {flags[0]} must not be empty\n")
 
@@ -154,22 +184,20 @@ def _tokenize(args: argparse.Namespace) -> None:
 
 
 def _pretrain(args: argparse.Namespace) -> None:
-    from dsmoe_jax.train.flags import parse
-    from dsmoe_jax.train.recipes import RECIPES
+    from dsmoe_jax.train.flags import parse_pretraining
 
-    check_choice("recipe", args.recipe, RECIPES)
-    _train(parse(RECIPES[args.recipe](), args.flags, prog=f"dsmoe pretrain {args.recipe}"), args.recipe, args)
+    _train(parse_pretraining(args.flags), args)
 
 
 def _finetune(args: argparse.Namespace) -> None:
     from dsmoe_jax.train.finetune import show_examples
     from dsmoe_jax.train.flags import parse_finetuning
 
-    config, shown = parse_finetuning(args.checkpoint, args.flags)
+    config, shown = parse_finetuning(args.flags)
     if shown:
         show_examples(config, shown)
     else:
-        _train(config, args.checkpoint, args)
+        _train(config, args)
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -198,12 +226,12 @@ def _demo(args: argparse.Namespace) -> None:
     run(args.out, steps=args.steps)
 
 
-def _train(config: Any, source: str, args: argparse.Namespace) -> None:
+def _train(config: Any, args: argparse.Namespace) -> None:
     from dsmoe_jax.train.loop import run
 
     result = run(config)
     if result.stopped:
-        command = " ".join([f"dsmoe {args.verb}", source, *args.flags])
+        command = shlex.join(["dsmoe", args.verb, *args.flags])
         print_status(f"Stopped after step {result.steps} of {result.total_steps}; resume with `{command}`")
         return
     done = "Run already complete: " if result.resumed_from == result.steps else "Trained "
@@ -221,7 +249,9 @@ def _generator(args: argparse.Namespace) -> Any:
     import jax
 
     from dsmoe_jax.generate import Generator
+    from dsmoe_jax.kernels.environment import check_environment
 
+    check_environment()
     try:
         jax.devices()
     except RuntimeError as error:

@@ -1,4 +1,7 @@
-"""Arguments of the verbs: `ARGUMENTS`. `generate` and `chat` name flags after parameters, which set the defaults."""
+"""Arguments of the verbs: `ARGUMENTS`. `generate` and `chat` name flags after parameters, which set the defaults.
+
+`pretrain` and `finetune` are not here: tyro makes their flags from configs (`train.flags`), whose modules import jax.
+"""
 
 import argparse
 from typing import Any, Final
@@ -28,8 +31,6 @@ _ADAPTER: Final = "LoRA adapter in the format of peft"
 _CONTEXT: Final = "maximum tokens of prompt and output together; default: that of the model, at least 4096"
 _SOURCE: Final = "folder with config.json and safetensors or pytorch_model*.bin files, or OWNER/NAME on the Hub"
 _FILE: Final = "prompts, a JSON object per line: prompt, token_ids or messages; optional id and sampling parameters"
-_FLAGS: Final = "fields of the config; `dsmoe {} --help` lists them"
-_FINETUNE: Final = "--data FILE … [--recipe NAME] [--lora] [--show N]"
 _BIAS: Final = "add VALUE in [-100, 100] to the logit of token ID; repeatable"
 _STOP_ID: Final = "end the output after this token; repeatable"
 _INT: Final = {"type": int, "metavar": "N"}
@@ -52,20 +53,31 @@ _SAMPLING: Final = (
     _arg("--top-k", "sample from the N most likely tokens; default: 0, which disables it", **_INT),
     _arg("--top-p", "sample from the smallest set with total probability X in [0, 1]; default: 1", **_FLOAT),
     _arg("--min-p", "drop tokens less likely than X in [0, 1] times the most likely one; default: 0", **_FLOAT),
-    _arg("--repetition-penalty", "multiplicative penalty on tokens already present; 1.0 disables it", **_FLOAT),
+    _arg(
+        "--repetition-penalty",
+        "multiplicative penalty on tokens already present; default: 1, which disables it",
+        **_FLOAT,
+    ),
     _arg("--presence-penalty", "subtract X in [-2, 2] from the logit of tokens in the output; default: 0", **_FLOAT),
     _arg("--frequency-penalty", "subtract X in [-2, 2] once per occurrence in the output; default: 0", **_FLOAT),
     _arg("--logit-bias", _BIAS, "ID=VALUE", type=_bias, action="append"),
-    _arg("--seed", "sampling seed; default: index of the prompt", **_INT),
+    _arg("--seed", "seed of sampling, in [0, 2**32); default: the index of the prompt or chat turn, from 0", **_INT),
     _arg("--stop", "end the output before this string; repeatable", "TEXT", action="append"),
     _arg("--stop-token-id", _STOP_ID, "ID", type=int, dest="stop_token_ids", action="append"),
     _arg("--ignore-eos", "continue past EOS tokens and the stop strings of the model", **_OPTIONAL),
 )
 SAMPLING: Final = (
     *_SAMPLING,
-    _arg("--n", "outputs per prompt of --file; default: 1", **_INT),
-    _arg("--logprobs", "with --file: log-probabilities of every token and the N most likely ones", **_INT),
+    _arg("--n", "with --file: outputs per prompt; default: 1", **_INT),
+    _arg(
+        "--logprobs", "with --file: log-probabilities of every token and the N most likely ones; default: none", **_INT
+    ),
 )
+# By title: the text below it, and its arguments.
+GROUPS: Final[dict[str, tuple[str, tuple[Argument, ...]]]] = {
+    "model options": ("What is loaded, and the memory that generation may use.", MODEL),
+    "sampling options": ("How the next token is chosen, and when an output ends.", SAMPLING),
+}
 ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
     "demo": (
         _arg("--out", "keep checkpoints and plot in this new folder; default: discard them", "DIR"),
@@ -108,20 +120,12 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
         ),
         _arg("--split-special-tokens", _SPLIT.format("documents"), action="store_true"),
     ),
-    "pretrain": (
-        _arg("recipe", "tiny, bench, deepseek_moe_2b, deepseek_moe_16b or deepseek_moe_145b", "RECIPE"),
-        _arg("flags", _FLAGS.format("pretrain RECIPE"), "--FLAG VALUE", nargs=argparse.REMAINDER),
-    ),
-    "finetune": (
-        _arg("checkpoint", "native checkpoint", "CKPT"),
-        _arg("flags", _FLAGS.format("finetune CKPT"), _FINETUNE, nargs=argparse.REMAINDER),
-    ),
     "merge": (
         _arg("checkpoint", _CHECKPOINT, "CKPT"),
         _arg("adapter", _ADAPTER, "ADAPTER"),
         _arg("out", "checkpoint to create", "OUT"),
         _arg("--layout", "format of the output; default: native", choices=("native", "hf"), default="native"),
-        _DTYPE,
+        _arg("--dtype", "dtype of the merged weights; default: that of the checkpoint", choices=_DTYPES),
     ),
     "info": (_arg("model", "preset, config.json or checkpoint", "PRESET|PATH"),),
 }
