@@ -1,4 +1,4 @@
-"""Download a checkpoint from the Hugging Face hub into its cache. Start at `fetch`.
+"""Download a checkpoint from the Hugging Face hub into its cache. Start at `resolve`.
 
 The environment variables of `huggingface_hub` apply: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and
 others. Code is never downloaded.
@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.atomic_dir import check_space
+from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.text.generation_config import GENERATION_CONFIG
 from dsmoe_jax.text.tokenizer import TOKENIZER_FILES
 
@@ -24,6 +25,18 @@ CONFIG: Final = "config.json"
 # Optional files, downloaded before the weights.
 _EXTRA_FILES: Final = (GENERATION_CONFIG, *TOKENIZER_FILES)
 _REPO_ID: Final = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9_][\w.-]*", re.ASCII | re.IGNORECASE)
+
+
+def resolve(source: str | Path, revision: str | None = None, *, name: str = "model") -> Path:
+    """Return the local folder of a path or hub id, which is downloaded unless cached; a path takes precedence."""
+    path = user_path(source, name)
+    if os.path.lexists(path):
+        if revision is not None:
+            raise DSMoEError(f"revision {revision!r} needs a hub id, got the local path {source}")
+        return path
+    if not is_repo_id(source):
+        raise DSMoEError(f"{source}: no such file or folder, and not a hub id of the form owner/name")
+    return fetch(str(source), revision=revision)
 
 
 def is_repo_id(source: str | Path) -> bool:
@@ -39,7 +52,7 @@ def fetch(repo_id: str, *, revision: str | None = None) -> Path:
         try:
             from huggingface_hub import constants
         except ImportError:
-            raise DSMoEError("the hub needs huggingface_hub: pip install 'dsmoe_jax[hub]'") from None
+            raise DSMoEError("no such folder; a hub id needs `pip install 'dsmoe_jax[hub]'`") from None
         load = _from_cache if constants.HF_HUB_OFFLINE else _from_hub
         return load(repo_id, revision or constants.DEFAULT_REVISION)
     except ValueError as error:  # huggingface_hub validates ids by ValueError

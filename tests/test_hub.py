@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from dsmoe_jax.convert import hub as our_hub
-from dsmoe_jax.convert import load_hf
 from dsmoe_jax.convert.hub import fetch, is_repo_id
+from dsmoe_jax.loading import load
 from dsmoe_jax.model import split
 from tests.helpers import golden
 from tests.helpers.fake_hub import FakeHub, serve
@@ -163,7 +163,7 @@ def test_invalid_repo_id_is_an_error():
 def test_missing_huggingface_hub_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
 
-    with pytest.raises(ValueError, match=r"^a/b: the hub needs huggingface_hub: pip install 'dsmoe_jax\[hub\]'$"):
+    with pytest.raises(ValueError, match=r"^a/b: no such folder; a hub id needs `pip install 'dsmoe_jax\[hub\]'`$"):
         fetch("a/b")
 
 
@@ -187,7 +187,7 @@ def test_only_needed_files_are_fetched(hub: FakeHub, online: Client, checkpoint:
     assert hub.listed("tests/needed") == 1
     assert not [request for request in hub.requests if request.file.endswith(".py")]
     assert read(folder) == expected
-    got, want = split(load_hf(folder))[1], random_params(tiny())
+    got, want = split(load(folder))[1], random_params(tiny())
     assert got.keys() == want.keys()
     assert [name for name in want if np.asarray(got[name]).tobytes() != want[name].tobytes()] == []
 
@@ -199,7 +199,7 @@ def test_repository_of_bin_files_loads_like_its_folder(hub: FakeHub, online: Cli
     folder = online.fetch("tests/bins")
 
     assert not [name for name in hub.fetched("tests/bins") if "safetensors" in name]
-    got, want = split(load_hf(folder))[1], split(load_hf(source))[1]
+    got, want = split(load(folder))[1], split(load(source))[1]
     assert [name for name in want if np.asarray(got[name]).tobytes() != np.asarray(want[name]).tobytes()] == []
 
 
@@ -244,7 +244,7 @@ def test_shared_blob_of_the_cache_loads(hub: FakeHub, online: Client, checkpoint
         blob.rename(shared)
         blob.symlink_to(os.path.relpath(shared, blobs))
 
-    load_hf(folder)
+    load(folder)
 
     assert online.fetch("tests/shared") == folder
 

@@ -15,7 +15,6 @@ import dsmoe_jax
 from dsmoe_jax.checkpoint.manifest import read_manifest
 from dsmoe_jax.convert import export_hf, import_hf, verify
 from dsmoe_jax.info import describe
-from dsmoe_jax.quantize import load_quantized
 from dsmoe_jax.storage.manifest import MODEL_MANIFEST
 from tests.helpers import native_checkpoint
 from tests.helpers.hf_folder import VARIANTS, edit, flip_bit, random_params, snapshot, stored, tiny
@@ -127,7 +126,7 @@ def test_damaged_checkpoint_cannot_be_opened(native: Path, tmp_path: Path, file:
     for open_checkpoint in (
         dsmoe_jax.load,
         dsmoe_jax.Generator.from_pretrained,
-        lambda folder: load_quantized(folder, "int8"),
+        lambda folder: dsmoe_jax.load(folder, quantize="int8"),
         lambda folder: export_hf(folder, tmp_path / "out"),
         lambda folder: import_hf(folder, tmp_path / "out"),
         read_manifest,

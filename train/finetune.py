@@ -16,16 +16,15 @@ from jax.sharding import Mesh
 from dsmoe_jax import lora
 from dsmoe_jax.axes import Array
 from dsmoe_jax.checkpoint.manifest import is_native, read_manifest
-from dsmoe_jax.checkpoint.native import collective_errors, gather_to_host, load
+from dsmoe_jax.checkpoint.native import collective_errors, gather_to_host
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.peft import untie_for_adapter, write_adapter
 from dsmoe_jax.convert.peft_matching import base_config, make_plan
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.info import count_parameters
 from dsmoe_jax.kernels.operand import Operand
+from dsmoe_jax.loading import load_params
 from dsmoe_jax.lora import LoraConfig
-from dsmoe_jax.model import split
-from dsmoe_jax.quantize import load_quantized
 from dsmoe_jax.storage.atomic_dir import write_json
 from dsmoe_jax.storage.manifest import hash_json
 from dsmoe_jax.storage.strict_json import read_json
@@ -161,7 +160,7 @@ def finetuning(config: FinetuneConfig, output_dir: Path) -> Job:
             steps=steps,
             trainable=Trainable.all_params(model),
             load_frozen=lambda mesh: {},
-            init_params=lambda mesh, frozen: split(load(base, dtype="float32", mesh=mesh))[1],
+            init_params=lambda mesh, frozen: load_params(base, dtype="float32", mesh=mesh)[1],
             result=MODEL,
             save=model_writer(model, corpus, generation),
             resume_metadata=metadata,
@@ -174,10 +173,7 @@ def finetuning(config: FinetuneConfig, output_dir: Path) -> Job:
     onto = base_config(plan, model)
 
     def load_frozen(mesh: Mesh | None) -> Mapping[str, Operand]:
-        if config.quantize is None:
-            params = split(load(base, mesh=mesh))[1]
-        else:
-            params = load_quantized(base, config.quantize, mesh=mesh)[1]
+        params = load_params(base, mesh=mesh, quantize=config.quantize)[1]
         return untie_for_adapter(plan, model, params)[1]
 
     def init_params(mesh: Mesh | None, frozen: Mapping[str, Operand]) -> Mapping[str, Array]:

@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 
 from dsmoe_jax.axes import Array
 from dsmoe_jax.checkpoint.manifest import read_manifest
-from dsmoe_jax.checkpoint.native import collective_errors, load, save
+from dsmoe_jax.checkpoint.native import collective_errors, save
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.kernels.operand import Operand
+from dsmoe_jax.loading import load_params
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
 from dsmoe_jax.text.generation_config import temporary_generation_config
 from dsmoe_jax.text.special_ids import SPECIAL_IDS, check_special_ids, drop_ids_outside_vocab, with_special_ids
@@ -55,7 +56,7 @@ def pretraining(config: RunConfig, output_dir: Path, *, resuming: bool = False) 
 
     def init_params(mesh: Mesh | None, frozen: Mapping[str, Operand]) -> Mapping[str, Array]:
         if config.init_from is not None:
-            return split(load(config.init_from, dtype="float32", mesh=mesh))[1]
+            return load_params(Path(config.init_from), dtype="float32", mesh=mesh)[1]
         return split(DeepSeekMoE.init(model, seed=config.seed, mesh=mesh))[1]
 
     return Job(

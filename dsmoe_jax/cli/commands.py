@@ -225,7 +225,7 @@ def _generator(args: argparse.Namespace) -> Any:
         jax.devices()
     except RuntimeError as error:
         raise DSMoEError(f"JAX has no device: {error}") from None
-    return Generator.from_pretrained(**_provided(args, MODEL))
+    return Generator.from_pretrained(args.path, **_provided(args, MODEL[1:]))
 
 
 def _provided(args: argparse.Namespace, arguments: Sequence[Argument]) -> dict[str, Any]:

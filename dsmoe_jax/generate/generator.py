@@ -1,6 +1,7 @@
 """`Generator`: prompts in, completions out; each call or stream runs an `Engine`. Start at `Generator.__call__`."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -14,8 +15,9 @@ from dsmoe_jax.generate.engine import Engine, Stats
 from dsmoe_jax.generate.memory_plan import device_bytes
 from dsmoe_jax.generate.prompts import Prompt, encode_pair, encode_prompt
 from dsmoe_jax.generate.request import Output, Prefix, TokenLogprob
-from dsmoe_jax.generate.sampling_params import SamplingParams
+from dsmoe_jax.generate.sampling_params import SamplingParams, suggest
 from dsmoe_jax.generate.scoring import Perplexity, Score, perplexity, score
+from dsmoe_jax.loading import resolve
 from dsmoe_jax.model import DeepSeekMoE, split
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.text import generation_config as stops
@@ -115,26 +117,29 @@ class Generator:
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,
+        path_or_hub_id: str | Path,
         *,
         dtype: Any = None,
         mesh: Mesh | MeshConfig | None = None,
-        adapter: str | Path | None = None,
         quantize: str | None = None,
+        adapter: str | Path | None = None,
+        revision: str | None = None,
+        verify: bool = True,
         split_special_tokens: bool | None = None,
         **options: Any,
     ) -> "Generator":
-        """Load a native checkpoint or a Hugging Face folder, with its tokenizer if there is one.
+        """Load a model as `dsmoe_jax.load` does, with its tokenizer if there is one.
 
         EOS ids and stop strings come from `generation_config.json`, the config and the tokenizer.
 
         Args:
-            path: The checkpoint or folder.
+            path_or_hub_id: Native checkpoint, Hugging Face folder or hub id.
             dtype: Dtype of the weights; default: as stored.
             mesh: Mesh to shard the model over.
-            adapter: Folder of a LoRA adapter in the format of peft; its EOS ids and stop strings are added.
-            quantize: Quantize weights while loading: "int8", "int4" or "nf4". The embedding is quantized to int8;
-                norms, routers and the head are not.
+            quantize: Quantize weights while loading: "int8", "int4" or "nf4".
+            adapter: Folder of a LoRA adapter in PEFT's format; its EOS ids and stop strings are added.
+            revision: Branch, tag or commit of a hub id; default: `main`.
+            verify: Compare every file of a native checkpoint with its SHA-256 first.
             split_special_tokens: Encode special tokens in prompts as plain text (`Tokenizer.from_pretrained`).
             **options: Options of `Generator`.
 
@@ -144,7 +149,19 @@ class Generator:
         Raises:
             DSMoEError: The checkpoint is invalid, or its weights exceed the memory of the device.
         """
-        model, tokenizer, fields = loading.load(path, dtype, mesh, adapter, quantize, split_special_tokens, options)
+        for name in options:
+            if name not in _OPTIONS:
+                raise DSMoEError(f"unknown option {name!r}; {suggest(name, _FROM_PRETRAINED)}")
+        model, tokenizer, fields = loading.load(
+            resolve(path_or_hub_id, revision),
+            dtype=dtype,
+            mesh=mesh,
+            quantize=quantize,
+            adapter=adapter,
+            verify=verify,
+            split_special_tokens=split_special_tokens,
+            engine_options=options,
+        )
         if options.get("eos_token_id") is None:
             options["eos_token_id"] = loading.valid_eos_token_ids(fields, tokenizer, model.config.vocab_size)
         options.setdefault("stop_strings", stops.stop_strings(fields))
@@ -374,6 +391,10 @@ class Generator:
             text = self.tokenizer.decode(visible) if self.tokenizer else ""
         logprobs = None if params.logprobs is None else output.logprobs
         return Completion(text, token_ids, output.finish_reason or "length", output.stop_reason, logprobs)
+
+
+_OPTIONS: Final = inspect.getfullargspec(Generator.__init__).kwonlyargs
+_FROM_PRETRAINED: Final = [*inspect.getfullargspec(Generator.from_pretrained).kwonlyargs, *_OPTIONS]
 
 
 def _at_least(minimum: int, name: str, value: int | None, default: Any) -> Any:
