@@ -55,7 +55,7 @@ def run(engine: Engine, limit: int = 10_000) -> None:
 
 
 def submit(engine: Engine, ids: Sequence[int], **keywords) -> list[Output]:
-    return engine.submit(ids, SamplingParams.of(**keywords))
+    return engine.submit(ids, SamplingParams(**keywords))
 
 
 def test_outputs_do_not_depend_on_the_rest_of_the_batch():
@@ -132,7 +132,7 @@ def test_few_rows_are_idle_while_requests_wait():
 def test_n_outputs_differ_and_the_first_is_that_of_n_1():
     options = {"temperature": 1.0, "seed": 5, "max_new_tokens": 8, "ignore_eos": True}
 
-    several = generator()([[5, 6, 7]], n=3, **options)
+    (several,) = generator()([[5, 6, 7]], n=3, **options)
     (one,) = generator()([[5, 6, 7]], **options)
 
     assert several[0].token_ids == one.token_ids

@@ -105,7 +105,9 @@ def _check_paths(parser: Parser, args: argparse.Namespace) -> None:
         name = flags[0].strip("-").replace("-", "_")
         value = getattr(args, name, None)
         values = value if isinstance(value, list) and name != "flags" else [value]
-        if name not in ("prompt", "system", "stop") and any(isinstance(v, str) and not v.strip() for v in values):
+        if name not in ("prompt", "tokens", "system", "stop") and any(
+            isinstance(v, str) and not v.strip() for v in values
+        ):
             parser.exit(2, f"dsmoe {args.verb}: {flags[0]} must not be empty\n")
 
 
@@ -116,10 +118,11 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
+    from dsmoe_jax.cli.terminal import example_command
     from dsmoe_jax.convert import import_hf
 
     print_status(import_hf(args.source, args.out, dtype=_cast(args), revision=args.revision, progress=bar))
-    print_status(f"  try `dsmoe generate {args.out}`")
+    print_status(f"  try `{example_command(args.out)}`")
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -183,7 +186,8 @@ def _generate(args: argparse.Namespace) -> None:
 
     load = functools.partial(_generator, args)
     prompt = None if args.prompt is None else _utf8(args.prompt)
-    terminal.generate(load, _provided(args, SAMPLING), prompt=prompt, file=args.file, out=args.out)
+    source = {"prompt": prompt, "tokens": args.tokens, "file": args.file}
+    terminal.generate(load, _provided(args, SAMPLING), **source, out=args.out, chat=args.chat)
 
 
 def _chat(args: argparse.Namespace) -> None:
