@@ -65,7 +65,7 @@ def test_progress_is_that_of_conversions(generator: Generator):
 
 
 def test_scores_refuse_a_string_for_a_list(generator: Generator):
-    with pytest.raises(DSMoEError, match="^prompts must be a list, got the string 'abc'$"):
+    with pytest.raises(DSMoEError, match=r"^prompts must be a list, got the string 'abc'$"):
         generator.score("abc", "abc")
 
 
@@ -112,7 +112,7 @@ def test_a_bad_sampling_default_names_its_file(tmp_path: Path):
 
 
 def test_an_unknown_sampling_parameter_suggests_a_name():
-    with pytest.raises(DSMoEError, match="^unknown sampling parameter 'top_kk'; did you mean 'top_k'\\?$"):
+    with pytest.raises(DSMoEError, match=r"^unknown sampling parameter 'top_kk'; did you mean 'top_k'\?$"):
         SamplingParams(top_kk=5)  # type: ignore[call-arg]
 
 
@@ -140,9 +140,9 @@ def test_a_chat_uses_the_sampling_defaults(sampled: Path, caplog: pytest.LogCapt
 
 
 def test_a_chat_checks_its_parameters_at_the_start(generator: Generator):
-    with pytest.raises(DSMoEError, match="^temperature must be in"):
+    with pytest.raises(DSMoEError, match=r"^temperature must be in"):
         Chat(generator, temperature=-1)
-    with pytest.raises(DSMoEError, match="did you mean 'temperature'"):
+    with pytest.raises(DSMoEError, match=r"did you mean 'temperature'"):
         Chat(generator, temprature=0.7)
 
 
@@ -150,10 +150,10 @@ def test_a_chat_needs_a_tokenizer_with_a_template(generator: Generator, monkeypa
     assert generator.tokenizer is not None
     monkeypatch.setattr(generator.tokenizer, "chat_templates", {})
     with pytest.raises(
-        DSMoEError, match="^a chat needs a chat template, and this generator has none; `dsmoe generate`"
+        DSMoEError, match=r"^a chat needs a chat template, and this generator has none; `dsmoe generate`"
     ):
         Chat(generator)
 
     monkeypatch.setattr(generator, "tokenizer", None)
-    with pytest.raises(DSMoEError, match="^a chat needs a tokenizer, and this generator has none"):
+    with pytest.raises(DSMoEError, match=r"^a chat needs a tokenizer, and this generator has none"):
         Chat(generator)

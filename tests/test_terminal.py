@@ -76,10 +76,12 @@ def test_stdin_prompt_drops_the_trailing_newline(
 def test_flags_set_the_parameters_of_their_names(monkeypatch: pytest.MonkeyPatch, checkpoint: Path):
     seen: dict[str, Any] = {}
     generator = Generator.from_pretrained(checkpoint)
-    monkeypatch.setattr(Generator, "from_pretrained", lambda **options: seen.update(options) or generator)
+    monkeypatch.setattr(
+        Generator, "from_pretrained", lambda path, **options: seen.update(options, path=path) or generator
+    )
     monkeypatch.setattr(Generator, "stream", lambda self, prompt, params: seen.update(params=params) or iter([]))
     engine = {"quantize": "int8", "cache_dtype": "bfloat16", "max_batch_size": 3, "context_length": 99}
-    engine |= {"dtype": "float32", "adapter": "some/where"}
+    engine |= {"dtype": "float32", "adapter": "some/where", "revision": "v1"}
     sampling = {"max_new_tokens": 7, "temperature": 0.5, "top_k": 9, "top_p": 0.9, "min_p": 0.1, "seed": 3}
     sampling |= {"repetition_penalty": 1.1, "presence_penalty": -0.5, "frequency_penalty": 0.25}
     flags = [part for name, value in (engine | sampling).items() for part in ("--" + name.replace("_", "-"), value)]
@@ -320,8 +322,8 @@ def test_tokens_need_no_tokenizer(
 
 # files | command
 EXAMPLES = {
-    "a chat template": (lambda folder: None, "dsmoe chat '{}'"),
-    "a tokenizer": (lambda folder: (folder / "tokenizer_config.json").unlink(), "dsmoe generate '{}' --prompt Hello"),
+    "a chat template": (lambda folder: (folder / "chat_template.jinja").write_text("x"), "dsmoe chat '{}'"),
+    "a tokenizer": (lambda folder: None, "dsmoe generate '{}' --prompt Hello"),
     "neither": (lambda folder: (folder / "tokenizer.json").unlink(), "dsmoe generate '{}' --tokens 0"),
 }
 

@@ -25,7 +25,8 @@ from dsmoe_jax.progress import count, log_level
 from dsmoe_jax.storage.atomic_dir import check_new_path, name_full_disk, staging_path
 from dsmoe_jax.storage.locks import lock_name
 from dsmoe_jax.storage.paths import user_path
-from dsmoe_jax.storage.strict_json import parse_json
+from dsmoe_jax.storage.strict_json import parse_json, read_json
+from dsmoe_jax.text.chat_template import find_chat_templates
 from dsmoe_jax.text.tokenizer import Tokenizer
 
 Load = Callable[[], Generator]
@@ -77,12 +78,14 @@ def generate(
 
 def example_command(checkpoint: str) -> str:
     """Return a command that works for a native checkpoint: a chat, a text prompt, or ids without a tokenizer."""
-    name = shlex.quote(checkpoint)
+    name, folder = shlex.quote(checkpoint), Path(checkpoint)
     try:
-        tokenizer = Tokenizer.from_pretrained(checkpoint, verify=False)
+        Tokenizer.from_pretrained(folder, verify=False)
     except DSMoEError:  # none, or one that generation would refuse
-        return f"dsmoe generate {name} --tokens {ModelConfig.from_file(checkpoint).bos_token_id or 0}"
-    return f"dsmoe chat {name}" if tokenizer.chat_templates else f"dsmoe generate {name} --prompt Hello"
+        return f"dsmoe generate {name} --tokens {ModelConfig.from_file(folder).bos_token_id or 0}"
+    settings = folder / "tokenizer_config.json"
+    templates = find_chat_templates(folder, read_json(settings) if settings.is_file() else {})
+    return f"dsmoe chat {name}" if "default" in templates else f"dsmoe generate {name} --prompt Hello"
 
 
 def _parse_ids(tokens: str) -> list[int]:

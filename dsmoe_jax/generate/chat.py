@@ -78,7 +78,7 @@ class Chat:
 
 def _chat_tokenizer(generator: Generator) -> Tokenizer:
     tokenizer = generator.tokenizer
-    if tokenizer is None or not tokenizer.chat_templates:
+    if tokenizer is None or "default" not in tokenizer.chat_templates:
         missing = "tokenizer" if tokenizer is None else "chat template"
         raise DSMoEError(f"a chat needs a {missing}, and this generator has none; `dsmoe generate` completes prompts")
     return tokenizer
