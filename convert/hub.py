@@ -41,6 +41,14 @@ def resolve_file(source: str | Path, file: str, revision: str | None = None, *, 
     return path / file if (path / file).exists() else None
 
 
+def resolve_config(source: str | Path, revision: str | None = None) -> Path:
+    """Return a local path, or the `config.json` of a hub id, of which only this file is downloaded."""
+    path = _local_path(source, revision, "model")
+    if path is None and (path := fetch_file(str(source), CONFIG, revision=revision)) is None:
+        raise DSMoEError(f"{source}: has no {CONFIG}")
+    return path
+
+
 def _local_path(source: str | Path, revision: str | None, name: str) -> Path | None:
     """Return an existing path, None for a hub id; raise `DSMoEError` for anything else."""
     path = user_path(source, name)

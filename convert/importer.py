@@ -84,7 +84,7 @@ def import_hf(
             _log.warning("%s", warning)
         parameters = _parameters(config, reader, cast_dtype)
         total = sum(parameter.nbytes for parameter in parameters)
-        job = {"import": str(folder.resolve()), "files": _versions(reader), "config": config.to_dict()}
+        job = {"import": str(folder.resolve()), "files": file_versions(reader), "config": config.to_dict()}
         job["dtype"] = str(cast_dtype)  # not implied by the config's where tensors have several dtypes
         with atomic_dir(output_dir, needs=total, job=job) as draft, progress("converting", total) as advance:
             reused = sum(parameter.nbytes for parameter in parameters if native.is_written(draft, parameter.name))
@@ -168,7 +168,7 @@ def _parameters(config: ModelConfig, reader: CheckpointReader, dtype: np.dtype |
     return [parameter(name, parts) for name, parts in hf_names(config).items()]
 
 
-def _versions(reader: CheckpointReader) -> dict[str, list[int]]:
+def file_versions(reader: CheckpointReader) -> dict[str, list[int]]:
     """Return size and modification time of every weight file."""
     files = sorted({info.file for info in reader.tensors.values()})
     return {file: [(stat := os.stat(reader.folder / file)).st_size, stat.st_mtime_ns] for file in files}

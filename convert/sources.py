@@ -9,7 +9,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsmoe_jax.checkpoint import native
-from dsmoe_jax.checkpoint.manifest import PARAMETERS, is_native
 from dsmoe_jax.checkpoint.native import as_dtype
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import check_choice
@@ -20,6 +19,7 @@ from dsmoe_jax.sharding import MeshConfig, as_mesh
 from .importer import check_tensors
 from .param_mapping import hf_names, is_stacked
 from .reader import CheckpointReader
+from .tensor_source import opens_as_native
 
 Loaded = tuple[ModelConfig, dict[str, Any]]  # parameters by name: arrays, or operands if quantized
 
@@ -34,7 +34,7 @@ def load_params(
 ) -> Loaded:
     """Load config and parameters of a folder; the arguments are those of `dsmoe_jax.load`."""
     options = {"dtype": as_dtype(dtype), "mesh": as_mesh(mesh)}
-    as_native = is_native(path) or (path / PARAMETERS).is_dir()  # which reports a missing manifest
+    as_native = opens_as_native(path)
     if as_native:
         options["verify"] = verify
     if quantize is not None:

@@ -1,4 +1,4 @@
-"""Messages: the exception `DSMoEError` for invalid input, `check_choice`, and `plural`."""
+"""Invalid input: the exception `DSMoEError`, and `check_choice`."""
 
 from collections.abc import Iterable
 
@@ -15,8 +15,3 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     choices = tuple(choices)
     if value not in choices:
         raise DSMoEError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def plural(count: int, noun: str) -> str:
-    """Return "1 token", "2,000 tokens"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -5,14 +5,17 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from dsmoe_jax.checkpoint.manifest import is_native, read_manifest
 from dsmoe_jax.convert import attach_adapter
 from dsmoe_jax.convert.hub import resolve
 from dsmoe_jax.convert.sources import load_params
+from dsmoe_jax.convert.tensor_source import HFSource
 from dsmoe_jax.model import DeepSeekMoE, assemble
 from dsmoe_jax.quantize import quantize_embedding
 from dsmoe_jax.sharding import MeshConfig
+from dsmoe_jax.storage.manifest import HashCache, hash_json
 
-__all__ = ["load", "load_params", "resolve"]
+__all__ = ["identity", "load", "load_params", "resolve"]
 
 
 def load(
@@ -49,3 +52,12 @@ def load(
     config, params = load_params(folder, dtype=dtype, mesh=mesh, quantize=quantize, verify=verify)
     model = assemble(config, params if quantize is None else quantize_embedding(params))
     return model if adapter is None else attach_adapter(model, adapter)
+
+
+def identity(folder: Path, cache: HashCache) -> str:
+    """Return a SHA-256 of config and weights: from a native checkpoint's manifest, else from the files."""
+    if is_native(folder):
+        return read_manifest(folder).identity
+    with HFSource(folder) as source:
+        hashes = cache.hashes([folder / "config.json", *source.weight_files])
+    return hash_json({file.name: sha256 for file, sha256 in hashes.items()})

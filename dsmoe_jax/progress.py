@@ -1,4 +1,4 @@
-"""Progress bars of long operations (`bar`; the default is `silent`), and temporary log levels."""
+"""Progress bars of long operations (`bar`; the default is `silent`), temporary log levels and counts in messages."""
 
 import contextlib
 import logging
@@ -45,6 +45,11 @@ def _bar(what: str, total: int, *columns: str) -> Iterator[Advance]:
     with shown:
         task = shown.add_task(what, total=total)
         yield lambda step: shown.advance(task, step)
+
+
+def plural(count: int, noun: str) -> str:
+    """Return the count and the noun: "1 document", "2,000 documents"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 @contextlib.contextmanager

@@ -41,8 +41,8 @@ def test_report_has_all_tensors_and_files(made: Path):
 
     manifest = read_manifest(made)
     assert json.loads(json.dumps(report)) == report
-    assert report["native"] == str(made)
-    assert report["hf"] is None
+    assert report["source"] == str(made)
+    assert report["other"] is None
     assert report["hashes"] == {name: tensor["sha256"] for name, tensor in manifest.tensors.items()}
     assert report["tensors"] == len(manifest.tensors)
     on_disk = [path for path in made.rglob("*") if path.is_file() and path.name != MODEL_MANIFEST]
@@ -54,7 +54,7 @@ def test_comparison_report_has_the_sha256_of_hf_tensors(made: Path):
     report = verify(made, made.parent / "hf").to_dict()
 
     tensors = stored(made.parent / "hf")
-    assert report["hf"] == str(made.parent / "hf")
+    assert report["other"] == str(made.parent / "hf")
     assert report["hashes"] == {name: hashlib.sha256(one.data).hexdigest() for name, one in tensors.items()}
     assert report["tensors"] == len(tensors) == 46
     assert report["bytes"] == sum(len(tensor.data) for tensor in tensors.values())
@@ -265,7 +265,7 @@ def test_damage_is_reported_and_nothing_is_changed(
 
     assert sorted(found(report), key=str) == sorted(mismatches, key=str)
     assert text in report.mismatches[0]["what"]
-    assert f"{len(mismatches)} mismatches" in str(report)
+    assert f"{len(mismatches)} mismatch" in str(report)
     assert snapshot(native.parent) == before
 
 

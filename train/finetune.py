@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 
 from dsmoe_jax import lora
 from dsmoe_jax.axes import Array
-from dsmoe_jax.checkpoint.manifest import is_native, read_manifest
 from dsmoe_jax.checkpoint.native import collective_errors, gather_to_host
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.peft import untie_for_adapter, write_adapter
@@ -23,10 +22,10 @@ from dsmoe_jax.convert.peft_matching import base_config, make_plan
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.info import count_parameters
 from dsmoe_jax.kernels.operand import Operand
-from dsmoe_jax.loading import load_params
+from dsmoe_jax.loading import identity, load_params
 from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.storage.atomic_dir import write_json
-from dsmoe_jax.storage.manifest import hash_json
+from dsmoe_jax.storage.manifest import HashCache, hash_json
 from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.text.generation_config import (
     eos_token_ids,
@@ -42,7 +41,7 @@ from .corpus import Corpus
 from .data import Stream, tokenizer_hash, validation_batches
 from .data.shards import SPLITS
 from .distributed import on_process_0
-from .inputs import RECORD, Source, file_hashes
+from .inputs import HASHES, RECORD, Source, file_hashes
 from .job import MODEL, Job, model_writer, resume_metadata, with_token_ids
 from .optimizer import OptimizerConfig
 from .sft import ExamplePacking, Examples, infer_stop_config, show, template_hash, write_examples
@@ -134,11 +133,12 @@ class FinetuneConfig(RunConfig):
 
 def finetuning(config: FinetuneConfig, output_dir: Path) -> Job:
     """Set up full-parameter or LoRA fine-tuning."""
-    base, init_from = Path(config.init_from or ""), ""
+    base, init_from = Path(), ""
     with collective_errors():
-        if not is_native(base):
-            raise DSMoEError(f"{base} is not a native checkpoint; `dsmoe convert` makes one from a Hugging Face folder")
-        init_from = read_manifest(base).identity
+        if config.init_from is None:
+            raise DSMoEError("init_from must be the checkpoint to fine-tune, got None")
+        base = config.base_folder() or base
+        init_from = identity(base, HashCache(output_dir / HASHES))
     model = config.model_config()
     corpus, steps = examples(config, model, output_dir)
     settings = None if config.lora is None else dataclasses.asdict(config.lora)
@@ -185,7 +185,7 @@ def finetuning(config: FinetuneConfig, output_dir: Path) -> Job:
 
     def save(path: Path, params: Mapping[str, Array]) -> None:
         on_host = {name: gather_to_host(value) for name, value in params.items()}
-        on_process_0(write_adapter, path, adapter, model, on_host, base=str(base), generation=stops)
+        on_process_0(write_adapter, path, adapter, model, on_host, base=config.init_from, generation=stops)
 
     _log.info("Trainable parameters: %s of %s", f"{lora.count(plan, onto):,}", f"{count_parameters(onto).total:,}")
     return Job(
@@ -227,7 +227,7 @@ def open_examples(
 ) -> tuple[Path, Examples, Examples, dict[str, Any]]:
     """Tokenize the examples unless their inputs are unchanged; return tokenizer folder, both splits and the inputs."""
     data = config.data
-    tokenizer = Path(data.tokenizer or config.init_from or "")
+    tokenizer = Path(data.tokenizer or config.base_folder() or "")
     with collective_errors():
         if not data.files:
             raise DSMoEError("data.files is empty: pass --data FILE")

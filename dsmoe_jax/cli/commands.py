@@ -112,9 +112,12 @@ def _check_paths(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
+    from dsmoe_jax.convert.hub import is_repo_id, resolve_config
     from dsmoe_jax.info import describe
 
-    print(describe(args.model), end="")
+    on_hub = is_repo_id(args.model) or args.revision
+    model = resolve_config(args.model, args.revision) if on_hub else args.model
+    print(describe(model), end="")
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -128,7 +131,8 @@ def _convert(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from dsmoe_jax.convert import export_hf
 
-    print_status(export_hf(args.native, args.out, max_shard_size=args.max_shard_size, dtype=_cast(args), progress=bar))
+    options = {"max_shard_size": args.max_shard_size, "dtype": _cast(args), "revision": args.revision}
+    print_status(export_hf(args.source, args.out, **options, progress=bar))
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -137,10 +141,11 @@ def _verify(args: argparse.Namespace) -> None:
     from dsmoe_jax.storage.atomic_dir import write_json
     from dsmoe_jax.storage.locks import lock_name
 
-    native = Path(args.native).absolute()
-    file = Path(args.report or native.parent / f"{native.name}.verify.json")
+    source = Path(args.source)
+    folder = source.absolute().parent if source.exists() else Path.cwd()  # of a hub id
+    file = Path(args.report or folder / f"{source.absolute().name}.verify.json")
     with lock_name(file):
-        report = verify(args.native, args.hf, progress=bar)
+        report = verify(args.source, args.other, revision=args.revision, progress=bar)
         write_json(file, report.to_dict())
     print_status(f"{report}; {file} has the SHA-256 of each")
     for found in report.mismatches[1:20]:
@@ -178,7 +183,8 @@ def _finetune(args: argparse.Namespace) -> None:
 def _merge(args: argparse.Namespace) -> None:
     from dsmoe_jax.convert import merge_to
 
-    print_status(merge_to(args.checkpoint, args.adapter, args.out, layout=args.layout, dtype=args.dtype))
+    options = {"layout": args.layout, "dtype": args.dtype, "revision": args.revision}
+    print_status(merge_to(args.checkpoint, args.adapter, args.out, **options))
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -252,8 +258,8 @@ def _utf8(argument: str) -> str:
 VERBS: Final[dict[str, tuple[Callable[[argparse.Namespace], None], str]]] = {
     "demo":     (_demo,     "train a small model on Python's standard library, export, import and generate, offline"),
     "convert":  (_convert,  "convert a PyTorch checkpoint in the Hugging Face layout to a native one"),
-    "export":   (_export,   "export a native checkpoint to the Hugging Face layout, for vLLM, SGLang or llama.cpp"),
-    "verify":   (_verify,   "verify a native checkpoint bit by bit, alone or against a Hugging Face folder"),
+    "export":   (_export,   "export a checkpoint to the Hugging Face layout, for vLLM, SGLang or llama.cpp"),
+    "verify":   (_verify,   "verify a checkpoint, alone or bit by bit against another one"),
     "generate": (_generate, "stream the completion of a prompt, or complete a file of prompts"),
     "chat":     (_chat,     "chat with a model"),
     "tokenize": (_tokenize, "tokenize text into token shards"),

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
 
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.errors import DSMoEError, plural
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.generate.chat import Chat
 from dsmoe_jax.generate.generator import Completion, Generator
 from dsmoe_jax.generate.sampling_params import FIELD_NAMES, SamplingParams, merge_fields, suggest
-from dsmoe_jax.progress import count, log_level
+from dsmoe_jax.progress import count, log_level, plural
 from dsmoe_jax.storage.atomic_dir import check_new_path, name_full_disk, staging_path
 from dsmoe_jax.storage.locks import lock_name
 from dsmoe_jax.storage.paths import user_path

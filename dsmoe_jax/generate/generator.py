@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from dsmoe_jax.errors import DSMoEError, check_choice, plural
+from dsmoe_jax.errors import DSMoEError, check_choice
 from dsmoe_jax.generate import loading
 from dsmoe_jax.generate.engine import Engine, Stats
 from dsmoe_jax.generate.memory_plan import device_bytes
@@ -20,7 +20,7 @@ from dsmoe_jax.generate.sampling_params import SamplingParams, read_sampling_def
 from dsmoe_jax.generate.scoring import Perplexity, Score, perplexity, score
 from dsmoe_jax.loading import resolve
 from dsmoe_jax.model import DeepSeekMoE, split
-from dsmoe_jax.progress import Meter, silent
+from dsmoe_jax.progress import Meter, plural, silent
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.text import generation_config as stops
 from dsmoe_jax.text.tokenizer import Tokenizer

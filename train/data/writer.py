@@ -4,15 +4,15 @@ import array
 import contextlib
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from dsmoe_jax.errors import DSMoEError, plural
-from dsmoe_jax.progress import Meter, silent
+from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.progress import Advance, silent
 from dsmoe_jax.storage.atomic_dir import atomic_dir, check_new_path, check_space
 from dsmoe_jax.storage.manifest import write_manifest
 from dsmoe_jax.text.tokenizer import Tokenizer
@@ -23,6 +23,7 @@ from .sources import Document, documents, source_bytes, warn_on_overlap
 SHARD_TOKENS: Final = 1 << 27
 _SAMPLE: Final = 0.01  # fraction of the sources from which the total size is extrapolated
 _BATCH_CHARS: Final = 1 << 22  # per call of the tokenizer, which takes thirty times as many bytes
+Progress = Callable[[str, int], AbstractContextManager[Advance]]  # like `dsmoe_jax.progress.Meter`
 _log = logging.getLogger(__name__)
 
 
@@ -64,7 +65,7 @@ class ShardStats(NamedTuple):
 
         def line(split: SplitStats) -> str:
             loss = f", {split.loss_tokens:,} with loss" if self.unit == "examples" else ""
-            return f"{split.tokens:,} tokens of {plural(split.documents, self.unit[:-1])}{loss}"
+            return f"{split.tokens:,} tokens of {split.documents:,} {self.unit}{loss}"
 
         return f"{self.folder}: training: {line(self.train)}; validation: {line(self.validation)}"
 
@@ -80,7 +81,7 @@ def tokenize(
     max_malformed_fraction: float = 0.01,
     split_special_tokens: bool = False,
     exclude: Iterable[Path] = (),
-    progress: Meter = silent,
+    progress: Progress = silent,
 ) -> ShardStats:
     """Tokenize texts into a new folder of token shards, written atomically.
 
@@ -162,7 +163,7 @@ class ShardWriter:
         self._special_tokens = self._with_special_tokens = 0
 
     @contextlib.contextmanager
-    def open(self, progress: Meter) -> Iterator[None]:
+    def open(self, progress: Progress) -> Iterator[None]:
         """Open the shards, finalized when the block ends without an error."""
         warn_on_overlap(self.sources, self.exclude)
         self._total, self._read = sum(source_bytes(source, self.exclude) for source in self.sources), 0
