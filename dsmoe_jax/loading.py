@@ -58,6 +58,7 @@ def identity(folder: Path, cache: HashCache) -> str:
     """Return a SHA-256 of config and weights: from a native checkpoint's manifest, else from the files."""
     if is_native(folder):
         return read_manifest(folder).identity
-    with HFSource(folder) as source:
+    source = HFSource(folder)
+    with source:
         hashes = cache.hashes([folder / "config.json", *source.weight_files])
     return hash_json({file.name: sha256 for file, sha256 in hashes.items()})

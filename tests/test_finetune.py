@@ -66,12 +66,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.fixture(scope="module")
-def hf(home: Path) -> Path:
-    """The same checkpoint in the layout of Hugging Face."""
-    return export_hf(home / "base", home / "hf").path
-
-
 def config(home: Path, out: Path, **changes: Any) -> FinetuneConfig:
     fields: dict[str, Any] = {
         "output_dir": str(out),
@@ -467,41 +461,3 @@ def test_an_adapter_of_another_base_is_refused(home: Path, tmp_path: Path):
 
     with pytest.raises(ValueError, match=r"must have shape \[2, 32\], got \[2, 64\]$"):
         Generator.from_pretrained(home / "base", adapter=tmp_path / "adapter")
-
-
-@pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_a_hugging_face_base_trains_as_a_native_one(home: Path, hf: Path, tmp_path: Path, quantize: Any):
-    def params(base: Path) -> dict[str, Any]:
-        job = finetuning(config(home, tmp_path / "out", init_from=str(base), quantize=quantize), tmp_path / "out")
-        frozen = job.load_frozen(None)
-        return {**frozen, **job.init_params(None, frozen)}
-
-    ours, theirs = params(home / "base"), params(hf)
-
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert jax.tree.all(jax.tree.map(np.array_equal, value, theirs[name])), name
-
-
-def test_an_adapter_names_its_base_as_typed(home: Path, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("dsmoe_jax.convert.hub.fetch", lambda repo_id, revision: hf)
-    settings = config(home, tmp_path / "out", init_from="tests/base", revision="v1")
-    job = finetuning(settings, tmp_path / "out")
-
-    job.save(tmp_path / "adapter", job.init_params(None, job.load_frozen(None)))
-
-    fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert fields["base_model_name_or_path"] == "tests/base"
-    modes = {(tmp_path / "adapter" / name).stat().st_mode for name in ("adapter_config.json", WEIGHTS)}
-    assert len(modes) == 1
-
-
-def test_another_hugging_face_base_cannot_be_resumed_on(home: Path, hf: Path, tmp_path: Path):
-    settings = config(home, tmp_path / "out", init_from=str(shutil.copytree(hf, tmp_path / "copy")))
-    before = finetuning(settings, tmp_path / "out").resume_metadata["config"]["init_from"]
-
-    file = next((tmp_path / "copy").glob("*.safetensors"))
-    flip_bit(file, -1)
-
-    assert finetuning(settings, tmp_path / "out").resume_metadata["config"]["init_from"] != before
-    assert json.loads((tmp_path / "out" / "hashes.json").read_text())
