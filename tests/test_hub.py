@@ -26,17 +26,19 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN_INDEX = "pytorch_model.bin.index.json"
 TOKEN = "hf_verysecret"
 
-# Answers each line, [repository, revision, token], with the result of `fetch`. It runs in a subprocess, since
+# Answers each line, [repository, revision, token, file], with the result of `fetch` or `fetch_file`. It runs in a
+# subprocess, since
 # huggingface_hub reads most environment variables on import.
 CLIENT = """
 import faulthandler, json, os, sys, traceback
-from dsmoe_jax.convert.hub import fetch
+from dsmoe_jax.convert.hub import fetch, fetch_file
 for line in sys.stdin:
     faulthandler.dump_traceback_later(60, exit=True)
-    repository, revision, token = json.loads(line)
+    repository, revision, token, file = json.loads(line)
     os.environ["HF_TOKEN"] = token
     try:
-        answer = {"folder": str(fetch(repository, revision=revision))}
+        found = fetch_file(repository, file, revision=revision) if file else fetch(repository, revision=revision)
+        answer = {"folder": found and str(found)}
     except ValueError as error:
         answer = {"error": str(error), "traceback": traceback.format_exc()}
     faulthandler.cancel_dump_traceback_later()
@@ -50,10 +52,12 @@ class Client:
     def __init__(self, process: subprocess.Popen[str]):
         self.process = process
 
-    def request(self, repository: str, revision: str | None = None, token: str = "") -> dict[str, Any]:
+    def request(
+        self, repository: str, revision: str | None = None, token: str = "", file: str | None = None
+    ) -> dict[str, Any]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        print(json.dumps([repository, revision, token]), file=self.process.stdin, flush=True)
+        print(json.dumps([repository, revision, token, file]), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 
     def fetch(self, repository: str, revision: str | None = None, token: str = "") -> Path:
@@ -386,6 +390,31 @@ def test_unknown_repository_or_revision_is_an_error(hub: FakeHub, online: Client
 
     assert "no such folder, and no such repository on 127.0.0.1:" in online.error("tests/unknown")
     assert online.error("tests/known", "v7").endswith(": has no revision 'v7'")
+
+
+# Single files
+
+
+def test_only_one_file_is_fetched_for_a_config(hub: FakeHub, online: Client, offline: Client):
+    hub.add("tests/single", FINE)
+
+    found = online.request("tests/single", file="config.json")["folder"]
+
+    assert Path(found).read_bytes() == FINE["config.json"]
+    assert hub.fetched("tests/single") == ["config.json"]
+    assert online.request("tests/single", file="generation_config.json")["folder"] is None
+    assert offline.request("tests/single", file="config.json")["folder"] == found
+    assert offline.request("tests/single", file="generation_config.json")["folder"] is None
+
+
+def test_an_error_of_a_single_file_is_one_line(hub: FakeHub, online: Client):
+    hub.add("tests/silent", FINE, download="silent")
+
+    lines = [online.request(name, file="config.json")["error"] for name in ("tests/silent", "tests/nowhere")]
+
+    assert "cannot be fetched from 127.0.0.1:" in lines[0]
+    assert "no such folder, and no such repository" in lines[1]
+    assert not any("\n" in line for line in lines)
 
 
 # The token
