@@ -27,8 +27,7 @@ BIN_INDEX = "pytorch_model.bin.index.json"
 TOKEN = "hf_verysecret"
 
 # Answers each line, [repository, revision, token, file], with the result of `fetch` or `fetch_file`. It runs in a
-# subprocess, since
-# huggingface_hub reads most environment variables on import.
+# subprocess, since huggingface_hub reads most environment variables on import.
 CLIENT = """
 import faulthandler, json, os, sys, traceback
 from dsmoe_jax.convert.hub import fetch, fetch_file
