@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-Advance = Callable[[int], object]  # receives the bytes done since the last call
+Advance = Callable[[int], object]  # receives the units done since the last call
 
 
 class Meter(Protocol):
-    """Context manager factory for an operation of `total` bytes; yields an `Advance`."""
+    """Context manager factory for an operation of `total` units: bytes, completions, …; yields an `Advance`."""
 
     def __call__(self, what: str, total: int) -> AbstractContextManager[Advance]: ...  # noqa: D102
 

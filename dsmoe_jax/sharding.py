@@ -82,6 +82,8 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
 
 def as_mesh(mesh: Mesh | MeshConfig | None) -> Mesh | None:
     """Return the mesh of a config or mesh; None means the default device."""
+    if not isinstance(mesh, Mesh | MeshConfig | None):
+        raise DSMoEError(f"mesh must be a Mesh, a MeshConfig or None, got {mesh!r:.80}")
     return make_mesh(mesh) if isinstance(mesh, MeshConfig) else mesh
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.convert import load_hf
+from dsmoe_jax.loading import load
 from tests.benchmarks import __main__ as command
 from tests.benchmarks import conversion, ours, plan, report
 from tests.benchmarks.children import CONTENDERS
@@ -234,7 +234,7 @@ def test_the_pytorch_twins_logits_equal_ours(tmp_path, changes: dict[str, Any]):
     twin = twin_peer(load_twin(folder))
     ids = batch(config, 3, 12)
 
-    want = np.asarray(load_hf(folder)(ids).logits)
+    want = np.asarray(load(folder)(ids).logits)
 
     np.testing.assert_allclose(training_logits(twin, ids), want, rtol=0, atol=LOGITS)
     np.testing.assert_allclose(decoded_logits(twin, ids), want[:, 5:], rtol=0, atol=LOGITS)

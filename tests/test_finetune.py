@@ -488,11 +488,3 @@ def test_an_adapter_of_another_base_is_refused(home: Path, tmp_path: Path):
 
     with pytest.raises(ValueError, match=r"must have shape \[2, 32\], got \[2, 64\]$"):
         Generator.from_pretrained(home / "base", adapter=tmp_path / "adapter")
-
-
-def test_a_model_that_is_not_native_is_refused(tmp_path: Path, home: Path):
-    (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "config.json").write_text((home / "base" / "config.json").read_text())
-
-    with pytest.raises(ValueError, match=r"is not a native checkpoint; `dsmoe convert` makes one"):
-        run(config(home, tmp_path / "out", init_from=str(tmp_path / "hf")))

@@ -37,7 +37,9 @@ PAGES: Final = [
 ]
 LAUNCH: Final = [ROOT / "train/launch/slurm.sh", ROOT / "train/launch/jobset.yaml"]
 # The others compile for many devices, train, or repeat tests/test_cli.py: they are slow tests.
-FAST: Final = {("Quick start", "python"), ("Conversion", "python"), ("Conversion", "bash")}
+FAST: Final = {
+    *(("Quick start", "python"), ("Your own loop", "python"), ("Conversion", "python"), ("Conversion", "bash")),
+}
 
 _RUN: Final = [
     *("--steps", "1", "--trackers", "jsonl", "--step.gradient-accumulation-steps", "1"),
@@ -188,7 +190,7 @@ def test_python_blocks_run(block: Block, world: Path):
     source = block.text.replace("[100000, 1558, 317]", "[0, 15, 31]")  # of a larger vocabulary
     if "import_hf(" in source:
         shutil.rmtree("moe16b")
-    names: dict[str, Any] = {"token_ids": jnp.ones((8, 16), jnp.int32)}
+    names: dict[str, Any] = {"token_ids": jnp.ones((8, 16), jnp.int32), "batches": [jnp.ones((8, 16), jnp.int32)] * 2}
     if block.section == "Quick start":
         exec("from dsmoe_jax import Generator", names)  # of the block before
 

@@ -1,7 +1,9 @@
 """Configuration of a training run: `RunConfig`, whose fields are flags."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import tyro
@@ -9,6 +11,7 @@ import tyro
 from dsmoe_jax.config import PRESETS, ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.layers.token_dispatcher import DispatchConfig
+from dsmoe_jax.loading import resolve
 from dsmoe_jax.model import check_seed
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.storage.paths import expand_user
@@ -136,7 +139,11 @@ class RunConfig:
     """`auto` resumes from the newest intact checkpoint in `output_dir`; `never` fails if there is one."""
 
     init_from: str | None = None
-    """Native checkpoint to initialize from; its config replaces `model`. Default: random weights."""
+    """Native checkpoint, Hugging Face folder or hub id to initialize from; its config replaces `model`. Default: random
+    weights."""
+
+    revision: str | None = None
+    """Branch, tag or commit if `init_from` is a hub id. Default: `main`."""
 
     steps: int = 1000
     """Total optimizer steps."""
@@ -192,12 +199,16 @@ class RunConfig:
         check_seed(self.seed)
         check_choices(self)
 
+    def base_folder(self) -> Path | None:
+        """Return the local folder of `init_from`, downloaded if it is a hub id."""
+        return None if self.init_from is None else _resolve(self.init_from, self.revision)
+
     def model_config(self) -> ModelConfig:
         """Return the config of the model to train."""
         if self.init_from is None and self.model in PRESETS:
             config = ModelConfig.preset(self.model)
         else:
-            config = ModelConfig.from_file(self.init_from or self.model)
+            config = ModelConfig.from_file(self.base_folder() or self.model)
         if self.aux_loss_alpha is None:
             return config
         return dataclasses.replace(config, aux_loss_alpha=self.aux_loss_alpha)
@@ -205,3 +216,8 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the config as JSON-compatible values."""
         return dataclasses.asdict(self)
+
+
+@functools.cache  # one commit for the whole run
+def _resolve(init_from: str, revision: str | None) -> Path:
+    return resolve(init_from, revision, name="init_from")

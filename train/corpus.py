@@ -217,9 +217,8 @@ def tokenizer_of(config: RunConfig) -> Path | None:
     """Return the folder of the configured tokenizer, or of the model's, if any."""
     if config.data.tokenizer is not None:
         return Path(config.data.tokenizer)
-    if config.init_from is not None and tokenizer_files(config.init_from):
-        return Path(config.init_from)
-    return None
+    base = config.base_folder()
+    return base if base is not None and tokenizer_files(base) else None
 
 
 def _share() -> dict[str, int]:

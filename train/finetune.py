@@ -15,19 +15,17 @@ from jax.sharding import Mesh
 
 from dsmoe_jax import lora
 from dsmoe_jax.axes import Array
-from dsmoe_jax.checkpoint.manifest import is_native, read_manifest
-from dsmoe_jax.checkpoint.native import collective_errors, gather_to_host, load
+from dsmoe_jax.checkpoint.native import collective_errors, gather_to_host
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.peft import untie_for_adapter, write_adapter
 from dsmoe_jax.convert.peft_matching import base_config, make_plan
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.kernels.operand import Operand
+from dsmoe_jax.loading import identity, load_params
 from dsmoe_jax.lora import LoraConfig
-from dsmoe_jax.model import split
 from dsmoe_jax.progress import plural
-from dsmoe_jax.quantize import load_quantized
 from dsmoe_jax.storage.atomic_dir import write_json
-from dsmoe_jax.storage.manifest import hash_json
+from dsmoe_jax.storage.manifest import HashCache, hash_json
 from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.text.generation_config import (
     eos_token_ids,
@@ -42,7 +40,7 @@ from .config import DatasetConfig, RunConfig
 from .corpus import Corpus, tokenizer_of, warn_without_validation
 from .data import Stream, tokenizer_hash, validation_batches
 from .distributed import on_process_0
-from .inputs import RECORD, Source, file_hashes
+from .inputs import HASHES, RECORD, Source, file_hashes
 from .job import MODEL, Job, model_writer, resume_metadata, with_token_ids
 from .optimizer import OptimizerConfig
 from .resume import read_run
@@ -141,10 +139,12 @@ class FinetuneConfig(RunConfig):
 
 def finetuning(config: FinetuneConfig, output_dir: Path, *, resuming: bool = False, batch_multiple: int = 1) -> Job:
     """Set up full-parameter or LoRA fine-tuning; the batch size is a multiple of `batch_multiple` by default."""
-    base, init_from = Path(config.init_from or ""), ""
+    base, init_from = Path(), ""
     with collective_errors():
-        check_base(base)
-        init_from = read_manifest(base).identity
+        if config.init_from is None:
+            raise DSMoEError("init_from must be the checkpoint to fine-tune, got None")
+        base = config.base_folder() or base
+        init_from = identity(base, HashCache(output_dir / HASHES))
     model = config.model_config()
     corpus, steps = examples(config, model, output_dir, resuming=resuming, batch_multiple=batch_multiple)
     assert corpus.tokenizer is not None
@@ -166,7 +166,7 @@ def finetuning(config: FinetuneConfig, output_dir: Path, *, resuming: bool = Fal
             steps=steps,
             trainable=Trainable.all_params(model),
             load_frozen=lambda mesh: {},
-            init_params=lambda mesh, frozen: split(load(base, dtype="float32", mesh=mesh))[1],
+            init_params=lambda mesh, frozen: load_params(base, dtype="float32", mesh=mesh)[1],
             result=MODEL,
             save=model_writer(model, corpus, generation),
             resume_metadata=metadata,
@@ -179,10 +179,7 @@ def finetuning(config: FinetuneConfig, output_dir: Path, *, resuming: bool = Fal
     onto = base_config(plan, model)
 
     def load_frozen(mesh: Mesh | None) -> Mapping[str, Operand]:
-        if config.quantize is None:
-            params = split(load(base, mesh=mesh))[1]
-        else:
-            params = load_quantized(base, config.quantize, mesh=mesh)[1]
+        params = load_params(base, mesh=mesh, quantize=config.quantize)[1]
         return untie_for_adapter(plan, model, params)[1]
 
     def init_params(mesh: Mesh | None, frozen: Mapping[str, Operand]) -> Mapping[str, Array]:
@@ -194,7 +191,7 @@ def finetuning(config: FinetuneConfig, output_dir: Path, *, resuming: bool = Fal
 
     def save(path: Path, params: Mapping[str, Array]) -> None:
         on_host = {name: gather_to_host(value) for name, value in params.items()}
-        on_process_0(write_adapter, path, adapter, model, on_host, base=str(base), generation=stops)
+        on_process_0(write_adapter, path, adapter, model, on_host, base=config.init_from, generation=stops)
 
     return Job(
         model=onto,
@@ -208,12 +205,6 @@ def finetuning(config: FinetuneConfig, output_dir: Path, *, resuming: bool = Fal
         resume_metadata=metadata,
         keep_best=True,
     )
-
-
-def check_base(base: Path) -> None:
-    """Raise `DSMoEError` unless the model to fine-tune is a native checkpoint."""
-    if not is_native(base):
-        raise DSMoEError(f"{base} is not a native checkpoint; `dsmoe convert` makes one from a Hugging Face folder")
 
 
 def examples(

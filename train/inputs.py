@@ -17,7 +17,7 @@ from .data import PYTHON_STDLIB, find_files
 from .data.formats import reader_of
 
 RECORD: Final = "inputs.json"  # hashes of the inputs and options of each derived folder
-_HASHES: Final = "hashes.json"
+HASHES: Final = "hashes.json"
 _SHORT: Final = 12  # digits of a SHA-256 in a message
 # Options of earlier versions, by their present names.
 _RENAMED: Final = {"data.holdout": "data.val_fraction"}
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 def file_hashes(source: str | Path, out: Path) -> dict[str, str]:
     """Return the SHA-256 of each file of a source, by path, with a cache in `out`."""
     files = [file.path for file in find_files(source, exclude=[out])]
-    known = HashCache(out / _HASHES).hashes(files)
+    known = HashCache(out / HASHES).hashes(files)
     return {str(path): known[path] for path in files}
 
 

@@ -13,7 +13,7 @@ from .config import RunConfig
 from .corpus import tokenizer_of
 from .data import TokenShards, documents, find_files, is_token_shards
 from .data.sources import read_source, refuse_overlap, unlogged
-from .finetune import FinetuneConfig, check_base
+from .finetune import FinetuneConfig
 from .sft import FORMATS, is_examples
 from .sft.formats import AUTO, parse_record
 from .sft.templates import open_template
@@ -72,7 +72,6 @@ def _check_sources(config: RunConfig, model: ModelConfig, out: Path) -> None:
 
 def _check_examples(config: FinetuneConfig, model: ModelConfig, tokenizer: Path | None, out: Path) -> None:
     data = config.data
-    check_base(Path(config.init_from or ""))
     if not data.files:
         raise DSMoEError("data.files is empty: pass --data FILE")
     if tokenizer is None:

@@ -135,27 +135,34 @@ def _check_paths(parser: Parser, args: argparse.Namespace) -> None:
         name = flags[0].strip("-").replace("-", "_")
         value = getattr(args, name, None)
         values = value if isinstance(value, list) else [value]
-        if name not in ("prompt", "system", "stop") and any(isinstance(v, str) and not v.strip() for v in values):
+        if name not in ("prompt", "tokens", "system", "stop") and any(
+            isinstance(v, str) and not v.strip() for v in values
+        ):
             parser.exit(2, f"dsmoe {args.verb}: {flags[0]} must not be empty\n")
 
 
 def _info(args: argparse.Namespace) -> None:
+    from dsmoe_jax.convert.hub import is_repo_id, resolve_config
     from dsmoe_jax.info import describe
 
-    print(describe(args.model), end="")
+    on_hub = is_repo_id(args.model) or args.revision
+    model = resolve_config(args.model, args.revision) if on_hub else args.model
+    print(describe(model), end="")
 
 
 def _convert(args: argparse.Namespace) -> None:
+    from dsmoe_jax.cli.terminal import example_command
     from dsmoe_jax.convert import import_hf
 
     print_status(import_hf(args.source, args.out, dtype=_cast(args), revision=args.revision, progress=bar))
-    print_status(f"  try `dsmoe generate {args.out}`")
+    print_status(f"  try `{example_command(args.out)}`")
 
 
 def _export(args: argparse.Namespace) -> None:
     from dsmoe_jax.convert import export_hf
 
-    print_status(export_hf(args.native, args.out, max_shard_size=args.max_shard_size, dtype=_cast(args), progress=bar))
+    options = {"max_shard_size": args.max_shard_size, "dtype": _cast(args), "revision": args.revision}
+    print_status(export_hf(args.source, args.out, **options, progress=bar))
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -164,10 +171,11 @@ def _verify(args: argparse.Namespace) -> None:
     from dsmoe_jax.storage.atomic_dir import write_json
     from dsmoe_jax.storage.locks import lock_name
 
-    native = Path(args.native).absolute()
-    file = Path(args.report or native.parent / f"{native.name}.verify.json")
+    source = Path(args.source)
+    folder = source.absolute().parent if source.exists() else Path.cwd()  # of a hub id
+    file = Path(args.report or folder / f"{source.absolute().name}.verify.json")
     with lock_name(file):
-        report = verify(args.native, args.hf, progress=bar)
+        report = verify(args.source, args.other, revision=args.revision, progress=bar)
         write_json(file, report.to_dict())
     print_status(f"{report}; {file} has the SHA-256 of each")
     for found in report.mismatches[1:20]:
@@ -203,7 +211,8 @@ def _finetune(args: argparse.Namespace) -> None:
 def _merge(args: argparse.Namespace) -> None:
     from dsmoe_jax.convert import merge_to
 
-    print_status(merge_to(args.checkpoint, args.adapter, args.out, layout=args.layout, dtype=args.dtype))
+    options = {"layout": args.layout, "dtype": args.dtype, "revision": args.revision}
+    print_status(merge_to(args.checkpoint, args.adapter, args.out, **options))
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -211,7 +220,8 @@ def _generate(args: argparse.Namespace) -> None:
 
     load = functools.partial(_generator, args)
     prompt = None if args.prompt is None else _utf8(args.prompt)
-    terminal.generate(load, _provided(args, SAMPLING), prompt=prompt, file=args.file, out=args.out)
+    source = {"prompt": prompt, "tokens": args.tokens, "file": args.file}
+    terminal.generate(load, _provided(args, SAMPLING), **source, out=args.out, chat=args.chat)
 
 
 def _chat(args: argparse.Namespace) -> None:
@@ -256,7 +266,7 @@ def _generator(args: argparse.Namespace) -> Any:
         jax.devices()
     except RuntimeError as error:
         raise DSMoEError(f"JAX has no device: {error}") from None
-    return Generator.from_pretrained(**_provided(args, MODEL))
+    return Generator.from_pretrained(args.path, **_provided(args, MODEL[1:]))
 
 
 def _provided(args: argparse.Namespace, arguments: Sequence[Argument]) -> dict[str, Any]:
@@ -279,8 +289,8 @@ def _utf8(argument: str) -> str:
 VERBS: Final[dict[str, tuple[Callable[[argparse.Namespace], None], str]]] = {
     "demo":     (_demo,     "train a small model on Python's standard library, export, import and generate, offline"),
     "convert":  (_convert,  "convert a PyTorch checkpoint in the Hugging Face layout to a native one"),
-    "export":   (_export,   "export a native checkpoint to the Hugging Face layout, for vLLM, SGLang or llama.cpp"),
-    "verify":   (_verify,   "verify a native checkpoint bit by bit, alone or against a Hugging Face folder"),
+    "export":   (_export,   "export a checkpoint to the Hugging Face layout, for vLLM, SGLang or llama.cpp"),
+    "verify":   (_verify,   "verify a checkpoint, alone or bit by bit against another one"),
     "generate": (_generate, "stream the completion of a prompt, or complete a file of prompts"),
     "chat":     (_chat,     "chat with a model"),
     "tokenize": (_tokenize, "tokenize text into token shards"),

@@ -26,7 +26,8 @@ _SPLIT: Final = "encode strings such as <|endoftext|> in {} as plain text, not a
 _DTYPE: Final = _arg("--dtype", "dtype of the weights; default: as stored", choices=_DTYPES)
 _KEEP: Final = {"choices": (*_DTYPES, "keep"), "default": "keep"}
 _CAST: Final = _arg("--dtype", "cast the weights to this dtype; default: keep, as stored", **_KEEP)
-_CHECKPOINT: Final = "native checkpoint or Hugging Face folder"
+_CHECKPOINT: Final = "native checkpoint, Hugging Face folder or hub id (OWNER/NAME)"
+_REVISION: Final = _arg("--revision", "branch, tag or commit of a hub id; default: main", "REV")
 _ADAPTER: Final = "LoRA adapter in the format of peft"
 _CONTEXT: Final = "maximum tokens of prompt and output together; default: that of the model, at least 4096"
 _SOURCE: Final = "folder with config.json and safetensors or pytorch_model*.bin files, or OWNER/NAME on the Hub"
@@ -38,7 +39,8 @@ _FLOAT: Final = {"type": float, "metavar": "X"}
 _OPTIONAL: Final = {"action": "store_true", "default": None}
 
 MODEL: Final = (
-    _arg("path", _CHECKPOINT, "PATH"),
+    _arg("path", _CHECKPOINT, "PATH|HUB_ID"),
+    _REVISION,
     _arg("--adapter", _ADAPTER, "DIR"),
     _arg("--quantize", "quantize the weights while loading; default: none", choices=("int8", "int4", "nf4")),
     _DTYPE,
@@ -87,22 +89,26 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
         _arg("source", _SOURCE, "HF_DIR|REPOSITORY"),
         _arg("out", "native checkpoint to create", "OUT"),
         _CAST,
-        _arg("--revision", "branch, tag or commit of the repository; default: main", "REV"),
+        _REVISION,
     ),
     "export": (
-        _arg("native", "native checkpoint", "NATIVE"),
+        _arg("source", _CHECKPOINT, "SRC"),
         _arg("out", "Hugging Face folder to create", "OUT"),
+        _REVISION,
         _arg("--max-shard-size", "maximum size of a file; default: 5GB", "SIZE", default="5GB"),
         _CAST,
     ),
     "verify": (
-        _arg("native", "native checkpoint", "NATIVE"),
-        _arg("hf", "Hugging Face folder to compare every tensor with", "HF_DIR", nargs="?"),
-        _arg("--report", "JSON report to write; default: NATIVE.verify.json", "FILE"),
+        _arg("source", _CHECKPOINT, "SRC"),
+        _arg("other", f"compare every tensor with this one: {_CHECKPOINT}", "OTHER", nargs="?"),
+        _REVISION,
+        _arg("--report", "JSON report to write; default: SRC.verify.json", "FILE"),
     ),
     "generate": (
         *MODEL,
         _arg("--prompt", "text to continue; default or -: read from stdin", "TEXT"),
+        _arg("--chat", "make the prompt one user message of a chat; print the reply only", action="store_true"),
+        _arg("--tokens", "token ids to continue, separated by spaces or commas; needs no tokenizer", "IDS"),
         _arg("--file", _FILE, "FILE.jsonl"),
         _arg("--out", "with --file: file of outputs to create; default: stdout", "FILE.jsonl"),
         *SAMPLING,
@@ -124,8 +130,12 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
         _arg("checkpoint", _CHECKPOINT, "CKPT"),
         _arg("adapter", _ADAPTER, "ADAPTER"),
         _arg("out", "checkpoint to create", "OUT"),
+        _REVISION,
         _arg("--layout", "format of the output; default: native", choices=("native", "hf"), default="native"),
         _arg("--dtype", "dtype of the merged weights; default: that of the checkpoint", choices=_DTYPES),
     ),
-    "info": (_arg("model", "preset, config.json or checkpoint", "PRESET|PATH"),),
+    "info": (
+        _arg("model", f"preset, config.json, or {_CHECKPOINT}, of which only the config is read", "MODEL"),
+        _REVISION,
+    ),
 }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from dsmoe_jax.convert import load_hf
+from dsmoe_jax.loading import load
 from dsmoe_jax.model import DeepSeekMoE
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -42,4 +42,4 @@ def expected(case: str) -> dict[str, Any]:
 @functools.lru_cache(maxsize=4)
 def model(case: str, dtype: str = "float32") -> DeepSeekMoE:
     """Import the model of a case."""
-    return load_hf(folder(case), dtype=dtype)
+    return load(folder(case), dtype=dtype)
