@@ -20,7 +20,7 @@ _INK, _GRAY, _FAINT, _LOSS, _VALIDATION = "#222222", "#6b7683", "#9aa5b1", "#1f5
 _SMOOTH: Final = 25  # maximum width of the moving average, in steps
 _MAX_COLOR: Final = 4  # times the mean load; the end of the color scale
 _MAX_LOSS: Final = 1.5  # times ln V; losses above are cut off
-_NEAR: Final = 0.6  # times ln V; below, a line at ln V would flatten the curves
+_NEAR: Final = 0.75  # times ln V; below, a line at ln V would flatten the curves
 _MAX_NAME: Final = 32  # characters of a run's name
 _MAX_EVENTS: Final = 12  # labeled events
 _STYLE: Final[dict[Any, Any]] = {
@@ -125,7 +125,7 @@ def _draw_loss(axes: "Axes", run: RunRecords) -> None:
         axes.plot(at, values, "o-", color=_VALIDATION, label="validation", linewidth=1.2, markersize=4, zorder=3)
     if len(bad := step[~np.isfinite(loss)]):
         bottom = axes.get_xaxis_transform()
-        label = f"not finite, {len(bad)} of {len(step)} steps"
+        label = f"not finite: {len(bad)} steps"
         axes.plot(bad, np.full(len(bad), 0.02), "|", color="black", transform=bottom, markersize=8, label=label)
     _draw_uniform(axes, [run], [mean])
     _set_step_axis(axes, step)
@@ -139,7 +139,7 @@ def _result(run: RunRecords) -> str:
     last = {"loss": run.steps[-1]["loss"]}
     if run.evals and run.evals[-1]["step"] == run.steps[-1]["step"]:
         last["eval/loss"] = run.evals[-1]["eval/loss"]
-    named = (f"{name} {'not finite' if loss is None else format_loss(loss)}" for name, loss in last.items())
+    named = (f"{name} {'nan' if loss is None else format_loss(loss)}" for name, loss in last.items())
     return f"Step {run.steps[-1]['step']:,}: {', '.join(named)}"
 
 
@@ -178,6 +178,7 @@ def _draw_events(axes: "Axes", events: Sequence[Event]) -> None:
 def _draw_heat(figure: "Figure", axes: "Axes", steps: Records, layers: Sequence[int]) -> None:
     """Plot layers by experts: each expert's recent load relative to the mean of its layer."""
     from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.ticker import MaxNLocator
 
     heats = [record for record in steps if f"moe/{layers[0]}/expert_load" in record]
     if not heats:
@@ -193,7 +194,7 @@ def _draw_heat(figure: "Figure", axes: "Axes", steps: Records, layers: Sequence[
     unused = np.argwhere(load == 0)
     axes.plot(unused[:, 1], unused[:, 0], "x", color="white", markersize=4)
     axes.grid(visible=False)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     shown = range(0, len(layers), 1 + (len(layers) - 1) // 12)
     axes.set_yticks(list(shown), [str(layers[n]) for n in shown])
     first, last = (f"{recent[n]['step']:,}" for n in (0, -1))

@@ -73,7 +73,7 @@ def column(records: Records, key: str) -> np.ndarray:
 
 def summarize(runs: Sequence[str | Path]) -> str:
     """Return a table of final metrics, one line per run."""
-    lines = [("run", "step", "tokens", "loss", "eval/loss", "lowest eval/loss", "tok/s")]
+    lines: list[tuple[str, ...]] = [("run", "step", "tokens", "loss", "eval/loss", "lowest eval/loss", "tok/s")]
     for run in map(RunRecords.read, runs):
         evals = [record["eval/loss"] for record in run.evals if record["eval/loss"] is not None]
         last = run.evals[-1]["eval/loss"] if run.evals else None

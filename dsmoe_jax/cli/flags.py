@@ -32,6 +32,7 @@ _FLAGS: Final = "fields of the config; `dsmoe {} --help` lists them"
 _FINETUNE: Final = "--data FILE … [--recipe NAME] [--lora] [--show N]"
 _BIAS: Final = "add VALUE in [-100, 100] to the logit of token ID; repeatable"
 _STOP_ID: Final = "end the output after this token; repeatable"
+_PLOT: Final = "image to write, .png, .pdf or .svg; default: RUN/plot.png, for several runs plot.png"
 _INT: Final = {"type": int, "metavar": "N"}
 _FLOAT: Final = {"type": float, "metavar": "X"}
 _OPTIONAL: Final = {"action": "store_true", "default": None}
@@ -69,7 +70,7 @@ SAMPLING: Final = (
 ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
     "demo": (
         _arg("--out", "keep checkpoints and plot in this new folder; default: discard them", "DIR"),
-        _arg("--steps", "training steps; default: 150", default=150, **_INT),
+        _arg("--steps", "training steps; default: 2000", default=2000, **_INT),
     ),
     "convert": (
         _arg("source", _SOURCE, "HF_DIR|REPOSITORY"),
@@ -109,6 +110,11 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
     "finetune": (
         _arg("checkpoint", "native checkpoint", "CKPT"),
         _arg("flags", _FLAGS.format("finetune CKPT"), _FINETUNE, nargs=argparse.REMAINDER),
+    ),
+    "plot": (
+        _arg("runs", "output directories of runs", "RUN", nargs="+"),
+        _arg("--out", _PLOT, "FILE"),
+        _arg("--by", "horizontal axis of a comparison; default: step", choices=("step", "tokens"), default="step"),
     ),
     "merge": (
         _arg("checkpoint", _CHECKPOINT, "CKPT"),
