@@ -19,7 +19,7 @@ from dsmoe_jax.storage.paths import user_path
 _PROMPTS: Final = ("def get_", "class ", "import ")
 _SAMPLING: Final = {"max_new_tokens": 96, "temperature": 0.5, "top_p": 0.95}
 # Of preset `tiny`, a size that reads more text in the same time.
-_MODEL: Final = {
+_MODEL: Final[dict[str, Any]] = {
     "hidden_size": 128,
     "intermediate_size": 352,
     "moe_intermediate_size": 64,
@@ -77,8 +77,8 @@ def _run(folder: Path, steps: int, plot: Path) -> None:
         whole_lines = output.text.rpartition("\n")[0] or output.text
         print_status(f"\n--- completion of {prompt!r}\n{prompt}{whole_lines.rstrip()}")
     tokens = config.steps * config.data.batch_size * config.data.sequence_length
-    trained = f"{counts.total / 1e6:.1f}M parameters after {tokens / 1e6:.1f}M tokens"
-    print_status(f"\nSampled at temperature {_SAMPLING['temperature']}. {trained} know syntax and style, not meaning.")
+    trained = f"{counts.total / 1e6:.1f}M parameters trained on {tokens / 1e6:.1f}M tokens"
+    print_status(f"\n{trained}, temperature {_SAMPLING['temperature']}: expect Python's syntax and style, not meaning.")
 
 
 def training_config(folder: Path, steps: int) -> Any:
