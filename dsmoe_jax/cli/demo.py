@@ -87,21 +87,20 @@ def training_config(folder: Path, steps: int) -> Any:
     from dsmoe_jax.train.config import CheckpointConfig, DataConfig
     from dsmoe_jax.train.recipes import tiny
 
-    recipe, model = tiny(), folder / "model.json"
+    recipe, model = dataclasses.replace(tiny(), steps=steps), folder / "model.json"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(model, ModelConfig(**PRESETS["tiny"] | _MODEL).to_dict())
     return dataclasses.replace(
         recipe,
         output_dir=str(folder / "run"),
         model=str(model),
-        steps=steps,
         data=DataConfig(sequence_length=128, batch_size=8, val_fraction=0.03),
         optimizer=dataclasses.replace(
             recipe.optimizer, learning_rate=5e-3, warmup_steps=min(100, steps), min_lr_ratio=0.0
         ),
         checkpoint=CheckpointConfig(interval=steps),
         log_interval=max(1, steps // 10),
-        eval_interval=max(1, steps // _EVALUATIONS),
+        eval_interval=-(-steps // _EVALUATIONS),
         eval_batches=16,
         trackers=("console", "jsonl"),
     )
