@@ -22,7 +22,6 @@ from dsmoe_jax.convert import import_hf
 from dsmoe_jax.generate import Chat, Generator
 from dsmoe_jax.info import describe
 from dsmoe_jax.model import _forward, abstract, split
-from dsmoe_jax.train.data import sources
 from tests.helpers.command import run
 from tests.helpers.hf_folder import make_tokenizer, random_params, snapshot, tiny, write_hf
 
@@ -105,22 +104,6 @@ def test_chat_ends_on_quit_and_ctrl_c(monkeypatch: pytest.MonkeyPatch, native: P
     got = run("chat", native)
 
     assert got == code
-
-
-def test_demo_keeps_its_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    library = sources._stdlib()
-    monkeypatch.setattr(sources, "_stdlib", lambda: library[::4])
-
-    code = run("demo", "--out", tmp_path / "demo", "--steps", 3)
-
-    out, _ = capsys.readouterr()
-    assert code == 0
-    assert "Trained 3 steps" in out
-    assert "def __init__(self, " in out
-    kept = {path.name for path in (tmp_path / "demo").iterdir()}
-    assert kept - {"demo.png"} == {"run", "hf", "native"}
-    assert is_native(tmp_path / "demo" / "native")
-    assert ModelConfig.from_file(tmp_path / "demo" / "hf") == ModelConfig.preset("tiny").with_dtype("float32")
 
 
 def test_every_verb_has_help(capsys: pytest.CaptureFixture):

@@ -200,12 +200,12 @@ def test_epochs_decide_how_many_steps_there_are(home: Path, tmp_path: Path):
 
 
 def test_the_best_adapter_is_kept(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    eval_losses = iter([3.0, 2.0, 4.0, 2.5])
+    eval_losses = iter([5.0, 3.0, 2.0, 4.0, 2.5])
     monkeypatch.setattr(loop, "_evaluate", lambda *_: (next(eval_losses), 1))
 
     with monkeypatch.context() as patch:
         stop_at(9, patch)
-        run(config(home, tmp_path / "out", eval_interval=3))  # 3, 2, 4
+        run(config(home, tmp_path / "out", eval_interval=3))  # 5 at step 1, then 3, 2, 4
     best = weights(tmp_path / "out" / "best")
     run(config(home, tmp_path / "out", eval_interval=3))  # 2.5 after a restart
 
@@ -221,7 +221,7 @@ def test_the_best_adapter_is_kept(home: Path, tmp_path: Path, monkeypatch: pytes
 def test_a_damaged_best_is_named_and_replaced(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    eval_losses = iter([2.0, 3.0])
+    eval_losses = iter([5.0, 2.0, 3.0])
     monkeypatch.setattr(loop, "_evaluate", lambda *_: (next(eval_losses), 1))
     with monkeypatch.context() as patch:
         stop_at(6, patch)

@@ -55,6 +55,7 @@ SMALL: Final[dict[str, list[str]]] = {
     "dsmoe verify": [],
     "dsmoe merge": [],
     "dsmoe info": [],
+    "dsmoe plot": [],
     "dsmoe generate": ["--max-new-tokens", "4"],
     "dsmoe chat": ["--max-new-tokens", "4"],
     "dsmoe tokenize": [],

@@ -176,13 +176,16 @@ class RunConfig:
     """Steps between console log lines."""
 
     eval_interval: int = 200
-    """Steps between evaluations on the validation split; the last step is always evaluated."""
+    """Steps between evaluations on the validation split; the first and the last step are always evaluated."""
 
     eval_batches: int = 8
     """Maximum batches per evaluation; more give a more precise loss and take longer."""
 
-    trackers: tuple[Literal["console", "jsonl", "tensorboard", "wandb"], ...] = ("console", "jsonl", "tensorboard")
-    """Where metrics are written: console, `metrics.jsonl`, TensorBoard files, Weights & Biases."""
+    trackers: tuple[Literal["console", "jsonl", "tensorboard", "wandb", "plot"], ...] = (
+        *("console", "jsonl", "tensorboard", "plot"),
+    )
+    """Where metrics are written: console, `metrics.jsonl`, TensorBoard files, Weights & Biases; `plot` draws those in
+    `metrics.jsonl` at the end of the run."""
 
     max_consecutive_skips: int = 10
     """Stop the run after more than this many skipped updates in a row."""

@@ -162,7 +162,7 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
             n += 1
             monitor.add(n, metrics, loading)
             saves = n % config.checkpoint.interval == 0
-            evaluates = n % config.eval_interval == 0 or n == job.steps
+            evaluates = n % config.eval_interval == 0 or n in (1, job.steps)
             if saves or evaluates:
                 monitor.flush()
                 # Before the checkpoint: a run resumed from it does not repeat this evaluation.

@@ -1,6 +1,6 @@
 """Trackers, which write metrics: `TRACKERS`, at the end, lists them."""
 
-import importlib
+import importlib.util
 import json
 import logging
 import math
@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from dsmoe_jax.errors import DSMoEError
 
 RECORDS: Final = "metrics.jsonl"
+PLOT: Final = "plot.png"
 _log = logging.getLogger(__name__)
 
 
@@ -234,6 +235,30 @@ def check_installed(trackers: Collection[str]) -> None:
         _import_wandb()
 
 
+class Plot:
+    """Plots the records of `metrics.jsonl` at the end of the run, if matplotlib is installed."""
+
+    def __init__(self, run: Run):
+        self._folder, self._steps = run.folder, 0
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Count the records."""
+        self._steps += 1
+
+    def close(self) -> None:
+        """Save the plot; failing to do so does not fail the run."""
+        if not self._steps or importlib.util.find_spec("matplotlib") is None:
+            return
+        from .plotting import draw
+
+        try:
+            draw(self._folder, self._folder / PLOT)
+        except (DSMoEError, OSError) as error:
+            _log.warning("No plot: %s", error)
+        else:
+            _log.info("Saved plot: %s", self._folder / PLOT)
+
+
 def _numbers(values: Mapping[str, Any]) -> dict[str, int | float]:
     return {key: value for key, value in values.items() if not isinstance(value, list)}
 
@@ -243,4 +268,5 @@ TRACKERS: Final[dict[str, Callable[[Run], Tracker]]] = {
     "jsonl": JsonLines,
     "tensorboard": TensorBoard,
     "wandb": WandB,
+    "plot": Plot,
 }

@@ -236,6 +236,17 @@ def _demo(args: argparse.Namespace) -> None:
     run(args.out, steps=args.steps)
 
 
+def _plot(args: argparse.Namespace) -> None:
+    from dsmoe_jax.train.plotting import draw
+    from dsmoe_jax.train.run_records import summarize
+    from dsmoe_jax.train.trackers import PLOT
+
+    out = args.out or (Path(args.runs[0]) / PLOT if len(args.runs) == 1 else Path(PLOT))
+    draw(args.runs, out, by=args.by)
+    print(summarize(args.runs))
+    print_status(f"Saved plot: {out}")
+
+
 def _train(config: Any, args: argparse.Namespace) -> None:
     from dsmoe_jax.train.loop import run
 
@@ -296,6 +307,7 @@ VERBS: Final[dict[str, tuple[Callable[[argparse.Namespace], None], str]]] = {
     "tokenize": (_tokenize, "tokenize text into token shards"),
     "pretrain": (_pretrain, "pretrain a model from a recipe, or resume a run"),
     "finetune": (_finetune, "fine-tune a model on examples, all weights or LoRA"),
+    "plot":     (_plot,     "plot the metrics of a run, or compare the losses of several"),
     "merge":    (_merge,    "merge a LoRA adapter into a checkpoint"),
     "info":     (_info,     "print parameter counts, sizes and layers of a model"),
 }

@@ -34,6 +34,7 @@ _SOURCE: Final = "folder with config.json and safetensors or pytorch_model*.bin 
 _FILE: Final = "prompts, a JSON object per line: prompt, token_ids or messages; optional id and sampling parameters"
 _BIAS: Final = "add VALUE in [-100, 100] to the logit of token ID; repeatable"
 _STOP_ID: Final = "end the output after this token; repeatable"
+_PLOT: Final = "image to write, .png, .pdf or .svg; default: RUN/plot.png, for several runs plot.png"
 _INT: Final = {"type": int, "metavar": "N"}
 _FLOAT: Final = {"type": float, "metavar": "X"}
 _OPTIONAL: Final = {"action": "store_true", "default": None}
@@ -83,7 +84,7 @@ GROUPS: Final[dict[str, tuple[str, tuple[Argument, ...]]]] = {
 ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
     "demo": (
         _arg("--out", "keep checkpoints and plot in this new folder; default: discard them", "DIR"),
-        _arg("--steps", "training steps; default: 150", default=150, **_INT),
+        _arg("--steps", "training steps; default: 2000", default=2000, **_INT),
     ),
     "convert": (
         _arg("source", _SOURCE, "HF_DIR|REPOSITORY"),
@@ -125,6 +126,11 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
             "--val-fraction", "fraction of the documents held out for validation; default: 0.01", default=0.01, **_FLOAT
         ),
         _arg("--split-special-tokens", _SPLIT.format("documents"), action="store_true"),
+    ),
+    "plot": (
+        _arg("runs", "output directories of runs", "RUN", nargs="+"),
+        _arg("--out", _PLOT, "FILE"),
+        _arg("--by", "horizontal axis of a comparison; default: step", choices=("step", "tokens"), default="step"),
     ),
     "merge": (
         _arg("checkpoint", _CHECKPOINT, "CKPT"),
