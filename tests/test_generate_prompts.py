@@ -29,7 +29,9 @@ def test_one_prompt_gives_one_completion(generator: Generator, prompt: Any):
 
 
 def test_rows_of_an_array_are_prompts(generator: Generator):
-    assert generator(np.array([[5, 6], [7, 8]]), **FEW) == generator([[5, 6], [7, 8]], **FEW)
+    prompts: Any = np.array([[5, 6], [7, 8]])
+
+    assert generator(prompts, **FEW) == generator([[5, 6], [7, 8]], **FEW)
 
 
 def test_several_outputs_are_nested_per_prompt(generator: Generator):

@@ -432,7 +432,8 @@ def test_bounds_are_inclusive():
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(SamplingParams)])
 def test_none_means_the_default(name: str):
-    assert SamplingParams(**{name: None}) == SamplingParams()
+    fields: dict[str, Any] = {name: None}
+    assert SamplingParams(**fields) == SamplingParams()
 
 
 def test_max_tokens_is_an_alias_of_max_new_tokens():
@@ -483,7 +484,8 @@ def test_adjusts_logits_only_with_biases_or_penalties(fields: dict[str, Any], ad
 
 @pytest.mark.parametrize("name", ["logit_bias", "stop_token_ids"])
 def test_token_outside_the_vocabulary_is_rejected(name: str):
-    params = SamplingParams(**{name: {99: 1.0, 100: 1.0} if name == "logit_bias" else [100, 99]})
+    fields: dict[str, Any] = {name: {99: 1.0, 100: 1.0} if name == "logit_bias" else [100, 99]}
+    params = SamplingParams(**fields)
 
     params.check_vocabulary(101)
     with pytest.raises(ValueError, match=f"^{name}: token 100 is outside the vocabulary of 100$"):
