@@ -158,7 +158,6 @@ class Generator:
             if name not in _OPTIONS:
                 raise DSMoEError(f"unknown option {name!r}; {suggest(name, _FROM_PRETRAINED)}")
         folder = resolve(path_or_hub_id, revision)
-        sampling_defaults = read_sampling_defaults(folder)
         model, tokenizer, fields = loading.load(
             folder,
             dtype=dtype,
@@ -171,7 +170,10 @@ class Generator:
         )
         if options.get("eos_token_id") is None:
             options["eos_token_id"] = loading.valid_eos_token_ids(fields, tokenizer, model.config.vocab_size)
-        options = {"stop_strings": stops.stop_strings(fields), "sampling_defaults": sampling_defaults} | options
+        options = {
+            "stop_strings": stops.stop_strings(fields),
+            "sampling_defaults": read_sampling_defaults(folder),
+        } | options
         return cls(model, tokenizer, **options)
 
     def __call__(
