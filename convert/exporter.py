@@ -1,4 +1,4 @@
-"""Export a native checkpoint to the Hugging Face layout, for vLLM, SGLang and llama.cpp. Start at `export_hf`."""
+"""Export a checkpoint to the Hugging Face layout, for vLLM, SGLang and llama.cpp. Start at `export_hf`."""
 
 import hashlib
 import json
@@ -12,23 +12,20 @@ from typing import Any, Final
 
 import numpy as np
 
-from dsmoe_jax.checkpoint.manifest import PARAMETERS, Manifest, read_manifest
-from dsmoe_jax.checkpoint.native import as_dtype, check_names_and_shapes, check_tensor_count
-from dsmoe_jax.checkpoint.zarr_io import open_array, raw_bytes, row_chunks
-from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.checkpoint.native import as_dtype
+from dsmoe_jax.checkpoint.zarr_io import raw_bytes, row_chunks
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.model import abstract
 from dsmoe_jax.progress import Advance, Meter, silent
 from dsmoe_jax.storage.atomic_dir import atomic_dir, check_new_path, write_json
 from dsmoe_jax.storage.direct_io import DirectFile
-from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.text.generation_config import GENERATION_CONFIG
 from dsmoe_jax.text.special_ids import SPECIAL_IDS, drop_ids_outside_vocab, ids_for_export
 
 from .cast import Cast, CastStats, ConversionReport
+from .hub import resolve
 from .importer import AUTO_MAP, MODELING, extra_files, read_special_ids
-from .param_mapping import export_order
-from .reader import SAFETENSORS_DTYPES
+from .reader import SAFETENSORS_DTYPES, path_inside
+from .tensor_source import TensorSource, open_source
 
 _INDEX: Final = "model.safetensors.index.json"
 _UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -39,48 +36,27 @@ _TEMPLATES: Final = Path(__file__).parent
 _log = logging.getLogger(__name__)
 
 
-class NativeReader:
-    """Reads memory-mapped tensors of a native checkpoint by Hugging Face's names; checks all but their bytes."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.manifest: Manifest = read_manifest(folder)
-        self.config = ModelConfig.from_file(folder)
-        check_tensor_count(folder, self.config, len(self.manifest.tensors))
-        shapes = {name: tuple(tensor["shape"]) for name, tensor in self.manifest.tensors.items()}
-        check_names_and_shapes(folder, {name: spec.shape for name, spec in abstract(self.config)[1].items()}, shapes)
-        self.arrays = {name: open_array(folder / PARAMETERS, name) for name in shapes}
-        for name, array in self.arrays.items():
-            if (dtype := self.manifest.tensors[name]["dtype"]) != array.dtype.name or array.shape != shapes[name]:
-                found = f"{array.dtype} {list(array.shape)}"
-                raise DSMoEError(f"{folder}: tensor {name} is {found}, {dtype} in the manifest")
-        self.order = {hf_name: (ours, expert) for hf_name, ours, expert in export_order(self.config)}
-
-    def read(self, hf_name: str) -> np.ndarray:
-        """Return a view of a tensor."""
-        ours, expert = self.order[hf_name]
-        return self.arrays[ours] if expert is None else self.arrays[ours][expert]
-
-
 def export_hf(
-    native: str | Path,
+    source: str | Path,
     output_dir: str | Path,
     *,
     max_shard_size: int | str = "5GB",
     dtype: Any = None,
+    revision: str | None = None,
     with_modeling: bool = False,
     progress: Meter = silent,
 ) -> ConversionReport:
-    """Export a native checkpoint as a Hugging Face folder: safetensors, index, config and tokenizer.
+    """Export a checkpoint as a Hugging Face folder: safetensors, index, config and tokenizer.
 
-    Without a cast tensors are exported bit for bit; each is checked against its SHA-256 in the manifest. With
-    `trust_remote_code=True` transformers' `AutoConfig` can load the config. An interrupted export resumes.
+    Without a cast tensors are exported bit for bit; those of a native checkpoint are checked against their SHA-256.
+    With `trust_remote_code=True` transformers' `AutoConfig` can load the config. An interrupted export resumes.
 
     Args:
-        native: Native checkpoint.
+        source: Native checkpoint, or a Hugging Face folder or hub id to shard or cast anew.
         output_dir: New folder.
         max_shard_size: Maximum size of a file in bytes, or "5GB", "500MB", "2GiB".
         dtype: "float32", "bfloat16" or "float16" to cast; default: the stored dtypes.
+        revision: Branch, tag or commit of a hub id; default: `main`.
         with_modeling: Add PyTorch code of the model, so that transformers' `AutoModelForCausalLM` opens the folder with
             `trust_remote_code=True`.
         progress: Progress meter.
@@ -94,7 +70,20 @@ def export_hf(
     started = time.perf_counter()
     cast_dtype, limit = as_dtype(dtype), parse_size(max_shard_size)
     output_dir = check_new_path(output_dir)
-    reader = NativeReader(user_path(native, "checkpoint"))
+    with open_source(resolve(source, revision, name="source")) as reader:
+        auto_map = AUTO_MAP | (MODELING if with_modeling else {})
+        return _export(reader, output_dir, limit, cast_dtype, auto_map, progress, started)
+
+
+def _export(
+    reader: TensorSource,
+    output_dir: Path,
+    limit: int,
+    cast_dtype: Any,
+    auto_map: dict[str, str],
+    progress: Meter,
+    started: float,
+) -> ConversionReport:
     tokenizer, generation_config, warnings = read_special_ids(reader.folder, reader.config)
     for warning in warnings:
         _log.warning("%s", warning)
@@ -102,33 +91,37 @@ def export_hf(
     shards = _shards(sizes, limit)
     total = sum(sizes.values())
     shard_options = [limit, str(cast_dtype)]
-    job = {"export": str(reader.folder.resolve()), "manifest": reader.manifest.sha256, "shards": shard_options}
-    digests = {name: hashlib.sha256() for name in reader.manifest.tensors}
+    job = {"export": str(reader.folder.resolve()), "manifest": reader.version, "shards": shard_options}
+    digests = {name: hashlib.sha256() for name in reader.sha256}
     stats, reused = CastStats(), 0
     with atomic_dir(output_dir, needs=total, job=job) as draft, progress("exporting", total) as advance:
         for file, names in shards.items():
             if file in draft.finished and (draft.folder / file).is_file():
                 reused += sum(sizes[name] for name in names)
                 for name in names:
-                    digests[reader.order[name][0]].update(raw_bytes(reader.read(name)))
+                    if digest := digests.get(reader.order[name][0]):
+                        digest.update(raw_bytes(reader.read(name)))
                     advance(sizes[name])
             else:
                 draft.finish(file, list(_write_shard(draft.folder / file, names, reader, cast_dtype, digests, advance)))
             stats += CastStats(*draft.finished[file])
-        for name, tensor in reader.manifest.tensors.items():
-            if digests[name].hexdigest() != tensor.get("sha256"):
+        for name, sha256 in reader.sha256.items():
+            if digests[name].hexdigest() != sha256:
                 raise DSMoEError(f"{reader.folder}: damaged checkpoint: SHA-256 mismatch of tensor {name}")
         config = reader.config
         stored = {(cast_dtype or reader.read(name).dtype).name for name in reader.order}
         if len(stored) == 1:
             config = config.with_dtype(stored.pop())
         for path in extra_files(reader.folder):
+            path_inside(reader.folder, path.name)  # rejects links that lead outside
             shutil.copyfile(path, draft.folder / path.name)
         weight_map = {name: file for file, names in shards.items() for name in names}
         write_json(draft.folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         fields = ids_for_export(config.to_dict(), tokenizer, config.vocab_size)
-        _write_configs(draft.folder, fields, generation_config, AUTO_MAP | (MODELING if with_modeling else {}))
+        _write_configs(draft.folder, fields, generation_config, auto_map)
     seconds, checksum = time.perf_counter() - started, "verified every tensor against the manifest's SHA-256"
+    if not reader.sha256:
+        checksum = f"{reader.folder} has no SHA-256 to verify; compare with `dsmoe verify`"
     return ConversionReport(output_dir, len(reader.order), total, reused, seconds, stats, checksum)
 
 
@@ -153,7 +146,7 @@ def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
 
 
 def _write_shard(
-    path: Path, names: list[str], reader: NativeReader, dtype: Any, digests: dict[str, Any], advance: Advance
+    path: Path, names: list[str], reader: TensorSource, dtype: Any, digests: dict[str, Any], advance: Advance
 ) -> CastStats:
     """Write a safetensors file and hash its tensors by our names."""
     cast = Cast(dtype)
@@ -162,15 +155,17 @@ def _write_shard(
         out.write(_header(names, reader, dtype))
         for name in names:
             for chunk in row_chunks(reader.read(name)):
-                hashing = hasher.submit(digests[reader.order[name][0]].update, raw_bytes(chunk))
+                digest = digests.get(reader.order[name][0])
+                hashing = digest and hasher.submit(digest.update, raw_bytes(chunk))
                 cast_chunk = cast(chunk)
                 out.write(raw_bytes(cast_chunk))
-                hashing.result()
+                if hashing:
+                    hashing.result()
                 advance(cast_chunk.nbytes)
     return cast.stats
 
 
-def _header(names: list[str], reader: NativeReader, dtype: np.dtype | None) -> bytes:
+def _header(names: list[str], reader: TensorSource, dtype: np.dtype | None) -> bytes:
     """Return a safetensors header: its length in 8 bytes, then JSON with each tensor's dtype, shape and offsets."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

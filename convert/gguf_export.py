@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -18,11 +19,12 @@ from dsmoe_jax.errors import DSMoEError, check_choice
 from dsmoe_jax.progress import Advance, Meter, silent
 from dsmoe_jax.storage.atomic_dir import check_new_path
 from dsmoe_jax.storage.atomic_file import atomic_file
-from dsmoe_jax.storage.paths import user_path
 
 from .cast import Cast, CastStats, ConversionReport
-from .exporter import NativeReader
 from .gguf_tokenizer import add_tokenizer
+from .hub import resolve
+from .param_mapping import hf_names, is_stacked
+from .tensor_source import TensorSource, open_source
 
 # fmt: off
 _GGUF_NAME: Final = {
@@ -69,29 +71,35 @@ class _Tensor(NamedTuple):
 
     name: str
     ours: str
-    source: np.ndarray  # memory-mapped
+    parts: tuple[str, ...]  # Hugging Face's tensors, one per expert in a stack
+    shape: tuple[int, ...]
     type: str  # of `gguf.GGMLQuantizationType`
     heads: int  # of a query or key projection, else 0
 
     @property
     def nbytes(self) -> int:
         """Size in the file."""
-        if self.type == "Q8_0":
-            return self.source.size // _BLOCK * (_BLOCK + 2)
-        return self.source.size * (4 if self.type == "F32" else 2)
+        size = math.prod(self.shape)
+        return size // _BLOCK * (_BLOCK + 2) if self.type == "Q8_0" else size * (4 if self.type == "F32" else 2)
 
 
 def export_gguf(
-    native: str | Path, output: str | Path, *, dtype: str | None = None, progress: Meter = silent
+    source: str | Path,
+    output: str | Path,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    progress: Meter = silent,
 ) -> ConversionReport:
-    """Export a native checkpoint as one GGUF file with its tokenizer, for llama.cpp.
+    """Export a checkpoint as one GGUF file with its tokenizer, for llama.cpp.
 
-    Norms and routers are stored in float32. Each tensor is checked against its SHA-256 in the manifest.
+    Norms and routers are stored in float32. Tensors of a native checkpoint are checked against their SHA-256.
 
     Args:
-        native: Native checkpoint.
+        source: Native checkpoint, Hugging Face folder or hub id.
         output: New file.
         dtype: "float32", "bfloat16", "float16" or "q8_0"; default: the stored dtypes.
+        revision: Branch, tag or commit of a hub id; default: `main`.
         progress: Progress meter.
 
     Returns:
@@ -108,17 +116,28 @@ def export_gguf(
     except ImportError:
         raise DSMoEError("GGUF needs the package gguf: pip install 'dsmoe_jax[gguf]'") from None
     output = check_new_path(output)
-    reader = NativeReader(user_path(native, "checkpoint"))
-    _check_supported(reader.folder, reader.config)
+    with open_source(resolve(source, revision, name="source")) as reader:
+        _check_supported(reader.folder, reader.config)
+        stats, tensors, total = _export(gguf, reader, output, dtype, progress)
+    checksum = "verified every tensor against the manifest's SHA-256" if reader.sha256 else "no SHA-256 to verify"
+    return ConversionReport(output, tensors, total, 0, time.perf_counter() - started, stats, checksum)
+
+
+def _export(
+    gguf: Any, reader: TensorSource, output: Path, dtype: str | None, progress: Meter
+) -> tuple[CastStats, int, int]:
+    """Write the file; return the statistics of the cast, and the number of tensors and their bytes."""
     tensors = list(_tensors(reader, dtype))
     total, stats = sum(tensor.nbytes for tensor in tensors), CastStats()
-    with atomic_file(output, needs=total) as staging, progress("exporting", total) as advance:
+    with contextlib.ExitStack() as stack:
+        staging = stack.enter_context(atomic_file(output, needs=total))
+        advance = stack.enter_context(progress("exporting", total))
         with contextlib.closing(gguf.GGUFWriter(staging, "deepseek")) as writer:
             _add_config(writer, reader)
             add_tokenizer(gguf, writer, reader.folder, reader.config)
             for tensor in tensors:
                 kind = gguf.GGMLQuantizationType[tensor.type]
-                writer.add_tensor_info(tensor.name, tensor.source.shape, np.dtype(np.float32), tensor.nbytes, kind)
+                writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, kind)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -127,8 +146,7 @@ def export_gguf(
                 writer.write_padding(file, file.tell())
                 stats += _write(gguf, file, tensor, reader, advance)
                 writer.write_padding(file, tensor.nbytes)
-    checksum = "verified every tensor against the manifest's SHA-256"
-    return ConversionReport(output, len(tensors), total, 0, time.perf_counter() - started, stats, checksum)
+    return stats, len(tensors), total
 
 
 def _check_supported(folder: Path, config: ModelConfig) -> None:
@@ -139,11 +157,12 @@ def _check_supported(folder: Path, config: ModelConfig) -> None:
             raise DSMoEError(f"{folder}: llama.cpp's architecture 'deepseek' does not support {name} {value!r}")
 
 
-def _tensors(reader: NativeReader, dtype: str | None) -> Iterator[_Tensor]:
+def _tensors(reader: TensorSource, dtype: str | None) -> Iterator[_Tensor]:
     """Yield the tensors in the order of the file."""
-    config = reader.config
+    config, parts = reader.config, hf_names(reader.config)
     heads = {"q": config.num_attention_heads, "k": config.num_kv_heads}
-    for ours, array in reader.arrays.items():
+    for ours, names in parts.items():
+        array = reader.read(names[0])
         layer, pattern = re.search(r"layers\.(\d+)", ours), re.sub(r"layers\.\d+", "layers.{i}", ours)
         name = _GGUF_NAME[pattern].replace("{i}", layer[1] if layer else "")
         kind = _TYPE[dtype or array.dtype.name]
@@ -151,27 +170,28 @@ def _tensors(reader: NativeReader, dtype: str | None) -> Iterator[_Tensor]:
             kind = "F32"
         elif kind == "Q8_0" and array.shape[-1] % _BLOCK:
             kind = "F16"  # as llama.cpp does
+        shape = (len(names), *array.shape) if is_stacked(ours) else array.shape
         projection = re.search(r"attention\.([qk])\.weight", ours)
-        yield _Tensor(name, ours, array, kind, heads[projection[1]] if projection else 0)
+        yield _Tensor(name, ours, names, shape, kind, heads[projection[1]] if projection else 0)
         if ours == "embed" and config.tie_word_embeddings:  # llama.cpp requires a head
-            yield _Tensor("output.weight", ours, array, kind, 0)
+            yield _Tensor("output.weight", ours, names, shape, kind, 0)
 
 
-def _write(gguf: Any, file: BinaryIO, tensor: _Tensor, reader: NativeReader, advance: Advance) -> CastStats:
+def _write(gguf: Any, file: BinaryIO, tensor: _Tensor, reader: TensorSource, advance: Advance) -> CastStats:
     """Write the data of a tensor in chunks."""
     digest, cast = hashlib.sha256(), Cast(None if tensor.type == "Q8_0" else as_dtype(_DTYPE[tensor.type]))
-    for chunk in [tensor.source] if tensor.heads else row_chunks(tensor.source):
-        digest.update(raw_bytes(chunk))
-        if tensor.heads:
-            chunk = _interleave(chunk, tensor.heads)
-        for rows in row_chunks(chunk.reshape(-1, chunk.shape[-1]), _CHUNK_BYTES):
+    for part in tensor.parts:
+        array = reader.read(part)
+        for chunk in [array] if tensor.heads else row_chunks(array, _CHUNK_BYTES):
+            digest.update(raw_bytes(chunk))
+            rows = _interleave(chunk, tensor.heads) if tensor.heads else chunk
             if tensor.type == "Q8_0":
                 encoded = gguf.quantize(rows.astype(np.float32), gguf.GGMLQuantizationType.Q8_0)
             else:
                 encoded = cast(rows)
             file.write(raw_bytes(encoded))
             advance(encoded.nbytes)
-    if digest.hexdigest() != reader.manifest.tensors[tensor.ours].get("sha256"):
+    if reader.sha256 and digest.hexdigest() != reader.sha256[tensor.ours]:
         raise DSMoEError(f"{reader.folder}: damaged checkpoint: SHA-256 mismatch of tensor {tensor.ours}")
     return cast.stats
 
@@ -181,7 +201,7 @@ def _interleave(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def _add_config(writer: Any, reader: NativeReader) -> None:
+def _add_config(writer: Any, reader: TensorSource) -> None:
     """Add the metadata of the model."""
     config = reader.config
     writer.add_name(reader.folder.resolve().name)

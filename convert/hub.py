@@ -1,4 +1,4 @@
-"""Download a checkpoint from the Hugging Face hub into its cache. Start at `fetch`.
+"""Download a checkpoint from the Hugging Face hub into its cache. Start at `resolve`.
 
 The environment variables of `huggingface_hub` apply: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and
 others. Code is never downloaded.
@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.atomic_dir import check_space
+from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.text.generation_config import GENERATION_CONFIG
 from dsmoe_jax.text.tokenizer import TOKENIZER_FILES
 
@@ -26,6 +27,40 @@ _EXTRA_FILES: Final = (GENERATION_CONFIG, *TOKENIZER_FILES)
 _REPO_ID: Final = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9_][\w.-]*", re.ASCII | re.IGNORECASE)
 
 
+def resolve(source: str | Path, revision: str | None = None, *, name: str = "model") -> Path:
+    """Return the local folder of a path or hub id, which is downloaded unless cached; a path takes precedence."""
+    path = _local_path(source, revision, name)
+    return fetch(str(source), revision=revision) if path is None else path
+
+
+def resolve_file(source: str | Path, file: str, revision: str | None = None, *, name: str = "model") -> Path | None:
+    """Return a file of a local folder or hub id, of which only this file is downloaded; None if it has none."""
+    path = _local_path(source, revision, name)
+    if path is None:
+        return fetch_file(str(source), file, revision=revision)
+    return path / file if (path / file).exists() else None
+
+
+def resolve_config(source: str | Path, revision: str | None = None) -> Path:
+    """Return a local path, or the `config.json` of a hub id, of which only this file is downloaded."""
+    path = _local_path(source, revision, "model")
+    if path is None and (path := fetch_file(str(source), CONFIG, revision=revision)) is None:
+        raise DSMoEError(f"{source}: has no {CONFIG}")
+    return path
+
+
+def _local_path(source: str | Path, revision: str | None, name: str) -> Path | None:
+    """Return an existing path, None for a hub id; raise `DSMoEError` for anything else."""
+    path = user_path(source, name)
+    if os.path.lexists(path):
+        if revision is not None:
+            raise DSMoEError(f"revision {revision!r} needs a hub id, got the local path {source}")
+        return path
+    if not is_repo_id(source):
+        raise DSMoEError(f"{source}: no such file or folder, and not a hub id of the form owner/name")
+    return None
+
+
 def is_repo_id(source: str | Path) -> bool:
     """Return whether `source` has the form owner/name and is not an existing path."""
     return bool(_REPO_ID.fullmatch(str(source))) and not os.path.lexists(source)
@@ -33,15 +68,40 @@ def is_repo_id(source: str | Path) -> bool:
 
 def fetch(repo_id: str, *, revision: str | None = None) -> Path:
     """Download config, weights and tokenizer unless cached; return the cache's folder, whose name is the commit SHA."""
+    with hub_of(repo_id) as constants:
+        load = _from_cache if constants.HF_HUB_OFFLINE else _from_hub
+        return load(repo_id, revision or constants.DEFAULT_REVISION)
+
+
+def fetch_file(repo_id: str, file: str, *, revision: str | None = None) -> Path | None:
+    """Download one file unless cached; return its path, or None if the repository has no such file."""
+    with hub_of(repo_id) as constants:
+        from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
+
+        commit = revision or constants.DEFAULT_REVISION
+        if constants.HF_HUB_OFFLINE:
+            cached = try_to_load_from_cache(repo_id, file, revision=commit)
+            return Path(cached) if isinstance(cached, str) else None
+        with one_line_errors(commit):
+            try:
+                return Path(hf_hub_download(repo_id, file, revision=commit))
+            except errors.EntryNotFoundError as error:
+                if isinstance(error, errors.LocalEntryNotFoundError):  # the hub cannot be reached
+                    raise
+    return None
+
+
+@contextlib.contextmanager
+def hub_of(repo_id: str) -> Iterator[Any]:
+    """Yield the constants of huggingface_hub; prefix errors with the repository."""
     try:
         if not _REPO_ID.fullmatch(repo_id):
             raise DSMoEError("the repository id must have the form owner/name")
         try:
             from huggingface_hub import constants
         except ImportError:
-            raise DSMoEError("the hub needs huggingface_hub: pip install 'dsmoe_jax[hub]'") from None
-        load = _from_cache if constants.HF_HUB_OFFLINE else _from_hub
-        return load(repo_id, revision or constants.DEFAULT_REVISION)
+            raise DSMoEError("no such folder; a hub id needs `pip install 'dsmoe_jax[hub]'`") from None
+        yield constants
     except ValueError as error:  # huggingface_hub validates ids by ValueError
         raise DSMoEError(f"{repo_id}: {error}") from None
 
@@ -50,11 +110,11 @@ def _from_hub(repo_id: str, revision: str) -> Path:
     from huggingface_hub import HfApi, constants, hf_hub_download
 
     def get(name: str, revision: str) -> Path:
-        with _one_line_errors(revision):
+        with one_line_errors(revision):
             return Path(hf_hub_download(repo_id, name, revision=revision))
 
     timeout = constants.HF_HUB_ETAG_TIMEOUT  # model_info has none by default
-    with _one_line_errors(revision):
+    with one_line_errors(revision):
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
     files = {file.rfilename: file for file in info.siblings or ()}
     sha = info.sha or ""  # the commit of all files; the branch may move during the download
@@ -120,7 +180,7 @@ _ADVICE: Final[Mapping[int, str]] = {
 
 
 @contextlib.contextmanager
-def _one_line_errors(revision: str) -> Iterator[None]:
+def one_line_errors(revision: str) -> Iterator[None]:
     """Raise errors of huggingface_hub in one line, without its messages, which may contain server text or the token."""
     from huggingface_hub import constants, errors
 

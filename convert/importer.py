@@ -1,19 +1,16 @@
-"""Import PyTorch checkpoints in the Hugging Face layout, as a model or as a native checkpoint.
+"""Convert PyTorch checkpoints in the Hugging Face layout to native ones. Start at `import_hf`.
 
-Tensors are read one at a time; `import_hf` needs a few megabytes of memory, whatever the size of the checkpoint.
+Tensors are read one at a time, in a few megabytes of memory, whatever the size of the checkpoint.
 """
 
 import logging
-import math
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from dsmoe_jax.checkpoint import native
 from dsmoe_jax.checkpoint.manifest import is_native
@@ -21,21 +18,17 @@ from dsmoe_jax.checkpoint.native import ArraySource, as_dtype, check_tensor_coun
 from dsmoe_jax.checkpoint.zarr_io import raw_bytes, row_chunks
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.kernels.operand import Operand
-from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, shardings
+from dsmoe_jax.model import abstract
 from dsmoe_jax.progress import Meter, silent
-from dsmoe_jax.quantize import read_quantized
-from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.storage.atomic_dir import atomic_dir, check_new_path
-from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.text.generation_config import GENERATION_CONFIG
 from dsmoe_jax.text.special_ids import check_special_ids
 from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
 from .cast import Cast, CastStats, ConversionReport
-from .hub import fetch, is_repo_id
-from .param_mapping import TIED_HEAD, hf_names, hf_shapes, is_stacked
+from .hub import is_repo_id, resolve
+from .param_mapping import TIED_HEAD, hf_names, hf_shapes
 from .reader import CheckpointReader, path_inside
 from .tensor_info import quote
 from .tensor_names import normalize_names
@@ -48,79 +41,6 @@ MODELING: Final = {
     "AutoModelForCausalLM": "modeling_deepseek.DeepseekForCausalLM",
 }
 _log = logging.getLogger(__name__)
-
-
-def load_hf(
-    path: str | Path, *, dtype: Any = None, mesh: Mesh | MeshConfig | None = None, progress: Meter = silent
-) -> DeepSeekMoE:
-    """Load the model of a Hugging Face folder, from safetensors or `pytorch_model*.bin`.
-
-    Each device reads only its shards from the memory-mapped files.
-
-    Args:
-        path: Folder with config.json and the weights.
-        dtype: "float32", "bfloat16" or "float16" to cast; default: the stored dtypes.
-        mesh: Devices to load onto; default: one device.
-        progress: Progress meter.
-
-    Returns:
-        The model.
-
-    Raises:
-        DSMoEError: The config is invalid, or a tensor is missing, unexpected or of another shape or dtype.
-    """
-    cast_dtype, path = as_dtype(dtype), user_path(path, "model")
-    config = ModelConfig.from_file(path)
-    with CheckpointReader(path) as reader:
-        check_tensors(path, config, reader)
-        places = shardings(config, mesh)
-        specs, parts = abstract(config)[1], hf_names(config)
-        params = {}
-        with progress("loading", sum(map(_nbytes, reader.tensors.values()))) as advance:
-            for name, spec in specs.items():
-
-                def read(index: Any, name: str = name) -> np.ndarray:
-                    views = [reader.read(part) for part in parts[name]]
-                    if is_stacked(name):
-                        return _copy([view[index[1:]] for view in views[index[0]]], cast_dtype)
-                    return _copy([views[0][index]], cast_dtype)[0]
-
-                params[name] = jax.make_array_from_callback(spec.shape, places[name], read)
-                advance(sum(_nbytes(reader.tensors[part]) for part in parts[name]))
-        # Finish copying before the files are unmapped.
-        jax.block_until_ready(params)
-    return assemble(config, params)
-
-
-def load_hf_quantized(
-    path: str | Path, scheme: str, *, double: bool = True, dtype: Any = None, mesh: Mesh | MeshConfig | None = None
-) -> tuple[ModelConfig, dict[str, Operand]]:
-    """Load a Hugging Face folder, quantizing weights while they are read.
-
-    Args:
-        path: Folder with config.json and the weights.
-        scheme: "int8", "int4" or "nf4"; embedding, head, norms and routers are not quantized.
-        double: Quantize the scales of 4-bit schemes as well (QLoRA, arXiv 2305.14314).
-        dtype: Dtype of the other weights; default: the stored dtypes.
-        mesh: Devices to load onto; default: one device.
-
-    Returns:
-        The config, and the parameters by name.
-
-    Raises:
-        DSMoEError: As `load_hf`, and for an unknown scheme.
-    """
-    cast_dtype, path = as_dtype(dtype), user_path(path, "model")
-    config = ModelConfig.from_file(path)
-    with CheckpointReader(path) as reader:
-        check_tensors(path, config, reader)
-        names = hf_names(config)
-
-        def stored(name: str) -> Any:
-            views = [reader.read(part) for part in names[name]]
-            return views if is_stacked(name) else views[0]
-
-        return config, read_quantized(config, stored, scheme, double=double, dtype=cast_dtype, mesh=mesh)
 
 
 def import_hf(
@@ -151,12 +71,8 @@ def import_hf(
     started = time.perf_counter()
     cast_dtype = as_dtype(dtype)
     output_dir = check_new_path(output_dir)
-    folder, origin = user_path(source, "source"), {}
-    if is_repo_id(source):
-        folder = fetch(str(source), revision=revision)
-        origin = {"repository": str(source), "revision": folder.name}
-    elif revision is not None:
-        raise DSMoEError(f"revision {revision!r} requires a repository on the hub, got {source}")
+    folder = resolve(source, revision, name="source")
+    origin = {"repository": str(source), "revision": folder.name} if is_repo_id(source) else {}
     if is_native(folder):
         raise DSMoEError(f"{source} is already a native checkpoint")
     config = ModelConfig.from_file(folder)
@@ -171,7 +87,7 @@ def import_hf(
             _log.warning("%s", warning)
         parameters = _parameters(config, reader, cast_dtype)
         total = sum(parameter.nbytes for parameter in parameters)
-        job = {"import": str(folder.resolve()), "files": _versions(reader), "config": config.to_dict()}
+        job = {"import": str(folder.resolve()), "files": file_versions(reader), "config": config.to_dict()}
         job["dtype"] = str(cast_dtype)  # not implied by the config's where tensors have several dtypes
         with atomic_dir(output_dir, needs=total, job=job) as draft, progress("converting", total) as advance:
             reused = sum(parameter.nbytes for parameter in parameters if native.is_written(draft, parameter.name))
@@ -255,22 +171,10 @@ def _parameters(config: ModelConfig, reader: CheckpointReader, dtype: np.dtype |
     return [parameter(name, parts) for name, parts in hf_names(config).items()]
 
 
-def _versions(reader: CheckpointReader) -> dict[str, list[int]]:
+def file_versions(reader: CheckpointReader) -> dict[str, list[int]]:
     """Return size and modification time of every weight file."""
     files = sorted({info.file for info in reader.tensors.values()})
     return {file: [(stat := os.stat(reader.folder / file)).st_size, stat.st_mtime_ns] for file in files}
-
-
-def _nbytes(info: Any) -> int:
-    return math.prod(info.shape) * info.dtype.itemsize
-
-
-def _copy(views: list[np.ndarray], dtype: np.dtype | None) -> np.ndarray:
-    """Return a stacked copy of the views; the mapped file will be closed."""
-    out = np.empty((len(views), *views[0].shape), dtype or views[0].dtype)
-    for i, view in enumerate(views):
-        out[i] = view
-    return out
 
 
 def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:

@@ -6,35 +6,43 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from dsmoe_jax.checkpoint.manifest import is_native
-from dsmoe_jax.checkpoint.native import load, save
+from dsmoe_jax.checkpoint.native import save
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import check_choice
+from dsmoe_jax.model import assemble
 from dsmoe_jax.storage.atomic_dir import check_new_path, staging_path
 from dsmoe_jax.storage.locks import lock_name
-from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.text import generation_config
 
 from .exporter import export_hf
-from .importer import extra_files, load_hf
+from .hub import resolve
+from .importer import extra_files
 from .peft import merge_adapter
+from .sources import load_params
 
 LAYOUTS: Final = ("native", "hf")
 
 
 def merge_to(
-    checkpoint: str | Path, adapter: str | Path, output_dir: str | Path, *, layout: str = "native", dtype: Any = None
+    checkpoint: str | Path,
+    adapter: str | Path,
+    output_dir: str | Path,
+    *,
+    layout: str = "native",
+    dtype: Any = None,
+    revision: str | None = None,
 ) -> str:
     """Write a checkpoint with an adapter merged into its weights.
 
     The model must fit in memory. The adapter's EOS ids and stop strings are added to the generation config.
 
     Args:
-        checkpoint: Native checkpoint or Hugging Face folder.
+        checkpoint: Native checkpoint, Hugging Face folder or hub id.
         adapter: Folder of a PEFT adapter.
         output_dir: New checkpoint.
         layout: Layout of `output_dir`, "native" or "hf".
         dtype: "float32", "bfloat16" or "float16" to cast before merging; default: the stored dtypes.
+        revision: Branch, tag or commit of a hub id; default: `main`.
 
     Returns:
         A one-line summary.
@@ -43,15 +51,15 @@ def merge_to(
         DSMoEError: `output_dir` exists, or the checkpoint or adapter is invalid.
     """
     check_choice("layout", layout, LAYOUTS)
-    checkpoint, output_dir = user_path(checkpoint, "checkpoint"), check_new_path(output_dir)
+    output_dir, folder = check_new_path(output_dir), resolve(checkpoint, revision, name="checkpoint")
     scratch = output_dir.with_name(f".{output_dir.name}.merging")
     native = output_dir if layout == "native" else scratch
     with lock_name(output_dir, "merging.lock"):  # `save` and `export_hf` take the other lock
         for leftover in (scratch, staging_path(scratch)):  # of a killed run
             shutil.rmtree(leftover, ignore_errors=True)
-        model = merge_adapter((load if is_native(checkpoint) else load_hf)(checkpoint, dtype=dtype), adapter)
+        model = merge_adapter(assemble(*load_params(folder, dtype=dtype)), adapter)
         try:
-            with _merged_files(checkpoint, adapter, model.config) as files:
+            with _merged_files(folder, adapter, model.config) as files:
                 save(model, native, extra_files=files)
             if layout == "hf":
                 export_hf(native, output_dir)

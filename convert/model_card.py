@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsmoe_jax.checkpoint.manifest import read_manifest
+from dsmoe_jax.checkpoint.manifest import is_native, read_manifest
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.info import count_parameters
 from dsmoe_jax.storage.strict_json import read_json
@@ -48,13 +48,12 @@ In vLLM: `vllm serve {repo_id} --trust-remote-code`. In llama.cpp, from a GGUF f
 """
 
 
-def model_card(
-    checkpoint: Path, repo_id: str, *, license: str | None = None, base_model: str | None = None
-) -> str:
+def model_card(checkpoint: Path, repo_id: str, *, license: str | None = None, base_model: str | None = None) -> str:
     """Return the README.md of a repository.
 
     Args:
-        checkpoint: Native checkpoint; the result of a training run is described by the `run.json` of its run.
+        checkpoint: Native checkpoint or Hugging Face folder; the `run.json` of its training run, if any, is in the
+            parent folder.
         repo_id: Id of the repository, `owner/name`.
         license: Identifier of the license, as the hub has them; default: none is stated.
         base_model: Hub id of the model that this one was trained from; default: the source of the checkpoint, if it was
@@ -63,7 +62,8 @@ def model_card(
     Returns:
         Markdown with the hub's metadata as front matter.
     """
-    config, source = ModelConfig.from_file(checkpoint), read_manifest(checkpoint).source
+    config = ModelConfig.from_file(checkpoint)
+    source = read_manifest(checkpoint).source if is_native(checkpoint) else {}
     repository = source.get("repository")
     base_model = base_model or (repository if repository != repo_id else None)
     metadata: dict[str, Any] = {
@@ -93,7 +93,9 @@ def _architecture(config: ModelConfig) -> dict[str, str]:
     }
     if config.n_routed_experts:
         shared = f"{config.n_shared_experts or 0} shared"
-        facts["experts"] = f"{shared} and {config.n_routed_experts} routed ones per layer, top-{config.num_experts_per_tok}"
+        facts["experts"] = (
+            f"{shared} and {config.n_routed_experts} routed ones per layer, top-{config.num_experts_per_tok}"
+        )
     return facts
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -142,6 +143,7 @@ def write_adapter(
     with atomic_dir(user_path(path, "adapter"), needs=sum(tensor.nbytes for tensor in tensors.values())) as draft:
         save_file(tensors, draft.folder / WEIGHTS, metadata={"format": "pt"})
         write_json(draft.folder / CONFIG, _peft_fields(config, base))
+        shutil.copymode(draft.folder / CONFIG, draft.folder / WEIGHTS)  # safetensors ignores the umask
         if generation:
             write_json(draft.folder / GENERATION_CONFIG, dict(generation))
 

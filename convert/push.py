@@ -1,9 +1,8 @@
-"""Upload a native checkpoint to the Hugging Face Hub: `push`."""
+"""Upload a checkpoint to the Hugging Face Hub: `push`."""
 
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ from dsmoe_jax.storage.atomic_dir import check_new_path
 from dsmoe_jax.storage.paths import user_path
 
 from .exporter import export_hf
-from .hub import check_repo_id, import_hub, one_line_errors
+from .hub import hub_of, one_line_errors
 from .model_card import model_card
 
 _log = logging.getLogger(__name__)
 
 
 def push(
-    native: str | Path,
+    checkpoint: str | Path,
     repo_id: str,
     *,
     private: bool = False,
@@ -32,13 +31,13 @@ def push(
     dry_run: str | Path | None = None,
     progress: Meter = silent,
 ) -> str:
-    """Export a native checkpoint with PyTorch code and a model card, and upload it to the Hugging Face Hub.
+    """Export a checkpoint with PyTorch code and a model card, and upload it to the Hugging Face Hub.
 
     Weights are uploaded in chunks; a repeated upload after an interruption sends only what is missing. The export takes
     the size of the checkpoint on disk until the upload is complete. HF_TOKEN and HF_ENDPOINT apply.
 
     Args:
-        native: Native checkpoint.
+        checkpoint: Native checkpoint or Hugging Face folder.
         repo_id: Repository to create or update, `owner/name`.
         private: Create a private repository; an existing one keeps its visibility.
         revision: Branch to upload to, created if missing; default: `main`.
@@ -54,41 +53,31 @@ def push(
     Raises:
         DSMoEError: The checkpoint is damaged, the disk is too full, or the hub refuses; nothing is left on disk.
     """
-    check_repo_id(repo_id)
     as_dtype(dtype)
-    native = user_path(native, "checkpoint")
-    card = model_card(native, repo_id, license=license, base_model=base_model)
+    folder = user_path(checkpoint, "checkpoint")
+    with hub_of(repo_id) if dry_run is None else contextlib.nullcontext():
+        card = model_card(folder, repo_id, license=license, base_model=base_model)
 
-    def write(folder: Path) -> None:
-        export_hf(native, folder, dtype=dtype, with_modeling=True, progress=progress)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+    def write(output_dir: Path) -> None:
+        export_hf(folder, output_dir, dtype=dtype, with_modeling=True, progress=progress)
+        (output_dir / "README.md").write_text(card, encoding="utf-8")
 
     if dry_run is not None:
-        folder = check_new_path(dry_run)
-        write(folder)
-        return str(folder)
-    api = import_hub().HfApi()
-    with _named(repo_id, revision):
-        if import_hub().get_token() is None:
-            raise DSMoEError("uploads need a token: set HF_TOKEN or run `hf auth login`")
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        write(check_new_path(dry_run))
+        return str(dry_run)
+    with hub_of(repo_id), one_line_errors(revision or "main"):
+        from huggingface_hub import HfApi, get_token
+
+        if get_token() is None:
+            raise DSMoEError("an upload needs a token: set HF_TOKEN or run `hf auth login`")
+        HfApi().create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{native.name}.push.", dir=native.resolve().parent) as temporary:
-        folder = Path(temporary) / "export"
-        write(folder)
+            HfApi().create_branch(repo_id, branch=revision, exist_ok=True)
+    parent = folder.resolve().parent
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.push.", dir=parent) as temporary:
+        write(Path(temporary) / "export")
         _log.info("Uploading to %s", repo_id)
-        with _named(repo_id, revision):
-            message = "Upload of dsmoe_jax"
-            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message)
+        with hub_of(repo_id), one_line_errors(revision or "main"):
+            options = {"revision": revision, "commit_message": "Upload of dsmoe_jax"}
+            commit = HfApi().upload_folder(repo_id=repo_id, folder_path=Path(temporary) / "export", **options)
     return str(commit.commit_url)
-
-
-@contextlib.contextmanager
-def _named(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Raise errors in one line that begins with the repository."""
-    try:
-        with one_line_errors(revision or "main"):
-            yield
-    except ValueError as error:
-        raise DSMoEError(f"{repo_id}: {error}") from None

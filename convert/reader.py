@@ -23,15 +23,24 @@ _OTHERS: Final = {"F64": "f8", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1"
 _BUFFER_DTYPES: Final = SAFETENSORS_DTYPES | {code: np.dtype(kind) for code, kind in _OTHERS.items()}
 
 
+_LFS_POINTER: Final = b"version https://git-lfs"
+_DAMAGED: Final = "is damaged or not a safetensors file"
+
+
 def read_safetensors(mapped: mmap.mmap, file: str) -> dict[str, TensorInfo]:
     """Locate the tensors of a safetensors file: 8 bytes of header length, the header in JSON, the data."""
+    if mapped[: len(_LFS_POINTER)] == _LFS_POINTER:
+        raise DSMoEError("is a Git LFS pointer, not weights; `git lfs pull` downloads them")
     length = int.from_bytes(mapped[:8], "little")
     if length > MAX_JSON_BYTES:
-        raise DSMoEError(f"has a header of {length} bytes; at most {MAX_JSON_BYTES}")
+        raise DSMoEError(f"{_DAMAGED}: has a header of {length} bytes; at most {MAX_JSON_BYTES}")
     data = 8 + length
     if data > len(mapped):
-        raise DSMoEError(f"has a header up to byte {data} of a file of {len(mapped)}")
-    header = parse_json(mapped[8:data])
+        raise DSMoEError(f"{_DAMAGED}: has a header up to byte {data} of a file of {len(mapped)}")
+    try:
+        header = parse_json(mapped[8:data])
+    except DSMoEError as error:
+        raise DSMoEError(f"{_DAMAGED}: its header {error}") from None
     if mapped[8:9] != b"{":  # the format allows no space before it
         raise DSMoEError("has a header that does not start with {")
     _check_metadata(header.pop("__metadata__", {}))

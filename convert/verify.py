@@ -1,4 +1,4 @@
-"""Verify a native checkpoint against its manifest and the folder it was converted from: `verify`."""
+"""Verify a checkpoint, alone or against another one: `verify`."""
 
 import hashlib
 import time
@@ -11,15 +11,15 @@ from typing import Any, Final
 import numpy as np
 
 from dsmoe_jax.checkpoint.manifest import TensorDamage, find_damage, read_manifest
+from dsmoe_jax.checkpoint.native import check_names_and_shapes
 from dsmoe_jax.checkpoint.zarr_io import raw_bytes, row_chunks
-from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.progress import Meter, silent
-from dsmoe_jax.storage.paths import user_path
+from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.progress import Meter, plural, silent
 from dsmoe_jax.text.special_ids import ids_for_export
 
-from .exporter import NativeReader
-from .importer import check_tensors, read_special_ids
-from .reader import CheckpointReader
+from .hub import is_repo_id, resolve
+from .importer import read_special_ids
+from .tensor_source import TensorSource, open_source, opens_as_native
 
 # Config fields that do not affect the model or follow from the tensors.
 _NOT_COMPARED: Final = ("torch_dtype", "dtype", "transformers_version", "architectures", "use_cache")
@@ -30,17 +30,21 @@ class VerificationReport:
     """Result of `verify`; `to_dict` gives the JSON report.
 
     Attributes:
-        native: The native checkpoint.
-        hf: The Hugging Face folder it was compared with, if any.
+        source: The checkpoint.
+        other: The checkpoint it was compared with, if any.
+        layout: Layout of `source`, "native" or "hf".
+        cast: Dtypes in which tensors were compared that are stored in two dtypes.
         tensors: Number of tensors compared.
         bytes: Bytes of the tensors compared, or of the files hashed.
         mismatches: One dict for each mismatch: file, tensor and what is wrong.
-        hashes: SHA-256 by tensor; with `hf` by Hugging Face's names.
+        hashes: SHA-256 by tensor, by Hugging Face's names unless a native checkpoint is verified alone.
         seconds: Wall-clock time.
     """
 
-    native: str
-    hf: str | None
+    source: str
+    other: str | None
+    layout: str = "native"
+    cast: list[str] = field(default_factory=list)
     tensors: int = 0
     bytes: int = 0
     mismatches: list[dict[str, Any]] = field(default_factory=list)
@@ -53,76 +57,122 @@ class VerificationReport:
 
     def __str__(self) -> str:
         """Return a one-line summary."""
-        size = f"{self.tensors:,} tensors, {self.bytes / 1e9:.3f} GB in {self.seconds:.1f} s"
-        equal = "all checksums match" if self.hf is None else f"bitwise equal to {self.hf}"
-        result = f"{len(self.mismatches)} mismatches" if self.mismatches else equal
-        return f"{self.native}: {size}: {result}"
+        size = f"{plural(self.tensors, 'tensor')}, {self.bytes / 1e9:.3f} GB in {self.seconds:.1f} s"
+        return f"{self.source}: {size}: {self._result()}"
+
+    def _result(self) -> str:
+        cast = f" (compared in {', '.join(self.cast)}: a cast cannot match bit by bit)" if self.cast else ""
+        if self.mismatches:
+            return f"{len(self.mismatches)} mismatch{'es' if len(self.mismatches) > 1 else ''}{cast}"
+        if self.other is not None:
+            return f"equal to {self.other}{cast}" if cast else f"bitwise equal to {self.other}"
+        return "all checksums match" if self.layout == "native" else "all tensors are complete; it has no checksums"
 
 
-def verify(native: str | Path, hf: str | Path | None = None, *, progress: Meter = silent) -> VerificationReport:
-    """Compare a native checkpoint with its manifest and, bit for bit, with a Hugging Face folder.
+def verify(
+    source: str | Path, other: str | Path | None = None, *, revision: str | None = None, progress: Meter = silent
+) -> VerificationReport:
+    """Verify a checkpoint, and compare it with another one.
+
+    A native checkpoint is compared with its manifest; of a Hugging Face folder every tensor is read and its name and
+    shape are checked. Two checkpoints are compared bit for bit; tensors that are stored in two dtypes are compared
+    in the smaller one.
 
     Args:
-        native: Native checkpoint.
-        hf: Hugging Face folder, if any.
+        source: Native checkpoint, Hugging Face folder or hub id.
+        other: Another one, if any.
+        revision: Branch, tag or commit of the hub id, if one of them is one; default: `main`.
         progress: Progress meter.
 
     Returns:
         The report; `mismatches` is empty if all bits agree.
 
     Raises:
-        DSMoEError: `native` is not a native checkpoint, or `hf` has other tensors.
+        DSMoEError: A checkpoint cannot be opened, or the two have other tensors.
     """
     started = time.perf_counter()
-    native = user_path(native, "checkpoint")
-    manifest = read_manifest(native, verify=False)  # damage is reported below
-    report = VerificationReport(str(native), None if hf is None else str(hf), len(manifest.tensors))
-    report.hashes = {name: str(tensor.get("sha256")) for name, tensor in manifest.tensors.items()}
-    report.bytes = sum(sums["bytes"] for sums in manifest.files.values())
-    with progress("checking", report.bytes) as advance:
-        found = list(find_damage(native, manifest, advance))
-    if hf is not None and not found:
-        found += _differences(NativeReader(native), user_path(hf, "Hugging Face folder"), report, progress)
+    names = [source] if other is None else [source, other]
+    on_hub = [name for name in names if is_repo_id(name)]
+    if revision is not None and len(on_hub) == 2:
+        raise DSMoEError(f"revision {revision!r} needs one hub id, got two: {source} and {other}")
+    folders = [resolve(name, revision if name in on_hub or not on_hub else None, name="checkpoint") for name in names]
+    report = VerificationReport(str(source), None if other is None else str(other))
+    report.layout = "native" if opens_as_native(folders[0]) else "hf"
+    found: list[TensorDamage] = []
+    for folder in folders:
+        if opens_as_native(folder):
+            found += _damage(folder, report, progress)
+    if len(folders) == 2 and not found:
+        folders.sort(key=opens_as_native, reverse=True)  # config.json of an export has special token ids of its own
+        with open_source(folders[0]) as one, open_source(folders[1]) as two:
+            found += _differences(one, two, report, progress)
+    elif report.layout == "hf" and len(folders) == 1:
+        with open_source(folders[0]) as one:
+            _hash_tensors(one, report, progress)
     report.mismatches = [{"file": one.file, "tensor": one.tensor, "what": one.what} for one in found]
     report.seconds = time.perf_counter() - started
     return report
 
 
+def _damage(folder: Path, report: VerificationReport, progress: Meter) -> list[TensorDamage]:
+    """Return the differences of a native checkpoint from its manifest and fill in the report's sizes and hashes."""
+    manifest = read_manifest(folder, verify=False)
+    report.tensors = len(manifest.tensors)
+    report.hashes = {name: str(tensor.get("sha256")) for name, tensor in manifest.tensors.items()}
+    report.bytes = sum(sums["bytes"] for sums in manifest.files.values())
+    with progress("checking", report.bytes) as advance:
+        return list(find_damage(folder, manifest, advance))
+
+
+def _hash_tensors(source: TensorSource, report: VerificationReport, progress: Meter) -> None:
+    """Read every tensor; fill in the report's sizes and hashes."""
+    report.tensors, report.bytes = len(source.order), sum(source.read(name).nbytes for name in source.order)
+    with progress("reading", report.bytes) as advance:
+        for name in source.order:
+            digest = hashlib.sha256()
+            for chunk in row_chunks(source.read(name)):
+                digest.update(raw_bytes(chunk))
+                advance(chunk.nbytes)
+            report.hashes[name] = digest.hexdigest()
+
+
 def _differences(
-    native: NativeReader, folder: Path, report: VerificationReport, progress: Meter
+    one: TensorSource, two: TensorSource, report: VerificationReport, progress: Meter
 ) -> Iterator[TensorDamage]:
-    """Yield the differences from the Hugging Face folder and fill in the report's sizes and hashes."""
-    hf_config = ModelConfig.from_file(folder)
-    with CheckpointReader(folder) as reader, ThreadPoolExecutor(1) as hasher:
-        check_tensors(folder, native.config, reader)
-        fields, hf_fields = native.config.to_dict(), hf_config.to_dict()
-        # Exports replace missing and invalid ids by the tokenizer's.
-        tokenizer = read_special_ids(native.folder, native.config)[0]
-        exported = ids_for_export(fields, tokenizer, native.config.vocab_size)
-        for name, value in fields.items():
-            other = hf_fields.get(name)
-            same = other in (value, exported[name]) or repr(other) == repr(value)  # NaN differs from itself
-            if name not in _NOT_COMPARED and not same:
-                yield TensorDamage("config.json", None, f"has {name} {value!r}, {folder} {other!r}")
-        report.tensors, report.hashes = len(native.order), {}
-        report.bytes = sum(native.read(name).nbytes for name in native.order)
-        with progress("comparing", report.bytes) as advance:
-            for name in native.order:
-                ours, other, digest = native.read(name), reader.read(name), hashlib.sha256()
-                differing = start = 0
-                for chunk in row_chunks(ours):
-                    other_chunk = other[start : start + len(chunk)]
-                    start += len(chunk)
-                    hashing = hasher.submit(digest.update, raw_bytes(other_chunk))
-                    differing += _count_differing(chunk, other_chunk) if ours.dtype == other.dtype else 0
-                    hashing.result()
-                    advance(chunk.nbytes)
-                report.hashes[name] = digest.hexdigest()
-                what = f"differs in {differing:,} of {ours.size:,} values" if differing else None
-                if ours.dtype != other.dtype:
-                    what = f"is {other.dtype}, {ours.dtype} in {native.folder}"
-                if what is not None:
-                    yield TensorDamage(reader.tensors[name].file, name, what)
+    """Yield the differences of the second from the first; fill in the report's sizes, hashes (of the second), casts."""
+    shapes = [{name: source.read(name).shape for name in source.order} for source in (one, two)]
+    check_names_and_shapes(two.folder, *shapes)
+    fields, other_fields = one.config.to_dict(), two.config.to_dict()
+    # Exports replace missing and invalid ids by the tokenizer's.
+    tokenizer = read_special_ids(one.folder, one.config)[0]
+    exported = ids_for_export(fields, tokenizer, one.config.vocab_size)
+    for name, value in fields.items():
+        other = other_fields.get(name)
+        same = other in (value, exported[name]) or repr(other) == repr(value)  # NaN differs from itself
+        if name not in _NOT_COMPARED and not same:
+            yield TensorDamage("config.json", None, f"has {name} {value!r}, {two.folder} {other!r}")
+    report.tensors, report.hashes = len(one.order), {}
+    report.bytes = sum(one.read(name).nbytes for name in one.order)
+    with progress("comparing", report.bytes) as advance, ThreadPoolExecutor(1) as hasher:
+        for name in one.order:
+            ours, other, digest = one.read(name), two.read(name), hashlib.sha256()
+            dtype = min((ours.dtype, other.dtype), key=lambda dtype: dtype.itemsize)
+            differing = start = 0
+            for chunk in row_chunks(ours):
+                other_chunk = other[start : start + len(chunk)]
+                start += len(chunk)
+                hashing = hasher.submit(digest.update, raw_bytes(other_chunk))
+                with np.errstate(over="ignore", invalid="ignore"):
+                    differing += _count_differing(*(part.astype(dtype, copy=False) for part in (chunk, other_chunk)))
+                hashing.result()
+                advance(chunk.nbytes)
+            report.hashes[name] = digest.hexdigest()
+            cast = "" if ours.dtype == other.dtype else f" in {dtype} (stored in {ours.dtype} and {other.dtype})"
+            if cast and dtype.name not in report.cast:
+                report.cast.append(dtype.name)
+            if differing:
+                what = f"differs in {differing:,} of {plural(ours.size, 'value')}{cast}"
+                yield TensorDamage(two.file_of(name), name, what)
 
 
 def _count_differing(one: np.ndarray, two: np.ndarray) -> int:

@@ -7,9 +7,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsmoe_jax.checkpoint.native import load, save
+    from dsmoe_jax import convert, generate, train
+    from dsmoe_jax.checkpoint.native import save
     from dsmoe_jax.config import ModelConfig
-    from dsmoe_jax.generate import Completion, Generator
+    from dsmoe_jax.generate import Completion, Generator, SamplingParams
+    from dsmoe_jax.loading import load
     from dsmoe_jax.model import DeepSeekMoE
     from dsmoe_jax.sharding import MeshConfig, make_mesh
     from dsmoe_jax.text.tokenizer import Tokenizer
@@ -21,12 +23,14 @@ _MODULES = {
     "DeepSeekMoE": "model",
     "MeshConfig": "sharding",
     "make_mesh": "sharding",
-    "load": "checkpoint.native",
+    "load": "loading",
     "save": "checkpoint.native",
     "Tokenizer": "text.tokenizer",
     "Generator": "generate",
     "Completion": "generate",
+    "SamplingParams": "generate",
 }
+_SUBPACKAGES = ("convert", "generate", "train")
 
 __all__ = [
     "Completion",
@@ -34,18 +38,24 @@ __all__ = [
     "Generator",
     "MeshConfig",
     "ModelConfig",
+    "SamplingParams",
     "Tokenizer",
+    "convert",
+    "generate",
     "load",
     "make_mesh",
     "save",
+    "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"dsmoe_jax.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module 'dsmoe_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(f"dsmoe_jax.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULES])
+    return sorted({*globals(), *_MODULES, *_SUBPACKAGES})

@@ -139,6 +139,11 @@ class ModelConfig:
         eos = self.eos_token_id
         return () if eos is None else eos if isinstance(eos, tuple) else (eos,)
 
+    @property
+    def context_length(self) -> int:
+        """Trained context length in tokens: `max_position_embeddings`, times the factor of RoPE scaling."""
+        return int(self.max_position_embeddings * (1 if self.rope_scaling is None else self.rope_scaling.factor))
+
     def with_dtype(self, dtype: str) -> "ModelConfig":
         """Replace `torch_dtype`, and `dtype`, its name in transformers 5, if present."""
         extra = {**self.extra, "dtype": dtype} if "dtype" in self.extra else self.extra

@@ -1,5 +1,6 @@
-"""Invalid input: the exception `DSMoEError`, and `check_choice`."""
+"""Invalid input: the exception `DSMoEError`, `check_choice` and `unknown_flag`."""
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -15,3 +16,9 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     choices = tuple(choices)
     if value not in choices:
         raise DSMoEError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def unknown_flag(flag: str, known: Iterable[str]) -> str:
+    """Return the message for an unknown flag, with the most similar one that is known."""
+    close = difflib.get_close_matches(flag, list(known), n=1)
+    return f"unknown flag {flag}: did you mean {close[0]}?" if close else f"unknown flag {flag}"

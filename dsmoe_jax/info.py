@@ -42,7 +42,7 @@ def count_parameters(config: ModelConfig) -> Counts:
     return Counts(total, total - routed + used, parts)
 
 
-def describe(model: str) -> str:
+def describe(model: str | Path) -> str:
     """Describe a preset, a `config.json` or its folder, for a terminal."""
     model = expand_user(model, "model")
     if model not in PRESETS and not Path(model).exists():
@@ -54,6 +54,8 @@ def describe(model: str) -> str:
         f"{'parameters':<20}{counts.total:>18,}",
         f"{'activated per token':<20}{counts.activated:>18,}",
         *(f"{f'bytes in {dtype}':<20}{counts.total * size:>18,}" for dtype, size in _BYTES.items()),
+        f"{'vocabulary':<20}{config.vocab_size:>18,}",
+        f"{'context length':<20}{config.max_position_embeddings:>18,}",
         "",
         *(f"{part:<20}{n:>18,}{n / counts.total:>8.1%}" for part, n in counts.parts.items() if n),
         "",

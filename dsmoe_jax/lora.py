@@ -34,16 +34,16 @@ class LoraConfig:
     """Configuration of an adapter; fields and module matching are those of the peft library.
 
     Attributes:
-        r: Rank.
-        lora_alpha: α of the scale α / r.
+        r: Rank of the adapters.
+        lora_alpha: α of the scale α / r that multiplies every adapter.
         target_modules: Suffixes of module paths to adapt, or a regex over full paths.
-        lora_dropout: Dropout of the input of A in training.
-        use_rslora: Scale by α / √r (arXiv 2312.03732).
-        rank_pattern: `r` by regex over module paths.
-        alpha_pattern: `lora_alpha` by regex over module paths.
-        modules_to_save: Suffixes of paths of modules to train in full.
-        layers_to_transform: Layers to adapt; None: all.
-        layers_pattern: Name of the list of layers in module paths.
+        lora_dropout: Dropout rate of the input of A in training, in [0, 1).
+        use_rslora: Scale by α / √r instead of α / r (arXiv 2312.03732).
+        rank_pattern: `r` by regex over module paths. Default: `r` everywhere.
+        alpha_pattern: `lora_alpha` by regex over module paths. Default: `lora_alpha` everywhere.
+        modules_to_save: Suffixes of paths of modules to train in full. Default: none.
+        layers_to_transform: Indices of the layers to adapt. Default: all.
+        layers_pattern: Name of the list of layers in module paths, with `layers_to_transform`. Default: any name.
 
     Raises:
         DSMoEError: A field is out of range, or fields contradict each other.

@@ -5,6 +5,7 @@ parameters by dotted path, such as `layers.1.moe.experts.gate`.
 """
 
 import functools
+import logging
 import zlib
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
@@ -39,6 +40,7 @@ from dsmoe_jax.sharding import (
     traceable_mesh_of,
 )
 
+_log = logging.getLogger(__name__)
 _STATES: Final = ("batch", None, None)  # the logical axes of hidden states
 # Rematerialization policies: the activations of a block that are saved for the backward pass.
 REMAT: Final[dict[str, Any]] = {
@@ -124,6 +126,7 @@ class DeepSeekMoE(nnx.Module):
             DSMoEError: Shapes differ, or a token id is outside the vocabulary (not checked under tracing).
         """
         token_ids = check_token_ids(token_ids, self.config.vocab_size)
+        _warn_beyond_context(token_ids.shape[1], self.config.context_length)
         # Defaults are filled in outside jit, so that calls with and without them share a compiled program.
         mask = jnp.ones_like(token_ids) if attention_mask is None else jnp.asarray(attention_mask, jnp.int32)
         arange = jnp.arange(token_ids.shape[1], dtype=jnp.int32)
@@ -236,6 +239,13 @@ def _causal_mask(token_ids: Array, attention_mask: Array | None, segment_ids: Ar
     if segment_ids is not None:
         mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
     return mask
+
+
+@functools.cache
+def _warn_beyond_context(length: int, context_length: int) -> None:
+    """Warn, once, about sequences longer than the trained context length."""
+    if length > context_length:
+        _log.warning("Sequences of %d tokens exceed the model's context length %d", length, context_length)
 
 
 def check_token_ids(token_ids: Any, vocab_size: int) -> Int[Array, "B T"]:

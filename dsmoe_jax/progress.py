@@ -1,4 +1,4 @@
-"""Progress bars of long operations (`bar`; the default is `silent`), and temporary log levels."""
+"""Progress bars of long operations (`bar`; the default is `silent`), temporary log levels and counts in messages."""
 
 import contextlib
 import logging
@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-Advance = Callable[[int], object]  # receives the bytes done since the last call
+Advance = Callable[[int], object]  # receives the units done since the last call
 
 
 class Meter(Protocol):
-    """Context manager factory for an operation of `total` bytes; yields an `Advance`."""
+    """Context manager factory for an operation of `total` units: bytes, completions, …; yields an `Advance`."""
 
     def __call__(self, what: str, total: int) -> AbstractContextManager[Advance]: ...  # noqa: D102
 
@@ -45,6 +45,11 @@ def _bar(what: str, total: int, *columns: str) -> Iterator[Advance]:
     with shown:
         task = shown.add_task(what, total=total)
         yield lambda step: shown.advance(task, step)
+
+
+def plural(count: int, noun: str) -> str:
+    """Return the count and the noun: "1 document", "2,000 documents"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from dsmoe_jax.axes import Array, Float
 from dsmoe_jax.checkpoint.manifest import PARAMETERS
-from dsmoe_jax.checkpoint.native import as_dtype, check_names_and_shapes, open_checkpoint
+from dsmoe_jax.checkpoint.native import check_names_and_shapes, open_checkpoint
 from dsmoe_jax.checkpoint.zarr_io import open_array
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError, check_choice
@@ -25,7 +25,6 @@ from dsmoe_jax.kernels.codebooks import DYNAMIC, NF4, nearest
 from dsmoe_jax.kernels.operand import LowRank, Operand, Quantized
 from dsmoe_jax.model import abstract, shardings
 from dsmoe_jax.sharding import MeshConfig, as_mesh, sharding
-from dsmoe_jax.storage.paths import user_path
 
 
 class Scheme(NamedTuple):
@@ -161,18 +160,10 @@ def quantize_embedding(params: Mapping[str, Operand]) -> dict[str, Operand]:
 
 
 def load_quantized(
-    path: str | Path,
-    scheme: str,
-    *,
-    double: bool = True,
-    dtype: Any = None,
-    mesh: Mesh | MeshConfig | None = None,
-    verify: bool = True,
+    path: Path, *, scheme: str, dtype: np.dtype | None, mesh: Mesh | None, verify: bool
 ) -> tuple[ModelConfig, dict[str, Operand]]:
     """Load a native checkpoint and quantize it while reading; `dtype` casts the dense parameters."""
-    path = user_path(path, "checkpoint")
     folder = path / PARAMETERS
-    target = as_dtype(dtype)
     config, manifest = open_checkpoint(path, verify=verify)
     shapes = {name: spec.shape for name, spec in abstract(config)[1].items()}
     check_names_and_shapes(path, shapes, {name: tuple(tensor["shape"]) for name, tensor in manifest.tensors.items()})
@@ -182,7 +173,7 @@ def load_quantized(
         check_names_and_shapes(path, {name: shapes[name]}, {name: array.shape})
         return array
 
-    return config, read_quantized(config, read_array, scheme, double=double, dtype=target, mesh=mesh)
+    return config, read_quantized(config, read_array, scheme, dtype=dtype, mesh=mesh)
 
 
 def read_quantized(
@@ -190,7 +181,6 @@ def read_quantized(
     read_array: Callable[[str], Any],
     scheme: str,
     *,
-    double: bool = True,
     dtype: np.dtype | None = None,
     mesh: Mesh | MeshConfig | None = None,
 ) -> dict[str, Operand]:
@@ -203,7 +193,7 @@ def read_quantized(
     for name, place in shardings(config, mesh).items():
         value = read_array(name)
         if kind_of(name):
-            params[name] = quantize(value, scheme, double=double, mesh=mesh, name=name)
+            params[name] = quantize(value, scheme, mesh=mesh, name=name)
         else:
             # A copy: an alias of a mapped file would become invalid when it is closed.
             copy = lambda index, value=value: np.array(value[index], dtype or value.dtype)  # noqa: E731

@@ -39,10 +39,10 @@ class MeshConfig:
     """The size of each mesh axis; at most one may be -1, for the remaining devices.
 
     Attributes:
-        data: Data parallelism: parameters are replicated.
-        fsdp: Fully sharded data parallelism: parameters and optimizer state are sharded.
-        expert: Expert parallelism.
-        tensor: Tensor parallelism over heads and feed-forward widths.
+        data: Devices of data parallelism: parameters are replicated.
+        fsdp: Devices of fully sharded data parallelism: parameters and optimizer state are sharded; -1: all others.
+        expert: Devices of expert parallelism: each has a part of the experts.
+        tensor: Devices of tensor parallelism: heads and feed-forward widths are sharded.
     """
 
     data: int = 1
@@ -82,6 +82,8 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
 
 def as_mesh(mesh: Mesh | MeshConfig | None) -> Mesh | None:
     """Return the mesh of a config or mesh; None means the default device."""
+    if not isinstance(mesh, Mesh | MeshConfig | None):
+        raise DSMoEError(f"mesh must be a Mesh, a MeshConfig or None, got {mesh!r:.80}")
     return make_mesh(mesh) if isinstance(mesh, MeshConfig) else mesh
 
 

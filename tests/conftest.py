@@ -3,6 +3,7 @@
 On a machine with a GPU some of the extra `test` may be absent: `tests/gpu` needs none of it but pytest.
 """
 
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -32,10 +33,15 @@ if TYPE_CHECKING:
     from dsmoe_jax.generate import Generator
     from dsmoe_jax.text.tokenizer import Tokenizer
 
+# Tracing allocates many objects that live on; collecting garbage at every 700 new ones finds little and costs CPU time.
+gc.set_threshold(100_000, 50, 100)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Shapes are checked in the packages that compute with arrays; the others validate their input themselves.
-ROOMS_OF_ARRAYS = ("kv_cache", "kernels", "layers", "model", "train")
+ROOMS_OF_ARRAYS = (
+    *("kv_cache", "kernels", "layers", "model"),
+    *(f"train.{module}" for module in ("batch", "best", "finetune", "guard", "job", "loss", "optimizer", "step")),
+)
 CHECKS_SHAPES = importlib.util.find_spec("beartype") is not None
 if CHECKS_SHAPES:
     jaxtyping.install_import_hook([f"dsmoe_jax.{room}" for room in ROOMS_OF_ARRAYS], "beartype.beartype")
@@ -51,10 +57,13 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 
 @pytest.fixture
-def no_compilation_cache() -> Iterator[None]:
-    """Turn off the compilation cache that a run enables for its process."""
+def no_compilation_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Turn off the compilation cache that a run enables for its process; equal runs share their compiled steps."""
     from jax.experimental.compilation_cache import compilation_cache
 
+    from tests.helpers.runs import share_steps
+
+    share_steps(monkeypatch)
     yield
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()

@@ -1,16 +1,19 @@
 """`tests.benchmarks`: statistics, FLOPs, tables, options, and the logits of the PyTorch twin."""
 
 import dataclasses
+import importlib
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.convert import load_hf
+from dsmoe_jax.loading import load
 from tests.benchmarks import __main__ as command
-from tests.benchmarks import ours, plan, report
+from tests.benchmarks import conversion, ours, plan, report
 from tests.benchmarks.children import CONTENDERS
 from tests.benchmarks.inputs import batch
 from tests.benchmarks.timing import ratios, spread
@@ -231,7 +234,7 @@ def test_the_pytorch_twins_logits_equal_ours(tmp_path, changes: dict[str, Any]):
     twin = twin_peer(load_twin(folder))
     ids = batch(config, 3, 12)
 
-    want = np.asarray(load_hf(folder)(ids).logits)
+    want = np.asarray(load(folder)(ids).logits)
 
     np.testing.assert_allclose(training_logits(twin, ids), want, rtol=0, atol=LOGITS)
     np.testing.assert_allclose(decoded_logits(twin, ids), want[:, 5:], rtol=0, atol=LOGITS)
@@ -246,3 +249,28 @@ def test_the_twin_rejects_a_checkpoint_without_a_tensor(tmp_path):
 
     with pytest.raises(RuntimeError, match=r"Missing key.*layers\.2"):
         load_twin(folder)
+
+
+def test_an_interrupted_benchmark_of_conversion_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(work: Path, rounds: int) -> None:
+        (work / "shard").write_bytes(b"0")
+        raise KeyboardInterrupt
+
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(conversion, "turns", interrupted)
+    monkeypatch.setattr("sys.argv", ["conversion", "--work", "work", "--out", "reports"])
+
+    with pytest.raises(KeyboardInterrupt):
+        conversion.main()
+
+    assert {path.name for path in tmp_path.rglob("*")} == {"work", "reports"}
+
+
+@pytest.mark.parametrize("name", ["parity", "quantization"])
+def test_reports_run_without_pytest(monkeypatch: pytest.MonkeyPatch, name: str):
+    for module in (f"tests.{name}", "tests.helpers.golden", "tests.helpers.quantization"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "pytest", None)
+
+    assert importlib.import_module(f"tests.{name}").main

@@ -1,5 +1,6 @@
 """The command `dsmoe`: verbs, errors, environment, import time and compile time."""
 
+import inspect
 import os
 import signal
 import subprocess
@@ -16,13 +17,11 @@ import pytest
 import dsmoe_jax
 from dsmoe_jax.checkpoint.manifest import is_native
 from dsmoe_jax.cli.commands import VERBS
-from dsmoe_jax.cli.flags import ARGUMENTS
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import import_hf
 from dsmoe_jax.generate import Chat, Generator
 from dsmoe_jax.info import describe
 from dsmoe_jax.model import _forward, abstract, split
-from dsmoe_jax.train.data import sources
 from tests.helpers.command import run
 from tests.helpers.hf_folder import make_tokenizer, random_params, snapshot, tiny, write_hf
 
@@ -105,22 +104,6 @@ def test_chat_ends_on_quit_and_ctrl_c(monkeypatch: pytest.MonkeyPatch, native: P
     got = run("chat", native)
 
     assert got == code
-
-
-def test_demo_keeps_its_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    library = sources._stdlib()
-    monkeypatch.setattr(sources, "_stdlib", lambda: library[::4])
-
-    code = run("demo", "--out", tmp_path / "demo", "--steps", 3)
-
-    out, _ = capsys.readouterr()
-    assert code == 0
-    assert "Trained 3 steps" in out
-    assert "def __init__(self, " in out
-    kept = {path.name for path in (tmp_path / "demo").iterdir()}
-    assert kept - {"demo.png"} == {"run", "hf", "native"}
-    assert is_native(tmp_path / "demo" / "native")
-    assert ModelConfig.from_file(tmp_path / "demo" / "hf") == ModelConfig.preset("tiny").with_dtype("float32")
 
 
 def test_every_verb_has_help(capsys: pytest.CaptureFixture):
@@ -209,15 +192,15 @@ EMPTY_PATHS: dict[str, tuple[str, ...]] = {
     "--out":        ("generate", "x", "--file", "a.jsonl", "--out", "{}"),
     "source":       ("convert", "{}", "out"),
     "out":          ("convert", "x", "{}"),
-    "native":       ("export", "{}", "out"),
-    "hf":           ("verify", "x", "{}"),
+    "source ":      ("export", "{}", "out"),
+    "other":        ("verify", "x", "{}"),
     "--report":     ("verify", "x", "--report", "{}"),
     "sources":      ("tokenize", "a.txt", "{}", "--tokenizer", "x", "--out", "out"),
     "--tokenizer":  ("tokenize", "a.txt", "--tokenizer", "{}", "--out", "out"),
-    "checkpoint":   ("finetune", "{}", "--data", "a.jsonl"),
+    "CKPT":         ("finetune", "{}", "--data", "a.jsonl"),
     "adapter":      ("merge", "x", "{}", "out"),
     "model":        ("info", "{}"),
-    "recipe":       ("pretrain", "{}"),
+    "RECIPE":       ("pretrain", "{}"),
     "output_dir":   ("pretrain", "tiny", "--output-dir", "{}"),
     "init_from":    ("pretrain", "tiny", "--init-from", "{}"),
     "config":       ("pretrain", "tiny", "--model", "{}"),
@@ -245,7 +228,7 @@ def test_empty_path_is_rejected_by_argument(
 
 
 def test_functions_reject_an_empty_path(tmp_path: Path):
-    from dsmoe_jax.convert import export_hf, load_hf, merge_to, verify
+    from dsmoe_jax.convert import export_hf, merge_to, verify
     from dsmoe_jax.train.sft import Examples
 
     calls: list[Callable[[str], Any]] = [
@@ -254,7 +237,6 @@ def test_functions_reject_an_empty_path(tmp_path: Path):
         Generator.from_pretrained,
         ModelConfig.from_file,
         describe,
-        load_hf,
         verify,
         Examples.open,
         is_native,
@@ -321,7 +303,7 @@ def test_lightweight_imports_do_not_import_jax(code: str):
 def test_public_names_resolve_and_are_listed():
     values = [getattr(dsmoe_jax, name) for name in dsmoe_jax.__all__]
 
-    assert all(callable(value) for value in values)
+    assert all(callable(value) or inspect.ismodule(value) for value in values)
     assert set(dsmoe_jax.__all__) <= set(dir(dsmoe_jax))
     assert dsmoe_jax.__all__ == sorted(dsmoe_jax.__all__)
 
@@ -454,7 +436,7 @@ def test_broken_pipe_other_than_stdout_is_an_error(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(VERBS, "info", (broken, VERBS["info"][1]))
 
     assert run("info", "tiny") == 2
-    assert capsys.readouterr().err == "dsmoe info: [Errno 32] Broken pipe\n"
+    assert capsys.readouterr().err == "dsmoe info: Broken pipe\n"
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), AssertionError("a bug")], ids=repr)
@@ -478,12 +460,6 @@ def test_debug_shows_the_traceback_of_invalid_input(capsys: pytest.CaptureFixtur
     err = capsys.readouterr().err
     assert err.startswith("Traceback (most recent call last):")
     assert err.splitlines()[-1].startswith("dsmoe info: ")
-
-
-def test_every_flag_has_a_help_text():
-    assert VERBS.keys() == ARGUMENTS.keys()
-    for arguments in ARGUMENTS.values():
-        assert all(options["help"] for _, options in arguments)
 
 
 def test_platform_without_a_device_is_rejected(tmp_path: Path, native: Path):

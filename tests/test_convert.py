@@ -21,9 +21,10 @@ from safetensors import safe_open
 
 import dsmoe_jax
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.convert import import_hf, load_hf
+from dsmoe_jax.convert import import_hf
 from dsmoe_jax.convert.param_mapping import hf_names, hf_shapes
 from dsmoe_jax.convert.reader import CheckpointReader
+from dsmoe_jax.loading import load
 from dsmoe_jax.model import abstract, split
 from tests.helpers import golden
 from tests.helpers.hf_folder import (
@@ -119,7 +120,7 @@ def independent_tensors(case: str) -> dict[str, np.ndarray]:
 def test_golden_checkpoint_is_imported_bit_for_bit(case: str):
     want = independent_tensors(case)
 
-    model = load_hf(golden.folder(case))
+    model = load(golden.folder(case))
 
     got = hf_tensors(model.config, {name: np.asarray(array) for name, array in split(model)[1].items()})
     assert got.keys() == want.keys()
@@ -129,7 +130,7 @@ def test_golden_checkpoint_is_imported_bit_for_bit(case: str):
 def test_experts_are_stacked_by_index():
     want = independent_tensors("a_baseline")
 
-    params = split(load_hf(golden.folder("a_baseline")))[1]
+    params = split(load(golden.folder("a_baseline")))[1]
 
     for ours, theirs in (("gate", "gate_proj"), ("up", "up_proj"), ("down", "down_proj")):
         for e in range(8):
@@ -143,7 +144,7 @@ def test_every_variant_loads_from_one_file_and_shards(tmp_path: Path, changes: d
     config = tiny(**changes)
     params = random_params(config)
 
-    model = load_hf(write_hf(tmp_path, config, params, shards=shards))
+    model = load(write_hf(tmp_path, config, params, shards=shards))
 
     got = split(model)[1]
     assert got.keys() == params.keys()
@@ -154,7 +155,7 @@ def test_every_variant_loads_from_one_file_and_shards(tmp_path: Path, changes: d
 def test_default_keeps_the_stored_dtype(tmp_path: Path, stored: str):
     params = random_params(tiny())
 
-    got = split(load_hf(write_hf(tmp_path, tiny(), params, stored)))[1]
+    got = split(load(write_hf(tmp_path, tiny(), params, stored)))[1]
 
     assert [name for name in params if not same_bits(got[name], params[name].astype(jnp.dtype(stored)))] == []
 
@@ -163,7 +164,7 @@ def test_default_keeps_the_stored_dtype(tmp_path: Path, stored: str):
 def test_float32_widens_bfloat16_exactly(tmp_path: Path, dtype: Any):
     params = random_params(tiny())
 
-    got = split(load_hf(write_hf(tmp_path, tiny(), params, "bfloat16"), dtype=dtype))[1]
+    got = split(load(write_hf(tmp_path, tiny(), params, "bfloat16"), dtype=dtype))[1]
 
     for name, want in params.items():
         assert same_bits(got[name], want.astype(ml_dtypes.bfloat16).astype(np.float32)), name
@@ -172,7 +173,7 @@ def test_float32_widens_bfloat16_exactly(tmp_path: Path, dtype: Any):
 def test_bfloat16_rounds_float32_to_nearest(tmp_path: Path):
     params = random_params(tiny())
 
-    got = split(load_hf(write_hf(tmp_path, tiny(), params), dtype="bfloat16"))[1]
+    got = split(load(write_hf(tmp_path, tiny(), params), dtype="bfloat16"))[1]
 
     assert [name for name in params if not same_bits(got[name], params[name].astype(ml_dtypes.bfloat16))] == []
 
@@ -197,7 +198,7 @@ def test_tied_checkpoint_may_store_the_head_too(tmp_path: Path):
     write_hf(tmp_path, config, params)
     write_tensors(tmp_path, hf_tensors(config, params) | {"lm_head.weight": params["embed"].copy()})
 
-    model = load_hf(tmp_path)
+    model = load(tmp_path)
 
     assert model.head is None
     assert same_bits(split(model)[1]["embed"], params["embed"])
@@ -216,7 +217,7 @@ def test_tied_checkpoint_with_another_head_is_an_error(tmp_path: Path, wrong: st
     write_tensors(tmp_path, hf_tensors(config, params) | {"lm_head.weight": head})
 
     with pytest.raises(ValueError, match=r"lm_head\.weight"):
-        load_hf(tmp_path)
+        load(tmp_path)
 
 
 # Folders of other libraries
@@ -262,7 +263,7 @@ def test_wrapper_prefixes_are_dropped_and_logged(
     write_tensors(source, rename(hf_tensors(tiny(), random_params(tiny()))))
 
     with caplog.at_level("INFO"):
-        params = split(load_hf(source))[1]
+        params = split(load(source))[1]
 
     assert re.search(message, caplog.text)
     assert all(same_bits(params[name], want) for name, want in random_params(tiny()).items())
@@ -279,7 +280,7 @@ def test_tied_model_may_lack_the_model_prefix(tmp_path: Path, form: str):
         tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     write_tensors(source, tensors)
 
-    loaded = split(load_hf(source))[1]
+    loaded = split(load(source))[1]
 
     assert all(same_bits(loaded[name], want) for name, want in params.items())
 
@@ -294,7 +295,7 @@ def test_empty_shared_experts_are_none(tmp_path: Path):
     }
     write_tensors(source, hf_tensors(config, random_params(config)) | empty)
 
-    assert load_hf(source).config == config
+    assert load(source).config == config
 
 
 # import_hf
@@ -323,11 +324,11 @@ def test_imported_checkpoint_is_the_same_model(tmp_path: Path):
     assert {path.name for path in out.iterdir()} == {*copied, "config.json", "dsmoe_jax.json", "parameters"}
     assert {name: (out / name).read_bytes() for name in copied} == copied
     assert "auto_map" not in json.loads((out / "config.json").read_text())
-    assert loaded.config == load_hf(source).config == tiny()
-    want = split(load_hf(source))[1]
+    assert loaded.config == load(source).config == tiny()
+    want = split(load(source))[1]
     for name, array in split(loaded)[1].items():
         assert same_bits(array, np.asarray(want[name])), name
-    np.testing.assert_array_equal(loaded(ids).logits, load_hf(source)(ids).logits)
+    np.testing.assert_array_equal(loaded(ids).logits, load(source)(ids).logits)
 
 
 # Bad input

@@ -12,7 +12,8 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.text.train_tokenizer import train_tokenizer
 from dsmoe_jax.train.config import DataConfig, RunConfig
 from dsmoe_jax.train.corpus import prepare
-from dsmoe_jax.train.data import TokenShards, is_validation
+from dsmoe_jax.train.data import TokenShards, is_validation, validation_threshold
+from dsmoe_jax.train.preflight import check_inputs
 from dsmoe_jax.train.sft import Examples, write_examples
 from tests.helpers.corpus import write_texts
 from tests.helpers.hf_folder import snapshot, tiny
@@ -35,7 +36,7 @@ def prepared(out: Path, model: ModelConfig, *sources: Path) -> dict[str, Any]:
 def test_tokenizer_is_trained_on_the_training_split(tmp_path: Path):
     rng = random.Random(0)
     texts = [" ".join("".join(rng.choices("abcd", k=5)) for _ in range(40)) for _ in range(40)]
-    training = [text for text in texts if not is_validation(text.encode(), VAL_FRACTION)]
+    training = [text for text in texts if not is_validation(text.encode(), validation_threshold([], VAL_FRACTION))]
     assert 5 < len(training) < len(texts) - 5
     first = write_texts(tmp_path / "first.jsonl", texts[:25])
     second = write_texts(tmp_path / "second.jsonl", texts[25:])
@@ -53,8 +54,11 @@ def test_examples_are_refused_for_pretraining(tmp_path: Path):
     (tmp_path / "some.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
     write_examples(tmp_path / "some.jsonl", tmp_path / "tokenizer", tmp_path / "examples", sequence_length=8)
 
+    (tmp_path / "model.json").write_text(json.dumps(tiny(vocab_size=VOCABULARY).to_dict()))
+    data = DataConfig(sources=(str(tmp_path / "examples"),))
+
     with pytest.raises(ValueError, match=r"examples: holds examples for `dsmoe finetune`"):
-        prepared(tmp_path / "out", tiny(vocab_size=VOCABULARY), tmp_path / "examples")
+        check_inputs(RunConfig(output_dir=str(tmp_path / "out"), model=str(tmp_path / "model.json"), data=data))
 
 
 def recorded(checkpoint: Path) -> tuple[str, str]:

@@ -40,7 +40,10 @@ def test_invalid_configs_are_rejected(fields: dict[str, Any], message: str, monk
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--dispatch.strategy", "scatter"), "invalid choice 'scatter'"),
+        (
+            ("--dispatch.strategy", "scatter"),
+            "--dispatch.strategy must be one of ",
+        ),
         (("--dispatch.backend", "cutlass"), "expert_ffn backend must be one of block_loop"),
         (("--dispatch.buffer-factor", "0"), "dispatch.buffer_factor must be positive, got 0"),
     ],
@@ -55,7 +58,7 @@ def test_invalid_flags_are_rejected_in_one_line(flags: tuple[str, ...], message:
 
 
 def test_fine_tuning_has_the_same_flags():
-    config, _ = parse_finetuning("base", ["--dispatch.strategy", "gather", "--dispatch.buffer-factor", "2"])
+    config, _ = parse_finetuning(["base", "--dispatch.strategy", "gather", "--dispatch.buffer-factor", "2"])
 
     assert config.dispatch == DispatchConfig("gather", 2.0)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsmoe_jax.config import RopeScaling
-from dsmoe_jax.generate import Engine, Generator, SamplingParams
+from dsmoe_jax.generate import Completion, Engine, Generator, SamplingParams
 from dsmoe_jax.generate.programs import bucket, extend, insert, prefill, step
 from dsmoe_jax.generate.request import Output, Prefix
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
@@ -55,14 +55,19 @@ def run(engine: Engine, limit: int = 10_000) -> None:
 
 
 def submit(engine: Engine, ids: Sequence[int], **keywords) -> list[Output]:
-    return engine.submit(ids, SamplingParams.of(**keywords))
+    return engine.submit(ids, SamplingParams(**keywords))
+
+
+def flat(completions: list[Any]) -> list[Completion]:
+    """Return the completions of all prompts, those of n > 1 in their place."""
+    return [one for entry in completions for one in (entry if isinstance(entry, list) else [entry])]
 
 
 def test_outputs_do_not_depend_on_the_rest_of_the_batch():
     batch, params = prompts(8, 40), mixed_params(8, longest=12)
 
-    together = generator()(batch, params)
-    alone = [output for prompt, one in zip(batch, params, strict=True) for output in generator()([prompt], one)]
+    together = flat(generator()(batch, params))
+    alone = flat([generator()(prompt, one) for prompt, one in zip(batch, params, strict=True)])
 
     assert [output.token_ids for output in together] == [output.token_ids for output in alone]
     assert [output.finish_reason for output in together] == [output.finish_reason for output in alone]
@@ -132,7 +137,7 @@ def test_few_rows_are_idle_while_requests_wait():
 def test_n_outputs_differ_and_the_first_is_that_of_n_1():
     options = {"temperature": 1.0, "seed": 5, "max_new_tokens": 8, "ignore_eos": True}
 
-    several = generator()([[5, 6, 7]], n=3, **options)
+    (several,) = generator()([[5, 6, 7]], n=3, **options)
     (one,) = generator()([[5, 6, 7]], **options)
 
     assert several[0].token_ids == one.token_ids

@@ -484,8 +484,15 @@ def test_existing_output_dir_is_an_error(tmp_path: Path, native: Path, kind: str
     assert snapshot(tmp_path) == before
 
 
-def test_hf_folder_cannot_be_exported(tmp_path: Path, native: Path):
-    with pytest.raises(ValueError, match="hf: not a native checkpoint"):
-        export_hf(native.parent / "hf", tmp_path / "out")
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_an_hf_folder_is_exported_as_its_native_checkpoint(tmp_path: Path, native: Path, dtype: str | None):
+    options: dict[str, Any] = {"max_shard_size": "20KB", "dtype": dtype}
+    with pytest.raises(KeyboardInterrupt):
+        export_hf(native.parent / "hf", tmp_path / "back", **options, progress=stop_after(60_000))
 
-    assert list(tmp_path.iterdir()) == []
+    report = export_hf(native.parent / "hf", tmp_path / "back", **options)
+
+    export_hf(native, tmp_path / "want", **options)
+    assert report.reused_bytes > 0
+    assert "hf has no SHA-256 to verify" in str(report)
+    assert snapshot(tmp_path / "back") == snapshot(tmp_path / "want")

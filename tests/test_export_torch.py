@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from dsmoe_jax.convert import export_hf, import_hf, load_hf
+from dsmoe_jax.convert import export_hf, import_hf
+from dsmoe_jax.loading import load
 from tests.helpers import golden
 from tests.helpers.hf_folder import INDEX, VARIANTS, random_params, round_trip, tiny, write_hf
 
@@ -153,7 +154,7 @@ def test_exported_golden_checkpoint_has_the_original_logits(tmp_path: Path, case
 @every_variant
 def test_exported_variants_have_equal_logits_and_bits(tmp_path: Path, changes: dict[str, Any]):
     source = lively(tmp_path, changes)
-    ours = np.asarray(load_hf(source)(IDS).logits)
+    ours = np.asarray(load(source)(IDS).logits)
 
     exported = round_trip(source, tmp_path)
 
@@ -166,7 +167,7 @@ def test_exported_variants_have_equal_logits_and_bits(tmp_path: Path, changes: d
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_export_keeps_bits_and_logits(tmp_path: Path, dtype: str):
     source = lively(tmp_path, {}, dtype)
-    ours = np.asarray(load_hf(source, dtype="float32")(IDS).logits)
+    ours = np.asarray(load(source, dtype="float32")(IDS).logits)
 
     exported = round_trip(source, tmp_path)
 
@@ -189,7 +190,7 @@ def test_cast_rounds_like_pytorch(tmp_path: Path):
 @pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
 def test_export_in_several_shards_is_the_same_model(tmp_path: Path, tied: bool):
     source = lively(tmp_path, {"tie_word_embeddings": tied})
-    ours = np.asarray(load_hf(source)(IDS).logits)
+    ours = np.asarray(load(source)(IDS).logits)
 
     exported = round_trip(source, tmp_path, max_shard_size=SPLIT)
 

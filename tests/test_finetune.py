@@ -24,7 +24,7 @@ from dsmoe_jax.convert import export_hf, import_hf, merge_to
 from dsmoe_jax.convert.peft import WEIGHTS, read_adapter, write_adapter
 from dsmoe_jax.convert.peft_matching import make_plan
 from dsmoe_jax.lora import LoraConfig
-from dsmoe_jax.model import DeepSeekMoE, split
+from dsmoe_jax.model import DeepSeekMoE, abstract, split
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.text.tokenizer import tokenizer_files
 from dsmoe_jax.text.train_tokenizer import train_tokenizer
@@ -82,6 +82,11 @@ def config(home: Path, out: Path, **changes: Any) -> FinetuneConfig:
         "lora": LORA,
     }
     return FinetuneConfig(**(fields | changes))
+
+
+def stop_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    """Simulate a signal during the step: shorter runs, of other `steps`, would compile another schedule."""
+    patch.setattr(loop, "_should_stop", lambda stop, n, every: n == step)
 
 
 def weights(adapter: Path) -> dict[str, np.ndarray]:
@@ -159,7 +164,7 @@ def test_only_adapters_have_state_and_moments(home: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(loop, "make_step", noting)
 
-    run(config(home, tmp_path / "out", steps=1))
+    run(config(home, tmp_path / "out"))
 
     state = seen[0]
     plan = read_adapter(tmp_path / "out" / "adapter", MODEL).plan
@@ -195,16 +200,18 @@ def test_epochs_decide_how_many_steps_there_are(home: Path, tmp_path: Path):
 
 
 def test_the_best_adapter_is_kept(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    eval_losses = iter([3.0, 2.0, 4.0, 2.5])
+    eval_losses = iter([5.0, 3.0, 2.0, 4.0, 2.5])
     monkeypatch.setattr(loop, "_evaluate", lambda *_: (next(eval_losses), 1))
 
-    run(config(home, tmp_path / "out", steps=6, eval_interval=2))  # 3, 2, 4
+    with monkeypatch.context() as patch:
+        stop_at(9, patch)
+        run(config(home, tmp_path / "out", eval_interval=3))  # 5 at step 1, then 3, 2, 4
     best = weights(tmp_path / "out" / "best")
-    run(config(home, tmp_path / "out", steps=8, eval_interval=2))  # 2.5 after a restart
+    run(config(home, tmp_path / "out", eval_interval=3))  # 2.5 after a restart
 
     last = weights(tmp_path / "out" / "adapter")
     record = json.loads((tmp_path / "out" / "best" / "evaluation.json").read_text())
-    assert (record["step"], record["loss"]) == (4, 2.0)
+    assert (record["step"], record["loss"]) == (6, 2.0)
     assert WEIGHTS in record["files"]
     assert all((best[name] == value).all() for name, value in weights(tmp_path / "out" / "best").items())
     assert any((best[name] != value).any() for name, value in last.items())
@@ -214,14 +221,16 @@ def test_the_best_adapter_is_kept(home: Path, tmp_path: Path, monkeypatch: pytes
 def test_a_damaged_best_is_named_and_replaced(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    eval_losses = iter([2.0, 3.0])
+    eval_losses = iter([5.0, 2.0, 3.0])
     monkeypatch.setattr(loop, "_evaluate", lambda *_: (next(eval_losses), 1))
-    run(config(home, tmp_path / "out", steps=2, eval_interval=2))
+    with monkeypatch.context() as patch:
+        stop_at(6, patch)
+        run(config(home, tmp_path / "out"))
     flip_bit(tmp_path / "out" / "best" / WEIGHTS, -1)
     with pytest.raises(ValueError, match=f"best: damaged: {WEIGHTS!r} does not match its SHA-256"):
         read_adapter(tmp_path / "out" / "best", MODEL)
 
-    run(config(home, tmp_path / "out", steps=4, eval_interval=2))
+    run(config(home, tmp_path / "out"))
 
     best, last = weights(tmp_path / "out" / "best"), weights(tmp_path / "out" / "adapter")
     assert f"best: damaged: {WEIGHTS!r} does not match its SHA-256; it will be replaced at" in caplog.text
@@ -274,7 +283,9 @@ def test_modules_to_save_are_trained(home: Path, tmp_path: Path):
 
 
 def test_a_non_finite_loss_stops_the_run(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    run(config(home, tmp_path / "out", steps=6))
+    with monkeypatch.context() as patch:
+        stop_at(6, patch)
+        run(config(home, tmp_path / "out"))
     kept = weights(tmp_path / "out" / "best")
     broken = loop.make_step
 
@@ -286,11 +297,11 @@ def test_a_non_finite_loss_stops_the_run(home: Path, tmp_path: Path, monkeypatch
         patch.setattr(loop, "make_step", poisoned)
         line = r"^4 consecutive updates skipped at step 10: loss nan, .* are intact$"
         with pytest.raises(ValueError, match=line):
-            run(config(home, tmp_path / "out", steps=30, max_consecutive_skips=3))
+            run(config(home, tmp_path / "out", max_consecutive_skips=3))
 
     again = weights(tmp_path / "out" / "best")
     assert all((kept[name] == again[name]).all() for name in kept)
-    assert run(config(home, tmp_path / "out", steps=12)).steps == 12
+    assert run(config(home, tmp_path / "out")).steps == 12
 
 
 def test_a_zero_loss_stops_the_run(home: Path, tmp_path: Path):
@@ -300,6 +311,20 @@ def test_a_zero_loss_stops_the_run(home: Path, tmp_path: Path):
 
     with pytest.raises(ValueError, match=r"^loss 0 for 4 steps at step \d+: "):
         run(config(home, tmp_path / "out", data=data, lora=None, optimizer=fast, steps=200, max_consecutive_skips=3))
+
+
+def test_only_equal_runs_share_a_compiled_step(home: Path, tmp_path: Path):
+    def step(adapter: LoraConfig) -> Any:
+        settings = config(home, tmp_path / "out", lora=adapter)
+        job, (optimizer, schedule) = finetuning(settings, tmp_path / "out"), loop.make_optimizer(settings.optimizer, 12)
+        graph = abstract(job.model)[0]
+        return loop.make_step(job.model, graph, optimizer, schedule, settings.step, trainable=job.trainable)
+
+    first = step(LORA)
+
+    assert step(LORA) is first
+    for change in ({"lora_alpha": 16}, {"use_rslora": True}, {"lora_dropout": 0.1}, {"target_modules": ("q_proj",)}):
+        assert step(dataclasses.replace(LORA, **change)) is not first
 
 
 # --- losses ---
@@ -398,13 +423,13 @@ def test_show_prints_examples_and_trains_nothing(home: Path, tmp_path: Path, cap
 
 def test_every_recipe_is_a_run_and_its_flags_change_it():
     for name in FINETUNING:
-        recipe, shown = parse_finetuning("base", ["--recipe", name, "--data", "a.jsonl", "b.jsonl", "--show", "2"])
+        recipe, shown = parse_finetuning(["base", "--recipe", name, "--data", "a.jsonl", "b.jsonl", "--show", "2"])
         assert recipe.data.files == ("a.jsonl", "b.jsonl")
         assert (recipe.init_from, shown) == ("base", 2)
-        assert recipe == dataclasses.replace(FINETUNING[name](), init_from="base", data=recipe.data)
-    assert parse_finetuning("base", ["--lora"])[0].lora == LoraConfig()
+        assert recipe == dataclasses.replace(FINETUNING[name](), recipe=name, init_from="base", data=recipe.data)
+    assert parse_finetuning(["base", "--lora"])[0].lora == LoraConfig()
     flags = ["--lora.target-modules", "q_proj", "down_proj", "--lora.rank-pattern", "q_proj", "3", "--quantize", "nf4"]
-    recipe = parse_finetuning("base", flags)[0]
+    recipe = parse_finetuning(["base", *flags])[0]
     assert recipe.lora == LoraConfig(target_modules=("q_proj", "down_proj"), rank_pattern={"q_proj": 3})
     assert recipe.quantize == "nf4"
 
@@ -420,8 +445,8 @@ def test_every_recipe_is_a_run_and_its_flags_change_it():
         (["--lora.target-modules", "qproj"], "'qproj' matches no module of this model"),
         (["--lora.target-modules", "gate"], "down_proj, got model.layers.1.mlp.gate"),
         (["--epochs", "0"], "epochs must be more than 0, got 0.0"),
-        (["--show", "x"], "argument --show: invalid int value: 'x'"),
-        (["--ranks", "3"], "Unrecognized options: --ranks"),
+        (["--show", "x"], "--show must be an integer, got 'x'"),
+        (["--ranks", "3"], "unknown flag --ranks"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
@@ -438,18 +463,20 @@ def test_invalid_requests_are_one_line(
     assert "Traceback" not in printed
 
 
-def test_resuming_with_another_adapter_or_base_is_refused(home: Path, tmp_path: Path):
-    run(config(home, tmp_path / "out", steps=1))
+def test_resuming_with_another_adapter_or_base_is_refused(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        stop_at(1, patch)
+        run(config(home, tmp_path / "out"))
     other = dataclasses.replace(LORA, lora_alpha=16)
 
     with pytest.raises(
         ValueError, match=r"from step 1: lora.lora_alpha is 8 in the checkpoint, 16 in this run; choose"
     ):
-        run(config(home, tmp_path / "out", steps=2, lora=other))
+        run(config(home, tmp_path / "out", lora=other))
     with pytest.raises(
         ValueError, match=r"from step 1: quantize is None in the checkpoint, 'int8' in this run; choose"
     ):
-        run(config(home, tmp_path / "out", steps=2, quantize="int8"))
+        run(config(home, tmp_path / "out", quantize="int8"))
 
 
 def test_an_adapter_of_another_base_is_refused(home: Path, tmp_path: Path):
@@ -461,11 +488,3 @@ def test_an_adapter_of_another_base_is_refused(home: Path, tmp_path: Path):
 
     with pytest.raises(ValueError, match=r"must have shape \[2, 32\], got \[2, 64\]$"):
         Generator.from_pretrained(home / "base", adapter=tmp_path / "adapter")
-
-
-def test_a_model_that_is_not_native_is_refused(tmp_path: Path, home: Path):
-    (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "config.json").write_text((home / "base" / "config.json").read_text())
-
-    with pytest.raises(ValueError, match=r"is not a native checkpoint; `dsmoe convert` makes one"):
-        run(config(home, tmp_path / "out", init_from=str(tmp_path / "hf")))

@@ -75,8 +75,10 @@ def test_eos_that_is_no_token_id_is_rejected(eos):
 @pytest.mark.parametrize(
     ("prompts", "options", "reason"),
     [
-        ([], {}, "non-empty list"),
-        ("text", {}, "non-empty list"),
+        ([], {}, r"must be text, token ids, a chat, or a non-empty list of these, got \[\]"),
+        (b"text", {}, "got b'text'"),
+        ({"role": "user", "content": "hi"}, {}, "prompts must be text, token ids, a chat"),
+        ("", {}, "the prompt is empty"),
         ([""], {}, "empty"),
         ([[]], {}, "empty"),
         ([[1, 2048]], {}, "2048 is outside the vocabulary of 2048"),

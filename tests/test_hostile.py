@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.convert import load_hf
 from dsmoe_jax.convert.reader import CheckpointReader
+from dsmoe_jax.loading import load
 from tests.helpers.hf_folder import INDEX, hf_tensors, random_params, snapshot
 from tests.helpers.hostile import (
     HOOKS,
@@ -348,7 +348,7 @@ def test_hostile_folder_is_rejected_within_limits(
     monkeypatch.chdir(tmp_path)
     before = snapshot(tmp_path)
 
-    error = within_bounds(folder, lambda: load_hf(folder))
+    error = within_bounds(folder, lambda: load(folder))
 
     assert error is not None
     assert re.search(named, str(error)), str(error)[:600]
@@ -416,7 +416,7 @@ def outcome(folder: Path, mutation: str, r: Random) -> str:
             agrees_with_its_bytes(files[name], files[name], got)
         got.clear()
         if error is None:
-            error, kind = within_bounds(folder, lambda: load_hf(folder)), "rejected by load_hf"
+            error, kind = within_bounds(folder, lambda: load(folder)), "rejected by load"
         else:
             kind = "rejected by " + ("config" if "config.json" in str(error) else "the reader")
         assert {path.name for path in folder.iterdir()} == files.keys()
@@ -443,7 +443,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
 def test_valid_checkpoints_load(folders: dict[str, Path]):
     want = hf_tensors(SMALL, random_params(SMALL))
     for folder in folders.values():
-        assert within_bounds(folder, lambda folder=folder: load_hf(folder)) is None
+        assert within_bounds(folder, lambda folder=folder: load(folder)) is None
         with CheckpointReader(folder) as reader:
             assert all(np.array_equal(reader.read(name), array) for name, array in want.items())
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from dsmoe_jax.convert import hub as our_hub
-from dsmoe_jax.convert import load_hf
 from dsmoe_jax.convert.hub import fetch, is_repo_id
+from dsmoe_jax.loading import load
 from dsmoe_jax.model import split
 from tests.helpers import golden
 from tests.helpers.fake_hub import FakeHub, serve
@@ -26,17 +26,18 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN_INDEX = "pytorch_model.bin.index.json"
 TOKEN = "hf_verysecret"
 
-# Answers each line, [repository, revision, token], with the result of `fetch`. It runs in a subprocess, since
-# huggingface_hub reads most environment variables on import.
+# Answers each line, [repository, revision, token, file], with the result of `fetch` or `fetch_file`. It runs in a
+# subprocess, since huggingface_hub reads most environment variables on import.
 CLIENT = """
 import faulthandler, json, os, sys, traceback
-from dsmoe_jax.convert.hub import fetch
+from dsmoe_jax.convert.hub import fetch, fetch_file
 for line in sys.stdin:
     faulthandler.dump_traceback_later(60, exit=True)
-    repository, revision, token = json.loads(line)
+    repository, revision, token, file = json.loads(line)
     os.environ["HF_TOKEN"] = token
     try:
-        answer = {"folder": str(fetch(repository, revision=revision))}
+        found = fetch_file(repository, file, revision=revision) if file else fetch(repository, revision=revision)
+        answer = {"folder": found and str(found)}
     except ValueError as error:
         answer = {"error": str(error), "traceback": traceback.format_exc()}
     faulthandler.cancel_dump_traceback_later()
@@ -50,10 +51,12 @@ class Client:
     def __init__(self, process: subprocess.Popen[str]):
         self.process = process
 
-    def request(self, repository: str, revision: str | None = None, token: str = "") -> dict[str, Any]:
+    def request(
+        self, repository: str, revision: str | None = None, token: str = "", file: str | None = None
+    ) -> dict[str, Any]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        print(json.dumps([repository, revision, token]), file=self.process.stdin, flush=True)
+        print(json.dumps([repository, revision, token, file]), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 
     def fetch(self, repository: str, revision: str | None = None, token: str = "") -> Path:
@@ -163,7 +166,7 @@ def test_invalid_repo_id_is_an_error():
 def test_missing_huggingface_hub_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
 
-    with pytest.raises(ValueError, match=r"^a/b: the hub needs huggingface_hub: pip install 'dsmoe_jax\[hub\]'$"):
+    with pytest.raises(ValueError, match=r"^a/b: no such folder; a hub id needs `pip install 'dsmoe_jax\[hub\]'`$"):
         fetch("a/b")
 
 
@@ -187,7 +190,7 @@ def test_only_needed_files_are_fetched(hub: FakeHub, online: Client, checkpoint:
     assert hub.listed("tests/needed") == 1
     assert not [request for request in hub.requests if request.file.endswith(".py")]
     assert read(folder) == expected
-    got, want = split(load_hf(folder))[1], random_params(tiny())
+    got, want = split(load(folder))[1], random_params(tiny())
     assert got.keys() == want.keys()
     assert [name for name in want if np.asarray(got[name]).tobytes() != want[name].tobytes()] == []
 
@@ -199,7 +202,7 @@ def test_repository_of_bin_files_loads_like_its_folder(hub: FakeHub, online: Cli
     folder = online.fetch("tests/bins")
 
     assert not [name for name in hub.fetched("tests/bins") if "safetensors" in name]
-    got, want = split(load_hf(folder))[1], split(load_hf(source))[1]
+    got, want = split(load(folder))[1], split(load(source))[1]
     assert [name for name in want if np.asarray(got[name]).tobytes() != np.asarray(want[name]).tobytes()] == []
 
 
@@ -244,7 +247,7 @@ def test_shared_blob_of_the_cache_loads(hub: FakeHub, online: Client, checkpoint
         blob.rename(shared)
         blob.symlink_to(os.path.relpath(shared, blobs))
 
-    load_hf(folder)
+    load(folder)
 
     assert online.fetch("tests/shared") == folder
 
@@ -386,6 +389,31 @@ def test_unknown_repository_or_revision_is_an_error(hub: FakeHub, online: Client
 
     assert "no such folder, and no such repository on 127.0.0.1:" in online.error("tests/unknown")
     assert online.error("tests/known", "v7").endswith(": has no revision 'v7'")
+
+
+# Single files
+
+
+def test_only_one_file_is_fetched_for_a_config(hub: FakeHub, online: Client, offline: Client):
+    hub.add("tests/single", FINE)
+
+    found = online.request("tests/single", file="config.json")["folder"]
+
+    assert Path(found).read_bytes() == FINE["config.json"]
+    assert hub.fetched("tests/single") == ["config.json"]
+    assert online.request("tests/single", file="generation_config.json")["folder"] is None
+    assert offline.request("tests/single", file="config.json")["folder"] == found
+    assert offline.request("tests/single", file="generation_config.json")["folder"] is None
+
+
+def test_an_error_of_a_single_file_is_one_line(hub: FakeHub, online: Client):
+    hub.add("tests/silent", FINE, download="silent")
+
+    lines = [online.request(name, file="config.json")["error"] for name in ("tests/silent", "tests/nowhere")]
+
+    assert "cannot be fetched from 127.0.0.1:" in lines[0]
+    assert "no such folder, and no such repository" in lines[1]
+    assert not any("\n" in line for line in lines)
 
 
 # The token

@@ -18,13 +18,14 @@ import optax
 import pytest
 
 from dsmoe_jax import lora
-from dsmoe_jax.checkpoint.native import load, save
-from dsmoe_jax.convert import load_hf, peft
+from dsmoe_jax.checkpoint.native import save
+from dsmoe_jax.convert import peft
 from dsmoe_jax.convert.merging import merge_to
 from dsmoe_jax.convert.param_mapping import export_order
 from dsmoe_jax.convert.peft_matching import make_plan, modules, untied_config
 from dsmoe_jax.generate import Generator
 from dsmoe_jax.kernels.operand import Quantized
+from dsmoe_jax.loading import load
 from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.model import assemble, merge, shardings, split
 from dsmoe_jax.quantize import quantize_params
@@ -331,7 +332,7 @@ def test_a_merged_checkpoint_equals_its_adapter(tmp_path: Path, layout: str, tie
 
     said = merge_to(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", layout=layout)
 
-    merged = (load if layout == "native" else load_hf)(tmp_path / "merged")
+    merged = load(tmp_path / "merged")
     want = peft.attach_adapter(load(tmp_path / "base"), tmp_path / "adapter")(IDS).logits
     assert said == f"Merged {tmp_path / 'adapter'} into {tmp_path / 'base'}: {tmp_path / 'merged'}"
     assert not merged.config.tie_word_embeddings

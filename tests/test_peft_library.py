@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.convert import load_hf
 from dsmoe_jax.convert.param_mapping import export_order
 from dsmoe_jax.convert.peft import CONFIG, WEIGHTS, attach_adapter, merge_adapter, read_adapter, write_adapter
+from dsmoe_jax.loading import load
 from dsmoe_jax.lora import PROJECTIONS
 from dsmoe_jax.model import split
 from tests.helpers import golden
@@ -167,9 +167,9 @@ def fields(folder: Path) -> dict[str, Any]:
 def test_adapter_of_peft_has_equal_outputs(tmp_path: Path, case: Case):
     base, _ = write_base(tmp_path / "base", **case.model)
     theirs = make_adapter(tmp_path / "adapter", base, case)
-    plain = np.asarray(load_hf(base)(IDS).logits)
+    plain = np.asarray(load(base)(IDS).logits)
 
-    ours = attach_adapter(load_hf(base), tmp_path / "adapter")(IDS).logits
+    ours = attach_adapter(load(base), tmp_path / "adapter")(IDS).logits
 
     want = logits(theirs)
     assert np.abs(want - plain).max() > 100 * golden.LOGITS
@@ -181,7 +181,7 @@ def test_merged_weights_equal_peft(tmp_path: Path, case: Case):
     base, _ = write_base(tmp_path / "base", **case.model)
     theirs = make_adapter(tmp_path / "adapter", base, case).merge_and_unload()
 
-    merged = merge_adapter(load_hf(base), tmp_path / "adapter")
+    merged = merge_adapter(load(base), tmp_path / "adapter")
 
     ours, want = split(merged)[1], theirs.state_dict()
     order = export_order(merged.config)

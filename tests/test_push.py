@@ -38,7 +38,9 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return import_hf(source, folder / "native").path
 
 
-def dsmoe(hub: FakeHub, home: Path, *arguments: str | Path, token: str = "hf_secret") -> subprocess.CompletedProcess[str]:
+def dsmoe(
+    hub: FakeHub, home: Path, *arguments: str | Path, token: str = "hf_secret"
+) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token}
     command = [sys.executable, "-m", "dsmoe_jax", *map(str, arguments)]
@@ -57,7 +59,9 @@ def test_pushed_checkpoint_comes_back(hub: FakeHub, native: Path, tmp_path: Path
     assert (pushed.returncode, converted.returncode) == (0, 0), pushed.stderr + converted.stderr
     assert f"{hub.url}/{MODEL}/commit/" in pushed.stdout
     assert hub.repositories[MODEL].private
-    assert {"README.md", "modeling_deepseek.py", "configuration_deepseek.py", "tokenizer.json"} <= files(hub, MODEL).keys()
+    assert {"README.md", "modeling_deepseek.py", "configuration_deepseek.py", "tokenizer.json"} <= files(
+        hub, MODEL
+    ).keys()
     before, after = (json.loads((path / "dsmoe_jax.json").read_text()) for path in (native, tmp_path / "again"))
     assert before["tensors"] == after["tensors"]
     assert {path.name for path in native.parent.iterdir()} == {"hf", "native", "tokenizer"}  # nothing is left
@@ -106,7 +110,10 @@ def test_card_describes_model_and_run(native: Path, tmp_path: Path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "model").symlink_to(native)
-    fields = {"data": {"batch_size": 8, "sequence_length": 256}, "optimizer": {"learning_rate": 0.001, "schedule": "cosine"}}
+    fields = {
+        "data": {"batch_size": 8, "sequence_length": 256},
+        "optimizer": {"learning_rate": 0.001, "schedule": "cosine"},
+    }
     result = {"step": 1000, "loss": 3.5, "eval_loss": 3.25}
     (native.parent / "run.json").write_text(json.dumps(fields | {"result": result}))
 
@@ -114,6 +121,12 @@ def test_card_describes_model_and_run(native: Path, tmp_path: Path):
 
     (native.parent / "run.json").unlink()
     assert card.startswith("---\n")
-    for text in ('license: "mit"', 'base_model: "someone/base"', "2 shared and 8 routed", "top-2", "1,000 steps of 8 × 256"):
+    for text in (
+        'license: "mit"',
+        'base_model: "someone/base"',
+        "2 shared and 8 routed",
+        "top-2",
+        "1,000 steps of 8 × 256",
+    ):
         assert text in card
     assert "3.2500 nats per token" in card

@@ -17,16 +17,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsmoe_jax.checkpoint.native import load, save
+from dsmoe_jax.checkpoint.native import save
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.convert import import_hf, load_hf_quantized
+from dsmoe_jax.convert import import_hf
 from dsmoe_jax.kernels.codebooks import DYNAMIC, NF4, nearest
 from dsmoe_jax.kernels.operand import EXPERT_AXES, LowRank, Quantized, leaf_axes
+from dsmoe_jax.loading import load, load_params
 from dsmoe_jax.model import abstract, assemble, split
 from dsmoe_jax.quantize import (
     SCHEMES,
     kind_of,
-    load_quantized,
     quantize,
     quantize_matrix,
     quantize_params,
@@ -327,8 +327,8 @@ def copy(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
-def test_load_quantized_equals_load_then_quantize(saved: Path):
-    config, params = load_quantized(saved, "nf4")
+def test_quantizing_while_loading_equals_load_then_quantize(saved: Path):
+    config, params = load_params(saved, quantize="nf4")
 
     assert config == tiny()
     want = quantize_params(split(load(saved))[1], "nf4")
@@ -340,9 +340,9 @@ def test_load_quantized_equals_load_then_quantize(saved: Path):
 def test_a_hugging_face_folder_quantizes_as_a_native_one(tmp_path: Path, saved: Path):
     write_hf(tmp_path, tiny(), random_params(tiny()), shards=3)
 
-    config, params = load_hf_quantized(tmp_path, "nf4", mesh=MESHES["expert=8"], dtype="bfloat16")
+    config, params = load_params(tmp_path, quantize="nf4", mesh=MESHES["expert=8"], dtype="bfloat16")
 
-    want = load_quantized(saved, "nf4", dtype="bfloat16")[1]
+    want = load_params(saved, quantize="nf4", dtype="bfloat16")[1]
     assert (config.to_dict(), params.keys()) == (tiny().to_dict(), want.keys())
     for name, value in params.items():
         assert_same(value, want[name])
@@ -351,7 +351,7 @@ def test_a_hugging_face_folder_quantizes_as_a_native_one(tmp_path: Path, saved: 
 
 
 def test_dtype_casts_only_dense_parameters(saved: Path):
-    _, params = load_quantized(saved, "nf4", dtype="bfloat16")
+    _, params = load_params(saved, quantize="nf4", dtype="bfloat16")
 
     assert_same(params["embed"], random_params(tiny(), ml_dtypes.bfloat16)["embed"])
     name = "layers.1.moe.experts.gate"
@@ -360,9 +360,9 @@ def test_dtype_casts_only_dense_parameters(saved: Path):
 
 @pytest.mark.parametrize("mesh", ["fsdp=8", "expert=2,tensor=2,fsdp=2"])
 def test_experts_are_sharded_and_the_rest_is_replicated(saved: Path, mesh: str):
-    alone = load_quantized(saved, "nf4")[1]
+    alone = load_params(saved, quantize="nf4")[1]
 
-    _, params = load_quantized(saved, "nf4", mesh=MESHES[mesh])
+    _, params = load_params(saved, quantize="nf4", mesh=MESHES[mesh])
     later = quantize_params(split(load(saved, mesh=MESHES[mesh]))[1], "nf4")
 
     for name, value in params.items():
@@ -381,9 +381,9 @@ def test_a_damaged_checkpoint_is_rejected(copy: Path):
     flip_bit(copy / "parameters/state/embed/c/0/0", at=100)
 
     with pytest.raises(ValueError, match=r"damaged: .*SHA-256 \(tensor embed\)"):
-        load_quantized(copy, "nf4")
+        load_params(copy, quantize="nf4")
 
-    assert load_quantized(copy, "nf4", verify=False)[0] == tiny()
+    assert load_params(copy, quantize="nf4", verify=False)[0] == tiny()
 
 
 BAD = {
@@ -407,7 +407,7 @@ def test_a_bad_checkpoint_is_rejected(copy: Path, spoil: Any, named: str):
     spoil(copy)
 
     with pytest.raises(ValueError, match=named) as refused:
-        load_quantized(copy, "nf4", verify=False)
+        load_params(copy, quantize="nf4", verify=False)
 
     assert "\n" not in str(refused.value)
     assert str(copy) in str(refused.value)
@@ -420,7 +420,7 @@ def test_non_finite_weights_are_rejected_while_reading(tmp_path: Path):
     save(assemble(tiny(), {name: jnp.asarray(value) for name, value in params.items()}), tmp_path / "out")
 
     with pytest.raises(ValueError, match=r"^layers\.1\.moe\.experts\.up\[5\] has values that are not finite$"):
-        load_quantized(tmp_path / "out", "nf4")
+        load_params(tmp_path / "out", quantize="nf4")
 
 
 # --- memory ---
@@ -429,7 +429,7 @@ def test_non_finite_weights_are_rejected_while_reading(tmp_path: Path):
 MEASURE = """
 import json, sys, threading
 import jax
-from dsmoe_jax.quantize import load_quantized
+from dsmoe_jax.loading import load_params
 
 def anonymous():
     with open("/proc/self/status") as status:
@@ -443,7 +443,7 @@ def growth(path):
             peak = max(peak, anonymous())
     watching = threading.Thread(target=watch)
     watching.start()
-    params = load_quantized(path, "nf4")[1]
+    params = load_params(path, quantize="nf4")[1]
     over.set()
     watching.join()
     return peak - start, sum(leaf.nbytes for leaf in jax.tree.leaves(params))

@@ -266,7 +266,8 @@ TWO = {"a": entry(0, 8, [2]), "b": entry(8, 16, [2])}
 
 # fmt: off
 BAD_SAFETENSORS = {
-    "short": (b"abc", "header up to byte"),
+    "short": (b"abc", "is damaged or not a safetensors file: has a header up to byte"),
+    "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer, not weights"),
     "header past its bound": (struct.pack("<Q", 8_000_001) + b"{}", "8000001 bytes; at most 8000000"),
     "header past the file": (struct.pack("<Q", 999) + b"{}", "header up to byte 1007 of a file of 10"),
     "truncated": (built(TWO)[:-1], "tensors up to byte 16 of its data; it has 15 bytes"),

@@ -26,7 +26,7 @@ from dsmoe_jax.cli.commands import VERBS, _parse, main
 from dsmoe_jax.cli.flags import ARGUMENTS
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import import_hf
-from dsmoe_jax.train.flags import parse, parse_finetuning
+from dsmoe_jax.train.flags import parse_finetuning, parse_pretraining
 from dsmoe_jax.train.recipes import FINETUNING, RECIPES
 from tests.helpers.hf_folder import make_tokenizer, random_params, tiny, write_hf
 
@@ -37,7 +37,9 @@ PAGES: Final = [
 ]
 LAUNCH: Final = [ROOT / "train/launch/slurm.sh", ROOT / "train/launch/jobset.yaml"]
 # The others compile for many devices, train, or repeat tests/test_cli.py: they are slow tests.
-FAST: Final = {("Quick start", "python"), ("Conversion", "python"), ("Conversion", "bash")}
+FAST: Final = {
+    *(("Quick start", "python"), ("Your own loop", "python"), ("Conversion", "python"), ("Conversion", "bash")),
+}
 
 _RUN: Final = [
     *("--steps", "1", "--trackers", "jsonl", "--step.gradient-accumulation-steps", "1"),
@@ -53,6 +55,7 @@ SMALL: Final[dict[str, list[str]]] = {
     "dsmoe verify": [],
     "dsmoe merge": [],
     "dsmoe info": [],
+    "dsmoe plot": [],
     "dsmoe generate": ["--max-new-tokens", "4"],
     "dsmoe chat": ["--max-new-tokens", "4"],
     "dsmoe tokenize": [],
@@ -188,7 +191,7 @@ def test_python_blocks_run(block: Block, world: Path):
     source = block.text.replace("[100000, 1558, 317]", "[0, 15, 31]")  # of a larger vocabulary
     if "import_hf(" in source:
         shutil.rmtree("moe16b")
-    names: dict[str, Any] = {"token_ids": jnp.ones((8, 16), jnp.int32)}
+    names: dict[str, Any] = {"token_ids": jnp.ones((8, 16), jnp.int32), "batches": [jnp.ones((8, 16), jnp.int32)] * 2}
     if block.section == "Quick start":
         exec("from dsmoe_jax import Generator", names)  # of the block before
 
@@ -269,9 +272,9 @@ def check(words: list[str]) -> None:
             asked = _parse(arguments)
             flags = [flag for flag in getattr(asked, "flags", []) if flag != "--help"]
             if asked.verb == "pretrain":
-                parse(RECIPES[asked.recipe](), flags, prog="")
+                parse_pretraining(flags)
             elif asked.verb == "finetune":
-                parse_finetuning(asked.checkpoint, flags)
+                parse_finetuning(flags)
         case _:
             pytest.fail(f"a README has a command that no test runs: {command}")
 

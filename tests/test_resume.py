@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import logging
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -87,7 +89,8 @@ def embed(model: Path) -> np.ndarray:
 # Result
 
 
-def test_a_longer_run_replaces_the_model(home: Path, copy: Path):
+def test_a_longer_run_replaces_the_model(home: Path, copy: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
     before = embed(copy / "model")
 
     result = run(config(home, copy, steps=STEPS + 1))
@@ -98,6 +101,10 @@ def test_a_longer_run_replaces_the_model(home: Path, copy: Path):
     assert (embed(copy / "model") == np.asarray(state["params/embed"])).all()
     assert (embed(copy / "model") != before).any()
     assert not list(copy.glob("*.new")) + list(copy.glob("*.old"))
+    assert f"Changed: steps {STEPS} → {STEPS + 1} (from step {STEPS})" in caplog.messages
+    assert any(re.fullmatch(r"Steps: 3, .* tokens; resuming from step 2", line) for line in caplog.messages)
+    assert any(re.fullmatch(r"Compiled the training step in .* s", line) for line in caplog.messages)
+    assert json.loads((copy / "run.json").read_text())["total_steps"] == STEPS + 1
 
 
 @pytest.mark.parametrize("steps", [STEPS, STEPS - 1], ids=["same", "fewer"])
@@ -404,9 +411,13 @@ def test_settings_without_effect_are_logged(
 
 
 def test_an_empty_validation_split_is_logged(home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    prepared(home, tmp_path, val_fraction=1e-9)
+    write_texts(tmp_path / "one.jsonl", ["alone " * 99])
 
-    assert "No validation documents" in caplog.text
+    prepared(home, tmp_path / "out", sources=(str(tmp_path / "one.jsonl"),), val_fraction=0.01)
+
+    assert [line.getMessage() for line in caplog.records if "validation" in line.message] == [
+        "No validation data: evaluation is skipped; pass --data.validation FILES"
+    ]
 
 
 def test_steps_override_epochs(home: Path, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -71,7 +71,9 @@ def metadata(settings: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]
 
 @pytest.mark.parametrize(("line", "change"), REFUSED.items(), ids=[line.partition(" ")[0] for line in REFUSED])
 def test_changed_settings_are_refused_by_name(line: str, change: tuple[dict[str, Any], dict[str, Any]]):
-    wanted = re.escape(f"run/checkpoints: cannot resume from step 20: {line}; choose another --output-dir")
+    wanted = re.escape(
+        f"run/checkpoints: cannot resume from step 20: {line}; choose those of the checkpoint, or another --output-dir"
+    )
 
     with pytest.raises(ValueError, match=f"^{wanted}$"):
         check_resumable(Path("run/checkpoints"), 20, metadata({}, {}), metadata(*change))
@@ -105,7 +107,7 @@ def test_a_changed_setting_is_logged(caplog: pytest.LogCaptureFixture):
 
     log_changes(before.to_dict(), now.to_dict(), 20)
 
-    assert caplog.messages == ["Changed from step 20 on: optimizer.learning_rate: 1.0 -> 0.5"]
+    assert caplog.messages == ["Changed: optimizer.learning_rate 1.0 → 0.5 (from step 20)"]
 
 
 # Invalid configs

@@ -412,7 +412,7 @@ NAN, INF = float("nan"), float("inf")
 )
 def test_invalid_parameter_is_rejected_in_one_line(fields: dict[str, Any], reason: str):
     with pytest.raises(ValueError, match=f"^{reason}") as refused:
-        SamplingParams.of(**fields)
+        SamplingParams(**fields)
 
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 400
@@ -427,25 +427,26 @@ def test_every_number_has_a_bound():
 def test_bounds_are_inclusive():
     for name, bound in _NUMBERS.items():
         for value in [bound.low, bound.high, *([None] if bound.optional else [])]:
-            assert getattr(SamplingParams.of(**{name: value}), name) == value
+            assert getattr(SamplingParams(**{name: value}), name) == value
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(SamplingParams)])
 def test_none_means_the_default(name: str):
-    assert SamplingParams.of(**{name: None}) == SamplingParams()
+    fields: dict[str, Any] = {name: None}
+    assert SamplingParams(**fields) == SamplingParams()
 
 
 def test_max_tokens_is_an_alias_of_max_new_tokens():
     params = SamplingParams(max_tokens=5)
 
     assert params == SamplingParams(max_new_tokens=5) == SamplingParams(max_new_tokens=5, max_tokens=5)
-    assert dataclasses.replace(params, max_new_tokens=6) == SamplingParams.of(max_tokens=6)
+    assert dataclasses.replace(params, max_new_tokens=6) == SamplingParams(max_tokens=6)
     assert SamplingParams(max_tokens=None).max_new_tokens == 128
 
 
 @pytest.mark.parametrize("fields", [{"top_k": 0}, {"top_k": -1}, {"top_k": np.int64(-1)}, {"seed": -1}], ids=str)
 def test_disabling_values_mean_none(fields: dict[str, Any]):
-    assert SamplingParams.of(**fields) == SamplingParams()
+    assert SamplingParams(**fields) == SamplingParams()
 
 
 @pytest.mark.parametrize("top_p", [0, 1e-9, 1e-300])
@@ -463,7 +464,7 @@ def test_values_are_stored_in_canonical_form():
     assert first == second
     assert len({first, second, dataclasses.replace(first)}) == 1
     assert first.logit_bias == ((2, -0.5), (9, 1.0))
-    assert SamplingParams(logit_bias={}) == SamplingParams.of(logit_bias=None) == SamplingParams()
+    assert SamplingParams(logit_bias={}) == SamplingParams(logit_bias=None) == SamplingParams()
 
 
 @pytest.mark.parametrize(
@@ -483,7 +484,8 @@ def test_adjusts_logits_only_with_biases_or_penalties(fields: dict[str, Any], ad
 
 @pytest.mark.parametrize("name", ["logit_bias", "stop_token_ids"])
 def test_token_outside_the_vocabulary_is_rejected(name: str):
-    params = SamplingParams.of(**{name: {99: 1.0, 100: 1.0} if name == "logit_bias" else [100, 99]})
+    fields: dict[str, Any] = {name: {99: 1.0, 100: 1.0} if name == "logit_bias" else [100, 99]}
+    params = SamplingParams(**fields)
 
     params.check_vocabulary(101)
     with pytest.raises(ValueError, match=f"^{name}: token 100 is outside the vocabulary of 100$"):

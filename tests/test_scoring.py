@@ -1,10 +1,12 @@
 """Scoring and perplexity against the logits of one unbatched pair at a time."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -155,11 +157,16 @@ def test_greedy_flag_marks_greedy_continuations_only():
 
 
 def test_progress_counts_pairs():
-    calls = []
+    calls: list[Any] = []
 
-    scored(model_of(SMALL), [([1], [2])] * 3, max_tokens=16, progress=lambda *numbers: calls.append(numbers))
+    @contextlib.contextmanager
+    def meter(what: str, total: int) -> Iterator[Any]:
+        calls.append((what, total))
+        yield calls.append
 
-    assert calls == [(1, 3), (2, 3), (3, 3)]
+    scored(model_of(SMALL), [([1], [2])] * 3, max_tokens=16, progress=meter)
+
+    assert calls == [("scoring", 3), 1, 1, 1]
 
 
 def test_no_pairs_give_no_scores():

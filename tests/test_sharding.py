@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from dsmoe_jax.checkpoint.native import load, save
-from dsmoe_jax.convert import load_hf
+from dsmoe_jax.checkpoint.native import save
 from dsmoe_jax.generate import Generator
 from dsmoe_jax.layers.token_dispatcher import STRATEGIES, DispatchConfig, Strategy
+from dsmoe_jax.loading import load
 from dsmoe_jax.model import DeepSeekMoE, assemble, merge, shardings, split
 from dsmoe_jax.sharding import MeshConfig, make_mesh, place_batch
 from dsmoe_jax.train import balance_loss, cross_entropy
@@ -148,7 +148,7 @@ def test_a_batch_is_sharded_over_all_axes_but_tensor(mesh: str):
 def test_an_import_shards_every_parameter(tmp_path: Path, mesh: str):
     params = random_params(tiny())
 
-    model = load_hf(write_hf(tmp_path, tiny(), params), mesh=MESHES[mesh])
+    model = load(write_hf(tmp_path, tiny(), params), mesh=MESHES[mesh])
 
     check_parts(model, mesh)
     for name, array in split(model)[1].items():
@@ -294,7 +294,7 @@ def test_a_golden_model_generates_as_on_one_device(mesh: str):
     want, ids = golden.expected("a_baseline")["generation"], golden.tensors("a_baseline")["in.input_ids"]
     prompt = golden.tensors("a_baseline")["in.gen.prompt0"][0]
 
-    model = load_hf(golden.folder("a_baseline"), mesh=MESHES[mesh])
+    model = load(golden.folder("a_baseline"), mesh=MESHES[mesh])
     logits = model(ids).logits
     completion = Generator(model)([prompt], max_new_tokens=len(want["prompt0"]), ignore_eos=True)[0]
 
@@ -315,7 +315,7 @@ def test_native_and_hf_checkpoints_load_onto_a_mesh(tmp_path: Path, mesh: str):
     save(model, tmp_path / "native")
 
     native = load(tmp_path / "native", mesh=MESHES[mesh])
-    imported = load_hf(write_hf(tmp_path / "hf", CONFIG, params), mesh=make_mesh(MESHES[mesh]))
+    imported = load(write_hf(tmp_path / "hf", CONFIG, params), mesh=make_mesh(MESHES[mesh]))
 
     want = model(IDS[:3]).logits
     for loaded in (native, imported):

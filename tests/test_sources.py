@@ -67,8 +67,8 @@ def test_folder_is_read_in_path_order(tmp_path: Path, caplog: pytest.LogCaptureF
     found = texts_of(tmp_path)
 
     assert found == ["1", "2", "a/z", "b", "c/d/e"]
-    assert "skipped 1 blank texts" in caplog.text
-    assert "skipped 2 files that are not UTF-8 text" in caplog.text
+    assert "skipped 1 blank text\n" in caplog.text
+    assert "skipped 2 files without UTF-8 text" in caplog.text
 
 
 def test_pattern_finds_each_file_once(tmp_path: Path):
@@ -216,7 +216,7 @@ def test_malformed_line_is_logged_and_skipped(
 
     assert texts_of(path) == ["a"] * 120
     assert f"Skipping malformed line: {path}:62 {problem}" in caplog.text
-    assert "skipped 1 malformed lines of 121" in caplog.text
+    assert "skipped 1 malformed line of 121" in caplog.text
 
 
 def test_log_names_ten_malformed_lines_and_counts_all(tmp_path: Path, caplog: pytest.LogCaptureFixture):

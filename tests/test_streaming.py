@@ -20,11 +20,11 @@ import ml_dtypes
 import pytest
 
 from dsmoe_jax.checkpoint.manifest import read_manifest
-from dsmoe_jax.checkpoint.native import load
 from dsmoe_jax.cli import main
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.convert import ConversionReport, export_hf, import_hf, load_hf, verify
+from dsmoe_jax.convert import ConversionReport, export_hf, import_hf, verify
 from dsmoe_jax.convert.param_mapping import hf_shapes
+from dsmoe_jax.loading import load
 from dsmoe_jax.storage.atomic_dir import staging_path
 from dsmoe_jax.storage.direct_io import DirectFile
 from tests.helpers.hf_folder import (
@@ -87,10 +87,9 @@ def way(request: pytest.FixtureRequest, ways: dict[str, Way]) -> Way:
 
 def loads(folder: Path) -> bool:
     """Return whether the folder loads as a checkpoint."""
-    for read in (load, load_hf):
-        with contextlib.suppress(ValueError):
-            read(folder)
-            return True
+    with contextlib.suppress(ValueError):
+        load(folder)
+        return True
     return False
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from dsmoe_jax import progress
+from dsmoe_jax.cli.terminal import example_command
 from dsmoe_jax.generate import Generator
 from dsmoe_jax.storage.locks import lock_name
 from tests.helpers.command import load_once, run
@@ -74,10 +76,12 @@ def test_stdin_prompt_drops_the_trailing_newline(
 def test_flags_set_the_parameters_of_their_names(monkeypatch: pytest.MonkeyPatch, checkpoint: Path):
     seen: dict[str, Any] = {}
     generator = Generator.from_pretrained(checkpoint)
-    monkeypatch.setattr(Generator, "from_pretrained", lambda **options: seen.update(options) or generator)
+    monkeypatch.setattr(
+        Generator, "from_pretrained", lambda path, **options: seen.update(options, path=path) or generator
+    )
     monkeypatch.setattr(Generator, "stream", lambda self, prompt, params: seen.update(params=params) or iter([]))
     engine = {"quantize": "int8", "cache_dtype": "bfloat16", "max_batch_size": 3, "context_length": 99}
-    engine |= {"dtype": "float32", "adapter": "some/where"}
+    engine |= {"dtype": "float32", "adapter": "some/where", "revision": "v1"}
     sampling = {"max_new_tokens": 7, "temperature": 0.5, "top_k": 9, "top_p": 0.9, "min_p": 0.1, "seed": 3}
     sampling |= {"repetition_penalty": 1.1, "presence_penalty": -0.5, "frequency_penalty": 0.25}
     flags = [part for name, value in (engine | sampling).items() for part in ("--" + name.replace("_", "-"), value)]
@@ -117,7 +121,7 @@ def test_file_outputs_keep_the_order_of_the_lines(
     options: dict[str, Any] = {"max_new_tokens": 4, "ignore_eos": True}
     one = generator(["def main("], **options)[0]
     two = generator([ids], max_new_tokens=2, ignore_eos=True)[0]
-    several = generator([chat], **options, n=2, temperature=1, seed=5)
+    several = generator(chat, **options, n=2, temperature=1, seed=5)
 
     code = run("generate", checkpoint, "--file", file, *FEW)
 
@@ -250,7 +254,7 @@ def test_output_file_is_locked(
 def test_file_of_invalid_lines_loads_no_model(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, prompts: Callable[..., Path]
 ):
-    monkeypatch.setattr(Generator, "from_pretrained", lambda **_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(Generator, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
 
     code = run("generate", checkpoint, "--file", prompts("{", "{"))
 
@@ -283,6 +287,55 @@ def test_progress_bars_are_shown_on_terminals_only(capsys: pytest.CaptureFixture
         assert ("things" in capsys.readouterr().err) == person
 
 
+def test_chat_prints_the_reply_only(capsys: pytest.CaptureFixture, checkpoint: Path, generator: Generator):
+    want = generator([{"role": "user", "content": "hello"}], max_new_tokens=4, ignore_eos=True).text
+
+    code = run("generate", checkpoint, "--prompt", "hello", "--chat", *FEW)
+
+    assert (code, *capsys.readouterr()) == (0, f"{want}\n", "")
+
+
+def test_tokens_are_completed_as_text(capsys: pytest.CaptureFixture, checkpoint: Path, generator: Generator):
+    want = generator([5, 6, 7], max_new_tokens=4, ignore_eos=True).text
+
+    code = run("generate", checkpoint, "--tokens", "5, 6 7", *FEW)
+
+    assert (code, *capsys.readouterr()) == (0, f"{want}\n", "")
+
+
+def test_tokens_need_no_tokenizer(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, generator: Generator
+):
+    want = generator([5, 6], max_new_tokens=4, ignore_eos=True).token_ids
+    monkeypatch.setattr(generator, "tokenizer", None)
+
+    codes = [run("generate", checkpoint, *flag, *FEW) for flag in (("--tokens", "5 6"), ("--prompt", "hi"))]
+
+    out, err = capsys.readouterr()
+    assert codes == [0, 2]
+    assert out == f"{' '.join(map(str, want))}\n"
+    assert (
+        err
+        == "dsmoe generate: a text prompt needs a tokenizer, and this generator has none: pass token ids (`--tokens`)\n"
+    )
+
+
+# files | command
+EXAMPLES = {
+    "a chat template": (lambda folder: (folder / "chat_template.jinja").write_text("x"), "dsmoe chat '{}'"),
+    "a tokenizer": (lambda folder: None, "dsmoe generate '{}' --prompt Hello"),
+    "neither": (lambda folder: (folder / "tokenizer.json").unlink(), "dsmoe generate '{}' --tokens 0"),
+}
+
+
+@pytest.mark.parametrize(("remove", "command"), EXAMPLES.values(), ids=EXAMPLES)
+def test_the_command_after_a_conversion_works(tmp_path: Path, checkpoint: Path, remove: Any, command: str):
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "a copy"))
+    remove(copy)
+
+    assert example_command(str(copy)) == command.format(copy)
+
+
 # arguments | stdin, None for a terminal | error
 MISTAKES: dict[str, tuple[tuple[str, ...], bytes | None, str]] = {
     "nothing to read": ((), None, "no prompt: pass --prompt, --file or text on stdin"),
@@ -290,8 +343,12 @@ MISTAKES: dict[str, tuple[tuple[str, ...], bytes | None, str]] = {
     "empty prompt": (("--prompt", ""), None, "the prompt is empty"),
     "stdin is no text": ((), b"ab\xff", "stdin is not UTF-8: byte 2 is 0xff"),
     "file is no text": (("--file", "{tmp}/latin1"), None, "latin1 is not UTF-8: byte 12 is 0xe4"),
-    "file is not there": (("--file", "{tmp}/absent"), None, "absent"),
+    "file is not there": (("--file", "{tmp}/absent"), None, "absent does not exist"),
     "file is empty": (("--file", "{tmp}/blank"), None, "blank has no prompts"),
+    "no ids": (("--tokens", "5 six"), None, "--tokens must be token ids, separated by spaces or commas, got 'six'"),
+    "empty ids": (("--tokens", " "), None, "the prompt is empty"),
+    "ids in a chat": (("--tokens", "5", "--chat"), None, "--chat needs a prompt of text, got --tokens"),
+    "two prompts": (("--prompt", "a", "--tokens", "5"), None, "--prompt and --tokens are mutually exclusive"),
     "two sources": (("--prompt", "a", "--file", "{tmp}/good"), None, "--prompt and --file are mutually exclusive"),
     "out without a file": (("--prompt", "a", "--out", "{tmp}/out"), None, "--out needs --file"),
     "out exists": (("--file", "{tmp}/good", "--out", "{tmp}/blank"), None, "exists; nothing is overwritten"),

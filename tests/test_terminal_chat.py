@@ -67,7 +67,9 @@ def test_system_message_comes_first_and_survives_reset(
 
     saved = json.loads(before.read_text(encoding="utf-8"))
     system = {"role": "system", "content": "Sei größer."}
-    assert (code, capsys.readouterr().err) == (0, "")
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    assert f"Saved {before}\n" in out
     assert saved[:2] == [system, {"role": "user", "content": "hello"}]
     assert [message["role"] for message in saved] == ["system", "user", "assistant"]
     assert json.loads(after.read_text(encoding="utf-8")) == [system]
@@ -120,7 +122,8 @@ def test_ctrl_c_stops_a_reply_and_keeps_its_text(
     saved = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
     assert (code, err) == (130, "\n")
     assert saved[0] == {"role": "user", "content": "hello"}
-    assert out == f"{GREETING}User: Assistant: {saved[1]['content']}\nUser: User: "
+    file = tmp_path / "talk.json"
+    assert out == f"{GREETING}User: Assistant: {saved[1]['content']}\nUser: Saved {file}\nUser: "
     assert saved[1]["content"]
     assert signal.getsignal(signal.SIGINT) is handler
 
@@ -159,7 +162,7 @@ def test_rate_is_shown_on_a_terminal(
 def test_invalid_flags_are_rejected_before_loading(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, checkpoint: Path
 ):
-    monkeypatch.setattr(Generator, "from_pretrained", lambda **_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(Generator, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
 
     codes = [run("chat", checkpoint, "--temperature", "-1"), run("chat", checkpoint, "--n", "2")]
 
@@ -167,3 +170,15 @@ def test_invalid_flags_are_rejected_before_loading(
     assert codes == [2, 2]
     assert "temperature must be in [0, 1000], got -1.0" in below
     assert "--n" in unknown
+
+
+def test_a_chat_without_a_template_is_refused_at_the_start(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, generator: Generator
+):
+    monkeypatch.setattr(generator.tokenizer, "chat_templates", {})
+
+    code = run("chat", checkpoint)
+
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert err.startswith("dsmoe chat: a chat needs a chat template, and this generator has none")

@@ -23,6 +23,7 @@ from dsmoe_jax.train.data import (
     is_validation,
     tokenize,
     tokenizer_hash,
+    validation_threshold,
     writer,
 )
 from dsmoe_jax.train.data.writer import shard_files
@@ -145,7 +146,7 @@ def test_validation_split_depends_on_text_alone(tmp_path: Path, tokenizer_folder
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
 def test_validation_fraction_is_approximate(share: float):
-    count = sum(is_validation(str(n).encode(), share) for n in range(20_000))
+    count = sum(is_validation(str(n).encode(), validation_threshold([], share)) for n in range(20_000))
 
     assert count / 20_000 == pytest.approx(share, abs=0.02 if share else 0)
 
@@ -160,7 +161,7 @@ def test_special_token_strings_in_documents_are_counted(
     with caplog.at_level("INFO"):
         tokenize(tmp_path / "a.txt", tokenizer_folder, tmp_path / "out", val_fraction=0.0, split_special_tokens=split)
 
-    found = "2 special-token strings in 1 documents"
+    found = "2 special-token strings in 1 document"
     assert (f"encoded {found} as text" if split else f"{found} become control tokens") in caplog.text
     ids = TokenShards.open(tmp_path / "out").read(0).tolist()
     assert [i for i in ids if i == tokenizer.eos_token_id] == [tokenizer.eos_token_id] * (1 if split else 2)
@@ -272,6 +273,7 @@ def test_bad_arguments_give_one_line_and_leave_nothing(tmp_path: Path, tokenizer
         ([path, tmp_path / "nowhere"], tokenizer_folder, {}, "nowhere: does not exist"),
         (empty, tokenizer_folder, {}, "empty: no files"),
         (path, empty, {}, "no tokenizer; looked for"),
+        (path, tmp_path / "nix", {}, "nix: does not exist"),
         (path, no_eos, {}, "has no EOS token"),
         (path, tokenizer_folder, {"field": "body"}, "5 of 5 lines are malformed"),
     )

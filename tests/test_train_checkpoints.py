@@ -263,7 +263,7 @@ def test_a_full_disk_is_one_line_at_any_file(
 def test_a_full_disk_is_refused_before_writing(small_disk: Path, state: TrainState):
     subprocess.run(["mount", "-o", "remount,size=300k", small_disk], check=True)
 
-    with pytest.raises(OSError, match=r"No space left on device: '.*step-00000001'$"):
+    with pytest.raises(ValueError, match=r"step-00000001 needs 0.00 GB more; .*disk has 0.00 GB free$"):
         Checkpoints(small_disk).save(1, state, METADATA)
 
     assert list(small_disk.iterdir()) == []

@@ -1,13 +1,21 @@
 """Flags of `dsmoe pretrain` and `dsmoe finetune`: recipes, overrides, errors."""
 
+import dataclasses
 import io
+import json
+import logging
 import sys
+from pathlib import Path
 
 import pytest
 
 from dsmoe_jax.cli import main
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.train.flags import parse
+from dsmoe_jax.lora import LoraConfig
+from dsmoe_jax.train.config import DataConfig, RunConfig
+from dsmoe_jax.train.finetune import FinetuneConfig
+from dsmoe_jax.train.flags import parse, parse_finetuning, parse_pretraining
+from dsmoe_jax.train.optimizer import OptimizerConfig
 from dsmoe_jax.train.recipes import RECIPES
 
 
@@ -91,3 +99,79 @@ def test_a_value_that_looks_like_an_old_one_is_kept():
     config = parse(RECIPES["tiny"](), ["--output-dir", "documents", "--data.sources", "out", "packed"], prog="")
 
     assert (config.output_dir, config.data.sources) == ("documents", ("out", "packed"))
+
+
+# The run in the output directory
+
+
+def started(folder: Path, config: RunConfig, **entries: object) -> list[str]:
+    """Write what a run leaves behind; return the flag of its folder."""
+    (folder / "checkpoints" / "step-00000500").mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(config.to_dict() | entries))
+    return ["--output-dir", str(folder)]
+
+
+def test_a_resumed_run_keeps_its_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    run = RunConfig(
+        output_dir=str(tmp_path),
+        recipe="tiny",
+        steps=77,
+        data=DataConfig(sources=("a", "b"), weights=(1.0, 2.0), batch_size=4),
+        optimizer=OptimizerConfig(learning_rate=0.5, warmup_steps=3, max_grad_norm=None),
+        trackers=("jsonl",),
+        seed=3,
+    )
+    folder = started(tmp_path, run, total_steps=77, model_config={}, result=None)
+
+    same = parse_pretraining(["tiny", *folder])
+    other = parse_pretraining(["tiny", *folder, "--steps", "99", "--optimizer.warmup-steps=4"])
+
+    assert same == run
+    assert other == dataclasses.replace(run, steps=99, optimizer=dataclasses.replace(run.optimizer, warmup_steps=4))
+    assert f"Using the settings of {tmp_path / 'run.json'}; flags override them" in caplog.messages
+
+
+def test_a_fine_tuning_run_keeps_recipe_and_adapter(tmp_path: Path):
+    config = FinetuneConfig(recipe="lora_1x80gb", init_from="old", lora=LoraConfig(r=3, rank_pattern={"a": 2}))
+    folder = started(tmp_path, config)
+
+    resumed, _ = parse_finetuning(["new", *folder, "--lora.lora-alpha", "8"])
+
+    assert config.lora is not None
+    assert resumed.lora == dataclasses.replace(config.lora, lora_alpha=8)
+    assert (resumed.recipe, resumed.init_from, resumed.epochs) == ("lora_1x80gb", "new", 3.0)
+
+
+def test_settings_of_a_start_are_not_kept(tmp_path: Path):
+    folder = started(tmp_path, RunConfig(output_dir="elsewhere", resume="never"))
+
+    config = parse_pretraining(["tiny", *folder])
+
+    assert (config.output_dir, config.resume, config.recipe) == (str(tmp_path), "auto", "tiny")
+
+
+def test_a_run_without_checkpoints_takes_the_recipe(tmp_path: Path):
+    folder = started(tmp_path, RunConfig(output_dir=str(tmp_path), steps=77))
+    (tmp_path / "checkpoints" / "step-00000500").rmdir()
+
+    assert parse_pretraining(["tiny", *folder]).steps == RECIPES["tiny"]().steps
+
+
+def test_another_recipe_is_refused(tmp_path: Path):
+    folder = started(tmp_path, RunConfig(output_dir=str(tmp_path), recipe="tiny"))
+
+    with pytest.raises(
+        ValueError, match=r"recipe bench is not that of the run in .*, tiny; choose another --output-dir"
+    ):
+        parse_pretraining(["bench", *folder])
+
+
+def test_a_folder_named_like_a_recipe_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "own").mkdir()
+
+    assert parse_pretraining(["tiny"]).model == "tiny"
+    with pytest.raises(ValueError, match="pass a model with it, `tiny --model own`"):
+        parse_pretraining(["own"])

@@ -15,7 +15,6 @@ import dsmoe_jax
 from dsmoe_jax.checkpoint.manifest import read_manifest
 from dsmoe_jax.convert import export_hf, import_hf, verify
 from dsmoe_jax.info import describe
-from dsmoe_jax.quantize import load_quantized
 from dsmoe_jax.storage.manifest import MODEL_MANIFEST
 from tests.helpers import native_checkpoint
 from tests.helpers.hf_folder import VARIANTS, edit, flip_bit, random_params, snapshot, stored, tiny
@@ -42,8 +41,8 @@ def test_report_has_all_tensors_and_files(made: Path):
 
     manifest = read_manifest(made)
     assert json.loads(json.dumps(report)) == report
-    assert report["native"] == str(made)
-    assert report["hf"] is None
+    assert report["source"] == str(made)
+    assert report["other"] is None
     assert report["hashes"] == {name: tensor["sha256"] for name, tensor in manifest.tensors.items()}
     assert report["tensors"] == len(manifest.tensors)
     on_disk = [path for path in made.rglob("*") if path.is_file() and path.name != MODEL_MANIFEST]
@@ -55,7 +54,7 @@ def test_comparison_report_has_the_sha256_of_hf_tensors(made: Path):
     report = verify(made, made.parent / "hf").to_dict()
 
     tensors = stored(made.parent / "hf")
-    assert report["hf"] == str(made.parent / "hf")
+    assert report["other"] == str(made.parent / "hf")
     assert report["hashes"] == {name: hashlib.sha256(one.data).hexdigest() for name, one in tensors.items()}
     assert report["tensors"] == len(tensors) == 46
     assert report["bytes"] == sum(len(tensor.data) for tensor in tensors.values())
@@ -127,7 +126,7 @@ def test_damaged_checkpoint_cannot_be_opened(native: Path, tmp_path: Path, file:
     for open_checkpoint in (
         dsmoe_jax.load,
         dsmoe_jax.Generator.from_pretrained,
-        lambda folder: load_quantized(folder, "int8"),
+        lambda folder: dsmoe_jax.load(folder, quantize="int8"),
         lambda folder: export_hf(folder, tmp_path / "out"),
         lambda folder: import_hf(folder, tmp_path / "out"),
         read_manifest,
@@ -266,7 +265,7 @@ def test_damage_is_reported_and_nothing_is_changed(
 
     assert sorted(found(report), key=str) == sorted(mismatches, key=str)
     assert text in report.mismatches[0]["what"]
-    assert f"{len(mismatches)} mismatches" in str(report)
+    assert f"{len(mismatches)} mismatch" in str(report)
     assert snapshot(native.parent) == before
 
 

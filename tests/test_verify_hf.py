@@ -77,7 +77,17 @@ DIFFERENCES: dict[str, tuple[Callable[[Path], Any], list[tuple[str, str | None, 
     ),
     "a dtype": (
         rewrite(lambda t: t.update({"model.norm.weight": t["model.norm.weight"].astype(ml_dtypes.bfloat16)})),
-        [(ONE_FILE, "model.norm.weight", "is bfloat16, float32 in {native}")],
+        [],
+    ),
+    "values of another dtype": (
+        rewrite(lambda t: t.update({"model.norm.weight": (t["model.norm.weight"] * 2).astype(ml_dtypes.bfloat16)})),
+        [
+            (
+                ONE_FILE,
+                "model.norm.weight",
+                "differs in 32 of 32 values in bfloat16 (stored in float32 and bfloat16)",
+            )
+        ],
     ),
     "the same otherwise stored": (rewrite(lambda tensors: None), []),
     "rope_theta": (
@@ -145,7 +155,7 @@ INCOMPARABLE: dict[str, tuple[Callable[[Path], Any], str]] = {
         rewrite(lambda t: t.update({EXPERT: t[EXPERT].T.copy()})), rf"{EXPERT} has shape \[32, 16\]"
     ),
     "no config": (lambda hf: (hf / "config.json").unlink(), r"config\.json: does not exist"),
-    "no folder": (lambda hf: shutil.rmtree(hf), "hf"),
+    "no folder": (lambda hf: shutil.rmtree(hf), "hf: no such file or folder"),
     "a shard cut short": (lambda hf: os.truncate(hf / "model-00001-of-00002.safetensors", 5_000), "model-00001-of"),
 }  # fmt: skip
 
@@ -179,9 +189,48 @@ def test_folder_of_another_model_is_a_one_line_error(tmp_path: Path, made: Path,
     assert "\n" not in str(caught.value)
 
 
-def test_hf_folder_is_not_a_native_checkpoint(made: Path):
-    with pytest.raises(ValueError, match="hf: not a native checkpoint"):
-        verify(made.parent / "hf")
+def test_an_hf_folder_alone_is_read_completely(made: Path, native: Path):
+    hf = native.parent / "hf"
+
+    report = verify(hf)
+
+    assert (report.mismatches, report.layout) == ([], "hf")
+    assert report.hashes == verify(made, hf).hashes
+    assert str(report).endswith(": all tensors are complete; it has no checksums")
+    os.truncate(hf / "model-00001-of-00002.safetensors", 5_000)
+    with pytest.raises(ValueError, match="model-00001-of"):
+        verify(hf)
+
+
+def test_any_two_checkpoints_are_compared(native: Path, tmp_path: Path):
+    hf = native.parent / "hf"
+    again = import_hf(hf, tmp_path / "again").path
+
+    reports = [verify(*pair) for pair in ((hf, native), (native, again), (hf, hf))]
+
+    assert [report.mismatches for report in reports] == [[], [], []]
+    assert all("bitwise equal to" in str(report) for report in reports)
+    flip_bit(again / DATA, 9)
+    assert found(verify(native, again)) == [(DATA, "embed")]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_cast_checkpoint_is_compared_in_its_dtype(native: Path, tmp_path: Path, dtype: str):
+    hf = native.parent / "hf"
+    cast = import_hf(hf, tmp_path / "cast", dtype=dtype).path
+
+    report = verify(cast, hf)
+
+    assert (report.mismatches, report.cast) == ([], [dtype])
+    text = f"equal to {hf} (compared in {dtype}: a cast cannot match bit by bit)"
+    assert str(report).endswith(text)
+
+
+def test_a_revision_needs_a_hub_id(native: Path):
+    with pytest.raises(ValueError, match="revision 'v1' needs a hub id, got the local path"):
+        verify(native, native.parent / "hf", revision="v1")
+    with pytest.raises(ValueError, match="revision 'v1' needs one hub id, got two: a/b and c/d"):
+        verify("a/b", "c/d", revision="v1")
 
 
 @pytest.mark.parametrize("against", [False, True], ids=["alone", "against its source"])
@@ -198,7 +247,9 @@ def test_command_on_an_intact_checkpoint_exits_with_0(
     assert (code, err) == (0, "")
     assert out.count("\n") == 1
     assert str(file) in out
-    assert report.keys() == {"native", "hf", "tensors", "bytes", "mismatches", "hashes", "seconds"}
+    assert report.keys() == {
+        *("source", "other", "layout", "cast", "tensors", "bytes", "mismatches", "hashes", "seconds")
+    }
     assert report["mismatches"] == []
     assert report["hashes"] == verify(native, hf if against else None).hashes
     assert verify(native).mismatches == []
@@ -246,13 +297,13 @@ def test_command_lists_further_damage_on_stdout(native: Path, capsys: pytest.Cap
     assert out.count(OTHER_BYTES) == 2
 
 
-def test_command_without_a_native_checkpoint_exits_with_2(native: Path, capsys: pytest.CaptureFixture):
-    code = main(["verify", str(native.parent / "hf")])
+def test_command_without_a_checkpoint_exits_with_2(native: Path, capsys: pytest.CaptureFixture):
+    code = main(["verify", str(native.parent)])
 
     err = capsys.readouterr().err
     assert code == 2
     assert err.count("\n") == 1
-    assert "not a native checkpoint" in err
+    assert "config.json: does not exist" in err
 
 
 def test_command_rejects_a_report_in_use(native: Path, capsys: pytest.CaptureFixture):
@@ -279,5 +330,5 @@ def test_command_leaves_no_partial_report_on_a_full_disk(native: Path, tmp_path:
 
     err = capsys.readouterr().err
     assert code == 2
-    assert err == f"dsmoe verify: [Errno 28] No space left on device: '{disk / 'report.json'}'\n"
+    assert err == f"dsmoe verify: {disk / 'report.json'}: No space left on device\n"
     assert left == []

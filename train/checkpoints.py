@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from dsmoe_jax.checkpoint.native import check_names_and_shapes, collective_errors
 from dsmoe_jax.checkpoint.zarr_io import orbax_write_errors, quiet_orbax
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.storage.atomic_dir import sync, write_json
+from dsmoe_jax.storage.atomic_dir import check_space, sync, write_json
 from dsmoe_jax.storage.manifest import check_files, hash_file, read_manifest, write_manifest
 from dsmoe_jax.storage.strict_json import read_json
 
@@ -62,7 +62,7 @@ class Checkpoints:
         leaves = {name: jnp.copy(leaf) if on_host else leaf for name, leaf in _flat(state).items()}
         with collective_errors(), orbax_write_errors(path):
             if jax.process_index() == 0:
-                _check_space(self.folder, leaves)
+                _check_space(path, leaves)
             context = ocp.Context()
             context.array.saving.use_compression = False
             with context:
@@ -179,12 +179,12 @@ def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in leaves.items()}
 
 
-def _check_space(folder: Path, leaves: Mapping[str, Any]) -> None:
-    """Raise `OSError` if the disk is too full already."""
-    folder.mkdir(parents=True, exist_ok=True)
-    disk = os.statvfs(folder)
-    size = sum(leaf.nbytes for leaf in leaves.values())
-    if size > disk.f_bavail * disk.f_frsize or (disk.f_files and disk.f_favail < _MIN_FILES):
+def _check_space(path: Path, leaves: Mapping[str, Any]) -> None:
+    """Raise `DSMoEError` or `OSError` if the disk has too few bytes or inodes for a checkpoint."""
+    check_space(path, sum(leaf.nbytes for leaf in leaves.values()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    disk = os.statvfs(path.parent)
+    if disk.f_files and disk.f_favail < _MIN_FILES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

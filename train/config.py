@@ -1,12 +1,17 @@
 """Configuration of a training run: `RunConfig`, whose fields are flags."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
+
+import tyro
 
 from dsmoe_jax.config import PRESETS, ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.layers.token_dispatcher import DispatchConfig
+from dsmoe_jax.loading import resolve
 from dsmoe_jax.model import check_seed
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.storage.paths import expand_user
@@ -21,32 +26,32 @@ class DatasetConfig:
     """Fields of both `DataConfig` and `ExamplesConfig`."""
 
     tokenizer: str | None = None
-    """Tokenizer folder. Default: that of `init_from`; without it, pretraining trains one on the sources."""
+    """Folder of the tokenizer. Default: that of `init_from`, or else one trained on the sources."""
 
-    sequence_length: int = 256
-    """Tokens per sequence."""
+    validation: tuple[str, ...] = ()
+    """Validation data, like the training data: files, folders, globs or token shards. Replaces `val_fraction`."""
 
-    batch_size: int = 8
-    """Global batch size in sequences, over all devices and gradient-accumulation steps."""
-
-    val_fraction: float = 0.01
-    """Fraction of the documents held out for validation, chosen by hash."""
+    val_fraction: float | None = None
+    """Fraction of the documents held out for validation, chosen by hash, at least one. Default: 0.01; 0.05 of
+    `python-stdlib`."""
 
     split_special_tokens: bool = False
     """Tokenize special-token strings in the data as plain text instead of as control tokens."""
 
     prefetch: int = 2
-    """Batches prepared ahead of the training step."""
+    """Batches prepared ahead of the training step; 0 prepares each when it is needed."""
 
     def __post_init__(self) -> None:
         """Expand `~` in paths; raise `DSMoEError` for invalid values."""
         for name, value in vars(self).items():
-            if name in ("sources", "files"):
+            if name in ("sources", "files", "validation"):
                 object.__setattr__(self, name, tuple(expand_user(one, f"data.{name}") for one in value))
             elif name in ("tokenizer", "template") and value is not None:
                 object.__setattr__(self, name, expand_user(value, f"data.{name}"))
         check_choices(self, "data.")
         check_minimum(self, {"sequence_length": 1, "batch_size": 1, "prefetch": 0}, "data.")
+        if self.val_fraction is not None and not 0 <= self.val_fraction < 1:
+            raise DSMoEError(f"data.val_fraction must be in [0, 1), got {self.val_fraction}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,8 +61,14 @@ class DataConfig(DatasetConfig):
     sources: tuple[str, ...] = ("python-stdlib",)
     """Token-shard folders or text files, folders and globs; text is tokenized once into the output directory."""
 
+    sequence_length: int = 256
+    """Tokens per sequence."""
+
+    batch_size: int = 8
+    """Global batch size in sequences, over all devices and gradient-accumulation steps."""
+
     weights: tuple[float, ...] = ()
-    """Sampling weight of each source in the mixture; equal weights if empty."""
+    """Sampling weight of each source in the mixture. Default: equal weights."""
 
     packing: Literal["block_causal", "causal"] = "block_causal"
     """Attention of packed documents: within each (`block_causal`, by segment IDs) or across them (`causal`)."""
@@ -80,7 +91,7 @@ class CheckpointConfig:
     """Number of latest intact checkpoints to keep."""
 
     keep_period: int | None = None
-    """Also keep every checkpoint whose step is divisible by this; a multiple of `interval`."""
+    """Also keep every checkpoint whose step is divisible by this multiple of `interval`. Default: only the latest."""
 
     def __post_init__(self) -> None:
         """Raise `DSMoEError` for invalid values."""
@@ -98,13 +109,13 @@ class DistributedConfig:
     """Call `jax.distributed.initialize()` even where no launcher is detected."""
 
     coordinator_address: str | None = None
-    """HOST:PORT of process 0; requires `num_processes` and `process_id`."""
+    """Address of process 0; requires `num_processes` and `process_id`. Default: that of the launcher."""
 
     num_processes: int | None = None
-    """Number of processes."""
+    """Number of processes of the run. Default: that of the launcher, or else 1."""
 
     process_id: int | None = None
-    """Index of this process, from 0."""
+    """Index of this process, from 0. Default: that of the launcher."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,14 +129,21 @@ class RunConfig:
     output_dir: str
     """Output directory: checkpoints, metrics, the resolved config (`run.json`), the final model."""
 
+    recipe: tyro.conf.Suppress[str | None] = None
+    """Name of the recipe that the settings started from; recorded in `run.json`."""
+
     model: str = "tiny"
     """Preset name, or path to a `config.json`."""
 
     resume: Literal["auto", "never"] = "auto"
-    """`auto`: resume from the newest intact checkpoint in `output_dir`; `never`: fail if there is one."""
+    """`auto` resumes from the newest intact checkpoint in `output_dir`; `never` fails if there is one."""
 
     init_from: str | None = None
-    """Native checkpoint to initialize from; its config replaces `model`."""
+    """Native checkpoint, Hugging Face folder or hub id to initialize from; its config replaces `model`. Default: random
+    weights."""
+
+    revision: str | None = None
+    """Branch, tag or commit if `init_from` is a hub id. Default: `main`."""
 
     steps: int = 1000
     """Total optimizer steps."""
@@ -143,34 +161,37 @@ class RunConfig:
     """Precision, rematerialization, micro-batches and auxiliary losses."""
 
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    """Device mesh."""
+    """Sizes of the device mesh; the devices of all processes are used."""
 
     dispatch: DispatchConfig = dataclasses.field(default_factory=DispatchConfig)
     """Expert parallelism and the expert kernel; results do not depend on it."""
 
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    """Training checkpoints."""
+    """When training checkpoints are saved, and which are kept."""
 
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
-    """Multi-process setup."""
+    """Multi-process setup; needed only where no launcher (Slurm, Open MPI, JobSet) is detected."""
 
     log_interval: int = 10
     """Steps between console log lines."""
 
     eval_interval: int = 200
-    """Steps between evaluations on the validation split; the last step is always evaluated."""
+    """Steps between evaluations on the validation split; the first and the last step are always evaluated."""
 
     eval_batches: int = 8
-    """Maximum batches per evaluation."""
+    """Maximum batches per evaluation; more give a more precise loss and take longer."""
 
-    trackers: tuple[Literal["console", "jsonl", "tensorboard", "wandb"], ...] = ("console", "jsonl", "tensorboard")
-    """Where metrics are written."""
+    trackers: tuple[Literal["console", "jsonl", "tensorboard", "wandb", "plot"], ...] = (
+        *("console", "jsonl", "tensorboard", "plot"),
+    )
+    """Where metrics are written: console, `metrics.jsonl`, TensorBoard files, Weights & Biases; `plot` draws those in
+    `metrics.jsonl` at the end of the run."""
 
     max_consecutive_skips: int = 10
     """Stop the run after more than this many skipped updates in a row."""
 
     aux_loss_alpha: float | None = None
-    """Weight of the expert-level balance loss. Default: the model config's."""
+    """Weight of the expert-level balance loss. Default: that of the model config."""
 
     def __post_init__(self) -> None:
         """Raise `DSMoEError` for invalid values."""
@@ -181,12 +202,16 @@ class RunConfig:
         check_seed(self.seed)
         check_choices(self)
 
+    def base_folder(self) -> Path | None:
+        """Return the local folder of `init_from`, downloaded if it is a hub id."""
+        return None if self.init_from is None else _resolve(self.init_from, self.revision)
+
     def model_config(self) -> ModelConfig:
         """Return the config of the model to train."""
         if self.init_from is None and self.model in PRESETS:
             config = ModelConfig.preset(self.model)
         else:
-            config = ModelConfig.from_file(self.init_from or self.model)
+            config = ModelConfig.from_file(self.base_folder() or self.model)
         if self.aux_loss_alpha is None:
             return config
         return dataclasses.replace(config, aux_loss_alpha=self.aux_loss_alpha)
@@ -194,3 +219,8 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the config as JSON-compatible values."""
         return dataclasses.asdict(self)
+
+
+@functools.cache  # one commit for the whole run
+def _resolve(init_from: str, revision: str | None) -> Path:
+    return resolve(init_from, revision, name="init_from")

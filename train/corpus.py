@@ -12,12 +12,14 @@ import jax
 from dsmoe_jax.checkpoint.native import collective_errors
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.progress import plural
 from dsmoe_jax.text.tokenizer import tokenizer_files
 from dsmoe_jax.text.train_tokenizer import train_tokenizer
 
 from .batch import Batch
 from .config import DataConfig, RunConfig
 from .data import (
+    PYTHON_STDLIB,
     Stream,
     TokenShards,
     documents,
@@ -27,15 +29,18 @@ from .data import (
     tokenize,
     tokenizer_hash,
     validation_batches,
+    validation_threshold,
     warn_on_overlap,
 )
-from .data.shards import SPLITS
+from .data.sources import refuse_overlap, unlogged
 from .distributed import on_process_0
 from .inputs import DerivedFolders, Source
-from .sft import is_examples
 
 _SHARDS: Final = "data"  # in the output directory: token shards of the texts
+_VALIDATION: Final = "validation"  # in the output directory: token shards of `data.validation`
 _TOKENIZER: Final = "tokenizer"  # in the output directory: the tokenizer trained on them
+VAL_FRACTION: Final = 0.01
+STDLIB_VAL_FRACTION: Final = 0.05  # 0.01 selects two files
 _log = logging.getLogger(__name__)
 
 
@@ -49,6 +54,14 @@ class Corpus(NamedTuple):
     eval_batches: int  # per evaluation
     inputs: Mapping[str, Any]  # JSON: hashes of `files` and `validation`, and the `options` of the datasets
     eos_token_id: int | None = None  # of the token shards
+    validation_tokens: int = 0  # in all validation documents
+    val_fraction: float | None = None  # if texts were split by it
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of the data that the config may leave open, resolved."""
+        shape = {"sequence_length": self.stream.sequence_length, "batch_size": self.stream.batch_size}
+        return shape if self.val_fraction is None else {**shape, "val_fraction": self.val_fraction}
 
     def batches(self, step: int) -> Iterator[Batch]:
         """Iterate endlessly over this process's part of the batches, starting at `step`."""
@@ -67,97 +80,145 @@ def prepare(config: RunConfig, model_config: ModelConfig, out: Path, *, resuming
     data = config.data
     if data.weights and len(data.sources) == 1:
         _log.warning("data.weights %s has no effect with one source", data.weights)
-    tokenizer = _tokenizer(config)
-    folders = []
+    tokenizer = tokenizer_of(config)
+    derived = DerivedFolders(out, resuming=resuming)
+    val_fraction = _val_fraction(data, derived.option(_SHARDS, "data.val_fraction") if resuming else None)
+    folders, own = _folders(data.sources, out / _SHARDS), _folders(data.validation, out / _VALIDATION)
+    texts = _Texts(_texts_of(data.sources, folders), _texts_of(data.validation, own))
+    on_process_0(_derive, derived, config, model_config, out, texts, tokenizer, val_fraction)
+    shards: list[TokenShards] = []
+    validation: list[TokenShards] = []
     with collective_errors():
-        if examples := next((source for source in data.sources if is_examples(source)), None):
-            raise DSMoEError(f"{examples}: holds examples for `dsmoe finetune`; pretraining ignores loss masks")
-        if tokenizer is not None and not tokenizer_files(tokenizer):
-            raise DSMoEError(f"{tokenizer}: no tokenizer found")
-        folders = [Path(s) if is_token_shards(s) else out / _SHARDS / f"{i:02}" for i, s in enumerate(data.sources)]
-    texts = {folder: source for source, folder in zip(data.sources, folders, strict=True) if folder != Path(source)}
-    on_process_0(_derive, config, model_config, out, texts, tokenizer, resuming)
-    shards, validation = [], []
-    with collective_errors():
-        shards, validation = ([TokenShards.open(folder, split) for folder in folders] for split in SPLITS)
+        splits = [TokenShards.open_splits(folder) for folder in folders]
+        shards = [train for train, _ in splits]
+        validation = [split for _, split in splits]
         if tokenizer is None:
             trained = out / _TOKENIZER
             if tokenizer_files(trained) and tokenizer_hash(trained) == shards[0].tokenizer_hash:
                 tokenizer = trained
+        if own:
+            validation = [split for folder in own for split in TokenShards.open_splits(folder) if len(split)]
         expected = None if tokenizer is None else tokenizer_hash(tokenizer)
-        for dataset in shards:
+        for dataset in (*shards, *validation):
             dataset.check(tokenizer_hash=expected, vocab_size=model_config.vocab_size)
-        _check_val_fraction(data, shards, texts, validation)
+        _check_validation(data, shards, validation, texts)
     shape: dict[str, Any] = {name: getattr(data, name) for name in ("sequence_length", "batch_size", "packing")}
     stream = Stream(shards, data.weights, seed=config.seed, **shape)
     batches = functools.partial(validation_batches, validation, **shape)
     files = {source: dataset.digest for source, dataset in zip(data.sources, shards, strict=True)}
     inputs = {"files": files, "options": {}, "validation": [dataset.digest for dataset in validation]}
-    eos = shards[0].eos_token_id
-    return Corpus(stream, batches, tokenizer, data.prefetch, config.eval_batches, inputs, eos)
+    eos, applied = shards[0].eos_token_id, val_fraction if texts.sources and not own else None
+    held_out = sum(dataset.tokens for dataset in validation)
+    return Corpus(stream, batches, tokenizer, data.prefetch, config.eval_batches, inputs, eos, held_out, applied)
+
+
+class _Texts(NamedTuple):
+    """The texts to tokenize, by folder of their token shards."""
+
+    sources: Mapping[Path, str]
+    validation: Mapping[Path, str]
+
+
+def _folders(sources: Sequence[str], out: Path) -> list[Path]:
+    """Return the folder of token shards of each source, in `out` for texts."""
+    return [Path(source) if is_token_shards(source) else out / f"{i:02}" for i, source in enumerate(sources)]
+
+
+def _texts_of(sources: Sequence[str], folders: Sequence[Path]) -> dict[Path, str]:
+    return {folder: source for source, folder in zip(sources, folders, strict=True) if folder != Path(source)}
+
+
+def _val_fraction(data: DataConfig, recorded: float | None) -> float:
+    """Return the fraction of the documents to hold out; by default that of the run so far."""
+    if data.validation:
+        if data.val_fraction:
+            _log.info("data.val_fraction %s is not applied: data.validation is set", data.val_fraction)
+        return 0.0
+    default = STDLIB_VAL_FRACTION if PYTHON_STDLIB in data.sources else VAL_FRACTION
+    return next(value for value in (data.val_fraction, recorded, default) if value is not None)
 
 
 def _derive(
+    derived: DerivedFolders,
     config: RunConfig,
     model_config: ModelConfig,
     out: Path,
-    texts: Mapping[Path, str],
+    texts: _Texts,
     tokenizer: Path | None,
-    resuming: bool,
+    val_fraction: float,
 ) -> None:
     """Tokenize the texts, if any, and train the tokenizer if none is set."""
-    if not texts:
-        return
-    derived = DerivedFolders(out, resuming=resuming)
-    val_fraction, split = config.data.val_fraction, config.data.split_special_tokens
-    warn_on_overlap(list(texts.values()), [out])
-    sources = {folder: Source.read(text, out) for folder, text in texts.items()}
+    split = config.data.split_special_tokens
+    refuse_overlap(list(texts.sources.values()), list(texts.validation.values()), [out])
+    warn_on_overlap(list(texts.sources.values()), [out])
+    sources, validation = ({folder: Source.read(s, out) for folder, s in one.items()} for one in texts)
 
     def train(folder: Path) -> None:
-        _log.info("Training a tokenizer: %d tokens, on %s", model_config.vocab_size, ", ".join(texts.values()))
-        found = (document.text for text in texts.values() for document in documents(text, exclude=[out]))
-        training = (text for text in found if not is_validation(text.encode(), val_fraction))
-        train_tokenizer(training, folder, model_config.vocab_size)
+        names = list(texts.sources.values())
+        _log.info("Training a tokenizer: %d tokens, on %s", model_config.vocab_size, ", ".join(names))
+        with unlogged():
+            found = itertools.chain.from_iterable(_training_texts(name, out, val_fraction) for name in names)
+            train_tokenizer(found, folder, model_config.vocab_size)
 
-    if tokenizer is None:
+    if sources and tokenizer is None:
         options = {"vocab_size": model_config.vocab_size, "data.val_fraction": val_fraction}
         derived.make(_TOKENIZER, list(sources.values()), options, train, tokenizer_hash)
         tokenizer = out / _TOKENIZER
-    options = {"data.val_fraction": val_fraction, "tokenizer": tokenizer_hash(tokenizer)}
-    options |= {"data.split_special_tokens": True} if split else {}
-    for folder, source in sources.items():
-        settings = {"val_fraction": val_fraction, "split_special_tokens": split, "exclude": [out]}
-        write = functools.partial(_tokenize, source.name, tokenizer, **settings)
-        derived.make(folder.relative_to(out).as_posix(), [source], options, write)
+    for fraction, field, some in ((val_fraction, "sources", sources), (0.0, "validation", validation)):
+        for folder, source in some.items():
+            if tokenizer is None:
+                raise DSMoEError(f"data.tokenizer must be set to tokenize {source.name}: the sources are token shards")
+            options = {"data.val_fraction": fraction, "tokenizer": tokenizer_hash(tokenizer)}
+            options |= {"data.split_special_tokens": True} if split else {}
+            settings = {"val_fraction": fraction, "split_special_tokens": split, "exclude": [out]}
+            write = functools.partial(_tokenize, source.name, tokenizer, field, **settings)
+            derived.make(folder.relative_to(out).as_posix(), [source], options, write, field=f"data.{field}")
 
 
-def _tokenize(source: str, tokenizer: Path, folder: Path, **options: Any) -> None:
-    _log.info("Tokenized %s", tokenize(source, tokenizer, folder, **options))
+def _training_texts(source: str, out: Path, val_fraction: float) -> Iterator[str]:
+    """Iterate over the texts of the training split."""
+    contents = (document.text.encode() for document in documents(source, exclude=[out]))
+    threshold = validation_threshold(contents, val_fraction)
+    texts = (document.text for document in documents(source, exclude=[out]))
+    return (text for text in texts if not is_validation(text.encode(), threshold))
 
 
-def _check_val_fraction(
-    data: DataConfig, shards: Sequence[TokenShards], texts: Mapping[Path, str], validation: Sequence[TokenShards]
+def _tokenize(source: str, tokenizer: Path, split: str, folder: Path, **options: Any) -> None:
+    stats = tokenize(source, tokenizer, folder, **options)
+    size = f"{plural(stats.train.tokens, 'token')} of {plural(stats.train.documents, 'document')}"
+    _log.info("Tokenized %s", stats if split == "sources" else f"{folder}: {split}: {size}")
+
+
+def _check_validation(
+    data: DataConfig, shards: Sequence[TokenShards], validation: Sequence[TokenShards], texts: _Texts
 ) -> None:
-    """Refuse a validation fraction other than that of existing token shards."""
-    for dataset in shards:
-        if data.val_fraction == DataConfig.val_fraction or dataset.val_fraction in (None, data.val_fraction):
+    """Refuse validation data that are trained on, and a fraction other than that of existing token shards."""
+    if both := {dataset.digest for dataset in shards} & {dataset.digest for dataset in validation}:
+        folder = next(dataset.folder for dataset in validation if dataset.digest in both)
+        raise DSMoEError(f"{folder}: in both data.sources and data.validation")
+    for dataset in shards if data.val_fraction is not None and not data.validation else ():
+        if dataset.val_fraction in (None, data.val_fraction):
             continue
         ignored = f"data.val_fraction {data.val_fraction} has no effect on {dataset.folder}"
         problem = f"{ignored}, tokenized with {dataset.val_fraction}"
-        if not texts:
-            raise DSMoEError(f"{problem}; omit it or tokenize the text again")
+        if not texts.sources:
+            raise DSMoEError(f"{problem}; omit it, pass --data.validation FILES, or run `dsmoe tokenize` again")
         _log.warning("%s", problem)
-    if data.val_fraction and not sum(map(len, validation)):
-        _log.warning("No validation documents: evaluation is skipped; increase data.val_fraction %s", data.val_fraction)
+    warn_without_validation(validation, data.val_fraction)
 
 
-def _tokenizer(config: RunConfig) -> Path | None:
+def warn_without_validation(validation: Sequence[TokenShards], val_fraction: float | None) -> None:
+    """Warn about empty validation data, unless `val_fraction` 0 requests it."""
+    if val_fraction != 0 and not sum(map(len, validation)):
+        _log.warning("No validation data: evaluation is skipped; pass --data.validation FILES")
+
+
+def tokenizer_of(config: RunConfig) -> Path | None:
     """Return the folder of the configured tokenizer, or of the model's, if any."""
     if config.data.tokenizer is not None:
         return Path(config.data.tokenizer)
-    if config.init_from is not None and tokenizer_files(config.init_from):
-        return Path(config.init_from)
-    return None
+    base = config.base_folder()
+    return base if base is not None and tokenizer_files(base) else None
 
 
 def _share() -> dict[str, int]:

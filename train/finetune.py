@@ -15,19 +15,17 @@ from jax.sharding import Mesh
 
 from dsmoe_jax import lora
 from dsmoe_jax.axes import Array
-from dsmoe_jax.checkpoint.manifest import is_native, read_manifest
-from dsmoe_jax.checkpoint.native import collective_errors, gather_to_host, load
+from dsmoe_jax.checkpoint.native import collective_errors, gather_to_host
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.peft import untie_for_adapter, write_adapter
 from dsmoe_jax.convert.peft_matching import base_config, make_plan
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.info import count_parameters
 from dsmoe_jax.kernels.operand import Operand
+from dsmoe_jax.loading import identity, load_params
 from dsmoe_jax.lora import LoraConfig
-from dsmoe_jax.model import split
-from dsmoe_jax.quantize import load_quantized
+from dsmoe_jax.progress import plural
 from dsmoe_jax.storage.atomic_dir import write_json
-from dsmoe_jax.storage.manifest import hash_json
+from dsmoe_jax.storage.manifest import HashCache, hash_json
 from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.text.generation_config import (
     eos_token_ids,
@@ -36,22 +34,23 @@ from dsmoe_jax.text.generation_config import (
     with_default_eos,
 )
 from dsmoe_jax.text.special_ids import check_special_ids
-from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
+from dsmoe_jax.text.tokenizer import Tokenizer
 
 from .config import DatasetConfig, RunConfig
-from .corpus import Corpus
+from .corpus import Corpus, tokenizer_of, warn_without_validation
 from .data import Stream, tokenizer_hash, validation_batches
-from .data.shards import SPLITS
 from .distributed import on_process_0
-from .inputs import RECORD, Source, file_hashes
+from .inputs import HASHES, RECORD, Source, file_hashes
 from .job import MODEL, Job, model_writer, resume_metadata, with_token_ids
 from .optimizer import OptimizerConfig
+from .resume import read_run
 from .sft import ExamplePacking, Examples, infer_stop_config, show, template_hash, write_examples
+from .shape import FEW_STEPS, FIT_STEPS, MAX_LENGTH, fit_batch_size, fit_sequence_length
 from .step import Trainable
 
 ADAPTER: Final = "adapter"  # in the output directory
 _EXAMPLES: Final = "examples"
-_NOT_WRITER_OPTIONS: Final = ("files", "tokenizer", "batch_size", "packing", "prefetch")
+_NOT_WRITER_OPTIONS: Final = ("files", "tokenizer", "validation", "batch_size", "packing", "prefetch")
 _log = logging.getLogger(__name__)
 
 
@@ -60,10 +59,10 @@ class ExamplesConfig(DatasetConfig):
     """Fine-tuning data."""
 
     files: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--data"])] = ()
-    """Conversations or completions: .jsonl (.gz, .zst) or .parquet files, folders or globs."""
+    """Examples: .jsonl (.gz, .zst) or .parquet files, folders or globs. Default: none, at least one is required."""
 
-    format: str = "auto"
-    """Format of the examples, a key of `dsmoe_jax.train.sft.FORMATS`; `auto` detects it from their fields."""
+    format: Literal["auto", "instruction", "messages", "sharegpt", "completion", "tokens"] = "auto"
+    """Format of the examples; `auto` detects it from their fields."""
 
     template: str = "chat"
     """Chat template: `chat` (the tokenizer's), `deepseek-instruct` (outputs end with the text <|EOT|>, which becomes a
@@ -72,20 +71,22 @@ class ExamplesConfig(DatasetConfig):
     train_on: Literal["all", "last"] = "all"
     """Assistant turns in the loss: all of them or the last."""
 
-    sequence_length: int = 1024
-    """Tokens per sequence."""
+    sequence_length: int | None = None
+    """Tokens per sequence. Default: the multiple of 64 that holds the longest example, at most 1024 and at most the
+    model's context length."""
 
     excess_length_strategy: Literal["truncate", "drop", "raise"] = "truncate"
     """What to do with examples longer than `sequence_length`."""
 
-    batch_size: int = 64
-    """Global batch size in sequences, over all devices and gradient-accumulation steps."""
+    batch_size: int | None = None
+    """Global batch size in sequences, over all devices and gradient-accumulation steps. Default: at most 64, less if
+    the run would have fewer than 40 steps."""
 
     packing: Literal["best_fit", "none"] = "best_fit"
     """`best_fit`: several examples per sequence, with attention within each; `none`: one example per sequence."""
 
     val_fraction: float = 0.02
-    """Fraction of the examples held out for validation, chosen by hash."""
+    """Fraction of the examples held out for validation, chosen by hash, at least one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,9 @@ class FinetuneConfig(RunConfig):
 
     model: tyro.conf.Suppress[str] = ""
     """Unused: the model is `init_from`."""
+
+    init_from: tyro.conf.Suppress[str | None] = None
+    """Native checkpoint to fine-tune."""
 
     steps: int = 0
     """Total optimizer steps; 0 derives them from `epochs`."""
@@ -117,10 +121,10 @@ class FinetuneConfig(RunConfig):
     """Optimizer and learning-rate schedule."""
 
     lora: LoraConfig | None = None
-    """Low-rank adapters; None trains all parameters."""
+    """Low-rank adapters. Default: train all parameters."""
 
     quantize: Literal["int8", "int4", "nf4"] | None = None
-    """Quantization of the frozen base weights; requires `lora`."""
+    """Quantization of the frozen base weights; requires `lora`. Default: none."""
 
     def __post_init__(self) -> None:
         """Raise `DSMoEError` for invalid values."""
@@ -133,23 +137,24 @@ class FinetuneConfig(RunConfig):
             raise DSMoEError(f"quantize {self.quantize} requires --lora: quantized weights cannot be trained")
 
 
-def finetuning(config: FinetuneConfig, output_dir: Path) -> Job:
-    """Set up full-parameter or LoRA fine-tuning."""
-    base, init_from = Path(config.init_from or ""), ""
+def finetuning(config: FinetuneConfig, output_dir: Path, *, resuming: bool = False, batch_multiple: int = 1) -> Job:
+    """Set up full-parameter or LoRA fine-tuning; the batch size is a multiple of `batch_multiple` by default."""
+    base, init_from = Path(), ""
     with collective_errors():
-        if not is_native(base):
-            raise DSMoEError(f"{base} is not a native checkpoint; `dsmoe convert` makes one from a Hugging Face folder")
-        init_from = read_manifest(base).identity
+        if config.init_from is None:
+            raise DSMoEError("init_from must be the checkpoint to fine-tune, got None")
+        base = config.base_folder() or base
+        init_from = identity(base, HashCache(output_dir / HASHES))
     model = config.model_config()
-    corpus, steps = examples(config, model, output_dir)
+    corpus, steps = examples(config, model, output_dir, resuming=resuming, batch_multiple=batch_multiple)
+    assert corpus.tokenizer is not None
+    tokenizer = Tokenizer.from_pretrained(corpus.tokenizer)
     settings = None if config.lora is None else dataclasses.asdict(config.lora)
     metadata = resume_metadata(config, model, corpus, init_from=init_from, lora=settings, quantize=config.quantize)
     if config.lora is None:
-        model = with_token_ids(model, corpus)
+        model = with_token_ids(model, tokenizer)
     base_generation = read_generation_config(base)
     with_eos = with_default_eos(base_generation, model)
-    assert corpus.tokenizer is not None
-    tokenizer = Tokenizer.from_pretrained(corpus.tokenizer)
     stops = infer_stop_config(config.data.template, tokenizer, eos_token_ids(with_eos))
     if config.lora is None:
         ids = {name: getattr(model, name) for name in ("bos_token_id", "pad_token_id")} | with_eos
@@ -161,7 +166,7 @@ def finetuning(config: FinetuneConfig, output_dir: Path) -> Job:
             steps=steps,
             trainable=Trainable.all_params(model),
             load_frozen=lambda mesh: {},
-            init_params=lambda mesh, frozen: split(load(base, dtype="float32", mesh=mesh))[1],
+            init_params=lambda mesh, frozen: load_params(base, dtype="float32", mesh=mesh)[1],
             result=MODEL,
             save=model_writer(model, corpus, generation),
             resume_metadata=metadata,
@@ -174,10 +179,7 @@ def finetuning(config: FinetuneConfig, output_dir: Path) -> Job:
     onto = base_config(plan, model)
 
     def load_frozen(mesh: Mesh | None) -> Mapping[str, Operand]:
-        if config.quantize is None:
-            params = split(load(base, mesh=mesh))[1]
-        else:
-            params = load_quantized(base, config.quantize, mesh=mesh)[1]
+        params = load_params(base, mesh=mesh, quantize=config.quantize)[1]
         return untie_for_adapter(plan, model, params)[1]
 
     def init_params(mesh: Mesh | None, frozen: Mapping[str, Operand]) -> Mapping[str, Array]:
@@ -189,9 +191,8 @@ def finetuning(config: FinetuneConfig, output_dir: Path) -> Job:
 
     def save(path: Path, params: Mapping[str, Array]) -> None:
         on_host = {name: gather_to_host(value) for name, value in params.items()}
-        on_process_0(write_adapter, path, adapter, model, on_host, base=str(base), generation=stops)
+        on_process_0(write_adapter, path, adapter, model, on_host, base=config.init_from, generation=stops)
 
-    _log.info("Trainable parameters: %s of %s", f"{lora.count(plan, onto):,}", f"{count_parameters(onto).total:,}")
     return Job(
         model=onto,
         corpus=corpus,
@@ -206,62 +207,95 @@ def finetuning(config: FinetuneConfig, output_dir: Path) -> Job:
     )
 
 
-def examples(config: FinetuneConfig, model: ModelConfig, output_dir: Path) -> tuple[Corpus, int]:
+def examples(
+    config: FinetuneConfig, model: ModelConfig, output_dir: Path, *, resuming: bool = False, batch_multiple: int = 1
+) -> tuple[Corpus, int]:
     """Return the run's corpus of examples and its number of steps."""
-    data = config.data
-    tokenizer, train, validation, inputs = open_examples(config, model, output_dir)
-    shape: dict[str, Any] = {"sequence_length": data.sequence_length, "packing": data.packing}
-    batched = {"batch_size": data.batch_size, "packer": ExamplePacking, **shape}
+    data, epochs = config.data, config.epochs
+    known = read_run(output_dir).get("data", {}) if resuming else {}
+    length = known.get("sequence_length")
+    tokenizer, train, validation, inputs = open_examples(config, model, output_dir, length)
+    length = inputs["options"]["data.sequence_length"]
+    if data.sequence_length is None and "sequence_length" not in known:
+        longest = _longest(train, validation)
+        _log.info("Sequence length: %d tokens, for a longest example of %d", length, longest)
+    shape: dict[str, Any] = {"sequence_length": length, "packing": data.packing}
+    batch_size, sequences = data.batch_size or known.get("batch_size"), 0
+    if batch_size is None or not config.steps:
+        last = ExamplePacking(train, seed=config.seed, **shape).sequences_of(int(epochs))
+        sequences = last.start + math.ceil((epochs - int(epochs)) * len(last))
+    if batch_size is None:
+        batch_size = fit_batch_size(sequences, batch_multiple, config.steps or FIT_STEPS)
+        _log.info("Batch size: %s of %d tokens", plural(batch_size, "sequence"), length)
+    batched = {"batch_size": batch_size, "packer": ExamplePacking, **shape}
     stream = Stream([train], seed=config.seed, **batched)
     batches = functools.partial(validation_batches, [validation], **batched)
     inputs = {**inputs, "validation": [validation.digest]}
-    corpus = Corpus(stream, batches, tokenizer, data.prefetch, config.eval_batches, inputs)
+    held_out = {"validation_tokens": validation.tokens}
+    corpus = Corpus(stream, batches, tokenizer, data.prefetch, config.eval_batches, inputs, **held_out)
     if config.steps:
-        if config.epochs != FinetuneConfig.epochs:
-            _log.warning("epochs %s has no effect with steps %d; set steps 0", config.epochs, config.steps)
+        if epochs != FinetuneConfig.epochs:
+            _log.warning("epochs %s has no effect with steps %d; set steps 0", epochs, config.steps)
         return corpus, config.steps
-    full, packing = int(config.epochs), ExamplePacking(train, seed=config.seed, **shape)
-    last = packing.sequences_of(full)
-    sequences = last.start + math.ceil((config.epochs - full) * len(last))
-    return corpus, math.ceil(sequences / data.batch_size)
+    steps = math.ceil(sequences / batch_size)
+    if steps < FEW_STEPS:
+        made = f"{plural(len(train), 'example')} × {epochs:g} epochs = {plural(steps, 'step')}"
+        text = "%s at batch size %d × %d tokens: decrease --data.batch-size or increase --epochs"
+        _log.warning(text, made, batch_size, length)
+    return corpus, steps
 
 
 def open_examples(
-    config: FinetuneConfig, model: ModelConfig, output_dir: Path
+    config: FinetuneConfig, model: ModelConfig, output_dir: Path, sequence_length: int | None = None
 ) -> tuple[Path, Examples, Examples, dict[str, Any]]:
     """Tokenize the examples unless their inputs are unchanged; return tokenizer folder, both splits and the inputs."""
-    data = config.data
-    tokenizer = Path(data.tokenizer or config.init_from or "")
+    data, tokenizer = config.data, tokenizer_of(config)
+    length = data.sequence_length or sequence_length
     with collective_errors():
         if not data.files:
             raise DSMoEError("data.files is empty: pass --data FILE")
-        if not tokenizer_files(tokenizer):
-            raise DSMoEError(f"{tokenizer} has no tokenizer: pass --data.tokenizer FOLDER")
-    on_process_0(_write_examples, data, tokenizer, output_dir)
+        if tokenizer is None:
+            raise DSMoEError(f"{config.init_from} has no tokenizer: pass --data.tokenizer FOLDER")
+    assert tokenizer is not None
+    limit = length or min(MAX_LENGTH, model.context_length)
+    on_process_0(_write_examples, data, tokenizer, output_dir, limit, fits=length is None)
     inputs: dict[str, Any] = {}
     splits: list[Examples] = []
     with collective_errors():
         inputs |= read_json(output_dir / RECORD)
-        folder = output_dir / _EXAMPLES / inputs.pop("folder")
-        splits += [Examples.open(folder, split) for split in SPLITS]
+        splits += Examples.open_splits(output_dir / _EXAMPLES / inputs.pop("folder"))
         splits[0].check(tokenizer_hash=tokenizer_hash(tokenizer), vocab_size=model.vocab_size)
-    if data.val_fraction and not len(splits[1]):
-        _log.warning("No validation examples: evaluation is skipped; increase data.val_fraction %s", data.val_fraction)
-    return tokenizer, splits[0], splits[1], inputs
+    train, validation = splits
+    warn_without_validation([validation], data.val_fraction)
+    return tokenizer, train, validation, inputs
 
 
-def _write_examples(data: ExamplesConfig, tokenizer: Path, output_dir: Path) -> None:
-    """Tokenize the examples into a folder named after the hash of their inputs."""
+def _longest(*splits: Examples) -> int:
+    """Return the tokens of the longest example."""
+    return max(int(split.lengths.max(initial=0)) for split in splits)
+
+
+def _write_examples(data: ExamplesConfig, tokenizer: Path, output_dir: Path, limit: int, *, fits: bool) -> None:
+    """Tokenize examples of up to `limit` tokens into a folder named after the hash of their inputs.
+
+    The sequence length is recorded: `limit`, or what `fits` the longest example.
+    """
     options = {name: value for name, value in vars(data).items() if name not in _NOT_WRITER_OPTIONS}
+    options |= {"sequence_length": limit, "val_fraction": 0.0 if data.validation else data.val_fraction}
     made_by = {f"data.{name}": value for name, value in options.items()}
     made_by |= {"data.template": template_hash(data.template), "data.tokenizer": tokenizer_hash(tokenizer)}
-    hashes = {source: file_hashes(source, output_dir) for source in data.files}
+    hashes = {source: file_hashes(source, output_dir) for source in (*data.files, *data.validation)}
     sources = [Source.of(source, hashes[source]).sha256 for source in data.files]
-    name = hash_json({"sources": sources, "options": made_by})[:12]
+    own = [Source.of(source, hashes[source]).sha256 for source in data.validation]
+    identity = {"sources": sources, "options": made_by} | ({"validation": own} if own else {})
+    name = hash_json(identity)[:12]
     folder = output_dir / _EXAMPLES / name
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _log.info("Wrote %s", write_examples(data.files, tokenizer, folder, exclude=[output_dir], **options))
+        options |= {"validation": data.validation, "exclude": [output_dir]}
+        _log.info("Wrote %s", write_examples(data.files, tokenizer, folder, **options))
+    if fits:
+        made_by["data.sequence_length"] = fit_sequence_length(_longest(*Examples.open_splits(folder)), limit)
     files = {path: sha256 for of_source in hashes.values() for path, sha256 in of_source.items()}
     write_json(output_dir / RECORD, {"folder": name, "files": files, "options": made_by})
 

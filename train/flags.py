@@ -1,60 +1,221 @@
-"""Command-line flags for config fields: `parse` and `parse_finetuning`."""
+"""Flags of `dsmoe pretrain` and `dsmoe finetune`: `parse_pretraining` and `parse_finetuning`.
+
+tyro makes every field of a config a flag and its docstring the help text, in which the sentence "Default: …" says what
+a default of None means. The verbs without a config use argparse (`dsmoe_jax.cli`), because configs import jax.
+"""
 
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import io
+import logging
 import re
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Final, TypeVar, get_args
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, StructConstructorSpec, StructTypeInfo
+from tyro.constructors import PrimitiveTypeInfo as TypeInfo
+from tyro.constructors._struct_spec_dataclass import dataclass_rule
 
-from dsmoe_jax.errors import DSMoEError, check_choice
+from dsmoe_jax.errors import DSMoEError, check_choice, unknown_flag
+from dsmoe_jax.kernels.expert_ffn import BACKENDS
 from dsmoe_jax.lora import LoraConfig
 
 from .config import RunConfig
 from .finetune import FinetuneConfig
 from .old_names import new_flags
-from .recipes import FINETUNING
+from .recipes import FINETUNING, RECIPES
+from .resume import CONFIG, settings_of_run, with_settings
+from .sft.templates import TEMPLATES
 
-Config = TypeVar("Config", bound=RunConfig)
-_OPTIONS = (tyro.conf.AvoidSubcommands,)  # an optional group is as in the recipe
+Config = TypeVar("Config")
+Recipes = Mapping[str, Callable[[], RunConfig]]
+# fmt: off
+# The value in the help, of fields whose type says too little; `...` stands for further values.
+METAVARS: Final[dict[str, str]] = {
+    "alpha_pattern":       "REGEX FLOAT ...",
+    "backend":             f"{{{','.join(BACKENDS)}}}|FWD,DGRAD,WGRAD",
+    "coordinator_address": "HOST:PORT",
+    "files":               "FILE ...",
+    "init_from":           "CKPT",
+    "layers_pattern":      "NAME",
+    "layers_to_transform": "INT ...",
+    "model":               "PRESET|CONFIG.json",
+    "modules_to_save":     "MODULE ...",
+    "output_dir":          "DIR",
+    "rank_pattern":        "REGEX INT ...",
+    "sources":             "SOURCE ...",
+    "target_modules":      "MODULE ...|REGEX",
+    "template":            f"{{{','.join(TEMPLATES)}}}|FILE.jinja",
+    "tokenizer":           "DIR",
+    "weights":             "FLOAT ...",
+}
+# fmt: on
+# tyro's messages, and ours.
+_SHORTER: Final[dict[str, Callable[[re.Match[str]], str]]] = {
+    r"^Error parsing \w+Config: ": lambda match: "",
+    r"^Error parsing (\S+): invalid literal for int.*: (.+)$": lambda match: (
+        f"{match[1]} must be an integer, got {match[2]}"
+    ),
+    r"^Error parsing (\S+): could not convert.*: (.+)$": lambda match: f"{match[1]} must be a number, got {match[2]}",
+    r"^invalid choice (.+) for argument '(\S+)'\. Expected one of \((.*?),?\)\.$": lambda match: (
+        f"{match[2]} must be one of {match[3].replace(chr(39), '')}, got {match[1]}"
+    ),
+}
+_PRETRAINING: Final = (
+    "Pretrain a model, or resume the run in the output directory. The recipe sets the defaults of all flags; without "
+    "one, the defaults below are those of `tiny`."
+)
+_REGISTRY: Final = ConstructorRegistry()
+_log = logging.getLogger(__name__)
 
 
-def parse(recipe: Config, flags: Sequence[str], *, prog: str) -> Config:
-    """Override fields of a recipe with flags, `--steps 10 --data.batch-size 16`; errors are one line."""
-    errors = io.StringIO()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Finetuning:
+    """Fine-tune a native checkpoint on examples, all parameters or LoRA, or resume the run in the output directory."""
+
+    recipe: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(FINETUNING)}}}")] = "full"
+    """Recipe, which sets the defaults of the other flags; the recipes are listed below."""
+
+    show: int = 0
+    """Print this many examples with their loss tokens highlighted, and do not train."""
+
+    enable_lora: Annotated[bool, tyro.conf.arg(name="lora"), tyro.conf.FlagCreatePairsOff] = False
+    """Train low-rank adapters instead of all parameters; every `--lora.…` flag enables them, too."""
+
+    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
+    """The fine-tuning run."""
+
+
+def parse_pretraining(arguments: Sequence[str]) -> RunConfig:
+    """Parse `RECIPE --FLAG VALUE …`, the arguments of `dsmoe pretrain`."""
+    given, flags = _first(arguments, "RECIPE", RECIPES)
+    name = given or "tiny"
+    if name not in RECIPES and (name.endswith(".json") or Path(name).exists()):
+        raise DSMoEError(f"recipe must be one of {', '.join(RECIPES)}; pass a model with it, `tiny --model {name}`")
+    check_choice("recipe", name, RECIPES)
+    config, _ = _resumed(RECIPES, name, name, flags)
+    with _recipes_after_help(RECIPES):
+        return parse(config, flags, prog=f"dsmoe pretrain {given or 'RECIPE'}", description=_PRETRAINING)
+
+
+def parse_finetuning(arguments: Sequence[str]) -> tuple[FinetuneConfig, int]:
+    """Parse `CKPT --FLAG VALUE …`, the arguments of `dsmoe finetune`; return also the number of examples to show."""
+    checkpoint, flags = _first(arguments, "CKPT", FINETUNING)
+    if (requested := _value_of(flags, "--recipe")) is not None:
+        check_choice("recipe", requested, FINETUNING)
+    config, name = _resumed(FINETUNING, requested, "full", flags)
+    config = dataclasses.replace(config, init_from=checkpoint)
+    if config.lora is None and any(flag.partition(".")[0] in ("--lora", "--help", "-h") for flag in flags):
+        config = dataclasses.replace(config, lora=LoraConfig())
+    with _recipes_after_help(FINETUNING):
+        parsed = parse(_Finetuning(recipe=name, config=config), flags, prog=f"dsmoe finetune {checkpoint or 'CKPT'}")
+    return parsed.config, parsed.show
+
+
+def parse(default: Config, flags: Sequence[str], *, prog: str, description: str | None = None) -> Config:
+    """Override fields of a config with flags, `--steps 10 --data.batch-size 16`; errors are one line."""
+    errors, options = io.StringIO(), {"prog": prog, "description": description, "registry": _REGISTRY}
+    markers = (tyro.conf.AvoidSubcommands,)  # an optional group is as in `default`
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(type(recipe), default=recipe, args=new_flags(flags), prog=prog, config=_OPTIONS)
+            return tyro.cli(type(default), default=default, args=new_flags(flags), config=markers, **options)
     except SystemExit as end:
         if not end.code:
             raise
-        raise DSMoEError(_one_line(errors.getvalue())) from None
+        raise DSMoEError(_one_line(errors.getvalue(), default)) from None
 
 
-def parse_finetuning(checkpoint: str, flags: Sequence[str]) -> tuple[FinetuneConfig, int]:
-    """Parse the flags of `dsmoe finetune CHECKPOINT`; return the config and the number of examples to `--show`.
+def _first(arguments: Sequence[str], metavar: str, recipes: Recipes) -> tuple[str | None, Sequence[str]]:
+    """Split the first argument from the flags; None if only help is requested."""
+    if arguments and not arguments[0].startswith("-"):
+        if not arguments[0].strip():
+            raise DSMoEError(f"{metavar} must not be empty")
+        return arguments[0], arguments[1:]
+    if {"-h", "--help"} & set(arguments):
+        return None, arguments
+    raise DSMoEError(f"{metavar} must come first, before the flags; recipes are {', '.join(recipes)}")
 
-    `--recipe NAME` sets the defaults of the other flags; `--lora`, or any flag of that group, enables adapters.
-    """
+
+def _resumed(recipes: Recipes, requested: str | None, default: str, flags: Sequence[str]) -> tuple[Any, str]:
+    """Return the defaults of the flags and their recipe: those of the run in the output directory, if any."""
+    name = requested or default
+    config = recipes[name]()
+    output_dir = _value_of(flags, "--output-dir", "--output_dir", "--out") or config.output_dir
+    settings = settings_of_run(Path(output_dir).expanduser())
+    known = settings.get("recipe") or name
+    if requested not in (None, known):
+        raise DSMoEError(
+            f"recipe {requested} is not that of the run in {output_dir}, {known}; choose another --output-dir"
+        )
+    if settings:
+        _log.info("Using the settings of %s; flags override them", Path(output_dir) / CONFIG)
+        config = with_settings(recipes[known]() if known in recipes else config, settings)
+    return dataclasses.replace(config, recipe=known), known
+
+
+def _value_of(flags: Sequence[str], *names: str) -> str | None:
+    """Return the value of the flag with one of the names, None if it is not there."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--recipe", default="full")
-    parser.add_argument("--show", type=int, default=0)
+    parser.add_argument(*names, dest="value")
     try:
-        known, rest = parser.parse_known_args(list(flags))
+        return parser.parse_known_args(list(flags))[0].value
     except argparse.ArgumentError as error:
         raise DSMoEError(str(error)) from None
-    check_choice("recipe", known.recipe, FINETUNING)
-    recipe = dataclasses.replace(FINETUNING[known.recipe](), init_from=checkpoint)
-    if recipe.lora is None and any(flag == "--lora" or flag.startswith("--lora.") for flag in rest):
-        recipe = dataclasses.replace(recipe, lora=LoraConfig())
-    rest = [flag for flag in rest if flag != "--lora"]
-    return parse(recipe, rest, prog=f"dsmoe finetune {checkpoint}"), known.show
 
 
-def _one_line(boxed: str) -> str:
+@contextlib.contextmanager
+def _recipes_after_help(recipes: Recipes) -> Iterator[None]:
+    """List the recipes below the help."""
+    try:
+        yield
+    except SystemExit:
+        width = max(map(len, recipes))
+        print("Recipes:")
+        for name, recipe in recipes.items():
+            print(f"  {name:{width}}  {(inspect.getdoc(recipe) or '').splitlines()[0]}")
+        raise
+
+
+# --- help ---
+
+
+@_REGISTRY.struct_rule
+def _readable(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """Read the help of a config's fields from their docstrings."""
+    if (spec := dataclass_rule(info)) is None:
+        return None
+    fields = []
+    for field in spec.fields:
+        help_text = field.helptext() if callable(field.helptext) else field.helptext
+        text, _, absent = " ".join((help_text or "").split()).partition(" Default: ")
+        hint = f"(default: {absent.rstrip('.')})" if field.default in (None, (), {}) and absent else None
+        if dataclasses.is_dataclass(field.default):
+            annotated: Any = field.type
+        else:
+            metavar = METAVARS.get(field.name) or _metavar_without_none(field.type)
+            annotated = Annotated[field.type, tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)]
+        fields.append(dataclasses.replace(field, type=annotated, helptext=text))
+    return dataclasses.replace(spec, fields=tuple(fields))
+
+
+def _metavar_without_none(hint: Any) -> str | None:
+    """Return the metavar of `T | None`, that of T; None for other types."""
+    kinds = get_args(hint)
+    if NoneType not in kinds:
+        return None
+    spec = ConstructorRegistry.get_primitive_spec(TypeInfo.make(kinds[0], set()))
+    return spec.metavar if isinstance(spec, PrimitiveConstructorSpec) else None
+
+
+# --- errors ---
+
+
+def _one_line(boxed: str, config: Any) -> str:
     """Extract the message from tyro's box, without the help below it."""
     lines = [re.sub(r"[│╭╮╰╯─]+|-{3,}", " ", line).strip() for line in boxed.splitlines()]
     title, *rest = [*lines, ""]
@@ -64,4 +225,18 @@ def _one_line(boxed: str) -> str:
             break
         message.append(line)
     text = " ".join(" ".join(message or [title]).split())
-    return re.sub(r"^Error parsing \w+Config: ", "", text)
+    if unknown := re.match(r"Unrecognized options: ([^ ,=]+)", text):
+        flag = unknown[1]
+        return unknown_flag(flag, _flag_names(config)) if flag.startswith("-") else f"unexpected argument {flag!r}"
+    for pattern, shorten in _SHORTER.items():
+        text = re.sub(pattern, shorten, text)
+    return text
+
+
+def _flag_names(config: Any, prefix: str = "--") -> Iterator[str]:
+    for field in dataclasses.fields(config):
+        name, value = f"{prefix}{field.name.replace('_', '-')}", getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _flag_names(value, "--" if isinstance(value, RunConfig) else f"{name}.")
+        else:
+            yield name

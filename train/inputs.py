@@ -17,7 +17,7 @@ from .data import PYTHON_STDLIB, find_files
 from .data.formats import reader_of
 
 RECORD: Final = "inputs.json"  # hashes of the inputs and options of each derived folder
-_HASHES: Final = "hashes.json"
+HASHES: Final = "hashes.json"
 _SHORT: Final = 12  # digits of a SHA-256 in a message
 # Options of earlier versions, by their present names.
 _RENAMED: Final = {"data.holdout": "data.val_fraction"}
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 def file_hashes(source: str | Path, out: Path) -> dict[str, str]:
     """Return the SHA-256 of each file of a source, by path, with a cache in `out`."""
     files = [file.path for file in find_files(source, exclude=[out])]
-    known = HashCache(out / _HASHES).hashes(files)
+    known = HashCache(out / HASHES).hashes(files)
     return {str(path): known[path] for path in files}
 
 
@@ -88,6 +88,11 @@ class DerivedFolders:
             if isinstance(entry, dict) and isinstance(options := entry.get("options"), dict):
                 entry["options"] = {_RENAMED.get(name, name): value for name, value in options.items()}
 
+    def option(self, folder: str, name: str) -> Any:
+        """Return a recorded option of the first folder with this prefix; None if there is none."""
+        found = (entry["options"] for key, entry in self._record.items() if key.startswith(folder))
+        return next(found, {}).get(name)
+
     def make(
         self,
         name: str,
@@ -95,15 +100,16 @@ class DerivedFolders:
         options: Mapping[str, Any],
         write: Callable[[Path], None],
         digest: Callable[[Path], str] | None = None,
+        field: str = "data.sources",
     ) -> None:
         """Write a folder unless it exists and its sources, by content, and options are unchanged.
 
-        `write` is atomic; `digest` detects damage in a folder without a manifest.
+        `write` is atomic; `digest` detects damage in a folder without a manifest; `field` names the sources in errors.
         """
         folder, known = self._out / name, self._record.get(name)
         inputs = {"sources": [list(source) for source in sources], "options": dict(options)}
         if folder.exists():
-            changes = "inputs not recorded" if known is None else "; ".join(_changes(known, inputs))
+            changes = "inputs not recorded" if known is None else "; ".join(_changes(known, inputs, field))
             if known is not None and not changes:
                 if digest is not None and known.get("sha256") not in (None, digest(folder)):
                     raise DSMoEError(f"{folder}: damaged: SHA-256 mismatch; remove it to rebuild it")
@@ -126,15 +132,13 @@ class DerivedFolders:
                 write_json(self._out / RECORD, self._record)
 
 
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], field: str) -> Iterator[str]:
     """Describe the changes in the inputs of a folder."""
     before, after = (list(starmap(Source, inputs["sources"])) for inputs in (old, new))
     if len(before) != len(after):
-        yield f"data.sources: {', '.join(s.name for s in before)} -> {', '.join(s.name for s in after)}"
+        yield f"{field}: {', '.join(s.name for s in before)} -> {', '.join(s.name for s in after)}"
     for one, other in zip(before, after, strict=False):
         if one.sha256 != other.sha256:
             same_name = one.name == other.name
-            yield (
-                f"data.sources: {other.name} has changed" if same_name else f"data.sources: {one.name} -> {other.name}"
-            )
+            yield (f"{field}: {other.name} has changed" if same_name else f"{field}: {one.name} -> {other.name}")
     yield from map(str, differences(old["options"], new["options"]))

@@ -10,18 +10,20 @@ from typing import Any, Final, NamedTuple
 from jax.sharding import Mesh
 
 from dsmoe_jax.axes import Array
-from dsmoe_jax.checkpoint.manifest import read_manifest
-from dsmoe_jax.checkpoint.native import collective_errors, load, save
+from dsmoe_jax.checkpoint.native import collective_errors, save
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.kernels.operand import Operand
+from dsmoe_jax.loading import identity as base_identity
+from dsmoe_jax.loading import load_params
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
+from dsmoe_jax.storage.manifest import HashCache
 from dsmoe_jax.text.generation_config import temporary_generation_config
 from dsmoe_jax.text.special_ids import SPECIAL_IDS, check_special_ids, drop_ids_outside_vocab, with_special_ids
 from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
 from .config import RunConfig
 from .corpus import Corpus, prepare
-from .inputs import differences
+from .inputs import HASHES, differences
 from .resume import identity
 from .step import Trainable
 
@@ -46,16 +48,17 @@ class Job(NamedTuple):
 
 def pretraining(config: RunConfig, output_dir: Path, *, resuming: bool = False) -> Job:
     """Set up pretraining; `resuming` refuses changed data."""
-    model, init_from = config.model_config(), None
+    model, base, init_from = config.model_config(), None, None
     with collective_errors():
-        if config.init_from is not None:
-            init_from = read_manifest(Path(config.init_from)).identity
+        if (base := config.base_folder()) is not None:
+            init_from = base_identity(base, HashCache(output_dir / HASHES))
     corpus = prepare(config, model, output_dir, resuming=resuming)
-    model = with_token_ids(model, corpus)
+    tokenizer = None if corpus.tokenizer is None else Tokenizer.from_pretrained(corpus.tokenizer)
+    model = with_token_ids(model, tokenizer, corpus.eos_token_id)
 
     def init_params(mesh: Mesh | None, frozen: Mapping[str, Operand]) -> Mapping[str, Array]:
-        if config.init_from is not None:
-            return split(load(config.init_from, dtype="float32", mesh=mesh))[1]
+        if base is not None:
+            return load_params(base, dtype="float32", mesh=mesh)[1]
         return split(DeepSeekMoE.init(model, seed=config.seed, mesh=mesh))[1]
 
     return Job(
@@ -77,11 +80,12 @@ def resume_metadata(config: RunConfig, model: ModelConfig, corpus: Corpus, **oth
     return {"config": identity(config, model, **others), "stream": stream, "inputs": inputs}
 
 
-def with_token_ids(model: ModelConfig, corpus: Corpus) -> ModelConfig:
-    """Return the config with the special token ids of the run's tokenizer, None for ids outside the vocabulary."""
-    tokenizer = None if corpus.tokenizer is None else Tokenizer.from_pretrained(corpus.tokenizer)
-    # Without a tokenizer, token shards still record the EOS id.
-    bos, eos = (tokenizer.bos_token_id, tokenizer.eos_token_id) if tokenizer else (None, corpus.eos_token_id)
+def with_token_ids(model: ModelConfig, tokenizer: Tokenizer | None, eos_token_id: int | None = None) -> ModelConfig:
+    """Return the config with the special token ids of the run's tokenizer, None for ids outside the vocabulary.
+
+    Without a tokenizer, `eos_token_id` is that of the token shards.
+    """
+    bos, eos = (tokenizer.bos_token_id, tokenizer.eos_token_id) if tokenizer else (None, eos_token_id)
     updated = with_special_ids(model, bos, eos)
     old, new = ({name: getattr(one, name) for name in SPECIAL_IDS} for one in (model, updated))
     ids = drop_ids_outside_vocab(new, model.vocab_size)

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dsmoe_jax.checkpoint.manifest import find_damage, is_native, read_manifest
 from dsmoe_jax.checkpoint.native import collective_errors
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.kernels.environment import check_environment
 from dsmoe_jax.model import abstract, shardings
 from dsmoe_jax.sharding import BATCH_AXES, make_mesh
 from dsmoe_jax.storage.atomic_dir import write_json
@@ -39,10 +40,11 @@ from .job import MODEL, Job, pretraining
 from .metrics import Recorder, read_records
 from .monitor import Monitor
 from .optimizer import make_optimizer
-from .resume import CONFIG, check_resumable, identity, log_changes, read_run
+from .preflight import check_inputs
+from .resume import CHECKPOINTS, CONFIG, check_resumable, identity, log_changes, read_run
 from .step import TrainState, init_state, make_eval_step, make_step, state_shardings
+from .summary import log_summary
 
-CHECKPOINTS: Final = "checkpoints"  # in the output directory
 _CACHE: Final = "compiled"
 _log = logging.getLogger(__name__)
 
@@ -91,6 +93,7 @@ def run(config: RunConfig) -> Result:
     output_dir, mesh = Path(config.output_dir), None
     with collective_errors():  # fail before anything is written
         mesh = _check(config)
+    on_process_0(check_inputs, config)
     with ExitStack() as stack:
         on_process_0(lambda: stack.enter_context(lock_folder(output_dir)))
         return _run(config, output_dir, mesh)
@@ -105,13 +108,18 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
         stack.callback(checkpoints.close)
         _check_same_checkpoints(checkpoints)
         if config.resume == "never" and checkpoints.steps():
-            raise DSMoEError(f"{checkpoints.folder} has checkpoints; pass --resume auto to resume from them")
+            raise DSMoEError(
+                f"{checkpoints.folder} has checkpoints: omit --resume never, or choose another --output-dir"
+            )
         found = checkpoints.newest()
         if isinstance(config, FinetuneConfig):
-            job = finetuning(config, output_dir)
+            multiple = _batch_multiple(config, mesh)
+            job = finetuning(config, output_dir, resuming=found is not None, batch_multiple=multiple)
         else:
             job = pretraining(config, output_dir, resuming=found is not None)
-        before, now = read_run(output_dir), config.to_dict() | {"steps": job.steps, "model_config": job.model.to_dict()}
+        before, resolved = read_run(output_dir), {"total_steps": job.steps, "model_config": job.model.to_dict()}
+        now = config.to_dict() | resolved
+        now["data"] |= job.corpus.settings
         if found is not None:
             check_resumable(checkpoints.folder, *found, job.resume_metadata)
             if result := _completed(found[0], job, output_dir, before.get("result")):
@@ -131,6 +139,7 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
         first = int(state.step)
         if jax.process_index() == 0:
             write_json(output_dir / CONFIG, now)
+            log_summary(config, job, mesh, state, frozen)
         options: dict[str, Any] = {"mesh": mesh, "seed": config.seed, "max_grad_norm": config.optimizer.max_grad_norm}
         step = make_step(job.model, graph, optimizer, schedule, config.step, trainable=job.trainable, **options)
         eval_step = make_eval_step(job.model, graph, config.step, job.trainable)
@@ -146,11 +155,14 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
             loading = -time.perf_counter()
             batch = _place(next(batches), mesh)
             loading += time.perf_counter()
+            started = time.perf_counter()
             state, metrics = step(state, batch, frozen)
+            if n == first and recorder is not None:
+                _log.info("Compiled the training step in %.1f s", time.perf_counter() - started)
             n += 1
             monitor.add(n, metrics, loading)
             saves = n % config.checkpoint.interval == 0
-            evaluates = n % config.eval_interval == 0 or n == job.steps
+            evaluates = n % config.eval_interval == 0 or n in (1, job.steps)
             if saves or evaluates:
                 monitor.flush()
                 # Before the checkpoint: a run resumed from it does not repeat this evaluation.
@@ -186,20 +198,18 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
 
 
 def _check(config: RunConfig) -> Mesh | None:
-    """Validate the config and return the mesh, None for one device."""
+    """Validate the config and the environment; return the mesh, None for one device."""
+    check_environment()
     model, mesh = config.model_config(), make_mesh(config.mesh)
     shardings(model, mesh)  # raises for axes that do not divide
-    data_parallel = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
-    micro_batches = config.step.gradient_accumulation_steps
-    if config.data.batch_size % (data_parallel * micro_batches):
-        why = f"{data_parallel} data-parallel devices × {micro_batches} gradient-accumulation steps"
-        multiple = f"a multiple of {data_parallel * micro_batches} ({why})"
-        raise DSMoEError(f"data.batch_size must be {multiple}, got {config.data.batch_size}")
-    length, positions = config.data.sequence_length, model.max_position_embeddings
-    if model.rope_scaling is not None:
-        positions = int(positions * model.rope_scaling.factor)
-    if length > positions:
-        _log.warning("data.sequence_length %d exceeds the model's max_position_embeddings %d", length, positions)
+    length, batch_size, multiple = config.data.sequence_length, config.data.batch_size, _batch_multiple(config, mesh)
+    if batch_size is not None and batch_size % multiple:
+        micro_batches = config.step.gradient_accumulation_steps
+        why = f"{multiple // micro_batches} data-parallel devices × {micro_batches} gradient-accumulation steps"
+        raise DSMoEError(f"data.batch_size must be a multiple of {multiple} ({why}), got {batch_size}")
+    if length is not None and length > model.context_length:
+        text = "data.sequence_length %d exceeds the model's max_position_embeddings %d"
+        _log.warning(text, length, model.context_length)
     if config.init_from is not None and config.model not in ("", RunConfig.model):
         requested = dataclasses.replace(config, init_from=None).model_config()
         if changes := [change.name for change in differences(identity(config, requested), identity(config, model))]:
@@ -212,6 +222,12 @@ def _check(config: RunConfig) -> Mesh | None:
         text = "step.device_balance_groups %d and step.device_balance_alpha %s have no effect: set both"
         _log.warning(text, groups, alpha)
     return None if mesh.size == 1 else mesh
+
+
+def _batch_multiple(config: RunConfig, mesh: Mesh | None) -> int:
+    """Return what the batch size must be a multiple of: data-parallel devices × micro-batches."""
+    data_parallel = 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    return data_parallel * config.step.gradient_accumulation_steps
 
 
 def _initial_state(
@@ -237,7 +253,6 @@ def _initial_state(
         jax.eval_shape(init, params),
         places,
     )
-    _log.info("Resuming from step %d of %d", found[0], job.steps)
     return checkpoints.restore(found[0], like)
 
 
@@ -308,8 +323,8 @@ def _recorder(config: RunConfig, job: Job, output_dir: Path, first: int) -> Reco
     return Recorder(
         output_dir,
         config=job.model,
-        tokens_per_step=config.data.batch_size * config.data.sequence_length,
-        sequence_length=config.data.sequence_length,
+        tokens_per_step=job.corpus.stream.batch_size * job.corpus.stream.sequence_length,
+        sequence_length=job.corpus.stream.sequence_length,
         steps=job.steps,
         trackers=config.trackers,
         log_interval=config.log_interval,

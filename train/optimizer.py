@@ -21,25 +21,25 @@ class OptimizerConfig:
     """AdamW with the settings of the paper's 2B (arXiv 2401.06066, 4.1.3)."""
 
     learning_rate: float = 1.08e-3
-    """Peak learning rate."""
+    """Peak learning rate, reached after warmup."""
 
     schedule: Literal["paper", "cosine", "constant"] = "paper"
-    """Learning rate after warmup: `paper` multiplies it by 0.316 at 80 % and at 90 % of the steps."""
+    """Learning rate after warmup: `paper` multiplies it by 0.316 at 80% and at 90% of the steps."""
 
     warmup_steps: int = 2000
-    """Steps of linear warmup."""
+    """Steps of linear warmup to the peak learning rate."""
 
     min_lr_ratio: float = 0.1
     """Final learning rate of the cosine schedule, as a fraction of the peak."""
 
     b1: float = 0.9
-    """Decay rate of the first moment."""
+    """Decay rate of the first moment, in [0, 1)."""
 
     b2: float = 0.95
-    """Decay rate of the second moment."""
+    """Decay rate of the second moment, in [0, 1)."""
 
     eps: float = 1e-8
-    """Added to the denominator of the update."""
+    """Added to the denominator of the update for numerical stability."""
 
     weight_decay: float = 0.1
     """Decoupled weight decay, scaled by the learning rate."""

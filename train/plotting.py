@@ -1,21 +1,28 @@
-"""Plot of a run: loss, expert load and load imbalance. Start at `draw`."""
+"""Plots of runs: `draw`. One run: loss, expert load and load imbalance; several: their losses."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
-from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.errors import DSMoEError, check_choice
 
-from .metrics import read_records
+from .run_records import Event, Records, RunRecords, column, format_loss
 
-Records = list[dict[str, Any]]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-_INK, _FAINT, _LOSS, _VALIDATION = "#222222", "#9aa5b1", "#1f5fa8", "#d1495b"
-_SMOOTH: Final = 25  # maximum width of the moving average, in records
+FORMATS: Final = (".png", ".pdf", ".svg")
+_INK, _GRAY, _FAINT, _LOSS, _VALIDATION = "#222222", "#6b7683", "#9aa5b1", "#1f5fa8", "#d1495b"
+_SMOOTH: Final = 25  # maximum width of the moving average, in steps
 _MAX_COLOR: Final = 4  # times the mean load; the end of the color scale
-_MAX_LABELS: Final = 8  # layers in the legend
+_MAX_LOSS: Final = 1.5  # times ln V; losses above are cut off
+_NEAR: Final = 0.75  # times ln V; below, a line at ln V would flatten the curves
+_MAX_NAME: Final = 32  # characters of a run's name
+_MAX_EVENTS: Final = 12  # labeled events
 _STYLE: Final[dict[Any, Any]] = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -28,87 +35,150 @@ _STYLE: Final[dict[Any, Any]] = {
     "axes.grid": True,
     "grid.color": "#e6e9ed",
     "legend.frameon": False,
+    "legend.fontsize": 9,
     "xtick.color": _INK,
     "ytick.color": _INK,
 }
 
 
-def draw(folder: Path, out: Path) -> None:
-    """Plot the metrics of a run into a PNG; without MoE layers only the loss."""
+def draw(runs: str | Path | Sequence[str | Path], out: str | Path, *, by: Literal["step", "tokens"] = "step") -> None:
+    """Plot the metrics of a run, or compare the losses of several.
+
+    Args:
+        runs: Output directories of runs.
+        out: Image to write, .png, .pdf or .svg; an existing one is replaced.
+        by: Horizontal axis of a comparison.
+
+    Raises:
+        DSMoEError: matplotlib is not installed, or a run has no recorded step.
+    """
+    folders = [runs] if isinstance(runs, str | Path) else list(runs)
+    check_choice("by", by, ("step", "tokens"))
+    check_choice("suffix of the image", Path(out).suffix.lower(), FORMATS)
+    with _figure(out) as figure:
+        read = [RunRecords.read(folder) for folder in folders]
+        if len(read) > 1:
+            _compare(figure, read, by)
+        else:
+            _draw_run(figure, read[0])
+
+
+@contextmanager
+def _figure(out: str | Path) -> Iterator["Figure"]:
+    """Yield an empty figure, and save it."""
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure
     except ImportError:
         raise DSMoEError("plotting requires matplotlib: pip install 'dsmoe_jax[demo]'") from None
-    try:
-        records = read_records(folder)
-    except FileNotFoundError:
-        records = []
-    steps = [record for record in records if "loss" in record]
-    if not steps:
-        raise DSMoEError(f"{folder} has no recorded step")
-    info: dict[str, Any] = next((record["run"] for record in reversed(records) if "run" in record), {})
-    layers = sorted({int(key.split("/")[1]) for key in steps[0] if key.startswith("moe/")})
-
     with mpl.rc_context(_STYLE):
         # Without pyplot: no global state, no window system.
-        figure = Figure(figsize=(11, 7.5) if layers else (11, 4.5), dpi=130, layout="constrained", facecolor="white")
-        figure.suptitle(_title(info, steps), fontsize=12, color=_INK)
-        if layers:
-            grid = figure.add_gridspec(2, 2, width_ratios=(1.25, 1))
-            _draw_loss(figure.add_subplot(grid[0, :]), records, steps, info)
-            _draw_heat(figure, figure.add_subplot(grid[1, 0]), steps, layers)
-            _draw_imbalance(figure.add_subplot(grid[1, 1]), steps, layers)
-        else:
-            _draw_loss(figure.add_subplot(), records, steps, info)
-        figure.savefig(out, format="png")
+        figure = Figure(dpi=130, layout="constrained", facecolor="white")
+        yield figure
+        figure.savefig(out, format=Path(out).suffix[1:].lower())
 
 
-def _title(info: dict[str, Any], steps: Records) -> str:
+# --- one run ---
+
+
+def _draw_run(figure: "Figure", run: RunRecords) -> None:
+    layers = run.moe_layers
+    figure.suptitle(_title(run), fontsize=12, color=_INK)
+    if not layers:
+        figure.set_size_inches(11, 4.5)
+        _draw_loss(figure.add_subplot(), run)
+        return
+    figure.set_size_inches(11, 7.5)
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.2, 1))
+    _draw_loss(figure.add_subplot(grid[0, :]), run)
+    _draw_heat(figure, figure.add_subplot(grid[1, 0]), run.steps, layers)
+    _draw_imbalance(figure, figure.add_subplot(grid[1, 1]), run.steps, layers)
+
+
+def _title(run: RunRecords) -> str:
+    step, info = run.steps[-1]["step"], run.info
     if not info:
-        return f"{steps[-1]['step']:,} steps"
-    name = info["name"] or "DeepSeekMoE"
-    size = f"{_millions(info['parameters'])} parameters, {_millions(info['activated'])} activated"
-    return f"{name}: {size} – step {steps[-1]['step']:,} of {info['steps']:,}, {info['tokens_per_step']:,} tokens each"
+        return f"{_short(run.name)}: step {step:,}"
+    size = f"{_millions(info['parameters'])} parameters, {_millions(info['activated'])} activated per token"
+    name, tokens = _short(info["name"] or run.name), info["tokens_per_step"]
+    return f"{name}: {size} – step {step:,} of {info['steps']:,}, {tokens:,} tokens per step"
 
 
 def _millions(count: int) -> str:
     return f"{count / 1e9:.3g}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
 
 
-def _column(records: Records, key: str) -> np.ndarray:
-    """Return the values of a metric, NaN where it is missing."""
-    return np.array([np.nan if record.get(key) is None else record[key] for record in records], float)
+def _short(name: str) -> str:
+    return name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 1]}…"
 
 
-def _draw_loss(axes: Any, records: Records, steps: Records, info: dict[str, Any]) -> None:
-    """Plot the cross-entropy by step, its moving average and the validation loss."""
-    step, loss = _column(steps, "step"), _column(steps, "cross_entropy")
+def _draw_loss(axes: "Axes", run: RunRecords) -> None:
+    """Plot the training loss without balance losses, its moving average, the validation loss and events."""
+    step, loss = column(run.steps, "step"), column(run.steps, "cross_entropy")
     mean, width = _smooth(loss)
     if width > 1:
         axes.plot(step, loss, color=_LOSS, alpha=0.3, linewidth=0.8)
-    label = "training" if width == 1 else f"training, mean of {width} records"
-    axes.plot(step, mean, color=_LOSS, linewidth=2, label=label, marker="." if len(steps) == 1 else None)
-    evals = [record for record in records if "eval/loss" in record]
-    if evals:
-        at, values = _column(evals, "step"), _column(evals, "eval/loss")
-        style = {"linewidth": 1, "markersize": 4, "clip_on": False, "zorder": 3}
-        axes.plot(at, values, "o-", color=_VALIDATION, label="validation", **style)
-    if vocab := info.get("vocab_size"):
-        axes.axhline(np.log(vocab), color=_FAINT, linestyle=":")
-        label = f"uniform: ln {vocab:,} = {np.log(vocab):.2f}"
-        at, systems = (1, np.log(vocab)), {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        axes.annotate(label, at, (-4, 3), **systems, color=_FAINT, ha="right")
-        axes.margins(y=0.12)
-    last = loss[np.isfinite(loss)][-width:]
-    final = f", {last.mean():.3f} at the end" if len(last) else ""
-    axes.set(title=f"Loss{final}", xlabel="step", ylabel="cross-entropy (nats per token)", xlim=_span(step))
-    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.88))
+    label = "training" if width == 1 else f"training, mean of {width} steps"
+    axes.plot(step, mean, color=_LOSS, linewidth=2, label=label, marker="." if len(step) == 1 else None)
+    if run.evals:
+        at, values = column(run.evals, "step"), column(run.evals, "eval/loss")
+        axes.plot(at, values, "o-", color=_VALIDATION, label="validation", linewidth=1.2, markersize=4, zorder=3)
+    if len(bad := step[~np.isfinite(loss)]):
+        bottom = axes.get_xaxis_transform()
+        label = f"not finite: {len(bad)} steps"
+        axes.plot(bad, np.full(len(bad), 0.02), "|", color="black", transform=bottom, markersize=8, label=label)
+    _draw_uniform(axes, [run], [mean])
+    _set_step_axis(axes, step)
+    axes.set(title=_result(run), ylabel="cross-entropy (nats per token)")
+    _draw_events(axes, run.events)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=4)
 
 
-def _draw_heat(figure: Any, axes: Any, steps: Records, layers: Sequence[int]) -> None:
-    """Plot layers by experts: each expert's recent load relative to the mean."""
+def _result(run: RunRecords) -> str:
+    """Return the final losses, by the names and with the digits of the last line of the console."""
+    last = {"loss": run.steps[-1]["loss"]}
+    if run.evals and run.evals[-1]["step"] == run.steps[-1]["step"]:
+        last["eval/loss"] = run.evals[-1]["eval/loss"]
+    named = (f"{name} {'nan' if loss is None else format_loss(loss)}" for name, loss in last.items())
+    return f"Step {run.steps[-1]['step']:,}: {', '.join(named)}"
+
+
+def _draw_uniform(axes: "Axes", runs: Sequence[RunRecords], losses: Iterable[np.ndarray]) -> list[Any]:
+    """Draw the loss of a uniform prediction, ln V, if losses come near it, and cut off losses far above it."""
+    sizes = {run.info.get("vocab_size") or 0 for run in runs}
+    finite = np.concatenate([loss[np.isfinite(loss)] for loss in losses])
+    if 0 in sizes or not len(finite):
+        return []
+    uniform, low, top = float(np.log(max(sizes))), float(finite.min()), float(finite.max())
+    if top > _MAX_LOSS * uniform:
+        axes.set_ylim(low - 0.1 * (_MAX_LOSS * uniform - low), _MAX_LOSS * uniform)
+    if len(sizes) > 1 or top < _NEAR * uniform:
+        return []
+    label = f"uniform: ln {max(sizes):,} = {uniform:.2f}"
+    return [axes.axhline(uniform, color=_FAINT, linestyle=":", label=label, zorder=1)]
+
+
+def _draw_events(axes: "Axes", events: Sequence[Event]) -> None:
+    """Mark events by vertical lines; labels that would overlap are left out."""
+    left, right = axes.get_xlim()
+    labeled = -np.inf
+    for n, event in enumerate(events):
+        at = event.step + 0.5  # between the last step before and the first after
+        axes.axvline(at, color=_GRAY, linewidth=0.8, linestyle="--", zorder=1)
+        if n < _MAX_EVENTS and at - labeled > 0.02 * (right - left):
+            labeled = at
+            where: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+            at_edge = at > left + 0.97 * (right - left)
+            style: Any = {"rotation": 90, "va": "top", "fontsize": 8, "color": _GRAY}
+            style["ha"] = "right" if at_edge else "left"
+            style["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+            axes.annotate(event.label, (at, 1), (-4 if at_edge else 4, -3), **where, **style)
+
+
+def _draw_heat(figure: "Figure", axes: "Axes", steps: Records, layers: Sequence[int]) -> None:
+    """Plot layers by experts: each expert's recent load relative to the mean of its layer."""
     from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.ticker import MaxNLocator
 
     heats = [record for record in steps if f"moe/{layers[0]}/expert_load" in record]
     if not heats:
@@ -121,41 +191,90 @@ def _draw_heat(figure: Any, axes: Any, steps: Records, layers: Sequence[int]) ->
     # Blue below the mean, white at the mean, red above.
     norm = TwoSlopeNorm(vcenter=1, vmin=0, vmax=top)
     image = axes.imshow(share, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
-    for row, expert in np.argwhere(load == 0):
-        axes.plot(expert, row, "x", color="white", markersize=5)
+    unused = np.argwhere(load == 0)
+    axes.plot(unused[:, 1], unused[:, 0], "x", color="white", markersize=4)
     axes.grid(visible=False)
-    shown = range(0, len(layers), max(1, len(layers) // 12))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    shown = range(0, len(layers), 1 + (len(layers) - 1) // 12)
     axes.set_yticks(list(shown), [str(layers[n]) for n in shown])
     first, last = (f"{recent[n]['step']:,}" for n in (0, -1))
-    when = f"step {last}" if len(recent) == 1 else f"steps {first} to {last}"
-    unused = int((load == 0).sum())
-    title = f"Expert load, {when}" + (f" (×: {unused} unused)" if unused else "")
+    when = f"step {last}" if len(recent) == 1 else f"steps {first}–{last}"
+    title = f"Expert load, {when}" + (f" (×: {len(unused)} unused)" if len(unused) else "")
     axes.set(title=title, xlabel="expert", ylabel="layer")
-    ticks = sorted({0, 0.5, 1, top})
-    bar = figure.colorbar(image, ax=axes, label="tokens / layer mean", extend="max" if share.max() > top else "neither")
+    extend = "max" if share.max() > top else "neither"
+    bar = figure.colorbar(image, ax=axes, label="tokens, relative to the layer's mean", extend=extend)
+    ticks = sorted({0, 0.5, 1, 1 + (top - 1) / 2, top})
     bar.set_ticks(ticks, labels=[f"{tick:.2g}×" for tick in ticks])
-    bar.outline.set_visible(False)
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
 
 
-def _draw_imbalance(axes: Any, steps: Records, layers: Sequence[int]) -> None:
-    """Plot the load imbalance of each layer over time."""
+def _draw_imbalance(figure: "Figure", axes: "Axes", steps: Records, layers: Sequence[int]) -> None:
+    """Plot the load imbalance of each layer over time; the color bar names the layers."""
     from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm, ListedColormap
 
-    step = _column(steps, "step")
-    named = {layers[round(n)] for n in np.linspace(0, len(layers) - 1, min(_MAX_LABELS, len(layers)))}
-    for n, layer in enumerate(layers):
-        values, _ = _smooth(_column(steps, f"moe/{layer}/load_imbalance"))
-        color = colormaps["viridis"](0.9 * n / max(1, len(layers) - 1))
-        axes.plot(step, values, color=color, linewidth=1.4, label=f"layer {layer}" if layer in named else None)
+    step = column(steps, "step")
+    colors = [colormaps["viridis"](0.88 * n / max(1, len(layers) - 1)) for n in range(len(layers))]
+    for layer, color in zip(layers, colors, strict=True):
+        values, _ = _smooth(column(steps, f"moe/{layer}/load_imbalance"))
+        axes.plot(step, values, color=color, linewidth=1.4, marker="." if len(step) == 1 else None)
     axes.axhline(1, color=_FAINT, linestyle=":")
-    axes.set(title="Load imbalance", xlabel="step", ylabel="max / mean expert load", xlim=_span(step))
+    axes.set(title="Load imbalance", ylabel="load of the fullest expert / mean (×)")
     axes.set_ylim(bottom=0.9)
-    axes.legend(loc="upper right", ncols=1 + (len(named) > 4))
+    _set_step_axis(axes, step)
+    norm = BoundaryNorm(np.arange(len(layers) + 1) - 0.5, len(layers))
+    bar = figure.colorbar(ScalarMappable(norm, ListedColormap(colors)), ax=axes, label="layer")
+    shown = range(0, len(layers), 1 + (len(layers) - 1) // 12)
+    bar.set_ticks(list(shown), labels=[str(layers[n]) for n in shown])
+    bar.ax.tick_params(which="both", length=0)
+    bar.ax.invert_yaxis()  # as in the heat map
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
 
 
-def _span(step: np.ndarray) -> tuple[float, float]:
-    """Return the limits of the step axis, with room around a single step."""
-    return (step[0], step[-1]) if len(step) > 1 else (step[0] - 1, step[0] + 1)
+# --- several runs ---
+
+
+def _compare(figure: "Figure", runs: Sequence[RunRecords], by: str) -> None:
+    """Overlay the smoothed training losses and the validation losses, one color per run."""
+    from matplotlib import color_sequences
+    from matplotlib.lines import Line2D
+
+    figure.set_size_inches(11, max(5.5, 0.3 * len(runs)))
+    axes, palette = figure.add_subplot(), color_sequences["tab10" if len(runs) <= 10 else "tab20"]
+    means, lines = [], []
+    for n, run in enumerate(runs):
+        color = palette[n % len(palette)]
+        at, evaluated = (run.tokens(r) if by == "tokens" else column(r, "step") for r in (run.steps, run.evals))
+        mean, _ = _smooth(column(run.steps, "cross_entropy"))
+        marker = "." if len(at) == 1 else None
+        lines += axes.plot(at, mean, color=color, linewidth=1.8, marker=marker, label=_short(run.name))
+        if run.evals:
+            axes.plot(evaluated, column(run.evals, "eval/loss"), "o--", color=color, linewidth=1, markersize=4)
+        means.append(mean)
+    uniform = _draw_uniform(axes, runs, means)
+    _set_step_axis(axes, np.concatenate([line.get_xdata() for line in lines]), by)
+    differ = len({run.info.get("vocab_size") for run in runs}) > 1
+    title = "Loss per token (not comparable: vocabulary sizes differ)" if differ else "Loss"
+    axes.set(title=title, ylabel="cross-entropy (nats per token)")
+    figure.legend(handles=lines, loc="outside right upper")
+    styles: Any = [{"linewidth": 1.8, "label": "training, smoothed"}]
+    if any(run.evals for run in runs):
+        styles.append({"linewidth": 1, "linestyle": "--", "marker": "o", "markersize": 4, "label": "validation"})
+    kinds = [Line2D([], [], color=_GRAY, **style) for style in styles]
+    axes.legend(handles=[*kinds, *uniform], loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=3)
+
+
+def _set_step_axis(axes: "Axes", at: np.ndarray, name: str = "step") -> None:
+    """Label the horizontal axis; the ends have room for markers."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    low, high = float(at.min()), float(at.max())
+    room = 0.015 * (high - low) or 1
+    axes.set(xlabel=name, xlim=(low - room, high + room))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    short = FuncFormatter(lambda value, _: _millions(int(value)) if value >= 1e6 else f"{value:,.0f}")
+    axes.xaxis.set_major_formatter(short)
 
 
 def _smooth(values: np.ndarray) -> tuple[np.ndarray, int]:

@@ -22,6 +22,7 @@ def tiny() -> RunConfig:
         data=DataConfig(sequence_length=256, batch_size=8),
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=50),
         checkpoint=CheckpointConfig(interval=250),
+        eval_batches=32,
     )
 
 
@@ -84,9 +85,18 @@ RECIPES: Final[dict[str, Callable[[], RunConfig]]] = {
 # --- fine-tuning: the settings of the original's finetune.py and README, without `init_from` ---
 
 
+_EXAMPLES: Final = ExamplesConfig(sequence_length=1024, batch_size=64)
+
+
+def full() -> FinetuneConfig:
+    """Fine-tune all parameters in fp32, with the optimizer settings of the original."""
+    return FinetuneConfig()
+
+
 def full_8x40gb() -> FinetuneConfig:
     """Fine-tune all parameters of the 16B on 8 GPUs of 40 GB."""
     return FinetuneConfig(
+        data=_EXAMPLES,
         step=StepConfig(compute_dtype="bfloat16", gradient_accumulation_steps=8, remat="full"),
         optimizer=OptimizerConfig(
             learning_rate=2e-5, schedule="cosine", warmup_steps=10, weight_decay=0.0, moments="factored"
@@ -98,6 +108,7 @@ def full_8x40gb() -> FinetuneConfig:
 def lora_1x80gb() -> FinetuneConfig:
     """Fine-tune the 16B by LoRA of rank 8 in bf16 on one GPU of 80 GB."""
     return FinetuneConfig(
+        data=_EXAMPLES,
         step=StepConfig(compute_dtype="bfloat16", gradient_accumulation_steps=16, remat="full"),
         optimizer=OptimizerConfig(learning_rate=2e-4, schedule="cosine", warmup_steps=10, weight_decay=0.0, b2=0.999),
         lora=LoraConfig(r=8, lora_alpha=32, lora_dropout=0.1),
@@ -121,7 +132,7 @@ def tiny_finetune() -> FinetuneConfig:
 
 
 FINETUNING: Final[dict[str, Callable[[], FinetuneConfig]]] = {
-    "full": FinetuneConfig,
+    "full": full,
     "full_8x40gb": full_8x40gb,
     "lora_1x80gb": lora_1x80gb,
     "qlora_1x80gb": qlora_1x80gb,

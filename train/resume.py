@@ -1,21 +1,25 @@
-"""Settings and data that must match to resume. Start at `check_resumable`."""
+"""Resuming: settings of the run in a folder (`settings_of_run`), and which must not change (`check_resumable`)."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.storage.strict_json import read_json
 
 from .config import RunConfig
 from .inputs import differences, short
 from .old_names import with_new_names
 
+Config = TypeVar("Config")
 CONFIG: Final = "run.json"
+CHECKPOINTS: Final = "checkpoints"  # in the output directory
 # Model fields that do not change the computation; token ids are those of the run's tokenizer.
 _NEUTRAL: Final = frozenset(
     {"architectures", "bos_token_id", "eos_token_id", "extra", "pad_token_id", "pretraining_tp", "torch_dtype"}
@@ -26,8 +30,10 @@ _FREE: Final[Mapping[str, frozenset[str]]] = {
     "optimizer": frozenset({"learning_rate", "schedule", "warmup_steps", "min_lr_ratio"}),
     "step": frozenset({"gradient_accumulation_steps", "compute_dtype", "remat"}),
 }
+# Settings of a start, not of the run.
+_OF_START: Final = frozenset({"output_dir", "resume", "distributed", "recipe"})
 # Entries of run.json whose changes are not logged.
-_NOT_COMPARED: Final = frozenset({"output_dir", "resume", "distributed", "model_config", "result"})
+_NOT_COMPARED: Final = _OF_START | {"model_config", "result", "total_steps"}
 _log = logging.getLogger(__name__)
 
 
@@ -64,7 +70,8 @@ def check_resumable(folder: Path, step: int, known: Mapping[str, Any], now: Mapp
             problems = ["the validation data has changed"]
     if problems:
         why = "; ".join(problems)
-        raise DSMoEError(f"{folder}: cannot resume from step {step}: {why}; choose another --output-dir")
+        way_out = "choose those of the checkpoint, or another --output-dir"
+        raise DSMoEError(f"{folder}: cannot resume from step {step}: {why}; {way_out}")
 
 
 def read_run(output_dir: Path) -> dict[str, Any]:
@@ -74,12 +81,33 @@ def read_run(output_dir: Path) -> dict[str, Any]:
     return {}
 
 
+def settings_of_run(output_dir: str | Path) -> dict[str, Any]:
+    """Return the settings of the last start in `output_dir`; empty if there is no checkpoint to resume from."""
+    folder = Path(output_dir)
+    return read_run(folder) if any((folder / CHECKPOINTS).glob("step-*")) else {}
+
+
+def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
+    """Replace the fields of a config with settings of a `run.json`; other entries are ignored."""
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        if field.name not in settings or field.name in _OF_START:
+            continue
+        value, default = settings[field.name], getattr(config, field.name)
+        if isinstance(value, Mapping) and field.name == "lora":
+            default = default or LoraConfig()
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(default):
+            value = with_settings(default, value)
+        fields[field.name] = tuple(value) if isinstance(value, list) else value
+    return dataclasses.replace(config, **fields)  # type: ignore[type-var]
+
+
 def log_changes(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -> None:
     """Log each setting that differs from the `run.json` of the last start."""
     names = before.keys() - _NOT_COMPARED  # earlier versions had fewer settings
     old, new = ({k: v for k, v in _as_json(one).items() if k in names} for one in (before, now))
     for change in differences(old, new):
-        _log.info("Changed from step %d on: %s", step, change)
+        _log.info("Changed: %s %s → %s (from step %d)", change.name, short(change.old), short(change.new), step)
 
 
 def _mismatch(name: str, then: Any, now: Any) -> str:

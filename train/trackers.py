@@ -1,5 +1,6 @@
 """Trackers, which write metrics: `TRACKERS`, at the end, lists them."""
 
+import importlib.util
 import json
 import logging
 import math
@@ -7,13 +8,14 @@ import mmap
 import secrets
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 from dsmoe_jax.errors import DSMoEError
 
 RECORDS: Final = "metrics.jsonl"
+PLOT: Final = "plot.png"
 _log = logging.getLogger(__name__)
 
 
@@ -94,6 +96,9 @@ _LINE: Final[tuple[tuple[str, Callable[[Any], str]], ...]] = (
 # fmt: on
 
 
+_SPEEDS: Final = ("tokens_per_second", "mfu", "data_loading_share")
+
+
 class Console:
     """Logs a line every `log_interval` steps; a progress bar on a terminal."""
 
@@ -106,13 +111,15 @@ class Console:
         if (loss := values.get("eval/loss")) is not None:
             _log.info("step %d/%d validation loss %.4g", step, self._run.steps, loss)
             return
+        if step == self._run.resumed_from + 1:  # its time includes compilation
+            values = {name: value for name, value in values.items() if name not in _SPEEDS}
         self._recent.append(values)
         if self._bar is None and step % self._run.log_interval and step not in (1, self._run.steps):
             return
         medians = {
-            key: statistics.median(one[key] for one in self._recent)
-            for key in ("tokens_per_second", "mfu", "data_loading_share")
-            if key in values
+            key: statistics.median(measured)
+            for key in _SPEEDS
+            if (measured := [one[key] for one in self._recent if key in one])
         }
         shown = {**values, **medians}
         text = " ".join(piece for key, form in _LINE if key in shown and (piece := form(shown[key])))
@@ -197,10 +204,7 @@ class WandB:
     """Writes to Weights & Biases; a resumed run continues its W&B run."""
 
     def __init__(self, run: Run):
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise DSMoEError("tracker 'wandb' requires wandb: pip install 'dsmoe_jax[wandb]'") from None
+        wandb = _import_wandb()
         id_file = run.folder / "wandb_id.txt"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
@@ -218,6 +222,43 @@ class WandB:
         self._run.finish()
 
 
+def _import_wandb() -> Any:
+    try:
+        return importlib.import_module("wandb")
+    except ImportError:
+        raise DSMoEError("tracker 'wandb' requires wandb: pip install 'dsmoe_jax[wandb]'") from None
+
+
+def check_installed(trackers: Collection[str]) -> None:
+    """Raise `DSMoEError` for a tracker whose package is missing."""
+    if "wandb" in trackers:
+        _import_wandb()
+
+
+class Plot:
+    """Plots the records of `metrics.jsonl` at the end of the run, if matplotlib is installed."""
+
+    def __init__(self, run: Run):
+        self._folder, self._steps = run.folder, 0
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Count the records."""
+        self._steps += 1
+
+    def close(self) -> None:
+        """Save the plot; failing to do so does not fail the run."""
+        if not self._steps or importlib.util.find_spec("matplotlib") is None:
+            return
+        from .plotting import draw
+
+        try:
+            draw(self._folder, self._folder / PLOT)
+        except (DSMoEError, OSError) as error:
+            _log.warning("No plot: %s", error)
+        else:
+            _log.info("Saved plot: %s", self._folder / PLOT)
+
+
 def _numbers(values: Mapping[str, Any]) -> dict[str, int | float]:
     return {key: value for key, value in values.items() if not isinstance(value, list)}
 
@@ -227,4 +268,5 @@ TRACKERS: Final[dict[str, Callable[[Run], Tracker]]] = {
     "jsonl": JsonLines,
     "tensorboard": TensorBoard,
     "wandb": WandB,
+    "plot": Plot,
 }

@@ -1,4 +1,4 @@
-"""Native checkpoints: `config.json`, the tokenizer's files, the parameters and a manifest. Start at `save` and `load`.
+"""Native checkpoints: `config.json`, tokenizer files, parameters and a manifest. Start at `save` and `load_params`.
 
 Writes are atomic. The bytes do not depend on the mesh or the number of processes. The converter writes parameters with
 `write_parameters`, then everything else with `finalize`.
@@ -24,7 +24,7 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, count_tensors, shardings, split
 from dsmoe_jax.progress import Advance
-from dsmoe_jax.sharding import MeshConfig
+from dsmoe_jax.sharding import MeshConfig, as_mesh
 from dsmoe_jax.storage.atomic_dir import StagingDir, atomic_dir, check_new_path, staging_path, sync_tree, write_json
 from dsmoe_jax.storage.manifest import find_damage
 from dsmoe_jax.storage.paths import user_path
@@ -79,25 +79,18 @@ def save(model: DeepSeekMoE, path: str | Path, *, extra_files: Sequence[Path] = 
 def load(
     path: str | Path, *, dtype: Any = None, mesh: Mesh | MeshConfig | None = None, verify: bool = True
 ) -> DeepSeekMoE:
-    """Load a native checkpoint.
+    """Load a native checkpoint, as `dsmoe_jax.load` does."""
+    return assemble(
+        *load_params(user_path(path, "checkpoint"), dtype=as_dtype(dtype), mesh=as_mesh(mesh), verify=verify)
+    )
 
-    Args:
-        path: The checkpoint.
-        dtype: Cast to "float32", "bfloat16" or "float16" while reading; None keeps the stored dtype.
-        mesh: Mesh to shard the model over; None: the default device.
-        verify: Compare every file with its SHA-256 first (0.5 s per GB and core, divided among processes). Orbax does
-            not detect a flipped bit.
 
-    Returns:
-        The model.
-
-    Raises:
-        DSMoEError: The folder is not a native checkpoint, or is damaged.
-    """
+def load_params(
+    path: Path, *, dtype: np.dtype | None, mesh: Mesh | None, verify: bool
+) -> tuple[ModelConfig, dict[str, jax.Array]]:
+    """Load config and parameters of a native checkpoint, verified first: Orbax does not detect a flipped bit."""
     from orbax.checkpoint import v1 as ocp
 
-    path = user_path(path, "checkpoint")
-    target = as_dtype(dtype)
     config, _ = open_checkpoint(path, verify=verify)
     parameters = str(path.absolute() / PARAMETERS)
     with _one_line_errors(path):
@@ -105,11 +98,11 @@ def load(
         shapes = {name: meta.shape for name, meta in stored.items()}
     check_names_and_shapes(path, {name: spec.shape for name, spec in abstract(config)[1].items()}, shapes)
     specs = {
-        name: jax.ShapeDtypeStruct(stored[name].shape, target or stored[name].dtype, sharding=place)
+        name: jax.ShapeDtypeStruct(stored[name].shape, dtype or stored[name].dtype, sharding=place)
         for name, place in shardings(config, mesh).items()
     }
     with _one_line_errors(path):
-        return assemble(config, ocp.load(parameters, specs))
+        return config, ocp.load(parameters, specs)
 
 
 def open_checkpoint(path: Path, *, verify: bool = True) -> tuple[ModelConfig, Manifest]:

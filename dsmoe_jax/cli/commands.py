@@ -5,6 +5,7 @@ import functools
 import logging
 import math
 import os
+import shlex
 import sys
 import threading
 import traceback
@@ -13,11 +14,18 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from dsmoe_jax import __version__
-from dsmoe_jax.cli.flags import ARGUMENTS, MODEL, SAMPLING, Argument
+from dsmoe_jax.cli.flags import ARGUMENTS, GROUPS, MODEL, SAMPLING, Argument
 from dsmoe_jax.cli.interrupts import interrupts
-from dsmoe_jax.cli.streams import flush_or_discard, open_standard_streams, print_error, print_status, reader_has_left
-from dsmoe_jax.errors import DSMoEError, check_choice
-from dsmoe_jax.progress import bar
+from dsmoe_jax.cli.streams import (
+    describe_error,
+    flush_or_discard,
+    open_standard_streams,
+    print_error,
+    print_status,
+    reader_has_left,
+)
+from dsmoe_jax.errors import DSMoEError, unknown_flag
+from dsmoe_jax.progress import bar, plural
 from dsmoe_jax.xla_options import set_environment
 
 _DEBUG: Final = "show the traceback of every error"
@@ -55,7 +63,7 @@ def _run(argv: Sequence[str], interrupted: threading.Event) -> int:
         set_environment()
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         logging.raiseExceptions = False  # drop log lines that stderr cannot take
-        for library in ("absl", "jax", "orbax"):
+        for library in ("absl", "httpx", "jax", "orbax"):
             logging.getLogger(library).setLevel(logging.ERROR)
         args.run(args)
         sys.stdout.flush()
@@ -68,7 +76,7 @@ def _run(argv: Sequence[str], interrupted: threading.Event) -> int:
         if debug or not expected:
             print_error(traceback.format_exc().rstrip())
         if expected:
-            print_error(f"{command}: {' '.join(str(error).split())}")
+            print_error(f"{command}: {describe_error(error)}")
             return 2
         print_error(f"{command}: internal error, please report it with the traceback above")
         return 1
@@ -79,19 +87,34 @@ def _run(argv: Sequence[str], interrupted: threading.Event) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the verb and its arguments; exits on `--help` and usage errors."""
+    if argv and argv[0] in VERBS and argv[0] not in ARGUMENTS:  # tyro parses the rest
+        return argparse.Namespace(verb=argv[0], run=VERBS[argv[0]][0], flags=[*argv[1:]])
+    parser, verbs = make_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        verbs[args.verb].error(_unknown(unknown[0], verbs[args.verb]))
+    _check_paths(parser, args)
+    return args
+
+
+def make_parser() -> tuple[Parser, dict[str, Parser]]:
+    """Return the parser of the command, and those of its verbs by name."""
     parser = Parser(prog="dsmoe", description="DeepSeekMoE in JAX.")
-    parser.add_argument("--version", action="version", version=f"dsmoe {__version__}")
+    parser.add_argument("--version", action="version", version=f"dsmoe {__version__}", help="print the version")
     parser.add_argument("--debug", action="store_true", help=_DEBUG)  # `_run` removes it, before or after the verb
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
     for name, (run, help_line) in VERBS.items():
         verb = verbs.add_parser(name, help=help_line, description=f"{help_line[0].upper()}{help_line[1:]}.")
-        for flags, options in ARGUMENTS[name]:
-            verb.add_argument(*flags, **options)
+        groups: dict[str | None, Any] = {}
+        for argument in ARGUMENTS.get(name, ()):
+            title = next((title for title, (_, members) in GROUPS.items() if argument in members), None)
+            if title is not None and title not in groups:
+                groups[title] = verb.add_argument_group(title, GROUPS[title][0])
+            flags, options = argument
+            groups.get(title, verb).add_argument(*flags, **options)
         verb.add_argument("--debug", action="store_true", help=_DEBUG)
         verb.set_defaults(run=run)
-    args = parser.parse_args(argv)
-    _check_paths(parser, args)
-    return args
+    return parser, verbs.choices
 
 
 def _interrupted() -> int:
@@ -99,33 +122,61 @@ def _interrupted() -> int:
     return 130
 
 
+def _unknown(argument: str, verb: argparse.ArgumentParser) -> str:
+    """Describe an argument that a verb does not have."""
+    flag = argument.partition("=")[0]
+    known = (name for action in verb._actions for name in action.option_strings)
+    return unknown_flag(flag, known) if flag.startswith("-") else f"unexpected argument {argument!r}"
+
+
 def _check_paths(parser: Parser, args: argparse.Namespace) -> None:
     """Reject empty paths and names, usually from an unset shell variable."""
     for flags, _ in ARGUMENTS[args.verb]:
         name = flags[0].strip("-").replace("-", "_")
         value = getattr(args, name, None)
-        values = value if isinstance(value, list) and name != "flags" else [value]
-        if name not in ("prompt", "system", "stop") and any(isinstance(v, str) and not v.strip() for v in values):
+        values = value if isinstance(value, list) else [value]
+        if name not in ("prompt", "tokens", "system", "stop") and any(
+            isinstance(v, str) and not v.strip() for v in values
+        ):
             parser.exit(2, f"dsmoe {args.verb}: {flags[0]} must not be empty\n")
 
 
 def _info(args: argparse.Namespace) -> None:
+    from dsmoe_jax.convert.hub import is_repo_id, resolve_config
     from dsmoe_jax.info import describe
 
-    print(describe(args.model), end="")
+    on_hub = is_repo_id(args.model) or args.revision
+    model = resolve_config(args.model, args.revision) if on_hub else args.model
+    print(describe(model), end="")
 
 
 def _convert(args: argparse.Namespace) -> None:
+    from dsmoe_jax.cli.terminal import example_command
     from dsmoe_jax.convert import import_hf
 
     print_status(import_hf(args.source, args.out, dtype=_cast(args), revision=args.revision, progress=bar))
-    print_status(f"  try `dsmoe generate {args.out}`")
+    print_status(f"  try `{example_command(args.out)}`")
 
 
 def _export(args: argparse.Namespace) -> None:
-    from dsmoe_jax.convert import export_hf
+    from dsmoe_jax.convert import export_gguf, export_hf
 
-    print_status(export_hf(args.native, args.out, max_shard_size=args.max_shard_size, dtype=_cast(args), progress=bar))
+    options = {"dtype": _cast(args), "revision": args.revision, "progress": bar}
+    hf_options = {name: value for name in ("max_shard_size", "with_modeling") if (value := getattr(args, name))}
+    if args.format != "gguf":
+        print_status(export_hf(args.source, args.out, **options, **hf_options))
+    elif hf_options:
+        raise DSMoEError(f"--{next(iter(hf_options)).replace('_', '-')} needs --format hf")
+    else:
+        print_status(export_gguf(args.source, args.out, **options))
+
+
+def _push(args: argparse.Namespace) -> None:
+    from dsmoe_jax.convert import push
+
+    names = ("private", "revision", "dtype", "license", "base_model", "dry_run")
+    options = {name: value for name in names if (value := getattr(args, name)) is not None}
+    print_status(push(args.checkpoint, args.repo_id, **options, progress=bar))
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -134,10 +185,11 @@ def _verify(args: argparse.Namespace) -> None:
     from dsmoe_jax.storage.atomic_dir import write_json
     from dsmoe_jax.storage.locks import lock_name
 
-    native = Path(args.native).absolute()
-    file = Path(args.report or native.parent / f"{native.name}.verify.json")
+    source = Path(args.source)
+    folder = source.absolute().parent if source.exists() else Path.cwd()  # of a hub id
+    file = Path(args.report or folder / f"{source.absolute().name}.verify.json")
     with lock_name(file):
-        report = verify(args.native, args.hf, progress=bar)
+        report = verify(args.source, args.other, revision=args.revision, progress=bar)
         write_json(file, report.to_dict())
     print_status(f"{report}; {file} has the SHA-256 of each")
     for found in report.mismatches[1:20]:
@@ -149,33 +201,32 @@ def _verify(args: argparse.Namespace) -> None:
 def _tokenize(args: argparse.Namespace) -> None:
     from dsmoe_jax.train.data import tokenize
 
-    split = args.split_special_tokens
-    print_status(tokenize(args.sources, args.tokenizer, args.out, split_special_tokens=split, progress=bar))
+    options = {name: getattr(args, name) for name in ("validation", "val_fraction", "split_special_tokens")}
+    print_status(tokenize(args.sources, args.tokenizer, args.out, progress=bar, **options))
 
 
 def _pretrain(args: argparse.Namespace) -> None:
-    from dsmoe_jax.train.flags import parse
-    from dsmoe_jax.train.recipes import RECIPES
+    from dsmoe_jax.train.flags import parse_pretraining
 
-    check_choice("recipe", args.recipe, RECIPES)
-    _train(parse(RECIPES[args.recipe](), args.flags, prog=f"dsmoe pretrain {args.recipe}"), args.recipe, args)
+    _train(parse_pretraining(args.flags), args)
 
 
 def _finetune(args: argparse.Namespace) -> None:
     from dsmoe_jax.train.finetune import show_examples
     from dsmoe_jax.train.flags import parse_finetuning
 
-    config, shown = parse_finetuning(args.checkpoint, args.flags)
+    config, shown = parse_finetuning(args.flags)
     if shown:
         show_examples(config, shown)
     else:
-        _train(config, args.checkpoint, args)
+        _train(config, args)
 
 
 def _merge(args: argparse.Namespace) -> None:
     from dsmoe_jax.convert import merge_to
 
-    print_status(merge_to(args.checkpoint, args.adapter, args.out, layout=args.layout, dtype=args.dtype))
+    options = {"layout": args.layout, "dtype": args.dtype, "revision": args.revision}
+    print_status(merge_to(args.checkpoint, args.adapter, args.out, **options))
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -183,7 +234,8 @@ def _generate(args: argparse.Namespace) -> None:
 
     load = functools.partial(_generator, args)
     prompt = None if args.prompt is None else _utf8(args.prompt)
-    terminal.generate(load, _provided(args, SAMPLING), prompt=prompt, file=args.file, out=args.out)
+    source = {"prompt": prompt, "tokens": args.tokens, "file": args.file}
+    terminal.generate(load, _provided(args, SAMPLING), **source, out=args.out, chat=args.chat)
 
 
 def _chat(args: argparse.Namespace) -> None:
@@ -198,18 +250,30 @@ def _demo(args: argparse.Namespace) -> None:
     run(args.out, steps=args.steps)
 
 
-def _train(config: Any, source: str, args: argparse.Namespace) -> None:
+def _plot(args: argparse.Namespace) -> None:
+    from dsmoe_jax.train.plotting import draw
+    from dsmoe_jax.train.run_records import summarize
+    from dsmoe_jax.train.trackers import PLOT
+
+    out = args.out or (Path(args.runs[0]) / PLOT if len(args.runs) == 1 else Path(PLOT))
+    draw(args.runs, out, by=args.by)
+    print(summarize(args.runs))
+    print_status(f"Saved plot: {out}")
+
+
+def _train(config: Any, args: argparse.Namespace) -> None:
     from dsmoe_jax.train.loop import run
 
     result = run(config)
     if result.stopped:
-        command = " ".join([f"dsmoe {args.verb}", source, *args.flags])
+        command = shlex.join(["dsmoe", args.verb, *args.flags])
         print_status(f"Stopped after step {result.steps} of {result.total_steps}; resume with `{command}`")
         return
     done = "Run already complete: " if result.resumed_from == result.steps else "Trained "
     loss = "" if math.isnan(result.loss) else f", loss {result.loss:.4f}"
     validation = "" if result.eval_loss is None else f", eval/loss {result.eval_loss:.4f}"
-    print_status(f"{done}{result.steps} steps{loss}{validation}, {result.total_skips} updates skipped: {result.model}")
+    steps, skips = plural(result.steps, "step"), plural(result.total_skips, "update")
+    print_status(f"{done}{steps}{loss}{validation}, {skips} skipped: {result.model}")
 
 
 def _cast(args: argparse.Namespace) -> str | None:
@@ -220,12 +284,14 @@ def _generator(args: argparse.Namespace) -> Any:
     import jax
 
     from dsmoe_jax.generate import Generator
+    from dsmoe_jax.kernels.environment import check_environment
 
+    check_environment()
     try:
         jax.devices()
     except RuntimeError as error:
         raise DSMoEError(f"JAX has no device: {error}") from None
-    return Generator.from_pretrained(**_provided(args, MODEL))
+    return Generator.from_pretrained(args.path, **_provided(args, MODEL[1:]))
 
 
 def _provided(args: argparse.Namespace, arguments: Sequence[Argument]) -> dict[str, Any]:
@@ -248,13 +314,15 @@ def _utf8(argument: str) -> str:
 VERBS: Final[dict[str, tuple[Callable[[argparse.Namespace], None], str]]] = {
     "demo":     (_demo,     "train a small model on Python's standard library, export, import and generate, offline"),
     "convert":  (_convert,  "convert a PyTorch checkpoint in the Hugging Face layout to a native one"),
-    "export":   (_export,   "export a native checkpoint to the Hugging Face layout, for vLLM, SGLang or llama.cpp"),
-    "verify":   (_verify,   "verify a native checkpoint bit by bit, alone or against a Hugging Face folder"),
+    "export":   (_export,   "export a checkpoint for transformers, vLLM or SGLang, or to GGUF for llama.cpp"),
+    "push":     (_push,     "export a checkpoint and upload it with a model card to the Hugging Face Hub"),
+    "verify":   (_verify,   "verify a checkpoint, alone or bit by bit against another one"),
     "generate": (_generate, "stream the completion of a prompt, or complete a file of prompts"),
     "chat":     (_chat,     "chat with a model"),
     "tokenize": (_tokenize, "tokenize text into token shards"),
     "pretrain": (_pretrain, "pretrain a model from a recipe, or resume a run"),
     "finetune": (_finetune, "fine-tune a model on examples, all weights or LoRA"),
+    "plot":     (_plot,     "plot the metrics of a run, or compare the losses of several"),
     "merge":    (_merge,    "merge a LoRA adapter into a checkpoint"),
     "info":     (_info,     "print parameter counts, sizes and layers of a model"),
 }

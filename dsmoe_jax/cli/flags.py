@@ -1,4 +1,7 @@
-"""Arguments of the verbs: `ARGUMENTS`. `generate` and `chat` name flags after parameters, which set the defaults."""
+"""Arguments of the verbs: `ARGUMENTS`. `generate` and `chat` name flags after parameters, which set the defaults.
+
+`pretrain` and `finetune` are not here: tyro makes their flags from configs (`train.flags`), whose modules import jax.
+"""
 
 import argparse
 from typing import Any, Final
@@ -23,22 +26,26 @@ _SPLIT: Final = "encode strings such as <|endoftext|> in {} as plain text, not a
 _DTYPE: Final = _arg("--dtype", "dtype of the weights; default: as stored", choices=_DTYPES)
 _KEEP: Final = {"choices": (*_DTYPES, "keep"), "default": "keep"}
 _CAST: Final = _arg("--dtype", "cast the weights to this dtype; default: keep, as stored", **_KEEP)
-_CHECKPOINT: Final = "native checkpoint or Hugging Face folder"
+_CHECKPOINT: Final = "native checkpoint, Hugging Face folder or hub id (OWNER/NAME)"
+_REVISION: Final = _arg("--revision", "branch, tag or commit of a hub id; default: main", "REV")
 _ADAPTER: Final = "LoRA adapter in the format of peft"
 _CONTEXT: Final = "maximum tokens of prompt and output together; default: that of the model, at least 4096"
 _SOURCE: Final = "folder with config.json and safetensors or pytorch_model*.bin files, or OWNER/NAME on the Hub"
 _FILE: Final = "prompts, a JSON object per line: prompt, token_ids or messages; optional id and sampling parameters"
-_FLAGS: Final = "fields of the config; `dsmoe {} --help` lists them"
-_FINETUNE: Final = "--data FILE … [--recipe NAME] [--lora] [--show N]"
 _BIAS: Final = "add VALUE in [-100, 100] to the logit of token ID; repeatable"
-_MODELING: Final = "add PyTorch code, so that AutoModelForCausalLM opens the folder with trust_remote_code=True"
+_GGUF_DTYPE: Final = {"choices": (*_DTYPES, "q8_0", "keep"), "default": "keep"}
+_MODELING: Final = (
+    "with hf: add PyTorch code, so that AutoModelForCausalLM opens the folder with trust_remote_code=True"
+)
 _STOP_ID: Final = "end the output after this token; repeatable"
+_PLOT: Final = "image to write, .png, .pdf or .svg; default: RUN/plot.png, for several runs plot.png"
 _INT: Final = {"type": int, "metavar": "N"}
 _FLOAT: Final = {"type": float, "metavar": "X"}
 _OPTIONAL: Final = {"action": "store_true", "default": None}
 
 MODEL: Final = (
-    _arg("path", _CHECKPOINT, "PATH"),
+    _arg("path", _CHECKPOINT, "PATH|HUB_ID"),
+    _REVISION,
     _arg("--adapter", _ADAPTER, "DIR"),
     _arg("--quantize", "quantize the weights while loading; default: none", choices=("int8", "int4", "nf4")),
     _DTYPE,
@@ -53,46 +60,74 @@ _SAMPLING: Final = (
     _arg("--top-k", "sample from the N most likely tokens; default: 0, which disables it", **_INT),
     _arg("--top-p", "sample from the smallest set with total probability X in [0, 1]; default: 1", **_FLOAT),
     _arg("--min-p", "drop tokens less likely than X in [0, 1] times the most likely one; default: 0", **_FLOAT),
-    _arg("--repetition-penalty", "multiplicative penalty on tokens already present; 1.0 disables it", **_FLOAT),
+    _arg(
+        "--repetition-penalty",
+        "multiplicative penalty on tokens already present; default: 1, which disables it",
+        **_FLOAT,
+    ),
     _arg("--presence-penalty", "subtract X in [-2, 2] from the logit of tokens in the output; default: 0", **_FLOAT),
     _arg("--frequency-penalty", "subtract X in [-2, 2] once per occurrence in the output; default: 0", **_FLOAT),
     _arg("--logit-bias", _BIAS, "ID=VALUE", type=_bias, action="append"),
-    _arg("--seed", "sampling seed; default: index of the prompt", **_INT),
+    _arg("--seed", "seed of sampling, in [0, 2**32); default: the index of the prompt or chat turn, from 0", **_INT),
     _arg("--stop", "end the output before this string; repeatable", "TEXT", action="append"),
     _arg("--stop-token-id", _STOP_ID, "ID", type=int, dest="stop_token_ids", action="append"),
     _arg("--ignore-eos", "continue past EOS tokens and the stop strings of the model", **_OPTIONAL),
 )
 SAMPLING: Final = (
     *_SAMPLING,
-    _arg("--n", "outputs per prompt of --file; default: 1", **_INT),
-    _arg("--logprobs", "with --file: log-probabilities of every token and the N most likely ones", **_INT),
+    _arg("--n", "with --file: outputs per prompt; default: 1", **_INT),
+    _arg(
+        "--logprobs", "with --file: log-probabilities of every token and the N most likely ones; default: none", **_INT
+    ),
 )
+# By title: the text below it, and its arguments.
+GROUPS: Final[dict[str, tuple[str, tuple[Argument, ...]]]] = {
+    "model options": ("What is loaded, and the memory that generation may use.", MODEL),
+    "sampling options": ("How the next token is chosen, and when an output ends.", SAMPLING),
+}
 ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
     "demo": (
         _arg("--out", "keep checkpoints and plot in this new folder; default: discard them", "DIR"),
-        _arg("--steps", "training steps; default: 150", default=150, **_INT),
+        _arg("--steps", "training steps; default: 1600", default=1600, **_INT),
     ),
     "convert": (
         _arg("source", _SOURCE, "HF_DIR|REPOSITORY"),
         _arg("out", "native checkpoint to create", "OUT"),
         _CAST,
-        _arg("--revision", "branch, tag or commit of the repository; default: main", "REV"),
+        _REVISION,
     ),
     "export": (
-        _arg("native", "native checkpoint", "NATIVE"),
-        _arg("out", "Hugging Face folder to create", "OUT"),
-        _arg("--max-shard-size", "maximum size of a file; default: 5GB", "SIZE", default="5GB"),
-        _arg("--with-modeling", _MODELING, action="store_true"),
-        _CAST,
+        _arg("source", _CHECKPOINT, "SRC"),
+        _arg("out", "Hugging Face folder or GGUF file to create", "OUT"),
+        _REVISION,
+        _arg(
+            "--format", "hf: for vLLM, SGLang, transformers; gguf: for llama.cpp; default: hf", choices=("hf", "gguf")
+        ),
+        _arg("--dtype", "cast the weights to this dtype; q8_0: gguf only; default: keep, as stored", **_GGUF_DTYPE),
+        _arg("--max-shard-size", "with hf: maximum size of a file; default: 5GB", "SIZE"),
+        _arg("--with-modeling", _MODELING, **_OPTIONAL),
+    ),
+    "push": (
+        _arg("checkpoint", "native checkpoint or Hugging Face folder", "CKPT"),
+        _arg("repo_id", "repository to create or update, OWNER/NAME", "REPOSITORY"),
+        _arg("--private", "create a private repository; an existing one stays as it is", **_OPTIONAL),
+        _arg("--revision", "branch to upload to, created if missing; default: main", "BRANCH"),
+        _DTYPE,
+        _arg("--license", "license stated in the model card, such as mit; default: none", "NAME"),
+        _arg("--base-model", "hub id of the base model stated in the model card; default: none", "OWNER/NAME"),
+        _arg("--dry-run", "write the files to this new folder instead of uploading them; default: upload", "DIR"),
     ),
     "verify": (
-        _arg("native", "native checkpoint", "NATIVE"),
-        _arg("hf", "Hugging Face folder to compare every tensor with", "HF_DIR", nargs="?"),
-        _arg("--report", "JSON report to write; default: NATIVE.verify.json", "FILE"),
+        _arg("source", _CHECKPOINT, "SRC"),
+        _arg("other", f"compare every tensor with this one: {_CHECKPOINT}", "OTHER", nargs="?"),
+        _REVISION,
+        _arg("--report", "JSON report to write; default: SRC.verify.json", "FILE"),
     ),
     "generate": (
         *MODEL,
         _arg("--prompt", "text to continue; default or -: read from stdin", "TEXT"),
+        _arg("--chat", "make the prompt one user message of a chat; print the reply only", action="store_true"),
+        _arg("--tokens", "token ids to continue, separated by spaces or commas; needs no tokenizer", "IDS"),
         _arg("--file", _FILE, "FILE.jsonl"),
         _arg("--out", "with --file: file of outputs to create; default: stdout", "FILE.jsonl"),
         *SAMPLING,
@@ -102,22 +137,29 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
         _arg("sources", "text, jsonl(.gz, .zst), parquet, a folder, or python-stdlib", "SOURCE", nargs="+"),
         _arg("--tokenizer", "folder with a tokenizer", "DIR", required=True),
         _arg("--out", "folder of token shards to create", "OUT", required=True),
+        _arg(
+            "--validation", "texts of the validation split, instead of --val-fraction", "SOURCE", nargs="+", default=[]
+        ),
+        _arg(
+            "--val-fraction", "fraction of the documents held out for validation; default: 0.01", default=0.01, **_FLOAT
+        ),
         _arg("--split-special-tokens", _SPLIT.format("documents"), action="store_true"),
     ),
-    "pretrain": (
-        _arg("recipe", "tiny, bench, deepseek_moe_2b, deepseek_moe_16b or deepseek_moe_145b", "RECIPE"),
-        _arg("flags", _FLAGS.format("pretrain RECIPE"), "--FLAG VALUE", nargs=argparse.REMAINDER),
-    ),
-    "finetune": (
-        _arg("checkpoint", "native checkpoint", "CKPT"),
-        _arg("flags", _FLAGS.format("finetune CKPT"), _FINETUNE, nargs=argparse.REMAINDER),
+    "plot": (
+        _arg("runs", "output directories of runs", "RUN", nargs="+"),
+        _arg("--out", _PLOT, "FILE"),
+        _arg("--by", "horizontal axis of a comparison; default: step", choices=("step", "tokens"), default="step"),
     ),
     "merge": (
         _arg("checkpoint", _CHECKPOINT, "CKPT"),
         _arg("adapter", _ADAPTER, "ADAPTER"),
         _arg("out", "checkpoint to create", "OUT"),
+        _REVISION,
         _arg("--layout", "format of the output; default: native", choices=("native", "hf"), default="native"),
-        _DTYPE,
+        _arg("--dtype", "dtype of the merged weights; default: that of the checkpoint", choices=_DTYPES),
     ),
-    "info": (_arg("model", "preset, config.json or checkpoint", "PRESET|PATH"),),
+    "info": (
+        _arg("model", f"preset, config.json, or {_CHECKPOINT}, of which only the config is read", "MODEL"),
+        _REVISION,
+    ),
 }

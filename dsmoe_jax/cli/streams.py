@@ -52,6 +52,14 @@ def print_error(line: str) -> None:
         _discard(sys.stderr)
 
 
+def describe_error(error: BaseException) -> str:
+    """Return the message of an error on one line, that of an `OSError` without its number."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror is not None:
+        text = ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
+    return " ".join(text.split())
+
+
 def reader_has_left() -> bool:
     """Return whether the reader of stdout or stderr closed its pipe."""
     poll = select.poll()

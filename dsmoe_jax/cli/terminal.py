@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -15,15 +16,18 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
 
+from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.generate.chat import Chat
 from dsmoe_jax.generate.generator import Completion, Generator
-from dsmoe_jax.generate.sampling_params import FIELD_NAMES, SamplingParams, suggest
-from dsmoe_jax.progress import count, log_level
+from dsmoe_jax.generate.sampling_params import FIELD_NAMES, SamplingParams, merge_fields, suggest
+from dsmoe_jax.progress import count, log_level, plural
 from dsmoe_jax.storage.atomic_dir import check_new_path, name_full_disk, staging_path
 from dsmoe_jax.storage.locks import lock_name
 from dsmoe_jax.storage.paths import user_path
-from dsmoe_jax.storage.strict_json import parse_json
+from dsmoe_jax.storage.strict_json import parse_json, read_json
+from dsmoe_jax.text.chat_template import find_chat_templates
+from dsmoe_jax.text.tokenizer import Tokenizer
 
 Load = Callable[[], Generator]
 Sampling = Mapping[str, Any]  # arguments of `SamplingParams`
@@ -34,24 +38,78 @@ def _quiet() -> AbstractContextManager[None]:  # log lines would interleave with
 
 
 def generate(
-    load: Load, sampling: Sampling, *, prompt: str | None = None, file: str | None = None, out: str | None = None
+    load: Load,
+    sampling: Sampling,
+    *,
+    prompt: str | None = None,
+    tokens: str | None = None,
+    file: str | None = None,
+    out: str | None = None,
+    chat: bool = False,
 ) -> None:
-    """Stream `prompt` (default or "-": stdin) and its completion to stdout, or complete a JSONL file of prompts."""
-    if prompt is not None and file is not None:
-        raise DSMoEError("--prompt and --file are mutually exclusive")
+    """Stream a prompt (default or "-": stdin) and its completion to stdout, or complete a JSONL file of prompts.
+
+    With `chat` the prompt is a user message and only the reply is printed, with `tokens` (ids) only the completion.
+    """
+    passed = [
+        name for name, value in (("--prompt", prompt), ("--tokens", tokens), ("--file", file)) if value is not None
+    ]
+    if len(passed) > 1:
+        raise DSMoEError(f"{' and '.join(passed)} are mutually exclusive")
+    if chat and (file or tokens):
+        raise DSMoEError(f"--chat needs a prompt of text, got {passed[0]}")
     if file is not None:
-        return _complete_file(load, sampling, user_path(file, "file"), out)
+        return _complete_file(load, sampling, user_path(file, "--file"), out)
     if out is not None:
         raise DSMoEError("--out needs --file")
-    params = SamplingParams.of(**sampling)
+    params = SamplingParams(**sampling)
     if params.n != 1 or params.logprobs is not None:
         raise DSMoEError("--n and --logprobs need --file")
+    if tokens is not None:
+        return _complete_ids(load, _parse_ids(tokens), params)
     prompt = _read_stdin() if prompt in (None, "-") else prompt
     if not prompt:
         raise DSMoEError("the prompt is empty")
+    if chat:
+        return _print_pieces(load().stream([{"role": "user", "content": prompt}], params))
     pieces = load().stream(prompt, params)
+    _print_pieces(itertools.chain([prompt], pieces))
+
+
+def example_command(checkpoint: str) -> str:
+    """Return a command that works for a native checkpoint: a chat, a text prompt, or ids without a tokenizer."""
+    name, folder = shlex.quote(checkpoint), Path(checkpoint)
+    try:
+        Tokenizer.from_pretrained(folder, verify=False)
+    except DSMoEError:  # none, or one that generation would refuse
+        return f"dsmoe generate {name} --tokens {ModelConfig.from_file(folder).bos_token_id or 0}"
+    settings = folder / "tokenizer_config.json"
+    templates = find_chat_templates(folder, read_json(settings) if settings.is_file() else {})
+    return f"dsmoe chat {name}" if "default" in templates else f"dsmoe generate {name} --prompt Hello"
+
+
+def _parse_ids(tokens: str) -> list[int]:
+    """Parse ids separated by spaces or commas."""
+    words = tokens.replace(",", " ").split()
+    if bad := next((word for word in words if not word.isdecimal()), None):
+        raise DSMoEError(f"--tokens must be token ids, separated by spaces or commas, got {bad[:80]!r}")
+    if not words:
+        raise DSMoEError("the prompt is empty")
+    return [int(word) for word in words]
+
+
+def _complete_ids(load: Load, token_ids: list[int], params: SamplingParams) -> None:
+    """Print the completion of token ids, as text if there is a tokenizer, else as ids."""
+    generator = load()
+    if generator.tokenizer is not None:
+        return _print_pieces(generator.stream(token_ids, params))
     with _quiet():
-        for piece in itertools.chain([prompt], pieces):
+        print(*generator(token_ids, params).token_ids)
+
+
+def _print_pieces(pieces: Iterable[str]) -> None:
+    with _quiet():
+        for piece in pieces:
             print(piece, end="", flush=True)
         print()
 
@@ -96,7 +154,9 @@ _FIELDS: Final = ("id", *_PROMPTS, *FIELD_NAMES)
 
 def _complete_file(load: Load, sampling: Sampling, file: Path, out: str | None) -> None:
     """Complete all prompts in one call of the generator; write an error for each invalid line."""
-    SamplingParams.of(**sampling)
+    SamplingParams(**sampling)
+    if not file.exists():
+        raise DSMoEError(f"--file {file} does not exist")
     lines = [
         _parse_line(number, line, sampling)
         for number, line in enumerate(_decode(file.read_bytes(), str(file)).split("\n"), 1)
@@ -110,21 +170,22 @@ def _complete_file(load: Load, sampling: Sampling, file: Path, out: str | None) 
         began, completions = time.perf_counter(), []
         if valid:
             generator = load()
-            began, total = time.perf_counter(), sum(params.n for _, params in valid)
-            with count("completions", total) as advance, _quiet():
+            began = time.perf_counter()
+            with _quiet():
                 prompts, params = zip(*valid, strict=True)
-                completions = generator(prompts, params, errors="return", progress=advance)
+                completions = generator(prompts, params, errors="return", progress=count)
         seconds = time.perf_counter() - began
         for record in _records(lines, completions):
             failed += [record] if "error" in record else []
             written.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
         written.flush()
-    complete = [one for one in completions if one.error is None]
+    complete = [one for entry in completions for one in _as_list(entry) if one.error is None]
     tokens = sum(len(one.token_ids) for one in complete)
-    print(f"{len(complete)} completions, {_rate(tokens, seconds)}", file=sys.stderr)
+    print(f"{plural(len(complete), 'completion')}, {_rate(tokens, seconds)}", file=sys.stderr)
     if failed:
         first = f"line {failed[0]['line']}: {failed[0]['error']}"
-        raise DSMoEError(f"{len(failed)} of {len(lines)} prompts in {file} failed; first error, {first}")
+        total = plural(len(lines), "prompt")
+        raise DSMoEError(f"{len(failed)} of {total} in {file} failed; first error, {first}")
 
 
 def _parse_line(number: int, line: str, sampling: Sampling) -> _Line:
@@ -152,9 +213,7 @@ def _parse_fields(fields: dict[str, Any], sampling: Sampling) -> tuple[Any, Samp
         raise DSMoEError(f"{present[0]} must be {kind}")
     if isinstance(biases := fields.get("logit_bias"), dict):  # JSON keys are strings
         fields["logit_bias"] = {_token_id(key): value for key, value in biases.items()}
-    if "max_tokens" in fields:  # the alias overrides the flag, too
-        sampling = {name: value for name, value in sampling.items() if name != "max_new_tokens"}
-    return prompt, SamplingParams.of(**{**sampling, **fields})
+    return prompt, SamplingParams(**merge_fields(sampling, fields))
 
 
 def _token_id(key: str) -> int | str:
@@ -162,20 +221,25 @@ def _token_id(key: str) -> int | str:
     return int(key) if key.isdecimal() and len(key) <= 10 and str(int(key)) == key else key
 
 
-def _records(lines: Iterable[_Line], completions: Iterable[Completion]) -> Iterator[dict[str, Any]]:
+def _records(lines: Iterable[_Line], completions: Iterable[Completion | list[Completion]]) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects to write, in the order of the lines."""
     rest = iter(completions)
     for line in lines:
-        first = None if line.params is None else next(rest)
-        error = line.error if first is None else first.error
-        if line.params is None or first is None or error is not None:
+        outputs = [] if line.params is None else _as_list(next(rest))
+        error = line.error if line.params is None else outputs[0].error
+        if error is not None:
             yield {**line.id, "line": line.number, "error": error}
             continue
-        for index, one in enumerate([first, *itertools.islice(rest, line.params.n - 1)]):
+        for index, one in enumerate(outputs):
             record = {**line.id, **{name: getattr(one, name) for name in _COMPLETION}}
             if one.logprobs is not None:
                 record["logprobs"] = [logprob._asdict() for logprob in one.logprobs]
-            yield record | ({"index": index} if line.params.n > 1 else {})
+            yield record | ({"index": index} if line.params.n > 1 else {})  # type: ignore[union-attr]
+
+
+def _as_list(entry: Completion | list[Completion]) -> list[Completion]:
+    """Return the completions of a prompt."""
+    return entry if isinstance(entry, list) else [entry]
 
 
 @contextlib.contextmanager
@@ -205,7 +269,7 @@ def _new_file(path: str | Path) -> Iterator[BinaryIO]:
 
 def chat(load: Load, sampling: Sampling, *, system: str | None = None) -> None:
     """Chat until the input ends. Ctrl-C stops a reply; at the prompt it ends the chat."""
-    SamplingParams.of(**sampling)
+    SamplingParams(**sampling)
     conversation = Chat(load(), system=system, **sampling)
     print("/help lists the commands; /quit, Ctrl-D or Ctrl-C ends the chat.")
     with contextlib.suppress(EOFError), _quiet():
@@ -244,7 +308,7 @@ def _print_reply(conversation: Chat, text: str) -> None:
 
 
 def _rate(tokens: int, seconds: float) -> str:
-    return f"{tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tok/s"
+    return f"{plural(tokens, 'token')}, {tokens / max(seconds, 1e-9):.1f} tok/s"
 
 
 @contextlib.contextmanager
@@ -277,6 +341,7 @@ def _save(conversation: Chat, file: str) -> None:
     messages = json.dumps(conversation.messages, ensure_ascii=False, indent=2)
     with _new_file(file) as written:
         written.write(messages.encode("utf-8", "backslashreplace") + b"\n")
+    print(f"Saved {file}")
 
 
 def _help(_: Chat, __: str) -> None:

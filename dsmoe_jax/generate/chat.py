@@ -1,5 +1,6 @@
 """`Chat`: a conversation with a chat model."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,6 +8,11 @@ from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.generate.engine import Engine
 from dsmoe_jax.generate.generator import Generator
 from dsmoe_jax.generate.request import Output, Prefix
+from dsmoe_jax.generate.sampling_params import SamplingParams, merge_fields
+from dsmoe_jax.text.generation_config import GENERATION_CONFIG
+from dsmoe_jax.text.tokenizer import Tokenizer
+
+_log = logging.getLogger("dsmoe_jax")
 
 
 class Chat:
@@ -25,9 +31,16 @@ class Chat:
         Args:
             generator: A generator whose tokenizer has a chat template.
             system: System message.
-            **params: `SamplingParams` of every turn, by field.
+            **params: `SamplingParams` of every turn, by field; default: the generator's `sampling_defaults`.
+
+        Raises:
+            DSMoEError: There is no tokenizer or chat template, or a parameter is out of range.
         """
-        self.generator, self.params = generator, params
+        self._tokenizer = _chat_tokenizer(generator)
+        self.generator, self.params = generator, merge_fields(generator.sampling_defaults, params)
+        SamplingParams(**self.params)
+        if used := [f"{name} {value}" for name, value in self.params.items() if name not in params]:
+            _log.info("Sampling defaults from %s: %s", GENERATION_CONFIG, ", ".join(used))
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self.reset()
 
@@ -43,11 +56,8 @@ class Chat:
         Raises:
             DSMoEError: As `Generator.stream`; the history is unchanged.
         """
-        tokenizer = self.generator.tokenizer
-        if tokenizer is None:
-            raise DSMoEError("a chat needs a tokenizer, and this generator has none")
         messages = [*self.messages, {"role": "user", "content": text}]
-        token_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        token_ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         engine, output = self.generator.start(token_ids, prefix=self._prefix, retain_prefix=True, **self.params)
         return self._reply(messages, engine, output)
 
@@ -64,3 +74,11 @@ class Chat:
             self.messages = [*messages, {"role": "assistant", "content": reply}]
             self.token_ids = output.token_ids
             self._prefix = output.prefix or self._prefix  # None if canceled before the first token
+
+
+def _chat_tokenizer(generator: Generator) -> Tokenizer:
+    tokenizer = generator.tokenizer
+    if tokenizer is None or "default" not in tokenizer.chat_templates:
+        missing = "tokenizer" if tokenizer is None else "chat template"
+        raise DSMoEError(f"a chat needs a {missing}, and this generator has none; `dsmoe generate` completes prompts")
+    return tokenizer

@@ -1,22 +1,26 @@
 """`Generator`: prompts in, completions out; each call or stream runs an `Engine`. Start at `Generator.__call__`."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.errors import DSMoEError, check_choice
 from dsmoe_jax.generate import loading
 from dsmoe_jax.generate.engine import Engine, Stats
 from dsmoe_jax.generate.memory_plan import device_bytes
-from dsmoe_jax.generate.prompts import Prompt, encode_pair, encode_prompt
+from dsmoe_jax.generate.prompts import Prompt, encode_pair, encode_prompt, is_one_prompt
 from dsmoe_jax.generate.request import Output, Prefix, TokenLogprob
-from dsmoe_jax.generate.sampling_params import SamplingParams
+from dsmoe_jax.generate.sampling_params import SamplingParams, read_sampling_defaults, suggest
 from dsmoe_jax.generate.scoring import Perplexity, Score, perplexity, score
+from dsmoe_jax.loading import resolve
 from dsmoe_jax.model import DeepSeekMoE, split
+from dsmoe_jax.progress import Meter, plural, silent
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.text import generation_config as stops
 from dsmoe_jax.text.tokenizer import Tokenizer
@@ -68,6 +72,7 @@ class Generator:
         prefill_chunk: int | None = None,
         cache_dtype: Any = None,
         cache_bytes: int | None = None,
+        sampling_defaults: Mapping[str, Any] = MappingProxyType({}),
     ):
         """Create a generator.
 
@@ -83,6 +88,7 @@ class Generator:
             cache_dtype: Dtype of keys and values: float32, bfloat16, float16 or int8. Default: that of the model.
             cache_bytes: Bound on the KV cache; requests that exceed it are rejected. Default: on GPUs 45 % of the
                 memory that is free after loading, on CPU none.
+            sampling_defaults: Fields of `SamplingParams` for `Chat`; calls and streams do not use them.
 
         Raises:
             DSMoEError: A value is out of range.
@@ -90,9 +96,8 @@ class Generator:
         self.config, self.tokenizer = model.config, tokenizer
         self._graph, params = split(model)
         self._params = loading.upcast_for_cpu(params)
-        scaling, on_cpu = self.config.rope_scaling, jax.default_backend() == "cpu"
-        trained = int(self.config.max_position_embeddings * (scaling.factor if scaling else 1))
-        trained = max(trained, loading.MIN_CONTEXT_LENGTH)
+        on_cpu = jax.default_backend() == "cpu"
+        trained = max(self.config.context_length, loading.MIN_CONTEXT_LENGTH)
         self.context_length = _at_least(2, "context_length", context_length, trained)
         self.max_batch_size = _at_least(1, "max_batch_size", max_batch_size, 8 if on_cpu else 64)
         self.prefill_chunk = _at_least(16, "prefill_chunk", prefill_chunk, loading.default_prefill_chunk())
@@ -109,32 +114,37 @@ class Generator:
             if not 0 <= token < self.config.vocab_size:
                 raise DSMoEError(f"eos_token_id {token} is outside the vocabulary of {self.config.vocab_size}")
         self.stop_strings = SamplingParams(stop=stop_strings).stop
+        self.sampling_defaults = dict(sampling_defaults)
         self.stats = Stats()
         self._num_requests = 0  # the default seed
 
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,
+        path_or_hub_id: str | Path,
         *,
         dtype: Any = None,
         mesh: Mesh | MeshConfig | None = None,
-        adapter: str | Path | None = None,
         quantize: str | None = None,
+        adapter: str | Path | None = None,
+        revision: str | None = None,
+        verify: bool = True,
         split_special_tokens: bool | None = None,
         **options: Any,
     ) -> "Generator":
-        """Load a native checkpoint or a Hugging Face folder, with its tokenizer if there is one.
+        """Load a model as `dsmoe_jax.load` does, with its tokenizer if there is one.
 
-        EOS ids and stop strings come from `generation_config.json`, the config and the tokenizer.
+        EOS ids and stop strings come from `generation_config.json`, the config and the tokenizer; `sampling_defaults`
+        from `generation_config.json`.
 
         Args:
-            path: The checkpoint or folder.
+            path_or_hub_id: Native checkpoint, Hugging Face folder or hub id.
             dtype: Dtype of the weights; default: as stored.
             mesh: Mesh to shard the model over.
-            adapter: Folder of a LoRA adapter in the format of peft; its EOS ids and stop strings are added.
-            quantize: Quantize weights while loading: "int8", "int4" or "nf4". The embedding is quantized to int8;
-                norms, routers and the head are not.
+            quantize: Quantize weights while loading: "int8", "int4" or "nf4".
+            adapter: Folder of a LoRA adapter in PEFT's format; its EOS ids and stop strings are added.
+            revision: Branch, tag or commit of a hub id; default: `main`.
+            verify: Compare every file of a native checkpoint with its SHA-256 first.
             split_special_tokens: Encode special tokens in prompts as plain text (`Tokenizer.from_pretrained`).
             **options: Options of `Generator`.
 
@@ -144,58 +154,83 @@ class Generator:
         Raises:
             DSMoEError: The checkpoint is invalid, or its weights exceed the memory of the device.
         """
-        model, tokenizer, fields = loading.load(path, dtype, mesh, adapter, quantize, split_special_tokens, options)
+        for name in options:
+            if name not in _OPTIONS:
+                raise DSMoEError(f"unknown option {name!r}; {suggest(name, _FROM_PRETRAINED)}")
+        folder = resolve(path_or_hub_id, revision)
+        model, tokenizer, fields = loading.load(
+            folder,
+            dtype=dtype,
+            mesh=mesh,
+            quantize=quantize,
+            adapter=adapter,
+            verify=verify,
+            split_special_tokens=split_special_tokens,
+            engine_options=options,
+        )
         if options.get("eos_token_id") is None:
             options["eos_token_id"] = loading.valid_eos_token_ids(fields, tokenizer, model.config.vocab_size)
-        options.setdefault("stop_strings", stops.stop_strings(fields))
+        options = {
+            "stop_strings": stops.stop_strings(fields),
+            "sampling_defaults": read_sampling_defaults(folder),
+        } | options
         return cls(model, tokenizer, **options)
 
     def __call__(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         params: Params = None,
         *,
         errors: str = "raise",
-        progress: Callable[[int], Any] = lambda finished: None,
+        progress: Meter = silent,
         **keywords: Any,
-    ) -> list[Completion]:
-        """Generate a completion for every prompt.
+    ) -> Any:
+        """Generate completions for one prompt or for a list of prompts.
 
         Args:
-            prompts: Each a string, a list of token ids, or a chat (messages with role and content).
+            prompts: A prompt or a list of them. A prompt is a string, a list of token ids, or a chat (a list of
+                messages with role and content).
             params: Sampling parameters, for all prompts or one for each.
             errors: "raise", or "return" to return a completion with `error` for each invalid prompt.
-            progress: Called with the number of newly finished outputs.
+            progress: Progress meter, in completions.
             **keywords: `SamplingParams` by field, instead of `params`.
 
         Returns:
-            Completions in the order of the prompts, `n` per prompt.
+            For one prompt a `Completion`, or a list of them if `n` is more than 1; for a list of prompts a list of
+            these, in order.
 
         Raises:
             DSMoEError: Before generation starts: a prompt is empty, too long for the context or has ids outside the
                 vocabulary, or a parameter is out of range.
         """
-        if isinstance(prompts, str | bytes) or not len(prompts):
-            raise DSMoEError("prompts must be a non-empty list, one entry per completion")
-        if errors not in ("raise", "return"):
-            raise DSMoEError(f"errors must be 'raise' or 'return', got {errors!r}")
-        engine = self.engine()
-        results: list[Completion | Output] = []
-        for prompt, one in zip(prompts, self._each_params(params, keywords, len(prompts)), strict=True):
+        check_choice("errors", errors, ("raise", "return"))
+        if single := is_one_prompt(prompts):
+            prompts = [prompts]  # type: ignore[list-item]
+        engine, each = self.engine(), self._each_params(params, keywords, len(prompts))
+        results: list[list[Output] | DSMoEError] = []
+        for prompt, one in zip(prompts, each, strict=True):
             try:
-                results += self._submit(engine, prompt, one)
+                results.append(self._submit(engine, prompt, one))  # type: ignore[arg-type]
             except DSMoEError as error:
                 if errors == "raise":
                     raise
-                results.append(Completion("", [], "error", error=str(error)))
-        outputs = [one for one in results if isinstance(one, Output)]
-        reported = 0
-        while engine.busy:
-            engine.step()
-            finished = sum(output.finished for output in outputs)
-            progress(finished - reported)
-            reported = finished
-        return [self._completion(one) if isinstance(one, Output) else one for one in results]
+                results.append(error)
+        outputs = [output for result in results if isinstance(result, list) for output in result]
+        with progress("completions", len(outputs)) as advance:
+            reported = 0
+            while engine.busy:
+                engine.step()
+                finished = sum(output.finished for output in outputs)
+                advance(finished - reported)
+                reported = finished
+        completions = [
+            [Completion("", [], "error", error=str(result))]
+            if isinstance(result, DSMoEError)
+            else [self._completion(output) for output in result]
+            for result in results
+        ]
+        entries = [found if one.n > 1 else found[0] for one, found in zip(each, completions, strict=True)]
+        return entries[0] if single else entries
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **keywords: Any) -> Iterator[str]:
         """Stream the completion of one prompt as pieces of text; close the iterator to abort.
@@ -298,10 +333,10 @@ class Generator:
         the continuation, and an empty or blank prompt is the BOS token.
 
         Args:
-            prompts: As in a call.
+            prompts: A list of prompts as in a call.
             continuations: Text or token ids, one per prompt.
             **options: `context_length` (default: that of the generator), `max_tokens` per batch with padding (2048) and
-                `progress`, called with (scored, total) after every batch.
+                `progress`, a progress meter in pairs.
 
         Returns:
             Scores in the order of the prompts.
@@ -309,6 +344,9 @@ class Generator:
         Raises:
             DSMoEError: As `encode`, an option is out of range, or a pair is empty or exceeds `context_length`.
         """
+        for name, value in (("prompts", prompts), ("continuations", continuations)):
+            if isinstance(value, str):
+                raise DSMoEError(f"{name} must be a list, got the string {value!r:.80}")
         if len(prompts) != len(continuations):
             counts = f"{len(prompts)} and {len(continuations)}"
             raise DSMoEError(f"prompts and continuations must have one length, got {counts}")
@@ -352,10 +390,12 @@ class Generator:
         if params is not None and keywords:
             raise DSMoEError(f"params and keywords are exclusive, got both: {', '.join(keywords)}")
         if params is None:
-            params = SamplingParams.of(**keywords)
+            params = SamplingParams(**keywords)
         each = [params] * prompts if isinstance(params, SamplingParams) else list(params)
         if len(each) != prompts:
-            raise DSMoEError(f"params must be one for all or one per prompt, got {len(each)} for {prompts} prompts")
+            raise DSMoEError(
+                f"params must be one for all or one per prompt, got {len(each)} for {plural(prompts, 'prompt')}"
+            )
         return each
 
     def _submit(self, engine: Engine, prompt: Prompt, params: SamplingParams, **options: Any) -> list[Output]:
@@ -374,6 +414,10 @@ class Generator:
             text = self.tokenizer.decode(visible) if self.tokenizer else ""
         logprobs = None if params.logprobs is None else output.logprobs
         return Completion(text, token_ids, output.finish_reason or "length", output.stop_reason, logprobs)
+
+
+_OPTIONS: Final = inspect.getfullargspec(Generator.__init__).kwonlyargs
+_FROM_PRETRAINED: Final = [*inspect.getfullargspec(Generator.from_pretrained).kwonlyargs, *_OPTIONS]
 
 
 def _at_least(minimum: int, name: str, value: int | None, default: Any) -> Any:

@@ -8,19 +8,13 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from dsmoe_jax.checkpoint import native
-from dsmoe_jax.checkpoint.manifest import is_native
 from dsmoe_jax.checkpoint.native import DTYPES, as_dtype
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.convert import attach_adapter, load_hf, load_hf_quantized
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.generate.memory_plan import MemoryPlan, device_bytes, weight_dtypes
-from dsmoe_jax.model import DeepSeekMoE, assemble
-from dsmoe_jax.quantize import load_quantized, quantize_embedding
-from dsmoe_jax.sharding import MeshConfig
-from dsmoe_jax.storage.paths import user_path
+from dsmoe_jax.loading import load as load_model
+from dsmoe_jax.model import DeepSeekMoE
 from dsmoe_jax.text import generation_config as stops
 from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
@@ -31,25 +25,15 @@ _log = logging.getLogger("dsmoe_jax")
 
 
 def load(
-    path: str | Path,
-    dtype: Any,
-    mesh: Mesh | MeshConfig | None,
-    adapter: str | Path | None,
-    quantize: str | None,
+    path: Path,
+    *,
     split_special_tokens: bool | None,
-    options: Mapping[str, Any],
+    engine_options: Mapping[str, Any],
+    **options: Any,
 ) -> tuple[DeepSeekMoE, Tokenizer | None, dict[str, Any]]:
-    """Load model, tokenizer and generation config for `Generator.from_pretrained`, which documents the arguments."""
-    path = user_path(path, "model")
-    _check_memory(path, dtype, quantize, mesh, options)
-    if quantize is None:
-        model = (native.load if is_native(path) else load_hf)(path, dtype=dtype, mesh=mesh)
-    else:
-        read = load_quantized if is_native(path) else load_hf_quantized
-        config, params = read(path, quantize, dtype=dtype, mesh=mesh)
-        model = assemble(config, quantize_embedding(params))
-    if adapter is not None:
-        model = attach_adapter(model, adapter)
+    """Load model, tokenizer and generation config for `Generator`; `options` are for `dsmoe_jax.load`."""
+    _check_memory(path, options["dtype"], options["quantize"], options["mesh"], engine_options)
+    model, adapter = load_model(path, **options), options["adapter"]
     tokenizer = None
     if tokenizer_files(path):
         # Loading the model has verified the files.

@@ -1,5 +1,6 @@
 """Tokenizing prompts and (prompt, continuation) pairs: `encode_prompt`, `encode_pair`."""
 
+import numbers
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,6 +11,17 @@ from dsmoe_jax.text.tokenizer import Tokenizer
 
 Message = Mapping[str, str]  # {"role": "user", "content": "…"}
 Prompt = str | Sequence[int] | Sequence[Message]
+
+
+def is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Return whether this is one prompt: text, token ids or a chat; False for a non-empty list of prompts."""
+    if isinstance(prompts, str):
+        return True
+    if isinstance(prompts, bytes | Mapping) or not hasattr(prompts, "__getitem__") or not len(prompts):
+        kinds = "text, token ids, a chat, or a non-empty list of these"
+        raise DSMoEError(f"prompts must be {kinds}, got {' '.join(repr(prompts).split()):.80}")
+    first = prompts[0]
+    return isinstance(first, Mapping | numbers.Number) or getattr(first, "ndim", None) == 0
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
@@ -63,7 +75,7 @@ def _empty_context(prefix: int | None) -> list[int]:
 
 def _required(tokenizer: Tokenizer | None, what: str) -> Tokenizer:
     if tokenizer is None:
-        raise DSMoEError(f"{what} needs a tokenizer, and this generator has none: pass token ids")
+        raise DSMoEError(f"{what} needs a tokenizer, and this generator has none: pass token ids (`--tokens`)")
     return tokenizer
 
 

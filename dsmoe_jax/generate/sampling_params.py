@@ -2,12 +2,16 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from dsmoe_jax.convert.hub import resolve_file
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.text.generation_config import GENERATION_CONFIG, read_generation_config
 
 MAX_LOGIT_BIASES: Final = 300
 _MAX_STOP_STRINGS: Final = 64
@@ -38,6 +42,9 @@ _NUMBERS: Final[dict[str, _Bound]] = {
     "n": _Bound(1, 1024, integer=True),
     "logprobs": _Bound(0, 20, integer=True, optional=True),
 }
+# Fields of generation_config.json: with `do_sample` only, and in any case.
+_SAMPLED: Final = ("temperature", "top_k", "top_p", "min_p")
+_ALWAYS: Final = ("repetition_penalty", "max_new_tokens")
 # Other values that mean None, as in vLLM.
 _DISABLED: Final[dict[str, tuple[int, ...]]] = {"top_k": (-1, 0), "seed": (-1,)}
 
@@ -115,12 +122,28 @@ class SamplingParams:
             object.__setattr__(self, name, value)
 
     @classmethod
-    def of(cls, **keywords: Any) -> "SamplingParams":
-        """Return parameters by field; an unknown name is a `DSMoEError` that suggests a similar one."""
-        for name in keywords:
-            if name not in FIELD_NAMES:
-                raise DSMoEError(f"unknown sampling parameter {_short_repr(name)}; {suggest(name, FIELD_NAMES)}")
-        return cls(**keywords)
+    def from_pretrained(
+        cls, path_or_hub_id: str | Path, *, revision: str | None = None, **overrides: Any
+    ) -> "SamplingParams":
+        """Return the sampling defaults in the `generation_config.json` of a model.
+
+        These are temperature, top_k, top_p and min_p (greedy decoding unless `do_sample` is true),
+        `repetition_penalty` and `max_new_tokens`. As in vLLM, fields that the file lacks have the defaults of this
+        class; transformers has `top_k=50`.
+
+        Args:
+            path_or_hub_id: Native checkpoint, Hugging Face folder or hub id, of which only this file is downloaded.
+            revision: Branch, tag or commit of a hub id; default: `main`.
+            **overrides: Fields that replace those of the file.
+
+        Returns:
+            The parameters.
+
+        Raises:
+            DSMoEError: The path or hub id does not exist, or a value is out of range.
+        """
+        file = resolve_file(path_or_hub_id, GENERATION_CONFIG, revision)
+        return cls(**merge_fields({} if file is None else read_sampling_defaults(file.parent), overrides))
 
     @property
     def adjusts_logits(self) -> bool:
@@ -136,6 +159,41 @@ class SamplingParams:
 
 
 FIELD_NAMES: Final = (*(field.name for field in dataclasses.fields(SamplingParams)), "max_tokens")
+
+
+def _reject_unknown_fields(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def checked(self: SamplingParams, **fields: Any) -> None:
+        for name in fields:
+            if name not in FIELD_NAMES:
+                raise DSMoEError(f"unknown sampling parameter {_short_repr(name)}; {suggest(name, FIELD_NAMES)}")
+        init(self, **fields)
+
+    return checked
+
+
+SamplingParams.__init__ = _reject_unknown_fields(SamplingParams.__init__)
+
+
+def read_sampling_defaults(folder: str | Path) -> dict[str, Any]:
+    """Return the fields of `SamplingParams` in a folder's `generation_config.json`, validated."""
+    fields = read_generation_config(folder)
+    defaults = {name: fields[name] for name in (*_SAMPLED, *_ALWAYS) if fields.get(name) is not None}
+    if fields.get("do_sample") is True:
+        defaults = {"temperature": 1.0} | defaults
+    else:
+        defaults = {name: value for name, value in defaults.items() if name in _ALWAYS}
+    try:
+        SamplingParams(**defaults)
+    except DSMoEError as error:
+        raise DSMoEError(f"{Path(folder) / GENERATION_CONFIG}: {error}") from None
+    return defaults
+
+
+def merge_fields(defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `defaults` with `overrides`, in which `max_tokens` overrides `max_new_tokens`."""
+    hidden = {"max_new_tokens"} if "max_tokens" in overrides else set()
+    return {name: value for name, value in defaults.items() if name not in hidden} | dict(overrides)
 
 
 def suggest(name: str, names: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -14,10 +14,10 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.generate.programs import bucket, power_of_two
 from dsmoe_jax.model import merge
+from dsmoe_jax.progress import Meter, silent
 from dsmoe_jax.sharding import mesh_of
 
 Tokens = Sequence[int]
-Progress = Callable[[int, int], object]  # receives (pairs scored, total)
 
 _CHUNK: Final = 128  # positions whose logits exist at once: 52 MB in fp32 at a vocabulary of 102400
 
@@ -60,7 +60,7 @@ def score(
     *,
     context_length: int,
     max_tokens: int = 2048,
-    progress: Progress | None = None,
+    progress: Meter = silent,
 ) -> list[Score]:
     """Return the log-likelihood of every (context, continuation), both token ids; `Generator.score` has the options.
 
@@ -75,15 +75,15 @@ def score(
     batches = _plan([pair.length for pair in checked], config, context_length, max_tokens)
     results = (_run(graph, params, batch, [checked[i] for i in batch.pairs]) for batch in batches)
     scores: dict[int, Score] = {}
-    for batch, (logprobs, greedy) in zip(batches, _prefetch(results), strict=True):
-        ends = np.cumsum([checked[i].predicted for i in batch.pairs])
-        logprobs, greedy = np.asarray(logprobs).ravel(), np.asarray(greedy).ravel()
-        for i, end in zip(batch.pairs, ends.tolist(), strict=True):
-            span = slice(end - checked[i].predicted, end)
-            tokens = logprobs[span].tolist()
-            scores[i] = Score(math.fsum(tokens), bool(greedy[span].all()), tokens)
-        if progress is not None:
-            progress(len(scores), len(checked))
+    with progress("scoring", len(checked)) as advance:
+        for batch, (logprobs, greedy) in zip(batches, _prefetch(results), strict=True):
+            ends = np.cumsum([checked[i].predicted for i in batch.pairs])
+            logprobs, greedy = np.asarray(logprobs).ravel(), np.asarray(greedy).ravel()
+            for i, end in zip(batch.pairs, ends.tolist(), strict=True):
+                span = slice(end - checked[i].predicted, end)
+                tokens = logprobs[span].tolist()
+                scores[i] = Score(math.fsum(tokens), bool(greedy[span].all()), tokens)
+            advance(len(batch.pairs))
     return [scores[i] for i in range(len(checked))]
 
 

@@ -24,6 +24,14 @@ _CHUNK: Final = 64  # queries; their scores fit in cache: 4× faster at T = 512 
 _MAX_CHUNKS: Final = 16  # unrolled
 
 
+def choose_backend(backend: str | None = None) -> str:
+    """Return the argument, or else the environment variable, or else the default."""
+    name = "attention backend" if backend else VARIABLE
+    backend = backend or os.environ.get(VARIABLE) or "plain"
+    check_choice(name, backend, BACKENDS)
+    return backend
+
+
 @jax.named_scope("attention")
 def attention(
     q: Float[Array, "B T N H"],
@@ -40,8 +48,7 @@ def attention(
 
     `causal` asserts that the mask is causal (so T = S), which skips the scores above the diagonal.
     """
-    T, backend = q.shape[1], backend or os.environ.get(VARIABLE) or "plain"
-    check_choice("attention backend", backend, BACKENDS)
+    T, backend = q.shape[1], choose_backend(backend)
     dropping = bool(dropout) and dropout_key is not None
     if not causal:
         return _attention(q, k, v, mask, dropout, dropout_key)

@@ -84,7 +84,7 @@ def expert_ffn(
     """
     inputs, group_sizes = equally_varying((Inputs(rows, weights, Experts(gate, up, down)), group_sizes))
     check(inputs, group_sizes)
-    parse_backend(override(backend))
+    requested_legs(backend)
     return _expert_ffn(activation, backend, inputs, group_sizes)
 
 
@@ -145,7 +145,7 @@ def choose_legs(platform: str, dtype: Any, rows: int, experts: int, backend: str
 
     Each choice is logged once. A backend that cannot run here is replaced by `batched`, with a warning.
     """
-    if legs := parse_backend(override(backend)):
+    if legs := requested_legs(backend):
         reason = "as requested"
     else:
         key = (platform, "float32" if jnp.dtype(dtype) == jnp.float32 else "bfloat16")
@@ -158,21 +158,22 @@ def choose_legs(platform: str, dtype: Any, rows: int, experts: int, backend: str
     return legs
 
 
-def override(backend: str | None = None) -> str | None:
-    """Return the argument, or else the environment variable, or else None."""
-    return backend or os.environ.get(VARIABLE) or None
+def requested_legs(backend: str | None = None) -> Legs | None:
+    """Return the backends of the argument, or else of the environment variable, or else None."""
+    if backend:
+        return parse_backend(backend)
+    requested = os.environ.get(VARIABLE)
+    return parse_backend(requested, VARIABLE) if requested else None
 
 
-def parse_backend(backend: str | None) -> Legs | None:
-    """Parse "name" or "fwd,dgrad,wgrad"."""
-    if backend is None:
-        return None
-    names = backend.split(",")
-    for name in names:
-        check_choice("expert_ffn backend", name, BACKENDS)
-    if len(names) not in (1, len(Legs._fields)):
-        raise DSMoEError(f"expert_ffn backend must be one name or {','.join(Legs._fields)}, got {backend!r}")
-    return Legs(*(names * 3)[:3])
+def parse_backend(backend: str, name: str = "expert_ffn backend") -> Legs:
+    """Parse "name" or "fwd,dgrad,wgrad"; `name` is for errors."""
+    backends = backend.split(",")
+    for one in backends:
+        check_choice(name, one, BACKENDS)
+    if len(backends) not in (1, len(Legs._fields)):
+        raise DSMoEError(f"{name} must be one name or {','.join(Legs._fields)}, got {backend!r}")
+    return Legs(*(backends * 3)[:3])
 
 
 @functools.cache

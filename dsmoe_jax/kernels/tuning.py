@@ -66,11 +66,20 @@ def tile(matmul: str) -> list[int] | None:
     return found
 
 
+def check_file() -> None:
+    """Raise `DSMoEError` for an invalid file in the environment variable."""
+    _tables(os.environ.get(VARIABLE))
+
+
 @functools.cache
 def _tables(user_file: str | None) -> list[dict[str, Any]]:
     """Read and validate the tables of the package and the user, in this order."""
     named = {_FILE: parse_json(resources.files("dsmoe_jax.kernels").joinpath(_FILE).read_bytes())}
-    named |= {f"{VARIABLE}: {user_file}": read_json(Path(user_file))} if user_file else {}
+    if user_file:
+        try:
+            named[f"{VARIABLE}: {user_file}"] = read_json(Path(user_file))
+        except DSMoEError as error:
+            raise DSMoEError(f"{VARIABLE}: {error}") from None
     for name, table in named.items():
         _check(name, table, (("key", tuple(_PARTS)), ("", None)))
         for part, value in table.items():

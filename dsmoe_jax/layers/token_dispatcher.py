@@ -36,10 +36,11 @@ class DispatchConfig:
 
     Attributes:
         strategy: Expert parallelism. "gather" all-gathers tokens over the expert axis and reduce-scatters the sums,
-          "all_to_all" sends each row to its expert's device. None: gather up to 8 ways and for few tokens.
-        buffer_factor: Rows per pass, as a multiple of a device's fair share. None: 1.5, or all rows if they are few.
-        backend: Expert kernel: block_loop, batched, grouped, ragged or dense, or three as fwd,dgrad,wgrad. None: the
-          environment variable DSMOE_EXPERT_BACKEND, or else by platform.
+          "all_to_all" sends each row to its expert's device. Default: gather up to 8 ways and for few tokens.
+        buffer_factor: Rows per pass, as a multiple of a device's fair share; a smaller one saves memory and may need
+          more passes. Default: 1.5, or all rows if they are few.
+        backend: Expert kernel, or three for forward and both gradients. Default: the environment variable
+          DSMOE_EXPERT_BACKEND, or else by device.
     """
 
     strategy: Strategy | None = None
@@ -219,6 +220,11 @@ class _AllToAll(_Gather):
 STRATEGIES: Final[dict[Strategy, type[_Gather]]] = {"gather": _Gather, "all_to_all": _AllToAll}
 
 
+def choose_strategy(strategy: Strategy | None, ways: int) -> Strategy:
+    """Return the requested strategy, or else the default for an expert axis of this size."""
+    return strategy or ("gather" if ways <= _WIDEST_GATHER else "all_to_all")
+
+
 # --- the passes and their gradient: one custom VJP, as autodiff rejects a loop of data-dependent length ---
 
 
@@ -355,10 +361,10 @@ def routed_experts(
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES) if mesh else 1
     padding = -len(x) % shards  # tokens
     group_tokens, few = ways * (len(x) + padding) // shards, None
-    if ffn.override(config.backend) is None and config.strategy != "all_to_all":
+    if ffn.requested_legs(config.backend) is None and config.strategy != "all_to_all":
         few = few_tokens.form(jax.default_backend(), group_tokens, K, count // ways)
-    chosen = config.strategy or ("gather" if few or ways <= _WIDEST_GATHER else "all_to_all")
-    strategy = STRATEGIES[chosen if ways > 1 else "gather"](ways, count // ways, config.buffer_factor)
+    chosen = "gather" if few or ways == 1 else choose_strategy(config.strategy, ways)
+    strategy = STRATEGIES[chosen](ways, count // ways, config.buffer_factor)
     plan = _Plan(strategy, activation, config.backend, fsdp_dims, few, AXIS_NAMES if mesh else ())
     if mesh is None:
         x_, weights, experts, ids = ffn.equally_varying((x, weights, experts, ids))

@@ -66,7 +66,12 @@ def renders_same(render: Callable[[], str], text: str) -> bool:
 
 
 def read_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the chat templates of a tokenizer by name, DeepSeek's as "default" if it has none.
+    """Return the chat templates of a tokenizer by name, DeepSeek's as "default" if it has none."""
+    return find_chat_templates(folder, config) or {"default": DEEPSEEK_TEMPLATE}
+
+
+def find_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the chat templates in a tokenizer's files by name.
 
     chat_template.jinja overrides tokenizer_config.json (`config`), which overrides chat_template.json.
     """
@@ -77,7 +82,7 @@ def read_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, st
     templates |= {path.stem: _read(path) for path in sorted((folder / _ADDITIONAL_FOLDER).glob("*.jinja"))}
     if (folder / _TEMPLATE_FILE).is_file():
         templates["default"] = _read(folder / _TEMPLATE_FILE)
-    return templates or {"default": DEEPSEEK_TEMPLATE}
+    return templates
 
 
 def _named(where: str, value: Any) -> dict[str, str]:

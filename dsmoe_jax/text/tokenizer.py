@@ -91,6 +91,8 @@ class Tokenizer:
                 if split_special_tokens is None:
                     split_special_tokens = settings.flag("split_special_tokens", False)
                 return cls(folder, backend(folder / name, settings), settings, templates, split_special_tokens)
+        if not folder.exists():
+            raise DSMoEError(f"{folder}: does not exist")
         raise DSMoEError(f"{folder}: no tokenizer; looked for tokenizer.json and tokenizer.model")
 
     def encode(

@@ -10,8 +10,10 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -42,24 +44,22 @@ def main() -> None:
     )
     parser.add_argument("--preset", default="deepseek_moe_16b", choices=tuple(PRESETS))
     parser.add_argument("--rounds", type=int, default=3, help="rounds of import, export and cp at the 2B's size")
-    parser.add_argument("--work", type=Path, default=Path("conversion.work"), help="new folder, deleted at the end")
+    parser.add_argument("--work", help="parent of the temporary folder; default: that of the system")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "reports", help="directory of the report")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)  # before a run of an hour
-    args.work.mkdir(parents=True)
-    try:
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        work = Path(folder)
         results = {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "command": f"python -m tests.benchmarks.conversion --preset {args.preset} --rounds {args.rounds}",
             "commit": machine.commit(),
             "hardware": machine.hardware(),
             "versions": machine.versions(),
-            "turns": turns(args.work, args.rounds),
-            "hashing": hashing(args.work, args.rounds),
-            "whole": measure(args.work, ModelConfig.preset(args.preset)),
+            "turns": turns(work, args.rounds),
+            "hashing": hashing(work, args.rounds),
+            "whole": measure(work, ModelConfig.preset(args.preset)),
         }
-    finally:
-        shutil.rmtree(args.work)
     path = args.out / f"{results['date']}-conversion.json"
     write_json(path, results)
     path.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
@@ -278,4 +278,5 @@ def _size(folder: Path) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the folder is deleted
     main()

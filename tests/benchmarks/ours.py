@@ -11,10 +11,10 @@ import optax
 
 from dsmoe_jax.axes import Array
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.convert import load_hf
 from dsmoe_jax.generate.loading import upcast_for_cpu
 from dsmoe_jax.generate.programs import Batch, prefill, step
 from dsmoe_jax.kv_cache import KVCache
+from dsmoe_jax.loading import load
 from dsmoe_jax.model import DeepSeekMoE, merge, split
 from dsmoe_jax.train import cross_entropy
 from tests.benchmarks import plan
@@ -29,7 +29,7 @@ def actions(task: str, folder: Path, dtype: str = "float32") -> Actions:
     """Return the actions of our child; `write` writes the checkpoint for all contenders."""
     if task == "write":
         return {"run": lambda: _write(folder)}
-    model = load_hf(folder, dtype=dtype)
+    model = load(folder, dtype=dtype)
     tasks: dict[str, Callable[[DeepSeekMoE], Actions]] = {
         "check": lambda model: {"logits": lambda ids: np.asarray(model(ids).logits)},
         "prefill": _prefill_actions,

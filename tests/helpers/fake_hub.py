@@ -117,6 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
     # Uploads, which need a token: a repository or branch is created, each file is uploaded by its SHA-256 or is part of
     # the commit.
     _CREATE = "/api/repos/create"
+    _CARD = "/api/validate-yaml"
     _UPLOAD = re.compile(r"/api/models/([^/]+/[^/]+)/(branch|preupload|commit)/([^/]+)")
     _BATCH = re.compile(r"/([^/]+/[^/]+?)(?:\.git)?/info/lfs/objects/batch")
 
@@ -129,10 +130,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send_error("absent")
         if path == self._CREATE:
             name = "/".join(filter(None, (lines[0].get("organization"), lines[0]["name"])))
-            if name in hub.repositories:
-                return self._answer(409, {}, b"{}")
-            hub.add(name, {}).private = bool(lines[0].get("private"))
-            return self._json({"url": f"{hub.url}/{name}", "id": name})
+            found, created = hub.repositories.get(name), {"url": f"{hub.url}/{name}", "id": name}
+            if found is None:
+                hub.add(name, {}).private = lines[0]["private"] is True
+                return self._json(created)
+            return self._send_error(found.listing) if found.listing else self._json(created, status=409)
+        if path == self._CARD:
+            return self._json({"errors": [], "warnings": []})
         if match := self._BATCH.fullmatch(path):
             return self._json({"transfer": "basic", "objects": [self._lfs(hub, one) for one in lines[0]["objects"]]})
         match = self._UPLOAD.fullmatch(path)
@@ -150,7 +154,9 @@ class _Handler(BaseHTTPRequestHandler):
             files = dict(repository.commits[repository.branches[match[3]]])
             for line in lines[1:]:
                 value = line["value"]
-                files[value["path"]] = b64decode(value["content"]) if line["key"] == "file" else hub.objects[value["oid"]]
+                files[value["path"]] = (
+                    b64decode(value["content"]) if line["key"] == "file" else hub.objects[value["oid"]]
+                )
             sha = repository.commit(files, match[3])
             self._json({"commitOid": sha, "commitUrl": f"{hub.url}/{match[1]}/commit/{sha}"})
 
@@ -167,8 +173,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _mode(self, path: str) -> dict[str, Any]:
         return {"path": path, "uploadMode": "lfs" if path.endswith(LFS) else "regular", "shouldIgnore": False}
 
-    def _json(self, fields: dict[str, Any]) -> None:
-        self._answer(200, {"Content-Type": "application/json"}, json.dumps(fields).encode())
+    def _json(self, fields: dict[str, Any], status: int = 200) -> None:
+        self._answer(status, {"Content-Type": "application/json"}, json.dumps(fields).encode())
 
     def log_message(self, *_: Any) -> None:
         """Log nothing."""

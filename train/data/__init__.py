@@ -7,7 +7,7 @@ from .shards import TokenShards, is_token_shards, tokenizer_hash
 from .sources import PYTHON_STDLIB, Document, documents, find_files, source_bytes, warn_on_overlap
 from .stream import Stream
 from .validation import validation_batches
-from .writer import ShardStats, SplitStats, is_validation, tokenize
+from .writer import ShardStats, SplitStats, is_validation, tokenize, validation_threshold
 
 __all__ = [
     "PYTHON_STDLIB",
@@ -28,5 +28,6 @@ __all__ = [
     "tokenize",
     "tokenizer_hash",
     "validation_batches",
+    "validation_threshold",
     "warn_on_overlap",
 ]

@@ -6,9 +6,9 @@ the total (little-endian uint64). Fine-tuning examples have `SPLIT.loss_mask`, o
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ FORMAT: Final = "dsmoe token shards 2"
 SPLITS: Final = ("train", "validation")
 DTYPES: Final = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 OFFSET: Final = np.dtype("<u8")
+Shards = TypeVar("Shards", bound="TokenShards")
 _VERIFIED: Final = ".verified"
 # Version 0.1 had a second manifest for the masks of examples, and called the validation split `heldout`.
 _FORMAT_1: Final = "dsmoe token shards 1"
@@ -91,7 +92,7 @@ class TokenShards:
         self._first = np.cumsum([0, *(len(offsets) - 1 for offsets in self._offsets)])
 
     @classmethod
-    def open(cls, folder: str | Path, split: str = "train", *, verify: bool = True) -> "TokenShards":
+    def open(cls: type[Shards], folder: str | Path, split: str = "train", *, verify: bool = True) -> Shards:
         """Map the shards of a split.
 
         Args:
@@ -103,15 +104,24 @@ class TokenShards:
         Raises:
             DSMoEError: The folder holds no token shards, or a file is missing or damaged.
         """
-        folder = user_path(folder, "folder")
         check_choice("split", split, SPLITS)
+        return cls._open(user_path(folder, "folder"), [split], verify)[0]
+
+    @classmethod
+    def open_splits(cls: type[Shards], folder: str | Path) -> tuple[Shards, Shards]:
+        """Map the training and the validation split; see `open`."""
+        train, validation = cls._open(user_path(folder, "folder"), SPLITS, verify=True)
+        return train, validation
+
+    @classmethod
+    def _open(cls: type[Shards], folder: Path, splits: Sequence[str], verify: bool) -> list[Shards]:
         manifest = _read_manifest(folder)
-        entry = manifest["splits"][split]
-        names = [name for shard in entry["shards"] for name in shard.values()]
-        names += [entry["loss_mask"]] if "loss_mask" in entry else []
+        entries = [manifest["splits"][split] for split in splits]
+        names = [name for entry in entries for shard in entry["shards"] for name in shard.values()]
+        names += [entry["loss_mask"] for entry in entries if "loss_mask" in entry]
         files = {name: manifest["files"][name] for name in names}
         check_files(folder, files, verify=verify, cache=HashCache(folder / _VERIFIED))
-        return cls(folder, split, manifest)
+        return [cls(folder, split, manifest) for split in splits]
 
     def __len__(self) -> int:
         """Return the number of documents."""

@@ -8,11 +8,12 @@ import os
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.progress import Advance
+from dsmoe_jax.progress import Advance, log_level, plural
 from dsmoe_jax.storage.manifest import MODEL_MANIFEST
 from dsmoe_jax.storage.paths import expand_user
 
@@ -88,7 +89,7 @@ def documents(
         else:
             blank += 1
     if blank:
-        _log.info("%s: skipped %d blank texts", source, blank)
+        _log.info("%s: skipped %s", source, plural(blank, "blank text"))
     if not count:
         raise DSMoEError(f"{source}: no text found")
 
@@ -100,7 +101,7 @@ def read_source(
     parse: Callable[[Any], Any] = lambda value: value,
     max_malformed_fraction: float,
     exclude: Iterable[Path],
-    advance: Advance,
+    advance: Advance = lambda step: None,
 ) -> Iterator[tuple[str, Any]]:
     """Iterate over (location, parsed value) of a source; see `documents`.
 
@@ -135,8 +136,8 @@ def read_source(
                 yield f"{file.path}{entry.place}", entry.value
         malformed.check()
     if skipped:
-        expected = "UTF-8 text" if field else ", ".join(FORMATS)
-        _log.info("%s: skipped %d files that are not %s", source, skipped, expected)
+        expected = "without UTF-8 text" if field else f"of formats other than {', '.join(FORMATS)}"
+        _log.info("%s: skipped %s %s", source, plural(skipped, "file"), expected)
     if not count:
         raise DSMoEError(f"{source}: no {'text' if field else 'examples'} found")
 
@@ -172,6 +173,22 @@ def warn_on_overlap(sources: Sequence[str | Path], exclude: Iterable[Path] = ())
             if (other := first.setdefault(identity, number)) != number:
                 _log.warning("%s: already in source %s; reading it twice", file.path, sources[other])
                 break  # one line per source
+
+
+def refuse_overlap(
+    sources: Sequence[str | Path], validation: Sequence[str | Path], exclude: Iterable[Path] = ()
+) -> None:
+    """Raise `DSMoEError` for a file that is in the training and in the validation sources."""
+    files = {_identity(file.path): file.path for source in validation for file in find_files(source, exclude)}
+    for source in sources if files else ():
+        for file in find_files(source, exclude):
+            if _identity(file.path) in files:
+                raise DSMoEError(f"{file.path}: in both the training and the validation data; leave it out of one")
+
+
+def unlogged() -> AbstractContextManager[None]:
+    """Log no warning about a source that is read once more."""
+    return log_level(__name__, logging.ERROR)
 
 
 class SourceFiles(NamedTuple):
@@ -373,4 +390,4 @@ class _MalformedLines:
             problem = f"{self._malformed} of {self._lines} lines are malformed, at most {100 * self._max:g} % may be"
             raise DSMoEError(f"{self._path}: {problem}; the first: {self._first}")
         if self._malformed:
-            _log.warning("%s: skipped %d malformed lines of %d", self._path, self._malformed, self._lines)
+            _log.warning("%s: skipped %s of %d", self._path, plural(self._malformed, "malformed line"), self._lines)

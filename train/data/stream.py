@@ -19,6 +19,8 @@ class Stream:
     Attributes:
         batch_size: Sequences per batch.
         sequence_length: Tokens per sequence.
+        documents: Documents of all datasets.
+        tokens: Tokens of all datasets.
         identity: JSON of everything that determines the stream; a resumed run must match that of the checkpoint.
     """
 
@@ -58,6 +60,7 @@ class Stream:
             other.check(tokenizer_hash=datasets[0].tokenizer_hash)
         local_indices(batch_size, 0, 1)  # refuses an empty batch
         self.batch_size, self.sequence_length = batch_size, sequence_length
+        self.documents, self.tokens = sum(map(len, datasets)), sum(data.tokens for data in datasets)
         self._mixture = Mixture(weights, seed=seed)
         self._packed = [
             packer(data, sequence_length=sequence_length, seed=seed, dataset=number, packing=packing)

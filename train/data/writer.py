@@ -4,6 +4,7 @@ import array
 import contextlib
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
@@ -12,18 +13,19 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.progress import Advance, silent
+from dsmoe_jax.progress import Advance, plural, silent
 from dsmoe_jax.storage.atomic_dir import atomic_dir, check_new_path, check_space
 from dsmoe_jax.storage.manifest import write_manifest
 from dsmoe_jax.text.tokenizer import Tokenizer
 
 from .shards import DTYPES, FORMAT, MANIFEST, OFFSET, SPLITS, is_token_shards, tokenizer_hash
-from .sources import Document, documents, source_bytes, warn_on_overlap
+from .sources import Document, documents, refuse_overlap, source_bytes, unlogged, warn_on_overlap
 
 SHARD_TOKENS: Final = 1 << 27
 _SAMPLE: Final = 0.01  # fraction of the sources from which the total size is extrapolated
 _BATCH_CHARS: Final = 1 << 22  # per call of the tokenizer, which takes thirty times as many bytes
 Progress = Callable[[str, int], AbstractContextManager[Advance]]  # like `dsmoe_jax.progress.Meter`
+Sources = str | Path | Sequence[str | Path]
 _log = logging.getLogger(__name__)
 
 
@@ -46,7 +48,7 @@ class ShardStats(NamedTuple):
 
     Attributes:
         folder: The token shards.
-        unit: "documents" or "examples".
+        unit: "document" or "example".
         train: The training split.
         validation: The validation split.
         text_bytes: UTF-8 bytes of all documents; 0 for examples.
@@ -64,17 +66,18 @@ class ShardStats(NamedTuple):
         """Return one line."""
 
         def line(split: SplitStats) -> str:
-            loss = f", {split.loss_tokens:,} with loss" if self.unit == "examples" else ""
-            return f"{split.tokens:,} tokens of {split.documents:,} {self.unit}{loss}"
+            loss = f", {split.loss_tokens:,} with loss" if self.unit == "example" else ""
+            return f"{plural(split.tokens, 'token')} of {plural(split.documents, self.unit)}{loss}"
 
         return f"{self.folder}: training: {line(self.train)}; validation: {line(self.validation)}"
 
 
 def tokenize(
-    sources: str | Path | Sequence[str | Path],
+    sources: Sources,
     tokenizer_folder: str | Path,
     out: str | Path,
     *,
+    validation: Sources = (),
     shard_tokens: int = SHARD_TOKENS,
     val_fraction: float = 0.01,
     field: str = "text",
@@ -91,8 +94,10 @@ def tokenize(
         sources: One or more sources; see `documents`.
         tokenizer_folder: Holds the tokenizer's files.
         out: Output folder; must not exist.
+        validation: Sources of the validation split; `val_fraction` is not applied then.
         shard_tokens: Size at which a shard is closed; documents are not split.
-        val_fraction: Fraction of the documents in the validation split, in [0, 1), chosen by a hash of the text.
+        val_fraction: Fraction of the documents in the validation split, in [0, 1), chosen by a hash of the text; above
+            0 at least one of several documents.
         field: The field of a line or row that holds the text.
         max_malformed_fraction: Malformed lines of a file that are skipped and logged; more are an error.
         split_special_tokens: Encode the strings of special tokens in texts as text, not as control tokens.
@@ -103,16 +108,18 @@ def tokenize(
         The number of documents and tokens per split.
 
     Raises:
-        DSMoEError: An argument, a source or the tokenizer is invalid, the output exists, or the disk is (or, by
-            extrapolation, will be) full.
+        DSMoEError: An argument, a source or the tokenizer is invalid, a file is in both splits, the output exists, or
+            the disk is (or, by extrapolation, will be) full.
     """
     options: dict[str, Any] = {"split_special_tokens": split_special_tokens, "exclude": exclude}
-    options |= {"shard_tokens": shard_tokens, "val_fraction": val_fraction}
-    writer = ShardWriter(sources, tokenizer_folder, out, unit="documents", **options)
-    reading = {"field": field, "max_malformed_fraction": max_malformed_fraction, "exclude": writer.exclude}
+    options |= {"shard_tokens": shard_tokens, "val_fraction": val_fraction, "validation": validation}
+    writer = ShardWriter(sources, tokenizer_folder, out, unit="document", **options)
+    reading: dict[str, Any] = {"field": field, "max_malformed_fraction": max_malformed_fraction}
+    reading["exclude"] = writer.exclude
+    contents = (document.text.encode() for source in writer.sources for document in documents(source, **reading))
     text_bytes = 0
-    with writer.open(progress):
-        for source in writer.sources:
+    with writer.open(progress, contents):
+        for source, held_out in writer.all_sources():
             for batch in _batches(documents(source, advance=writer.advance, **reading)):
                 encoded = writer.tokenizer.encode_batch(document.text for document in batch)
                 for document, ids in zip(batch, encoded, strict=True):
@@ -121,7 +128,7 @@ def tokenize(
                     text = document.text.encode()
                     text_bytes += len(text)
                     writer.count_special_tokens([document.text])
-                    writer.split_of(text).add(ids)
+                    writer.split_of(text, held_out).add(ids)
                 writer.check_space()
         writer.fields["text_bytes"] = text_bytes
     return writer.stats()._replace(text_bytes=text_bytes)
@@ -132,25 +139,26 @@ class ShardWriter:
 
     def __init__(
         self,
-        sources: str | Path | Sequence[str | Path],
+        sources: Sources,
         tokenizer_folder: str | Path,
         out: str | Path,
         *,
+        validation: Sources,
         unit: str,
         shard_tokens: int = SHARD_TOKENS,
         val_fraction: float,
         split_special_tokens: bool,
         exclude: Iterable[Path],
     ):
-        """Check the arguments; `unit` is "documents" or "examples"."""
-        self.sources = [sources] if isinstance(sources, str | Path) else list(sources)
+        """Check the arguments; `unit` is "document" or "example"."""
+        self.sources, self._own_validation = _as_list(sources), _as_list(validation)
         if not self.sources:
             raise DSMoEError("sources must name at least one source")
         if not 0 <= val_fraction < 1:
             raise DSMoEError(f"val_fraction must be in [0, 1), got {val_fraction}")
         if shard_tokens < 1:
             raise DSMoEError(f"shard_tokens must be at least 1, got {shard_tokens}")
-        if shards := next((source for source in self.sources if is_token_shards(source)), None):
+        if shards := next(filter(is_token_shards, self.sources + self._own_validation), None):
             raise DSMoEError(f"{shards}: holds token shards, already tokenized")
         check_new_path(out)
         self.tokenizer = Tokenizer.from_pretrained(tokenizer_folder, split_special_tokens=split_special_tokens or None)
@@ -159,18 +167,21 @@ class ShardWriter:
         self.eos, self.exclude = self.tokenizer.eos_token_id, [Path(out), *exclude]
         self.fields: dict[str, Any] = {}
         self._out, self._unit = Path(out), unit
-        self._shard_tokens, self._val_fraction = shard_tokens, val_fraction
+        self._shard_tokens, self._val_fraction = shard_tokens, 0.0 if self._own_validation else val_fraction
         self._special_tokens = self._with_special_tokens = 0
 
     @contextlib.contextmanager
-    def open(self, progress: Progress) -> Iterator[None]:
-        """Open the shards, finalized when the block ends without an error."""
+    def open(self, progress: Progress, contents: Iterable[bytes]) -> Iterator[None]:
+        """Open the shards, finalized when the block ends without an error; `contents` are those of `sources`."""
         warn_on_overlap(self.sources, self.exclude)
-        self._total, self._read = sum(source_bytes(source, self.exclude) for source in self.sources), 0
+        refuse_overlap(self.sources, self._own_validation, self.exclude)
+        with unlogged():
+            self._threshold = validation_threshold(contents, self._val_fraction)
+        self._total, self._read = sum(source_bytes(source, self.exclude) for source, _ in self.all_sources()), 0
         dtype = "uint16" if self.tokenizer.vocab_size <= 1 << 16 else "uint32"
         try:
             with atomic_dir(self._out) as staging, progress("tokenizing", self._total) as advance, ExitStack() as stack:
-                self._advance, masked = advance, self._unit == "examples"
+                self._advance, masked = advance, self._unit == "example"
                 self._train, self._validation = (
                     _Split(staging.folder, split, DTYPES[dtype], self._shard_tokens, masked, stack) for split in SPLITS
                 )
@@ -180,9 +191,13 @@ class ShardWriter:
             raise DSMoEError(f"{self._out} cannot be written: {error.strerror}") from None
         self._report()
 
-    def split_of(self, content: bytes) -> "_Split":
-        """Return the split of a document or example, which depends only on its content."""
-        return self._validation if is_validation(content, self._val_fraction) else self._train
+    def all_sources(self) -> list[tuple[str | Path, bool]]:
+        """Return each source, and whether it is one of validation data."""
+        return [(source, False) for source in self.sources] + [(source, True) for source in self._own_validation]
+
+    def split_of(self, content: bytes, held_out: bool) -> "_Split":
+        """Return the split of a document or example, by its content unless it is of a source of validation data."""
+        return self._validation if held_out or is_validation(content, self._threshold) else self._train
 
     def count_special_tokens(self, texts: Iterable[str]) -> None:
         """Count the strings of special tokens in a document or example, for the log."""
@@ -204,7 +219,7 @@ class ShardWriter:
     def _finalize(self, dtype: str) -> dict[str, Any]:
         """Close the shards and return the manifest."""
         if not self._train.documents:
-            total = f"{self._validation.documents} {self._unit}"
+            total = plural(self._validation.documents, self._unit)
             raise DSMoEError(f"val_fraction {self._val_fraction} leaves none of {total} to train on")
         splits = dict(zip(SPLITS, (self._train.finalize(), self._validation.finalize()), strict=True))
         return {
@@ -216,25 +231,21 @@ class ShardWriter:
             "val_fraction": self._val_fraction,
             "split_special_tokens": self.tokenizer.split_special_tokens,
             "sources": [str(source) for source in self.sources],
+            **({"validation": [str(source) for source in self._own_validation]} if self._own_validation else {}),
             "files": self._train.files | self._validation.files,
             "splits": splits,
             **self.fields,
         }
 
     def _report(self) -> None:
-        """Log special-token strings in the texts, and an empty validation split."""
+        """Log special-token strings in the texts."""
         if self._special_tokens:
-            found = f"{self._special_tokens:,} special-token strings in {self._with_special_tokens:,} {self._unit}"
+            texts = plural(self._with_special_tokens, self._unit)
+            found = f"{plural(self._special_tokens, 'special-token string')} in {texts}"
             if self.tokenizer.split_special_tokens:
                 _log.info("%s: encoded %s as text", self._out, found)
             else:
                 _log.warning("%s: %s become control tokens; set split_special_tokens to avoid it", self._out, found)
-        if self._val_fraction and not self._validation.documents:
-            train = self._train.documents
-            enough = min(5, train // 2)
-            hint = f"; {enough / train:.2g} would select about {enough}" if enough else ""
-            found = f"val_fraction {self._val_fraction:g} selects none of {train} {self._unit}"
-            _log.warning("%s: no validation split: %s%s", self._out, found, hint)
 
     def stats(self) -> ShardStats:
         """Return the size of both splits."""
@@ -242,9 +253,32 @@ class ShardWriter:
         return ShardStats(self._out, self._unit, train, validation)
 
 
-def is_validation(content: bytes, val_fraction: float) -> bool:
-    """Return whether a document or example with this content is in the validation split."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()) < val_fraction * 2**64
+def is_validation(content: bytes, threshold: int) -> bool:
+    """Return whether a document or example with this content is in the validation split; see `validation_threshold`."""
+    return _hash(content) < threshold
+
+
+def validation_threshold(contents: Iterable[bytes], val_fraction: float) -> int:
+    """Return the number in [0, 2**64] below which the hash of a content puts it in the validation split.
+
+    It selects `val_fraction` of all hashes. If that selects none of these contents, it selects the smallest hash, if
+    there are others.
+    """
+    threshold = math.ceil(val_fraction * 2**64)
+    smallest = largest = None
+    for content in contents if threshold else ():
+        if (number := _hash(content)) < threshold:
+            return threshold
+        smallest, largest = min(number, smallest or number), max(number, largest or number)
+    return threshold if smallest is None or smallest == largest else smallest + 1
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
+
+
+def _as_list(sources: Sources) -> list[str | Path]:
+    return [sources] if isinstance(sources, str | Path) else list(sources)
 
 
 def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:

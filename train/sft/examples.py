@@ -32,13 +32,6 @@ class Examples(TokenShards):
         self._ends = np.cumsum(self.lengths)
         self.digest = hash_json({"tokens": self.digest, "targets": manifest["files"][name]["sha256"]})
 
-    @classmethod
-    def open(cls, folder: str | Path, split: str = "train", *, verify: bool = True) -> "Examples":
-        """Map the examples of a split; see `TokenShards.open`."""
-        shards = super().open(folder, split, verify=verify)
-        assert isinstance(shards, Examples)
-        return shards
-
     def example(self, number: int) -> Example:
         """Return an example."""
         end = int(self._ends[number])
