@@ -102,7 +102,7 @@ def test_a_resumed_run_keeps_its_batch_and_length(home: Path, tmp_path: Path, ch
 def test_a_resumed_batch_must_divide_over_the_mesh(home: Path, tmp_path: Path, checkpoint: Path):
     write_json(tmp_path / "run.json", {"data": {"batch_size": 5}})
 
-    with pytest.raises(ValueError, match="data.batch_size must be a multiple of 4, got 5"):
+    with pytest.raises(ValueError, match=r"data.batch_size must be a multiple of 4, got 5"):
         examples(config(home, tmp_path, checkpoint), SMALL, tmp_path, resuming=True, batch_multiple=4)
 
 
