@@ -9,9 +9,13 @@ import jax
 import numpy as np
 import pytest
 
+import dsmoe_jax
 from dsmoe_jax.convert import export_hf
 from dsmoe_jax.convert.peft import WEIGHTS
+from dsmoe_jax.model import split
+from dsmoe_jax.train.config import DataConfig, RunConfig
 from dsmoe_jax.train.finetune import finetuning
+from dsmoe_jax.train.job import pretraining
 from tests import test_finetune
 from tests.helpers.hf_folder import flip_bit
 from tests.test_finetune import config
@@ -62,3 +66,16 @@ def test_another_hugging_face_base_cannot_be_resumed_on(home: Path, hf: Path, tm
 
     assert finetuning(settings, tmp_path / "out").resume_metadata["config"]["init_from"] != before
     assert json.loads((tmp_path / "out" / "hashes.json").read_text())
+
+
+def test_pretraining_starts_from_a_hugging_face_folder(home: Path, hf: Path, tmp_path: Path):
+    (tmp_path / "text.txt").write_text("the sky is blue and the sea is wide\n\n" * 40)
+    data = DataConfig(sources=(str(tmp_path / "text.txt"),), sequence_length=16, batch_size=8, val_fraction=0.0)
+    settings = RunConfig(output_dir=str(tmp_path / "out"), init_from=str(hf), data=data)
+
+    job = pretraining(settings, tmp_path / "out")
+
+    assert job.corpus.tokenizer == hf
+    want = split(dsmoe_jax.load(home / "base"))[1]
+    for name, value in job.init_params(None, {}).items():
+        np.testing.assert_array_equal(value, want[name])

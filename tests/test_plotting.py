@@ -206,6 +206,16 @@ def test_other_vocabularies_are_not_comparable(tmp_path: Path, figures: list[Any
     assert "not comparable: vocabulary sizes differ" in figures[0].axes[0].get_title("left")
 
 
+def test_runs_of_equal_name_are_named_by_path(tmp_path: Path):
+    for parent in ("a", "b"):
+        (tmp_path / parent).mkdir()
+        write_run(tmp_path / parent / "run", 2)
+
+    table = summarize([tmp_path / "a/run", tmp_path / "b/run"])
+
+    assert [line.split()[0] for line in table.splitlines()[1:]] == [f"{tmp_path}/a/run", f"{tmp_path}/b/run"]
+
+
 def test_runs_are_summarized_in_a_table(tmp_path: Path):
     one, two = write_run(tmp_path / "one", 30), write_run(tmp_path / "two", 1000, eval_interval=None)
 
@@ -234,7 +244,7 @@ def test_plot_draws_and_prints_final_losses(tmp_path: Path, capsys: pytest.Captu
 
 def test_plot_refuses_other_formats(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert run("plot", write_run(tmp_path / "run", 2), "--out", tmp_path / "a.txt") == 2
-    assert "suffix of the image must be one of .png, .pdf, .svg, got '.txt'" in capsys.readouterr().err
+    assert "suffix of out must be one of .png, .pdf, .svg, got '.txt'" in capsys.readouterr().err
 
 
 def short_run(folder: Path) -> Recorder:

@@ -116,6 +116,13 @@ def test_unreadable_files_are_refused(home: Path, tmp_path: Path, monkeypatch: p
     refused(pretraining(home, tmp_path / "out"), r"a.jsonl: cannot be read: permission denied")
 
 
+def test_an_output_directory_that_is_a_file_is_refused(home: Path, tmp_path: Path):
+    (tmp_path / "out").write_text("")
+
+    with pytest.raises(ValueError, match="out cannot be written: File exists"):
+        run(pretraining(home, tmp_path / "out"))
+
+
 def test_valid_inputs_pass_the_checks(home: Path, tmp_path: Path, checkpoint: Path):
     check_inputs(pretraining(home, tmp_path / "out"))
     check_inputs(finetuning(home, tmp_path / "out", checkpoint, lora=LoraConfig()))

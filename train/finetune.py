@@ -227,6 +227,8 @@ def examples(
     if batch_size is None:
         batch_size = fit_batch_size(sequences, batch_multiple, config.steps or FIT_STEPS)
         _log.info("Batch size: %s of %d tokens", plural(batch_size, "sequence"), length)
+    if batch_size % batch_multiple:  # of the run that is resumed, on another mesh
+        raise DSMoEError(f"data.batch_size must be a multiple of {batch_multiple}, got {batch_size}")
     batched = {"batch_size": batch_size, "packer": ExamplePacking, **shape}
     stream = Stream([train], seed=config.seed, **batched)
     batches = functools.partial(validation_batches, [validation], **batched)

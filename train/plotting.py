@@ -9,7 +9,7 @@ import numpy as np
 
 from dsmoe_jax.errors import DSMoEError, check_choice
 
-from .run_records import Event, Records, RunRecords, column, format_loss
+from .run_records import Event, Records, RunRecords, column, format_loss, read_runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,9 +54,9 @@ def draw(runs: str | Path | Sequence[str | Path], out: str | Path, *, by: Litera
     """
     folders = [runs] if isinstance(runs, str | Path) else list(runs)
     check_choice("by", by, ("step", "tokens"))
-    check_choice("suffix of the image", Path(out).suffix.lower(), FORMATS)
+    check_choice("suffix of out", Path(out).suffix.lower(), FORMATS)
     with _figure(out) as figure:
-        read = [RunRecords.read(folder) for folder in folders]
+        read = read_runs(folders)
         if len(read) > 1:
             _compare(figure, read, by)
         else:

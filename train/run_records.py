@@ -71,10 +71,20 @@ def column(records: Records, key: str) -> np.ndarray:
     return np.array([np.nan if record.get(key) is None else record[key] for record in records], float)
 
 
+def read_runs(folders: Sequence[str | Path]) -> list[RunRecords]:
+    """Read several runs; those of equal name are named by their path."""
+    runs = list(map(RunRecords.read, folders))
+    names = [run.name for run in runs]
+    return [
+        run._replace(name=str(folder)) if names.count(run.name) > 1 else run
+        for run, folder in zip(runs, folders, strict=True)
+    ]
+
+
 def summarize(runs: Sequence[str | Path]) -> str:
     """Return a table of final metrics, one line per run."""
     lines: list[tuple[str, ...]] = [("run", "step", "tokens", "loss", "eval/loss", "lowest eval/loss", "tok/s")]
-    for run in map(RunRecords.read, runs):
+    for run in read_runs(runs):
         evals = [record["eval/loss"] for record in run.evals if record["eval/loss"] is not None]
         last = run.evals[-1]["eval/loss"] if run.evals else None
         speeds = [record["tokens_per_second"] for record in run.steps if record.get("tokens_per_second")]
