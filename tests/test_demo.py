@@ -40,7 +40,9 @@ def test_demo_keeps_its_files(tmp_path: Path, capsys: pytest.CaptureFixture, mon
     out, _ = capsys.readouterr()
     assert code == 0
     assert "Trained 12 steps" in out
-    assert all(f"--- completion of {prompt!r}\n{prompt}" in out for prompt in ("def get_", "class ", "if __name__ == "))
+    assert all(
+        f"--- completion of {prompt!r}\n{prompt}" in out for prompt in ("def get_", "class ", "def __repr__(self):")
+    )
     assert {path.name for path in folder.iterdir()} - {"demo.png"} == {"model.json", "run", "hf", "native"}
     assert is_native(folder / "native")
     assert len([record for record in read_records(folder / "run") if "eval/loss" in record]) >= 5
