@@ -12,6 +12,7 @@ from dsmoe_jax.cli.commands import _parse
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.generate import Generator
 from dsmoe_jax.train.data import sources
+from dsmoe_jax.train.flags import parse_pretraining
 from dsmoe_jax.train.metrics import read_records
 from tests.helpers.command import run
 
@@ -50,7 +51,7 @@ def test_demo_keeps_its_files(tmp_path: Path, capsys: pytest.CaptureFixture, mon
     assert (config.n_shared_experts, config.is_moe_layer(0), config.is_moe_layer(1)) == (1, False, True)
     generate, plot, pretrain = suggested(out)
     assert (run(*generate), run(*plot)) == (0, 0)
-    assert _parse(pretrain).recipe == "tiny"
+    assert parse_pretraining(pretrain[1:]).recipe == "tiny"
 
 
 def test_temporary_files_are_not_suggested(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch):
