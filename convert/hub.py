@@ -76,19 +76,13 @@ def fetch(repo_id: str, *, revision: str | None = None) -> Path:
 def fetch_file(repo_id: str, file: str, *, revision: str | None = None) -> Path | None:
     """Download one file unless cached; return its path, or None if the repository has no such file."""
     with hub_of(repo_id) as constants:
-        from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
+        from huggingface_hub import try_to_load_from_cache
 
-        commit = revision or constants.DEFAULT_REVISION
+        commit: str = revision or constants.DEFAULT_REVISION
         if constants.HF_HUB_OFFLINE:
             cached = try_to_load_from_cache(repo_id, file, revision=commit)
             return Path(cached) if isinstance(cached, str) else None
-        with one_line_errors(commit):
-            try:
-                return Path(hf_hub_download(repo_id, file, revision=commit))
-            except errors.EntryNotFoundError as error:
-                if isinstance(error, errors.LocalEntryNotFoundError):  # the hub cannot be reached
-                    raise
-    return None
+        return _download(repo_id, file, commit) if file in _list_files(repo_id, commit)[1] else None
 
 
 @contextlib.contextmanager
@@ -107,31 +101,38 @@ def hub_of(repo_id: str) -> Iterator[Any]:
 
 
 def _from_hub(repo_id: str, revision: str) -> Path:
-    from huggingface_hub import HfApi, constants, hf_hub_download
-
-    def get(name: str, revision: str) -> Path:
-        with one_line_errors(revision):
-            return Path(hf_hub_download(repo_id, name, revision=revision))
-
-    timeout = constants.HF_HUB_ETAG_TIMEOUT  # model_info has none by default
-    with one_line_errors(revision):
-        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
-    files = {file.rfilename: file for file in info.siblings or ()}
-    sha = info.sha or ""  # the commit of all files; the branch may move during the download
-    if not re.fullmatch(r"[0-9a-f]{40}", sha):
-        raise DSMoEError(f"the hub returned commit {quote(sha)} for revision {revision!r}")
+    sha, files = _list_files(repo_id, revision)
     if CONFIG not in files:
         raise DSMoEError(f"the repository has no {CONFIG}")
-    folder = get(CONFIG, sha).parent
-    weights = _weights(files, "the repository", lambda name: get(name, sha))
+    folder = _download(repo_id, CONFIG, sha).parent
+    weights = _weights(files, "the repository", lambda name: _download(repo_id, name, sha))
     names = [name for name in (*_EXTRA_FILES, *weights) if name in files]
     blobs = folder.parent.parent / "blobs"
     check_space(blobs, sum(_missing_bytes(files[name], folder / name, blobs) for name in names))
     for name in names:
-        get(name, sha)
+        _download(repo_id, name, sha)
     # Downloading by branch makes the cache record the branch's commit, for offline runs.
-    get(CONFIG, revision)
+    _download(repo_id, CONFIG, revision)
     return folder
+
+
+def _list_files(repo_id: str, revision: str) -> tuple[str, dict[str, Any]]:
+    """Return the commit of a revision, as a branch may move during the download, and its files by name."""
+    from huggingface_hub import HfApi, constants
+
+    timeout = constants.HF_HUB_ETAG_TIMEOUT  # model_info has none by default
+    with one_line_errors(revision):
+        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
+    if not re.fullmatch(r"[0-9a-f]{40}", sha := info.sha or ""):
+        raise DSMoEError(f"the hub returned commit {quote(sha)} for revision {revision!r}")
+    return sha, {file.rfilename: file for file in info.siblings or ()}
+
+
+def _download(repo_id: str, file: str, revision: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    with one_line_errors(revision):
+        return Path(hf_hub_download(repo_id, file, revision=revision))
 
 
 def _from_cache(repo_id: str, revision: str) -> Path:
@@ -194,12 +195,13 @@ def one_line_errors(revision: str) -> Iterator[None]:
     hub = urlsplit(constants.ENDPOINT).netloc.rpartition("@")[2] or constants.ENDPOINT
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
     text = " ".join(str(error).split())[:300] or type(error).__name__
+    text = "the token is malformed" if "Bearer" in text else text
     # In this order, as some are subclasses of others.
     table = (
         (errors.GatedRepoError, f"its owner grants access: ask at {hub}, then set HF_TOKEN or run `hf auth login`"),
         (errors.RepositoryNotFoundError, f"no such folder, and no such repository on {hub} (if private, set HF_TOKEN)"),
         (errors.RevisionNotFoundError, f"has no revision {revision!r}"),
         (errors.HfHubHTTPError, f"{hub} returned HTTP {status}{_ADVICE.get(status, '')}"),
-        (Exception, f"cannot be fetched from {hub}: {'the token is malformed' if 'Bearer' in text else text}"),
+        (Exception, f"no such folder, and it cannot be fetched from {hub}: {text}"),
     )
     raise DSMoEError(next(message for kind, message in table if isinstance(error, kind)))

@@ -192,7 +192,7 @@ EMPTY_PATHS: dict[str, tuple[str, ...]] = {
     "--out":        ("generate", "x", "--file", "a.jsonl", "--out", "{}"),
     "source":       ("convert", "{}", "out"),
     "out":          ("convert", "x", "{}"),
-    "source ":      ("export", "{}", "out"),
+    "export source": ("export", "{}", "out"),
     "other":        ("verify", "x", "{}"),
     "--report":     ("verify", "x", "--report", "{}"),
     "sources":      ("tokenize", "a.txt", "{}", "--tokenizer", "x", "--out", "out"),
@@ -223,7 +223,7 @@ def test_empty_path_is_rejected_by_argument(
     err = capsys.readouterr().err
     assert codes == [2, 2]
     assert err.count("\n") == 2
-    assert err.count(f"{named.removeprefix('config.')} must") == 2
+    assert err.count(f"{named.removeprefix('export ').removeprefix('config.')} must") == 2
     assert not list(tmp_path.iterdir())
 
 

@@ -12,6 +12,7 @@ from dsmoe_jax.cli.commands import _parse
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.generate import Generator
 from dsmoe_jax.train.data import sources
+from dsmoe_jax.train.flags import parse_pretraining
 from dsmoe_jax.train.metrics import read_records
 from tests.helpers.command import run
 
@@ -40,7 +41,9 @@ def test_demo_keeps_its_files(tmp_path: Path, capsys: pytest.CaptureFixture, mon
     out, _ = capsys.readouterr()
     assert code == 0
     assert "Trained 12 steps" in out
-    assert all(f"--- completion of {prompt!r}\n{prompt}" in out for prompt in ("def get_", "class ", "if __name__ == "))
+    assert all(
+        f"--- completion of {prompt!r}\n{prompt}" in out for prompt in ("def get_", "class ", "def __repr__(self):")
+    )
     assert {path.name for path in folder.iterdir()} - {"demo.png"} == {"model.json", "run", "hf", "native"}
     assert is_native(folder / "native")
     assert len([record for record in read_records(folder / "run") if "eval/loss" in record]) >= 5
@@ -48,7 +51,7 @@ def test_demo_keeps_its_files(tmp_path: Path, capsys: pytest.CaptureFixture, mon
     assert (config.n_shared_experts, config.is_moe_layer(0), config.is_moe_layer(1)) == (1, False, True)
     generate, plot, pretrain = suggested(out)
     assert (run(*generate), run(*plot)) == (0, 0)
-    assert _parse(pretrain).recipe == "tiny"
+    assert parse_pretraining(pretrain[1:]).recipe == "tiny"
 
 
 def test_temporary_files_are_not_suggested(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch):

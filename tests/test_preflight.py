@@ -50,7 +50,6 @@ FINETUNING: dict[str, tuple[dict[str, Any], str]] = {
     "missing data": ({"files": ("nix.jsonl",)}, "nix.jsonl: does not exist"),
     "other data": ({"files": ("a.jsonl",)}, "a.jsonl:1 has none of the fields instruction and output"),
     "validation": ({"validation": ("a.jsonl",)}, "a.jsonl:1 has none of the fields"),
-    "format": ({"format": "nix"}, "data.format must be one of auto, instruction, .*, got 'nix'"),
     "template": ({"template": "nix"}, "template must be one of chat, deepseek-instruct or a file, got '.*nix'"),
     "tokenizer": ({"tokenizer": "nix"}, "data.tokenizer .*nix does not exist"),
     "vocabulary": ({"tokenizer": "large"}, "large: the model's vocab_size must be at least 2306, got 2048"),

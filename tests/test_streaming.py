@@ -350,7 +350,7 @@ def test_conversion_resumes_after_a_full_disk(
         verb = ["convert"] if way.convert is import_hf else ["export", "--max-shard-size", "10000"]
         code = main([*verb, str(way.source), str(tmp_path / "out")])
         assert code == 2
-        assert f"No space left on device: '{tmp_path / 'out'}'" in capsys.readouterr().err.splitlines()[-1]
+        assert f"{tmp_path / 'out'}: No space left on device" in capsys.readouterr().err.splitlines()[-1]
     else:
         with pytest.raises(OSError, match="No space left on device"):
             way.run(tmp_path / "out")

@@ -29,7 +29,7 @@ class DatasetConfig:
     """Folder of the tokenizer. Default: that of `init_from`, or else one trained on the sources."""
 
     validation: tuple[str, ...] = ()
-    """Validation data, like the training data: files, folders, globs or token shards. Replaces `val_fraction`."""
+    """Validation data, like the training data: files, folders, globs or token shards. Default: `val_fraction` of it."""
 
     val_fraction: float | None = None
     """Fraction of the documents held out for validation, chosen by hash, at least one. Default: 0.01; 0.05 of

@@ -81,6 +81,9 @@ def prepare(config: RunConfig, model_config: ModelConfig, out: Path, *, resuming
     if data.weights and len(data.sources) == 1:
         _log.warning("data.weights %s has no effect with one source", data.weights)
     tokenizer = tokenizer_of(config)
+    with collective_errors():  # process 0 has checked it
+        if tokenizer is not None and not tokenizer_files(tokenizer):
+            raise DSMoEError(f"{tokenizer}: no tokenizer found")
     derived = DerivedFolders(out, resuming=resuming)
     val_fraction = _val_fraction(data, derived.option(_SHARDS, "data.val_fraction") if resuming else None)
     folders, own = _folders(data.sources, out / _SHARDS), _folders(data.validation, out / _VALIDATION)

@@ -141,9 +141,7 @@ def finetuning(config: FinetuneConfig, output_dir: Path, *, resuming: bool = Fal
     """Set up full-parameter or LoRA fine-tuning; the batch size is a multiple of `batch_multiple` by default."""
     base, init_from = Path(), ""
     with collective_errors():
-        if config.init_from is None:
-            raise DSMoEError("init_from must be the checkpoint to fine-tune, got None")
-        base = config.base_folder() or base
+        base = base_of(config)
         init_from = identity(base, HashCache(output_dir / HASHES))
     model = config.model_config()
     corpus, steps = examples(config, model, output_dir, resuming=resuming, batch_multiple=batch_multiple)
@@ -205,6 +203,13 @@ def finetuning(config: FinetuneConfig, output_dir: Path, *, resuming: bool = Fal
         resume_metadata=metadata,
         keep_best=True,
     )
+
+
+def base_of(config: FinetuneConfig) -> Path:
+    """Return the folder of the model to fine-tune."""
+    if (folder := config.base_folder()) is None:
+        raise DSMoEError("init_from must be the model to fine-tune, got None")
+    return folder
 
 
 def examples(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.peft_matching import make_plan
-from dsmoe_jax.errors import DSMoEError, check_choice
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
 from .config import RunConfig
@@ -14,8 +14,8 @@ from .corpus import tokenizer_of
 from .data import TokenShards, documents, find_files, is_token_shards
 from .data.sources import read_source, refuse_overlap, unlogged
 from .finetune import FinetuneConfig
-from .sft import FORMATS, is_examples
-from .sft.formats import AUTO, parse_record
+from .sft import is_examples
+from .sft.formats import parse_record
 from .sft.templates import open_template
 from .trackers import check_installed
 
@@ -76,7 +76,6 @@ def _check_examples(config: FinetuneConfig, model: ModelConfig, tokenizer: Path 
         raise DSMoEError("data.files is empty: pass --data FILE")
     if tokenizer is None:
         raise DSMoEError(f"{config.init_from} has no tokenizer: pass --data.tokenizer FOLDER")
-    check_choice("data.format", data.format, (AUTO, *FORMATS))
     open_template(data.template)
     if config.lora is not None:
         make_plan(config.lora, model)

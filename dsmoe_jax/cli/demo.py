@@ -16,8 +16,8 @@ from dsmoe_jax.storage.atomic_dir import check_new_path, write_json
 from dsmoe_jax.storage.locks import lock_name
 from dsmoe_jax.storage.paths import user_path
 
-_PROMPTS: Final = ("def get_", "class ", "if __name__ == ")
-_SAMPLING: Final = {"max_new_tokens": 96, "temperature": 0.6, "top_p": 0.95}
+_PROMPTS: Final = ("def get_", "class ", "def __repr__(self):")
+_SAMPLING: Final = {"max_new_tokens": 96, "temperature": 0.5, "top_p": 0.95}
 # Of preset `tiny`, a size that reads more text in the same time.
 _MODEL: Final[dict[str, Any]] = {
     "hidden_size": 128,
@@ -30,7 +30,7 @@ _MODEL: Final[dict[str, Any]] = {
 _EVALUATIONS: Final = 6
 _TEMPORARY: Final = ("dsmoe demo --out demo", "dsmoe pretrain tiny", "dsmoe info deepseek_moe_16b")
 _KEPT: Final = (
-    "dsmoe generate {out}/native --prompt 'class ' --temperature 0.6 --max-new-tokens 100 --seed 1",
+    "dsmoe generate {out}/native --prompt 'class ' --temperature 0.5 --max-new-tokens 100 --seed 1",
     "dsmoe plot {out}/run",
     "dsmoe pretrain tiny",
 )

@@ -127,7 +127,7 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
         *MODEL,
         _arg("--prompt", "text to continue; default or -: read from stdin", "TEXT"),
         _arg("--chat", "make the prompt one user message of a chat; print the reply only", action="store_true"),
-        _arg("--tokens", "token ids to continue, separated by spaces or commas; needs no tokenizer", "IDS"),
+        _arg("--tokens", "token ids to continue, separated by spaces or commas; default: a prompt of text", "IDS"),
         _arg("--file", _FILE, "FILE.jsonl"),
         _arg("--out", "with --file: file of outputs to create; default: stdout", "FILE.jsonl"),
         *SAMPLING,
@@ -138,7 +138,11 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
         _arg("--tokenizer", "folder with a tokenizer", "DIR", required=True),
         _arg("--out", "folder of token shards to create", "OUT", required=True),
         _arg(
-            "--validation", "texts of the validation split, instead of --val-fraction", "SOURCE", nargs="+", default=[]
+            "--validation",
+            "texts of the validation split; default: --val-fraction of the documents",
+            "SOURCE",
+            nargs="+",
+            default=[],
         ),
         _arg(
             "--val-fraction", "fraction of the documents held out for validation; default: 0.01", default=0.01, **_FLOAT
