@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dsmoe_jax.cli import main
 from dsmoe_jax.convert import import_hf
 from dsmoe_jax.convert.gguf_export import export_gguf
 from dsmoe_jax.errors import DSMoEError
@@ -208,3 +209,15 @@ def test_existing_file_is_kept(tmp_path: Path):
 def test_dtype_must_be_known(tmp_path: Path):
     with pytest.raises(DSMoEError, match="dtype must be one of float32, float16, bfloat16, q8_0, got 'q4_k'"):
         export_gguf(tmp_path, tmp_path / "model.gguf", dtype="q4_k")
+
+
+def test_command_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture):
+    source = write_hf(tmp_path / "hf", tiny(), random_params(tiny()))
+    file = tmp_path / "model.gguf"
+
+    code = main(["export", str(source), str(file), "--format", "gguf", "--dtype", "bfloat16"])
+    refused = main(["export", str(source), str(tmp_path / "other"), "--format", "gguf", "--with-modeling"])
+
+    assert (code, refused) == (0, 2)
+    assert gguf.GGUFReader(file).fields["general.architecture"].contents() == "deepseek"
+    assert capsys.readouterr().err.splitlines()[-1] == "dsmoe export: --with-modeling needs --format hf"

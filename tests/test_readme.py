@@ -56,6 +56,7 @@ SMALL: Final[dict[str, list[str]]] = {
     "dsmoe merge": [],
     "dsmoe info": [],
     "dsmoe plot": [],
+    "dsmoe push": [],
     "dsmoe generate": ["--max-new-tokens", "4"],
     "dsmoe chat": ["--max-new-tokens", "4"],
     "dsmoe tokenize": [],
@@ -64,8 +65,11 @@ SMALL: Final[dict[str, list[str]]] = {
     "dsmoe finetune": _RUN,
     "dsmoe finetune chat16b --data train.jsonl --show": [],
 }
-# Not run here, but parsed: one needs the hub (tests/test_hub.py), one 32 devices.
-ONLY_PARSED: Final = ("dsmoe convert deepseek-ai/", "dsmoe pretrain deepseek_moe_16b")
+# Not run here, but parsed: they need the hub (tests/test_hub.py, test_push.py), gguf (test_gguf.py), 32 devices.
+ONLY_PARSED: Final = (
+    *("dsmoe convert deepseek-ai/", "dsmoe push", "dsmoe export moe16b moe16b.gguf", "dsmoe export native model.gguf"),
+    "dsmoe pretrain deepseek_moe_16b",
+)
 TEMPLATE: Final = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"

@@ -132,10 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
             name = "/".join(filter(None, (lines[0].get("organization"), lines[0]["name"])))
             found, created = hub.repositories.get(name), {"url": f"{hub.url}/{name}", "id": name}
             if found is None:
-                hub.add(name, {}).private = "private" in (
-                    lines[0].get("visibility"),
-                    *(["private"] if lines[0].get("private") else []),
-                )
+                hub.add(name, {}).private = lines[0].get("private") is True or lines[0].get("visibility") == "private"
                 return self._json(created)
             return self._send_error(found.listing) if found.listing else self._json(created, status=409)
         if path == self._CARD:
