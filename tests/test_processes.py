@@ -127,9 +127,7 @@ def test_damage_that_one_process_finds_is_known_to_all(seen: list[dict[str, str]
     assert sum("damaged: 'parameters/state/embed/c/0/0'" in line for line in outcomes) == 1
 
 
-@pytest.mark.parametrize(
-    ("scenario", "named"), {"no model": "", "no base": "", "no tokenizer": "no tokenizer"}.items()
-)
+@pytest.mark.parametrize(("scenario", "named"), {"no model": "", "no base": "", "no tokenizer": "no tokenizer"}.items())
 def test_what_one_process_cannot_find_ends_all(seen: list[dict[str, str]], scenario: str, named: str):
     outcomes = [process[scenario] for process in seen]
 
