@@ -49,6 +49,7 @@ def test_a_pretraining_run_resumes(folder: Path):
     assert json.loads((folder / "run" / "run.json").read_text())["checkpoint"]["interval"] == 2
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_run_resumes(folder: Path):
     code = main(["finetune", "run/model", "--output-dir", "finetune", *EXAMPLES, *COMMON, "--steps", "4"])
 

@@ -73,6 +73,7 @@ def test_the_config_reaches_every_moe_layer_and_no_dense_model():
     assert abstract(dense, config)[0] == abstract(dense)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 @pytest.mark.usefixtures("no_compilation_cache")
 def test_pretraining_runs_the_requested_dispatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

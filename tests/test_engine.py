@@ -88,6 +88,7 @@ def test_chunked_prefill_matches_one_call():
     assert at_once.token_ids == in_pieces.token_ids
 
 
+@pytest.mark.slow
 def test_later_requests_fill_idle_rows():
     batch = prompts(6)
     want = generator()(batch, max_new_tokens=10, ignore_eos=True)
@@ -161,6 +162,7 @@ def test_default_seed_is_the_number_of_the_request():
     assert three() == three()
 
 
+@pytest.mark.slow
 def test_200_prompt_lengths_compile_one_program_per_bucket():
     made, rng = generator(), np.random.default_rng(0)
     lengths = rng.integers(1, CHUNK + 1, 200)

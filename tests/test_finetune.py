@@ -188,6 +188,7 @@ def test_a_full_run_leaves_a_checkpoint_that_generates(home: Path, tmp_path: Pat
     assert not (tmp_path / "out" / "best").exists()
 
 
+@pytest.mark.slow
 def test_epochs_decide_how_many_steps_there_are(home: Path, tmp_path: Path):
     data = config(home, tmp_path).data
     alone = dataclasses.replace(data, packing="none", batch_size=16)
@@ -271,6 +272,7 @@ def test_adapters_on_a_mesh_learn_as_on_one_device(home: Path, tmp_path: Path, m
     assert one == pytest.approx(mesh, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_modules_to_save_are_trained(home: Path, tmp_path: Path):
     adapter = LoraConfig(r=2, target_modules=("q_proj",), modules_to_save=("embed_tokens", "lm_head"))
 
@@ -304,6 +306,7 @@ def test_a_non_finite_loss_stops_the_run(home: Path, tmp_path: Path, monkeypatch
     assert run(config(home, tmp_path / "out")).steps == 12
 
 
+@pytest.mark.slow
 def test_a_zero_loss_stops_the_run(home: Path, tmp_path: Path):
     (tmp_path / "same.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     data = dataclasses.replace(config(home, tmp_path).data, files=(str(tmp_path / "same.jsonl"),), val_fraction=0.0)
@@ -367,6 +370,7 @@ def test_masked_tokens_give_no_gradient(home: Path, tmp_path: Path):
 # --- command line ---
 
 
+@pytest.mark.slow
 def test_finetune_merge_and_generate_from_the_command_line(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -89,7 +89,13 @@ TURNS = {
 }
 
 
-@pytest.mark.parametrize(("template", "params"), TURNS.values(), ids=TURNS)
+@pytest.mark.parametrize(
+    ("template", "params"),
+    [
+        pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in ("cut", "ignore_eos", "stop_token_ids")))
+        for name, case in TURNS.items()
+    ],
+)
 def test_every_turn_encodes_the_rendered_history(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str | None, params: dict
 ):

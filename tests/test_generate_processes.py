@@ -35,6 +35,7 @@ print(json.dumps([output.token_ids for output in generator(PROMPTS, PARAMS)]))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_match_one():
     generator = Generator(DeepSeekMoE.init(tiny()), max_batch_size=4, prefill_chunk=32)
     want = [output.token_ids for output in generator(PROMPTS, PARAMS)]

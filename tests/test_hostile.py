@@ -449,7 +449,7 @@ def test_valid_checkpoints_load(folders: dict[str, Path]):
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-@settings(max_examples=15, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(r=st.randoms(use_true_random=False))
 def test_mutated_file_loads_or_is_a_one_line_error(folders: dict[str, Path], mutation: str, r: Random):
     assert outcome(folders[MUTATIONS[mutation][0]], mutation, r)

@@ -236,7 +236,7 @@ def test_transformations_give_the_same_logits(way: str, mesh: str | None):
     assert_logits(logits, reference.forward(merge(*shallow()), np.asarray(ODD)).logits)
 
 
-@pytest.mark.parametrize("mesh", [None, MESH])
+@pytest.mark.parametrize("mesh", [pytest.param(None, marks=pytest.mark.slow), MESH])
 @pytest.mark.parametrize("way", GRADS_BY)
 def test_all_ways_to_differentiate_agree(way: str, mesh: str | None):
     grads = GRADS_BY[way](lambda model: (model(ODD).logits ** 2).sum(), *shallow(mesh))

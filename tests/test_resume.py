@@ -89,6 +89,7 @@ def embed(model: Path) -> np.ndarray:
 # Result
 
 
+@pytest.mark.slow
 def test_a_longer_run_replaces_the_model(home: Path, copy: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
     before = embed(copy / "model")

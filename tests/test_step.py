@@ -443,7 +443,7 @@ def test_decay_falls_on_matrices_alone_or_on_all():
     assert moved["matrices"] == {name for name, value in one.items() if value.ndim > 1}
 
 
-@pytest.mark.parametrize("moments", ["bfloat16", "factored"])
+@pytest.mark.parametrize("moments", [pytest.param("bfloat16", marks=pytest.mark.slow), "factored"])
 def test_small_moments_take_less_memory_and_learn(moments: Any):
     config = tiny()
     optimizer = OptimizerConfig(schedule="constant", warmup_steps=0, moments=moments)

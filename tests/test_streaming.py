@@ -162,7 +162,8 @@ def larger_ways(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     shutil.rmtree(work)
 
 
-@pytest.mark.parametrize("direction", ["import", pytest.param("export", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", ["import", "export"])
 def test_killed_conversion_resumes_correctly(
     tmp_path: Path, larger_ways: dict[str, Way], server: Server, direction: str
 ):

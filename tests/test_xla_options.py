@@ -59,6 +59,7 @@ def test_xla_knows_every_option():
     assert "all-reduce" in str(program.as_text())
 
 
+@pytest.mark.slow
 def test_a_program_from_the_compilation_cache_loads_in_silence(tmp_path: Path, capfd: pytest.CaptureFixture):
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
