@@ -218,7 +218,7 @@ def step_on_one_device() -> Step:
     return step(None)
 
 
-# Every second mesh, cycling through strategies and factors; test_token_dispatcher.py has the other pairs for the experts.
+# Every second mesh, cycling through strategies and factors; test_token_dispatcher.py has more pairs.
 LAYOUTS = list(zip(MESHES, itertools.cycle(STRATEGIES), itertools.cycle((0.5, None, 2.0)), strict=False))[::2]
 
 
