@@ -8,6 +8,7 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.manifest import hash_json
 from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
+from dsmoe_jax.text.tokenizer_config import read_settings
 
 # llama.cpp's name of a pre-tokenizer, by the SHA-256 of its JSON in tokenizer.json.
 _PRE: Final = {
@@ -24,12 +25,12 @@ def add_tokenizer(gguf: Any, writer: Any, folder: Path, config: ModelConfig) -> 
         return
     tokenizer = Tokenizer.from_pretrained(folder)
     add = _add_bpe if (folder / "tokenizer.json").is_file() else _add_sentencepiece
-    tokens, types = add(writer, folder)
-    if len(tokens) > config.vocab_size:
-        raise DSMoEError(f"{folder}: the tokenizer has {len(tokens)} tokens, the model {config.vocab_size}")
-    unused = range(len(tokens), config.vocab_size)
-    writer.add_token_list([*tokens, *(f"[PAD{i}]" for i in unused)])
-    writer.add_token_types([*types, *(_UNUSED for _ in unused)])
+    tokens, size = add(writer, folder, config.vocab_size), config.vocab_size
+    if max(tokens) >= size:
+        raise DSMoEError(f"{folder}: the tokenizer has {max(tokens) + 1} tokens, the model {size}")
+    every = [tokens.get(i, (f"[PAD{i}]", _UNUSED)) for i in range(size)]
+    writer.add_token_list([token for token, _ in every])
+    writer.add_token_types([kind for _, kind in every])
     for name in ("bos", "eos", "pad"):
         if (token := getattr(tokenizer, f"{name}_token_id")) is not None:
             getattr(writer, f"add_{name}_token_id")(token)
@@ -40,8 +41,8 @@ def add_tokenizer(gguf: Any, writer: Any, folder: Path, config: ModelConfig) -> 
         writer.add_chat_template(template)
 
 
-def _add_bpe(writer: Any, folder: Path) -> tuple[list[str], list[int]]:
-    """Add a byte-level BPE vocabulary; return its tokens and their types."""
+def _add_bpe(writer: Any, folder: Path, _: int) -> dict[int, tuple[str, int]]:
+    """Add the merges of a byte-level BPE; return its tokens and their types by id."""
     path = folder / "tokenizer.json"
     fields = json.loads(path.read_bytes())  # the tokenizers library has read it
     model, normalizer = fields["model"], fields.get("normalizer")
@@ -52,21 +53,18 @@ def _add_bpe(writer: Any, folder: Path) -> tuple[list[str], list[int]]:
     pre = _PRE.get(hash_json(fields.get("pre_tokenizer")))
     if pre is None:
         raise DSMoEError(f"{path}: llama.cpp has no pre-tokenizer equal to this one")
-    names = {i: token for token, i in model["vocab"].items()}
-    types = dict.fromkeys(names, _NORMAL)
-    for token in fields.get("added_tokens", ()):
-        names[token["id"]] = token["content"]
-        types[token["id"]] = _CONTROL if token["special"] else _USER_DEFINED
-    size = max(names) + 1
+    if not model["merges"]:
+        raise DSMoEError(f"{path}: llama.cpp needs at least one merge")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
-    merges = model["merges"]
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    return [names.get(i, f"[PAD{i}]") for i in range(size)], [types.get(i, _UNUSED) for i in range(size)]
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
+    tokens = {i: (token, _NORMAL) for token, i in model["vocab"].items()}
+    added = fields.get("added_tokens", ())
+    return tokens | {token["id"]: (token["content"], _kind(token["special"])) for token in added}
 
 
-def _add_sentencepiece(writer: Any, folder: Path) -> tuple[list[str], list[int]]:
-    """Add a sentencepiece vocabulary; return its pieces and their types."""
+def _add_sentencepiece(writer: Any, folder: Path, vocab_size: int) -> dict[int, tuple[str, int]]:
+    """Add the scores of a sentencepiece BPE; return its pieces and their types by id."""
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
@@ -77,8 +75,17 @@ def _add_sentencepiece(writer: Any, folder: Path) -> tuple[list[str], list[int]]
         (_BYTE, model.is_byte),
         (_UNUSED, model.is_unused),
     )
+    scores = [model.get_score(i) for i in ids]
+    if any(score != round(score) for score in scores):  # BPE has ranks, unigram log-probabilities
+        raise DSMoEError(f"{folder / 'tokenizer.model'}: llama.cpp needs a BPE model, got a unigram one")
+    settings = read_settings(folder)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_scores([model.get_score(i) for i in ids])
-    types = [next((kind for kind, test in kinds if test(i)), _NORMAL) for i in ids]
-    return [model.id_to_piece(i) for i in ids], types
+    writer.add_token_scores(scores + [0.0] * (vocab_size - len(scores)))
+    writer.add_add_space_prefix(settings.flag("add_prefix_space", True))
+    tokens = {i: (model.id_to_piece(i), next((kind for kind, test in kinds if test(i)), _NORMAL)) for i in ids}
+    return tokens | {i: (token.content, _kind(token.special)) for i, token in settings.added_tokens.items()}
+
+
+def _kind(special: bool) -> int:
+    return _CONTROL if special else _USER_DEFINED

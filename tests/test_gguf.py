@@ -16,12 +16,14 @@ from dsmoe_jax.convert import import_hf
 from dsmoe_jax.convert.gguf_export import export_gguf
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.text.tokenizer import Tokenizer
-from tests.helpers import golden
+from tests.helpers import golden, tokenizers
 from tests.helpers.hf_folder import make_tokenizer, random_params, tiny, write_hf
+from tests.helpers.tokenizers import train_model
 
 gguf = pytest.importorskip("gguf", reason="the writer is gguf: pip install -e '.[gguf]'")
 
 PROMPTS = range(3)
+model_file = tokenizers.model_file
 
 
 def llama_cpp() -> Any:
@@ -102,6 +104,28 @@ def test_text_has_our_ids(tmp_path: Path):
 
     assert ids == Tokenizer.from_pretrained(tmp_path / "native").encode_batch(texts)
     assert back == texts[:3]
+
+
+def test_sentencepiece_text_has_our_ids(model_file: Path, tmp_path: Path):
+    texts = ["the quick brown fox", " two  spaces", "wörld 你", "line\nbreak"]
+    config = tiny(vocab_size=320, bos_token_id=1, eos_token_id=2)
+    source = write_hf(tmp_path / "hf", config, random_params(config))
+    shutil.copyfile(model_file, source / "tokenizer.model")
+    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": False}))
+    export_gguf(source, tmp_path / "model.gguf")
+
+    with server(tmp_path / "model.gguf") as post:
+        ids = [post("/tokenize", content=text, add_special=True)["tokens"] for text in texts]
+
+    assert ids == Tokenizer.from_pretrained(source).encode_batch(texts)
+
+
+def test_unigram_models_are_refused(tmp_path: Path):
+    source = write_hf(tmp_path / "hf", tiny(), random_params(tiny()))
+    train_model(source / "tokenizer.model", model_type="unigram", byte_fallback=False, vocab_size=60)
+
+    with pytest.raises(DSMoEError, match=r"llama\.cpp needs a BPE model, got a unigram one"):
+        export_gguf(source, tmp_path / "model.gguf")
 
 
 def test_deepseek_tokenizer_has_our_ids(tmp_path: Path):

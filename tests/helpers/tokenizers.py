@@ -50,12 +50,9 @@ def train_model(path: Path, **options: Any) -> Path:
         sentencepiece.SentencePieceTrainer.train(  # pyright: ignore
             sentence_iterator=iter(["the quick brown fox, the lazy dog", "user assistant hello world"] * 9),
             model_writer=file,
-            vocab_size=300,
-            model_type="bpe",
-            byte_fallback=True,
+            **{"vocab_size": 300, "model_type": "bpe", "byte_fallback": True} | options,
             hard_vocab_limit=False,
             minloglevel=2,
-            **options,
         )
     return path
 
