@@ -138,7 +138,7 @@ def test_a_tokenizer_of_a_hub_id_names_the_generator():
 # fmt: off
 MASKED: dict[str, tuple[dict[str, Any], str]] = {
     "ragged":    ({"token_ids": [[1, 2], [3]]}, r"^token_ids must be \[B, T\], got sequences of different lengths"),
-    "float":     ({"attention_mask": np.ones((1, 2), np.float32)}, r"^attention_mask must be int or bool .*, got float32$"),
+    "float":     ({"attention_mask": np.ones((1, 2), "f4")}, r"^attention_mask must be int or bool .*, got float32$"),
     "negative":  ({"position_ids": np.array([[-1, 0]])}, "^position_ids must not be negative, got -1$"),
     "shape":     ({"attention_mask": [1, 1]}, r"^attention_mask must have the shape .*, got \(2,\)$"),
 }

@@ -58,7 +58,7 @@ MODEL: Final = (
 )
 _SAMPLING: Final = (
     _arg("--max-new-tokens", "maximum output length in tokens; default: 128", **_INT),
-    _arg("--max-tokens", "alias of --max-new-tokens", **_INT),
+    _arg("--max-tokens", "alias of --max-new-tokens; default: 128", **_INT),
     _arg("--temperature", "sampling temperature; default: 0, greedy decoding", **_FLOAT),
     _arg("--top-k", "sample from the N most likely tokens; default: 0, which disables it", **_INT),
     _arg("--top-p", "sample from the smallest set with total probability X in [0, 1]; default: 1", **_FLOAT),

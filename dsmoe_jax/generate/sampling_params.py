@@ -16,7 +16,7 @@ from dsmoe_jax.text.generation_config import GENERATION_CONFIG, read_generation_
 MAX_LOGIT_BIASES: Final = 300
 _MAX_STOP_STRINGS: Final = 64
 _DEFAULT_MAX_NEW_TOKENS: Final = 128
-_LENGTHS: Final = frozenset({"max_new_tokens", "max_tokens"})  # the field and its alias
+_LENGTHS: Final = ("max_new_tokens", "max_tokens")  # the field and its alias
 
 
 class _Bound(NamedTuple):
@@ -29,9 +29,10 @@ class _Bound(NamedTuple):
 
 
 _TOKEN_ID: Final = _Bound(0, (1 << 31) - 1, integer=True)
+_LENGTH: Final = _Bound(1, 1 << 24, integer=True)
 _BIAS: Final = _Bound(-100, 100)
 _NUMBERS: Final[dict[str, _Bound]] = {
-    "max_new_tokens": _Bound(1, 1 << 24, integer=True),
+    **dict.fromkeys(_LENGTHS, _LENGTH),
     "temperature": _Bound(0, 1000),
     "top_k": _Bound(1, 1 << 24, integer=True, optional=True),
     "top_p": _Bound(0, 1),
@@ -126,23 +127,22 @@ class SamplingParams:
     n: int = 1
     ignore_eos: bool = False
     logprobs: int | None = None
-    max_tokens: dataclasses.InitVar[int | None] = None
+    max_tokens: int = dataclasses.field(default=None, compare=False, repr=False)  # type: ignore[assignment]
 
-    def __post_init__(self, max_tokens: int | None) -> None:
+    def __post_init__(self) -> None:
         """Validate every value and store it in its canonical form."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values |= {f.name: f.default for f in dataclasses.fields(self) if _is_default(f.name, values[f.name])}
-        lengths = {"max_new_tokens": values["max_new_tokens"], "max_tokens": max_tokens}
-        bound = _NUMBERS["max_new_tokens"]
-        checked = {name: _number(name, value, bound) for name, value in lengths.items() if value is not None}
+        lengths = {name: values[name] for name in _LENGTHS}
+        checked = {name: _number(name, value, _LENGTH) for name, value in lengths.items() if value is not None}
         new = {value for name, value in checked.items() if not isinstance(lengths[name], _Stored)}
         passed = new or set(checked.values())
         if len(passed) > 1:
             both = "{} and {}".format(*lengths.values())
             raise DSMoEError(f"max_new_tokens and its alias max_tokens must be equal, got {both}")
-        values["max_new_tokens"] = passed.pop() if passed else _DEFAULT_MAX_NEW_TOKENS
+        values |= dict.fromkeys(_LENGTHS, passed.pop() if passed else _DEFAULT_MAX_NEW_TOKENS)
         values |= {name: _number(name, values[name], bound) for name, bound in _NUMBERS.items()}
-        values["max_new_tokens"] = values["max_tokens"] = _Stored(values["max_new_tokens"])
+        values |= {name: _Stored(values[name]) for name in _LENGTHS}
         values["logit_bias"] = _logit_bias(values["logit_bias"])
         values["stop"] = _stop_strings(values["stop"])
         values["stop_token_ids"] = _stop_token_ids(values["stop_token_ids"])
@@ -208,7 +208,7 @@ def read_sampling_defaults(folder: str | Path) -> dict[str, Any]:
 
 def merge_fields(defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return `defaults` with `overrides`, in which `max_tokens` and `max_new_tokens` override each other."""
-    hidden = _LENGTHS if _LENGTHS & overrides.keys() else frozenset()
+    hidden = _LENGTHS if overrides.keys() & {*_LENGTHS} else ()
     return {name: value for name, value in defaults.items() if name not in hidden} | dict(overrides)
 
 
