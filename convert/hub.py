@@ -56,6 +56,8 @@ def resolve_config(source: str | Path, revision: str | None = None) -> Path:
     path = _local_path(source, revision, "model")
     if path is None and (path := fetch_file(str(source), CONFIG, revision=revision)) is None:
         raise DSMoEError(f"{source}: has no {CONFIG}")
+    if path.is_dir():
+        _check_model_folder(path, "model")
     return path
 
 

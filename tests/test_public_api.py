@@ -102,7 +102,9 @@ def test_wrong_options_of_load_are_named(checkpoint: Path):
     refused("^verify must be True or False, got 'no'$", dsmoe_jax.load, checkpoint, verify="no")
 
 
-def test_other_folders_lead_to_the_model(tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch):
+def test_other_folders_lead_to_the_model(
+    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "run.json").write_text("{}")
     (tmp_path / "config.json").write_text("{}")
@@ -113,6 +115,8 @@ def test_other_folders_lead_to_the_model(tmp_path: Path, adapter: Path, monkeypa
         refused("it is an adapter; pass its base as the model and this folder as the adapter$", load, adapter)
         refused(r"^model must be a folder, got the file \S+; did you mean", load, tmp_path / "config.json")
         refused("^bench is a preset, which has no weights: model must be a checkpoint or a hub id$", load, "bench")
+    assert run("info", tmp_path / "tiny") == 2
+    assert "the folder of a run; did you mean" in capsys.readouterr().err
     (tmp_path / "tiny" / "run.json").unlink()
     refused(f"^{tmp_path}/tiny/config.json: does not exist$", dsmoe_jax.load, ".")
 

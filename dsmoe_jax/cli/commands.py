@@ -147,8 +147,8 @@ def _info(args: argparse.Namespace) -> None:
     from dsmoe_jax.convert.hub import is_repo_id, resolve_config
     from dsmoe_jax.info import describe
 
-    on_hub = is_repo_id(args.model) or args.revision
-    model = resolve_config(args.model, args.revision) if on_hub else args.model
+    resolved = is_repo_id(args.model) or args.revision or Path(args.model).is_dir()
+    model = resolve_config(args.model, args.revision) if resolved else args.model
     print(describe(model), end="")
 
 
