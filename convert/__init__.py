@@ -43,3 +43,7 @@ def __getattr__(name: str) -> Any:
         return assemble(*load_params(resolve(path), **options))
 
     return load_hf
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from dsmoe_jax.config import PRESETS
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.storage.atomic_dir import check_space
 from dsmoe_jax.storage.paths import user_path
@@ -24,13 +25,21 @@ from .tensor_info import quote
 CONFIG: Final = "config.json"
 # Optional files, downloaded before the weights.
 _EXTRA_FILES: Final = (GENERATION_CONFIG, *TOKENIZER_FILES)
+# Files of folders that are not a model, and what to pass instead.
+_NOT_A_MODEL: Final[dict[str, Callable[[Path], str]]] = {
+    "run.json": lambda path: f"it is the folder of a run; did you mean {path / 'model'}?",
+    "adapter_config.json": lambda path: "it is an adapter; pass its base as the model and this folder as the adapter",
+}
 _REPO_ID: Final = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9_][\w.-]*", re.ASCII | re.IGNORECASE)
 
 
 def resolve(source: str | Path, revision: str | None = None, *, name: str = "model") -> Path:
     """Return the local folder of a path or hub id, which is downloaded unless cached; a path takes precedence."""
     path = _local_path(source, revision, name)
-    return fetch(str(source), revision=revision) if path is None else path
+    if path is None:
+        return fetch(str(source), revision=revision)
+    _check_model_folder(path, name)
+    return path
 
 
 def resolve_file(source: str | Path, file: str, revision: str | None = None, *, name: str = "model") -> Path | None:
@@ -38,6 +47,7 @@ def resolve_file(source: str | Path, file: str, revision: str | None = None, *, 
     path = _local_path(source, revision, name)
     if path is None:
         return fetch_file(str(source), file, revision=revision)
+    _check_model_folder(path, name)
     return path / file if (path / file).exists() else None
 
 
@@ -46,6 +56,8 @@ def resolve_config(source: str | Path, revision: str | None = None) -> Path:
     path = _local_path(source, revision, "model")
     if path is None and (path := fetch_file(str(source), CONFIG, revision=revision)) is None:
         raise DSMoEError(f"{source}: has no {CONFIG}")
+    if path.is_dir():
+        _check_model_folder(path, "model")
     return path
 
 
@@ -56,9 +68,23 @@ def _local_path(source: str | Path, revision: str | None, name: str) -> Path | N
         if revision is not None:
             raise DSMoEError(f"revision {revision!r} needs a hub id, got the local path {source}")
         return path
+    if source in PRESETS:
+        raise DSMoEError(f"{source} is a preset, which has no weights: {name} must be a checkpoint or a hub id")
     if not is_repo_id(source):
         raise DSMoEError(f"{source}: no such file or folder, and not a hub id of the form owner/name")
     return None
+
+
+def _check_model_folder(path: Path, name: str) -> None:
+    """Raise `DSMoEError` for a file, and for a folder that has something else than a model."""
+    if not path.is_dir():
+        inside = f"; did you mean {path.parent}?" if path.name == CONFIG else ""
+        raise DSMoEError(f"{name} must be a folder, got the file {path}{inside}")
+    if os.path.lexists(path / CONFIG):
+        return
+    for file, hint in _NOT_A_MODEL.items():
+        if (path / file).is_file():
+            raise DSMoEError(f"{path.absolute()} has no {CONFIG}: {hint(path)}")
 
 
 def is_repo_id(source: str | Path) -> bool:

@@ -1,6 +1,7 @@
 """Verify a checkpoint, alone or against another one: `verify`."""
 
 import hashlib
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +16,14 @@ from dsmoe_jax.checkpoint.native import check_names_and_shapes
 from dsmoe_jax.checkpoint.zarr_io import raw_bytes, row_chunks
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.progress import Meter, plural, silent
+from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.text.special_ids import ids_for_export
 
 from .hub import is_repo_id, resolve
 from .importer import read_special_ids
 from .tensor_source import TensorSource, open_source, opens_as_native
 
+_REPORT_FIELDS: Final = {"source", "other", "mismatches", "hashes"}  # of every version
 # Config fields that do not affect the model or follow from the tensors.
 _NOT_COMPARED: Final = ("torch_dtype", "dtype", "transformers_version", "architectures", "use_cache")
 
@@ -112,6 +115,25 @@ def verify(
     report.mismatches = [{"file": one.file, "tensor": one.tensor, "what": one.what} for one in found]
     report.seconds = time.perf_counter() - started
     return report
+
+
+def check_report_path(file: Path, *checkpoints: str | None) -> None:
+    """Raise `DSMoEError` unless a report may be written: outside the checkpoints, over nothing but a report."""
+    real = Path(os.path.realpath(file))
+    if not real.parent.is_dir():
+        raise DSMoEError(f"report {file} cannot be written: {file.parent} is not a folder")
+    for checkpoint in checkpoints:
+        if checkpoint is not None and real.is_relative_to(os.path.realpath(checkpoint)):
+            raise DSMoEError(f"report {file} must be outside the checkpoint {checkpoint}")
+    if os.path.lexists(real) and not _is_report(real):
+        raise DSMoEError(f"{file} exists and is no earlier report; nothing is overwritten")
+
+
+def _is_report(file: Path) -> bool:
+    try:
+        return read_json(file).keys() >= _REPORT_FIELDS
+    except DSMoEError:
+        return False
 
 
 def _damage(folder: Path, report: VerificationReport, progress: Meter) -> list[TensorDamage]:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from dsmoe_jax import convert, generate, train
     from dsmoe_jax.checkpoint.native import save
     from dsmoe_jax.config import ModelConfig
-    from dsmoe_jax.generate import Completion, Generator, SamplingParams
+    from dsmoe_jax.generate import Chat, Completion, Generator, SamplingParams
     from dsmoe_jax.loading import load
     from dsmoe_jax.model import DeepSeekMoE
     from dsmoe_jax.sharding import MeshConfig, make_mesh
@@ -27,12 +27,14 @@ _MODULES = {
     "save": "checkpoint.native",
     "Tokenizer": "text.tokenizer",
     "Generator": "generate",
+    "Chat": "generate",
     "Completion": "generate",
     "SamplingParams": "generate",
 }
 _SUBPACKAGES = ("convert", "generate", "train")
 
 __all__ = [
+    "Chat",
     "Completion",
     "DeepSeekMoE",
     "Generator",
@@ -58,4 +60,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES, *_SUBPACKAGES})
+    return sorted({*__all__, "__version__"})

@@ -1,7 +1,7 @@
-"""Invalid input: the exception `DSMoEError`, `check_choice` and `unknown_flag`."""
+"""Invalid input: the exception `DSMoEError`, `check_choice`, `suggest` and `unknown_flag`."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class DSMoEError(ValueError):
@@ -16,6 +16,12 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     choices = tuple(choices)
     if value not in choices:
         raise DSMoEError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def suggest(name: str, names: Sequence[str]) -> str:
+    """Return a hint for an unknown name: the most similar of `names`, or all of them."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(names)}"
 
 
 def unknown_flag(flag: str, known: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from dsmoe_jax.convert import attach_adapter
 from dsmoe_jax.convert.hub import resolve
 from dsmoe_jax.convert.sources import load_params
 from dsmoe_jax.convert.tensor_source import HFSource
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.model import DeepSeekMoE, assemble
 from dsmoe_jax.quantize import quantize_embedding
 from dsmoe_jax.sharding import MeshConfig
@@ -48,6 +49,8 @@ def load(
     Raises:
         DSMoEError: The path or hub id does not exist, an argument is invalid, or the checkpoint is damaged.
     """
+    if not isinstance(verify, bool):
+        raise DSMoEError(f"verify must be True or False, got {verify!r:.80}")
     folder = resolve(path_or_hub_id, revision)
     config, params = load_params(folder, dtype=dtype, mesh=mesh, quantize=quantize, verify=verify)
     model = assemble(config, params if quantize is None else quantize_embedding(params))

@@ -128,17 +128,17 @@ class DeepSeekMoE(nnx.Module):
         token_ids = check_token_ids(token_ids, self.config.vocab_size)
         _warn_beyond_context(token_ids.shape[1], self.config.context_length)
         # Defaults are filled in outside jit, so that calls with and without them share a compiled program.
-        mask = jnp.ones_like(token_ids) if attention_mask is None else jnp.asarray(attention_mask, jnp.int32)
         arange = jnp.arange(token_ids.shape[1], dtype=jnp.int32)
-        positions = jnp.broadcast_to(arange, token_ids.shape) if position_ids is None else jnp.asarray(position_ids)
-        for name, value in (("attention_mask", mask), ("position_ids", positions)):
-            if value.shape != token_ids.shape:
-                raise DSMoEError(f"{name} must have the shape of token_ids, {token_ids.shape}, got {value.shape}")
+        shape, mask, positions = token_ids.shape, jnp.ones_like(token_ids), jnp.broadcast_to(arange, token_ids.shape)
+        if attention_mask is not None:
+            mask = _check_like("attention_mask", attention_mask, shape)
+        if position_ids is not None:
+            positions = _check_like("position_ids", position_ids, shape)
         graph, params = split(self)
         if isinstance(arange, Tracer):
             token_ids = pin_to_mesh_of(params, token_ids)
         with traceable_mesh_of(params):
-            return _forward(graph, params, token_ids, mask, positions.astype(jnp.int32), output_hidden_states)
+            return _forward(graph, params, token_ids, mask, positions, output_hidden_states)
 
     def hidden(
         self,
@@ -250,13 +250,33 @@ def _warn_beyond_context(length: int, context_length: int) -> None:
 
 def check_token_ids(token_ids: Any, vocab_size: int) -> Int[Array, "B T"]:
     """Convert to int32 [B, T]; raise if malformed or outside the vocabulary, where JAX would clamp silently."""
-    ids = token_ids if isinstance(token_ids, Tracer) else np.asarray(token_ids)
+    ids = _to_array("token_ids", token_ids)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
         raise DSMoEError(f"token_ids must be non-empty int [B, T], got {ids.dtype} {list(ids.shape)}")
     if not isinstance(ids, Tracer) and (ids.min() < 0 or ids.max() >= vocab_size):
         worst = ids.min() if ids.min() < 0 else ids.max()
         raise DSMoEError(f"token id {worst} is outside the vocabulary of {vocab_size}")
     return jnp.asarray(token_ids, jnp.int32)
+
+
+def _check_like(name: str, value: Any, shape: tuple[int, ...]) -> Int[Array, "B T"]:
+    """Convert to int32; raise for another shape, floats or negative values (the latter not checked under tracing)."""
+    array = _to_array(name, value)
+    if array.shape != shape:
+        raise DSMoEError(f"{name} must have the shape of token_ids, {shape}, got {array.shape}")
+    if array.dtype != bool and not np.issubdtype(array.dtype, np.integer):
+        raise DSMoEError(f"{name} must be int or bool [B, T], got {array.dtype}")
+    if not isinstance(array, Tracer) and array.min() < 0:
+        raise DSMoEError(f"{name} must not be negative, got {array.min()}")
+    return jnp.asarray(value, jnp.int32)
+
+
+def _to_array(name: str, value: Any) -> Any:
+    """Return a traced value as it is, any other as a numpy array."""
+    try:
+        return value if isinstance(value, Tracer) else np.asarray(value)
+    except ValueError:  # ragged
+        raise DSMoEError(f"{name} must be [B, T], got sequences of different lengths; pad them") from None
 
 
 # --- the model as (graph, parameters) ---

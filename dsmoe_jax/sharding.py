@@ -67,6 +67,9 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
     sizes = list(dataclasses.astuple(config or MeshConfig()))
     devices = list(jax.devices() if devices is None else devices)
     named = ", ".join(f"{name}={size}" for name, size in zip(AXIS_NAMES, sizes, strict=True))
+    for name, size in zip(AXIS_NAMES, sizes, strict=True):
+        if isinstance(size, bool) or not isinstance(size, int | np.integer):
+            raise DSMoEError(f"mesh axis {name} must be a positive int or -1, got {size!r:.80}")
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise DSMoEError(f"mesh ({named}): sizes must be positive, at most one -1")
     if -1 in sizes:
@@ -84,7 +87,13 @@ def as_mesh(mesh: Mesh | MeshConfig | None) -> Mesh | None:
     """Return the mesh of a config or mesh; None means the default device."""
     if not isinstance(mesh, Mesh | MeshConfig | None):
         raise DSMoEError(f"mesh must be a Mesh, a MeshConfig or None, got {mesh!r:.80}")
-    return make_mesh(mesh) if isinstance(mesh, MeshConfig) else mesh
+    if not isinstance(mesh, Mesh):
+        return make_mesh(mesh) if mesh is not None else None
+    if mesh.axis_names != AXIS_NAMES or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        axes = ", ".join(f"{name} ({kind.name})" for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True))
+        wanted = f"the Auto axes {', '.join(AXIS_NAMES)}, as from `dsmoe_jax.make_mesh(MeshConfig(…))`"
+        raise DSMoEError(f"mesh must have {wanted}; got {axes}")
+    return mesh
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:

@@ -270,6 +270,14 @@ def completions(mesh: str | None, config: DispatchConfig, count: int) -> list[li
 QUICK = [("expert=4,fsdp=2", "all_to_all", 3)]  # the golden model tests a single prompt
 
 
+def test_decoding_one_sequence_needs_no_resharding(capfd: pytest.CaptureFixture):
+    model = DeepSeekMoE.init(tiny(), mesh=make_mesh(MeshConfig(expert=2), jax.devices()[:4]))
+
+    Generator(model)([1, 2, 3], max_new_tokens=2, ignore_eos=True)
+
+    assert "full rematerialization" not in capfd.readouterr().err  # a warning of XLA's partitioner
+
+
 @pytest.mark.parametrize(
     ("mesh", "strategy", "count"),
     [

@@ -314,10 +314,7 @@ def test_tokens_need_no_tokenizer(
     out, err = capsys.readouterr()
     assert codes == [0, 2]
     assert out == f"{' '.join(map(str, want))}\n"
-    assert (
-        err
-        == "dsmoe generate: a text prompt needs a tokenizer, and this generator has none: pass token ids (`--tokens`)\n"
-    )
+    assert err == "dsmoe generate: a text prompt needs a tokenizer, and this model has none: pass --tokens\n"
 
 
 # files | command

@@ -22,6 +22,7 @@ from dsmoe_jax.checkpoint.manifest import PARAMETERS, Manifest, check_parameters
 from dsmoe_jax.checkpoint.zarr_io import DTYPES, ArrayRecord, ArrayWriter
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.kernels.operand import LowRank, Quantized
 from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, count_tensors, shardings, split
 from dsmoe_jax.progress import Advance
 from dsmoe_jax.sharding import MeshConfig, as_mesh
@@ -29,23 +30,40 @@ from dsmoe_jax.storage.atomic_dir import StagingDir, atomic_dir, check_new_path,
 from dsmoe_jax.storage.manifest import find_damage
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.storage.strict_json import read_json
+from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
 _SKELETON_UNIT: Final = "frame"  # in journals
+# Operands that a native checkpoint cannot hold.
+_NOT_SAVED: Final[dict[type, str]] = {
+    LowRank: "has an adapter: merge it with `dsmoe_jax.convert.merge_to`, which writes a checkpoint",
+    Quantized: "is quantized: load the model without `quantize`",
+}
 
 
-def save(model: DeepSeekMoE, path: str | Path, *, extra_files: Sequence[Path] = ()) -> None:
+def save(
+    model: DeepSeekMoE,
+    path: str | Path,
+    *,
+    tokenizer: Tokenizer | str | Path | None = None,
+    extra_files: Sequence[str | Path] = (),
+) -> None:
     """Save a model as a native checkpoint; atomic, and collective over all processes.
 
     Args:
         model: The model. Each process gathers, writes and hashes a share of its parameters.
         path: Folder to create, on a file system shared by all processes.
-        extra_files: Files to copy into it: tokenizer, generation config.
+        tokenizer: Tokenizer, or a folder with one, whose files are copied into it.
+        extra_files: Other files to copy into it, such as `generation_config.json`.
 
     Raises:
-        DSMoEError: `path` exists, or the disk is too full.
+        DSMoEError: `path` exists, a file to copy does not exist, the model is quantized or has an adapter, or the disk
+            is too full.
     """
     path = check_new_path(path)
-    params = split(model)[1]
+    params = _dense_params(model)
+    files = [*_tokenizer_files(tokenizer), *(user_path(file, "extra_files") for file in extra_files)]
+    if missing := next((file for file in files if not file.is_file()), None):
+        raise DSMoEError(f"extra_files: {missing} is not a file")
     index, folder = jax.process_index(), staging_path(path)
     records: dict[str, ArrayRecord] = {}
     record_files = [folder / f"records-{i}.json" for i in range(jax.process_count())]
@@ -73,7 +91,27 @@ def save(model: DeepSeekMoE, path: str | Path, *, extra_files: Sequence[Path] = 
                 for file in record_files:
                     records |= {name: ArrayRecord(*fields) for name, fields in read_json(file).items()}
                     file.unlink()
-                finalize(folder, model.config, records, extra_files)
+                finalize(folder, model.config, records, files)
+
+
+def _dense_params(model: DeepSeekMoE) -> dict[str, jax.Array]:
+    if not isinstance(model, DeepSeekMoE):
+        raise DSMoEError(f"model must be a DeepSeekMoE, got {model!r:.80}")
+    params = split(model)[1]
+    for name, value in params.items():
+        for kind, reason in _NOT_SAVED.items():
+            if isinstance(value, kind):
+                raise DSMoEError(f"model must have dense weights, but {name} {reason}")
+    return params
+
+
+def _tokenizer_files(tokenizer: Tokenizer | str | Path | None) -> tuple[Path, ...]:
+    if tokenizer is None:
+        return ()
+    files = tokenizer.files if isinstance(tokenizer, Tokenizer) else tokenizer_files(tokenizer)
+    if not files:
+        raise DSMoEError(f"tokenizer: {tokenizer} has no tokenizer files")
+    return files
 
 
 def load(
@@ -186,7 +224,10 @@ def as_dtype(dtype: Any) -> Any:
     """Return the numpy dtype of a name or type; None stays None."""
     if dtype is None:
         return None
-    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    try:
+        name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    except TypeError:
+        name = None
     if name not in DTYPES:
         raise DSMoEError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     return DTYPES[name]

@@ -24,7 +24,7 @@ from dsmoe_jax.cli.streams import (
     print_status,
     reader_has_left,
 )
-from dsmoe_jax.errors import DSMoEError, unknown_flag
+from dsmoe_jax.errors import DSMoEError, suggest, unknown_flag
 from dsmoe_jax.progress import bar, plural
 from dsmoe_jax.xla_options import set_environment
 
@@ -90,6 +90,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if argv and argv[0] in VERBS and argv[0] not in ARGUMENTS:  # tyro parses the rest
         return argparse.Namespace(verb=argv[0], run=VERBS[argv[0]][0], flags=[*argv[1:]])
     parser, verbs = make_parser()
+    if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
+        parser.error(f"unknown verb {argv[0]!r}; {suggest(argv[0], tuple(VERBS))}")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         verbs[args.verb].error(_unknown(unknown[0], verbs[args.verb]))
@@ -145,8 +147,8 @@ def _info(args: argparse.Namespace) -> None:
     from dsmoe_jax.convert.hub import is_repo_id, resolve_config
     from dsmoe_jax.info import describe
 
-    on_hub = is_repo_id(args.model) or args.revision
-    model = resolve_config(args.model, args.revision) if on_hub else args.model
+    resolved = is_repo_id(args.model) or args.revision or Path(args.model).is_dir()
+    model = resolve_config(args.model, args.revision) if resolved else args.model
     print(describe(model), end="")
 
 
@@ -182,12 +184,15 @@ def _push(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> None:
     from dsmoe_jax.checkpoint.manifest import TensorDamage
     from dsmoe_jax.convert import verify
+    from dsmoe_jax.convert.verify import check_report_path
     from dsmoe_jax.storage.atomic_dir import write_json
     from dsmoe_jax.storage.locks import lock_name
+    from dsmoe_jax.storage.paths import user_path
 
     source = Path(args.source)
     folder = source.absolute().parent if source.exists() else Path.cwd()  # of a hub id
-    file = Path(args.report or folder / f"{source.absolute().name}.verify.json")
+    file = user_path(args.report or folder / f"{source.absolute().name}.verify.json", "--report")
+    check_report_path(file, args.source, args.other)
     with lock_name(file):
         report = verify(args.source, args.other, revision=args.revision, progress=bar)
         write_json(file, report.to_dict())

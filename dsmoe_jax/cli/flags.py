@@ -31,7 +31,9 @@ _REVISION: Final = _arg("--revision", "branch, tag or commit of a hub id; defaul
 _ADAPTER: Final = "LoRA adapter in the format of peft"
 _CONTEXT: Final = "maximum tokens of prompt and output together; default: that of the model, at least 4096"
 _SOURCE: Final = "folder with config.json and safetensors or pytorch_model*.bin files, or OWNER/NAME on the Hub"
-_FILE: Final = "prompts, a JSON object per line: prompt, token_ids or messages; optional id and sampling parameters"
+_FILE: Final = (
+    "prompts, a JSON object per line: prompt, token_ids or messages; optional id and sampling parameters; -: stdin"
+)
 _BIAS: Final = "add VALUE in [-100, 100] to the logit of token ID; repeatable"
 _GGUF_DTYPE: Final = {"choices": (*_DTYPES, "q8_0", "keep"), "default": "keep"}
 _MODELING: Final = (
@@ -55,7 +57,8 @@ MODEL: Final = (
     _arg("--split-special-tokens", _SPLIT.format("prompts"), **_OPTIONAL),
 )
 _SAMPLING: Final = (
-    _arg("--max-new-tokens --max-tokens", "maximum output length in tokens; default: 128", **_INT),
+    _arg("--max-new-tokens", "maximum output length in tokens; default: 128", **_INT),
+    _arg("--max-tokens", "alias of --max-new-tokens; default: 128", **_INT),
     _arg("--temperature", "sampling temperature; default: 0, greedy decoding", **_FLOAT),
     _arg("--top-k", "sample from the N most likely tokens; default: 0, which disables it", **_INT),
     _arg("--top-p", "sample from the smallest set with total probability X in [0, 1]; default: 1", **_FLOAT),

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
 
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.errors import DSMoEError, suggest
 from dsmoe_jax.generate.chat import Chat
 from dsmoe_jax.generate.generator import Completion, Generator
-from dsmoe_jax.generate.sampling_params import FIELD_NAMES, SamplingParams, merge_fields, suggest
+from dsmoe_jax.generate.sampling_params import FIELD_NAMES, SamplingParams, merge_fields
 from dsmoe_jax.progress import count, log_level, plural
 from dsmoe_jax.storage.atomic_dir import check_new_path, name_full_disk, staging_path
 from dsmoe_jax.storage.locks import lock_name
@@ -31,6 +31,8 @@ from dsmoe_jax.text.tokenizer import Tokenizer
 
 Load = Callable[[], Generator]
 Sampling = Mapping[str, Any]  # arguments of `SamplingParams`
+_SAMPLED_ONLY: Final = ("top_k", "top_p", "min_p", "seed")  # flags without effect at temperature 0
+_log = logging.getLogger("dsmoe_jax")
 
 
 def _quiet() -> AbstractContextManager[None]:  # log lines would interleave with the text
@@ -47,7 +49,7 @@ def generate(
     out: str | None = None,
     chat: bool = False,
 ) -> None:
-    """Stream a prompt (default or "-": stdin) and its completion to stdout, or complete a JSONL file of prompts.
+    """Stream a prompt (default or "-": stdin) and its completion to stdout, or complete a JSONL file (or stdin).
 
     With `chat` the prompt is a user message and only the reply is printed, with `tokens` (ids) only the completion.
     """
@@ -59,21 +61,24 @@ def generate(
     if chat and (file or tokens):
         raise DSMoEError(f"--chat needs a prompt of text, got {passed[0]}")
     if file is not None:
-        return _complete_file(load, sampling, user_path(file, "--file"), out)
+        return _complete_file(load, sampling, file, out)
     if out is not None:
         raise DSMoEError("--out needs --file")
     params = SamplingParams(**sampling)
     if params.n != 1 or params.logprobs is not None:
         raise DSMoEError("--n and --logprobs need --file")
+    _warn_without_effect(sampling, [params])
     if tokens is not None:
         return _complete_ids(load, _parse_ids(tokens), params)
     prompt = _read_stdin() if prompt in (None, "-") else prompt
     if not prompt:
         raise DSMoEError("the prompt is empty")
+    generator = load()
+    if generator.tokenizer is None:
+        raise DSMoEError("a text prompt needs a tokenizer, and this model has none: pass --tokens")
     if chat:
-        return _print_pieces(load().stream([{"role": "user", "content": prompt}], params))
-    pieces = load().stream(prompt, params)
-    _print_pieces(itertools.chain([prompt], pieces))
+        return _print_pieces(generator.stream([{"role": "user", "content": prompt}], params))
+    _print_pieces(itertools.chain([prompt], generator.stream(prompt, params)))
 
 
 def example_command(checkpoint: str) -> str:
@@ -86,6 +91,14 @@ def example_command(checkpoint: str) -> str:
     settings = folder / "tokenizer_config.json"
     templates = find_chat_templates(folder, read_json(settings) if settings.is_file() else {})
     return f"dsmoe chat {name}" if "default" in templates else f"dsmoe generate {name} --prompt Hello"
+
+
+def _warn_without_effect(sampling: Sampling, used: Iterable[SamplingParams]) -> None:
+    """Warn about sampling flags that greedy decoding ignores."""
+    flags = [f"--{name.replace('_', '-')}" for name in _SAMPLED_ONLY if name in sampling]
+    if flags and not any(params.temperature for params in used):
+        verb = "has" if len(flags) == 1 else "have"
+        _log.warning("%s %s no effect at temperature 0, greedy decoding", ", ".join(flags), verb)
 
 
 def _parse_ids(tokens: str) -> list[int]:
@@ -152,19 +165,28 @@ _COMPLETION: Final = ("text", "token_ids", "finish_reason", "stop_reason")
 _FIELDS: Final = ("id", *_PROMPTS, *FIELD_NAMES)
 
 
-def _complete_file(load: Load, sampling: Sampling, file: Path, out: str | None) -> None:
+def _read_file(file: str) -> str:
+    """Return the text of `--file`; "-" is stdin."""
+    if file == "-":
+        return _decode(sys.stdin.buffer.read(), "stdin")
+    path = user_path(file, "--file")
+    if not path.exists():
+        raise DSMoEError(f"--file {path} does not exist")
+    return _decode(path.read_bytes(), str(path))
+
+
+def _complete_file(load: Load, sampling: Sampling, file: str, out: str | None) -> None:
     """Complete all prompts in one call of the generator; write an error for each invalid line."""
     SamplingParams(**sampling)
-    if not file.exists():
-        raise DSMoEError(f"--file {file} does not exist")
     lines = [
         _parse_line(number, line, sampling)
-        for number, line in enumerate(_decode(file.read_bytes(), str(file)).split("\n"), 1)
+        for number, line in enumerate(_read_file(file).split("\n"), 1)
         if line.strip()
     ]
     if not lines:
         raise DSMoEError(f"{file} has no prompts")
     valid = [(line.prompt, line.params) for line in lines if line.params is not None]
+    _warn_without_effect(sampling, [params for _, params in valid])
     failed: list[dict[str, Any]] = []
     with contextlib.nullcontext(sys.stdout.buffer) if out is None else _new_file(out) as written:
         began, completions = time.perf_counter(), []
@@ -271,6 +293,7 @@ def chat(load: Load, sampling: Sampling, *, system: str | None = None) -> None:
     """Chat until the input ends. Ctrl-C stops a reply; at the prompt it ends the chat."""
     SamplingParams(**sampling)
     conversation = Chat(load(), system=system, **sampling)
+    _warn_without_effect(sampling, [SamplingParams(**conversation.params)])
     print("/help lists the commands; /quit, Ctrl-D or Ctrl-C ends the chat.")
     with contextlib.suppress(EOFError), _quiet():
         while True:

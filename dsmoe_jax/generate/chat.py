@@ -38,7 +38,8 @@ class Chat:
         """
         self._tokenizer = _chat_tokenizer(generator)
         self.generator, self.params = generator, merge_fields(generator.sampling_defaults, params)
-        SamplingParams(**self.params)
+        if (n := SamplingParams(**self.params).n) != 1:
+            raise DSMoEError(f"n must be 1 for a chat, got {n}")
         if used := [f"{name} {value}" for name, value in self.params.items() if name not in params]:
             _log.info("Sampling defaults from %s: %s", GENERATION_CONFIG, ", ".join(used))
         self._system = [] if system is None else [{"role": "system", "content": system}]

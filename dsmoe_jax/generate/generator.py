@@ -10,13 +10,13 @@ from typing import Any, Final, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from dsmoe_jax.errors import DSMoEError, check_choice
+from dsmoe_jax.errors import DSMoEError, check_choice, suggest
 from dsmoe_jax.generate import loading
 from dsmoe_jax.generate.engine import Engine, Stats
 from dsmoe_jax.generate.memory_plan import device_bytes
 from dsmoe_jax.generate.prompts import Prompt, encode_pair, encode_prompt, is_one_prompt
 from dsmoe_jax.generate.request import Output, Prefix, TokenLogprob
-from dsmoe_jax.generate.sampling_params import SamplingParams, read_sampling_defaults, suggest
+from dsmoe_jax.generate.sampling_params import SamplingParams, read_sampling_defaults
 from dsmoe_jax.generate.scoring import Perplexity, Score, perplexity, score
 from dsmoe_jax.loading import resolve
 from dsmoe_jax.model import DeepSeekMoE, split
@@ -93,6 +93,11 @@ class Generator:
         Raises:
             DSMoEError: A value is out of range.
         """
+        if not isinstance(model, DeepSeekMoE):
+            raise DSMoEError(f"model must be a DeepSeekMoE, got {model!r:.80}; Generator.from_pretrained loads one")
+        if not isinstance(tokenizer, Tokenizer | None):
+            got = f"got {tokenizer!r:.80}; Tokenizer.from_pretrained loads one"
+            raise DSMoEError(f"tokenizer must be a Tokenizer or None, {got}")
         self.config, self.tokenizer = model.config, tokenizer
         self._graph, params = split(model)
         self._params = loading.upcast_for_cpu(params)
@@ -369,6 +374,8 @@ class Generator:
         Raises:
             DSMoEError: An option is out of range, or there is no token to predict.
         """
+        if not isinstance(text, str) and not hasattr(text, "__getitem__"):
+            raise DSMoEError(f"text must be a string or token ids, got {text!r:.80}")
         prefix = self.prefix_token_id
         has_prefix = not isinstance(text, str) and len(text) > 0 and text[0] == prefix
         options = {"context_length": self.context_length, "prefix": None if has_prefix else prefix} | options
@@ -387,16 +394,20 @@ class Generator:
         return next((token for token in ids if type(token) is int and 0 <= token < self.config.vocab_size), None)
 
     def _each_params(self, params: Params, keywords: Mapping[str, Any], prompts: int) -> list[SamplingParams]:
+        if "sampling_params" in keywords:
+            raise DSMoEError("unknown keyword 'sampling_params'; did you mean 'params'?")
         if params is not None and keywords:
             raise DSMoEError(f"params and keywords are exclusive, got both: {', '.join(keywords)}")
         if params is None:
             params = SamplingParams(**keywords)
-        each = [params] * prompts if isinstance(params, SamplingParams) else list(params)
+        each = [params] * prompts if isinstance(params, SamplingParams) else params
+        if not isinstance(each, tuple | list) or not all(isinstance(one, SamplingParams) for one in each):
+            raise DSMoEError(f"params must be SamplingParams or a list of them, got {params!r:.80}")
         if len(each) != prompts:
             raise DSMoEError(
                 f"params must be one for all or one per prompt, got {len(each)} for {plural(prompts, 'prompt')}"
             )
-        return each
+        return list(each)
 
     def _submit(self, engine: Engine, prompt: Prompt, params: SamplingParams, **options: Any) -> list[Output]:
         ids = self.encode(prompt)

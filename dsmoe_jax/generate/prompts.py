@@ -75,7 +75,7 @@ def _empty_context(prefix: int | None) -> list[int]:
 
 def _required(tokenizer: Tokenizer | None, what: str) -> Tokenizer:
     if tokenizer is None:
-        raise DSMoEError(f"{what} needs a tokenizer, and this generator has none: pass token ids (`--tokens`)")
+        raise DSMoEError(f"{what} needs a tokenizer, and this generator has none: pass token ids")
     return tokenizer
 
 

@@ -1,21 +1,22 @@
 """Sampling parameters of a request, validated: `SamplingParams`. `sampling.py` implements them."""
 
 import dataclasses
-import difflib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 
 from dsmoe_jax.convert.hub import resolve_file
-from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.errors import DSMoEError, suggest
 from dsmoe_jax.text.generation_config import GENERATION_CONFIG, read_generation_config
 
 MAX_LOGIT_BIASES: Final = 300
 _MAX_STOP_STRINGS: Final = 64
 _DEFAULT_MAX_NEW_TOKENS: Final = 128
+_LENGTHS: Final = ("max_new_tokens", "max_tokens")  # the field and its alias
 
 
 class _Bound(NamedTuple):
@@ -28,9 +29,10 @@ class _Bound(NamedTuple):
 
 
 _TOKEN_ID: Final = _Bound(0, (1 << 31) - 1, integer=True)
+_LENGTH: Final = _Bound(1, 1 << 24, integer=True)
 _BIAS: Final = _Bound(-100, 100)
 _NUMBERS: Final[dict[str, _Bound]] = {
-    "max_new_tokens": _Bound(1, 1 << 24, integer=True),
+    **dict.fromkeys(_LENGTHS, _LENGTH),
     "temperature": _Bound(0, 1000),
     "top_k": _Bound(1, 1 << 24, integer=True, optional=True),
     "top_p": _Bound(0, 1),
@@ -49,6 +51,32 @@ _ALWAYS: Final = ("repetition_penalty", "max_new_tokens")
 _DISABLED: Final[dict[str, tuple[int, ...]]] = {"top_k": (-1, 0), "seed": (-1,)}
 
 
+_T = TypeVar("_T")
+
+
+class _Stored(int):
+    """A length stored in an instance; `dataclasses.replace` passes it beside a new value of its alias, which wins."""
+
+    __repr__ = int.__repr__
+    __str__ = int.__repr__
+
+
+def _reject_unknown_fields(cls: type[_T]) -> type[_T]:
+    """Make a dataclass raise `DSMoEError` for unknown fields."""
+    init, names = cls.__init__, list(inspect.signature(cls).parameters)
+
+    @functools.wraps(init)
+    def checked(self: _T, **fields: Any) -> None:
+        for name in fields:
+            if name not in names:
+                raise DSMoEError(f"unknown sampling parameter {_short_repr(name)}; {suggest(name, names)}")
+        init(self, **fields)
+
+    cls.__init__ = checked
+    return cls
+
+
+@_reject_unknown_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """Sampling parameters of a request; None selects the default of any of them.
@@ -99,20 +127,22 @@ class SamplingParams:
     n: int = 1
     ignore_eos: bool = False
     logprobs: int | None = None
-    max_tokens: dataclasses.InitVar[int | None] = None
+    max_tokens: int = dataclasses.field(default=None, compare=False, repr=False)  # type: ignore[assignment]
 
-    def __post_init__(self, max_tokens: int | None) -> None:
+    def __post_init__(self) -> None:
         """Validate every value and store it in its canonical form."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values |= {f.name: f.default for f in dataclasses.fields(self) if _is_default(f.name, values[f.name])}
-        lengths = {"max_new_tokens": values["max_new_tokens"], "max_tokens": max_tokens}
-        bound = _NUMBERS["max_new_tokens"]
-        passed = {_number(name, value, bound) for name, value in lengths.items() if value is not None}
+        lengths = {name: values[name] for name in _LENGTHS}
+        checked = {name: _number(name, value, _LENGTH) for name, value in lengths.items() if value is not None}
+        new = {value for name, value in checked.items() if not isinstance(lengths[name], _Stored)}
+        passed = new or set(checked.values())
         if len(passed) > 1:
             both = "{} and {}".format(*lengths.values())
             raise DSMoEError(f"max_new_tokens and its alias max_tokens must be equal, got {both}")
-        values["max_new_tokens"] = passed.pop() if passed else _DEFAULT_MAX_NEW_TOKENS
+        values |= dict.fromkeys(_LENGTHS, passed.pop() if passed else _DEFAULT_MAX_NEW_TOKENS)
         values |= {name: _number(name, values[name], bound) for name, bound in _NUMBERS.items()}
+        values |= {name: _Stored(values[name]) for name in _LENGTHS}
         values["logit_bias"] = _logit_bias(values["logit_bias"])
         values["stop"] = _stop_strings(values["stop"])
         values["stop_token_ids"] = _stop_token_ids(values["stop_token_ids"])
@@ -158,21 +188,7 @@ class SamplingParams:
                 raise DSMoEError(f"{name}: token {highest} is outside the vocabulary of {vocab_size}")
 
 
-FIELD_NAMES: Final = (*(field.name for field in dataclasses.fields(SamplingParams)), "max_tokens")
-
-
-def _reject_unknown_fields(init: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(init)
-    def checked(self: SamplingParams, **fields: Any) -> None:
-        for name in fields:
-            if name not in FIELD_NAMES:
-                raise DSMoEError(f"unknown sampling parameter {_short_repr(name)}; {suggest(name, FIELD_NAMES)}")
-        init(self, **fields)
-
-    return checked
-
-
-SamplingParams.__init__ = _reject_unknown_fields(SamplingParams.__init__)
+FIELD_NAMES: Final = tuple(inspect.signature(SamplingParams).parameters)
 
 
 def read_sampling_defaults(folder: str | Path) -> dict[str, Any]:
@@ -191,15 +207,9 @@ def read_sampling_defaults(folder: str | Path) -> dict[str, Any]:
 
 
 def merge_fields(defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `defaults` with `overrides`, in which `max_tokens` overrides `max_new_tokens`."""
-    hidden = {"max_new_tokens"} if "max_tokens" in overrides else set()
+    """Return `defaults` with `overrides`, in which `max_tokens` and `max_new_tokens` override each other."""
+    hidden = _LENGTHS if overrides.keys() & {*_LENGTHS} else ()
     return {name: value for name, value in defaults.items() if name not in hidden} | dict(overrides)
-
-
-def suggest(name: str, names: Sequence[str]) -> str:
-    """Return a hint for an unknown name: the most similar of `names`, or all of them."""
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(names)}"
 
 
 def _is_default(name: str, value: Any) -> bool:

@@ -21,7 +21,17 @@ from dsmoe_jax.errors import DSMoEError, check_choice
 from dsmoe_jax.kernels import expert_ffn as ffn
 from dsmoe_jax.kernels import few_tokens
 from dsmoe_jax.kernels.operand import EXPERT_AXES, Experts, GradMask, Inputs, LowRank, Quantized, leaf_axes, range_of
-from dsmoe_jax.sharding import AXIS_NAMES, BATCH_AXES, EXPERT, FSDP, TENSOR, check_divides, current_mesh, spec
+from dsmoe_jax.sharding import (
+    AXIS_NAMES,
+    BATCH_AXES,
+    EXPERT,
+    FSDP,
+    TENSOR,
+    check_divides,
+    constrain,
+    current_mesh,
+    spec,
+)
 
 _DEFAULT_FACTOR: Final = 1.5
 _FEW_ROWS: Final = 4096  # over all devices; up to this, all rows fit in one pass, without a data-dependent loop
@@ -377,12 +387,15 @@ def routed_experts(
         return jax.lax.psum(y, TENSOR), overflow_passes
 
     tokens = spec(("batch", None))
+    if padding:
+        x = constrain(x, ("batch", None), replicate=True)
     x_padded, weights = (jnp.pad(values, ((0, padding), (0, 0))) for values in (x, weights))
     ids = jnp.pad(ids, ((0, padding), (0, 0)), constant_values=count)
     split = {"in_specs": (tokens, tokens, tokens, *specs), "out_specs": (tokens, PartitionSpec())}
     on_mesh = jax.jit(jax.shard_map(on_device, **split))  # jit: JAX has no eager shard_map of a `custom_vjp`
     y, overflow_passes = on_mesh(x_padded, ids, weights, *leaves)
-    return y[: len(x)].astype(x.dtype), overflow_passes
+    y = y[: len(x)].astype(x.dtype)
+    return constrain(y, ("batch", None), replicate=True) if padding else y, overflow_passes
 
 
 def _specs(experts: Experts, mesh: AbstractMesh) -> list[PartitionSpec]:

@@ -27,7 +27,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise DSMoEError(f"has {path.stat().st_size} bytes; at most {MAX_JSON_BYTES}")
         return parse_json(data)
     except FileNotFoundError:
-        raise DSMoEError(f"{path}: does not exist") from None
+        raise DSMoEError(f"{path.absolute()}: does not exist") from None
     except OSError as error:
         raise DSMoEError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:

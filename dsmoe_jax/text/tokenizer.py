@@ -92,7 +92,12 @@ class Tokenizer:
                     split_special_tokens = settings.flag("split_special_tokens", False)
                 return cls(folder, backend(folder / name, settings), settings, templates, split_special_tokens)
         if not folder.exists():
-            raise DSMoEError(f"{folder}: does not exist")
+            hint = (
+                "; of a hub id, use Generator.from_pretrained(…).tokenizer"
+                if len(folder.parts) == 2 and not folder.is_absolute()
+                else ""
+            )
+            raise DSMoEError(f"{folder}: does not exist{hint}")
         raise DSMoEError(f"{folder}: no tokenizer; looked for tokenizer.json and tokenizer.model")
 
     def encode(
