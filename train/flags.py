@@ -34,6 +34,7 @@ from .sft.templates import TEMPLATES
 
 Config = TypeVar("Config")
 Recipes = Mapping[str, Callable[[], RunConfig]]
+_CKPT: Final = "CKPT|HUB_ID"
 # fmt: off
 # The value in the help, of fields whose type says too little; `...` stands for further values.
 METAVARS: Final[dict[str, str]] = {
@@ -41,7 +42,7 @@ METAVARS: Final[dict[str, str]] = {
     "backend":             f"{{{','.join(BACKENDS)}}}|FWD,DGRAD,WGRAD",
     "coordinator_address": "HOST:PORT",
     "files":               "FILE ...",
-    "init_from":           "CKPT|HUB_ID",
+    "init_from":           _CKPT,
     "layers_pattern":      "NAME",
     "layers_to_transform": "INT ...",
     "model":               "PRESET|CONFIG.json",
@@ -95,7 +96,7 @@ class _Finetuning:
 
 def parse_pretraining(arguments: Sequence[str]) -> RunConfig:
     """Parse `RECIPE --FLAG VALUE …`, the arguments of `dsmoe pretrain`."""
-    given, flags = _first(arguments, "RECIPE", RECIPES)
+    given, flags = _first(arguments, f"dsmoe pretrain RECIPE --FLAG VALUE; recipes are {', '.join(RECIPES)}")
     name = given or "tiny"
     if name not in RECIPES and (name.endswith(".json") or Path(name).exists()):
         raise DSMoEError(f"recipe must be one of {', '.join(RECIPES)}; pass a model with it, `tiny --model {name}`")
@@ -107,7 +108,7 @@ def parse_pretraining(arguments: Sequence[str]) -> RunConfig:
 
 def parse_finetuning(arguments: Sequence[str]) -> tuple[FinetuneConfig, int]:
     """Parse `CKPT --FLAG VALUE …`, the arguments of `dsmoe finetune`; return also the number of examples to show."""
-    checkpoint, flags = _first(arguments, "CKPT", FINETUNING)
+    checkpoint, flags = _first(arguments, f"dsmoe finetune {_CKPT} --data FILE")
     if (requested := _value_of(flags, "--recipe")) is not None:
         check_choice("recipe", requested, FINETUNING)
     config, name = _resumed(FINETUNING, requested, "full", flags)
@@ -115,7 +116,7 @@ def parse_finetuning(arguments: Sequence[str]) -> tuple[FinetuneConfig, int]:
     if config.lora is None and any(flag.partition(".")[0] in ("--lora", "--help", "-h") for flag in flags):
         config = dataclasses.replace(config, lora=LoraConfig())
     with _recipes_after_help(FINETUNING):
-        parsed = parse(_Finetuning(recipe=name, config=config), flags, prog=f"dsmoe finetune {checkpoint or 'CKPT'}")
+        parsed = parse(_Finetuning(recipe=name, config=config), flags, prog=f"dsmoe finetune {checkpoint or _CKPT}")
     return parsed.config, parsed.show
 
 
@@ -132,15 +133,16 @@ def parse(default: Config, flags: Sequence[str], *, prog: str, description: str 
         raise DSMoEError(_one_line(errors.getvalue(), default)) from None
 
 
-def _first(arguments: Sequence[str], metavar: str, recipes: Recipes) -> tuple[str | None, Sequence[str]]:
+def _first(arguments: Sequence[str], usage: str) -> tuple[str | None, Sequence[str]]:
     """Split the first argument from the flags; None if only help is requested."""
+    metavar = usage.split()[2]
     if arguments and not arguments[0].startswith("-"):
         if not arguments[0].strip():
             raise DSMoEError(f"{metavar} must not be empty")
         return arguments[0], arguments[1:]
     if {"-h", "--help"} & set(arguments):
         return None, arguments
-    raise DSMoEError(f"{metavar} must come first, before the flags; recipes are {', '.join(recipes)}")
+    raise DSMoEError(f"{metavar} must come first: {usage}")
 
 
 def _resumed(recipes: Recipes, requested: str | None, default: str, flags: Sequence[str]) -> tuple[Any, str]:

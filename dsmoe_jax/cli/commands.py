@@ -24,7 +24,7 @@ from dsmoe_jax.cli.streams import (
     print_status,
     reader_has_left,
 )
-from dsmoe_jax.errors import DSMoEError, unknown_flag
+from dsmoe_jax.errors import DSMoEError, check_choice, unknown_flag
 from dsmoe_jax.progress import bar, plural
 from dsmoe_jax.xla_options import set_environment
 
@@ -87,6 +87,8 @@ def _run(argv: Sequence[str], interrupted: threading.Event) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the verb and its arguments; exits on `--help` and usage errors."""
+    if argv and not argv[0].startswith("-"):
+        check_choice("verb", argv[0], VERBS)
     if argv and argv[0] in VERBS and argv[0] not in ARGUMENTS:  # tyro parses the rest
         return argparse.Namespace(verb=argv[0], run=VERBS[argv[0]][0], flags=[*argv[1:]])
     parser, verbs = make_parser()
@@ -106,8 +108,10 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     for name, (run, help_line) in VERBS.items():
         verb = verbs.add_parser(name, help=help_line, description=f"{help_line[0].upper()}{help_line[1:]}.")
         groups: dict[str | None, Any] = {}
-        for argument in ARGUMENTS.get(name, ()):
-            title = next((title for title, (_, members) in GROUPS.items() if argument in members), None)
+        arguments = ARGUMENTS.get(name, ())
+        grouped = {title: members for title, (_, members) in GROUPS.items() if members[0] in arguments}
+        for argument in arguments:
+            title = next((title for title, members in grouped.items() if argument in members), None)
             if title is not None and title not in groups:
                 groups[title] = verb.add_argument_group(title, GROUPS[title][0])
             flags, options = argument
