@@ -106,6 +106,19 @@ def fields_of(config: Any) -> Iterator[tuple[str, Any]]:
         yield from fields_of(value) if dataclasses.is_dataclass(value) else [(field.name, field.type)]
 
 
+def test_fine_tuning_does_not_speak_of_pretraining(help_of: Any):
+    text = " ".join(re.sub("[│╭╮╰╯─]", " ", help_of("finetune")).split())
+
+    assert "init_from" not in text
+    assert "trained on the sources" not in text
+    assert "CKPT|HUB_ID is a native checkpoint, a Hugging Face folder or a hub id" in text
+
+
+def test_the_help_names_the_recipe_of_its_defaults(help_of: Any):
+    for typed, recipe in ((("pretrain",), "tiny"), (("pretrain", "bench"), "bench")):
+        assert f"here those of `{recipe}`" in " ".join(help_of(*typed).split())
+
+
 def test_every_metavar_is_of_a_field():
     names = {name for config in (RECIPES["tiny"](), FinetuneConfig(lora=LoraConfig())) for name, _ in fields_of(config)}
 
@@ -157,6 +170,12 @@ def test_a_model_has_the_same_metavar_everywhere(help_of: Any):
 MISTAKES: dict[str, tuple[str, str]] = {
     "pretrain tiny --step 4": ("pretrain", "unknown flag --step: did you mean --steps?"),
     "pretrain tiny --optimizer.learning_rat=1": ("pretrain", "unknown flag --optimizer.learning_rat: did you mean"),
+    "pretrain tiny --lr 3": ("pretrain", "unknown flag --lr: did you mean --optimizer.learning-rate?"),
+    "pretrain tiny --batch_size 3": ("pretrain", "unknown flag --batch_size: did you mean --data.batch-size?"),
+    "pretrain tiny --wd=0": ("pretrain", "unknown flag --wd: did you mean --optimizer.weight-decay?"),
+    "pretrain tiny --optimizer.learning-rate -1": ("pretrain", ": --optimizer.learning-rate must be "),
+    "pretrain tiny --data.batch-size 0": ("pretrain", ": --data.batch-size must be at least 1, got 0"),
+    "pretrain tiny --checkpoint.interval 0": ("pretrain", ": --checkpoint.interval must be at least 1, got 0"),
     "pretrain tiny word": ("pretrain", "unexpected argument 'word'"),
     "pretrain tiny --steps many": ("pretrain", "--steps must be an integer, got 'many'"),
     "pretrain tiny --optimizer.eps x": ("pretrain", "--optimizer.eps must be a number, got 'x'"),
@@ -170,6 +189,12 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "finetune --data a.jsonl CKPT": ("finetune", "CKPT|HUB_ID must come first: dsmoe finetune CKPT|HUB_ID --data FILE"),
     "finetune": ("finetune", "CKPT|HUB_ID must come first: dsmoe finetune CKPT|HUB_ID --data FILE"),
     "finetune CKPT --lora.rr 3": ("finetune", "unknown flag --lora.rr: did you mean --lora.r?"),
+    "finetune CKPT --lora.r 0": ("finetune", ": --lora.r must be "),
+    "finetune CKPT --data.prefetch -1": ("finetune", ": --data.prefetch must be at least 0, got -1"),
+    "finetune CKPT --quantize nf4": ("finetune", ": --quantize nf4 requires --lora"),
+    "finetune CKPT --epochs 0": ("finetune", ": --epochs must be more than 0, got 0.0"),
+    "finetune CKPT --show -1": ("finetune", ": --show must be at least 0, got -1"),
+    "tokenize a.txt --tokenizer b --outt c": ("tokenize", "unknown flag --outt: did you mean --out?"),
     "finetune CKPT --recipe lora": ("finetune", "recipe must be one of full, full_8x40gb"),
     "finetune CKPT --recipe lora_1x80": ("finetune", "got 'lora_1x80': did you mean lora_1x80gb?"),
     "finetune CKPT --recipe": ("finetune", "--recipe: expected one argument"),

@@ -40,8 +40,8 @@ PAGES: Final = [
 LAUNCH: Final = [ROOT / "train/launch/slurm.sh", ROOT / "train/launch/jobset.yaml"]
 # The others compile for many devices, train, or repeat tests/test_cli.py: they are slow tests.
 FAST: Final = {
-    *(("Pretraining", "python"), ("Fine-tuning", "python")),
-    *(("Quick start", "python"), ("Your own loop", "python"), ("Conversion", "python"), ("Conversion", "bash")),
+    *(("Pretraining", "python"),)
+    * (("Quick start", "python"), ("Your own loop", "python"), ("Conversion", "python"), ("Conversion", "bash")),
 }
 
 _RUN: Final = [
@@ -198,7 +198,7 @@ def run_small(config: train.RunConfig) -> train.Result:
     data = dataclasses.replace(config.data, sequence_length=32, batch_size=8, tokenizer="moe16b")
     if config.init_from is None:
         config = dataclasses.replace(config, model="path/to/hf_folder/config.json")
-    step = dataclasses.replace(config.step, gradient_accumulation_steps=1)
+    step = dataclasses.replace(config.step, gradient_accumulation_steps=1, remat="none")
     return loop.run(dataclasses.replace(config, data=data, step=step, steps=1, trackers=("jsonl",)))
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import itertools
 import logging
 import math
 import os
@@ -92,6 +93,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if argv and argv[0] in VERBS and argv[0] not in ARGUMENTS:  # tyro parses the rest
         return argparse.Namespace(verb=argv[0], run=VERBS[argv[0]][0], flags=[*argv[1:]])
     parser, verbs = make_parser()
+    if argv and argv[0] in verbs:
+        _check_flags(argv[1:], verbs[argv[0]])
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         verbs[args.verb].error(_unknown(unknown[0], verbs[args.verb]))
@@ -124,6 +127,15 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
 def _interrupted() -> int:
     print_error("")  # the terminal shows ^C without a newline
     return 130
+
+
+def _check_flags(argv: Sequence[str], verb: argparse.ArgumentParser) -> None:
+    """Reject unknown flags before argparse misses required ones."""
+    known = [name for action in verb._actions for name in action.option_strings]
+    for argument in itertools.takewhile(lambda argument: argument != "--", argv):
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and " " not in flag and not any(name.startswith(flag) for name in known):
+            verb.error(unknown_flag(flag, known))
 
 
 def _unknown(argument: str, verb: argparse.ArgumentParser) -> str:

@@ -88,7 +88,7 @@ GROUPS: Final[dict[str, tuple[str, tuple[Argument, ...]]]] = {
 }
 ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
     "demo": (
-        _arg("--out", "keep checkpoints and plot in this new folder; default: discard them", "DIR"),
+        _arg("--out --output-dir", "keep checkpoints and plot in this new folder; default: discard them", "DIR"),
         _arg("--steps", "training steps; default: 1600", default=1600, **_INT),
     ),
     "convert": (
@@ -137,7 +137,7 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
     "tokenize": (
         _arg("sources", "text, jsonl(.gz, .zst), parquet, a folder, or python-stdlib", "SOURCE", nargs="+"),
         _arg("--tokenizer", "folder with a tokenizer", "DIR", required=True),
-        _arg("--out", "folder of token shards to create", "OUT", required=True),
+        _arg("--out --output-dir", "folder of token shards to create", "OUT", required=True),
         _arg(
             "--validation",
             "texts of the validation split; default: --val-fraction of the documents",
@@ -153,7 +153,7 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
     "plot": (
         _arg("runs", "output directories of runs", "RUN", nargs="+"),
         _arg("--out", _PLOT, "FILE"),
-        _arg("--by", "horizontal axis of a comparison; default: step", choices=("step", "tokens"), default="step"),
+        _arg("--by", "horizontal axis of the plot; default: step", choices=("step", "tokens"), default="step"),
     ),
     "merge": (
         _arg("checkpoint", _CHECKPOINT, _CKPT),
