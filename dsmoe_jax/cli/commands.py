@@ -268,10 +268,10 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _plot(args: argparse.Namespace) -> None:
     from dsmoe_jax.train.plotting import draw
-    from dsmoe_jax.train.run_records import summarize
+    from dsmoe_jax.train.run_records import run_folder, summarize
     from dsmoe_jax.train.trackers import PLOT
 
-    out = args.out or (Path(args.runs[0]) / PLOT if len(args.runs) == 1 else Path(PLOT))
+    out = args.out or (run_folder(args.runs[0]) / PLOT if len(args.runs) == 1 else Path(PLOT))
     draw(args.runs, out, by=args.by)
     print(summarize(args.runs))
     print_status(f"Saved plot: {out}")
