@@ -129,14 +129,24 @@ def test_valid_inputs_pass_the_checks(home: Path, tmp_path: Path, checkpoint: Pa
     check_inputs(finetuning(home, tmp_path / "out", checkpoint, lora=LoraConfig()))
 
 
-@pytest.mark.parametrize("configured", [False, True])
+@pytest.mark.parametrize(
+    ("handler", "configured"),
+    [(None, False), (logging.StreamHandler, False), (logging.NullHandler, True)],
+    ids=["none", "of absl", "own"],
+)
 def test_a_run_from_a_script_logs_to_the_console(
-    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, configured: bool
+    home: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    handler: Any,
+    configured: bool,
 ):
-    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.NullHandler()] * configured)
+    monkeypatch.setattr(logging.getLogger(), "handlers", handlers := [handler()] if handler else [])
     monkeypatch.setattr(loop, "_run", lambda *_: loop._log.info("Training"))
 
     run(pretraining(home, tmp_path / "out", trackers=("console",)))
     run(pretraining(home, tmp_path / "out"))
 
     assert capsys.readouterr().err == ("" if configured else "Training\n")
+    assert logging.getLogger().handlers == handlers

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.progress import log_level
+from dsmoe_jax.progress import log_level, plural
 
 RECORDS: Final = "metrics.jsonl"
 PLOT: Final = "plot.png"
@@ -74,7 +74,7 @@ def _truncate_incomplete_line(path: Path) -> None:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             complete = content.rfind(b"\n") + 1
         if complete < size:
-            _log.info("Truncating incomplete last line of %s: %d bytes", path, size - complete)
+            _log.info("Truncating incomplete last line of %s: %s", path, plural(size - complete, "byte"))
             file.truncate(complete)
 
 
@@ -103,18 +103,23 @@ _SPEEDS: Final = ("tokens_per_second", "mfu", "data_loading_share")
 
 @contextlib.contextmanager
 def console_log(trackers: Collection[str]) -> Iterator[None]:
-    """Log to stderr for the tracker `console` if the program has not configured logging."""
+    """Log to stderr for the tracker `console`, unless the program has configured logging.
+
+    A plain handler for warnings does not count: absl adds one as orbax is imported.
+    """
     root, ours = logging.getLogger(), logging.getLogger("dsmoe_jax")
-    if "console" not in trackers or ours.hasHandlers():
+    plain = [handler for handler in root.handlers if type(handler) is logging.StreamHandler]
+    if "console" not in trackers or ours.isEnabledFor(logging.INFO) or len(plain) < len(root.handlers):
         yield
         return
-    handler = logging.StreamHandler()
-    root.addHandler(handler)
+    console, root.handlers = logging.StreamHandler(), []
+    root.addHandler(console)
     try:
         with log_level(ours.name, logging.INFO):
             yield
     finally:
-        root.removeHandler(handler)
+        root.removeHandler(console)
+        root.handlers += plain
 
 
 class Console:
