@@ -1,7 +1,10 @@
-"""Invalid input: the exception `DSMoEError`, `check_choice`, `suggest` and `unknown_flag`."""
+"""Invalid input: the exception `DSMoEError`, and messages that suggest what was meant."""
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Final
+
+_SIMILAR: Final = 0.8  # above that of short names such as int4 and int8
 
 
 class DSMoEError(ValueError):
@@ -15,7 +18,13 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raise `DSMoEError` unless the value of `name` is one of the choices."""
     choices = tuple(choices)
     if value not in choices:
-        raise DSMoEError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise DSMoEError(f"{name} must be one of {', '.join(choices)}, got {value!r}{did_you_mean(value, choices)}")
+
+
+def did_you_mean(value: object, choices: Iterable[str]) -> str:
+    """Return the end of a message, `: did you mean X?` with the choice most similar to the value, or nothing."""
+    close = difflib.get_close_matches(value, list(choices), n=1, cutoff=_SIMILAR) if isinstance(value, str) else ()
+    return f": did you mean {close[0]}?" if close else ""
 
 
 def suggest(name: str, names: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from dsmoe_jax.config import PRESETS, ModelConfig
-from dsmoe_jax.errors import DSMoEError, suggest
+from dsmoe_jax.errors import DSMoEError, did_you_mean
 from dsmoe_jax.model import abstract
 from dsmoe_jax.storage.manifest import check_listed_files
 from dsmoe_jax.storage.paths import expand_user
@@ -46,7 +46,9 @@ def describe(model: str | Path) -> str:
     """Describe a preset, a `config.json` or its folder, for a terminal."""
     model = expand_user(model, "model")
     if model not in PRESETS and not Path(model).exists():
-        raise DSMoEError(f"model must be a path, a hub id or a preset, got {model!r}; {suggest(model, tuple(PRESETS))}")
+        raise DSMoEError(
+            f"model must be a path, a hub id or a preset ({', '.join(PRESETS)}), got {model!r}{did_you_mean(model, PRESETS)}"
+        )
     check_listed_files(Path(model), ["config.json"])
     config = ModelConfig.preset(model) if model in PRESETS else ModelConfig.from_file(model)
     counts = count_parameters(config)

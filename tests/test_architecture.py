@@ -187,7 +187,12 @@ def test_every_used_name_is_defined(file: str):
     whole = symtable.symtable((PACKAGE / file).read_text(encoding="utf-8"), file, "exec")
 
     own = {symbol.get_name() for symbol in whole.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
-    known = own | {scope.get_name() for scope in whole.get_children()} | set(dir(builtins)) | {"__file__", "__name__"}
+    known = (
+        own
+        | {scope.get_name() for scope in whole.get_children()}
+        | set(dir(builtins))
+        | {"__file__", "__name__", "__path__"}
+    )
 
     assert not undefined(whole, known)
 

@@ -197,12 +197,12 @@ EMPTY_PATHS: dict[str, tuple[str, ...]] = {
     "--report":     ("verify", "x", "--report", "{}"),
     "sources":      ("tokenize", "a.txt", "{}", "--tokenizer", "x", "--out", "out"),
     "--tokenizer":  ("tokenize", "a.txt", "--tokenizer", "{}", "--out", "out"),
-    "CKPT":         ("finetune", "{}", "--data", "a.jsonl"),
+    "CKPT|HUB_ID":  ("finetune", "{}", "--data", "a.jsonl"),
     "adapter":      ("merge", "x", "{}", "out"),
     "model":        ("info", "{}"),
     "RECIPE":       ("pretrain", "{}"),
-    "output_dir":   ("pretrain", "tiny", "--output-dir", "{}"),
-    "init_from":    ("pretrain", "tiny", "--init-from", "{}"),
+    "--output-dir": ("pretrain", "tiny", "--output-dir", "{}"),
+    "--init-from":  ("pretrain", "tiny", "--init-from", "{}"),
     "config":       ("pretrain", "tiny", "--model", "{}"),
     "data.sources": ("pretrain", "tiny", "--data.sources", "{}"),
     "data.tokenizer": ("pretrain", "tiny", "--data.tokenizer", "{}"),
@@ -287,6 +287,7 @@ LIGHTWEIGHT = [
     "import dsmoe_jax; dsmoe_jax.Tokenizer",
     "import dsmoe_jax.cli",
     "import dsmoe_jax; dir(dsmoe_jax)",
+    "import dsmoe_jax; dir(dsmoe_jax.train)",
 ]
 
 
@@ -300,12 +301,22 @@ def test_lightweight_imports_do_not_import_jax(code: str):
     assert done.returncode == 0
 
 
-def test_public_names_resolve_and_are_listed():
-    values = [getattr(dsmoe_jax, name) for name in dsmoe_jax.__all__]
+@pytest.mark.parametrize("module", [dsmoe_jax, dsmoe_jax.train], ids=["dsmoe_jax", "train"])
+def test_public_names_resolve_and_are_listed(module: Any):
+    values = [getattr(module, name) for name in module.__all__]
 
     assert all(callable(value) or inspect.ismodule(value) for value in values)
-    assert set(dsmoe_jax.__all__) <= set(dir(dsmoe_jax))
-    assert dsmoe_jax.__all__ == sorted(dsmoe_jax.__all__)
+    assert set(dir(module)) - {"__version__"} == set(module.__all__)
+    assert module.__all__ == sorted(module.__all__)
+
+
+def test_training_is_an_attribute_of_the_package():
+    code = "import dsmoe_jax; dsmoe_jax.train.run; dsmoe_jax.train.recipes.FINETUNING; dsmoe_jax.train.step.StepConfig"
+
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+    with pytest.raises(AttributeError, match="has no attribute 'runn'"):
+        dsmoe_jax.train.runn  # noqa: B018
 
 
 def test_unknown_name_is_an_attribute_error():

@@ -45,7 +45,7 @@ def test_invalid_configs_are_rejected(fields: dict[str, Any], message: str, monk
             "--dispatch.strategy must be one of ",
         ),
         (("--dispatch.backend", "cutlass"), "expert_ffn backend must be one of block_loop"),
-        (("--dispatch.buffer-factor", "0"), "dispatch.buffer_factor must be positive, got 0"),
+        (("--dispatch.buffer-factor", "0"), "--dispatch.buffer-factor must be positive, got 0"),
     ],
 )
 def test_invalid_flags_are_rejected_in_one_line(flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture):

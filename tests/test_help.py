@@ -18,6 +18,7 @@ from dsmoe_jax.train.sft import FORMATS
 from tests.helpers.command import run
 
 CONFIG_VERBS = {"pretrain": ("pretrain", RECIPES), "finetune": ("finetune", FINETUNING)}
+MODEL_VERBS = ("export", "verify", "generate", "chat", "merge", "info")
 LEAKS = ("type: ignore", "None}", "(default: None)", "(default: )", "_jax.train", "STR", "Any")
 
 
@@ -105,6 +106,19 @@ def fields_of(config: Any) -> Iterator[tuple[str, Any]]:
         yield from fields_of(value) if dataclasses.is_dataclass(value) else [(field.name, field.type)]
 
 
+def test_fine_tuning_does_not_speak_of_pretraining(help_of: Any):
+    text = " ".join(re.sub("[│╭╮╰╯─]", " ", help_of("finetune")).split())
+
+    assert "init_from" not in text
+    assert "trained on the sources" not in text
+    assert "CKPT|HUB_ID is a native checkpoint, a Hugging Face folder or a hub id" in text
+
+
+def test_the_help_names_the_recipe_of_its_defaults(help_of: Any):
+    for typed, recipe in ((("pretrain",), "tiny"), (("pretrain", "bench"), "bench")):
+        assert f"here those of `{recipe}`" in " ".join(help_of(*typed).split())
+
+
 def test_every_metavar_is_of_a_field():
     names = {name for config in (RECIPES["tiny"](), FinetuneConfig(lora=LoraConfig())) for name, _ in fields_of(config)}
 
@@ -137,22 +151,56 @@ def test_groups_of_arguments_have_a_sentence():
             assert group.description.endswith("."), group.title
 
 
+@pytest.mark.parametrize("verb", ARGUMENTS)
+def test_options_of_generation_are_only_in_its_help(verb: str):
+    text = make_parser()[1][verb].format_help()
+
+    assert ("model options" in text) == ("sampling options" in text) == (verb in ("generate", "chat"))
+
+
+def test_a_model_has_the_same_metavar_everywhere(help_of: Any):
+    verbs = make_parser()[1]
+    models = {verb: next(a.metavar for a in verbs[verb]._actions if "hub id" in str(a.help)) for verb in MODEL_VERBS}
+
+    assert models == dict.fromkeys(MODEL_VERBS, "CKPT|HUB_ID") | {"info": "PRESET|CONFIG.json|CKPT|HUB_ID"}
+    assert "dsmoe finetune CKPT|HUB_ID" in help_of("finetune")
+
+
 # typed | the line
 MISTAKES: dict[str, tuple[str, str]] = {
     "pretrain tiny --step 4": ("pretrain", "unknown flag --step: did you mean --steps?"),
     "pretrain tiny --optimizer.learning_rat=1": ("pretrain", "unknown flag --optimizer.learning_rat: did you mean"),
+    "pretrain tiny --lr 3": ("pretrain", "unknown flag --lr: did you mean --optimizer.learning-rate?"),
+    "pretrain tiny --batch_size 3": ("pretrain", "unknown flag --batch_size: did you mean --data.batch-size?"),
+    "pretrain tiny --wd=0": ("pretrain", "unknown flag --wd: did you mean --optimizer.weight-decay?"),
+    "pretrain tiny --optimizer.learning-rate -1": ("pretrain", ": --optimizer.learning-rate must be "),
+    "pretrain tiny --data.batch-size 0": ("pretrain", ": --data.batch-size must be at least 1, got 0"),
+    "pretrain tiny --checkpoint.interval 0": ("pretrain", ": --checkpoint.interval must be at least 1, got 0"),
     "pretrain tiny word": ("pretrain", "unexpected argument 'word'"),
     "pretrain tiny --steps many": ("pretrain", "--steps must be an integer, got 'many'"),
     "pretrain tiny --optimizer.eps x": ("pretrain", "--optimizer.eps must be a number, got 'x'"),
     "pretrain tiny --step.remat some": ("pretrain", "--step.remat must be one of none, dots, full, got 'some'"),
     "pretrain cfg/my8.json": ("pretrain", "pass a model with it, `tiny --model cfg/my8.json`"),
-    "pretrain --steps 3 tiny": ("pretrain", "RECIPE must come first, before the flags; recipes are tiny, bench"),
-    "finetune --data a.jsonl CKPT": ("finetune", "CKPT must come first, before the flags"),
+    "pretrain deepseek_moe_16": ("pretrain", "got 'deepseek_moe_16': did you mean deepseek_moe_16b?"),
+    "pretrain --steps 3 tiny": (
+        "pretrain",
+        "RECIPE must come first: dsmoe pretrain RECIPE --FLAG VALUE; recipes are tiny",
+    ),
+    "finetune --data a.jsonl CKPT": ("finetune", "CKPT|HUB_ID must come first: dsmoe finetune CKPT|HUB_ID --data FILE"),
+    "finetune": ("finetune", "CKPT|HUB_ID must come first: dsmoe finetune CKPT|HUB_ID --data FILE"),
     "finetune CKPT --lora.rr 3": ("finetune", "unknown flag --lora.rr: did you mean --lora.r?"),
+    "finetune CKPT --lora.r 0": ("finetune", ": --lora.r must be "),
+    "finetune CKPT --data.prefetch -1": ("finetune", ": --data.prefetch must be at least 0, got -1"),
+    "finetune CKPT --quantize nf4": ("finetune", ": --quantize nf4 requires --lora"),
+    "finetune CKPT --epochs 0": ("finetune", ": --epochs must be more than 0, got 0.0"),
+    "finetune CKPT --show -1": ("finetune", ": --show must be at least 0, got -1"),
+    "tokenize a.txt --tokenizer b --outt c": ("tokenize", "unknown flag --outt: did you mean --out?"),
     "finetune CKPT --recipe lora": ("finetune", "recipe must be one of full, full_8x40gb"),
+    "finetune CKPT --recipe lora_1x80": ("finetune", "got 'lora_1x80': did you mean lora_1x80gb?"),
     "finetune CKPT --recipe": ("finetune", "--recipe: expected one argument"),
     "generate x --promt a": ("generate", "unknown flag --promt: did you mean --prompt?"),
     "chat x --xyzzy": ("chat", "unknown flag --xyzzy (see dsmoe chat --help)"),
+    "info deepseek-moe-16b": ("info", "got 'deepseek-moe-16b': did you mean deepseek_moe_16b?"),
     "merge a b c d": ("merge", "unexpected argument 'd'"),
 }
 
@@ -167,6 +215,14 @@ def test_a_mistake_names_the_verb_and_the_way_out(typed: str, capsys: pytest.Cap
     assert error.startswith(f"dsmoe {verb}: ")
     assert line in error
     assert error.count("\n") == 1
+
+
+def test_a_misspelled_verb_is_suggested(capsys: pytest.CaptureFixture[str]):
+    assert run("convrt", "a", "b") == 2
+
+    error = capsys.readouterr().err
+    assert error.startswith("dsmoe: verb must be one of demo, convert, ")
+    assert error.endswith("got 'convrt': did you mean convert?\n")
 
 
 def test_only_similar_flags_are_suggested():

@@ -277,7 +277,7 @@ def test_console_logs_at_intervals_and_evaluations(tmp_path: Path, caplog):
     line = f"{head} mfu {share:.0%} load 2.7× unused 0 data loading 10%"
     first = f"step 1/120 {head.removesuffix(' 12.3M tok/s')} load 2.7× unused 0"  # its time includes compilation
     steps = [first, *(f"step {step}/120 {line}" for step in (50, 100, 120))]
-    assert [one.message for one in caplog.records] == [*steps, "step 120/120 validation loss 4.98"]
+    assert [one.message for one in caplog.records] == [*steps, "step 120/120 eval/loss 4.98"]
 
 
 def test_a_terminal_shows_a_progress_bar_below_the_log(tmp_path: Path, monkeypatch):

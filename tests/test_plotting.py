@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dsmoe_jax.train.metrics import Recorder
-from dsmoe_jax.train.plotting import draw
+from dsmoe_jax.train.plotting import _millions, draw
 from dsmoe_jax.train.run_records import RunRecords, summarize
 from tests.helpers.command import run
 from tests.test_metrics import metrics, recorder
@@ -173,8 +173,13 @@ def test_losses_that_are_not_finite_are_marked(tmp_path: Path, figures: list[Any
 
 
 def test_plotting_without_steps_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="has no recorded step"):
-        draw(tmp_path, tmp_path / "run.png")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "metrics.jsonl").touch()
+    cases = {"none": "none does not exist$", ".": "is not the output directory of a run: it has no metrics.jsonl$"}
+
+    for folder, message in {**cases, "new": "has no recorded step$"}.items():
+        with pytest.raises(ValueError, match=message):
+            draw(tmp_path / folder, tmp_path / "run.png")
 
 
 def test_plotting_without_matplotlib_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -184,7 +189,39 @@ def test_plotting_without_matplotlib_names_the_extra(tmp_path: Path, monkeypatch
         draw(tmp_path, tmp_path / "run.png")
 
 
+def test_a_run_is_drawn_by_tokens(tmp_path: Path, figures: list[Any]):
+    draw(write_run(tmp_path / "run", 30, resumes=(10,)), tmp_path / "run.png", by="tokens")
+
+    loss = figures[0].axes[0]
+    imbalance = next(axes for axes in figures[0].axes if axes.get_title("left") == "Load imbalance")
+    curve = next(line for line in loss.lines if line.get_label() == "validation")
+    assert (loss.get_xlabel(), imbalance.get_xlabel()) == ("tokens", "tokens")
+    assert curve.get_xdata().tolist() == [512, 5120, 10240, 15360]
+    assert imbalance.lines[0].get_xdata()[-1] == 15360
+    assert [line.get_xdata()[0] for line in loss.lines if line.get_linestyle() == "--"] == [10.5 * 512]
+
+
+def test_one_layer_has_no_color_bar(tmp_path: Path, figures: list[Any]):
+    for layers in (1, 2):
+        draw(write_run(tmp_path / str(layers), 9, layers=layers), tmp_path / "run.png")
+
+    assert [sum(axes.get_ylabel() == "layer" for axes in figure.axes) for figure in figures] == [1, 2]
+
+
+def test_small_models_are_counted_in_thousands():
+    assert [_millions(n) for n in (0, 61_300, 4_502_208, 2_800_000_000)] == ["0", "61.3K", "4.5M", "2.8B"]
+
+
 # Several runs
+
+
+def test_long_names_keep_their_ends(tmp_path: Path, figures: list[Any]):
+    folders = [write_run(tmp_path / f"a_long_name_of_a_sweep_lr0.001_bs64_seed{n}", 9) for n in (1, 2)]
+
+    draw([*folders, folders[0]], tmp_path / "runs.png")
+
+    names = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert names == ["a_long_name_of_….001_bs64_seed1", "a_long_name_of_….001_bs64_seed2"]
 
 
 def test_runs_are_compared_by_tokens(tmp_path: Path, figures: list[Any]):
@@ -234,11 +271,14 @@ def test_plot_draws_and_prints_final_losses(tmp_path: Path, capsys: pytest.Captu
     monkeypatch.chdir(tmp_path)
     one, two = write_run(tmp_path / "one", 12), write_run(tmp_path / "two", 12)
 
-    codes = [run("plot", one), run("plot", one, two, "--by", "tokens"), run("plot", two, "--out", "two.pdf")]
+    codes = [run("plot", one), run("plot", one, two, "--by", "tokens"), run("plot", two / "metrics.jsonl")]
+    codes.append(run("plot", two, "--out", "two.pdf"))
 
     out, _ = capsys.readouterr()
-    assert codes == [0, 0, 0]
-    assert all((tmp_path / name).stat().st_size > 5000 for name in ("one/plot.png", "plot.png", "two.pdf"))
+    assert codes == [0, 0, 0, 0]
+    assert all(
+        (tmp_path / name).stat().st_size > 5000 for name in ("one/plot.png", "plot.png", "two/plot.png", "two.pdf")
+    )
     assert f"{summarize([one, two])}\nSaved plot: plot.png\n" in out
 
 

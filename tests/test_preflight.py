@@ -1,6 +1,7 @@
 """Checks before a run writes or tokenizes anything: one test per kind of invalid input."""
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from dsmoe_jax.lora import LoraConfig
+from dsmoe_jax.train import loop
 from dsmoe_jax.train.config import DataConfig, RunConfig
 from dsmoe_jax.train.finetune import ExamplesConfig, FinetuneConfig
 from dsmoe_jax.train.loop import run
@@ -125,3 +127,26 @@ def test_an_output_directory_that_is_a_file_is_refused(home: Path, tmp_path: Pat
 def test_valid_inputs_pass_the_checks(home: Path, tmp_path: Path, checkpoint: Path):
     check_inputs(pretraining(home, tmp_path / "out"))
     check_inputs(finetuning(home, tmp_path / "out", checkpoint, lora=LoraConfig()))
+
+
+@pytest.mark.parametrize(
+    ("handler", "configured"),
+    [(None, False), (logging.StreamHandler, False), (logging.NullHandler, True)],
+    ids=["none", "of absl", "own"],
+)
+def test_a_run_from_a_script_logs_to_the_console(
+    home: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    handler: Any,
+    configured: bool,
+):
+    monkeypatch.setattr(logging.getLogger(), "handlers", handlers := [handler()] if handler else [])
+    monkeypatch.setattr(loop, "_run", lambda *_: loop._log.info("Training"))
+
+    run(pretraining(home, tmp_path / "out", trackers=("console",)))
+    run(pretraining(home, tmp_path / "out"))
+
+    assert capsys.readouterr().err == ("" if configured else "Training\n")
+    assert logging.getLogger().handlers == handlers

@@ -122,10 +122,10 @@ def test_other_folders_lead_to_the_model(
 
 
 def test_near_names_are_suggested(capsys: pytest.CaptureFixture):
-    refused("got 'deepseek_moe_16'; did you mean 'deepseek_moe_16b'\\?$", describe, "deepseek_moe_16")
+    refused("got 'deepseek_moe_16': did you mean deepseek_moe_16b\\?$", describe, "deepseek_moe_16")
 
     assert run("generat", "x") == 2
-    assert "unknown verb 'generat'; did you mean 'generate'?" in capsys.readouterr().err
+    assert "got 'generat': did you mean generate?" in capsys.readouterr().err
 
 
 def test_a_tokenizer_of_a_hub_id_names_the_generator():

@@ -22,10 +22,12 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from dsmoe_jax import train
 from dsmoe_jax.cli.commands import VERBS, _parse, main
 from dsmoe_jax.cli.flags import ARGUMENTS
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import import_hf
+from dsmoe_jax.train import loop
 from dsmoe_jax.train.flags import parse_finetuning, parse_pretraining
 from dsmoe_jax.train.recipes import FINETUNING, RECIPES
 from tests.helpers.hf_folder import make_tokenizer, random_params, tiny, write_hf
@@ -38,7 +40,8 @@ PAGES: Final = [
 LAUNCH: Final = [ROOT / "train/launch/slurm.sh", ROOT / "train/launch/jobset.yaml"]
 # The others compile for many devices, train, or repeat tests/test_cli.py: they are slow tests.
 FAST: Final = {
-    *(("Quick start", "python"), ("Your own loop", "python"), ("Conversion", "python"), ("Conversion", "bash")),
+    *(("Pretraining", "python"),)
+    * (("Quick start", "python"), ("Your own loop", "python"), ("Conversion", "python"), ("Conversion", "bash")),
 }
 
 _RUN: Final = [
@@ -190,8 +193,20 @@ def world(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 # --- blocks ---
 
 
+def run_small(config: train.RunConfig) -> train.Result:
+    """Train one step of the block's config on a tiny model."""
+    data = dataclasses.replace(config.data, sequence_length=32, batch_size=8, tokenizer="moe16b")
+    if config.init_from is None:
+        config = dataclasses.replace(config, model="path/to/hf_folder/config.json")
+    step = dataclasses.replace(config.step, gradient_accumulation_steps=1, remat="none")
+    return loop.run(dataclasses.replace(config, data=data, step=step, steps=1, trackers=("jsonl",)))
+
+
 @pytest.mark.parametrize("block", indexed("python"))
-def test_python_blocks_run(block: Block, world: Path):
+def test_python_blocks_run(block: Block, world: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(train, "run", run_small)
+    Path("corpus").mkdir()
+    shutil.copy("book.txt", "corpus")
     source = block.text.replace("[100000, 1558, 317]", "[0, 15, 31]")  # of a larger vocabulary
     if "import_hf(" in source:
         shutil.rmtree("moe16b")

@@ -31,7 +31,7 @@ def test_every_recipe_is_a_full_config_of_a_preset(name: str):
 def test_an_invalid_flag_is_one_line(encoding: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
 
-    with pytest.raises(ValueError, match=r"^steps must be at least 1, got 0$"):
+    with pytest.raises(ValueError, match=r"^--steps must be at least 1, got 0$"):
         parse(RECIPES["tiny"](), ["--steps", "0"], prog="tiny")
 
 

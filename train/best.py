@@ -57,4 +57,4 @@ class Best:
 
         replace_result(self._folder, self._job, params, add_record)
         self._loss = loss
-        _log.info("Saved best result: %s (step %d, validation loss %.4f)", self._folder, step, loss)
+        _log.info("Saved best result: %s (step %d, eval/loss %.4f)", self._folder, step, loss)

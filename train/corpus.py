@@ -158,7 +158,7 @@ def _derive(
 
     def train(folder: Path) -> None:
         names = list(texts.sources.values())
-        _log.info("Training a tokenizer: %d tokens, on %s", model_config.vocab_size, ", ".join(names))
+        _log.info("Training a tokenizer: %s tokens, on %s", f"{model_config.vocab_size:,}", ", ".join(names))
         with unlogged():
             found = itertools.chain.from_iterable(_training_texts(name, out, val_fraction) for name in names)
             train_tokenizer(found, folder, model_config.vocab_size)

@@ -23,7 +23,7 @@ from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.kernels.operand import Operand
 from dsmoe_jax.loading import identity, load_params
 from dsmoe_jax.lora import LoraConfig
-from dsmoe_jax.progress import plural
+from dsmoe_jax.progress import log_level, plural
 from dsmoe_jax.storage.atomic_dir import write_json
 from dsmoe_jax.storage.manifest import HashCache, hash_json
 from dsmoe_jax.storage.strict_json import read_json
@@ -85,6 +85,9 @@ class ExamplesConfig(DatasetConfig):
     packing: Literal["best_fit", "none"] = "best_fit"
     """`best_fit`: several examples per sequence, with attention within each; `none`: one example per sequence."""
 
+    tokenizer: str | None = None
+    """Folder of the tokenizer. Default: that of the model."""
+
     val_fraction: float = 0.02
     """Fraction of the examples held out for validation, chosen by hash, at least one."""
 
@@ -102,7 +105,10 @@ class FinetuneConfig(RunConfig):
     """Unused: the model is `init_from`."""
 
     init_from: tyro.conf.Suppress[str | None] = None
-    """Native checkpoint to fine-tune."""
+    """Model to fine-tune: native checkpoint, Hugging Face folder or hub id."""
+
+    revision: str | None = None
+    """Branch, tag or commit if the model is a hub id. Default: `main`."""
 
     steps: int = 0
     """Total optimizer steps; 0 derives them from `epochs`."""
@@ -231,7 +237,6 @@ def examples(
         sequences = last.start + math.ceil((epochs - int(epochs)) * len(last))
     if batch_size is None:
         batch_size = fit_batch_size(sequences, batch_multiple, config.steps or FIT_STEPS)
-        _log.info("Batch size: %s of %d tokens", plural(batch_size, "sequence"), length)
     if batch_size % batch_multiple:  # of the run that is resumed, on another mesh
         raise DSMoEError(f"data.batch_size must be a multiple of {batch_multiple}, got {batch_size}")
     batched = {"batch_size": batch_size, "packer": ExamplePacking, **shape}
@@ -309,6 +314,6 @@ def _write_examples(data: ExamplesConfig, tokenizer: Path, output_dir: Path, lim
 
 def show_examples(config: FinetuneConfig, count: int) -> None:
     """Print the first `count` examples with their loss tokens highlighted."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, log_level("dsmoe_jax", logging.WARNING):
         tokenizer, train, *_ = open_examples(config, config.model_config(), Path(folder))
         show(train, Tokenizer.from_pretrained(tokenizer), count)

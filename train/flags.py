@@ -25,6 +25,7 @@ from dsmoe_jax.errors import DSMoEError, check_choice, unknown_flag
 from dsmoe_jax.kernels.expert_ffn import BACKENDS
 from dsmoe_jax.lora import LoraConfig
 
+from .checks import check_minimum
 from .config import RunConfig
 from .finetune import FinetuneConfig
 from .old_names import new_flags
@@ -34,6 +35,7 @@ from .sft.templates import TEMPLATES
 
 Config = TypeVar("Config")
 Recipes = Mapping[str, Callable[[], RunConfig]]
+_CKPT: Final = "CKPT|HUB_ID"
 # fmt: off
 # The value in the help, of fields whose type says too little; `...` stands for further values.
 METAVARS: Final[dict[str, str]] = {
@@ -41,7 +43,7 @@ METAVARS: Final[dict[str, str]] = {
     "backend":             f"{{{','.join(BACKENDS)}}}|FWD,DGRAD,WGRAD",
     "coordinator_address": "HOST:PORT",
     "files":               "FILE ...",
-    "init_from":           "CKPT|HUB_ID",
+    "init_from":           _CKPT,
     "layers_pattern":      "NAME",
     "layers_to_transform": "INT ...",
     "model":               "PRESET|CONFIG.json",
@@ -59,7 +61,6 @@ METAVARS: Final[dict[str, str]] = {
 # fmt: on
 # tyro's messages, and ours.
 _SHORTER: Final[dict[str, Callable[[re.Match[str]], str]]] = {
-    r"^Error parsing \w+Config: ": lambda match: "",
     r"^Error parsing (\S+): invalid literal for int.*: (.+)$": lambda match: (
         f"{match[1]} must be an integer, got {match[2]}"
     ),
@@ -69,8 +70,8 @@ _SHORTER: Final[dict[str, Callable[[re.Match[str]], str]]] = {
     ),
 }
 _PRETRAINING: Final = (
-    "Pretrain a model, or resume the run in the output directory. The recipe sets the defaults of all flags; without "
-    "one, the defaults below are those of `tiny`."
+    "Pretrain a model, or resume the run in the output directory. RECIPE is one of those at the end: it sets the "
+    "defaults of all flags, here those of `{}`."
 )
 _REGISTRY: Final = ConstructorRegistry()
 _log = logging.getLogger(__name__)
@@ -78,7 +79,10 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Finetuning:
-    """Fine-tune a native checkpoint on examples, all parameters or LoRA, or resume the run in the output directory."""
+    """Fine-tune a model on examples, all parameters or LoRA, or resume the run in the output directory.
+
+    CKPT|HUB_ID is a native checkpoint, a Hugging Face folder or a hub id.
+    """
 
     recipe: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(FINETUNING)}}}")] = "full"
     """Recipe, which sets the defaults of the other flags; the recipes are listed below."""
@@ -95,19 +99,19 @@ class _Finetuning:
 
 def parse_pretraining(arguments: Sequence[str]) -> RunConfig:
     """Parse `RECIPE --FLAG VALUE …`, the arguments of `dsmoe pretrain`."""
-    given, flags = _first(arguments, "RECIPE", RECIPES)
+    given, flags = _first(arguments, f"dsmoe pretrain RECIPE --FLAG VALUE; recipes are {', '.join(RECIPES)}")
     name = given or "tiny"
     if name not in RECIPES and (name.endswith(".json") or Path(name).exists()):
         raise DSMoEError(f"recipe must be one of {', '.join(RECIPES)}; pass a model with it, `tiny --model {name}`")
     check_choice("recipe", name, RECIPES)
     config, _ = _resumed(RECIPES, name, name, flags)
     with _recipes_after_help(RECIPES):
-        return parse(config, flags, prog=f"dsmoe pretrain {given or 'RECIPE'}", description=_PRETRAINING)
+        return parse(config, flags, prog=f"dsmoe pretrain {given or 'RECIPE'}", description=_PRETRAINING.format(name))
 
 
 def parse_finetuning(arguments: Sequence[str]) -> tuple[FinetuneConfig, int]:
     """Parse `CKPT --FLAG VALUE …`, the arguments of `dsmoe finetune`; return also the number of examples to show."""
-    checkpoint, flags = _first(arguments, "CKPT", FINETUNING)
+    checkpoint, flags = _first(arguments, f"dsmoe finetune {_CKPT} --data FILE")
     if (requested := _value_of(flags, "--recipe")) is not None:
         check_choice("recipe", requested, FINETUNING)
     config, name = _resumed(FINETUNING, requested, "full", flags)
@@ -115,7 +119,8 @@ def parse_finetuning(arguments: Sequence[str]) -> tuple[FinetuneConfig, int]:
     if config.lora is None and any(flag.partition(".")[0] in ("--lora", "--help", "-h") for flag in flags):
         config = dataclasses.replace(config, lora=LoraConfig())
     with _recipes_after_help(FINETUNING):
-        parsed = parse(_Finetuning(recipe=name, config=config), flags, prog=f"dsmoe finetune {checkpoint or 'CKPT'}")
+        parsed = parse(_Finetuning(recipe=name, config=config), flags, prog=f"dsmoe finetune {checkpoint or _CKPT}")
+    check_minimum(parsed, {"show": 0}, "--")
     return parsed.config, parsed.show
 
 
@@ -126,21 +131,24 @@ def parse(default: Config, flags: Sequence[str], *, prog: str, description: str 
     try:
         with contextlib.redirect_stderr(errors):
             return tyro.cli(type(default), default=default, args=new_flags(flags), config=markers, **options)
+    except DSMoEError as error:
+        raise DSMoEError(_with_flag(str(error), default)) from None
     except SystemExit as end:
         if not end.code:
             raise
         raise DSMoEError(_one_line(errors.getvalue(), default)) from None
 
 
-def _first(arguments: Sequence[str], metavar: str, recipes: Recipes) -> tuple[str | None, Sequence[str]]:
+def _first(arguments: Sequence[str], usage: str) -> tuple[str | None, Sequence[str]]:
     """Split the first argument from the flags; None if only help is requested."""
+    metavar = usage.split()[2]
     if arguments and not arguments[0].startswith("-"):
         if not arguments[0].strip():
             raise DSMoEError(f"{metavar} must not be empty")
         return arguments[0], arguments[1:]
     if {"-h", "--help"} & set(arguments):
         return None, arguments
-    raise DSMoEError(f"{metavar} must come first, before the flags; recipes are {', '.join(recipes)}")
+    raise DSMoEError(f"{metavar} must come first: {usage}")
 
 
 def _resumed(recipes: Recipes, requested: str | None, default: str, flags: Sequence[str]) -> tuple[Any, str]:
@@ -229,10 +237,31 @@ def _one_line(boxed: str, config: Any) -> str:
     text = " ".join(" ".join(message or [title]).split())
     if unknown := re.match(r"Unrecognized options: ([^ ,=]+)", text):
         flag = unknown[1]
-        return unknown_flag(flag, _flag_names(config)) if flag.startswith("-") else f"unexpected argument {flag!r}"
+        return _unknown_flag(flag, [*_flag_names(config)]) if flag.startswith("-") else f"unexpected argument {flag!r}"
     for pattern, shorten in _SHORTER.items():
         text = re.sub(pattern, shorten, text)
+    return _with_flag(text, config)
+
+
+def _with_flag(text: str, config: Any) -> str:
+    """Name the flag of the field that a message starts with: "Error parsing config.lora: r must be …" is `--lora.r`."""
+    if checked := re.match(r"Error parsing (?!-)(?:config\b\.?)?(\S*): ", text):
+        text = text[checked.end() :].removeprefix(f"{checked[1]}: ")
+    field, names = re.split(r"[^\w.]", text, maxsplit=1)[0], set(_flag_names(config))
+    for path in (field, f"{checked[1]}.{field}" if checked else ""):
+        if (flag := f"--{path.replace('_', '-')}") in names:
+            return f"{flag}{text[len(field) :]}"
     return text
+
+
+def _unknown_flag(flag: str, known: Sequence[str]) -> str:
+    """Return the message for an unknown flag: `--batch-size` and `--bs` are in a group, `--data.batch-size`."""
+    last = flag.lstrip("-").replace("_", "-")
+    for name in known:
+        words = name.rpartition(".")[2].lstrip("-").split("-")
+        if last in ("-".join(words), "".join(word[0] for word in words)):
+            return f"unknown flag {flag}: did you mean {name}?"
+    return unknown_flag(flag, known)
 
 
 def _flag_names(config: Any, prefix: str = "--") -> Iterator[str]:

@@ -44,6 +44,7 @@ from .preflight import check_inputs
 from .resume import CHECKPOINTS, CONFIG, check_resumable, identity, log_changes, read_run
 from .step import TrainState, init_state, make_eval_step, make_step, state_shardings
 from .summary import log_summary
+from .trackers import console_log
 
 _CACHE: Final = "compiled"
 _log = logging.getLogger(__name__)
@@ -89,12 +90,13 @@ def run(config: RunConfig) -> Result:
     Raises:
         DSMoEError: for an invalid config, an output directory in use, or too many skipped updates in a row.
     """
-    initialize(config.distributed)
-    output_dir, mesh = Path(config.output_dir), None
-    with collective_errors():  # fail before anything is written
-        mesh = _check(config)
-    on_process_0(check_inputs, config)
     with ExitStack() as stack:
+        stack.enter_context(console_log(config.trackers))
+        initialize(config.distributed)
+        output_dir, mesh = Path(config.output_dir), None
+        with collective_errors():  # fail before anything is written
+            mesh = _check(config)
+        on_process_0(check_inputs, config)
         on_process_0(lambda: stack.enter_context(lock_folder(output_dir)))
         return _run(config, output_dir, mesh)
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Axis = Literal["step", "tokens"]
 FORMATS: Final = (".png", ".pdf", ".svg")
 _INK, _GRAY, _FAINT, _LOSS, _VALIDATION = "#222222", "#6b7683", "#9aa5b1", "#1f5fa8", "#d1495b"
 _SMOOTH: Final = 25  # maximum width of the moving average, in steps
@@ -41,13 +42,13 @@ _STYLE: Final[dict[Any, Any]] = {
 }
 
 
-def draw(runs: str | Path | Sequence[str | Path], out: str | Path, *, by: Literal["step", "tokens"] = "step") -> None:
+def draw(runs: str | Path | Sequence[str | Path], out: str | Path, *, by: Axis = "step") -> None:
     """Plot the metrics of a run, or compare the losses of several.
 
     Args:
         runs: Output directories of runs.
         out: Image to write, .png, .pdf or .svg; an existing one is replaced.
-        by: Horizontal axis of a comparison.
+        by: Horizontal axis: steps or training tokens.
 
     Raises:
         DSMoEError: matplotlib is not installed, or a run has no recorded step.
@@ -60,7 +61,7 @@ def draw(runs: str | Path | Sequence[str | Path], out: str | Path, *, by: Litera
         if len(read) > 1:
             _compare(figure, read, by)
         else:
-            _draw_run(figure, read[0])
+            _draw_run(figure, read[0], by)
 
 
 @contextmanager
@@ -81,18 +82,18 @@ def _figure(out: str | Path) -> Iterator["Figure"]:
 # --- one run ---
 
 
-def _draw_run(figure: "Figure", run: RunRecords) -> None:
+def _draw_run(figure: "Figure", run: RunRecords, by: Axis) -> None:
     layers = run.moe_layers
     figure.suptitle(_title(run), fontsize=12, color=_INK)
     if not layers:
         figure.set_size_inches(11, 4.5)
-        _draw_loss(figure.add_subplot(), run)
+        _draw_loss(figure.add_subplot(), run, by)
         return
     figure.set_size_inches(11, 7.5)
     grid = figure.add_gridspec(2, 2, width_ratios=(1.2, 1))
-    _draw_loss(figure.add_subplot(grid[0, :]), run)
+    _draw_loss(figure.add_subplot(grid[0, :]), run, by)
     _draw_heat(figure, figure.add_subplot(grid[1, 0]), run.steps, layers)
-    _draw_imbalance(figure, figure.add_subplot(grid[1, 1]), run.steps, layers)
+    _draw_imbalance(figure, figure.add_subplot(grid[1, 1]), run, by)
 
 
 def _title(run: RunRecords) -> str:
@@ -105,32 +106,36 @@ def _title(run: RunRecords) -> str:
 
 
 def _millions(count: int) -> str:
-    return f"{count / 1e9:.3g}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
+    unit, size = next(
+        (unit, size) for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3), ("", 1)) if count >= size or size == 1
+    )
+    return f"{count / size:.3g}{unit}"
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 1]}…"
+    half = (_MAX_NAME - 1) // 2  # runs of a sweep differ at the end
+    return name if len(name) <= _MAX_NAME else f"{name[:half]}…{name[-half:]}"
 
 
-def _draw_loss(axes: "Axes", run: RunRecords) -> None:
+def _draw_loss(axes: "Axes", run: RunRecords, by: Axis) -> None:
     """Plot the training loss without balance losses, its moving average, the validation loss and events."""
-    step, loss = column(run.steps, "step"), column(run.steps, "cross_entropy")
+    step, loss = column(run.steps, "step") * run.scale(by), column(run.steps, "cross_entropy")
     mean, width = _smooth(loss)
     if width > 1:
         axes.plot(step, loss, color=_LOSS, alpha=0.3, linewidth=0.8)
     label = "training" if width == 1 else f"training, mean of {width} steps"
     axes.plot(step, mean, color=_LOSS, linewidth=2, label=label, marker="." if len(step) == 1 else None)
     if run.evals:
-        at, values = column(run.evals, "step"), column(run.evals, "eval/loss")
+        at, values = column(run.evals, "step") * run.scale(by), column(run.evals, "eval/loss")
         axes.plot(at, values, "o-", color=_VALIDATION, label="validation", linewidth=1.2, markersize=4, zorder=3)
     if len(bad := step[~np.isfinite(loss)]):
         bottom = axes.get_xaxis_transform()
         label = f"not finite: {len(bad)} steps"
         axes.plot(bad, np.full(len(bad), 0.02), "|", color="black", transform=bottom, markersize=8, label=label)
     _draw_uniform(axes, [run], [mean])
-    _set_step_axis(axes, step)
+    _set_step_axis(axes, step, by)
     axes.set(title=_result(run), ylabel="cross-entropy (nats per token)")
-    _draw_events(axes, run.events)
+    _draw_events(axes, run.events, run.scale(by))
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=4)
 
 
@@ -158,12 +163,12 @@ def _draw_uniform(axes: "Axes", runs: Sequence[RunRecords], losses: Iterable[np.
     return [axes.axhline(uniform, color=_FAINT, linestyle=":", label=label, zorder=1)]
 
 
-def _draw_events(axes: "Axes", events: Sequence[Event]) -> None:
+def _draw_events(axes: "Axes", events: Sequence[Event], scale: float) -> None:
     """Mark events by vertical lines; labels that would overlap are left out."""
     left, right = axes.get_xlim()
     labeled = -np.inf
     for n, event in enumerate(events):
-        at = event.step + 0.5  # between the last step before and the first after
+        at = (event.step + 0.5) * scale  # between the last step before and the first after
         axes.axvline(at, color=_GRAY, linewidth=0.8, linestyle="--", zorder=1)
         if n < _MAX_EVENTS and at - labeled > 0.02 * (right - left):
             labeled = at
@@ -208,13 +213,14 @@ def _draw_heat(figure: "Figure", axes: "Axes", steps: Records, layers: Sequence[
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
 
 
-def _draw_imbalance(figure: "Figure", axes: "Axes", steps: Records, layers: Sequence[int]) -> None:
+def _draw_imbalance(figure: "Figure", axes: "Axes", run: RunRecords, by: Axis) -> None:
     """Plot the load imbalance of each layer over time; the color bar names the layers."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
-    step = column(steps, "step")
+    steps, layers = run.steps, run.moe_layers
+    step = column(steps, "step") * run.scale(by)
     colors = [colormaps["viridis"](0.88 * n / max(1, len(layers) - 1)) for n in range(len(layers))]
     for layer, color in zip(layers, colors, strict=True):
         values, _ = _smooth(column(steps, f"moe/{layer}/load_imbalance"))
@@ -222,7 +228,9 @@ def _draw_imbalance(figure: "Figure", axes: "Axes", steps: Records, layers: Sequ
     axes.axhline(1, color=_FAINT, linestyle=":")
     axes.set(title="Load imbalance", ylabel="load of the fullest expert / mean (×)")
     axes.set_ylim(bottom=0.9)
-    _set_step_axis(axes, step)
+    _set_step_axis(axes, step, by)
+    if len(layers) == 1:
+        return
     norm = BoundaryNorm(np.arange(len(layers) + 1) - 0.5, len(layers))
     bar = figure.colorbar(ScalarMappable(norm, ListedColormap(colors)), ax=axes, label="layer")
     shown = range(0, len(layers), 1 + (len(layers) - 1) // 12)
@@ -235,7 +243,7 @@ def _draw_imbalance(figure: "Figure", axes: "Axes", steps: Records, layers: Sequ
 # --- several runs ---
 
 
-def _compare(figure: "Figure", runs: Sequence[RunRecords], by: str) -> None:
+def _compare(figure: "Figure", runs: Sequence[RunRecords], by: Axis) -> None:
     """Overlay the smoothed training losses and the validation losses, one color per run."""
     from matplotlib import color_sequences
     from matplotlib.lines import Line2D
@@ -245,7 +253,7 @@ def _compare(figure: "Figure", runs: Sequence[RunRecords], by: str) -> None:
     means, lines = [], []
     for n, run in enumerate(runs):
         color = palette[n % len(palette)]
-        at, evaluated = (run.tokens(r) if by == "tokens" else column(r, "step") for r in (run.steps, run.evals))
+        at, evaluated = (column(r, "step") * run.scale(by) for r in (run.steps, run.evals))
         mean, _ = _smooth(column(run.steps, "cross_entropy"))
         marker = "." if len(at) == 1 else None
         lines += axes.plot(at, mean, color=color, linewidth=1.8, marker=marker, label=_short(run.name))
@@ -265,7 +273,7 @@ def _compare(figure: "Figure", runs: Sequence[RunRecords], by: str) -> None:
     axes.legend(handles=[*kinds, *uniform], loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=3)
 
 
-def _set_step_axis(axes: "Axes", at: np.ndarray, name: str = "step") -> None:
+def _set_step_axis(axes: "Axes", at: np.ndarray, name: Axis) -> None:
     """Label the horizontal axis; the ends have room for markers."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 

@@ -3,13 +3,14 @@
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
 from dsmoe_jax.errors import DSMoEError
 
 from .metrics import read_records
+from .trackers import RECORDS
 
 Records = list[dict[str, Any]]
 
@@ -42,12 +43,13 @@ class RunRecords(NamedTuple):
 
     @classmethod
     def read(cls, folder: str | Path) -> "RunRecords":
-        """Read `metrics.jsonl` of a run; `DSMoEError` if it has no step."""
-        folder = Path(folder)
-        try:
-            records = read_records(folder)
-        except (FileNotFoundError, NotADirectoryError):
-            records = []
+        """Read `metrics.jsonl`, of a run or itself; `DSMoEError` if it has no step."""
+        folder = run_folder(folder)
+        if not folder.exists():
+            raise DSMoEError(f"{folder} does not exist")
+        if not (folder / RECORDS).exists():
+            raise DSMoEError(f"{folder} is not the output directory of a run: it has no {RECORDS}")
+        records = read_records(folder)
         steps = [record for record in records if "loss" in record]
         if not steps:
             raise DSMoEError(f"{folder} has no recorded step")
@@ -60,10 +62,15 @@ class RunRecords(NamedTuple):
         """Indices of the MoE layers."""
         return sorted({int(key.split("/")[1]) for key in self.steps[0] if key.startswith("moe/")})
 
-    def tokens(self, records: Records) -> np.ndarray:
-        """Return the training tokens before each record."""
-        per_step = self.steps[-1]["tokens"] / self.steps[-1]["step"]
-        return np.array([record["step"] * per_step for record in records], float)
+    def scale(self, by: Literal["step", "tokens"]) -> float:
+        """Return the length of a step on a horizontal axis of steps or of training tokens."""
+        return 1.0 if by == "step" else self.steps[-1]["tokens"] / self.steps[-1]["step"]
+
+
+def run_folder(path: str | Path) -> Path:
+    """Return the folder of a run, given itself or its `metrics.jsonl`."""
+    path = Path(path)
+    return path.parent if path.name == RECORDS and path.is_file() else path
 
 
 def column(records: Records, key: str) -> np.ndarray:
@@ -72,7 +79,8 @@ def column(records: Records, key: str) -> np.ndarray:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[RunRecords]:
-    """Read several runs; those of equal name are named by their path."""
+    """Read several runs, each once; those of equal name are named by their path."""
+    folders = list({run_folder(folder).resolve(): folder for folder in folders}.values())
     runs = list(map(RunRecords.read, folders))
     names = [run.name for run in runs]
     return [

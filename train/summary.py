@@ -56,7 +56,7 @@ def summary(
         "Trainable": f"{trainable:,} parameters ({trainable / counts.total:.2%})" if frozen else "",
         "Devices": _devices(mesh),
         "Precision": _precision(config),
-        "Batch": f"{stream.batch_size} sequences × {stream.sequence_length} tokens = {tokens:,} tokens per step"
+        "Batch": f"{stream.batch_size:,} sequences × {stream.sequence_length:,} tokens = {tokens:,} tokens per step"
         + (f", in {micro_batches} micro-batches" if micro_batches > 1 else ""),
         "Steps": f"{job.steps:,}, {job.steps * tokens:,} tokens" + (f"; resuming from step {step:,}" if step else ""),
         "Data": f"{stream.documents:,} documents, {stream.tokens:,} tokens; validation: {validation}",

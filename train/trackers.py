@@ -1,5 +1,6 @@
 """Trackers, which write metrics: `TRACKERS`, at the end, lists them."""
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -8,11 +9,12 @@ import mmap
 import secrets
 import statistics
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.progress import log_level, plural
 
 RECORDS: Final = "metrics.jsonl"
 PLOT: Final = "plot.png"
@@ -72,7 +74,7 @@ def _truncate_incomplete_line(path: Path) -> None:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             complete = content.rfind(b"\n") + 1
         if complete < size:
-            _log.info("Truncating incomplete last line of %s: %d bytes", path, size - complete)
+            _log.info("Truncating incomplete last line of %s: %s", path, plural(size - complete, "byte"))
             file.truncate(complete)
 
 
@@ -99,6 +101,27 @@ _LINE: Final[tuple[tuple[str, Callable[[Any], str]], ...]] = (
 _SPEEDS: Final = ("tokens_per_second", "mfu", "data_loading_share")
 
 
+@contextlib.contextmanager
+def console_log(trackers: Collection[str]) -> Iterator[None]:
+    """Log to stderr for the tracker `console`, unless the program has configured logging.
+
+    A plain handler for warnings does not count: absl adds one as orbax is imported.
+    """
+    root, ours = logging.getLogger(), logging.getLogger("dsmoe_jax")
+    plain = [handler for handler in root.handlers if type(handler) is logging.StreamHandler]
+    if "console" not in trackers or ours.isEnabledFor(logging.INFO) or len(plain) < len(root.handlers):
+        yield
+        return
+    console, root.handlers = logging.StreamHandler(), []
+    root.addHandler(console)
+    try:
+        with log_level(ours.name, logging.INFO):
+            yield
+    finally:
+        root.removeHandler(console)
+        root.handlers += plain
+
+
 class Console:
     """Logs a line every `log_interval` steps; a progress bar on a terminal."""
 
@@ -109,7 +132,7 @@ class Console:
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Log the record if it is due; speeds are medians since the last line."""
         if (loss := values.get("eval/loss")) is not None:
-            _log.info("step %d/%d validation loss %.4g", step, self._run.steps, loss)
+            _log.info("step %d/%d eval/loss %.4g", step, self._run.steps, loss)
             return
         if step == self._run.resumed_from + 1:  # its time includes compilation
             values = {name: value for name, value in values.items() if name not in _SPEEDS}

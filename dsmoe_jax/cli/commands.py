@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import itertools
 import logging
 import math
 import os
@@ -24,7 +25,7 @@ from dsmoe_jax.cli.streams import (
     print_status,
     reader_has_left,
 )
-from dsmoe_jax.errors import DSMoEError, suggest, unknown_flag
+from dsmoe_jax.errors import DSMoEError, check_choice, unknown_flag
 from dsmoe_jax.progress import bar, plural
 from dsmoe_jax.xla_options import set_environment
 
@@ -87,11 +88,13 @@ def _run(argv: Sequence[str], interrupted: threading.Event) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the verb and its arguments; exits on `--help` and usage errors."""
+    if argv and not argv[0].startswith("-"):
+        check_choice("verb", argv[0], VERBS)
     if argv and argv[0] in VERBS and argv[0] not in ARGUMENTS:  # tyro parses the rest
         return argparse.Namespace(verb=argv[0], run=VERBS[argv[0]][0], flags=[*argv[1:]])
     parser, verbs = make_parser()
-    if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
-        parser.error(f"unknown verb {argv[0]!r}; {suggest(argv[0], tuple(VERBS))}")
+    if argv and argv[0] in verbs:
+        _check_flags(argv[1:], verbs[argv[0]])
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         verbs[args.verb].error(_unknown(unknown[0], verbs[args.verb]))
@@ -108,8 +111,10 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     for name, (run, help_line) in VERBS.items():
         verb = verbs.add_parser(name, help=help_line, description=f"{help_line[0].upper()}{help_line[1:]}.")
         groups: dict[str | None, Any] = {}
-        for argument in ARGUMENTS.get(name, ()):
-            title = next((title for title, (_, members) in GROUPS.items() if argument in members), None)
+        arguments = ARGUMENTS.get(name, ())
+        grouped = {title: members for title, (_, members) in GROUPS.items() if members[0] in arguments}
+        for argument in arguments:
+            title = next((title for title, members in grouped.items() if argument in members), None)
             if title is not None and title not in groups:
                 groups[title] = verb.add_argument_group(title, GROUPS[title][0])
             flags, options = argument
@@ -122,6 +127,15 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
 def _interrupted() -> int:
     print_error("")  # the terminal shows ^C without a newline
     return 130
+
+
+def _check_flags(argv: Sequence[str], verb: argparse.ArgumentParser) -> None:
+    """Reject unknown flags before argparse misses required ones."""
+    known = [name for action in verb._actions for name in action.option_strings]
+    for argument in itertools.takewhile(lambda argument: argument != "--", argv):
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and " " not in flag and not any(name.startswith(flag) for name in known):
+            verb.error(unknown_flag(flag, known))
 
 
 def _unknown(argument: str, verb: argparse.ArgumentParser) -> str:
@@ -257,10 +271,10 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _plot(args: argparse.Namespace) -> None:
     from dsmoe_jax.train.plotting import draw
-    from dsmoe_jax.train.run_records import summarize
+    from dsmoe_jax.train.run_records import run_folder, summarize
     from dsmoe_jax.train.trackers import PLOT
 
-    out = args.out or (Path(args.runs[0]) / PLOT if len(args.runs) == 1 else Path(PLOT))
+    out = args.out or (run_folder(args.runs[0]) / PLOT if len(args.runs) == 1 else Path(PLOT))
     draw(args.runs, out, by=args.by)
     print(summarize(args.runs))
     print_status(f"Saved plot: {out}")

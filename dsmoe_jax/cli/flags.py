@@ -26,6 +26,7 @@ _SPLIT: Final = "encode strings such as <|endoftext|> in {} as plain text, not a
 _DTYPE: Final = _arg("--dtype", "dtype of the weights; default: as stored", choices=_DTYPES)
 _KEEP: Final = {"choices": (*_DTYPES, "keep"), "default": "keep"}
 _CAST: Final = _arg("--dtype", "cast the weights to this dtype; default: keep, as stored", **_KEEP)
+_CKPT: Final = "CKPT|HUB_ID"
 _CHECKPOINT: Final = "native checkpoint, Hugging Face folder or hub id (OWNER/NAME)"
 _REVISION: Final = _arg("--revision", "branch, tag or commit of a hub id; default: main", "REV")
 _ADAPTER: Final = "LoRA adapter in the format of peft"
@@ -46,7 +47,7 @@ _FLOAT: Final = {"type": float, "metavar": "X"}
 _OPTIONAL: Final = {"action": "store_true", "default": None}
 
 MODEL: Final = (
-    _arg("path", _CHECKPOINT, "PATH|HUB_ID"),
+    _arg("path", _CHECKPOINT, _CKPT),
     _REVISION,
     _arg("--adapter", _ADAPTER, "DIR"),
     _arg("--quantize", "quantize the weights while loading; default: none", choices=("int8", "int4", "nf4")),
@@ -83,24 +84,24 @@ SAMPLING: Final = (
         "--logprobs", "with --file: log-probabilities of every token and the N most likely ones; default: none", **_INT
     ),
 )
-# By title: the text below it, and its arguments.
+# By title: the text below it, and its arguments; in the help of verbs that have the first of them.
 GROUPS: Final[dict[str, tuple[str, tuple[Argument, ...]]]] = {
     "model options": ("What is loaded, and the memory that generation may use.", MODEL),
     "sampling options": ("How the next token is chosen, and when an output ends.", SAMPLING),
 }
 ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
     "demo": (
-        _arg("--out", "keep checkpoints and plot in this new folder; default: discard them", "DIR"),
+        _arg("--out --output-dir", "keep checkpoints and plot in this new folder; default: discard them", "DIR"),
         _arg("--steps", "training steps; default: 1600", default=1600, **_INT),
     ),
     "convert": (
-        _arg("source", _SOURCE, "HF_DIR|REPOSITORY"),
+        _arg("source", _SOURCE, "HF_DIR|HUB_ID"),
         _arg("out", "native checkpoint to create", "OUT"),
         _CAST,
         _REVISION,
     ),
     "export": (
-        _arg("source", _CHECKPOINT, "SRC"),
+        _arg("source", _CHECKPOINT, _CKPT),
         _arg("out", "Hugging Face folder or GGUF file to create", "OUT"),
         _REVISION,
         _arg(
@@ -112,19 +113,19 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
     ),
     "push": (
         _arg("checkpoint", "native checkpoint or Hugging Face folder", "CKPT"),
-        _arg("repo_id", "repository to create or update, OWNER/NAME", "REPOSITORY"),
+        _arg("repo_id", "repository to create or update, OWNER/NAME", "HUB_ID"),
         _arg("--private", "create a private repository; an existing one stays as it is", **_OPTIONAL),
         _arg("--revision", "branch to upload to, created if missing; default: main", "BRANCH"),
         _DTYPE,
         _arg("--license", "license stated in the model card, such as mit; default: none", "NAME"),
-        _arg("--base-model", "hub id of the base model stated in the model card; default: none", "OWNER/NAME"),
+        _arg("--base-model", "hub id of the base model stated in the model card; default: none", "HUB_ID"),
         _arg("--dry-run", "write the files to this new folder instead of uploading them; default: upload", "DIR"),
     ),
     "verify": (
-        _arg("source", _CHECKPOINT, "SRC"),
-        _arg("other", f"compare every tensor with this one: {_CHECKPOINT}", "OTHER", nargs="?"),
+        _arg("source", _CHECKPOINT, _CKPT),
+        _arg("other", f"compare every tensor with this one: {_CHECKPOINT}", _CKPT, nargs="?"),
         _REVISION,
-        _arg("--report", "JSON report to write; default: SRC.verify.json", "FILE"),
+        _arg("--report", "JSON report to write; default: CKPT.verify.json", "FILE"),
     ),
     "generate": (
         *MODEL,
@@ -139,7 +140,7 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
     "tokenize": (
         _arg("sources", "text, jsonl(.gz, .zst), parquet, a folder, or python-stdlib", "SOURCE", nargs="+"),
         _arg("--tokenizer", "folder with a tokenizer", "DIR", required=True),
-        _arg("--out", "folder of token shards to create", "OUT", required=True),
+        _arg("--out --output-dir", "folder of token shards to create", "OUT", required=True),
         _arg(
             "--validation",
             "texts of the validation split; default: --val-fraction of the documents",
@@ -155,18 +156,22 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
     "plot": (
         _arg("runs", "output directories of runs", "RUN", nargs="+"),
         _arg("--out", _PLOT, "FILE"),
-        _arg("--by", "horizontal axis of a comparison; default: step", choices=("step", "tokens"), default="step"),
+        _arg("--by", "horizontal axis of the plot; default: step", choices=("step", "tokens"), default="step"),
     ),
     "merge": (
-        _arg("checkpoint", _CHECKPOINT, "CKPT"),
-        _arg("adapter", _ADAPTER, "ADAPTER"),
+        _arg("checkpoint", _CHECKPOINT, _CKPT),
+        _arg("adapter", _ADAPTER, "DIR"),
         _arg("out", "checkpoint to create", "OUT"),
         _REVISION,
         _arg("--layout", "format of the output; default: native", choices=("native", "hf"), default="native"),
         _arg("--dtype", "dtype of the merged weights; default: that of the checkpoint", choices=_DTYPES),
     ),
     "info": (
-        _arg("model", f"preset, config.json, or {_CHECKPOINT}, of which only the config is read", "MODEL"),
+        _arg(
+            "model",
+            f"preset, config.json, or {_CHECKPOINT}, of which only the config is read",
+            f"PRESET|CONFIG.json|{_CKPT}",
+        ),
         _REVISION,
     ),
 }
