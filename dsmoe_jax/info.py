@@ -46,9 +46,8 @@ def describe(model: str | Path) -> str:
     """Describe a preset, a `config.json` or its folder, for a terminal."""
     model = expand_user(model, "model")
     if model not in PRESETS and not Path(model).exists():
-        raise DSMoEError(
-            f"model must be a path, a hub id or a preset ({', '.join(PRESETS)}), got {model!r}{did_you_mean(model, PRESETS)}"
-        )
+        choices = f"a path, a hub id or a preset ({', '.join(PRESETS)})"
+        raise DSMoEError(f"model must be {choices}, got {model!r}{did_you_mean(model, PRESETS)}")
     check_listed_files(Path(model), ["config.json"])
     config = ModelConfig.preset(model) if model in PRESETS else ModelConfig.from_file(model)
     counts = count_parameters(config)
