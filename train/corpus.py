@@ -26,6 +26,7 @@ from .data import (
     is_token_shards,
     is_validation,
     loader,
+    shards_tokenizer,
     tokenize,
     tokenizer_hash,
     validation_batches,
@@ -217,11 +218,14 @@ def warn_without_validation(validation: Sequence[TokenShards], val_fraction: flo
 
 
 def tokenizer_of(config: RunConfig) -> Path | None:
-    """Return the folder of the configured tokenizer, or of the model's, if any."""
+    """Return the folder of the configured tokenizer, or else of the base model's, or that of token shards, if any."""
     if config.data.tokenizer is not None:
         return Path(config.data.tokenizer)
     base = config.base_folder()
-    return base if base is not None and tokenizer_files(base) else None
+    if base is not None and tokenizer_files(base):
+        return base
+    sources = config.data.sources if isinstance(config.data, DataConfig) else ()
+    return next(filter(None, map(shards_tokenizer, sources)), None)
 
 
 def _share() -> dict[str, int]:

@@ -53,6 +53,8 @@ def pretraining(config: RunConfig, output_dir: Path, *, resuming: bool = False) 
         if (base := config.base_folder()) is not None:
             init_from = base_identity(base, HashCache(output_dir / HASHES))
     corpus = prepare(config, model, output_dir, resuming=resuming)
+    if corpus.tokenizer is None:
+        _log.warning("No tokenizer: the model is saved without one; pass --data.tokenizer FOLDER")
     tokenizer = None if corpus.tokenizer is None else Tokenizer.from_pretrained(corpus.tokenizer)
     model = with_token_ids(model, tokenizer, corpus.eos_token_id)
 
