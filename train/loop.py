@@ -22,6 +22,7 @@ from dsmoe_jax.checkpoint.native import collective_errors
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.kernels.environment import check_environment
 from dsmoe_jax.model import abstract, shardings
+from dsmoe_jax.progress import plural
 from dsmoe_jax.sharding import BATCH_AXES, make_mesh
 from dsmoe_jax.storage.atomic_dir import write_json
 from dsmoe_jax.storage.locks import lock_folder
@@ -34,6 +35,7 @@ from .checkpoints import Checkpoints
 from .config import RunConfig
 from .corpus import Corpus
 from .distributed import initialize, on_process_0
+from .failures import check_finite, memory_errors
 from .finetune import ADAPTER, FinetuneConfig, finetuning
 from .inputs import differences
 from .job import MODEL, Job, pretraining
@@ -87,7 +89,8 @@ def run(config: RunConfig) -> Result:
         The outcome.
 
     Raises:
-        DSMoEError: for an invalid config, an output directory in use, or too many skipped updates in a row.
+        DSMoEError: for an invalid config, an output directory in use, too many skipped updates in a row, parameters
+            or a final loss that are not finite, or too little device memory.
     """
     initialize(config.distributed)
     output_dir, mesh = Path(config.output_dir), None
@@ -96,6 +99,7 @@ def run(config: RunConfig) -> Result:
     on_process_0(check_inputs, config)
     with ExitStack() as stack:
         on_process_0(lambda: stack.enter_context(lock_folder(output_dir)))
+        stack.enter_context(memory_errors())
         return _run(config, output_dir, mesh)
 
 
@@ -128,8 +132,7 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
         else:
             _warn_of_leftovers(job, output_dir)
         if (warmup := config.optimizer.warmup_steps) > job.steps:
-            text = "optimizer.warmup_steps %d exceeds steps %d: the learning rate will not reach its peak"
-            _log.warning(text, warmup, job.steps)
+            _log.warning("Warmup shortened to %s: optimizer.warmup_steps is %d", plural(job.steps, "step"), warmup)
         stack.enter_context(nullcontext() if mesh is None else jax.set_mesh(mesh))
         corpus = job.corpus
         graph = abstract(job.model, config.dispatch)[0]
@@ -172,19 +175,21 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
                     if best is not None:
                         best.offer(n, evaluation[0], state.params)
                 if saves:
+                    check_finite(n, state.params, output_dir)
                     checkpoints.save(n, state, {**job.resume_metadata, "loss": float(metrics.loss)})
                 monitor.restart_timer()
         monitor.flush()
-        if metrics is not None:
-            loss = float(metrics.loss)
-            checkpoints.save(n, state, {**job.resume_metadata, "loss": loss})
-        else:  # all steps were done; only the result is missing
-            loss = _last_loss(output_dir, n, found)
-            evaluation = None if stopped else _evaluate(eval_step, state, frozen, corpus, mesh)
+        if metrics is None and not stopped:  # all steps were done; only the result is missing
+            evaluation = _evaluate(eval_step, state, frozen, corpus, mesh)
             if evaluation and best is not None:
                 best.offer(n, evaluation[0], state.params)
-        checkpoints.wait()
         eval_loss = None if evaluation is None else evaluation[0]
+        loss = _last_loss(output_dir, n, found) if metrics is None else float(metrics.loss)
+        final = {} if stopped else {"loss": None if metrics is None else loss, "eval_loss": eval_loss}
+        check_finite(n, state.params, output_dir, **final)
+        if metrics is not None:
+            checkpoints.save(n, state, {**job.resume_metadata, "loss": loss})
+        checkpoints.wait()
         result = Result(n, job.steps, stopped, loss, eval_loss, int(state.guard.total_skips), None, first)
         if stopped:
             return result
