@@ -106,7 +106,7 @@ def test_checkpoints_are_intact_only_if_there_are_any(tmp_path: Path):
 )
 def test_optimizer_settings_are_checked(name: str, value: float, allowed: str):
     with pytest.raises(ValueError, match=re.escape(f"optimizer.{name} must be {allowed}")):
-        OptimizerConfig(**{name: value})
+        OptimizerConfig(**{name: value})  # type: ignore[arg-type]
 
 
 def test_a_shortened_warmup_is_logged(

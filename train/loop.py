@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import signal
@@ -34,6 +35,7 @@ from .best import BEST, Best, replace_result
 from .checkpoints import Checkpoints
 from .config import RunConfig
 from .corpus import Corpus
+from .defaults import with_defaults
 from .distributed import initialize, on_process_0
 from .failures import check_finite, memory_errors
 from .finetune import ADAPTER, FinetuneConfig, finetuning
@@ -43,7 +45,7 @@ from .metrics import Recorder, read_records
 from .monitor import Monitor
 from .optimizer import make_optimizer
 from .preflight import check_inputs
-from .resume import CHECKPOINTS, CONFIG, check_resumable, identity, log_changes, read_run
+from .resume import CHECKPOINTS, CONFIG, check_resumable, check_settings, identity, log_changes, read_run
 from .step import TrainState, init_state, make_eval_step, make_step, state_shardings
 from .summary import log_summary
 
@@ -95,6 +97,7 @@ def run(config: RunConfig) -> Result:
     initialize(config.distributed)
     output_dir, mesh = Path(config.output_dir), None
     with collective_errors():  # fail before anything is written
+        config = with_defaults(config)
         mesh = _check(config)
     on_process_0(check_inputs, config)
     with ExitStack() as stack:
@@ -116,11 +119,13 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
                 f"{checkpoints.folder} has checkpoints: omit --resume never, or choose another --output-dir"
             )
         found = checkpoints.newest()
+        setup: dict[str, Any] = {}
+        if found is not None:
+            setup = {"resuming": True, "check": functools.partial(check_settings, checkpoints.folder, *found)}
         if isinstance(config, FinetuneConfig):
-            multiple = _batch_multiple(config, mesh)
-            job = finetuning(config, output_dir, resuming=found is not None, batch_multiple=multiple)
+            job = finetuning(config, output_dir, batch_multiple=_batch_multiple(config, mesh), **setup)
         else:
-            job = pretraining(config, output_dir, resuming=found is not None)
+            job = pretraining(config, output_dir, **setup)
         before, resolved = read_run(output_dir), {"total_steps": job.steps, "model_config": job.model.to_dict()}
         now = config.to_dict() | resolved
         now["data"] |= job.corpus.settings
@@ -274,6 +279,8 @@ def _completed(step: int, job: Job, output_dir: Path, record: Mapping[str, Any] 
         done = bool(multihost_utils.process_allgather(np.array(done)).all())
     if not done or record is None:
         return None
+    if step > job.steps:
+        _log.warning("Already complete at step %d: --steps %d is less; pass more to continue", step, job.steps)
     loss = float("nan") if record["loss"] is None else record["loss"]
     return Result(step, job.steps, False, loss, record["eval_loss"], record["total_skips"], path, step)
 

@@ -249,7 +249,10 @@ class ShardWriter:
         return {f"{TOKENIZER}/{copy.name}": hash_file(copy) for copy in copies}
 
     def _report(self) -> None:
-        """Log special-token strings in the texts."""
+        """Log special-token strings in the texts, and equal texts, which leave nothing to validate on."""
+        if self._threshold and self._train.documents > 1 and not self._validation.documents:
+            count = plural(self._train.documents, self._unit)
+            _log.warning("%s: no validation split: all %s have the same text", self._out, count)
         if self._special_tokens:
             texts = plural(self._with_special_tokens, self._unit)
             found = f"{plural(self._special_tokens, 'special-token string')} in {texts}"
