@@ -33,7 +33,7 @@ from dsmoe_jax.layers.weights import Initializer, Linear, weight
 from dsmoe_jax.sharding import (
     MeshConfig,
     as_mesh,
-    check_divides,
+    check_count,
     constrain,
     pin_to_mesh_of,
     sharding,
@@ -358,8 +358,8 @@ def shardings(config: ModelConfig, mesh: Mesh | MeshConfig | None) -> dict[str, 
     """The sharding of every parameter over the mesh; None: the default device."""
     mesh = as_mesh(mesh)
     if mesh is not None:
-        check_divides("num_attention_heads", (config.num_attention_heads,), ("heads",), mesh)
-        check_divides("num_key_value_heads", (config.num_kv_heads,), ("kv_heads",), mesh)
+        check_count(config.num_attention_heads, "attention heads", "heads", mesh)
+        check_count(config.num_kv_heads, "key-value heads", "kv_heads", mesh)
     return {name: sharding(name, spec.shape, spec.axes, mesh) for name, spec in abstract(config)[1].items()}
 
 

@@ -78,7 +78,9 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
             raise DSMoEError(f"mesh ({named}) does not divide {len(devices)} devices")
         sizes[sizes.index(-1)] = rest
     if math.prod(sizes) != len(devices):
-        raise DSMoEError(f"mesh ({named}) needs {math.prod(sizes)} devices, there are {len(devices)}")
+        rest, left_over = divmod(len(devices), math.prod(sizes) // sizes[AXIS_NAMES.index(FSDP)])
+        way_out = "" if left_over else f"; set fsdp to -1 or {rest}"
+        raise DSMoEError(f"mesh ({named}) needs {math.prod(sizes)} devices, there are {len(devices)}{way_out}")
     # Auto: the compiler propagates the shardings of weights (the default of jax.make_mesh is Explicit).
     return Mesh(np.asarray(devices).reshape(sizes), AXIS_NAMES, axis_types=(AxisType.Auto,) * len(AXIS_NAMES))
 
@@ -114,6 +116,12 @@ def check_divides(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...
     for size, logical in zip(shape, axes, strict=True):
         if ways := _ways(_TABLE[logical], mesh, size):
             raise DSMoEError(f"{name}: {logical} of size {size} does not divide over {ways}")
+
+
+def check_count(count: int, noun: str, axis: str, mesh: Mesh | AbstractMesh) -> None:
+    """Raise if a number of heads does not divide over the mesh; the size of a weight may."""
+    if ways := _ways(_TABLE[axis], mesh, count):
+        raise DSMoEError(f"{count} {noun} do not divide over {ways}")
 
 
 def _ways(axes: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh, size: int) -> str:

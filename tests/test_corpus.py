@@ -12,10 +12,11 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.text.train_tokenizer import train_tokenizer
 from dsmoe_jax.train.config import DataConfig, RunConfig
 from dsmoe_jax.train.corpus import prepare
-from dsmoe_jax.train.data import TokenShards, is_validation, validation_threshold
+from dsmoe_jax.train.data import TokenShards, is_validation, tokenize, validation_threshold
+from dsmoe_jax.train.job import pretraining
 from dsmoe_jax.train.preflight import check_inputs
 from dsmoe_jax.train.sft import Examples, write_examples
-from tests.helpers.corpus import write_texts
+from tests.helpers.corpus import hand_made_shards, write_texts
 from tests.helpers.hf_folder import snapshot, tiny
 
 OLD = Path(__file__).parent / "data" / "v0_1"
@@ -59,6 +60,36 @@ def test_examples_are_refused_for_pretraining(tmp_path: Path):
 
     with pytest.raises(ValueError, match=r"examples: holds examples for `dsmoe finetune`"):
         check_inputs(RunConfig(output_dir=str(tmp_path / "out"), model=str(tmp_path / "model.json"), data=data))
+
+
+def test_shards_bring_their_tokenizer(tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture):
+    tokenize(
+        write_texts(tmp_path / "a.jsonl", ["some text"] * 3), tokenizer_folder, tmp_path / "shards", val_fraction=0.0
+    )
+    (tmp_path / "model.json").write_text(json.dumps(tiny(vocab_size=VOCABULARY).to_dict()))
+    data = DataConfig(sources=(str(tmp_path / "shards"),), sequence_length=16, batch_size=2, val_fraction=0.0)
+    config = RunConfig(output_dir=str(tmp_path / "out"), model=str(tmp_path / "model.json"), data=data)
+
+    job = pretraining(config, tmp_path / "out")
+
+    assert job.corpus.tokenizer == tmp_path / "shards" / "tokenizer"
+    assert snapshot(job.corpus.tokenizer) == snapshot(tokenizer_folder)
+    assert (job.model.bos_token_id, job.model.eos_token_id) == (0, 1)
+    assert not caplog.messages
+    (tmp_path / "shards" / "tokenizer" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"damaged: 'tokenizer/tokenizer.json' has 2 bytes"):
+        TokenShards.open(tmp_path / "shards")
+
+
+def test_shards_without_a_tokenizer_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    hand_made_shards(tmp_path / "shards", [20, 20])
+    (tmp_path / "model.json").write_text(json.dumps(tiny(vocab_size=VOCABULARY).to_dict()))
+    data = DataConfig(sources=(str(tmp_path / "shards"),), sequence_length=16, batch_size=2, val_fraction=0.0)
+    config = RunConfig(output_dir=str(tmp_path / "out"), model=str(tmp_path / "model.json"), data=data)
+
+    assert pretraining(config, tmp_path / "out").corpus.tokenizer is None
+
+    assert "No tokenizer: the model is saved without one; pass --data.tokenizer FOLDER" in caplog.messages
 
 
 def recorded(checkpoint: Path) -> tuple[str, str]:

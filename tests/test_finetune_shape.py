@@ -114,6 +114,21 @@ def test_a_fitted_length_resumes_when_it_is_set(home: Path, tmp_path: Path, chec
     assert (given.inputs, given.stream.identity) == (fitted.inputs, fitted.stream.identity)
 
 
+def test_a_fitted_length_does_not_tokenize_again(home: Path, tmp_path: Path, checkpoint: Path):
+    fitted, _ = examples(config(home, tmp_path, checkpoint), SMALL, tmp_path)
+
+    for length in (fitted.stream.sequence_length, 8):  # 8 truncates
+        examples(config(home, tmp_path, checkpoint, data={"sequence_length": length}), SMALL, tmp_path)
+
+    assert len(list((tmp_path / "examples").iterdir())) == 2
+
+
+def test_few_steps_are_logged(home: Path, tmp_path: Path, checkpoint: Path, caplog: pytest.LogCaptureFixture):
+    examples(config(home, tmp_path, checkpoint, steps=6), SMALL, tmp_path)
+
+    assert "6 steps hardly train: pass at least --steps 20" in caplog.messages
+
+
 # Beyond the trained context
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,12 @@ def test_pretraining_is_refused_before_anything_is_written(home: Path, tmp_path:
     data, match = PRETRAINING[kind]
 
     refused(pretraining(home, tmp_path / "out", data=data), match)
+
+
+def test_a_base_without_a_tokenizer_is_refused(home: Path, tmp_path: Path, checkpoint: Path):
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "base", ignore=shutil.ignore_patterns("tokenizer*")))
+
+    refused(pretraining(home, tmp_path / "out", init_from=str(copy)), "base has no tokenizer: pass --data.tokenizer")
 
 
 @pytest.mark.parametrize("kind", FINETUNING)

@@ -110,7 +110,12 @@ def test_a_longer_run_replaces_the_model(home: Path, copy: Path, caplog: pytest.
 
 @pytest.mark.parametrize("steps", [STEPS, STEPS - 1], ids=["same", "fewer"])
 def test_a_complete_run_prints_its_result(
-    home: Path, copy: Path, steps: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    home: Path,
+    copy: Path,
+    steps: int,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     known = json.loads((copy / "run.json").read_text())["result"]
     monkeypatch.setattr(loop, "_initial_state", lambda *_: pytest.fail("nothing is left to train"))
@@ -122,6 +127,8 @@ def test_a_complete_run_prints_its_result(
     loss = f"loss {known['loss']:.4f}, eval/loss {known['eval_loss']:.4f}"
     printed = capsys.readouterr().out
     assert printed == f"Run already complete: {STEPS} steps, {loss}, 0 updates skipped: {copy / 'model'}\n"
+    fewer = f"Already complete at step {STEPS}: --steps {steps} is less; pass more to continue"
+    assert (fewer in caplog.messages) == (steps < STEPS)
 
 
 def test_a_missing_result_is_restored(home: Path, copy: Path):
@@ -237,7 +244,8 @@ def test_resuming_on_other_data_is_refused(home: Path, copy: Path, change: dict[
         change = {"sources": tuple(str(home / name) for name in change["sources"])}
     before = TokenShards.open(copy / "data" / "00").digest
 
-    with pytest.raises(ValueError, match=f"cannot resume on changed data: {line}"):
+    way_out = "; pass the earlier value, or another --output-dir"
+    with pytest.raises(ValueError, match=f"cannot resume on changed data: {line}{way_out}"):
         run(config(home, copy, data=change, steps=STEPS + 1))
 
     assert TokenShards.open(copy / "data" / "00").digest == before

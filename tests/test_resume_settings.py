@@ -16,7 +16,7 @@ from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.train.config import CheckpointConfig, RunConfig
 from dsmoe_jax.train.finetune import FinetuneConfig
 from dsmoe_jax.train.optimizer import OptimizerConfig
-from dsmoe_jax.train.resume import check_resumable, identity, log_changes
+from dsmoe_jax.train.resume import check_resumable, check_settings, identity, log_changes
 from dsmoe_jax.train.step import StepConfig
 from tests.helpers.hf_folder import tiny
 
@@ -88,6 +88,16 @@ def test_another_spelling_is_the_same_model():
     spelled, absent = ({"num_key_value_heads": heads} for heads in (MODEL.num_attention_heads, None))
 
     check_resumable(Path("run/checkpoints"), 20, metadata({}, spelled), metadata({}, absent))
+
+
+@pytest.mark.parametrize(("then", "now"), [(None, {"r": 8}), ({"r": 8}, None)], ids=["lora", "all"])
+def test_another_way_of_training_is_named(then: Any, now: Any):
+    trained = ["LoRA adapters" if lora else "all parameters" for lora in (then, now)]
+
+    with pytest.raises(
+        ValueError, match=f"20: the run of the checkpoint trains {trained[0]}, this run {trained[1]}; choose"
+    ):
+        check_settings(Path("run/checkpoints"), 20, {"config": {"lora": then}}, {"lora": now})
 
 
 def test_every_field_of_a_model_is_compared_or_neutral():

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from dsmoe_jax.layers.token_dispatcher import DispatchConfig
+from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.sharding import MeshConfig, make_mesh
 from dsmoe_jax.train import summary as module
 from dsmoe_jax.train.config import RunConfig
+from dsmoe_jax.train.defaults import with_defaults
 from dsmoe_jax.train.finetune import FinetuneConfig
 from dsmoe_jax.train.job import Job
 from dsmoe_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -56,6 +58,7 @@ def test_a_run_on_one_device():
         "Steps": "1,000, 512,000 tokens",
         "Data": "1,234 documents, 56,789 tokens; validation: 77 tokens",
         "Memory": "2.4 MB per device (weights 0.6 MB, optimizer state 1.2 MB, gradients 0.6 MB), and activations",
+        "Optimizer": "learning rate 0.00108, paper schedule, 1,000 warmup steps",
         "Kernels": "experts block_loop, attention plain",
         "Output": "runs/a (jsonl)",
     }
@@ -88,12 +91,14 @@ def test_memory_is_that_of_the_shards_of_a_device():
 
 
 def test_adapters_show_their_share():
-    config = FinetuneConfig(init_from="base", output_dir="runs/a")
+    config = with_defaults(FinetuneConfig(init_from="base", output_dir="runs/a", lora=LoraConfig()))
     frozen = {"a": jax.device_put(np.zeros((1000, 1000), np.int8))}
 
     rows = summary(config, job(), None, state(config), frozen)
 
     assert rows["Model"].startswith("base, ")
+    assert rows["Data"].startswith("1,234 examples, ")
+    assert rows["Optimizer"] == "learning rate 0.0002, cosine schedule, 10 warmup steps"
     assert rows["Trainable"] == "151,840 parameters (100.00%)"
     assert "weights 1.6 MB" in rows["Memory"]
 

@@ -13,10 +13,12 @@ from dsmoe_jax.cli import main
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.train.config import DataConfig, RunConfig
+from dsmoe_jax.train.defaults import with_defaults
 from dsmoe_jax.train.finetune import FinetuneConfig
 from dsmoe_jax.train.flags import parse, parse_finetuning, parse_pretraining
 from dsmoe_jax.train.optimizer import OptimizerConfig
 from dsmoe_jax.train.recipes import RECIPES
+from tests.helpers.hf_folder import tiny
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -101,6 +103,41 @@ def test_a_value_that_looks_like_an_old_one_is_kept():
     assert (config.output_dir, config.data.sources) == ("documents", ("out", "packed"))
 
 
+@pytest.mark.parametrize(
+    ("flags", "rate"),
+    [
+        ([], 2e-5),
+        (["--lora"], 2e-4),
+        (["--lora.r", "4"], 2e-4),
+        (["--lora", "--optimizer.learning-rate", "1e-3"], 1e-3),
+        (["--recipe", "tiny", "--lora"], 1e-3),
+    ],
+    ids=["all", "lora", "lora flag", "set", "recipe"],
+)
+def test_the_learning_rate_is_higher_with_lora(flags: list[str], rate: float, checkpoint: Path):
+    config, _ = parse_finetuning([str(checkpoint), "--data", "a.jsonl", *flags])
+
+    assert with_defaults(config).optimizer.learning_rate == rate
+
+
+def test_the_length_of_a_recipe_is_within_the_context(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    caplog.set_level(logging.INFO)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.json").write_text(json.dumps(tiny(max_position_embeddings=128).to_dict()))
+
+    default, given = (
+        with_defaults(parse_pretraining(["tiny", "--model", "model.json", *flags])).data.sequence_length
+        for flags in ([], ["--data.sequence-length", "512"])
+    )
+
+    assert (default, given) == (128, 512)
+    assert caplog.messages == ["Sequence length: 128 tokens, the model's context length (recipe tiny: 256)"]
+    started(tmp_path / "runs" / "tiny", RunConfig(output_dir="runs/tiny", data=DataConfig(sequence_length=256)))
+    assert with_defaults(parse_pretraining(["tiny", "--model", "model.json"])).data.sequence_length == 256
+
+
 # The run in the output directory
 
 
@@ -134,7 +171,7 @@ def test_a_resumed_run_keeps_its_settings(tmp_path: Path, caplog: pytest.LogCapt
 
 def test_a_fine_tuning_run_keeps_recipe_and_adapter(tmp_path: Path):
     config = FinetuneConfig(recipe="lora_1x80gb", init_from="old", lora=LoraConfig(r=3, rank_pattern={"a": 2}))
-    folder = started(tmp_path, config)
+    folder = started(tmp_path, with_defaults(config))
 
     resumed, _ = parse_finetuning(["new", *folder, "--lora.lora-alpha", "8"])
 

@@ -1,6 +1,7 @@
 """Validation data: at least one document held out, and sources of one's own."""
 
 import json
+import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from dsmoe_jax.train.data import TokenShards, tokenize, validation_threshold
 from dsmoe_jax.train.finetune import ExamplesConfig, FinetuneConfig, open_examples
 from dsmoe_jax.train.resume import check_resumable
 from dsmoe_jax.train.sft import write_examples
-from tests.helpers.corpus import ids_of, write_texts
+from tests.helpers.corpus import hand_made_shards, ids_of, write_texts
 from tests.helpers.hf_folder import tiny
 
 TEXTS = [f"document {n} of twenty" for n in range(20)]
@@ -157,10 +158,33 @@ def test_validating_on_training_shards_is_refused(home: Path, tmp_path: Path):
 
 
 def test_texts_need_the_tokenizer_of_the_shards(home: Path, tmp_path: Path):
-    config = run_config(tmp_path, home / "shards", validation=(str(home / "a.jsonl"),))
+    hand_made_shards(tmp_path / "shards", [20, 20])
+    config = run_config(tmp_path, tmp_path / "shards", validation=(str(home / "a.jsonl"),))
 
     with pytest.raises(ValueError, match=r"data.tokenizer must be set to tokenize .*a.jsonl"):
         prepare(config, tiny(vocab_size=VOCABULARY), tmp_path)
+
+
+def test_validation_cannot_be_added_to_a_run(
+    home: Path, tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    model, options = tiny(vocab_size=VOCABULARY), {"tokenizer": str(tokenizer_folder), "val_fraction": 0.5}
+    prepare(run_config(tmp_path, home / "a.jsonl", **options), model, tmp_path)
+    changed = run_config(tmp_path, home / "a.jsonl", validation=(str(home / "b.jsonl"),), **options)
+
+    with pytest.raises(ValueError, match=r"changed data: --data.validation: none -> .*b.jsonl; pass the earlier value"):
+        prepare(changed, model, tmp_path, resuming=True)
+
+    assert "is not applied" not in caplog.text
+
+
+def test_equal_texts_leave_no_validation_split(
+    tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture
+):
+    tokenize(write_texts(tmp_path / "a.jsonl", ["same"] * 30), tokenizer_folder, tmp_path / "shards")
+
+    assert caplog.messages == [f"{tmp_path / 'shards'}: no validation split: all 30 documents have the same text"]
 
 
 def test_finetuning_validates_on_its_own_examples(tmp_path: Path, checkpoint: Path):

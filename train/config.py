@@ -26,7 +26,8 @@ class DatasetConfig:
     """Fields of both `DataConfig` and `ExamplesConfig`."""
 
     tokenizer: str | None = None
-    """Folder of the tokenizer. Default: that of `init_from`, or else one trained on the sources."""
+    """Folder of the tokenizer. Default: that of `init_from` or of the token shards, or else one trained on the sources.
+    """
 
     validation: tuple[str, ...] = ()
     """Validation data, like the training data: files, folders, globs or token shards. Default: `val_fraction` of it."""

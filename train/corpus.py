@@ -26,6 +26,7 @@ from .data import (
     is_token_shards,
     is_validation,
     loader,
+    shards_tokenizer,
     tokenize,
     tokenizer_hash,
     validation_batches,
@@ -34,7 +35,7 @@ from .data import (
 )
 from .data.sources import refuse_overlap, unlogged
 from .distributed import on_process_0
-from .inputs import DerivedFolders, Source
+from .inputs import WAY_OUT, DerivedFolders, Source
 
 _SHARDS: Final = "data"  # in the output directory: token shards of the texts
 _VALIDATION: Final = "validation"  # in the output directory: token shards of `data.validation`
@@ -85,7 +86,12 @@ def prepare(config: RunConfig, model_config: ModelConfig, out: Path, *, resuming
         if tokenizer is not None and not tokenizer_files(tokenizer):
             raise DSMoEError(f"{tokenizer}: no tokenizer found")
     derived = DerivedFolders(out, resuming=resuming)
-    val_fraction = _val_fraction(data, derived.option(_SHARDS, "data.val_fraction") if resuming else None)
+    recorded = derived.option(_SHARDS, "data.val_fraction") if resuming else None
+    val_fraction = _val_fraction(data, recorded)
+    with collective_errors():
+        if recorded and data.validation:
+            change = f"--data.validation: none -> {', '.join(data.validation)}"
+            raise DSMoEError(f"{out}: cannot resume on changed data: {change}; {WAY_OUT}")
     folders, own = _folders(data.sources, out / _SHARDS), _folders(data.validation, out / _VALIDATION)
     texts = _Texts(_texts_of(data.sources, folders), _texts_of(data.validation, own))
     on_process_0(_derive, derived, config, model_config, out, texts, tokenizer, val_fraction)
@@ -134,7 +140,7 @@ def _texts_of(sources: Sequence[str], folders: Sequence[Path]) -> dict[Path, str
 def _val_fraction(data: DataConfig, recorded: float | None) -> float:
     """Return the fraction of the documents to hold out; by default that of the run so far."""
     if data.validation:
-        if data.val_fraction:
+        if data.val_fraction and data.val_fraction != recorded:
             _log.info("data.val_fraction %s is not applied: data.validation is set", data.val_fraction)
         return 0.0
     default = STDLIB_VAL_FRACTION if PYTHON_STDLIB in data.sources else VAL_FRACTION
@@ -217,11 +223,14 @@ def warn_without_validation(validation: Sequence[TokenShards], val_fraction: flo
 
 
 def tokenizer_of(config: RunConfig) -> Path | None:
-    """Return the folder of the configured tokenizer, or of the model's, if any."""
+    """Return the folder of the configured tokenizer, or else of the base model's, or that of token shards, if any."""
     if config.data.tokenizer is not None:
         return Path(config.data.tokenizer)
     base = config.base_folder()
-    return base if base is not None and tokenizer_files(base) else None
+    if base is not None and tokenizer_files(base):
+        return base
+    sources = config.data.sources if isinstance(config.data, DataConfig) else ()
+    return next(filter(None, map(shards_tokenizer, sources)), None)
 
 
 def _share() -> dict[str, int]:

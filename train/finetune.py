@@ -41,8 +41,9 @@ from .corpus import Corpus, tokenizer_of, warn_without_validation
 from .data import Stream, tokenizer_hash, validation_batches
 from .distributed import on_process_0
 from .inputs import HASHES, RECORD, Source, file_hashes
-from .job import MODEL, Job, model_writer, resume_metadata, with_token_ids
+from .job import MODEL, Check, Job, model_writer, resume_metadata, with_token_ids
 from .optimizer import OptimizerConfig
+from .resume import identity as run_identity
 from .resume import read_run
 from .sft import ExamplePacking, Examples, infer_stop_config, show, template_hash, write_examples
 from .shape import FEW_STEPS, FIT_STEPS, MAX_LENGTH, fit_batch_size, fit_sequence_length
@@ -93,6 +94,14 @@ class ExamplesConfig(DatasetConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneOptimizerConfig(OptimizerConfig):
+    """AdamW with the settings of the original's fine-tuning."""
+
+    learning_rate: float | None = None  # type: ignore[assignment]
+    """Peak learning rate, reached after warmup. Default: 2e-5, or 2e-4 with LoRA."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(RunConfig):
     """A fine-tuning run."""
 
@@ -120,9 +129,7 @@ class FinetuneConfig(RunConfig):
     """Training and validation examples."""
 
     optimizer: OptimizerConfig = dataclasses.field(
-        default_factory=lambda: OptimizerConfig(
-            learning_rate=2e-5, schedule="cosine", warmup_steps=10, weight_decay=0.0, b2=0.999
-        )
+        default_factory=lambda: FinetuneOptimizerConfig(schedule="cosine", warmup_steps=10, weight_decay=0.0, b2=0.999)
     )
     """Optimizer and learning-rate schedule."""
 
@@ -143,18 +150,35 @@ class FinetuneConfig(RunConfig):
             raise DSMoEError(f"quantize {self.quantize} requires --lora: quantized weights cannot be trained")
 
 
-def finetuning(config: FinetuneConfig, output_dir: Path, *, resuming: bool = False, batch_multiple: int = 1) -> Job:
-    """Set up full-parameter or LoRA fine-tuning; the batch size is a multiple of `batch_multiple` by default."""
+def finetuning(
+    config: FinetuneConfig,
+    output_dir: Path,
+    *,
+    resuming: bool = False,
+    batch_multiple: int = 1,
+    check: Check = lambda identity: None,
+) -> Job:
+    """Set up full-parameter or LoRA fine-tuning.
+
+    Args:
+        config: The config of the run.
+        output_dir: Its output directory.
+        resuming: Whether there is a checkpoint.
+        batch_multiple: The batch size is a multiple of it by default.
+        check: Called with the settings that must match a checkpoint's, before the examples are tokenized.
+    """
     base, init_from = Path(), ""
     with collective_errors():
         base = base_of(config)
         init_from = identity(base, HashCache(output_dir / HASHES))
     model = config.model_config()
+    settings = None if config.lora is None else dataclasses.asdict(config.lora)
+    others = {"init_from": init_from, "lora": settings, "quantize": config.quantize}
+    check(run_identity(config, model, **others))
     corpus, steps = examples(config, model, output_dir, resuming=resuming, batch_multiple=batch_multiple)
     assert corpus.tokenizer is not None
     tokenizer = Tokenizer.from_pretrained(corpus.tokenizer)
-    settings = None if config.lora is None else dataclasses.asdict(config.lora)
-    metadata = resume_metadata(config, model, corpus, init_from=init_from, lora=settings, quantize=config.quantize)
+    metadata = resume_metadata(config, model, corpus, **others)
     if config.lora is None:
         model = with_token_ids(model, tokenizer)
     base_generation = read_generation_config(base)
@@ -248,6 +272,8 @@ def examples(
     if config.steps:
         if epochs != FinetuneConfig.epochs:
             _log.warning("epochs %s has no effect with steps %d; set steps 0", epochs, config.steps)
+        if config.steps < FEW_STEPS:
+            _log.warning("%s hardly train: pass at least --steps %d", plural(config.steps, "step"), FEW_STEPS)
         return corpus, config.steps
     steps = math.ceil(sequences / batch_size)
     if steps < FEW_STEPS:
@@ -269,8 +295,7 @@ def open_examples(
         if tokenizer is None:
             raise DSMoEError(f"{config.init_from} has no tokenizer: pass --data.tokenizer FOLDER")
     assert tokenizer is not None
-    limit = length or min(MAX_LENGTH, model.context_length)
-    on_process_0(_write_examples, data, tokenizer, output_dir, limit, fits=length is None)
+    on_process_0(_write_examples, data, tokenizer, output_dir, length, min(MAX_LENGTH, model.context_length))
     inputs: dict[str, Any] = {}
     splits: list[Examples] = []
     with collective_errors():
@@ -287,11 +312,12 @@ def _longest(*splits: Examples) -> int:
     return max(int(split.lengths.max(initial=0)) for split in splits)
 
 
-def _write_examples(data: ExamplesConfig, tokenizer: Path, output_dir: Path, limit: int, *, fits: bool) -> None:
-    """Tokenize examples of up to `limit` tokens into a folder named after the hash of their inputs.
+def _write_examples(data: ExamplesConfig, tokenizer: Path, output_dir: Path, length: int | None, default: int) -> None:
+    """Tokenize examples of up to `length` tokens into a folder named after the hash of their inputs.
 
-    The sequence length is recorded: `limit`, or what `fits` the longest example.
+    The sequence length is recorded: `length`, or for None, which stands for `default`, what fits the longest example.
     """
+    limit = length or default
     options = {name: value for name, value in vars(data).items() if name not in _NOT_WRITER_OPTIONS}
     options |= {"sequence_length": limit, "val_fraction": 0.0 if data.validation else data.val_fraction}
     made_by = {f"data.{name}": value for name, value in options.items()}
@@ -299,17 +325,23 @@ def _write_examples(data: ExamplesConfig, tokenizer: Path, output_dir: Path, lim
     hashes = {source: file_hashes(source, output_dir) for source in (*data.files, *data.validation)}
     sources = [Source.of(source, hashes[source]).sha256 for source in data.files]
     own = [Source.of(source, hashes[source]).sha256 for source in data.validation]
-    identity = {"sources": sources, "options": made_by} | ({"validation": own} if own else {})
-    name = hash_json(identity)[:12]
-    folder = output_dir / _EXAMPLES / name
+
+    def folder_of(limit: int) -> Path:
+        identity = {"sources": sources, "options": made_by | {"data.sequence_length": limit}}
+        return output_dir / _EXAMPLES / hash_json(identity | ({"validation": own} if own else {}))[:12]
+
+    folder, fitted = folder_of(limit), folder_of(default)
+    # The same examples if none is longer: a run resumes with the length that was fitted at its first start.
+    if not folder.exists() and limit < default and fitted.exists() and _longest(*Examples.open_splits(fitted)) <= limit:
+        folder = fitted
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         options |= {"validation": data.validation, "exclude": [output_dir]}
         _log.info("Wrote %s", write_examples(data.files, tokenizer, folder, **options))
-    if fits:
+    if length is None:
         made_by["data.sequence_length"] = fit_sequence_length(_longest(*Examples.open_splits(folder)), limit)
     files = {path: sha256 for of_source in hashes.values() for path, sha256 in of_source.items()}
-    write_json(output_dir / RECORD, {"folder": name, "files": files, "options": made_by})
+    write_json(output_dir / RECORD, {"folder": folder.name, "files": files, "options": made_by})
 
 
 def show_examples(config: FinetuneConfig, count: int) -> None:

@@ -18,6 +18,7 @@ from .data.formats import reader_of
 
 RECORD: Final = "inputs.json"  # hashes of the inputs and options of each derived folder
 HASHES: Final = "hashes.json"
+WAY_OUT: Final = "pass the earlier value, or another --output-dir"
 _SHORT: Final = 12  # digits of a SHA-256 in a message
 # Options of earlier versions, by their present names.
 _RENAMED: Final = {"data.holdout": "data.val_fraction"}
@@ -115,7 +116,7 @@ class DerivedFolders:
                     raise DSMoEError(f"{folder}: damaged: SHA-256 mismatch; remove it to rebuild it")
                 return
             if self._resuming and known is not None:
-                raise DSMoEError(f"{folder}: cannot resume on changed data: {changes}")
+                raise DSMoEError(f"{folder}: cannot resume on changed data: {changes}; {WAY_OUT}")
             if self._resuming:
                 _log.warning("%s: inputs not recorded; using it unchecked", folder)
             else:

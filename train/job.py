@@ -31,6 +31,9 @@ MODEL: Final = "model"  # in the output directory
 _log = logging.getLogger(__name__)
 
 
+Check = Callable[[Mapping[str, Any]], None]  # raises for settings that differ from those of a checkpoint
+
+
 class Job(NamedTuple):
     """A training run once its data is ready."""
 
@@ -46,13 +49,18 @@ class Job(NamedTuple):
     keep_best: bool = False  # also save the result with the lowest validation loss
 
 
-def pretraining(config: RunConfig, output_dir: Path, *, resuming: bool = False) -> Job:
-    """Set up pretraining; `resuming` refuses changed data."""
+def pretraining(
+    config: RunConfig, output_dir: Path, *, resuming: bool = False, check: Check = lambda identity: None
+) -> Job:
+    """Set up pretraining; `resuming` refuses changed data, `check` other settings before the texts are tokenized."""
     model, base, init_from = config.model_config(), None, None
     with collective_errors():
         if (base := config.base_folder()) is not None:
             init_from = base_identity(base, HashCache(output_dir / HASHES))
+    check(identity(config, model, init_from=init_from))
     corpus = prepare(config, model, output_dir, resuming=resuming)
+    if corpus.tokenizer is None:
+        _log.warning("No tokenizer: the model is saved without one; pass --data.tokenizer FOLDER")
     tokenizer = None if corpus.tokenizer is None else Tokenizer.from_pretrained(corpus.tokenizer)
     model = with_token_ids(model, tokenizer, corpus.eos_token_id)
 

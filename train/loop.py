@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import signal
@@ -22,6 +23,7 @@ from dsmoe_jax.checkpoint.native import collective_errors
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.kernels.environment import check_environment
 from dsmoe_jax.model import abstract, shardings
+from dsmoe_jax.progress import plural
 from dsmoe_jax.sharding import BATCH_AXES, make_mesh
 from dsmoe_jax.storage.atomic_dir import write_json
 from dsmoe_jax.storage.locks import lock_folder
@@ -33,7 +35,9 @@ from .best import BEST, Best, replace_result
 from .checkpoints import Checkpoints
 from .config import RunConfig
 from .corpus import Corpus
+from .defaults import with_defaults
 from .distributed import initialize, on_process_0
+from .failures import check_finite, memory_errors
 from .finetune import ADAPTER, FinetuneConfig, finetuning
 from .inputs import differences
 from .job import MODEL, Job, pretraining
@@ -41,7 +45,7 @@ from .metrics import Recorder, read_records
 from .monitor import Monitor
 from .optimizer import make_optimizer
 from .preflight import check_inputs
-from .resume import CHECKPOINTS, CONFIG, check_resumable, identity, log_changes, read_run
+from .resume import CHECKPOINTS, CONFIG, check_resumable, check_settings, identity, log_changes, read_run
 from .step import TrainState, init_state, make_eval_step, make_step, state_shardings
 from .summary import log_summary
 from .trackers import console_log
@@ -88,16 +92,19 @@ def run(config: RunConfig) -> Result:
         The outcome.
 
     Raises:
-        DSMoEError: for an invalid config, an output directory in use, or too many skipped updates in a row.
+        DSMoEError: for an invalid config, an output directory in use, too many skipped updates in a row, parameters
+            or a final loss that are not finite, or too little device memory.
     """
     with ExitStack() as stack:
         stack.enter_context(console_log(config.trackers))
         initialize(config.distributed)
         output_dir, mesh = Path(config.output_dir), None
         with collective_errors():  # fail before anything is written
+            config = with_defaults(config)
             mesh = _check(config)
         on_process_0(check_inputs, config)
         on_process_0(lambda: stack.enter_context(lock_folder(output_dir)))
+        stack.enter_context(memory_errors())
         return _run(config, output_dir, mesh)
 
 
@@ -114,11 +121,13 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
                 f"{checkpoints.folder} has checkpoints: omit --resume never, or choose another --output-dir"
             )
         found = checkpoints.newest()
+        setup: dict[str, Any] = {}
+        if found is not None:
+            setup = {"resuming": True, "check": functools.partial(check_settings, checkpoints.folder, *found)}
         if isinstance(config, FinetuneConfig):
-            multiple = _batch_multiple(config, mesh)
-            job = finetuning(config, output_dir, resuming=found is not None, batch_multiple=multiple)
+            job = finetuning(config, output_dir, batch_multiple=_batch_multiple(config, mesh), **setup)
         else:
-            job = pretraining(config, output_dir, resuming=found is not None)
+            job = pretraining(config, output_dir, **setup)
         before, resolved = read_run(output_dir), {"total_steps": job.steps, "model_config": job.model.to_dict()}
         now = config.to_dict() | resolved
         now["data"] |= job.corpus.settings
@@ -130,8 +139,7 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
         else:
             _warn_of_leftovers(job, output_dir)
         if (warmup := config.optimizer.warmup_steps) > job.steps:
-            text = "optimizer.warmup_steps %d exceeds steps %d: the learning rate will not reach its peak"
-            _log.warning(text, warmup, job.steps)
+            _log.warning("Warmup shortened to %s: optimizer.warmup_steps is %d", plural(job.steps, "step"), warmup)
         stack.enter_context(nullcontext() if mesh is None else jax.set_mesh(mesh))
         corpus = job.corpus
         graph = abstract(job.model, config.dispatch)[0]
@@ -174,19 +182,21 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
                     if best is not None:
                         best.offer(n, evaluation[0], state.params)
                 if saves:
+                    check_finite(n, state.params, output_dir)
                     checkpoints.save(n, state, {**job.resume_metadata, "loss": float(metrics.loss)})
                 monitor.restart_timer()
         monitor.flush()
-        if metrics is not None:
-            loss = float(metrics.loss)
-            checkpoints.save(n, state, {**job.resume_metadata, "loss": loss})
-        else:  # all steps were done; only the result is missing
-            loss = _last_loss(output_dir, n, found)
-            evaluation = None if stopped else _evaluate(eval_step, state, frozen, corpus, mesh)
+        if metrics is None and not stopped:  # all steps were done; only the result is missing
+            evaluation = _evaluate(eval_step, state, frozen, corpus, mesh)
             if evaluation and best is not None:
                 best.offer(n, evaluation[0], state.params)
-        checkpoints.wait()
         eval_loss = None if evaluation is None else evaluation[0]
+        loss = _last_loss(output_dir, n, found) if metrics is None else float(metrics.loss)
+        final = {} if stopped else {"loss": None if metrics is None else loss, "eval_loss": eval_loss}
+        check_finite(n, state.params, output_dir, **final)
+        if metrics is not None:
+            checkpoints.save(n, state, {**job.resume_metadata, "loss": loss})
+        checkpoints.wait()
         result = Result(n, job.steps, stopped, loss, eval_loss, int(state.guard.total_skips), None, first)
         if stopped:
             return result
@@ -271,6 +281,8 @@ def _completed(step: int, job: Job, output_dir: Path, record: Mapping[str, Any] 
         done = bool(multihost_utils.process_allgather(np.array(done)).all())
     if not done or record is None:
         return None
+    if step > job.steps:
+        _log.warning("Already complete at step %d: --steps %d is less; pass more to continue", step, job.steps)
     loss = float("nan") if record["loss"] is None else record["loss"]
     return Result(step, job.steps, False, loss, record["eval_loss"], record["total_skips"], path, step)
 

@@ -8,6 +8,7 @@ import jax
 from dsmoe_jax.errors import DSMoEError
 
 from .config import RunConfig
+from .failures import intact
 from .metrics import Recorder
 from .step import Metrics
 
@@ -44,11 +45,11 @@ class Monitor:
         self._start = now
         if (skips := int(metrics.consecutive_skips)) > self._config.max_consecutive_skips:
             values = f"loss {float(metrics.loss):.4g}, gradient norm {float(metrics.grad_norm):.4g}"
-            intact = f"the checkpoints in {self._config.output_dir} are intact"
-            raise DSMoEError(f"{skips} consecutive updates skipped at step {step}: {values}; {intact}")
+            kept = intact(self._config.output_dir)
+            raise DSMoEError(f"{skips} consecutive updates skipped at step {step}: {values}{kept}")
         self._zero_losses = self._zero_losses + 1 if metrics.cross_entropy < _ZERO_LOSS else 0
         if self._zero_losses > self._config.max_consecutive_skips:
             raise DSMoEError(
-                f"loss 0 for {self._zero_losses} steps at step {step}: label leakage or memorization; "
-                f"the checkpoints in {self._config.output_dir} are from before"
+                f"loss 0 for {self._zero_losses} steps at step {step}: label leakage or memorization"
+                + intact(self._config.output_dir, "are from before")
             )

@@ -1,6 +1,7 @@
 """AdamW and its learning-rate schedules. Start at `make_optimizer`."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal
 
@@ -30,7 +31,7 @@ class OptimizerConfig:
     """Steps of linear warmup to the peak learning rate."""
 
     min_lr_ratio: float = 0.1
-    """Final learning rate of the cosine schedule, as a fraction of the peak."""
+    """Final learning rate of the cosine schedule, as a fraction of the peak, in [0, 1]."""
 
     b1: float = 0.9
     """Decay rate of the first moment, in [0, 1)."""
@@ -57,6 +58,14 @@ class OptimizerConfig:
         """Raise `DSMoEError` for invalid values."""
         check_choices(self, "optimizer.")
         check_minimum(self, dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "eps"), 0), "optimizer.")
+        for name in ("learning_rate", "weight_decay", "eps"):
+            if math.isinf(getattr(self, name) or 0):
+                raise DSMoEError(f"optimizer.{name} must be finite, got inf")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise DSMoEError(f"optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise DSMoEError(f"optimizer.min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise DSMoEError(f"optimizer.max_grad_norm must be positive or None, got {self.max_grad_norm}")
 

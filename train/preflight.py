@@ -39,7 +39,7 @@ def check_inputs(config: RunConfig) -> None:
     if isinstance(config, FinetuneConfig):
         _check_examples(config, model, tokenizer, out)
     else:
-        _check_sources(config, model, out)
+        _check_sources(config, model, tokenizer, out)
 
 
 def _check_tokenizer(folder: Path, model: ModelConfig) -> None:
@@ -55,12 +55,14 @@ def _check_tokenizer(folder: Path, model: ModelConfig) -> None:
         raise DSMoEError(f"{folder}: {least}, got {model.vocab_size}")
 
 
-def _check_sources(config: RunConfig, model: ModelConfig, out: Path) -> None:
+def _check_sources(config: RunConfig, model: ModelConfig, tokenizer: Path | None, out: Path) -> None:
     data = config.data
     shards = [source for source in (*data.sources, *data.validation) if is_token_shards(source)]
     texts, validation = ([s for s in some if s not in shards] for some in (data.sources, data.validation))
     if examples := next(filter(is_examples, shards), None):
         raise DSMoEError(f"{examples}: holds examples for `dsmoe finetune`; pretraining ignores loss masks")
+    if tokenizer is None and texts and config.init_from is not None:
+        raise DSMoEError(f"{config.init_from} has no tokenizer: pass --data.tokenizer FOLDER")
     for folder in shards:
         TokenShards.open(folder, verify=False).check(vocab_size=model.vocab_size)
     for source in (*texts, *validation):

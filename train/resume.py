@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -53,6 +53,12 @@ def identity(config: RunConfig, model: ModelConfig, **others: Any) -> dict[str, 
     return _as_json({**fields, **parts, **others})
 
 
+def check_settings(folder: Path, step: int, known: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raise `DSMoEError` naming all settings but the data that differ from those of a checkpoint (`known`)."""
+    changes = differences(known.get("config", config), config)
+    _refuse(folder, step, [_mismatch(*change) for change in changes])
+
+
 def check_resumable(folder: Path, step: int, known: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise `DSMoEError` naming all settings and inputs that differ between a checkpoint (`known`) and this run."""
     if "config" not in known:
@@ -68,6 +74,10 @@ def check_resumable(folder: Path, step: int, known: Mapping[str, Any], now: Mapp
             problems = list(_data_changes(inputs, now["inputs"])) or ["the training data has changed"]
         elif inputs.get("validation", now["inputs"]["validation"]) != now["inputs"]["validation"]:
             problems = ["the validation data has changed"]
+    _refuse(folder, step, problems)
+
+
+def _refuse(folder: Path, step: int, problems: Sequence[str]) -> None:
     if problems:
         why = "; ".join(problems)
         way_out = "choose those of the checkpoint, or another --output-dir"
@@ -111,6 +121,9 @@ def log_changes(before: Mapping[str, Any], now: Mapping[str, Any], step: int) ->
 
 
 def _mismatch(name: str, then: Any, now: Any) -> str:
+    if name == "lora":  # one of the two is None
+        trained = ["LoRA adapters" if lora else "all parameters" for lora in (then, now)]
+        return f"the run of the checkpoint trains {trained[0]}, this run {trained[1]}"
     return f"{name} is {short(then)} in the checkpoint, {short(now)} in this run"
 
 

@@ -13,10 +13,11 @@ from dsmoe_jax.info import count_parameters
 from dsmoe_jax.kernels import attention
 from dsmoe_jax.kernels.expert_ffn import choose_legs
 from dsmoe_jax.layers.token_dispatcher import choose_strategy
-from dsmoe_jax.progress import log_level
+from dsmoe_jax.progress import log_level, plural
 from dsmoe_jax.sharding import BATCH_AXES, EXPERT
 
 from .config import RunConfig
+from .finetune import FinetuneConfig
 from .job import Job
 from .step import TrainState
 
@@ -51,6 +52,7 @@ def summary(
     tokens, step = stream.batch_size * stream.sequence_length, int(state.step)
     micro_batches = config.step.gradient_accumulation_steps
     validation = f"{job.corpus.validation_tokens:,} tokens" if job.corpus.validation_tokens else "none"
+    data = plural(stream.documents, "example" if isinstance(config, FinetuneConfig) else "document")
     rows = {
         "Model": f"{config.init_from or config.model}, {counts.total:,} parameters, {counts.activated:,} activated",
         "Trainable": f"{trainable:,} parameters ({trainable / counts.total:.2%})" if frozen else "",
@@ -59,12 +61,19 @@ def summary(
         "Batch": f"{stream.batch_size:,} sequences × {stream.sequence_length:,} tokens = {tokens:,} tokens per step"
         + (f", in {micro_batches} micro-batches" if micro_batches > 1 else ""),
         "Steps": f"{job.steps:,}, {job.steps * tokens:,} tokens" + (f"; resuming from step {step:,}" if step else ""),
-        "Data": f"{stream.documents:,} documents, {stream.tokens:,} tokens; validation: {validation}",
+        "Data": f"{data}, {stream.tokens:,} tokens; validation: {validation}",
+        "Optimizer": _optimizer(config, job.steps),
         "Memory": _memory(state, frozen),
         "Kernels": _kernels(config, job, mesh, tokens // micro_batches),
         "Output": f"{config.output_dir} ({', '.join(config.trackers)})",
     }
     return {name: text for name, text in rows.items() if text}
+
+
+def _optimizer(config: RunConfig, steps: int) -> str:
+    options = config.optimizer
+    warmup = plural(min(options.warmup_steps, steps), "warmup step")
+    return f"learning rate {options.learning_rate:g}, {options.schedule} schedule, {warmup}"
 
 
 def _devices(mesh: Mesh | None) -> str:

@@ -3,7 +3,7 @@
 from .loader import loader
 from .mixture import Mixture
 from .packing import DocumentPacking, Packing
-from .shards import TokenShards, is_token_shards, tokenizer_hash
+from .shards import TokenShards, is_token_shards, shards_tokenizer, tokenizer_hash
 from .sources import PYTHON_STDLIB, Document, documents, find_files, source_bytes, warn_on_overlap
 from .stream import Stream
 from .validation import validation_batches
@@ -24,6 +24,7 @@ __all__ = [
     "is_token_shards",
     "is_validation",
     "loader",
+    "shards_tokenizer",
     "source_bytes",
     "tokenize",
     "tokenizer_hash",

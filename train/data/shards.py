@@ -2,7 +2,8 @@
 
 A folder has `manifest.json` and, per split (`train`, `validation`) and shard, `SPLIT-00000.tokens` with the token ids
 (little-endian uint16, or uint32 beyond 65,536 tokens) and `SPLIT-00000.documents` with the offset of each document and
-the total (little-endian uint64). Fine-tuning examples have `SPLIT.loss_mask`, one byte per token.
+the total (little-endian uint64). Fine-tuning examples have `SPLIT.loss_mask`, one byte per token. `tokenizer/` has the
+tokenizer's files; version 0.1 did not write it.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ SPLITS: Final = ("train", "validation")
 DTYPES: Final = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 OFFSET: Final = np.dtype("<u8")
 Shards = TypeVar("Shards", bound="TokenShards")
+TOKENIZER: Final = "tokenizer"
 _VERIFIED: Final = ".verified"
 # Version 0.1 had a second manifest for the masks of examples, and called the validation split `heldout`.
 _FORMAT_1: Final = "dsmoe token shards 1"
@@ -55,6 +57,12 @@ def tokenizer_hash(folder: str | Path) -> str:
     for path in sorted(tokenizer_files(folder), key=lambda path: path.name):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def shards_tokenizer(folder: str | Path) -> Path | None:
+    """Return the folder of the tokenizer that token shards were written with; None if they hold none."""
+    tokenizer = user_path(folder, "source") / TOKENIZER
+    return tokenizer if is_token_shards(folder) and tokenizer_files(tokenizer) else None
 
 
 class TokenShards:
@@ -119,6 +127,7 @@ class TokenShards:
         entries = [manifest["splits"][split] for split in splits]
         names = [name for entry in entries for shard in entry["shards"] for name in shard.values()]
         names += [entry["loss_mask"] for entry in entries if "loss_mask" in entry]
+        names += [name for name in manifest["files"] if name.startswith(f"{TOKENIZER}/")]
         files = {name: manifest["files"][name] for name in names}
         check_files(folder, files, verify=verify, cache=HashCache(folder / _VERIFIED))
         return [cls(folder, split, manifest) for split in splits]

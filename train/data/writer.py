@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import logging
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
@@ -15,10 +16,10 @@ import numpy as np
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.progress import Advance, plural, silent
 from dsmoe_jax.storage.atomic_dir import atomic_dir, check_new_path, check_space
-from dsmoe_jax.storage.manifest import write_manifest
-from dsmoe_jax.text.tokenizer import Tokenizer
+from dsmoe_jax.storage.manifest import hash_file, write_manifest
+from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
-from .shards import DTYPES, FORMAT, MANIFEST, OFFSET, SPLITS, is_token_shards, tokenizer_hash
+from .shards import DTYPES, FORMAT, MANIFEST, OFFSET, SPLITS, TOKENIZER, is_token_shards, tokenizer_hash
 from .sources import Document, documents, refuse_overlap, source_bytes, unlogged, warn_on_overlap
 
 SHARD_TOKENS: Final = 1 << 27
@@ -88,7 +89,8 @@ def tokenize(
 ) -> ShardStats:
     """Tokenize texts into a new folder of token shards, written atomically.
 
-    A document becomes BOS (if the tokenizer adds one), its tokens and EOS. The output is deterministic.
+    A document becomes BOS (if the tokenizer adds one), its tokens and EOS. The tokenizer's files are copied into the
+    folder. The output is deterministic.
 
     Args:
         sources: One or more sources; see `documents`.
@@ -166,6 +168,7 @@ class ShardWriter:
             raise DSMoEError(f"{tokenizer_folder}: the tokenizer has no EOS token")
         self.eos, self.exclude = self.tokenizer.eos_token_id, [Path(out), *exclude]
         self.fields: dict[str, Any] = {}
+        self._tokenizer_files = tokenizer_files(self.tokenizer.files[0].parent)
         self._out, self._unit = Path(out), unit
         self._shard_tokens, self._val_fraction = shard_tokens, 0.0 if self._own_validation else val_fraction
         self._special_tokens = self._with_special_tokens = 0
@@ -186,7 +189,9 @@ class ShardWriter:
                     _Split(staging.folder, split, DTYPES[dtype], self._shard_tokens, masked, stack) for split in SPLITS
                 )
                 yield
-                write_manifest(staging.folder / MANIFEST, self._finalize(dtype))
+                fields = self._finalize(dtype)
+                fields["files"] |= self._copy_tokenizer(staging.folder)
+                write_manifest(staging.folder / MANIFEST, fields)
         except OSError as error:  # a full disk; errors of a source are ValueErrors
             raise DSMoEError(f"{self._out} cannot be written: {error.strerror}") from None
         self._report()
@@ -224,7 +229,7 @@ class ShardWriter:
         splits = dict(zip(SPLITS, (self._train.finalize(), self._validation.finalize()), strict=True))
         return {
             "format": FORMAT,
-            "tokenizer_sha256": tokenizer_hash(self.tokenizer.files[0].parent),
+            "tokenizer_sha256": tokenizer_hash(self._tokenizer_files[0].parent),
             "vocab_size": self.tokenizer.vocab_size,
             "eos_token_id": self.eos,
             "dtype": dtype,
@@ -237,8 +242,17 @@ class ShardWriter:
             **self.fields,
         }
 
+    def _copy_tokenizer(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Copy the tokenizer's files and return their entries in the manifest."""
+        (folder / TOKENIZER).mkdir()
+        copies = [shutil.copyfile(file, folder / TOKENIZER / file.name) for file in self._tokenizer_files]
+        return {f"{TOKENIZER}/{copy.name}": hash_file(copy) for copy in copies}
+
     def _report(self) -> None:
-        """Log special-token strings in the texts."""
+        """Log special-token strings in the texts, and equal texts, which leave nothing to validate on."""
+        if self._threshold and self._train.documents > 1 and not self._validation.documents:
+            count = plural(self._train.documents, self._unit)
+            _log.warning("%s: no validation split: all %s have the same text", self._out, count)
         if self._special_tokens:
             texts = plural(self._with_special_tokens, self._unit)
             found = f"{plural(self._special_tokens, 'special-token string')} in {texts}"
