@@ -40,8 +40,8 @@ PAGES: Final = [
 LAUNCH: Final = [ROOT / "train/launch/slurm.sh", ROOT / "train/launch/jobset.yaml"]
 # The others compile for many devices, train, or repeat tests/test_cli.py: they are slow tests.
 FAST: Final = {
-    *(("Pretraining", "python"),)
-    * (("Quick start", "python"), ("Your own loop", "python"), ("Conversion", "python"), ("Conversion", "bash")),
+    *(("Quick start", "python"), ("Your own loop", "python"), ("Conversion", "python"), ("Conversion", "bash")),
+    ("Pretraining", "python"),
 }
 
 _RUN: Final = [

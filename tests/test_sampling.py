@@ -441,7 +441,8 @@ def test_max_tokens_is_an_alias_of_max_new_tokens():
 
     assert params == SamplingParams(max_new_tokens=5) == SamplingParams(max_new_tokens=5, max_tokens=5)
     assert dataclasses.replace(params, max_new_tokens=6) == SamplingParams(max_tokens=6)
-    assert SamplingParams(max_tokens=None).max_new_tokens == 128
+    none: Any = None
+    assert SamplingParams(max_tokens=none).max_new_tokens == 128
 
 
 @pytest.mark.parametrize("fields", [{"top_k": 0}, {"top_k": -1}, {"top_k": np.int64(-1)}, {"seed": -1}], ids=str)
