@@ -233,8 +233,8 @@ def test_a_copied_or_touched_text_is_the_same(home: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"sources": ("b.jsonl",)}, r"data\.sources: .*a\.jsonl -> .*b\.jsonl"),
-        ({"sources": ("a.jsonl", "b.jsonl")}, r"data\.sources: .*a\.jsonl -> .*a\.jsonl, .*b\.jsonl"),
+        ({"sources": ("b.jsonl",)}, r"--data\.sources: .*a\.jsonl -> .*b\.jsonl"),
+        ({"sources": ("a.jsonl", "b.jsonl")}, r"--data\.sources: .*a\.jsonl -> .*a\.jsonl, .*b\.jsonl"),
         ({"val_fraction": 0.4}, r"data\.val_fraction: 0\.2 -> 0\.4"),
     ],
     ids=["other", "more", "val_fraction"],

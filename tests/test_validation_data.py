@@ -146,7 +146,7 @@ def test_another_validation_set_does_not_resume(home: Path, tmp_path: Path, toke
 
     with pytest.raises(ValueError, match="cannot resume from step 1: the validation data has changed"):
         check_resumable(tmp_path, 1, old, new)
-    with pytest.raises(ValueError, match=r"cannot resume on changed data: data.validation: .*b.jsonl -> .*c.jsonl"):
+    with pytest.raises(ValueError, match=r"cannot resume on changed data: --data.validation: .*b.jsonl -> .*c.jsonl"):
         prepared(home, tmp_path / "out", tokenizer_folder, str(tmp_path / "c.jsonl"), resuming=True)
 
 

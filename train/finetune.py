@@ -272,7 +272,7 @@ def examples(
     if config.steps:
         if epochs != FinetuneConfig.epochs:
             _log.warning("epochs %s has no effect with steps %d; set steps 0", epochs, config.steps)
-        if config.steps < FEW_STEPS:
+        if config.steps < FEW_STEPS and not resuming:
             _log.warning("%s hardly train: pass at least --steps %d", plural(config.steps, "step"), FEW_STEPS)
         return corpus, config.steps
     steps = math.ceil(sequences / batch_size)

@@ -137,9 +137,9 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any], field: str) -> Iter
     """Describe the changes in the inputs of a folder."""
     before, after = (list(starmap(Source, inputs["sources"])) for inputs in (old, new))
     if len(before) != len(after):
-        yield f"{field}: {', '.join(s.name for s in before)} -> {', '.join(s.name for s in after)}"
+        yield f"--{field}: {', '.join(s.name for s in before)} -> {', '.join(s.name for s in after)}"
     for one, other in zip(before, after, strict=False):
         if one.sha256 != other.sha256:
             same_name = one.name == other.name
-            yield (f"{field}: {other.name} has changed" if same_name else f"{field}: {one.name} -> {other.name}")
+            yield (f"--{field}: {other.name} has changed" if same_name else f"--{field}: {one.name} -> {other.name}")
     yield from map(str, differences(old["options"], new["options"]))
