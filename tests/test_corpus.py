@@ -72,6 +72,7 @@ def test_shards_bring_their_tokenizer(tmp_path: Path, tokenizer_folder: Path, ca
 
     job = pretraining(config, tmp_path / "out")
 
+    assert job.corpus.tokenizer is not None
     assert job.corpus.tokenizer == tmp_path / "shards" / "tokenizer"
     assert snapshot(job.corpus.tokenizer) == snapshot(tokenizer_folder)
     assert (job.model.bos_token_id, job.model.eos_token_id) == (0, 1)
