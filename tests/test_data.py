@@ -286,7 +286,7 @@ def test_validation_documents_are_not_in_training(tmp_path: Path):
 
 BAD: dict[str, tuple[Callable[[list[TokenShards]], Any], str]] = {
     "no datasets": (lambda d: stream_of([], weights=[]), "no datasets to train on"),
-    "weights": (lambda d: stream_of(d, weights=[1.0]), "got got 1 weights for 2 datasets"),
+    "weights": (lambda d: stream_of(d, weights=[1.0]), "got 1 weights for 2 datasets"),
     "no weight": (lambda d: stream_of(d, weights=[1.0, 0.0]), "weights must be positive and finite, got 0.0"),
     "a weight of nothing": (lambda d: stream_of(d, weights=[1.0, float("nan")]), "positive and finite, got nan"),
     "a tiny weight": (

@@ -387,7 +387,8 @@ def routed_experts(
         return jax.lax.psum(y, TENSOR), overflow_passes
 
     tokens = spec(("batch", None))
-    if padding:
+    replicates = bool(padding) and isinstance(x, jax.core.Tracer)  # an array outside of jit has its sharding
+    if replicates:
         x = constrain(x, ("batch", None), replicate=True)
     x_padded, weights = (jnp.pad(values, ((0, padding), (0, 0))) for values in (x, weights))
     ids = jnp.pad(ids, ((0, padding), (0, 0)), constant_values=count)
@@ -395,7 +396,7 @@ def routed_experts(
     on_mesh = jax.jit(jax.shard_map(on_device, **split))  # jit: JAX has no eager shard_map of a `custom_vjp`
     y, overflow_passes = on_mesh(x_padded, ids, weights, *leaves)
     y = y[: len(x)].astype(x.dtype)
-    return constrain(y, ("batch", None), replicate=True) if padding else y, overflow_passes
+    return constrain(y, ("batch", None), replicate=True) if replicates else y, overflow_passes
 
 
 def _specs(experts: Experts, mesh: AbstractMesh) -> list[PartitionSpec]:
