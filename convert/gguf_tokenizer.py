@@ -15,6 +15,7 @@ _PRE: Final = {
     "5990693cd157d5b2abbe362cd9a0a103db4b3a87f7d029137ae0f1e70c1ee012": "gpt-2",  # ByteLevel, of `train_tokenizer`
     "5f897854a756c679d23afdd63e0198976b8f127933de1f78856a0b4ab1d456f9": "deepseek-llm",
 }
+_TEXT: Final = "a  ① ﬁ "  # changed by NFKC, and by removing repeated or final spaces
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # llama.cpp's token types
 
 
@@ -60,6 +61,9 @@ def _add_bpe(writer: Any, folder: Path, _: int) -> dict[int, tuple[str, int]]:
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
     tokens = {i: (token, _NORMAL) for token, i in model["vocab"].items()}
     added = fields.get("added_tokens", ())
+    for token in added:
+        if flags := [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]:
+            raise DSMoEError(f"{path}: llama.cpp does not support {flags[0]} of added token {token['content']!r}")
     return tokens | {token["id"]: (token["content"], _kind(token["special"])) for token in added}
 
 
@@ -78,6 +82,8 @@ def _add_sentencepiece(writer: Any, folder: Path, vocab_size: int) -> dict[int, 
     scores = [model.get_score(i) for i in ids]
     if any(score != round(score) for score in scores):  # BPE has ranks, unigram log-probabilities
         raise DSMoEError(f"{folder / 'tokenizer.model'}: llama.cpp needs a BPE model, got a unigram one")
+    if model.decode(model.encode(_TEXT)) != _TEXT:
+        raise DSMoEError(f"{folder / 'tokenizer.model'}: llama.cpp does not normalize text, which this model does")
     settings = read_settings(folder)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")

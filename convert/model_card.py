@@ -104,14 +104,12 @@ def _training(checkpoint: Path) -> dict[str, str]:
     run: Mapping[str, Any] = {}
     with contextlib.suppress(ValueError):
         run = read_json(checkpoint.resolve().parent / "run.json")
-    result = run.get("result")
-    if not isinstance(result, Mapping):
-        return {}
-    data, optimizer = run.get("data", {}), run.get("optimizer", {})
-    tokens = f"{data.get('batch_size')} × {data.get('sequence_length')} tokens"
-    facts = {
-        "training": f"{result.get('step'):,} steps of {tokens}",
-        "learning rate": f"{optimizer.get('learning_rate')}, schedule {optimizer.get('schedule')}",
-    }
-    losses = {"training loss": result.get("loss"), "validation loss": result.get("eval_loss")}
-    return facts | {name: f"{loss:.4f} nats per token" for name, loss in losses.items() if loss is not None}
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # a file of another program
+        result, data, optimizer = run["result"], run["data"], run["optimizer"]
+        facts = {
+            "training": f"{result['step']:,} steps of {data['batch_size']} × {data['sequence_length']} tokens",
+            "learning rate": f"{optimizer['learning_rate']}, schedule {optimizer['schedule']}",
+        }
+        losses = {"training loss": result["loss"], "validation loss": result["eval_loss"]}
+        return facts | {name: f"{loss:.4f} nats per token" for name, loss in losses.items() if loss is not None}
+    return {}

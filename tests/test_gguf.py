@@ -128,6 +128,26 @@ def test_unigram_models_are_refused(tmp_path: Path):
         export_gguf(source, tmp_path / "model.gguf")
 
 
+def test_normalizing_models_are_refused(tmp_path: Path):
+    source = write_hf(tmp_path / "hf", tiny(vocab_size=320), random_params(tiny(vocab_size=320)))
+    train_model(source / "tokenizer.model")
+
+    with pytest.raises(DSMoEError, match=r"llama\.cpp does not normalize text, which this model does"):
+        export_gguf(source, tmp_path / "model.gguf")
+
+
+def test_added_tokens_with_flags_are_refused(tmp_path: Path):
+    source = write_hf(tmp_path / "hf", tiny(vocab_size=320), random_params(tiny(vocab_size=320)))
+    byte_tokenizer(source, 300)
+    fields = json.loads((source / "tokenizer.json").read_text())
+    flags = {"single_word": True, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    fields["added_tokens"] = [{"id": 300, "content": "<sep>", **flags}]
+    (source / "tokenizer.json").write_text(json.dumps(fields))
+
+    with pytest.raises(DSMoEError, match=r"llama\.cpp does not support single_word of added token '<sep>'"):
+        export_gguf(source, tmp_path / "model.gguf")
+
+
 def test_deepseek_tokenizer_has_our_ids(tmp_path: Path):
     folder = golden.SHARED / "tokenizer"
     if not folder.is_dir():

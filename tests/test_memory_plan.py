@@ -52,6 +52,7 @@ def test_plan_matches_the_compiler_within_5_percent(preset: str, dtype):
     np.testing.assert_allclose(plan.weights + plan.cache, stepped, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_first_chunk_fits_the_plan():
     config = ModelConfig.preset("bench")
     params = abstract_params(config, jnp.float32, jnp.float32)

@@ -228,7 +228,7 @@ def gradients_of_one_program() -> dict[str, Any]:
     return jax.jit(jax.grad(loss))(params)
 
 
-@pytest.mark.parametrize("mesh", [None, MESH])
+@pytest.mark.parametrize("mesh", [pytest.param(None, marks=pytest.mark.slow), MESH])
 @pytest.mark.parametrize("way", LOGITS_BY)
 def test_transformations_give_the_same_logits(way: str, mesh: str | None):
     logits = LOGITS_BY[way](*shallow(mesh), ODD)

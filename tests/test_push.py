@@ -67,6 +67,7 @@ def test_pushed_checkpoint_comes_back(hub: FakeHub, native: Path, tmp_path: Path
     assert {path.name for path in native.parent.iterdir()} == {"hf", "native", "tokenizer"}  # nothing is left
 
 
+@pytest.mark.slow
 def test_repeated_push_sends_the_weights_once(hub: FakeHub, native: Path, tmp_path: Path):
     assert dsmoe(hub, tmp_path, "push", native, "someone/twice").returncode == 0
     sent = len(hub.objects)

@@ -142,10 +142,11 @@ PLAIN = StepConfig()
 POLICIES = ("none", "dots", "full")
 PARTS = (1, 2, 4)
 
-# Each pair of a mesh, a number of micro-batches and a remat policy is in one row; one row of every second mesh is not
-# slow: test_sharding.py compares losses and gradients on all meshes.
+# Each pair of a mesh, a number of micro-batches and a remat policy is in one row; one row is not slow: test_sharding.py
+# compares losses and gradients on the meshes.
+QUICK = ("expert=4,fsdp=2", 2)
 PAIRWISE = [
-    pytest.param(mesh, parts, POLICIES[(i + j) % 3], marks=[] if j == i % 3 and i % 2 == 0 else [pytest.mark.slow])
+    pytest.param(mesh, parts, POLICIES[(i + j) % 3], marks=[pytest.mark.slow] * ((mesh, parts) != QUICK))
     for i, mesh in enumerate(MESHES)
     for j, parts in enumerate(PARTS)
 ]
@@ -290,7 +291,11 @@ UNCOUNTED = StepConfig(count_padding=False, bias_update_rate=0.01, device_balanc
 
 @pytest.mark.parametrize(
     ("seq_aux", "accumulation", "mesh"),
-    [pytest.param(True, 1, None, marks=pytest.mark.slow), (False, 2, None), (True, 2, "expert=4,fsdp=2")],
+    [
+        pytest.param(True, 1, None, marks=pytest.mark.slow),
+        pytest.param(False, 2, None, marks=pytest.mark.slow),
+        (True, 2, "expert=4,fsdp=2"),
+    ],
 )
 def test_padding_changes_no_metric_and_no_router_bias(seq_aux: bool, accumulation: int, mesh: str | None):
     config = tiny(aux_loss_alpha=0.1, seq_aux=seq_aux)
