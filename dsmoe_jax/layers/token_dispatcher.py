@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from dsmoe_jax.axes import Array, Bool, Float, Int
@@ -387,7 +388,7 @@ def routed_experts(
         return jax.lax.psum(y, TENSOR), overflow_passes
 
     tokens = spec(("batch", None))
-    replicates = bool(padding) and isinstance(x, jax.core.Tracer)  # an array outside of jit has its sharding
+    replicates = bool(padding) and isinstance(x, Tracer)  # an array outside of jit has its sharding
     if replicates:
         x = constrain(x, ("batch", None), replicate=True)
     x_padded, weights = (jnp.pad(values, ((0, padding), (0, 0))) for values in (x, weights))
