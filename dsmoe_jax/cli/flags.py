@@ -92,7 +92,7 @@ GROUPS: Final[dict[str, tuple[str, tuple[Argument, ...]]]] = {
 ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
     "demo": (
         _arg("--out --output-dir", "keep checkpoints and plot in this new folder; default: discard them", "DIR"),
-        _arg("--steps", "training steps; default: 1200", default=1200, **_INT),
+        _arg("--steps", "training steps; default: 1000", default=1000, **_INT),
     ),
     "convert": (
         _arg("source", _SOURCE, "HF_DIR|HUB_ID"),
