@@ -1,4 +1,4 @@
-"""Export a native checkpoint to a GGUF file, for llama.cpp. Start at `export_gguf`."""
+"""Export a checkpoint to a GGUF file, for llama.cpp. Start at `export_gguf`."""
 
 import contextlib
 import hashlib
@@ -23,7 +23,7 @@ from dsmoe_jax.storage.atomic_file import atomic_file
 from .cast import Cast, CastStats, ConversionReport
 from .gguf_tokenizer import add_tokenizer
 from .hub import resolve
-from .param_mapping import hf_names, is_stacked
+from .param_mapping import hf_names, is_stacked, name_in
 from .tensor_source import TensorSource, open_source
 
 # fmt: off
@@ -134,7 +134,7 @@ def _export(
         advance = stack.enter_context(progress("exporting", total))
         with contextlib.closing(gguf.GGUFWriter(staging, "deepseek")) as writer:
             _add_config(writer, reader)
-            add_tokenizer(gguf, writer, reader.folder, reader.config)
+            add_tokenizer(writer, reader.folder, reader.config)
             for tensor in tensors:
                 kind = gguf.GGMLQuantizationType[tensor.type]
                 writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, kind)
@@ -163,16 +163,14 @@ def _tensors(reader: TensorSource, dtype: str | None) -> Iterator[_Tensor]:
     heads = {"q": config.num_attention_heads, "k": config.num_kv_heads}
     for ours, names in parts.items():
         array = reader.read(names[0])
-        layer, pattern = re.search(r"layers\.(\d+)", ours), re.sub(r"layers\.\d+", "layers.{i}", ours)
-        name = _GGUF_NAME[pattern].replace("{i}", layer[1] if layer else "")
         kind = _TYPE[dtype or array.dtype.name]
-        if array.ndim == 1 or pattern.endswith("router.weight"):
+        if array.ndim == 1 or ours.endswith("router.weight"):
             kind = "F32"
         elif kind == "Q8_0" and array.shape[-1] % _BLOCK:
             kind = "F16"  # as llama.cpp does
         shape = (len(names), *array.shape) if is_stacked(ours) else array.shape
         projection = re.search(r"attention\.([qk])\.weight", ours)
-        yield _Tensor(name, ours, names, shape, kind, heads[projection[1]] if projection else 0)
+        yield _Tensor(name_in(_GGUF_NAME, ours), ours, names, shape, kind, heads[projection[1]] if projection else 0)
         if ours == "embed" and config.tie_word_embeddings:  # llama.cpp requires a head
             yield _Tensor("output.weight", ours, names, shape, kind, 0)
 

@@ -19,7 +19,7 @@ _TEXT: Final = "a  ① ﬁ "  # changed by NFKC, and by removing repeated or fin
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # llama.cpp's token types
 
 
-def add_tokenizer(gguf: Any, writer: Any, folder: Path, config: ModelConfig) -> None:
+def add_tokenizer(writer: Any, folder: Path, config: ModelConfig) -> None:
     """Add vocabulary, merges, special tokens and chat template; without a tokenizer llama.cpp takes token ids only."""
     if not tokenizer_files(folder):
         writer.add_tokenizer_model("none")

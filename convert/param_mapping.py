@@ -5,6 +5,7 @@ Weights are [out, in] in both. In rows with `{e}` our parameter stacks the exper
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Final
 
 from dsmoe_jax.config import ModelConfig
@@ -48,12 +49,17 @@ def hf_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Return the HF tensors of each of our parameters: one, or one per expert in order."""
 
     def tensors(name: str) -> tuple[str, ...]:
-        layer = re.search(r"layers\.(\d+)", name)
-        row = _HF_NAME[_pattern(name)].replace("{i}", layer[1] if layer else "")
+        row = name_in(_HF_NAME, name)
         experts = range(config.n_routed_experts or 0)
         return tuple(row.replace("{e}", str(e)) for e in experts) if is_stacked(name) else (row,)
 
     return {name: tensors(name) for name in abstract(config)[1]}
+
+
+def name_in(table: Mapping[str, str], name: str) -> str:
+    """Return a parameter's entry in a table of names by layer pattern, `layers.{i}`, with its layer filled in."""
+    layer = re.search(r"layers\.(\d+)", name)
+    return table[_pattern(name)].replace("{i}", layer[1] if layer else "")
 
 
 def is_stacked(name: str) -> bool:

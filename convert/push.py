@@ -1,6 +1,5 @@
 """Upload a checkpoint to the Hugging Face Hub: `push`."""
 
-import contextlib
 import logging
 import tempfile
 from pathlib import Path
@@ -55,8 +54,7 @@ def push(
     """
     as_dtype(dtype)
     folder = user_path(checkpoint, "checkpoint")
-    with hub_of(repo_id) if dry_run is None else contextlib.nullcontext():
-        card = model_card(folder, repo_id, license=license, base_model=base_model)
+    card = model_card(folder, repo_id, license=license, base_model=base_model)
 
     def write(output_dir: Path) -> None:
         export_hf(folder, output_dir, dtype=dtype, with_modeling=True, progress=progress)

@@ -1,11 +1,10 @@
 """Aliases of the fields of a `config.json`, in transformers 4 and 5 and in related models. Start at `standardize`."""
 
-import difflib
 import re
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
-from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.errors import DSMoEError, closest
 
 ROPE_SCALING_TYPES: Final = ("linear", "dynamic")
 _DEFAULT_ROPE: Final = "default"  # transformers' name for plain RoPE
@@ -189,8 +188,8 @@ def _check_agree(values: Mapping[str, Any]) -> None:
 
 def _meant(name: str, simple: Mapping[str, str], by_words: Mapping[str, str]) -> str | None:
     """The closest known name, by letters or by words."""
-    near = difflib.get_close_matches(_simple(name), simple, n=1, cutoff=_NEAR)
-    return simple[near[0]] if near else by_words.get(_words(name))
+    near = closest(_simple(name), simple, _NEAR)
+    return simple[near] if near else by_words.get(_words(name))
 
 
 def _words(name: str) -> str:

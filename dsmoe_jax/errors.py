@@ -1,4 +1,4 @@
-"""Invalid input: the exception `DSMoEError`, and messages that suggest what was meant."""
+"""Invalid input: the exception `DSMoEError`, and messages with suggestions."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -23,17 +23,22 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 def did_you_mean(value: object, choices: Iterable[str]) -> str:
     """Return the end of a message, `: did you mean X?` with the choice most similar to the value, or nothing."""
-    close = difflib.get_close_matches(value, list(choices), n=1, cutoff=_SIMILAR) if isinstance(value, str) else ()
-    return f": did you mean {close[0]}?" if close else ""
+    close = closest(value, choices, _SIMILAR) if isinstance(value, str) else None
+    return f": did you mean {close}?" if close else ""
 
 
 def suggest(name: str, names: Sequence[str]) -> str:
     """Return a hint for an unknown name: the most similar of `names`, or all of them."""
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(names)}"
+    close = closest(name, names)
+    return f"did you mean {close!r}?" if close else f"allowed: {', '.join(names)}"
 
 
 def unknown_flag(flag: str, known: Iterable[str]) -> str:
     """Return the message for an unknown flag, with the most similar one that is known."""
-    close = difflib.get_close_matches(flag, list(known), n=1)
-    return f"unknown flag {flag}: did you mean {close[0]}?" if close else f"unknown flag {flag}"
+    close = closest(flag, known)
+    return f"unknown flag {flag}: did you mean {close}?" if close else f"unknown flag {flag}"
+
+
+def closest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the most similar of `names`, None if none is at least as similar as `cutoff`."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), None)

@@ -1,11 +1,9 @@
 """`dsmoe generate` and `dsmoe chat`: input and output. Start at `generate` and `chat`."""
 
 import contextlib
-import errno
 import itertools
 import json
 import logging
-import os
 import shlex
 import signal
 import sys
@@ -22,8 +20,7 @@ from dsmoe_jax.generate.chat import Chat
 from dsmoe_jax.generate.generator import Completion, Generator
 from dsmoe_jax.generate.sampling_params import FIELD_NAMES, SamplingParams, merge_fields
 from dsmoe_jax.progress import count, log_level, plural
-from dsmoe_jax.storage.atomic_dir import check_new_path, name_full_disk, staging_path
-from dsmoe_jax.storage.locks import lock_name
+from dsmoe_jax.storage.atomic_file import atomic_file
 from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.storage.strict_json import parse_json, read_json
 from dsmoe_jax.text.chat_template import find_chat_templates
@@ -266,27 +263,9 @@ def _as_list(entry: Completion | list[Completion]) -> list[Completion]:
 
 @contextlib.contextmanager
 def _new_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Create a file atomically: renamed into place once fsynced. Raises `DSMoEError` if it exists."""
-    path = check_new_path(path)
-    staging = staging_path(path)
-    if not path.parent.is_dir():  # `lock_name` would create it
-        raise DSMoEError(f"{path} cannot be written: {os.strerror(errno.ENOENT)}")
-    with lock_name(path), name_full_disk(path):
-        check_new_path(path)  # another process may have created it before it released the lock
-        try:
-            file = staging.open("wb")  # overwrites the file of a killed process
-        except OSError as error:
-            raise DSMoEError(f"{path} cannot be written: {error.strerror}") from None
-        try:
-            with file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            check_new_path(path)
-            staging.rename(path)
-        except BaseException:
-            staging.unlink(missing_ok=True)
-            raise
+    """Open a new file; see `atomic_file`."""
+    with atomic_file(path) as staging, staging.open("wb") as file:
+        yield file
 
 
 def chat(load: Load, sampling: Sampling, *, system: str | None = None) -> None:

@@ -6,15 +6,15 @@ import hashlib
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.progress import Advance, plural, silent
+from dsmoe_jax.progress import Meter, plural, silent
 from dsmoe_jax.storage.atomic_dir import atomic_dir, check_new_path, check_space
 from dsmoe_jax.storage.manifest import hash_file, write_manifest
 from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
@@ -25,7 +25,6 @@ from .sources import Document, documents, refuse_overlap, source_bytes, unlogged
 SHARD_TOKENS: Final = 1 << 27
 _SAMPLE: Final = 0.01  # fraction of the sources from which the total size is extrapolated
 _BATCH_CHARS: Final = 1 << 22  # per call of the tokenizer, which takes thirty times as many bytes
-Progress = Callable[[str, int], AbstractContextManager[Advance]]  # like `dsmoe_jax.progress.Meter`
 Sources = str | Path | Sequence[str | Path]
 _log = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ def tokenize(
     max_malformed_fraction: float = 0.01,
     split_special_tokens: bool = False,
     exclude: Iterable[Path] = (),
-    progress: Progress = silent,
+    progress: Meter = silent,
 ) -> ShardStats:
     """Tokenize texts into a new folder of token shards, written atomically.
 
@@ -174,7 +173,7 @@ class ShardWriter:
         self._special_tokens = self._with_special_tokens = 0
 
     @contextlib.contextmanager
-    def open(self, progress: Progress, contents: Iterable[bytes]) -> Iterator[None]:
+    def open(self, progress: Meter, contents: Iterable[bytes]) -> Iterator[None]:
         """Open the shards, finalized when the block ends without an error; `contents` are those of `sources`."""
         warn_on_overlap(self.sources, self.exclude)
         refuse_overlap(self.sources, self._own_validation, self.exclude)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from dsmoe_jax.errors import DSMoEError, check_choice
-from dsmoe_jax.progress import plural, silent
+from dsmoe_jax.progress import Meter, plural, silent
 
 from ..data.sources import read_source
-from ..data.writer import Progress, ShardStats, ShardWriter, Sources
+from ..data.writer import ShardStats, ShardWriter, Sources
 from .examples import Example
 from .formats import AUTO, FORMATS, Conversation, Record, ignored_fields, parse_record, texts_of
 from .templates import TRAIN_ON, open_template, tokenize_record
@@ -38,7 +38,7 @@ def write_examples(
     max_malformed_fraction: float = 0.01,
     split_special_tokens: bool = False,
     exclude: Iterable[Path] = (),
-    progress: Progress = silent,
+    progress: Meter = silent,
 ) -> ShardStats:
     """Tokenize conversations and completions into a new folder, written atomically.
 
