@@ -26,10 +26,13 @@ from dsmoe_jax import train
 from dsmoe_jax.cli.commands import VERBS, _parse, main
 from dsmoe_jax.cli.flags import ARGUMENTS
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.convert import import_hf
+from dsmoe_jax.convert import import_hf, write_adapter
+from dsmoe_jax.convert.peft_matching import make_plan
+from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.train import loop
 from dsmoe_jax.train.flags import parse_finetuning, parse_pretraining
 from dsmoe_jax.train.recipes import FINETUNING, RECIPES
+from tests.helpers.adapters import random_adapter
 from tests.helpers.hf_folder import make_tokenizer, random_params, tiny, write_hf
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -226,6 +229,10 @@ def test_shell_blocks_run(block: Block, world: Path, monkeypatch: pytest.MonkeyP
 
         lines = "".join(json.dumps({"text": f"The {i}th text of the corpus."}) + "\n" for i in range(200))
         Path("corpus/a.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+
+    if block.section == "Adapters":  # of a run on another page
+        lora, config = LoraConfig(r=2), ModelConfig.from_file("chat16b")
+        write_adapter("runs/lora/adapter", lora, config, random_adapter(make_plan(lora, config), config))
 
     for words in commands(block.text, optional=""):
         command = shlex.join(words)
@@ -460,6 +467,7 @@ MODULES: Final[dict[str, Callable[[list[str], pytest.MonkeyPatch], None]]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("on_one_device")
 @pytest.mark.parametrize("command", [call for call in CALLS if "pytest" not in call])
 def test_modules_run(command: str, world: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
