@@ -17,7 +17,8 @@ from typing import Any, BinaryIO, Final, NamedTuple
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError, suggest
 from dsmoe_jax.generate.chat import Chat
-from dsmoe_jax.generate.generator import Completion, Generator
+from dsmoe_jax.generate.generator import Generator
+from dsmoe_jax.generate.request import Completion
 from dsmoe_jax.generate.sampling_params import FIELD_NAMES, SamplingParams, merge_fields
 from dsmoe_jax.progress import count, log_level, plural
 from dsmoe_jax.storage.atomic_file import atomic_file

@@ -2,8 +2,8 @@
 
 from dsmoe_jax.generate.chat import Chat
 from dsmoe_jax.generate.engine import Engine, Stats
-from dsmoe_jax.generate.generator import Completion, Generator
-from dsmoe_jax.generate.request import TokenLogprob
+from dsmoe_jax.generate.generator import Generator
+from dsmoe_jax.generate.request import Completion, TokenLogprob
 from dsmoe_jax.generate.sampling_params import SamplingParams
 from dsmoe_jax.generate.scoring import Perplexity, Score
 

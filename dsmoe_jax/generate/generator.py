@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import jax
 from jax.sharding import Mesh
@@ -15,9 +15,9 @@ from dsmoe_jax.generate import loading
 from dsmoe_jax.generate.engine import Engine, Stats
 from dsmoe_jax.generate.memory_plan import device_bytes
 from dsmoe_jax.generate.prompts import Prompt, encode_pair, encode_prompt, is_one_prompt
-from dsmoe_jax.generate.request import Output, Prefix, TokenLogprob
+from dsmoe_jax.generate.request import Completion, Output, Prefix
 from dsmoe_jax.generate.sampling_params import SamplingParams, read_sampling_defaults
-from dsmoe_jax.generate.scoring import Perplexity, Score, perplexity, score
+from dsmoe_jax.generate.scoring import Perplexity, Score, iter_scores, perplexity, score
 from dsmoe_jax.loading import resolve
 from dsmoe_jax.model import DeepSeekMoE, split
 from dsmoe_jax.progress import Meter, plural, silent
@@ -27,26 +27,6 @@ from dsmoe_jax.text.tokenizer import Tokenizer
 
 Params = SamplingParams | Sequence[SamplingParams] | None  # for all prompts, or one for each
 _CACHE_FRACTION: Final = 0.45  # of the free memory: the cache is copied when it grows
-
-
-class Completion(NamedTuple):
-    """One output for a prompt.
-
-    Attributes:
-        text: Without the EOS token or stop string; empty if the generator has no tokenizer.
-        token_ids: As generated, including a final EOS or stop token.
-        finish_reason: "stop" (EOS, a stop token or a stop string), "length", or "error" with `errors="return"`.
-        stop_reason: The stop string or stop token id that ended it; None after EOS and for other finish reasons.
-        logprobs: One entry per token if requested.
-        error: Error message if `finish_reason` is "error".
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    stop_reason: int | str | None = None
-    logprobs: list[TokenLogprob] | None = None
-    error: str | None = None
 
 
 class Generator:
@@ -359,6 +339,21 @@ class Generator:
         pairs = [encode_pair(*pair, *shared) for pair in zip(prompts, continuations, strict=True)]
         options = {"context_length": self.context_length} | options
         return score(self._graph, self._params, self.config, pairs, **options)
+
+    def iter_scores(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], **options: Any
+    ) -> Iterator[tuple[int, Score]]:
+        """Yield index and log-likelihood of each (context, continuation) of token ids, in the order of computation.
+
+        Args:
+            pairs: Token ids of non-empty contexts and continuations.
+            **options: `context_length` and `max_tokens` of `score`.
+
+        Raises:
+            DSMoEError: At once, as `score`.
+        """
+        options = {"context_length": self.context_length} | options
+        return iter_scores(self._graph, self._params, self.config, pairs, **options)
 
     def perplexity(self, text: str | Sequence[int], **options: Any) -> Perplexity:
         """Return the perplexity of text or token ids over rolling windows, as lm-evaluation-harness does.

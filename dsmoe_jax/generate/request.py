@@ -1,4 +1,4 @@
-"""Generation requests and their outputs in progress: `Request`, `Output`."""
+"""Generation requests, their outputs in progress, and results: `Request`, `Output`, `Completion`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,6 +19,26 @@ class TokenLogprob(NamedTuple):
 
     logprob: float
     top: dict[int, float]
+
+
+class Completion(NamedTuple):
+    """One output for a prompt.
+
+    Attributes:
+        text: Without the EOS token or stop string; empty if the generator has no tokenizer.
+        token_ids: As generated, including a final EOS or stop token.
+        finish_reason: "stop" (EOS, a stop token or a stop string), "length", or "error" with `errors="return"`.
+        stop_reason: The stop string or stop token id that ended it; None after EOS and for other finish reasons.
+        logprobs: One entry per token if requested.
+        error: Error message if `finish_reason` is "error".
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stop_reason: int | str | None = None
+    logprobs: list[TokenLogprob] | None = None
+    error: str | None = None
 
 
 class Prefix(NamedTuple):

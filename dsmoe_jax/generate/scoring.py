@@ -58,11 +58,29 @@ def score(
     config: ModelConfig,
     pairs: Sequence[tuple[Tokens, Tokens]],
     *,
+    progress: Meter = silent,
+    **options: Any,
+) -> list[Score]:
+    """Return the log-likelihood of every (context, continuation) in order; `options` are those of `iter_scores`."""
+    scores: dict[int, Score] = {}
+    results = iter_scores(graph, params, config, pairs, **options)
+    with progress("scoring", len(pairs)) as advance:
+        for i, one in results:
+            scores[i] = one
+            advance(1)
+    return [scores[i] for i in range(len(pairs))]
+
+
+def iter_scores(
+    graph: Any,
+    params: dict[str, Array],
+    config: ModelConfig,
+    pairs: Sequence[tuple[Tokens, Tokens]],
+    *,
     context_length: int,
     max_tokens: int = 2048,
-    progress: Meter = silent,
-) -> list[Score]:
-    """Return the log-likelihood of every (context, continuation), both token ids; `Generator.score` has the options.
+) -> Iterator[tuple[int, Score]]:
+    """Check the pairs at once, then yield index and log-likelihood of each (context, continuation) as it is computed.
 
     The last token of a continuation is predicted but not read: a pair fits if all but one token fit into the context.
     Results do not depend on the other pairs, except for rounding: under dynamic NTK, pairs beyond
@@ -73,18 +91,20 @@ def score(
             raise DSMoEError(f"{name} must be at least 1, got {value}")
     checked = [_checked(i, pair, config.vocab_size, context_length) for i, pair in enumerate(pairs)]
     batches = _plan([pair.length for pair in checked], config, context_length, max_tokens)
-    results = (_run(graph, params, batch, [checked[i] for i in batch.pairs]) for batch in batches)
-    scores: dict[int, Score] = {}
-    with progress("scoring", len(checked)) as advance:
-        for batch, (logprobs, greedy) in zip(batches, _prefetch(results), strict=True):
-            ends = np.cumsum([checked[i].predicted for i in batch.pairs])
-            logprobs, greedy = np.asarray(logprobs).ravel(), np.asarray(greedy).ravel()
-            for i, end in zip(batch.pairs, ends.tolist(), strict=True):
-                span = slice(end - checked[i].predicted, end)
-                tokens = logprobs[span].tolist()
-                scores[i] = Score(math.fsum(tokens), bool(greedy[span].all()), tokens)
-            advance(len(batch.pairs))
-    return [scores[i] for i in range(len(checked))]
+    return _iter_batches(graph, params, checked, batches)
+
+
+def _iter_batches(
+    graph: Any, params: dict[str, Array], pairs: Sequence["_Pair"], batches: Sequence["_Batch"]
+) -> Iterator[tuple[int, Score]]:
+    results = (_run(graph, params, batch, [pairs[i] for i in batch.pairs]) for batch in batches)
+    for batch, (logprobs, greedy) in zip(batches, _prefetch(results), strict=True):
+        ends = np.cumsum([pairs[i].predicted for i in batch.pairs])
+        logprobs, greedy = np.asarray(logprobs).ravel(), np.asarray(greedy).ravel()
+        for i, end in zip(batch.pairs, ends.tolist(), strict=True):
+            span = slice(end - pairs[i].predicted, end)
+            tokens = logprobs[span].tolist()
+            yield i, Score(math.fsum(tokens), bool(greedy[span].all()), tokens)
 
 
 def perplexity(
