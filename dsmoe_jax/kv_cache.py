@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dsmoe_jax.axes import Array, Bool, Float, Int, Shaped
 from dsmoe_jax.config import ModelConfig
@@ -87,6 +88,11 @@ class KVCache(NamedTuple):
     def slots(self) -> int:
         """The capacity per sequence, in tokens."""
         return self.layers[0].k.shape[1]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of keys and values as stored."""
+        return self.layers[0].k.dtype
 
     def mask(self, tokens: int) -> Bool[Array, "B T S"]:
         """Return the causal mask of the next `tokens` tokens over the slots."""

@@ -151,6 +151,7 @@ class DeepSeekMoE(nnx.Module):
         rope_length: Int[Array, ""] | int | None = None,
         dropout_key: PRNGKeyArray | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T S"] | None = None,
         router_bias: Mapping[int, Float[Array, "E"]] | None = None,
         remat: str = "none",
     ) -> DecoderOutput:
@@ -166,6 +167,7 @@ class DeepSeekMoE(nnx.Module):
             rope_length: Length for dynamic NTK scaling; default: all keys, padding included.
             dropout_key: Enables attention dropout.
             segment_ids: int [B, T]; attention is block-diagonal over segments. Not supported with a cache.
+            mask: Replaces the causal mask by one that allows less; S: the T tokens, or the slots of the cache.
             router_bias: Bias on expert selection by layer, see `Router`.
             remat: Rematerialization policy of each block, a key of `REMAT`.
 
@@ -179,7 +181,10 @@ class DeepSeekMoE(nnx.Module):
             position_ids = offset[:, None] + jnp.arange(T)[None, :]
         if rope_length is None:
             rope_length = T if start is None else start.max() + T
-        mask = _causal_mask(token_ids, attention_mask, segment_ids) if cache is None or prefill else cache.mask(T)
+        if mask is None and cache is not None and not prefill:
+            mask = cache.mask(T)
+        elif mask is None:
+            mask = _causal_mask(token_ids, attention_mask, segment_ids)
         valid = None if cache is None or attention_mask is None else attention_mask != 0
         x = constrain(self._embed(token_ids), _STATES)
         rope = rotation(self.config, position_ids, rope_length, x.dtype)

@@ -157,7 +157,7 @@ def constrain(x: Array, axes: tuple[str | None, ...], *, replicate: bool = False
 
 def mesh_of(params: Mapping[str, Any]) -> contextlib.AbstractContextManager:
     """Set the mesh of a model's parameters, if any, within the context; not for traced parameters."""
-    mesh = _concrete_mesh(params)
+    mesh = concrete_mesh(params)
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
@@ -169,11 +169,12 @@ def traceable_mesh_of(params: Mapping[str, Any]) -> contextlib.AbstractContextMa
 
 def pin_to_mesh_of(params: Mapping[str, Any], x: Array) -> Array:
     """Replicate `x` over the mesh of closed-over parameters, whose devices a traced function would not see."""
-    mesh = _concrete_mesh(params)
+    mesh = concrete_mesh(params)
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 
 
-def _concrete_mesh(params: Mapping[str, Any]) -> Mesh | None:
+def concrete_mesh(params: Mapping[str, Any]) -> Mesh | None:
+    """Return the mesh of a model's parameters; None on a single device or under tracing."""
     leaf = _first_leaf(params)
     place = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     return place.mesh if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh) else None

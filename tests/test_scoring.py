@@ -9,16 +9,19 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
 from dsmoe_jax.config import ModelConfig, RopeScaling
 from dsmoe_jax.generate import Generator, scoring
+from dsmoe_jax.generate.prefix_cache import PrefixCache
 from dsmoe_jax.generate.programs import bucket
+from dsmoe_jax.generate.request import Stats
+from dsmoe_jax.generate.score_plan import Batch, Pair, Row
 from dsmoe_jax.generate.scoring import Perplexity, Score, perplexity, rolling_windows, score
 from dsmoe_jax.model import DeepSeekMoE, split
 from tests.helpers import golden, small
+from tests.helpers.few_shot import questions
 from tests.helpers.meshes import MESHES
 
 pytestmark = pytest.mark.heavy
@@ -27,7 +30,7 @@ SMALL = dataclasses.replace(small.SMALL, vocab_size=320)
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}  # fp32, different summation order
 DYNAMIC = dataclasses.replace(SMALL, max_position_embeddings=20, rope_scaling=RopeScaling("dynamic", 2.0))
 
-Pair = tuple[list[int], list[int]]
+Ids = tuple[list[int], list[int]]
 
 
 @functools.cache
@@ -35,7 +38,7 @@ def model_of(config: ModelConfig) -> DeepSeekMoE:
     return DeepSeekMoE.init(config, seed=2)
 
 
-def scored(model: DeepSeekMoE, pairs: list[Pair], *, context_length: int = 256, **options) -> list[Score]:
+def scored(model: DeepSeekMoE, pairs: list[Ids], *, context_length: int = 256, **options) -> list[Score]:
     return score(*split(model), model.config, pairs, context_length=context_length, **options)
 
 
@@ -49,7 +52,7 @@ def log_softmax(logits: Any) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
-def twin(model: DeepSeekMoE, pair: Pair) -> Score:
+def twin(model: DeepSeekMoE, pair: Ids) -> Score:
     """Score one pair alone, unpadded, from the logits of all its positions."""
     context, continuation = pair
     logprobs = log_softmax(model(np.asarray([[*context, *continuation][:-1]])).logits[0])[len(context) - 1 :]
@@ -66,7 +69,7 @@ def check_same(got: list[Score], expected: list[Score]) -> None:
         assert one.greedy == other.greedy
 
 
-def random_pair(rng: random.Random, length: int) -> Pair:
+def random_pair(rng: random.Random, length: int) -> Ids:
     """Return a pair of which the model reads `length` tokens."""
     tokens = [rng.randrange(SMALL.vocab_size) for _ in range(length + 1)]
     cut = rng.randint(1, length)
@@ -132,19 +135,6 @@ def test_max_tokens_does_not_change_scores():
     check_same(one_by_one, together)
 
 
-def test_batches_respect_max_tokens_and_cover_every_pair():
-    rng = random.Random(5)
-    lengths = [rng.randint(1, 300) for _ in range(500)]
-
-    batches = scoring._plan(lengths, SMALL, 300, 1024)
-
-    assert sorted(i for batch in batches for i in batch.pairs) == list(range(500))
-    assert all(batch.rows * batch.length <= 1024 for batch in batches)
-    assert all(batch.rows // 2 < len(batch.pairs) <= batch.rows for batch in batches)
-    assert all(max(lengths[i] for i in batch.pairs) <= batch.length <= 300 for batch in batches)
-    assert [batch.length for batch in batches] == sorted((batch.length for batch in batches), reverse=True)
-
-
 def test_greedy_flag_marks_greedy_continuations_only():
     model, prompt = model_of(SMALL), [5, 6, 7]
     output = Generator(model)([prompt], max_new_tokens=6, ignore_eos=True)[0].token_ids
@@ -169,19 +159,55 @@ def test_progress_counts_pairs():
     assert calls == [("scoring", 3), 1, 1, 1]
 
 
+def few_shot(*, vocab: int = SMALL.vocab_size) -> list[Ids]:
+    """Three questions each after two sets of examples, and one without any."""
+    sets = [questions(3, shots=4, vocab=vocab, seed=seed) for seed in range(2)]
+    return [*sets[0], *questions(1, shots=0, vocab=vocab, seed=9), *sets[1]]
+
+
+@pytest.mark.parametrize("options", [{}, {"max_tokens": 16}, {"prefill_chunk": 32}], ids=str)
+def test_sharing_tokens_does_not_change_scores(options):
+    model, pairs, stats = model_of(SMALL), few_shot(), Stats()
+    random.Random(0).shuffle(pairs)
+
+    shared = scored(model, pairs, stats=stats, **options)
+
+    check_same(shared, scored(model, pairs, share_prefixes=False))
+    assert stats.prompt_tokens + stats.reused_tokens == sum(len(a) + len(b) - 1 for a, b in pairs)
+    assert stats.prompt_tokens < stats.reused_tokens / 4
+
+
+def test_prefix_of_an_earlier_call_is_reused():
+    model, pairs, cache = model_of(SMALL), few_shot(), PrefixCache(10**8)
+    first, second = Stats(), Stats()
+
+    expected = scored(model, pairs[:12], stats=first, prefix_cache=cache)
+    got = scored(model, pairs[:12], stats=second, prefix_cache=cache)
+
+    check_same(got, expected)
+    assert len(cache) == 1
+    shared = len(cache._prefixes[0].token_ids)
+    assert first.prompt_tokens - second.prompt_tokens == shared - 1  # the last token is read for its logits
+
+
+def test_sharing_tokens_on_a_mesh_matches_one_device():
+    config = dataclasses.replace(SMALL, n_routed_experts=8)
+    one, many = (DeepSeekMoE.init(config, mesh=mesh) for mesh in (None, MESHES["expert=2,tensor=2,fsdp=2"]))
+    pairs = few_shot()[:12]
+
+    check_same(scored(many, pairs), scored(one, pairs, share_prefixes=False))
+
+
 def test_no_pairs_give_no_scores():
     assert scored(model_of(SMALL), []) == []
 
 
 def test_logits_are_computed_in_chunks():
     model = model_of(SMALL)
-    graph, params = split(model)
-    shape = jax.ShapeDtypeStruct
-    rows, places = shape((8, 128), np.int32), shape((8, 128), np.int32)
+    pairs = [Pair(np.arange(128, dtype=np.int32), 127)] * 8
+    batch = Batch(8, 128, [Row([i], 127, 127) for i in range(8)])
 
-    lowered = scoring._score_batch.lower(  # type: ignore[attr-defined]
-        graph, params, rows, shape((8,), np.int32), places, places, shape((), np.int32)
-    ).as_text()
+    lowered = scoring._score_batch.lower(*split(model), None, scoring._Inputs.of(batch, pairs, 0)).as_text()  # type: ignore[attr-defined]
 
     assert "tensor<128x320xf32>" in lowered  # of one chunk
     assert "1024x320x" not in lowered
@@ -205,17 +231,10 @@ def test_stretched_pairs_do_not_depend_on_their_batch():
     lengths = (19, 20, 21, 22, 22, 24, 3, 40)  # the scaling begins after 20; 21 to 24 share a bucket
     pairs = [random_pair(rng, length) for length in lengths]
 
-    got = scored(model, pairs)
+    got = scored(model, [*pairs, *few_shot()])
 
-    check_same(got, [twin(model, pair) for pair in pairs])
-
-
-def test_stretched_pairs_share_batches_by_length():
-    lengths = [18, 19, 20, 21, 22, 22, 24]
-
-    batches = scoring._plan(lengths, DYNAMIC, 256, 2048)
-
-    assert [[lengths[i] for i in batch.pairs] for batch in batches] == [[24], [22, 22], [21], [20, 19, 18]]
+    check_same(got[: len(pairs)], [twin(model, pair) for pair in pairs])
+    check_same(got[len(pairs) :], [twin(model, pair) for pair in few_shot()])
 
 
 def test_rolling_windows_match_examples():

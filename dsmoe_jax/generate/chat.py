@@ -7,7 +7,7 @@ from typing import Any
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.generate.engine import Engine
 from dsmoe_jax.generate.generator import Generator
-from dsmoe_jax.generate.request import Output, Prefix
+from dsmoe_jax.generate.request import Output
 from dsmoe_jax.generate.sampling_params import SamplingParams, merge_fields
 from dsmoe_jax.text.generation_config import GENERATION_CONFIG
 from dsmoe_jax.text.tokenizer import Tokenizer
@@ -49,7 +49,6 @@ class Chat:
         """Clear the history, except for the system message."""
         self.messages: list[dict[str, str]] = [*self._system]
         self.token_ids: list[int] = []
-        self._prefix: Prefix | None = None  # prompt and reply of the last turn
 
     def send(self, text: str) -> Iterator[str]:
         """Send a user message and stream the reply; both join the history once the iterator is exhausted or closed.
@@ -59,7 +58,7 @@ class Chat:
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         token_ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        engine, output = self.generator.start(token_ids, prefix=self._prefix, retain_prefix=True, **self.params)
+        engine, output = self.generator.start(token_ids, retain_prefix=True, **self.params)
         return self._reply(messages, engine, output)
 
     def _reply(self, messages: list[dict[str, str]], engine: Engine, output: Output) -> Iterator[str]:
@@ -74,7 +73,6 @@ class Chat:
         finally:
             self.messages = [*messages, {"role": "assistant", "content": reply}]
             self.token_ids = output.token_ids
-            self._prefix = output.prefix or self._prefix  # None if canceled before the first token
 
 
 def _chat_tokenizer(generator: Generator) -> Tokenizer:

@@ -9,6 +9,7 @@ Scheduling depends on requests and tokens alone, so all processes of a cluster m
 
 import collections
 import dataclasses
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -23,54 +24,30 @@ from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.generate import programs
 from dsmoe_jax.generate.detokenizer import Detokenizer
 from dsmoe_jax.generate.memory_plan import cache_bytes
+from dsmoe_jax.generate.prefill import Prefill, Prefiller
+from dsmoe_jax.generate.prefix_cache import MIN_SHARED, Prefix, PrefixCache
 from dsmoe_jax.generate.programs import Batch, SampledTokens, bucket, power_of_two
-from dsmoe_jax.generate.request import Output, Prefix, Request, TokenLogprob
+from dsmoe_jax.generate.request import Output, Request, Stats, TokenLogprob
 from dsmoe_jax.generate.sampling import PenaltyState, Sampler, penalty_arrays
 from dsmoe_jax.generate.sampling_params import SamplingParams
 from dsmoe_jax.kv_cache import KVCache
-from dsmoe_jax.sharding import mesh_of
+from dsmoe_jax.sharding import concrete_mesh, mesh_of
 from dsmoe_jax.text.tokenizer import Tokenizer
 
 _LOOKAHEAD: Final = 256  # output tokens to allocate at once; the cache grows as needed
+_SHARING_WINDOW: Final = 64  # waiting prompts that are searched for a shared beginning
 _TOP_LOGPROBS: Final = 20  # computed if any request has `logprobs`
 
 _log = logging.getLogger("dsmoe_jax")
 
 
 @dataclasses.dataclass
-class Stats:
-    """Counters of an engine.
-
-    Attributes:
-        steps: Decode steps.
-        row_steps: Rows of all steps, idle ones included.
-        active_row_steps: Active rows of all steps.
-        prompt_tokens: Prefilled tokens.
-        reused_tokens: Prompt tokens whose keys and values came from a `Prefix`.
-        cache_bytes: Largest size of the KV cache.
-    """
-
-    steps: int = 0
-    row_steps: int = 0
-    active_row_steps: int = 0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    cache_bytes: int = 0
-
-    @property
-    def idle_fraction(self) -> float:
-        """Idle rows over all rows."""
-        return 1 - self.active_row_steps / max(self.row_steps, 1)
-
-
-@dataclasses.dataclass
-class _Prefill:
-    """Prompts being prefilled: several short ones at once, or one long one in chunks."""
+class _Admission:
+    """Requests being prefilled."""
 
     requests: list[Request]
-    cache: KVCache | None = None
-    num_cached: int = 0  # tokens of the (only) prompt in the cache
-    max_length: int = 0
+    prefill: Prefill
+    retain: bool  # add the (only) prompt to the prefix cache
 
 
 class _Prefilled(NamedTuple):
@@ -98,6 +75,7 @@ class Engine:
         prefill_chunk: int = 512,
         cache_dtype: Any = jnp.float32,
         max_cache_bytes: int | None = None,
+        prefix_cache: PrefixCache | None = None,
     ):
         """Create an engine without requests.
 
@@ -111,18 +89,20 @@ class Engine:
             max_batch_size: Maximum rows of the batch.
             prefill_chunk: Tokens of a prompt per call of the model.
             cache_dtype: Dtype of keys and values.
-            max_cache_bytes: Bound on the KV cache; None: no bound.
+            max_cache_bytes: Bound on the KV cache of the batch; None: no bound.
+            prefix_cache: Prefixes to reuse, shared with other engines of the same model; None: none.
         """
         self._graph, self._params, self._config = graph, params, config
         self._context, self._tokenizer, self._eos = context_length, tokenizer, eos_token_ids
         self._max_rows, self._chunk = max_batch_size, prefill_chunk
         self._dtype, self._max_cache_bytes = cache_dtype, max_cache_bytes
-        self._mesh = getattr(jax.tree.leaves(dict(params))[0].sharding, "mesh", None)
+        self._prefix_cache = PrefixCache(0) if prefix_cache is None else prefix_cache
+        self._mesh = concrete_mesh(params)
         # Dynamic NTK beyond the trained length: the angles depend on the batch, which must be admitted as one.
         self._static = False
         self._waiting: collections.deque[Request] = collections.deque()
         self._outputs: dict[Request, list[Output]] = {}
-        self._prefill: _Prefill | None = None
+        self._admission: _Admission | None = None
         self._prefilled: collections.deque[_Prefilled] = collections.deque()
         self._rows: list[Output | None] = []  # None: idle
         self._batch: Batch | None = None
@@ -131,11 +111,14 @@ class Engine:
         self._sampler_stale = True
         self._in_flight: collections.deque[tuple[SampledTokens, list[tuple[int, int, Output]]]] = collections.deque()
         self.stats = Stats()
+        self._prefiller = Prefiller(
+            graph, params, dtype=cache_dtype, chunk=prefill_chunk, prefix_cache=self._prefix_cache, stats=self.stats
+        )
 
     @property
     def busy(self) -> bool:
         """Whether any output is unfinished."""
-        return bool(self._waiting or self._prefill or self._prefilled or self._in_flight or any(self._rows))
+        return bool(self._waiting or self._admission or self._prefilled or self._in_flight or any(self._rows))
 
     def submit(
         self,
@@ -154,8 +137,8 @@ class Engine:
             params: Its sampling parameters.
             seed: Used if `params.seed` is None.
             detokenize: Decode incrementally, for `Output.new_text`.
-            prefix: Keys and values of an earlier output to reuse.
-            retain_prefix: Keep those of the first output as its `prefix`.
+            prefix: Keys and values of an earlier output to reuse instead of those in the prefix cache.
+            retain_prefix: Keep those of the first output as its `prefix` and in the prefix cache.
 
         Returns:
             `params.n` outputs, which `step` extends.
@@ -206,61 +189,69 @@ class Engine:
 
     def _prefill_chunk(self) -> None:
         """Prefill one chunk of the waiting prompts, if they fit."""
-        if self._prefill is None and not self._prefilled and self._waiting:
-            self._prefill = self._next_prefill()
-        if (prefill := self._prefill) is None:
+        if self._admission is None and not self._prefilled and self._waiting:
+            self._admission = self._admit()
+        if self._admission is None:
             return
-        chunk = max(len(request.token_ids) for request in prefill.requests) if self._static else self._chunk
-        pieces = [r.token_ids[prefill.num_cached :][:chunk] for r in prefill.requests]
-        counts = np.array([len(ids) for ids in pieces], np.int32)
-        padded = np.zeros((power_of_two(len(pieces)), bucket(int(counts.max()))), np.int32)
-        for row, ids in zip(padded, pieces, strict=False):
-            row[: len(ids)] = ids
-        counts = np.pad(counts, (0, len(padded) - len(counts)))
-        if prefill.cache is None:
-            max_length = max(prefill.max_length, padded.shape[1])
-            logits, cache = programs.prefill(self._graph, max_length, self._dtype, self._params, padded, counts)
-        else:
-            logits, cache = programs.extend(self._graph, self._params, prefill.cache, padded, counts)
-        self.stats.prompt_tokens += int(counts.sum())
-        prefill.cache, prefill.num_cached = cache, prefill.num_cached + int(counts[0])
-        if len(prefill.requests) > 1 or prefill.num_cached == len(prefill.requests[0].token_ids):
-            self._prefill = None
-            for row, request in enumerate(prefill.requests):
-                outputs = [one for one in self._outputs.pop(request) if not one.finished]
-                self._prefilled.extend(_Prefilled(output, cache, logits, row) for output in outputs)
+        requests, prefill = self._admission.requests, self._admission.prefill
+        self._prefiller.step(prefill)
+        if not prefill.done:
+            return
+        assert prefill.cache is not None
+        assert prefill.logits is not None
+        if self._admission.retain:
+            self._prefix_cache.add(Prefix(requests[0].token_ids, prefill.cache))
+        self._admission = None
+        for row, request in enumerate(requests):
+            outputs = [one for one in self._outputs.pop(request) if not one.finished]
+            self._prefilled.extend(_Prefilled(output, prefill.cache, prefill.logits, row) for output in outputs)
 
-    def _next_prefill(self) -> _Prefill | None:
-        """Take as many waiting requests as fit into one call; None if the first does not fit the batch."""
+    def _admit(self) -> _Admission | None:
+        """Take as many waiting requests as fit into one call; None if the first does not fit the batch.
+
+        A long prompt is taken alone, and so is one whose beginning other waiting prompts share: they reuse it.
+        """
         if not self._has_room(self._waiting[0]) or (self._static and any(self._rows)):
             return None
         first = self._waiting.popleft()
-        prefill = _Prefill([first])
-        if not self._static and (first.prefix is not None or len(first.token_ids) > self._chunk):
-            self._start_chunked(prefill)
-            return prefill
-        rows, longest = first.params.n, len(first.token_ids)
-        while self._waiting:
+        prefix = self._find_prefix(first)
+        known = 0 if prefix is None else prefix.match(first.token_ids)
+        requests, rows, longest, new = [first], first.params.n, len(first.token_ids), len(first.token_ids) - known
+        retain = self._is_shared(first, known)
+        while self._waiting and not retain:
             other = self._waiting[0]
+            known = 0 if prefix is None else prefix.match(other.token_ids)
             rows, longest = rows + other.params.n, max(longest, len(other.token_ids))
-            tokens = power_of_two(len(prefill.requests) + 1) * bucket(longest)
+            new = max(new, len(other.token_ids) - known)
+            tokens = power_of_two(len(requests) + 1) * bucket(new)
             fits = rows <= self._max_rows - sum(row is not None for row in self._rows)
-            if not fits or not (self._static or (tokens <= self._chunk and other.prefix is None)):
+            if not fits or not (self._static or (tokens <= self._chunk and self._find_prefix(other) is prefix)):
                 break
-            prefill.requests.append(self._waiting.popleft())
-        return prefill
+            if prefix is not None and not self._fits_prefill(len(requests) + 1, longest):
+                break
+            requests.append(self._waiting.popleft())
+        prefill = self._prefiller.start([one.token_ids for one in requests], prefix, whole=self._static)
+        return _Admission(requests, prefill, retain)
 
-    def _start_chunked(self, prefill: _Prefill) -> None:
-        """Allocate the cache of the prompt and copy its cached prefix."""
-        (request,) = prefill.requests
-        known = 0 if request.prefix is None else request.prefix.match(request.token_ids)
-        last = (len(request.token_ids) - known - 1) % self._chunk + 1  # tokens of the last chunk
-        prefill.max_length = bucket(len(request.token_ids) - last + bucket(last))
-        if known and request.prefix is not None:
-            length = np.int32(known)
-            prefill.cache = programs.copy_row(prefill.max_length, request.prefix.cache, np.int32(0), length)
-            prefill.num_cached = known
-            self.stats.reused_tokens += known
+    def _find_prefix(self, request: Request) -> Prefix | None:
+        """Return cached keys and values of the beginning of a prompt; dynamic NTK rotates keys for one batch only."""
+        if self._static:
+            return None
+        prefix = request.prefix or self._prefiller.find_prefix(request.token_ids)
+        return prefix if prefix is not None and prefix.match(request.token_ids) else None
+
+    def _is_shared(self, request: Request, known: int) -> bool:
+        """Return whether a waiting prompt shares enough tokens beyond the cached ones."""
+        if self._static or not self._prefix_cache.max_bytes:
+            return False
+        shared = request.token_ids[: known + MIN_SHARED]
+        waiting = itertools.islice(self._waiting, _SHARING_WINDOW)
+        return len(shared) == known + MIN_SHARED and any(one.token_ids[: len(shared)] == shared for one in waiting)
+
+    def _fits_prefill(self, rows: int, longest: int) -> bool:
+        """Return whether prompts with a prefix need no more cache during prefill than one of the longest context."""
+        size = self._cache_bytes(power_of_two(rows), bucket(longest))
+        return self._max_cache_bytes is None or size <= self._cache_bytes(1, bucket(self._context))
 
     def _fill_rows(self) -> None:
         """Insert prefilled prompts into idle rows and sample the first token of each."""
@@ -337,8 +328,9 @@ class Engine:
         row = self._rows.index(output)
         # Keys rotated by dynamic NTK are valid for their batch only.
         if output.request.retain_prefix and output.index == 0 and output.prefix is None and not self._static:
-            max_length = self._batch.cache.slots
-            cache = programs.copy_row(max_length, self._batch.cache, np.int32(row), np.int32(output.num_cached))
+            max_length = min(bucket(output.num_cached), self._batch.cache.slots)
+            place = np.array([row], np.int32), np.array([output.num_cached], np.int32)
+            cache = programs.copy_rows(max_length, self._batch.cache, *place)
             output.prefix = Prefix((), cache)  # `_finish` adds the tokens
         if not self._static:
             self._rows[row] = None
@@ -388,6 +380,7 @@ class Engine:
         self._release(output)
         if output.prefix is not None:
             output.prefix = output.prefix._replace(token_ids=(*output.request.token_ids, *output.token_ids))
+            self._prefix_cache.add(output.prefix)
 
     def _cache_bytes(self, rows: int, max_length: int) -> int:
         return cache_bytes(self._config, rows, max_length, dtype=self._dtype, mesh=self._mesh)

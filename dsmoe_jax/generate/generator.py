@@ -12,16 +12,17 @@ from jax.sharding import Mesh
 
 from dsmoe_jax.errors import DSMoEError, check_choice, suggest
 from dsmoe_jax.generate import loading
-from dsmoe_jax.generate.engine import Engine, Stats
+from dsmoe_jax.generate.engine import Engine
 from dsmoe_jax.generate.memory_plan import device_bytes
+from dsmoe_jax.generate.prefix_cache import Prefix, PrefixCache
 from dsmoe_jax.generate.prompts import Prompt, encode_pair, encode_prompt, is_one_prompt
-from dsmoe_jax.generate.request import Completion, Output, Prefix
+from dsmoe_jax.generate.request import Completion, Output, Stats
 from dsmoe_jax.generate.sampling_params import SamplingParams, read_sampling_defaults
 from dsmoe_jax.generate.scoring import Perplexity, Score, iter_scores, perplexity, score
 from dsmoe_jax.loading import resolve
 from dsmoe_jax.model import DeepSeekMoE, split
 from dsmoe_jax.progress import Meter, plural, silent
-from dsmoe_jax.sharding import MeshConfig
+from dsmoe_jax.sharding import MeshConfig, concrete_mesh
 from dsmoe_jax.text import generation_config as stops
 from dsmoe_jax.text.tokenizer import Tokenizer
 
@@ -52,6 +53,7 @@ class Generator:
         prefill_chunk: int | None = None,
         cache_dtype: Any = None,
         cache_bytes: int | None = None,
+        prefix_cache_bytes: int | None = None,
         sampling_defaults: Mapping[str, Any] = MappingProxyType({}),
     ):
         """Create a generator.
@@ -68,6 +70,8 @@ class Generator:
             cache_dtype: Dtype of keys and values: float32, bfloat16, float16 or int8. Default: that of the model.
             cache_bytes: Bound on the KV cache; requests that exceed it are rejected. Default: on GPUs 45 % of the
                 memory that is free after loading, on CPU none.
+            prefix_cache_bytes: Bound on keys and values retained for prompts with the same beginning; 0: none. Default:
+                1 GB on CPU, 5 % of the free memory of a GPU, at least one sequence of `context_length`.
             sampling_defaults: Fields of `SamplingParams` for `Chat`; calls and streams do not use them.
 
         Raises:
@@ -91,6 +95,10 @@ class Generator:
         free = device_bytes()
         default_bytes = None if free is None else int(free * _CACHE_FRACTION)
         self.cache_bytes = _at_least(1, "cache_bytes", cache_bytes, default_bytes)
+        sequence = self.context_length, self.cache_dtype, concrete_mesh(self._params)
+        default_bytes = loading.default_prefix_cache_bytes(free, self.config, *sequence)
+        self.prefix_cache_bytes = _at_least(0, "prefix_cache_bytes", prefix_cache_bytes, default_bytes)
+        self._prefix_cache = PrefixCache(self.prefix_cache_bytes)
         if eos_token_id is None:
             fields = stops.with_default_eos({}, self.config)
             eos_token_id = loading.valid_eos_token_ids(fields, tokenizer, self.config.vocab_size)
@@ -246,6 +254,7 @@ class Generator:
             prefill_chunk=self.prefill_chunk,
             cache_dtype=self.cache_dtype,
             max_cache_bytes=self.cache_bytes,
+            prefix_cache=self._prefix_cache,
         )
         self.stats = engine.stats
         return engine
@@ -320,8 +329,9 @@ class Generator:
         Args:
             prompts: A list of prompts as in a call.
             continuations: Text or token ids, one per prompt.
-            **options: `context_length` (default: that of the generator), `max_tokens` per batch with padding (2048) and
-                `progress`, a progress meter in pairs.
+            **options: `context_length` (default: that of the generator), `max_tokens` per batch with padding (2048),
+                `share_prefixes` (True: tokens that pairs share are read once; changes only rounding) and `progress`, a
+                progress meter in pairs.
 
         Returns:
             Scores in the order of the prompts.
@@ -337,8 +347,7 @@ class Generator:
             raise DSMoEError(f"prompts and continuations must have one length, got {counts}")
         shared = self.tokenizer, self.config.vocab_size, self.prefix_token_id
         pairs = [encode_pair(*pair, *shared) for pair in zip(prompts, continuations, strict=True)]
-        options = {"context_length": self.context_length} | options
-        return score(self._graph, self._params, self.config, pairs, **options)
+        return score(self._graph, self._params, self.config, pairs, **self._scoring_options() | options)
 
     def iter_scores(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], **options: Any
@@ -347,13 +356,15 @@ class Generator:
 
         Args:
             pairs: Token ids of non-empty contexts and continuations.
-            **options: `context_length` and `max_tokens` of `score`.
+            **options: Those of `score`, except for `progress`.
+
+        Yields:
+            Index of the pair and its score.
 
         Raises:
             DSMoEError: At once, as `score`.
         """
-        options = {"context_length": self.context_length} | options
-        return iter_scores(self._graph, self._params, self.config, pairs, **options)
+        return iter_scores(self._graph, self._params, self.config, pairs, **self._scoring_options() | options)
 
     def perplexity(self, text: str | Sequence[int], **options: Any) -> Perplexity:
         """Return the perplexity of text or token ids over rolling windows, as lm-evaluation-harness does.
@@ -373,13 +384,18 @@ class Generator:
             raise DSMoEError(f"text must be a string or token ids, got {text!r:.80}")
         prefix = self.prefix_token_id
         has_prefix = not isinstance(text, str) and len(text) > 0 and text[0] == prefix
-        options = {"context_length": self.context_length, "prefix": None if has_prefix else prefix} | options
+        options = self._scoring_options() | {"prefix": None if has_prefix else prefix} | options
         if isinstance(text, str):
             if self.tokenizer is None:
                 raise DSMoEError("text needs a tokenizer, and this generator has none: pass token ids")
             options = {"text_bytes": len(text.encode())} | options
             text = self.tokenizer.encode(text, add_special_tokens=False)
         return perplexity(self._graph, self._params, self.config, text, **options)
+
+    def _scoring_options(self) -> dict[str, Any]:
+        self.stats = Stats()
+        names = ("context_length", "prefill_chunk", "stats")
+        return {name: getattr(self, name) for name in names} | {"prefix_cache": self._prefix_cache}
 
     @property
     def prefix_token_id(self) -> int | None:

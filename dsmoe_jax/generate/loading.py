@@ -12,7 +12,7 @@ import numpy as np
 from dsmoe_jax.checkpoint.native import DTYPES, as_dtype
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.generate.memory_plan import MemoryPlan, device_bytes, weight_dtypes
+from dsmoe_jax.generate.memory_plan import MemoryPlan, cache_bytes, device_bytes, weight_dtypes
 from dsmoe_jax.loading import load as load_model
 from dsmoe_jax.model import DeepSeekMoE
 from dsmoe_jax.text import generation_config as stops
@@ -74,6 +74,11 @@ def upcast_for_cpu(params: dict[str, Any]) -> dict[str, Any]:
 def default_prefill_chunk() -> int:
     """Return the default number of tokens per prefill call."""
     return 512 if jax.default_backend() == "cpu" else 2048
+
+
+def default_prefix_cache_bytes(free: int | None, config: ModelConfig, length: int, dtype: Any, mesh: Any) -> int:
+    """Return the default bound on retained prefixes: a part of the free memory, at least one sequence of `length`."""
+    return max(10**9 if free is None else free // 20, cache_bytes(config, 1, length, dtype=dtype, mesh=mesh))
 
 
 def as_cache_dtype(value: Any) -> np.dtype:

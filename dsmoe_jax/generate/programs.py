@@ -138,9 +138,9 @@ def empty(config: ModelConfig, rows: int, max_length: int, dtype: Any) -> KVCach
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def copy_row(max_length: int, cache: KVCache, row: Int[Array, ""], length: Int[Array, ""]) -> KVCache:
-    """Copy the first `length` tokens of a row into a new cache of `max_length` tokens."""
-    return cache.rows(row[None], max_length)._replace(lengths=length[None]).placed()
+def copy_rows(max_length: int, cache: KVCache, rows: Int[Array, "N"], lengths: Int[Array, "N"]) -> KVCache:
+    """Copy the first `lengths` tokens of rows into a new cache of `max_length` tokens."""
+    return cache.rows(rows, max_length)._replace(lengths=lengths).placed()
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,12 +1,11 @@
 """Generation requests, their outputs in progress, and results: `Request`, `Output`, `Completion`."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from dsmoe_jax.generate.detokenizer import Detokenizer
+from dsmoe_jax.generate.prefix_cache import Prefix
 from dsmoe_jax.generate.sampling_params import SamplingParams
-from dsmoe_jax.kv_cache import KVCache
 
 
 class TokenLogprob(NamedTuple):
@@ -41,16 +40,30 @@ class Completion(NamedTuple):
     error: str | None = None
 
 
-class Prefix(NamedTuple):
-    """Tokens of prompt and output with a one-row cache of all but the last, reused by prompts that start with them."""
+@dataclasses.dataclass
+class Stats:
+    """Counters of an engine.
 
-    token_ids: tuple[int, ...]
-    cache: KVCache
+    Attributes:
+        steps: Decode steps.
+        row_steps: Rows of all steps, idle ones included.
+        active_row_steps: Active rows of all steps.
+        prompt_tokens: Prefilled tokens.
+        reused_tokens: Prompt tokens that were not prefilled, as their keys and values were cached.
+        cache_bytes: Largest size of the KV cache.
+    """
 
-    def match(self, token_ids: Sequence[int]) -> int:
-        """Return how many tokens of a prompt are cached; the last is excluded, as its logits are needed."""
-        limit = min(len(self.token_ids), len(token_ids)) - 1
-        return next((i for i in range(limit) if self.token_ids[i] != token_ids[i]), limit)
+    steps: int = 0
+    row_steps: int = 0
+    active_row_steps: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    cache_bytes: int = 0
+
+    @property
+    def idle_fraction(self) -> float:
+        """Idle rows over all rows."""
+        return 1 - self.active_row_steps / max(self.row_steps, 1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -12,7 +12,12 @@ import numpy as np
 from dsmoe_jax.axes import Array, Bool, Float, Int
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.generate.programs import bucket, power_of_two
+from dsmoe_jax.generate.prefill import Prefiller
+from dsmoe_jax.generate.prefix_cache import PrefixCache
+from dsmoe_jax.generate.programs import power_of_two
+from dsmoe_jax.generate.request import Stats
+from dsmoe_jax.generate.score_plan import Batch, Group, Pair, plan
+from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.model import merge
 from dsmoe_jax.progress import Meter, silent
 from dsmoe_jax.sharding import mesh_of
@@ -79,32 +84,50 @@ def iter_scores(
     *,
     context_length: int,
     max_tokens: int = 2048,
+    share_prefixes: bool = True,
+    prefill_chunk: int = 512,
+    prefix_cache: PrefixCache | None = None,
+    stats: Stats | None = None,
 ) -> Iterator[tuple[int, Score]]:
     """Check the pairs at once, then yield index and log-likelihood of each (context, continuation) as it is computed.
 
     The last token of a continuation is predicted but not read: a pair fits if all but one token fit into the context.
-    Results do not depend on the other pairs, except for rounding: under dynamic NTK, pairs beyond
-    `max_position_embeddings` share a batch only with pairs of the same length.
+    Results do not depend on the other pairs, except for rounding: tokens that pairs share are read once (`score_plan`),
+    and under dynamic NTK, pairs beyond `max_position_embeddings` share a batch only with pairs of the same length.
+
+    Args:
+        graph: Graph of the model.
+        params: Parameters of the model.
+        config: Config of the model.
+        pairs: Token ids of contexts and continuations.
+        context_length: Bound on the tokens read of a pair.
+        max_tokens: Tokens of a batch with padding; more use more memory.
+        share_prefixes: Whether to read the tokens that pairs share only once.
+        prefill_chunk: Tokens per call of the model when reading a shared prefix.
+        prefix_cache: Prefixes of earlier calls to reuse.
+        stats: Counters of tokens.
+
+    Yields:
+        Index of the pair and its score.
+
+    Raises:
+        DSMoEError: An option is out of range, or a pair is empty, too long, or has ids outside the vocabulary.
     """
     for name, value in (("context_length", context_length), ("max_tokens", max_tokens)):
         if value < 1:
             raise DSMoEError(f"{name} must be at least 1, got {value}")
     checked = [_checked(i, pair, config.vocab_size, context_length) for i, pair in enumerate(pairs)]
-    batches = _plan([pair.length for pair in checked], config, context_length, max_tokens)
-    return _iter_batches(graph, params, checked, batches)
-
-
-def _iter_batches(
-    graph: Any, params: dict[str, Array], pairs: Sequence["_Pair"], batches: Sequence["_Batch"]
-) -> Iterator[tuple[int, Score]]:
-    results = (_run(graph, params, batch, [pairs[i] for i in batch.pairs]) for batch in batches)
-    for batch, (logprobs, greedy) in zip(batches, _prefetch(results), strict=True):
-        ends = np.cumsum([pairs[i].predicted for i in batch.pairs])
-        logprobs, greedy = np.asarray(logprobs).ravel(), np.asarray(greedy).ravel()
-        for i, end in zip(batch.pairs, ends.tolist(), strict=True):
-            span = slice(end - pairs[i].predicted, end)
-            tokens = logprobs[span].tolist()
-            yield i, Score(math.fsum(tokens), bool(greedy[span].all()), tokens)
+    options = {"context_length": context_length, "max_tokens": max_tokens, "share": share_prefixes}
+    stats = Stats() if stats is None else stats
+    prefiller = Prefiller(
+        graph,
+        params,
+        dtype=params["norm.weight"].dtype,
+        chunk=prefill_chunk,
+        prefix_cache=PrefixCache(0) if prefix_cache is None else prefix_cache,
+        stats=stats,
+    )
+    return _iter_groups(_Scorer(graph, params, prefiller, stats), checked, plan(checked, config, **options))
 
 
 def perplexity(
@@ -160,23 +183,7 @@ def rolling_windows(
     return pairs
 
 
-class _Pair(NamedTuple):
-    tokens: np.ndarray  # context and continuation
-    predicted: int  # tokens of the continuation
-
-    @property
-    def length(self) -> int:
-        """Tokens read by the model: all but the last."""
-        return len(self.tokens) - 1
-
-
-class _Batch(NamedTuple):
-    rows: int  # a power of two; those beyond the pairs are idle
-    length: int  # of each row, padding included
-    pairs: list[int]  # indices
-
-
-def _checked(index: int, pair: tuple[Tokens, Tokens], vocab_size: int, context_length: int) -> _Pair:
+def _checked(index: int, pair: tuple[Tokens, Tokens], vocab_size: int, context_length: int) -> Pair:
     if len(pair) != 2:
         raise DSMoEError(f"pair {index} must be (context, continuation), got {len(pair)} entries")
     try:
@@ -194,79 +201,123 @@ def _checked(index: int, pair: tuple[Tokens, Tokens], vocab_size: int, context_l
     if len(context) + len(continuation) - 1 > context_length:
         lengths = f"{len(context)} tokens of context and {len(continuation)} of continuation (the last is not read)"
         raise DSMoEError(f"pair {index}: {lengths} exceed the context_length of {context_length}")
-    return _Pair(np.concatenate([context, continuation]).astype(np.int32), len(continuation))
+    return Pair(np.concatenate([context, continuation]).astype(np.int32), len(continuation))
 
 
-def _plan(lengths: Sequence[int], config: ModelConfig, context_length: int, max_tokens: int) -> list[_Batch]:
-    """Batch pairs of the same padded length, the longest first, so that running out of memory fails early."""
-    groups: dict[tuple[int, int | None], list[int]] = {}
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        padded = min(bucket(lengths[i]), context_length)
-        groups.setdefault((padded, _ntk_length(lengths[i], config)), []).append(i)
-    batches = []
-    for (padded, _), pairs in groups.items():
-        rows = power_of_two(max_tokens // padded // 2 + 1)  # the largest power of two within the budget, at least 1
-        for start in range(0, len(pairs), rows):
-            batch = pairs[start : start + rows]
-            batches.append(_Batch(power_of_two(len(batch)), padded, batch))
-    return batches
+class _Scorer(NamedTuple):
+    graph: Any
+    params: dict[str, Array]
+    prefiller: Prefiller
+    stats: Stats
 
 
-def _ntk_length(length: int, config: ModelConfig) -> int | None:
-    """Return the length that determines the RoPE angles of a pair under dynamic NTK, else None (`layers.rope`)."""
-    scaling = config.rope_scaling
-    dynamic = scaling is not None and scaling.type == "dynamic"
-    return length if dynamic and length > config.max_position_embeddings else None
+def _iter_groups(scorer: _Scorer, pairs: Sequence[Pair], groups: Sequence[Group]) -> Iterator[tuple[int, Score]]:
+    for indices, (logprobs, greedy) in _prefetch(_run_groups(scorer, pairs, groups)):
+        ends = np.cumsum([pairs[i].predicted for i in indices])
+        logprobs, greedy = np.asarray(logprobs).ravel(), np.asarray(greedy).ravel()
+        for i, end in zip(indices, ends.tolist(), strict=True):
+            span = slice(end - pairs[i].predicted, end)
+            tokens = logprobs[span].tolist()
+            yield i, Score(math.fsum(tokens), bool(greedy[span].all()), tokens)
 
 
-def _run(
-    graph: Any, params: dict[str, Array], batch: _Batch, pairs: Sequence[_Pair]
-) -> tuple[Float[Array, "chunks size"], Bool[Array, "chunks size"]]:
-    """Return log-probabilities and greedy flags of all continuations, concatenated and padded."""
-    ids = np.zeros((batch.rows, batch.length), np.int32)
-    counts = np.zeros(batch.rows, np.int32)
-    size = min(_CHUNK, ids.size)
-    positions, targets = np.zeros((2, -(-ids.size // size) * size), np.int32)
-    end = 0
-    for row, pair in enumerate(pairs):
-        ids[row, : pair.length] = pair.tokens[:-1]
-        counts[row] = pair.length
-        start, end = end, end + pair.predicted
-        positions[start:end] = row * batch.length + np.arange(pair.length - pair.predicted, pair.length)
-        targets[start:end] = pair.tokens[-pair.predicted :]
-    shape, used = (-1, size), np.int32(-(-end // size))
-    with mesh_of(params):
-        return _score_batch(graph, params, ids, counts, positions.reshape(shape), targets.reshape(shape), used)
+def _run_groups(scorer: _Scorer, pairs: Sequence[Pair], groups: Sequence[Group]) -> Iterator[tuple[list[int], Any]]:
+    """Yield the pairs of each batch with log-probabilities and greedy flags of their continuations, concatenated."""
+    for group in groups:
+        prefix = None
+        for batch in group.batches:
+            inputs = _Inputs.of(batch, pairs, group.prefix)
+            indices = [i for row in batch.rows for i in row.pairs]
+            with mesh_of(scorer.params):
+                if group.prefix and prefix is None:
+                    prefix = scorer.prefiller.read(pairs[indices[0]].tokens[: group.prefix].tolist()).cache
+                results = _score_batch(scorer.graph, scorer.params, prefix, inputs)
+            read = int(inputs.counts.sum())
+            scorer.stats.prompt_tokens += read
+            scorer.stats.reused_tokens += sum(pairs[i].length for i in indices) - read
+            yield indices, results
+        if prefix is not None:  # read once, not reused by the pair that it comes from
+            scorer.stats.reused_tokens -= group.prefix
+
+
+class _Inputs(NamedTuple):
+    """Operands of `_score_batch`: rows of T tokens after a prefix."""
+
+    token_ids: Int[Array, "B T"]
+    position_ids: Int[Array, "B T"]
+    branches: Int[Array, "B T"]  # 0: trunk
+    counts: Int[Array, "B"]
+    prefix: Int[Array, ""]  # tokens of the prefix
+    longest: Int[Array, ""]  # tokens of the longest pair
+    positions: Int[Array, "chunks size"]  # of each prediction: row · T + column
+    targets: Int[Array, "chunks size"]
+    used: Int[Array, ""]  # chunks that are not padding
+
+    @classmethod
+    def of(cls, batch: Batch, pairs: Sequence[Pair], prefix: int) -> "_Inputs":
+        """Lay out the rows of a batch: the trunk after the prefix, then the branches."""
+        token_ids, position_ids, branches = np.zeros((3, batch.size, batch.length), np.int32)
+        counts = np.zeros(batch.size, np.int32)
+        positions, targets = [], []
+        for r, row in enumerate(batch.rows):
+            end = row.trunk - prefix
+            token_ids[r, :end] = pairs[row.pairs[0]].tokens[prefix : row.trunk]
+            position_ids[r, :end] = np.arange(prefix, row.trunk)
+            for branch, i in enumerate(row.pairs, start=1):
+                pair = pairs[i]
+                start, end = end, end + pair.length - row.trunk
+                token_ids[r, start:end] = pair.read[row.trunk :]
+                position_ids[r, start:end] = np.arange(row.trunk, pair.length)
+                branches[r, start:end] = branch
+                at = np.arange(pair.context - 1, pair.length)
+                columns = np.where(at < row.trunk, at - prefix, start + at - row.trunk)
+                positions.append(r * batch.length + columns)
+                targets.append(pair.tokens[pair.context :])
+            counts[r] = end
+        total = sum(map(len, targets))
+        size = min(_CHUNK, token_ids.size)
+        chunks = max(-(-token_ids.size // size), power_of_two(-(-total // size)))
+        padded = np.zeros((2, chunks * size), np.int32)
+        padded[:, :total] = np.concatenate(positions), np.concatenate(targets)
+        longest = max(pairs[i].length for row in batch.rows for i in row.pairs)
+        scalars = np.int32(prefix), np.int32(longest)
+        laid_out = token_ids, position_ids, branches, counts, *scalars
+        return cls(*laid_out, *padded.reshape(2, chunks, size), np.int32(-(-total // size)))  # type: ignore[arg-type]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _score_batch(
-    graph: Any,
-    params: dict[str, Array],
-    token_ids: Int[Array, "B T"],
-    counts: Int[Array, "B"],
-    positions: Int[Array, "chunks size"],
-    targets: Int[Array, "chunks size"],
-    used: Int[Array, ""],
+    graph: Any, params: dict[str, Array], prefix: KVCache | None, inputs: _Inputs
 ) -> tuple[Float[Array, "chunks size"], Bool[Array, "chunks size"]]:
-    """Return log-probability and greedy flag of each target at its position (row · T + column)."""
+    """Return log-probability and greedy flag of each target; a prefix is a cache of one row."""
     model = merge(graph, params)
-    B, T = token_ids.shape
-    valid = jnp.arange(T)[None, :] < counts[:, None]
-    # Dynamic NTK depends on the longest row, not on the bucket.
-    states = model.hidden(token_ids, valid, rope_length=counts.max()).last_hidden_state.reshape(B * T, -1)
+    B, T = inputs.token_ids.shape
+    columns = jnp.arange(T)
+    valid = columns[None, :] < inputs.counts[:, None]
+    keys, queries = inputs.branches[:, None, :], inputs.branches[:, :, None]
+    mask = (columns[None, :] <= columns[:, None])[None] & ((keys == 0) | (keys == queries)) & valid[:, None, :]
+    cache = None
+    if prefix is not None:
+        cache = prefix.rows(jnp.zeros(B, jnp.int32), prefix.slots + T)
+        cache = cache._replace(lengths=jnp.full(B, inputs.prefix, jnp.int32)).placed()
+        cached = jnp.broadcast_to(jnp.arange(cache.slots) < inputs.prefix, (B, T, cache.slots))
+        mask = jax.lax.dynamic_update_slice(cached, mask, (0, 0, inputs.prefix))
+    # Dynamic NTK depends on the longest pair, not on the bucket.
+    options = {"cache": cache, "mask": mask, "rope_length": inputs.longest}
+    states = model.hidden(inputs.token_ids, valid, inputs.position_ids, **options).last_hidden_state.reshape(B * T, -1)
 
     def chunk(i: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
-        logits = model.logits(states[positions[i]])
+        targets = inputs.targets[i]
+        logits = model.logits(states[inputs.positions[i]])
         vocabulary = jnp.arange(logits.shape[-1])[None, :]
-        target = jnp.where(targets[i][:, None] == vocabulary, logits, 0).sum(axis=-1)
+        target = jnp.where(targets[:, None] == vocabulary, logits, 0).sum(axis=-1)
         logprobs, greedy = results
         logprobs = logprobs.at[i].set(target - jax.nn.logsumexp(logits, axis=-1))
-        return logprobs, greedy.at[i].set(logits.argmax(axis=-1) == targets[i])
+        return logprobs, greedy.at[i].set(logits.argmax(axis=-1) == targets)
 
     # `used` is a value, not a shape, so that the number of predicted tokens does not recompile.
-    empty = jnp.zeros(positions.shape, jnp.float32), jnp.zeros(positions.shape, bool)
-    return jax.lax.fori_loop(0, used, chunk, empty)
+    empty = jnp.zeros(inputs.positions.shape, jnp.float32), jnp.zeros(inputs.positions.shape, bool)
+    return jax.lax.fori_loop(0, inputs.used, chunk, empty)
 
 
 def _prefetch(results: Iterator[Any]) -> Iterator[Any]:
