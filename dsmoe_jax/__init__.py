@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsmoe_jax import convert, generate, train
+    from dsmoe_jax import convert, evaluate, generate, train
     from dsmoe_jax.checkpoint.native import save
     from dsmoe_jax.config import ModelConfig
     from dsmoe_jax.generate import Chat, Completion, Generator, SamplingParams
@@ -31,7 +31,7 @@ _MODULES = {
     "Completion": "generate",
     "SamplingParams": "generate",
 }
-_SUBPACKAGES = ("convert", "generate", "train")
+_SUBPACKAGES = ("convert", "evaluate", "generate", "train")
 
 __all__ = [
     "Chat",
@@ -43,6 +43,7 @@ __all__ = [
     "SamplingParams",
     "Tokenizer",
     "convert",
+    "evaluate",
     "generate",
     "load",
     "make_mesh",

@@ -1,11 +1,16 @@
-"""Progress bars of long operations (`bar`; the default is `silent`), temporary log levels and counts in messages."""
+"""Progress of long operations: `bar`, `count` and `logged`; the default is `silent`. Log levels, counts, durations."""
 
 import contextlib
 import logging
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Final, Protocol
+
+_LOG_SECONDS: Final = 60.0
+_log = logging.getLogger("dsmoe_jax")
 
 Advance = Callable[[int], object]  # receives the units done since the last call
 
@@ -33,6 +38,23 @@ def count(what: str, total: int) -> AbstractContextManager[Advance]:
 
 
 @contextlib.contextmanager
+def logged(what: str, total: int) -> Iterator[Advance]:
+    """Log n of `total` and the time left every minute."""
+    start = last = time.monotonic()
+    done = 0
+
+    def advance(step: int) -> None:
+        nonlocal done, last
+        done += step
+        if (now := time.monotonic()) - last >= _LOG_SECONDS:
+            last = now
+            left = (now - start) / done * (total - done) if done else math.inf
+            _log.info("%s: %d of %d, %s left", what, done, total, duration(left))
+
+    yield advance
+
+
+@contextlib.contextmanager
 def _bar(what: str, total: int, *columns: str) -> Iterator[Advance]:
     if not sys.stderr.isatty():
         yield lambda step: None
@@ -50,6 +72,17 @@ def _bar(what: str, total: int, *columns: str) -> Iterator[Advance]:
 def plural(count: int, noun: str) -> str:
     """Return the count and the noun: "1 document", "2,000 documents"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time with its two largest units: "1 h 5 min", "40 s"."""
+    if not seconds < 3600 * 10000:
+        return "unknown time"
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ FLOORS = (
     ("convert",),
     ("loading",),
     ("generate",),
+    ("evaluate",),
     ("train",),
     ("cli",),
 )

@@ -2,10 +2,8 @@
 
 import contextlib
 import importlib.util
-import json
 import logging
 import math
-import mmap
 import secrets
 import statistics
 import sys
@@ -14,7 +12,8 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.progress import log_level, plural
+from dsmoe_jax.progress import log_level
+from dsmoe_jax.storage.json_lines import JsonLinesFile
 
 RECORDS: Final = "metrics.jsonl"
 PLOT: Final = "plot.png"
@@ -42,40 +41,19 @@ class JsonLines:
     """Writes `metrics.jsonl`: one line of strict JSON per record, unbuffered."""
 
     def __init__(self, run: Run):
-        self._path = run.folder / RECORDS
-        # Unbuffered: a line that failed on a full disk is not written again at exit.
-        self._file = self._path.open("ab", buffering=0)
-        _truncate_incomplete_line(self._path)
-        appending = run.resumed_from > 0 or self._path.stat().st_size > 0
+        self._file = JsonLinesFile(run.folder / RECORDS)
+        appending = run.resumed_from > 0 or not self._file.is_new
         self._head = {"run": run.info, **({"resumed_from": run.resumed_from} if appending else {})}
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append the record; non-finite values become null."""
         bad = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
-        record = {**values, **dict.fromkeys(bad), **({"not_finite": bad} if bad else {}), **self._head}
-        line = json.dumps(record, allow_nan=False, ensure_ascii=False).encode() + b"\n"
-        try:
-            while line:
-                line = line[self._file.write(line) :]
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from None
+        self._file.append({**values, **dict.fromkeys(bad), **({"not_finite": bad} if bad else {}), **self._head})
         self._head = {}
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-def _truncate_incomplete_line(path: Path) -> None:
-    """Remove the incomplete last line of a killed writer."""
-    with path.open("r+b") as file:
-        if not (size := path.stat().st_size):
-            return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            complete = content.rfind(b"\n") + 1
-        if complete < size:
-            _log.info("Truncating incomplete last line of %s: %s", path, plural(size - complete, "byte"))
-            file.truncate(complete)
 
 
 # fmt: off

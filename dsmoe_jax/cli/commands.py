@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from dsmoe_jax import __version__
-from dsmoe_jax.cli.flags import ARGUMENTS, GROUPS, MODEL, SAMPLING, Argument
+from dsmoe_jax.cli.flags import ARGUMENTS, EVALUATE, GROUPS, MODEL, SAMPLING, Argument
 from dsmoe_jax.cli.interrupts import interrupts
 from dsmoe_jax.cli.streams import (
     describe_error,
@@ -263,6 +263,35 @@ def _chat(args: argparse.Namespace) -> None:
     terminal.chat(functools.partial(_generator, args), _provided(args, SAMPLING), system=args.system)
 
 
+def _evaluate(args: argparse.Namespace) -> None:
+    from dsmoe_jax.evaluate.task_data import quiet_environment
+
+    quiet_environment()
+    if args.list_data:
+        from dsmoe_jax.evaluate.task_loading import TaskLoader, check_installed, dataset_commands
+
+        check_installed()
+        loader = TaskLoader(args.include_path or ())
+        print("\n".join(dataset_commands(loader, loader.suite(args.suite or "base"), args.data or "DIR")))
+        return
+    for name, value in (("CKPT", args.model), ("--out", args.out)):
+        if value is None:
+            raise DSMoEError(f"{name} is required")
+    from dsmoe_jax.evaluate import evaluate
+    from dsmoe_jax.sharding import MeshConfig
+    from dsmoe_jax.train.config import DistributedConfig
+    from dsmoe_jax.train.distributed import initialize
+
+    options = {name: value for name, value in _provided(args, EVALUATE).items() if name != "list_data"}
+    if (axes := options.get("mesh")) is not None:
+        for axis in axes:
+            check_choice("--mesh axis", axis, MeshConfig.__dataclass_fields__)
+        options["mesh"] = MeshConfig(**axes)
+    initialize(DistributedConfig())
+    _check_devices()
+    print_status(evaluate(**options))
+
+
 def _demo(args: argparse.Namespace) -> None:
     from dsmoe_jax.cli.demo import run
 
@@ -300,9 +329,15 @@ def _cast(args: argparse.Namespace) -> str | None:
 
 
 def _generator(args: argparse.Namespace) -> Any:
+    from dsmoe_jax.generate import Generator
+
+    _check_devices()
+    return Generator.from_pretrained(args.path, **_provided(args, MODEL[1:]))
+
+
+def _check_devices() -> None:
     import jax
 
-    from dsmoe_jax.generate import Generator
     from dsmoe_jax.kernels.environment import check_environment
 
     check_environment()
@@ -310,7 +345,6 @@ def _generator(args: argparse.Namespace) -> Any:
         jax.devices()
     except RuntimeError as error:
         raise DSMoEError(f"JAX has no device: {error}") from None
-    return Generator.from_pretrained(args.path, **_provided(args, MODEL[1:]))
 
 
 def _provided(args: argparse.Namespace, arguments: Sequence[Argument]) -> dict[str, Any]:
@@ -338,6 +372,7 @@ VERBS: Final[dict[str, tuple[Callable[[argparse.Namespace], None], str]]] = {
     "verify":   (_verify,   "verify a checkpoint, alone or bit by bit against another one"),
     "generate": (_generate, "stream the completion of a prompt, or complete a file of prompts"),
     "chat":     (_chat,     "chat with a model"),
+    "evaluate": (_evaluate, "evaluate a model on the benchmarks of the paper, or on tasks of lm-evaluation-harness"),
     "tokenize": (_tokenize, "tokenize text into token shards"),
     "pretrain": (_pretrain, "pretrain a model from a recipe, or resume a run"),
     "finetune": (_finetune, "fine-tune a model on examples, all weights or LoRA"),

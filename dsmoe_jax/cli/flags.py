@@ -21,6 +21,13 @@ def _bias(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not ID=VALUE") from None
 
 
+def _mesh(text: str) -> dict[str, int]:
+    try:
+        return {name: int(size) for name, size in (axis.split("=") for axis in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not AXIS=N,…") from None
+
+
 _DTYPES: Final = ("float32", "bfloat16", "float16")
 _SPLIT: Final = "encode strings such as <|endoftext|> in {} as plain text, not as special tokens"
 _DTYPE: Final = _arg("--dtype", "dtype of the weights; default: as stored", choices=_DTYPES)
@@ -46,12 +53,15 @@ _INT: Final = {"type": int, "metavar": "N"}
 _FLOAT: Final = {"type": float, "metavar": "X"}
 _OPTIONAL: Final = {"action": "store_true", "default": None}
 
-MODEL: Final = (
-    _arg("path", _CHECKPOINT, _CKPT),
+_LOADING: Final = (
     _REVISION,
     _arg("--adapter", _ADAPTER, "DIR"),
     _arg("--quantize", "quantize the weights while loading; default: none", choices=("int8", "int4", "nf4")),
     _DTYPE,
+)
+MODEL: Final = (
+    _arg("path", _CHECKPOINT, _CKPT),
+    *_LOADING,
     _arg("--cache-dtype", "dtype of the KV cache; default: that of the weights", choices=(*_DTYPES, "int8")),
     _arg("--max-batch-size", "maximum outputs generated at once; default: 8 on CPU, 64 on GPU and TPU", **_INT),
     _arg("--context-length", _CONTEXT, **_INT),
@@ -83,6 +93,26 @@ SAMPLING: Final = (
     _arg(
         "--logprobs", "with --file: log-probabilities of every token and the N most likely ones; default: none", **_INT
     ),
+)
+EVALUATE: Final = (
+    _arg("model", _CHECKPOINT, _CKPT, nargs="?"),
+    _arg(
+        "--suite",
+        "base, chat, leaderboard, or tasks of lm-evaluation-harness separated by commas; default: base",
+        "NAME",
+    ),
+    _arg("--out --output-dir", "folder of the report; an interrupted evaluation resumes from it", "DIR"),
+    *_LOADING,
+    _arg("--mesh", "devices by axis, such as fsdp=4,expert=2; default: one device", "AXIS=N,…", type=_mesh),
+    _arg("--batch-size", "sequences scored and outputs generated at once; default: as generate", **_INT),
+    _arg("--limit", "documents of each task; default: all", **_INT),
+    _arg("--num-fewshot", "examples in the context of each task; default: those of the suite or the task", **_INT),
+    _arg("--seed", "seed of the examples, and of tasks that sample; default: 1234", **_INT),
+    _arg("--data", "folder with local datasets: OWNER/NAME or TASK/SPLIT.jsonl; default: the Hub", "DIR"),
+    _arg("--include-path", "folder with further task files; repeatable", "DIR", action="append"),
+    _arg("--apply-chat-template", "render prompts as chats", **_OPTIONAL),
+    _arg("--confirm-run-unsafe-code", "allow HumanEval and MBPP to run generated code on this machine", **_OPTIONAL),
+    _arg("--list-data", "print the commands that download the datasets of the suite, and exit", action="store_true"),
 )
 # By title: the text below it, and its arguments; in the help of verbs that have the first of them.
 GROUPS: Final[dict[str, tuple[str, tuple[Argument, ...]]]] = {
@@ -137,6 +167,7 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
         *SAMPLING,
     ),
     "chat": (*MODEL, _arg("--system", "system message; default: none", "TEXT"), *_SAMPLING),
+    "evaluate": EVALUATE,
     "tokenize": (
         _arg("sources", "text, jsonl(.gz, .zst), parquet, a folder, or python-stdlib", "SOURCE", nargs="+"),
         _arg("--tokenizer", "folder with a tokenizer", "DIR", required=True),
