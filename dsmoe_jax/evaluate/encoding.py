@@ -62,12 +62,13 @@ class Encoder:
                 encoded.append((before, wholes[context + continuation][len(before) :]))
             else:
                 encoded.append(self._without_context(bare[continuation]))
-        return [self.truncate(*pair, f"the continuation {text!r:.80}") for pair, (_, text) in zip(encoded, texts)]  # noqa: B905
+        names = [f"the continuation {continuation!r:.80}" for _, continuation in texts]
+        return [self.truncate(*pair, name) for pair, name in zip(encoded, names, strict=True)]
 
     def truncate(self, context: list[int], continuation: list[int], what: str = "the continuation") -> Pair:
         """Drop the first tokens of a context that is too long; the last token of a continuation is not read."""
         if not continuation:
-            raise DSMoEError(f"{what} has no tokens")
+            raise DSMoEError(f"{what} has no tokens of its own after its context")
         if len(continuation) > self.max_length:
             size = f"has {len(continuation)} tokens"
             raise DSMoEError(f"{what} {size}: at most max_length, {self.max_length}, can be scored")

@@ -21,6 +21,7 @@ from dsmoe_jax.progress import Meter, count, plural
 from dsmoe_jax.storage.manifest import hash_json
 
 try:
+    import lm_eval.models  # noqa: F401 # pyright: ignore[reportMissingImports]
     from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
     from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 except ImportError as error:
@@ -270,6 +271,7 @@ class DSMoELM(TemplateLM):
                 yield i, Response(active.pop(i).text, prompts[i].truncated)
 
 
+# The harness registers its own models only while its registry is empty: `lm_eval.models` must be imported first.
 register_model("dsmoe_jax")(DSMoELM)
 
 

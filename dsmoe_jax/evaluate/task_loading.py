@@ -57,7 +57,7 @@ class TaskLoader:
             if one in SUITES and len(names) > 1:
                 raise DSMoEError(f"suite must be one suite or a list of tasks, got {name}")
             if not self._manager_for([one]):
-                close = closest(one, [*SUITES, *self._all_tasks.all_tasks])
+                close = closest(one, [*SUITES, *self._manager.task_index])
                 hint = (
                     f"did you mean {close}?"
                     if close
@@ -99,25 +99,27 @@ class TaskLoader:
             yield from _leaves(manager.task_index, name)
 
     def _manager_for(self, names: Sequence[str]) -> Any | None:
-        """Return a task manager that knows the names: the own files if they suffice, else all; None if neither does."""
-        for manager in ("_own_tasks", "_all_tasks"):
-            found = getattr(self, manager)
-            if all(_is_complete(found.task_index, name) for name in names):
-                return found
-        return None
+        """Return the task manager if it knows the names; those of the harness are read when they are needed."""
+        manager = self._manager
+        if not all(_is_complete(manager.task_index, name) for name in names):
+            for name, entry in _harness_tasks().items():
+                manager.task_index.setdefault(name, entry)
+        return manager if all(_is_complete(manager.task_index, name) for name in names) else None
 
     @functools.cached_property
-    def _own_tasks(self) -> Any:
+    def _manager(self) -> Any:
         from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
         return TaskManager(include_path=self._paths, include_defaults=False)
 
-    @functools.cached_property
-    def _all_tasks(self) -> Any:
-        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
-        _log.info("Reading the task files of lm_eval")
-        return TaskManager(include_path=self._paths)
+@functools.cache
+def _harness_tasks() -> Mapping[str, Any]:
+    """Return the tasks of the harness by name."""
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    _log.info("Reading the task files of lm_eval")
+    return TaskManager().task_index
 
 
 def _leaves(index: Mapping[str, Any], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
