@@ -20,7 +20,7 @@ from dsmoe_jax.generate.score_plan import Batch, Group, Pair, plan
 from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.model import merge
 from dsmoe_jax.progress import Meter, silent
-from dsmoe_jax.sharding import mesh_of
+from dsmoe_jax.sharding import constrain, mesh_of
 
 Tokens = Sequence[int]
 
@@ -317,7 +317,9 @@ def _score_batch(
 
     # `used` is a value, not a shape, so that the number of predicted tokens does not recompile.
     empty = jnp.zeros(inputs.positions.shape, jnp.float32), jnp.zeros(inputs.positions.shape, bool)
-    return jax.lax.fori_loop(0, inputs.used, chunk, empty)
+    logprobs, greedy = jax.lax.fori_loop(0, inputs.used, chunk, empty)
+    # Every process reads them.
+    return constrain(logprobs, (None, None)), constrain(greedy, (None, None))
 
 
 def _prefetch(results: Iterator[Any]) -> Iterator[Any]:
