@@ -44,15 +44,16 @@ def results(
         "apply_chat_template": request.param == "chat",
     }
     hf = {"pretrained": str(exported), "trust_remote_code": True, "dtype": "float32", "max_length": length}
+    run: Any = lm_eval.simple_evaluate
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
         patch.setattr(sys, "path", [*sys.path])
         for module in ("transformers.utils.hub", "transformers.dynamic_module_utils"):
             patch.setattr(f"{module}.HF_MODULES_CACHE", str(home / "modules"))
         with task_data.local_datasets(data):
-            ours = lm_eval.simple_evaluate(model=DSMoELM(generator, max_length=length), **options)
-            theirs = lm_eval.simple_evaluate(model="hf", model_args=hf, device="cpu", batch_size=1, **options)
-    return ours, theirs  # pyright: ignore
+            ours = run(model=DSMoELM(generator, max_length=length), **options)
+            theirs = run(model="hf", model_args=hf, device="cpu", batch_size=1, **options)
+    return ours, theirs
 
 
 def responses(results: dict[str, Any], task: str) -> list[Any]:

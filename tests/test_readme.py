@@ -36,10 +36,8 @@ from tests.helpers.adapters import random_adapter
 from tests.helpers.hf_folder import make_tokenizer, random_params, tiny, write_hf
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-PAGES: Final = [
-    ROOT / folder / "README.md"
-    for folder in ("", "convert", "train", "dsmoe_jax/generate", "dsmoe_jax/kernels", "tests/benchmarks")
-]
+ROOMS: Final = ("", "convert", "train", *(f"dsmoe_jax/{room}" for room in ("generate", "kernels", "evaluate")))
+PAGES: Final = [ROOT / folder / "README.md" for folder in (*ROOMS, "tests/benchmarks")]
 LAUNCH: Final = [ROOT / "train/launch/slurm.sh", ROOT / "train/launch/jobset.yaml"]
 # The others compile for many devices, train, or repeat tests/test_cli.py: they are slow tests.
 FAST: Final = {
@@ -65,16 +63,17 @@ SMALL: Final[dict[str, list[str]]] = {
     "dsmoe push": [],
     "dsmoe generate": ["--max-new-tokens", "4"],
     "dsmoe chat": ["--max-new-tokens", "4"],
+    "dsmoe evaluate": [],
     "dsmoe tokenize": [],
     "dsmoe pretrain": [*_RUN, *_OWN_MODEL],
     "dsmoe pretrain tiny": [*_RUN, *_OWN_MODEL, *_OWN_TEXT],
     "dsmoe finetune": _RUN,
     "dsmoe finetune chat16b --data train.jsonl --show": [],
 }
-# Not run here, but parsed: they need the hub (tests/test_hub.py, test_push.py), gguf (test_gguf.py), 32 devices.
+# Not run here, but parsed: they need the hub (tests/test_hub.py, test_push.py), gguf, 32 devices, data (test_evaluate).
 ONLY_PARSED: Final = (
     *("dsmoe convert deepseek-ai/", "dsmoe push", "dsmoe export moe16b moe16b.gguf", "dsmoe export native model.gguf"),
-    "dsmoe pretrain deepseek_moe_16b",
+    *("dsmoe pretrain deepseek_moe_16b", "dsmoe evaluate"),
 )
 TEMPLATE: Final = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -315,7 +314,7 @@ def test_flags_in_the_text_exist():
     config = dataclasses.replace(FINETUNING["lora_1x80gb"](), quantize="nf4")
     known = {*field_flags(RECIPES["tiny"]()), *field_flags(config)} | {"--debug"}
     known |= {flag for arguments in ARGUMENTS.values() for flags, _ in arguments for flag in flags}
-    for page in PAGES[:5]:
+    for page in PAGES[: len(ROOMS)]:
         spans = re.findall(r"`(--[^`\n]+)`", page.read_text(encoding="utf-8"))
         assert not [flag for span in spans for flag in re.findall(r"--[\w.-]+", span) if flag not in known], page
 

@@ -264,15 +264,16 @@ def _chat(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from dsmoe_jax.evaluate.task_data import quiet_environment
+    from dsmoe_jax.evaluate import libraries
 
-    quiet_environment()
+    libraries.set_environment()
     if args.list_data:
-        from dsmoe_jax.evaluate.task_loading import TaskLoader, check_installed, dataset_commands
+        from dsmoe_jax.evaluate.task_loading import TaskLoader, dataset_commands
 
-        check_installed()
-        loader = TaskLoader(args.include_path or ())
-        print("\n".join(dataset_commands(loader, loader.suite(args.suite or "base"), args.data or "DIR")))
+        with libraries.quiet():
+            libraries.check_installed()
+            loader = TaskLoader(args.include_path or ())
+            print("\n".join(dataset_commands(loader, loader.suite(args.suite or "base"), args.data or "DIR")))
         return
     for name, value in (("CKPT", args.model), ("--out", args.out)):
         if value is None:

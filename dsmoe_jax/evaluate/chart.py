@@ -9,7 +9,7 @@ from dsmoe_jax.evaluate.report import Result
 from dsmoe_jax.evaluate.suites import Suite, scale
 
 _MARKERS: Final = ("D", "o", "s")
-_BAR, _INK, _COLORS = "#1f5fa8", "#222222", ("#d1495b", "#6b7683", "#e0a030")
+_BAR, _INK, _COLORS = "#a9c4e4", "#222222", ("#d1495b", "#6b7683", "#e0a030")
 _log = logging.getLogger("dsmoe_jax")
 
 
@@ -42,7 +42,7 @@ def draw(path: Path, suite: Suite, results: Sequence[Result], title: str) -> boo
         published = [(result.row.published[i], place) for place, result in enumerate(shown) if result.row.published]
         points = [(value, place) for value, place in published if value is not None]
         if points:
-            style = {"marker": _MARKERS[i % 3], "color": _COLORS[i % 3], "edgecolor": "white", "zorder": 3}
+            style = {"marker": _MARKERS[i % 3], "color": _COLORS[i % 3], "edgecolor": "white", "zorder": 5 - i}
             axes.scatter(*zip(*points, strict=True), label=f"{model}, published", **style)  # pyright: ignore[reportArgumentType]
     axes.set_yticks(places, [_name(result) for result in shown])
     axes.invert_yaxis()

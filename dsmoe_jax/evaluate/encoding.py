@@ -55,7 +55,7 @@ class Encoder:
         contexts = self.encode_all(context for context, _ in moved if context)
         wholes = self.encode_all(context + continuation for context, continuation in moved if context)
         bare = self.encode_all((continuation for context, continuation in moved if not context), False)
-        encoded = []
+        encoded: list[tuple[list[int], list[int]]] = []
         for context, continuation in moved:
             if context:
                 before = contexts[context]

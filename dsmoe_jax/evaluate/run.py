@@ -3,14 +3,13 @@
 In a cluster all processes make the same calls; process 0 alone writes.
 """
 
-import contextlib
 import importlib.metadata
 import json
 import logging
 import random
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -22,14 +21,15 @@ from jax.sharding import Mesh
 from dsmoe_jax.checkpoint.native import collective_errors
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.evaluate.chart import draw
+from dsmoe_jax.evaluate.libraries import allow_code, check_installed, quiet
 from dsmoe_jax.evaluate.report import Result, read_results, to_json, to_markdown
 from dsmoe_jax.evaluate.responses import HASHES, check_output, open_responses
 from dsmoe_jax.evaluate.suites import Suite
 from dsmoe_jax.evaluate.task_data import data_folder
-from dsmoe_jax.evaluate.task_loading import LoadedRow, TaskLoader, check_installed
+from dsmoe_jax.evaluate.task_loading import LoadedRow, TaskLoader
 from dsmoe_jax.generate import Generator
 from dsmoe_jax.loading import identity, resolve
-from dsmoe_jax.progress import Meter, count, duration, log_level, logged, plural
+from dsmoe_jax.progress import Meter, count, duration, logged, plural
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.storage.atomic_dir import write_json
 from dsmoe_jax.storage.manifest import HashCache, hash_json
@@ -50,7 +50,6 @@ _MERGED: Final = (
     "n-samples",
     "higher_is_better",
 )
-_LIBRARIES: Final = ("lm_eval", "lm-eval", "datasets", "huggingface_hub", "evaluate", "fsspec", "urllib3")
 _log = logging.getLogger("dsmoe_jax")
 
 
@@ -195,7 +194,9 @@ def load_rows(loader: TaskLoader, suite: Suite, protocol: Protocol) -> list[Load
         rows.append(loaded)
     failed = [loaded for loaded in rows if loaded.reason]
     if failed and (len(failed) == len(rows) or not suite.models):
-        raise DSMoEError(failed[0].reason)
+        raise DSMoEError(
+            failed[0].reason if len(rows) == 1 else f"{failed[0].row.benchmark} cannot run: {failed[0].reason}"
+        )
     return rows
 
 
@@ -286,24 +287,6 @@ def _run(lm: Any, rows: Sequence[LoadedRow], protocol: Protocol, report: _Report
         later = [Result(one.row, one.row.metric, reason=one.reason or "not yet") for one in rows[number:]]
         report.write([*results, *later], raw, lm)
     return results
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the log of the harness and its libraries within the context, but for errors."""
-    with contextlib.ExitStack() as stack:
-        for name in _LIBRARIES:
-            stack.enter_context(log_level(name, logging.ERROR))
-        yield
-
-
-@contextlib.contextmanager
-def allow_code(allowed: bool) -> Iterator[None]:
-    """Allow the metric that runs generated code within the context."""
-    from unittest import mock
-
-    with mock.patch.dict("os.environ", {"HF_ALLOW_CODE_EVAL": "1"} if allowed else {}):
-        yield
 
 
 def _named_meter(name: str) -> Meter:

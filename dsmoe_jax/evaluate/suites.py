@@ -50,8 +50,6 @@ NOTES: Final = {
     "gsm8k_cot": "eight fixed chain-of-thought examples",
     "gsm8k_cot_zeroshot": "the last number of the output",
     "minerva_math": "four fixed examples; answers compared by sympy",
-    "humaneval": "runs generated code",
-    "mbpp": "runs generated code",
     "dsmoe_cluewsc": "validation set; generates yes or no",
     "ceval-valid": "validation set",
     "dsmoe_chid": "validation set; log-likelihood of the text after each of ten idioms",

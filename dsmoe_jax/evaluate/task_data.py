@@ -6,7 +6,6 @@
 import contextlib
 import functools
 import logging
-import os
 import socket
 import urllib.parse
 import urllib.request
@@ -148,18 +147,3 @@ def _load(task: str, source: dict[str, Any]) -> Any:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DSMoEError(f"{task}: {source['path']} cannot be read: {reason:.300}") from error
-
-
-def quiet_environment() -> None:
-    """Turn off progress bars, telemetry and processes of the harness's libraries, before they are imported."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-
-
-_ENVIRONMENT: Final = {
-    "TQDM_DISABLE": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "true",
-    "DISABLE_MULTIPROC": "1",  # the harness's bootstrap forks, which deadlocks under XLA's threads
-}

@@ -156,14 +156,6 @@ def _members(group: Mapping[str, Any]) -> list[str]:
     return names
 
 
-def check_installed() -> None:
-    """Raise `DSMoEError` if `lm_eval` is not installed."""
-    try:
-        import lm_eval.tasks  # noqa: F401 # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise DSMoEError(f"evaluation needs lm_eval ({error}): pip install 'dsmoe_jax[eval]'") from None
-
-
 def dataset_commands(loader: TaskLoader, suite: Suite, data: str) -> list[str]:
     """Return the shell commands that download every dataset of a suite to `data`, once each."""
     paths = [config.get("dataset_path") for row in suite.rows for _, config in loader.leaves(row.task)]
