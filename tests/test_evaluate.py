@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.evaluate.suites import Row, Suite
+from dsmoe_jax.evaluate.suites import SUITES, Row, Suite
 from dsmoe_jax.generate import Generator
 from tests.helpers.command import run
 from tests.helpers.evaluation import CHOICES, COPY, NUM_DOCS, TASKS, TEXTS, write_tasks
@@ -18,7 +18,10 @@ from tests.helpers.evaluation import CHOICES, COPY, NUM_DOCS, TASKS, TEXTS, writ
 pytest.importorskip("lm_eval", reason="evaluation needs the harness: pip install -e '.[eval]'")
 import sys
 
-from dsmoe_jax.evaluate import Evaluation, evaluate, responses, task_data
+from dsmoe_jax.evaluate import DSMoELM, Evaluation, evaluate, responses, task_data
+from dsmoe_jax.evaluate.run import Protocol, load_rows, task_metrics
+from dsmoe_jax.evaluate.task_loading import TaskLoader
+from dsmoe_jax.progress import silent
 
 ALL = ",".join(TASKS)
 REQUESTS = 3 * NUM_DOCS + 2 * NUM_DOCS  # three choices
@@ -153,6 +156,17 @@ def test_a_killed_evaluation_resumes_with_the_same_scores(
     assert scores(resumed) == pytest.approx(scores(first), rel=1e-6)
 
 
+def test_loaded_tasks_run_again_during_training(first: Evaluation, home: Path, generator: Generator):
+    loader = TaskLoader([home / "tasks"], home / "data")
+    protocol = Protocol()
+    rows = load_rows(loader, loader.suite(ALL), protocol)
+
+    one, two = (task_metrics(DSMoELM(generator, progress=silent), rows, protocol) for _ in range(2))
+
+    assert one == two
+    assert one == pytest.approx({name.replace(" ", "/").removesuffix(",none"): s for name, s in scores(first).items()})
+
+
 def test_fewer_documents_and_more_examples(loaded: None, home: Path, checkpoint: Path, tmp_path: Path):
     found = evaluate(checkpoint, out=tmp_path / "out", **local(home, suite=CHOICES, limit=4, num_fewshot=3))
 
@@ -260,3 +274,22 @@ def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch,
 
     with pytest.raises(DSMoEError, match=r"evaluation needs lm_eval .*: pip install 'dsmoe_jax\[eval\]'"):
         evaluate("model", out=tmp_path / "out")
+
+
+def test_the_harness_has_every_task_of_the_suites(capsys: pytest.CaptureFixture[str]):
+    loader = TaskLoader()
+    leaves = {row.task: list(loader.leaves(row.task)) for suite in SUITES.values() for row in suite.rows}
+
+    code = run("evaluate", "--suite", "base", "--list-data", "--data", "data")
+
+    assert all(leaves.values())
+    assert len(leaves["mmlu"]) == 57
+    assert [task for task, found in leaves.items() if any(config.get("unsafe_code") for _, config in found)] == [
+        "humaneval",
+        "mbpp",
+    ]
+    assert code == 0
+    commands = capsys.readouterr().out.splitlines()
+    assert "hf download --repo-type dataset cais/mmlu --local-dir data/cais/mmlu" in commands
+    assert len(commands) == len(set(commands)) > 15
+    assert json.dumps(commands).count("clue/clue") == 2

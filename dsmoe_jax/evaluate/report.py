@@ -44,10 +44,10 @@ def read_results(row: Row, found: Mapping[str, Any], truncated: int) -> list[Res
     metrics = found["results"][row.task] if row.task in found["results"] else found.get("groups", {})[row.task]
     names = [name for name in metrics if name not in _OWN and "_stderr," not in name]
     counts = [one["effective"] for one in found["n-samples"].values()]
-    versions = found.get("versions", {})
+    versions, shots = found.get("versions", {}), set(found.get("n-shot", {}).values())
     shared: dict[str, Any] = {
         "version": str(versions.get(row.task, "")),
-        "shots": found.get("n-shot", {}).get(row.task, row.shots),
+        "shots": shots.pop() if len(shots) == 1 else None,
         "n": sum(counts),
         "truncated": truncated,
     }

@@ -88,7 +88,14 @@ def open_responses(folder: Path, identity: Mapping[str, Any]) -> Iterator[Respon
         known = _parse(_broadcast(content))
         if known:
             _log.info("Resuming with %s: %s", plural(len(known), "response"), folder / RESPONSES)
-        yield Responses(known, file)
+        responses = Responses(known, file)
+        try:
+            yield responses
+        except BaseException:
+            if len(responses) and jax.process_index() == 0:
+                kept = plural(len(responses), "response")
+                _log.info("Keeping %s in %s; run the same command to resume", kept, folder / RESPONSES)
+            raise
 
 
 def check_output(folder: Path) -> None:

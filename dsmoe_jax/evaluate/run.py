@@ -1,4 +1,4 @@
-"""Evaluate a model on a suite of benchmarks: `evaluate`, which writes the report; `run_row` runs one benchmark.
+"""Evaluate a model on a suite of benchmarks: `evaluate`, which writes a report; `task_metrics` during training.
 
 In a cluster all processes make the same calls; process 0 alone writes.
 """
@@ -29,7 +29,7 @@ from dsmoe_jax.evaluate.task_data import data_folder
 from dsmoe_jax.evaluate.task_loading import LoadedRow, TaskLoader
 from dsmoe_jax.generate import Generator
 from dsmoe_jax.loading import identity, resolve
-from dsmoe_jax.progress import Meter, count, duration, logged, plural
+from dsmoe_jax.progress import Meter, count, duration, logged, plural, silent
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.storage.atomic_dir import write_json
 from dsmoe_jax.storage.manifest import HashCache, hash_json
@@ -102,7 +102,7 @@ def evaluate(
     revision: str | None = None,
     mesh: Mesh | MeshConfig | None = None,
     data: str | Path | None = None,
-    include_path: Sequence[str | Path] = (),
+    include_path: str | Path | Sequence[str | Path] = (),
     apply_chat_template: bool = False,
     confirm_run_unsafe_code: bool = False,
     seed: int = _SEED,
@@ -125,7 +125,7 @@ def evaluate(
         revision: Branch, tag or commit of a hub id.
         mesh: Mesh to shard the model over.
         data: Folder with local datasets: `owner/name`, a copy of a dataset repository, or `TASK/SPLIT.jsonl`.
-        include_path: Folders with further task files.
+        include_path: Folder or folders with further task files.
         apply_chat_template: Render prompts as chats.
         confirm_run_unsafe_code: Allow tasks that run generated code on this machine.
         seed: Seed of examples in the context, and of tasks that sample.
@@ -148,7 +148,8 @@ def evaluate(
     with quiet(), allow_code(confirm_run_unsafe_code):
         check_installed()
         with collective_errors():
-            loader = TaskLoader(include_path, data_folder(data))
+            paths = [include_path] if isinstance(include_path, str | Path) else include_path
+            loader = TaskLoader(paths, data_folder(data))
             chosen = loader.suite(suite)
         source = resolve(model, revision)
         rows = load_rows(loader, chosen, protocol)
@@ -238,6 +239,26 @@ def run_row(lm: Any, loaded: LoadedRow, protocol: Protocol) -> tuple[list[Result
     return read_results(loaded.row, raw, lm.truncated - before), raw
 
 
+def task_metrics(lm: Any, rows: Sequence[LoadedRow], protocol: Protocol) -> dict[str, float]:
+    """Run loaded tasks, for evaluation during training; collective.
+
+    Args:
+        lm: The model, a `DSMoELM`; a new one for each state of the weights.
+        rows: From `load_rows`; they can be run again.
+        protocol: How to run them.
+
+    Returns:
+        Scores in the paper's unit by "task/metric".
+    """
+    with quiet():
+        found = [result for loaded in rows if not loaded.reason for result in run_row(lm, loaded, protocol)[0]]
+    return {
+        f"{result.row.task}/{result.metric.removesuffix(',none')}": result.score
+        for result in found
+        if result.score is not None
+    }
+
+
 class _Report(NamedTuple):
     """Where the report is written, and what it says besides the results."""
 
@@ -271,7 +292,9 @@ def _run(lm: Any, rows: Sequence[LoadedRow], protocol: Protocol, report: _Report
         row = loaded.row
         found, one = [Result(row, row.metric, reason=loaded.reason)], {}
         if not loaded.reason:
-            lm.progress = _named_meter(f"{number}/{len(rows)} {row.benchmark}")
+            name = f"{row.benchmark} ({number} of {len(rows)})"
+            _log.info("Evaluating %s", name)
+            lm.progress = _named_meter(name)
             try:
                 found, one = run_row(lm, loaded, protocol)
             except Exception as error:
@@ -290,9 +313,7 @@ def _run(lm: Any, rows: Sequence[LoadedRow], protocol: Protocol, report: _Report
 
 
 def _named_meter(name: str) -> Meter:
-    meter = count if sys.stderr.isatty() else logged
-    if jax.process_index():
-        meter = logged
+    meter = silent if jax.process_index() else count if sys.stderr.isatty() else logged
     return lambda what, total: meter(name, total)
 
 
