@@ -124,7 +124,11 @@ class RunConfig:
     """A pretraining run."""
 
     _MINIMUM: ClassVar[Mapping[str, int]] = dict.fromkeys(
-        ("steps", "log_interval", "eval_interval", "eval_batches", "max_consecutive_skips"), 1
+        (
+            *("steps", "log_interval", "eval_interval", "eval_batches", "max_consecutive_skips"),
+            *("eval_tasks_interval", "eval_tasks_limit"),
+        ),
+        1,
     )
 
     output_dir: str
@@ -181,6 +185,21 @@ class RunConfig:
 
     eval_batches: int = 8
     """Maximum batches per evaluation; more give a more precise loss and take longer."""
+
+    eval_tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness to evaluate during training (extra `eval`), as in `dsmoe evaluate --suite`."""
+
+    eval_tasks_interval: int | None = None
+    """Steps between evaluations of the tasks; the last step is always evaluated. Default: `eval_interval`."""
+
+    eval_tasks_limit: int = 100
+    """Maximum documents of each task."""
+
+    eval_tasks_data: str | None = None
+    """Folder of local datasets, `TASK/SPLIT.jsonl` or copies of dataset repositories. Default: the Hugging Face Hub."""
+
+    eval_tasks_include: tuple[str, ...] = ()
+    """Folders with further task files."""
 
     trackers: tuple[Literal["console", "jsonl", "tensorboard", "wandb", "plot"], ...] = (
         *("console", "jsonl", "tensorboard", "plot"),

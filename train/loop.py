@@ -37,6 +37,7 @@ from .config import RunConfig
 from .corpus import Corpus
 from .defaults import with_defaults
 from .distributed import initialize, on_process_0
+from .eval_tasks import open_tasks
 from .failures import check_finite, memory_errors
 from .finetune import ADAPTER, FinetuneConfig, finetuning
 from .inputs import differences
@@ -153,6 +154,7 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
         options: dict[str, Any] = {"mesh": mesh, "seed": config.seed, "max_grad_norm": config.optimizer.max_grad_norm}
         step = make_step(job.model, graph, optimizer, schedule, config.step, trainable=job.trainable, **options)
         eval_step = make_eval_step(job.model, graph, config.step, job.trainable)
+        tasks = open_tasks(config, job, graph)
         recorder = stack.enter_context(_recorder(config, job, output_dir, first))
         monitor = Monitor(recorder, config)
         best = Best(output_dir, job, first) if job.keep_best else None
@@ -173,7 +175,8 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
             monitor.add(n, metrics, loading)
             saves = n % config.checkpoint.interval == 0
             evaluates = n % config.eval_interval == 0 or n in (1, job.steps)
-            if saves or evaluates:
+            runs_tasks = n % (config.eval_tasks_interval or config.eval_interval) == 0 or n == job.steps
+            if saves or evaluates or (runs_tasks and tasks is not None):
                 monitor.flush()
                 # Before the checkpoint: a run resumed from it does not repeat this evaluation.
                 if evaluates and (evaluation := _evaluate(eval_step, state, frozen, corpus, mesh)):
@@ -181,6 +184,10 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
                         recorder.record_eval(n, *evaluation)
                     if best is not None:
                         best.offer(n, evaluation[0], state.params)
+                if runs_tasks and tasks is not None:
+                    scores = tasks.scores(state.params, frozen)
+                    if recorder is not None:
+                        recorder.record_tasks(n, scores)
                 if saves:
                     check_finite(n, state.params, output_dir)
                     checkpoints.save(n, state, {**job.resume_metadata, "loss": float(metrics.loss)})

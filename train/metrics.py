@@ -134,6 +134,10 @@ class Recorder(contextlib.AbstractContextManager):
         """Record the mean validation loss over `tokens` tokens after `step` steps."""
         self._write(step, {"step": step, "eval/loss": float(loss), "eval/tokens": int(tokens)})
 
+    def record_tasks(self, step: int, scores: Mapping[str, float]) -> None:
+        """Record the scores of tasks after `step` steps, as `eval/TASK/METRIC`."""
+        self._write(step, {"step": step, **{f"eval/{name}": score for name, score in scores.items()}})
+
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
         for tracker in self._trackers:
             tracker.write(step, values)

@@ -7,6 +7,7 @@ from pathlib import Path
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.peft_matching import make_plan
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.evaluate import libraries as harness
 from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
 from .config import RunConfig
@@ -32,6 +33,8 @@ def check_inputs(config: RunConfig) -> None:
             than the model.
     """
     check_installed(config.trackers)
+    if config.eval_tasks:
+        harness.check_installed()
     model, out = config.model_config(), Path(config.output_dir)
     tokenizer = tokenizer_of(config)
     if tokenizer is not None:

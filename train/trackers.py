@@ -109,8 +109,9 @@ class Console:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Log the record if it is due; speeds are medians since the last line."""
-        if (loss := values.get("eval/loss")) is not None:
-            _log.info("step %d/%d eval/loss %.4g", step, self._run.steps, loss)
+        if evaluated := {name: value for name, value in values.items() if name.startswith("eval/")}:
+            text = " ".join(f"{name} {value:.4g}" for name, value in evaluated.items() if name != "eval/tokens")
+            _log.info("step %d/%d %s", step, self._run.steps, text)
             return
         if step == self._run.resumed_from + 1:  # its time includes compilation
             values = {name: value for name, value in values.items() if name not in _SPEEDS}
