@@ -17,54 +17,25 @@ from dsmoe_jax.convert import export_hf, import_hf
 from dsmoe_jax.convert.peft import read_adapter, write_adapter
 from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.text.tokenizer import Tokenizer
-from tests.helpers import golden
+from tests.helpers import exports, golden
+from tests.helpers.exports import export, load, logits
 from tests.helpers.hf_folder import VARIANTS, make_tokenizer, random_params, tiny, write_hf
 
 pytest.importorskip("torch", reason="the reader is PyTorch: pip install -e '.[interop]'")
 pytest.importorskip("transformers", reason="the reader is transformers: pip install -e '.[interop]'")
 import torch  # pyright: ignore[reportMissingImports]
-from transformers import (  # pyright: ignore[reportMissingImports]
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoTokenizer  # pyright: ignore[reportMissingImports]
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch and transformers
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+modules_cache = exports.modules_cache
 GRADIENTS = 1e-3  # relative
 IDS = torch.from_numpy(np.random.default_rng(1).integers(2, 64, (2, 12)))
 
 
-@pytest.fixture(autouse=True)
-def modules_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copy remote code to a temporary folder instead of the user's cache."""
-    folder = str(tmp_path_factory.mktemp("modules"))
-    for module in ("transformers.utils.hub", "transformers.dynamic_module_utils"):
-        monkeypatch.setattr(f"{module}.HF_MODULES_CACHE", folder)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "transformers_modules", raising=False)
-
-
-def export(source: Path, work: Path, **options: Any) -> Path:
-    """Return the export, with PyTorch code, of a Hugging Face folder."""
-    import_hf(source, work / "native")
-    return export_hf(work / "native", work / "exported", with_modeling=True, **options).path
-
-
-def load(folder: Path, **options: Any) -> Any:
-    """Return the exported model for evaluation."""
-    options = {"trust_remote_code": True, "dtype": torch.float32} | options
-    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-
-
 def tensor(case: str, name: str) -> torch.Tensor:
     return torch.from_numpy(golden.tensors(case)[name].astype(np.int64))
-
-
-def logits(model: Any, **inputs: Any) -> np.ndarray:
-    with torch.no_grad():
-        return model(**inputs).logits.float().numpy()
 
 
 @pytest.mark.parametrize("case", golden.CASES)
