@@ -7,6 +7,7 @@ are those of the original.
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,27 @@ def test_config_alone_opens_without_the_model(tmp_path: Path):
     names = {"n_routed_experts", "norm_topk_prob", "moe_intermediate_size", "vocab_size", "rope_theta"}
     assert {name: getattr(config, name) for name in names} == {name: fields[name] for name in names}
     assert config.architectures == ["DeepseekForCausalLM"]
+
+
+def test_rope_fields_of_either_line_are_read(tmp_path: Path):
+    import dsmoe_jax
+
+    config = tiny(rope_theta=500.0, rope_scaling={"type": "linear", "factor": 4.0})
+    params = {name: 3 * value for name, value in random_params(config).items()}
+    exported = export(write_hf(tmp_path / "hf", config, params), tmp_path)
+    fields = json.loads((exported / "config.json").read_text())
+    del fields["rope_theta"], fields["rope_scaling"]
+    rope = {"rope_theta": 500.0, "rope_type": "linear", "factor": 4.0}
+    want = np.asarray(dsmoe_jax.load(tmp_path / "native")(IDS.numpy().astype(np.int32)).logits)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        AutoConfig.from_pretrained(exported, trust_remote_code=True)
+    errors = [np.abs(logits(load(exported), input_ids=IDS) - want).max()]
+    (exported / "config.json").write_text(json.dumps(fields | {"rope_parameters": rope}))  # as transformers 5 saves it
+    errors.append(np.abs(logits(load(exported), input_ids=IDS) - want).max())
+
+    assert max(errors) < golden.LOGITS
 
 
 def test_trained_tokenizer_has_equal_ids(tmp_path: Path):
