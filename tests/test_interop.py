@@ -25,7 +25,7 @@ from tests.helpers.hf_folder import VARIANTS, make_tokenizer, random_params, tin
 pytest.importorskip("torch", reason="the reader is PyTorch: pip install -e '.[interop]'")
 pytest.importorskip("transformers", reason="the reader is transformers: pip install -e '.[interop]'")
 import torch  # pyright: ignore[reportMissingImports]
-from transformers import AutoConfig, AutoTokenizer  # pyright: ignore[reportMissingImports]
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig  # pyright: ignore[reportMissingImports]
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch and transformers
 
@@ -154,6 +154,37 @@ def test_config_alone_opens_without_the_model(tmp_path: Path):
     names = {"n_routed_experts", "norm_topk_prob", "moe_intermediate_size", "vocab_size", "rope_theta"}
     assert {name: getattr(config, name) for name in names} == {name: fields[name] for name in names}
     assert config.architectures == ["DeepseekForCausalLM"]
+
+
+# What the models of vLLM and SGLang for `DeepseekForCausalLM` read of the config, besides `rope_scaling`.
+ENGINES = {
+    *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "n_shared_experts", "n_routed_experts", "num_experts_per_tok"),
+    *("moe_layer_freq", "first_k_dense_replace", "norm_topk_prob", "hidden_act", "max_position_embeddings"),
+    *("rms_norm_eps", "rope_theta", "tie_word_embeddings", "attention_bias", "bos_token_id", "eos_token_id"),
+}
+
+
+def test_serving_engines_find_what_they_read(tmp_path: Path):
+    source = write_hf(tmp_path / "hf", tiny(vocab_size=300), random_params(tiny(vocab_size=300)))
+    make_tokenizer(tmp_path / "tokenizer", 300)
+    for file in (tmp_path / "tokenizer").iterdir():
+        file.rename(source / file.name)
+    exported = export(source, tmp_path)
+
+    config = AutoConfig.from_pretrained(exported, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
+    generation = GenerationConfig.from_pretrained(exported)
+
+    stored = json.loads((exported / "config.json").read_text())
+    assert {name: getattr(config, name) for name in ENGINES} == {name: stored[name] for name in ENGINES}
+    assert (config.rope_scaling or {}).get("rope_type", "default") == "default"
+    assert (config.model_type, config.architectures) == ("deepseek", ["DeepseekForCausalLM"])
+    assert config.get_text_config() is config
+    assert config.dtype == torch.float32
+    assert type(config).from_dict(config.to_dict()).to_dict() == config.to_dict()
+    assert tokenizer("def f")["input_ids"] == Tokenizer.from_pretrained(exported).encode("def f")
+    assert generation.eos_token_id == config.eos_token_id
 
 
 def test_rope_fields_of_either_line_are_read(tmp_path: Path):
