@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import exports
 from tests.helpers.exports import export, load
-from tests.helpers.hf_folder import random_params, tiny, write_hf
+from tests.helpers.hf_folder import make_tokenizer, random_params, tiny, write_hf
 
 torch: Any = pytest.importorskip("torch", reason="the reader is PyTorch: pip install -e '.[interop]'")
 transformers: Any = pytest.importorskip(
@@ -28,7 +28,8 @@ EQUAL: dict[str, float] = {"rtol": 1e-4, "atol": 1e-6}  # of float32 sums in ano
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("exported")
-    config = tiny(aux_loss_alpha=1.0)  # large, so that an error is seen
+    config = tiny(vocab_size=300, aux_loss_alpha=1.0)  # large, so that an error is seen
+    make_tokenizer(work / "hf", 300)
     params = {name: value + 0.9 * name.endswith("norm.weight") for name, value in random_params(config).items()}
     return export(write_hf(work / "hf", config, params), work)
 
@@ -96,6 +97,22 @@ def test_gradient_checkpointing_ignores_the_cache(model: Any):
     assert found.past_key_values is None
     for name, value in model.named_parameters():
         torch.testing.assert_close(value.grad, gradients[name], **EQUAL)
+
+
+@pytest.mark.parametrize("options", [
+    {"output_attentions": True, "output_hidden_states": True, "return_dict_in_generate": True},
+    {"prompt_lookup_num_tokens": 3},
+    {"use_cache": False},
+], ids=["all outputs", "speculative", "no cache"])  # fmt: skip
+def test_text_is_generated_from_the_tokenizer_output(options: dict[str, Any], folder: Path, model: Any):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("def f(x): return", return_tensors="pt")
+    common: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+
+    found = model.generate(**inputs, **common, **options)
+
+    plain = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    assert getattr(found, "sequences", found).tolist() == model.generate(**plain, **common).tolist()
 
 
 def test_shifted_labels_are_used(model: Any):
