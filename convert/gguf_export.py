@@ -118,13 +118,14 @@ def export_gguf(
     output = check_new_path(output)
     with open_source(resolve(source, revision, name="source")) as reader:
         _check_supported(reader.folder, reader.config)
-        stats, tensors, total = _export(gguf, reader, output, dtype, progress)
+        name = Path(source).resolve().name  # of a folder or a hub id, whose folder is named by its commit
+        stats, tensors, total = _export(gguf, reader, output, name, dtype, progress)
     checksum = "verified every tensor against the manifest's SHA-256" if reader.sha256 else "no SHA-256 to verify"
     return ConversionReport(output, tensors, total, 0, time.perf_counter() - started, stats, checksum)
 
 
 def _export(
-    gguf: Any, reader: TensorSource, output: Path, dtype: str | None, progress: Meter
+    gguf: Any, reader: TensorSource, output: Path, name: str, dtype: str | None, progress: Meter
 ) -> tuple[CastStats, int, int]:
     """Write the file; return the statistics of the cast, and the number of tensors and their bytes."""
     tensors = list(_tensors(reader, dtype))
@@ -133,7 +134,8 @@ def _export(
         staging = stack.enter_context(atomic_file(output, needs=total))
         advance = stack.enter_context(progress("exporting", total))
         with contextlib.closing(gguf.GGUFWriter(staging, "deepseek")) as writer:
-            _add_config(writer, reader)
+            writer.add_name(name)
+            _add_config(writer, reader.config)
             add_tokenizer(writer, reader.folder, reader.config)
             for tensor in tensors:
                 kind = gguf.GGMLQuantizationType[tensor.type]
@@ -199,10 +201,8 @@ def _interleave(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def _add_config(writer: Any, reader: TensorSource) -> None:
+def _add_config(writer: Any, config: ModelConfig) -> None:
     """Add the metadata of the model."""
-    config = reader.config
-    writer.add_name(reader.folder.resolve().name)
     writer.add_vocab_size(config.vocab_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)

@@ -1,6 +1,7 @@
 """The tokenizer of a checkpoint as GGUF metadata: `add_tokenizer`."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +17,10 @@ _PRE: Final = {
     "5f897854a756c679d23afdd63e0198976b8f127933de1f78856a0b4ab1d456f9": "deepseek-llm",
 }
 _TEXT: Final = "a  ① ﬁ "  # changed by NFKC, and by removing repeated or final spaces
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # llama.cpp's token types
+_SIDES: Final = (("", ""), ("a", "a"), ("a ", " a"))  # of an added token, to compare
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # token types of llama.cpp and sentencepiece
+_Tokens = dict[int, tuple[str, int]]  # tokens and their types by id
+_log = logging.getLogger(__name__)
 
 
 def add_tokenizer(writer: Any, folder: Path, config: ModelConfig) -> None:
@@ -26,9 +30,10 @@ def add_tokenizer(writer: Any, folder: Path, config: ModelConfig) -> None:
         return
     tokenizer = Tokenizer.from_pretrained(folder)
     add = _add_bpe if (folder / "tokenizer.json").is_file() else _add_sentencepiece
-    tokens, size = add(writer, folder, config.vocab_size), config.vocab_size
+    tokens, size = add(writer, folder, tokenizer, config.vocab_size), config.vocab_size
     if max(tokens) >= size:
         raise DSMoEError(f"{folder}: the tokenizer has {max(tokens) + 1} tokens, the model {size}")
+    _check_added_tokens(folder, tokenizer, tokens)
     every = [tokens.get(i, (f"[PAD{i}]", _UNUSED)) for i in range(size)]
     writer.add_token_list([token for token, _ in every])
     writer.add_token_types([kind for _, kind in every])
@@ -42,7 +47,7 @@ def add_tokenizer(writer: Any, folder: Path, config: ModelConfig) -> None:
         writer.add_chat_template(template)
 
 
-def _add_bpe(writer: Any, folder: Path, _: int) -> dict[int, tuple[str, int]]:
+def _add_bpe(writer: Any, folder: Path, *_: Any) -> _Tokens:
     """Add the merges of a byte-level BPE; return its tokens and their types by id."""
     path = folder / "tokenizer.json"
     fields = json.loads(path.read_bytes())  # the tokenizers library has read it
@@ -67,30 +72,59 @@ def _add_bpe(writer: Any, folder: Path, _: int) -> dict[int, tuple[str, int]]:
     return tokens | {token["id"]: (token["content"], _kind(token["special"])) for token in added}
 
 
-def _add_sentencepiece(writer: Any, folder: Path, vocab_size: int) -> dict[int, tuple[str, int]]:
+def _add_sentencepiece(writer: Any, folder: Path, tokenizer: Tokenizer, vocab_size: int) -> _Tokens:
     """Add the scores of a sentencepiece BPE; return its pieces and their types by id."""
     import sentencepiece
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
-    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    ids = range(model.vocab_size())
-    kinds = (
-        (_UNKNOWN, model.is_unknown),
-        (_CONTROL, model.is_control),
-        (_BYTE, model.is_byte),
-        (_UNUSED, model.is_unused),
-    )
-    scores = [model.get_score(i) for i in ids]
-    if any(score != round(score) for score in scores):  # BPE has ranks, unigram log-probabilities
-        raise DSMoEError(f"{folder / 'tokenizer.model'}: llama.cpp needs a BPE model, got a unigram one")
-    if model.decode(model.encode(_TEXT)) != _TEXT:
-        raise DSMoEError(f"{folder / 'tokenizer.model'}: llama.cpp does not normalize text, which this model does")
-    settings = read_settings(folder)
+    path = folder / "tokenizer.model"
+    proto = ModelProto.FromString(path.read_bytes())
+    model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    kind = proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type).lower()
+    kinds = {piece.type for piece in proto.pieces}
+    refusals = {
+        f"llama.cpp needs a BPE model, got a {kind} one": kind != "bpe",
+        "llama.cpp encodes unknown characters as bytes, which this model does not": _BYTE not in kinds,
+        "llama.cpp does not support spaces as suffixes": proto.trainer_spec.treat_whitespace_as_suffix,
+        "llama.cpp does not resegment unused pieces": _UNUSED in kinds,
+        "llama.cpp does not normalize text, which this model does": model.decode(model.encode(_TEXT)) != _TEXT,
+    }
+    for message, applies in refusals.items():
+        if applies:
+            raise DSMoEError(f"{path}: {message}")
+    scores = [piece.score for piece in proto.pieces]
+    first, *_ = tokenizer.encode("a", add_special_tokens=False)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_scores(scores + [0.0] * (vocab_size - len(scores)))
-    writer.add_add_space_prefix(settings.flag("add_prefix_space", True))
-    tokens = {i: (model.id_to_piece(i), next((kind for kind, test in kinds if test(i)), _NORMAL)) for i in ids}
-    return tokens | {i: (token.content, _kind(token.special)) for i, token in settings.added_tokens.items()}
+    writer.add_add_space_prefix(model.id_to_piece(first).startswith("▁"))
+    tokens = {i: (piece.piece, piece.type) for i, piece in enumerate(proto.pieces)}
+    added = read_settings(folder).added_tokens
+    return tokens | {i: (token.content, _kind(token.special)) for i, token in added.items()}
+
+
+def _check_added_tokens(folder: Path, tokenizer: Tokenizer, tokens: _Tokens) -> None:
+    """Compare encodings next to added tokens: llama.cpp splits the text at all of them and encodes each rest alone.
+
+    It splits at user-defined tokens always, and at control tokens only if asked to: a difference there is a warning.
+    """
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return tokenizer.encode_batch(texts, add_special_tokens=False, split_special_tokens=False)
+
+    for wanted in (_USER_DEFINED, _CONTROL):
+        added = {i: token for i, (token, kind) in tokens.items() if kind == wanted}
+        for left, right in _SIDES:
+            before, after = encode([left, right])
+            encoded = encode([f"{left}{token}{right}" for token in added.values()])
+            for (i, token), ids in zip(added.items(), encoded, strict=True):
+                if ids == [*before, i, *after] or (wanted == _CONTROL and i not in ids):
+                    continue
+                message = f"{folder}: llama.cpp encodes text next to token {token!r} otherwise"
+                if wanted == _USER_DEFINED:
+                    raise DSMoEError(message)
+                _log.warning("%s", message)
+                return
 
 
 def _kind(special: bool) -> int:

@@ -112,7 +112,7 @@ def fetch_file(repo_id: str, file: str, *, revision: str | None = None) -> Path 
 
 
 @contextlib.contextmanager
-def hub_of(repo_id: str) -> Iterator[Any]:
+def hub_of(repo_id: str, *, needed_by: str = "no such folder; a hub id") -> Iterator[Any]:
     """Yield the constants of huggingface_hub; prefix errors with the repository."""
     try:
         if not _REPO_ID.fullmatch(repo_id):
@@ -120,7 +120,7 @@ def hub_of(repo_id: str) -> Iterator[Any]:
         try:
             from huggingface_hub import constants
         except ImportError:
-            raise DSMoEError("no such folder; a hub id needs `pip install 'dsmoe_jax[hub]'`") from None
+            raise DSMoEError(f"{needed_by} needs `pip install 'dsmoe_jax[hub]'`") from None
         yield constants
     except ValueError as error:  # huggingface_hub validates ids by ValueError
         raise DSMoEError(f"{repo_id}: {error}") from None
@@ -207,7 +207,7 @@ _ADVICE: Final[Mapping[int, str]] = {
 
 
 @contextlib.contextmanager
-def one_line_errors(revision: str) -> Iterator[None]:
+def one_line_errors(revision: str, *, upload: bool = False) -> Iterator[None]:
     """Raise errors of huggingface_hub in one line, without its messages, which may contain server text or the token."""
     from huggingface_hub import constants, errors
 
@@ -220,14 +220,35 @@ def one_line_errors(revision: str) -> Iterator[None]:
         error = error or raised
     hub = urlsplit(constants.ENDPOINT).netloc.rpartition("@")[2] or constants.ENDPOINT
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
-    text = " ".join(str(error).split())[:300] or type(error).__name__
+    text = re.sub(r"^\[Errno -?\d+\] ", "", " ".join(_reason(error).split()))[:300] or type(error).__name__
     text = "the token is malformed" if "Bearer" in text else text
+    absent, failed = (
+        (
+            "no such repository on {}, or the token (HF_TOKEN, or `hf auth login`) cannot write to it",
+            "cannot upload to {}",
+        )
+        if upload
+        else (
+            "no such folder, and no such repository on {} (if private, set HF_TOKEN)",
+            "no such folder, and it cannot be fetched from {}",
+        )
+    )
     # In this order, as some are subclasses of others.
     table = (
         (errors.GatedRepoError, f"its owner grants access: ask at {hub}, then set HF_TOKEN or run `hf auth login`"),
-        (errors.RepositoryNotFoundError, f"no such folder, and no such repository on {hub} (if private, set HF_TOKEN)"),
+        (errors.RepositoryNotFoundError, absent.format(hub)),
         (errors.RevisionNotFoundError, f"has no revision {revision!r}"),
         (errors.HfHubHTTPError, f"{hub} returned HTTP {status}{_ADVICE.get(status, '')}"),
-        (Exception, f"no such folder, and it cannot be fetched from {hub}: {text}"),
+        (Exception, f"{failed.format(hub)}: {text}"),
     )
     raise DSMoEError(next(message for kind, message in table if isinstance(error, kind)))
+
+
+def _reason(error: BaseException) -> str:
+    """Return the message of the first of the operating system's errors that led to `error`, else its own."""
+    text, cause = str(error), error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            text = cause.strerror or str(cause)
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return text

@@ -48,7 +48,14 @@ In vLLM: `vllm serve {repo_id} --trust-remote-code`. In llama.cpp, from a GGUF f
 """
 
 
-def model_card(checkpoint: Path, repo_id: str, *, license: str | None = None, base_model: str | None = None) -> str:
+def model_card(
+    checkpoint: Path,
+    repo_id: str,
+    *,
+    license: str | None = None,
+    base_model: str | None = None,
+    config: ModelConfig | None = None,
+) -> str:
     """Return the README.md of a repository.
 
     Args:
@@ -58,11 +65,12 @@ def model_card(checkpoint: Path, repo_id: str, *, license: str | None = None, ba
         license: Identifier of the license, as the hub has them; default: none is stated.
         base_model: Hub id of the model that this one was trained from; default: the source of the checkpoint, if it was
             converted from another repository.
+        config: Config of the export, whose dtype may differ; default: that of the checkpoint.
 
     Returns:
         Markdown with the hub's metadata as front matter.
     """
-    config = ModelConfig.from_file(checkpoint)
+    config = config or ModelConfig.from_file(checkpoint)
     source = read_manifest(checkpoint).source if is_native(checkpoint) else {}
     repository = source.get("repository")
     base_model = base_model or (repository if repository != repo_id else None)

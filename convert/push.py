@@ -2,13 +2,16 @@
 
 import logging
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dsmoe_jax.checkpoint.native import as_dtype
+from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.info import count_parameters
 from dsmoe_jax.progress import Meter, silent
-from dsmoe_jax.storage.atomic_dir import check_new_path
+from dsmoe_jax.storage.atomic_dir import check_new_path, check_space
 from dsmoe_jax.storage.paths import user_path
 
 from .exporter import export_hf
@@ -52,30 +55,71 @@ def push(
     Raises:
         DSMoEError: The checkpoint is damaged, the disk is too full, or the hub refuses; nothing is left on disk.
     """
-    as_dtype(dtype)
+    cast_dtype = as_dtype(dtype)
     folder = user_path(checkpoint, "checkpoint")
-    card = model_card(folder, repo_id, license=license, base_model=base_model)
+    config = ModelConfig.from_file(folder)
+    card = partial(model_card, folder, repo_id, license=license, base_model=base_model)
+    checked_card = card()
+    _check_ids(repo_id, base_model)
 
     def write(output_dir: Path) -> None:
         export_hf(folder, output_dir, dtype=dtype, with_modeling=True, progress=progress)
-        (output_dir / "README.md").write_text(card, encoding="utf-8")
+        (output_dir / "README.md").write_text(card(config=ModelConfig.from_file(output_dir)), encoding="utf-8")
 
     if dry_run is not None:
         write(check_new_path(dry_run))
         return str(dry_run)
-    with hub_of(repo_id), one_line_errors(revision or "main"):
+    parent = folder.resolve().parent
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.push.", dir=parent) as temporary:
+        export = Path(temporary) / "export"
+        stored = as_dtype(config.torch_dtype or "bfloat16")
+        check_space(export, count_parameters(config).total * (cast_dtype or stored).itemsize)  # before the hub changes
+        _create(repo_id, checked_card, revision, private)
+        write(export)
+        _log.info("Uploading to %s", repo_id)
+        with hub_of(repo_id), one_line_errors(revision or "main", upload=True):
+            return _upload(repo_id, export, revision)
+
+
+def _check_ids(repo_id: str, base_model: str | None) -> None:
+    """Raise `DSMoEError` for an id that the hub does not accept."""
+    with hub_of(repo_id, needed_by="an upload"):
+        from huggingface_hub.utils import validate_repo_id
+
+        validate_repo_id(repo_id)
+        try:
+            if base_model is not None:
+                validate_repo_id(base_model)
+        except ValueError as error:
+            raise DSMoEError(f"base_model must be a hub id, got {base_model!r}: {error}") from None
+
+
+def _upload(repo_id: str, folder: Path, revision: str | None) -> str:
+    """Commit the files of a folder; return the URL of the commit."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    additions = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
+    for addition in additions:
+        if addition.path_in_repo.endswith(".safetensors"):  # one at a time: Ctrl-C waits for the threads of several
+            HfApi().preupload_lfs_files(repo_id, [addition], revision=revision)
+    commit = HfApi().create_commit(repo_id, additions, commit_message="Upload of dsmoe_jax", revision=revision)
+    return str(commit.commit_url)
+
+
+def _create(repo_id: str, card: str, revision: str | None, private: bool) -> None:
+    """Create the repository and the branch, unless they exist, after the hub has accepted the model card."""
+    with hub_of(repo_id) as constants:
         from huggingface_hub import HfApi, get_token
+        from huggingface_hub.utils import get_session
 
         if get_token() is None:
             raise DSMoEError("an upload needs a token: set HF_TOKEN or run `hf auth login`")
-        HfApi().create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
-            HfApi().create_branch(repo_id, branch=revision, exist_ok=True)
-    parent = folder.resolve().parent
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.push.", dir=parent) as temporary:
-        write(Path(temporary) / "export")
-        _log.info("Uploading to %s", repo_id)
-        with hub_of(repo_id), one_line_errors(revision or "main"):
-            options = {"revision": revision, "commit_message": "Upload of dsmoe_jax"}
-            commit = HfApi().upload_folder(repo_id=repo_id, folder_path=Path(temporary) / "export", **options)
-    return str(commit.commit_url)
+        with one_line_errors(revision or "main", upload=True):
+            fields = {"content": card, "repoType": "model"}
+            checked = get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=fields)
+            if checked.status_code == 400:
+                errors = "; ".join(str(error.get("message")) for error in checked.json().get("errors", ()))
+                raise DSMoEError(f"the model card is invalid: {errors}")
+            HfApi().create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None:
+                HfApi().create_branch(repo_id, branch=revision, exist_ok=True)

@@ -7,6 +7,7 @@ are those of the original.
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,54 +18,25 @@ from dsmoe_jax.convert import export_hf, import_hf
 from dsmoe_jax.convert.peft import read_adapter, write_adapter
 from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.text.tokenizer import Tokenizer
-from tests.helpers import golden
+from tests.helpers import exports, golden
+from tests.helpers.exports import export, load, logits
 from tests.helpers.hf_folder import VARIANTS, make_tokenizer, random_params, tiny, write_hf
 
 pytest.importorskip("torch", reason="the reader is PyTorch: pip install -e '.[interop]'")
 pytest.importorskip("transformers", reason="the reader is transformers: pip install -e '.[interop]'")
 import torch  # pyright: ignore[reportMissingImports]
-from transformers import (  # pyright: ignore[reportMissingImports]
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig  # pyright: ignore[reportMissingImports]
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch and transformers
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+modules_cache = exports.modules_cache
 GRADIENTS = 1e-3  # relative
 IDS = torch.from_numpy(np.random.default_rng(1).integers(2, 64, (2, 12)))
 
 
-@pytest.fixture(autouse=True)
-def modules_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copy remote code to a temporary folder instead of the user's cache."""
-    folder = str(tmp_path_factory.mktemp("modules"))
-    for module in ("transformers.utils.hub", "transformers.dynamic_module_utils"):
-        monkeypatch.setattr(f"{module}.HF_MODULES_CACHE", folder)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "transformers_modules", raising=False)
-
-
-def export(source: Path, work: Path, **options: Any) -> Path:
-    """Return the export, with PyTorch code, of a Hugging Face folder."""
-    import_hf(source, work / "native")
-    return export_hf(work / "native", work / "exported", with_modeling=True, **options).path
-
-
-def load(folder: Path, **options: Any) -> Any:
-    """Return the exported model for evaluation."""
-    options = {"trust_remote_code": True, "dtype": torch.float32} | options
-    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-
-
 def tensor(case: str, name: str) -> torch.Tensor:
     return torch.from_numpy(golden.tensors(case)[name].astype(np.int64))
-
-
-def logits(model: Any, **inputs: Any) -> np.ndarray:
-    with torch.no_grad():
-        return model(**inputs).logits.float().numpy()
 
 
 @pytest.mark.parametrize("case", golden.CASES)
@@ -182,6 +154,58 @@ def test_config_alone_opens_without_the_model(tmp_path: Path):
     names = {"n_routed_experts", "norm_topk_prob", "moe_intermediate_size", "vocab_size", "rope_theta"}
     assert {name: getattr(config, name) for name in names} == {name: fields[name] for name in names}
     assert config.architectures == ["DeepseekForCausalLM"]
+
+
+# What the models of vLLM and SGLang for `DeepseekForCausalLM` read of the config, besides `rope_scaling`.
+ENGINES = {
+    *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "n_shared_experts", "n_routed_experts", "num_experts_per_tok"),
+    *("moe_layer_freq", "first_k_dense_replace", "norm_topk_prob", "hidden_act", "max_position_embeddings"),
+    *("rms_norm_eps", "rope_theta", "tie_word_embeddings", "attention_bias", "bos_token_id", "eos_token_id"),
+}
+
+
+def test_serving_engines_find_what_they_read(tmp_path: Path):
+    source = write_hf(tmp_path / "hf", tiny(vocab_size=300), random_params(tiny(vocab_size=300)))
+    make_tokenizer(tmp_path / "tokenizer", 300)
+    for file in (tmp_path / "tokenizer").iterdir():
+        file.rename(source / file.name)
+    exported = export(source, tmp_path)
+
+    config = AutoConfig.from_pretrained(exported, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
+    generation = GenerationConfig.from_pretrained(exported)
+
+    stored = json.loads((exported / "config.json").read_text())
+    assert {name: getattr(config, name) for name in ENGINES} == {name: stored[name] for name in ENGINES}
+    assert (config.rope_scaling or {}).get("rope_type", "default") == "default"
+    assert (config.model_type, config.architectures) == ("deepseek", ["DeepseekForCausalLM"])
+    assert config.get_text_config() is config
+    assert config.dtype == torch.float32
+    assert type(config).from_dict(config.to_dict()).to_dict() == config.to_dict()
+    assert tokenizer("def f")["input_ids"] == Tokenizer.from_pretrained(exported).encode("def f")
+    assert generation.eos_token_id == config.eos_token_id
+
+
+def test_rope_fields_of_either_line_are_read(tmp_path: Path):
+    import dsmoe_jax
+
+    config = tiny(rope_theta=500.0, rope_scaling={"type": "linear", "factor": 4.0})
+    params = {name: 3 * value for name, value in random_params(config).items()}
+    exported = export(write_hf(tmp_path / "hf", config, params), tmp_path)
+    fields = json.loads((exported / "config.json").read_text())
+    del fields["rope_theta"], fields["rope_scaling"]
+    rope = {"rope_theta": 500.0, "rope_type": "linear", "factor": 4.0}
+    want = np.asarray(dsmoe_jax.load(tmp_path / "native")(IDS.numpy().astype(np.int32)).logits)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        AutoConfig.from_pretrained(exported, trust_remote_code=True)
+    errors = [np.abs(logits(load(exported), input_ids=IDS) - want).max()]
+    (exported / "config.json").write_text(json.dumps(fields | {"rope_parameters": rope}))  # as transformers 5 saves it
+    errors.append(np.abs(logits(load(exported), input_ids=IDS) - want).max())
+
+    assert max(errors) < golden.LOGITS
 
 
 def test_trained_tokenizer_has_equal_ids(tmp_path: Path):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,22 @@ def test_only_adapted_experts_are_written_with_their_ranks(tmp_path: Path):
     assert again.params.keys() == params.keys()
     assert all((again.params[name] == value).all() for name, value in params.items())
     assert lora.count(again.plan, MODEL) == sum(tensor.size for tensor in saved.values())
+
+
+@pytest.mark.parametrize("config", [
+    LoraConfig(r=4), LoraConfig(r=4, target_modules=r".*\.q_proj", use_rslora=True)
+], ids=["list", "regex"])  # fmt: skip
+def test_written_adapters_satisfy_the_rules_of_vllm(config: LoraConfig, tmp_path: Path):
+    write_adapter(tmp_path / "adapter", config, MODEL, random_params(config))
+
+    fields = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    assert isinstance(fields["r"], int)
+    assert isinstance(fields["lora_alpha"], int | float)
+    assert isinstance(fields["target_modules"], list | str)
+    assert isinstance(fields["use_rslora"], bool)
+    assert (fields["bias"], fields["use_dora"], fields["modules_to_save"]) == ("none", False, None)
+    for name in load_file(tmp_path / "adapter" / WEIGHTS):  # base_model.model.PATH.lora_A.weight
+        assert re.fullmatch(r"base_model\.model\.model\.layers\.\d+\.[\w.]+_proj\.lora_[AB]\.weight", name), name
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])

@@ -5,6 +5,9 @@ Start at `test_pushed_checkpoint_comes_back`.
 
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from dsmoe_jax.convert import import_hf
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.convert import export_gguf, import_hf, push
 from dsmoe_jax.convert.model_card import model_card
+from dsmoe_jax.errors import DSMoEError
 from tests.helpers.fake_hub import FakeHub, serve
 from tests.helpers.hf_folder import make_tokenizer, random_params, tiny, write_hf
 
@@ -38,13 +43,21 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return import_hf(source, folder / "native").path
 
 
-def dsmoe(
-    hub: FakeHub, home: Path, *arguments: str | Path, token: str = "hf_secret"
-) -> subprocess.CompletedProcess[str]:
+def start(hub: FakeHub, home: Path, *arguments: str | Path, token: str = "hf_secret") -> subprocess.Popen[str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token}
     command = [sys.executable, "-m", "dsmoe_jax", *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def dsmoe(hub: FakeHub, home: Path, *arguments: str | Path, **options: str) -> subprocess.CompletedProcess[str]:
+    with start(hub, home, *arguments, **options) as process:
+        out, error = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, error)
+
+
+def nothing_left(native: Path) -> bool:
+    return {path.name for path in native.parent.iterdir()} == {"hf", "native", "tokenizer"}
 
 
 def files(hub: FakeHub, name: str, branch: str = "main") -> dict[str, bytes]:
@@ -64,7 +77,7 @@ def test_pushed_checkpoint_comes_back(hub: FakeHub, native: Path, tmp_path: Path
     ).keys()
     before, after = (json.loads((path / "dsmoe_jax.json").read_text()) for path in (native, tmp_path / "again"))
     assert before["tensors"] == after["tensors"]
-    assert {path.name for path in native.parent.iterdir()} == {"hf", "native", "tokenizer"}  # nothing is left
+    assert nothing_left(native)
 
 
 @pytest.mark.slow
@@ -79,21 +92,115 @@ def test_repeated_push_sends_the_weights_once(hub: FakeHub, native: Path, tmp_pa
     assert files(hub, "someone/twice", "v2").keys() == files(hub, "someone/twice").keys()
 
 
-@pytest.mark.parametrize(("name", "token", "line"), [
-    ("no-owner", "hf_secret", "repository id must have the form owner/name"),
-    ("someone/no-token", "", "set HF_TOKEN or run `hf auth login`"),
-    ("someone/forbidden", "hf_secret", "does not permit it"),
+@pytest.mark.parametrize(("name", "options", "line"), [
+    ("someone/no-token", {"token": ""}, "an upload needs a token: set HF_TOKEN or run `hf auth login`"),
+    ("someone/forbidden", {}, "does not permit it"),
+    ("someone/absent", {}, "no such repository on 127.0.0.1"),
+    ("someone/silent", {}, "cannot upload to 127.0.0.1"),
+    ("someone/other", {"license": "no such"}, 'the model card is invalid: "license" must be one of [apache-2.0, mit]'),
+    ("someone/offline", {"url": "http://127.0.0.1:9"}, "cannot upload to 127.0.0.1:9: Connection refused"),
 ])  # fmt: skip
-def test_refusals_are_one_line(name: str, token: str, line: str, hub: FakeHub, native: Path, tmp_path: Path):
-    hub.add("someone/forbidden", {}, listing="forbidden")
+def test_refusals_are_one_line(
+    name: str, options: dict[str, str], line: str, hub: FakeHub, native: Path, tmp_path: Path
+):
+    for failure in ("forbidden", "absent", "silent"):
+        hub.add(f"someone/{failure}", {}, listing=failure)
+    reached = FakeHub(options.get("url", hub.url))
+    license = ("--license", options["license"]) if "license" in options else ()
 
-    refused = dsmoe(hub, tmp_path, "push", native, name, token=token)
+    refused = dsmoe(reached, tmp_path, "push", native, name, *license, token=options.get("token", "hf_secret"))
 
     assert refused.returncode == 2
     (last,) = [text for text in refused.stderr.splitlines() if text.startswith("dsmoe push: ")]
     assert line in last
     assert "hf_secret" not in refused.stderr
-    assert {path.name for path in native.parent.iterdir()} == {"hf", "native", "tokenizer"}
+    assert "no such folder" not in last
+    assert nothing_left(native)
+
+
+def test_interrupted_push_resumes(hub: FakeHub, native: Path, tmp_path: Path):
+    hub.objects.clear()
+    uploads, push = hub.uploads, ("push", native, "someone/interrupted")
+    for step in ("put", "commit"):
+        hub.stall = step
+        hub.stalled.clear()
+        hub.go_on.clear()
+        with start(hub, tmp_path, *push) as process:
+            assert hub.stalled.wait(60)
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=10)  # although the hub does not answer
+        hub.stall = ""
+        hub.go_on.set()
+
+        assert process.returncode == 130
+        assert not files(hub, "someone/interrupted")
+        assert nothing_left(native)
+
+    assert dsmoe(hub, tmp_path, *push).returncode == 0
+    assert "model.safetensors.index.json" in files(hub, "someone/interrupted")
+    assert hub.uploads == uploads + 2  # the first is incomplete, and the last run uploads nothing
+
+
+@pytest.mark.parametrize(("repo_id", "base_model", "message"), [
+    ("no-owner", None, "no-owner: the repository id must have the form owner/name"),
+    ("some one/x", None, "some one/x: the repository id must have the form owner/name"),
+    ("someone/a--b", None, "someone/a--b: Cannot have -- or .. in repo_id"),
+    ("someone/x.git", None, "someone/x.git: Repo_id cannot end by '.git'"),
+    ("someone/x", "a b", "someone/x: base_model must be a hub id, got 'a b'"),
+    ("someone/x", "https://hub/a/b", "someone/x: base_model must be a hub id, got 'https://hub/a/b'"),
+])  # fmt: skip
+def test_dry_run_checks_ids_as_the_hub(
+    repo_id: str, base_model: str | None, message: str, native: Path, tmp_path: Path
+):
+    with pytest.raises(DSMoEError, match=re.escape(message)) as refused:
+        push(native, repo_id, base_model=base_model, dry_run=tmp_path / "folder")
+
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_full_disk_stops_before_the_hub_changes(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    for folder in (None, tmp_path / "folder"):
+        with pytest.raises(DSMoEError, match=r"needs 0\.00 GB more; .* has 0\.00 GB free"):
+            push(native, "someone/full", dry_run=folder)
+
+    assert nothing_left(native)
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_folder_is_kept(native: Path, tmp_path: Path):
+    with pytest.raises(DSMoEError, match=f"{tmp_path} exists; nothing is overwritten"):
+        push(native, "someone/x", dry_run=tmp_path)
+
+    assert not list(tmp_path.iterdir())
+
+
+def test_card_has_the_dtype_of_the_export(native: Path, tmp_path: Path):
+    push(native, "someone/x", dtype="bfloat16", dry_run=tmp_path / "folder")
+
+    assert "| dtype | bfloat16 |" in (tmp_path / "folder" / "README.md").read_text()
+
+
+def test_gguf_is_exported_by_hub_id(hub: FakeHub, native: Path, tmp_path: Path):
+    gguf = pytest.importorskip("gguf", reason="the writer is gguf: pip install -e '.[gguf]'")
+    hub.add("someone/source", {path.name: path.read_bytes() for path in (native.parent / "hf").iterdir()})
+
+    run = dsmoe(hub, tmp_path, "export", "someone/source", tmp_path / "model.gguf", "--format", "gguf")
+
+    assert run.returncode == 0, run.stderr
+    assert gguf.GGUFReader(tmp_path / "model.gguf").fields["general.name"].contents() == "source"
+    assert "gguf: This GGUF file" not in run.stderr
+    assert "Writing the following files" not in run.stderr
+
+
+def test_gguf_names_the_missing_extra(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+
+    with pytest.raises(DSMoEError, match=r"GGUF needs the package gguf: pip install 'dsmoe_jax\[gguf\]'"):
+        export_gguf(native, tmp_path / "model.gguf")
 
 
 def test_dry_run_writes_the_folder_only(hub: FakeHub, native: Path, tmp_path: Path):
@@ -102,7 +209,8 @@ def test_dry_run_writes_the_folder_only(hub: FakeHub, native: Path, tmp_path: Pa
     run = dsmoe(hub, tmp_path, "push", native, "someone/dry", "--dry-run", tmp_path / "folder", token="")
 
     assert run.returncode == 0, run.stderr
-    assert (tmp_path / "folder" / "README.md").read_text() == model_card(native, "someone/dry")
+    exported = ModelConfig.from_file(tmp_path / "folder")
+    assert (tmp_path / "folder" / "README.md").read_text() == model_card(native, "someone/dry", config=exported)
     assert len(hub.requests) == requests
     assert "someone/dry" not in hub.repositories
 

@@ -64,7 +64,7 @@ def _run(argv: Sequence[str], interrupted: threading.Event) -> int:
         set_environment()
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         logging.raiseExceptions = False  # drop log lines that stderr cannot take
-        for library in ("absl", "httpx", "jax", "orbax"):
+        for library in ("absl", "gguf", "httpx", "httpx2", "jax", "orbax"):
             logging.getLogger(library).setLevel(logging.ERROR)
         args.run(args)
         sys.stdout.flush()

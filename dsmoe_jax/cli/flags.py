@@ -148,7 +148,11 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
         _arg("--revision", "branch to upload to, created if missing; default: main", "BRANCH"),
         _DTYPE,
         _arg("--license", "license stated in the model card, such as mit; default: none", "NAME"),
-        _arg("--base-model", "hub id of the base model stated in the model card; default: none", "HUB_ID"),
+        _arg(
+            "--base-model",
+            "hub id of the base model in the model card; default: the repository it was converted from, if any",
+            "HUB_ID",
+        ),
         _arg("--dry-run", "write the files to this new folder instead of uploading them; default: upload", "DIR"),
     ),
     "verify": (

@@ -63,6 +63,16 @@ class FakeHub:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[Request] = []
         self.objects: dict[str, bytes] = {}  # large files by SHA-256
+        self.uploads = 0  # of large files
+        self.stall = ""  # "put" or "commit": this request of an upload sets `stalled` and gets no answer until `go_on`
+        self.stalled, self.go_on = threading.Event(), threading.Event()
+
+    def stalls(self, step: str) -> bool:
+        """Wait if uploads stall at this step."""
+        if step != self.stall:
+            return False
+        self.stalled.set()
+        return self.go_on.wait(30)
 
     def add(self, name: str, files: Mapping[str, bytes], **failure: Any) -> Repository:
         """Return a new repository with one commit."""
@@ -126,6 +136,10 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = unquote(urlsplit(self.path).path)
         lines = [json.loads(line) for line in body.splitlines() if line]
+        if path == self._CARD:
+            refused = re.search(r'^license: "no such.*"$', lines[0]["content"], re.MULTILINE)
+            errors = [{"message": '"license" must be one of [apache-2.0, mit]'}] if refused else []
+            return self._json({"errors": errors, "warnings": []}, status=400 if refused else 200)
         if not self.headers.get("Authorization"):
             return self._send_error("absent")
         if path == self._CREATE:
@@ -135,8 +149,6 @@ class _Handler(BaseHTTPRequestHandler):
                 hub.add(name, {}).private = lines[0].get("private") is True or lines[0].get("visibility") == "private"
                 return self._json(created)
             return self._send_error(found.listing) if found.listing else self._json(created, status=409)
-        if path == self._CARD:
-            return self._json({"errors": [], "warnings": []})
         if match := self._BATCH.fullmatch(path):
             return self._json({"transfer": "basic", "objects": [self._lfs(hub, one) for one in lines[0]["objects"]]})
         match = self._UPLOAD.fullmatch(path)
@@ -150,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({})
         elif match[2] == "preupload":
             self._json({"files": [self._mode(file["path"]) for file in lines[0]["files"]]})
-        else:
+        elif not hub.stalls("commit"):
             files = dict(repository.commits[repository.branches[match[3]]])
             for line in lines[1:]:
                 value = line["value"]
@@ -163,6 +175,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         hub: FakeHub = self.server.hub  # pyright: ignore[reportAttributeAccessIssue]
         data = self.rfile.read(int(self.headers["Content-Length"]))
+        hub.uploads += 1
+        if hub.stalls("put"):
+            return
         hub.objects[hashlib.sha256(data).hexdigest()] = data
         self._answer(200)
 
@@ -240,7 +255,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body[:until])
+            with contextlib.suppress(ConnectionError):  # of an interrupted client
+                self.wfile.write(body[:until])
         self.close_connection |= until is not None
 
 
