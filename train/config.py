@@ -187,7 +187,7 @@ class RunConfig:
     """Maximum batches per evaluation; more give a more precise loss and take longer."""
 
     eval_tasks: tuple[str, ...] = ()
-    """Tasks of lm-evaluation-harness to evaluate during training (extra `eval`), as in `dsmoe evaluate --suite`."""
+    """Tasks of lm-evaluation-harness to evaluate during training (extra `eval`). Default: none."""
 
     eval_tasks_interval: int | None = None
     """Steps between evaluations of the tasks; the last step is always evaluated. Default: `eval_interval`."""
@@ -199,7 +199,7 @@ class RunConfig:
     """Folder of local datasets, `TASK/SPLIT.jsonl` or copies of dataset repositories. Default: the Hugging Face Hub."""
 
     eval_tasks_include: tuple[str, ...] = ()
-    """Folders with further task files."""
+    """Folders with further task files. Default: none."""
 
     trackers: tuple[Literal["console", "jsonl", "tensorboard", "wandb", "plot"], ...] = (
         *("console", "jsonl", "tensorboard", "plot"),

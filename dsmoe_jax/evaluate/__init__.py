@@ -1,15 +1,16 @@
-"""Evaluation with lm-evaluation-harness: `evaluate` and the model `DSMoELM`, which needs `lm_eval`."""
+"""Evaluation with lm-evaluation-harness: `evaluate`, the model `DSMoELM`, a task from texts: `write_continuations`."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dsmoe_jax.evaluate.continuations import write_continuations
     from dsmoe_jax.evaluate.harness import DSMoELM
     from dsmoe_jax.evaluate.run import Evaluation, evaluate
 
-_MODULES = {"DSMoELM": "harness", "Evaluation": "run", "evaluate": "run"}
+_MODULES = {"DSMoELM": "harness", "Evaluation": "run", "evaluate": "run", "write_continuations": "continuations"}
 
-__all__ = ["DSMoELM", "Evaluation", "evaluate"]
+__all__ = ["DSMoELM", "Evaluation", "evaluate", "write_continuations"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.storage.atomic_file import write_atomically
+from dsmoe_jax.storage.atomic_dir import write_text
 from dsmoe_jax.storage.paths import user_path
 
 _TASK: Final = """\
@@ -66,23 +66,32 @@ def write_continuations(
         if value < least:
             raise DSMoEError(f"{argument} must be at least {least}, got {value}")
     size = context_chars + choice_chars
-    passages = [text[at : at + size] for text in texts for at in range(0, len(text) - size + 1, size)]
+    passages = [
+        _split(text[at : at + size], context_chars) for text in texts for at in range(0, len(text) - size + 1, size)
+    ]
     if len(passages) < choices:
         raise DSMoEError(f"texts must have at least {choices} passages of {size} characters, got {len(passages)}")
     rng = random.Random(seed)
     lines = []
-    for passage in rng.sample(passages, min(questions, len(passages))):
-        true = passage[context_chars:]
-        others = {other[context_chars:] for other in rng.sample(passages, min(4 * choices, len(passages)))} - {true}
+    for context, true in rng.sample(passages, min(questions, len(passages))):
+        others = {other for _, other in rng.sample(passages, min(4 * choices, len(passages)))} - {true}
         options = [true, *sorted(others)[: choices - 1]]
         if len(options) < choices:
             continue
         rng.shuffle(options)
-        question = {"context": passage[:context_chars], "choices": options, "answer": options.index(true)}
+        question = {"context": context, "choices": options, "answer": options.index(true)}
         lines.append(json.dumps(question, ensure_ascii=False) + "\n")
     folder = user_path(out, "out").absolute()
-    data, task = folder / f"{name}.jsonl", folder / f"{name}.yaml"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(data, "".join(lines).encode())
-    write_atomically(task, _TASK.format(name=name, data=json.dumps(str(data))).encode())
+    data, task = folder / name / "test.jsonl", folder / f"{name}.yaml"  # where `--data` finds it, too
+    data.parent.mkdir(parents=True, exist_ok=True)
+    write_text(data, "".join(lines))
+    write_text(task, _TASK.format(name=name, data=json.dumps(str(data))))
     return task
+
+
+def _split(passage: str, at: int) -> tuple[str, str]:
+    """Split a passage between words if there is a space: the continuation starts with it and ends with a word."""
+    start = passage.rfind(" ", 1, at + 1)
+    end = passage.rfind(" ", at + 1)
+    start, end = (start if start > 0 else at), (end if end > 0 else len(passage))
+    return passage[:start], passage[start:end]

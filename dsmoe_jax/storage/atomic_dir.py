@@ -188,11 +188,16 @@ def check_space(path: Path, needed: int) -> None:
 
 def write_json(path: Path, fields: Mapping[str, Any]) -> None:
     """Write a small JSON file atomically, formatted as Hugging Face does: sorted, two spaces."""
+    write_text(path, json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write or replace a small file atomically."""
     path = Path(os.path.realpath(path))  # keep a symbolic link, replace its target
     temporary = path.with_name(f".{path.name}.new")
     try:
         with temporary.open("wb") as file:
-            file.write((json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
+            file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
