@@ -39,7 +39,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(0, 80)))
     train_tokenizer(texts(0, 80), home / "tokenizer", 300)
     (home / "model.json").write_text(json.dumps(tiny(vocab_size=300).to_dict()))
-    sizes = {"context_chars": 60, "choice_chars": 30}
+    sizes: dict[str, Any] = {"context_chars": 60, "choice_chars": 30}
     write_continuations(texts(1, 60), home / "tasks", questions=QUESTIONS, **sizes)
     return home
 

@@ -101,7 +101,11 @@ EVALUATE: Final = (
         "base, chat, leaderboard, or tasks of lm-evaluation-harness separated by commas; default: base",
         "NAME",
     ),
-    _arg("--out --output-dir", "folder of the report; an interrupted evaluation resumes from it", "DIR"),
+    _arg(
+        "--out --output-dir",
+        "folder of the report, which an interrupted evaluation resumes from; no default: required unless --list-data",
+        "DIR",
+    ),
     *_LOADING,
     _arg("--mesh", "devices by axis, such as fsdp=4,expert=2; default: one device", "AXIS=N,…", type=_mesh),
     _arg("--batch-size", "sequences scored and outputs generated at once; default: as generate", **_INT),
