@@ -186,7 +186,7 @@ def test_prefix_of_an_earlier_call_is_reused():
 
     check_same(got, expected)
     assert len(cache) == 1
-    shared = len(cache._prefixes[0].token_ids)
+    shared = len(cache._entries[0].token_ids)
     assert first.prompt_tokens - second.prompt_tokens == shared - 1  # the last token is read for its logits
 
 

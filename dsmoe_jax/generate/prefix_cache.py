@@ -9,6 +9,7 @@ import numpy as np
 from dsmoe_jax.kv_cache import KVCache
 
 _MIN_REUSED: Final = 16  # tokens of a match, or half the prompt; reading fewer again costs less than a copy
+_MAX_PREFIXES: Final = 64  # they are searched one by one
 MIN_SHARED: Final = 64  # tokens that waiting prompts must share for the first one to be retained
 
 
@@ -24,56 +25,59 @@ class Prefix(NamedTuple):
         return common_prefix(self.token_ids[:limit], token_ids[:limit])
 
 
+class _Entry(NamedTuple):
+    prefix: Prefix
+    token_ids: np.ndarray
+    nbytes: int  # per device
+
+
 class PrefixCache:
-    """Prefixes within a bound on their bytes; the least recently used are evicted."""
+    """Prefixes within a bound on their bytes and number; the least recently used are evicted."""
 
     def __init__(self, max_bytes: int):
         """Create an empty cache of at most `max_bytes` per device."""
         self.max_bytes = max_bytes
-        self._prefixes: list[Prefix] = []  # the most recently used last
+        self._entries: list[_Entry] = []  # the most recently used last
 
     @property
     def nbytes(self) -> int:
         """Bytes of all prefixes per device."""
-        return sum(map(_device_bytes, self._prefixes))
+        return sum(entry.nbytes for entry in self._entries)
 
     def find(self, token_ids: Sequence[int], dtype: Any) -> Prefix | None:
         """Return the prefix with the longest match, in `dtype`; None if the match is too short to pay."""
-        matches = [(one.match(token_ids), one) for one in self._prefixes if one.cache.dtype == dtype]
-        length, best = max(matches, key=lambda match: match[0], default=(0, None))
-        if best is None or length < min(_MIN_REUSED, len(token_ids) / 2):
+        tokens, length, best = np.asarray(token_ids), 0, None
+        for entry in self._entries:
+            if entry.prefix.cache.dtype == dtype:
+                shared = min(common_prefix(entry.token_ids, tokens), len(entry.token_ids) - 1, len(tokens) - 1)
+                if shared > length:
+                    length, best = shared, entry
+        if best is None or length < min(_MIN_REUSED, len(tokens) / 2):
             return None
-        self._remove(best)
-        self._prefixes.append(best)
-        return best
+        self._entries = [*(entry for entry in self._entries if entry is not best), best]
+        return best.prefix
 
     def add(self, prefix: Prefix) -> None:
         """Add a prefix, which replaces those that it extends; one larger than the bound is dropped."""
-        size, dtype = len(prefix.token_ids), prefix.cache.dtype
-        for one in [*self._prefixes]:
-            if one.cache.dtype != dtype:
-                continue
-            shared = common_prefix(one.token_ids, prefix.token_ids)
-            if shared == size < len(one.token_ids):
-                return
-            if shared == len(one.token_ids):
-                self._remove(one)
-        if _device_bytes(prefix) > self.max_bytes:
-            return
-        self._prefixes.append(prefix)
-        while self.nbytes > self.max_bytes:
-            del self._prefixes[0]
-
-    def clear(self) -> None:
-        """Remove every prefix."""
-        self._prefixes.clear()
+        new = _Entry(prefix, np.asarray(prefix.token_ids), _device_bytes(prefix))
+        kept = []
+        for entry in self._entries:
+            if entry.prefix.cache.dtype == prefix.cache.dtype:
+                shared = common_prefix(entry.token_ids, new.token_ids)
+                if shared == len(new.token_ids) < len(entry.token_ids):
+                    return
+                if shared == len(entry.token_ids):
+                    continue
+            kept.append(entry)
+        self._entries = kept
+        if new.nbytes <= self.max_bytes:
+            self._entries.append(new)
+        while self.nbytes > self.max_bytes or len(self._entries) > _MAX_PREFIXES:
+            del self._entries[0]
 
     def __len__(self) -> int:
         """Return the number of prefixes."""
-        return len(self._prefixes)
-
-    def _remove(self, prefix: Prefix) -> None:
-        self._prefixes = [one for one in self._prefixes if one is not prefix]
+        return len(self._entries)
 
 
 def common_prefix(a: Any, b: Any) -> int:
