@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsmoe_jax.axes import Array, Bool, Float, Int, Shaped
+from dsmoe_jax.axes import Array, Float, Int, Shaped
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.sharding import constrain, current_mesh
 
@@ -93,11 +93,6 @@ class KVCache(NamedTuple):
     def dtype(self) -> np.dtype:
         """The dtype of keys and values as stored."""
         return self.layers[0].k.dtype
-
-    def mask(self, tokens: int) -> Bool[Array, "B T S"]:
-        """Return the causal mask of the next `tokens` tokens over the slots."""
-        positions = self.lengths[:, None] + jnp.arange(tokens)[None, :]
-        return jnp.arange(self.slots)[None, None, :] <= positions[:, :, None]
 
     def placed(self) -> "KVCache":
         """Shard the cache over the current mesh by sequence and head, or replicate it if that is uneven."""

@@ -18,9 +18,10 @@ from jax.core import Tracer
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import Mesh, Sharding
 
-from dsmoe_jax.axes import Array, Bool, Float, Int, PRNGKeyArray
+from dsmoe_jax.axes import Array, Float, Int, PRNGKeyArray
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.kernels.attention import CausalMask
 from dsmoe_jax.kernels.matmul import matmul
 from dsmoe_jax.kernels.operand import Quantized
 from dsmoe_jax.kv_cache import KVCache, LayerCache
@@ -151,7 +152,7 @@ class DeepSeekMoE(nnx.Module):
         rope_length: Int[Array, ""] | int | None = None,
         dropout_key: PRNGKeyArray | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T S"] | None = None,
+        mask: CausalMask | None = None,
         router_bias: Mapping[int, Float[Array, "E"]] | None = None,
         remat: str = "none",
     ) -> DecoderOutput:
@@ -167,7 +168,7 @@ class DeepSeekMoE(nnx.Module):
             rope_length: Length for dynamic NTK scaling; default: all keys, padding included.
             dropout_key: Enables attention dropout.
             segment_ids: int [B, T]; attention is block-diagonal over segments. Not supported with a cache.
-            mask: Replaces the causal mask by one that allows less; S: the T tokens, or the slots of the cache.
+            mask: Replaces the mask made of `attention_mask`, `segment_ids` and the lengths of the cache.
             router_bias: Bias on expert selection by layer, see `Router`.
             remat: Rematerialization policy of each block, a key of `REMAT`.
 
@@ -181,10 +182,10 @@ class DeepSeekMoE(nnx.Module):
             position_ids = offset[:, None] + jnp.arange(T)[None, :]
         if rope_length is None:
             rope_length = T if start is None else start.max() + T
-        if mask is None and cache is not None and not prefill:
-            mask = cache.mask(T)
+        if mask is None and start is not None:
+            mask = CausalMask(start)
         elif mask is None:
-            mask = _causal_mask(token_ids, attention_mask, segment_ids)
+            mask = CausalMask(None, None if attention_mask is None else attention_mask != 0, segment_ids, segment_ids)
         valid = None if cache is None or attention_mask is None else attention_mask != 0
         x = constrain(self._embed(token_ids), _STATES)
         rope = rotation(self.config, position_ids, rope_length, x.dtype)
@@ -234,16 +235,6 @@ def _forward(graph, params, token_ids, attention_mask, position_ids, output_hidd
     hidden = model.hidden(token_ids, attention_mask, position_ids)
     states = (*hidden.hidden_states[:-1], hidden.last_hidden_state) if output_hidden_states else None
     return ModelOutput(model.logits(hidden.last_hidden_state), hidden.routing, states)
-
-
-def _causal_mask(token_ids: Array, attention_mask: Array | None, segment_ids: Array | None) -> Bool[Array, "B T T"]:
-    B, T = token_ids.shape
-    mask = jnp.broadcast_to(jnp.tri(T, dtype=bool)[None], (B, T, T))
-    if attention_mask is not None:
-        mask = mask & (attention_mask != 0)[:, None, :]
-    if segment_ids is not None:
-        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    return mask
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from dsmoe_jax.generate.prefix_cache import PrefixCache
 from dsmoe_jax.generate.programs import power_of_two
 from dsmoe_jax.generate.request import Stats
 from dsmoe_jax.generate.score_plan import Batch, Group, Pair, plan
+from dsmoe_jax.kernels.attention import CausalMask
 from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.model import merge
 from dsmoe_jax.progress import Meter, silent
@@ -292,16 +293,15 @@ def _score_batch(
     """Return log-probability and greedy flag of each target; a prefix is a cache of one row."""
     model = merge(graph, params)
     B, T = inputs.token_ids.shape
-    columns = jnp.arange(T)
-    valid = columns[None, :] < inputs.counts[:, None]
-    keys, queries = inputs.branches[:, None, :], inputs.branches[:, :, None]
-    mask = (columns[None, :] <= columns[:, None])[None] & ((keys == 0) | (keys == queries)) & valid[:, None, :]
-    cache = None
+    valid = jnp.arange(T)[None, :] < inputs.counts[:, None]
+    cache, branches = None, inputs.branches
+    mask = CausalMask(None, valid, branches, branches, branches == 0)
     if prefix is not None:
         cache = prefix.rows(jnp.zeros(B, jnp.int32), prefix.slots + T)
         cache = cache._replace(lengths=jnp.full(B, inputs.prefix, jnp.int32)).placed()
-        cached = jnp.broadcast_to(jnp.arange(cache.slots) < inputs.prefix, (B, T, cache.slots))
-        mask = jax.lax.dynamic_update_slice(cached, mask, (0, 0, inputs.prefix))
+        # The slots of the prefix belong to the trunk.
+        keys = jax.lax.dynamic_update_slice(jnp.zeros((B, cache.slots), jnp.int32), branches, (0, inputs.prefix))
+        mask = CausalMask(cache.lengths, None, branches, keys, keys == 0)
     # Dynamic NTK depends on the longest pair, not on the bucket.
     options = {"cache": cache, "mask": mask, "rope_length": inputs.longest}
     states = model.hidden(inputs.token_ids, valid, inputs.position_ids, **options).last_hidden_state.reshape(B * T, -1)

@@ -1,18 +1,19 @@
 """Scaled dot-product attention.
 
 Start at `attention`; `BACKENDS` lists the implementations. Keys and values are [B, K, S, H]: one matmul per key-value
-head and sequence. Query head n attends to key-value head n // G.
+head and sequence. Query head n attends to key-value head n // G. Masks of whole sequences and scores exist for a chunk
+of queries at a time, in the backward pass as well.
 """
 
 import functools
 import os
 import warnings
-from typing import Final
+from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dsmoe_jax.axes import Array, Bool, Float, PRNGKeyArray
+from dsmoe_jax.axes import Array, Bool, Float, Int, PRNGKeyArray
 from dsmoe_jax.errors import check_choice
 
 VARIABLE: Final = "DSMOE_ATTENTION_BACKEND"  # the default backend
@@ -22,6 +23,36 @@ BACKENDS: Final = ("plain", "cudnn")
 
 _CHUNK: Final = 64  # queries; their scores fit in cache: 4× faster at T = 512 on CPU, half of it from causality
 _MAX_CHUNKS: Final = 16  # unrolled
+_MAX_SAVED: Final = 512  # queries of a sequence whose probabilities are saved for the backward pass
+
+
+class CausalMask(NamedTuple):
+    """The parts of a causal mask.
+
+    Query t attends to key s if s ≤ start + t, the key is valid, and both have the same segment or the key is shared.
+
+    Attributes:
+        start: Position of the first query among the keys; None: 0.
+        valid: Keys that are not padding; None: all.
+        query_segments: Segment of each query, with `key_segments`; None: one segment.
+        key_segments: Segment of each key.
+        shared: Keys of all segments; None: none.
+    """
+
+    start: Int[Array, "B"] | None = None
+    valid: Bool[Array, "B S"] | None = None
+    query_segments: Int[Array, "B T"] | None = None
+    key_segments: Int[Array, "B S"] | None = None
+    shared: Bool[Array, "B S"] | None = None
+
+    def chunk(self, start: int, end: int, keys: int) -> Bool[Array, "#B t s"]:
+        """Return the mask of queries [start, end) and the first `keys` keys."""
+        queries = jnp.arange(start, end)[None] + (0 if self.start is None else self.start[:, None])
+        mask = jnp.arange(keys)[None, None, :] <= queries[:, :, None]
+        if self.query_segments is not None and self.key_segments is not None:
+            same = self.query_segments[:, start:end, None] == self.key_segments[:, None, :keys]
+            mask &= same if self.shared is None else same | self.shared[:, None, :keys]
+        return mask if self.valid is None else mask & self.valid[:, None, :keys]
 
 
 def choose_backend(backend: str | None = None) -> str:
@@ -37,7 +68,7 @@ def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
-    mask: Bool[Array, "B T S"],
+    mask: Bool[Array, "B T S"] | CausalMask,
     *,
     causal: bool = False,
     dropout: float = 0.0,
@@ -46,21 +77,31 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """Compute softmax(q kᵀ / √H) v under a mask, the softmax in fp32; a fully masked query gets the mean of v.
 
-    `causal` asserts that the mask is causal (so T = S), which skips the scores above the diagonal.
+    `causal` asserts that an array is a causal mask (so T = S), which skips the scores above the diagonal.
     """
-    T, backend = q.shape[1], choose_backend(backend)
+    T, S, backend = q.shape[1], k.shape[2], choose_backend(backend)
+    by_parts = isinstance(mask, CausalMask)
+    square = mask.start is None if by_parts else causal  # the queries are those of the keys
     dropping = bool(dropout) and dropout_key is not None
-    if not causal:
-        return _attention(q, k, v, mask, dropout, dropout_key)
-    if backend == "cudnn" and not _cudnn_unsupported(jax.default_backend(), q.dtype.name, q.shape[3], dropping):
-        return _cudnn(q, k, v, mask)
-    chunk = max(_CHUNK, -(-T // _MAX_CHUNKS))
+    if not by_parts and not causal:
+        return _attention(q, k, v, mask, dropout_key, dropout)
+    if (
+        square
+        and backend == "cudnn"
+        and not _cudnn_unsupported(jax.default_backend(), q.dtype.name, q.shape[3], dropping)
+    ):
+        return _cudnn(q, k, v, jnp.broadcast_to(mask.chunk(0, T, S), (len(q), T, S)) if by_parts else mask)
+    run = functools.partial(_attention, dropout=dropout)
+    if T > _MAX_SAVED:
+        run = jax.checkpoint(run)
+    size = max(_CHUNK, -(-T // _MAX_CHUNKS))
     chunks = []
-    for start in range(0, T, chunk):
-        end = min(start + chunk, T)
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        keys = end if square else S
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, start)
-        chunk_mask = mask[:, start:end, :end]
-        chunks.append(_attention(q[:, start:end], k[:, :, :end], v[:, :, :end], chunk_mask, dropout, key))
+        chunk = mask.chunk(start, end, keys) if by_parts else mask[:, start:end, :keys]
+        chunks.append(run(q[:, start:end], k[:, :, :keys], v[:, :, :keys], chunk, key))
     return jnp.concatenate(chunks, axis=1)
 
 
@@ -91,9 +132,9 @@ def _attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
-    mask: Bool[Array, "B T S"],
-    dropout: float,
+    mask: Bool[Array, "#B T S"],
     dropout_key: PRNGKeyArray | None,
+    dropout: float,
 ) -> Float[Array, "B T N H"]:
     B, T, N, H = q.shape
     K, S = k.shape[1:3]

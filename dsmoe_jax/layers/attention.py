@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from dsmoe_jax.axes import Array, Bool, Float, Int, PRNGKeyArray
+from dsmoe_jax.axes import Array, Float, Int, PRNGKeyArray
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.kernels.attention import attention
+from dsmoe_jax.kernels.attention import CausalMask, attention
 from dsmoe_jax.kv_cache import LayerCache
 from dsmoe_jax.layers.rope import Rotation, rotate
 from dsmoe_jax.layers.weights import Linear
@@ -28,7 +28,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         rotation: Rotation,
-        mask: Bool[Array, "B T S"],
+        mask: CausalMask,
         cache: LayerCache | None = None,
         start: Int[Array, "B"] | None = None,
         dropout_key: PRNGKeyArray | None = None,
@@ -47,7 +47,7 @@ class Attention(nnx.Module):
             if start is not None:
                 k, v = (slots.reshape(B, self.kv_heads, *slots.shape[1:]) for slots in written.read(x.dtype))
             cache = written
-        out = attention(q, k, v, mask, causal=start is None, dropout=self.dropout, dropout_key=dropout_key)
+        out = attention(q, k, v, mask, dropout=self.dropout, dropout_key=dropout_key)
         return self.o(out.reshape(B, T, -1)), cache
 
 

@@ -5,6 +5,7 @@ from flax import nnx
 
 from dsmoe_jax.axes import Array, Bool, Float, Int, PRNGKeyArray
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.kernels.attention import CausalMask
 from dsmoe_jax.kv_cache import LayerCache
 from dsmoe_jax.layers.attention import Attention
 from dsmoe_jax.layers.mlp import MLP
@@ -29,7 +30,7 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         rotation: Rotation,
-        mask: Bool[Array, "B T S"],
+        mask: CausalMask,
         cache: LayerCache | None = None,
         start: Int[Array, "B"] | None = None,
         dropout_key: PRNGKeyArray | None = None,
