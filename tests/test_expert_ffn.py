@@ -20,7 +20,7 @@ from jax.sharding import AxisType, PartitionSpec
 from dsmoe_jax.kernels import batched, grouped_matmul, tuning
 from dsmoe_jax.kernels import expert_ffn as operation
 from dsmoe_jax.kernels.activation import ACTIVATION_FUNCTIONS
-from dsmoe_jax.kernels.block_loop import block_rows
+from dsmoe_jax.kernels.block_loop import block_rows, ladder
 from dsmoe_jax.kernels.expert_ffn import BACKENDS, LEGS, Backend, Legs, choose_legs, expert_ffn
 from dsmoe_jax.kernels.operand import Experts, Inputs
 from tests.helpers import reference
@@ -69,6 +69,11 @@ def test_every_group_size(groups: str, backend: str):
 
 def test_the_groups_cover_every_kind_of_block():
     assert {block_rows(R, E) for R in ROWS.values()} == {1, 8, 128}
+
+
+def test_blocks_have_the_smallest_size_that_fits():
+    assert ladder(3072, 64) == (16, 32, 48, 64, 128)
+    assert ladder(6, 64) == (1,)
 
 
 @every_backend

@@ -52,8 +52,8 @@ BACKENDS: Final[dict[str, Backend]] = {
 
 # The defaults for cards that are not in `tuned.json`; the dtype is that of the rows. On GPU a loop of data-dependent
 # length synchronizes with the host every iteration. What `ragged_dot` compiles to there depends on cuDNN: from 9.22 on,
-# XLA fuses the forward pass and the row gradients (openxla/xla#40189, #42313); weight gradients, and everything on older
-# versions and on CPU, are dense matmuls over all experts. On GPU and TPU few tokens take `few_tokens` instead.
+# XLA fuses the forward pass and the row gradients (openxla/xla#40189, #42313); weight gradients, older versions and CPU
+# get dense matmuls over all experts. On GPU and TPU few tokens take `few_tokens` instead.
 # fmt: off
 LEGS: Final[dict[tuple[str, str], Legs]] = {
     # device  dtype            fwd           dgrad         wgrad

@@ -37,8 +37,8 @@ GROUPS = {
     # with 6 rows, one at a time:
     "one row each":        [2, 1, 0, 3],
     "one row, rows beyond": [0, 1, 0, 0],
-    # with 540 rows, the largest blocks, of 128:
-    "largest blocks":      [260, 0, 129, 140],
+    # with 540 rows, a block of each size from 32 to 256:
+    "largest blocks":      [316, 128, 94, 2],
 }
 ROWS = {name: 24 for name in GROUPS} | {
     "one row each": 6, "one row, rows beyond": 6, "largest blocks": 540,
