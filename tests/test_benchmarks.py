@@ -117,7 +117,7 @@ def test_the_report_has_all_measurements():
         "| decode b=1 | ours | 171 | 375 | 312.5 … 437.5 | 250 … 500 | 2 | 1.00 |",
         "| decode b=1 | 45 (40 … 50) | 30 (30 … 30) | 400 (400 … 400) | 12 GB read | 2 of 3 | 4% |",
         "| logits, training | 3.0e-06 apart |",
-        "| greedy tokens, decode b=1 | 3 of 4 equal |",
+        "| greedy tokens, decode b=1, twin | 3 of 4 equal |",
     ):
         assert line in page.splitlines()
 

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmarks; return the exit code: 1 if the PyTorch peer's logits differ, 2 for invalid options."""
     try:
         args = options(sys.argv[1:] if argv is None else argv)
-        check_installed(args.contenders)
+        check_installed([name for area in chosen_areas(args).values() for name in area.contenders])
     except ValueError as error:
         print(f"tests.benchmarks: {error}", file=sys.stderr)
         return 2
@@ -81,6 +81,16 @@ def check_installed(contenders: Sequence[str]) -> None:
                 )
 
 
+def chosen_areas(args: argparse.Namespace) -> dict[str, plan.Area]:
+    """Return the selected areas with the selected contenders; those of special areas are fixed."""
+    chosen = {}
+    for name, area in plan.AREAS.items():
+        kept = tuple(c for c in area.contenders if c in args.contenders or area.contenders != plan.ALL)
+        if area.option in args.only:
+            chosen[name] = area._replace(contenders=kept)
+    return chosen
+
+
 def measure(args: argparse.Namespace, folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
     """Run all selected areas; return the content of the JSON report."""
     start = datetime.datetime.now(datetime.UTC)
@@ -88,12 +98,10 @@ def measure(args: argparse.Namespace, folder: Path, log: Callable[[str], None]) 
         ours.call("run")
     checks = check_twin(folder) if {"ours", "twin"} <= set(args.contenders) else {}
     areas = {}
-    for name, area in plan.AREAS.items():
-        kept = [c for c in area.contenders if c in args.contenders or area.contenders != plan.ALL]
-        if area.option in args.only:
-            log(f"{name}: {', '.join(kept)}, {args.rounds * area.turns} quiet turns each")
-            areas[name] = measure_area(area, kept, args.rounds, folder)
-            log(report.one_line(name, areas[name]))
+    for name, area in chosen_areas(args).items():
+        log(f"{name}: {', '.join(area.contenders)}, {args.rounds * area.turns} quiet turns each")
+        areas[name] = measure_area(area, plan.AREAS[name].contenders == plan.ALL, args.rounds, folder)
+        log(report.one_line(name, areas[name]))
     return {
         "date": start.date().isoformat(),
         "minutes": (datetime.datetime.now(datetime.UTC) - start).total_seconds() / 60,
@@ -123,9 +131,9 @@ def check_twin(folder: Path) -> dict[str, float]:
     return far
 
 
-def measure_area(area: plan.Area, contenders: Sequence[str], rounds: int, folder: Path) -> dict[str, Any]:
-    """Measure one area."""
-    judged = area.contenders == plan.ALL
+def measure_area(area: plan.Area, judged: bool, rounds: int, folder: Path) -> dict[str, Any]:
+    """Measure one area; if `judged`, with the limits of the hardware."""
+    contenders = area.contenders
     watched = [*contenders, "limits"] if judged else list(contenders)
     turns = [(name, name, "run") for name in watched]
     reads = judged and "ours" in watched and area.task.startswith("decode")
@@ -144,7 +152,7 @@ def measure_area(area: plan.Area, contenders: Sequence[str], rounds: int, folder
             "disturbance": [round.disturbance for round in kept],
             "peak_bytes": {name: children[name].call("peak bytes") for name in contenders},
         }
-        for note, action in _NOTES.get(area.task, ()) if judged or area.task == "kernel" else ():
+        for note, action in _NOTES.get(area.task, ()) if judged or area.option in ("kernel", "llama.cpp") else ():
             result[note] = {name: children[name].call(action) for name in contenders}
         if reads:
             result["floor_bytes"] = children["ours"].call("floor bytes") * plan.NEW_TOKENS

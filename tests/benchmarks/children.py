@@ -24,6 +24,9 @@ Actions = dict[str, Callable[..., Any]]
 CONTENDERS: Final[dict[str, tuple[str, dict[str, str]]]] = {
     "ours":         ("ours",              {}),
     "ours bf16":    ("ours",              {"dtype": "bfloat16"}),
+    "ours int8":    ("ours",              {"quantize": "int8"}),
+    "llama.cpp":    ("peer_llama_cpp",    {}),
+    "llama.cpp q8_0": ("peer_llama_cpp",  {"dtype": "q8_0"}),
     "twin":         ("peer_torch",        {}),
     "transformers": ("peer_transformers", {}),
     "block_loop":   ("kernel",            {"backend": "block_loop"}),
@@ -31,7 +34,13 @@ CONTENDERS: Final[dict[str, tuple[str, dict[str, str]]]] = {
     "limits":       ("limits",            {}),
 }
 # Packages of the extra [bench] that a contender needs.
-NEEDS: Final[dict[str, tuple[str, ...]]] = {"twin": ("torch",), "transformers": ("torch", "transformers")}
+_LLAMA_CPP: Final = ("gguf", "pytest", "xllamacpp")
+NEEDS: Final[dict[str, tuple[str, ...]]] = {
+    "twin":           ("torch",),
+    "transformers":   ("torch", "transformers"),
+    "llama.cpp":      _LLAMA_CPP,
+    "llama.cpp q8_0": _LLAMA_CPP,
+}
 # fmt: on
 
 # For all contenders; set before a process starts, unless the caller has set it.

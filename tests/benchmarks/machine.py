@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
-_PACKAGES: Final = ("dsmoe_jax", "jax", "jaxlib", "flax", "optax", "torch", "transformers", "tokamax")
+_PACKAGES: Final = ("dsmoe_jax", "jax", "jaxlib", "flax", "optax", "torch", "transformers", "xllamacpp", "tokamax")
 
 
 def hardware() -> dict[str, str]:

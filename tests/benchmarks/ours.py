@@ -25,11 +25,11 @@ from tests.benchmarks.timing import seconds
 from tests.helpers.hf_folder import write_hf
 
 
-def actions(task: str, folder: Path, dtype: str = "float32") -> Actions:
+def actions(task: str, folder: Path, dtype: str = "float32", quantize: str | None = None) -> Actions:
     """Return the actions of our child; `write` writes the checkpoint for all contenders."""
     if task == "write":
         return {"run": lambda: _write(folder)}
-    model = load(folder, dtype=dtype)
+    model = load(folder, dtype=dtype, quantize=quantize)
     tasks: dict[str, Callable[[DeepSeekMoE], Actions]] = {
         "check": lambda model: {"logits": lambda ids: np.asarray(model(ids).logits)},
         "prefill": _prefill_actions,
@@ -52,7 +52,7 @@ def _as_generated(model: DeepSeekMoE) -> tuple[Any, dict[str, Array]]:
 
 def _prefill_actions(model: DeepSeekMoE) -> Actions:
     graph, params = _as_generated(model)
-    dtype = params["embed"].dtype
+    dtype = params["norm.weight"].dtype
     ids = batch(model.config, 1, plan.PREFILL_TOKENS)
     counts = np.array([plan.PREFILL_TOKENS], np.int32)
 
@@ -65,7 +65,7 @@ def _prefill_actions(model: DeepSeekMoE) -> Actions:
 def _decode_actions(model: DeepSeekMoE, rows: int) -> Actions:
     graph, params = _as_generated(model)
     ids, counts = batch(model.config, rows, plan.PROMPT), np.full(rows, plan.PROMPT, np.int32)
-    slots, dtype = plan.PROMPT + plan.NEW_TOKENS, params["embed"].dtype
+    slots, dtype = plan.PROMPT + plan.NEW_TOKENS, params["norm.weight"].dtype
     active, drawn = np.ones(rows, bool), np.zeros(rows, np.int32)
 
     def start() -> tuple[Array, KVCache]:

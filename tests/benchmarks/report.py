@@ -156,19 +156,21 @@ def _limit_table(results: dict[str, Any]) -> Table:
 
 
 def _agreement_table(results: dict[str, Any]) -> Table:
-    """Compare the outputs of ours and the twin."""
+    """Compare our outputs with those of the peers that have the same weights."""
     rows = [(name, f"{far:.1e} apart") for name, far in results["checks"].items()]
     for name, area in results["areas"].items():
-        for steps in _both(area, "answers"):
-            equal = [ours == twin for pair in steps for ours, twin in zip(*pair, strict=True)]
-            rows.append((f"greedy tokens, {name}", f"{sum(equal)} of {len(equal)} equal"))
-        for steps in _both(area, "losses"):
-            rows.append((f"loss, {len(steps)} steps", f"{max(abs(ours - twin) for ours, twin in steps):.1e} apart"))
-    return Table("Ours and the twin agree", ("what", "by"), rows)
+        for peer, steps in _same_weights(area, "answers"):
+            equal = [ours == other for pair in steps for ours, other in zip(*pair, strict=True)]
+            rows.append((f"greedy tokens, {name}, {peer}", f"{sum(equal)} of {len(equal)} equal"))
+        for peer, steps in _same_weights(area, "losses"):
+            far = max(abs(ours - other) for ours, other in steps)
+            rows.append((f"loss, {len(steps)} steps, {peer}", f"{far:.1e} apart"))
+    return Table("Agreement with ours", ("what", "by"), rows)
 
 
-def _both(area: dict[str, Any], note: str) -> Iterator[list[tuple[Any, Any]]]:
-    """Yield the results of ours and the twin step by step, if both have them."""
+def _same_weights(area: dict[str, Any], note: str) -> Iterator[tuple[str, list[tuple[Any, Any]]]]:
+    """Yield each peer with our results and its own, step by step."""
     told = area.get(note, {})
-    if "ours" in told and "twin" in told:
-        yield list(zip(told["ours"], told["twin"], strict=True))
+    for peer in ("twin", "llama.cpp"):
+        if "ours" in told and peer in told:
+            yield peer, list(zip(told["ours"], told[peer], strict=True))

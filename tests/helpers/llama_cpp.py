@@ -7,22 +7,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 
 def _module() -> Any:
+    import pytest
+
     return pytest.importorskip("xllamacpp", reason="the reader is llama.cpp: pip install -e '.[interop]'")
 
 
 @contextmanager
-def server(file: Path) -> Iterator[Any]:
-    """Yield a function that posts JSON to llama.cpp's server on loopback."""
+def server(file: Path, *, threads: int = 1, context: int = 256, exact: bool = True) -> Iterator[Any]:
+    """Yield a function that posts JSON to llama.cpp's server on loopback; `exact`: its KV cache is in float32."""
     module = _module()
     params = module.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(file), 256, 1, False
-    params.cpuparams.n_threads = 1
-    params.cache_type_k = params.cache_type_v = module.ggml_type.GGML_TYPE_F32  # default: float16
-    params.flash_attn_type = module.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(file), context, 1, False
+    params.cpuparams.n_threads = threads
+    if exact:
+        params.cache_type_k = params.cache_type_v = module.ggml_type.GGML_TYPE_F32  # default: float16
+        params.flash_attn_type = module.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     running = module.Server(params)
 
     def post(path: str, **body: Any) -> dict[str, Any]:
