@@ -20,7 +20,7 @@ def server(file: Path, *, threads: int = 1, context: int = 256, exact: bool = Tr
     module = _module()
     params = module.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(file), context, 1, False
-    params.cpuparams.n_threads = threads
+    params.cpuparams.n_threads, params.verbosity = threads, 0
     if exact:
         params.cache_type_k = params.cache_type_v = module.ggml_type.GGML_TYPE_F32  # default: float16
         params.flash_attn_type = module.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
