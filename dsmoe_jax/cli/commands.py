@@ -16,6 +16,7 @@ from typing import Any, Final, NoReturn
 
 from dsmoe_jax import __version__
 from dsmoe_jax.cli.flags import ARGUMENTS, EVALUATE, GROUPS, MODEL, SAMPLING, Argument
+from dsmoe_jax.cli.huge_pages import use_huge_pages
 from dsmoe_jax.cli.interrupts import interrupts
 from dsmoe_jax.cli.streams import (
     describe_error,
@@ -43,6 +44,8 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code: 0, 1 for a bug, 2 for invalid input, 130 if interrupted."""
     open_standard_streams()
+    if argv is None:
+        use_huge_pages(sys.argv[1:])
     code = 0
     try:
         with interrupts() as interrupted:

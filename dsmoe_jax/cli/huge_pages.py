@@ -1,0 +1,47 @@
+"""Huge pages for training on CPU, where they take a fifth off a step: `use_huge_pages`. No jax: it runs first."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from dsmoe_jax.cli.streams import print_error
+
+VARIABLE: Final = "DSMOE_HUGE_PAGES"  # 0: leave the allocator as it is
+_TUNABLES: Final = "GLIBC_TUNABLES"
+_HUGE: Final = "glibc.malloc.hugetlb"
+_VERBS: Final = ("demo", "finetune", "pretrain")
+_SETTING: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_ACCELERATORS: Final = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
+
+
+def use_huge_pages(argv: Sequence[str]) -> None:
+    """Restart this process, once, with huge pages if it is to train on CPU and the system has them."""
+    if not argv or argv[0] not in _VERBS or {"-h", "--help"} & set(argv) or os.environ.get(VARIABLE) == "0":
+        return
+    before = os.environ.get(_TUNABLES, "")
+    if _HUGE in before or not _supported() or not _on_cpu():
+        return
+    tunables = ":".join([*([before] if before else []), f"{_HUGE}=1"])
+    print_error(f"Restarting with huge pages ({_TUNABLES}={tunables}; {VARIABLE}=0 turns this off)")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {_TUNABLES: tunables})
+
+
+def _supported() -> bool:
+    """Return whether glibc has the tunable (2.35 or newer) and the kernel allows huge pages."""
+    try:
+        name, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
+        major, minor = map(int, version.split(".")[:2])
+        return name == "glibc" and (major, minor) >= (2, 35) and "[never]" not in _SETTING.read_text()
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+def _on_cpu() -> bool:
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+        return platforms == "cpu"
+    return not any(importlib.util.find_spec(name) for name in _ACCELERATORS)
