@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from dsmoe_jax.kernels.expert_ffn import choose_legs
 from dsmoe_jax.layers.token_dispatcher import choose_strategy
 from dsmoe_jax.progress import log_level, plural
 from dsmoe_jax.sharding import BATCH_AXES, EXPERT
+from dsmoe_jax.xla_options import HUGE_PAGES, TUNABLES
 
 from .config import RunConfig
 from .finetune import FinetuneConfig
@@ -80,7 +82,9 @@ def _devices(mesh: Mesh | None) -> str:
     devices = jax.devices() if mesh is None else mesh.devices.flat
     kind = f"{1 if mesh is None else mesh.size} × {devices[0].device_kind}"
     axes = "" if mesh is None else f", mesh {', '.join(f'{name}={size}' for name, size in mesh.shape.items())}"
-    return kind + axes + (f", {jax.process_count()} processes" if jax.process_count() > 1 else "")
+    pages = f"{HUGE_PAGES}=1" in os.environ.get(TUNABLES, "") and jax.default_backend() == "cpu"
+    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return kind + axes + processes + (", huge pages (DSMOE_HUGE_PAGES=0: none)" if pages else "")
 
 
 def _precision(config: RunConfig) -> str:

@@ -7,28 +7,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from dsmoe_jax.cli.streams import print_error
+from dsmoe_jax.xla_options import HUGE_PAGES, TUNABLES
 
 VARIABLE: Final = "DSMOE_HUGE_PAGES"  # 0: leave the allocator as it is
-_TUNABLES: Final = "GLIBC_TUNABLES"
-_HUGE: Final = "glibc.malloc.hugetlb"
 _VERBS: Final = ("demo", "finetune", "pretrain")
 _SETTING: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _ACCELERATORS: Final = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
 
 
 def use_huge_pages(argv: Sequence[str]) -> None:
-    """Restart this process, once, with huge pages if it is to train on CPU and the system has them."""
+    """Restart this process, once, with huge pages if it is to train on CPU and the system has them.
+
+    The table at the start of a run says so.
+    """
     if not argv or argv[0] not in _VERBS or {"-h", "--help"} & set(argv) or os.environ.get(VARIABLE) == "0":
         return
-    before = os.environ.get(_TUNABLES, "")
-    if _HUGE in before or not _supported() or not _on_cpu():
+    before = os.environ.get(TUNABLES, "")
+    if HUGE_PAGES in before or not _supported() or not _on_cpu():
         return
-    tunables = ":".join([*([before] if before else []), f"{_HUGE}=1"])
-    print_error(f"Restarting with huge pages ({_TUNABLES}={tunables}; {VARIABLE}=0 turns this off)")
+    tunables = ":".join([*([before] if before else []), f"{HUGE_PAGES}=1"])
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {_TUNABLES: tunables})
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {TUNABLES: tunables})
 
 
 def _supported() -> bool:
