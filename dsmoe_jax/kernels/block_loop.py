@@ -42,18 +42,19 @@ def _split(group_sizes: Array, rows: int) -> tuple[Blocks, tuple[int, ...]]:
     return Blocks.split(group_sizes, sizes[-1], -(-rows // sizes[-1]) + experts), sizes
 
 
-def _by_size(step: Callable[[int, Array, Any], Any], blocks: Blocks, sizes: tuple[int, ...]) -> Callable[..., Any]:
-    """Return the body of the loop: `step` with the size of block i."""
+def _by_size(compute: Callable[[int, Array], Any], blocks: Blocks, sizes: tuple[int, ...]) -> Callable[[Array], Any]:
+    """Return a function of i: `compute` with the size of block i.
+
+    Its results are small and of one shape: XLA copies what passes through the branches.
+    """
     if len(sizes) == 1:
-        return functools.partial(step, sizes[0])
+        return functools.partial(compute, sizes[0])
 
-    def body(i: Array, carry: Any) -> Any:
+    def chosen(i: Array) -> Any:
         too_small = blocks.end[i] - blocks.start[i] > jnp.array(sizes[:-1])
-        return jax.lax.switch(
-            too_small.sum(dtype=jnp.int32), [functools.partial(step, size) for size in sizes], i, carry
-        )
+        return jax.lax.switch(too_small.sum(dtype=jnp.int32), [functools.partial(compute, size) for size in sizes], i)
 
-    return body
+    return chosen
 
 
 def _valid(blocks: Blocks, i: Array, size: int) -> Bool[Array, "size 1"]:
@@ -92,13 +93,17 @@ def forward(inputs: Inputs, group_sizes: Int[Array, "E"], activation: str) -> Fl
     blocks, sizes = _split(group_sizes, rows)
     padded = inputs.map_rows(lambda x: _pad(x, sizes[-1]))
 
-    def step(size: int, i: Array, out: Array) -> Array:
+    def compute(size: int, i: Array) -> Array:
         y = jnp.where(_valid(blocks, i, size), swiglu(_block(padded, blocks, i, size), activation), 0)
-        return jax.lax.dynamic_update_slice_in_dim(out, y, blocks.start[i], axis=0)
+        return _pad(y, sizes[-1] - size)
+
+    by_size = _by_size(compute, blocks, sizes)
+
+    def step(i: Array, out: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(out, by_size(i), blocks.start[i], axis=0)
 
     # fp32: see `_slice`.
-    body = _by_size(step, blocks, sizes)
-    out = jax.lax.fori_loop(0, blocks.count, body, jnp.zeros_like(padded.rows, jnp.float32))
+    out = jax.lax.fori_loop(0, blocks.count, step, jnp.zeros_like(padded.rows, jnp.float32))
     return out[:rows].astype(inputs.rows.dtype)
 
 
@@ -112,17 +117,23 @@ def backward(
     grad_padded = _pad(grad_out, sizes[-1])
     by_row = needs_grad.select(inputs.by_row())
 
-    def step(size: int, i: Array, grads: list[Array]) -> list[Array]:
+    def compute(size: int, i: Array) -> list[Array]:
         # Mask the rows of the next expert, which would leak into this expert's gradients.
         dy = jnp.where(_valid(blocks, i, size), _slice(grad_padded, blocks.start[i], size), 0)
         pieces = needs_grad.vjp(lambda block: swiglu(block, activation), _block(padded, blocks, i, size), dy)
+        return [
+            _pad(piece, sizes[-1] - size) if is_row else piece for is_row, piece in zip(by_row, pieces, strict=True)
+        ]
+
+    by_size = _by_size(compute, blocks, sizes)
+
+    def step(i: Array, grads: list[Array]) -> list[Array]:
         write = lambda grad, piece: jax.lax.dynamic_update_slice_in_dim(grad, piece, blocks.start[i], axis=0)  # noqa: E731
         add = lambda grad, piece: grad.at[blocks.expert[i]].add(piece)  # noqa: E731
-        updates = zip(by_row, grads, pieces, strict=True)
+        updates = zip(by_row, grads, by_size(i), strict=True)
         return [(write if is_row else add)(grad, piece) for is_row, grad, piece in updates]
 
     leaves = needs_grad.select(jax.tree.leaves(padded))
-    body = _by_size(step, blocks, sizes)
-    grads = jax.lax.fori_loop(0, blocks.count, body, [jnp.zeros_like(leaf, jnp.float32) for leaf in leaves])
+    grads = jax.lax.fori_loop(0, blocks.count, step, [jnp.zeros_like(leaf, jnp.float32) for leaf in leaves])
     grads = [grad[:rows] if is_row else grad for is_row, grad in zip(by_row, grads, strict=True)]
     return [grad.astype(leaf.dtype) for grad, leaf in zip(grads, leaves, strict=True)]
