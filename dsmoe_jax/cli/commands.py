@@ -241,6 +241,12 @@ def _finetune(args: argparse.Namespace) -> None:
         _train(config, args)
 
 
+def _plan(args: argparse.Namespace) -> None:
+    from dsmoe_jax.cli.plan import run
+
+    run(args.flags)
+
+
 def _merge(args: argparse.Namespace) -> None:
     from dsmoe_jax.convert import merge_to
 
@@ -341,6 +347,7 @@ VERBS: Final[dict[str, tuple[Callable[[argparse.Namespace], None], str]]] = {
     "tokenize": (_tokenize, "tokenize text into token shards"),
     "pretrain": (_pretrain, "pretrain a model from a recipe, or resume a run"),
     "finetune": (_finetune, "fine-tune a model on examples, all weights or LoRA"),
+    "plan":     (_plan,     "print memory, communication and estimated speed of a run, without devices"),
     "plot":     (_plot,     "plot the metrics of a run, or compare the losses of several"),
     "merge":    (_merge,    "merge a LoRA adapter into a checkpoint"),
     "info":     (_info,     "print parameter counts, sizes and layers of a model"),

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Final
 
 from dsmoe_jax.errors import DSMoEError, check_choice
+from dsmoe_jax.xla_options import MEMORY_FRACTION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +29,16 @@ class Card:
     per_node: int = 8
     platform: str = "gpu"
 
+    @property
+    def usable(self) -> float:
+        """The bytes that JAX may allocate (`XLA_PYTHON_CLIENT_MEM_FRACTION`, set by `set_environment`)."""
+        return self.memory * (MEMORY_FRACTION if self.platform == "gpu" else 1)
 
-# Memory and bandwidth as in OpenXLA's specs (xla/backends/gpu/target_config/specs); FLOP/s, NVLink and PCIe from NVIDIA's
-# data sheets, half of the figures "with sparsity" and of the bidirectional ones. Network: one adapter per GPU, as in
-# DGX A100 (200 Gb/s), DGX H100, H200 and B200 (400 Gb/s); 100 Gb/s per GPU in servers of L40S. The CPU row is the machine
-# of tests/benchmarks/reports (2 cores, fp32): simulated devices share its memory.
+
+# Memory and bandwidth: OpenXLA's specs (xla/backends/gpu/target_config/specs). FLOP/s, NVLink and PCIe: NVIDIA's data
+# sheets, half of the figures "with sparsity" and of bidirectional ones. Network: one adapter per GPU, of 200 Gb/s in a
+# DGX A100, 400 Gb/s in a DGX H100, H200 or B200; 100 Gb/s in servers of L40S. The CPU is the machine of the reports in
+# tests/benchmarks (2 cores, fp32); its simulated devices share their memory.
 # fmt: off
 CARDS: Final[dict[str, Card]] = {
     #                 memory           FLOP/s   memory B/s  link B/s  network B/s

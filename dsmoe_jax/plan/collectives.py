@@ -73,11 +73,11 @@ def _weights(work: Workload, compiler: Compiler) -> Iterator[Traffic]:
     parts, remat, size = work.parts, work.config.step.remat != "none", _size(work, compiler)
     forward = 1 if compiler.hoists else parts  # the loop over micro-batches does not change weights
     experts = compiler.barriers or parts > 1
-    for weight in (*work.base, *(work.trained if work.adapter else ())):
+    for weight in (*work.parameters.base, *(work.parameters.trained if work.adapts else ())):
         if work.scheme and kind_of(weight.name):
             continue  # tiles span rows: replicated
-        full = weight.elements(work.mesh, gather=FSDP)
-        if full == weight.elements(work.mesh):
+        full = work.elements_of(weight, FSDP)
+        if full == work.elements_of(weight):
             continue
         # Backward, in every micro-batch: recomputation and gradient share a gather, except on a tensor axis.
         twice = (
@@ -94,9 +94,9 @@ def _weights(work: Workload, compiler: Compiler) -> Iterator[Traffic]:
 
 def _gradients(work: Workload, compiler: Compiler) -> Iterator[Traffic]:
     """Reductions of gradients over the axes of the batch, in every micro-batch."""
-    for weight in work.trained:
+    for weight in work.parameters.trained:
         size = _FP32 if weight.part in ("router", "routed experts") else _size(work, compiler)
-        full, shard = (weight.elements(work.mesh, gather=axis) * size for axis in (FSDP, ""))
+        full, shard = (work.elements_of(weight, axis) * size for axis in (FSDP, ""))
         what, others = (
             f"{weight.part} gradients",
             _active(work, DATA, *([] if weight.part == "routed experts" else [EXPERT])),
@@ -114,8 +114,8 @@ def _gradients(work: Workload, compiler: Compiler) -> Iterator[Traffic]:
 
 def _norm(work: Workload) -> Iterator[Traffic]:
     """The gradient norm, summed by row (`clip_by_global_norm`)."""
-    sharded = [weight for weight in work.trained if weight.spec.axes[-1] == "embed"]
-    rows = sum(weight.elements(work.mesh, gather=FSDP) // weight.spec.shape[-1] for weight in sharded)
+    sharded = [weight for weight in work.parameters.trained if weight.spec.axes[-1] == "embed"]
+    rows = sum(work.elements_of(weight, FSDP) // weight.spec.shape[-1] for weight in sharded)
     yield Traffic("all-reduce", (FSDP,), rows * _FP32, "gradient norm")
 
 

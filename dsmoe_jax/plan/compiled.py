@@ -1,8 +1,9 @@
-"""The training step compiled ahead of time, for devices that may be simulated or absent. Start at `compile_step`."""
+"""The training step compiled ahead of time, for devices that are simulated or absent. Start at `compile_plan`."""
 
 import contextlib
+import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,62 @@ from jax.sharding import Mesh
 from dsmoe_jax import lora
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.peft_matching import base_config, make_plan
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.kernels.operand import Operand
 from dsmoe_jax.model import abstract
+from dsmoe_jax.plan import absent_gpu
+from dsmoe_jax.plan.hlo import Collective, collectives
+from dsmoe_jax.plan.training import TrainingPlan
 from dsmoe_jax.quantize import kind_of, quantized_spec
-from dsmoe_jax.sharding import sharding
+from dsmoe_jax.sharding import MeshConfig, make_mesh, sharding
 from dsmoe_jax.train.batch import Batch
 from dsmoe_jax.train.config import RunConfig
 from dsmoe_jax.train.optimizer import make_optimizer
 from dsmoe_jax.train.step import Trainable, init_state, make_step, state_shardings
+
+
+class Compiled(NamedTuple):
+    """What XLA plans for a step.
+
+    Attributes:
+        seconds: Time of lowering and compilation.
+        arguments: Bytes of the arguments on a device.
+        temporaries: Bytes of temporaries on a device.
+        collectives: The communication.
+    """
+
+    seconds: float
+    arguments: int
+    temporaries: int
+    collectives: list[Collective]
+
+
+def compile_plan(plan: TrainingPlan, card: str) -> Compiled:
+    """Compile the step of a plan for simulated devices (`cpu`), or for a GPU that is absent.
+
+    Args:
+        plan: The plan.
+        card: A key of `cards.CARDS`.
+
+    Raises:
+        DSMoEError: There are fewer simulated devices, or jax cannot compile for the card.
+    """
+    work, on_gpu = plan.work, card != "cpu"
+    sizes = MeshConfig(*work.mesh.shape.values())
+    if on_gpu:
+        mesh = make_mesh(sizes, absent_gpu.devices(card, work.mesh.size))
+    elif len(jax.devices()) < work.mesh.size:
+        flag = "XLA_FLAGS=--xla_force_host_platform_device_count"
+        raise DSMoEError(f"{work.mesh.size} simulated devices need {flag}={work.mesh.size}, got {len(jax.devices())}")
+    else:
+        mesh = None if work.mesh.size == 1 else make_mesh(sizes, jax.devices()[: work.mesh.size])
+    started = time.perf_counter()
+    with absent_gpu.chosen_as_on_gpu() if on_gpu else contextlib.nullcontext():
+        lowered, _ = lower_step(work.config, work.model, mesh, (work.sequences, work.length), dtype=work.dtype)
+        program = lowered.compile()
+    memory, found = program.memory_analysis(), collectives(program.as_text(), work.mesh.shape)
+    seconds = time.perf_counter() - started
+    return Compiled(seconds, memory.argument_size_in_bytes, memory.temp_size_in_bytes, found)
 
 
 def lower_step(

@@ -59,7 +59,7 @@ def estimate(work: Workload, card: Card, traffic: Sequence[Traffic]) -> tuple[Es
     """Return the slow and the fast estimate of a training step."""
     dense, experts = flops(work)
     node, network = split_by_network(work, card, traffic)
-    touched = _ACTIVE_STATE * 4 * sum(weight.elements(work.mesh) for weight in work.trained)
+    touched = _ACTIVE_STATE * 4 * sum(work.elements_of(weight) for weight in work.parameters.trained)
     slow, fast = (
         Estimate(
             matmul=dense / (card.flops * one.matmul) + experts / (card.flops * one.experts),
@@ -77,12 +77,12 @@ def flops(work: Workload) -> tuple[float, float]:
     """Return the FLOPs of a step on a device, recomputation included: of dense matmuls and of the routed experts."""
     model, tokens = work.model, work.parts * work.tokens / work.ways("tensor")
     # Forward 1, gradients of activations 1 and of weights 1, recomputation 1; LoRA has no gradients of base weights.
-    passes = 2 + (work.adapter is None) + (work.config.step.remat == "full")
+    passes = 2 + (not work.adapts) + (work.config.step.remat == "full")
     per_token = flops_per_token(model, work.length) / 3
     D, F, K = model.hidden_size, model.moe_intermediate_size, model.num_experts_per_tok or 0
     experts = work.moe_layers * K * 6 * D * F
     # The expert FFN saves no hidden rows: its backward pass recomputes them even without remat.
-    expert_passes = 3 + (work.adapter is None)
+    expert_passes = 3 + (not work.adapts)
     return tokens * passes * (per_token - experts), tokens * expert_passes * experts
 
 

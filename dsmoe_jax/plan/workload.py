@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -16,15 +16,16 @@ from dsmoe_jax import lora
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert.peft_matching import base_config, make_plan
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.generate.memory_plan import stored_bytes
 from dsmoe_jax.info import part_of
 from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.model import ParamSpec, abstract, layers_of, short
-from dsmoe_jax.quantize import kind_of, quantized_spec
-from dsmoe_jax.sharding import BATCH_AXES, EXPERT, abstract_mesh, check_count, shard_shape
+from dsmoe_jax.quantize import kind_of
+from dsmoe_jax.sharding import BATCH_AXES, TENSOR, abstract_mesh, check_count, shard_shape
 from dsmoe_jax.train.config import RunConfig
 from dsmoe_jax.train.optimizer import make_optimizer
 from dsmoe_jax.train.shape import MAX_LENGTH, fit_batch_size
-from dsmoe_jax.train.step import TrainState, init_state
+from dsmoe_jax.train.step import init_state
 
 _UNLIMITED: Final = 1 << 30  # sequences
 
@@ -36,14 +37,50 @@ class Weight(NamedTuple):
     spec: ParamSpec
     count: int  # layers that have it
 
-    def elements(self, mesh: AbstractMesh, *, gather: str = "") -> int:
-        """Return the elements on a device, of all layers; with `gather`, as if not sharded over that mesh axis."""
-        return self.count * math.prod(shard_shape(self.name, self.spec.shape, self.spec.axes, mesh, gather=gather))
-
     @property
     def part(self) -> str:
         """The part of the model, as in `dsmoe info`."""
         return part_of(self.name)
+
+
+class Leaf(NamedTuple):
+    """An array of the training state, of equal layers."""
+
+    kind: str  # parameters, optimizer state or other
+    weight: Weight | None  # whose sharding it has; None: replicated
+    bytes: int  # of all layers, unsharded
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """What a training step updates and reads, on any mesh.
+
+    Attributes:
+        model: The model, with a separate head if an adapter replaces a tied one.
+        base: The parameters of the model.
+        trained: Those that are trained, or those of the adapters.
+        state: The arrays of the training state.
+    """
+
+    model: ModelConfig
+    base: tuple[Weight, ...]
+    trained: tuple[Weight, ...]
+    state: tuple[Leaf, ...]
+
+    @classmethod
+    def of(cls, config: RunConfig, model: ModelConfig) -> "Parameters":
+        """Return those of a run; raise `DSMoEError` for adapters that match no module."""
+        adapter = _adapter(config)
+        if adapter is None:
+            base = trained = _weights(model, abstract(short(model))[1])
+        else:
+            some = model if _names_layers(adapter) else short(model)
+            plan = make_plan(adapter, some)
+            model, some = base_config(plan, model), base_config(plan, some)
+            base, specs = _weights(model, abstract(short(model))[1]), lora.specs(plan, some)
+            whole = tuple(Weight(name, spec, 1) for name, spec in specs.items())
+            trained = whole if _names_layers(adapter) else _weights(model, specs)
+        return cls(model, base, trained, tuple(_state(config, model, trained)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +89,7 @@ class Workload:
 
     Attributes:
         config: The run; data and output are not read.
-        model: The model, with a separate head if an adapter replaces a tied one.
+        parameters: The parameters and their state.
         mesh: The mesh, without devices.
         sequences: Sequences of the global batch.
         length: Tokens per sequence.
@@ -60,15 +97,23 @@ class Workload:
     """
 
     config: RunConfig
-    model: ModelConfig
+    parameters: Parameters
     mesh: AbstractMesh
     sequences: int
     length: int
     dtype: Any = jnp.bfloat16
 
     @classmethod
-    def of(cls, config: RunConfig, model: ModelConfig, devices: int, *, dtype: Any = jnp.bfloat16) -> "Workload":
-        """Return the step of a run on this number of devices.
+    def of(
+        cls,
+        config: RunConfig,
+        model: ModelConfig,
+        devices: int,
+        *,
+        parameters: Parameters | None = None,
+        dtype: Any = jnp.bfloat16,
+    ) -> "Workload":
+        """Return the step of a run on this number of devices; `parameters` saves computing them again.
 
         Raises:
             DSMoEError: The mesh does not divide the devices, the model or the batch.
@@ -76,8 +121,6 @@ class Workload:
         mesh = abstract_mesh(config.mesh, devices)
         check_count(model.num_attention_heads, "attention heads", "heads", mesh)
         check_count(model.num_kv_heads, "key-value heads", "kv_heads", mesh)
-        if (adapter := getattr(config, "lora", None)) is not None:
-            model = base_config(make_plan(adapter, short(model)), model)
         length = config.data.sequence_length or min(MAX_LENGTH, model.context_length)
         parts = config.step.gradient_accumulation_steps
         multiple = parts * math.prod(mesh.shape[axis] for axis in BATCH_AXES)
@@ -85,10 +128,16 @@ class Workload:
         if sequences % multiple:
             why = f"{multiple // parts} data-parallel devices × {parts} gradient-accumulation steps"
             raise DSMoEError(f"data.batch_size must be a multiple of {multiple} ({why}), got {sequences}")
-        found = cls(config, model, mesh, sequences, length, dtype)
-        for weight in found.base:
-            weight.elements(mesh)  # raises for axes that do not divide
+        found = cls(config, parameters or Parameters.of(config, model), mesh, sequences, length, dtype)
+        if found.scheme and found.ways(TENSOR) > 1:
+            raise DSMoEError(f"quantize {found.scheme} cannot be sharded over tensor={found.ways(TENSOR)}")
+        found.elements()  # raises for axes that do not divide
         return found
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model."""
+        return self.parameters.model
 
     def ways(self, *axes: str) -> int:
         """Return the devices along mesh axes."""
@@ -110,9 +159,9 @@ class Workload:
         return self.rows * self.length
 
     @property
-    def adapter(self) -> LoraConfig | None:
-        """The low-rank adapters, None if all parameters are trained."""
-        return getattr(self.config, "lora", None)
+    def adapts(self) -> bool:
+        """Whether adapters are trained over a frozen base."""
+        return _adapter(self.config) is not None
 
     @property
     def scheme(self) -> str | None:
@@ -125,61 +174,49 @@ class Workload:
         return sum(map(self.model.is_moe_layer, range(self.model.num_hidden_layers)))
 
     @functools.cached_property
-    def base(self) -> tuple[Weight, ...]:
-        """The parameters of the model."""
-        return _weights(self.model, abstract(short(self.model))[1])
+    def _elements(self) -> dict[tuple[str, str], int]:
+        return {}
 
-    @functools.cached_property
-    def trained(self) -> tuple[Weight, ...]:
-        """The parameters that are trained: those of the model or of the adapters."""
-        if self.adapter is None:
-            return self.base
-        model = self.model if _names_layers(self.adapter) else short(self.model)
-        plan = make_plan(self.adapter, model)
-        specs = lora.specs(plan, base_config(plan, model))
-        if model is self.model:
-            return tuple(Weight(name, spec, 1) for name, spec in specs.items())
-        return _weights(self.model, specs)
+    def elements_of(self, weight: Weight, gather: str = "") -> int:
+        """Return the elements on a device, of all layers; with `gather`, as if not sharded over that mesh axis."""
+        key = (weight.name, gather)
+        if key not in self._elements:
+            shape = shard_shape(weight.name, weight.spec.shape, weight.spec.axes, self.mesh, gather=gather)
+            self._elements[key] = weight.count * math.prod(shape)
+        return self._elements[key]
+
+    def elements(self, *parts: str, gather: str = "") -> int:
+        """Return the elements of parts of the model on a device; all parts by default."""
+        chosen = [weight for weight in self.parameters.base if not parts or weight.part in parts]
+        return sum(self.elements_of(weight, gather) for weight in chosen)
 
     def state_bytes(self) -> Mapping[str, int]:
         """Return the bytes of parameters, optimizer state and counters on a device."""
         held: collections.Counter[str] = collections.Counter()
-        named = {weight.name: weight for weight in self.trained}
-        params = {name: jax.ShapeDtypeStruct(weight.spec.shape, jnp.float32) for name, weight in named.items()}
-        leaves = jax.tree_util.tree_flatten_with_path(_state(self.model, params, self.config))[0]
-        for path, leaf in leaves:
-            weight = named.get(str(getattr(path[-1], "key", "")))
-            kind = "parameters" if path[0].name == "params" else "optimizer"
-            if weight is None:
-                held["other"] += leaf.size * leaf.dtype.itemsize
-            elif weight.spec.shape == leaf.shape:
-                held[kind] += weight.elements(self.mesh) * leaf.dtype.itemsize
-            else:  # factored moments are replicated
-                held[kind] += weight.count * leaf.size * leaf.dtype.itemsize
+        for kind, weight, size in self.parameters.state:
+            whole = 1 if weight is None else weight.count * math.prod(weight.spec.shape)
+            held[kind] += size if weight is None else size * self.elements_of(weight) // whole
         return held
 
     def frozen_bytes(self) -> int:
         """Return the bytes of the frozen base on a device."""
-        if self.adapter is None:
+        if not self.adapts:
             return 0
-        return sum(self._stored_bytes(weight) for weight in self.base)
+        return sum(
+            weight.count
+            * stored_bytes(
+                weight.name, weight.spec, self.mesh, self.dtype, self.scheme if kind_of(weight.name) else None
+            )
+            for weight in self.parameters.base
+        )
 
-    def _stored_bytes(self, weight: Weight) -> int:
-        if self.scheme is None or not kind_of(weight.name):
-            return weight.elements(self.mesh) * jnp.dtype(self.dtype).itemsize
-        leaves = jax.tree.leaves(_quantized(weight.spec.shape, self.scheme))
-        ways = self.ways(EXPERT) if len(weight.spec.shape) == 3 else 1  # tiles span rows: sharded over experts alone
-        return weight.count * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) // ways
+    def batch_bytes(self) -> int:
+        """Return the bytes of a batch on a device: token ids, labels, positions and segments."""
+        return 4 * 4 * self.parts * self.tokens
 
     def argument_bytes(self) -> int:
         """Return the bytes of the arguments of the step on a device: state, batch and frozen base."""
-        batch = 4 * 4 * self.sequences * self.length // self.ways(*BATCH_AXES)
-        return sum(self.state_bytes().values()) + batch + self.frozen_bytes()
-
-    def elements(self, *parts: str, gather: str = "") -> int:
-        """Return the elements of parts of the model on a device; all parts by default."""
-        chosen = [weight for weight in self.base if not parts or weight.part in parts]
-        return sum(weight.elements(self.mesh, gather=gather) for weight in chosen)
+        return sum(self.state_bytes().values()) + self.batch_bytes() + self.frozen_bytes()
 
 
 def _weights(config: ModelConfig, specs: Mapping[str, ParamSpec]) -> tuple[Weight, ...]:
@@ -196,12 +233,22 @@ def _names_layers(adapter: LoraConfig) -> bool:
     return bool(adapter.layers_to_transform) or any(re.search(r"\d", pattern) for pattern in patterns)
 
 
-def _state(config: ModelConfig, params: Mapping[str, Any], run: RunConfig) -> TrainState:
-    """Return the shapes of the training state."""
-    optimizer, _ = make_optimizer(run.optimizer, max(run.steps, 1))
-    return jax.eval_shape(lambda params: init_state(config, params, optimizer, run.step), dict(params))
+def _adapter(config: RunConfig) -> LoraConfig | None:
+    return getattr(config, "lora", None)
 
 
-@functools.lru_cache(maxsize=256)
-def _quantized(shape: tuple[int, ...], scheme: str) -> Any:
-    return quantized_spec(shape, scheme)
+def _state(config: RunConfig, model: ModelConfig, trained: tuple[Weight, ...]) -> Iterator[Leaf]:
+    """Yield the arrays of the training state: moments are sharded as their parameters if they have their shape."""
+    named = {weight.name: weight for weight in trained}
+    # The learning rate of fine-tuning is set when it starts.
+    options = dataclasses.replace(config.optimizer, learning_rate=config.optimizer.learning_rate or 1.0)
+    optimizer, _ = make_optimizer(options, max(config.steps, 1))
+    params = {name: jax.ShapeDtypeStruct(weight.spec.shape, jnp.float32) for name, weight in named.items()}
+    state = jax.eval_shape(lambda params: init_state(model, params, optimizer, config.step), params)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        weight, size = named.get(str(getattr(path[-1], "key", ""))), leaf.size * leaf.dtype.itemsize
+        if weight is None:
+            yield Leaf("other", None, size)
+        else:
+            kind = "parameters" if path[0].name == "params" else "optimizer state"
+            yield Leaf(kind, weight if weight.spec.shape == leaf.shape else None, weight.count * size)
