@@ -1,54 +1,85 @@
 """Temporaries of a training step at their peak, estimated: `temporaries`.
 
-XLA's schedule and its packing of buffers are not modeled. `PEAKS` has how often each quantity is live at the peak,
-fitted to compiled steps; `tests/benchmarks/plan_check.py` compares the result with other ones.
+XLA's schedule and its packing of buffers are not modeled. `PEAKS` has how many copies of each quantity are live at a
+peak, fitted to compiled steps; `tests/benchmarks/plan_check.py` compares the estimate with other ones.
 """
 
 from collections.abc import Mapping
 from typing import Final
 
 from dsmoe_jax.plan.workload import Workload
-from dsmoe_jax.sharding import EXPERT, FSDP, TENSOR
+from dsmoe_jax.sharding import BATCH_AXES, EXPERT, FSDP, TENSOR
 
 _FP32: Final = 4
 _CHUNK_BYTES: Final = 64 << 20  # of fp32 logits, as in `train.loss`
 _DENSE: Final = ("attention", "dense feed-forward", "shared experts")
+_REMAT: Final = {"attention scores": 9.8, "expert rows": 6.7, "hidden states": 17.4}
+_NO_REMAT: Final = {"attention scores": 3.4, "expert rows": 2.5, "hidden states": 17.4}
 
-# Copies that are live at the peak of the backward pass, by platform and case. All quantities are in fp32.
+# By platform and phase: conditions ("!": not), and the copies in fp32 of each quantity if all of them hold.
+# On CPU, XLA copies the moments, converts bf16 to fp32 for matmuls, and drops the barriers that let go of gathered
+# experts after each layer. The GPU's figures are from fewer programs.
 # fmt: off
-PEAKS: Final[dict[str, dict[str, dict[str, float]]]] = {
+PEAKS: Final[dict[str, dict[str, dict[str, dict[str, float]]]]] = {
     "cpu": {
-        "all": {"attention scores": 4.43, "hidden states": 22.1, "head and its gradient": 1.87},
-        "fsdp": {"optimizer state": 1.0, "routed experts": 2.16},
-        "fsdp, adapters": {"optimizer state": 1.0, "routed experts": 1.5},
-        "one": {"optimizer state": 0.74, "dense weights": 1.06, "layer of experts": 0.85},
-        "accumulation": {"gradients": 1.97},
-        "accumulation, fsdp": {"layer of experts": 1.13, "gradients": 1.0},
+        "update": {
+            "":                   {"optimizer state": 1.0},
+            "bf16 !adapters":     {"weights": 0.5},
+        },
+        "backward": {
+            "":                   {"head": 2.03, "tokens of experts": 4.9},
+            "remat":              _REMAT,
+            "!remat":             _NO_REMAT,
+            "fsdp":               {"optimizer state": 1.0},
+            "fsdp !adapters":     {"experts": 2.06},
+            "fsdp adapters":      {"experts": 1.03},
+            "fsdp parts":         {"gradients": 1.0, "layer of experts": 1.7},
+            "!fsdp":              {"optimizer state": 0.68, "dense weights": 0.41, "layer of experts": 0.85},
+            "!fsdp !bf16":        {"gradients": 0.32},
+            "!fsdp parts":        {"gradients": 1.34},
+            "!fsdp parts batch":  {"gradients": 1.04},
+        },
     },
-    "gpu": {},
+    "gpu": {
+        "backward": {
+            "!adapters":          {"layer of experts": 2.0},
+            "!adapters !parts":   {"gradients": 1.0},
+            "!adapters parts":    {"gradients": 2.63},
+            "adapters":           {"gradients": 4.7},
+            "quantized":          {"layer of experts": 0.27},
+            "":                   {"logits": 2.0, "expert rows": 3.0, "attention scores": 2.0},
+        },
+        "loss": {
+            "!adapters":          {"head": 2.0, "weights": 0.5},
+            "parts":              {"gradients": 1.0},
+            "":                   {"logits": 2.0},
+        },
+    },
 }
 # fmt: on
 
 
 def quantities(work: Workload) -> Mapping[str, float]:
     """Return the bytes of what a step computes with, in fp32, on a device."""
-    model, moe = work.model, max(work.moe_layers, 1)
+    model, moe = work.model, work.moe_layers
     V, D = model.vocab_size // work.ways(TENSOR), model.hidden_size
     heads = model.num_attention_heads // work.ways(TENSOR)
-    layers = 1 if work.config.step.remat != "none" else model.num_hidden_layers
-    experts = _FP32 * work.elements("routed experts", gather=FSDP)
+    remat, experts = work.config.step.remat != "none", _FP32 * work.elements("routed experts", gather=FSDP)
+    layers, moe_at_once = (1, 1) if remat else (model.num_hidden_layers, moe)
+    tokens = _FP32 * work.tokens * D
     return {
         "optimizer state": work.state_bytes()["optimizer state"],
-        "weights in the compute dtype": _FP32 * work.elements(),
+        "weights": _FP32 * work.elements(),
         "gradients": _FP32 * sum(map(work.elements_of, work.parameters.trained)),
-        "routed experts": experts,
-        "layer of experts": experts / moe,
+        "experts": experts,
+        "layer of experts": experts / max(moe, 1),
         "dense weights": _FP32 * work.elements(*_DENSE, gather=FSDP),
-        "head and its gradient": _FP32 * V * D,
+        "head": _FP32 * V * D,
         "logits": _FP32 * V * min(work.tokens, max(1, _CHUNK_BYTES // (_FP32 * V))),
         "attention scores": _FP32 * layers * work.rows * heads * work.length**2 / 2,
-        "hidden states": _FP32 * model.num_hidden_layers * work.tokens * D,
-        "rows of experts": _FP32 * work.tokens * (model.num_experts_per_tok or 0) * D * work.ways(EXPERT),
+        "hidden states": tokens * model.num_hidden_layers,
+        "expert rows": tokens * moe_at_once * (model.num_experts_per_tok or 0),
+        "tokens of experts": tokens * moe_at_once * work.ways(EXPERT) if work.ways(EXPERT) > 1 else 0,
     }
 
 
@@ -59,15 +90,26 @@ def temporaries(work: Workload, platform: str = "gpu") -> Mapping[str, int]:
         work: The step.
         platform: "gpu" or "cpu".
     """
-    sizes = quantities(work)
-    found: dict[str, float] = {}
-    for case, copies in PEAKS[platform].items():
-        if _applies(work, case):
-            found |= {name: found.get(name, 0) + times * sizes[name] for name, times in copies.items()}
-    return {name: int(size) for name, size in found.items() if size >= 1}
+    sizes, phases = quantities(work), []
+    for cases in PEAKS[platform].values():
+        found: dict[str, float] = {}
+        for conditions, copies in cases.items():
+            if all(_holds(work, condition) for condition in conditions.split()):
+                found |= {name: found.get(name, 0) + times * sizes[name] for name, times in copies.items()}
+        phases.append({name: int(size) for name, size in found.items() if size >= 1})
+    return max(phases, key=lambda phase: sum(phase.values()))
 
 
-def _applies(work: Workload, case: str) -> bool:
-    fsdp, conditions = work.ways(FSDP) > 1, case.split(", ")
-    holds = {"all": True, "fsdp": fsdp, "one": not fsdp, "adapters": work.adapts, "accumulation": work.parts > 1}
-    return all(holds[condition] for condition in conditions)
+def _holds(work: Workload, condition: str) -> bool:
+    if condition.startswith("!"):
+        return not _holds(work, condition[1:])
+    facts = {
+        "adapters": work.adapts,
+        "batch": work.ways(*BATCH_AXES) > 1,
+        "bf16": work.config.step.compute_dtype == "bfloat16",
+        "fsdp": work.ways(FSDP) > 1,
+        "parts": work.parts > 1,
+        "quantized": work.scheme is not None,
+        "remat": work.config.step.remat != "none",
+    }
+    return facts[condition]
