@@ -32,6 +32,7 @@ FLOORS = (
     ("loading",),
     ("generate",),
     ("train",),
+    ("plan",),
     ("cli",),
 )
 PARTS = {"config_aliases": "config", "__main__": "cli"}  # a single file on a different floor

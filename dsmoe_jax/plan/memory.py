@@ -7,14 +7,13 @@ peak, fitted to compiled steps; `tests/benchmarks/plan_check.py` compares the es
 from collections.abc import Mapping
 from typing import Final
 
+from dsmoe_jax.layers.token_dispatcher import choose_strategy
 from dsmoe_jax.plan.workload import Workload
-from dsmoe_jax.sharding import BATCH_AXES, EXPERT, FSDP, TENSOR
+from dsmoe_jax.sharding import DATA, EXPERT, FSDP, TENSOR
 
 _FP32: Final = 4
 _CHUNK_BYTES: Final = 64 << 20  # of fp32 logits, as in `train.loss`
 _DENSE: Final = ("attention", "dense feed-forward", "shared experts")
-_REMAT: Final = {"attention scores": 9.8, "expert rows": 6.7, "hidden states": 17.4}
-_NO_REMAT: Final = {"attention scores": 3.4, "expert rows": 2.5, "hidden states": 17.4}
 
 # By platform and phase: conditions ("!": not), and the copies in fp32 of each quantity if all of them hold.
 # On CPU, XLA copies the moments, converts bf16 to fp32 for matmuls, and drops the barriers that let go of gathered
@@ -27,27 +26,33 @@ PEAKS: Final[dict[str, dict[str, dict[str, dict[str, float]]]]] = {
             "bf16 !adapters":     {"weights": 0.5},
         },
         "backward": {
-            "":                   {"head": 2.03, "tokens of experts": 4.9},
-            "remat":              _REMAT,
-            "!remat":             _NO_REMAT,
+            "":                   {"head": 1.75},
+            "remat":              {"tokens of experts": 9.0},
+            "!remat":             {"tokens of experts": 5.0},
+            "remat !fsdp":        {"attention scores": 9.1, "expert rows": 6.9, "hidden states": 18},
+            "remat fsdp":         {"attention scores": 7.6, "expert rows": 2.5, "hidden states": 22},
+            "!remat !fsdp":       {"attention scores": 3.4, "expert rows": 6.8},
+            "!remat fsdp":        {"attention scores": 5.0, "hidden states": 22},
             "fsdp":               {"optimizer state": 1.0},
-            "fsdp !adapters":     {"experts": 2.06},
-            "fsdp adapters":      {"experts": 1.03},
-            "fsdp parts":         {"gradients": 1.0, "layer of experts": 1.7},
-            "!fsdp":              {"optimizer state": 0.68, "dense weights": 0.41, "layer of experts": 0.85},
-            "!fsdp !bf16":        {"gradients": 0.32},
-            "!fsdp parts":        {"gradients": 1.34},
-            "!fsdp parts batch":  {"gradients": 1.04},
+            "fsdp !adapters":     {"experts": 2.0, "layer of experts": 0.3},
+            "fsdp adapters":      {"experts": 1.06},
+            "fsdp parts":         {"gradients": 1.15, "layer of experts": 1.75},
+            "!fsdp":              {"optimizer state": 0.7, "dense weights": 0.85, "layer of experts": 0.75},
+            "!fsdp !bf16":        {"gradients": 0.3},
+            "!fsdp parts":        {"gradients": 1.65},
+            "!fsdp data":         {"gradients": 0.3},
         },
     },
     "gpu": {
         "backward": {
-            "!adapters":          {"layer of experts": 2.0},
+            "fsdp !adapters":     {"layer of experts": 2.0},
             "!adapters !parts":   {"gradients": 1.0},
             "!adapters parts":    {"gradients": 2.63},
             "adapters":           {"gradients": 4.7},
             "quantized":          {"layer of experts": 0.27},
-            "":                   {"logits": 2.0, "expert rows": 3.0, "attention scores": 2.0},
+            "":                   {"logits": 2.0, "expert rows": 3.0, "attention scores": 3.0, "hidden states": 0.5},
+            "dots":               {"hidden states": 4.0},  # q, k, v, o, gate, up and down in bf16; not measured
+            "!remat":             {"hidden states": 8.0},
         },
         "loss": {
             "!adapters":          {"head": 2.0, "weights": 0.5},
@@ -67,6 +72,9 @@ def quantities(work: Workload) -> Mapping[str, float]:
     remat, experts = work.config.step.remat != "none", _FP32 * work.elements("routed experts", gather=FSDP)
     layers, moe_at_once = (1, 1) if remat else (model.num_hidden_layers, moe)
     tokens = _FP32 * work.tokens * D
+    # Most of what a layer computes for a token are heads and widths, which the tensor axis shards.
+    sharded = 0.1 + 0.9 / work.ways(TENSOR) if work.ways(FSDP) > 1 else 1
+    gathers = work.ways(EXPERT) > 1 and choose_strategy(work.config.dispatch.strategy, work.ways(EXPERT)) == "gather"
     return {
         "optimizer state": work.state_bytes()["optimizer state"],
         "weights": _FP32 * work.elements(),
@@ -77,9 +85,9 @@ def quantities(work: Workload) -> Mapping[str, float]:
         "head": _FP32 * V * D,
         "logits": _FP32 * V * min(work.tokens, max(1, _CHUNK_BYTES // (_FP32 * V))),
         "attention scores": _FP32 * layers * work.rows * heads * work.length**2 / 2,
-        "hidden states": tokens * model.num_hidden_layers,
-        "expert rows": tokens * moe_at_once * (model.num_experts_per_tok or 0),
-        "tokens of experts": tokens * moe_at_once * work.ways(EXPERT) if work.ways(EXPERT) > 1 else 0,
+        "hidden states": tokens * sharded * model.num_hidden_layers,
+        "expert rows": tokens * sharded * moe_at_once * (model.num_experts_per_tok or 0),
+        "tokens of experts": tokens * moe_at_once * work.ways(EXPERT) if gathers else 0,
     }
 
 
@@ -105,10 +113,11 @@ def _holds(work: Workload, condition: str) -> bool:
         return not _holds(work, condition[1:])
     facts = {
         "adapters": work.adapts,
-        "batch": work.ways(*BATCH_AXES) > 1,
+        "data": work.ways(DATA) > 1,
         "bf16": work.config.step.compute_dtype == "bfloat16",
         "fsdp": work.ways(FSDP) > 1,
         "parts": work.parts > 1,
+        "dots": work.config.step.remat == "dots",
         "quantized": work.scheme is not None,
         "remat": work.config.step.remat != "none",
     }

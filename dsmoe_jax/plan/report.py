@@ -51,7 +51,8 @@ def generation_text(plan: GenerationPlan, card: str) -> str:
         f"estimate: decode {plan.decode[0]:,.0f} to {plan.decode[1]:,.0f} tok/s, "
         f"prefill {plan.prefill[0]:,.0f} to {plan.prefill[1]:,.0f} tok/s, all devices",
         f"assumes: decode reads weights and cache at {_percent('bandwidth')} of the memory bandwidth, prefill reaches "
-        f"{_percent('experts')} of the peak FLOP/s; a step gathers {plan.gathered / 1e9:.3g} GB over fsdp; no latencies",
+        f"{_percent('experts')} of the peak FLOP/s; a step gathers {plan.gathered / 1e9:.3g} GB of weights over fsdp; "
+        "no latencies",
     ]
     return "\n".join(lines) + "\n"
 
@@ -60,7 +61,8 @@ def search_text(found: Found, card: str, config: Any) -> str:
     """Return the text of `--search`."""
     if not found.fitting:
         return "\n".join(["nothing fits", *_ways_out(found.smallest, config)]) + "\n"
-    header = f"{'data fsdp expert tensor':>24} {'micro-batch':>12} {'remat':>6} {'GB':>7} {'s per step':>14} {'MFU':>12}  bound"
+    axes, batch, time, mfu = "data fsdp expert tensor", "micro-batch", "s per step", "MFU"
+    header = f"{axes:>24} {batch:>12} {'remat':>6} {'GB':>7} {time:>14} {mfu:>12}  bound"
     lines = [f"{len(found.fitting):,} candidates fit; the fastest by estimate on {card}:", header]
     for plan in found.fitting[:_ROWS]:
         work, (slow, fast), mfu = plan.work, plan.speed.step, plan.speed.mfu
@@ -124,8 +126,8 @@ def _speed_lines(plan: TrainingPlan) -> list[str]:
         f"MFU {mfu[0]:.0%} to {mfu[1]:.0%}; bound by {' or '.join(bounds)} ({', '.join(parts)})",
         f"assumes: matmuls at {_percent('matmul')} of {plan.card.flops / 1e12:.4g} TFLOP/s, experts at "
         f"{_percent('experts')}, links at {_percent('link')} of {plan.card.link / 1e9:.4g} GB/s, network of "
-        f"{plan.card.network / 1e9:.4g} GB/s per device, {_percent('overlap')} of communication hidden; balanced routing; "
-        "not measured on a GPU",
+        f"{plan.card.network / 1e9:.4g} GB/s per device, {_percent('overlap')} of communication hidden; "
+        "balanced routing; not measured on a GPU",
     ]
 
 

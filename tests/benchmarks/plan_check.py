@@ -44,13 +44,16 @@ class Case(NamedTuple):
     others: Mapping[str, Any] = {}  # dispatch, moments, quantize
 
 
-MID: Final = {"vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 2816, "moe_intermediate_size": 704}
-MID |= {"num_attention_heads": 8, "num_key_value_heads": 8, "n_routed_experts": 32}
+MID: Final = {
+    **{"vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 2816, "moe_intermediate_size": 704},
+    **{"num_attention_heads": 8, "num_key_value_heads": 8, "n_routed_experts": 32},
+}
 GROUPED: Final = MID | {"num_key_value_heads": 4}
 FULL, NONE, DOTS = ({"remat": remat, "gradient_accumulation_steps": 1} for remat in ("full", "none", "dots"))
 PARTS: Final = {"remat": "full", "gradient_accumulation_steps": 4}
 M2, M16, M145 = (f"deepseek_moe_{size}" for size in ("2b", "16b", "145b"))
 A2A, NF4, INT8 = {"strategy": "all_to_all"}, {"quantize": "nf4"}, {"quantize": "int8"}
+BF16: Final = {"moments": "bfloat16"}
 # fmt: off
 CASES: Final[dict[str, Case]] = {
     "tiny, dots":              Case("tiny", "tiny", (1, 1, 1, 1), 128, 16, 4, step=DOTS),
@@ -73,7 +76,7 @@ CASES: Final[dict[str, Case]] = {
     "145B, 2 × 2 × 2":         Case(M145, M145, (1, 2, 2, 2), 512, 2, 2, step=FULL),
     "all-to-all, expert 8":    Case(M16, M16, (1, 1, 8, 1), 512, 4, fields=MID, step=FULL, others=A2A),
     "grouped queries":         Case(M16, M16, (1, 2, 1, 2), 512, 4, fields=GROUPED, step=FULL),
-    "bf16 moments":            Case(M16, M16, (1, 8, 1, 1), 512, 2, fields=MID, step=FULL, others={"moments": "bfloat16"}),
+    "bf16 moments":            Case(M16, M16, (1, 8, 1, 1), 512, 2, fields=MID, step=FULL, others=BF16),
     "factored moments":        Case("full_8x40gb", M16, (1, 8, 1, 1), 512, 2, fields=MID),
     "LoRA":                    Case("lora_1x80gb", M16, (1, 1, 1, 1), 1024, 2, fields=MID, step=PARTS),
     "LoRA, fsdp 4":            Case("lora_1x80gb", M16, (1, 4, 1, 1), 512, 2, step=PARTS),
@@ -83,7 +86,6 @@ CASES: Final[dict[str, Case]] = {
     "QLoRA, expert 4":         Case("qlora_1x80gb", M16, (1, 1, 4, 1), 512, 2, step=PARTS, others=NF4),
 }
 # fmt: on
-QUICK: Final = ("tiny, dots", "tiny, data 8, remat", "tiny, expert 4")
 
 
 class Comparison(NamedTuple):
