@@ -63,7 +63,10 @@ def _card(own: argparse.Namespace) -> Any:
     from dsmoe_jax.plan.cards import card_of
 
     bandwidths = {"bandwidth": own.device_bandwidth, "link": own.link_bandwidth, "network": own.network_bandwidth}
-    return card_of(own.device, memory=own.device_memory, tflops=own.device_tflops, **bandwidths)
+    card = card_of(own.device, memory=own.device_memory, tflops=own.device_tflops, **bandwidths)
+    if card.platform == "cpu" and own.device_memory is None:  # simulated devices share it
+        return dataclasses.replace(card, memory=card.memory // own.devices)
+    return card
 
 
 def _train(kind: str, own: argparse.Namespace, flags: Sequence[str]) -> None:

@@ -79,12 +79,8 @@ def _weights(work: Workload, compiler: Compiler) -> Iterator[Traffic]:
         full = work.elements_of(weight, FSDP)
         if full == work.elements_of(weight):
             continue
-        # Backward, in every micro-batch: recomputation and gradient share a gather, except on a tensor axis.
-        twice = (
-            work.ways(TENSOR) > 1
-            and ".down." not in weight.name
-            and (work.ways(EXPERT) > 1 or weight.part == "dense feed-forward")
-        )
+        # Backward, in every micro-batch: recomputation and gradient share a gather, except on tensor and expert axes.
+        twice = work.ways(TENSOR) > 1 and work.ways(EXPERT) > 1 and ".down." not in weight.name
         again = {"norms": 1 + remat, "router": remat, "embedding": 0, "head": 0, "routed experts": experts}
         count = forward + parts * again.get(weight.part, remat * (1 + twice))
         # The router computes in fp32; the head is gathered before its cast.
@@ -97,19 +93,17 @@ def _gradients(work: Workload, compiler: Compiler) -> Iterator[Traffic]:
     for weight in work.parameters.trained:
         size = _FP32 if weight.part in ("router", "routed experts") else _size(work, compiler)
         full, shard = (work.elements_of(weight, axis) * size for axis in (FSDP, ""))
-        what, others = (
-            f"{weight.part} gradients",
-            _active(work, DATA, *([] if weight.part == "routed experts" else [EXPERT])),
-        )
-        if weight.part == "routed experts" or compiler.scatters:
-            if full != shard:
-                yield Traffic("reduce-scatter", (FSDP,), full, what)
-            yield Traffic("all-reduce", others, shard, what)
-        elif weight.part in ("embedding", "head", "norms") or full == shard:
-            yield Traffic("all-reduce", _active(work, *BATCH_AXES), full, what)
-        else:
+        experts, what = weight.part == "routed experts", f"{weight.part} gradients"
+        axes = (DATA, *([FSDP] if full == shard else []), *([] if experts else [EXPERT]))
+        others = _active(work, *axes)  # over which a device has the same shard
+        if full != shard and not experts and not compiler.scatters:
+            if weight.part in ("embedding", "head", "norms"):  # in one go
+                yield Traffic("all-reduce", _active(work, *BATCH_AXES), full, what)
+                continue
             yield Traffic("all-reduce", (FSDP,), full, what)
-            yield Traffic("all-reduce", others, shard, what)
+        elif full != shard:
+            yield Traffic("reduce-scatter", (FSDP,), full, what)
+        yield Traffic("all-reduce", others, shard, what)
 
 
 def _norm(work: Workload) -> Iterator[Traffic]:

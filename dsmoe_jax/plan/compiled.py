@@ -63,7 +63,7 @@ def compile_plan(plan: TrainingPlan, card: str) -> Compiled:
         mesh = None if work.mesh.size == 1 else make_mesh(sizes, jax.devices()[: work.mesh.size])
     started = time.perf_counter()
     with absent_gpu.chosen_as_on_gpu() if on_gpu else contextlib.nullcontext():
-        lowered, _ = lower_step(work.config, work.model, mesh, (work.sequences, work.length), dtype=work.dtype)
+        lowered = lower_step(work.config, work.model, mesh, (work.sequences, work.length), dtype=work.dtype)
         program = lowered.compile()
     memory, found = program.memory_analysis(), collectives(program.as_text(), work.mesh.shape)
     seconds = time.perf_counter() - started
@@ -72,7 +72,7 @@ def compile_plan(plan: TrainingPlan, card: str) -> Compiled:
 
 def lower_step(
     config: RunConfig, model: ModelConfig, mesh: Mesh | None, batch: tuple[int, int], *, dtype: Any = jnp.bfloat16
-) -> tuple[Any, Any]:
+) -> Any:
     """Lower the training step of a run without allocating anything.
 
     Args:
@@ -83,7 +83,7 @@ def lower_step(
         dtype: Storage dtype of a frozen base.
 
     Returns:
-        The lowered step, and the shapes and shardings of its arguments.
+        The lowered step.
     """
     trainable, frozen = Trainable.all_params(model), {}
     if adapter := getattr(config, "lora", None):
@@ -106,7 +106,7 @@ def lower_step(
     options: dict[str, Any] = {"mesh": mesh, "max_grad_norm": config.optimizer.max_grad_norm, "trainable": trainable}
     step: Any = make_step(model, graph, optimizer, schedule, config.step, **options)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        return step.lower(*inputs), inputs
+        return step.lower(*inputs)
 
 
 def _frozen(config: ModelConfig, scheme: str | None, dtype: Any, mesh: Mesh | None) -> Mapping[str, Operand]:

@@ -35,7 +35,9 @@ PEAKS: Final[dict[str, dict[str, dict[str, dict[str, float]]]]] = {
             "!remat fsdp":        {"attention scores": 5.0, "hidden states": 22},
             "fsdp":               {"optimizer state": 1.0},
             "fsdp !adapters":     {"experts": 2.0, "layer of experts": 0.3},
-            "fsdp adapters":      {"experts": 1.06},
+            "fsdp adapters":      {"experts": 1.0, "layer of experts": 0.5},
+            # Gathered over one device, which XLA converts to fp32 all the same.
+            "!fsdp mesh adapters !quantized": {"experts": 1.4},
             "fsdp parts":         {"gradients": 1.15, "layer of experts": 1.75},
             "!fsdp":              {"optimizer state": 0.7, "dense weights": 0.85, "layer of experts": 0.75},
             "!fsdp !bf16":        {"gradients": 0.3},
@@ -116,6 +118,7 @@ def _holds(work: Workload, condition: str) -> bool:
         "data": work.ways(DATA) > 1,
         "bf16": work.config.step.compute_dtype == "bfloat16",
         "fsdp": work.ways(FSDP) > 1,
+        "mesh": work.mesh.size > 1,
         "parts": work.parts > 1,
         "dots": work.config.step.remat == "dots",
         "quantized": work.scheme is not None,

@@ -14,6 +14,7 @@ from dsmoe_jax.train.metrics import flops_per_token
 
 _WIDTH: Final = 34
 _ROWS: Final = 10  # of a search
+_NEGLIGIBLE: Final = 1e-4  # of the bytes of a device
 
 
 def training_text(plan: TrainingPlan, card: str) -> str:
@@ -24,14 +25,14 @@ def training_text(plan: TrainingPlan, card: str) -> str:
         _verdict(plan.fits, plan.bytes, plan.card.usable),
         "",
         f"{'memory per device':{_WIDTH}}{'GB':>10}",
-        *(_row(name, size / 1e9) for name, size in plan.held.items() if size),
+        *(_row(name, size / 1e9) for name, size in plan.held.items() if size > _NEGLIGIBLE * plan.bytes),
         *(_row(f"{name} (temporary)", size / 1e9) for name, size in plan.temporary.items()),
         _row("sum", plan.bytes / 1e9),
         "",
         *_traffic_lines((one.kind, one.axes, one.what, one.bytes) for one in plan.traffic),
         f"{work.sequences:,} sequences × {work.length:,} tokens per step, {work.parts} micro-batches of {work.rows} "
         f"sequences per device; {flops_per_token(work.model, work.length) / 1e9:.4g} GFLOP per token, "
-        f"{model_flops(work) / 1e15:.4g} PFLOP per step",
+        f"{model_flops(work) / 1e15:,.1f} PFLOP per step",
         *_speed_lines(plan),
     ]
     return "\n".join(lines) + "\n"
@@ -62,14 +63,15 @@ def search_text(found: Found, card: str, config: Any) -> str:
     if not found.fitting:
         return "\n".join(["nothing fits", *_ways_out(found.smallest, config)]) + "\n"
     axes, batch, time, mfu = "data fsdp expert tensor", "micro-batch", "s per step", "MFU"
-    header = f"{axes:>24} {batch:>12} {'remat':>6} {'GB':>7} {time:>14} {mfu:>12}  bound"
+    header = f"{axes:>24} {batch:>12} {'remat':>6} {'':>5} {'GB':>7} {time:>14} {mfu:>12}  bound"
     lines = [f"{len(found.fitting):,} candidates fit; the fastest by estimate on {card}:", header]
     for plan in found.fitting[:_ROWS]:
-        work, (slow, fast), mfu = plan.work, plan.speed.step, plan.speed.mfu
-        axes = " ".join(f"{size:>5}" for size in work.mesh.shape.values())
+        work, (slow, fast), (least, most) = plan.work, plan.speed.step, plan.speed.mfu
+        axes, batch = " ".join(f"{size:>5}" for size in work.mesh.shape.values()), f"{work.rows} × {work.parts}"
+        time, mfu, scheme = f"{fast:.3g} to {slow:.3g}", f"{least:.0%} to {most:.0%}", work.scheme or ""
         lines.append(
-            f"{axes:>24} {f'{work.rows} × {work.parts}':>12} {work.config.step.remat:>6} {plan.bytes / 1e9:>7.1f} "
-            f"{f'{fast:.3g} to {slow:.3g}':>14} {f'{mfu[0]:.0%} to {mfu[1]:.0%}':>12}  {plan.estimates[1].bound}"
+            f"{axes:>24} {batch:>12} {work.config.step.remat:>6} {scheme:>5} {plan.bytes / 1e9:>7.1f} "
+            f"{time:>14} {mfu:>12}  {plan.estimates[1].bound}"
         )
     return "\n".join([*lines, "", f"flags of the first: {flags(found.fitting[0])}"]) + "\n"
 

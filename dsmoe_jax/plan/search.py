@@ -1,9 +1,9 @@
-"""Search for the fastest mesh, micro-batch and remat policy that fit: `search`."""
+"""Search for the fastest mesh, micro-batch, remat policy and quantization that fit: `search`."""
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def search(config: RunConfig, model: ModelConfig, devices: int, card: Card, *, d
     """Plan all candidates.
 
     Args:
-        config: The run; its mesh, micro-batches and remat policy are replaced.
+        config: The run; its mesh, micro-batches and remat policy are replaced, and the quantization of adapters' base.
         model: The model to train.
         devices: Number of devices.
         card: The device.
@@ -54,15 +54,22 @@ def search(config: RunConfig, model: ModelConfig, devices: int, card: Card, *, d
         raise DSMoEError(
             f"no mesh of {devices} devices divides the model and a batch of {config.data.batch_size} sequences"
         )
-    fitting = sorted((plan for plan in plans if plan.fits), key=lambda plan: math.prod(plan.speed.step))
-    return Found(tuple(fitting), min(plans, key=lambda plan: plan.bytes))
+    return Found(
+        tuple(sorted((plan for plan in plans if plan.fits), key=_rank)), min(plans, key=lambda plan: plan.bytes)
+    )
+
+
+def _rank(plan: TrainingPlan) -> tuple[float, bool, int]:
+    """Order by time, then unquantized and large micro-batches first."""
+    return math.prod(plan.speed.step), plan.work.scheme is not None, -plan.work.rows
 
 
 def flags(plan: TrainingPlan) -> str:
     """Return a plan's choices as flags of `dsmoe pretrain` and `dsmoe finetune`."""
     work = plan.work
     axes = " ".join(f"--mesh.{axis} {size}" for axis, size in work.mesh.shape.items())
-    return f"{axes} --step.gradient-accumulation-steps {work.parts} --step.remat {work.config.step.remat}"
+    quantize = "" if work.scheme is None else f" --quantize {work.scheme}"
+    return f"{axes} --step.gradient-accumulation-steps {work.parts} --step.remat {work.config.step.remat}{quantize}"
 
 
 def _candidates(config: RunConfig, model: ModelConfig, devices: int) -> Iterator[RunConfig]:
@@ -71,9 +78,16 @@ def _candidates(config: RunConfig, model: ModelConfig, devices: int) -> Iterator
         data_parallel = devices // mesh.tensor
         rows = None if batch is None else batch // data_parallel
         parts = _parts(config, rows)
-        for count, remat in itertools.product(parts, _REMAT):
+        for count, remat, others in itertools.product(parts, _REMAT, _quantizations(config)):
             step = dataclasses.replace(config.step, gradient_accumulation_steps=count, remat=remat)
-            yield dataclasses.replace(config, mesh=mesh, step=step)
+            yield dataclasses.replace(config, mesh=mesh, step=step, **others)
+
+
+def _quantizations(config: RunConfig) -> Sequence[Mapping[str, str]]:
+    """Return the fields of quantizations of a frozen base, none first; only that of the run if it has one."""
+    if getattr(config, "lora", None) is None or getattr(config, "quantize", None) is not None:
+        return [{}]
+    return [{}, {"quantize": "int8"}, {"quantize": "nf4"}]
 
 
 def _parts(config: RunConfig, rows: int | None) -> Sequence[int]:

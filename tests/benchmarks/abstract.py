@@ -83,7 +83,7 @@ def compiled(case: Case, *, apart: bool = True) -> dict[str, Any]:
     batch = (devices * step.gradient_accumulation_steps, case.tokens)
     started = time.perf_counter()
     with _BLOCKS_APART if apart else contextlib.nullcontext():
-        lowered, inputs = lower_step(run, case.model, case.mesh, batch)
+        lowered = lower_step(run, case.model, case.mesh, batch)
     lowering = time.perf_counter() - started
     memory = lowered.compile().memory_analysis()
     data = dataclasses.replace(run.data, sequence_length=case.tokens, batch_size=batch[0])
