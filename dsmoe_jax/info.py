@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 
 from dsmoe_jax.config import PRESETS, ModelConfig
 from dsmoe_jax.errors import DSMoEError, did_you_mean
-from dsmoe_jax.model import abstract
+from dsmoe_jax.model import abstract, layers_of, short
 from dsmoe_jax.storage.manifest import check_listed_files
 from dsmoe_jax.storage.paths import expand_user
 
@@ -32,11 +32,16 @@ class Counts(NamedTuple):
     parts: dict[str, int]  # by part of the model
 
 
+def part_of(name: str) -> str:
+    """Return the part of the model that a parameter belongs to."""
+    return next(part for part, mark in _PARTS if mark in name)
+
+
 def count_parameters(config: ModelConfig) -> Counts:
     """Count the parameters of a model by part."""
     parts = dict.fromkeys((part for part, _ in _PARTS), 0)
-    for name, spec in abstract(config)[1].items():
-        parts[next(part for part, mark in _PARTS if mark in name)] += math.prod(spec.shape)
+    for name, spec in abstract(short(config))[1].items():
+        parts[part_of(name)] += layers_of(config, name) * math.prod(spec.shape)
     total, routed = sum(parts.values()), parts["routed experts"]
     used = routed * (config.num_experts_per_tok or 0) // (config.n_routed_experts or 1)
     return Counts(total, total - routed + used, parts)

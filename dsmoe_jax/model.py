@@ -4,6 +4,7 @@ Start at `DeepSeekMoE.hidden`. At jit boundaries a model is split into a static,
 parameters by dotted path, such as `layers.1.moe.experts.gate`.
 """
 
+import dataclasses
 import functools
 import logging
 import zlib
@@ -340,6 +341,20 @@ def abstract(config: ModelConfig, dispatch: DispatchConfig | None = None) -> tup
         for path, leaf in nnx.to_flat_state(state)
     }
     return Graph(definition), specs
+
+
+def short(config: ModelConfig) -> ModelConfig:
+    """The model with one layer of each kind: building 62 takes seconds."""
+    if config.n_routed_experts is None:
+        return dataclasses.replace(config, num_hidden_layers=1)
+    return dataclasses.replace(config, num_hidden_layers=2, first_k_dense_replace=1, moe_layer_freq=1)
+
+
+def layers_of(config: ModelConfig, name: str) -> int:
+    """Count the layers of a model that have a parameter of its `short` form; 1 for one outside the layers."""
+    moe = sum(map(config.is_moe_layer, range(config.num_hidden_layers)))
+    counts = {"0": config.num_hidden_layers - moe, "1": moe}
+    return counts[name.split(".")[1]] if name.startswith("layers.") else 1
 
 
 def count_tensors(config: ModelConfig, per_stack: int = 1) -> int:

@@ -64,8 +64,15 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
     Raises:
         DSMoEError: A size is neither positive nor -1, two are -1, or the sizes do not match the devices.
     """
-    sizes = list(dataclasses.astuple(config or MeshConfig()))
     devices = list(jax.devices() if devices is None else devices)
+    sizes = mesh_sizes(config or MeshConfig(), len(devices))
+    # Auto: the compiler propagates the shardings of weights (the default of jax.make_mesh is Explicit).
+    return Mesh(np.asarray(devices).reshape(sizes), AXIS_NAMES, axis_types=(AxisType.Auto,) * len(AXIS_NAMES))
+
+
+def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
+    """Return the size of each axis on this number of devices; raise `DSMoEError` as `make_mesh` does."""
+    sizes = list(dataclasses.astuple(config))
     named = ", ".join(f"{name}={size}" for name, size in zip(AXIS_NAMES, sizes, strict=True))
     for name, size in zip(AXIS_NAMES, sizes, strict=True):
         if isinstance(size, bool) or not isinstance(size, int | np.integer):
@@ -73,16 +80,20 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise DSMoEError(f"mesh ({named}): sizes must be positive, at most one -1")
     if -1 in sizes:
-        rest, left_over = divmod(len(devices), math.prod(size for size in sizes if size != -1))
+        rest, left_over = divmod(devices, math.prod(size for size in sizes if size != -1))
         if left_over or not rest:
-            raise DSMoEError(f"mesh ({named}) does not divide {len(devices)} devices")
+            raise DSMoEError(f"mesh ({named}) does not divide {devices} devices")
         sizes[sizes.index(-1)] = rest
-    if math.prod(sizes) != len(devices):
-        rest, left_over = divmod(len(devices), math.prod(sizes) // sizes[AXIS_NAMES.index(FSDP)])
+    if math.prod(sizes) != devices:
+        rest, left_over = divmod(devices, math.prod(sizes) // sizes[AXIS_NAMES.index(FSDP)])
         way_out = "" if left_over else f"; set fsdp to -1 or {rest}"
-        raise DSMoEError(f"mesh ({named}) needs {math.prod(sizes)} devices, there are {len(devices)}{way_out}")
-    # Auto: the compiler propagates the shardings of weights (the default of jax.make_mesh is Explicit).
-    return Mesh(np.asarray(devices).reshape(sizes), AXIS_NAMES, axis_types=(AxisType.Auto,) * len(AXIS_NAMES))
+        raise DSMoEError(f"mesh ({named}) needs {math.prod(sizes)} devices, there are {devices}{way_out}")
+    return tuple(sizes)
+
+
+def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
+    """Create a mesh without devices, for shapes of shards."""
+    return AbstractMesh(mesh_sizes(config, devices), AXIS_NAMES)
 
 
 def as_mesh(mesh: Mesh | MeshConfig | None) -> Mesh | None:
@@ -109,6 +120,21 @@ def sharding(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], me
         return SingleDeviceSharding(jax.local_devices()[0])
     check_divides(name, shape, axes, mesh)
     return NamedSharding(mesh, spec(axes))
+
+
+def shard_shape(
+    name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh, *, gather: str = ""
+) -> tuple[int, ...]:
+    """Return the shape of a device's shard, optionally with the mesh axis `gather` undone; raise if it is uneven."""
+    check_divides(name, shape, axes, mesh)
+    ways = [math.prod(mesh.shape[axis] for axis in mesh_axes(logical) if axis != gather) for logical in axes]
+    return tuple(size // parts for size, parts in zip(shape, ways, strict=True))
+
+
+def mesh_axes(logical: str | None) -> tuple[str, ...]:
+    """Return the mesh axes of a logical axis."""
+    axes = _TABLE[logical]
+    return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def check_divides(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh) -> None:

@@ -37,9 +37,12 @@ def compiler_options(mesh: "Mesh | None") -> dict[str, Any] | None:
     return {name: value for name, value in ON_SEVERAL_GPUS.items() if name not in flags}
 
 
+MEMORY_FRACTION: Final = 0.92  # of a GPU's memory, for jax
+
+
 def set_environment() -> None:
     """Let jax use 92% of a GPU's memory (default 75%), unless set; call before jax initializes devices."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
 
 
 # On CPUs with AVX-512, XLA compiles with two tuning preferences and warns that the machine lacks them when it loads the

@@ -33,6 +33,7 @@ FLOORS = (
     ("generate",),
     ("evaluate",),
     ("train",),
+    ("plan",),
     ("cli",),
 )
 PARTS = {"config_aliases": "config", "__main__": "cli"}  # a single file on a different floor

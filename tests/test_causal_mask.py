@@ -37,9 +37,13 @@ def masks(tokens: int) -> dict[str, tuple[CausalMask, np.ndarray, int]]:
     return {
         "causal": (CausalMask(), causal, tokens),
         "padding": (CausalMask(valid=jnp.asarray(valid)), causal & valid[:, None], tokens),
-        "segments": (CausalMask(None, None, *2 * [jnp.asarray(documents)]), causal & same, tokens),
+        "segments": (
+            CausalMask(query_segments=jnp.asarray(documents), key_segments=jnp.asarray(documents)),
+            causal & same,
+            tokens,
+        ),
         "shared": (
-            CausalMask(None, jnp.asarray(valid), *2 * [jnp.asarray(documents)], jnp.asarray(shared)),
+            CausalMask(None, *map(jnp.asarray, (valid, documents, documents, shared))),
             causal & valid[:, None] & (same | shared[:, None]),
             tokens,
         ),

@@ -23,8 +23,8 @@ from dsmoe_jax.kernels import grouped_matmul, plain
 from dsmoe_jax.kernels.expert_ffn import expert_ffn
 from dsmoe_jax.kernels.tuning import Legs
 from dsmoe_jax.model import abstract
+from dsmoe_jax.plan import absent_gpu
 from dsmoe_jax.quantize import kind_of, quantized_spec
-from tests.benchmarks import cards
 
 pytestmark = pytest.mark.heavy
 
@@ -37,10 +37,10 @@ SLOTS = 1024
 def place() -> Iterator[Any]:
     """Where the arrays of a program would lie, while everything is chosen as on a GPU."""
     try:
-        device = cards.devices("h100")[0]
+        device = absent_gpu.devices("h100")[0]
     except ValueError as error:
         pytest.skip(str(error))
-    with cards.chosen_as_on_gpu():
+    with absent_gpu.chosen_as_on_gpu():
         yield jax.sharding.SingleDeviceSharding(device)
 
 

@@ -12,9 +12,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from dsmoe_jax import xla_options
+from dsmoe_jax.plan import absent_gpu
 from dsmoe_jax.sharding import MeshConfig, make_mesh
 from dsmoe_jax.xla_options import ON_SEVERAL_GPUS, compiler_options, quiet_cache_reads
-from tests.benchmarks import cards
 
 
 def mesh_of(platform: str, devices: int) -> Any:
@@ -47,7 +47,7 @@ def test_the_memory_fraction_is_set_where_nobody_did(monkeypatch: pytest.MonkeyP
 
 def test_xla_knows_every_option():
     try:
-        devices = cards.devices("h100", 2)
+        devices = absent_gpu.devices("h100", 2)
     except ValueError as error:
         pytest.skip(str(error))
     mesh = make_mesh(MeshConfig(), devices)

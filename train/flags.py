@@ -74,7 +74,7 @@ _SHORTER: Final[dict[str, Callable[[re.Match[str]], str]]] = {
 }
 _PRETRAINING: Final = (
     "Pretrain a model, or resume the run in the output directory. RECIPE is one of those at the end: it sets the "
-    "defaults of all flags, here those of `{}`."
+    "defaults of all flags, here those of `{}`. --force starts a run that exceeds the planned memory (`dsmoe plan`)."
 )
 _REGISTRY: Final = ConstructorRegistry()
 _log = logging.getLogger(__name__)
@@ -84,7 +84,8 @@ _log = logging.getLogger(__name__)
 class _Finetuning:
     """Fine-tune a model on examples, all parameters or LoRA, or resume the run in the output directory.
 
-    CKPT|HUB_ID is a native checkpoint, a Hugging Face folder or a hub id.
+    CKPT|HUB_ID is a native checkpoint, a Hugging Face folder or a hub id. --force starts a run that exceeds the planned
+    memory (`dsmoe plan`).
     """
 
     recipe: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(FINETUNING)}}}")] = "full"

@@ -7,7 +7,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -80,7 +80,7 @@ class Result(NamedTuple):
 
 
 @quiet_cache_reads()
-def run(config: RunConfig) -> Result:
+def run(config: RunConfig, *, check: Callable[[RunConfig, Mesh | None], None] | None = None) -> Result:
     """Train, resuming from the newest intact checkpoint in the output directory.
 
     The same function runs on one device and on every process of a cluster. SIGTERM and SIGINT stop it after the current
@@ -88,6 +88,7 @@ def run(config: RunConfig) -> Result:
 
     Args:
         config: A `RunConfig` to pretrain, a `FinetuneConfig` to fine-tune.
+        check: Called with the config and the mesh (None: one device) before anything is written; may raise.
 
     Returns:
         The outcome.
@@ -103,6 +104,8 @@ def run(config: RunConfig) -> Result:
         with collective_errors():  # fail before anything is written
             config = with_defaults(config)
             mesh = _check(config)
+            if check is not None:
+                check(config, mesh)
         on_process_0(check_inputs, config)
         on_process_0(lambda: stack.enter_context(lock_folder(output_dir)))
         stack.enter_context(memory_errors())

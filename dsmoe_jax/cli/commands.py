@@ -30,6 +30,7 @@ from dsmoe_jax.errors import DSMoEError, check_choice, unknown_flag
 from dsmoe_jax.progress import bar, plural
 from dsmoe_jax.xla_options import set_environment
 
+_FORCE: Final = "--force"  # of `pretrain` and `finetune`
 _DEBUG: Final = "show the traceback of every error"
 
 
@@ -230,18 +231,29 @@ def _tokenize(args: argparse.Namespace) -> None:
 def _pretrain(args: argparse.Namespace) -> None:
     from dsmoe_jax.train.flags import parse_pretraining
 
-    _train(parse_pretraining(args.flags), args)
+    _train(parse_pretraining(_without_force(args)), args)
 
 
 def _finetune(args: argparse.Namespace) -> None:
     from dsmoe_jax.train.finetune import show_examples
     from dsmoe_jax.train.flags import parse_finetuning
 
-    config, shown = parse_finetuning(args.flags)
+    config, shown = parse_finetuning(_without_force(args))
     if shown:
         show_examples(config, shown)
     else:
         _train(config, args)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from dsmoe_jax.cli.plan import run
+
+    run(args.flags)
+
+
+def _without_force(args: argparse.Namespace) -> list[str]:
+    """Return the flags of a config."""
+    return [flag for flag in args.flags if flag != _FORCE]
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -314,9 +326,10 @@ def _plot(args: argparse.Namespace) -> None:
 
 
 def _train(config: Any, args: argparse.Namespace) -> None:
+    from dsmoe_jax.plan.check import check_memory
     from dsmoe_jax.train.loop import run
 
-    result = run(config)
+    result = run(config, check=functools.partial(check_memory, force=_FORCE in args.flags))
     if result.stopped:
         command = shlex.join(["dsmoe", args.verb, *args.flags])
         print_status(f"Stopped after step {result.steps} of {result.total_steps}; resume with `{command}`")
@@ -380,6 +393,7 @@ VERBS: Final[dict[str, tuple[Callable[[argparse.Namespace], None], str]]] = {
     "tokenize": (_tokenize, "tokenize text into token shards"),
     "pretrain": (_pretrain, "pretrain a model from a recipe, or resume a run"),
     "finetune": (_finetune, "fine-tune a model on examples, all weights or LoRA"),
+    "plan":     (_plan,     "print memory, communication and estimated speed of a run, without devices"),
     "plot":     (_plot,     "plot the metrics of a run, or compare the losses of several"),
     "merge":    (_merge,    "merge a LoRA adapter into a checkpoint"),
     "info":     (_info,     "print parameter counts, sizes and layers of a model"),

@@ -118,6 +118,43 @@ EVALUATE: Final = (
     _arg("--confirm-run-unsafe-code", "allow HumanEval and MBPP to run generated code on this machine", **_OPTIONAL),
     _arg("--list-data", "print the commands that download the datasets of the suite, and exit", action="store_true"),
 )
+_DEVICE: Final = (
+    "h100, h200, a100_80gb, a100_40gb, l40s, b200 or cpu; the flags below replace its figures; default: h100"
+)
+PLAN: Final = (
+    _arg("--devices", "number of devices; default: 1", type=int, default=1, metavar="N"),
+    _arg("--device", _DEVICE, "CARD", default="h100"),
+    _arg("--device-memory", "memory of a device in GB; default: that of the card", **_FLOAT),
+    _arg("--device-tflops", "dense bf16 TFLOP/s of a device; default: those of the card", **_FLOAT),
+    _arg("--device-bandwidth", "memory bandwidth of a device in GB/s; default: that of the card", **_FLOAT),
+    _arg("--link-bandwidth", "bandwidth within a node in GB/s and direction; default: NVLink of the card", **_FLOAT),
+    _arg("--network-bandwidth", "bandwidth between nodes in GB/s per device; default: one adapter per GPU", **_FLOAT),
+    _arg("--search", "rank meshes, micro-batches and remat policies that fit; default: plan one", action="store_true"),
+    _arg(
+        "--compile",
+        "also compile the step, for simulated devices or (extra gpu) GPUs that are absent; default: arithmetic only",
+        action="store_true",
+    ),
+)
+GENERATION_PLAN: Final = (
+    _arg("path", f"preset, config.json, or {_CHECKPOINT}, of which only the config is read", f"PRESET|{_CKPT}"),
+    _REVISION,
+    *(
+        _arg(
+            f"--mesh.{axis}",
+            f"size of the {axis} axis; -1: all other devices; default: {size}",
+            default=size,
+            dest=f"mesh_{axis}",
+            **_INT,
+        )
+        for axis, size in (("data", 1), ("fsdp", 1), ("expert", -1), ("tensor", 1))
+    ),
+    _arg("--quantize", "quantization of the weights; default: none", choices=("int8", "int4", "nf4")),
+    _arg("--dtype", "dtype of the weights; default: bfloat16", choices=_DTYPES, default="bfloat16"),
+    _arg("--cache-dtype", "dtype of the KV cache; default: that of the weights", choices=(*_DTYPES, "int8")),
+    _arg("--max-batch-size", "outputs generated at once; default: 64", default=64, **_INT),
+    _arg("--context-length", "tokens of prompt and output together; default: 4096", default=4096, **_INT),
+)
 # By title: the text below it, and its arguments; in the help of verbs that have the first of them.
 GROUPS: Final[dict[str, tuple[str, tuple[Argument, ...]]]] = {
     "model options": ("What is loaded, and the memory that generation may use.", MODEL),

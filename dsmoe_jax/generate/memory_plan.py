@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dsmoe_jax.checkpoint.manifest import is_native, read_manifest
 from dsmoe_jax.checkpoint.native import DTYPES
@@ -17,9 +17,9 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import stored_dtypes
 from dsmoe_jax.errors import check_choice
 from dsmoe_jax.kv_cache import KVCache
-from dsmoe_jax.model import abstract, shardings
+from dsmoe_jax.model import ParamSpec, abstract, layers_of, short
 from dsmoe_jax.quantize import SCHEMES, kind_of, quantized_spec
-from dsmoe_jax.sharding import MeshConfig, as_mesh
+from dsmoe_jax.sharding import MeshConfig, abstract_mesh, as_mesh, shard_shape
 
 
 class MemoryPlan(NamedTuple):
@@ -51,25 +51,16 @@ class MemoryPlan(NamedTuple):
         cache_dtype: Any = None,
         quantize: str | None = None,
         prefill_chunk: int = 512,
-        mesh: Mesh | MeshConfig | None = None,
+        mesh: Mesh | AbstractMesh | MeshConfig | None = None,
         upcast: bool = False,
     ) -> "MemoryPlan":
         """Compute the memory of a `Generator` with these options; `upcast`: as `upcast_for_cpu`."""
         if quantize is not None:
             check_choice("quantize", quantize, SCHEMES)
-        mesh = as_mesh(mesh)
-        dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(abstract(config)[1], dtype)
-        widen = lambda stored: jnp.float32 if upcast and jnp.dtype(stored).itemsize < 4 else stored  # noqa: E731
-        sharding, weights = shardings(config, mesh), 0
-        for name, spec in abstract(config)[1].items():
-            stored = dtypes[name] if ".experts." in name else widen(dtypes[name])
-            embedding = name == "embed" and not config.tie_word_embeddings
-            shape = sharding[name].shard_shape(spec.shape)
-            if quantize is not None and (embedding or kind_of(name)):
-                weights += _quantized_bytes(shape, "int8" if embedding else quantize)
-            else:
-                weights += math.prod(shape) * jnp.dtype(stored).itemsize
-        cache_dtype = widen(dtypes["norm.weight"]) if cache_dtype is None else cache_dtype
+        mesh = mesh if isinstance(mesh, AbstractMesh) else as_mesh(mesh)
+        weights = sum(weight_bytes(config, mesh, dtype, quantize, upcast=upcast).values())
+        norm = dtype["norm.weight"] if isinstance(dtype, Mapping) else dtype
+        cache_dtype = _widen(norm, upcast) if cache_dtype is None else cache_dtype
         size = functools.partial(cache_bytes, config, max_length=max_length, dtype=cache_dtype, mesh=mesh)
         chunk = min(prefill_chunk, max_length)
         # Fitted to compiled programs: six hidden states per layer and token, twice the attention scores, all fp32.
@@ -77,8 +68,44 @@ class MemoryPlan(NamedTuple):
         return cls(weights, size(batch_size), size(1), 4 * chunk * (states + scores))
 
 
+def weight_bytes(
+    config: ModelConfig,
+    mesh: Mesh | AbstractMesh | None,
+    dtype: Any | Mapping[str, Any],
+    quantize: str | None = None,
+    *,
+    upcast: bool = False,
+) -> dict[str, int]:
+    """Return the bytes of each parameter on a device; of equal layers together if `dtype` is one dtype."""
+    named = isinstance(dtype, Mapping)
+    mesh, found = mesh or abstract_mesh(MeshConfig(), 1), {}
+    for name, spec in abstract(config if named else short(config))[1].items():
+        layers = 1 if named else layers_of(config, name)
+        stored = dtype[name] if named else dtype
+        stored = stored if ".experts." in name else _widen(stored, upcast)
+        embedding = name == "embed" and not config.tie_word_embeddings
+        scheme = ("int8" if embedding else quantize) if quantize and (embedding or kind_of(name)) else None
+        found[name] = layers * stored_bytes(name, spec, mesh, stored, scheme)
+    return found
+
+
+def stored_bytes(name: str, spec: ParamSpec, mesh: Mesh | AbstractMesh, dtype: Any, scheme: str | None) -> int:
+    """Return the bytes of a parameter on a device, dense or quantized."""
+    if scheme is None:
+        return math.prod(shard_shape(name, spec.shape, spec.axes, mesh)) * jnp.dtype(dtype).itemsize
+    # Tiles span rows: quantized weights are sharded over experts alone.
+    axes = (*("experts",) * (len(spec.shape) == 3), None, None)
+    return _quantized_bytes(shard_shape(name, spec.shape, axes, mesh), scheme)
+
+
+def _widen(dtype: Any, upcast: bool) -> Any:
+    return jnp.float32 if upcast and jnp.dtype(dtype).itemsize < 4 else dtype
+
+
 @functools.lru_cache(maxsize=1024)
-def cache_bytes(config: ModelConfig, batch_size: int, max_length: int, *, dtype: Any, mesh: Mesh | None = None) -> int:
+def cache_bytes(
+    config: ModelConfig, batch_size: int, max_length: int, *, dtype: Any, mesh: Mesh | AbstractMesh | None = None
+) -> int:
     """Return the bytes of a KV cache per device."""
     cache = jax.eval_shape(lambda: KVCache.empty(config, batch_size, max_length, dtype))
     total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers))

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation for GPUs that are not present. Start at `devices`.
+"""GPUs that are not present, to compile for: `devices`.
 
 Needs jax's CUDA plugin (`pip install -e '.[gpu]'`), but no GPU and no driver. Shows memory, kernels and whether they
 compile, but no timings: matmuls are not autotuned, and cuDNN plans are not built.
@@ -12,15 +12,16 @@ from typing import Any, Final, NamedTuple
 import jax
 from jax.experimental import topologies
 
+from dsmoe_jax.errors import DSMoEError, check_choice
+from dsmoe_jax.plan.cards import CARDS
+
 _GPUS_A_HOST: Final = 8
 
 
-class Card(NamedTuple):
+class Description(NamedTuple):
     """Properties of a card, from OpenXLA's specs (xla/backends/gpu/target_config/specs)."""
 
     name: str
-    memory: int  # bytes
-    bandwidth: int  # bytes/s
     l2: int  # bytes
     capability: int
     cores: int
@@ -32,27 +33,27 @@ class Card(NamedTuple):
 
 _A100: Final = {"capability": 8, "cores": 108, "fpus": 64, "shared": 167936, "shared_optin": 166912, "clock": 1.41}
 _HOPPER: Final = {"capability": 9, "cores": 132, "fpus": 128, "shared": 233472, "shared_optin": 232448, "clock": 1.98}
-# fmt: off
-CARDS: Final[dict[str, Card]] = {
-    #                  name                      memory           bandwidth          L2
-    "a100_40gb": Card("NVIDIA A100-SXM4-40GB",    42_331_013_120, 1_555_200_000_000, 41_943_040, **_A100),
-    "h100":      Card("NVIDIA H100 80GB HBM3",    84_942_979_072, 3_352_320_000_000, 52_428_800, **_HOPPER),
-    "h200":      Card("NVIDIA H200 141GB HBM3e", 151_397_597_184, 4_800_000_000_000, 52_428_800, **_HOPPER),
+# By the names of `cards.CARDS`, which have memory and bandwidth.
+DESCRIPTIONS: Final[dict[str, Description]] = {
+    "a100_40gb": Description("NVIDIA A100-SXM4-40GB", 41_943_040, **_A100),
+    "a100_80gb": Description("NVIDIA A100-SXM4-80GB", 41_943_040, **_A100),
+    "h100": Description("NVIDIA H100 80GB HBM3", 52_428_800, **_HOPPER),
+    "h200": Description("NVIDIA H200 141GB HBM3e", 52_428_800, **_HOPPER),
 }
-# fmt: on
 
 
 def devices(card: str, count: int = 1) -> list[Any]:
     """Return `count` abstract GPUs, 8 per host; raise if jax's CUDA plugin is not installed."""
+    check_choice("device to compile for", card, DESCRIPTIONS)
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # there is no driver to query
     hosts = -(-count // _GPUS_A_HOST)
     shape = f"1x{hosts}x{count // hosts}"
     try:
         found = topologies.get_topology_desc(
-            CARDS[card].name, platform="cuda", target_config=_description(CARDS[card]), topology=shape
+            DESCRIPTIONS[card].name, platform="cuda", target_config=_config(card), topology=shape
         )
     except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(
+        raise DSMoEError(
             f"jax cannot compile for {card}: {str(error).splitlines()[0]} (pip install -e '.[gpu]')"
         ) from error
     return list(found.devices)
@@ -69,8 +70,9 @@ def chosen_as_on_gpu() -> Iterator[None]:
         jax.default_backend = kept
 
 
-def _description(card: Card) -> str:
+def _config(name: str) -> str:
     """Return XLA's `GpuTargetConfigProto` as text."""
+    card, figures = DESCRIPTIONS[name], CARDS[name]
     extension = "ACCELERATED_FEATURES" if card.capability >= 9 else "NONE"
     return f"""
         platform_name: "CUDA"
@@ -85,5 +87,5 @@ def _description(card: Card) -> str:
           shared_memory_per_block: 49152 shared_memory_per_core: {card.shared}
           shared_memory_per_block_optin: {card.shared_optin}
           core_count: {card.cores} fpus_per_core: {card.fpus} clock_rate_ghz: {card.clock} l2_cache_size: {card.l2}
-          device_memory_size: {card.memory} memory_bandwidth: {card.bandwidth}
+          device_memory_size: {figures.memory} memory_bandwidth: {int(figures.bandwidth)}
         }}"""

@@ -1,0 +1,128 @@
+"""The training step compiled ahead of time, for devices that are simulated or absent. Start at `compile_plan`."""
+
+import contextlib
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dsmoe_jax import lora
+from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.convert.peft_matching import base_config, make_plan
+from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.kernels.operand import Operand
+from dsmoe_jax.model import abstract
+from dsmoe_jax.plan import absent_gpu
+from dsmoe_jax.plan.hlo import Collective, collectives
+from dsmoe_jax.plan.training import TrainingPlan
+from dsmoe_jax.quantize import kind_of, quantized_spec
+from dsmoe_jax.sharding import MeshConfig, make_mesh, sharding
+from dsmoe_jax.train.batch import Batch
+from dsmoe_jax.train.config import RunConfig
+from dsmoe_jax.train.optimizer import make_optimizer
+from dsmoe_jax.train.step import Trainable, init_state, make_step, state_shardings
+
+
+class Compiled(NamedTuple):
+    """What XLA plans for a step.
+
+    Attributes:
+        seconds: Time of lowering and compilation.
+        arguments: Bytes of the arguments on a device.
+        temporaries: Bytes of temporaries on a device.
+        collectives: The communication.
+    """
+
+    seconds: float
+    arguments: int
+    temporaries: int
+    collectives: list[Collective]
+
+
+def compile_plan(plan: TrainingPlan, card: str) -> Compiled:
+    """Compile the step of a plan for simulated devices (`cpu`), or for a GPU that is absent.
+
+    Args:
+        plan: The plan.
+        card: A key of `cards.CARDS`.
+
+    Raises:
+        DSMoEError: There are fewer simulated devices, or jax cannot compile for the card.
+    """
+    work, on_gpu = plan.work, card != "cpu"
+    sizes = MeshConfig(*work.mesh.shape.values())
+    if on_gpu:
+        mesh = make_mesh(sizes, absent_gpu.devices(card, work.mesh.size))
+    elif len(jax.devices()) < work.mesh.size:
+        flag = "XLA_FLAGS=--xla_force_host_platform_device_count"
+        raise DSMoEError(f"{work.mesh.size} simulated devices need {flag}={work.mesh.size}, got {len(jax.devices())}")
+    else:
+        mesh = None if work.mesh.size == 1 else make_mesh(sizes, jax.devices()[: work.mesh.size])
+    started = time.perf_counter()
+    with absent_gpu.chosen_as_on_gpu() if on_gpu else contextlib.nullcontext():
+        lowered = lower_step(work.config, work.model, mesh, (work.sequences, work.length), dtype=work.dtype)
+        program = lowered.compile()
+    memory, found = program.memory_analysis(), collectives(program.as_text(), work.mesh.shape)
+    seconds = time.perf_counter() - started
+    return Compiled(seconds, memory.argument_size_in_bytes, memory.temp_size_in_bytes, found)
+
+
+def lower_step(
+    config: RunConfig, model: ModelConfig, mesh: Mesh | None, batch: tuple[int, int], *, dtype: Any = jnp.bfloat16
+) -> Any:
+    """Lower the training step of a run without allocating anything.
+
+    Args:
+        config: The run; fine-tuning with `lora` has a frozen base.
+        model: The model.
+        mesh: The devices; None: the default device.
+        batch: Sequences of the global batch, tokens per sequence.
+        dtype: Storage dtype of a frozen base.
+
+    Returns:
+        The lowered step.
+    """
+    trainable, frozen = Trainable.all_params(model), {}
+    if adapter := getattr(config, "lora", None):
+        plan = make_plan(adapter, model)
+        model = base_config(plan, model)
+        frozen = _frozen(model, getattr(config, "quantize", None), dtype, mesh)
+        attach = lambda own, frozen, key: lora.attach(plan, frozen, own, key)  # noqa: E731
+        trainable = Trainable(lora.specs(plan, model), attach, adapter.lora_dropout)
+    optimizer, schedule = make_optimizer(config.optimizer, max(config.steps, 100))
+    places = state_shardings(model, optimizer, config.step, mesh, trainable)
+    params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in trainable.specs.items()}
+    state = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        jax.eval_shape(lambda params: init_state(model, params, optimizer, config.step), params),
+        places,
+    )
+    rows = jax.ShapeDtypeStruct(batch, jnp.int32, sharding=sharding("batch", batch, ("batch", None), mesh))
+    inputs = (state, Batch(rows, rows, rows, rows), frozen)
+    graph = abstract(model, config.dispatch)[0]
+    options: dict[str, Any] = {"mesh": mesh, "max_grad_norm": config.optimizer.max_grad_norm, "trainable": trainable}
+    step: Any = make_step(model, graph, optimizer, schedule, config.step, **options)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        return step.lower(*inputs)
+
+
+def _frozen(config: ModelConfig, scheme: str | None, dtype: Any, mesh: Mesh | None) -> Mapping[str, Operand]:
+    """Return the frozen base as `load_params` places it: dense, or quantized and sharded over experts alone."""
+
+    def put(axes: tuple[str | None, ...], name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(name, leaf.shape, axes, mesh))
+
+    found: dict[str, Any] = {}
+    for name, spec in abstract(config)[1].items():
+        if scheme is None or not kind_of(name):
+            found[name] = put(spec.axes, name, jax.ShapeDtypeStruct(spec.shape, dtype))
+            continue
+        stacked = ("experts",) * (len(spec.shape) == 3)
+        place = lambda leaf, name=name, stacked=stacked: put(  # noqa: E731
+            (*stacked, *(None,) * (leaf.ndim - len(stacked))), name, leaf
+        )
+        found[name] = jax.tree.map(place, quantized_spec(spec.shape, scheme))
+    return found

@@ -1,0 +1,159 @@
+"""Plans as text for a terminal: one function for each kind."""
+
+import collections
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from dsmoe_jax.plan.compiled import Compiled
+from dsmoe_jax.plan.generation import GenerationPlan
+from dsmoe_jax.plan.roofline import RANGE, model_flops
+from dsmoe_jax.plan.search import Found, flags
+from dsmoe_jax.plan.training import TrainingPlan
+from dsmoe_jax.train.metrics import flops_per_token
+
+_WIDTH: Final = 34
+_ROWS: Final = 10  # of a search
+_NEGLIGIBLE: Final = 1e-4  # of the bytes of a device
+
+
+def training_text(plan: TrainingPlan, card: str) -> str:
+    """Return the text of `dsmoe plan pretrain` and `dsmoe plan finetune`."""
+    work = plan.work
+    lines = [
+        _title(work.mesh.size, card, work.mesh.shape),
+        _verdict(plan.fits, plan.bytes, plan.card.usable),
+        "",
+        f"{'memory per device':{_WIDTH}}{'GB':>10}",
+        *(_row(name, size / 1e9) for name, size in plan.held.items() if size > _NEGLIGIBLE * plan.bytes),
+        *(_row(f"{name} (temporary)", size / 1e9) for name, size in plan.temporary.items()),
+        _row("sum", plan.bytes / 1e9),
+        "",
+        *_traffic_lines((one.kind, one.axes, one.what, one.bytes) for one in plan.traffic),
+        f"{work.sequences:,} sequences × {work.length:,} tokens per step, {work.parts} micro-batches of {work.rows} "
+        f"sequences per device; {flops_per_token(work.model, work.length) / 1e9:.4g} GFLOP per token, "
+        f"{model_flops(work) / 1e15:,.1f} PFLOP per step",
+        *_speed_lines(plan),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def generation_text(plan: GenerationPlan, card: str) -> str:
+    """Return the text of `dsmoe plan generate`."""
+    lines = [
+        _title(plan.mesh.size, card, plan.mesh.shape),
+        _verdict(plan.fits, plan.memory.total, plan.card.usable),
+        "",
+        f"{'memory per device':{_WIDTH}}{'GB':>10}",
+        *(_row(name.replace("_", " "), size / 1e9) for name, size in plan.memory._asdict().items()),
+        _row("sum", plan.memory.total / 1e9),
+        "",
+        f"{plan.batch_size} outputs of {plan.max_length:,} tokens at once; memory for {plan.longest:,}",
+        f"estimate: decode {plan.decode[0]:,.0f} to {plan.decode[1]:,.0f} tok/s, "
+        f"prefill {plan.prefill[0]:,.0f} to {plan.prefill[1]:,.0f} tok/s, all devices",
+        f"assumes: decode reads weights and cache at {_percent('bandwidth')} of the memory bandwidth, prefill reaches "
+        f"{_percent('experts')} of the peak FLOP/s; a step gathers {plan.gathered / 1e9:.3g} GB of weights over fsdp; "
+        "no latencies",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def search_text(found: Found, card: str, config: Any) -> str:
+    """Return the text of `--search`."""
+    if not found.fitting:
+        return "\n".join(["nothing fits", *_ways_out(found.smallest, config)]) + "\n"
+    axes, batch, time, mfu = "data fsdp expert tensor", "micro-batch", "s per step", "MFU"
+    header = f"{axes:>24} {batch:>12} {'remat':>6} {'':>5} {'GB':>7} {time:>14} {mfu:>12}  bound"
+    lines = [f"{len(found.fitting):,} candidates fit; the fastest by estimate on {card}:", header]
+    for plan in found.fitting[:_ROWS]:
+        work, (slow, fast), (least, most) = plan.work, plan.speed.step, plan.speed.mfu
+        axes, batch = " ".join(f"{size:>5}" for size in work.mesh.shape.values()), f"{work.rows} × {work.parts}"
+        time, mfu, scheme = f"{fast:.3g} to {slow:.3g}", f"{least:.0%} to {most:.0%}", work.scheme or ""
+        lines.append(
+            f"{axes:>24} {batch:>12} {work.config.step.remat:>6} {scheme:>5} {plan.bytes / 1e9:>7.1f} "
+            f"{time:>14} {mfu:>12}  {plan.estimates[1].bound}"
+        )
+    return "\n".join([*lines, "", f"flags of the first: {flags(found.fitting[0])}"]) + "\n"
+
+
+def compiled_text(plan: TrainingPlan, compiled: Compiled) -> str:
+    """Return what was compiled beside the arithmetic."""
+    kinds: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+    for one in plan.traffic:
+        kinds[one.kind][0] += one.bytes
+    for one in compiled.collectives:
+        kinds[one.kind][1] += one.bytes * one.count
+    rows = {"arguments": [sum(plan.held.values()), compiled.arguments]}
+    rows |= {"temporaries": [sum(plan.temporary.values()), compiled.temporaries], **kinds}
+    lines = [f"compiled in {compiled.seconds:.0f} s", f"{'GB per device':{_WIDTH}}{'arithmetic':>12}{'compiled':>12}"]
+    lines += [f"{name:{_WIDTH}}{mine / 1e9:>12.4g}{its / 1e9:>12.4g}" for name, (mine, its) in rows.items()]
+    return "\n" + "\n".join(lines) + "\n"
+
+
+def _title(devices: int, card: str, mesh: Mapping[str, int]) -> str:
+    return f"{devices:,} × {card}: {', '.join(f'{axis}={size}' for axis, size in mesh.items())}"
+
+
+def _verdict(fits: bool, size: float, usable: float) -> str:
+    left = f"{abs(usable - size) / 1e9:.3g} GB"
+    verdict = f"fits, {left} left" if fits else f"does not fit, {left} missing"
+    return f"{verdict}: {size / 1e9:.3g} of {usable / 1e9:.3g} GB per device"
+
+
+def _row(name: str, value: float) -> str:
+    return f"  {name:{_WIDTH - 2}}{value:>10.3f}"
+
+
+def _traffic_lines(rows: Iterable[tuple[str, Sequence[str], str, int]]) -> list[str]:
+    """Group communication by kind and axes."""
+    sizes: dict[tuple[str, str], int] = collections.defaultdict(int)
+    for kind, axes, _, size in rows:
+        sizes[kind, "+".join(axes)] += size
+    if not sizes:
+        return []
+    title = f"{'communication per step and device':{_WIDTH}}{'GB':>10}"
+    return [title, *(_row(f"{kind} over {axes}", size / 1e9) for (kind, axes), size in sizes.items()), ""]
+
+
+def _speed_lines(plan: TrainingPlan) -> list[str]:
+    (slow, fast), tokens, mfu = plan.speed.step, plan.speed.tokens, plan.speed.mfu
+    parts = [
+        f"{name} {getattr(plan.estimates[1], field):.3g} to {getattr(plan.estimates[0], field):.3g} s"
+        for name, field in (("compute", "matmul"), ("optimizer", "memory"), ("links", "node"), ("network", "network"))
+        if getattr(plan.estimates[0], field)
+    ]
+    bounds = dict.fromkeys(one.bound for one in plan.estimates)
+    return [
+        f"estimate: {fast:.3g} to {slow:.3g} s per step, {tokens[0]:,.0f} to {tokens[1]:,.0f} tok/s, "
+        f"MFU {mfu[0]:.0%} to {mfu[1]:.0%}; bound by {' or '.join(bounds)} ({', '.join(parts)})",
+        f"assumes: matmuls at {_percent('matmul')} of {plan.card.flops / 1e12:.4g} TFLOP/s, experts at "
+        f"{_percent('experts')}, links at {_percent('link')} of {plan.card.link / 1e9:.4g} GB/s, network of "
+        f"{plan.card.network / 1e9:.4g} GB/s per device, {_percent('overlap')} of communication hidden; "
+        "balanced routing; not measured on a GPU",
+    ]
+
+
+def _percent(field: str) -> str:
+    low, high = (getattr(one, field) for one in RANGE)
+    return f"{low:.0%} to {high:.0%}"
+
+
+def _ways_out(plan: TrainingPlan, config: Any) -> list[str]:
+    """Say what the smallest candidate lacks, and what would make room."""
+    work, usable = plan.work, plan.card.usable
+    state, temporary = sum(plan.held.values()), sum(plan.temporary.values())
+    lines = [
+        f"the smallest candidate, {flags(plan)}, needs {plan.bytes / 1e9:.3g} of {usable / 1e9:.3g} GB per device "
+        f"(arguments {state / 1e9:.3g}, temporaries {temporary / 1e9:.3g})"
+    ]
+    devices = 2 ** math.ceil(math.log2(work.mesh.size * plan.bytes / usable))
+    lines.append(f"more devices: about {devices:,}, if all memory were sharded")
+    moments = plan.held.get("optimizer state", 0)
+    if moments and config.optimizer.moments != "factored":
+        lines.append(f"--optimizer.moments factored: {moments / 1e9:.3g} GB less")
+    if hasattr(config, "lora") and config.lora is None:
+        lines.append("--lora: no gradients and moments of the base, which is held in bf16")
+    elif hasattr(config, "quantize") and config.quantize is None:
+        lines.append(f"--quantize nf4: about {0.74 * plan.held['frozen weights'] / 1e9:.3g} GB less")
+    lines.append("a smaller --data.sequence-length: attention scores and hidden states shrink with it")
+    return lines
