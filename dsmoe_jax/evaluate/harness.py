@@ -223,7 +223,7 @@ class DSMoELM(TemplateLM):
         """Return the value of each request: from an earlier response to an equal one, else computed now and kept."""
         requests = self._with_keys(kind, requests)
         kept = Responses() if self._responses is None else self._responses
-        todo = list({r.key: r for r in requests if r.key not in kept}.values())
+        todo = list({r.key: r for r in requests if not kept.has(r.key, kind)}.values())
         if todo:
             with self.progress(kind, len(todo)) as advance:
                 before = self.generator.stats

@@ -3,13 +3,15 @@
 In a cluster all processes make the same calls; process 0 alone writes.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import logging
 import random
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -23,11 +25,12 @@ from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.evaluate.chart import draw
 from dsmoe_jax.evaluate.libraries import allow_code, check_installed, quiet
 from dsmoe_jax.evaluate.report import Result, read_results, to_json, to_markdown
-from dsmoe_jax.evaluate.responses import HASHES, check_output, open_responses
+from dsmoe_jax.evaluate.responses import HASHES, lock_output, open_responses
 from dsmoe_jax.evaluate.suites import Suite
 from dsmoe_jax.evaluate.task_data import data_folder
-from dsmoe_jax.evaluate.task_loading import LoadedRow, TaskLoader
+from dsmoe_jax.evaluate.task_loading import LoadedRow, TaskLoader, describe
 from dsmoe_jax.generate import Generator
+from dsmoe_jax.generate.memory_plan import weight_dtypes
 from dsmoe_jax.loading import identity, resolve
 from dsmoe_jax.progress import Meter, count, duration, logged, plural, silent
 from dsmoe_jax.sharding import MeshConfig
@@ -141,11 +144,8 @@ def evaluate(
         if value is not None and value < minimum:
             raise DSMoEError(f"{name} must be at least {minimum}, got {value}")
     folder, start = user_path(out, "out").absolute(), time.monotonic()
-    with collective_errors():
-        if jax.process_index() == 0:
-            check_output(folder)
     protocol = Protocol(limit, num_fewshot, apply_chat_template, confirm_run_unsafe_code, seed)
-    with quiet(), allow_code(confirm_run_unsafe_code):
+    with quiet(), allow_code(confirm_run_unsafe_code), lock_output(folder):
         check_installed()
         with collective_errors():
             paths = [include_path] if isinstance(include_path, str | Path) else include_path
@@ -160,7 +160,7 @@ def evaluate(
         with collective_errors():
             if jax.process_index() == 0:
                 evaluated = _identity(source, generator, adapter, folder)
-                evaluated |= {"quantize": quantize, "dtype": dtype, "seed": seed}
+                evaluated |= {"quantize": quantize, "dtype": _cast(source, generator, dtype), "seed": seed}
         with open_responses(folder, evaluated) as responses:
             from dsmoe_jax.evaluate.harness import DSMoELM
 
@@ -176,6 +176,8 @@ def evaluate(
                 "versions": {name: importlib.metadata.version(name) for name in ("dsmoe_jax", "lm_eval", "jax")},
             }
             results = _run(lm, rows, protocol, _Report(folder, chosen, head, start))
+    if all(result.score is None for result in results):
+        raise DSMoEError(f"nothing was scored; {results[0].row.benchmark}: {results[0].reason}")
     return Evaluation(folder, results)
 
 
@@ -194,7 +196,7 @@ def load_rows(loader: TaskLoader, suite: Suite, protocol: Protocol) -> list[Load
             _log.info("Skipping %s: %s", row.benchmark, loaded.reason)
         rows.append(loaded)
     failed = [loaded for loaded in rows if loaded.reason]
-    if failed and (len(failed) == len(rows) or not suite.models):
+    if failed and (len(failed) == len(rows) or suite.is_list):
         raise DSMoEError(
             failed[0].reason if len(rows) == 1 else f"{failed[0].row.benchmark} cannot run: {failed[0].reason}"
         )
@@ -211,30 +213,34 @@ def run_row(lm: Any, loaded: LoadedRow, protocol: Protocol) -> tuple[list[Result
 
     Returns:
         Its results, and the harness's.
+
+    Raises:
+        DSMoEError: The code of a task fails, for example on a document.
     """
     from lm_eval.evaluator import evaluate as run_tasks  # pyright: ignore[reportMissingImports]
 
     assert loaded.tasks is not None
     shots = loaded.row.shots if protocol.num_fewshot is None else protocol.num_fewshot
-    for task in loaded.tasks["tasks"].values():
-        if shots is not None and task.OUTPUT_TYPE != "loglikelihood_rolling":
-            task.set_config("num_fewshot", shots)
-        elif task.get_config("num_fewshot") is None:
-            task.set_config("num_fewshot", 0)
-        task.set_fewshot_seed(protocol.seed)
-    random.seed(protocol.seed)
-    np.random.seed(protocol.seed % 2**32)
     before = lm.truncated
-    found: Any = run_tasks(
-        lm,
-        loaded.tasks,  # pyright: ignore[reportArgumentType]
-        limit=protocol.limit,
-        bootstrap_iters=_BOOTSTRAP,
-        log_samples=False,
-        apply_chat_template=protocol.apply_chat_template,
-        fewshot_as_multiturn=protocol.apply_chat_template,
-        confirm_run_unsafe_code=protocol.unsafe_code,
-    )
+    with _task_errors(loaded.row.task):
+        for task in loaded.tasks["tasks"].values():
+            if shots is not None and task.OUTPUT_TYPE != "loglikelihood_rolling":
+                task.set_config("num_fewshot", shots)
+            elif task.get_config("num_fewshot") is None:
+                task.set_config("num_fewshot", 0)
+            task.set_fewshot_seed(protocol.seed)
+        random.seed(protocol.seed)
+        np.random.seed(protocol.seed % 2**32)
+        found: Any = run_tasks(
+            lm,
+            loaded.tasks,  # pyright: ignore[reportArgumentType]
+            limit=protocol.limit,  # pyright: ignore[reportArgumentType]
+            bootstrap_iters=_BOOTSTRAP,
+            log_samples=False,
+            apply_chat_template=protocol.apply_chat_template,
+            fewshot_as_multiturn=protocol.apply_chat_template,
+            confirm_run_unsafe_code=protocol.unsafe_code,
+        )
     raw = {name: found[name] for name in _MERGED if name in found}
     return read_results(loaded.row, raw, lm.truncated - before), raw
 
@@ -257,6 +263,21 @@ def task_metrics(lm: Any, rows: Sequence[LoadedRow], protocol: Protocol) -> dict
         for result in found
         if result.score is not None
     }
+
+
+@contextlib.contextmanager
+def _task_errors(task: str) -> Iterator[None]:
+    """Raise `DSMoEError` for an exception of the code of a task; those of the model and the device pass."""
+    from dsmoe_jax.evaluate import harness
+
+    try:
+        yield
+    except (DSMoEError, MemoryError):
+        raise
+    except Exception as error:
+        if any(frame.f_code.co_filename == harness.__file__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+            raise
+        raise DSMoEError(describe(task, error)) from error
 
 
 class _Report(NamedTuple):
@@ -298,12 +319,12 @@ def _run(lm: Any, rows: Sequence[LoadedRow], protocol: Protocol, report: _Report
             try:
                 found, one = run_row(lm, loaded, protocol)
             except Exception as error:
-                if not report.suite.models or not isinstance(error, DSMoEError):
+                if report.suite.is_list or not isinstance(error, DSMoEError):
                     raise
                 found = [Result(row, row.metric, reason=str(error))]
             for result in found:
                 value = result.reason if result.score is None else f"{result.metric} {result.score:.4g}"
-                _log.info("%s: %s", row.benchmark, value)
+                _log.info("%s: %s", result.row.benchmark, value)
         results += found
         for name, entries in one.items():
             raw[name] |= {f"{row.benchmark}: {key}" if key in raw[name] else key: e for key, e in entries.items()}
@@ -323,7 +344,7 @@ def _agree(value: bool) -> bool:
 
 
 def _identity(source: Path, generator: Generator, adapter: str | Path | None, folder: Path) -> dict[str, Any]:
-    """Return SHA-256 of what determines the responses: weights, tokenizer and adapter."""
+    """Return what determines the responses: SHA-256 of weights, tokenizer and adapter, and the stop conditions."""
     folder.mkdir(parents=True, exist_ok=True)
     cache = HashCache(folder / HASHES)
     tokenizer = generator.tokenizer
@@ -332,7 +353,17 @@ def _identity(source: Path, generator: Generator, adapter: str | Path | None, fo
     if adapter is not None:
         home = user_path(adapter, "adapter")
         found["adapter"] = _hash(cache, sorted(file for file in home.glob("adapter_*") if file.is_file()))
+    # Of generation configs, that of the adapter included.
+    found |= {"eos_token_ids": sorted(generator.eos_token_ids), "stop_strings": list(generator.stop_strings)}
     return found
+
+
+def _cast(source: Path, generator: Generator, dtype: str | None) -> str | None:
+    """Return the dtype unless all weights are stored in it."""
+    if dtype is None:
+        return None
+    stored = {np.dtype(one) for one in weight_dtypes(source, generator.config).values()}
+    return None if stored == {np.dtype(dtype)} else dtype
 
 
 def _hash(cache: HashCache, files: Sequence[Path]) -> str:

@@ -89,8 +89,7 @@ class TaskLoader:
         except DSMoEError as error:
             return LoadedRow(row, None, str(error))
         except Exception as error:  # of any package and of any code of a task
-            reason = (str(error).strip().splitlines() or [""])[0]
-            return LoadedRow(row, None, f"{row.task}: {type(error).__name__}: {reason:.300}")
+            return LoadedRow(row, None, describe(row.task, error))
 
     def leaves(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield name and config of each task in a task, group or tag; functions in configs are not resolved."""
@@ -154,6 +153,12 @@ def _members(group: Mapping[str, Any]) -> list[str]:
         else:
             names.append(member.get("task") or member["group"])
     return names
+
+
+def describe(task: str, error: Exception) -> str:
+    """Return one line for an exception of the code of a task."""
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return f"{task}: {type(error).__name__}: {reason:.300}"
 
 
 def dataset_commands(loader: TaskLoader, suite: Suite, data: str) -> list[str]:
