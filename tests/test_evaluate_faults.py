@@ -1,6 +1,5 @@
 """Evaluations that meet faults: documents, groups, other stop conditions, damaged responses, a folder in use."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.evaluate.suites import Row, Suite
 from dsmoe_jax.generate import Generator
 from dsmoe_jax.storage.locks import lock_name
-from tests.helpers.evaluation import CHOICES, COPY, NUM_DOCS, TEXTS, write_tasks
+from tests.helpers.evaluation import CHOICES, COPY, TEXTS, write_tasks
 
 pytest.importorskip("lm_eval", reason="evaluation needs the harness: pip install -e '.[eval]'")
-from dsmoe_jax.evaluate import Evaluation, evaluate, responses, task_data
+from dsmoe_jax.evaluate import Evaluation, evaluate, task_data
 
 GROUPS = {
     "local_group": "group: local_group\ntask: [local_choices, local_copy]\n",
@@ -25,9 +24,7 @@ GROUPS = {
 
 
 @pytest.fixture(autouse=True)
-def offline(
-    generator: Generator, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def offline(generator: Generator, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """No network, an empty cache of datasets, and the compiled generator instead of the checkpoint."""
     import datasets.config  # pyright: ignore[reportMissingImports]
 
@@ -60,7 +57,11 @@ def run(home: Path, checkpoint: Path, tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "tasks"),
-    [("local_tag", [CHOICES, CHOICES, TEXTS]), ("local_group", [CHOICES, CHOICES, COPY]), ("local_mean", ["local_mean"])],
+    [
+        ("local_tag", [CHOICES, CHOICES, TEXTS]),
+        ("local_group", [CHOICES, CHOICES, COPY]),
+        ("local_mean", ["local_mean"]),
+    ],
 )
 def test_a_tag_has_the_scores_of_its_tasks(name: str, tasks: list[str], run: Any):
     found = run(name)
@@ -100,7 +101,7 @@ def test_a_dtype_equal_to_the_stored_one_is_the_same(run: Any):
 def fragile(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A suite whose first benchmark fails on a document."""
     task = (home / "tasks" / f"{COPY}.yaml").read_text().replace(f"task: {COPY}", "task: fragile")
-    task = task.replace('doc_to_text: "{{question}} "', 'doc_to_text: "{{ 1 // (options[0][0] != \'i\') }}"')
+    task = task.replace('doc_to_text: "{{question}} "', "doc_to_text: \"{{ 1 // (options[0][0] != 'i') }}\"")
     (home / "tasks" / "fragile.yaml").write_text(task)
     docs = [{"question": "a", "options": [word], "answer": 0} for word in ("path", "import")]
     folder = home / "data" / "fragile"
@@ -115,7 +116,7 @@ def test_a_bad_document_costs_its_benchmark_only(fragile: None, run: Any):
 
     assert found.results[0].reason == "fragile: ZeroDivisionError: integer division or modulo by zero"
     assert found.results[1].score is not None
-    with pytest.raises(DSMoEError, match="^fragile: ZeroDivisionError: "):
+    with pytest.raises(DSMoEError, match=r"^fragile: ZeroDivisionError: "):
         run("fragile")
 
 

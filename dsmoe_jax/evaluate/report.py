@@ -48,7 +48,10 @@ def read_results(row: Row, found: Mapping[str, Any], truncated: int) -> list[Res
     samples, shots = found["n-samples"], found.get("n-shot", {})
     metrics = found["results"].get(row.task) or found.get("groups", {}).get(row.task) or {}
     if any("," in name for name in metrics):
-        counts, used = [one["effective"] for one in samples.values()], {shots[name] for name in samples if name in shots}
+        counts, used = (
+            [one["effective"] for one in samples.values()],
+            {shots[name] for name in samples if name in shots},
+        )
         shared = {"shots": used.pop() if len(used) == 1 else None, "n": sum(counts), "truncated": truncated}
         return _row_results(row, metrics, {**shared, "version": _version(found, row.task)})
     results = []

@@ -165,9 +165,7 @@ def _check_identity(path: Path, content: bytes, identity: Mapping[str, Any]) -> 
 
 
 def _shown(name: str, value: Any) -> str:
-    if value is None:
-        return "as stored" if name == "dtype" else "none"
-    return f"{value!s:.40}"
+    return "as stored" if name == "dtype" and value is None else f"{value!s:.40}"
 
 
 def _parse(content: bytes) -> dict[str, Response]:
@@ -176,7 +174,10 @@ def _parse(content: bytes) -> dict[str, Response]:
         try:
             entry = json.loads(line)
             response = Response(entry["value"], entry["truncated"])
-            if not any(is_valid(response.value) for is_valid in _VALID.values()) or type(response.truncated) is not bool:
+            if (
+                not any(is_valid(response.value) for is_valid in _VALID.values())
+                or type(response.truncated) is not bool
+            ):
                 raise ValueError
             known[str(entry["key"])] = response
         except (ValueError, LookupError, TypeError):
