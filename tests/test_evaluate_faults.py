@@ -152,3 +152,23 @@ def test_a_folder_in_use_is_refused_before_loading(run: Any, tmp_path: Path, mon
 
     with lock_name(tmp_path / "out"), pytest.raises(DSMoEError, match="is in use by another process"):
         run(COPY)
+
+
+def test_a_missing_chat_template_is_an_error(run: Any, generator: Generator, monkeypatch: pytest.MonkeyPatch):
+    assert generator.tokenizer is not None
+    monkeypatch.setattr(generator.tokenizer, "chat_templates", {})
+
+    with pytest.raises(DSMoEError, match="apply_chat_template needs a chat template, and the tokenizer has none"):
+        run(COPY, apply_chat_template=True)
+
+
+def test_a_task_without_a_version_shows_none(run: Any, home: Path):
+    text = (home / "tasks" / f"{COPY}.yaml").read_text().partition("metadata:")[0]
+    (home / "tasks" / "bare.yaml").write_text(text.replace(f"task: {COPY}", "task: bare"))
+    (home / "data" / "bare").symlink_to(home / "data" / COPY)
+
+    found = run("bare", max_gen_toks=4)
+
+    page = (found.out / "report.md").read_text()
+    assert "`bare`, 0-shot" in page
+    assert "- max gen toks: 4\n" in page

@@ -1,16 +1,18 @@
 """The report of an evaluation: `Result` per benchmark and metric, `to_json`, `to_markdown`."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from dsmoe_jax.evaluate.suites import NOTES, Row, Suite, scale
+from dsmoe_jax.progress import plural
 
 _NOTE: Final = """\
 The published scores (arXiv:2401.06066) were measured with an internal framework whose prompts are not published. A
 difference is no evidence of an error in the model or its conversion: evaluate LLaMA2 7B with the same tasks to see how
 far the prompts move a score."""
 _OWN: Final = ("alias", "name", "sample_len", "sample_count")  # fields of the harness's results that are no metric
+_COUNTED: Final = ("prompt_tokens", "reused_tokens", "time")  # of this process alone
 _NO_VERSION: Final = ("None", "N/A", "Yaml")  # the harness's, of a task that states none
 
 
@@ -102,8 +104,7 @@ def to_markdown(suite: Suite, results: Sequence[Result], head: Mapping[str, Any]
         cells = [_format(value, result.metric) for value in values]
         n = f"{result.n:,}" if result.n else "–"
         lines.append(_line([result.row.benchmark, _score(result), *cells, n, _protocol(result)]))
-    stated = {name: value for name, value in head.items() if value not in (None, False, 0)}
-    settings = "\n".join(f"- {name.replace('_', ' ')}: {_shown(value)}" for name, value in stated.items())
+    settings = "\n".join(f"- {line}" for line in _settings(head))
     note = f"\n{_NOTE}\n" if suite.models else ""
     table = "\n".join(lines)
     return (
@@ -138,10 +139,24 @@ def _format(value: float | None, metric: str) -> str:
     return f"{value:.1f}" if scale(metric) != 1 else f"{value:.3g}"
 
 
-def _shown(value: Any) -> str:
+def _settings(head: Mapping[str, Any]) -> Iterator[str]:
+    kept = head.get("kept_responses")
+    for name, value in head.items():
+        if name == "apply_chat_template":
+            yield f"prompts: {'chats, by the template of the tokenizer' if value else 'plain text, no chat template'}"
+        elif value not in (None, False, 0):
+            since = (
+                f" (since the last start, with {plural(kept, 'response')} kept)" if kept and name in _COUNTED else ""
+            )
+            yield f"{name.replace('_', ' ')}: {_shown(name, value)}{since}"
+
+
+def _shown(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {one}" for name, one in value.items() if one is not None)
-    return "yes" if value is True else f"{value:,}" if isinstance(value, int) else str(value)
+        return ", ".join(f"{key} {one}" for key, one in value.items() if one is not None)
+    if value is True:
+        return "yes"
+    return f"{value:,}" if isinstance(value, int) and name != "seed" else str(value)
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -77,14 +77,14 @@ class Protocol(NamedTuple):
     """How tasks are run.
 
     Attributes:
-        limit: Documents of each task; None: all.
+        limit: Documents of each task, or their fraction if less than 1; None: all.
         num_fewshot: Examples in the context of every task; None: those of the suite or the task.
         apply_chat_template: Whether prompts are rendered as chats.
         unsafe_code: Whether generated code may run.
         seed: Seed of examples and samples.
     """
 
-    limit: int | None = None
+    limit: int | float | None = None
     num_fewshot: int | None = None
     apply_chat_template: bool = False
     unsafe_code: bool = False
@@ -96,9 +96,10 @@ def evaluate(
     *,
     out: str | Path,
     suite: str = "base",
-    limit: int | None = None,
+    limit: int | float | None = None,
     num_fewshot: int | None = None,
     batch_size: int | None = None,
+    max_gen_toks: int | None = None,
     quantize: str | None = None,
     adapter: str | Path | None = None,
     dtype: str | None = None,
@@ -119,9 +120,10 @@ def evaluate(
         model: Native checkpoint, Hugging Face folder or hub id.
         out: Folder of the report.
         suite: "base", "chat", "leaderboard", or tasks of lm-evaluation-harness separated by commas.
-        limit: Documents of each task; default: all.
+        limit: Documents of each task, or their fraction if less than 1; default: all.
         num_fewshot: Examples in the context; default: those of the suite or of the task.
         batch_size: Sequences scored and outputs generated at once; default: those of `Generator`.
+        max_gen_toks: Maximum output length of tasks that state none; default: 256, at most half the window.
         quantize: Quantize the weights: "int8", "int4" or "nf4".
         adapter: Folder of a LoRA adapter.
         dtype: Dtype of the weights; default: as stored.
@@ -140,9 +142,11 @@ def evaluate(
         DSMoEError: An argument is invalid, no benchmark of the suite can run, a task given by name cannot run, or the
             folder belongs to something else.
     """
-    for name, value, minimum in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0), ("batch_size", batch_size, 1)):
+    for name, value, minimum in (("num_fewshot", num_fewshot, 0), ("batch_size", batch_size, 1)):
         if value is not None and value < minimum:
             raise DSMoEError(f"{name} must be at least {minimum}, got {value}")
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit == int(limit))):
+        raise DSMoEError(f"limit must be a positive int, or a fraction of the documents in (0, 1), got {limit}")
     folder, start = user_path(out, "out").absolute(), time.monotonic()
     protocol = Protocol(limit, num_fewshot, apply_chat_template, confirm_run_unsafe_code, seed)
     with quiet(), allow_code(confirm_run_unsafe_code), lock_output(folder):
@@ -164,7 +168,8 @@ def evaluate(
         with open_responses(folder, evaluated) as responses:
             from dsmoe_jax.evaluate.harness import DSMoELM
 
-            lm = DSMoELM(generator, batch_size=batch_size, responses=responses, seed=seed)
+            lm = DSMoELM(generator, batch_size=batch_size, max_gen_toks=max_gen_toks, responses=responses, seed=seed)
+            lm.chat_template(apply_chat_template)  # raises without one
             head = {
                 "model": str(model),
                 "suite": suite,
@@ -172,7 +177,9 @@ def evaluate(
                 "quantize": quantize,
                 "dtype": dtype,
                 "max_length": lm.max_length,
+                "max_gen_toks": lm.max_gen_toks,
                 **protocol._asdict(),
+                "kept_responses": len(responses),
                 "versions": {name: importlib.metadata.version(name) for name in ("dsmoe_jax", "lm_eval", "jax")},
             }
             results = _run(lm, rows, protocol, _Report(folder, chosen, head, start))
@@ -192,14 +199,14 @@ def load_rows(loader: TaskLoader, suite: Suite, protocol: Protocol) -> list[Load
         loaded = loader.load(row, unsafe_code=protocol.unsafe_code)
         if not _agree(not loaded.reason) and not loaded.reason:
             loaded = LoadedRow(row, None, "another process cannot load it; see its log")
-        if loaded.reason:
-            _log.info("Skipping %s: %s", row.benchmark, loaded.reason)
         rows.append(loaded)
     failed = [loaded for loaded in rows if loaded.reason]
-    if failed and (len(failed) == len(rows) or suite.is_list):
-        raise DSMoEError(
-            failed[0].reason if len(rows) == 1 else f"{failed[0].row.benchmark} cannot run: {failed[0].reason}"
-        )
+    if failed and suite.is_list:
+        raise DSMoEError(failed[0].reason)
+    if failed and len(failed) == len(rows):
+        raise DSMoEError(f"none of {plural(len(rows), 'benchmark')} can run; the first: {failed[0].reason}")
+    for loaded in failed:
+        _log.info("Skipping %s: %s", loaded.row.benchmark, loaded.reason)
     return rows
 
 
