@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from dsmoe_jax.evaluate.task_loading import TaskLoader
 from dsmoe_jax.progress import silent
 
 ALL = ",".join(TASKS)
+CODE = {"humaneval", "mbpp"}
 REQUESTS = 3 * NUM_DOCS + 2 * NUM_DOCS  # three choices
 
 
@@ -127,6 +129,8 @@ def test_the_report_has_scores_errors_and_protocol(first: Evaluation):
     assert report["rows"][1]["stderr"] is not None
     assert report["versions"].keys() == {"dsmoe_jax", "lm_eval", "jax"}
     assert f"`{COPY}` 2.0, 0-shot, exact_match" in page
+    assert "- seed: 1234\n" in page
+    assert "- prompts: plain text, no chat template\n" in page
     assert "±" in page
     assert raw["results"].keys() == set(TASKS)
     assert (first.out / "scores.png").read_bytes().startswith(b"\x89PNG")
@@ -153,6 +157,9 @@ def test_a_killed_evaluation_resumes_with_the_same_scores(
     resumed = evaluate(checkpoint, out=tmp_path / "out", **local(home))
 
     assert len(computed) == len(set(computed)) == REQUESTS
+    page = (resumed.out / "report.md").read_text()
+    assert page.count(f" (since the last start, with {REQUESTS // 2} responses kept)") >= 2
+    assert "since the last start" not in (first.out / "report.md").read_text()
     assert scores(resumed) == pytest.approx(scores(first), rel=1e-6)
 
 
@@ -205,7 +212,7 @@ def test_a_suite_reports_what_it_did_not_run(
 
 
 def test_nothing_to_run_is_an_error(loaded: None, small_suite: None, home: Path, checkpoint: Path, tmp_path: Path):
-    with pytest.raises(DSMoEError, match="no data: expected"):
+    with pytest.raises(DSMoEError, match="none of 3 benchmarks can run; the first: local_choices: no data: expected"):
         evaluate(checkpoint, out=tmp_path / "out", suite="base", include_path=[home / "tasks"], data=tmp_path)
 
 
@@ -218,7 +225,10 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["--suite", "winogrande"],
         "winogrande: no data: expected {data}/allenai/winogrande or {data}/winogrande/",
     ),
-    "limit": (["--suite", CHOICES, "--limit", "0"], "limit must be at least 1, got 0"),
+    "limit": (
+        ["--suite", CHOICES, "--limit", "0"],
+        "limit must be a positive int, or a fraction of the documents in (0, 1), got 0",
+    ),
     "include path": (["--include-path", "nowhere"], "include_path must be a folder, got nowhere"),
     "mesh": (
         ["--mesh", "fsd=2"],
@@ -242,19 +252,24 @@ def test_bad_input_is_one_line(
     code = run("evaluate", checkpoint, *shared, *flags)
 
     assert code == 2
-    assert message.format(data=home / "data") in capsys.readouterr().err.splitlines()[-1]
+    lines = [line for line in capsys.readouterr().err.splitlines() if message.format(data=home / "data") in line]
+    assert len(lines) == 1
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("suite", ["--suite", "--tasks"])
 def test_the_command_evaluates(
-    loaded: None, home: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    suite: str, loaded: None, home: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    flags = ["--include-path", home / "tasks", "--data", home / "data", "--out", tmp_path / "out", "--limit", 3]
+    flags = ["--include-path", home / "tasks", "--data", home / "data", "--out", tmp_path / "out", "--limit", 0.25]
 
-    code = run("evaluate", checkpoint, "--suite", CHOICES, *flags)
+    code = run("evaluate", checkpoint, suite, f"{CHOICES}, {CHOICES} ", *flags)
 
     assert code == 0
     assert "Evaluated 2 of 2 scores" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [row["n"] for row in report["rows"]] == [NUM_DOCS // 4] * 2
+    assert "- limit: 0.25" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_the_scores_of_another_model_are_not_mixed(loaded: None, first: Evaluation, home: Path, checkpoint: Path):
@@ -293,3 +308,24 @@ def test_the_harness_has_every_task_of_the_suites(capsys: pytest.CaptureFixture[
     assert "hf download --repo-type dataset cais/mmlu --local-dir data/cais/mmlu" in commands
     assert len(commands) == len(set(commands)) > 15
     assert json.dumps(commands).count("clue/clue") == 2
+    assert "# data/mmlu_abstract_algebra/{test,dev}.jsonl and those of 56 more tasks of mmlu" in commands
+    assert "# data/humaneval/test.jsonl" in commands
+
+
+@pytest.mark.parametrize("unsafe", [False, True])
+def test_the_harness_can_run_the_same_tasks(unsafe: bool, capsys: pytest.CaptureFixture[str]):
+    from lm_eval._cli.harness import HarnessCLI  # pyright: ignore[reportMissingImports]
+
+    code = run("evaluate", "org/llama", "--list-tasks", *["--confirm-run-unsafe-code"][: int(unsafe)])
+
+    assert code == 0
+    found = {}
+    for line in capsys.readouterr().out.splitlines():
+        environment, command = line.split("lm_eval ")
+        args = HarnessCLI()._parser.parse_args(["run", *shlex.split(command)])
+        assert args.model_args == {"pretrained": "org/llama"}
+        assert TaskLoader([args.include_path])._manager_for([*args.tasks])
+        assert bool(environment) == getattr(args, "confirm_run_unsafe_code", False) == (not CODE.isdisjoint(args.tasks))
+        found |= dict.fromkeys(args.tasks, args.num_fewshot)
+    rows = [row for row in SUITES["base"].rows if unsafe or row.task not in CODE]
+    assert found == {row.task: row.shots for row in rows}

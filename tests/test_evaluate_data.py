@@ -8,8 +8,8 @@ import pytest
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.evaluate import task_data
 from dsmoe_jax.evaluate.suites import NOTES, SUITES, scale
-from dsmoe_jax.evaluate.task_data import hub_is_reachable, local_source
-from tests.helpers.evaluation import CHOICES, documents, write_split, write_tasks
+from dsmoe_jax.evaluate.task_data import hub_is_reachable, local_source, used_splits
+from tests.helpers.evaluation import CHOICES, NUM_DOCS, documents, write_split, write_tasks
 
 pytest.importorskip("lm_eval", reason="evaluation needs the harness: pip install -e '.[eval]'")
 from dsmoe_jax.evaluate.task_loading import LoadedRow, TaskLoader
@@ -97,9 +97,59 @@ def test_a_copy_of_a_repository_is_read(suffix: str, tmp_path: Path):
 
 def test_a_damaged_file_is_named(tmp_path: Path):
     tasks, data = write_tasks(tmp_path)
-    (data / CHOICES / "test.jsonl").write_text("{]\n")
+    (data / CHOICES / "test.jsonl").write_text('{"a": 1}\n{]\n')
 
-    assert load(CHOICES, data, tasks).reason.startswith(f"{CHOICES}: json cannot be read: ")
+    reason = load(CHOICES, data, tasks).reason
+
+    assert reason == f"{CHOICES}: {CHOICES}/test.jsonl line 2: Expecting property name enclosed in double quotes"
+    (data / CHOICES / "test.jsonl").write_text("")
+    assert load(CHOICES, data, tasks).reason == f"{CHOICES}: {CHOICES}/test.jsonl is empty"
+
+
+def test_an_unreadable_file_has_its_cause(tmp_path: Path):
+    tasks, data = write_tasks(tmp_path)
+    for split in ("train", "test"):
+        (data / CHOICES / f"{split}.jsonl").unlink()
+        (data / CHOICES / f"{split}.parquet").write_text("junk")
+
+    reason = load(CHOICES, data, tasks).reason
+
+    assert reason.startswith(f"{CHOICES}: {CHOICES}/test.parquet, {CHOICES}/train.parquet cannot be read: ")
+    assert "minimum file footer" in reason
+
+
+def test_a_missing_split_is_named_beside_those_there(tmp_path: Path):
+    tasks, data = write_tasks(tmp_path)
+    (data / CHOICES / "train.jsonl").rename(data / CHOICES / "training.jsonl")
+
+    assert load(CHOICES, data, tasks).reason == f"{CHOICES}: needs the splits test, train, found test, training"
+
+
+@pytest.mark.parametrize(
+    ("config", "splits"),
+    [
+        ({"test_split": "test", "validation_split": "dev"}, ["test", "dev"]),
+        ({"test_split": "test", "validation_split": "dev", "training_split": "train"}, ["test", "train"]),
+        ({"validation_split": "dev", "training_split": "train", "fewshot_split": "dev"}, ["dev"]),
+        ({"test_split": "test", "training_split": "train", "fewshot_config": {"samples": []}}, ["test"]),
+        ({"test_split": "test", "fewshot_config": {"split": "few"}}, ["test", "few"]),
+    ],
+)
+def test_splits_that_a_task_uses(config: dict[str, Any], splits: list[str]):
+    assert used_splits(config) == splits
+
+
+def test_files_of_a_task_are_found_in_a_copy_of_a_repository(tmp_path: Path):
+    tasks, _ = write_tasks(tmp_path)
+    folder, path = tmp_path / "hub" / "owner" / "choices", tasks / f"{CHOICES}.yaml"
+    path.write_text(f"{path.read_text()}dataset_kwargs: {{data_files: {{test: b/x.jsonl, train: b/x.jsonl}}}}\n")
+    for name, seed in (("a/test", 0), ("b/x", 1)):
+        write_split(folder / f"{name}.jsonl", documents(seed))
+
+    found = requests(load(CHOICES, tmp_path / "hub", tasks), CHOICES, 0)
+
+    assert len(found) == 3 * NUM_DOCS
+    assert found[0][0] == f"Q: {documents(1)[0]['question']}\nA:"
 
 
 def test_groups_find_the_data_of_their_tasks(tmp_path: Path):
@@ -119,7 +169,7 @@ def test_the_hub_is_not_asked_offline(monkeypatch: pytest.MonkeyPatch):
         raise OSError(101, "Network is unreachable")
 
     monkeypatch.setattr("socket.create_connection", connect)
-    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"no": "localhost"})  # no proxy
     hub_is_reachable.cache_clear()
     try:
         assert not hub_is_reachable()

@@ -88,6 +88,59 @@ def test_generation_stops_before_the_stop_string(lm: DSMoELM, generator: Generat
     assert found == [whole.split(stop)[0], whole]
 
 
+def test_a_stop_string_that_is_a_special_token_stops_at_it(generator: Generator, monkeypatch: pytest.MonkeyPatch):
+    lm, (first, second) = DSMoELM(generator), generator("import", max_new_tokens=2).token_ids
+    whole = generator("import", max_new_tokens=8).text
+    monkeypatch.setattr(lm, "_special_id", {"<|call|>": second, "<|x|>": 1}.get)
+    arguments = {"until": ["<|call|>", "<|none|>"], "max_gen_toks": 8}
+
+    assert lm.tokenizer.eos_token is not None
+    assert DSMoELM(generator)._special_id(lm.tokenizer.eos_token) == lm.tokenizer.eos_token_id
+    assert [DSMoELM(generator)._special_id(text) for text in ("import", " ", "\n")] == [None] * 3
+    assert lm._generation_args(arguments).params.stop_token_ids == (second,)
+    (found,) = lm.generate_until(requests("generate_until", [("import", arguments)]))
+    assert found == lm.tok_decode([first])
+    assert found != whole
+
+
+def test_the_default_length_leaves_half_the_window(generator: Generator):
+    assert DSMoELM(generator, max_length=WINDOW).max_gen_toks == WINDOW // 2
+    assert DSMoELM(generator, max_length=WINDOW, max_gen_toks=3).max_gen_toks == 3
+    assert DSMoELM(generator, batch_size="auto:4").max_gen_toks == min(256, generator.config.context_length // 2)
+
+
+def test_errors_name_task_and_document(generator: Generator):
+    lm = DSMoELM(generator, max_length=WINDOW)
+    asked: list[tuple[str, Any, Any]] = [
+        ("loglikelihood", ("a", ""), lm.loglikelihood),
+        ("generate_until", ("a", {"max_gen_toks": 16}), lm.generate_until),
+        ("generate_until", ("a", {"untill": []}), lm.generate_until),
+    ]
+    for kind, arguments, answer in asked:
+        one = Instance(request_type=kind, doc={}, arguments=arguments, idx=0, metadata=("copy", 7, 1))  # pyright: ignore
+        with pytest.raises(DSMoEError, match=r"^copy, document 7: "):
+            answer([one])
+
+
+def test_other_defaults_of_the_length_do_not_share_responses(generator: Generator):
+    kept = Responses()
+
+    texts = [
+        DSMoELM(generator, responses=kept, max_gen_toks=length).generate_until(requests("", [("import", {})]))[0]
+        for length in (2, 6)
+    ]
+
+    assert len(texts[0]) < len(texts[1])
+
+
+def test_a_tokenizer_without_chat_template_is_named(generator: Generator, monkeypatch: pytest.MonkeyPatch):
+    lm = DSMoELM(generator)
+    monkeypatch.setattr(lm.tokenizer, "chat_templates", {})
+
+    with pytest.raises(DSMoEError, match="needs a chat template, and the tokenizer has none"):
+        lm.chat_template(True)
+
+
 def test_equal_requests_are_computed_once(generator: Generator):
     counted = []
     lm = DSMoELM(generator, responses=Responses(), progress=lambda what, total: counted.append(total) or _silent())
@@ -183,6 +236,10 @@ BAD: dict[str, tuple[Any, str]] = {
         lambda lm: lm.generate_until(requests("", [("a", {"temperature": "hot"})])),
         "temperature must be a number, got 'hot'",
     ),
+    "do_sample": (
+        lambda lm: lm.generate_until(requests("", [("a", {"do_sample": "no"})])),
+        "do_sample must be True or False, got 'no'",
+    ),
     "top_p": (
         lambda lm: lm.generate_until(requests("", [("a", {"do_sample": True, "top_p": 1.5})])),
         "top_p must be in",
@@ -212,6 +269,12 @@ ARGS: dict[str, tuple[dict[str, Any], SamplingParams, bool]] = {
     ),
     "do_sample alone": ({"do_sample": True}, SamplingParams(max_new_tokens=256, temperature=1.0), True),
     "one stop string": ({"until": "\n", "num_beams": 1}, SamplingParams(max_new_tokens=256, stop=["\n"]), False),
+    "penalties apply to greedy decoding": (
+        {"do_sample": False, "repetition_penalty": 1.2, "presence_penalty": 1, "min_p": 0.5},
+        SamplingParams(max_new_tokens=256, repetition_penalty=1.2, presence_penalty=1),
+        False,
+    ),
+    "do_sample as a number": ({"do_sample": 0, "temperature": 1}, SamplingParams(max_new_tokens=256), False),
     "the first alias wins": ({"max_tokens": 5, "max_gen_toks": 4}, SamplingParams(max_new_tokens=4), False),
 }
 
@@ -243,6 +306,7 @@ def test_a_chat_continues_its_last_message(lm: DSMoELM):
     ("options", "message"),
     [
         ({"batch_size": "many"}, "batch_size must be a positive int or 'auto', got 'many'"),
+        ({"max_gen_toks": 0}, r"max_gen_toks must be in \[1, "),
         ({"device": "cuda:0"}, "device must be None, got 'cuda:0'"),
         ({"max_length": 1}, "max_length must be in"),
         ({"quantize": "int8"}, "quantize needs the path of a model"),

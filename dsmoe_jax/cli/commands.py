@@ -282,13 +282,21 @@ def _evaluate(args: argparse.Namespace) -> None:
     from dsmoe_jax.evaluate import libraries
 
     libraries.set_environment()
-    if args.list_data:
-        from dsmoe_jax.evaluate.task_loading import TaskLoader, dataset_commands
+    if args.list_data or args.list_tasks:
+        from dsmoe_jax.evaluate.listing import dataset_commands, harness_commands
+        from dsmoe_jax.evaluate.task_loading import TaskLoader
 
         with libraries.quiet():
             libraries.check_installed()
             loader = TaskLoader(args.include_path or ())
-            print("\n".join(dataset_commands(loader, loader.suite(args.suite or "base"), args.data or "DIR")))
+            suite = loader.suite(args.suite or "base")
+            if args.list_data:
+                lines = dataset_commands(loader, suite, args.data or "DIR")
+            else:
+                lines = harness_commands(
+                    loader, suite, args.model or "MODEL", unsafe=bool(args.confirm_run_unsafe_code)
+                )
+        print("\n".join(lines))
         return
     for name, value in (("CKPT", args.model), ("--out", args.out)):
         if value is None:
@@ -298,7 +306,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from dsmoe_jax.train.config import DistributedConfig
     from dsmoe_jax.train.distributed import initialize
 
-    options = {name: value for name, value in _provided(args, EVALUATE).items() if name != "list_data"}
+    options = {name: value for name, value in _provided(args, EVALUATE).items() if not name.startswith("list_")}
     if (axes := options.get("mesh")) is not None:
         for axis in axes:
             check_choice("--mesh axis", axis, MeshConfig.__dataclass_fields__)

@@ -28,6 +28,13 @@ def _mesh(text: str) -> dict[str, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not AXIS=N,…") from None
 
 
+def _int_or_float(text: str) -> float:
+    try:
+        return int(text) if text.lstrip("-").isdigit() else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
 _DTYPES: Final = ("float32", "bfloat16", "float16")
 _SPLIT: Final = "encode strings such as <|endoftext|> in {} as plain text, not as special tokens"
 _DTYPE: Final = _arg("--dtype", "dtype of the weights; default: as stored", choices=_DTYPES)
@@ -97,26 +104,32 @@ SAMPLING: Final = (
 EVALUATE: Final = (
     _arg("model", _CHECKPOINT, _CKPT, nargs="?"),
     _arg(
-        "--suite",
+        "--suite --tasks",
         "base, chat, leaderboard, or tasks of lm-evaluation-harness separated by commas; default: base",
         "NAME",
     ),
     _arg(
         "--out --output-dir",
-        "folder of the report, which an interrupted evaluation resumes from; no default: required unless --list-data",
+        "folder of the report, which an interrupted evaluation resumes from; no default: required unless --list-…",
         "DIR",
     ),
     *_LOADING,
     _arg("--mesh", "devices by axis, such as fsdp=4,expert=2; default: one device", "AXIS=N,…", type=_mesh),
     _arg("--batch-size", "sequences scored and outputs generated at once; default: as generate", **_INT),
-    _arg("--limit", "documents of each task; default: all", **_INT),
+    _arg("--limit", "documents of each task, or their fraction if less than 1; default: all", "N", type=_int_or_float),
+    _arg("--max-gen-toks", "maximum output length of tasks that state none; default: 256, or half the window", **_INT),
     _arg("--num-fewshot", "examples in the context of each task; default: those of the suite or the task", **_INT),
     _arg("--seed", "seed of the examples, and of tasks that sample; default: 1234", **_INT),
     _arg("--data", "folder with local datasets: OWNER/NAME or TASK/SPLIT.jsonl; default: the Hub", "DIR"),
     _arg("--include-path", "folder with further task files; repeatable", "DIR", action="append"),
-    _arg("--apply-chat-template", "render prompts as chats", **_OPTIONAL),
+    _arg("--apply-chat-template", "render prompts as chats; default: plain text, for the suite chat, too", **_OPTIONAL),
     _arg("--confirm-run-unsafe-code", "allow HumanEval and MBPP to run generated code on this machine", **_OPTIONAL),
     _arg("--list-data", "print the commands that download the datasets of the suite, and exit", action="store_true"),
+    _arg(
+        "--list-tasks",
+        "print the commands of lm_eval that evaluate CKPT, a PyTorch model, on the same tasks, and exit",
+        action="store_true",
+    ),
 )
 _DEVICE: Final = (
     "h100, h200, a100_80gb, a100_40gb, l40s, b200 or cpu; the flags below replace its figures; default: h100"

@@ -45,8 +45,15 @@ class Encoder:
             found |= dict(zip(chosen, encoded, strict=True))
         return found
 
-    def pairs(self, texts: Sequence[tuple[str, str]]) -> list[Pair]:
+    def pairs(self, texts: Sequence[tuple[str, str]], names: Sequence[str] = ()) -> list[Pair]:
         """Encode (context, continuation); spaces that end a context belong to the continuation.
+
+        Args:
+            texts: Contexts and continuations.
+            names: Of each, for messages; default: the continuation.
+
+        Returns:
+            Their token ids.
 
         Raises:
             DSMoEError: A continuation has no tokens, or more than fit into the window.
@@ -62,8 +69,9 @@ class Encoder:
                 encoded.append((before, wholes[context + continuation][len(before) :]))
             else:
                 encoded.append(self._without_context(bare[continuation]))
-        names = [f"the continuation {continuation!r:.80}" for _, continuation in texts]
-        return [self.truncate(*pair, name) for pair, name in zip(encoded, names, strict=True)]
+        shown = [f"the continuation {continuation!r:.80}" for _, continuation in texts]
+        shown = [f"{name}: {one}" if name else one for name, one in zip(names or [""] * len(shown), shown, strict=True)]
+        return [self.truncate(*pair, name) for pair, name in zip(encoded, shown, strict=True)]
 
     def truncate(self, context: list[int], continuation: list[int], what: str = "the continuation") -> Pair:
         """Drop the first tokens of a context that is too long; the last token of a continuation is not read."""

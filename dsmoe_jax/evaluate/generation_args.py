@@ -7,10 +7,11 @@ from dsmoe_jax.errors import DSMoEError, suggest
 from dsmoe_jax.generate import SamplingParams
 
 _MAX_TOKENS: Final = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # aliases, by precedence
-_PASSED: Final = ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_SAMPLING: Final = ("top_k", "top_p", "min_p")  # without effect on greedy decoding
+_PENALTIES: Final = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 # Arguments of Hugging Face's `generate` that are accepted with the one value that changes nothing.
 _FIXED: Final[Mapping[str, Any]] = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
-_KNOWN: Final = ("until", "do_sample", "temperature", *_MAX_TOKENS, *_PASSED, *_FIXED)
+_KNOWN: Final = ("until", "do_sample", "temperature", *_MAX_TOKENS, *_SAMPLING, *_PENALTIES, *_FIXED)
 
 
 class GenerationArgs(NamedTuple):
@@ -49,6 +50,8 @@ def generation_args(arguments: Mapping[str, Any], *, max_gen_toks: int, stop: tu
             raise DSMoEError(f"generation argument {name} must be {_FIXED[name]}, got {value!r}")
     given = {name: value for name, value in arguments.items() if value is not None}
     sampled = given.get("do_sample", _number("temperature", given.get("temperature", 0), float) > 0)
+    if sampled not in (True, False):  # 0 and 1 are equal to them
+        raise DSMoEError(f"generation argument do_sample must be True or False, got {sampled!r:.80}")
     until = given.get("until", [])
     until = [until] if isinstance(until, str) else until
     if not isinstance(until, list | tuple) or not all(isinstance(text, str) for text in until):
@@ -58,7 +61,7 @@ def generation_args(arguments: Mapping[str, Any], *, max_gen_toks: int, stop: tu
         max_new_tokens=_number("max_gen_toks", lengths[0] if lengths else max_gen_toks, int),
         temperature=_number("temperature", given.get("temperature", 1), float) if sampled else 0.0,
         stop=tuple(dict.fromkeys(text for text in (*until, *stop) if text)),
-        **({name: given[name] for name in _PASSED if name in given} if sampled else {}),
+        **{name: given[name] for name in (*_PENALTIES, *(_SAMPLING if sampled else ())) if name in given},
     )
     return GenerationArgs(params, bool(sampled) and params.temperature > 0)
 

@@ -5,9 +5,11 @@ imported.
 """
 
 import collections
+import contextlib
+import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -28,13 +30,15 @@ except ImportError as error:
     raise DSMoEError(f"evaluation needs lm_eval ({error}): pip install 'dsmoe_jax[eval]'") from None
 
 _QUEUED: Final = 4  # times the batch size: prompts submitted to the engine at once
+_MAX_GEN_TOKS: Final = 256  # as the harness's `hf` model
 _log = logging.getLogger("dsmoe_jax")
 
 
 class _Request(NamedTuple):
-    key: str
     arguments: tuple[Any, ...]
+    name: str  # of its task and document, "" if unknown; for messages
     generation: GenerationArgs | None = None
+    key: str = ""
 
 
 Answers = Iterator[tuple[int, Response]]  # index among the requests, in the order of computation
@@ -57,7 +61,7 @@ class DSMoELM(TemplateLM):
         *,
         batch_size: int | str | None = None,
         max_length: int | None = None,
-        max_gen_toks: int = 256,
+        max_gen_toks: int | None = None,
         seed: int = 0,
         responses: Responses | None = None,
         progress: Meter = count,
@@ -72,7 +76,7 @@ class DSMoELM(TemplateLM):
             batch_size: Sequences of `max_length` scored at once, and outputs generated at once; None or "auto": the
                 defaults of `Generator`.
             max_length: Window in tokens; default: that of the model.
-            max_gen_toks: Maximum output length of tasks that state none.
+            max_gen_toks: Maximum output length of tasks that state none; default: 256, at most half the window.
             seed: Seed of tasks that sample.
             responses: Responses kept from an earlier evaluation of the same model; new ones are added.
             progress: Progress meter, in requests.
@@ -100,7 +104,9 @@ class DSMoELM(TemplateLM):
         if max_length is not None and not 2 <= max_length <= self.generator.context_length:
             raise DSMoEError(f"max_length must be in [2, {self.generator.context_length}], got {max_length}")
         self._encoder = Encoder(self.tokenizer, self.generator.prefix_token_id, max_length or window)
-        self.max_gen_toks = max_gen_toks
+        if max_gen_toks is not None and not 1 <= max_gen_toks < self.max_length:
+            raise DSMoEError(f"max_gen_toks must be in [1, {self.max_length - 1}], got {max_gen_toks}")
+        self.max_gen_toks = max_gen_toks or min(_MAX_GEN_TOKS, self.max_length // 2)
         self._max_tokens = {} if size is None else {"max_tokens": size * self.max_length}
         self.progress, self._seed, self._responses = progress, seed, responses
         self.truncated = self.prompt_tokens = self.reused_tokens = 0
@@ -138,6 +144,8 @@ class DSMoELM(TemplateLM):
         """Return the Jinja source of a chat template: the default one for True, or the one of that name."""
         if chat_template is False or chat_template is None:
             return None
+        if not self.tokenizer.chat_templates:
+            raise DSMoEError("apply_chat_template needs a chat template, and the tokenizer has none")
         name = "default" if chat_template is True else chat_template
         if name not in self.tokenizer.chat_templates:
             allowed = ", ".join(sorted(self.tokenizer.chat_templates))
@@ -167,11 +175,11 @@ class DSMoELM(TemplateLM):
         """Return the log-likelihood of each (context, continuation), and whether it is the greedy one."""
 
         def answers(todo: list[_Request]) -> Answers:
-            pairs = self._encoder.pairs([(r.arguments[0], r.arguments[1]) for r in todo])
+            pairs = self._encoder.pairs([(r.arguments[0], r.arguments[1]) for r in todo], [r.name for r in todo])
             for i, score in self._scores(pairs):
                 yield i, Response([score.logprob, score.greedy], pairs[i].truncated)
 
-        found = self._answer("loglikelihood", [_Request("", one.args) for one in requests], answers)
+        found = self._answer("loglikelihood", [_Request(one.args, _name(one)) for one in requests], answers)
         return [(float(value[0]), bool(value[1])) for value in found]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -198,19 +206,33 @@ class DSMoELM(TemplateLM):
                 if not left[i]:
                     yield i, Response(math.fsum(parts.pop(i)))
 
-        return self._answer("loglikelihood_rolling", [_Request("", one.args) for one in requests], answers)
+        return self._answer("loglikelihood_rolling", [_Request(one.args, _name(one)) for one in requests], answers)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return the completion of each context, without the stop string that ended it."""
-        stop = (*self.generator.stop_strings, *([self.tokenizer.eos_token] if self.tokenizer.eos_token else []))
         known: dict[str, GenerationArgs] = {}
         checked = []
         for one in requests:
-            name = repr(one.args[1])
-            if name not in known:
-                known[name] = generation_args(one.args[1], max_gen_toks=self.max_gen_toks, stop=stop)
-            checked.append(_Request("", one.args, known[name]))
+            key = repr(one.args[1])
+            if key not in known:
+                with _named(_name(one)):
+                    known[key] = self._generation_args(one.args[1])
+            checked.append(_Request(one.args, _name(one), known[key]))
         return self._answer("generate_until", checked, self._completions)
+
+    def _generation_args(self, arguments: Mapping[str, Any]) -> GenerationArgs:
+        """Translate generation arguments; a stop string that is a special token also stops at its id."""
+        stop = (*self.generator.stop_strings, *([self.tokenizer.eos_token] if self.tokenizer.eos_token else []))
+        found = generation_args(arguments, max_gen_toks=self.max_gen_toks, stop=stop)
+        # The text of an output has no special tokens, so a stop string cannot match one.
+        ids = [token for text in found.params.stop if (token := self._special_id(text)) is not None]
+        return found._replace(params=dataclasses.replace(found.params, stop_token_ids=tuple(ids)))
+
+    def _special_id(self, text: str) -> int | None:
+        """Return the id of the special token with this text, if there is one."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=skip) for skip in (True, False)]
+        return ids[0] if len(ids) == 1 and texts == ["", text] else None
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
@@ -223,7 +245,7 @@ class DSMoELM(TemplateLM):
         """Return the value of each request: from an earlier response to an equal one, else computed now and kept."""
         requests = self._with_keys(kind, requests)
         kept = Responses() if self._responses is None else self._responses
-        todo = list({r.key: r for r in requests if r.key not in kept}.values())
+        todo = list({r.key: r for r in requests if not kept.has(r.key, kind)}.values())
         if todo:
             with self.progress(kind, len(todo)) as advance:
                 before = self.generator.stats
@@ -245,6 +267,8 @@ class DSMoELM(TemplateLM):
         keyed = []
         for request in requests:
             fields: dict[str, Any] = {"type": kind, "arguments": request.arguments}
+            if request.generation is not None:
+                fields["max_gen_toks"] = request.generation.params.max_new_tokens
             if request.generation is not None and request.generation.sampled:
                 base = hash_json(fields)
                 fields |= {"seed": self._seed, "repeat": seen[base]}
@@ -256,7 +280,7 @@ class DSMoELM(TemplateLM):
         return self.generator.iter_scores([(c, d) for c, d, _ in pairs], **self._max_tokens)
 
     def _completions(self, todo: list[_Request]) -> Answers:
-        prompts = [self._encoder.prompt(r.arguments[0], _args(r).params.max_new_tokens) for r in todo]
+        prompts = [self._prompt(request) for request in todo]
         engine, active = self.generator.engine(), {}
         waiting = iter(range(len(todo)))
         while True:
@@ -270,9 +294,27 @@ class DSMoELM(TemplateLM):
             for i in [i for i, output in active.items() if output.finished]:
                 yield i, Response(active.pop(i).text, prompts[i].truncated)
 
+    def _prompt(self, request: _Request) -> Pair:
+        with _named(request.name):
+            return self._encoder.prompt(request.arguments[0], _args(request).params.max_new_tokens)
+
 
 # The harness registers its own models only while its registry is empty: `lm_eval.models` must be imported first.
 register_model("dsmoe_jax")(DSMoELM)
+
+
+def _name(request: Any) -> str:
+    """Return task and document of a request of the harness."""
+    return "" if request.task_name is None else f"{request.task_name}, document {request.doc_id}"
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Prefix the message of an invalid request with its name."""
+    try:
+        yield
+    except DSMoEError as error:
+        raise DSMoEError(f"{name}: {error}" if name else str(error)) from None
 
 
 def _args(request: _Request) -> GenerationArgs:
@@ -281,7 +323,7 @@ def _args(request: _Request) -> GenerationArgs:
 
 
 def _batch_size(value: int | str | None) -> int | None:
-    if value is None or value == "auto":
+    if value is None or str(value).partition(":")[0] == "auto":  # "auto:N" asks torch to try N times
         return None
     try:
         size = int(value)

@@ -1,16 +1,19 @@
 """The report of an evaluation: `Result` per benchmark and metric, `to_json`, `to_markdown`."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from dsmoe_jax.evaluate.suites import NOTES, Row, Suite, scale
+from dsmoe_jax.progress import plural
 
 _NOTE: Final = """\
 The published scores (arXiv:2401.06066) were measured with an internal framework whose prompts are not published. A
 difference is no evidence of an error in the model or its conversion: evaluate LLaMA2 7B with the same tasks to see how
 far the prompts move a score."""
 _OWN: Final = ("alias", "name", "sample_len", "sample_count")  # fields of the harness's results that are no metric
+_COUNTED: Final = ("prompt_tokens", "reused_tokens", "time")  # of this process alone
+_NO_VERSION: Final = ("None", "N/A", "Yaml")  # the harness's, of a task that states none
 
 
 class Result(NamedTuple):
@@ -24,7 +27,7 @@ class Result(NamedTuple):
         version: Version of the task.
         shots: Examples in the context; None if the tasks of a group differ.
         n: Documents.
-        truncated: Requests whose context was truncated.
+        truncated: Requests whose context was truncated; None if it is known only for several tasks together.
         reason: Why it was not run.
     """
 
@@ -35,22 +38,34 @@ class Result(NamedTuple):
     version: str = ""
     shots: int | None = None
     n: int = 0
-    truncated: int = 0
+    truncated: int | None = 0
     reason: str = ""
 
 
 def read_results(row: Row, found: Mapping[str, Any], truncated: int) -> list[Result]:
-    """Return the results of a benchmark from the output of `lm_eval.evaluate`; without a metric in the row, all."""
-    metrics = found["results"][row.task] if row.task in found["results"] else found.get("groups", {})[row.task]
+    """Return the results of a benchmark from the output of `lm_eval.evaluate`; without a metric in the row, all.
+
+    A tag, and a group that aggregates no metric, has the results of each of its tasks.
+    """
+    samples, shots = found["n-samples"], found.get("n-shot", {})
+    metrics = found["results"].get(row.task) or found.get("groups", {}).get(row.task) or {}
+    if any("," in name for name in metrics):
+        counts, used = (
+            [one["effective"] for one in samples.values()],
+            {shots[name] for name in samples if name in shots},
+        )
+        shared = {"shots": used.pop() if len(used) == 1 else None, "n": sum(counts), "truncated": truncated}
+        return _row_results(row, metrics, {**shared, "version": _version(found, row.task)})
+    results = []
+    for task, count in samples.items():
+        shared = {"shots": shots.get(task), "n": count["effective"], "truncated": None if truncated else 0}
+        leaf = row._replace(benchmark=task, task=task)
+        results += _row_results(leaf, found["results"][task], {**shared, "version": _version(found, task)})
+    return results or [Result(row, row.metric, reason=f"lm_eval returned no score of {row.task}")]
+
+
+def _row_results(row: Row, metrics: Mapping[str, Any], shared: dict[str, Any]) -> list[Result]:
     names = [name for name in metrics if name not in _OWN and "_stderr," not in name]
-    counts = [one["effective"] for one in found["n-samples"].values()]
-    versions, shots = found.get("versions", {}), set(found.get("n-shot", {}).values())
-    shared: dict[str, Any] = {
-        "version": str(versions.get(row.task, "")),
-        "shots": shots.pop() if len(shots) == 1 else None,
-        "n": sum(counts),
-        "truncated": truncated,
-    }
     if row.metric and row.metric not in names:
         return [Result(row, row.metric, reason=f"lm_eval has no {row.metric} of {row.task}: {', '.join(names)}")]
     results = []
@@ -60,7 +75,12 @@ def read_results(row: Row, found: Mapping[str, Any], truncated: int) -> list[Res
         score, stderr = _number(metrics[name]), _number(metrics.get(f"{metric}_stderr,{kind}"))
         if score is not None:
             results.append(Result(row, name, score * factor, None if stderr is None else stderr * factor, **shared))
-    return results
+    return results or [Result(row, row.metric, reason=f"lm_eval returned no score of {row.task}")]
+
+
+def _version(found: Mapping[str, Any], task: str) -> str:
+    version = str(found.get("versions", {}).get(task, ""))
+    return "" if version in _NO_VERSION else version
 
 
 def to_json(suite: Suite, results: Sequence[Result], head: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,8 +104,7 @@ def to_markdown(suite: Suite, results: Sequence[Result], head: Mapping[str, Any]
         cells = [_format(value, result.metric) for value in values]
         n = f"{result.n:,}" if result.n else "–"
         lines.append(_line([result.row.benchmark, _score(result), *cells, n, _protocol(result)]))
-    stated = {name: value for name, value in head.items() if value not in (None, False, 0)}
-    settings = "\n".join(f"- {name.replace('_', ' ')}: {_shown(value)}" for name, value in stated.items())
+    settings = "\n".join(f"- {line}" for line in _settings(head))
     note = f"\n{_NOTE}\n" if suite.models else ""
     table = "\n".join(lines)
     return (
@@ -104,7 +123,7 @@ def _protocol(result: Result) -> str:
     row = result.row
     shots = row.shots if result.shots is None else result.shots
     shown = [
-        f"`{row.task}`" + (f" {result.version}" if result.version not in ("", "None", "N/A") else ""),
+        f"`{row.task}` {result.version}".rstrip(),
         "" if shots is None else f"{shots}-shot",
         result.metric.replace(",none", "").replace(",", " "),
         NOTES.get(row.task, ""),
@@ -120,10 +139,24 @@ def _format(value: float | None, metric: str) -> str:
     return f"{value:.1f}" if scale(metric) != 1 else f"{value:.3g}"
 
 
-def _shown(value: Any) -> str:
+def _settings(head: Mapping[str, Any]) -> Iterator[str]:
+    kept = head.get("kept_responses")
+    for name, value in head.items():
+        if name == "apply_chat_template":
+            yield f"prompts: {'chats, by the template of the tokenizer' if value else 'plain text, no chat template'}"
+        elif value not in (None, False, 0):
+            since = (
+                f" (since the last start, with {plural(kept, 'response')} kept)" if kept and name in _COUNTED else ""
+            )
+            yield f"{name.replace('_', ' ')}: {_shown(name, value)}{since}"
+
+
+def _shown(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {one}" for name, one in value.items() if one is not None)
-    return "yes" if value is True else f"{value:,}" if isinstance(value, int) else str(value)
+        return ", ".join(f"{key} {one}" for key, one in value.items() if one is not None)
+    if value is True:
+        return "yes"
+    return f"{value:,}" if isinstance(value, int) and name != "seed" else str(value)
 
 
 def _line(cells: Sequence[str]) -> str:

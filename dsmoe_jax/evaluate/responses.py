@@ -7,7 +7,8 @@ line identifies what was evaluated. All processes of a cluster hold the same res
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -38,6 +39,21 @@ class Response(NamedTuple):
     value: Any
     truncated: bool = False
 
+    def answers(self, kind: str) -> bool:
+        """Return whether the value is one of a request of this type."""
+        return _VALID[kind](self.value)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+_VALID: Final[Mapping[str, Callable[[Any], bool]]] = {  # by request type
+    "loglikelihood": lambda v: isinstance(v, list) and len(v) == 2 and _is_number(v[0]) and type(v[1]) is bool,
+    "loglikelihood_rolling": _is_number,
+    "generate_until": lambda v: isinstance(v, str),
+}
+
 
 class Responses:
     """Responses by the key of their request."""
@@ -45,9 +61,9 @@ class Responses:
     def __init__(self, known: Mapping[str, Response] | None = None, file: JsonLinesFile | None = None):
         self._known, self._file = dict(known or {}), file
 
-    def __contains__(self, key: str) -> bool:
-        """Whether the request has been answered."""
-        return key in self._known
+    def has(self, key: str, kind: str) -> bool:
+        """Return whether a request of this type has been answered."""
+        return key in self._known and self._known[key].answers(kind)
 
     def __getitem__(self, key: str) -> Response:
         """Return a response."""
@@ -66,7 +82,7 @@ class Responses:
 
 @contextlib.contextmanager
 def open_responses(folder: Path, identity: Mapping[str, Any]) -> Iterator[Responses]:
-    """Yield the responses kept in a folder; collective.
+    """Yield the responses kept in a folder, which `lock_output` has locked; collective.
 
     Args:
         folder: Output of the evaluation, created if needed; process 0 alone needs it.
@@ -82,7 +98,6 @@ def open_responses(folder: Path, identity: Mapping[str, Any]) -> Iterator[Respon
         content, file = b"", None
         with collective_errors():
             if jax.process_index() == 0:
-                stack.enter_context(lock_name(folder))
                 file, content = _open(folder, identity)
                 stack.callback(file.close)
         known = _parse(_broadcast(content))
@@ -98,8 +113,22 @@ def open_responses(folder: Path, identity: Mapping[str, Any]) -> Iterator[Respon
             raise
 
 
-def check_output(folder: Path) -> None:
-    """Raise `DSMoEError` if a folder exists and is not the output of an evaluation."""
+@contextlib.contextmanager
+def lock_output(folder: Path) -> Iterator[None]:
+    """Lock the output of an evaluation on process 0; collective.
+
+    Raises:
+        DSMoEError: It is in use, or exists and is something else.
+    """
+    with contextlib.ExitStack() as stack:
+        with collective_errors():
+            if jax.process_index() == 0:
+                _check_output(folder)
+                stack.enter_context(lock_name(folder))
+        yield
+
+
+def _check_output(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise DSMoEError(f"out must be a folder, got the file {folder}")
     if folder.is_dir() and {entry.name for entry in folder.iterdir()} - {HASHES} and not (folder / RESPONSES).is_file():
@@ -107,7 +136,6 @@ def check_output(folder: Path) -> None:
 
 
 def _open(folder: Path, identity: Mapping[str, Any]) -> tuple[JsonLinesFile, bytes]:
-    check_output(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / RESPONSES
     file = JsonLinesFile(path)
@@ -132,8 +160,12 @@ def _check_identity(path: Path, content: bytes, identity: Mapping[str, Any]) -> 
         raise DSMoEError(f"{path} is not a file of responses in format {_FORMAT}: choose another --out")
     for name in {**found, **identity}:
         if found.get(name) != identity.get(name):
-            was, now = (f"{fields.get(name)!s:.40}" for fields in (found, identity))
+            was, now = (_shown(name, fields.get(name)) for fields in (found, identity))
             raise DSMoEError(f"{path.parent} has the scores of another {name} ({was}, now {now}): choose another --out")
+
+
+def _shown(name: str, value: Any) -> str:
+    return "as stored" if name == "dtype" and value is None else f"{value!s:.40}"
 
 
 def _parse(content: bytes) -> dict[str, Response]:
@@ -141,7 +173,13 @@ def _parse(content: bytes) -> dict[str, Response]:
     for number, line in enumerate(content.splitlines()[1:], 2):
         try:
             entry = json.loads(line)
-            known[entry["key"]] = Response(entry["value"], entry["truncated"])
+            response = Response(entry["value"], entry["truncated"])
+            if (
+                not any(is_valid(response.value) for is_valid in _VALID.values())
+                or type(response.truncated) is not bool
+            ):
+                raise ValueError
+            known[str(entry["key"])] = response
         except (ValueError, LookupError, TypeError):
             _log.warning("Skipping damaged line %d of %s", number, RESPONSES)
     return known

@@ -3,13 +3,15 @@
 In a cluster all processes make the same calls; process 0 alone writes.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import logging
 import random
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -23,11 +25,12 @@ from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.evaluate.chart import draw
 from dsmoe_jax.evaluate.libraries import allow_code, check_installed, quiet
 from dsmoe_jax.evaluate.report import Result, read_results, to_json, to_markdown
-from dsmoe_jax.evaluate.responses import HASHES, check_output, open_responses
+from dsmoe_jax.evaluate.responses import HASHES, lock_output, open_responses
 from dsmoe_jax.evaluate.suites import Suite
 from dsmoe_jax.evaluate.task_data import data_folder
-from dsmoe_jax.evaluate.task_loading import LoadedRow, TaskLoader
+from dsmoe_jax.evaluate.task_loading import LoadedRow, TaskLoader, describe
 from dsmoe_jax.generate import Generator
+from dsmoe_jax.generate.memory_plan import weight_dtypes
 from dsmoe_jax.loading import identity, resolve
 from dsmoe_jax.progress import Meter, count, duration, logged, plural, silent
 from dsmoe_jax.sharding import MeshConfig
@@ -74,14 +77,14 @@ class Protocol(NamedTuple):
     """How tasks are run.
 
     Attributes:
-        limit: Documents of each task; None: all.
+        limit: Documents of each task, or their fraction if less than 1; None: all.
         num_fewshot: Examples in the context of every task; None: those of the suite or the task.
         apply_chat_template: Whether prompts are rendered as chats.
         unsafe_code: Whether generated code may run.
         seed: Seed of examples and samples.
     """
 
-    limit: int | None = None
+    limit: int | float | None = None
     num_fewshot: int | None = None
     apply_chat_template: bool = False
     unsafe_code: bool = False
@@ -93,9 +96,10 @@ def evaluate(
     *,
     out: str | Path,
     suite: str = "base",
-    limit: int | None = None,
+    limit: int | float | None = None,
     num_fewshot: int | None = None,
     batch_size: int | None = None,
+    max_gen_toks: int | None = None,
     quantize: str | None = None,
     adapter: str | Path | None = None,
     dtype: str | None = None,
@@ -116,9 +120,10 @@ def evaluate(
         model: Native checkpoint, Hugging Face folder or hub id.
         out: Folder of the report.
         suite: "base", "chat", "leaderboard", or tasks of lm-evaluation-harness separated by commas.
-        limit: Documents of each task; default: all.
+        limit: Documents of each task, or their fraction if less than 1; default: all.
         num_fewshot: Examples in the context; default: those of the suite or of the task.
         batch_size: Sequences scored and outputs generated at once; default: those of `Generator`.
+        max_gen_toks: Maximum output length of tasks that state none; default: 256, at most half the window.
         quantize: Quantize the weights: "int8", "int4" or "nf4".
         adapter: Folder of a LoRA adapter.
         dtype: Dtype of the weights; default: as stored.
@@ -137,15 +142,14 @@ def evaluate(
         DSMoEError: An argument is invalid, no benchmark of the suite can run, a task given by name cannot run, or the
             folder belongs to something else.
     """
-    for name, value, minimum in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0), ("batch_size", batch_size, 1)):
+    for name, value, minimum in (("num_fewshot", num_fewshot, 0), ("batch_size", batch_size, 1)):
         if value is not None and value < minimum:
             raise DSMoEError(f"{name} must be at least {minimum}, got {value}")
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit == int(limit))):
+        raise DSMoEError(f"limit must be a positive int, or a fraction of the documents in (0, 1), got {limit}")
     folder, start = user_path(out, "out").absolute(), time.monotonic()
-    with collective_errors():
-        if jax.process_index() == 0:
-            check_output(folder)
     protocol = Protocol(limit, num_fewshot, apply_chat_template, confirm_run_unsafe_code, seed)
-    with quiet(), allow_code(confirm_run_unsafe_code):
+    with quiet(), allow_code(confirm_run_unsafe_code), lock_output(folder):
         check_installed()
         with collective_errors():
             paths = [include_path] if isinstance(include_path, str | Path) else include_path
@@ -160,11 +164,12 @@ def evaluate(
         with collective_errors():
             if jax.process_index() == 0:
                 evaluated = _identity(source, generator, adapter, folder)
-                evaluated |= {"quantize": quantize, "dtype": dtype, "seed": seed}
+                evaluated |= {"quantize": quantize, "dtype": _cast(source, generator, dtype), "seed": seed}
         with open_responses(folder, evaluated) as responses:
             from dsmoe_jax.evaluate.harness import DSMoELM
 
-            lm = DSMoELM(generator, batch_size=batch_size, responses=responses, seed=seed)
+            lm = DSMoELM(generator, batch_size=batch_size, max_gen_toks=max_gen_toks, responses=responses, seed=seed)
+            lm.chat_template(apply_chat_template)  # raises without one
             head = {
                 "model": str(model),
                 "suite": suite,
@@ -172,10 +177,14 @@ def evaluate(
                 "quantize": quantize,
                 "dtype": dtype,
                 "max_length": lm.max_length,
+                "max_gen_toks": lm.max_gen_toks,
                 **protocol._asdict(),
+                "kept_responses": len(responses),
                 "versions": {name: importlib.metadata.version(name) for name in ("dsmoe_jax", "lm_eval", "jax")},
             }
             results = _run(lm, rows, protocol, _Report(folder, chosen, head, start))
+    if all(result.score is None for result in results):
+        raise DSMoEError(f"nothing was scored; {results[0].row.benchmark}: {results[0].reason}")
     return Evaluation(folder, results)
 
 
@@ -190,14 +199,14 @@ def load_rows(loader: TaskLoader, suite: Suite, protocol: Protocol) -> list[Load
         loaded = loader.load(row, unsafe_code=protocol.unsafe_code)
         if not _agree(not loaded.reason) and not loaded.reason:
             loaded = LoadedRow(row, None, "another process cannot load it; see its log")
-        if loaded.reason:
-            _log.info("Skipping %s: %s", row.benchmark, loaded.reason)
         rows.append(loaded)
     failed = [loaded for loaded in rows if loaded.reason]
-    if failed and (len(failed) == len(rows) or not suite.models):
-        raise DSMoEError(
-            failed[0].reason if len(rows) == 1 else f"{failed[0].row.benchmark} cannot run: {failed[0].reason}"
-        )
+    if failed and suite.is_list:
+        raise DSMoEError(failed[0].reason)
+    if failed and len(failed) == len(rows):
+        raise DSMoEError(f"none of {plural(len(rows), 'benchmark')} can run; the first: {failed[0].reason}")
+    for loaded in failed:
+        _log.info("Skipping %s: %s", loaded.row.benchmark, loaded.reason)
     return rows
 
 
@@ -211,30 +220,34 @@ def run_row(lm: Any, loaded: LoadedRow, protocol: Protocol) -> tuple[list[Result
 
     Returns:
         Its results, and the harness's.
+
+    Raises:
+        DSMoEError: The code of a task fails, for example on a document.
     """
     from lm_eval.evaluator import evaluate as run_tasks  # pyright: ignore[reportMissingImports]
 
     assert loaded.tasks is not None
     shots = loaded.row.shots if protocol.num_fewshot is None else protocol.num_fewshot
-    for task in loaded.tasks["tasks"].values():
-        if shots is not None and task.OUTPUT_TYPE != "loglikelihood_rolling":
-            task.set_config("num_fewshot", shots)
-        elif task.get_config("num_fewshot") is None:
-            task.set_config("num_fewshot", 0)
-        task.set_fewshot_seed(protocol.seed)
-    random.seed(protocol.seed)
-    np.random.seed(protocol.seed % 2**32)
     before = lm.truncated
-    found: Any = run_tasks(
-        lm,
-        loaded.tasks,  # pyright: ignore[reportArgumentType]
-        limit=protocol.limit,
-        bootstrap_iters=_BOOTSTRAP,
-        log_samples=False,
-        apply_chat_template=protocol.apply_chat_template,
-        fewshot_as_multiturn=protocol.apply_chat_template,
-        confirm_run_unsafe_code=protocol.unsafe_code,
-    )
+    with _task_errors(loaded.row.task):
+        for task in loaded.tasks["tasks"].values():
+            if shots is not None and task.OUTPUT_TYPE != "loglikelihood_rolling":
+                task.set_config("num_fewshot", shots)
+            elif task.get_config("num_fewshot") is None:
+                task.set_config("num_fewshot", 0)
+            task.set_fewshot_seed(protocol.seed)
+        random.seed(protocol.seed)
+        np.random.seed(protocol.seed % 2**32)
+        found: Any = run_tasks(
+            lm,
+            loaded.tasks,  # pyright: ignore[reportArgumentType]
+            limit=protocol.limit,  # pyright: ignore[reportArgumentType]
+            bootstrap_iters=_BOOTSTRAP,
+            log_samples=False,
+            apply_chat_template=protocol.apply_chat_template,
+            fewshot_as_multiturn=protocol.apply_chat_template,
+            confirm_run_unsafe_code=protocol.unsafe_code,
+        )
     raw = {name: found[name] for name in _MERGED if name in found}
     return read_results(loaded.row, raw, lm.truncated - before), raw
 
@@ -257,6 +270,21 @@ def task_metrics(lm: Any, rows: Sequence[LoadedRow], protocol: Protocol) -> dict
         for result in found
         if result.score is not None
     }
+
+
+@contextlib.contextmanager
+def _task_errors(task: str) -> Iterator[None]:
+    """Raise `DSMoEError` for an exception of the code of a task; those of the model and the device pass."""
+    from dsmoe_jax.evaluate import harness
+
+    try:
+        yield
+    except (DSMoEError, MemoryError):
+        raise
+    except Exception as error:
+        if any(frame.f_code.co_filename == harness.__file__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+            raise
+        raise DSMoEError(describe(task, error)) from error
 
 
 class _Report(NamedTuple):
@@ -298,12 +326,12 @@ def _run(lm: Any, rows: Sequence[LoadedRow], protocol: Protocol, report: _Report
             try:
                 found, one = run_row(lm, loaded, protocol)
             except Exception as error:
-                if not report.suite.models or not isinstance(error, DSMoEError):
+                if report.suite.is_list or not isinstance(error, DSMoEError):
                     raise
                 found = [Result(row, row.metric, reason=str(error))]
             for result in found:
                 value = result.reason if result.score is None else f"{result.metric} {result.score:.4g}"
-                _log.info("%s: %s", row.benchmark, value)
+                _log.info("%s: %s", result.row.benchmark, value)
         results += found
         for name, entries in one.items():
             raw[name] |= {f"{row.benchmark}: {key}" if key in raw[name] else key: e for key, e in entries.items()}
@@ -323,7 +351,7 @@ def _agree(value: bool) -> bool:
 
 
 def _identity(source: Path, generator: Generator, adapter: str | Path | None, folder: Path) -> dict[str, Any]:
-    """Return SHA-256 of what determines the responses: weights, tokenizer and adapter."""
+    """Return what determines the responses: SHA-256 of weights, tokenizer and adapter, and the stop conditions."""
     folder.mkdir(parents=True, exist_ok=True)
     cache = HashCache(folder / HASHES)
     tokenizer = generator.tokenizer
@@ -332,7 +360,17 @@ def _identity(source: Path, generator: Generator, adapter: str | Path | None, fo
     if adapter is not None:
         home = user_path(adapter, "adapter")
         found["adapter"] = _hash(cache, sorted(file for file in home.glob("adapter_*") if file.is_file()))
+    # Of generation configs, that of the adapter included.
+    found |= {"eos_token_ids": sorted(generator.eos_token_ids), "stop_strings": list(generator.stop_strings)}
     return found
+
+
+def _cast(source: Path, generator: Generator, dtype: str | None) -> str | None:
+    """Return the dtype unless all weights are stored in it."""
+    if dtype is None:
+        return None
+    stored = {np.dtype(one) for one in weight_dtypes(source, generator.config).values()}
+    return None if stored == {np.dtype(dtype)} else dtype
 
 
 def _hash(cache: HashCache, files: Sequence[Path]) -> str:

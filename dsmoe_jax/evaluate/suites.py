@@ -33,10 +33,12 @@ class Suite(NamedTuple):
     Attributes:
         models: The evaluated model first, then those to calibrate by.
         rows: The benchmarks.
+        is_list: Whether they are tasks given by name, all of which must run.
     """
 
     models: tuple[str, ...]
     rows: tuple[Row, ...]
+    is_list: bool = False
 
 
 # How a task differs from what is known of the paper's, or which of several customs it follows.
@@ -127,4 +129,4 @@ def scale(metric: str) -> float:
 
 def named_tasks(names: Iterable[str]) -> Suite:
     """Return the suite of tasks given by name, with every metric of each."""
-    return Suite((), tuple(Row(name, name, None, "") for name in names))
+    return Suite((), tuple(Row(name, name, None, "") for name in names), is_list=True)

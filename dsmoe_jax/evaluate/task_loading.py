@@ -15,7 +15,7 @@ from dsmoe_jax.evaluate.task_data import local_datasets
 from dsmoe_jax.storage.paths import user_path
 
 UNSAFE: Final = "runs generated code: needs --confirm-run-unsafe-code"
-_TASKS: Final = Path(__file__).parent / "tasks"
+TASKS: Final = Path(__file__).parent / "tasks"
 _log = logging.getLogger("dsmoe_jax")
 
 
@@ -37,7 +37,7 @@ class TaskLoader:
     """Knows the tasks of the harness, of this package and of folders with further task files."""
 
     def __init__(self, include_path: Sequence[str | Path] = (), data: Path | None = None):
-        self._paths: list[str | Path] = [_TASKS]
+        self._paths: list[str | Path] = [TASKS]
         for path in include_path:
             if not (folder := user_path(path, "include_path").absolute()).is_dir():
                 raise DSMoEError(f"include_path must be a folder, got {path}")
@@ -50,11 +50,11 @@ class TaskLoader:
         Raises:
             DSMoEError: A name is neither a suite nor a task.
         """
-        if name in SUITES:
-            return SUITES[name]
-        names = [one for one in name.split(",") if one]
+        names = list(dict.fromkeys(one.strip() for one in name.split(",") if one.strip()))
+        if len(names) == 1 and names[0] in SUITES:
+            return SUITES[names[0]]
         for one in names:
-            if one in SUITES and len(names) > 1:
+            if one in SUITES:
                 raise DSMoEError(f"suite must be one suite or a list of tasks, got {name}")
             if not self._manager_for([one]):
                 close = closest(one, [*SUITES, *self._manager.task_index])
@@ -78,7 +78,7 @@ class TaskLoader:
         Returns:
             The loaded tasks; what keeps them from being loaded is the `reason`.
         """
-        if not unsafe_code and any(config.get("unsafe_code") for _, config in self.leaves(row.task)):
+        if not unsafe_code and self.runs_code(row.task):
             return LoadedRow(row, None, UNSAFE)
         manager = self._manager_for([row.task])
         if manager is None:
@@ -89,14 +89,17 @@ class TaskLoader:
         except DSMoEError as error:
             return LoadedRow(row, None, str(error))
         except Exception as error:  # of any package and of any code of a task
-            reason = (str(error).strip().splitlines() or [""])[0]
-            return LoadedRow(row, None, f"{row.task}: {type(error).__name__}: {reason:.300}")
+            return LoadedRow(row, None, describe(row.task, error))
 
     def leaves(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield name and config of each task in a task, group or tag; functions in configs are not resolved."""
         manager = self._manager_for([name])
         if manager is not None:
             yield from _leaves(manager.task_index, name)
+
+    def runs_code(self, name: str) -> bool:
+        """Return whether a task, or one of a group or tag, runs generated code."""
+        return any(config.get("unsafe_code") for _, config in self.leaves(name))
 
     def _manager_for(self, names: Sequence[str]) -> Any | None:
         """Return the task manager if it knows the names; those of the harness are read when they are needed."""
@@ -156,8 +159,7 @@ def _members(group: Mapping[str, Any]) -> list[str]:
     return names
 
 
-def dataset_commands(loader: TaskLoader, suite: Suite, data: str) -> list[str]:
-    """Return the shell commands that download every dataset of a suite to `data`, once each."""
-    paths = [config.get("dataset_path") for row in suite.rows for _, config in loader.leaves(row.task)]
-    repositories = sorted({path for path in paths if isinstance(path, str) and path.count("/") == 1})
-    return [f"hf download --repo-type dataset {name} --local-dir {data}/{name}" for name in repositories]
+def describe(task: str, error: Exception) -> str:
+    """Return one line for an exception of the code of a task."""
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return f"{task}: {type(error).__name__}: {reason:.300}"
