@@ -2,22 +2,30 @@
 
 import logging
 import tempfile
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from dsmoe_jax.checkpoint.native import as_dtype
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.info import count_parameters
-from dsmoe_jax.progress import Meter, silent
+from dsmoe_jax.progress import Meter, plural, silent
 from dsmoe_jax.storage.atomic_dir import check_new_path, check_space
 from dsmoe_jax.storage.paths import user_path
+from dsmoe_jax.text.tokenizer import TOKENIZER_FILES
 
 from .exporter import export_hf
-from .hub import hub_of, one_line_errors
+from .hub import hub_of, list_files, one_line_errors
 from .model_card import model_card
 
+_CARD: Final = "README.md"
+# Files of another model in the repository, which a reader could load instead of those of the upload.
+_STALE: Final = (
+    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json"),
+    *("adapter_*", "tf_model*", "flax_model*", *TOKENIZER_FILES),
+)
 _log = logging.getLogger(__name__)
 
 
@@ -64,7 +72,7 @@ def push(
 
     def write(output_dir: Path) -> None:
         export_hf(folder, output_dir, dtype=dtype, with_modeling=True, progress=progress)
-        (output_dir / "README.md").write_text(card(config=ModelConfig.from_file(output_dir)), encoding="utf-8")
+        (output_dir / _CARD).write_text(card(config=ModelConfig.from_file(output_dir)), encoding="utf-8")
 
     if dry_run is not None:
         write(check_new_path(dry_run))
@@ -96,13 +104,20 @@ def _check_ids(repo_id: str, base_model: str | None) -> None:
 
 def _upload(repo_id: str, folder: Path, revision: str | None) -> str:
     """Commit the files of a folder; return the URL of the commit."""
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     additions = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
     for addition in additions:
         if addition.path_in_repo.endswith(".safetensors"):  # one at a time: Ctrl-C waits for the threads of several
             HfApi().preupload_lfs_files(repo_id, [addition], revision=revision)
-    commit = HfApi().create_commit(repo_id, additions, commit_message="Upload of dsmoe_jax", revision=revision)
+    there, new = list_files(repo_id, revision or "main", upload=True)[1], {path.name for path in folder.iterdir()}
+    stale = sorted(name for name in {*there} - new if "/" not in name and any(fnmatchcase(name, a) for a in _STALE))
+    if stale:
+        _log.info("Removing %s of another model from %s", plural(len(stale), "file"), repo_id)
+    if _CARD in there:
+        _log.info("Replacing %s of %s", _CARD, repo_id)
+    operations = [*additions, *(CommitOperationDelete(name) for name in stale)]
+    commit = HfApi().create_commit(repo_id, operations, commit_message="Upload of dsmoe_jax", revision=revision)
     return str(commit.commit_url)
 
 

@@ -92,6 +92,24 @@ def test_repeated_push_sends_the_weights_once(hub: FakeHub, native: Path, tmp_pa
     assert files(hub, "someone/twice", "v2").keys() == files(hub, "someone/twice").keys()
 
 
+def test_files_of_another_model_are_removed(hub: FakeHub, native: Path, tmp_path: Path):
+    weights = ("model.safetensors", "model-00001-of-00009.safetensors", "pytorch_model-00001-of-00002.bin")
+    indexes = ("pytorch_model.bin.index.json", "tf_model.h5")
+    stale = (*weights, *indexes, "adapter_config.json", "adapter_model.safetensors", "tokenizer.model")
+    kept = ("notes.txt", "old/model.safetensors", "model.gguf")
+    hub.add("someone/full", dict.fromkeys((*stale, *kept, "README.md", "config.json"), b"{}"))
+
+    run = dsmoe(hub, tmp_path, "push", native, "someone/full")
+
+    assert run.returncode == 0, run.stderr
+    found = files(hub, "someone/full").keys()
+    assert not found & {*stale}
+    assert {*kept, "model.safetensors.index.json"} <= found
+    assert len(hub.repositories["someone/full"].commits) == 2
+    assert f"Removing {len(stale)} files of another model from someone/full" in run.stderr
+    assert "Replacing README.md of someone/full" in run.stderr
+
+
 @pytest.mark.parametrize(("name", "options", "line"), [
     ("someone/no-token", {"token": ""}, "an upload needs a token: set HF_TOKEN or run `hf auth login`"),
     ("someone/forbidden", {}, "does not permit it"),
