@@ -19,6 +19,7 @@ from dsmoe_jax.errors import DSMoEError, check_choice
 from dsmoe_jax.progress import Advance, Meter, silent
 from dsmoe_jax.storage.atomic_dir import check_new_path
 from dsmoe_jax.storage.atomic_file import atomic_file
+from dsmoe_jax.text.tokenizer import tokenizer_files
 
 from .cast import Cast, CastStats, ConversionReport
 from .gguf_tokenizer import add_tokenizer
@@ -130,8 +131,9 @@ def _export(
     """Write the file; return the statistics of the cast, and the number of tensors and their bytes."""
     tensors = list(_tensors(reader, dtype))
     total, stats = sum(tensor.nbytes for tensor in tensors), CastStats()
+    small = sum(path.stat().st_size for path in tokenizer_files(reader.folder))
     with contextlib.ExitStack() as stack:
-        staging = stack.enter_context(atomic_file(output, needs=total))
+        staging = stack.enter_context(atomic_file(output, needs=total + small))
         advance = stack.enter_context(progress("exporting", total))
         with contextlib.closing(gguf.GGUFWriter(staging, "deepseek")) as writer:
             writer.add_name(name)

@@ -55,6 +55,7 @@ def model_card(
     license: str | None = None,
     base_model: str | None = None,
     config: ModelConfig | None = None,
+    origin: Mapping[str, str] | None = None,
 ) -> str:
     """Return the README.md of a repository.
 
@@ -66,12 +67,13 @@ def model_card(
         base_model: Hub id of the model that this one was trained from; default: the source of the checkpoint, if it was
             converted from another repository.
         config: Config of the export, whose dtype may differ; default: that of the checkpoint.
+        origin: `repository` and `revision` of a checkpoint from the hub; default: those that a native one records.
 
     Returns:
         Markdown with the hub's metadata as front matter.
     """
     config = config or ModelConfig.from_file(checkpoint)
-    source = read_manifest(checkpoint).source if is_native(checkpoint) else {}
+    source = origin or (read_manifest(checkpoint).source if is_native(checkpoint) else {})
     repository = source.get("repository")
     base_model = base_model or (repository if repository != repo_id else None)
     metadata: dict[str, Any] = {
