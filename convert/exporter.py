@@ -18,10 +18,11 @@ from dsmoe_jax.checkpoint.zarr_io import raw_bytes, row_chunks
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.progress import Advance, Meter, silent
-from dsmoe_jax.storage.atomic_dir import atomic_dir, check_new_path, write_json
+from dsmoe_jax.storage.atomic_dir import atomic_dir, check_new_path, check_outside, write_json
 from dsmoe_jax.storage.direct_io import DirectFile
 from dsmoe_jax.text.generation_config import GENERATION_CONFIG
 from dsmoe_jax.text.special_ids import SPECIAL_IDS, drop_ids_outside_vocab, ids_for_export
+from dsmoe_jax.text.tokenizer import uses_sentencepiece
 
 from .cast import Cast, CastStats, ConversionReport
 from .hub import resolve
@@ -31,6 +32,10 @@ from .tensor_source import TensorSource, open_source
 
 _INDEX: Final = "model.safetensors.index.json"
 _UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_SENTENCEPIECE: Final = (
+    "AutoTokenizer of transformers may encode text otherwise than tokenizer.model: in 4.x pass use_fast=False; "
+    "in 5.x ids differ"
+)
 _JSON_BYTES: Final = 256  # of a tensor in header and index, about
 _CODES: Final = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 # Code for transformers, which has no model_type "deepseek": the config class, which vLLM and SGLang load first, and the
@@ -76,6 +81,7 @@ def export_hf(
     cast_dtype, limit = as_dtype(dtype), parse_size(max_shard_size)
     output_dir = check_new_path(output_dir)
     with open_source(resolve(source, revision, name="source")) as reader:
+        check_outside(output_dir, reader.folder)
         auto_map = AUTO_MAP | (MODELING if with_modeling else {})
         return _export(reader, output_dir, limit, cast_dtype, auto_map, card, progress, started)
 
@@ -91,6 +97,8 @@ def _export(
     started: float,
 ) -> ConversionReport:
     tokenizer, generation_config, warnings = read_special_ids(reader.folder, reader.config)
+    if uses_sentencepiece(reader.folder):
+        warnings = [*warnings, _SENTENCEPIECE]
     for warning in warnings:
         _log.warning("%s", warning)
     sizes = {name: reader.read(name).size * (cast_dtype or reader.read(name).dtype).itemsize for name in reader.order}

@@ -38,6 +38,7 @@ def push(
     dtype: Any = None,
     license: str | None = None,
     base_model: str | None = None,
+    evaluation: str | Path | None = None,
     dry_run: str | Path | None = None,
     progress: Meter = silent,
 ) -> str:
@@ -56,6 +57,8 @@ def push(
         dtype: "float32", "bfloat16" or "float16" to cast; default: the stored dtypes.
         license: License stated in the model card, for example "mit".
         base_model: Hub id of the base model stated in the model card.
+        evaluation: Output folder of `dsmoe evaluate`, whose scores the model card states; default: `scores` beside the
+            checkpoint, if they are of this checkpoint.
         dry_run: New folder to write instead of uploading.
         progress: Progress meter of the export.
 
@@ -70,10 +73,11 @@ def push(
     output = None if dry_run is None else check_new_path(dry_run)
     folder, from_hub = resolve(checkpoint, name="checkpoint"), is_repo_id(checkpoint)
     config = ModelConfig.from_file(folder)
-    origin = {"repository": str(checkpoint), "revision": folder.name} if from_hub else None
+    stated: dict[str, Any] = {"license": license, "base_model": base_model, "evaluation": evaluation}
+    stated["origin"] = {"repository": str(checkpoint), "revision": folder.name} if from_hub else None
 
     def card(config: ModelConfig) -> str:
-        return model_card(folder, repo_id, license=license, base_model=base_model, config=config, origin=origin)
+        return model_card(folder, repo_id, config=config, **stated)
 
     checked_card = card(config)
     export = partial(export_hf, folder, dtype=dtype, with_modeling=True, card=card, progress=progress)

@@ -89,6 +89,12 @@ def check_new_path(path: str | Path) -> Path:
     return path
 
 
+def check_outside(path: Path, checkpoint: Path) -> None:
+    """Raise `DSMoEError` if an output would be inside the checkpoint that is read."""
+    if checkpoint.resolve() in path.resolve().parents:
+        raise DSMoEError(f"{path} is inside the checkpoint {checkpoint}; choose a path outside")
+
+
 @contextlib.contextmanager
 def atomic_dir(path: str | Path, *, needs: int = 0, job: Mapping[str, Any] | None = None) -> Iterator[StagingDir]:
     """Yield a `StagingDir` that is fsynced and renamed to `path` when the block succeeds.
