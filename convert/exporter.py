@@ -6,6 +6,7 @@ import logging
 import re
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -14,12 +15,14 @@ import numpy as np
 
 from dsmoe_jax.checkpoint.native import as_dtype
 from dsmoe_jax.checkpoint.zarr_io import raw_bytes, row_chunks
+from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.progress import Advance, Meter, silent
-from dsmoe_jax.storage.atomic_dir import atomic_dir, check_new_path, write_json
+from dsmoe_jax.storage.atomic_dir import atomic_dir, check_new_path, check_outside, write_json
 from dsmoe_jax.storage.direct_io import DirectFile
 from dsmoe_jax.text.generation_config import GENERATION_CONFIG
 from dsmoe_jax.text.special_ids import SPECIAL_IDS, drop_ids_outside_vocab, ids_for_export
+from dsmoe_jax.text.tokenizer import uses_sentencepiece
 
 from .cast import Cast, CastStats, ConversionReport
 from .hub import resolve
@@ -29,6 +32,11 @@ from .tensor_source import TensorSource, open_source
 
 _INDEX: Final = "model.safetensors.index.json"
 _UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_SENTENCEPIECE: Final = (
+    "AutoTokenizer of transformers may encode text otherwise than tokenizer.model: in 4.x pass use_fast=False; "
+    "in 5.x ids differ"
+)
+_JSON_BYTES: Final = 256  # of a tensor in header and index, about
 _CODES: Final = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 # Code for transformers, which has no model_type "deepseek": the config class, which vLLM and SGLang load first, and the
 # model. Templates end in .txt, so that nothing imports them here.
@@ -44,6 +52,7 @@ def export_hf(
     dtype: Any = None,
     revision: str | None = None,
     with_modeling: bool = False,
+    card: Callable[[ModelConfig], str] | None = None,
     progress: Meter = silent,
 ) -> ConversionReport:
     """Export a checkpoint as a Hugging Face folder: safetensors, index, config and tokenizer.
@@ -59,6 +68,7 @@ def export_hf(
         revision: Branch, tag or commit of a hub id; default: `main`.
         with_modeling: Add PyTorch code of the model, so that transformers' `AutoModelForCausalLM` opens the folder with
             `trust_remote_code=True`.
+        card: Returns the text of a README.md, given the config of the export; default: none is written.
         progress: Progress meter.
 
     Returns:
@@ -71,8 +81,9 @@ def export_hf(
     cast_dtype, limit = as_dtype(dtype), parse_size(max_shard_size)
     output_dir = check_new_path(output_dir)
     with open_source(resolve(source, revision, name="source")) as reader:
+        check_outside(output_dir, reader.folder)
         auto_map = AUTO_MAP | (MODELING if with_modeling else {})
-        return _export(reader, output_dir, limit, cast_dtype, auto_map, progress, started)
+        return _export(reader, output_dir, limit, cast_dtype, auto_map, card, progress, started)
 
 
 def _export(
@@ -81,10 +92,13 @@ def _export(
     limit: int,
     cast_dtype: Any,
     auto_map: dict[str, str],
+    card: Callable[[ModelConfig], str] | None,
     progress: Meter,
     started: float,
 ) -> ConversionReport:
     tokenizer, generation_config, warnings = read_special_ids(reader.folder, reader.config)
+    if uses_sentencepiece(reader.folder):
+        warnings = [*warnings, _SENTENCEPIECE]
     for warning in warnings:
         _log.warning("%s", warning)
     sizes = {name: reader.read(name).size * (cast_dtype or reader.read(name).dtype).itemsize for name in reader.order}
@@ -94,7 +108,9 @@ def _export(
     job = {"export": str(reader.folder.resolve()), "manifest": reader.version, "shards": shard_options}
     digests = {name: hashlib.sha256() for name in reader.sha256}
     stats, reused = CastStats(), 0
-    with atomic_dir(output_dir, needs=total, job=job) as draft, progress("exporting", total) as advance:
+    files = extra_files(reader.folder)
+    small = sum(path.stat().st_size for path in files) + _JSON_BYTES * len(sizes)
+    with atomic_dir(output_dir, needs=total + small, job=job) as draft, progress("exporting", total) as advance:
         for file, names in shards.items():
             if file in draft.finished and (draft.folder / file).is_file():
                 reused += sum(sizes[name] for name in names)
@@ -112,11 +128,13 @@ def _export(
         stored = {(cast_dtype or reader.read(name).dtype).name for name in reader.order}
         if len(stored) == 1:
             config = config.with_dtype(stored.pop())
-        for path in extra_files(reader.folder):
+        for path in files:
             path_inside(reader.folder, path.name)  # rejects links that lead outside
             shutil.copyfile(path, draft.folder / path.name)
         weight_map = {name: file for file, names in shards.items() for name in names}
         write_json(draft.folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        if card is not None:
+            (draft.folder / "README.md").write_text(card(config), encoding="utf-8")
         fields = ids_for_export(config.to_dict(), tokenizer, config.vocab_size)
         _write_configs(draft.folder, fields, generation_config, auto_map)
     seconds, checksum = time.perf_counter() - started, "verified every tensor against the manifest's SHA-256"

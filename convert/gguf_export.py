@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib
+import logging
 import math
 import re
 import time
@@ -17,8 +18,9 @@ from dsmoe_jax.checkpoint.zarr_io import raw_bytes, row_chunks
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError, check_choice
 from dsmoe_jax.progress import Advance, Meter, silent
-from dsmoe_jax.storage.atomic_dir import check_new_path
+from dsmoe_jax.storage.atomic_dir import check_new_path, check_outside
 from dsmoe_jax.storage.atomic_file import atomic_file
+from dsmoe_jax.text.tokenizer import tokenizer_files
 
 from .cast import Cast, CastStats, ConversionReport
 from .gguf_tokenizer import add_tokenizer
@@ -62,6 +64,7 @@ _UNSUPPORTED: Final[dict[str, Callable[[ModelConfig], bool]]] = {
     "n_shared_experts":  lambda config: not config.n_shared_experts,
 }
 # fmt: on
+_log = logging.getLogger(__name__)
 _CHUNK_BYTES: Final = 1 << 22
 _BLOCK: Final = 32  # values of a row that share a scale in q8_0
 
@@ -117,6 +120,7 @@ def export_gguf(
         raise DSMoEError("GGUF needs the package gguf: pip install 'dsmoe_jax[gguf]'") from None
     output = check_new_path(output)
     with open_source(resolve(source, revision, name="source")) as reader:
+        check_outside(output, reader.folder)
         _check_supported(reader.folder, reader.config)
         name = Path(source).resolve().name  # of a folder or a hub id, whose folder is named by its commit
         stats, tensors, total = _export(gguf, reader, output, name, dtype, progress)
@@ -130,13 +134,15 @@ def _export(
     """Write the file; return the statistics of the cast, and the number of tensors and their bytes."""
     tensors = list(_tensors(reader, dtype))
     total, stats = sum(tensor.nbytes for tensor in tensors), CastStats()
+    small = sum(path.stat().st_size for path in tokenizer_files(reader.folder))
     with contextlib.ExitStack() as stack:
-        staging = stack.enter_context(atomic_file(output, needs=total))
+        staging = stack.enter_context(atomic_file(output, needs=total + small))
         advance = stack.enter_context(progress("exporting", total))
         with contextlib.closing(gguf.GGUFWriter(staging, "deepseek")) as writer:
             writer.add_name(name)
             _add_config(writer, reader.config)
-            add_tokenizer(writer, reader.folder, reader.config)
+            if warning := add_tokenizer(writer, reader.folder, reader.config):
+                _log.warning("%s", warning)
             for tensor in tensors:
                 kind = gguf.GGMLQuantizationType[tensor.type]
                 writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, kind)
@@ -149,6 +155,22 @@ def _export(
                 stats += _write(gguf, file, tensor, reader, advance)
                 writer.write_padding(file, tensor.nbytes)
     return stats, len(tensors), total
+
+
+def opens_in_llama_cpp(folder: Path, config: ModelConfig) -> bool:
+    """Return whether llama.cpp supports config and tokenizer of a checkpoint."""
+    with contextlib.suppress(DSMoEError):
+        _check_supported(folder, config)
+        add_tokenizer(_NullWriter(), folder, config)
+        return True
+    return False
+
+
+class _NullWriter:
+    """A `gguf.GGUFWriter` that writes nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
 
 
 def _check_supported(folder: Path, config: ModelConfig) -> None:

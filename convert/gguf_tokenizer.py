@@ -1,7 +1,6 @@
 """The tokenizer of a checkpoint as GGUF metadata: `add_tokenizer`."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,20 +19,22 @@ _TEXT: Final = "a  ① ﬁ "  # changed by NFKC, and by removing repeated or fin
 _SIDES: Final = (("", ""), ("a", "a"), ("a ", " a"))  # of an added token, to compare
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # token types of llama.cpp and sentencepiece
 _Tokens = dict[int, tuple[str, int]]  # tokens and their types by id
-_log = logging.getLogger(__name__)
 
 
-def add_tokenizer(writer: Any, folder: Path, config: ModelConfig) -> None:
-    """Add vocabulary, merges, special tokens and chat template; without a tokenizer llama.cpp takes token ids only."""
+def add_tokenizer(writer: Any, folder: Path, config: ModelConfig) -> str:
+    """Add vocabulary, merges, special tokens and chat template; without a tokenizer llama.cpp takes token ids only.
+
+    Returns a warning, or "".
+    """
     if not tokenizer_files(folder):
         writer.add_tokenizer_model("none")
-        return
+        return ""
     tokenizer = Tokenizer.from_pretrained(folder)
     add = _add_bpe if (folder / "tokenizer.json").is_file() else _add_sentencepiece
     tokens, size = add(writer, folder, tokenizer, config.vocab_size), config.vocab_size
     if max(tokens) >= size:
         raise DSMoEError(f"{folder}: the tokenizer has {max(tokens) + 1} tokens, the model {size}")
-    _check_added_tokens(folder, tokenizer, tokens)
+    warning = _check_added_tokens(folder, tokenizer, tokens)
     every = [tokens.get(i, (f"[PAD{i}]", _UNUSED)) for i in range(size)]
     writer.add_token_list([token for token, _ in every])
     writer.add_token_types([kind for _, kind in every])
@@ -45,6 +46,7 @@ def add_tokenizer(writer: Any, folder: Path, config: ModelConfig) -> None:
     writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
     if template := tokenizer.chat_templates.get("default"):
         writer.add_chat_template(template)
+    return warning
 
 
 def _add_bpe(writer: Any, folder: Path, *_: Any) -> _Tokens:
@@ -103,10 +105,11 @@ def _add_sentencepiece(writer: Any, folder: Path, tokenizer: Tokenizer, vocab_si
     return tokens | {i: (token.content, _kind(token.special)) for i, token in added.items()}
 
 
-def _check_added_tokens(folder: Path, tokenizer: Tokenizer, tokens: _Tokens) -> None:
+def _check_added_tokens(folder: Path, tokenizer: Tokenizer, tokens: _Tokens) -> str:
     """Compare encodings next to added tokens: llama.cpp splits the text at all of them and encodes each rest alone.
 
-    It splits at user-defined tokens always, and at control tokens only if asked to: a difference there is a warning.
+    It splits at user-defined tokens always, and at control tokens only if asked to: a difference there is a warning,
+    which is returned.
     """
 
     def encode(texts: list[str]) -> list[list[int]]:
@@ -123,8 +126,8 @@ def _check_added_tokens(folder: Path, tokenizer: Tokenizer, tokens: _Tokens) -> 
                 message = f"{folder}: llama.cpp encodes text next to token {token!r} otherwise"
                 if wanted == _USER_DEFINED:
                     raise DSMoEError(message)
-                _log.warning("%s", message)
-                return
+                return message
+    return ""
 
 
 def _kind(special: bool) -> int:

@@ -108,7 +108,7 @@ def fetch_file(repo_id: str, file: str, *, revision: str | None = None) -> Path 
         if constants.HF_HUB_OFFLINE:
             cached = try_to_load_from_cache(repo_id, file, revision=commit)
             return Path(cached) if isinstance(cached, str) else None
-        return _download(repo_id, file, commit) if file in _list_files(repo_id, commit)[1] else None
+        return _download(repo_id, file, commit) if file in list_files(repo_id, commit)[1] else None
 
 
 @contextlib.contextmanager
@@ -127,7 +127,7 @@ def hub_of(repo_id: str, *, needed_by: str = "no such folder; a hub id") -> Iter
 
 
 def _from_hub(repo_id: str, revision: str) -> Path:
-    sha, files = _list_files(repo_id, revision)
+    sha, files = list_files(repo_id, revision)
     if CONFIG not in files:
         raise DSMoEError(f"the repository has no {CONFIG}")
     folder = _download(repo_id, CONFIG, sha).parent
@@ -142,12 +142,12 @@ def _from_hub(repo_id: str, revision: str) -> Path:
     return folder
 
 
-def _list_files(repo_id: str, revision: str) -> tuple[str, dict[str, Any]]:
+def list_files(repo_id: str, revision: str, *, upload: bool = False) -> tuple[str, dict[str, Any]]:
     """Return the commit of a revision, as a branch may move during the download, and its files by name."""
     from huggingface_hub import HfApi, constants
 
     timeout = constants.HF_HUB_ETAG_TIMEOUT  # model_info has none by default
-    with one_line_errors(revision):
+    with one_line_errors(revision, upload=upload):
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
     if not re.fullmatch(r"[0-9a-f]{40}", sha := info.sha or ""):
         raise DSMoEError(f"the hub returned commit {quote(sha)} for revision {revision!r}")

@@ -129,7 +129,7 @@ def check_tensors(path: str | Path, config: ModelConfig, reader: CheckpointReade
         more = f" and {len(reader.ignored) - 8} more" if len(reader.ignored) > 8 else ""
         _log.info("Ignoring in %s: %s%s", path, ", ".join(map(quote, reader.ignored[:8])), more)
     check_tensor_count(path, config, len(reader.tensors), per_stack=config.n_routed_experts or 0)
-    if read_json(Path(path) / "config.json").get("auto_map", AUTO_MAP) != AUTO_MAP:
+    if read_json(Path(path) / "config.json").get("auto_map") not in (None, AUTO_MAP, AUTO_MAP | MODELING):
         _log.info("Dropping auto_map of %s: remote code is not copied", path)
     shapes = hf_shapes(config)
     found = {name: info.shape for name, info in reader.tensors.items()}

@@ -10,7 +10,7 @@ from dsmoe_jax.checkpoint.native import save
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import check_choice
 from dsmoe_jax.model import assemble
-from dsmoe_jax.storage.atomic_dir import check_new_path, staging_path
+from dsmoe_jax.storage.atomic_dir import check_new_path, check_outside, staging_path
 from dsmoe_jax.storage.locks import lock_name
 from dsmoe_jax.text import generation_config
 
@@ -52,6 +52,7 @@ def merge_to(
     """
     check_choice("layout", layout, LAYOUTS)
     output_dir, folder = check_new_path(output_dir), resolve(checkpoint, revision, name="checkpoint")
+    check_outside(output_dir, folder)
     scratch = output_dir.with_name(f".{output_dir.name}.merging")
     native = output_dir if layout == "native" else scratch
     with lock_name(output_dir, "merging.lock"):  # `save` and `export_hf` take the other lock

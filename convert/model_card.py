@@ -10,6 +10,10 @@ from dsmoe_jax.checkpoint.manifest import is_native, read_manifest
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.info import count_parameters
 from dsmoe_jax.storage.strict_json import read_json
+from dsmoe_jax.text.tokenizer import tokenizer_files, uses_sentencepiece
+
+from .card_scores import model_index, read_scores
+from .gguf_export import opens_in_llama_cpp
 
 _CARD = """---
 {front_matter}
@@ -22,29 +26,40 @@ A [DeepSeekMoE](https://arxiv.org/abs/2401.06066) language model, exported by ds
 | | |
 | --- | --- |
 {facts}
-
+{evaluation}
 ## Use
 
-In JAX:
+{use}
+"""
+_JAX = """In JAX, with dsmoe_jax installed (in a clone of its repository: `pip install -e '.[hub]'`):
 
 ```python
 import dsmoe_jax
 
 generate = dsmoe_jax.Generator.from_pretrained("{repo_id}")
-print(generate("Hello", max_new_tokens=50).text)
-```
-
-In transformers, with the PyTorch code of this repository (`modeling_deepseek.py`):
+{generate}
+```"""
+_TRANSFORMERS = """In transformers, with the PyTorch code of this repository (`modeling_deepseek.py`):
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {classes}
 
 model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True, dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
-```
+{tokenizer}
+```"""
+_VLLM = "In vLLM: `vllm serve {repo_id} --trust-remote-code`."
+_LLAMA_CPP = """In llama.cpp, from a GGUF file (`pip install -e '.[hub,gguf]'`):
+`dsmoe export {repo_id} model.gguf`."""
+_SLOW = """The tokenizer is a `tokenizer.model`. Use it in transformers 4 with `use_fast=False`; for some texts
+the ids of transformers 5 differ."""
+_EVALUATION = """
+## Evaluation
 
-In vLLM: `vllm serve {repo_id} --trust-remote-code`. In llama.cpp, from a GGUF file:
-`dsmoe convert {repo_id} native && dsmoe export native model.gguf --format gguf`.
+By `dsmoe evaluate`{settings}, in percent or bits per byte:
+
+| benchmark | score | metric | shots | documents |
+| --- | ---: | --- | ---: | ---: |
+{rows}
 """
 
 
@@ -55,6 +70,8 @@ def model_card(
     license: str | None = None,
     base_model: str | None = None,
     config: ModelConfig | None = None,
+    origin: Mapping[str, str] | None = None,
+    evaluation: str | Path | None = None,
 ) -> str:
     """Return the README.md of a repository.
 
@@ -66,12 +83,17 @@ def model_card(
         base_model: Hub id of the model that this one was trained from; default: the source of the checkpoint, if it was
             converted from another repository.
         config: Config of the export, whose dtype may differ; default: that of the checkpoint.
+        origin: `repository` and `revision` of a checkpoint from the hub; default: those that a native one records.
+        evaluation: Output folder of `dsmoe evaluate`; default: `scores` beside the checkpoint, if of this checkpoint.
 
     Returns:
         Markdown with the hub's metadata as front matter.
+
+    Raises:
+        DSMoEError: `evaluation` has no report.
     """
     config = config or ModelConfig.from_file(checkpoint)
-    source = read_manifest(checkpoint).source if is_native(checkpoint) else {}
+    source = origin or (read_manifest(checkpoint).source if is_native(checkpoint) else {})
     repository = source.get("repository")
     base_model = base_model or (repository if repository != repo_id else None)
     metadata: dict[str, Any] = {
@@ -81,12 +103,50 @@ def model_card(
         "license": license,
         "base_model": base_model,
     }
+    name = repo_id.partition("/")[2]
+    scores = read_scores(checkpoint, evaluation)
+    if scores:
+        metadata["model-index"] = model_index(name, scores)
     front_matter = "\n".join(f"{name}: {json.dumps(value)}" for name, value in metadata.items() if value)
     facts = _architecture(config) | _training(checkpoint)
     if repository:
         facts["converted from"] = f"{repository}, commit {source.get('revision')}"
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    return _CARD.format(front_matter=front_matter, name=repo_id.partition("/")[2], repo_id=repo_id, facts=rows)
+    fields = {"front_matter": front_matter, "name": name, "facts": rows}
+    return _CARD.format(**fields, evaluation=_evaluation(scores), use=_use(checkpoint, repo_id, config))
+
+
+def _use(checkpoint: Path, repo_id: str, config: ModelConfig) -> str:
+    """Return how to open the repository, by the libraries that support its config and tokenizer."""
+    parts, fields = [_JAX, _TRANSFORMERS], {"repo_id": repo_id}
+    if not tokenizer_files(checkpoint):
+        fields |= {"classes": "AutoModelForCausalLM", "tokenizer": "logits = model(torch.tensor([[1, 2, 3]])).logits"}
+        fields["generate"] = "print(generate([[1, 2, 3]], max_new_tokens=50)[0].token_ids)"
+        return "\n\n".join(parts).format(**fields).replace("from transformers", "import torch\nfrom transformers")
+    slow = uses_sentencepiece(checkpoint)
+    options = ", use_fast=False" if slow else ""
+    fields["classes"] = "AutoModelForCausalLM, AutoTokenizer"
+    fields["tokenizer"] = f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True{options})'
+    fields["generate"] = 'print(generate("Hello", max_new_tokens=50).text)'
+    if slow:
+        parts.append(_SLOW)
+    if opens_in_llama_cpp(checkpoint, config):  # to our knowledge, vLLM supports these configs
+        parts += [_VLLM.replace("-code", "-code --tokenizer-mode slow") if slow else _VLLM, _LLAMA_CPP]
+    return "\n\n".join(parts).format(**fields)
+
+
+def _evaluation(scores: Mapping[str, Any]) -> str:
+    """Return the section of the scores; "" if there are none."""
+    if not scores:
+        return ""
+    settings = {name: scores.get(name) for name in ("adapter", "quantize", "dtype", "limit", "num_fewshot")}
+    stated = "".join(f", {name} {value}" for name, value in settings.items() if value not in (None, ""))
+    rows = (
+        (row["benchmark"], f"{row['score']:.3g}", row["metric"].replace(",none", ""), row["shots"], f"{row['n']:,}")
+        for row in scores["rows"]
+    )
+    lines = ("| " + " | ".join("–" if cell is None else str(cell) for cell in row) + " |" for row in rows)
+    return _EVALUATION.format(settings=stated, rows="\n".join(lines))
 
 
 def _architecture(config: ModelConfig) -> dict[str, str]:

@@ -46,6 +46,7 @@ def test_demo_keeps_its_files(tmp_path: Path, capsys: pytest.CaptureFixture, mon
     )
     assert {path.name for path in folder.iterdir()} - {"demo.png"} == {"model.json", "run", "hf", "native"}
     assert is_native(folder / "native")
+    assert (folder / "hf" / "modeling_deepseek.py").is_file()
     assert len([record for record in read_records(folder / "run") if "eval/loss" in record]) >= 5
     config = ModelConfig.from_file(folder / "hf")
     assert (config.n_shared_experts, config.is_moe_layer(0), config.is_moe_layer(1)) == (1, False, True)

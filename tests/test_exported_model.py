@@ -115,6 +115,32 @@ def test_text_is_generated_from_the_tokenizer_output(options: dict[str, Any], fo
     assert getattr(found, "sequences", found).tolist() == model.generate(**plain, **common).tolist()
 
 
+def test_stop_strings_end_the_output(folder: Path, model: Any):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    prompt: dict[str, Any] = {"input_ids": IDS[:1], "attention_mask": torch.ones_like(IDS[:1])}
+    common: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    want = model.generate(**prompt, **common)[0, 12:]
+    stop = tokenizer.decode(want[1:2])  # the first token is no complete character
+
+    found = model.generate(**prompt, **common, stop_strings=[stop], tokenizer=tokenizer)[0, 12:]
+
+    assert found.tolist() == want[:2].tolist()
+
+
+def test_generation_keeps_the_cache_in_training_mode(model: Any):
+    prompt: dict[str, Any] = {"input_ids": IDS[:1], "attention_mask": torch.ones_like(IDS[:1])}
+    want = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    lengths: list[int] = []
+    model.train()
+    model.gradient_checkpointing_enable()
+    model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
+
+    found = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+
+    assert found.tolist() == want.tolist()
+    assert lengths == [12] + [1] * (len(found[0]) - 13)
+
+
 def test_shifted_labels_are_used(model: Any):
     shifted = torch.nn.functional.pad(IDS, (0, 1), value=-100)[:, 1:].contiguous()
 

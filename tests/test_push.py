@@ -19,6 +19,7 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import export_gguf, import_hf, push
 from dsmoe_jax.convert.model_card import model_card
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.storage.locks import lock_name
 from tests.helpers.fake_hub import FakeHub, serve
 from tests.helpers.hf_folder import make_tokenizer, random_params, tiny, write_hf
 
@@ -92,6 +93,24 @@ def test_repeated_push_sends_the_weights_once(hub: FakeHub, native: Path, tmp_pa
     assert files(hub, "someone/twice", "v2").keys() == files(hub, "someone/twice").keys()
 
 
+def test_files_of_another_model_are_removed(hub: FakeHub, native: Path, tmp_path: Path):
+    weights = ("model.safetensors", "model-00001-of-00009.safetensors", "pytorch_model-00001-of-00002.bin")
+    indexes = ("pytorch_model.bin.index.json", "tf_model.h5")
+    stale = (*weights, *indexes, "adapter_config.json", "adapter_model.safetensors", "tokenizer.model")
+    kept = ("notes.txt", "old/model.safetensors", "model.gguf")
+    hub.add("someone/full", dict.fromkeys((*stale, *kept, "README.md", "config.json"), b"{}"))
+
+    run = dsmoe(hub, tmp_path, "push", native, "someone/full")
+
+    assert run.returncode == 0, run.stderr
+    found = files(hub, "someone/full").keys()
+    assert not found & {*stale}
+    assert {*kept, "model.safetensors.index.json"} <= found
+    assert len(hub.repositories["someone/full"].commits) == 2
+    assert f"Removing {len(stale)} files of another model from someone/full" in run.stderr
+    assert "Replacing README.md of someone/full" in run.stderr
+
+
 @pytest.mark.parametrize(("name", "options", "line"), [
     ("someone/no-token", {"token": ""}, "an upload needs a token: set HF_TOKEN or run `hf auth login`"),
     ("someone/forbidden", {}, "does not permit it"),
@@ -118,27 +137,78 @@ def test_refusals_are_one_line(
     assert nothing_left(native)
 
 
+def test_public_repository_does_not_become_private(hub: FakeHub, native: Path, tmp_path: Path):
+    hub.add("someone/public", {"config.json": b"{}"})
+
+    run = dsmoe(hub, tmp_path, "push", native, "someone/public", "--private")
+
+    assert run.returncode == 2
+    line = "private is set, but the repository exists and is public; nothing was uploaded"
+    assert run.stderr.splitlines()[-1] == f"dsmoe push: someone/public: {line}"
+    assert len(hub.repositories["someone/public"].commits) == 1
+    assert nothing_left(native)
+
+
+def test_second_push_of_a_checkpoint_waits(native: Path):
+    with lock_name(native, "push.lock"), pytest.raises(DSMoEError, match="native is in use by another process"):
+        push(native, "someone/x")
+
+
+def test_hub_id_is_pushed(hub: FakeHub, native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hub.add("someone/origin", {path.name: path.read_bytes() for path in (native.parent / "hf").iterdir()})
+    monkeypatch.chdir(tmp_path)
+
+    run = dsmoe(hub, tmp_path / "home", "push", "someone/origin", "else/copy")
+
+    assert run.returncode == 0, run.stderr
+    found = files(hub, "else/copy")
+    assert "model.safetensors.index.json" in found
+    assert b'base_model: "someone/origin"' in found["README.md"]
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+@pytest.mark.parametrize(("files", "message"), [
+    (["adapter_config.json"], "has no config.json: it is an adapter"),
+    (["run.json"], "it is the folder of a run; did you mean .*model"),
+    ([], "config.json: does not exist"),
+    (None, "checkpoint must be a folder, got the file"),
+], ids=["adapter", "run", "empty", "file"])  # fmt: skip
+def test_other_sources_are_refused_with_a_hint(files: list[str] | None, message: str, tmp_path: Path):
+    source = tmp_path / "source"
+    if files is None:
+        source.touch()
+    else:
+        source.mkdir()
+        for file in files:
+            (source / file).write_text("{}")
+
+    with pytest.raises(DSMoEError, match=message):
+        push(source, "someone/x")
+
+
 def test_interrupted_push_resumes(hub: FakeHub, native: Path, tmp_path: Path):
     hub.objects.clear()
     uploads, push = hub.uploads, ("push", native, "someone/interrupted")
-    for step in ("put", "commit"):
+    for step, number in (("put", signal.SIGINT), ("commit", signal.SIGTERM), ("commit", signal.SIGKILL)):
         hub.stall = step
         hub.stalled.clear()
         hub.go_on.clear()
         with start(hub, tmp_path, *push) as process:
             assert hub.stalled.wait(60)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             process.communicate(timeout=10)  # although the hub does not answer
         hub.stall = ""
         hub.go_on.set()
 
-        assert process.returncode == 130
         assert not files(hub, "someone/interrupted")
-        assert nothing_left(native)
+        killed = number == signal.SIGKILL
+        assert process.returncode == (-number if killed else 130)
+        assert nothing_left(native) is not killed
 
     assert dsmoe(hub, tmp_path, *push).returncode == 0
+    assert nothing_left(native)
     assert "model.safetensors.index.json" in files(hub, "someone/interrupted")
-    assert hub.uploads == uploads + 2  # the first is incomplete, and the last run uploads nothing
+    assert hub.uploads == uploads + 2  # the first is incomplete, and the last two runs upload nothing
 
 
 @pytest.mark.parametrize(("repo_id", "base_model", "message"), [
@@ -146,6 +216,7 @@ def test_interrupted_push_resumes(hub: FakeHub, native: Path, tmp_path: Path):
     ("some one/x", None, "some one/x: the repository id must have the form owner/name"),
     ("someone/a--b", None, "someone/a--b: Cannot have -- or .. in repo_id"),
     ("someone/x.git", None, "someone/x.git: Repo_id cannot end by '.git'"),
+    ("someone/x", "someone/x", "someone/x: base_model must be another repository"),
     ("someone/x", "a b", "someone/x: base_model must be a hub id, got 'a b'"),
     ("someone/x", "https://hub/a/b", "someone/x: base_model must be a hub id, got 'https://hub/a/b'"),
 ])  # fmt: skip

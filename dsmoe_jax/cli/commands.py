@@ -67,6 +67,8 @@ def _run(argv: Sequence[str], interrupted: threading.Event) -> int:
         command = f"dsmoe {args.verb}"
         set_environment()
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        if not sys.stderr.isatty():
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         logging.raiseExceptions = False  # drop log lines that stderr cannot take
         for library in ("absl", "gguf", "httpx", "httpx2", "jax", "orbax"):
             logging.getLogger(library).setLevel(logging.ERROR)
@@ -183,7 +185,9 @@ def _export(args: argparse.Namespace) -> None:
 
     options = {"dtype": _cast(args), "revision": args.revision, "progress": bar}
     hf_options = {name: value for name in ("max_shard_size", "with_modeling") if (value := getattr(args, name))}
-    if args.format != "gguf":
+    if (args.format or ("gguf" if args.out.endswith(".gguf") else "hf")) == "hf":
+        if args.dtype == "q8_0":
+            raise DSMoEError("--dtype q8_0 needs --format gguf")
         print_status(export_hf(args.source, args.out, **options, **hf_options))
     elif hf_options:
         raise DSMoEError(f"--{next(iter(hf_options)).replace('_', '-')} needs --format hf")
@@ -194,7 +198,7 @@ def _export(args: argparse.Namespace) -> None:
 def _push(args: argparse.Namespace) -> None:
     from dsmoe_jax.convert import push
 
-    names = ("private", "revision", "dtype", "license", "base_model", "dry_run")
+    names = ("private", "revision", "dtype", "license", "base_model", "evaluation", "dry_run")
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
     print_status(push(args.checkpoint, args.repo_id, **options, progress=bar))
 

@@ -65,7 +65,7 @@ def _run(folder: Path, steps: int, plot: Path) -> None:
     native = _train(config, plot)
     hf, imported = folder / "hf", folder / "native"
     with _step("Exporting to the Hugging Face layout"):
-        export_hf(native, hf)
+        export_hf(native, hf, with_modeling=True)
     with _step("Importing"):
         import_hf(hf, imported)
     before, after = (json.loads((path / "dsmoe_jax.json").read_text())["tensors"] for path in (native, imported))

@@ -50,6 +50,10 @@ _FILE: Final = (
     "prompts, a JSON object per line: prompt, token_ids or messages; optional id and sampling parameters; -: stdin"
 )
 _BIAS: Final = "add VALUE in [-100, 100] to the logit of token ID; repeatable"
+_EVALUATION: Final = (
+    "results of `dsmoe evaluate` for the model card; default: scores beside CKPT, if they are of this checkpoint"
+)
+_FORMAT: Final = "hf: for vLLM, SGLang, transformers; gguf: for llama.cpp; default: gguf if OUT is *.gguf, else hf"
 _GGUF_DTYPE: Final = {"choices": (*_DTYPES, "q8_0", "keep"), "default": "keep"}
 _MODELING: Final = (
     "with hf: add PyTorch code, so that AutoModelForCausalLM opens the folder with trust_remote_code=True"
@@ -188,17 +192,15 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
         _arg("source", _CHECKPOINT, _CKPT),
         _arg("out", "Hugging Face folder or GGUF file to create", "OUT"),
         _REVISION,
-        _arg(
-            "--format", "hf: for vLLM, SGLang, transformers; gguf: for llama.cpp; default: hf", choices=("hf", "gguf")
-        ),
+        _arg("--format", _FORMAT, choices=("hf", "gguf")),
         _arg("--dtype", "cast the weights to this dtype; q8_0: gguf only; default: keep, as stored", **_GGUF_DTYPE),
         _arg("--max-shard-size", "with hf: maximum size of a file; default: 5GB", "SIZE"),
         _arg("--with-modeling", _MODELING, **_OPTIONAL),
     ),
     "push": (
-        _arg("checkpoint", "native checkpoint or Hugging Face folder", "CKPT"),
+        _arg("checkpoint", _CHECKPOINT, _CKPT),
         _arg("repo_id", "repository to create or update, OWNER/NAME", "HUB_ID"),
-        _arg("--private", "create a private repository; an existing one stays as it is", **_OPTIONAL),
+        _arg("--private", "create a private repository; an existing public one is refused", **_OPTIONAL),
         _arg("--revision", "branch to upload to, created if missing; default: main", "BRANCH"),
         _DTYPE,
         _arg("--license", "license stated in the model card, such as mit; default: none", "NAME"),
@@ -207,6 +209,7 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
             "hub id of the base model in the model card; default: the repository it was converted from, if any",
             "HUB_ID",
         ),
+        _arg("--evaluation", _EVALUATION, "DIR"),
         _arg("--dry-run", "write the files to this new folder instead of uploading them; default: upload", "DIR"),
     ),
     "verify": (

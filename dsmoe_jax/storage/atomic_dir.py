@@ -89,6 +89,12 @@ def check_new_path(path: str | Path) -> Path:
     return path
 
 
+def check_outside(path: Path, checkpoint: Path) -> None:
+    """Raise `DSMoEError` if an output would be inside the checkpoint that is read."""
+    if checkpoint.resolve() in path.resolve().parents:
+        raise DSMoEError(f"{path} is inside the checkpoint {checkpoint}; choose a path outside")
+
+
 @contextlib.contextmanager
 def atomic_dir(path: str | Path, *, needs: int = 0, job: Mapping[str, Any] | None = None) -> Iterator[StagingDir]:
     """Yield a `StagingDir` that is fsynced and renamed to `path` when the block succeeds.
@@ -115,7 +121,7 @@ def atomic_dir(path: str | Path, *, needs: int = 0, job: Mapping[str, Any] | Non
         stack.callback(staging.close)
         resumable = bool(staging.finished)
         try:
-            check_space(path, needs - sum(file.lstat().st_size for file in folder.rglob("*")))
+            check_space(path, needs - folder_size(folder))
             resumable = False
             yield staging
             sync_tree(folder)
@@ -133,11 +139,11 @@ def atomic_dir(path: str | Path, *, needs: int = 0, job: Mapping[str, Any] | Non
 
 @contextlib.contextmanager
 def name_full_disk(path: Path) -> Iterator[None]:
-    """Add `path` to the `OSError` of a full disk that has no file name."""
+    """Name `path` in the `OSError` of a full disk, which has no file name, the source's or that of a staging file."""
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC and error.filename is None:
+        if error.errno == errno.ENOSPC:
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
@@ -176,6 +182,11 @@ def _exchange(one: Path, other: Path) -> bool:
     if renameat2 is None:
         return False
     return renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+def folder_size(folder: Path) -> int:
+    """Return the bytes of all files in a folder, 0 if there is none."""
+    return sum(file.lstat().st_size for file in folder.rglob("*"))
 
 
 def check_space(path: Path, needed: int) -> None:

@@ -22,6 +22,11 @@ def tokenizer_files(folder: str | Path) -> tuple[Path, ...]:
     return tuple(path for name in TOKENIZER_FILES if (path := user_path(folder, "tokenizer folder") / name).is_file())
 
 
+def uses_sentencepiece(folder: Path) -> bool:
+    """Return whether the tokenizer of `folder` is a `tokenizer.model`, which transformers converts when it loads it."""
+    return (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+
+
 class Tokenizer:
     """Encodes and decodes text with the same ids as transformers.
 

@@ -166,6 +166,9 @@ class _Handler(BaseHTTPRequestHandler):
             files = dict(repository.commits[repository.branches[match[3]]])
             for line in lines[1:]:
                 value = line["value"]
+                if line["key"] == "deletedFile":
+                    del files[value["path"]]
+                    continue
                 files[value["path"]] = (
                     b64decode(value["content"]) if line["key"] == "file" else hub.objects[value["oid"]]
                 )
@@ -226,7 +229,8 @@ class _Handler(BaseHTTPRequestHandler):
                 lfs = {"size": size, "sha256": _etag(file, data), "pointerSize": 134} if file.endswith(LFS) else None
                 blob = {"blobId": _etag("", data)} | ({"lfs": lfs} if lfs else {})
                 siblings.append({"rfilename": file, "size": size, **blob})
-            self._answer(200, {}, json.dumps({"id": name, "sha": sha, "siblings": siblings}).encode())
+            fields = {"id": name, "sha": sha, "private": repository.private, "siblings": siblings}
+            self._answer(200, {}, json.dumps(fields).encode())
 
     def _send(self, name: str, revision: str, file: str) -> None:
         if not (found := self._find(name, revision, file)):
