@@ -51,8 +51,14 @@ def masks(tokens: int) -> dict[str, tuple[CausalMask, np.ndarray, int]]:
     }
 
 
-@pytest.mark.parametrize("tokens", [5, pytest.param(150, marks=pytest.mark.slow), 600])
-@pytest.mark.parametrize("name", masks(5))
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        *((name, 5) for name in masks(5)),
+        *(("shared", 600), ("cached", 600)),
+        *(pytest.param(name, tokens, marks=pytest.mark.slow) for name in masks(5) for tokens in (150, 601)),
+    ],
+)
 def test_mask_by_parts_equals_the_array(name: str, tokens: int):
     parts, array, slots = masks(tokens)[name]
     keys = jax.random.split(jax.random.key(0), 3)
@@ -77,7 +83,7 @@ def shapes_in(jaxpr: Any) -> Iterator[tuple[int, ...]]:
             yield from shapes_in(inner)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_training_makes_no_array_of_all_scores(remat: str):
     tokens = 640
     graph, params = split(DeepSeekMoE.init(small.SMALL))

@@ -17,12 +17,15 @@ from tests.helpers.command import run
 from tests.helpers.evaluation import CHOICES, COPY, NUM_DOCS, TASKS, TEXTS, write_tasks
 
 pytest.importorskip("lm_eval", reason="evaluation needs the harness: pip install -e '.[eval]'")
+
 import sys
 
 from dsmoe_jax.evaluate import DSMoELM, Evaluation, evaluate, responses, task_data
 from dsmoe_jax.evaluate.run import Protocol, load_rows, task_metrics
 from dsmoe_jax.evaluate.task_loading import TaskLoader
 from dsmoe_jax.progress import silent
+
+pytestmark = pytest.mark.heavy
 
 ALL = ",".join(TASKS)
 CODE = {"humaneval", "mbpp"}
@@ -237,7 +240,11 @@ BAD: dict[str, tuple[list[str], str]] = {
 }
 
 
-@pytest.mark.parametrize(("flags", "message"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    # The names of all tasks take seconds to read.
+    [pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name == "unknown task")) for name, case in BAD.items()],
+)
 def test_bad_input_is_one_line(
     loaded: None,
     flags: list[str],

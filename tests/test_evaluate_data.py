@@ -12,7 +12,10 @@ from dsmoe_jax.evaluate.task_data import hub_is_reachable, local_source, used_sp
 from tests.helpers.evaluation import CHOICES, NUM_DOCS, documents, write_split, write_tasks
 
 pytest.importorskip("lm_eval", reason="evaluation needs the harness: pip install -e '.[eval]'")
+
 from dsmoe_jax.evaluate.task_loading import LoadedRow, TaskLoader
+
+pytestmark = pytest.mark.heavy
 
 CONFIG = {"dataset_path": "owner/name", "dataset_name": "part"}
 RACE = {

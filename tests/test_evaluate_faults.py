@@ -13,7 +13,10 @@ from dsmoe_jax.storage.locks import lock_name
 from tests.helpers.evaluation import CHOICES, COPY, TEXTS, write_tasks
 
 pytest.importorskip("lm_eval", reason="evaluation needs the harness: pip install -e '.[eval]'")
+
 from dsmoe_jax.evaluate import Evaluation, evaluate, task_data
+
+pytestmark = pytest.mark.heavy
 
 GROUPS = {
     "local_group": "group: local_group\ntask: [local_choices, local_copy]\n",

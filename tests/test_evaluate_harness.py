@@ -13,10 +13,13 @@ from dsmoe_jax.generate import Generator, SamplingParams
 from dsmoe_jax.text.tokenizer import Tokenizer
 
 pytest.importorskip("lm_eval", reason="evaluation needs the harness: pip install -e '.[eval]'")
+
 from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import get_model, model_registry  # pyright: ignore[reportMissingImports]
 
 from dsmoe_jax.evaluate.harness import DSMoELM
+
+pytestmark = pytest.mark.heavy
 
 PAIRS = [("def f(x", "): return"), ("import os ", " path"), ("", "import"), ("a\n", "b"), ("def f(x", "): return")]
 WINDOW = 16

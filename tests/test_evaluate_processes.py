@@ -10,7 +10,7 @@ from tests.helpers.evaluation import NUM_DOCS, TASKS, write_tasks
 from tests.helpers.processes import run_two
 
 pytest.importorskip("lm_eval", reason="evaluation needs the harness: pip install -e '.[eval]'")
-pytestmark = pytest.mark.heavy
+pytestmark = pytest.mark.slow
 
 TIMEOUT = 240
 PROGRAM = """

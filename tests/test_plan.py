@@ -28,6 +28,8 @@ from dsmoe_jax.train.step import StepConfig
 from tests.benchmarks import plan_check
 from tests.helpers.command import run
 
+pytestmark = pytest.mark.heavy
+
 REPORT = Path(plan_check.__file__).with_name("reports") / "2026-11-29-plan.md"
 
 

@@ -11,6 +11,8 @@ from dsmoe_jax.model import DeepSeekMoE
 from tests.helpers import small
 from tests.helpers.few_shot import questions
 
+pytestmark = pytest.mark.heavy
+
 MODEL = DeepSeekMoE.init(small.SMALL, seed=2)
 PROMPTS = [context for context, _ in questions(6, shots=4, vocab=small.SMALL.vocab_size)[::4]]
 
@@ -80,7 +82,11 @@ def test_prefix_beyond_the_bound_is_dropped():
     assert len(cache) == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"prefill_chunk": 32}, {"max_batch_size": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"max_batch_size": 2}, *(pytest.param(one, marks=pytest.mark.slow) for one in ({}, {"prefill_chunk": 32}))],
+    ids=str,
+)
 def test_shared_beginning_of_prompts_is_read_once(options):
     sharing, plain = Generator(MODEL, **options), Generator(MODEL, prefix_cache_bytes=0, **options)
 

@@ -24,6 +24,7 @@ from tests.helpers.fake_hub import FakeHub, serve
 from tests.helpers.hf_folder import make_tokenizer, random_params, tiny, write_hf
 
 pytest.importorskip("huggingface_hub")
+pytestmark = pytest.mark.heavy
 
 MODEL = "someone/tiny-moe"
 
@@ -154,6 +155,7 @@ def test_second_push_of_a_checkpoint_waits(native: Path):
         push(native, "someone/x")
 
 
+@pytest.mark.slow
 def test_hub_id_is_pushed(hub: FakeHub, native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     hub.add("someone/origin", {path.name: path.read_bytes() for path in (native.parent / "hf").iterdir()})
     monkeypatch.chdir(tmp_path)
@@ -186,6 +188,7 @@ def test_other_sources_are_refused_with_a_hint(files: list[str] | None, message:
         push(source, "someone/x")
 
 
+@pytest.mark.slow
 def test_interrupted_push_resumes(hub: FakeHub, native: Path, tmp_path: Path):
     hub.objects.clear()
     uploads, push = hub.uploads, ("push", native, "someone/interrupted")

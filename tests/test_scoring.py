@@ -165,7 +165,11 @@ def few_shot(*, vocab: int = SMALL.vocab_size) -> list[Ids]:
     return [*sets[0], *questions(1, shots=0, vocab=vocab, seed=9), *sets[1]]
 
 
-@pytest.mark.parametrize("options", [{}, {"max_tokens": 16}, {"prefill_chunk": 32}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, *(pytest.param(one, marks=pytest.mark.slow) for one in ({"max_tokens": 16}, {"prefill_chunk": 32}))],
+    ids=str,
+)
 def test_sharing_tokens_does_not_change_scores(options):
     model, pairs, stats = model_of(SMALL), few_shot(), Stats()
     random.Random(0).shuffle(pairs)
@@ -190,6 +194,7 @@ def test_prefix_of_an_earlier_call_is_reused():
     assert first.prompt_tokens - second.prompt_tokens == shared - 1  # the last token is read for its logits
 
 
+@pytest.mark.slow
 def test_sharing_tokens_on_a_mesh_matches_one_device():
     config = dataclasses.replace(SMALL, n_routed_experts=8)
     one, many = (DeepSeekMoE.init(config, mesh=mesh) for mesh in (None, MESHES["expert=2,tensor=2,fsdp=2"]))

@@ -7,13 +7,15 @@ backward pass is an explicit loop. Compute is in fp32 for every storage dtype: X
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 
 from dsmoe_jax.axes import Array, Bool, Float, Int
 from dsmoe_jax.kernels.operand import Blocks, GradMask, Inputs, swiglu
+
+_LADDER_ROWS: Final = 1024  # with fewer rows, compiling five sizes takes longer than they save
 
 
 def block_rows(rows: int, experts: int) -> int:
@@ -32,6 +34,8 @@ def ladder(rows: int, experts: int) -> tuple[int, ...]:
     Routing is skewed: blocks of one size are 53 to 70 % full.
     """
     size = block_rows(rows, experts)
+    if rows < _LADDER_ROWS:
+        return (size,)
     return (size // 4, size // 2, size * 3 // 4, size, size * 2) if size >= 32 else (size,)
 
 

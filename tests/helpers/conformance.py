@@ -37,11 +37,11 @@ GROUPS = {
     # with 6 rows, one at a time:
     "one row each":        [2, 1, 0, 3],
     "one row, rows beyond": [0, 1, 0, 0],
-    # with 540 rows, a block of each size from 32 to 256:
-    "largest blocks":      [316, 128, 94, 2],
+    # with 1040 rows, a block of each size from 32 to 256:
+    "largest blocks":      [572, 128, 94, 2],
 }
 ROWS = {name: 24 for name in GROUPS} | {
-    "one row each": 6, "one row, rows beyond": 6, "largest blocks": 540,
+    "one row each": 6, "one row, rows beyond": 6, "largest blocks": 1040,
 }
 KINDS = {
     # a different kind per operand:   gate                   up                     down                    frozen
