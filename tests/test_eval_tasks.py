@@ -22,6 +22,7 @@ from tests.helpers.hf_folder import tiny
 pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("on_one_device")]
 
 QUESTIONS, STEPS = 60, 60
+SCORE = "eval/continuations/acc_mutual_info"
 
 
 def texts(seed: int, count: int) -> list[str]:
@@ -71,12 +72,12 @@ def trained(home: Path) -> Path:
 def test_trained_model_beats_chance_on_what_its_texts_teach(home: Path, trained: Path):
     run(config(home, trained))
 
-    scores = {r["step"]: r["eval/continuations/acc"] for r in read_records(trained) if "eval/continuations/acc" in r}
+    scores = {r["step"]: r[SCORE] for r in read_records(trained) if SCORE in r}
     assert list(scores) == [STEPS // 2, STEPS]
     chance = 25 + 3 * 100 * math.sqrt(0.25 * 0.75 / QUESTIONS)  # three standard errors
     assert scores[STEPS] > chance
     (events,) = trained.rglob("events.out.tfevents*")
-    assert b"eval/continuations/acc" in events.read_bytes()
+    assert SCORE.encode() in events.read_bytes()
 
 
 def test_report_of_the_trained_model_has_the_same_score(home: Path, trained: Path, tmp_path: Path):
@@ -84,7 +85,7 @@ def test_report_of_the_trained_model_has_the_same_score(home: Path, trained: Pat
 
     evaluate(trained / "model", suite="continuations", include_path=home / "tasks", out=tmp_path / "out")
 
-    last = [r["eval/continuations/acc"] for r in read_records(trained) if "eval/continuations/acc" in r][-1]
+    last = [r[SCORE] for r in read_records(trained) if SCORE in r][-1]
     (row,) = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
     assert row["score"] == pytest.approx(last)
     assert f"{last:.1f}" in (tmp_path / "out" / "report.md").read_text()
@@ -99,7 +100,7 @@ def test_tasks_of_a_lora_run_see_the_adapter(home: Path, trained: Path, tmp_path
 
     run(FinetuneConfig(**(fields | {"init_from": str(trained / "model"), "eval_tasks_limit": 8})))
 
-    assert [r["step"] for r in read_records(tmp_path / "out") if "eval/continuations/acc" in r] == [2]
+    assert [r["step"] for r in read_records(tmp_path / "out") if SCORE in r] == [2]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from dsmoe_jax.checkpoint.native import collective_errors
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.evaluate.libraries import check_installed, quiet, set_environment
+from dsmoe_jax.evaluate.libraries import check_installed, quiet
 from dsmoe_jax.evaluate.run import Protocol, load_rows, task_metrics
 from dsmoe_jax.evaluate.task_data import data_folder
 from dsmoe_jax.evaluate.task_loading import LoadedRow, TaskLoader
@@ -64,7 +64,6 @@ def open_tasks(config: RunConfig, job: Job, graph: Any) -> EvalTasks | None:
     """
     if not config.eval_tasks:
         return None
-    set_environment()
     with quiet():
         with collective_errors():
             check_installed()

@@ -25,7 +25,7 @@ doc_to_target: answer
 target_delimiter: ""
 num_fewshot: 0
 metric_list:
-  - metric: acc
+  - metric: acc_mutual_info  # probability after the context over that without it: some passages are likely anywhere
     aggregation: mean
     higher_is_better: true
 metadata:

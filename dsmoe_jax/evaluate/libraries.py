@@ -27,6 +27,7 @@ def set_environment() -> None:
 
 def check_installed() -> None:
     """Raise `DSMoEError` if `lm_eval` is not installed."""
+    set_environment()
     try:
         import lm_eval.tasks  # noqa: F401 # pyright: ignore[reportMissingImports]
     except ImportError as error:
