@@ -50,7 +50,10 @@ QUICK = {
 }
 
 
-@pytest.fixture(scope="module", params=QUICK)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name == "one device")) for name in QUICK],
+)
 def compared(request: pytest.FixtureRequest) -> plan_check.Comparison:
     return plan_check.compare(QUICK[request.param])
 
