@@ -108,7 +108,7 @@ def _add_sentencepiece(writer: Any, folder: Path, tokenizer: Tokenizer, vocab_si
 def _check_added_tokens(folder: Path, tokenizer: Tokenizer, tokens: _Tokens) -> str:
     """Compare encodings next to added tokens: llama.cpp splits the text at all of them and encodes each rest alone.
 
-    It splits at user-defined tokens always, and at control tokens only if asked to: a difference there is a warning,
+    It splits at user-defined tokens always, and at control tokens only on request: a difference there is a warning,
     which is returned.
     """
 

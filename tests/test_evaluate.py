@@ -4,6 +4,7 @@ import json
 import math
 import random
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,6 @@ from tests.helpers.command import run
 from tests.helpers.evaluation import CHOICES, COPY, NUM_DOCS, TASKS, TEXTS, write_tasks
 
 pytest.importorskip("lm_eval", reason="evaluation needs the harness: pip install -e '.[eval]'")
-
-import sys
 
 from dsmoe_jax.evaluate import DSMoELM, Evaluation, evaluate, responses, task_data
 from dsmoe_jax.evaluate.run import Protocol, load_rows, task_metrics

@@ -114,12 +114,12 @@ def test_the_default_length_leaves_half_the_window(generator: Generator):
 
 def test_errors_name_task_and_document(generator: Generator):
     lm = DSMoELM(generator, max_length=WINDOW)
-    asked: list[tuple[str, Any, Any]] = [
+    cases: list[tuple[str, Any, Any]] = [
         ("loglikelihood", ("a", ""), lm.loglikelihood),
         ("generate_until", ("a", {"max_gen_toks": 16}), lm.generate_until),
         ("generate_until", ("a", {"untill": []}), lm.generate_until),
     ]
-    for kind, arguments, answer in asked:
+    for kind, arguments, answer in cases:
         one = Instance(request_type=kind, doc={}, arguments=arguments, idx=0, metadata=("copy", 7, 1))  # pyright: ignore
         with pytest.raises(DSMoEError, match=r"^copy, document 7: "):
             answer([one])

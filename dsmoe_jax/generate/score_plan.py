@@ -100,22 +100,23 @@ def plan(
 
 def _rows(order: Sequence[int], pairs: Sequence[Pair], context_length: int, max_tokens: int) -> Iterator[Row]:
     """Merge neighbors in the order of their tokens whose trunk reaches the end of their contexts."""
-    row: Row | None = None
-    for previous, i in zip([None, *order], order, strict=False):
+    row: list[int] = []
+    trunk = total = longest = context = 0
+    for i in order:
         pair = pairs[i]
-        if row is not None and previous is not None:
-            shared = min(row.trunk, common_prefix(pairs[previous].read, pair.read))
-            lengths = [pair.length, *(pairs[j].length for j in row.pairs)]
-            length = shared + sum(one - shared for one in lengths)
-            context = max(pair.context, *(pairs[j].context for j in row.pairs))
-            fits = length <= context_length and length - shared <= max_tokens
-            if fits and shared >= context - _MAX_TAIL and 2 * shared >= max(lengths):
-                row = Row([*row.pairs, i], shared, length)
+        if row:
+            shared = min(trunk, common_prefix(pairs[row[-1]].read, pair.read))
+            merged = total + pair.length, max(longest, pair.length), max(context, pair.context)
+            branches = merged[0] - shared * (len(row) + 1)
+            fits = shared + branches <= context_length and branches <= max_tokens
+            if fits and shared >= merged[2] - _MAX_TAIL and 2 * shared >= merged[1]:
+                row.append(i)
+                trunk, (total, longest, context) = shared, merged
                 continue
-            yield row
-        row = Row([i], pair.length, pair.length)
-    if row is not None:
-        yield row
+            yield Row(row, trunk, total - trunk * (len(row) - 1))
+        row, trunk, total, longest, context = [i], pair.length, pair.length, pair.length, pair.context
+    if row:
+        yield Row(row, trunk, total - trunk * (len(row) - 1))
 
 
 def _runs(rows: Sequence[Row], pairs: Sequence[Pair]) -> Iterator[tuple[int, list[Row]]]:
