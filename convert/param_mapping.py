@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.model import abstract
 
 # fmt: off
@@ -46,7 +47,13 @@ TIED_HEAD: Final = "lm_head.weight"
 
 
 def hf_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Return the HF tensors of each of our parameters: one, or one per expert in order."""
+    """Return the HF tensors of each of our parameters: one, or one per expert in order.
+
+    Raises:
+        DSMoEError: The model has hash routing, which PyTorch's code has not.
+    """
+    if config.hash_routing:
+        raise DSMoEError("topk_method 'hash' is for pretraining here; a Hugging Face folder cannot have it")
 
     def tensors(name: str) -> tuple[str, ...]:
         row = name_in(_HF_NAME, name)

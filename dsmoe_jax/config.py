@@ -127,11 +127,18 @@ class ModelConfig:
             if self.num_experts_per_tok is None:
                 raise DSMoEError(f"num_experts_per_tok is missing though n_routed_experts is {self.n_routed_experts}")
             _check("num_experts_per_tok", self.num_experts_per_tok, (int,), 1, self.n_routed_experts)
+        if self.hash_routing and (self.num_experts_per_tok != 1 or self.aux_loss_alpha):
+            raise DSMoEError("topk_method 'hash' needs num_experts_per_tok 1 and aux_loss_alpha 0")
 
     @property
     def num_kv_heads(self) -> int:
         """`num_key_value_heads`, or `num_attention_heads` for None."""
         return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def hash_routing(self) -> bool:
+        """Whether `topk_method` in `extra` is "hash": experts by a hash of the token id, a baseline of the paper."""
+        return self.extra.get("topk_method") == "hash"
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -264,7 +271,7 @@ _FOREIGN: Final[dict[str, tuple[Any, ...]]] = {
         ((None, 0, 1), "n_group topk_group n_expert_groups n_limited_groups"),
         ((None, {}), "quantization_config pruned_heads"),
         ((None, []), "mlp_only_layers"),
-        ((None, "greedy", "gready"), "topk_method"),  # DeepSeek V2's own default is misspelled
+        ((None, "greedy", "gready", "hash"), "topk_method"),  # DeepSeek V2's own default is misspelled
     )
     for name in names.split()
 }

@@ -26,10 +26,11 @@ from dsmoe_jax.kernels.attention import CausalMask
 from dsmoe_jax.kernels.matmul import matmul
 from dsmoe_jax.kernels.operand import Quantized
 from dsmoe_jax.kv_cache import KVCache, LayerCache
+from dsmoe_jax.layers.ablation import Ablation
 from dsmoe_jax.layers.block import Block
 from dsmoe_jax.layers.norm import RMSNorm
 from dsmoe_jax.layers.rope import rotation
-from dsmoe_jax.layers.router import Routing
+from dsmoe_jax.layers.router import Routing, hash_experts
 from dsmoe_jax.layers.token_dispatcher import DispatchConfig
 from dsmoe_jax.layers.weights import Initializer, Linear, weight
 from dsmoe_jax.sharding import (
@@ -115,6 +116,7 @@ class DeepSeekMoE(nnx.Module):
         position_ids: Any = None,
         *,
         output_hidden_states: bool = False,
+        ablation: Ablation | None = None,
     ) -> ModelOutput:
         """Compute the logits of every position; works under transformations of JAX and Flax.
 
@@ -123,10 +125,14 @@ class DeepSeekMoE(nnx.Module):
             attention_mask: [B, T], 1 for tokens and 0 for padding on either side; outputs at padding are undefined.
             position_ids: int [B, T]; default 0 … T-1 in every sequence, padding included.
             output_hidden_states: Also return the L + 1 hidden states.
+            ablation: Change the routing; see `ablated`.
 
         Raises:
             DSMoEError: Shapes differ, or a token id is outside the vocabulary (not checked under tracing).
         """
+        if ablation is not None:
+            options = {"output_hidden_states": output_hidden_states}
+            return self.ablated(ablation)(token_ids, attention_mask, position_ids, **options)
         token_ids = check_token_ids(token_ids, self.config.vocab_size)
         _warn_beyond_context(token_ids.shape[1], self.config.context_length)
         # Defaults are filled in outside jit, so that calls with and without them share a compiled program.
@@ -141,6 +147,20 @@ class DeepSeekMoE(nnx.Module):
             token_ids = pin_to_mesh_of(params, token_ids)
         with traceable_mesh_of(params):
             return _forward(graph, params, token_ids, mask, positions, output_hidden_states)
+
+    def ablated(self, ablation: Ablation) -> "DeepSeekMoE":
+        """Return the model with another selection of experts; the weights are shared.
+
+        Args:
+            ablation: What is disabled.
+
+        Raises:
+            DSMoEError: The model does not have what is disabled, or too few experts are left.
+        """
+        graph, params = split(self)
+        model = merge(graph, params)
+        ablation.apply(self.config, {i: block.moe for i, block in enumerate(model.layers) if block.moe is not None})
+        return model
 
     def hidden(
         self,
@@ -195,8 +215,12 @@ class DeepSeekMoE(nnx.Module):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
             layer_cache = None if cache is None else cache.layers[i]
             bias = None if router_bias is None else router_bias.get(i)
+            assigned = None
+            if self.config.hash_routing and block.moe is not None:
+                assigned = hash_experts(token_ids, i, block.moe.router.experts)
             graph, params = nnx.split(block)
-            x, layer_cache, routed = _block(graph, remat, params, x, rope, mask, layer_cache, start, key, bias, valid)
+            operands = x, rope, mask, layer_cache, start, key, bias, valid, assigned
+            x, layer_cache, routed = _block(graph, remat, params, *operands)
             x = constrain(x, _STATES)
             hidden_states.append(x)
             layer_caches.append(layer_cache)
@@ -361,7 +385,7 @@ def count_tensors(config: ModelConfig, per_stack: int = 1) -> int:
     """Count parameter tensors without building the model; a stack of experts counts as `per_stack`."""
     L = config.num_hidden_layers
     moe = sum(map(config.is_moe_layer, range(L)))
-    per_moe = 1 + 3 * per_stack + 3 * (config.n_shared_experts is not None)
+    per_moe = (not config.hash_routing) + 3 * per_stack + 3 * (config.n_shared_experts is not None)
     return 3 - config.tie_word_embeddings + L * (6 + 4 * config.attention_bias) + 3 * (L - moe) + per_moe * moe
 
 

@@ -36,12 +36,13 @@ class Block(nnx.Module):
         dropout_key: PRNGKeyArray | None = None,
         router_bias: Float[Array, "E"] | None = None,
         valid: Bool[Array, "B T"] | None = None,
+        assigned: Int[Array, "B T 1"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, Routing | None]:
         """Return the states, the updated cache (None without one) and the routing (None for a dense block)."""
         y, cache = self.attention(self.attention_norm(x), rotation, mask, cache, start, dropout_key)
         x = x + y
         if self.moe is not None:
-            y, routing = self.moe(self.ffn_norm(x), router_bias, valid)
+            y, routing = self.moe(self.ffn_norm(x), router_bias, valid, assigned)
         else:
             assert self.mlp is not None
             y, routing = self.mlp(self.ffn_norm(x)), None

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsmoe_jax.axes import Array, Bool, Float
+from dsmoe_jax.axes import Array, Bool, Float, Int
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.kernels.operand import EXPERT_AXES, Experts
 from dsmoe_jax.layers.mlp import MLP
@@ -52,6 +52,7 @@ class MoE(nnx.Module):
         shared = config.n_shared_experts
         width = (shared or 0) * config.moe_intermediate_size
         self.shared = MLP(config, width, rngs=rngs, dtype=dtype) if width else None
+        self.use_shared = True  # see `layers.ablation`
 
     @jax.named_scope("moe")
     def __call__(
@@ -59,7 +60,8 @@ class MoE(nnx.Module):
         x: Float[Array, "B T D"],
         router_bias: Float[Array, "E"] | None = None,
         valid: Bool[Array, "B T"] | None = None,
+        assigned: Int[Array, "B T 1"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing]:
         """Return the output and the routing; padding tokens (not `valid`) are not routed."""
-        y, routing = self.experts(x, self.router(x, router_bias), valid)
-        return (y if self.shared is None else y + self.shared(x)), routing
+        y, routing = self.experts(x, self.router(x, router_bias, assigned), valid)
+        return (y + self.shared(x) if self.shared is not None and self.use_shared else y), routing

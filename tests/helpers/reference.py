@@ -14,9 +14,12 @@ import numpy as np
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.kernels.operand import LowRank, Quantized
+from dsmoe_jax.layers.ablation import Ablation
 from dsmoe_jax.model import DeepSeekMoE, abstract, assemble, split
 
 Params = Mapping[str, np.ndarray]
+
+NO_ABLATION = Ablation()
 
 TILE = 10  # of 4-bit operands; divides no row or expert of the tests
 
@@ -29,8 +32,14 @@ class Output:
     chosen: dict[int, np.ndarray]  # [B, T, A] expert ids by MoE layer
 
 
-def forward(model: DeepSeekMoE, token_ids: Any, attention_mask: Any = None, position_ids: Any = None) -> Output:
-    """Return the expected output of `model(token_ids, attention_mask, position_ids)`."""
+def forward(
+    model: DeepSeekMoE,
+    token_ids: Any,
+    attention_mask: Any = None,
+    position_ids: Any = None,
+    ablation: Ablation = NO_ABLATION,
+) -> Output:
+    """Return the expected output of `model(token_ids, attention_mask, position_ids, ablation=ablation)`."""
     config = model.config
     params = {name: np.asarray(value, np.float64) for name, value in split(model)[1].items()}
     ids = np.asarray(token_ids)
@@ -48,7 +57,7 @@ def forward(model: DeepSeekMoE, token_ids: Any, attention_mask: Any = None, posi
         x = x + self_attention(config, under(layer, "attention"), normal, angles, mask)
         normal = rms_norm(x, layer["ffn_norm.weight"], config.rms_norm_eps)
         if config.is_moe_layer(i):
-            y, chosen[i] = moe(config, under(layer, "moe"), normal)
+            y, chosen[i] = moe(config, under(layer, "moe"), normal, ids, i, ablation)
         else:
             y = swiglu(normal, *projections(under(layer, "mlp")), activation=config.hidden_act)
         x = x + y
@@ -58,21 +67,43 @@ def forward(model: DeepSeekMoE, token_ids: Any, attention_mask: Any = None, posi
     return Output(final @ head.T, [*states[:-1], final], x, chosen)
 
 
-def moe(config: ModelConfig, params: Params, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def moe(
+    config: ModelConfig,
+    params: Params,
+    x: np.ndarray,
+    token_ids: np.ndarray,
+    layer: int,
+    ablation: Ablation = NO_ABLATION,
+) -> tuple[np.ndarray, np.ndarray]:
     """Compute the MoE layer, one token and expert at a time."""
     experts = params["experts.gate"], params["experts.up"], params["experts.down"]
-    y, chosen = np.zeros_like(x), np.zeros((*x.shape[:-1], config.num_experts_per_tok or 0), int)
+    active = ablation.active or (config.num_experts_per_tok or 0) + (not ablation.shared)
+    every = ablation.disabled
+    disabled = every.get(layer, ()) if isinstance(every, Mapping) else every
+    y, chosen = np.zeros_like(x), np.zeros((*x.shape[:-1], active), int)
     for token in np.ndindex(x.shape[:-1]):
-        scores = softmax(params["router.weight"] @ x[token])
-        chosen[token] = np.argsort(-scores, kind="stable")[: config.num_experts_per_tok]
-        kept = scores[chosen[token]]
-        if config.norm_topk_prob and len(kept) > 1:
+        if config.hash_routing:
+            chosen[token], kept = murmur(int(token_ids[token]), layer) % (config.n_routed_experts or 1), np.ones(1)
+        else:
+            scores = softmax(params["router.weight"] @ x[token])
+            ranked = [e for e in np.argsort(-scores, kind="stable") if e not in disabled]
+            chosen[token] = ranked[ablation.disable_top :][:active]
+            kept = scores[chosen[token]]
+        if config.norm_topk_prob and config.num_experts_per_tok != 1:
             kept = kept / kept.sum()
         for e, weight in zip(chosen[token], kept, strict=True):
             y[token] += weight * swiglu(x[token], *(w[e] for w in experts), activation=config.hidden_act)
-    if config.n_shared_experts is not None:
+    if config.n_shared_experts is not None and ablation.shared:
         y += swiglu(x, *projections(under(params, "shared")), activation=config.hidden_act)
     return y, chosen
+
+
+def murmur(token: int, layer: int) -> int:
+    """Return the hash of a token in a layer: the finalizer of MurmurHash3."""
+    x = (token + layer * 0x9E3779B9) & 0xFFFFFFFF
+    x = (x ^ x >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+    x = (x ^ x >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+    return x ^ x >> 16
 
 
 def expert_ffn(
