@@ -56,7 +56,7 @@ def draw(runs: str | Path | Sequence[str | Path], out: str | Path, *, by: Axis =
     folders = [runs] if isinstance(runs, str | Path) else list(runs)
     check_choice("by", by, ("step", "tokens"))
     check_choice("suffix of out", Path(out).suffix.lower(), FORMATS)
-    with _figure(out) as figure:
+    with new_figure(out) as figure:
         read = read_runs(folders)
         if len(read) > 1:
             _compare(figure, read, by)
@@ -65,8 +65,15 @@ def draw(runs: str | Path | Sequence[str | Path], out: str | Path, *, by: Axis =
 
 
 @contextmanager
-def _figure(out: str | Path) -> Iterator["Figure"]:
-    """Yield an empty figure, and save it."""
+def new_figure(out: str | Path) -> Iterator["Figure"]:
+    """Yield an empty figure, and save it.
+
+    Args:
+        out: Image to write, .png, .pdf or .svg.
+
+    Raises:
+        DSMoEError: matplotlib is not installed.
+    """
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure

@@ -14,7 +14,7 @@ class Ablation:
     """Experts that a model does not use; each token then selects among the remaining ones, with their own scores.
 
     Attributes:
-        disable_top: Routed experts of the highest scores that a token does not use; the next ones replace them (fig. 4).
+        disable_top: Number of routed experts of the highest scores that a token does not use (fig. 4).
         active: Routed experts per token (fig. 5). Default: `num_experts_per_tok`, and one more if `shared` is False.
         shared: Whether the shared experts are used.
         disabled: Routed experts that no token uses, by layer, or a sequence for every MoE layer.

@@ -1,0 +1,129 @@
+"""The figures of the experiments."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from dsmoe_jax.experiments.comparisons import interval
+from dsmoe_jax.experiments.variants import VARIANTS
+from dsmoe_jax.train.plotting import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLORS: Final = ("#1f5fa8", "#d1495b", "#2a9d6f", "#e0a030", "#7b5ea7", "#6b7683")
+_HEAT_MAP_COLUMNS: Final = 3
+
+
+def draw_ablations(path: Path, models: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Draw the loss over the disabled top experts (fig. 4) and over the active experts (fig. 5).
+
+    Args:
+        path: Image to write.
+        models: For each model the results of `ablate.to_dict`, one per seed.
+    """
+    with new_figure(path) as figure:
+        figure.set_size_inches(11, 4.2)
+        disabled, active = figure.subplots(1, 2)
+        for (name, results), color in zip(models.items(), _COLORS, strict=False):
+            style = {"color": color, "label": name, "marker": "o", "markersize": 4, "capsize": 3}
+            _curve(disabled, [_curve_of(one, "disable_top") for one in results], style)
+            _curve(active, [_curve_of(one, "active") for one in results], style)
+        disabled.set_title("Routed experts of the highest scores disabled")
+        disabled.set_xlabel("share of the routed experts")
+        active.set_title("Fewer active experts")
+        active.set_xlabel("routed experts per token")
+        for axes in (disabled, active):
+            axes.set_ylabel("loss, nats per token")
+            axes.legend()
+
+
+def _curve_of(result: Mapping[str, Any], field: str) -> dict[float, float]:
+    """Return loss by value of one field, from the rows that change no other."""
+    experts, top_k = result["n_routed_experts"], result["num_experts_per_tok"]
+    curve = {}
+    for row in result["losses"]:
+        others = {name: value for name, value in row.items() if name not in ("loss", field)}
+        plain = {"disable_top": 0, "active": None, "shared": True, "disabled": ()}
+        if all(value == plain[name] or value == [] for name, value in others.items()):
+            value = row[field] / experts if field == "disable_top" else top_k if row[field] is None else row[field]
+            curve[value] = row["loss"]
+    return curve
+
+
+def _curve(axes: "Axes", curves: Sequence[Mapping[float, float]], style: Mapping[str, Any]) -> None:
+    """Draw the mean over seeds with its t-interval."""
+    places = sorted(set.intersection(*(set(curve) for curve in curves)))
+    found = [interval(np.array([curve[place] for curve in curves])) for place in places]
+    errors = [half if np.isfinite(half) else 0.0 for _, half in found]
+    axes.errorbar(places, [mean for mean, _ in found], yerr=errors, **style)  # pyright: ignore[reportArgumentType]
+
+
+def draw_routes(path: Path, layers: Mapping[int, np.ndarray], domains: Sequence[str]) -> None:
+    """Draw the load of each expert by domain as a heat map per layer; 1 is an even share.
+
+    Args:
+        path: Image to write.
+        layers: Shares [domains, E] by layer.
+        domains: Names of the domains.
+    """
+    columns = min(_HEAT_MAP_COLUMNS, len(layers))
+    rows = -(-len(layers) // columns)
+    with new_figure(path) as figure:
+        figure.set_size_inches(4.2 * columns + 1, (0.8 + 0.32 * len(domains)) * rows + 0.6)
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        image = None
+        for axes in grid.flat[len(layers) :]:
+            axes.set_visible(False)
+        for axes, (layer, load) in zip(grid.flat, layers.items(), strict=False):
+            image = axes.imshow(load * load.shape[1], aspect="auto", cmap="viridis", vmin=0, vmax=4)
+            axes.set_title(f"Layer {layer}")
+            axes.set_yticks(range(len(domains)), domains)
+            axes.grid(False)
+            axes.set_xlabel("expert")
+        if image is not None:
+            figure.colorbar(image, ax=grid, label="load, times an even share", shrink=0.8)
+
+
+def draw_losses(path: Path, losses: Mapping[str, Mapping[int, float]]) -> None:
+    """Draw the validation loss of the variants, lowest last, with every seed and the t-interval of the mean.
+
+    Args:
+        path: Image to write.
+        losses: Validation losses by variant and seed.
+    """
+    ranked = sorted(losses, key=lambda name: -np.mean(list(losses[name].values())))
+    with new_figure(path) as figure:
+        figure.set_size_inches(9, 1.2 + 0.42 * len(ranked))
+        axes = figure.subplots()
+        for place, name in enumerate(ranked):
+            values = np.array(list(losses[name].values()))
+            mean, half = interval(values)
+            axes.errorbar(mean, place, xerr=half if np.isfinite(half) else 0, fmt="o", color=_COLORS[0], capsize=4)
+            axes.plot(values, np.full(len(values), place), "|", color=_COLORS[1], markersize=9)
+        axes.set_yticks(range(len(ranked)), [f"{name}: {VARIANTS[name].note}" for name in ranked])
+        axes.invert_yaxis()
+        axes.set_xlabel("validation loss, nats per token; bars: 95 % interval over seeds, marks: seeds")
+        axes.set_title("Validation loss")
+
+
+def draw_curves(path: Path, curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Draw the training losses of the variants.
+
+    Args:
+        path: Image to write.
+        curves: Tokens and losses by variant.
+    """
+    with new_figure(path) as figure:
+        figure.set_size_inches(9, 5)
+        axes = figure.subplots()
+        for i, (name, (tokens, losses)) in enumerate(curves.items()):
+            axes.plot(tokens / 1e6, losses, color=_COLORS[i % len(_COLORS)], linewidth=1.4, label=name)
+        low = min(losses[-1] for _, losses in curves.values())
+        axes.set_ylim(low * 0.97, low * 1.6)
+        axes.set_xlabel("million tokens")
+        axes.set_ylabel("training loss, moving average, nats per token")
+        axes.set_title("Training")
+        axes.legend(ncols=2)

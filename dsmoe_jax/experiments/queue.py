@@ -1,0 +1,119 @@
+"""The queue of an experiment's runs, several at once and resumable: `run_jobs`."""
+
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.experiments.plan import Experiment, Job
+from dsmoe_jax.progress import plural
+
+_POLL: Final = 0.2  # seconds
+_LOG: Final = "log.txt"
+_GPUS: Final = Path("/proc/driver/nvidia/gpus")
+_HUGE_PAGES: Final = "glibc.malloc.hugetlb=1"  # a quarter of the time of a step on CPU
+_log = logging.getLogger(__name__)
+
+
+class Place(NamedTuple):
+    """Where a run computes: environment variables, and the cores, none for all."""
+
+    environment: dict[str, str]
+    cores: tuple[int, ...] = ()
+
+
+def places(workers: int | None, whole: bool) -> list[Place]:
+    """Return a place for each run at once: a GPU each, or without GPUs a core each.
+
+    Args:
+        workers: Number of runs at once; None: as many as GPUs or cores.
+        whole: Every run uses all devices.
+    """
+    if workers is not None and workers < 1:
+        raise DSMoEError(f"workers must be at least 1, got {workers}")
+    if whole:
+        return [Place({})]
+    gpus = 0 if os.environ.get("JAX_PLATFORMS") == "cpu" or not _GPUS.is_dir() else len(list(_GPUS.iterdir()))
+    if gpus:
+        return [Place({"CUDA_VISIBLE_DEVICES": str(i)}) for i in range(min(workers or gpus, gpus))]
+    cores = sorted(os.sched_getaffinity(0))
+    count = min(workers or len(cores), len(cores))
+    tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), _HUGE_PAGES)))
+    # One run per core: a step of a small model keeps two cores busy less than half of the time.
+    return [Place({"GLIBC_TUNABLES": tunables}, tuple(cores[i::count])) for i in range(count)]
+
+
+def run_jobs(experiment: Experiment, found: list[Place]) -> None:
+    """Run all jobs without a result; killed runs resume from their checkpoints.
+
+    Args:
+        experiment: The experiment.
+        found: One place for each run at once.
+
+    Raises:
+        DSMoEError: A run failed; the others that had started are stopped with a checkpoint.
+    """
+    waiting = [job for job in experiment.jobs if experiment.result(job) is None]
+    total, done = len(experiment.jobs), len(experiment.jobs) - len(waiting)
+    if done:
+        _log.info("Found %s complete of %d", plural(done, "run"), total)
+    with contextlib.ExitStack() as stack:
+        free, running = list(found), {}
+        while waiting or running:
+            while waiting and free:
+                job, place = waiting.pop(0), free.pop()
+                _log.info(
+                    "Starting %s (%d of %d), log in %s", job, total - len(waiting), total, _log_file(experiment, job)
+                )
+                running[stack.enter_context(_process(experiment, job, place))] = (job, place, time.monotonic())
+            time.sleep(_POLL)
+            for process in [process for process in running if process.poll() is not None]:
+                job, place, started = running.pop(process)
+                free.append(place)
+                result = experiment.result(job)
+                if process.returncode or result is None:
+                    raise DSMoEError(f"{job} failed with exit code {process.returncode}: {_last_line(experiment, job)}")
+                minutes = (time.monotonic() - started) / 60
+                _log.info("Finished %s: eval/loss %.4f, %.1f minutes", job, result["eval_loss"], minutes)
+
+
+@contextlib.contextmanager
+def _process(experiment: Experiment, job: Job, place: Place) -> Iterator[subprocess.Popen]:
+    """Start a run; leaving stops it, with a checkpoint."""
+    file = _log_file(experiment, job)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    arguments = [str(experiment.out), job.variant, str(job.seed), ",".join(map(str, place.cores))]
+    with file.open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dsmoe_jax.experiments.worker", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=os.environ | place.environment,
+            start_new_session=True,  # Ctrl-C stops the queue, which stops the runs
+        )
+    try:
+        yield process
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _log_file(experiment: Experiment, job: Job) -> Path:
+    return experiment.run_folder(job) / _LOG
+
+
+def _last_line(experiment: Experiment, job: Job) -> str:
+    lines = _log_file(experiment, job).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no output"

@@ -1,0 +1,192 @@
+"""The report of an experiment: `write_report`."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.experiments.ablations import describe
+from dsmoe_jax.experiments.charts import draw_ablations, draw_curves, draw_losses
+from dsmoe_jax.experiments.comparisons import CONFIDENCE, Outcome, compare, interval
+from dsmoe_jax.experiments.plan import Experiment
+from dsmoe_jax.experiments.variants import VARIANTS
+from dsmoe_jax.layers.ablation import Ablation
+from dsmoe_jax.storage.atomic_dir import write_json, write_text
+from dsmoe_jax.storage.strict_json import read_json
+from dsmoe_jax.train.run_records import RunRecords, column
+
+REPORT: Final = "report.md"
+JSON: Final = "report.json"
+_WINDOW: Final = 0.02  # of the steps, of the moving average
+_COUNTER_EVIDENCE: Final = (
+    "Others found shared experts of little use (OLMoE, arXiv 2409.02060, section 4.1.3: slightly worse), others keep "
+    "them (marin#4021)."
+)
+
+
+def write_report(experiment: Experiment) -> Path:
+    """Write `report.md`, `report.json` and the charts of all complete runs.
+
+    Args:
+        experiment: The experiment.
+
+    Returns:
+        The Markdown report.
+
+    Raises:
+        DSMoEError: No run is complete, or matplotlib is not installed.
+    """
+    found = {job: result for job in experiment.jobs if (result := experiment.result(job)) is not None}
+    if not found:
+        raise DSMoEError(f"{experiment.out}: no run is complete")
+    losses: dict[str, dict[int, float]] = {}
+    for job, result in found.items():
+        losses.setdefault(job.variant, {})[job.seed] = result["eval_loss"]
+    outcomes, ablations = compare(losses), _ablations(experiment)
+    draw_losses(experiment.out / "losses.png", losses)
+    if curves := _curves(experiment, list(losses)):
+        draw_curves(experiment.out / "training.png", curves)
+    if ablations:
+        draw_ablations(experiment.out / "ablations.png", ablations)
+    write_json(
+        experiment.out / JSON,
+        {
+            "experiment": experiment.fields(),
+            "runs": list(found.values()),
+            "outcomes": [{**one._asdict(), "comparison": one.comparison._asdict()} for one in map(_finite, outcomes)],
+            "ablations": ablations,
+        },
+    )
+    sections = [
+        _decided(experiment),
+        _outcomes(outcomes),
+        _losses(list(found.values()), losses),
+        _ablation_section(ablations),
+        _setting(experiment, list(found.values())),
+    ]
+    write_text(experiment.out / REPORT, "\n\n".join(filter(None, sections)) + "\n")
+    return experiment.out / REPORT
+
+
+def _finite(one: Outcome) -> Outcome:
+    return one if np.isfinite(one.half_width) else one._replace(half_width=-1.0)
+
+
+def _ablations(experiment: Experiment) -> dict[str, list[dict[str, Any]]]:
+    """Return the ablations by variant, one per seed."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for job in experiment.jobs:
+        if (path := experiment.ablation_file(job)).exists():
+            found.setdefault(job.variant, []).append(read_json(path))
+    return found
+
+
+def _curves(experiment: Experiment, variants: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return tokens and smoothed training losses of the first complete run of each variant."""
+    curves = {}
+    for job in experiment.jobs:
+        folder = experiment.run_folder(job)
+        if job.variant in variants and job.variant not in curves and (folder / "metrics.jsonl").exists():
+            steps = RunRecords.read(folder).steps
+            width = max(1, round(_WINDOW * len(steps)))
+            mean = np.convolve(column(steps, "cross_entropy"), np.full(width, 1 / width), "valid")
+            curves[job.variant] = column(steps, "tokens")[width - 1 :], mean
+    return curves
+
+
+def _decided(experiment: Experiment) -> str:
+    fields = experiment.fields()
+    size, claims = experiment.scale, fields["comparisons"]
+    tokens = size.steps * size.batch_size * size.sequence_length
+    lines = [
+        f"# DeepSeekMoE's comparisons at scale `{experiment.scale_name}`",
+        "## Decided before running",
+        f"`plan.json` was written before the first run. {len(experiment.variants)} variants, {experiment.seeds} seeds, "
+        f"{tokens / 1e6:.1f}M tokens a run. Runs of equal seed read the same data in the same order from the same "
+        f"initial seed and are compared in pairs. The metric is the loss on the whole validation split in nats per token; an "
+        f"outcome is stated from the {CONFIDENCE:.0%} t-interval of the paired difference. Claims and the variants that "
+        "show them:",
+        "\n".join(
+            f"- {one['claim']}: `{one['better']}` {'=' if one['equal'] else '<'} `{one['worse']}`"
+            for one in claims
+            if {one["better"], one["worse"]} <= set(experiment.variants)
+        ),
+        _COUNTER_EVIDENCE,
+    ]
+    return "\n\n".join(lines)
+
+
+def _outcomes(outcomes: Sequence[Outcome]) -> str:
+    rows = ["| claim | difference of the losses | pairs | the paper's | outcome |", "| --- | --- | --- | --- | --- |"]
+    for one in outcomes:
+        half = f" ± {one.half_width:.4f}" if np.isfinite(one.half_width) else ""
+        names = f"`{one.comparison.worse}` - `{one.comparison.better}`"
+        paper = "" if one.paper is None else f"{one.paper:+.3f}"
+        cells = (f"{one.comparison.claim}: {names}", f"{one.mean:+.4f}{half}", str(one.seeds), paper, one.verdict)
+        rows.append("| " + " | ".join(cells) + " |")
+    note = (
+        "A claim that two variants are equal holds unless the interval lies below 0. The paper's differences are those of "
+        "its 2B on 100B tokens of another text."
+    )
+    return "\n\n".join(["## What came out", "\n".join(rows), note])
+
+
+def _losses(results: Sequence[Mapping[str, Any]], losses: Mapping[str, Mapping[int, float]]) -> str:
+    sizes = {one["variant"]: (one["parameters"], one["active_parameters"]) for one in results}
+    rows = [
+        "| variant | | parameters, M | active, M | validation loss | seeds | the paper's |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in sorted(losses, key=lambda name: -statistics.mean(losses[name].values())):
+        mean, half = interval(np.array(list(losses[name].values())))
+        error = f" ± {half:.4f}" if np.isfinite(half) else ""
+        total, active = (f"{count / 1e6:.2f}" for count in sizes[name])
+        paper = VARIANTS[name].paper
+        published = "" if paper is None else f"{paper:.3f}"
+        cells = (
+            f"`{name}`",
+            VARIANTS[name].note,
+            total,
+            active,
+            f"{mean:.4f}{error}",
+            str(len(losses[name])),
+            published,
+        )
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n\n".join(["## Losses", "\n".join(rows), "![losses](losses.png)\n![training](training.png)"])
+
+
+def _ablation_section(ablations: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    if not ablations:
+        return ""
+    rows = ["| variant | ablation | loss | change |", "| --- | --- | --- | --- |"]
+    for name, results in ablations.items():
+        base = np.array([one["losses"][0]["loss"] for one in results])
+        for i, row in enumerate(results[0]["losses"]):
+            ablation = Ablation(**{field: value for field, value in row.items() if field != "loss"})
+            values = np.array([one["losses"][i]["loss"] for one in results])
+            mean, half = interval(values - base)
+            error = f" ± {half:.3f}" if np.isfinite(half) and i else ""
+            rows.append(f"| `{name}` | {describe(ablation)} | {values.mean():.4f} | {mean:+.3f}{error} |")
+    text = (
+        "Figures 4 and 5 and section 4.5 of the paper: routed experts of the highest scores disabled, fewer active "
+        "experts, the shared expert off with one more routed, on validation tokens and trained models."
+    )
+    return "\n\n".join(["## Experts switched off", text, "\n".join(rows), "![ablations](ablations.png)"])
+
+
+def _setting(experiment: Experiment, results: Sequence[Mapping[str, Any]]) -> str:
+    size = experiment.scale
+    texts = ", ".join(f"`{Path(one).name}`" for one in experiment.sources)
+    seconds = sum(one["seconds"] for one in results)
+    lines = [
+        "## Setting",
+        f"hidden {size.hidden_size}, {size.layers} layers, {size.heads} heads, vocabulary {size.vocab_size}, sequences "
+        f"of {size.sequence_length}, {size.batch_size} a step, {size.steps} steps, AdamW with the paper's schedule, peak "
+        f"learning rate {size.learning_rate:g}. Texts: {texts}. "
+        f"{len(results)} runs, {seconds / 3600:.1f} hours of runs.",
+    ]
+    return "\n\n".join(lines)
