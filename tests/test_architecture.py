@@ -34,6 +34,7 @@ FLOORS = (
     ("evaluate",),
     ("train",),
     ("plan",),
+    ("experiments",),
     ("cli",),
 )
 PARTS = {"config_aliases": "config", "__main__": "cli"}  # a single file on a different floor

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from dsmoe_jax import __version__
+from dsmoe_jax.cli import experiments
 from dsmoe_jax.cli.flags import ARGUMENTS, EVALUATE, GROUPS, MODEL, SAMPLING, Argument
 from dsmoe_jax.cli.huge_pages import use_huge_pages
 from dsmoe_jax.cli.interrupts import interrupts
@@ -255,6 +256,14 @@ def _plan(args: argparse.Namespace) -> None:
     run(args.flags)
 
 
+def _ablate(args: argparse.Namespace) -> None:
+    experiments.ablate(args, functools.partial(_loaded, args))
+
+
+def _routes(args: argparse.Namespace) -> None:
+    experiments.routes(args, functools.partial(_loaded, args))
+
+
 def _without_force(args: argparse.Namespace) -> list[str]:
     """Return the flags of a config."""
     return [flag for flag in args.flags if flag != _FORCE]
@@ -364,6 +373,18 @@ def _generator(args: argparse.Namespace) -> Any:
     return Generator.from_pretrained(args.path, **_provided(args, MODEL[1:]))
 
 
+def _loaded(args: argparse.Namespace, path: str) -> tuple[Any, Any]:
+    """Return the model and its tokenizer, if any."""
+    from dsmoe_jax.loading import load, resolve
+    from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
+
+    _check_devices()
+    options = {name: value for name in ("adapter", "quantize", "dtype") if (value := getattr(args, name)) is not None}
+    folder = resolve(path, args.revision)
+    tokenizer = Tokenizer.from_pretrained(folder) if tokenizer_files(folder) else None
+    return load(folder, **options), tokenizer
+
+
 def _check_devices() -> None:
     import jax
 
@@ -402,6 +423,9 @@ VERBS: Final[dict[str, tuple[Callable[[argparse.Namespace], None], str]]] = {
     "generate": (_generate, "stream the completion of a prompt, or complete a file of prompts"),
     "chat":     (_chat,     "chat with a model"),
     "evaluate": (_evaluate, "evaluate a model on the benchmarks of the paper, or on tasks of lm-evaluation-harness"),
+    "ablate":   (_ablate,   "measure the loss of a model with experts switched off, as in the paper"),
+    "routes":   (_routes,   "show which experts serve which texts, and how specialized they are"),
+    "reproduce": (experiments.reproduce, "train the paper's baselines and DeepSeekMoE on one text and compare them"),
     "tokenize": (_tokenize, "tokenize text into token shards"),
     "pretrain": (_pretrain, "pretrain a model from a recipe, or resume a run"),
     "finetune": (_finetune, "fine-tune a model on examples, all weights or LoRA"),

@@ -28,6 +28,13 @@ def _mesh(text: str) -> dict[str, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not AXIS=N,…") from None
 
 
+def _ints(text: str) -> list[int]:
+    try:
+        return [int(value) for value in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not N,…") from None
+
+
 def _int_or_float(text: str) -> float:
     try:
         return int(text) if text.lstrip("-").isdigit() else float(text)
@@ -172,6 +179,20 @@ GENERATION_PLAN: Final = (
     _arg("--max-batch-size", "outputs generated at once; default: 64", default=64, **_INT),
     _arg("--context-length", "tokens of prompt and output together; default: 4096", default=4096, **_INT),
 )
+_INSPECTION: Final = (
+    _arg("model", _CHECKPOINT, _CKPT),
+    *_LOADING,
+    _arg(
+        "--data",
+        "texts or token shards; for routes each is a domain; no default: required",
+        "SOURCE",
+        nargs="+",
+        required=True,
+    ),
+    _arg("--max-tokens", "tokens of all data, for routes of each; default: 65536", default=65_536, **_INT),
+    _arg("--sequence-length", "tokens per sequence; default: the trained context length", **_INT),
+    _arg("--out --output-dir", "folder for the figures, as JSON and PNG; default: print a table only", "DIR"),
+)
 # By title: the text below it, and its arguments; in the help of verbs that have the first of them.
 GROUPS: Final[dict[str, tuple[str, tuple[Argument, ...]]]] = {
     "model options": ("What is loaded, and the memory that generation may use.", MODEL),
@@ -229,6 +250,48 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
     ),
     "chat": (*MODEL, _arg("--system", "system message; default: none", "TEXT"), *_SAMPLING),
     "evaluate": EVALUATE,
+    "ablate": (
+        *_INSPECTION,
+        _arg(
+            "--disable-top",
+            "disable the N routed experts of the highest scores of each token; separated by commas: one measurement "
+            "each; default: with no flag of this kind, those of the paper",
+            "N,…",
+            type=_ints,
+        ),
+        _arg(
+            "--active",
+            "routed experts per token; separated by commas: one measurement each; default: none",
+            "N,…",
+            type=_ints,
+        ),
+        _arg("--no-shared", "disable the shared experts and activate one more routed one", action="store_true"),
+        _arg(
+            "--disable-experts",
+            "disable these routed experts in all layers, or by layer: '1:3,5 2:0'; repeatable: one measurement each",
+            "IDS",
+            action="append",
+        ),
+    ),
+    "routes": _INSPECTION,
+    "reproduce": (
+        _arg(
+            "--out --output-dir",
+            "folder of the experiment, which a killed one resumes from; no default: required",
+            "DIR",
+        ),
+        _arg("--scale", "sizes of the models and runs; default: laptop", choices=("ci", "laptop", "2b")),
+        _arg("--variants", "variants separated by commas, or all; default: those of the paper's table 1", "NAME,…"),
+        _arg("--seeds", "runs of each variant, paired by seed; default: 3", **_INT),
+        _arg("--data", "texts, or one folder of token shards; default: python-stdlib", "SOURCE", nargs="+"),
+        _arg("--steps", "steps of each run; default: those of the scale", **_INT),
+        _arg("--workers", "runs at once; default: one per GPU or, without GPUs, per core", **_INT),
+        _arg("--ablation-tokens", "validation tokens of the ablations; default: 65536", **_INT),
+        _arg("--report-only", "write the report of the complete runs and run nothing", **_OPTIONAL),
+        _arg("--plan", "print memory and hours of a run of each variant on GPUs, and exit", action="store_true"),
+        _arg("--devices", "with --plan: devices of a run; default: 8", default=8, **_INT),
+        _arg("--device", "with --plan: card, as for plan; default: h100", "CARD", default="h100"),
+    ),
     "tokenize": (
         _arg("sources", "text, jsonl(.gz, .zst), parquet, a folder, or python-stdlib", "SOURCE", nargs="+"),
         _arg("--tokenizer", "folder with a tokenizer", "DIR", required=True),

@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 
 from dsmoe_jax.errors import DSMoEError, check_choice
 from dsmoe_jax.experiments.comparisons import COMPARISONS
-from dsmoe_jax.experiments.variants import SCALES, VARIANTS, Scale, model_config, run_config, settings, shortened
+from dsmoe_jax.experiments.variants import SCALES, Scale, choose, model_config, run_config, settings, shortened
 from dsmoe_jax.storage.atomic_dir import write_json
 from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.train.config import RunConfig
@@ -65,15 +65,13 @@ class Experiment:
     ) -> "Experiment":
         """Check the arguments; see `reproduce`."""
         check_choice("scale", scale, SCALES)
-        for name in variants:
-            check_choice("variant", name, VARIANTS)
         for name, value in (("seeds", seeds), ("steps", 1 if steps is None else steps)):
             if value < 1:
                 raise DSMoEError(f"{name} must be at least 1, got {value}")
         sizes = SCALES[scale] if steps is None else shortened(SCALES[scale], steps)
         if len(sources) > 1 and any(map(is_token_shards, sources)):
             raise DSMoEError("sources must be texts, or one folder of token shards")
-        return cls(out, scale, sizes, tuple(dict.fromkeys(variants)), seeds, tuple(sources), ablation_tokens)
+        return cls(out, scale, sizes, choose(variants), seeds, tuple(sources), ablation_tokens)
 
     @property
     def data(self) -> Path:

@@ -106,9 +106,9 @@ def _decided(experiment: Experiment) -> str:
         "## Decided before running",
         f"`plan.json` was written before the first run. {len(experiment.variants)} variants, {experiment.seeds} seeds, "
         f"{tokens / 1e6:.1f}M tokens a run. Runs of equal seed read the same data in the same order from the same "
-        f"initial seed and are compared in pairs. The metric is the loss on the whole validation split in nats per token; an "
-        f"outcome is stated from the {CONFIDENCE:.0%} t-interval of the paired difference. Claims and the variants that "
-        "show them:",
+        f"initial seed and are compared in pairs. The metric is the loss on the whole validation split in nats per "
+        f"token; an outcome is stated from the {CONFIDENCE:.0%} t-interval of the paired difference. Claims and the "
+        "variants that show them:",
         "\n".join(
             f"- {one['claim']}: `{one['better']}` {'=' if one['equal'] else '<'} `{one['worse']}`"
             for one in claims
@@ -128,8 +128,8 @@ def _outcomes(outcomes: Sequence[Outcome]) -> str:
         cells = (f"{one.comparison.claim}: {names}", f"{one.mean:+.4f}{half}", str(one.seeds), paper, one.verdict)
         rows.append("| " + " | ".join(cells) + " |")
     note = (
-        "A claim that two variants are equal holds unless the interval lies below 0. The paper's differences are those of "
-        "its 2B on 100B tokens of another text."
+        "A claim that two variants are equal holds unless the interval lies below 0. The paper's differences are those "
+        "of its 2B on 100B tokens of another text."
     )
     return "\n\n".join(["## What came out", "\n".join(rows), note])
 
@@ -185,8 +185,8 @@ def _setting(experiment: Experiment, results: Sequence[Mapping[str, Any]]) -> st
     lines = [
         "## Setting",
         f"hidden {size.hidden_size}, {size.layers} layers, {size.heads} heads, vocabulary {size.vocab_size}, sequences "
-        f"of {size.sequence_length}, {size.batch_size} a step, {size.steps} steps, AdamW with the paper's schedule, peak "
-        f"learning rate {size.learning_rate:g}. Texts: {texts}. "
+        f"of {size.sequence_length}, {size.batch_size} a step, {size.steps} steps, AdamW with the paper's schedule, "
+        f"peak learning rate {size.learning_rate:g}. Texts: {texts}. "
         f"{len(results)} runs, {seconds / 3600:.1f} hours of runs.",
     ]
     return "\n\n".join(lines)

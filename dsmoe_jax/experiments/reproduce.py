@@ -12,7 +12,7 @@ from dsmoe_jax.experiments.plan import Experiment, Job
 from dsmoe_jax.experiments.queue import places, run_jobs
 from dsmoe_jax.experiments.report import write_report
 from dsmoe_jax.experiments.texts import read_tokens
-from dsmoe_jax.experiments.variants import MAIN, VARIANTS
+from dsmoe_jax.experiments.variants import MAIN
 from dsmoe_jax.loading import load
 from dsmoe_jax.storage.atomic_dir import write_json
 from dsmoe_jax.storage.locks import lock_folder
@@ -65,10 +65,9 @@ def reproduce(
     Raises:
         DSMoEError: An argument is invalid, `out` is another experiment or in use, or a run failed.
     """
-    names = tuple(VARIANTS) if tuple(variants) == ("all",) else tuple(variants)
-    if not names or not sources:
-        raise DSMoEError("variants and sources must not be empty")
-    options = {"variants": names, "sources": sources, "steps": steps, "ablation_tokens": ablation_tokens}
+    if not sources:
+        raise DSMoEError("sources must not be empty")
+    options = {"variants": variants, "sources": sources, "steps": steps, "ablation_tokens": ablation_tokens}
     experiment = Experiment.create(Path(out), scale=scale, seeds=seeds, **options)
     found = places(workers, experiment.scale.mesh is not None)
     with lock_folder(experiment.out):

@@ -1,10 +1,12 @@
 """The models of the paper's comparisons at three scales: `VARIANTS`, `SCALES`. Start at `model_config`."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.errors import DSMoEError, check_choice
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.train.config import CheckpointConfig, DataConfig, RunConfig
 from dsmoe_jax.train.optimizer import OptimizerConfig
@@ -96,6 +98,24 @@ VARIANTS: Final[dict[str, Variant]] = {
 # fmt: on
 MAIN: Final = ("dense", "hash", "switch", "gshard", "deepseek_moe", "gshard_x1.5")  # the first six rows
 _BALANCE_ALPHA: Final = 0.01  # section 4.1.3
+
+
+def choose(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the variants of these names, each once; "all" names all.
+
+    Args:
+        names: Keys of `VARIANTS`, or "all".
+
+    Raises:
+        DSMoEError: A name is unknown, or there is none.
+    """
+    if tuple(names) == ("all",):
+        return tuple(VARIANTS)
+    for name in names:
+        check_choice("variant", name, VARIANTS)
+    if not names:
+        raise DSMoEError("variants must not be empty")
+    return tuple(dict.fromkeys(names))
 
 
 def model_config(variant: str, scale: Scale) -> ModelConfig:

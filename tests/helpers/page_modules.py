@@ -141,6 +141,14 @@ def called(module: str, run: Callable[[], None], *small: str) -> Callable[[list[
     return call
 
 
+def _debian_texts(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the packages, which need a network."""
+    from tests.benchmarks import debian_texts
+
+    monkeypatch.setattr(debian_texts, "PACKAGES", {})
+    debian_texts.main(Path(arguments[0]))
+
+
 MODULES: Final[dict[str, Callable[[list[str], pytest.MonkeyPatch], None]]] = {
     "tests.parity": _parity,
     "tests.quantization": _quantization,
@@ -152,6 +160,7 @@ MODULES: Final[dict[str, Callable[[list[str], pytest.MonkeyPatch], None]]] = {
     "tests.benchmarks.abstract": _abstract,
     "tests.benchmarks.plan_check": _plan_check,
     "tests.benchmarks.plan_scale": lambda *_: importlib.import_module("tests.benchmarks.plan_scale").main(),
+    "tests.benchmarks.debian_texts": _debian_texts,
     "tests.benchmarks.gpu": _gpu,
     "tests.benchmarks.gpu.tuning": _tuning,
 }

@@ -1,0 +1,74 @@
+"""`dsmoe ablate`, `dsmoe routes` and `dsmoe reproduce`."""
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsmoe_jax.cli.streams import print_status
+from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.progress import bar
+
+
+def ablate(args: argparse.Namespace, load: Any) -> None:
+    """Print the loss with experts switched off; `load` returns a model and its tokenizer."""
+    from dsmoe_jax.experiments.ablations import ablate, table
+    from dsmoe_jax.layers.ablation import Ablation
+
+    settings = [Ablation(disable_top=value) for value in args.disable_top or ()]
+    settings += [Ablation(active=value) for value in args.active or ()]
+    settings += [Ablation(shared=False)] if args.no_shared else []
+    settings += [Ablation(disabled=disabled_experts(text)) for text in args.disable_experts or ()]
+    model, tokenizer = load(args.model)
+    options = {"max_tokens": args.max_tokens, "window": args.sequence_length, "out": args.out, "progress": bar}
+    print(table(ablate(model, tokenizer, args.data, ablations=settings or None, **options)))
+    if args.out:
+        print_status(f"Saved {Path(args.out)}: ablations.json, ablations.png")
+
+
+def routes(args: argparse.Namespace, load: Any) -> None:
+    """Print the specialization of the experts of each layer; `load` returns both."""
+    from dsmoe_jax.experiments.routing import routes, table
+
+    model, tokenizer = load(args.model)
+    options = {"max_tokens": args.max_tokens, "window": args.sequence_length, "out": args.out, "progress": bar}
+    print(table(routes(model, tokenizer, args.data, **options)))
+    if args.out:
+        print_status(f"Saved {Path(args.out)}: routes.json, routes.png")
+
+
+def reproduce(args: argparse.Namespace) -> None:
+    """Run or resume an experiment, and print its report."""
+    from dsmoe_jax.experiments import reproduce
+    from dsmoe_jax.experiments.memory import plan_text
+    from dsmoe_jax.experiments.variants import MAIN
+
+    names = ("scale", "seeds", "steps", "workers", "ablation_tokens", "report_only")
+    options = {name: value for name in names if (value := getattr(args, name)) is not None}
+    variants = tuple(args.variants.split(",")) if args.variants else MAIN
+    if args.plan:
+        print(plan_text(args.scale or "laptop", variants, args.devices, args.device))
+        return
+    if args.out is None:
+        raise DSMoEError("--out is required")
+    report = reproduce(args.out, variants=variants, sources=args.data or ("python-stdlib",), **options)
+    print(report.read_text(encoding="utf-8"), end="")
+    print_status(f"Saved report: {report}")
+
+
+def disabled_experts(text: str) -> Mapping[int, Sequence[int]] | tuple[int, ...]:
+    """Parse "3,5" for every layer, or "1:3,5 2:0" by layer.
+
+    Args:
+        text: The value of `--disable-experts`.
+
+    Raises:
+        DSMoEError: It has another form.
+    """
+    if re.fullmatch(r"\d+(,\d+)*", text):
+        return tuple(map(int, text.split(",")))
+    if re.fullmatch(r"\d+:\d+(,\d+)*( +\d+:\d+(,\d+)*)*", text):
+        parts = (part.split(":") for part in text.split())
+        return {int(layer): tuple(map(int, ids.split(","))) for layer, ids in parts}
+    raise DSMoEError(f"--disable-experts must be ID,ID or 'LAYER:ID,ID LAYER:ID', got {text!r}")

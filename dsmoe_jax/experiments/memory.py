@@ -1,0 +1,42 @@
+"""Memory and time of an experiment's runs on GPUs, by arithmetic: `plan_text`."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from dsmoe_jax.errors import check_choice
+from dsmoe_jax.experiments.variants import SCALES, choose, model_config, run_config
+from dsmoe_jax.info import count_parameters
+from dsmoe_jax.plan.cards import card_of
+from dsmoe_jax.plan.training import TrainingPlan
+from dsmoe_jax.sharding import MeshConfig
+
+_GB: Final = 1e9
+
+
+def plan_text(scale: str, variants: Sequence[str], devices: int, device: str) -> str:
+    """Return a table of the memory and the hours of one run of each variant.
+
+    Args:
+        scale: A key of `SCALES`.
+        variants: Keys of `VARIANTS`.
+        devices: Devices of a run.
+        device: Card, as `dsmoe plan --device`.
+
+    Raises:
+        DSMoEError: A name is unknown, or the runs do not divide over the devices.
+    """
+    check_choice("scale", scale, SCALES)
+    card, sizes = card_of(device), SCALES[scale]
+    lines = [f"{'variant':<14}{'parameters':>12}{'per device':>12}{'hours on ' + f'{devices} {device}':>24}"]
+    paths = {"model": Path("model"), "data": Path("data"), "out": Path("out")}
+    for name in choose(variants):
+        run = dataclasses.replace(run_config(sizes, 0, **paths), mesh=MeshConfig(fsdp=devices))
+        model = model_config(name, sizes)
+        plan = TrainingPlan.of(run, model, devices, card)
+        slow, fast = (sizes.steps * one.seconds / 3600 for one in plan.estimates)
+        memory = f"{plan.bytes / _GB:.1f} GB{'' if plan.fits else ' !'}"
+        parameters = count_parameters(model).total / 1e6
+        lines.append(f"{name:<14}{f'{parameters:.1f}M':>12}{memory:>12}{f'{fast:.1f} to {slow:.1f}':>24}")
+    return "\n".join(lines)

@@ -1,0 +1,296 @@
+"""The paper's experiments: variants, comparisons, ablations and routing of a checkpoint, the report."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsmoe_jax.experiments import ablate, reproduce, routes
+from dsmoe_jax.experiments.ablations import paper_settings
+from dsmoe_jax.experiments.comparisons import compare, interval
+from dsmoe_jax.experiments.plan import Experiment, Job
+from dsmoe_jax.experiments.queue import places
+from dsmoe_jax.experiments.report import write_report
+from dsmoe_jax.experiments.variants import SCALES, VARIANTS, model_config, run_config, shortened
+from dsmoe_jax.info import count_parameters
+from dsmoe_jax.layers.ablation import Ablation
+from dsmoe_jax.loading import load
+from dsmoe_jax.text.tokenizer import Tokenizer
+from tests.helpers import reference
+from tests.helpers.command import run
+
+TEXTS = ("The quick brown fox jumps over the lazy dog. " * 6, "def add(a, b):\n    return a + b\n" * 6)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("texts")
+    paths = [folder / "prose.txt", folder / "code.txt"]
+    for path, text in zip(paths, TEXTS, strict=True):
+        path.write_text(text)
+    return paths
+
+
+# millions of parameters, in total and active per token
+@pytest.mark.parametrize(
+    ("variant", "total", "active"),
+    [
+        ("dense", 1.33, 1.33),
+        ("dense_x4", 2.95, 2.95),
+        ("dense_x16", 9.44, 9.44),
+        ("hash", 9.44, 1.33),
+        ("switch", 9.45, 1.34),
+        ("gshard", 9.45, 1.88),
+        ("gshard_x1.5", 13.77, 2.42),
+        ("deepseek_moe", 9.47, 1.90),
+        ("half_active", 9.47, 1.36),
+    ],
+)
+def test_variants_have_the_sizes_of_the_design(variant: str, total: float, active: float):
+    counts = count_parameters(model_config(variant, SCALES["laptop"]))
+
+    assert (round(counts.total / 1e6, 2), round(counts.activated / 1e6, 2)) == (total, active)
+
+
+def test_mixtures_have_equal_parameters_and_compute():
+    counts = {name: count_parameters(model_config(name, SCALES["2b"])) for name in VARIANTS}
+    gshard = counts["gshard"]
+
+    for name in ("shared_1_15", "shared_1_31", "deepseek_moe", "fine_grained", "shared_2_62", "shared_4_60"):
+        assert counts[name].total == pytest.approx(gshard.total, rel=0.005)
+        assert counts[name].activated == pytest.approx(gshard.activated, rel=0.005)
+
+
+def test_runs_of_a_seed_differ_by_the_model_alone(tmp_path: Path):
+    one, other = (
+        run_config(SCALES["laptop"], 1, model=tmp_path / name, data=tmp_path, out=tmp_path / name) for name in "ab"
+    )
+
+    differing = {key for key, value in one.to_dict().items() if value != other.to_dict()[key]}
+    assert differing == {"model", "output_dir"}
+    assert one.steps * one.data.batch_size * one.data.sequence_length >= 8_000_000
+
+
+def test_the_interval_is_that_of_student():
+    mean, half = interval(np.array([1.0, 2.0, 4.0]))
+
+    assert mean == pytest.approx(7 / 3)
+    assert half == pytest.approx(4.3027 * np.std([1, 2, 4], ddof=1) / math.sqrt(3), rel=1e-4)
+    assert interval(np.array([1.0])) == (1.0, math.inf)
+
+
+def test_outcomes_follow_the_interval():
+    near, apart = {0: 2.0, 1: 2.1, 2: 2.2}, {0: 2.10, 1: 2.21, 2: 2.29}
+    losses = {
+        "dense": apart,
+        "hash": near,
+        "gshard": near,
+        "switch": {0: 1.9, 1: 2.0, 2: 2.1},
+        "deepseek_moe": {0: 1.0},
+    }
+
+    verdicts = {(one.comparison.better, one.comparison.worse): one.verdict for one in compare(losses)}
+
+    assert verdicts == {
+        ("hash", "dense"): "as in the paper",
+        ("switch", "dense"): "as in the paper",
+        ("gshard", "hash"): "undecided",
+        ("gshard", "switch"): "contrary",
+        ("deepseek_moe", "gshard"): "undecided",  # one pair
+    }
+
+
+def test_losses_under_ablations_equal_the_reference(checkpoint: Path, texts: list[Path], tmp_path: Path):
+    model, tokenizer = load(checkpoint), Tokenizer.from_pretrained(checkpoint)
+    ablations = [Ablation(disable_top=1), Ablation(active=1), Ablation(shared=False)]
+
+    measured = ablate(
+        model, tokenizer, texts[:1], ablations=ablations, max_tokens=41, window=20, out=tmp_path / "figures"
+    )
+
+    ids = tokenizer.encode(TEXTS[0])[:41]
+    for one in measured:
+        logits = [reference.forward(model, [ids[at : at + 20]], ablation=one.ablation).logits[0] for at in (0, 20)]
+        losses = [
+            -np.log(reference.softmax(row)[token])
+            for row, token in zip(np.concatenate(logits)[:-1], ids[1:], strict=True)
+        ]
+        assert one.loss == pytest.approx(np.mean(losses), abs=1e-4)
+    assert [one.ablation for one in measured] == [Ablation(), *ablations]
+    assert len(json.loads((tmp_path / "figures/ablations.json").read_text())["losses"]) == 4
+    assert (tmp_path / "figures/ablations.png").stat().st_size > 10_000
+
+
+def test_the_papers_ablations_fit_every_model():
+    config = model_config("deepseek_moe", SCALES["laptop"])
+    found = paper_settings(config)
+
+    assert [one.disable_top for one in found if one.disable_top] == [4, 8, 12, 16]
+    assert [one.active for one in found if one.active] == [6, 5, 4, 3]
+    assert [one.shared for one in found].count(False) == 1
+    assert paper_settings(model_config("switch", SCALES["laptop"])) == [Ablation(disable_top=n) for n in (1, 2, 3, 4)]
+
+
+def test_routes_equal_counts_by_hand(checkpoint: Path, texts: list[Path], tmp_path: Path):
+    model, tokenizer = load(checkpoint), Tokenizer.from_pretrained(checkpoint)
+
+    found = routes(model, tokenizer, texts, max_tokens=60, window=20, out=tmp_path)[1]
+
+    loads, pairs = [], np.zeros((4, 4))
+    for text in TEXTS:
+        ids = np.array(tokenizer.encode(text)[:60]).reshape(3, 20)
+        chosen = np.asarray(model(ids).routing[1].ids).reshape(-1, 2)
+        loads.append(np.bincount(chosen.ravel(), minlength=4) / chosen.size)
+        for one, other in chosen:
+            pairs[one, other] += 1
+            pairs[other, one] += 1
+    np.testing.assert_allclose(found.load, loads)
+    np.testing.assert_allclose(found.together * (1 - np.eye(4)), pairs / np.maximum(pairs.sum(axis=1), 1)[:, None])
+    entropy = lambda shares: -sum(share * math.log2(share) for share in shares if share)  # noqa: E731
+    information = entropy(np.mean(loads, axis=0)) - np.mean([entropy(load) for load in loads])
+    assert found.mutual_information == pytest.approx(information)
+    assert json.loads((tmp_path / "routes.json").read_text())["tokens"] == [60, 60]
+    assert (tmp_path / "routes.png").stat().st_size > 10_000
+
+
+def test_the_verbs_print_their_tables(checkpoint: Path, texts: list[Path], capsys: pytest.CaptureFixture[str]):
+    options = ["--data", *map(str, texts), "--max-tokens", 80, "--sequence-length", 20]
+
+    assert run("ablate", checkpoint, *options, "--disable-top", "1,2", "--disable-experts", "1:0") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == [
+        "ablation",
+        "none",
+        "top 1 disabled",
+        "top 2 disabled",
+        "disabled 1:0",
+    ]
+    assert run("routes", checkpoint, *options) == 0
+    assert "bits" in capsys.readouterr().out
+    assert run("reproduce", "--plan", "--scale", "2b", "--variants", "dense,deepseek_moe") == 0
+    assert "1991.7M" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    {
+        "experts": (
+            ("--disable-experts", "1;2"),
+            "--disable-experts must be ID,ID or 'LAYER:ID,ID LAYER:ID', got '1;2'",
+        ),
+        "layer": (("--disable-experts", "0:1"), "ablation.disabled names layer 0; MoE layers are 1 to 1"),
+        "top": (("--disable-top", "3"), "layer 1 has 1 experts left of 4; 2 are active"),
+        "active": (("--active", "0"), "ablation.active must be an integer of at least 1, got 0"),
+        "tokens": (("--max-tokens", "1"), "max_tokens must be at least 2, got 0"),
+    }.values(),
+)
+def test_bad_ablations_are_one_line(
+    checkpoint: Path, texts: list[Path], capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+):
+    assert run("ablate", checkpoint, "--data", *texts, *arguments) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"dsmoe ablate: {message}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    {
+        "out": ((), "--out is required"),
+        "variant": (("--variants", "dense,gshart", "--out", "x"), "variant must be one of .*, got 'gshart'.*"),
+        "seeds": (("--seeds", "0", "--out", "x"), "seeds must be at least 1, got 0"),
+        "report": (("--report-only", "--out", "x"), "x: no run is complete"),
+    }.values(),
+)
+def test_bad_experiments_are_one_line(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path: Path
+):
+    monkeypatch.chdir(tmp_path)
+
+    assert run("reproduce", *arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dsmoe reproduce: ")
+    assert re.fullmatch(message, line.removeprefix("dsmoe reproduce: "))
+
+
+def experiment(out: Path, **changes) -> Experiment:
+    options = {"scale": "ci", "variants": ("dense", "gshard"), "seeds": 2, "steps": None, "sources": ("python-stdlib",)}
+    return Experiment.create(out, **options | {"ablation_tokens": 4096} | changes)
+
+
+def test_an_experiment_grows_but_does_not_change(tmp_path: Path):
+    experiment(tmp_path).write()
+    experiment(tmp_path, variants=("dense", "gshard", "hash"), seeds=3).write()
+
+    assert json.loads((tmp_path / "plan.json").read_text())["seeds"] == 3
+    with pytest.raises(ValueError, match="is another experiment: settings"):
+        experiment(tmp_path, steps=31).write()
+
+
+def test_the_report_states_what_was_decided_and_what_came_out(tmp_path: Path):
+    one = experiment(tmp_path)
+    one.write()
+    for job in one.jobs:
+        loss = {"dense": 3.0, "gshard": 2.5}[job.variant] + 0.1 * job.seed
+        sizes = {"parameters": 1000, "active_parameters": 500, "seconds": 60.0}
+        one.write_result(job, {"eval_loss": loss, **sizes})
+
+    text = write_report(one).read_text()
+
+    assert text.index("## Decided before running") < text.index("## What came out") < text.index("## Losses")
+    assert "| `dense` | one feed-forward | 0.00 | 0.00 | 3.0500 ± 0.6353 | 2 | 2.060 |" in text
+    assert json.loads((tmp_path / "report.json").read_text())["runs"][0]["eval_loss"] == 3.0
+
+
+def test_runs_get_a_core_each(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+
+    assert [place.cores for place in places(None, False)] == [(0,), (1,), (2,), (3,)]
+    assert [place.cores for place in places(2, False)] == [(0, 2), (1, 3)]
+    assert len(places(None, True)) == 1
+    assert shortened(SCALES["laptop"], 200).warmup_steps == 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_pipeline_resumes_after_a_kill(tmp_path: Path):
+    """The main comparison at scale `ci`, in less than 4 minutes on two quiet cores."""
+    command = [
+        sys.executable,
+        "-m",
+        "dsmoe_jax",
+        "reproduce",
+        "--scale",
+        "ci",
+        "--seeds",
+        "2",
+        "--out",
+        str(tmp_path / "x"),
+    ]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    results = tmp_path / "x/results"
+    while first.poll() is None and len(list(results.glob("*.json"))) < 2:
+        time.sleep(0.1)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    complete = {path.name: path.read_bytes() for path in results.glob("*.json")}
+    assert 2 <= len(complete) < 12
+
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=500)
+
+    assert len(list(results.glob("*.json"))) == 12
+    assert {name: (results / name).read_bytes() for name in complete} == complete
+    report = json.loads((tmp_path / "x/report.json").read_text())
+    assert len(report["outcomes"]) == 6
+    assert set(report["ablations"]) == {"deepseek_moe", "gshard_x1.5"}
+    assert Job("dense", 0) in experiment(tmp_path / "x").jobs
+    with pytest.raises(ValueError, match="is another experiment"):
+        reproduce(tmp_path / "x", scale="laptop")
