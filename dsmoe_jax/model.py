@@ -131,8 +131,8 @@ class DeepSeekMoE(nnx.Module):
             DSMoEError: Shapes differ, or a token id is outside the vocabulary (not checked under tracing).
         """
         if ablation is not None:
-            options = {"output_hidden_states": output_hidden_states}
-            return self.ablated(ablation)(token_ids, attention_mask, position_ids, **options)
+            model = self.ablated(ablation)
+            return model(token_ids, attention_mask, position_ids, output_hidden_states=output_hidden_states)
         token_ids = check_token_ids(token_ids, self.config.vocab_size)
         _warn_beyond_context(token_ids.shape[1], self.config.context_length)
         # Defaults are filled in outside jit, so that calls with and without them share a compiled program.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -219,8 +220,14 @@ def test_bad_experiments_are_one_line(
     assert re.fullmatch(message, line.removeprefix("dsmoe reproduce: "))
 
 
-def experiment(out: Path, **changes) -> Experiment:
-    options = {"scale": "ci", "variants": ("dense", "gshard"), "seeds": 2, "steps": None, "sources": ("python-stdlib",)}
+def experiment(out: Path, **changes: Any) -> Experiment:
+    options: dict[str, Any] = {
+        "scale": "ci",
+        "variants": ("dense", "gshard"),
+        "seeds": 2,
+        "steps": None,
+        "sources": ("python-stdlib",),
+    }
     return Experiment.create(out, **options | {"ablation_tokens": 4096} | changes)
 
 

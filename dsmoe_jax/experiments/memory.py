@@ -28,11 +28,12 @@ def plan_text(scale: str, variants: Sequence[str], devices: int, device: str) ->
         DSMoEError: A name is unknown, or the runs do not divide over the devices.
     """
     check_choice("scale", scale, SCALES)
-    card, sizes = card_of(device), SCALES[scale]
+    card, sizes, nowhere = card_of(device), SCALES[scale], Path("unused")
     lines = [f"{'variant':<14}{'parameters':>12}{'per device':>12}{'hours on ' + f'{devices} {device}':>24}"]
-    paths = {"model": Path("model"), "data": Path("data"), "out": Path("out")}
     for name in choose(variants):
-        run = dataclasses.replace(run_config(sizes, 0, **paths), mesh=MeshConfig(fsdp=devices))
+        run = dataclasses.replace(
+            run_config(sizes, 0, model=nowhere, data=nowhere, out=nowhere), mesh=MeshConfig(fsdp=devices)
+        )
         model = model_config(name, sizes)
         plan = TrainingPlan.of(run, model, devices, card)
         slow, fast = (sizes.steps * one.seconds / 3600 for one in plan.estimates)
