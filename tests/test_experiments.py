@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -220,15 +219,11 @@ def test_bad_experiments_are_one_line(
     assert re.fullmatch(message, line.removeprefix("dsmoe reproduce: "))
 
 
-def experiment(out: Path, **changes: Any) -> Experiment:
-    options: dict[str, Any] = {
-        "scale": "ci",
-        "variants": ("dense", "gshard"),
-        "seeds": 2,
-        "steps": None,
-        "sources": ("python-stdlib",),
-    }
-    return Experiment.create(out, **options | {"ablation_tokens": 4096} | changes)
+def experiment(out: Path, *, variants: tuple[str, ...] = ("dense", "gshard"), seeds: int = 2, steps: int | None = None):
+    sources = ("python-stdlib",)
+    return Experiment.create(
+        out, scale="ci", variants=variants, seeds=seeds, steps=steps, sources=sources, ablation_tokens=4096
+    )
 
 
 def test_an_experiment_grows_but_does_not_change(tmp_path: Path):
