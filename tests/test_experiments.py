@@ -120,8 +120,7 @@ def test_losses_under_ablations_equal_the_reference(checkpoint: Path, texts: lis
     for one in measured:
         logits = [reference.forward(model, [ids[at : at + 20]], ablation=one.ablation).logits[0] for at in (0, 20)]
         losses = [
-            -np.log(reference.softmax(row)[token])
-            for row, token in zip(np.concatenate(logits)[:-1], ids[1:], strict=True)
+            -np.log(reference.softmax(row)[token]) for row, token in zip(np.concatenate(logits), ids[1:], strict=True)
         ]
         assert one.loss == pytest.approx(np.mean(losses), abs=1e-4)
     assert [one.ablation for one in measured] == [Ablation(), *ablations]
