@@ -16,6 +16,8 @@ from dsmoe_jax.train.flags import parse_pretraining
 from dsmoe_jax.train.metrics import read_records
 from tests.helpers.command import run
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(autouse=True)
 def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:

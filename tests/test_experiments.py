@@ -27,6 +27,8 @@ from dsmoe_jax.text.tokenizer import Tokenizer
 from tests.helpers import reference
 from tests.helpers.command import run
 
+pytestmark = pytest.mark.heavy
+
 TEXTS = ("The quick brown fox jumps over the lazy dog. " * 6, "def add(a, b):\n    return a + b\n" * 6)
 
 

@@ -41,6 +41,8 @@ from tests.helpers.hf_folder import (
     write_tensors,
 )
 
+pytestmark = pytest.mark.heavy
+
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 CODES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16", np.dtype(np.float16): "F16"}
 HEAD = "lm_head.weight"

@@ -22,6 +22,8 @@ from tests.helpers import golden
 from tests.helpers.fake_hub import FakeHub, serve
 from tests.helpers.hf_folder import INDEX, random_params, tiny, write_hf
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN_INDEX = "pytorch_model.bin.index.json"
 TOKEN = "hf_verysecret"

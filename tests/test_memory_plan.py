@@ -18,6 +18,8 @@ from dsmoe_jax.sharding import MeshConfig
 from tests.helpers.hf_folder import edit, random_params, tiny, write_hf
 from tests.helpers.small import SMALL
 
+pytestmark = pytest.mark.heavy
+
 S = jax.ShapeDtypeStruct
 
 

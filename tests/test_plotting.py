@@ -18,6 +18,8 @@ from dsmoe_jax.train.run_records import RunRecords, summarize
 from tests.helpers.command import run
 from tests.test_metrics import metrics, recorder
 
+pytestmark = pytest.mark.heavy
+
 matplotlib = pytest.importorskip("matplotlib")
 INFO = {"name": "tiny", "parameters": 4_502_208, "activated": 2_511_552, "vocab_size": 2048, "tokens_per_step": 512}
 

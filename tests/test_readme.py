@@ -36,6 +36,8 @@ from tests.helpers.adapters import random_adapter
 from tests.helpers.hf_folder import make_tokenizer, random_params, tiny, write_hf
 from tests.helpers.page_modules import MODULES
 
+pytestmark = pytest.mark.heavy
+
 ROOT: Final = Path(__file__).resolve().parent.parent
 ROOMS: Final = ("", "convert", "train", *(f"dsmoe_jax/{room}" for room in ("generate", "kernels", "evaluate", "plan")))
 PAGES: Final = [ROOT / folder / "README.md" for folder in (*ROOMS, "tests/benchmarks")]

@@ -48,6 +48,7 @@ def test_two_processes_train_as_one_with_expert_parallelism(tmp_path: Path, home
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_resume_from_one(
     tmp_path: Path,
     home: Path,  # noqa: F811

@@ -20,6 +20,8 @@ from tests.helpers import native_checkpoint
 from tests.helpers.hf_folder import VARIANTS, edit, flip_bit, random_params, snapshot, stored, tiny
 from tests.helpers.native_checkpoint import DATA, EXTRA_FILES, ORBAX, STATE, found, make
 
+pytestmark = pytest.mark.heavy
+
 made, native = native_checkpoint.made, native_checkpoint.native
 
 
