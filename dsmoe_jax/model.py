@@ -238,6 +238,7 @@ class DeepSeekMoE(nnx.Module):
         # All-gather along fsdp before the lookup: tokens are sharded over that axis as well.
         return constrain(table, ("vocab", None))[token_ids]
 
+    @jax.named_scope("head")
     def logits(self, states: Float[Array, "*tokens D"]) -> Float[Array, "*tokens V"]:
         """Compute the float32 logits of hidden states after the final norm."""
         weight = self.embed[...] if self.head is None else self.head.weight[...]

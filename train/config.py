@@ -18,6 +18,7 @@ from dsmoe_jax.storage.paths import expand_user
 
 from .checks import check_choices, check_minimum
 from .optimizer import OptimizerConfig
+from .profiling import parse_steps
 from .step import StepConfig
 
 
@@ -207,6 +208,10 @@ class RunConfig:
     """Where metrics are written: console, `metrics.jsonl`, TensorBoard files, Weights & Biases; `plot` draws those in
     `metrics.jsonl` at the end of the run."""
 
+    profile: str | None = None
+    """Steps to trace with JAX's profiler, `FIRST:LAST`, for xprof and TensorBoard; the trace is in `profile/` of the
+    output directory. Default: none."""
+
     max_consecutive_skips: int = 10
     """Stop the run after more than this many skipped updates in a row."""
 
@@ -219,6 +224,8 @@ class RunConfig:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, expand_user(value, name))
         check_minimum(self, self._MINIMUM)
+        if self.profile is not None:
+            parse_steps(self.profile)
         check_seed(self.seed)
         check_choices(self)
 

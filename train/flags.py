@@ -52,6 +52,7 @@ METAVARS: Final[dict[str, str]] = {
     "model":               "PRESET|CONFIG.json",
     "modules_to_save":     "MODULE ...",
     "output_dir":          "DIR",
+    "profile":             "FIRST:LAST",
     "rank_pattern":        "REGEX INT ...",
     "revision":            "REV",
     "sources":             "SOURCE ...",

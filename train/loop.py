@@ -40,12 +40,14 @@ from .distributed import initialize, on_process_0
 from .eval_tasks import open_tasks
 from .failures import check_finite, memory_errors
 from .finetune import ADAPTER, FinetuneConfig, finetuning
+from .goodput import Goodput
 from .inputs import differences
 from .job import MODEL, Job, pretraining
 from .metrics import Recorder, read_records
 from .monitor import Monitor
 from .optimizer import make_optimizer
 from .preflight import check_inputs
+from .profiling import Tracer
 from .resume import CHECKPOINTS, CONFIG, check_resumable, check_settings, identity, log_changes, read_run
 from .step import TrainState, init_state, make_eval_step, make_step, state_shardings
 from .summary import log_summary
@@ -97,6 +99,7 @@ def run(config: RunConfig, *, check: Callable[[RunConfig, Mesh | None], None] | 
         DSMoEError: for an invalid config, an output directory in use, too many skipped updates in a row, parameters
             or a final loss that are not finite, or too little device memory.
     """
+    started = time.time()
     with ExitStack() as stack:
         stack.enter_context(console_log(config.trackers))
         initialize(config.distributed)
@@ -109,10 +112,10 @@ def run(config: RunConfig, *, check: Callable[[RunConfig, Mesh | None], None] | 
         on_process_0(check_inputs, config)
         on_process_0(lambda: stack.enter_context(lock_folder(output_dir)))
         stack.enter_context(memory_errors())
-        return _run(config, output_dir, mesh)
+        return _run(config, output_dir, mesh, started)
 
 
-def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
+def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None, started: float) -> Result:
     output_dir.mkdir(parents=True, exist_ok=True)
     _enable_compilation_cache(output_dir / _CACHE)
     with ExitStack() as stack:
@@ -158,42 +161,53 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
         step = make_step(job.model, graph, optimizer, schedule, config.step, trainable=job.trainable, **options)
         eval_step = make_eval_step(job.model, graph, config.step, job.trainable)
         tasks = open_tasks(config, job, graph)
-        recorder = stack.enter_context(_recorder(config, job, output_dir, first))
+        goodput = Goodput(started, _earlier_records(output_dir, first))
+        recorder = stack.enter_context(_recorder(config, job, output_dir, first, goodput))
+        tracer = stack.enter_context(Tracer(config.profile, output_dir, first))
         monitor = Monitor(recorder, config)
         best = Best(output_dir, job, first) if job.keep_best else None
         stop = stack.enter_context(_stop_signal())
         batches = corpus.batches(first)
         stack.callback(getattr(batches, "close", lambda: None))
 
+        goodput.add("setup", time.time() - started)
         metrics, evaluation, n, stopped = None, None, first, False
         while n < job.steps and not (stopped := _should_stop(stop, n, config.log_interval)):
+            tracer.before(n + 1)
             loading = -time.perf_counter()
             batch = _place(next(batches), mesh)
             loading += time.perf_counter()
-            started = time.perf_counter()
+            dispatched = time.perf_counter()
             state, metrics = step(state, batch, frozen)
-            if n == first and recorder is not None:
-                _log.info("Compiled the training step in %.1f s", time.perf_counter() - started)
+            if n == first:
+                goodput.add("compile", seconds := time.perf_counter() - dispatched)
+                if recorder is not None:
+                    _log.info("Compiled the training step in %.1f s", seconds)
             n += 1
             monitor.add(n, metrics, loading)
+            tracer.after(n, metrics)
             saves = n % config.checkpoint.interval == 0
             evaluates = n % config.eval_interval == 0 or n in (1, job.steps)
             runs_tasks = n % (config.eval_tasks_interval or config.eval_interval) == 0 or n == job.steps
             if saves or evaluates or (runs_tasks and tasks is not None):
                 monitor.flush()
                 # Before the checkpoint: a run resumed from it does not repeat this evaluation.
-                if evaluates and (evaluation := _evaluate(eval_step, state, frozen, corpus, mesh)):
-                    if recorder is not None:
+                if evaluates:
+                    with goodput.measure("evaluation"):
+                        evaluation = _evaluate(eval_step, state, frozen, corpus, mesh)
+                    if evaluation and recorder is not None:
                         recorder.record_eval(n, *evaluation)
-                    if best is not None:
+                    if evaluation and best is not None:
                         best.offer(n, evaluation[0], state.params)
                 if runs_tasks and tasks is not None:
-                    scores = tasks.scores(state.params, frozen)
+                    with goodput.measure("evaluation"):
+                        scores = tasks.scores(state.params, frozen)
                     if recorder is not None:
                         recorder.record_tasks(n, scores)
                 if saves:
-                    check_finite(n, state.params, output_dir)
-                    checkpoints.save(n, state, {**job.resume_metadata, "loss": float(metrics.loss)})
+                    with goodput.measure("checkpoint"):
+                        check_finite(n, state.params, output_dir)
+                        checkpoints.save(n, state, {**job.resume_metadata, "loss": float(metrics.loss)})
                 monitor.restart_timer()
         monitor.flush()
         if metrics is None and not stopped:  # all steps were done; only the result is missing
@@ -203,18 +217,26 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None) -> Result:
         eval_loss = None if evaluation is None else evaluation[0]
         loss = _last_loss(output_dir, n, found) if metrics is None else float(metrics.loss)
         final = {} if stopped else {"loss": None if metrics is None else loss, "eval_loss": eval_loss}
-        check_finite(n, state.params, output_dir, **final)
-        if metrics is not None:
-            checkpoints.save(n, state, {**job.resume_metadata, "loss": loss})
-        checkpoints.wait()
+        with goodput.measure("checkpoint"):
+            check_finite(n, state.params, output_dir, **final)
+            if metrics is not None:
+                checkpoints.save(n, state, {**job.resume_metadata, "loss": loss})
+            checkpoints.wait()
         result = Result(n, job.steps, stopped, loss, eval_loss, int(state.guard.total_skips), None, first)
         if stopped:
+            _log_goodput(goodput)
             return result
         result = result._replace(model=output_dir / job.result)
-        replace_result(output_dir / job.result, job, state.params)
+        with goodput.measure("checkpoint"):
+            replace_result(output_dir / job.result, job, state.params)
+        _log_goodput(goodput)
         if jax.process_index() == 0:
             record = {"step": n, "loss": loss if math.isfinite(loss) else None, "eval_loss": eval_loss}
-            record |= {"total_skips": result.total_skips, "sha256": _sha256(output_dir / job.result)}
+            record |= {
+                "time": goodput.fractions(),
+                "total_skips": result.total_skips,
+                "sha256": _sha256(output_dir / job.result),
+            }
             write_json(output_dir / CONFIG, now | {"result": record})
     return result
 
@@ -340,7 +362,23 @@ def _check_same_checkpoints(checkpoints: Checkpoints) -> None:
 # --- the loop ---
 
 
-def _recorder(config: RunConfig, job: Job, output_dir: Path, first: int) -> Recorder | nullcontext[None]:
+def _earlier_records(output_dir: Path, first: int) -> list[dict[str, Any]]:
+    """Return the records of earlier processes of a resumed run, in process 0."""
+    if not first or jax.process_index():
+        return []
+    with contextlib.suppress(OSError, ValueError):
+        return read_records(output_dir, superseded=True)
+    return []
+
+
+def _log_goodput(goodput: Goodput) -> None:
+    if jax.process_index() == 0:
+        _log.info("Time: %s", goodput)
+
+
+def _recorder(
+    config: RunConfig, job: Job, output_dir: Path, first: int, goodput: Goodput
+) -> Recorder | nullcontext[None]:
     """Return the recorder of process 0; the others record nothing."""
     if jax.process_index():
         return nullcontext()
@@ -354,6 +392,7 @@ def _recorder(config: RunConfig, job: Job, output_dir: Path, first: int) -> Reco
         log_interval=config.log_interval,
         resumed_from=first,
         name=output_dir.name,
+        goodput=goodput,
     )
 
 

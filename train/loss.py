@@ -96,6 +96,7 @@ def _chunked_backward(z_loss: float, over: str | None, saved: tuple[Array, Array
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
+@jax.named_scope("head")
 def _sums(states: Array, head: Array, targets: Array, z_loss: float, over: str | None, with_gradients: bool):
     """Return the sums, and the gradients of `total` with respect to states and head."""
     (B, T, D), V = states.shape, head.shape[0]

@@ -5,6 +5,7 @@ import json
 import math
 import resource
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +17,7 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.info import count_parameters
 
+from .goodput import Goodput
 from .old_names import new_metric
 from .step import Metrics
 from .trackers import RECORDS, TRACKERS, Run, Tracker
@@ -86,8 +88,10 @@ class Recorder(contextlib.AbstractContextManager):
         expert_load_interval: int = 50,
         resumed_from: int = 0,
         name: str = "",
+        goodput: Goodput | None = None,
     ):
         """Open the trackers."""
+        self.goodput = goodput or Goodput(time.time())
         if unknown := [tracker for tracker in trackers if tracker not in TRACKERS]:
             raise DSMoEError(f"trackers must be of {', '.join(TRACKERS)}, got {unknown[0]!r}")
         self._devices = jax.devices() if devices is None else devices
@@ -98,6 +102,7 @@ class Recorder(contextlib.AbstractContextManager):
         counts = count_parameters(config)
         info = {"name": name, "steps": steps, "tokens_per_step": tokens_per_step, "sequence_length": sequence_length}
         info |= {"parameters": counts.total, "activated": counts.activated, "vocab_size": config.vocab_size}
+        info |= {"started": self.goodput.started}
         info |= {"devices": f"{len(self._devices)} × {self._devices[0].device_kind}"}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,6 +117,8 @@ class Recorder(contextlib.AbstractContextManager):
     def record(self, step: int, metrics: Metrics, *, seconds: float, data_loading_seconds: float) -> None:
         """Record a training step."""
         rate = self._tokens / seconds if seconds > 0 else math.nan
+        waits = self.goodput.take()
+        self.goodput.add_step(seconds, data_loading_seconds, waits.get("compile_seconds", 0.0))
         with_load = self._first or step % self._load_interval == 0 or step == self._steps
         floats = {name: float(np.sum(getattr(metrics, name))) for name in (*_LOSSES, "grad_norm", "learning_rate")}
         values: dict[str, Any] = {
@@ -124,6 +131,7 @@ class Recorder(contextlib.AbstractContextManager):
             **({} if self._peak is None else {"mfu": rate * self._flops / self._peak}),
             "data_loading_seconds": data_loading_seconds,
             "data_loading_share": data_loading_seconds / seconds if seconds > 0 else math.nan,
+            **waits,
             **_memory(self._devices),
             **_routing(self._layers, metrics, with_load=with_load),
         }
@@ -132,7 +140,8 @@ class Recorder(contextlib.AbstractContextManager):
 
     def record_eval(self, step: int, loss: float, tokens: int) -> None:
         """Record the mean validation loss over `tokens` tokens after `step` steps."""
-        self._write(step, {"step": step, "eval/loss": float(loss), "eval/tokens": int(tokens)})
+        values = {"eval/loss": float(loss), "eval/tokens": int(tokens)}
+        self._write(step, {"step": step, **values, **self.goodput.fractions()})
 
     def record_tasks(self, step: int, scores: Mapping[str, float]) -> None:
         """Record the scores of tasks after `step` steps, as `eval/TASK/METRIC`."""

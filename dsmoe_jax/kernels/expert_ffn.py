@@ -111,13 +111,13 @@ def _vjp_backward(activation: str, backend: str | None, saved: tuple[Inputs, Arr
 _expert_ffn.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)
 
 
-@jax.named_scope("expert_ffn")
+@jax.named_scope("experts")
 def forward(inputs: Inputs, group_sizes: Int[Array, "E"], activation: str, backend: str | None) -> Float[Array, "R D"]:
     """Compute `expert_ffn`; not differentiable."""
     return BACKENDS[_legs_for(inputs, group_sizes, backend).fwd].forward(inputs, group_sizes, activation)
 
 
-@jax.named_scope("expert_ffn_backward")
+@jax.named_scope("experts_backward")
 def backward(
     inputs: Inputs,
     group_sizes: Int[Array, "E"],

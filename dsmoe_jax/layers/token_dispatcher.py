@@ -349,7 +349,7 @@ def _reduce_scatter(dim: int | None, grad: Array) -> Array:
 # --- the entry point ---
 
 
-@jax.named_scope("routed_experts")
+@jax.named_scope("dispatch")
 def routed_experts(
     x: Float[Array, "M D"],
     ids: Int[Array, "M K"],
