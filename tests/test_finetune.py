@@ -202,7 +202,7 @@ def test_epochs_decide_how_many_steps_there_are(home: Path, tmp_path: Path):
 
 def test_the_best_adapter_is_kept(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     eval_losses = iter([5.0, 3.0, 2.0, 4.0, 2.5])
-    monkeypatch.setattr(loop, "_evaluate", lambda *_: (next(eval_losses), 1))
+    monkeypatch.setattr(loop, "evaluation_loss", lambda *_: (next(eval_losses), 1))
 
     with monkeypatch.context() as patch:
         stop_at(9, patch)
@@ -223,7 +223,7 @@ def test_a_damaged_best_is_named_and_replaced(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     eval_losses = iter([5.0, 2.0, 3.0])
-    monkeypatch.setattr(loop, "_evaluate", lambda *_: (next(eval_losses), 1))
+    monkeypatch.setattr(loop, "evaluation_loss", lambda *_: (next(eval_losses), 1))
     with monkeypatch.context() as patch:
         stop_at(6, patch)
         run(config(home, tmp_path / "out"))
@@ -243,14 +243,14 @@ def test_a_damaged_best_is_named_and_replaced(
 def test_a_run_stopped_ten_times_equals_an_undisturbed_one(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     dropping = dataclasses.replace(LORA, lora_dropout=0.2)
     run(config(home, tmp_path / "uninterrupted", lora=dropping))
-    place = loop._place
+    place = loop.place
 
     def stopping(batch: Batch, mesh: Any) -> Batch:
         os.kill(os.getpid(), signal.SIGTERM)
         return place(batch, mesh)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_place", stopping)
+        patch.setattr(loop, "place", stopping)
         for n in range(1, 11):
             result = run(config(home, tmp_path / "out", lora=dropping, eval_interval=100))
             assert (result.steps, result.stopped) == (n, True)

@@ -29,6 +29,7 @@ from .data import (
     shards_tokenizer,
     tokenize,
     tokenizer_hash,
+    unique_names,
     validation_batches,
     validation_threshold,
     warn_on_overlap,
@@ -57,6 +58,8 @@ class Corpus(NamedTuple):
     eos_token_id: int | None = None  # of the token shards
     validation_tokens: int = 0  # in all validation documents
     val_fraction: float | None = None  # if texts were split by it
+    # Of several sources, by name: as `validation`.
+    validation_by_source: Mapping[str, Callable[..., Iterator[Batch]]] = {}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -71,6 +74,12 @@ class Corpus(NamedTuple):
     def validation_batches(self) -> Iterator[Batch]:
         """Iterate over this process's part of the first validation batches."""
         return itertools.islice(self.validation(**_share()), self.eval_batches)
+
+    def batches_by_source(self) -> dict[str, Iterator[Batch]]:
+        """Return iterators over the first validation batches of each source, together about `eval_batches`."""
+        count = -(-self.eval_batches // max(len(self.validation_by_source), 1))
+        found = self.validation_by_source.items()
+        return {name: itertools.islice(batches(**_share()), count) for name, batches in found}
 
 
 def prepare(config: RunConfig, model_config: ModelConfig, out: Path, *, resuming: bool = False) -> Corpus:
@@ -112,13 +121,25 @@ def prepare(config: RunConfig, model_config: ModelConfig, out: Path, *, resuming
             dataset.check(tokenizer_hash=expected, vocab_size=model_config.vocab_size)
         _check_validation(data, shards, validation, texts)
     shape: dict[str, Any] = {name: getattr(data, name) for name in ("sequence_length", "batch_size", "packing")}
-    stream = Stream(shards, data.weights, seed=config.seed, **shape)
+    stream = Stream(shards, data.weights, seed=config.seed, names=[Path(name).name for name in data.sources], **shape)
     batches = functools.partial(validation_batches, validation, **shape)
+    by_source = _by_source(data.validation or stream.names, validation, shape)
     files = {source: dataset.digest for source, dataset in zip(data.sources, shards, strict=True)}
     inputs = {"files": files, "options": {}, "validation": [dataset.digest for dataset in validation]}
     eos, applied = shards[0].eos_token_id, val_fraction if texts.sources and not own else None
     held_out = sum(dataset.tokens for dataset in validation)
-    return Corpus(stream, batches, tokenizer, data.prefetch, config.eval_batches, inputs, eos, held_out, applied)
+    sizes = data.prefetch, config.eval_batches, inputs, eos, held_out, applied, by_source
+    return Corpus(stream, batches, tokenizer, *sizes)
+
+
+def _by_source(
+    names: Sequence[str], validation: Sequence[TokenShards], shape: Mapping[str, Any]
+) -> dict[str, Callable[..., Iterator[Batch]]]:
+    """Return the validation batches of each source; nothing if there is one, or if a source has several splits."""
+    if len(names) != len(validation) or sum(map(bool, map(len, validation))) < 2:
+        return {}
+    named = zip(unique_names([Path(name).name for name in names]), validation, strict=True)
+    return {name: functools.partial(validation_batches, [split], **shape) for name, split in named if len(split)}
 
 
 class _Texts(NamedTuple):

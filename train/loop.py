@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from dsmoe_jax.checkpoint.manifest import find_damage, is_native, read_manifest
 from dsmoe_jax.checkpoint.native import collective_errors
@@ -30,14 +30,13 @@ from dsmoe_jax.storage.locks import lock_folder
 from dsmoe_jax.storage.manifest import hash_file, hash_json
 from dsmoe_jax.xla_options import quiet_cache_reads
 
-from .batch import Batch
 from .best import BEST, Best, replace_result
 from .checkpoints import Checkpoints
 from .config import RunConfig
-from .corpus import Corpus
 from .defaults import with_defaults
 from .distributed import initialize, on_process_0
 from .eval_tasks import open_tasks
+from .evaluation import evaluation_loss, place
 from .failures import check_finite, memory_errors
 from .finetune import ADAPTER, FinetuneConfig, finetuning
 from .goodput import Goodput
@@ -160,6 +159,7 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None, started: float)
         options: dict[str, Any] = {"mesh": mesh, "seed": config.seed, "max_grad_norm": config.optimizer.max_grad_norm}
         step = make_step(job.model, graph, optimizer, schedule, config.step, trainable=job.trainable, **options)
         eval_step = make_eval_step(job.model, graph, config.step, job.trainable)
+        evaluate = functools.partial(evaluation_loss, eval_step, frozen, mesh)
         tasks = open_tasks(config, job, graph)
         goodput = Goodput(started, _earlier_records(output_dir, first))
         recorder = stack.enter_context(_recorder(config, job, output_dir, first, goodput))
@@ -175,7 +175,7 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None, started: float)
         while n < job.steps and not (stopped := _should_stop(stop, n, config.log_interval)):
             tracer.before(n + 1)
             loading = -time.perf_counter()
-            batch = _place(next(batches), mesh)
+            batch = place(next(batches), mesh)
             loading += time.perf_counter()
             dispatched = time.perf_counter()
             state, metrics = step(state, batch, frozen)
@@ -194,9 +194,10 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None, started: float)
                 # Before the checkpoint: a run resumed from it does not repeat this evaluation.
                 if evaluates:
                     with goodput.measure("evaluation"):
-                        evaluation = _evaluate(eval_step, state, frozen, corpus, mesh)
+                        evaluation = evaluate(state, corpus.validation_batches())
+                        found = {name: evaluate(state, one) for name, one in corpus.batches_by_source().items()}
                     if evaluation and recorder is not None:
-                        recorder.record_eval(n, *evaluation)
+                        recorder.record_eval(n, *evaluation, {name: one[0] for name, one in found.items() if one})
                     if evaluation and best is not None:
                         best.offer(n, evaluation[0], state.params)
                 if runs_tasks and tasks is not None:
@@ -211,7 +212,7 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None, started: float)
                 monitor.restart_timer()
         monitor.flush()
         if metrics is None and not stopped:  # all steps were done; only the result is missing
-            evaluation = _evaluate(eval_step, state, frozen, corpus, mesh)
+            evaluation = evaluate(state, corpus.validation_batches())
             if evaluation and best is not None:
                 best.offer(n, evaluation[0], state.params)
         eval_loss = None if evaluation is None else evaluation[0]
@@ -393,26 +394,8 @@ def _recorder(
         resumed_from=first,
         name=output_dir.name,
         goodput=goodput,
+        epochs=job.corpus.stream.epochs,
     )
-
-
-def _evaluate(
-    eval_step: Any, state: TrainState, frozen: Mapping[str, Any], corpus: Corpus, mesh: Mesh | None
-) -> tuple[float, int] | None:
-    """Return validation loss and token count; None without validation data."""
-    total, count = 0.0, 0
-    for batch in corpus.validation_batches():
-        ce, counted = eval_step(state.params, state.router_bias, _place(batch, mesh), frozen)
-        total, count = total + float(ce), count + int(counted)
-    return (total / count, count) if count else None
-
-
-def _place(batch: Batch, mesh: Mesh | None) -> Batch:
-    """Move this process's sequences of a batch to its devices."""
-    if mesh is None:
-        return Batch(*map(jax.device_put, batch))
-    place = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    return Batch(*(jax.make_array_from_process_local_data(place, rows) for rows in batch))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -89,8 +89,10 @@ class Recorder(contextlib.AbstractContextManager):
         resumed_from: int = 0,
         name: str = "",
         goodput: Goodput | None = None,
+        epochs: Callable[[int], Mapping[str, float]] = lambda step: {},
     ):
         """Open the trackers."""
+        self._epochs = epochs
         self.goodput = goodput or Goodput(time.time())
         if unknown := [tracker for tracker in trackers if tracker not in TRACKERS]:
             raise DSMoEError(f"trackers must be of {', '.join(TRACKERS)}, got {unknown[0]!r}")
@@ -124,6 +126,7 @@ class Recorder(contextlib.AbstractContextManager):
         values: dict[str, Any] = {
             "step": step,
             "tokens": step * self._tokens,
+            **_epochs(self._epochs(step)),
             **floats,
             **{name: int(getattr(metrics, name)) for name in ("skipped", "total_skips", "consecutive_skips")},
             "step_time_seconds": seconds,
@@ -138,9 +141,10 @@ class Recorder(contextlib.AbstractContextManager):
         self._write(step, values)
         self._first = False
 
-    def record_eval(self, step: int, loss: float, tokens: int) -> None:
-        """Record the mean validation loss over `tokens` tokens after `step` steps."""
+    def record_eval(self, step: int, loss: float, tokens: int, by_source: Mapping[str, float] = {}) -> None:
+        """Record the mean validation loss over `tokens` tokens after `step` steps, and that of each source."""
         values = {"eval/loss": float(loss), "eval/tokens": int(tokens)}
+        values |= {f"eval/{name}/loss": value for name, value in by_source.items()}
         self._write(step, {"step": step, **values, **self.goodput.fractions()})
 
     def record_tasks(self, step: int, scores: Mapping[str, float]) -> None:
@@ -184,6 +188,11 @@ def read_records(folder: str | Path, *, superseded: bool = False) -> list[dict[s
 
 
 # --- derived metrics ---
+
+
+def _epochs(read: Mapping[str, float]) -> dict[str, float]:
+    """Return the epochs read of each source as `epoch/NAME`, of one source as `epoch`."""
+    return {f"epoch/{name}" if len(read) > 1 else "epoch": epochs for name, epochs in read.items()}
 
 
 def _routing(layers: Sequence[int], metrics: Metrics, *, with_load: bool) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from dsmoe_jax.sharding import BATCH_AXES, EXPERT
 from dsmoe_jax.xla_options import HUGE_PAGES, TUNABLES
 
 from .config import RunConfig
+from .data import Stream
 from .finetune import FinetuneConfig
 from .job import Job
 from .step import TrainState
@@ -64,12 +65,21 @@ def summary(
         + (f", in {micro_batches} micro-batches" if micro_batches > 1 else ""),
         "Steps": f"{job.steps:,}, {job.steps * tokens:,} tokens" + (f"; resuming from step {step:,}" if step else ""),
         "Data": f"{data}, {stream.tokens:,} tokens; validation: {validation}",
+        "Mixture": _mixture(stream, job.steps),
         "Optimizer": _optimizer(config, job.steps),
         "Memory": _memory(state, frozen),
         "Kernels": _kernels(config, job, mesh, tokens // micro_batches),
         "Output": f"{config.output_dir} ({', '.join(config.trackers)})",
     }
     return {name: text for name, text in rows.items() if text}
+
+
+def _mixture(stream: Stream, steps: int) -> str:
+    """Name the share of each of several sources, and how often the run reads it."""
+    if len(stream.names) == 1:
+        return ""
+    parts = zip(stream.names, stream.shares, stream.epochs(steps).values(), strict=True)
+    return ", ".join(f"{name} {share:.1%} ({epochs:.3g} epochs)" for name, share, epochs in parts)
 
 
 def _optimizer(config: RunConfig, steps: int) -> str:

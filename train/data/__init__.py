@@ -5,7 +5,7 @@ from .mixture import Mixture
 from .packing import DocumentPacking, Packing
 from .shards import TokenShards, is_token_shards, shards_tokenizer, tokenizer_hash
 from .sources import PYTHON_STDLIB, Document, documents, find_files, source_bytes, warn_on_overlap
-from .stream import Stream
+from .stream import Stream, unique_names
 from .validation import validation_batches
 from .writer import ShardStats, SplitStats, is_validation, tokenize, validation_threshold
 
@@ -28,6 +28,7 @@ __all__ = [
     "source_bytes",
     "tokenize",
     "tokenizer_hash",
+    "unique_names",
     "validation_batches",
     "validation_threshold",
     "warn_on_overlap",

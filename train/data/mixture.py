@@ -45,6 +45,12 @@ class Mixture:
         datasets, numbers = self._cached(block)
         return int(datasets[at]), int(numbers[at])
 
+    def counts(self, samples: int) -> list[int]:
+        """Return the number of samples of each dataset among the first ones."""
+        block, rest = divmod(samples, self.block)
+        datasets = self._cached(block)[0][:rest]
+        return [whole + int((datasets == dataset).sum()) for dataset, whole in enumerate(self.taken(block))]
+
     def taken(self, blocks: int) -> list[int]:
         """Return the number of samples of each dataset in the first blocks."""
         exact = [blocks * self.block * share for share in self._shares]

@@ -54,6 +54,14 @@ class Packing(abc.ABC):
     def sequences_of(self, epoch: int) -> range:
         """Return the numbers of the sequences that begin in an epoch."""
 
+    def epochs(self, sequences: int) -> float:
+        """Return how many epochs the first sequences are."""
+        epoch = 0
+        while (end := self.sequences_of(epoch)[-1] + 1) < sequences:
+            epoch += 1
+        start = self.sequences_of(epoch)[0]
+        return epoch + (sequences - start) / (end - start)
+
     @abc.abstractmethod
     def sequence(self, n: int) -> np.ndarray:
         """Return sequence `n`, int32 [4, sequence_length]."""
@@ -115,6 +123,10 @@ class DocumentPacking(Packing):
     def sequences_of(self, epoch: int) -> range:
         """See `Packing.sequences_of`."""
         return range(*(-(-e * self._data.tokens // self._length) for e in (epoch, epoch + 1)))
+
+    def epochs(self, sequences: int) -> float:
+        """See `Packing.epochs`."""
+        return sequences * self._length / self._data.tokens
 
     def sequence(self, n: int) -> np.ndarray:
         """See `Packing.sequence`."""

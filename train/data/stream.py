@@ -21,6 +21,8 @@ class Stream:
         sequence_length: Tokens per sequence.
         documents: Documents of all datasets.
         tokens: Tokens of all datasets.
+        names: Name of each dataset, each different.
+        shares: Share of the sequences that each dataset has.
         identity: JSON of everything that determines the stream; a resumed run must match that of the checkpoint.
     """
 
@@ -34,6 +36,7 @@ class Stream:
         seed: int,
         packing: str = "block_causal",
         packer: type[Packing] = DocumentPacking,
+        names: Sequence[str] | None = None,
     ):
         """Mix datasets by weight.
 
@@ -45,6 +48,7 @@ class Stream:
             seed: Seed of all shuffles.
             packing: One of `packer.CHOICES`.
             packer: `DocumentPacking`, or `ExamplePacking` for fine-tuning examples.
+            names: Names of the datasets in metrics. Default: those of their folders.
 
         Raises:
             DSMoEError: An argument is out of range, or the datasets have different tokenizers.
@@ -61,7 +65,9 @@ class Stream:
         local_indices(batch_size, 0, 1)  # refuses an empty batch
         self.batch_size, self.sequence_length = batch_size, sequence_length
         self.documents, self.tokens = sum(map(len, datasets)), sum(data.tokens for data in datasets)
+        self.names = unique_names([data.folder.name for data in datasets] if names is None else names)
         self._mixture = Mixture(weights, seed=seed)
+        self.shares = [weight / sum(weights) for weight in weights]
         self._packed = [
             packer(data, sequence_length=sequence_length, seed=seed, dataset=number, packing=packing)
             for number, data in enumerate(datasets)
@@ -75,6 +81,11 @@ class Stream:
             "packing": packing,
         }
 
+    def epochs(self, steps: int) -> dict[str, float]:
+        """Return how often each dataset has been read after some steps, by name."""
+        counts = zip(self._packed, self._mixture.counts(steps * self.batch_size), strict=True)
+        return dict(zip(self.names, (packed.epochs(count) for packed, count in counts), strict=True))
+
     def sequence(self, n: int) -> np.ndarray:
         """Return sequence `n` of the stream, int32 [4, sequence_length]."""
         dataset, number = self._mixture.place(n)
@@ -84,6 +95,11 @@ class Stream:
         """Return batch `step`, or the given slice of its sequences."""
         numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
         return stack([self.sequence(n) for n in (numbers if indices is None else numbers[indices])])
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Number names that are not unique."""
+    return [name if names.count(name) == 1 else f"{name}.{i}" for i, name in enumerate(names)]
 
 
 def stack(sequences: Sequence[np.ndarray]) -> Batch:
