@@ -22,7 +22,18 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 # Metrics that depend on time, the machine or the number of restarts.
-_NOT_COMPARED: Final = ("seconds", "per_second", "data_loading", "mfu", "memory", "resumed_from", "run", "/expert_load")
+_NOT_COMPARED: Final = (
+    "seconds",
+    "per_second",
+    "data_loading",
+    "mfu",
+    "memory",
+    "resumed_from",
+    "run",
+    "/expert_load",
+    "goodput",
+    "time/",
+)
 
 
 class Job(NamedTuple):

@@ -49,9 +49,14 @@ class Checkpoints:
         self._problems: dict[int, str | None] = {}  # by step, if written or verified
 
     def save(self, step: int, state: TrainState, resume_metadata: Mapping[str, Any]) -> None:
-        """Start saving in the background after the previous save has finished; the state may be donated at once."""
+        """Start saving in the background once the previous save has finished; the state may be donated at once."""
         from orbax.checkpoint import v1 as ocp
 
+        if self._pending is not None and not self._pending.done():
+            start = time.monotonic()
+            self.wait()
+            text = "Waited %.1f s for the checkpoint before step %d: saving takes longer than the interval"
+            _log.warning(text, time.monotonic() - start, step)
         self.wait()
         path = self._path(step)
         if self._problem(step) is None:
