@@ -80,7 +80,7 @@ def report() -> dict[str, float]:
     rows = [line.split("|") for line in REPORT.read_text(encoding="utf-8").splitlines()]
     compiled = {row[1].strip(): float(row[4]) * 1e9 for row in rows if row[1:] and row[1].strip() in plan_check.CASES}
     plans = {name: plan_check.planned(plan_check.CASES[name]) for name in compiled}
-    return {name: sum(plans[name].temporary.values()) / size for name, size in compiled.items()}
+    return {name: plans[name].temporaries / size for name, size in compiled.items()}
 
 
 def test_nine_in_ten_temporaries_are_within_15_percent(report: dict[str, float]):
@@ -116,8 +116,8 @@ def test_programs_compiled_for_gpus_are_within_15_percent(
 
     plan = TrainingPlan.of(config, ModelConfig.preset("deepseek_moe_16b"), devices, CARDS["h100"])
 
-    assert sum(plan.held.values()) / 1e9 == pytest.approx(arguments, rel=0.01)
-    assert sum(plan.temporary.values()) / 1e9 == pytest.approx(temporaries, rel=0.15)
+    assert plan.arguments / 1e9 == pytest.approx(arguments, rel=0.01)
+    assert plan.temporaries / 1e9 == pytest.approx(temporaries, rel=0.15)
 
 
 # --- arithmetic ---
@@ -344,10 +344,10 @@ def config_of(batch: int) -> RunConfig:
 
 
 def test_a_run_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    monkeypatch.setattr("dsmoe_jax.plan.check.device_bytes", lambda: int(50e6))
+    monkeypatch.setattr("dsmoe_jax.plan.check.available_bytes", lambda mesh: int(50e6))
 
     with pytest.raises(
-        DSMoEError, match=r"the run needs .* per device .*, 50 MB are there: .*--force starts regardless"
+        DSMoEError, match=r"the run needs .* per device .*, 50 MB are available: .*--force starts regardless"
     ):
         check_memory(config_of(8), None)
 
@@ -356,19 +356,19 @@ def test_a_run_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch, caplo
 
 
 def test_a_run_logs_its_plan(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    monkeypatch.setattr("dsmoe_jax.plan.check.device_bytes", lambda: None)
+    monkeypatch.setattr("dsmoe_jax.plan.check.available_bytes", lambda mesh: None)
     caplog.set_level("INFO")
 
     check_memory(config_of(8), None)
 
     assert "Memory plan: " in caplog.text
-    assert "arguments 54.1 MB, temporaries about " in caplog.text
+    assert "(parameters 18 MB, optimizer state 36 MB, batch 32.8 kB, temporaries about " in caplog.text
 
 
 def test_the_command_refuses_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Any
 ):
-    monkeypatch.setattr("dsmoe_jax.plan.check.device_bytes", lambda: int(1e6))
+    monkeypatch.setattr("dsmoe_jax.plan.check.available_bytes", lambda mesh: int(1e6))
 
     assert run("pretrain", "tiny", "--data.batch-size", 64, "--output-dir", tmp_path / "run") == 2
 

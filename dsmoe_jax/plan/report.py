@@ -5,11 +5,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
+from dsmoe_jax.plan.collectives import Traffic
 from dsmoe_jax.plan.compiled import Compiled
 from dsmoe_jax.plan.generation import GenerationPlan
 from dsmoe_jax.plan.roofline import RANGE, model_flops
 from dsmoe_jax.plan.search import Found, flags
 from dsmoe_jax.plan.training import TrainingPlan
+from dsmoe_jax.progress import plural
 from dsmoe_jax.train.metrics import flops_per_token
 
 _WIDTH: Final = 34
@@ -30,8 +32,9 @@ def training_text(plan: TrainingPlan, card: str) -> str:
         _row("sum", plan.bytes / 1e9),
         "",
         *_traffic_lines((one.kind, one.axes, one.what, one.bytes) for one in plan.traffic),
-        f"{work.sequences:,} sequences × {work.length:,} tokens per step, {work.parts} micro-batches of {work.rows} "
-        f"sequences per device; {flops_per_token(work.model, work.length) / 1e9:.4g} GFLOP per token, "
+        f"{work.sequences:,} sequences × {work.length:,} tokens per step, "
+        f"{plural(work.parts, 'micro-batch')} of {plural(work.rows, 'sequence')} per device; "
+        f"{flops_per_token(work.model, work.length) / 1e9:.4g} GFLOP per token, "
         f"{model_flops(work) / 1e15:,.1f} PFLOP per step",
         *_speed_lines(plan),
     ]
@@ -77,17 +80,38 @@ def search_text(found: Found, card: str, config: Any) -> str:
 
 
 def compiled_text(plan: TrainingPlan, compiled: Compiled) -> str:
-    """Return what was compiled beside the arithmetic."""
-    kinds: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
-    for one in plan.traffic:
-        kinds[one.kind][0] += one.bytes
+    """Return the compiled step beside the arithmetic."""
+    return _beside("the step", plan.arguments, plan.temporaries, plan.traffic, compiled)
+
+
+def compiled_generation_text(plan: GenerationPlan, compiled: Mapping[str, Compiled]) -> str:
+    """Return the compiled programs of generation beside the arithmetic."""
+    memory, prefill, decode = plan.memory, compiled["prefill"], compiled["decode"]
+    held = memory.weights + memory.prompt_cache
+    return _beside("a prefill call", held, memory.activations, None, prefill) + _beside(
+        "a decode step", memory.weights + memory.cache, None, plan.traffic, decode
+    )
+
+
+def _beside(
+    what: str, arguments: int, temporaries: int | None, traffic: Sequence[Traffic] | None, compiled: Compiled
+) -> str:
+    """Return a compiled program beside the arithmetic; None: not planned."""
+    rows: dict[str, list[int | None]] = {
+        "arguments": [arguments, compiled.arguments],
+        "temporaries": [temporaries, compiled.temporaries],
+    }
+    sums: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+    for one in traffic or ():
+        sums[one.kind][0] += one.bytes
     for one in compiled.collectives:
-        kinds[one.kind][1] += one.bytes * one.count
-    rows = {"arguments": [sum(plan.held.values()), compiled.arguments]}
-    rows |= {"temporaries": [sum(plan.temporary.values()), compiled.temporaries], **kinds}
-    lines = [f"compiled in {compiled.seconds:.0f} s", f"{'GB per device':{_WIDTH}}{'arithmetic':>12}{'compiled':>12}"]
-    lines += [f"{name:{_WIDTH}}{mine / 1e9:>12.4g}{its / 1e9:>12.4g}" for name, (mine, its) in rows.items()]
-    return "\n" + "\n".join(lines) + "\n"
+        sums[one.kind][1] += one.bytes * one.count
+    rows |= {kind: [None if traffic is None else mine, its] for kind, (mine, its) in sums.items()}
+    cells = {name: ("" if size is None else f"{size / 1e9:.4g}" for size in row) for name, row in rows.items()}
+    lines = ["", f"{what}, compiled in {compiled.seconds:.0f} s"]
+    lines += [f"{'GB per device':{_WIDTH}}{'arithmetic':>12}{'compiled':>12}"]
+    lines += [f"  {name:{_WIDTH - 2}}{mine:>12}{its:>12}" for name, (mine, its) in cells.items()]
+    return "\n".join(lines) + "\n"
 
 
 def _title(devices: int, card: str, mesh: Mapping[str, int]) -> str:
@@ -141,10 +165,9 @@ def _percent(field: str) -> str:
 def _ways_out(plan: TrainingPlan, config: Any) -> list[str]:
     """Say what the smallest candidate lacks, and what would make room."""
     work, usable = plan.work, plan.card.usable
-    state, temporary = sum(plan.held.values()), sum(plan.temporary.values())
     lines = [
         f"the smallest candidate, {flags(plan)}, needs {plan.bytes / 1e9:.3g} of {usable / 1e9:.3g} GB per device "
-        f"(arguments {state / 1e9:.3g}, temporaries {temporary / 1e9:.3g})"
+        f"(arguments {plan.arguments / 1e9:.3g}, temporaries {plan.temporaries / 1e9:.3g})"
     ]
     devices = 2 ** math.ceil(math.log2(work.mesh.size * plan.bytes / usable))
     lines.append(f"more devices: about {devices:,}, if all memory were sharded")

@@ -105,12 +105,12 @@ class Comparison(NamedTuple):
     @property
     def arguments(self) -> tuple[int, int]:
         """Bytes, planned and compiled."""
-        return sum(self.plan.held.values()), self.compiled.arguments
+        return self.plan.arguments, self.compiled.arguments
 
     @property
     def temporaries(self) -> float:
         """Planned over compiled bytes."""
-        return sum(self.plan.temporary.values()) / self.compiled.temporaries
+        return self.plan.temporaries / self.compiled.temporaries
 
     @property
     def traffic(self) -> dict[str, tuple[int, int]]:
