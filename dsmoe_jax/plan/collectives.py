@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+import jax
+
 from dsmoe_jax.layers.token_dispatcher import STRATEGIES, choose_strategy
 from dsmoe_jax.plan.workload import Workload
 from dsmoe_jax.quantize import kind_of
@@ -35,8 +37,11 @@ class Compiler(NamedTuple):
     partitions_top_k: bool  # else the scores of all tokens are gathered
 
 
+# XLA:CPU of jax 0.10 drops optimization barriers, so that the backward pass reuses gathered experts and, in spite of
+# remat, recomputes nothing; that of 0.12 keeps them.
+_CPU_BARRIERS: Final = jax.__version_info__ >= (0, 11)
 COMPILERS: Final[dict[str, Compiler]] = {
-    "cpu": Compiler(bf16=False, scatters=False, barriers=False, hoists=True, partitions_top_k=False),
+    "cpu": Compiler(bf16=False, scatters=False, barriers=_CPU_BARRIERS, hoists=True, partitions_top_k=False),
     "gpu": Compiler(bf16=True, scatters=True, barriers=True, hoists=False, partitions_top_k=True),
 }
 

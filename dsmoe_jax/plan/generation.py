@@ -1,6 +1,7 @@
 """The plan of generation: memory, and the time of prefill and decode. Start at `GenerationPlan`."""
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,9 +13,10 @@ from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.generate.memory_plan import MemoryPlan, weight_bytes
 from dsmoe_jax.info import count_parameters, part_of
 from dsmoe_jax.plan.cards import Card
-from dsmoe_jax.plan.roofline import RANGE
+from dsmoe_jax.plan.collectives import Traffic
+from dsmoe_jax.plan.roofline import RANGE, split_by_network
 from dsmoe_jax.progress import byte_size
-from dsmoe_jax.sharding import DATA, FSDP, TENSOR, MeshConfig, abstract_mesh, check_count
+from dsmoe_jax.sharding import DATA, EXPERT, FSDP, TENSOR, MeshConfig, abstract_mesh, check_count
 
 _PREFILL_CHUNK = {"gpu": 2048, "cpu": 512}  # tokens, as `generate.loading.default_prefill_chunk`
 
@@ -37,7 +39,8 @@ class GenerationPlan:
         longest: Outputs at once for which the memory suffices.
         decode: Tokens per second of all devices, slow and fast.
         prefill: Prompt tokens per second, slow and fast.
-        gathered: Bytes of weights that a step gathers over fsdp.
+        traffic: The communication of a decode step.
+        bounds: What takes longest in a decode step: memory, compute, links or network; slow, then fast.
     """
 
     model: ModelConfig
@@ -53,7 +56,8 @@ class GenerationPlan:
     longest: int
     decode: tuple[float, float]
     prefill: tuple[float, float]
-    gathered: int
+    traffic: tuple[Traffic, ...]
+    bounds: tuple[str, ...]
 
     @classmethod
     def of(
@@ -105,22 +109,23 @@ class GenerationPlan:
 
         held = weight_bytes(model, axes, **options)
         experts = sum(size for name, size in held.items() if part_of(name) == "routed experts")
-        gathered = 0
-        if axes.shape[FSDP] > 1:
-            sizes = dict(axes.shape) | {FSDP: 1, DATA: axes.shape[DATA] * axes.shape[FSDP]}
-            whole = weight_bytes(model, abstract_mesh(MeshConfig(**sizes), axes.size), **options)
-            gathered = sum(size - held[name] for name, size in whole.items())
         # Experts that a batch reads, of those of a device: each is chosen with probability K / E per token.
         E, K = model.n_routed_experts or 1, model.num_experts_per_tok or 1
         read = memory.weights - experts * (1 - K / E) ** batch_size
-        slow, fast = (
-            batch_size
-            / ((read + memory.cache * full) / (card.bandwidth * one.bandwidth) + gathered / (card.link * one.link))
-            for one, full in zip(RANGE, (1.0, 0.5), strict=True)  # the cache is full, or half full on average
-        )
+        traffic = (*_gathered(model, axes, held, options), *_activations(model, axes, batch_size, card))
+        node, network = split_by_network(axes, card, traffic)
         counts = count_parameters(model)
-        flops = 2 * (counts.activated - counts.parts["embedding"])
-        prefill = (card.flops * RANGE[0].experts * axes.size / flops, card.flops * RANGE[1].experts * axes.size / flops)
+        flops = 2 * (counts.activated - counts.parts["embedding"]) / axes.size
+        slow, fast = (
+            {
+                # The cache is full, or half full on average.
+                "memory": (read + memory.cache * full) / (card.bandwidth * one.bandwidth),
+                "compute": batch_size * flops / (card.flops * one.experts),
+                "links": node / (card.link * one.link),
+                "network": network / (card.network * one.link),
+            }
+            for one, full in zip(RANGE, (1.0, 0.5), strict=True)
+        )
         return cls(
             model,
             axes,
@@ -133,9 +138,10 @@ class GenerationPlan:
             quantize,
             memory,
             longest,
-            (slow, fast),
-            prefill,
-            gathered,
+            (_rate(batch_size, slow), _rate(batch_size, fast)),
+            (card.flops * RANGE[0].experts / flops, card.flops * RANGE[1].experts / flops),
+            traffic,
+            tuple(dict.fromkeys(max(times, key=lambda name: times[name]) for times in (slow, fast))),
         )
 
     @property
@@ -146,3 +152,34 @@ class GenerationPlan:
     def __str__(self) -> str:
         """Return one line."""
         return f"{self.memory} of {byte_size(self.card.usable)} per device"
+
+
+def _rate(batch_size: int, times: Mapping[str, float]) -> float:
+    """Return tokens per second: reading overlaps with computing, communication with neither."""
+    return batch_size / (max(times["memory"], times["compute"]) + times["links"] + times["network"])
+
+
+def _gathered(
+    model: ModelConfig, mesh: AbstractMesh, held: Mapping[str, int], options: Mapping[str, Any]
+) -> Iterator[Traffic]:
+    """All-gathers of weights over fsdp; quantized ones are replicated."""
+    if mesh.shape[FSDP] == 1:
+        return
+    sizes = dict(mesh.shape) | {FSDP: 1, DATA: mesh.shape[DATA] * mesh.shape[FSDP]}
+    whole = weight_bytes(model, abstract_mesh(MeshConfig(**sizes), mesh.size), **options)
+    size = sum(size for name, size in whole.items() if size != held[name])
+    yield Traffic("all-gather", (FSDP,), size, "weights")
+
+
+def _activations(model: ModelConfig, mesh: AbstractMesh, batch_size: int, card: Card) -> Iterator[Traffic]:
+    """Tokens to experts and back, and sums over the tensor axis."""
+    L, D, K = model.num_hidden_layers, model.hidden_size, model.num_experts_per_tok or 0
+    size, moe = 4 if card.platform == "cpu" else 2, sum(map(model.is_moe_layer, range(L)))
+    tokens = -(-batch_size // (mesh.shape[DATA] * mesh.shape[FSDP]))
+    if mesh.shape[EXPERT] > 1:
+        yield Traffic("all-gather", (EXPERT,), moe * tokens * (D * size + K * (4 + 4)), "tokens")
+        yield Traffic("reduce-scatter", (EXPERT,), moe * tokens * D * 4, "sums of experts")
+    if mesh.shape[TENSOR] > 1:
+        own = -(-tokens // mesh.shape[EXPERT])
+        sums = 2 * L + moe * bool(model.n_shared_experts) + 1
+        yield Traffic("all-reduce", (TENSOR,), sums * own * D * size, "activations")

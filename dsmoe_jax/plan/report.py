@@ -2,7 +2,7 @@
 
 import collections
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from dsmoe_jax.plan.collectives import Traffic
@@ -14,7 +14,7 @@ from dsmoe_jax.plan.training import TrainingPlan
 from dsmoe_jax.progress import plural
 from dsmoe_jax.train.metrics import flops_per_token
 
-_WIDTH: Final = 34
+_WIDTH: Final = 40
 _ROWS: Final = 10  # of a search
 _NEGLIGIBLE: Final = 1e-4  # of the bytes of a device
 
@@ -31,7 +31,7 @@ def training_text(plan: TrainingPlan, card: str) -> str:
         *(_row(f"{name} (temporary)", size / 1e9) for name, size in plan.temporary.items()),
         _row("sum", plan.bytes / 1e9),
         "",
-        *_traffic_lines((one.kind, one.axes, one.what, one.bytes) for one in plan.traffic),
+        *_traffic_lines("communication per step and device", plan.traffic),
         f"{work.sequences:,} sequences × {work.length:,} tokens per step, "
         f"{plural(work.parts, 'micro-batch')} of {plural(work.rows, 'sequence')} per device; "
         f"{flops_per_token(work.model, work.length) / 1e9:.4g} GFLOP per token, "
@@ -51,12 +51,13 @@ def generation_text(plan: GenerationPlan, card: str) -> str:
         *(_row(name.replace("_", " "), size / 1e9) for name, size in plan.memory._asdict().items()),
         _row("sum", plan.memory.total / 1e9),
         "",
-        f"{plan.batch_size} outputs of {plan.max_length:,} tokens at once; memory for {plan.longest:,}",
-        f"estimate: decode {plan.decode[0]:,.0f} to {plan.decode[1]:,.0f} tok/s, "
+        *_traffic_lines("communication per decode step and device", plan.traffic),
+        f"{plan.batch_size:,} outputs of {plan.max_length:,} tokens at once; memory for {plan.longest:,}",
+        f"estimate: decode {plan.decode[0]:,.0f} to {plan.decode[1]:,.0f} tok/s (bound by {' or '.join(plan.bounds)}), "
         f"prefill {plan.prefill[0]:,.0f} to {plan.prefill[1]:,.0f} tok/s, all devices",
         f"assumes: decode reads weights and cache at {_percent('bandwidth')} of the memory bandwidth, prefill reaches "
-        f"{_percent('experts')} of the peak FLOP/s; a step gathers {plan.gathered / 1e9:.3g} GB of weights over fsdp; "
-        "no latencies",
+        f"{_percent('experts')} of the peak FLOP/s, links and network {_percent('link')}; no latencies; not measured "
+        "on a GPU",
     ]
     return "\n".join(lines) + "\n"
 
@@ -128,15 +129,18 @@ def _row(name: str, value: float) -> str:
     return f"  {name:{_WIDTH - 2}}{value:>10.3f}"
 
 
-def _traffic_lines(rows: Iterable[tuple[str, Sequence[str], str, int]]) -> list[str]:
+def _traffic_lines(title: str, traffic: Sequence[Traffic]) -> list[str]:
     """Group communication by kind and axes."""
     sizes: dict[tuple[str, str], int] = collections.defaultdict(int)
-    for kind, axes, _, size in rows:
-        sizes[kind, "+".join(axes)] += size
+    for one in traffic:
+        sizes[one.kind, "+".join(one.axes)] += one.bytes
     if not sizes:
         return []
-    title = f"{'communication per step and device':{_WIDTH}}{'GB':>10}"
-    return [title, *(_row(f"{kind} over {axes}", size / 1e9) for (kind, axes), size in sizes.items()), ""]
+    return [
+        f"{title:{_WIDTH}}{'GB':>10}",
+        *(_row(f"{kind} over {axes}", size / 1e9) for (kind, axes), size in sizes.items()),
+        "",
+    ]
 
 
 def _speed_lines(plan: TrainingPlan) -> list[str]:
