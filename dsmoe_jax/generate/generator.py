@@ -153,17 +153,9 @@ class Generator:
             if name not in _OPTIONS:
                 raise DSMoEError(f"unknown option {name!r}; {suggest(name, _FROM_PRETRAINED)}")
         folder = resolve(path_or_hub_id, revision)
-        model, tokenizer, fields = loading.load(
-            folder,
-            dtype=dtype,
-            mesh=mesh,
-            quantize=quantize,
-            adapter=adapter,
-            verify=verify,
-            split_special_tokens=split_special_tokens,
-            force=force,
-            engine_options=options,
-        )
+        settings: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "quantize": quantize, "adapter": adapter}
+        settings |= {"verify": verify, "split_special_tokens": split_special_tokens, "force": force}
+        model, tokenizer, fields = loading.load(folder, engine_options=options, **settings)
         if options.get("eos_token_id") is None:
             options["eos_token_id"] = loading.valid_eos_token_ids(fields, tokenizer, model.config.vocab_size)
         options = {

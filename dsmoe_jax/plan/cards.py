@@ -74,7 +74,8 @@ def card_of(
     key = name.lower().replace("-", "_")
     if key not in CARDS:
         own = "with --device-memory, --device-tflops, --device-bandwidth, --link-bandwidth and --network-bandwidth"
-        near = f": did you mean {close}?" if (close := closest(key, CARDS)) else ""
+        close = next((card for card in CARDS if key and card.startswith(key)), None) or closest(key, CARDS)
+        near = f": did you mean {close}?" if close else ""
         raise DSMoEError(f"device must be one of {', '.join(CARDS)}, got {name!r}{near}; set other figures {own}")
     figures = {"memory": (memory, 1e9), "flops": (tflops, 1e12)}
     figures |= {field: (value, 1e9) for field, value in gb_per_second.items()}

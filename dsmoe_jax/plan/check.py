@@ -17,6 +17,7 @@ from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.train.config import RunConfig
 
 _OVERESTIMATE: Final = 1.15  # of temporaries, at most (tests/benchmarks/plan_check.py)
+_NEGLIGIBLE: Final = 1e-3  # of the arguments
 _log = logging.getLogger(__name__)
 
 
@@ -39,7 +40,7 @@ def check_memory(config: RunConfig, mesh: Mesh | None, *, force: bool = False) -
     plan = TrainingPlan.of(dataclasses.replace(config, mesh=sizes), model, devices, card, dtype=dtype)
     known = config.data.sequence_length and config.data.batch_size
     temporary = plan.temporaries if known else 0
-    parts = [f"{name} {byte_size(size)}" for name, size in plan.held.items() if size and (known or name != "batch")]
+    parts = [f"{name} {byte_size(size)}" for name, size in plan.held.items() if size > _NEGLIGIBLE * plan.arguments]
     parts = ", ".join([*parts, f"temporaries {f'about {byte_size(temporary)}' if known else 'by the data'}"])
     bound = f" of {byte_size(available)}" if available else ""
     _log.info("Memory plan: %s%s per device (%s)", byte_size(plan.arguments + temporary), bound, parts)

@@ -87,7 +87,9 @@ def _weights(work: Workload, compiler: Compiler) -> Iterator[Traffic]:
         # Backward, in every micro-batch: recomputation and gradient share a gather, except on tensor and expert axes.
         twice = work.ways(TENSOR) > 1 and work.ways(EXPERT) > 1 and ".down." not in weight.name
         again = {"norms": 1 + remat, "router": remat, "embedding": 0, "head": 0, "routed experts": experts}
-        count = forward + parts * again.get(weight.part, remat * (1 + twice))
+        # Without remat the gradient reuses the gather of the forward pass, except for a dense layer on a tensor axis.
+        own = not remat and work.ways(TENSOR) > 1 and weight.part == "dense feed-forward"
+        count = forward * (1 + own) + parts * again.get(weight.part, remat * (1 + twice))
         # The router computes in fp32; the head is gathered before its cast.
         bytes_each = _FP32 if weight.part in ("router", "head") else size
         yield Traffic("all-gather", (FSDP,), full * bytes_each * count, f"{weight.part} weights")
@@ -143,11 +145,12 @@ def _dispatch(work: Workload, compiler: Compiler) -> Iterator[Traffic]:
 
 def _tensor(work: Workload, compiler: Compiler) -> Iterator[Traffic]:
     """Sums of activations over the tensor axis."""
-    model, remat = work.model, work.config.step.remat != "none"
+    model, remat = work.model, work.config.step.remat == "full"  # `dots` saves the sums
     L, moe, shared = model.num_hidden_layers, work.moe_layers, bool(model.n_shared_experts)
     M, K, V = work.tokens, model.num_experts_per_tok or 1, model.vocab_size
     forward = L + (L - moe) + moe * (1 + shared)  # attention, dense feed-forward, routed and shared experts
-    backward = 3 * L + 2 * (L - moe) + moe * (1 + 2 * shared)
+    # Below the first adapters nothing needs a gradient.
+    backward = 3 * (L - work.adapts) + 2 * (L - moe) + moe * (1 + 2 * shared)
     # Layers recompute the output of attention, which the residual needs.
     states = forward + backward + L * remat + 2  # and embedding, cross-entropy
     yield Traffic("all-reduce", (TENSOR,), states * M * model.hidden_size * _size(work, compiler), "activations")
