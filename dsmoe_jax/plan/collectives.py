@@ -102,6 +102,8 @@ def _gradients(work: Workload, compiler: Compiler) -> Iterator[Traffic]:
         full, shard = (work.elements_of(weight, axis) * size for axis in (FSDP, ""))
         experts, what = weight.part == "routed experts", f"{weight.part} gradients"
         axes = (DATA, *([FSDP] if full == shard else []), *([] if experts else [EXPERT]))
+        if experts and work.elements_of(weight, TENSOR) == work.elements_of(weight):  # an adapter
+            axes += (TENSOR,)
         others = _active(work, *axes)  # over which a device has the same shard
         if full != shard and not experts and not compiler.scatters:
             if weight.part in ("embedding", "head", "norms"):  # in one go
