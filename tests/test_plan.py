@@ -81,16 +81,14 @@ def report() -> dict[str, float]:
 
 
 def test_nine_in_ten_temporaries_are_within_15_percent(report: dict[str, float]):
-    within = [name for name, ratio in report.items() if 1 / 1.15 <= ratio <= 1.15]
+    for some in (report, {name: ratio for name, ratio in report.items() if name.startswith("new: ")}):
+        within = [name for name, ratio in some.items() if 0.85 <= ratio <= 1.15]
+        assert len(within) >= 0.9 * len(some) >= 9
 
-    assert len(report) >= 20
-    assert len(within) >= 0.9 * len(report)
 
-
-def test_hardly_any_temporaries_are_underestimated(report: dict[str, float]):
-    low = {name for name, ratio in report.items() if ratio < plan_check.LEAST}
-
-    assert low <= {"new: tiny, fsdp 8"}  # 0.83: a small model in micro-batches, not used for the fit
+def test_no_temporaries_are_underestimated(report: dict[str, float]):
+    assert report.keys() == plan_check.CASES.keys()
+    assert not {name for name, ratio in report.items() if ratio < plan_check.LEAST}
 
 
 @pytest.mark.slow
@@ -114,6 +112,29 @@ def test_programs_compiled_for_gpus_are_within_15_percent(
     plan = TrainingPlan.of(config, ModelConfig.preset("deepseek_moe_16b"), devices, CARDS["h100"])
 
     assert plan.arguments / 1e9 == pytest.approx(arguments, rel=0.01)
+    assert plan.temporaries / 1e9 == pytest.approx(temporaries, rel=0.15)
+
+
+# Of the report: three or four layers of the 16B on eight H100s. Mesh, remat, micro-batches of sequences of a length,
+# layers and GB of temporaries.
+ON_H100 = [
+    ((1, 8, 1, 1), "full", 2, 2, 512, 3, 6.91),
+    ((1, 2, 4, 1), "full", 1, 2, 512, 3, 3.25),
+    ((1, 8, 1, 1), "none", 1, 2, 512, 3, 6.07),
+    ((1, 8, 1, 1), "full", 1, 2, 512, 4, 5.46),
+    ((1, 8, 1, 1), "full", 2, 1, 4096, 3, 9.20),
+]
+
+
+@pytest.mark.parametrize(("mesh", "remat", "parts", "rows", "length", "layers", "temporaries"), ON_H100)
+def test_steps_compiled_for_the_h100_are_within_15_percent(
+    mesh: Any, remat: str, parts: int, rows: int, length: int, layers: int, temporaries: float
+):
+    step = {"remat": remat, "gradient_accumulation_steps": parts}
+    case = plan_check.Case(plan_check.M16, plan_check.M16, mesh, length, rows, layers, step=step)
+
+    plan = plan_check.planned(case, "h100")
+
     assert plan.temporaries / 1e9 == pytest.approx(temporaries, rel=0.15)
 
 

@@ -63,7 +63,7 @@ def _run(argv: Sequence[str], interrupted: threading.Event) -> int:
     try:
         for argument in argv:
             _utf8(argument)
-        args = _parse(mesh_flags([argument for argument in argv if argument != "--debug"]))
+        args = _parse([argument for argument in argv if argument != "--debug"])
         command = f"dsmoe {args.verb}"
         set_environment()
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -94,6 +94,7 @@ def _run(argv: Sequence[str], interrupted: threading.Event) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the verb and its arguments; exits on `--help` and usage errors."""
+    argv = mesh_flags(argv)
     if argv and not argv[0].startswith("-"):
         check_choice("verb", argv[0], VERBS)
     if argv and argv[0] in VERBS and argv[0] not in ARGUMENTS:  # tyro parses the rest

@@ -68,7 +68,8 @@ def _cache(plan: GenerationPlan, rows: int, mesh: Mesh | None) -> KVCache:
         where = sharding("cache", leaf.shape, ("cache" if even else None, None, None), mesh)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-    return KVCache(jax.tree.map(place, cache.layers), _replicated((rows,), jnp.int32, mesh))
+    lengths: Any = _replicated((rows,), jnp.int32, mesh)
+    return KVCache(jax.tree.map(place, cache.layers), lengths)
 
 
 def _replicated(shape: tuple[int, ...], dtype: Any, mesh: Mesh | None) -> jax.ShapeDtypeStruct:

@@ -48,8 +48,8 @@ PEAKS: Final[dict[str, dict[str, dict[str, dict[str, float]]]]] = {
             "adapters":           {"gradients": 4.7},
             "quantized":          {"layer of experts": 0.27},
             "":                   {"logits": 2.0, "expert rows": 3.0, "attention scores": 3.0, "hidden states": 0.5},
-            "dots":               {"hidden states": 4.0},  # q, k, v, o, gate, up and down in bf16; not measured
-            "!remat":             {"hidden states": 8.0},
+            "dots":               {"saved activations": 4.0},  # q, k, v, o, gate, up and down in bf16; not measured
+            "!remat":             {"saved activations": 8.0},
         },
         "loss": {
             "!adapters":          {"head": 2.0, "weights": 0.5},
@@ -87,6 +87,8 @@ def quantities(work: Workload, compiler: Compiler) -> Mapping[str, float]:
         "logits": _FP32 * V * min(M, max(1, _CHUNK_BYTES // (_FP32 * V))),
         "attention scores": _FP32 * kept * L * work.rows * heads * work.length * (work.length + queries) / 2,
         "hidden states": _FP32 * M * D * L,
+        # Mostly heads and widths, which the tensor axis shards.
+        "saved activations": _FP32 * M * D * L * (0.1 + 0.9 / work.ways(TENSOR)),
         "activations": _FP32 * M * D * kept * L,
         "feed-forward rows": _FP32 * M * kept * ((L - moe) * dense + moe * shared) / work.ways(TENSOR),
         "expert rows": _FP32 * M * D * K * max(1, kept * moe),

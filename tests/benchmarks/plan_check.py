@@ -169,7 +169,7 @@ class Comparison(NamedTuple):
         return found + [kind for kind, (mine, its) in self.traffic.items() if abs(mine - its) > TRAFFIC * its]
 
 
-def planned(case: Case) -> TrainingPlan:
+def planned(case: Case, card: str = "cpu") -> TrainingPlan:
     """Return the plan of a case."""
     config: Any = (RECIPES.get(case.recipe) or FINETUNING[case.recipe])()
     model = dataclasses.replace(ModelConfig.preset(case.model), num_hidden_layers=case.layers, **case.fields)
@@ -186,7 +186,7 @@ def planned(case: Case) -> TrainingPlan:
                 config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, moments=value))
             case _:
                 config = dataclasses.replace(config, **{name: value})
-    return TrainingPlan.of(config, model, devices, card_of("cpu"))
+    return TrainingPlan.of(config, model, devices, card_of(card))
 
 
 def compare(case: Case) -> Comparison:
