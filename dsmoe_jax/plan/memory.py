@@ -71,7 +71,6 @@ def quantities(work: Workload, compiler: Compiler) -> Mapping[str, float]:
     remat = work.config.step.remat != "none" and compiler.barriers
     kept = 1 / L if remat else 1.0  # share of the layers whose activations are held
     experts = _FP32 * work.elements("routed experts", gather=FSDP)
-    layer = experts / max(moe, 1)
     strategy = choose_strategy(work.config.dispatch.strategy, ways)
     slots = STRATEGIES[strategy](ways, 1, work.config.dispatch.buffer_factor)
     rows = slots.buffer(M * K * ways, M * K) if strategy == "gather" else ways * slots.buffer(M * K, M * K / ways)
@@ -80,8 +79,8 @@ def quantities(work: Workload, compiler: Compiler) -> Mapping[str, float]:
         "optimizer state": work.state_bytes()["optimizer state"],
         "weights": _FP32 * work.elements(),
         "gradients": _FP32 * sum(map(work.elements_of, work.parameters.trained)),
-        "experts": layer if compiler.barriers else experts,
-        "layer of experts": layer,
+        "experts": experts,
+        "layer of experts": experts / max(moe, 1),
         "dense weights": _FP32 * work.elements(*_DENSE, gather=FSDP),
         "head": _FP32 * V * D,
         "logits": _FP32 * V * min(M, max(1, _CHUNK_BYTES // (_FP32 * V))),
