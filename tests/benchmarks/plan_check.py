@@ -123,6 +123,7 @@ CASES: Final[dict[str, Case]] = {
     "new: 16B, 2 × 2 × 2":           Case(M16, M16, (1, 2, 2, 2), 512, 2, step=FULL),
     "new: 145B, fsdp 4, tensor 2":   Case(M145, M145, (1, 4, 1, 2), 1024, 1, 2, step=DOTS),
     "new: LoRA, fsdp 8, parts 8":    Case(LORA, M16, (1, 8, 1, 1), 1024, 1, step=_step("full", 8)),
+    "new: QLoRA, data 4":            Case(QLORA, M16, (4, 1, 1, 1), 256, 4, fields=MID, step=TWO, others=NF4),
     "new: LoRA, data 2, tensor 2":   Case(LORA, M16, (2, 1, 1, 2), 512, 2, fields=MID, step=_step("none", 2)),
     "new: mid, data 2, expert 4":    Case(M16, M16, (2, 1, 4, 1), 512, 2, fields=MID, step=PARTS, others=BF16),
     "new: 2B, factored":             Case("full_8x40gb", M2, (1, 2, 1, 1), 512, 2, step=NONE),
