@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from dsmoe_jax.progress import byte_size
+
 _HALF = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 
 
@@ -80,14 +82,10 @@ class ConversionReport:
     def __str__(self) -> str:
         """Return a summary of a few lines."""
         rate = (self.bytes - self.reused_bytes) / self.seconds / 1e9
-        size = f"{self.tensors:,} tensors, {_size(self.bytes)}"
+        size = f"{self.tensors:,} tensors, {byte_size(self.bytes)}"
         lines = [f"{self.path}: {size} in {self.seconds:.1f} s ({rate:.2f} GB/s)"]
         if self.reused_bytes:
-            lines.append(f"  resumed: {_size(self.reused_bytes)} were already written")
+            lines.append(f"  resumed: {byte_size(self.reused_bytes)} were already written")
         if self.cast_stats.changed:
             lines.append(f"  cast: {self.cast_stats}")
         return "\n".join([*lines, f"  {self.checksum}"])
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

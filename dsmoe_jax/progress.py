@@ -1,4 +1,4 @@
-"""Progress of long operations: `bar`, `count` and `logged`; the default is `silent`. Log levels, counts, durations."""
+"""Progress of long operations: `bar`, `count` and `logged`, or `silent`. Log levels, and numbers as text."""
 
 import contextlib
 import logging
@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Final, Protocol
 
 _LOG_SECONDS: Final = 60.0
+_UNITS: Final = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1))
 _log = logging.getLogger("dsmoe_jax")
 
 Advance = Callable[[int], object]  # receives the units done since the last call
@@ -72,6 +73,12 @@ def _bar(what: str, total: int, *columns: str) -> Iterator[Advance]:
 def plural(count: int, noun: str) -> str:
     """Return the count and the noun: "1 document", "2,000 documents"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def byte_size(count: float) -> str:
+    """Return a number of bytes with three digits: "1.27 GB", "54.1 MB"."""
+    unit, size = next((unit for unit in _UNITS if count >= 0.9995 * unit[1]), _UNITS[-1])
+    return f"{count / size:.3g} {unit}"
 
 
 def duration(seconds: float) -> str:

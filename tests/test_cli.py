@@ -106,6 +106,17 @@ def test_chat_ends_on_quit_and_ctrl_c(monkeypatch: pytest.MonkeyPatch, native: P
     assert got == code
 
 
+def test_a_model_that_cannot_fit_is_refused(
+    native: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr("dsmoe_jax.generate.loading.available_bytes", lambda mesh: 1000)
+
+    codes = [run("generate", native, "--prompt", "x"), run("chat", native)]
+
+    assert codes == [2, 2]
+    assert capsys.readouterr().err.count("1 kB are available: quantize it") == 2
+
+
 def test_every_verb_has_help(capsys: pytest.CaptureFixture):
     codes = [run("--help"), run("--version"), *(run(verb, "--help") for verb in VERBS)]
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.generate import Generator
 from dsmoe_jax.model import DeepSeekMoE, assemble, split
 from tests.helpers.small import SMALL, small_model
@@ -150,11 +151,16 @@ def test_invalid_option_is_rejected(options: dict, reason: str):
         Generator(small_model(), **options)
 
 
-def test_weights_that_exceed_memory_are_rejected_before_loading(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("dsmoe_jax.generate.loading.device_bytes", lambda: 100_000)
+def test_weights_that_exceed_memory_are_rejected_before_loading(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("dsmoe_jax.generate.loading.available_bytes", lambda mesh: 100_000)
 
-    with pytest.raises(ValueError, match=r"native: the weights take 0\.000\d* GB|only 0\.0001 GB are free"):
+    with pytest.raises(DSMoEError, match=r"native needs at least .* per device, 100 kB are available: .*--force"):
         Generator.from_pretrained(checkpoint)
+
+    assert Generator.from_pretrained(checkpoint, force=True)
+    assert "Loading although" in caplog.text
 
 
 def test_text_without_a_tokenizer_is_rejected():

@@ -112,5 +112,5 @@ def test_plan_uses_the_dtypes_of_the_tensors(tmp_path: Path, declared: str | Non
 
 def test_plan_prints_one_line():
     assert str(MemoryPlan(32_800_000_000, 940_000_000, 940_000_000, 0)) == (
-        "34.7 GB: weights 32.8, cache 0.94, prompt_cache 0.94, activations 0"
+        "34.7 GB (weights 32.8 GB, cache 940 MB, prompt cache 940 MB)"
     )

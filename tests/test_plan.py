@@ -9,19 +9,20 @@ from typing import Any
 import jax
 import pytest
 
+from dsmoe_jax.cli.flags import AXES
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.model import abstract, layers_of, short
 from dsmoe_jax.plan.cards import CARDS, card_of
 from dsmoe_jax.plan.check import check_memory
-from dsmoe_jax.plan.collectives import Traffic
+from dsmoe_jax.plan.collectives import COMPILERS, Traffic
 from dsmoe_jax.plan.compiled import compile_plan
 from dsmoe_jax.plan.generation import GenerationPlan
 from dsmoe_jax.plan.hlo import collectives
 from dsmoe_jax.plan.roofline import split_by_network
 from dsmoe_jax.plan.search import flags, search
 from dsmoe_jax.plan.training import TrainingPlan
-from dsmoe_jax.sharding import MeshConfig, make_mesh
+from dsmoe_jax.sharding import AXIS_NAMES, MeshConfig, make_mesh
 from dsmoe_jax.train.config import DataConfig, RunConfig
 from dsmoe_jax.train.recipes import FINETUNING, RECIPES
 from dsmoe_jax.train.step import StepConfig
@@ -64,10 +65,6 @@ def test_arguments_are_exactly_those_of_the_step(compared: plan_check.Comparison
     assert planned == compiled
 
 
-@pytest.mark.skipif(
-    jax.__version_info__ >= (0, 11),
-    reason="on simulated CPUs, the XLA of jax 0.12 gathers 14 % more than that of 0.10, with which plans are compared",
-)
 def test_collectives_are_those_of_the_step(compared: plan_check.Comparison):
     assert {"all-reduce"} <= set(compared.traffic) or compared.plan.work.mesh.size == 1
     for kind, (planned, compiled) in compared.traffic.items():
@@ -76,24 +73,24 @@ def test_collectives_are_those_of_the_step(compared: plan_check.Comparison):
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, float]:
-    """Planned over compiled temporaries, of the steps in the report."""
+    """Planned over compiled temporaries, of the steps in the report, which are of jax 0.10."""
     rows = [line.split("|") for line in REPORT.read_text(encoding="utf-8").splitlines()]
     compiled = {row[1].strip(): float(row[4]) * 1e9 for row in rows if row[1:] and row[1].strip() in plan_check.CASES}
-    plans = {name: plan_check.planned(plan_check.CASES[name]) for name in compiled}
-    return {name: sum(plans[name].temporary.values()) / size for name, size in compiled.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(COMPILERS, "cpu", COMPILERS["cpu"]._replace(barriers=False))
+        plans = {name: plan_check.planned(plan_check.CASES[name]) for name in compiled}
+    return {name: plans[name].temporaries / size for name, size in compiled.items()}
 
 
 def test_nine_in_ten_temporaries_are_within_15_percent(report: dict[str, float]):
-    within = [name for name, ratio in report.items() if 1 / 1.15 <= ratio <= 1.15]
+    for some in (report, {name: ratio for name, ratio in report.items() if name.startswith("new: ")}):
+        within = [name for name, ratio in some.items() if 0.85 <= ratio <= 1.15]
+        assert len(within) >= 0.9 * len(some) >= 9
 
-    assert len(report) >= 20
-    assert len(within) >= 0.9 * len(report)
 
-
-def test_hardly_any_temporaries_are_underestimated(report: dict[str, float]):
-    low = {name for name, ratio in report.items() if ratio < plan_check.LEAST}
-
-    assert low <= {"new: tiny, fsdp 8"}  # 0.83: a small model in micro-batches, not used for the fit
+def test_no_temporaries_are_underestimated(report: dict[str, float]):
+    assert report.keys() == plan_check.CASES.keys()
+    assert not {name for name, ratio in report.items() if ratio < plan_check.LEAST}
 
 
 @pytest.mark.slow
@@ -116,8 +113,31 @@ def test_programs_compiled_for_gpus_are_within_15_percent(
 
     plan = TrainingPlan.of(config, ModelConfig.preset("deepseek_moe_16b"), devices, CARDS["h100"])
 
-    assert sum(plan.held.values()) / 1e9 == pytest.approx(arguments, rel=0.01)
-    assert sum(plan.temporary.values()) / 1e9 == pytest.approx(temporaries, rel=0.15)
+    assert plan.arguments / 1e9 == pytest.approx(arguments, rel=0.01)
+    assert plan.temporaries / 1e9 == pytest.approx(temporaries, rel=0.15)
+
+
+# Of the report: three or four layers of the 16B on eight H100s. Mesh, remat, micro-batches of sequences of a length,
+# layers and GB of temporaries.
+ON_H100 = [
+    ((1, 8, 1, 1), "full", 2, 2, 512, 3, 6.91),
+    ((1, 2, 4, 1), "full", 1, 2, 512, 3, 3.25),
+    ((1, 8, 1, 1), "none", 1, 2, 512, 3, 6.07),
+    ((1, 8, 1, 1), "full", 1, 2, 512, 4, 5.46),
+    ((1, 8, 1, 1), "full", 2, 1, 4096, 3, 9.20),
+]
+
+
+@pytest.mark.parametrize(("mesh", "remat", "parts", "rows", "length", "layers", "temporaries"), ON_H100)
+def test_steps_compiled_for_the_h100_are_within_15_percent(
+    mesh: Any, remat: str, parts: int, rows: int, length: int, layers: int, temporaries: float
+):
+    step = {"remat": remat, "gradient_accumulation_steps": parts}
+    case = plan_check.Case(plan_check.M16, plan_check.M16, mesh, length, rows, layers, step=step)
+
+    plan = plan_check.planned(case, "h100")
+
+    assert plan.temporaries / 1e9 == pytest.approx(temporaries, rel=0.15)
 
 
 # --- arithmetic ---
@@ -179,7 +199,7 @@ def test_communication_is_split_between_links_and_network():
     work = TrainingPlan.of(config, ModelConfig.preset("bench"), 32, CARDS["h100"]).work
     traffic = [Traffic("all-gather", ("fsdp",), 16, ""), Traffic("all-reduce", ("data",), 8, "")]
 
-    node, network = split_by_network(work, CARDS["h100"], traffic)
+    node, network = split_by_network(work.mesh, CARDS["h100"], traffic)
 
     assert node == 16 * 7 / 8  # 8 of the 16 devices are in a node
     assert network == 16 / 8 * 8 / 16 + 2 * 8 / 2  # nodes share the gather; the other copy is on another node
@@ -289,16 +309,29 @@ def test_the_plan_of_generation_has_a_cache(capsys: pytest.CaptureFixture[str]):
 
 
 MISTAKES = {
+    "plan pretrain tiny --device h10": "got 'h10': did you mean h100?",
+    "plan pretrain tiny --device a100": "did you mean a100_80gb?",
+    "plan pretrain tiny --device-memory inf": "device figures must be positive and finite, got inf for memory",
+    "plan pretrain tiny --device-bandwidth nan": "device figures must be positive and finite, got nan for bandwidth",
+    "plan pretrain tiny --link-bandwidth 0": "device figures must be positive and finite, got 0 for link",
+    "plan pretrain tiny --mesh fsdp": "--mesh must be AXIS=N,…, got 'fsdp'",
+    "plan pretrain tiny --mesh fsd=2": "--mesh axis must be one of data, fsdp, expert, tensor, got 'fsd'",
+    "plan pretrain tiny --mesh fsdp=2=3": "--mesh.fsdp must be an integer, got '2=3'",
+    "plan generate bench --max-batch-size 0": "max_batch_size must be at least 1, got 0",
+    "plan generate bench --context-length 1": "context_length must be at least 2, got 1",
+    "plan generate bench --search": "--search is for pretrain and finetune",
+    "plan generate bench another": "unexpected argument 'another'",
+    "plan generate bench --revision x": "bench is a preset, which has no weights",
+    "plan generate bench --devices 2 --mesh.expert 1 --mesh.tensor 2 --quantize nf4": "cannot be sharded over tensor=2",
     "plan train tiny": "run must be one of pretrain, finetune, generate, got 'train'",
-    "plan pretrain tiny --device h10": "device must be one of h100, h200",
     "plan pretrain tiny --devices 0": "--devices must be at least 1, got 0",
     "plan pretrain tiny --devices many": "argument --devices: invalid int value: 'many'",
-    "plan pretrain tiny --device-tflops -1": "device figures must be positive, got -1e+12 for flops",
+    "plan pretrain tiny --device-tflops -1": "device figures must be positive and finite, got -1 for flops",
     "plan pretrain tiny --devices 6 --mesh.fsdp 4": "mesh (data=1, fsdp=4, expert=1, tensor=1) needs 4 devices",
     "plan pretrain tiny --devices 5 --data.batch-size 5": "embed: embed of size 192 does not divide over fsdp=5",
     "plan pretrain tiny --devices 3": "data.batch_size must be a multiple of 3",
     "plan pretrain tiny --mesh.tensor 4 --devices 4": "attention heads do not divide over tensor=4",
-    "plan pretrain tiny --devises 4": "unknown flag --devises",
+    "plan pretrain tiny --devises 4": "unknown flag --devises: did you mean --devices?",
     "plan generate tiny --device-memry 4": "unknown flag --device-memry: did you mean --device-memory?",
     "plan generate deepseek_moe_15b": "no such file or folder",
 }
@@ -311,6 +344,18 @@ def test_a_mistake_is_one_line(typed: str, capsys: pytest.CaptureFixture[str]):
     error = capsys.readouterr().err
     assert MISTAKES[typed] in error
     assert error.count("\n") == 1
+
+
+def test_a_mesh_is_spelled_in_two_ways(capsys: pytest.CaptureFixture[str]):
+    texts = []
+    for mesh in (["--mesh", "fsdp=2,expert=4"], ["--mesh=fsdp=2", "--mesh.expert", 4]):
+        for verb in ("pretrain", "generate"):
+            assert run("plan", verb, "tiny", "--devices", 8, *mesh) == 0
+            texts.append(capsys.readouterr().out)
+
+    assert texts[:2] == texts[2:]
+    assert all(text.startswith("8 × h100: data=1, fsdp=2, expert=4, tensor=1\n") for text in texts)
+    assert AXES == AXIS_NAMES
 
 
 def test_own_figures_replace_those_of_a_card():
@@ -333,6 +378,14 @@ def test_generation_on_a_mesh_needs_less_of_a_device():
 
     assert eight.memory.weights < one.memory.weights / 4
     assert eight.longest > one.longest > 0
+    assert (one.bounds, one.traffic) == (("memory",), ())
+
+
+def test_decoding_over_fsdp_of_several_nodes_is_bound_by_the_network():
+    plan = GenerationPlan.of(ModelConfig.preset("deepseek_moe_16b"), MeshConfig(fsdp=64, expert=1), 64, CARDS["h100"])
+
+    assert plan.bounds == ("network",)
+    assert plan.traffic[0].bytes == pytest.approx(32.7e9, rel=0.03)  # all weights, in every step
 
 
 # --- runs ---
@@ -344,10 +397,10 @@ def config_of(batch: int) -> RunConfig:
 
 
 def test_a_run_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    monkeypatch.setattr("dsmoe_jax.plan.check.device_bytes", lambda: int(50e6))
+    monkeypatch.setattr("dsmoe_jax.plan.check.available_bytes", lambda mesh: int(50e6))
 
     with pytest.raises(
-        DSMoEError, match=r"the run needs .* per device .*, 50 MB are there: .*--force starts regardless"
+        DSMoEError, match=r"the run needs .* per device .*, 50 MB are available: .*--force starts regardless"
     ):
         check_memory(config_of(8), None)
 
@@ -356,19 +409,19 @@ def test_a_run_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch, caplo
 
 
 def test_a_run_logs_its_plan(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    monkeypatch.setattr("dsmoe_jax.plan.check.device_bytes", lambda: None)
+    monkeypatch.setattr("dsmoe_jax.plan.check.available_bytes", lambda mesh: None)
     caplog.set_level("INFO")
 
     check_memory(config_of(8), None)
 
     assert "Memory plan: " in caplog.text
-    assert "arguments 54.1 MB, temporaries about " in caplog.text
+    assert "(parameters 18 MB, optimizer state 36 MB, temporaries about " in caplog.text
 
 
 def test_the_command_refuses_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Any
 ):
-    monkeypatch.setattr("dsmoe_jax.plan.check.device_bytes", lambda: int(1e6))
+    monkeypatch.setattr("dsmoe_jax.plan.check.available_bytes", lambda mesh: int(1e6))
 
     assert run("pretrain", "tiny", "--data.batch-size", 64, "--output-dir", tmp_path / "run") == 2
 

@@ -316,7 +316,7 @@ def field_flags(config: Any, prefix: str = "--") -> Iterator[str]:
 
 def test_flags_in_the_text_exist():
     config = dataclasses.replace(FINETUNING["lora_1x80gb"](), quantize="nf4")
-    known = {*field_flags(RECIPES["tiny"]()), *field_flags(config)} | {"--debug", "--force"}
+    known = {*field_flags(RECIPES["tiny"]()), *field_flags(config)} | {"--debug", "--force", "--mesh"}
     known |= {
         flag for arguments in (*ARGUMENTS.values(), PLAN, GENERATION_PLAN) for flags, _ in arguments for flag in flags
     }

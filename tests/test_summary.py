@@ -57,7 +57,6 @@ def test_a_run_on_one_device():
         "Batch": "16 sequences × 32 tokens = 512 tokens per step",
         "Steps": "1,000, 512,000 tokens",
         "Data": "1,234 documents, 56,789 tokens; validation: 77 tokens",
-        "Memory": "2.4 MB per device (weights 0.6 MB, optimizer state 1.2 MB, gradients 0.6 MB), and activations",
         "Optimizer": "learning rate 0.00108, paper schedule, 1,000 warmup steps",
         "Kernels": "experts block_loop, attention plain",
         "Output": "runs/a (jsonl)",
@@ -80,16 +79,6 @@ def test_a_resumed_run_on_a_mesh():
     assert rows["Kernels"] == "experts batched,batched,ragged, dispatch all_to_all, attention plain"
 
 
-def test_memory_is_that_of_the_shards_of_a_device():
-    config, mesh = RunConfig(output_dir="runs/a"), make_mesh(MESH)
-
-    one, sharded = (module._device_bytes(state(config, where).params) for where in (None, mesh))
-
-    norms = sum(np.prod(leaf.shape) * 4 for leaf in state(config).params.values() if len(leaf.shape) == 1)
-    assert one == 4 * 151_840
-    assert one / 8 < sharded < one / 4 + norms  # dense weights over fsdp, experts over both axes, norms replicated
-
-
 def test_adapters_show_their_share():
     config = with_defaults(FinetuneConfig(init_from="base", output_dir="runs/a", lora=LoraConfig()))
     frozen = {"a": jax.device_put(np.zeros((1000, 1000), np.int8))}
@@ -100,7 +89,6 @@ def test_adapters_show_their_share():
     assert rows["Data"].startswith("1,234 examples, ")
     assert rows["Optimizer"] == "learning rate 0.0002, cosine schedule, 10 warmup steps"
     assert rows["Trainable"] == "151,840 parameters (100.00%)"
-    assert "weights 1.6 MB" in rows["Memory"]
 
 
 @pytest.mark.parametrize("terminal", [False, True], ids=["log", "terminal"])

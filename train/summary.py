@@ -67,7 +67,6 @@ def summary(
         "Data": f"{data}, {stream.tokens:,} tokens; validation: {validation}",
         "Mixture": _mixture(stream, job.steps),
         "Optimizer": _optimizer(config, job.steps),
-        "Memory": _memory(state, frozen),
         "Kernels": _kernels(config, job, mesh, tokens // micro_batches),
         "Output": f"{config.output_dir} ({', '.join(config.trackers)})",
     }
@@ -103,24 +102,6 @@ def _precision(config: RunConfig) -> str:
     remat = "" if config.step.remat == "none" else f", remat {config.step.remat}"
     trained = f"trained weights float32{frozen}, moments {config.optimizer.moments}"
     return f"compute {config.step.compute_dtype}, {trained}{remat}"
-
-
-def _memory(state: TrainState, frozen: Mapping[str, Any]) -> str:
-    """Describe what a device holds besides activations; gradients have the shapes and dtype of the trained weights."""
-    trained = _device_bytes(state.params)
-    parts = {"weights": trained + _device_bytes(frozen), "optimizer state": _device_bytes(state.opt_state)}
-    parts["gradients"] = trained
-    sizes = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
-    return f"{_size(sum(parts.values()))} per device ({sizes}), and activations"
-
-
-def _device_bytes(tree: Any) -> int:
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _kernels(config: RunConfig, job: Job, mesh: Mesh | None, tokens: int) -> str:

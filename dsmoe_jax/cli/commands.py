@@ -16,7 +16,7 @@ from typing import Any, Final, NoReturn
 
 from dsmoe_jax import __version__
 from dsmoe_jax.cli import experiments
-from dsmoe_jax.cli.flags import ARGUMENTS, EVALUATE, GROUPS, MODEL, SAMPLING, Argument
+from dsmoe_jax.cli.flags import ARGUMENTS, AXES, EVALUATE, GROUPS, MESH, MODEL, SAMPLING, Argument, mesh_flags
 from dsmoe_jax.cli.huge_pages import use_huge_pages
 from dsmoe_jax.cli.interrupts import interrupts
 from dsmoe_jax.cli.streams import (
@@ -95,6 +95,7 @@ def _run(argv: Sequence[str], interrupted: threading.Event) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the verb and its arguments; exits on `--help` and usage errors."""
+    argv = mesh_flags(argv)
     if argv and not argv[0].startswith("-"):
         check_choice("verb", argv[0], VERBS)
     if argv and argv[0] in VERBS and argv[0] not in ARGUMENTS:  # tyro parses the rest
@@ -315,15 +316,10 @@ def _evaluate(args: argparse.Namespace) -> None:
         if value is None:
             raise DSMoEError(f"{name} is required")
     from dsmoe_jax.evaluate import evaluate
-    from dsmoe_jax.sharding import MeshConfig
     from dsmoe_jax.train.config import DistributedConfig
     from dsmoe_jax.train.distributed import initialize
 
-    options = {name: value for name, value in _provided(args, EVALUATE).items() if not name.startswith("list_")}
-    if (axes := options.get("mesh")) is not None:
-        for axis in axes:
-            check_choice("--mesh axis", axis, MeshConfig.__dataclass_fields__)
-        options["mesh"] = MeshConfig(**axes)
+    options = {name: value for name, value in _on_mesh(args, EVALUATE).items() if not name.startswith("list_")}
     initialize(DistributedConfig())
     _check_devices()
     print_status(evaluate(**options))
@@ -370,7 +366,7 @@ def _generator(args: argparse.Namespace) -> Any:
     from dsmoe_jax.generate import Generator
 
     _check_devices()
-    return Generator.from_pretrained(args.path, **_provided(args, MODEL[1:]))
+    return Generator.from_pretrained(args.path, **_on_mesh(args, (*MODEL[1:], *MESH)))
 
 
 def _loaded(args: argparse.Namespace, path: str) -> tuple[Any, Any]:
@@ -401,6 +397,15 @@ def _provided(args: argparse.Namespace, arguments: Sequence[Argument]) -> dict[s
     """Return the values of those arguments that were passed, keyed by parameter."""
     names = [options.get("dest", flags[0].strip("-").replace("-", "_")) for flags, options in arguments]
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
+
+
+def _on_mesh(args: argparse.Namespace, arguments: Sequence[Argument]) -> dict[str, Any]:
+    """Return the values of those arguments that were passed, with one `mesh` instead of its axes."""
+    from dsmoe_jax.sharding import MeshConfig
+
+    options = _provided(args, arguments)
+    axes = {axis: options.pop(name) for axis in AXES if (name := f"mesh_{axis}") in options}
+    return options | ({"mesh": MeshConfig(**axes)} if axes else {})
 
 
 def _utf8(argument: str) -> str:

@@ -4,8 +4,12 @@
 """
 
 import argparse
+from collections.abc import Sequence
 from typing import Any, Final
 
+from dsmoe_jax.errors import DSMoEError, check_choice
+
+AXES: Final = ("data", "fsdp", "expert", "tensor")  # of `MeshConfig`
 Argument = tuple[tuple[str, ...], dict[str, Any]]  # flags, options of `add_argument`
 
 
@@ -21,11 +25,37 @@ def _bias(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not ID=VALUE") from None
 
 
-def _mesh(text: str) -> dict[str, int]:
-    try:
-        return {name: int(size) for name, size in (axis.split("=") for axis in text.split(","))}
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not AXIS=N,…") from None
+def mesh_flags(argv: Sequence[str]) -> list[str]:
+    """Spell `--mesh fsdp=4,expert=2` as `--mesh.fsdp 4 --mesh.expert 2`."""
+    flags, rest = [], iter(argv)
+    for flag in rest:
+        name, equals, value = flag.partition("=")
+        if name != "--mesh":
+            flags.append(flag)
+            continue
+        text = value if equals else next(rest, "")
+        for part in text.split(","):
+            axis, equals, size = part.partition("=")
+            if not equals:
+                raise DSMoEError(f"--mesh must be AXIS=N,…, got {text!r}")
+            check_choice("--mesh axis", axis, AXES)
+            flags += [f"--mesh.{axis}", size]
+    return flags
+
+
+def _mesh(**defaults: int) -> tuple[Argument, ...]:
+    """Return a flag for each axis; the default is None unless given, for no mesh at all."""
+    others = {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}  # of `MeshConfig`
+    return tuple(
+        _arg(
+            f"--mesh.{axis}",
+            f"devices of the {axis} axis, -1 for all others; default: {defaults.get(axis, others[axis])}",
+            default=defaults.get(axis),
+            dest=f"mesh_{axis}",
+            **_INT,
+        )
+        for axis in AXES
+    )
 
 
 def _ints(text: str) -> list[int]:
@@ -76,6 +106,7 @@ _LOADING: Final = (
     _arg("--adapter", _ADAPTER, "DIR"),
     _arg("--quantize", "quantize the weights while loading; default: none", choices=("int8", "int4", "nf4")),
     _DTYPE,
+    _arg("--force", "load a model that exceeds the planned memory; default: refuse it", **_OPTIONAL),
 )
 MODEL: Final = (
     _arg("path", _CHECKPOINT, _CKPT),
@@ -85,6 +116,7 @@ MODEL: Final = (
     _arg("--context-length", _CONTEXT, **_INT),
     _arg("--split-special-tokens", _SPLIT.format("prompts"), **_OPTIONAL),
 )
+MESH: Final = _mesh()
 _SAMPLING: Final = (
     _arg("--max-new-tokens", "maximum output length in tokens; default: 128", **_INT),
     _arg("--max-tokens", "alias of --max-new-tokens; default: 128", **_INT),
@@ -125,7 +157,7 @@ EVALUATE: Final = (
         "DIR",
     ),
     *_LOADING,
-    _arg("--mesh", "devices by axis, such as fsdp=4,expert=2; default: one device", "AXIS=N,…", type=_mesh),
+    *MESH,
     _arg("--batch-size", "sequences scored and outputs generated at once; default: as generate", **_INT),
     _arg("--limit", "documents of each task, or their fraction if less than 1; default: all", "N", type=_int_or_float),
     _arg("--max-gen-toks", "maximum output length of tasks that state none; default: 256, or half the window", **_INT),
@@ -163,16 +195,7 @@ PLAN: Final = (
 GENERATION_PLAN: Final = (
     _arg("path", f"preset, config.json, or {_CHECKPOINT}, of which only the config is read", f"PRESET|{_CKPT}"),
     _REVISION,
-    *(
-        _arg(
-            f"--mesh.{axis}",
-            f"size of the {axis} axis; -1: all other devices; default: {size}",
-            default=size,
-            dest=f"mesh_{axis}",
-            **_INT,
-        )
-        for axis, size in (("data", 1), ("fsdp", 1), ("expert", -1), ("tensor", 1))
-    ),
+    *_mesh(data=1, fsdp=1, expert=-1, tensor=1),
     _arg("--quantize", "quantization of the weights; default: none", choices=("int8", "int4", "nf4")),
     _arg("--dtype", "dtype of the weights; default: bfloat16", choices=_DTYPES, default="bfloat16"),
     _arg("--cache-dtype", "dtype of the KV cache; default: that of the weights", choices=(*_DTYPES, "int8")),
@@ -196,6 +219,7 @@ _INSPECTION: Final = (
 # By title: the text below it, and its arguments; in the help of verbs that have the first of them.
 GROUPS: Final[dict[str, tuple[str, tuple[Argument, ...]]]] = {
     "model options": ("What is loaded, and the memory that generation may use.", MODEL),
+    "mesh options": ("The devices; one without these flags. --mesh fsdp=4,expert=2 sets several axes.", MESH),
     "sampling options": ("How the next token is chosen, and when an output ends.", SAMPLING),
 }
 ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
@@ -241,6 +265,7 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
     ),
     "generate": (
         *MODEL,
+        *MESH,
         _arg("--prompt", "text to continue; default or -: read from stdin", "TEXT"),
         _arg("--chat", "make the prompt one user message of a chat; print the reply only", action="store_true"),
         _arg("--tokens", "token ids to continue, separated by spaces or commas; default: a prompt of text", "IDS"),
@@ -248,7 +273,7 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
         _arg("--out", "with --file: file of outputs to create; default: stdout", "FILE.jsonl"),
         *SAMPLING,
     ),
-    "chat": (*MODEL, _arg("--system", "system message; default: none", "TEXT"), *_SAMPLING),
+    "chat": (*MODEL, *MESH, _arg("--system", "system message; default: none", "TEXT"), *_SAMPLING),
     "evaluate": EVALUATE,
     "ablate": (
         *_INSPECTION,

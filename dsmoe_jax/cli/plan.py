@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from dsmoe_jax.cli.flags import GENERATION_PLAN, PLAN, Argument
-from dsmoe_jax.errors import DSMoEError, check_choice, unknown_flag
+from dsmoe_jax.cli.flags import AXES, GENERATION_PLAN, PLAN, Argument
+from dsmoe_jax.errors import DSMoEError, check_choice, closest, unknown_flag
 
+_NEARLY: Final = 0.85  # similarity of a misspelled flag; those of training are less similar to these
 KINDS: Final = ("pretrain", "finetune", "generate")
 _USAGE: Final = (
     "Print memory, communication and estimated speed of a run from its configs alone: no device is used, nothing is "
@@ -42,12 +43,26 @@ def run(arguments: Sequence[str]) -> None:
             f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={own.devices}"
         )
     if kind == "generate":
+        if own.search:
+            raise DSMoEError("--search is for pretrain and finetune")
         if rest:
-            known = [name for action in parser._actions for name in action.option_strings]
-            raise DSMoEError(unknown_flag(rest[0].partition("=")[0], known))
+            raise DSMoEError(_unknown(rest[0], parser))
         _generate(own)
-    else:
-        _train(kind, own, rest)
+        return
+    if (
+        flag := next((flag for flag in rest if closest(flag.partition("=")[0], _flags(parser), _NEARLY)), None)
+    ) is not None:
+        raise DSMoEError(_unknown(flag, parser))
+    _train(kind, own, rest)
+
+
+def _flags(parser: argparse.ArgumentParser) -> list[str]:
+    return [name for action in parser._actions for name in action.option_strings]
+
+
+def _unknown(argument: str, parser: argparse.ArgumentParser) -> str:
+    flag = argument.partition("=")[0]
+    return unknown_flag(flag, _flags(parser)) if flag.startswith("-") else f"unexpected argument {argument!r}"
 
 
 def make_parser(kind: str) -> argparse.ArgumentParser:
@@ -106,7 +121,7 @@ def _model_config(name: str, revision: str | None) -> Any:
     from dsmoe_jax.config import PRESETS, ModelConfig
     from dsmoe_jax.convert.hub import resolve_config
 
-    if name in PRESETS and not Path(name).exists():
+    if name in PRESETS and revision is None and not Path(name).exists():
         return ModelConfig.preset(name)
     return ModelConfig.from_file(resolve_config(name, revision))
 
@@ -116,9 +131,13 @@ def _generate(own: argparse.Namespace) -> None:
     from dsmoe_jax.plan.generation import GenerationPlan
     from dsmoe_jax.sharding import MeshConfig
 
-    axes = {axis: getattr(own, f"mesh_{axis}") for axis in ("data", "fsdp", "expert", "tensor")}
+    axes = {axis: getattr(own, f"mesh_{axis}") for axis in AXES}
     options = {"batch_size": own.max_batch_size, "max_length": own.context_length, "quantize": own.quantize}
     options |= {"dtype": own.dtype, "cache_dtype": own.cache_dtype}
     model = _model_config(own.path, own.revision)
     plan = GenerationPlan.of(model, MeshConfig(**axes), own.devices, _card(own), **options)
     print(report.generation_text(plan, own.device), end="")
+    if own.compile:
+        from dsmoe_jax.plan.compiled_generation import compile_generation
+
+        print(report.compiled_generation_text(plan, compile_generation(plan, own.device)), end="")

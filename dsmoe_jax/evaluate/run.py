@@ -110,6 +110,7 @@ def evaluate(
     apply_chat_template: bool = False,
     confirm_run_unsafe_code: bool = False,
     seed: int = _SEED,
+    force: bool = False,
 ) -> Evaluation:
     """Evaluate a model and write `report.md`, `report.json`, `scores.png` and the harness's `results.json`.
 
@@ -134,6 +135,7 @@ def evaluate(
         apply_chat_template: Render prompts as chats.
         confirm_run_unsafe_code: Allow tasks that run generated code on this machine.
         seed: Seed of examples in the context, and of tasks that sample.
+        force: Load a model that exceeds the planned memory, with a warning.
 
     Returns:
         The results.
@@ -157,9 +159,8 @@ def evaluate(
             chosen = loader.suite(suite)
         source = resolve(model, revision)
         rows = load_rows(loader, chosen, protocol)
-        generator = Generator.from_pretrained(
-            source, dtype=dtype, quantize=quantize, adapter=adapter, mesh=mesh, max_batch_size=batch_size
-        )
+        options = {"dtype": dtype, "quantize": quantize, "adapter": adapter, "mesh": mesh, "force": force}
+        generator = Generator.from_pretrained(source, max_batch_size=batch_size, **options)
         evaluated: dict[str, Any] = {}
         with collective_errors():
             if jax.process_index() == 0:

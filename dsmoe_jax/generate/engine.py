@@ -31,6 +31,7 @@ from dsmoe_jax.generate.request import Output, Request, Stats, TokenLogprob
 from dsmoe_jax.generate.sampling import PenaltyState, Sampler, penalty_arrays
 from dsmoe_jax.generate.sampling_params import SamplingParams
 from dsmoe_jax.kv_cache import KVCache
+from dsmoe_jax.progress import byte_size
 from dsmoe_jax.sharding import concrete_mesh, mesh_of
 from dsmoe_jax.text.tokenizer import Tokenizer
 
@@ -155,8 +156,8 @@ class Engine:
         request = Request(tuple(token_ids), params, seed if params.seed is None else params.seed, prefix, retain_prefix)
         size = self._cache_bytes(1, bucket(request.max_length))
         if self._max_cache_bytes is not None and size > self._max_cache_bytes:
-            limit = f"at most {self._max_cache_bytes / 1e9:.3g} GB are available"
-            raise DSMoEError(f"{length} need {size / 1e9:.3g} GB of KV cache, {limit}")
+            limit = f"at most {byte_size(self._max_cache_bytes)} are available"
+            raise DSMoEError(f"{length} need {byte_size(size)} of KV cache, {limit}")
         tokenizer = self._tokenizer if detokenize else None
         detokenizer = lambda: None if tokenizer is None else Detokenizer(tokenizer.decode_stream(), params.stop)  # noqa: E731
         outputs = [Output(request, i, detokenizer()) for i in range(params.n)]
@@ -303,7 +304,7 @@ class Engine:
         size = self._cache_bytes(rows, max_length)
         if size > self.stats.cache_bytes:
             self.stats.cache_bytes = size
-            _log.info("KV cache: %d × %d tokens, %.3g GB", rows, max_length, size / 1e9)
+            _log.info("KV cache: %d × %d tokens, %s", rows, max_length, byte_size(size))
         if self._batch is None:
             self._batch = Batch(programs.empty(self._config, rows, max_length, self._dtype), None)
             self._rows, self._token = [None] * rows, np.zeros(rows, np.int32)

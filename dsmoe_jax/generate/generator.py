@@ -123,6 +123,7 @@ class Generator:
         revision: str | None = None,
         verify: bool = True,
         split_special_tokens: bool | None = None,
+        force: bool = False,
         **options: Any,
     ) -> "Generator":
         """Load a model as `dsmoe_jax.load` does, with its tokenizer if there is one.
@@ -139,28 +140,22 @@ class Generator:
             revision: Branch, tag or commit of a hub id; default: `main`.
             verify: Compare every file of a native checkpoint with its SHA-256 first.
             split_special_tokens: Encode special tokens in prompts as plain text (`Tokenizer.from_pretrained`).
+            force: Load a model that exceeds the planned memory, with a warning.
             **options: Options of `Generator`.
 
         Returns:
             The generator.
 
         Raises:
-            DSMoEError: The checkpoint is invalid, or its weights exceed the memory of the device.
+            DSMoEError: The checkpoint is invalid, or exceeds the memory of its devices.
         """
         for name in options:
             if name not in _OPTIONS:
                 raise DSMoEError(f"unknown option {name!r}; {suggest(name, _FROM_PRETRAINED)}")
         folder = resolve(path_or_hub_id, revision)
-        model, tokenizer, fields = loading.load(
-            folder,
-            dtype=dtype,
-            mesh=mesh,
-            quantize=quantize,
-            adapter=adapter,
-            verify=verify,
-            split_special_tokens=split_special_tokens,
-            engine_options=options,
-        )
+        settings: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "quantize": quantize, "adapter": adapter}
+        settings |= {"verify": verify, "split_special_tokens": split_special_tokens, "force": force}
+        model, tokenizer, fields = loading.load(folder, engine_options=options, **settings)
         if options.get("eos_token_id") is None:
             options["eos_token_id"] = loading.valid_eos_token_ids(fields, tokenizer, model.config.vocab_size)
         options = {

@@ -1,5 +1,6 @@
 """Loading for generation: memory check, weights, tokenizer and stop conditions. Start at `load`."""
 
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,14 +13,16 @@ import numpy as np
 from dsmoe_jax.checkpoint.native import DTYPES, as_dtype
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.generate.memory_plan import MemoryPlan, cache_bytes, device_bytes, weight_dtypes
+from dsmoe_jax.generate.memory_plan import MemoryPlan, available_bytes, cache_bytes, weight_dtypes
+from dsmoe_jax.generate.programs import bucket
 from dsmoe_jax.loading import load as load_model
 from dsmoe_jax.model import DeepSeekMoE
+from dsmoe_jax.progress import byte_size
+from dsmoe_jax.sharding import as_mesh
 from dsmoe_jax.text import generation_config as stops
 from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
 MIN_CONTEXT_LENGTH: Final = 4096
-_MIN_LOGGED_BYTES: Final = 1e9
 _HALF: Final = (jnp.bfloat16, jnp.float16)
 _log = logging.getLogger("dsmoe_jax")
 
@@ -29,10 +32,11 @@ def load(
     *,
     split_special_tokens: bool | None,
     engine_options: Mapping[str, Any],
+    force: bool,
     **options: Any,
 ) -> tuple[DeepSeekMoE, Tokenizer | None, dict[str, Any]]:
     """Load model, tokenizer and generation config for `Generator`; `options` are for `dsmoe_jax.load`."""
-    _check_memory(path, options["dtype"], options["quantize"], options["mesh"], engine_options)
+    _check_memory(path, options["dtype"], options["quantize"], options["mesh"], engine_options, force=force)
     model, adapter = load_model(path, **options), options["adapter"]
     tokenizer = None
     if tokenizer_files(path):
@@ -90,23 +94,32 @@ def as_cache_dtype(value: Any) -> np.dtype:
     raise DSMoEError(f"cache_dtype must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def _check_memory(path: Path, dtype: Any, quantize: str | None, mesh: Any, options: Mapping[str, Any]) -> None:
-    """Log the memory of one output if at least 1 GB, and reject weights that exceed the memory of the device."""
-    config = ModelConfig.from_file(path)
-    weight_dtype = as_dtype(dtype)
-    max_length = options.get("context_length") or MIN_CONTEXT_LENGTH
-    plan = MemoryPlan.of(
+def _check_memory(
+    path: Path, dtype: Any, quantize: str | None, mesh: Any, options: Mapping[str, Any], *, force: bool
+) -> None:
+    """Log the memory of one output, and refuse a model that leaves no memory for the shortest one unless `force`."""
+    config, mesh = ModelConfig.from_file(path), as_mesh(mesh)
+    weight_dtype, cache_dtype = as_dtype(dtype), options.get("cache_dtype")
+    plan = functools.partial(
+        MemoryPlan.of,
         config,
         batch_size=1,
-        max_length=max_length,
         dtype=weight_dtypes(path, config) if weight_dtype is None else weight_dtype,
-        cache_dtype=None if options.get("cache_dtype") is None else as_cache_dtype(options["cache_dtype"]),
+        cache_dtype=None if cache_dtype is None else as_cache_dtype(cache_dtype),
         quantize=quantize,
         prefill_chunk=options.get("prefill_chunk") or default_prefill_chunk(),
         mesh=mesh,
         upcast=jax.default_backend() == "cpu",
     )
-    if plan.total >= _MIN_LOGGED_BYTES:
-        _log.info("Memory for one output of %s tokens: %s", max_length, plan)
-    if (free := device_bytes()) is not None and plan.weights > free:
-        raise DSMoEError(f"{path}: the weights take {plan.weights / 1e9:.3g} GB, only {free / 1e9:.3g} GB are free")
+    length = options.get("context_length") or MIN_CONTEXT_LENGTH
+    available = available_bytes(mesh)
+    bound = f" of {byte_size(available)}" if available else ""
+    _log.info(
+        "Memory plan: %s%s per device, for one output of %s tokens", plan(max_length=length), bound, f"{length:,}"
+    )
+    least = plan(max_length=bucket(1))
+    if available and least.total > available:
+        text = f"{path} needs at least {least} per device, {byte_size(available)} are available"
+        if not force:
+            raise DSMoEError(f"{text}: quantize it, shard it over a mesh, or load it regardless with force (--force)")
+        _log.warning("Loading although %s", text)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from dsmoe_jax.convert import stored_dtypes
 from dsmoe_jax.errors import check_choice
 from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.model import ParamSpec, abstract, layers_of, short
+from dsmoe_jax.progress import byte_size
 from dsmoe_jax.quantize import SCHEMES, kind_of, quantized_spec
 from dsmoe_jax.sharding import MeshConfig, abstract_mesh, as_mesh, shard_shape
 
@@ -36,9 +38,11 @@ class MemoryPlan(NamedTuple):
         return sum(self)
 
     def __str__(self) -> str:
-        """Return one line in GB."""
-        parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in self._asdict().items())
-        return f"{self.total / 1e9:.3g} GB: {parts}"
+        """Return one line."""
+        parts = ", ".join(
+            f"{name.replace('_', ' ')} {byte_size(size)}" for name, size in self._asdict().items() if size
+        )
+        return f"{byte_size(self.total)} ({parts})"
 
     @classmethod
     def of(
@@ -81,12 +85,18 @@ def weight_bytes(
     mesh, found = mesh or abstract_mesh(MeshConfig(), 1), {}
     for name, spec in abstract(config if named else short(config))[1].items():
         layers = 1 if named else layers_of(config, name)
-        stored = dtype[name] if named else dtype
-        stored = stored if ".experts." in name else _widen(stored, upcast)
-        embedding = name == "embed" and not config.tie_word_embeddings
-        scheme = ("int8" if embedding else quantize) if quantize and (embedding or kind_of(name)) else None
+        stored, scheme = stored_as(config, name, dtype[name] if named else dtype, quantize, upcast=upcast)
         found[name] = layers * stored_bytes(name, spec, mesh, stored, scheme)
     return found
+
+
+def stored_as(
+    config: ModelConfig, name: str, dtype: Any, quantize: str | None, *, upcast: bool = False
+) -> tuple[Any, str | None]:
+    """Return the dtype of a parameter during generation, and its quantization."""
+    embedding = name == "embed" and not config.tie_word_embeddings
+    scheme = ("int8" if embedding else quantize) if quantize and (embedding or kind_of(name)) else None
+    return dtype if ".experts." in name else _widen(dtype, upcast), scheme
 
 
 def stored_bytes(name: str, spec: ParamSpec, mesh: Mesh | AbstractMesh, dtype: Any, scheme: str | None) -> int:
@@ -117,6 +127,17 @@ def device_bytes() -> int | None:
     """Return the free memory of a device in bytes; None if the backend does not report it (CPU)."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
+
+
+def available_bytes(mesh: Any = None) -> int | None:
+    """Return the free memory of a device, on CPU its share of the machine's among the devices of a mesh."""
+    if (free := device_bytes()) is not None:
+        return free
+    try:
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+    return machine // (1 if mesh is None else jax.local_device_count())
 
 
 def weight_dtypes(path: Path, config: ModelConfig) -> Mapping[str, Any]:

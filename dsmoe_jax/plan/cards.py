@@ -1,9 +1,10 @@
 """Accelerators: memory, compute and bandwidths, `CARDS`."""
 
 import dataclasses
+import math
 from typing import Final
 
-from dsmoe_jax.errors import DSMoEError, check_choice
+from dsmoe_jax.errors import DSMoEError, closest
 from dsmoe_jax.xla_options import MEMORY_FRACTION
 
 
@@ -59,7 +60,7 @@ def card_of(
     """Return a card, with the caller's own figures where they are given.
 
     Args:
-        name: A key of `CARDS`.
+        name: A key of `CARDS`, in any case.
         memory: GB.
         tflops: Dense bf16 TFLOP/s.
         gb_per_second: GB/s by field: `bandwidth`, `link`, `network`.
@@ -68,17 +69,18 @@ def card_of(
         The card.
 
     Raises:
-        DSMoEError: The card is unknown, or a figure is not positive.
+        DSMoEError: The card is unknown, or a figure is not positive and finite.
     """
-    if name not in CARDS:
+    key = name.lower().replace("-", "_")
+    if key not in CARDS:
         own = "with --device-memory, --device-tflops, --device-bandwidth, --link-bandwidth and --network-bandwidth"
-        try:
-            check_choice("device", name, CARDS)
-        except DSMoEError as error:
-            raise DSMoEError(f"{error}; for another card set its figures {own}") from None
+        close = next((card for card in CARDS if key and card.startswith(key)), None) or closest(key, CARDS)
+        near = f": did you mean {close}?" if close else ""
+        raise DSMoEError(f"device must be one of {', '.join(CARDS)}, got {name!r}{near}; set other figures {own}")
     figures = {"memory": (memory, 1e9), "flops": (tflops, 1e12)}
     figures |= {field: (value, 1e9) for field, value in gb_per_second.items()}
-    given = {field: value * unit for field, (value, unit) in figures.items() if value is not None}
-    if wrong := next((field for field, value in given.items() if not value > 0), None):
-        raise DSMoEError(f"device figures must be positive, got {given[wrong]:g} for {wrong}")
-    return dataclasses.replace(CARDS[name], **given)
+    given = {field: (value, unit) for field, (value, unit) in figures.items() if value is not None}
+    for field, (value, unit) in given.items():
+        if not 0 < value * unit < math.inf:
+            raise DSMoEError(f"device figures must be positive and finite, got {value:g} for {field}")
+    return dataclasses.replace(CARDS[key], **{field: value * unit for field, (value, unit) in given.items()})

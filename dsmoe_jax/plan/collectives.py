@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+import jax
+
 from dsmoe_jax.layers.token_dispatcher import STRATEGIES, choose_strategy
 from dsmoe_jax.plan.workload import Workload
 from dsmoe_jax.quantize import kind_of
@@ -35,8 +37,11 @@ class Compiler(NamedTuple):
     partitions_top_k: bool  # else the scores of all tokens are gathered
 
 
+# XLA:CPU of jax 0.10 drops optimization barriers, so that the backward pass reuses gathered experts and, in spite of
+# remat, recomputes nothing; that of 0.12 keeps them.
+_CPU_BARRIERS: Final = jax.__version_info__ >= (0, 11)
 COMPILERS: Final[dict[str, Compiler]] = {
-    "cpu": Compiler(bf16=False, scatters=False, barriers=False, hoists=True, partitions_top_k=False),
+    "cpu": Compiler(bf16=False, scatters=False, barriers=_CPU_BARRIERS, hoists=True, partitions_top_k=False),
     "gpu": Compiler(bf16=True, scatters=True, barriers=True, hoists=False, partitions_top_k=True),
 }
 
@@ -82,7 +87,9 @@ def _weights(work: Workload, compiler: Compiler) -> Iterator[Traffic]:
         # Backward, in every micro-batch: recomputation and gradient share a gather, except on tensor and expert axes.
         twice = work.ways(TENSOR) > 1 and work.ways(EXPERT) > 1 and ".down." not in weight.name
         again = {"norms": 1 + remat, "router": remat, "embedding": 0, "head": 0, "routed experts": experts}
-        count = forward + parts * again.get(weight.part, remat * (1 + twice))
+        # Without remat the gradient reuses the gather of the forward pass, except for a dense layer on a tensor axis.
+        own = not remat and work.ways(TENSOR) > 1 and weight.part == "dense feed-forward"
+        count = forward * (1 + own) + parts * again.get(weight.part, remat * (1 + twice))
         # The router computes in fp32; the head is gathered before its cast.
         bytes_each = _FP32 if weight.part in ("router", "head") else size
         yield Traffic("all-gather", (FSDP,), full * bytes_each * count, f"{weight.part} weights")
@@ -95,6 +102,8 @@ def _gradients(work: Workload, compiler: Compiler) -> Iterator[Traffic]:
         full, shard = (work.elements_of(weight, axis) * size for axis in (FSDP, ""))
         experts, what = weight.part == "routed experts", f"{weight.part} gradients"
         axes = (DATA, *([FSDP] if full == shard else []), *([] if experts else [EXPERT]))
+        if experts and work.elements_of(weight, TENSOR) == work.elements_of(weight):  # an adapter
+            axes += (TENSOR,)
         others = _active(work, *axes)  # over which a device has the same shard
         if full != shard and not experts and not compiler.scatters:
             if weight.part in ("embedding", "head", "norms"):  # in one go
@@ -138,11 +147,12 @@ def _dispatch(work: Workload, compiler: Compiler) -> Iterator[Traffic]:
 
 def _tensor(work: Workload, compiler: Compiler) -> Iterator[Traffic]:
     """Sums of activations over the tensor axis."""
-    model, remat = work.model, work.config.step.remat != "none"
+    model, remat = work.model, work.config.step.remat == "full"  # `dots` saves the sums
     L, moe, shared = model.num_hidden_layers, work.moe_layers, bool(model.n_shared_experts)
     M, K, V = work.tokens, model.num_experts_per_tok or 1, model.vocab_size
     forward = L + (L - moe) + moe * (1 + shared)  # attention, dense feed-forward, routed and shared experts
-    backward = 3 * L + 2 * (L - moe) + moe * (1 + 2 * shared)
+    # Below the first adapters nothing needs a gradient.
+    backward = 3 * (L - work.adapts) + 2 * (L - moe) + moe * (1 + 2 * shared)
     # Layers recompute the output of attention, which the residual needs.
     states = forward + backward + L * remat + 2  # and embedding, cross-entropy
     yield Traffic("all-reduce", (TENSOR,), states * M * model.hidden_size * _size(work, compiler), "activations")

@@ -1,13 +1,13 @@
-"""The training step compiled ahead of time, for devices that are simulated or absent. Start at `compile_plan`."""
+"""Programs compiled for devices that are simulated or absent. Start at `compile_plan`, the training step."""
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dsmoe_jax import lora
 from dsmoe_jax.config import ModelConfig
@@ -27,7 +27,7 @@ from dsmoe_jax.train.step import Trainable, init_state, make_step, state_shardin
 
 
 class Compiled(NamedTuple):
-    """What XLA plans for a step.
+    """What XLA plans for a program.
 
     Attributes:
         seconds: Time of lowering and compilation.
@@ -43,29 +43,35 @@ class Compiled(NamedTuple):
 
 
 def compile_plan(plan: TrainingPlan, card: str) -> Compiled:
-    """Compile the step of a plan for simulated devices (`cpu`), or for a GPU that is absent.
+    """Compile the step of a plan; otherwise as `compile_for`."""
+    work, batch = plan.work, (plan.work.sequences, plan.work.length)
+    lower = lambda mesh: lower_step(work.config, work.model, mesh, batch, dtype=work.dtype)  # noqa: E731
+    return compile_for(card, work.mesh, lower)
+
+
+def compile_for(card: str, axes: AbstractMesh, lower: Callable[[Mesh | None], Any]) -> Compiled:
+    """Compile a program for simulated devices (`cpu`), or for GPUs that are absent.
 
     Args:
-        plan: The plan.
         card: A key of `cards.CARDS`.
+        axes: The mesh.
+        lower: Lowers the program for devices; None: the default device.
 
     Raises:
         DSMoEError: There are fewer simulated devices, or jax cannot compile for the card.
     """
-    work, on_gpu = plan.work, card != "cpu"
-    sizes = MeshConfig(*work.mesh.shape.values())
+    sizes, on_gpu = MeshConfig(*axes.shape.values()), card != "cpu"
     if on_gpu:
-        mesh = make_mesh(sizes, absent_gpu.devices(card, work.mesh.size))
-    elif len(jax.devices()) < work.mesh.size:
+        mesh = make_mesh(sizes, absent_gpu.devices(card, axes.size))
+    elif len(jax.devices()) < axes.size:
         flag = "XLA_FLAGS=--xla_force_host_platform_device_count"
-        raise DSMoEError(f"{work.mesh.size} simulated devices need {flag}={work.mesh.size}, got {len(jax.devices())}")
+        raise DSMoEError(f"{axes.size} simulated devices need {flag}={axes.size}, got {len(jax.devices())}")
     else:
-        mesh = None if work.mesh.size == 1 else make_mesh(sizes, jax.devices()[: work.mesh.size])
+        mesh = None if axes.size == 1 else make_mesh(sizes, jax.devices()[: axes.size])
     started = time.perf_counter()
     with absent_gpu.chosen_as_on_gpu() if on_gpu else contextlib.nullcontext():
-        lowered = lower_step(work.config, work.model, mesh, (work.sequences, work.length), dtype=work.dtype)
-        program = lowered.compile()
-    memory, found = program.memory_analysis(), collectives(program.as_text(), work.mesh.shape)
+        program = lower(mesh).compile()
+    memory, found = program.memory_analysis(), collectives(program.as_text(), axes.shape)
     seconds = time.perf_counter() - started
     return Compiled(seconds, memory.argument_size_in_bytes, memory.temp_size_in_bytes, found)
 
@@ -89,7 +95,8 @@ def lower_step(
     if adapter := getattr(config, "lora", None):
         plan = make_plan(adapter, model)
         model = base_config(plan, model)
-        frozen = _frozen(model, getattr(config, "quantize", None), dtype, mesh)
+        scheme = getattr(config, "quantize", None)
+        frozen = abstract_params(model, mesh, lambda name: (dtype, scheme if kind_of(name) else None))
         attach = lambda own, frozen, key: lora.attach(plan, frozen, own, key)  # noqa: E731
         trainable = Trainable(lora.specs(plan, model), attach, adapter.lora_dropout)
     optimizer, schedule = make_optimizer(config.optimizer, max(config.steps, 100))
@@ -109,15 +116,24 @@ def lower_step(
         return step.lower(*inputs)
 
 
-def _frozen(config: ModelConfig, scheme: str | None, dtype: Any, mesh: Mesh | None) -> Mapping[str, Operand]:
-    """Return the frozen base as `load_params` places it: dense, or quantized and sharded over experts alone."""
+def abstract_params(
+    config: ModelConfig, mesh: Mesh | None, stored: Callable[[str], tuple[Any, str | None]]
+) -> dict[str, Operand]:
+    """Return parameters as `load_params` places them: dense, or quantized and sharded over experts alone.
+
+    Args:
+        config: The model.
+        mesh: The devices; None: the default device.
+        stored: Returns the dtype of a parameter and its quantization.
+    """
 
     def put(axes: tuple[str | None, ...], name: str, leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(name, leaf.shape, axes, mesh))
 
     found: dict[str, Any] = {}
     for name, spec in abstract(config)[1].items():
-        if scheme is None or not kind_of(name):
+        dtype, scheme = stored(name)
+        if scheme is None:
             found[name] = put(spec.axes, name, jax.ShapeDtypeStruct(spec.shape, dtype))
             continue
         stacked = ("experts",) * (len(spec.shape) == 3)

@@ -7,42 +7,37 @@ peak, fitted to compiled steps; `tests/benchmarks/plan_check.py` compares the es
 from collections.abc import Mapping
 from typing import Final
 
-from dsmoe_jax.layers.token_dispatcher import choose_strategy
+from dsmoe_jax.layers.token_dispatcher import STRATEGIES, choose_strategy
+from dsmoe_jax.plan.collectives import COMPILERS, Compiler
 from dsmoe_jax.plan.workload import Workload
-from dsmoe_jax.sharding import DATA, EXPERT, FSDP, TENSOR
+from dsmoe_jax.sharding import EXPERT, FSDP, TENSOR
 
 _FP32: Final = 4
 _CHUNK_BYTES: Final = 64 << 20  # of fp32 logits, as in `train.loss`
+# As in `kernels.attention`: queries of a chunk at least, chunks at most, queries whose probabilities are saved.
+_QUERIES, _MAX_CHUNKS, _MAX_SAVED = 64, 16, 512
 _DENSE: Final = ("attention", "dense feed-forward", "shared experts")
 
-# By platform and phase: conditions ("!": not), and the copies in fp32 of each quantity if all of them hold.
-# On CPU, XLA copies the moments, converts bf16 to fp32 for matmuls, and drops the barriers that let go of gathered
-# experts after each layer. The GPU's figures are from fewer programs.
+# By platform and phase: conditions ("!": not), and the copies in fp32 of each quantity if all of them hold. On CPU, XLA
+# converts bf16 to fp32 for matmuls and collectives. The GPU's figures are from fewer programs.
 # fmt: off
 PEAKS: Final[dict[str, dict[str, dict[str, dict[str, float]]]]] = {
     "cpu": {
-        "update": {
-            "":                   {"optimizer state": 1.0},
-            "bf16 !adapters":     {"weights": 0.5},
-        },
         "backward": {
-            "":                   {"head": 1.75},
-            "remat":              {"tokens of experts": 9.0},
-            "!remat":             {"tokens of experts": 5.0},
-            "remat !fsdp":        {"attention scores": 9.1, "expert rows": 6.9, "hidden states": 18},
-            "remat fsdp":         {"attention scores": 7.6, "expert rows": 2.5, "hidden states": 22},
-            "!remat !fsdp":       {"attention scores": 3.4, "expert rows": 6.8},
-            "!remat fsdp":        {"attention scores": 5.0, "hidden states": 22},
-            "fsdp":               {"optimizer state": 1.0},
-            "fsdp !adapters":     {"experts": 2.0, "layer of experts": 0.3},
-            "fsdp adapters":      {"experts": 1.0, "layer of experts": 0.5},
-            # Gathered over one device, which XLA converts to fp32 all the same.
-            "!fsdp mesh adapters !quantized": {"experts": 1.4},
-            "fsdp parts":         {"gradients": 1.15, "layer of experts": 1.75},
-            "!fsdp":              {"optimizer state": 0.7, "dense weights": 0.85, "layer of experts": 0.75},
-            "!fsdp !bf16":        {"gradients": 0.3},
-            "!fsdp parts":        {"gradients": 1.65},
-            "!fsdp data":         {"gradients": 0.3},
+            "":                   {"attention scores": 2.9, "activations": 7.6, "feed-forward rows": 3.8,
+                                   "dispatched rows": 6.0, "gathered tokens": 5.1, "hidden states": 1.0,
+                                   "head": 1.2, "dense weights": 2.35, "optimizer state": 0.4},
+            "long":               {"attention scores": 0.5},
+            "fsdp":               {"dense weights": 0.7},
+            "parts":              {"gradients": 1.55},
+            "!adapters":          {"layer of experts": 0.6},
+            "!mesh adapters":     {"layer of experts": 0.85},
+            "fsdp !quantized":    {"experts": 1.7},
+            "!fsdp !adapters":    {"experts": 1.45},
+            "fsdp parts !adapters": {"experts": 0.75},
+            # Gathered over one device, which XLA converts to fp32 all the same; for all micro-batches at once.
+            "!fsdp mesh adapters !quantized": {"experts": 0.4},
+            "!fsdp mesh adapters !quantized parts": {"experts": 1.4},
         },
     },
     "gpu": {
@@ -53,8 +48,8 @@ PEAKS: Final[dict[str, dict[str, dict[str, dict[str, float]]]]] = {
             "adapters":           {"gradients": 4.7},
             "quantized":          {"layer of experts": 0.27},
             "":                   {"logits": 2.0, "expert rows": 3.0, "attention scores": 3.0, "hidden states": 0.5},
-            "dots":               {"hidden states": 4.0},  # q, k, v, o, gate, up and down in bf16; not measured
-            "!remat":             {"hidden states": 8.0},
+            "dots":               {"saved activations": 4.0},  # q, k, v, o, gate, up and down in bf16; not measured
+            "!remat":             {"saved activations": 8.0},
         },
         "loss": {
             "!adapters":          {"head": 2.0, "weights": 0.5},
@@ -66,17 +61,20 @@ PEAKS: Final[dict[str, dict[str, dict[str, dict[str, float]]]]] = {
 # fmt: on
 
 
-def quantities(work: Workload) -> Mapping[str, float]:
+def quantities(work: Workload, compiler: Compiler) -> Mapping[str, float]:
     """Return the bytes of what a step computes with, in fp32, on a device."""
-    model, moe = work.model, work.moe_layers
-    V, D = model.vocab_size // work.ways(TENSOR), model.hidden_size
-    heads = model.num_attention_heads // work.ways(TENSOR)
-    remat, experts = work.config.step.remat != "none", _FP32 * work.elements("routed experts", gather=FSDP)
-    layers, moe_at_once = (1, 1) if remat else (model.num_hidden_layers, moe)
-    tokens = _FP32 * work.tokens * D
-    # Most of what a layer computes for a token are heads and widths, which the tensor axis shards.
-    sharded = 0.1 + 0.9 / work.ways(TENSOR) if work.ways(FSDP) > 1 else 1
-    gathers = work.ways(EXPERT) > 1 and choose_strategy(work.config.dispatch.strategy, work.ways(EXPERT)) == "gather"
+    model, moe, ways = work.model, work.moe_layers, work.ways(EXPERT)
+    D, K, L, M = model.hidden_size, model.num_experts_per_tok or 0, model.num_hidden_layers, work.tokens
+    V, heads = model.vocab_size // work.ways(TENSOR), model.num_attention_heads // work.ways(TENSOR)
+    dense, shared = model.intermediate_size, (model.n_shared_experts or 0) * model.moe_intermediate_size
+    # Without barriers, XLA takes what remat and the dispatcher compute and gather again from the forward pass.
+    remat = work.config.step.remat != "none" and compiler.barriers
+    kept = 1 / L if remat else 1.0  # share of the layers whose activations are held
+    experts = _FP32 * work.elements("routed experts", gather=FSDP)
+    strategy = choose_strategy(work.config.dispatch.strategy, ways)
+    slots = STRATEGIES[strategy](ways, 1, work.config.dispatch.buffer_factor)
+    rows = slots.buffer(M * K * ways, M * K) if strategy == "gather" else ways * slots.buffer(M * K, M * K / ways)
+    queries = max(_QUERIES, -(-work.length // _MAX_CHUNKS))  # of a chunk, which attends to all keys before its end
     return {
         "optimizer state": work.state_bytes()["optimizer state"],
         "weights": _FP32 * work.elements(),
@@ -85,11 +83,16 @@ def quantities(work: Workload) -> Mapping[str, float]:
         "layer of experts": experts / max(moe, 1),
         "dense weights": _FP32 * work.elements(*_DENSE, gather=FSDP),
         "head": _FP32 * V * D,
-        "logits": _FP32 * V * min(work.tokens, max(1, _CHUNK_BYTES // (_FP32 * V))),
-        "attention scores": _FP32 * layers * work.rows * heads * work.length**2 / 2,
-        "hidden states": tokens * sharded * model.num_hidden_layers,
-        "expert rows": tokens * sharded * moe_at_once * (model.num_experts_per_tok or 0),
-        "tokens of experts": tokens * moe_at_once * work.ways(EXPERT) if gathers else 0,
+        "logits": _FP32 * V * min(M, max(1, _CHUNK_BYTES // (_FP32 * V))),
+        "attention scores": _FP32 * kept * L * work.rows * heads * work.length * (work.length + queries) / 2,
+        "hidden states": _FP32 * M * D * L,
+        # Mostly heads and widths, which the tensor axis shards.
+        "saved activations": _FP32 * M * D * L * (0.1 + 0.9 / work.ways(TENSOR)),
+        "activations": _FP32 * M * D * kept * L,
+        "feed-forward rows": _FP32 * M * kept * ((L - moe) * dense + moe * shared) / work.ways(TENSOR),
+        "expert rows": _FP32 * M * D * K * max(1, kept * moe),
+        "dispatched rows": _FP32 * rows * D,
+        "gathered tokens": _FP32 * M * D * ways if ways > 1 and strategy == "gather" else 0,
     }
 
 
@@ -100,7 +103,7 @@ def temporaries(work: Workload, platform: str = "gpu") -> Mapping[str, int]:
         work: The step.
         platform: "gpu" or "cpu".
     """
-    sizes, phases = quantities(work), []
+    sizes, phases = quantities(work, COMPILERS[platform]), []
     for cases in PEAKS[platform].values():
         found: dict[str, float] = {}
         for conditions, copies in cases.items():
@@ -115,9 +118,8 @@ def _holds(work: Workload, condition: str) -> bool:
         return not _holds(work, condition[1:])
     facts = {
         "adapters": work.adapts,
-        "data": work.ways(DATA) > 1,
-        "bf16": work.config.step.compute_dtype == "bfloat16",
         "fsdp": work.ways(FSDP) > 1,
+        "long": work.length > _MAX_SAVED,
         "mesh": work.mesh.size > 1,
         "parts": work.parts > 1,
         "dots": work.config.step.remat == "dots",

@@ -2,17 +2,19 @@
 
 import collections
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from dsmoe_jax.plan.collectives import Traffic
 from dsmoe_jax.plan.compiled import Compiled
 from dsmoe_jax.plan.generation import GenerationPlan
 from dsmoe_jax.plan.roofline import RANGE, model_flops
 from dsmoe_jax.plan.search import Found, flags
 from dsmoe_jax.plan.training import TrainingPlan
+from dsmoe_jax.progress import plural
 from dsmoe_jax.train.metrics import flops_per_token
 
-_WIDTH: Final = 34
+_WIDTH: Final = 40
 _ROWS: Final = 10  # of a search
 _NEGLIGIBLE: Final = 1e-4  # of the bytes of a device
 
@@ -29,9 +31,10 @@ def training_text(plan: TrainingPlan, card: str) -> str:
         *(_row(f"{name} (temporary)", size / 1e9) for name, size in plan.temporary.items()),
         _row("sum", plan.bytes / 1e9),
         "",
-        *_traffic_lines((one.kind, one.axes, one.what, one.bytes) for one in plan.traffic),
-        f"{work.sequences:,} sequences × {work.length:,} tokens per step, {work.parts} micro-batches of {work.rows} "
-        f"sequences per device; {flops_per_token(work.model, work.length) / 1e9:.4g} GFLOP per token, "
+        *_traffic_lines("communication per step and device", plan.traffic),
+        f"{work.sequences:,} sequences × {work.length:,} tokens per step, "
+        f"{plural(work.parts, 'micro-batch')} of {plural(work.rows, 'sequence')} per device; "
+        f"{flops_per_token(work.model, work.length) / 1e9:.4g} GFLOP per token, "
         f"{model_flops(work) / 1e15:,.1f} PFLOP per step",
         *_speed_lines(plan),
     ]
@@ -48,12 +51,13 @@ def generation_text(plan: GenerationPlan, card: str) -> str:
         *(_row(name.replace("_", " "), size / 1e9) for name, size in plan.memory._asdict().items()),
         _row("sum", plan.memory.total / 1e9),
         "",
-        f"{plan.batch_size} outputs of {plan.max_length:,} tokens at once; memory for {plan.longest:,}",
-        f"estimate: decode {plan.decode[0]:,.0f} to {plan.decode[1]:,.0f} tok/s, "
+        *_traffic_lines("communication per decode step and device", plan.traffic),
+        f"{plan.batch_size:,} outputs of {plan.max_length:,} tokens at once; memory for {plan.longest:,}",
+        f"estimate: decode {plan.decode[0]:,.0f} to {plan.decode[1]:,.0f} tok/s (bound by {' or '.join(plan.bounds)}), "
         f"prefill {plan.prefill[0]:,.0f} to {plan.prefill[1]:,.0f} tok/s, all devices",
         f"assumes: decode reads weights and cache at {_percent('bandwidth')} of the memory bandwidth, prefill reaches "
-        f"{_percent('experts')} of the peak FLOP/s; a step gathers {plan.gathered / 1e9:.3g} GB of weights over fsdp; "
-        "no latencies",
+        f"{_percent('experts')} of the peak FLOP/s, links and network {_percent('link')}; no latencies; not measured "
+        "on a GPU",
     ]
     return "\n".join(lines) + "\n"
 
@@ -77,17 +81,38 @@ def search_text(found: Found, card: str, config: Any) -> str:
 
 
 def compiled_text(plan: TrainingPlan, compiled: Compiled) -> str:
-    """Return what was compiled beside the arithmetic."""
-    kinds: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
-    for one in plan.traffic:
-        kinds[one.kind][0] += one.bytes
+    """Return the compiled step beside the arithmetic."""
+    return _beside("the step", plan.arguments, plan.temporaries, plan.traffic, compiled)
+
+
+def compiled_generation_text(plan: GenerationPlan, compiled: Mapping[str, Compiled]) -> str:
+    """Return the compiled programs of generation beside the arithmetic."""
+    memory, prefill, decode = plan.memory, compiled["prefill"], compiled["decode"]
+    held = memory.weights + memory.prompt_cache
+    return _beside("a prefill call", held, memory.activations, None, prefill) + _beside(
+        "a decode step", memory.weights + memory.cache, None, plan.traffic, decode
+    )
+
+
+def _beside(
+    what: str, arguments: int, temporaries: int | None, traffic: Sequence[Traffic] | None, compiled: Compiled
+) -> str:
+    """Return a compiled program beside the arithmetic; None: not planned."""
+    rows: dict[str, list[int | None]] = {
+        "arguments": [arguments, compiled.arguments],
+        "temporaries": [temporaries, compiled.temporaries],
+    }
+    sums: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+    for one in traffic or ():
+        sums[one.kind][0] += one.bytes
     for one in compiled.collectives:
-        kinds[one.kind][1] += one.bytes * one.count
-    rows = {"arguments": [sum(plan.held.values()), compiled.arguments]}
-    rows |= {"temporaries": [sum(plan.temporary.values()), compiled.temporaries], **kinds}
-    lines = [f"compiled in {compiled.seconds:.0f} s", f"{'GB per device':{_WIDTH}}{'arithmetic':>12}{'compiled':>12}"]
-    lines += [f"{name:{_WIDTH}}{mine / 1e9:>12.4g}{its / 1e9:>12.4g}" for name, (mine, its) in rows.items()]
-    return "\n" + "\n".join(lines) + "\n"
+        sums[one.kind][1] += one.bytes * one.count
+    rows |= {kind: [None if traffic is None else mine, its] for kind, (mine, its) in sums.items()}
+    cells = {name: ("" if size is None else f"{size / 1e9:.4g}" for size in row) for name, row in rows.items()}
+    lines = ["", f"{what}, compiled in {compiled.seconds:.0f} s"]
+    lines += [f"{'GB per device':{_WIDTH}}{'arithmetic':>12}{'compiled':>12}"]
+    lines += [f"  {name:{_WIDTH - 2}}{mine:>12}{its:>12}" for name, (mine, its) in cells.items()]
+    return "\n".join(lines) + "\n"
 
 
 def _title(devices: int, card: str, mesh: Mapping[str, int]) -> str:
@@ -104,15 +129,18 @@ def _row(name: str, value: float) -> str:
     return f"  {name:{_WIDTH - 2}}{value:>10.3f}"
 
 
-def _traffic_lines(rows: Iterable[tuple[str, Sequence[str], str, int]]) -> list[str]:
+def _traffic_lines(title: str, traffic: Sequence[Traffic]) -> list[str]:
     """Group communication by kind and axes."""
     sizes: dict[tuple[str, str], int] = collections.defaultdict(int)
-    for kind, axes, _, size in rows:
-        sizes[kind, "+".join(axes)] += size
+    for one in traffic:
+        sizes[one.kind, "+".join(one.axes)] += one.bytes
     if not sizes:
         return []
-    title = f"{'communication per step and device':{_WIDTH}}{'GB':>10}"
-    return [title, *(_row(f"{kind} over {axes}", size / 1e9) for (kind, axes), size in sizes.items()), ""]
+    return [
+        f"{title:{_WIDTH}}{'GB':>10}",
+        *(_row(f"{kind} over {axes}", size / 1e9) for (kind, axes), size in sizes.items()),
+        "",
+    ]
 
 
 def _speed_lines(plan: TrainingPlan) -> list[str]:
@@ -141,10 +169,9 @@ def _percent(field: str) -> str:
 def _ways_out(plan: TrainingPlan, config: Any) -> list[str]:
     """Say what the smallest candidate lacks, and what would make room."""
     work, usable = plan.work, plan.card.usable
-    state, temporary = sum(plan.held.values()), sum(plan.temporary.values())
     lines = [
         f"the smallest candidate, {flags(plan)}, needs {plan.bytes / 1e9:.3g} of {usable / 1e9:.3g} GB per device "
-        f"(arguments {state / 1e9:.3g}, temporaries {temporary / 1e9:.3g})"
+        f"(arguments {plan.arguments / 1e9:.3g}, temporaries {plan.temporaries / 1e9:.3g})"
     ]
     devices = 2 ** math.ceil(math.log2(work.mesh.size * plan.bytes / usable))
     lines.append(f"more devices: about {devices:,}, if all memory were sharded")

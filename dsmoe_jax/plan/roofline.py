@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
+from jax.sharding import AbstractMesh
+
 from dsmoe_jax.plan.cards import Card
 from dsmoe_jax.plan.collectives import Traffic
 from dsmoe_jax.plan.workload import Workload
@@ -58,7 +60,7 @@ class Estimate(NamedTuple):
 def estimate(work: Workload, card: Card, traffic: Sequence[Traffic]) -> tuple[Estimate, Estimate]:
     """Return the slow and the fast estimate of a training step."""
     dense, experts = flops(work)
-    node, network = split_by_network(work, card, traffic)
+    node, network = split_by_network(work.mesh, card, traffic)
     touched = _ACTIVE_STATE * 4 * sum(work.elements_of(weight) for weight in work.parameters.trained)
     slow, fast = (
         Estimate(
@@ -86,15 +88,15 @@ def flops(work: Workload) -> tuple[float, float]:
     return tokens * passes * (per_token - experts), tokens * expert_passes * experts
 
 
-def split_by_network(work: Workload, card: Card, traffic: Sequence[Traffic]) -> tuple[float, float]:
+def split_by_network(mesh: AbstractMesh, card: Card, traffic: Sequence[Traffic]) -> tuple[float, float]:
     """Return the bytes per step that cross a device's links within its node, and its network adapter.
 
     Devices are in mesh order, the last axis fastest, and nodes hold consecutive ones.
     """
     node = network = 0.0
     for one in traffic:
-        ways = work.ways(*one.axes)
-        local = _local_ways(work, card, one.axes)
+        ways = math.prod(mesh.shape[axis] for axis in one.axes)
+        local = _local_ways(mesh, card, one.axes)
         moved = one.bytes * _CROSSINGS.get(one.kind, 1)
         node += moved * (local - 1) / local
         # Rings pass through each node once, all adapters of the node in parallel; an all-to-all goes to all others.
@@ -103,11 +105,11 @@ def split_by_network(work: Workload, card: Card, traffic: Sequence[Traffic]) -> 
     return node, network
 
 
-def _local_ways(work: Workload, card: Card, axes: tuple[str, ...]) -> int:
+def _local_ways(mesh: AbstractMesh, card: Card, axes: tuple[str, ...]) -> int:
     """Return the devices of a group that are in one node."""
     stride, local = 1, 1
     for axis in reversed(AXIS_NAMES):
-        size = work.ways(axis)
+        size = mesh.shape[axis]
         if axis in axes:
             local *= max(1, math.gcd(size, max(1, card.per_node // stride)))
         stride *= size

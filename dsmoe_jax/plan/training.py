@@ -12,6 +12,7 @@ from dsmoe_jax.plan.collectives import Traffic, traffic
 from dsmoe_jax.plan.memory import temporaries
 from dsmoe_jax.plan.roofline import Estimate, Speed, estimate
 from dsmoe_jax.plan.workload import Parameters, Workload
+from dsmoe_jax.progress import byte_size
 from dsmoe_jax.train.config import RunConfig
 
 
@@ -72,9 +73,19 @@ class TrainingPlan:
         return cls(work, card, held, temporaries(work, card.platform), found, estimates, speed)
 
     @property
+    def arguments(self) -> int:
+        """The bytes of the arguments on a device."""
+        return sum(self.held.values())
+
+    @property
+    def temporaries(self) -> int:
+        """The bytes of temporaries on a device at the peak."""
+        return sum(self.temporary.values())
+
+    @property
     def bytes(self) -> int:
         """The bytes on a device."""
-        return sum(self.held.values()) + sum(self.temporary.values())
+        return self.arguments + self.temporaries
 
     @property
     def fits(self) -> bool:
@@ -83,6 +94,5 @@ class TrainingPlan:
 
     def __str__(self) -> str:
         """Return one line."""
-        held, temporary = (sum(part.values()) / 1e9 for part in (self.held, self.temporary))
-        total = f"{self.bytes / 1e9:.3g} of {self.card.usable / 1e9:.3g} GB per device"
-        return f"{total} (arguments {held:.3g}, temporaries {temporary:.3g})"
+        parts = f"arguments {byte_size(self.arguments)}, temporaries {byte_size(self.temporaries)}"
+        return f"{byte_size(self.bytes)} of {byte_size(self.card.usable)} per device ({parts})"

@@ -214,10 +214,6 @@ class Workload:
         """Return the bytes of a batch on a device: token ids, labels, positions and segments."""
         return 4 * 4 * self.parts * self.tokens
 
-    def argument_bytes(self) -> int:
-        """Return the bytes of the arguments of the step on a device: state, batch and frozen base."""
-        return sum(self.state_bytes().values()) + self.batch_bytes() + self.frozen_bytes()
-
 
 def _weights(config: ModelConfig, specs: Mapping[str, ParamSpec]) -> tuple[Weight, ...]:
     """Return the parameters of a model from those of its short form."""

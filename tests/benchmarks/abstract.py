@@ -13,20 +13,17 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import argparse
 import contextlib
 import dataclasses
-import time
 from typing import Any, Final, NamedTuple
 
-import jax
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import Mesh
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.plan import absent_gpu
-from dsmoe_jax.plan.compiled import lower_step
-from dsmoe_jax.plan.memory import temporaries
-from dsmoe_jax.plan.workload import Workload
-from dsmoe_jax.sharding import MeshConfig, make_mesh
-from dsmoe_jax.train.config import RunConfig
+from dsmoe_jax.plan.cards import CARDS
+from dsmoe_jax.plan.compiled import compile_for, lower_step
+from dsmoe_jax.plan.training import TrainingPlan
+from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.train.recipes import FINETUNING, RECIPES
 
 # XLA:CPU schedules each function in superlinear time: the 145B takes over 15 minutes in one function, 3 by block. Only
@@ -35,30 +32,21 @@ _BLOCKS_APART: Final = set_xla_metadata(inlineable="false")
 
 
 class Case(NamedTuple):
-    """A step to compile."""
+    """A step to compile: two micro-batches of one sequence per device."""
 
-    run: RunConfig
-    model: ModelConfig
-    mesh: Mesh | None
-    tokens: int  # per sequence; one sequence per device and micro-batch
+    mesh: MeshConfig
+    devices: int
+    tokens: int  # per sequence
 
 
-def cases(card: str | None = None) -> dict[str, Case]:
-    """Return the cases by recipe."""
-    few, base = MeshConfig(fsdp=8), ModelConfig.preset("deepseek_moe_16b")
-    wide = make_mesh(
-        MeshConfig(data=1, fsdp=8, expert=8), jax.devices() if card is None else absent_gpu.devices(card, 64)
-    )
-    eight = make_mesh(few, jax.devices()[:8] if card is None else absent_gpu.devices(card, 8))
-    # On CPU one device has no mesh; to compile for an absent GPU, its device must be given.
-    one = None if card is None else make_mesh(MeshConfig(), absent_gpu.devices(card, 1))
-    found = {}
-    for name in ("deepseek_moe_16b", "deepseek_moe_145b"):
-        run = RECIPES[name]()
-        found[name] = Case(run, run.model_config(), wide, 4096)
-    for name, mesh in (("full_8x40gb", eight), ("lora_1x80gb", one), ("qlora_1x80gb", one)):
-        found[name] = Case(FINETUNING[name](), base, mesh, 1024)
-    return found
+_WIDE: Final = MeshConfig(fsdp=8, expert=8)
+CASES: Final[dict[str, Case]] = {
+    "deepseek_moe_16b": Case(_WIDE, 64, 4096),
+    "deepseek_moe_145b": Case(_WIDE, 64, 4096),
+    "full_8x40gb": Case(MeshConfig(fsdp=8), 8, 1024),
+    "lora_1x80gb": Case(MeshConfig(), 1, 1024),
+    "qlora_1x80gb": Case(MeshConfig(), 1, 1024),
+}
 
 
 def main() -> None:
@@ -67,35 +55,38 @@ def main() -> None:
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="default all")
     parser.add_argument("--card", choices=absent_gpu.DESCRIPTIONS, help="compile for GPUs of this kind")
     args = parser.parse_args()
-    known = cases(args.card)
     for recipe in args.recipes:
-        if recipe not in known:
-            parser.error(f"RECIPE {recipe!r} does not exist, only {', '.join(known)}")
-    for recipe in args.recipes or known:
-        with contextlib.nullcontext() if args.card is None else absent_gpu.chosen_as_on_gpu():
-            print(recipe, compiled(known[recipe], apart=args.card is None), flush=True)
+        if recipe not in CASES:
+            parser.error(f"RECIPE {recipe!r} does not exist, only {', '.join(CASES)}")
+    for recipe in args.recipes or CASES:
+        print(recipe, compiled(recipe, args.card or "cpu"), flush=True)
 
 
-def compiled(case: Case, *, apart: bool = True) -> dict[str, Any]:
-    """Compile a recipe's step; return seconds and bytes. With `apart`, blocks are separate functions."""
-    step = dataclasses.replace(case.run.step, gradient_accumulation_steps=2)
-    run, devices = dataclasses.replace(case.run, step=step), 1 if case.mesh is None else case.mesh.size
-    batch = (devices * step.gradient_accumulation_steps, case.tokens)
-    started = time.perf_counter()
-    with _BLOCKS_APART if apart else contextlib.nullcontext():
-        lowered = lower_step(run, case.model, case.mesh, batch)
-    lowering = time.perf_counter() - started
-    memory = lowered.compile().memory_analysis()
-    data = dataclasses.replace(run.data, sequence_length=case.tokens, batch_size=batch[0])
-    mesh = MeshConfig() if case.mesh is None else MeshConfig(*case.mesh.shape.values())
-    work = Workload.of(dataclasses.replace(run, data=data, mesh=mesh), case.model, devices)
+def planned(recipe: str, card: str) -> TrainingPlan:
+    """Return the plan of a recipe's case for a card."""
+    case, run = CASES[recipe], {**RECIPES, **FINETUNING}[recipe]()
+    model = run.model_config() if recipe in RECIPES else ModelConfig.preset("deepseek_moe_16b")
+    step = dataclasses.replace(run.step, gradient_accumulation_steps=2)
+    data = dataclasses.replace(run.data, sequence_length=case.tokens, batch_size=2 * case.devices)
+    run = dataclasses.replace(run, step=step, data=data, mesh=case.mesh)
+    return TrainingPlan.of(run, model, case.devices, CARDS[card])
+
+
+def compiled(recipe: str, card: str) -> dict[str, Any]:
+    """Compile a recipe's step; return seconds and bytes."""
+    plan, apart = planned(recipe, card), _BLOCKS_APART if card == "cpu" else contextlib.nullcontext()
+
+    def lower(mesh: Mesh | None) -> Any:
+        with apart:
+            return lower_step(plan.work.config, plan.work.model, mesh, (plan.work.sequences, plan.work.length))
+
+    found = compile_for(card, plan.work.mesh, lower)
     return {
-        "lowering_seconds": round(lowering, 1),
-        "seconds": round(time.perf_counter() - started, 1),
-        "argument_bytes": memory.argument_size_in_bytes,
-        "by_arithmetic": work.argument_bytes(),
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "estimated": sum(temporaries(work, "cpu" if apart else "gpu").values()),
+        "seconds": round(found.seconds, 1),
+        "argument_bytes": found.arguments,
+        "by_arithmetic": plan.arguments,
+        "temporary_bytes": found.temporaries,
+        "estimated": plan.temporaries,
     }
 
 

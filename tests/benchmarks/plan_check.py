@@ -48,50 +48,89 @@ MID: Final = {
     **{"num_attention_heads": 8, "num_key_value_heads": 8, "n_routed_experts": 32},
 }
 GROUPED: Final = MID | {"num_key_value_heads": 4}
-FULL, NONE, DOTS = ({"remat": remat, "gradient_accumulation_steps": 1} for remat in ("full", "none", "dots"))
-PARTS: Final = {"remat": "full", "gradient_accumulation_steps": 4}
+
+
+def _step(remat: str, parts: int = 1) -> dict[str, Any]:
+    return {"remat": remat, "gradient_accumulation_steps": parts}
+
+
+FULL, NONE, DOTS = map(_step, ("full", "none", "dots"))
+TWO, PARTS = _step("full", 2), _step("full", 4)  # micro-batches
+LORA, QLORA = "lora_1x80gb", "qlora_1x80gb"
 M2, M16, M145 = (f"deepseek_moe_{size}" for size in ("2b", "16b", "145b"))
 A2A, NF4, INT8 = {"strategy": "all_to_all"}, {"quantize": "nf4"}, {"quantize": "int8"}
 BF16: Final = {"moments": "bfloat16"}
 # fmt: off
 CASES: Final[dict[str, Case]] = {
-    "tiny, dots":              Case("tiny", "tiny", (1, 1, 1, 1), 128, 16, 4, step=DOTS),
-    "tiny, data 8, remat":     Case("tiny", "tiny", (8, 1, 1, 1), 256, 8, 4, step=FULL),
-    "tiny, expert 4":          Case("tiny", "tiny", (1, 1, 4, 1), 256, 8, 4),
-    "bench, data 2":           Case("bench", "bench", (2, 1, 1, 1), 512, 4),
-    "bench, fsdp 4":           Case("bench", "bench", (1, 4, 1, 1), 1024, 2, step=FULL),
-    "2B, fsdp 8":              Case(M2, M2, (1, 8, 1, 1), 1024, 2, step=NONE),
-    "2B, expert 7":            Case(M2, M2, (1, 1, 7, 1), 512, 2, step=FULL),
-    "2B, data 2, fsdp 4":      Case(M2, M2, (2, 4, 1, 1), 512, 2, 4, step=PARTS),
-    "16B, fsdp 8":             Case(M16, M16, (1, 8, 1, 1), 1024, 1, step=FULL),
-    "16B, fsdp 4, expert 2":   Case(M16, M16, (1, 4, 2, 1), 1024, 1, step=FULL),
-    "16B, fsdp 2, expert 4":   Case(M16, M16, (1, 2, 4, 1), 512, 4, step=NONE),
-    "16B, data 2, expert 4":   Case(M16, M16, (2, 1, 4, 1), 512, 2, step=DOTS),
-    "16B, fsdp 4, tensor 2":   Case(M16, M16, (1, 4, 1, 2), 1024, 1, step=NONE),
-    "16B, 4 micro-batches":    Case(M16, M16, (1, 8, 1, 1), 512, 2, step=PARTS),
-    "16B, 5 layers":           Case(M16, M16, (1, 8, 1, 1), 512, 2, 5, step=FULL),
-    "145B, fsdp 8":            Case(M145, M145, (1, 8, 1, 1), 512, 1, 2, step=FULL),
-    "145B, expert 8":          Case(M145, M145, (1, 1, 8, 1), 512, 1, 2, step=FULL),
-    "145B, 2 × 2 × 2":         Case(M145, M145, (1, 2, 2, 2), 512, 2, 2, step=FULL),
-    "all-to-all, expert 8":    Case(M16, M16, (1, 1, 8, 1), 512, 4, fields=MID, step=FULL, others=A2A),
-    "grouped queries":         Case(M16, M16, (1, 2, 1, 2), 512, 4, fields=GROUPED, step=FULL),
-    "bf16 moments":            Case(M16, M16, (1, 8, 1, 1), 512, 2, fields=MID, step=FULL, others=BF16),
-    "factored moments":        Case("full_8x40gb", M16, (1, 8, 1, 1), 512, 2, fields=MID),
-    "LoRA":                    Case("lora_1x80gb", M16, (1, 1, 1, 1), 1024, 2, fields=MID, step=PARTS),
-    "LoRA, fsdp 4":            Case("lora_1x80gb", M16, (1, 4, 1, 1), 512, 2, step=PARTS),
-    "LoRA, data 4":            Case("lora_1x80gb", M16, (4, 1, 1, 1), 512, 2, fields=MID, step=PARTS),
-    "LoRA, fsdp 2, expert 4":  Case("lora_1x80gb", M16, (1, 2, 4, 1), 512, 2, step=PARTS),
-    "QLoRA, int8":             Case("qlora_1x80gb", M16, (1, 1, 1, 1), 1024, 2, fields=MID, step=PARTS, others=INT8),
-    "QLoRA, expert 4":         Case("qlora_1x80gb", M16, (1, 1, 4, 1), 512, 2, step=PARTS, others=NF4),
-    # Not looked at while the estimate was fitted.
-    "new: tiny, fsdp 8":      Case("tiny", "tiny", (1, 8, 1, 1), 256, 4, 4, step=PARTS),
-    "new: bench, expert 8":   Case("bench", "bench", (1, 1, 8, 1), 512, 2, step=FULL),
-    "new: 2B, 2 × 3":         Case(M2, M2, (1, 2, 3, 1), 512, 4, step=FULL),
-    "new: 16B, 2 × 4 tensor": Case(M16, M16, (1, 2, 1, 4), 512, 2, step=FULL),
-    "new: 145B, data 2":      Case(M145, M145, (2, 4, 1, 1), 512, 1, step=FULL),
-    "new: 16B, dots":         Case(M16, M16, (1, 4, 2, 1), 512, 2, 4, step=DOTS),
-    "new: LoRA, data 2":      Case("lora_1x80gb", M16, (2, 2, 1, 1), 512, 2, fields=MID, step=PARTS),
-    "new: QLoRA, data 2":     Case("qlora_1x80gb", M16, (2, 1, 1, 1), 512, 2, fields=MID, step=PARTS, others=NF4),
+    "tiny, dots":                    Case("tiny", "tiny", (1, 1, 1, 1), 128, 16, 4, step=DOTS),
+    "tiny, data 8, remat":           Case("tiny", "tiny", (8, 1, 1, 1), 256, 8, 4, step=FULL),
+    "tiny, expert 4":                Case("tiny", "tiny", (1, 1, 4, 1), 256, 8, 4),
+    "bench, data 2":                 Case("bench", "bench", (2, 1, 1, 1), 512, 4),
+    "bench, fsdp 4":                 Case("bench", "bench", (1, 4, 1, 1), 1024, 2, step=FULL),
+    "2B, fsdp 8":                    Case(M2, M2, (1, 8, 1, 1), 1024, 2, step=NONE),
+    "2B, expert 7":                  Case(M2, M2, (1, 1, 7, 1), 512, 2, step=FULL),
+    "2B, data 2, fsdp 4":            Case(M2, M2, (2, 4, 1, 1), 512, 2, 4, step=PARTS),
+    "16B, fsdp 8":                   Case(M16, M16, (1, 8, 1, 1), 1024, 1, step=FULL),
+    "16B, fsdp 4, expert 2":         Case(M16, M16, (1, 4, 2, 1), 1024, 1, step=FULL),
+    "16B, fsdp 2, expert 4":         Case(M16, M16, (1, 2, 4, 1), 512, 4, step=NONE),
+    "16B, data 2, expert 4":         Case(M16, M16, (2, 1, 4, 1), 512, 2, step=DOTS),
+    "16B, fsdp 4, tensor 2":         Case(M16, M16, (1, 4, 1, 2), 1024, 1, step=NONE),
+    "16B, 4 micro-batches":          Case(M16, M16, (1, 8, 1, 1), 512, 2, step=PARTS),
+    "16B, 5 layers":                 Case(M16, M16, (1, 8, 1, 1), 512, 2, 5, step=FULL),
+    "145B, fsdp 8":                  Case(M145, M145, (1, 8, 1, 1), 512, 1, 2, step=FULL),
+    "145B, expert 8":                Case(M145, M145, (1, 1, 8, 1), 512, 1, 2, step=FULL),
+    "145B, 2 × 2 × 2":               Case(M145, M145, (1, 2, 2, 2), 512, 2, 2, step=FULL),
+    "all-to-all, expert 8":          Case(M16, M16, (1, 1, 8, 1), 512, 4, fields=MID, step=FULL, others=A2A),
+    "grouped queries":               Case(M16, M16, (1, 2, 1, 2), 512, 4, fields=GROUPED, step=FULL),
+    "bf16 moments":                  Case(M16, M16, (1, 8, 1, 1), 512, 2, fields=MID, step=FULL, others=BF16),
+    "factored moments":              Case("full_8x40gb", M16, (1, 8, 1, 1), 512, 2, fields=MID),
+    "LoRA":                          Case(LORA, M16, (1, 1, 1, 1), 1024, 2, fields=MID, step=PARTS),
+    "LoRA, fsdp 4":                  Case(LORA, M16, (1, 4, 1, 1), 512, 2, step=PARTS),
+    "LoRA, data 4":                  Case(LORA, M16, (4, 1, 1, 1), 512, 2, fields=MID, step=PARTS),
+    "LoRA, fsdp 2, expert 4":        Case(LORA, M16, (1, 2, 4, 1), 512, 2, step=PARTS),
+    "QLoRA, int8":                   Case(QLORA, M16, (1, 1, 1, 1), 1024, 2, fields=MID, step=PARTS, others=INT8),
+    "QLoRA, expert 4":               Case(QLORA, M16, (1, 1, 4, 1), 512, 2, step=PARTS, others=NF4),
+    "tiny, fsdp 8":                  Case("tiny", "tiny", (1, 8, 1, 1), 256, 4, 4, step=PARTS),
+    "bench, expert 8":               Case("bench", "bench", (1, 1, 8, 1), 512, 2, step=FULL),
+    "2B, 2 × 3":                     Case(M2, M2, (1, 2, 3, 1), 512, 4, step=FULL),
+    "16B, 2 × 4 tensor":             Case(M16, M16, (1, 2, 1, 4), 512, 2, step=FULL),
+    "145B, data 2":                  Case(M145, M145, (2, 4, 1, 1), 512, 1, step=FULL),
+    "16B, dots":                     Case(M16, M16, (1, 4, 2, 1), 512, 2, 4, step=DOTS),
+    "LoRA, data 2, fsdp 2":          Case(LORA, M16, (2, 2, 1, 1), 512, 2, fields=MID, step=PARTS),
+    "QLoRA, data 2":                 Case(QLORA, M16, (2, 1, 1, 1), 512, 2, fields=MID, step=PARTS, others=NF4),
+    "bench, fsdp 8, no remat":       Case("bench", "bench", (1, 8, 1, 1), 512, 2, 4, step=NONE),
+    "bench, data 4, parts 4":        Case("bench", "bench", (4, 1, 1, 1), 256, 2, step=PARTS),
+    "mid, 2 × 4, parts 4":           Case(M16, M16, (1, 2, 4, 1), 512, 2, 4, fields=MID, step=PARTS),
+    "LoRA, data 8":                  Case(LORA, M16, (8, 1, 1, 1), 512, 1, fields=MID, step=FULL),
+    "LoRA, expert 4":                Case(LORA, M16, (1, 1, 4, 1), 512, 2, fields=MID, step=TWO),
+    "mid, expert 8, 1,024":          Case(M16, M16, (1, 1, 8, 1), 1024, 2, fields=MID, step=NONE),
+    "tiny, parts 8":                 Case("tiny", "tiny", (1, 1, 1, 1), 256, 4, 4, step=_step("full", 8)),
+    "bench, 1,024, no remat":        Case("bench", "bench", (1, 1, 1, 1), 1024, 2, 4, step=NONE),
+    "2B, data 4, parts 2":           Case(M2, M2, (4, 1, 1, 1), 512, 2, step=TWO),
+    "QLoRA, fsdp 4":                 Case(QLORA, M16, (1, 4, 1, 1), 512, 2, fields=MID, step=TWO, others=INT8),
+    "16B, fsdp 2, tensor 4, dots":   Case(M16, M16, (1, 2, 1, 4), 512, 2, step=_step("dots", 2)),
+    "16B, one device":               Case(M16, M16, (1, 1, 1, 1), 1024, 1, step=FULL),
+    "mid, 2 × 2 × 2, no remat":      Case(M16, M16, (2, 1, 2, 2), 512, 2, fields=MID, step=NONE),
+    "bench, 4 × 2, parts 16":        Case("bench", "bench", (1, 4, 2, 1), 256, 2, 4, step=_step("dots", 16)),
+    "mid, 2 × 2 tensor, parts 2":    Case(M16, M16, (1, 2, 1, 2), 512, 1, fields=MID, step=TWO),
+    "mid, 2 × 2 tensor, no remat":   Case(M16, M16, (1, 2, 1, 2), 512, 1, fields=MID, step=_step("none", 2)),
+    "LoRA, tensor 2":                Case(LORA, M16, (1, 1, 1, 2), 512, 1, fields=MID, step=NONE),
+    "mid, tensor 2, dots":           Case(M16, M16, (1, 1, 1, 2), 512, 1, fields=MID, step=DOTS),
+    # Compiled after the fit.
+    "new: tiny, fsdp 4, parts 16":   Case("tiny", "tiny", (1, 4, 1, 1), 256, 2, 4, step=_step("full", 16)),
+    "new: bench, data 8, 1,024":     Case("bench", "bench", (8, 1, 1, 1), 1024, 1, step=DOTS),
+    "new: 2B, 2 × 3, no remat":      Case(M2, M2, (1, 2, 3, 1), 1024, 1, step=_step("none", 2)),
+    "new: 16B, 2 × 2 × 2":           Case(M16, M16, (1, 2, 2, 2), 512, 2, step=FULL),
+    "new: 145B, fsdp 4, tensor 2":   Case(M145, M145, (1, 4, 1, 2), 1024, 1, 2, step=DOTS),
+    "new: LoRA, fsdp 8, parts 8":    Case(LORA, M16, (1, 8, 1, 1), 1024, 1, step=_step("full", 8)),
+    "new: QLoRA, data 4":            Case(QLORA, M16, (4, 1, 1, 1), 256, 4, fields=MID, step=TWO, others=NF4),
+    "new: LoRA, data 2, tensor 2":   Case(LORA, M16, (2, 1, 1, 2), 512, 2, fields=MID, step=_step("none", 2)),
+    "new: mid, data 2, expert 4":    Case(M16, M16, (2, 1, 4, 1), 512, 2, fields=MID, step=PARTS, others=BF16),
+    "new: 2B, factored":             Case("full_8x40gb", M2, (1, 2, 1, 1), 512, 2, step=NONE),
+    "new: bench, all-to-all":        Case("bench", "bench", (1, 1, 8, 1), 256, 4, step=NONE, others=A2A),
+    "new: grouped, fsdp 8":          Case(M16, M16, (1, 8, 1, 1), 1024, 1, 4, fields=GROUPED, step=NONE),
+    "new: tiny, 2 × 2 × 2":          Case("tiny", "tiny", (2, 1, 2, 2), 256, 4, 4, step=NONE),
+    "new: 16B, data 8":              Case(M16, M16, (8, 1, 1, 1), 512, 1, step=FULL),
 }
 # fmt: on
 
@@ -105,12 +144,12 @@ class Comparison(NamedTuple):
     @property
     def arguments(self) -> tuple[int, int]:
         """Bytes, planned and compiled."""
-        return sum(self.plan.held.values()), self.compiled.arguments
+        return self.plan.arguments, self.compiled.arguments
 
     @property
     def temporaries(self) -> float:
         """Planned over compiled bytes."""
-        return sum(self.plan.temporary.values()) / self.compiled.temporaries
+        return self.plan.temporaries / self.compiled.temporaries
 
     @property
     def traffic(self) -> dict[str, tuple[int, int]]:
@@ -130,7 +169,7 @@ class Comparison(NamedTuple):
         return found + [kind for kind, (mine, its) in self.traffic.items() if abs(mine - its) > TRAFFIC * its]
 
 
-def planned(case: Case) -> TrainingPlan:
+def planned(case: Case, card: str = "cpu") -> TrainingPlan:
     """Return the plan of a case."""
     config: Any = (RECIPES.get(case.recipe) or FINETUNING[case.recipe])()
     model = dataclasses.replace(ModelConfig.preset(case.model), num_hidden_layers=case.layers, **case.fields)
@@ -147,7 +186,7 @@ def planned(case: Case) -> TrainingPlan:
                 config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, moments=value))
             case _:
                 config = dataclasses.replace(config, **{name: value})
-    return TrainingPlan.of(config, model, devices, card_of("cpu"))
+    return TrainingPlan.of(config, model, devices, card_of(card))
 
 
 def compare(case: Case) -> Comparison:

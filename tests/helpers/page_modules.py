@@ -9,7 +9,7 @@ from typing import Any, Final
 import pytest
 
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.train.recipes import RECIPES
+from dsmoe_jax.sharding import MeshConfig
 
 
 def _small_plan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,9 +105,7 @@ def _abstract(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipe `tiny` for the device that is there; tests/test_compiled_for_gpu.py has the cards."""
     from tests.benchmarks import abstract
 
-    small = RECIPES["tiny"]()
-    case = abstract.Case(small, small.model_config(), None, tokens=16)
-    monkeypatch.setattr(abstract, "cases", lambda card: {"tiny": case})
+    monkeypatch.setattr(abstract, "CASES", {"tiny": abstract.Case(MeshConfig(), 1, tokens=16)})
     called("abstract", abstract.main)([], monkeypatch)
 
 
