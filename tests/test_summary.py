@@ -28,7 +28,7 @@ MESH = MeshConfig(fsdp=4, expert=2)
 
 
 def job() -> Job:
-    stream = SimpleNamespace(batch_size=16, sequence_length=32, documents=1234, tokens=56789)
+    stream = SimpleNamespace(batch_size=16, sequence_length=32, documents=1234, tokens=56789, names=["text"])
     corpus: Any = SimpleNamespace(stream=stream, validation_tokens=77)
     return Job(SMALL, corpus, 1000, *[None] * 5, {})  # type: ignore[arg-type]
 

@@ -23,6 +23,7 @@ from dsmoe_jax.text import generation_config as stops
 from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
 MIN_CONTEXT_LENGTH: Final = 4096
+_MIN_LOGGED_BYTES: Final = 1e9
 _HALF: Final = (jnp.bfloat16, jnp.float16)
 _log = logging.getLogger("dsmoe_jax")
 
@@ -97,7 +98,7 @@ def as_cache_dtype(value: Any) -> np.dtype:
 def _check_memory(
     path: Path, dtype: Any, quantize: str | None, mesh: Any, options: Mapping[str, Any], *, force: bool
 ) -> None:
-    """Log the memory of one output, and refuse a model that leaves no memory for the shortest one unless `force`."""
+    """Log the memory of one output from 1 GB, and refuse a model that leaves no memory for the shortest one unless `force`."""
     config, mesh = ModelConfig.from_file(path), as_mesh(mesh)
     weight_dtype, cache_dtype = as_dtype(dtype), options.get("cache_dtype")
     plan = functools.partial(
@@ -113,10 +114,9 @@ def _check_memory(
     )
     length = options.get("context_length") or MIN_CONTEXT_LENGTH
     available = available_bytes(mesh)
-    bound = f" of {byte_size(available)}" if available else ""
-    _log.info(
-        "Memory plan: %s%s per device, for one output of %s tokens", plan(max_length=length), bound, f"{length:,}"
-    )
+    if (longest := plan(max_length=length)).total >= _MIN_LOGGED_BYTES:
+        bound = f" of {byte_size(available)}" if available else ""
+        _log.info("Memory plan: %s%s per device, for one output of %s tokens", longest, bound, f"{length:,}")
     least = plan(max_length=bucket(1))
     if available and least.total > available:
         text = f"{path} needs at least {least} per device, {byte_size(available)} are available"
