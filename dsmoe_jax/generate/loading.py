@@ -98,7 +98,7 @@ def as_cache_dtype(value: Any) -> np.dtype:
 def _check_memory(
     path: Path, dtype: Any, quantize: str | None, mesh: Any, options: Mapping[str, Any], *, force: bool
 ) -> None:
-    """Log the memory of one output from 1 GB, and refuse a model that leaves no memory for the shortest one unless `force`."""
+    """Log the memory of one output from 1 GB; refuse what leaves no memory for the shortest one, unless `force`."""
     config, mesh = ModelConfig.from_file(path), as_mesh(mesh)
     weight_dtype, cache_dtype = as_dtype(dtype), options.get("cache_dtype")
     plan = functools.partial(
