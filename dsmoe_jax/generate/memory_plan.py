@@ -83,6 +83,8 @@ def weight_bytes(
         layers = 1 if named else layers_of(config, name)
         stored = dtype[name] if named else dtype
         stored = stored if ".experts." in name else _widen(stored, upcast)
+        if name == "head.weight" and quantize and upcast:
+            stored = jnp.float16
         embedding = name == "embed" and not config.tie_word_embeddings
         scheme = ("int8" if embedding else quantize) if quantize and (embedding or kind_of(name)) else None
         found[name] = layers * stored_bytes(name, spec, mesh, stored, scheme)
