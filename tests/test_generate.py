@@ -290,6 +290,7 @@ def test_weights_are_quantized_while_loading(checkpoint: Path, quantize: str):
 
     dense = sum(leaf.nbytes for leaf in jax.tree.leaves(split(small_model())[1]))
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(generator._params)) < 0.6 * dense
+    assert generator._params["head.weight"].dtype == jnp.float16
     assert len(output.token_ids) == 4
 
 

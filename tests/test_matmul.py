@@ -43,6 +43,14 @@ def test_few_tokens_do_not_cast_all_codes():
     assert memory.temp_size_in_bytes < weight.size
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 17])
+def test_half_precision_weights_are_cast(tokens: int):
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=(tokens, I)).astype(np.float32), rng.normal(size=(O, I)).astype(np.float16)
+
+    assert_near(matmul(jnp.asarray(x), jnp.asarray(weight)), x @ weight.T.astype(np.float64), FP32)
+
+
 def test_gradients_pass_through_codes():
     x, weight = jnp.ones((3, 4)), jnp.arange(20, dtype=jnp.int8).reshape(5, 4)
 

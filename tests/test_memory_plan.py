@@ -9,6 +9,7 @@ import pytest
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import import_hf
+from dsmoe_jax.generate.loading import upcast_for_cpu
 from dsmoe_jax.generate.memory_plan import MemoryPlan, cache_bytes, weight_dtypes
 from dsmoe_jax.generate.programs import Batch, extend, prefill, step
 from dsmoe_jax.kv_cache import KVCache
@@ -76,9 +77,10 @@ def test_16b_in_bf16_with_4096_tokens_fits_40_gb():
 def test_quantized_weights_match_the_plan(scheme: str):
     params = quantize_embedding(quantize_params(split(DeepSeekMoE.init(SMALL))[1], scheme))
 
-    plan = MemoryPlan.of(SMALL, batch_size=1, max_length=16, dtype=jnp.float32, quantize=scheme)
+    for on_cpu, stored in ((False, params), (True, upcast_for_cpu(params))):
+        plan = MemoryPlan.of(SMALL, batch_size=1, max_length=16, dtype=jnp.float32, quantize=scheme, upcast=on_cpu)
 
-    assert plan.weights == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        assert plan.weights == sum(leaf.nbytes for leaf in jax.tree.leaves(stored))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])

@@ -15,6 +15,7 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.generate.memory_plan import MemoryPlan, available_bytes, cache_bytes, weight_dtypes
 from dsmoe_jax.generate.programs import bucket
+from dsmoe_jax.kernels.operand import Quantized
 from dsmoe_jax.loading import load as load_model
 from dsmoe_jax.model import DeepSeekMoE
 from dsmoe_jax.progress import byte_size
@@ -66,14 +67,27 @@ def upcast_for_cpu(params: dict[str, Any]) -> dict[str, Any]:
     if jax.default_backend() != "cpu":
         return params
     # The experts, most of the weights, are read as stored by their kernel.
-    others = {name: value for name, value in params.items() if ".experts." not in name}
+    head = _half_head(params)
+    others = {name: value for name, value in params.items() if ".experts." not in name and name not in head}
     half = [leaf for leaf in jax.tree.leaves(others) if leaf.dtype in _HALF]
     if half:
         size, dtype = sum(leaf.nbytes for leaf in half) / 1e6, half[0].dtype
         text = "Upcasting %d weights outside the routed experts (%.1f MB) from %s to float32 for speed on CPU"
         _log.info(text, len(half), size, dtype)
     upcast = lambda leaf: leaf.astype(jnp.float32) if leaf.dtype in _HALF else leaf  # noqa: E731
-    return params | jax.tree.map(upcast, others)
+    return params | jax.tree.map(upcast, others) | head
+
+
+def _half_head(params: dict[str, Any]) -> dict[str, Any]:
+    """Return the head of a quantized model in fp16: in fp32 it has a quarter of the bytes of an int8 decode step.
+
+    fp16 rounds weights by 0.02 %, int8 by 0.8 %.
+    """
+    quantized = any(isinstance(value, Quantized) for value in params.values())
+    if not quantized or "head.weight" not in params:
+        return {}
+    head = params["head.weight"].astype(jnp.float16)
+    return {"head.weight": head} if jnp.isfinite(head).all() else {}
 
 
 def default_prefill_chunk() -> int:

@@ -96,6 +96,8 @@ def stored_as(
     """Return the dtype of a parameter during generation, and its quantization."""
     embedding = name == "embed" and not config.tie_word_embeddings
     scheme = ("int8" if embedding else quantize) if quantize and (embedding or kind_of(name)) else None
+    if name == "head.weight" and quantize and upcast:
+        return jnp.float16, scheme
     return dtype if ".experts." in name else _widen(dtype, upcast), scheme
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from dsmoe_jax.axes import Array, Bool, Float, Int, Shaped
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.kernels.activation import ACTIVATION_FUNCTIONS
+from dsmoe_jax.kernels.matvec import consecutive, fits, is_row, matvec, packed_matvec
 
 _STATIC: Final = {"static": True}
 
@@ -43,13 +44,18 @@ class Quantized:
         unnested = self.codebook is None and self.offset is None and not isinstance(self.scales, Quantized)
         return unnested and self.tile == self.codes.shape[-1]
 
+    @property
+    def by_row(self) -> bool:
+        """Whether `multiply_row` takes it."""
+        return self.by_output or (self.packed and self.tile % 2 == 0 and self.offset is None)
+
     def dequantize(self) -> Float[Array, "..."]:
         """Return the fp32 values of one expert's operand (without the expert axis)."""
         codes = self.codes
         if self.packed:
             codes = jnp.stack([codes >> 4, codes & 15], axis=-1).reshape(*codes.shape[:-1], -1)
         values = codes.astype(jnp.float32) if self.codebook is None else self._decode(codes)
-        scales = self._scales()
+        scales = self.scales_fp32()
         short = scales.size * self.tile - values.size
         tiles = jnp.pad(values.reshape(-1), (0, short)).reshape(-1, self.tile) * scales.reshape(-1, 1)
         values = tiles.reshape(-1)[: values.size].reshape(values.shape)
@@ -60,15 +66,19 @@ class Quantized:
 
         2 to 3× as fast as `dequantize` on CPU, where interleaving the two halves of a byte dominates.
         """
-        scales = self._scales().reshape(-1, 1)
+        scales = self.scales_fp32().reshape(-1, 1)
         scales = jnp.broadcast_to(scales, (len(scales), self.tile // 2)).reshape(-1)
         scales = scales[: self.codes.size].reshape(self.codes.shape)
         return self._decode(self.codes >> 4) * scales, self._decode(self.codes & 15) * scales
 
-    def _scales(self) -> Float[Array, "..."]:
+    def scales_fp32(self) -> Float[Array, "..."]:
+        """Return the scales of one expert's operand."""
         return self.scales.dequantize() if isinstance(self.scales, Quantized) else self.scales.astype(jnp.float32)
 
     def _decode(self, codes: Array) -> Float[Array, "..."]:
+        assert self.codebook is not None
+        if consecutive(self.codebook):
+            return codes.astype(jnp.float32) + self.codebook[0]
         codebook = jnp.asarray(self.codebook, jnp.float32)
         return codebook.at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
 
@@ -130,6 +140,26 @@ def shape(operand: Operand) -> tuple[int, int]:
             return operand.shape[1], operand.shape[2]
 
 
+@jax.custom_vjp
+def multiply_row(x: Float[Array, "I"], operand: Quantized) -> Float[Array, "O"]:
+    """Multiply one row with one expert's operand; the gradient is that of the exact product."""
+    if operand.by_output:
+        return matvec(x, operand.codes) * operand.scales.reshape(-1)
+    assert operand.codebook is not None
+    if fits(len(x), operand.tile, operand.codebook):
+        return packed_matvec(x, operand.codes, operand.scales_fp32().reshape(len(operand.codes), -1), operand.codebook)
+    upper, lower = operand.dequantize_halves()
+    return matvec(x[::2], upper) + matvec(x[1::2], lower)
+
+
+def _row_backward(saved: tuple[Array, Quantized], grad: Array) -> tuple[Array, Quantized]:
+    exact = lambda x, operand: dot(x[None], operand.dequantize().astype(x.dtype))[0]  # noqa: E731
+    return jax.vjp(exact, *saved)[1](grad)
+
+
+multiply_row.defvjp(lambda x, operand: (multiply_row(x, operand), (x, operand)), _row_backward)
+
+
 Dot: TypeAlias = Callable[[Array, Array], Array]
 
 
@@ -170,6 +200,8 @@ def linear(x: Float[Array, "*rows I"], operand: Operand, dot: Dot = dot) -> Floa
         case LowRank():
             narrow = linear(x, operand.a, dot).astype(x.dtype)
             return linear(x, operand.base, dot) + linear(narrow, operand.b, dot)
+        case Quantized() if is_row(x) and operand.codes.ndim == 2 and operand.by_row:
+            return multiply_row(x.reshape(-1), operand).reshape(*x.shape[:-1], -1)
         case Quantized() if operand.packed and operand.tile % 2 == 0 and operand.offset is None:
             upper, lower = (half.astype(x.dtype) for half in operand.dequantize_halves())
             return dot(x[..., ::2], upper) + dot(x[..., 1::2], lower)
