@@ -34,7 +34,7 @@ from .data import (
     validation_threshold,
     warn_on_overlap,
 )
-from .data.sources import refuse_overlap, unlogged
+from .data.files import refuse_overlap, unlogged
 from .distributed import on_process_0
 from .inputs import WAY_OUT, DerivedFolders, Source
 

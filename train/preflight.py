@@ -13,7 +13,8 @@ from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 from .config import RunConfig
 from .corpus import tokenizer_of
 from .data import TokenShards, documents, find_files, is_token_shards
-from .data.sources import read_source, refuse_overlap, unlogged
+from .data.files import refuse_overlap, unlogged
+from .data.sources import read_source
 from .finetune import FinetuneConfig
 from .sft import is_examples
 from .sft.formats import parse_record
@@ -88,7 +89,7 @@ def _check_examples(config: FinetuneConfig, model: ModelConfig, tokenizer: Path 
     for source in (*data.files, *data.validation):
         _check_readable(source, out)
         with unlogged():
-            next(read_source(source, None, parse=parse, max_malformed_fraction=0.01, exclude=[out]))
+            next(read_source(source, parse=parse, max_malformed_fraction=0.01, exclude=[out]))
     refuse_overlap(data.files, data.validation, [out])
 
 

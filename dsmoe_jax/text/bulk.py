@@ -11,7 +11,7 @@ import pickle
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -22,7 +22,6 @@ import numpy as np
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.text.tokenizer import Tokenizer
 
-KEY: Final = np.dtype("V16")
 _AHEAD: Final = 2  # batches per worker that are read ahead
 _PROGRAM: Final = "import sys; sys.path[:] = sys.argv[1:]; from dsmoe_jax.text.bulk import serve; serve()"
 _ENVIRONMENT: Final = {"TOKENIZERS_PARALLELISM": "false", "JAX_PLATFORMS": "cpu"}
@@ -37,7 +36,7 @@ class Encoded(NamedTuple):
         lengths: int64 [n], in tokens.
         text_bytes: int64 [n], UTF-8 bytes of the texts.
         hashes: uint64 [n], see `split_hash`.
-        keys: 128-bit hash of each text, [n]; empty unless requested.
+        keys: 128-bit hash of each text, uint64 [n, 2]; [0, 2] unless requested.
         special_tokens: Strings of special tokens in the texts.
         with_special_tokens: Texts that have some.
     """
@@ -64,11 +63,11 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str], dtype: np.dtype
     special = [tokenizer.count_special_tokens(text) for text in texts]
     digests = b"".join(hashlib.blake2b(content, digest_size=16).digest() for content in contents) if keys else b""
     return Encoded(
-        np.concatenate([np.array(ids, dtype) for ids in found]),
+        np.concatenate([np.zeros(0, dtype), *(np.array(ids, dtype) for ids in found)]),
         np.array([len(ids) for ids in found], np.int64),
         np.array([len(content) for content in contents], np.int64),
         np.array([split_hash(content) for content in contents], np.uint64),
-        np.frombuffer(digests, KEY),
+        np.frombuffer(digests, np.uint64).reshape(-1, 2),
         sum(special),
         sum(map(bool, special)),
     )
@@ -90,14 +89,12 @@ class BulkEncoder:
         self._job = {"folder": str(folder), "split": split_special_tokens, "dtype": dtype.str, "keys": keys}
         self._workers = [_Worker(self._job) for _ in range(workers)]
 
-    def __enter__(self) -> "BulkEncoder":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
+    def close(self) -> None:
+        """End the processes, even while they encode."""
         for worker in self._workers:
             worker.close()
 
-    def encode(self, batches: Iterable[tuple[Label, Sequence[str]]]) -> Iterator[tuple[Label, Encoded]]:
+    def encode(self, batches: Iterable[tuple[Label, Sequence[str]]]) -> Generator[tuple[Label, Encoded], None, None]:
         """Encode labeled batches of texts; yield each label with the result, in order.
 
         Raises:
@@ -129,7 +126,7 @@ class BulkEncoder:
         finally:
             # Threads that wait for a worker end with it.
             if any(not future.done() for _, future in pending):
-                self.__exit__()
+                self.close()
             pool.shutdown(cancel_futures=True)
 
 

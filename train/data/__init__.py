@@ -1,13 +1,16 @@
 """Pretraining data: batches as a pure function of (seed, step, index)."""
 
+from .files import PYTHON_STDLIB, find_files, source_bytes, warn_on_overlap
 from .loader import loader
 from .mixture import Mixture
 from .packing import DocumentPacking, Packing
 from .shards import TokenShards, is_token_shards, shards_tokenizer, tokenizer_hash
-from .sources import PYTHON_STDLIB, Document, documents, find_files, source_bytes, warn_on_overlap
+from .sources import Document, documents
 from .stream import Stream, unique_names
+from .tasks import merge, tokenize_task
+from .tokenization import tokenize
 from .validation import validation_batches
-from .writer import ShardStats, SplitStats, is_validation, tokenize, validation_threshold
+from .writer import ShardStats, SplitStats, is_validation, validation_threshold
 
 __all__ = [
     "PYTHON_STDLIB",
@@ -24,9 +27,11 @@ __all__ = [
     "is_token_shards",
     "is_validation",
     "loader",
+    "merge",
     "shards_tokenizer",
     "source_bytes",
     "tokenize",
+    "tokenize_task",
     "tokenizer_hash",
     "unique_names",
     "validation_batches",
