@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from dsmoe_jax.train.data import TokenShards, documents, formats, join, merge, p
 from tests.helpers.corpus import ids_of, write_texts
 from tests.helpers.hf_folder import snapshot
 
+SMALLEST = 4_000  # bytes of a piece
+LAUNCH = Path(__file__).resolve().parent.parent / "train" / "launch"
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "then", "it", "sleeps"]
 OPTIONS: dict[str, Any] = {"val_fraction": 0.1, "shard_tokens": 6_000}
 
@@ -41,7 +44,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small_pieces() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "SMALLEST", 4_000)
+        patch.setattr(pieces, "SMALLEST", SMALLEST)
         yield
 
 
@@ -50,7 +53,7 @@ def whole(corpus: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPat
     """What one process writes; do not modify."""
     out = tmp_path_factory.mktemp("whole") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "SMALLEST", 4_000)
+        patch.setattr(pieces, "SMALLEST", SMALLEST)
         tokenize(corpus, tokenizer_folder, out, **OPTIONS)
     return out
 
@@ -146,8 +149,8 @@ def test_parts_of_a_file_have_each_record_once(tmp_path: Path, end: str, count: 
 
     assert [entry.value for part in parts for entry in part] == expected
     assert all(part[-1].bytes_read >= part[0].bytes_read for part in parts if part)
-    assert parts[0][0].place == ":1"
     if end == ".jsonl":
+        assert parts[0][0].place == ":1"
         assert next(part for part in parts[1:] if part)[0].place.startswith(" at byte ")
 
 
@@ -235,3 +238,69 @@ def test_a_killed_process_leaves_no_other(corpus: Path, tmp_path: Path, tokenize
         expected = f"dsmoe tokenize: tokenization: worker process {workers[0]} was killed by signal 9"
         assert lines == [f"{expected}; if memory was short, pass fewer --workers"]
         assert not (tmp_path / "out").exists()
+
+
+def slurm(task: int) -> tuple[list[str], dict[str, str]]:
+    return ["bash", str(LAUNCH / "tokenize_slurm.sh")], {
+        "SLURM_ARRAY_TASK_ID": f"{task}",
+        "SLURM_ARRAY_TASK_COUNT": "2",
+    }
+
+
+def kubernetes(task: int) -> tuple[list[str], dict[str, str]]:
+    yaml = pytest.importorskip("yaml")
+    job = yaml.safe_load((LAUNCH / "tokenize_job.yaml").read_text())["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    names = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert int(names["TASKS"]) == job["completions"]
+    return [*container["command"], *container["args"]], names | {"JOB_COMPLETION_INDEX": f"{task}", "TASKS": "2"}
+
+
+# `dsmoe` with the options and pieces of these tests; it reads a document every SECONDS.
+DSMOE = f"""#!{sys.executable}
+import os, sys, time
+from dsmoe_jax.cli import main
+from dsmoe_jax.train import data
+from dsmoe_jax.train.data import pieces, sources, tokenization, tokenize_task
+
+def slowly(*args):
+    for document in sources.read_texts(*args):
+        yield document
+        time.sleep(float(os.environ["SECONDS_PER_TEXT"]))
+
+pieces.SMALLEST, tokenization.read_texts = {SMALLEST}, slowly
+data.tokenize_task = lambda *args, **options: tokenize_task(*args, **options | {OPTIONS})
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_killed_tasks_of_the_templates_continue(corpus: Path, whole: Path, tokenizer_folder: Path, tmp_path: Path):
+    dsmoe, out = tmp_path / "bin" / "dsmoe", tmp_path / "out"
+    dsmoe.parent.mkdir()
+    dsmoe.write_text(DSMOE)
+    dsmoe.chmod(0o755)
+    paths = {"SOURCES": str(corpus), "TOKENIZER": str(tokenizer_folder), "OUT": str(out)}
+    environment = os.environ | {"PATH": f"{dsmoe.parent}:{os.environ['PATH']}"}
+
+    def start(job: Callable[[int], tuple[list[str], dict[str, str]]], task: int, seconds: float) -> Any:
+        command, variables = job(task)
+        variables = environment | variables | paths | {"SECONDS_PER_TEXT": f"{seconds}"}
+        return subprocess.Popen(command, env=variables, text=True, stdout=subprocess.PIPE)
+
+    def finished(task: int) -> int:
+        return sum(int(path.stem) % 2 == task for path in tmp_path.glob("out.tasks/0*.json"))
+
+    with start(slurm, 0, 0.02) as first, start(kubernetes, 1, 0.02) as second:
+        wait_for(lambda: finished(0) > 1 and finished(1) > 1)
+        first.kill()
+        second.kill()
+    done = finished(0), finished(1)
+    with start(kubernetes, 0, 0) as first, start(slurm, 1, 0) as second:
+        lines = [process.communicate()[0] for process in (first, second)]
+    merge(out)
+
+    for before, line in zip(done, lines, strict=True):
+        found = re.search(r"task \d of 2: (\d+) pieces of \d+ complete, (\d+) of them new", line)
+        assert found is not None
+        assert int(found[1]) - int(found[2]) == before > 1
+    assert written(out) == written(whole)
