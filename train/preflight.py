@@ -96,5 +96,5 @@ def _check_examples(config: FinetuneConfig, model: ModelConfig, tokenizer: Path 
 def _check_readable(source: str, out: Path) -> None:
     """Raise `DSMoEError` unless all files of the source may be read."""
     for file in find_files(source, [out]):
-        if not os.access(file.path, os.R_OK):
+        if isinstance(file.path, Path) and not os.access(file.path, os.R_OK):
             raise DSMoEError(f"{file.path}: cannot be read: permission denied")

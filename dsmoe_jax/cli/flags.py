@@ -304,8 +304,8 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
     ),
     "tokenize": (
         _arg("sources", _TEXTS, "SOURCE", nargs="*"),
-        _arg("--tokenizer", "folder with a tokenizer", "DIR"),
-        _arg("--out --output-dir", "folder of token shards to create", "OUT"),
+        _arg("--tokenizer", "folder with a tokenizer; no default", "DIR"),
+        _arg("--out --output-dir", "folder of token shards to create; no default", "OUT"),
         _arg(
             "--validation",
             "texts of the validation split; default: --val-fraction of the documents",
@@ -322,9 +322,9 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
         _arg("--min-chars", "skip texts with fewer characters; default: 0", default=0, **_INT),
         _arg("--deduplicate", "keep the first of equal texts only", action="store_true"),
         _arg("--workers", _WORKERS, **_INT),
-        _arg("--task", "with --tasks: tokenize the I-th of N shares, from 0", "I", type=int),
-        _arg("--tasks", "number of independent tasks, on any machines that see SOURCE and OUT", **_INT),
-        _arg("--merge", "join the shares of all tasks into OUT; takes no other arguments", "OUT"),
+        _arg("--task", "tokenize share I of N, from 0; default: everything", "I", type=int),
+        _arg("--tasks", "with --task: number of shares, for any machines that see SOURCE and OUT; default: 1", **_INT),
+        _arg("--merge", "join the shares of all tasks into OUT, without other arguments; default: do not", "OUT"),
     ),
     "plot": (
         _arg("runs", "output directories of runs", "RUN", nargs="+"),

@@ -17,6 +17,7 @@ from dsmoe_jax.progress import log_level
 from dsmoe_jax.storage.manifest import MODEL_MANIFEST
 from dsmoe_jax.storage.paths import expand_user
 
+from .hub_datasets import HUB, find_hub_files
 from .shards import MANIFEST, is_token_shards
 
 PYTHON_STDLIB: Final = "python-stdlib"
@@ -45,7 +46,8 @@ class SourceFile(NamedTuple):
     def identity(self) -> tuple[str, int, str]:
         """Return name, size and version: a file that changes has another identity."""
         stat = self.path.stat()
-        return str(self.path), stat.st_size, str(stat.st_mtime_ns)
+        version = str(stat.st_mtime_ns) if isinstance(self.path, Path) else self.path.version
+        return str(self.path), stat.st_size, version
 
 
 def source_bytes(source: str | Path, exclude: Iterable[Path] = ()) -> int:
@@ -98,10 +100,11 @@ def unlogged() -> AbstractContextManager[None]:
 
 
 class SourceFiles(NamedTuple):
-    """The files of a source, and the paths left out, by reason."""
+    """The files of a source, the paths left out, by reason, and the commit of a dataset on the Hub."""
 
     files: list[SourceFile]
     left_out: dict[str, list[str]]
+    revision: str | None = None
 
     def log(self, source: str | Path) -> None:
         """Log one line per reason."""
@@ -115,6 +118,9 @@ def resolve_source(source: str | Path, exclude: Iterable[Path] = ()) -> SourceFi
     source = expand_user(source, "source")
     if source == PYTHON_STDLIB:
         return SourceFiles(list(_stdlib()), {})
+    if source.startswith(HUB):
+        revision, found = find_hub_files(source)
+        return SourceFiles([SourceFile(file, False) for file in found], {}, revision)
     walk = _Walk(exclude)
     if os.path.lexists(source):
         path = Path(source)
@@ -210,12 +216,14 @@ class _Walk:
             paths.append(str(path))
 
 
-def _identity(path: Path) -> tuple[int, int]:
+def _identity(path: Path) -> tuple[Any, ...]:
+    if not isinstance(path, Path):
+        return (str(path),)
     stat = path.stat()
     return stat.st_dev, stat.st_ino
 
 
-def _ancestors(folder: Path) -> set[tuple[int, int]]:
+def _ancestors(folder: Path) -> set[tuple[Any, ...]]:
     return {_identity(parent) for parent in folder.resolve().parents}
 
 

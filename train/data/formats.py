@@ -59,7 +59,8 @@ Reader = Callable[[Path, Columns | None, Part], Iterator[Entry]]
 def read_file(path: Path, columns: Columns | None, part: Part = WHOLE) -> Iterator[Entry]:
     """Iterate over the entries of a file, or of a part of one; `DSMoEError` if it is unreadable."""
     try:
-        yield from reader_of(path)(path, columns, part)
+        local = path if isinstance(path, Path) else path.local()
+        yield from reader_of(path)(local, columns, part)
     except ModuleNotFoundError as error:
         raise DSMoEError(f"{path}: requires {error.name}: pip install 'dsmoe_jax[data]'") from None
     except Exception as error:  # the formats' libraries have no common base class

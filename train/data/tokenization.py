@@ -156,7 +156,10 @@ class TokenizationJob(ShardJob):
             files.log(source)
         numbered = [(number, file) for number, files in enumerate(found) for file in files.files]
         self.pieces: Sequence[Piece] = cut(numbered)
-        plan: dict[str, Any] = {"manifest": self.manifest() | self._not_default(), "threshold": threshold}
+        pairs = zip(self.all_sources(), found, strict=True)
+        revisions = {str(source): files.revision for (source, _), files in pairs if files.revision}
+        manifest = self.manifest() | self._not_default() | ({"revisions": revisions} if revisions else {})
+        plan: dict[str, Any] = {"manifest": manifest, "threshold": threshold}
         plan |= {"selection": self.selection._asdict(), "deduplicate": deduplicate, "shard_tokens": shard_tokens}
         plan |= {"pieces": len(self.pieces), "files": [[number, *file.identity()] for number, file in numbered]}
         self.plan = plan
