@@ -16,6 +16,7 @@ from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.progress import log_level
 from dsmoe_jax.storage.manifest import MODEL_MANIFEST
 from dsmoe_jax.storage.paths import expand_user
+from dsmoe_jax.storage.strict_json import read_json
 
 from .hub_datasets import HUB, find_hub_files
 from .shards import MANIFEST, is_token_shards
@@ -33,6 +34,10 @@ _MODEL_FILES: Final = re.compile(
     r"|tokenizer_config|.*\.safetensors\.index|.*\.bin\.index)\.json"
     r"|tokenizer\.model|chat_template\.(jinja|json)|merges\.txt|.*\.safetensors|pytorch_model.*\.bin"
 )
+# Metadata of what datasets' `save_to_disk` writes: of a split, and of several splits.
+_STATE: Final = "state.json"
+_DATASET_DICT: Final = "dataset_dict.json"
+_DATASET_FILES: Final = (_STATE, _DATASET_DICT, "dataset_info.json")
 _NAMED: Final = 3  # paths per log line
 _log = logging.getLogger(__name__)
 
@@ -128,7 +133,10 @@ def resolve_source(source: str | Path, exclude: Iterable[Path] = ()) -> SourceFi
             raise DSMoEError(f"{source}: is the output of this command")
         if path.is_dir():
             _refuse_non_data(path)
-            walk.below(path, above=_ancestors(path))
+            for file in (saved := _saved_dataset(path)):
+                walk.add(file, _identity(file), named=True)
+            if not saved:
+                walk.below(path, above=_ancestors(path))
         elif not path.is_file():
             raise DSMoEError(f"{source}: is not a regular file")
         else:
@@ -187,6 +195,8 @@ class _Walk:
             self._leave_out("dangling links", path)
         elif _MODEL_FILES.fullmatch(path.name) and _has_model(path.parent):
             self._leave_out("files of a model or tokenizer", path)
+        elif path.name in _DATASET_FILES and _has_dataset(path.parent):
+            self._leave_out("metadata of datasets", path)
         elif path.is_file():
             self.add(path, _identity(path), named=False)
         else:
@@ -250,6 +260,28 @@ def _has_model(folder: Path) -> bool:
     """Return whether the folder has the files of a model or a tokenizer."""
     names = os.listdir(folder)
     return any(name in ("tokenizer.json", "tokenizer.model") or name.endswith(".safetensors") for name in names)
+
+
+def _has_dataset(folder: Path) -> bool:
+    names = os.listdir(folder)
+    return _DATASET_DICT in names or any(name.endswith(".arrow") for name in names)
+
+
+def _saved_dataset(folder: Path) -> list[Path]:
+    """Return the files of a dataset saved by datasets' `save_to_disk`, of its split `train` if it has several."""
+    if (folder / _DATASET_DICT).is_file():
+        splits = read_json(folder / _DATASET_DICT).get("splits")
+        if not isinstance(splits, list) or "train" not in splits:
+            raise DSMoEError(f"{folder}: has no split 'train': append one of {splits!r:.200}")
+        folder = folder / "train"
+    if not (folder / _STATE).is_file():
+        return []
+    entries = read_json(folder / _STATE).get("_data_files")
+    names = [entry.get("filename") for entry in entries or () if isinstance(entry, dict)]
+    files = [folder / name for name in names if isinstance(name, str) and Path(name).name == name]
+    if missing := next((file for file in files if not file.is_file()), None):
+        raise DSMoEError(f"{missing}: is missing, but listed in {_STATE}")
+    return files
 
 
 def _refuse(error: OSError) -> None:

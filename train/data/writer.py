@@ -17,6 +17,7 @@ from dsmoe_jax.text.bulk import split_hash
 from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
 from .files import refuse_overlap, source_bytes, unlogged, warn_on_overlap
+from .megatron import is_tokenized
 from .shards import DTYPES, FORMAT, MANIFEST, SPLITS, TOKENIZER, is_token_shards, tokenizer_hash
 from .split_writer import SplitWriter
 
@@ -95,8 +96,9 @@ class ShardJob:
             raise DSMoEError(f"val_fraction must be in [0, 1), got {val_fraction}")
         if shard_tokens < 1:
             raise DSMoEError(f"shard_tokens must be at least 1, got {shard_tokens}")
-        if shards := next(filter(is_token_shards, self.sources + self._own_validation), None):
-            raise DSMoEError(f"{shards}: holds token shards, already tokenized")
+        if shards := next(filter(is_tokenized, self.sources + self._own_validation), None):
+            what = "token shards" if is_token_shards(shards) else "tokens of Megatron"
+            raise DSMoEError(f"{shards}: holds {what}, already tokenized")
         self.tokenizer = Tokenizer.from_pretrained(tokenizer_folder, split_special_tokens=split_special_tokens or None)
         if self.tokenizer.eos_token_id is None:
             raise DSMoEError(f"{tokenizer_folder}: the tokenizer has no EOS token")
