@@ -10,12 +10,13 @@ import sysconfig
 from collections.abc import Iterable, Sequence, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.progress import log_level
 from dsmoe_jax.storage.manifest import MODEL_MANIFEST
 from dsmoe_jax.storage.paths import expand_user
+from dsmoe_jax.storage.remote import RemotePath, is_url
 from dsmoe_jax.storage.strict_json import read_json
 
 from .hub_datasets import HUB, find_hub_files
@@ -126,6 +127,8 @@ def resolve_source(source: str | Path, exclude: Iterable[Path] = ()) -> SourceFi
     if source.startswith(HUB):
         revision, found = find_hub_files(source)
         return SourceFiles([SourceFile(file, False) for file in found], {}, revision)
+    if is_url(source):
+        return _remote_files(source, exclude)
     walk = _Walk(exclude)
     if os.path.lexists(source):
         path = Path(source)
@@ -160,11 +163,22 @@ def resolve_source(source: str | Path, exclude: Iterable[Path] = ()) -> SourceFi
     return SourceFiles(walk.files, walk.left_out)
 
 
+def _remote_files(url: str, exclude: Iterable[Any]) -> SourceFiles:
+    """Find the files of an object store."""
+    excluded = tuple(f"{path}/" for path in exclude if not isinstance(path, Path))
+    found = [file for file in RemotePath(url).find() if not str(file).startswith(excluded)]
+    if shards := next((file for file in found if file.name == MANIFEST), None):
+        raise DSMoEError(f"{shards}: is of token shards, which are read in place: copy the folder to a disk")
+    if not found:
+        raise DSMoEError(f"{url}: does not exist, or has no files")
+    return SourceFiles([SourceFile(cast(Path, file), str(file) == url) for file in found], {})
+
+
 class _Walk:
     """Collects files, each once, and the paths left out."""
 
     def __init__(self, exclude: Iterable[Path]):
-        self.excluded = {_identity(path) for path in exclude if path.exists()}
+        self.excluded = {_identity(path) for path in exclude if isinstance(path, Path) and path.exists()}
         self.files: list[SourceFile] = []
         self.left_out: dict[str, list[str]] = {}
         self._seen: dict[Any, Path] = {}

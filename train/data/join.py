@@ -1,9 +1,7 @@
 """Joins the shards of pieces, and finds copies of documents in them. Start at `join`."""
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -29,13 +27,13 @@ class Joined(NamedTuple):
 
 def join(
     records: Sequence[Record],
-    pieces: Path,
-    out: Path,
+    pieces: Any,
+    out: Any,
     *,
     dtype: str,
     shard_tokens: int,
     deduplicate: bool,
-    take: Callable[[Path, Path], object],
+    take: Callable[[Any, Any], object],
 ) -> Joined:
     """Join the shards of pieces, in their order: small ones are concatenated up to `shard_tokens`.
 
@@ -73,7 +71,7 @@ def join(
 class _Shard(NamedTuple):
     """A shard of a piece, without the documents in `dropped`, int64."""
 
-    files: Sequence[tuple[Path, Mapping[str, Any]]]
+    files: Sequence[tuple[Any, Mapping[str, Any]]]
     dtype: np.dtype
     dropped: np.ndarray
     tokens: int
@@ -95,7 +93,7 @@ class _Shard(NamedTuple):
 
 
 def _shards(
-    records: Sequence[Record], pieces: Path, split: str, dtype: np.dtype, dropped: Mapping[tuple[int, str], np.ndarray]
+    records: Sequence[Record], pieces: Any, split: str, dtype: np.dtype, dropped: Mapping[tuple[int, str], np.ndarray]
 ) -> Iterator[_Shard]:
     """Iterate over the shards of a split that keep a document."""
     none = np.zeros(0, np.int64)
@@ -125,12 +123,12 @@ def _groups(shards: Iterator[_Shard], shard_tokens: int) -> Iterator[list[_Shard
         yield group
 
 
-def _offsets(path: Path) -> np.ndarray:
+def _offsets(path: Any) -> np.ndarray:
     with path.open("rb") as file:
         return np.frombuffer(file.read(), OFFSET).astype(np.int64)
 
 
-def find_copies(records: Sequence[Record], pieces: Path) -> tuple[dict[tuple[int, str], np.ndarray], int]:
+def find_copies(records: Sequence[Record], pieces: Any) -> tuple[dict[tuple[int, str], np.ndarray], int]:
     """Return the documents that are copies of an earlier one, by piece and split, and the bytes of their texts.
 
     Keys are compared by ranges of their values, so that memory is bounded by `_KEYS` and the number of copies.
@@ -158,11 +156,3 @@ def find_copies(records: Sequence[Record], pieces: Path) -> tuple[dict[tuple[int
     cuts = np.searchsorted(copies, starts)
     groups = {part: copies[cuts[i] : cuts[i + 1]] - starts[i] for i, part in enumerate(parts)}
     return {part: group for part, group in groups.items() if len(group)}, repeated
-
-
-def link(source: Path, target: Path) -> None:
-    """Link a file, or copy it where the file system has no hard links."""
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -4,7 +4,6 @@ import array
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from .shards import OFFSET
 class SplitWriter:
     """Writes the shards of a split, and the loss mask of examples."""
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, masked: bool, stack: ExitStack):
+    def __init__(self, folder: Any, split: str, dtype: np.dtype, shard_tokens: int, masked: bool, stack: ExitStack):
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
         self._shards: list[dict[str, str]] = []
         self._file = self._mask = None
@@ -53,7 +52,7 @@ class SplitWriter:
             if self._offsets[-1] >= self._shard_tokens:
                 self.close_shard()
 
-    def adopt(self, files: Sequence[tuple[Path, Mapping[str, Any]]], take: Callable[[Path, Path], object]) -> None:
+    def adopt(self, files: Sequence[tuple[Any, Mapping[str, Any]]], take: Callable[[Any, Any], object]) -> None:
         """Append a closed shard; `files` are its two files and their manifest entries, which `take` links or moves."""
         self.close_shard()
         for name, (path, entry) in zip(self._name_shard(), files, strict=True):

@@ -8,25 +8,27 @@ and run again takes the pieces without a record.
 import contextlib
 import json
 import os
-import shutil
+import socket
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.progress import Meter, plural, silent
-from dsmoe_jax.storage.atomic_dir import atomic_dir, check_new_path, sync, write_json
+from dsmoe_jax.storage.atomic_dir import atomic_dir, sync
 from dsmoe_jax.storage.locks import lock_name
 from dsmoe_jax.storage.manifest import hash_json
-from dsmoe_jax.storage.strict_json import read_json
+from dsmoe_jax.storage.remote import any_path, link_file, load_json, remove_tree, save_json
 from dsmoe_jax.text.tokenizer import tokenizer_files
 
-from .join import Record, link
-from .shards import TOKENIZER, is_token_shards, tokenizer_hash
+from .join import Record
+from .shards import MANIFEST, TOKENIZER, tokenizer_hash
 from .tokenization import TokenizationJob, Work, finalize
 from .writer import ShardStats, Sources
 
 _PLAN: Final = "plan.json"
+_FILES: Final = "files.txt"  # the files of the sources, to name one that changes
 _NAMED: Final = 20  # missing tasks in a message
 
 
@@ -78,25 +80,27 @@ def tokenize_task(
         raise DSMoEError(f"tasks must be at least 1, got {tasks}")
     if not 0 <= task < tasks:
         raise DSMoEError(f"task must be in [0, {tasks}), got {task}")
-    out = check_new_path(out)
-    folder = _folder_of(out)
+    path = check_new(out)
+    folder = folder_of(path)
     exclude = [*options.pop("exclude", ()), folder]
-    job = TokenizationJob(sources, tokenizer_folder, out, exclude=exclude, **options)
+    job = TokenizationJob(sources, tokenizer_folder, path, exclude=exclude, **options)
+    # An object store has no locks; two copies of a task write the same.
+    lock = lock_name(folder, f"{task}.lock") if isinstance(folder, Path) else contextlib.nullcontext()
     try:
-        with lock_name(folder, f"{task}.lock"):
-            _agree(folder, json.loads(json.dumps({**job.plan, "tasks": tasks})), job.tokenizer_files)
-            plan_hash, mine = hash_json(_read_plan(folder)), range(task, len(job.pieces), tasks)
+        with lock:
+            _agree(folder, json.loads(json.dumps({**job.plan, "tasks": tasks})), job)
+            plan_hash, mine = hash_json(load_json(folder / _PLAN)), range(task, len(job.pieces), tasks)
             before = _finished(folder, mine)
             finished = dict(before)
 
             def finish(unit: str, record: Record) -> None:
                 finished[unit] = {**record, "plan": plan_hash}
-                write_json(_record(folder, int(unit)), finished[unit])
+                save_json(_record(folder, int(unit)), finished[unit])
 
             job.encode(Work(folder, before, finish), numbers=mine, workers=workers, progress=progress)
     except OSError as error:
         raise DSMoEError(f"{folder} cannot be written: {error.strerror}") from None
-    return TaskStats(out, task, tasks, len(mine), len(finished) - len(before), len(job.pieces))
+    return TaskStats(path, task, tasks, len(mine), len(finished) - len(before), len(job.pieces))
 
 
 def merge(out: str | Path) -> ShardStats:
@@ -111,15 +115,14 @@ def merge(out: str | Path) -> ShardStats:
     Raises:
         DSMoEError: A task is not complete, the tasks had different sources, or the disk is full.
     """
-    out = Path(out)
-    folder = _folder_of(out)
+    path = any_path(out, "out")
+    folder = folder_of(path)
     if not (folder / _PLAN).exists():
         raise DSMoEError(f"{out}: no tasks to merge (no {folder / _PLAN})")
-    plan = _read_plan(folder)
-    if is_token_shards(out):  # a merge was killed when it removed the tasks
-        raise DSMoEError(f"{out} exists; remove {folder}")
-    tasks, total = plan.pop("tasks"), plan["pieces"]
-    plan_hash, finished = hash_json({**plan, "tasks": tasks}), _finished(folder, range(total))
+    plan = load_json(folder / _PLAN)
+    check_new(out, hint=f"; if it is complete, remove {folder}")
+    tasks, total, plan_hash = plan["tasks"], plan["pieces"], hash_json(plan)
+    finished = _finished(folder, range(total))
     if missing := [number for number in range(total) if str(number) not in finished]:
         names = sorted({number % tasks for number in missing})
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
@@ -129,61 +132,92 @@ def merge(out: str | Path) -> ShardStats:
     records = [finished[str(number)] for number in range(total)]
     if other := next((n for n, record in enumerate(records) if record["plan"] != plan_hash), None):
         raise DSMoEError(f"{folder}: piece {other} is of other sources or arguments; remove the folder and start again")
-    tokenizer = folder / TOKENIZER
-    if tokenizer_hash(tokenizer) != plan["manifest"]["tokenizer_sha256"]:
-        raise DSMoEError(f"{tokenizer}: damaged: SHA-256 mismatch")
     try:
-        with atomic_dir(out) as staging:
-            files = tokenizer_files(tokenizer)
-            stats = finalize(plan, records, folder, out, staging.folder, tokenizer_files=files, take=link)
-        shutil.rmtree(folder)
+        with contextlib.ExitStack() as stack:
+            tokenizer = _local_tokenizer(folder, plan, stack)
+            if tokenizer_hash(tokenizer) != plan["manifest"]["tokenizer_sha256"]:
+                raise DSMoEError(f"{folder / TOKENIZER}: damaged: SHA-256 mismatch")
+            staging = stack.enter_context(atomic_dir(path)).folder if isinstance(path, Path) else path
+            options: dict[str, Any] = {"tokenizer_files": tokenizer_files(tokenizer), "take": link_file}
+            stats = finalize(plan, records, folder, path, staging, **options)
+        remove_tree(folder)
     except OSError as error:
         raise DSMoEError(f"{out} cannot be written: {error.strerror}") from None
     return stats
 
 
-def _folder_of(out: Path) -> Path:
+def folder_of(out: Any) -> Any:
+    """Return the folder of the work of the tasks."""
     return out.with_name(f"{out.name}.tasks")
 
 
-def _record(folder: Path, number: int) -> Path:
+def check_new(out: str | Path, hint: str = "") -> Any:
+    """Return the path of an output; raise `DSMoEError` if it exists."""
+    path = any_path(out, "output path")
+    path = path.absolute() if isinstance(path, Path) else path
+    if (path if isinstance(path, Path) else path / MANIFEST).exists():  # a merge that was killed is repeated
+        raise DSMoEError(f"{path} exists; nothing is overwritten{hint}")
+    return path
+
+
+def _local_tokenizer(folder: Any, plan: Mapping[str, Any], stack: contextlib.ExitStack) -> Path:
+    """Return a folder with the files of the tokenizer."""
+    if isinstance(folder, Path):
+        return folder / TOKENIZER
+    copy = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    for name in plan["tokenizer_files"]:
+        (copy / name).write_bytes((folder / TOKENIZER / name).read_bytes())
+    return copy
+
+
+def _record(folder: Any, number: int) -> Any:
     return folder / f"{number:06d}.json"
 
 
-def _finished(folder: Path, numbers: range) -> dict[str, Any]:
+def _finished(folder: Any, numbers: range) -> dict[str, Any]:
     """Return the records of finished pieces by number."""
     paths = {number: _record(folder, number) for number in numbers}
-    return {str(number): read_json(path) for number, path in paths.items() if path.exists()}
+    return {str(number): load_json(path) for number, path in paths.items() if path.exists()}
 
 
-def _read_plan(folder: Path) -> dict[str, Any]:
-    return read_json(folder / _PLAN)
-
-
-def _agree(folder: Path, plan: Mapping[str, Any], tokenizer: tuple[Path, ...]) -> None:
+def _agree(folder: Any, plan: dict[str, Any], job: TokenizationJob) -> None:
     """Write the plan of the first task; raise `DSMoEError` if it differs from this one's."""
+    plan["tokenizer_files"] = [file.name for file in job.tokenizer_files]
     if not (folder / _PLAN).exists():
-        (folder / TOKENIZER).mkdir(parents=True, exist_ok=True)
-        for file in tokenizer:
-            temporary = folder / TOKENIZER / f".{file.name}.{os.getpid()}"
-            shutil.copyfile(file, temporary).replace(folder / TOKENIZER / file.name)
-        temporary = folder / f".plan.{os.getpid()}"
-        write_json(temporary, plan)
-        with contextlib.suppress(FileExistsError):  # by another task: all write the same, or are refused below
-            (folder / _PLAN).hardlink_to(temporary)
-        temporary.unlink()
-        sync(folder)
-    first = _read_plan(folder)
+        if isinstance(folder, Path):
+            (folder / TOKENIZER).mkdir(parents=True, exist_ok=True)
+        for file in job.tokenizer_files:
+            _write(folder / TOKENIZER / file.name, file.read_bytes())
+        _write(folder / _FILES, "\n".join(job.files).encode())
+        _write(folder / _PLAN, json.dumps(plan, indent=2, sort_keys=True).encode(), replace=False)
+    first = load_json(folder / _PLAN)
     if first == plan:
         return
     if first["tasks"] != plan["tasks"]:
         raise DSMoEError(f"tasks must be {first['tasks']}, as in the other tasks of {folder}, got {plan['tasks']}")
-    old, new = ({row[1]: row[2:] for row in one["files"]} for one in (first, plan))
-    changed = next((path for path in [*new, *old] if old.get(path) != new.get(path)), None)
-    if changed is not None:
-        raise DSMoEError(f"{changed}: has changed since the first task; remove {folder} and start again")
+    if first["files"] != plan["files"]:
+        lines = (folder / _FILES).read_bytes().decode().split("\n")
+        changed = next(iter(sorted(set(job.files) ^ set(lines))), "")
+        path = changed.split(" ", 3)[-1]
+        raise DSMoEError(f"{path}: has changed since the first task; remove {folder} and start again")
     nested = ("selection", "manifest")
     before, now = ({**one["selection"], **one["manifest"], **one} for one in (first, plan))
     name = next((key for key in now if key not in nested and before.get(key) != now[key]), "arguments")
     was, got = before.get(name), now.get(name)
     raise DSMoEError(f"{name} must be {was!r:.80}, as in the other tasks of {folder}, got {got!r:.80}")
+
+
+def _write(path: Any, data: bytes, *, replace: bool = True) -> None:
+    """Write a small file atomically, while other tasks do the same."""
+    if not isinstance(path, Path):
+        return path.write_bytes(data)
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    temporary.write_bytes(data)
+    sync(temporary)
+    if replace:
+        temporary.replace(path)
+    else:
+        with contextlib.suppress(FileExistsError):
+            path.hardlink_to(temporary)
+        temporary.unlink()
+    sync(path.parent)

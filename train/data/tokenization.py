@@ -12,7 +12,8 @@ import numpy as np
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.progress import Advance, Meter, silent
 from dsmoe_jax.storage.atomic_dir import atomic_dir, check_new_path, check_space, sync
-from dsmoe_jax.storage.manifest import write_manifest
+from dsmoe_jax.storage.manifest import add_hash, hash_json
+from dsmoe_jax.storage.remote import is_url, save_json
 from dsmoe_jax.text.bulk import BulkEncoder, Encoded
 
 from .files import resolve_source
@@ -57,7 +58,7 @@ def tokenize(
     Args:
         sources: One or more sources; see `documents`.
         tokenizer_folder: Holds the tokenizer's files.
-        out: Output folder; must not exist.
+        out: Output folder, or its URL in an object store; must not exist.
         workers: Processes that encode; 0 encodes in this one. Default: one per core, 0 for less than 32 MB of sources.
         progress: Shows the bytes read.
         **options: Options of `TokenizationJob`.
@@ -69,6 +70,11 @@ def tokenize(
         DSMoEError: An argument, a source or the tokenizer is invalid, a file is in both splits, the output exists, or
             the disk is (or, by extrapolation, will be) full.
     """
+    if is_url(out):
+        from .tasks import merge, tokenize_task
+
+        tokenize_task(sources, tokenizer_folder, out, task=0, tasks=1, workers=workers, progress=progress, **options)
+        return merge(out)
     check_new_path(out)
     job = TokenizationJob(sources, tokenizer_folder, Path(out), **options)
     try:
@@ -92,7 +98,7 @@ def tokenize(
 class Work(NamedTuple):
     """Where pieces are written: their folder, the records of finished ones by number, and how to add one."""
 
-    folder: Path
+    folder: Any
     finished: Mapping[str, Record]
     finish: Callable[[str, Record], None]
 
@@ -102,6 +108,7 @@ class TokenizationJob(ShardJob):
 
     Attributes:
         pieces: The pieces of all sources.
+        files: A line for each file: number of its source, bytes, version, path.
         plan: JSON of everything that determines the output.
     """
 
@@ -109,7 +116,7 @@ class TokenizationJob(ShardJob):
         self,
         sources: Sources,
         tokenizer_folder: str | Path,
-        out: Path,
+        out: Any,
         *,
         validation: Sources = (),
         shard_tokens: int = SHARD_TOKENS,
@@ -127,7 +134,7 @@ class TokenizationJob(ShardJob):
         Args:
             sources: One or more sources; see `documents`.
             tokenizer_folder: Holds the tokenizer's files.
-            out: Output folder.
+            out: Output folder, a `Path` or a `RemotePath`.
             validation: Sources of the validation split; `val_fraction` is not applied then.
             shard_tokens: Size at which a shard is closed; documents are not split.
             val_fraction: Fraction of the documents in the validation split, in [0, 1), chosen by a hash of the text;
@@ -161,8 +168,9 @@ class TokenizationJob(ShardJob):
         manifest = self.manifest() | self._not_default() | ({"revisions": revisions} if revisions else {})
         plan: dict[str, Any] = {"manifest": manifest, "threshold": threshold}
         plan |= {"selection": self.selection._asdict(), "deduplicate": deduplicate, "shard_tokens": shard_tokens}
-        plan |= {"pieces": len(self.pieces), "files": [[number, *file.identity()] for number, file in numbered]}
-        self.plan = plan
+        identities = ((number, *file.identity()) for number, file in numbered)
+        self.files = [f"{number} {size} {version} {path}" for number, path, size, version in identities]
+        self.plan = {**plan, "pieces": len(self.pieces), "files": hash_json({"files": self.files})}
 
     def _not_default(self) -> dict[str, Any]:
         """Return the options for the manifest, without defaults."""
@@ -245,7 +253,7 @@ def _grouped(found: Iterable[Document]) -> Iterator[list[Document]]:
 class PieceWriter:
     """Writes the shards of a piece."""
 
-    def __init__(self, job: TokenizationJob, folder: Path, number: int, stack: contextlib.ExitStack):
+    def __init__(self, job: TokenizationJob, folder: Any, number: int, stack: contextlib.ExitStack):
         self._folder, self._threshold = folder, job.plan["threshold"]
         self._names = {split: f"{number:06d}.{split}" for split in SPLITS}
         dtype = DTYPES[job.dtype]
@@ -297,12 +305,12 @@ class PieceWriter:
 def finalize(
     plan: Mapping[str, Any],
     records: list[Record],
-    pieces: Path,
-    out: Path,
-    folder: Path,
+    pieces: Any,
+    out: Any,
+    folder: Any,
     *,
-    tokenizer_files: Iterable[Path],
-    take: Callable[[Path, Path], object],
+    tokenizer_files: Sequence[Path],
+    take: Callable[[Any, Any], object],
 ) -> ShardStats:
     """Join finished pieces into `folder`, which becomes `out`; log what was skipped."""
     selection, manifest = plan["selection"], plan["manifest"]
@@ -318,7 +326,8 @@ def finalize(
     check_not_empty(manifest["val_fraction"], train.documents, validation.documents, "document")
     files = joined.files | copy_tokenizer(tokenizer_files, folder)
     fields = {**manifest, "files": files, "splits": joined.splits, "text_bytes": joined.text_bytes}
-    write_manifest(folder / MANIFEST, fields | ({"copies": joined.copies} if plan["deduplicate"] else {}))
+    fields |= {"copies": joined.copies} if plan["deduplicate"] else {}
+    save_json(folder / MANIFEST, add_hash(fields))
     stats = ShardStats(out, "document", train, validation, joined.text_bytes, copies=joined.copies)
     special = np.sum([np.array(record["special_tokens"]) for record in records], axis=0).tolist()
     report(stats, plan["threshold"], SpecialTokens(*special), split=manifest["split_special_tokens"])

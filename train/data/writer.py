@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -79,7 +78,7 @@ class ShardJob:
         self,
         sources: Sources,
         tokenizer_folder: str | Path,
-        out: Path,
+        out: Any,
         *,
         validation: Sources,
         unit: str,
@@ -102,7 +101,7 @@ class ShardJob:
         self.tokenizer = Tokenizer.from_pretrained(tokenizer_folder, split_special_tokens=split_special_tokens or None)
         if self.tokenizer.eos_token_id is None:
             raise DSMoEError(f"{tokenizer_folder}: the tokenizer has no EOS token")
-        self.eos, self.exclude = self.tokenizer.eos_token_id, [Path(out), *exclude]
+        self.eos, self.exclude = self.tokenizer.eos_token_id, [out, *exclude]
         self.tokenizer_files = tokenizer_files(self.tokenizer.files[0].parent)
         self.out, self.unit = out, unit
         self.shard_tokens, self.val_fraction = shard_tokens, 0.0 if self._own_validation else val_fraction
@@ -194,11 +193,13 @@ def check_not_empty(val_fraction: float, train: int, validation: int, unit: str)
         raise DSMoEError(f"val_fraction {val_fraction} leaves none of {plural(validation, unit)} to train on")
 
 
-def copy_tokenizer(files: Iterable[Path], folder: Path) -> dict[str, dict[str, Any]]:
+def copy_tokenizer(files: Sequence[Path], folder: Any) -> dict[str, dict[str, Any]]:
     """Copy a tokenizer's files into token shards and return their entries in the manifest."""
-    (folder / TOKENIZER).mkdir()
-    copies = [shutil.copyfile(file, folder / TOKENIZER / file.name) for file in files]
-    return {f"{TOKENIZER}/{copy.name}": hash_file(copy) for copy in copies}
+    if isinstance(folder, Path):
+        (folder / TOKENIZER).mkdir()
+    for file in files:
+        (folder / TOKENIZER / file.name).write_bytes(file.read_bytes())
+    return {f"{TOKENIZER}/{file.name}": hash_file(file) for file in files}
 
 
 def report(stats: ShardStats, threshold: int, special: SpecialTokens, *, split: bool) -> None:
