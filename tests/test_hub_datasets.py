@@ -1,5 +1,6 @@
 """Datasets of a fake hub on loopback. Start at `test_a_dataset_of_the_hub_equals_its_files`."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,10 +11,15 @@ from typing import Any
 
 import pytest
 
+from dsmoe_jax.train.config import DataConfig, RunConfig
+from dsmoe_jax.train.corpus import prepare
 from dsmoe_jax.train.data import TokenShards, tokenize
-from dsmoe_jax.train.data.hub_datasets import select_files
+from dsmoe_jax.train.data.hub_datasets import find_hub_files, select_files
+from dsmoe_jax.train.data.sources import read_source
+from dsmoe_jax.train.preflight import check_inputs
 from tests.helpers.corpus import TEXTS, ids_of, write_texts
 from tests.helpers.fake_hub import FakeHub, serve
+from tests.helpers.hf_folder import tiny
 
 pytest.importorskip("huggingface_hub")
 pytest.importorskip("pyarrow")
@@ -168,3 +174,59 @@ CONFIGS = [
 )
 def test_configurations_and_splits_select_files(files: str, configs: Any, config: Any, split: str, expected: str):
     assert select_files(files.split(), {"configs": configs}, config, split) == expected.split()
+
+
+@pytest.fixture
+def in_process(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    """The hub, for this process."""
+    from huggingface_hub import constants
+
+    for name, value in {"ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": False}.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    find_hub_files.cache_clear()
+    return hub
+
+
+def test_training_reads_datasets_of_the_hub(in_process: FakeHub, files: Path, tokenizer_folder: Path, tmp_path: Path):
+    names = {name: (files / name).read_bytes() for name in TRAIN}
+    repository = in_process.add("datasets/some/corpus", names)
+
+    def opened(out: str, *sources: Any, **options: Any) -> Any:
+        data: dict[str, Any] = {"val_fraction": 0.0, "sequence_length": 16, "batch_size": 2}
+        data |= {"sources": tuple(map(str, sources)), "tokenizer": str(tokenizer_folder)}
+        config = RunConfig(output_dir=str(tmp_path / out), data=DataConfig(**data))
+        check_inputs(dataclasses.replace(config, model=write_model(tmp_path)))
+        return prepare(config, tiny(vocab_size=258), tmp_path / out, **options).stream
+
+    source = "hf://datasets/some/corpus"
+    found, expected = opened("hub", source), opened("local", files / TRAIN[0], files / TRAIN[1]).identity
+    ids = ids_of(TokenShards.open(tmp_path / "hub" / "data" / "00"))
+    local = [ids_of(TokenShards.open(tmp_path / "local" / "data" / f"0{n}")) for n in range(2)]
+
+    assert ids == local[0] + local[1]
+    repository.commit({**names, "b.txt": b"another commit with the same files"})
+    find_hub_files.cache_clear()
+    assert opened("hub", source, resuming=True).identity == found.identity != expected
+    repository.commit({name: names[TRAIN[0]] for name in names})
+    find_hub_files.cache_clear()
+    with pytest.raises(ValueError, match=r"--data.sources: hf://datasets/some/corpus has changed"):
+        opened("hub", source, resuming=True)
+
+
+def test_examples_of_the_hub_are_read(in_process: FakeHub):
+    record = b'{"instruction": "Add.", "output": "1"}\n'
+    in_process.add("datasets/some/examples", {"train.jsonl": record, "test.jsonl": record})
+
+    options: dict[str, Any] = {"parse": dict, "max_malformed_fraction": 0.0, "exclude": ()}
+    found = list(read_source("hf://datasets/some/examples:test", **options))
+
+    place = "hf://datasets/some/examples/test.jsonl:1"
+    assert found == [(place, {"instruction": "Add.", "output": "1"})]
+
+
+def write_model(folder: Path) -> str:
+    (folder / "model.json").write_text(json.dumps(tiny(vocab_size=258).to_dict()))
+    return str(folder / "model.json")

@@ -253,7 +253,11 @@ def kubernetes(task: int) -> tuple[list[str], dict[str, str]]:
     (container,) = job["template"]["spec"]["containers"]
     names = {entry["name"]: entry["value"] for entry in container["env"]}
     assert int(names["TASKS"]) == job["completions"]
-    return [*container["command"], *container["args"]], names | {"JOB_COMPLETION_INDEX": f"{task}", "TASKS": "2"}
+    return [*container["command"], *container["args"]], names | {
+        "JOB_COMPLETION_INDEX": f"{task}",
+        "TASKS": "2",
+        "WORKERS": "0",
+    }
 
 
 # `dsmoe` with the options and pieces of these tests; it reads a document every SECONDS.

@@ -62,7 +62,8 @@ class DataConfig(DatasetConfig):
     """Pretraining data."""
 
     sources: tuple[str, ...] = ("python-stdlib",)
-    """Token-shard folders or text files, folders and globs; text is tokenized once into the output directory."""
+    """Texts (files, folders, globs, hf://datasets/OWNER/NAME, URLs of object stores), which are tokenized once into the
+    output directory, token-shard folders, or NAME.bin of Megatron."""
 
     sequence_length: int = 256
     """Tokens per sequence."""

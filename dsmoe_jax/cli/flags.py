@@ -64,7 +64,7 @@ _FILE: Final = (
     "prompts, a JSON object per line: prompt, token_ids or messages; optional id and sampling parameters; -: stdin"
 )
 _BIAS: Final = "add VALUE in [-100, 100] to the logit of token ID; repeatable"
-_TEXTS: Final = "text, jsonl(.gz, .zst), parquet, arrow, a folder, a pattern, or python-stdlib"
+_TEXTS: Final = "text, jsonl(.gz, .zst), parquet, arrow, folder, pattern, hf://datasets/OWNER/NAME, URL, python-stdlib"
 _WHERE: Final = "keep records whose field NAME has one of the values, for example language=en; repeatable"
 _WORKERS: Final = "processes that encode; default: one per core, 0 (none) for less than 32 MB of sources"
 _EVALUATION: Final = (

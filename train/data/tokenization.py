@@ -188,7 +188,7 @@ class TokenizationJob(ShardJob):
         if workers is not None and workers < 0:
             raise DSMoEError(f"workers must be at least 0, got {workers}")
         if workers is None:
-            workers = len(os.sched_getaffinity(0)) if total > _PARALLEL_BYTES else 0
+            workers = _cores() if total > _PARALLEL_BYTES else 0
         dtype, split = DTYPES[self.dtype], self.tokenizer.split_special_tokens
         options: dict[str, Any] = {"split_special_tokens": split, "dtype": dtype, "keys": self.deduplicate}
         encoder = BulkEncoder(self.tokenizer_files[0].parent, workers=workers, **options)
@@ -226,6 +226,10 @@ class TokenizationJob(ShardJob):
                 for batch in _grouped(read_texts(name, files, self.selection, found, count)):
                     yield _Batch(number, held_out, read), [document.text for document in batch]
             yield _Batch(number, False, read, counts), []
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Batch(NamedTuple):
