@@ -14,7 +14,17 @@ from typing import Any
 
 import pytest
 
-from dsmoe_jax.train.data import TokenShards, documents, formats, join, merge, pieces, tokenize, tokenize_task
+from dsmoe_jax.train.data import (
+    TokenShards,
+    documents,
+    formats,
+    join,
+    merge,
+    pieces,
+    tokenization,
+    tokenize,
+    tokenize_task,
+)
 from tests.helpers.corpus import ids_of, write_texts
 from tests.helpers.hf_folder import snapshot
 
@@ -174,6 +184,28 @@ def test_copies_are_removed_and_counted(tokenizer_folder: Path, tmp_path: Path, 
         assert ids_of(TokenShards.open(tmp_path / "one", split)) == ids_of(TokenShards.open(tmp_path / "unique", split))
 
 
+def test_a_run_continues_after_its_worker_was_killed(
+    corpus: Path, whole: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    encode, encoded = tokenization.BulkEncoder.encode, []
+
+    def stopping(self: Any, batches: Any):
+        for label, result in encode(self, batches):
+            if len(encoded) == 9:
+                encoded.append(label.piece)
+                raise ChildProcessError("tokenization: worker process 1 was killed by signal 9")
+            encoded.append(label.piece)
+            yield label, result
+
+    monkeypatch.setattr(tokenization.BulkEncoder, "encode", stopping)
+    with pytest.raises(ValueError, match="worker process 1 was killed by signal 9"):
+        tokenize(corpus, tokenizer_folder, tmp_path / "out", **OPTIONS)
+    tokenize(corpus, tokenizer_folder, tmp_path / "out", **OPTIONS)
+
+    assert encoded[9] == encoded[10] > 0  # the unfinished piece
+    assert written(tmp_path / "out") == written(whole)
+
+
 def test_records_are_filtered_by_columns(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level("INFO")
     rows = [("a long text", "en"), ("ein langer Text", "de"), ("short", "en"), ("un long texte", "fr")]
@@ -220,7 +252,7 @@ def wait_for(condition: Callable[[], Any]) -> None:
     raise TimeoutError
 
 
-@pytest.mark.parametrize("victim", ["worker", "command"])
+@pytest.mark.parametrize("victim", ["worker", "Ctrl-C", pytest.param("command", marks=pytest.mark.slow)])
 def test_a_killed_process_leaves_no_other(corpus: Path, tmp_path: Path, tokenizer_folder: Path, victim: str):
     arguments = ["tokenize", corpus, "--tokenizer", tokenizer_folder, "--out", tmp_path / "out", "--workers", 2]
     command = [sys.executable, "-c", SLOWLY, *map(str, arguments)]
@@ -228,13 +260,16 @@ def test_a_killed_process_leaves_no_other(corpus: Path, tmp_path: Path, tokenize
         assert process.stderr is not None
         wait_for(lambda: list(tmp_path.glob(".out.incomplete/pieces/*.tokens")))
         workers = children_of(process.pid)
-        os.kill(workers[0] if victim == "worker" else process.pid, signal.SIGKILL)
+        number = signal.SIGINT if victim == "Ctrl-C" else signal.SIGKILL
+        os.kill(workers[0] if victim == "worker" else process.pid, number)
         lines = process.stderr.read().splitlines()
 
     assert len(workers) == 2
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    assert process.returncode == {"worker": 2, "Ctrl-C": 130, "command": -signal.SIGKILL}[victim]
+    if victim == "Ctrl-C":
+        assert lines == [""]
     if victim == "worker":
-        assert process.returncode == 2
         expected = f"dsmoe tokenize: tokenization: worker process {workers[0]} was killed by signal 9"
         assert lines == [f"{expected}; if memory was short, pass fewer --workers"]
         assert not (tmp_path / "out").exists()

@@ -98,7 +98,8 @@ class BulkEncoder:
         """Encode labeled batches of texts; yield each label with the result, in order.
 
         Raises:
-            DSMoEError: The tokenizer fails on a text, or a worker process ends.
+            DSMoEError: The tokenizer fails on a text.
+            ChildProcessError: A worker process has ended.
         """
         if not self._workers:
             encoder = _Encoder(self._job)
@@ -167,7 +168,7 @@ class _Worker:
             code = self._process.wait()
             reason = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
             hint = "; if memory was short, pass fewer --workers" if code == -9 else ""
-            raise DSMoEError(f"tokenization: worker process {self._process.pid} {reason}{hint}") from None
+            raise ChildProcessError(f"tokenization: worker process {self._process.pid} {reason}{hint}") from None
         if isinstance(answer, str):
             raise DSMoEError(answer)
         return answer

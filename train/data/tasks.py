@@ -98,6 +98,8 @@ def tokenize_task(
                 save_json(_record(folder, int(unit)), finished[unit])
 
             job.encode(Work(folder, before, finish), numbers=mine, workers=workers, progress=progress)
+    except ChildProcessError as error:
+        raise DSMoEError(str(error)) from None
     except OSError as error:
         raise DSMoEError(f"{folder} cannot be written: {error.strerror}") from None
     return TaskStats(path, task, tasks, len(mine), len(finished) - len(before), len(job.pieces))

@@ -90,6 +90,8 @@ def tokenize(
             for file in folder.iterdir():
                 file.unlink()
             folder.rmdir()
+    except ChildProcessError as error:  # of a worker; finished pieces are kept
+        raise DSMoEError(str(error)) from None
     except OSError as error:  # a full disk; errors of a source are ValueErrors
         raise DSMoEError(f"{job.out} cannot be written: {error.strerror}") from None
     return stats
