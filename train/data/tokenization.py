@@ -194,16 +194,17 @@ class TokenizationJob(ShardJob):
         dtype, split = DTYPES[self.dtype], self.tokenizer.split_special_tokens
         options: dict[str, Any] = {"split_special_tokens": split, "dtype": dtype, "keys": self.deduplicate}
         encoder = BulkEncoder(self.tokenizer_files[0].parent, workers=workers, **options)
-        with contextlib.closing(encoder), progress("tokenizing", total) as advance, contextlib.ExitStack() as stack:
-            writer, written = None, 0
+        writer, written = None, 0
+        with contextlib.ExitStack() as stack:
+            stack.callback(encoder.close)
+            stack.callback(lambda: writer and writer.close())
+            advance = stack.enter_context(progress("tokenizing", total))
             results = stack.enter_context(contextlib.closing(encoder.encode(self._batches(todo, advance))))
             for batch, encoded in results:
-                if writer is None:
-                    writer = PieceWriter(self, work.folder, batch.piece, stack)
+                writer = writer or PieceWriter(self, work.folder, batch.piece)
                 writer.add(encoded, batch.held_out)
                 if batch.counts is not None:
-                    record = writer.finish(batch.counts)
-                    work.finish(str(batch.piece), record)
+                    work.finish(str(batch.piece), writer.finish(batch.counts))
                     written += writer.size
                     writer = None
                 elif batch.read >= total * _SAMPLE and isinstance(self.out, Path):
@@ -259,7 +260,8 @@ def _grouped(found: Iterable[Document]) -> Iterator[list[Document]]:
 class PieceWriter:
     """Writes the shards of a piece."""
 
-    def __init__(self, job: TokenizationJob, folder: Any, number: int, stack: contextlib.ExitStack):
+    def __init__(self, job: TokenizationJob, folder: Any, number: int):
+        self._stack = stack = contextlib.ExitStack()
         self._folder, self._threshold = folder, job.plan["threshold"]
         self._names = {split: f"{number:06d}.{split}" for split in SPLITS}
         dtype = DTYPES[job.dtype]
@@ -290,16 +292,19 @@ class PieceWriter:
                     keyed["text_bytes"] = batch.text_bytes[mask]
                     self._keys[number].write(keyed.tobytes())
 
+    def close(self) -> None:
+        """Close the files."""
+        self._stack.close()
+
     def finish(self, counts: Mapping[str, Counts]) -> dict[str, Any]:
         """Close the files and return the record of the piece."""
         splits = dict(zip(SPLITS, (split.finalize() for split in self._splits), strict=True))
         files = {name: entry for split in self._splits for name, entry in split.files.items()}
         record = {"splits": splits, "files": files, "counts": {source: dict(one) for source, one in counts.items()}}
         record |= {"text_bytes": self._text_bytes, "special_tokens": self._special.tolist()}
+        self.close()
         names = list(files)
         if self._keys:
-            for file in self._keys:
-                file.close()
             record["keys"] = {split: f"{name}.keys" for split, name in self._names.items()}
             names += record["keys"].values()
         for name in names:
