@@ -227,25 +227,9 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _tokenize(args: argparse.Namespace) -> None:
-    from dsmoe_jax.train import data
+    from dsmoe_jax.cli.tokenize import run
 
-    if args.merge is not None:
-        if args.sources or args.out or args.tokenizer:
-            raise DSMoEError("--merge takes no other arguments: the tasks have recorded them")
-        print_status(data.merge(args.merge))
-        return
-    for name, value in {"SOURCE": args.sources, "--tokenizer": args.tokenizer, "--out": args.out}.items():
-        if not value:
-            raise DSMoEError(f"the following arguments are required: {name}")
-    if (args.task is None) != (args.tasks is None):
-        raise DSMoEError("--task and --tasks must be passed together")
-    names = ("validation", "val_fraction", "split_special_tokens", "min_chars", "deduplicate", "workers")
-    options = {name: getattr(args, name) for name in names}
-    options |= {"field": args.text_column, "where": {name: values.split(",") for name, values in args.where}}
-    tokenize = data.tokenize
-    if args.task is not None:
-        tokenize = functools.partial(data.tokenize_task, task=args.task, tasks=args.tasks)
-    print_status(tokenize(args.sources, args.tokenizer, args.out, progress=bar, **options))
+    print_status(run(args))
 
 
 def _pretrain(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ Files are downloaded into the Hub's cache when they are read, so that each of ma
 import contextlib
 import functools
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -104,11 +105,10 @@ def _from_cache(repo_id: str, revision: str) -> tuple[str, dict[str, tuple[int, 
         raise DSMoEError(f"{where} has no revision {revision!r} of this dataset") from None
     paths = [path for path in folder.rglob("*") if path.is_file()]
     files = {p.relative_to(folder).as_posix(): (p.stat().st_size, p.resolve().name) for p in paths}
-    for name in files:
-        if numbered := _NUMBERED.search(name):
-            count, pattern = int(numbered[2]), f"{name[: numbered.start()]}-*-of-{numbered[2]}*"
-            if (cached := sum(fnmatchcase(other, pattern) for other in files)) < count:
-                raise DSMoEError(f"{where} has {cached} of the {count} files {pattern}")
+    numbered = Counter((name[: match.start()], match[2]) for name in files if (match := _NUMBERED.search(name)))
+    for (name, count), cached in numbered.items():
+        if cached < int(count):
+            raise DSMoEError(f"{where} has {cached} of the {int(count)} files {name}-*-of-{count}*")
     return folder.name, files
 
 
@@ -117,9 +117,10 @@ def _read_card(repo_id: str, revision: str) -> Mapping[str, Any]:
 
     from dsmoe_jax.convert.hub import download_dataset_file
 
+    card = download_dataset_file(repo_id, _CARD, revision)
     try:
-        return metadata_load(download_dataset_file(repo_id, _CARD, revision)) or {}
-    except ValueError:  # no YAML
+        return metadata_load(card) or {}
+    except Exception:  # YAML's errors have no base class here: the names of the files decide
         return {}
 
 
