@@ -25,6 +25,7 @@ from dsmoe_jax.train.data import (
     tokenize,
     tokenize_task,
 )
+from tests.helpers.command import run
 from tests.helpers.corpus import ids_of, write_texts
 from tests.helpers.hf_folder import snapshot
 
@@ -222,6 +223,29 @@ def test_records_are_filtered_by_columns(tmp_path: Path, caplog: pytest.LogCaptu
         list(documents(tmp_path / "a.jsonl", field="content", min_chars=99))
     with pytest.raises(ValueError, match="has no field 'lang'"):
         list(documents(tmp_path / "a.jsonl", field="content", where={"lang": ["en"]}))
+
+
+def test_flags_filter_and_deduplicate(
+    tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    rows = [("one", "en"), ("two", "de"), ("one", "fr"), ("one", "en"), ("a", "en")]
+    lines = [json.dumps({"body": text, "lang": language}) for text, language in rows]
+    Path("a.jsonl").write_text("\n".join(lines))
+    arguments = ("a.jsonl", "--tokenizer", tokenizer_folder, "--out", "out", "--text-column", "body")
+    wrong = {
+        (*arguments, "--task", 1): "--task and --tasks must be passed together",
+        ("--merge", "out", "--tokenizer", "x"): "--merge takes no other arguments",
+        ("a.jsonl", "--out", "out"): "the following arguments are required: --tokenizer",
+        (*arguments, "--where", "lang"): "'lang' is not NAME=VALUE",
+    }
+
+    filters = ("--where", "lang=en,it", "--where", "lang=de", "--min-chars", 2, "--deduplicate", "--val-fraction", 0)
+    assert run("tokenize", *arguments, *filters) == 0
+    assert "of 2 documents; validation: 0 tokens of 0 documents; removed 1 exact copy" in capsys.readouterr().out
+    for flags, problem in wrong.items():
+        assert run("tokenize", *flags) == 2
+        assert problem in capsys.readouterr().err
 
 
 # Reads a document every 50 ms.

@@ -22,7 +22,10 @@ def run(args: argparse.Namespace) -> object:
         raise DSMoEError("--task and --tasks must be passed together")
     names = ("validation", "val_fraction", "split_special_tokens", "min_chars", "deduplicate", "workers")
     options = {name: getattr(args, name) for name in names}
-    options |= {"field": args.text_column, "where": {name: values.split(",") for name, values in args.where}}
+    where: dict[str, list[str]] = {}
+    for name, values in args.where:
+        where.setdefault(name, []).extend(values.split(","))
+    options |= {"field": args.text_column, "where": where}
     tokenize = data.tokenize
     if args.task is not None:
         tokenize = functools.partial(data.tokenize_task, task=args.task, tasks=args.tasks)
