@@ -142,16 +142,28 @@ def _from_hub(repo_id: str, revision: str) -> Path:
     return folder
 
 
-def list_files(repo_id: str, revision: str, *, upload: bool = False) -> tuple[str, dict[str, Any]]:
-    """Return the commit of a revision, as a branch may move during the download, and its files by name."""
+def list_files(repo_id: str, revision: str, *, purpose: str = "model") -> tuple[str, dict[str, Any]]:
+    """Return the commit of a revision, as a branch may move during the download, and its files by name.
+
+    `purpose` is one of `PURPOSES`.
+    """
     from huggingface_hub import HfApi, constants
 
     timeout = constants.HF_HUB_ETAG_TIMEOUT  # model_info has none by default
-    with one_line_errors(revision, upload=upload):
-        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
+    get_info = HfApi().dataset_info if purpose == "dataset" else HfApi().model_info
+    with one_line_errors(revision, purpose=purpose):
+        info = get_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
     if not re.fullmatch(r"[0-9a-f]{40}", sha := info.sha or ""):
         raise DSMoEError(f"the hub returned commit {quote(sha)} for revision {revision!r}")
     return sha, {file.rfilename: file for file in info.siblings or ()}
+
+
+def download_dataset_file(repo_id: str, file: str, revision: str) -> Path:
+    """Download a file of a dataset unless cached; return its path in the cache."""
+    from huggingface_hub import hf_hub_download
+
+    with one_line_errors(revision, purpose="dataset"):
+        return Path(hf_hub_download(repo_id, file, revision=revision, repo_type="dataset"))
 
 
 def _download(repo_id: str, file: str, revision: str) -> Path:
@@ -206,8 +218,25 @@ _ADVICE: Final[Mapping[int, str]] = {
 }
 
 
+# Messages by purpose, with the hub's name: there is no such repository; it cannot be reached.
+PURPOSES: Final[Mapping[str, tuple[str, str]]] = {
+    "model": (
+        "no such folder, and no such repository on {} (if private, set HF_TOKEN)",
+        "no such folder, and it cannot be fetched from {}",
+    ),
+    "upload": (
+        "no such repository on {}, or the token (HF_TOKEN, or `hf auth login`) cannot write to it",
+        "cannot upload to {}",
+    ),
+    "dataset": (
+        "no such dataset on {} (if private, set HF_TOKEN)",
+        "cannot be fetched from {}; offline, set HF_HUB_OFFLINE=1 to read the cache",
+    ),
+}
+
+
 @contextlib.contextmanager
-def one_line_errors(revision: str, *, upload: bool = False) -> Iterator[None]:
+def one_line_errors(revision: str, *, purpose: str = "model") -> Iterator[None]:
     """Raise errors of huggingface_hub in one line, without its messages, which may contain server text or the token."""
     from huggingface_hub import constants, errors
 
@@ -222,17 +251,7 @@ def one_line_errors(revision: str, *, upload: bool = False) -> Iterator[None]:
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
     text = re.sub(r"^\[Errno -?\d+\] ", "", " ".join(_reason(error).split()))[:300] or type(error).__name__
     text = "the token is malformed" if "Bearer" in text else text
-    absent, failed = (
-        (
-            "no such repository on {}, or the token (HF_TOKEN, or `hf auth login`) cannot write to it",
-            "cannot upload to {}",
-        )
-        if upload
-        else (
-            "no such folder, and no such repository on {} (if private, set HF_TOKEN)",
-            "no such folder, and it cannot be fetched from {}",
-        )
-    )
+    absent, failed = PURPOSES[purpose]
     # In this order, as some are subclasses of others.
     table = (
         (errors.GatedRepoError, f"its owner grants access: ask at {hub}, then set HF_TOKEN or run `hf auth login`"),

@@ -95,7 +95,7 @@ def push(
         try:
             export(staging)
             _log.info("Uploading to %s", repo_id)
-            with hub_of(repo_id), one_line_errors(revision or "main", upload=True):
+            with hub_of(repo_id), one_line_errors(revision or "main", purpose="upload"):
                 return _upload(repo_id, staging, revision)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -124,7 +124,7 @@ def _upload(repo_id: str, folder: Path, revision: str | None) -> str:
     for addition in additions:
         if addition.path_in_repo.endswith(".safetensors"):  # one at a time: Ctrl-C waits for the threads of several
             HfApi().preupload_lfs_files(repo_id, [addition], revision=revision)
-    there, new = list_files(repo_id, revision or "main", upload=True)[1], {path.name for path in folder.iterdir()}
+    there, new = list_files(repo_id, revision or "main", purpose="upload")[1], {path.name for path in folder.iterdir()}
     stale = sorted(name for name in {*there} - new if "/" not in name and any(fnmatchcase(name, a) for a in _STALE))
     if stale:
         _log.info("Removing %s of another model from %s", plural(len(stale), "file"), repo_id)
@@ -143,7 +143,7 @@ def _create(repo_id: str, card: str, revision: str | None, private: bool) -> Non
 
         if get_token() is None:
             raise DSMoEError("an upload needs a token: set HF_TOKEN or run `hf auth login`")
-        with one_line_errors(revision or "main", upload=True):
+        with one_line_errors(revision or "main", purpose="upload"):
             fields = {"content": card, "repoType": "model"}
             checked = get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=fields)
             if checked.status_code == 400:
@@ -153,6 +153,6 @@ def _create(repo_id: str, card: str, revision: str | None, private: bool) -> Non
             info = HfApi().model_info(repo_id, timeout=constants.HF_HUB_ETAG_TIMEOUT) if private else None
         if info is not None and not info.private:
             raise DSMoEError("private is set, but the repository exists and is public; nothing was uploaded")
-        with one_line_errors(revision or "main", upload=True):
+        with one_line_errors(revision or "main", purpose="upload"):
             if revision is not None:
                 HfApi().create_branch(repo_id, branch=revision, exist_ok=True)

@@ -11,7 +11,7 @@ from dsmoe_jax.cli import demo
 from dsmoe_jax.cli.commands import _parse
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.generate import Generator
-from dsmoe_jax.train.data import sources
+from dsmoe_jax.train.data import files
 from dsmoe_jax.train.flags import parse_pretraining
 from dsmoe_jax.train.metrics import read_records
 from tests.helpers.command import run
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.heavy
 @pytest.fixture(autouse=True)
 def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer files and layers, and each checkpoint is loaded and compiled once."""
-    library, load = list(sources._stdlib()), functools.cache(Generator.from_pretrained)
-    monkeypatch.setattr(sources, "_stdlib", lambda: library[::4])
+    library, load = list(files._stdlib()), functools.cache(Generator.from_pretrained)
+    monkeypatch.setattr(files, "_stdlib", lambda: library[::4])
     monkeypatch.setitem(demo._MODEL, "num_hidden_layers", 2)
     monkeypatch.setattr(Generator, "from_pretrained", lambda path: load(Path(path).absolute()))
 

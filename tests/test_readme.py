@@ -39,9 +39,12 @@ from tests.helpers.page_modules import MODULES
 pytestmark = pytest.mark.heavy
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-ROOMS: Final = ("", "convert", "train", *(f"dsmoe_jax/{room}" for room in ("generate", "kernels", "evaluate", "plan")))
+ROOMS: Final = (
+    *("", "convert", "train", "train/data"),
+    *(f"dsmoe_jax/{room}" for room in ("generate", "kernels", "evaluate", "plan")),
+)
 PAGES: Final = [ROOT / folder / "README.md" for folder in (*ROOMS, "tests/benchmarks")]
-LAUNCH: Final = [ROOT / "train/launch/slurm.sh", ROOT / "train/launch/jobset.yaml"]
+LAUNCH: Final = [ROOT / "train/launch/slurm.sh", ROOT / "train/launch/jobset.yaml"]  # the others: test_tokenize_tasks
 # The others compile for many devices, train, or repeat tests/test_cli.py: they are slow tests.
 FAST: Final = {
     *(("Quick start", "python"), ("Your own loop", "python"), ("Conversion", "python"), ("Conversion", "bash")),
@@ -74,10 +77,12 @@ SMALL: Final[dict[str, list[str]]] = {
     "dsmoe finetune": _RUN,
     "dsmoe finetune chat16b --data train.jsonl --show": [],
 }
-# Not run here, but parsed: they need the hub (tests/test_hub.py, test_push.py), gguf, 32 devices, data (test_evaluate).
+# Not run here, but parsed: they need the hub (tests/test_hub.py, test_push.py, test_hub_datasets.py), a store, gguf, 32
+# devices, or data (test_evaluate, test_foreign_data).
 ONLY_PARSED: Final = (
     *("dsmoe convert deepseek-ai/", "dsmoe push", "dsmoe export moe16b moe16b.gguf", "dsmoe export native model.gguf"),
-    *("dsmoe pretrain deepseek_moe_16b", "dsmoe evaluate"),
+    *("dsmoe pretrain deepseek_moe_16b", "dsmoe evaluate", "dsmoe tokenize hf://", "dsmoe tokenize gs://"),
+    *("dsmoe finetune chat16b --data hf://", "dsmoe pretrain deepseek_moe_2b --data.sources megatron/"),
 )
 TEMPLATE: Final = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dsmoe_jax.train.data import (
+    columnar,
     documents,
     formats,
     source_bytes,
@@ -377,7 +378,7 @@ def test_parquet_rows_share_a_text_in_memory(tmp_path: Path):
 
 def test_parquet_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(formats, "_SMALL_COLUMN", 100_000)
+    monkeypatch.setattr(columnar, "_SMALL_COLUMN", 100_000)
     table = pyarrow.table({"text": ["a" * 3_000_000]})
     parquet.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
 

@@ -18,15 +18,16 @@ from dsmoe_jax.storage.manifest import hash_file
 from dsmoe_jax.text.tokenizer import Tokenizer
 from dsmoe_jax.train.data import (
     TokenShards,
-    documents,
     is_token_shards,
     is_validation,
+    sources,
+    split_writer,
+    tokenization,
     tokenize,
     tokenizer_hash,
     validation_threshold,
-    writer,
 )
-from dsmoe_jax.train.data.writer import shard_files
+from dsmoe_jax.train.data.split_writer import shard_files
 from tests.helpers.corpus import TEXTS, byte_tokenizer, ids_of, write_texts
 from tests.helpers.hf_folder import snapshot
 
@@ -100,7 +101,7 @@ def test_encoding_batch_size_changes_nothing(
     path = write_texts(tmp_path / "a.jsonl", TEXTS * 20)
     tokenize(path, tokenizer_folder, tmp_path / "usual", val_fraction=0.3)
 
-    monkeypatch.setattr(writer, "_BATCH_CHARS", at_once)
+    monkeypatch.setattr(tokenization, "_BATCH_CHARS", at_once)
     tokenize(path, tokenizer_folder, tmp_path / "other", val_fraction=0.3)
 
     assert snapshot(tmp_path / "usual") == snapshot(tmp_path / "other")
@@ -116,7 +117,7 @@ def test_several_sources_are_concatenated(tmp_path: Path, tokenizer_folder: Path
 
 
 def test_standard_library_can_be_tokenized(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(writer, "documents", lambda *args, **options: itertools.islice(documents(*args, **options), 50))
+    monkeypatch.setattr(tokenization, "read_texts", lambda *args: itertools.islice(sources.read_texts(*args), 50))
 
     made = tokenize("python-stdlib", tokenizer_folder, tmp_path / "out")
 
@@ -198,12 +199,12 @@ def test_interrupted_writing_leaves_nothing(
     before = snapshot(tmp_path)
     for error in (KeyboardInterrupt(), MemoryError(), ValueError("bad")):
 
-        def stopping(source: Any, error: BaseException = error, **_: Any):
-            yield from itertools.islice(documents(source), 7)
+        def stopping(*args: Any, error: BaseException = error):
+            yield from itertools.islice(sources.read_texts(*args), 7)
             raise error
 
-        monkeypatch.setattr(writer, "documents", stopping)
-        monkeypatch.setattr(writer, "_BATCH_CHARS", 2)
+        monkeypatch.setattr(tokenization, "read_texts", stopping)
+        monkeypatch.setattr(tokenization, "_BATCH_CHARS", 2)
 
         with pytest.raises(type(error)):
             tokenize(path, tokenizer_folder, tmp_path / "out", shard_tokens=50)
@@ -223,7 +224,7 @@ def test_full_disk_gives_one_line_and_leaves_nothing(
     def on_a_full_disk(split: str, index: int) -> tuple[str, ...]:
         return tuple("/dev/full" if name.endswith(full) else name for name in shard_files(split, index))
 
-    monkeypatch.setattr(writer, "shard_files", on_a_full_disk)
+    monkeypatch.setattr(split_writer, "shard_files", on_a_full_disk)
 
     with pytest.raises(ValueError, match=r"out cannot be written: No space left on device$"):
         tokenize(path, tokenizer_folder, tmp_path / "out", shard_tokens=100_000)
@@ -277,9 +278,9 @@ def test_bad_arguments_give_one_line_and_leave_nothing(tmp_path: Path, tokenizer
         (path, no_eos, {}, "has no EOS token"),
         (path, tokenizer_folder, {"field": "body"}, "5 of 5 lines are malformed"),
     )
-    for sources, tokenizer, options, problem in bad:
+    for source, tokenizer, options, problem in bad:
         with pytest.raises(ValueError, match=problem) as refused:
-            tokenize(sources, tokenizer, tmp_path / "out", **options)
+            tokenize(source, tokenizer, tmp_path / "out", **options)
 
         assert "\n" not in str(refused.value)
         assert snapshot(tmp_path) == before

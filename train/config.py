@@ -15,6 +15,7 @@ from dsmoe_jax.loading import resolve
 from dsmoe_jax.model import check_seed
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.storage.paths import expand_user
+from dsmoe_jax.storage.remote import is_url
 
 from .checks import check_choices, check_minimum
 from .optimizer import OptimizerConfig
@@ -61,7 +62,8 @@ class DataConfig(DatasetConfig):
     """Pretraining data."""
 
     sources: tuple[str, ...] = ("python-stdlib",)
-    """Token-shard folders or text files, folders and globs; text is tokenized once into the output directory."""
+    """Texts (files, folders, globs, hf://datasets/OWNER/NAME, URLs of object stores), which are tokenized once into the
+    output directory, token-shard folders, or NAME.bin of Megatron."""
 
     sequence_length: int = 256
     """Tokens per sequence."""
@@ -220,6 +222,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Raise `DSMoEError` for invalid values."""
+        if is_url(self.output_dir):
+            raise DSMoEError(f"output_dir must be on a local or mounted disk, got {self.output_dir}")
         for name in ("output_dir", "init_from"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, expand_user(value, name))

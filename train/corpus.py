@@ -23,7 +23,6 @@ from .data import (
     Stream,
     TokenShards,
     documents,
-    is_token_shards,
     is_validation,
     loader,
     shards_tokenizer,
@@ -34,7 +33,8 @@ from .data import (
     validation_threshold,
     warn_on_overlap,
 )
-from .data.sources import refuse_overlap, unlogged
+from .data.files import refuse_overlap, unlogged
+from .data.megatron import is_megatron, is_tokenized, open_tokenized
 from .distributed import on_process_0
 from .inputs import WAY_OUT, DerivedFolders, Source
 
@@ -107,7 +107,7 @@ def prepare(config: RunConfig, model_config: ModelConfig, out: Path, *, resuming
     shards: list[TokenShards] = []
     validation: list[TokenShards] = []
     with collective_errors():
-        splits = [TokenShards.open_splits(folder) for folder in folders]
+        splits = [open_tokenized(folder, val_fraction, model_config.vocab_size) for folder in folders]
         shards = [train for train, _ in splits]
         validation = [split for _, split in splits]
         if tokenizer is None:
@@ -115,7 +115,8 @@ def prepare(config: RunConfig, model_config: ModelConfig, out: Path, *, resuming
             if tokenizer_files(trained) and tokenizer_hash(trained) == shards[0].tokenizer_hash:
                 tokenizer = trained
         if own:
-            validation = [split for folder in own for split in TokenShards.open_splits(folder) if len(split)]
+            opened = (open_tokenized(folder, 0.0, model_config.vocab_size) for folder in own)
+            validation = [split for splits in opened for split in splits if len(split)]
         expected = None if tokenizer is None else tokenizer_hash(tokenizer)
         for dataset in (*shards, *validation):
             dataset.check(tokenizer_hash=expected, vocab_size=model_config.vocab_size)
@@ -151,7 +152,7 @@ class _Texts(NamedTuple):
 
 def _folders(sources: Sequence[str], out: Path) -> list[Path]:
     """Return the folder of token shards of each source, in `out` for texts."""
-    return [Path(source) if is_token_shards(source) else out / f"{i:02}" for i, source in enumerate(sources)]
+    return [Path(source) if is_tokenized(source) else out / f"{i:02}" for i, source in enumerate(sources)]
 
 
 def _texts_of(sources: Sequence[str], folders: Sequence[Path]) -> dict[Path, str]:
@@ -190,6 +191,7 @@ def _derive(
             found = itertools.chain.from_iterable(_training_texts(name, out, val_fraction) for name in names)
             train_tokenizer(found, folder, model_config.vocab_size)
 
+    check_tokenizer_of(config.data, tokenizer)
     if sources and tokenizer is None:
         options = {"vocab_size": model_config.vocab_size, "data.val_fraction": val_fraction}
         derived.make(_TOKENIZER, list(sources.values()), options, train, tokenizer_hash)
@@ -203,6 +205,14 @@ def _derive(
             settings = {"val_fraction": fraction, "split_special_tokens": split, "exclude": [out]}
             write = functools.partial(_tokenize, source.name, tokenizer, field, **settings)
             derived.make(folder.relative_to(out).as_posix(), [source], options, write, field=f"data.{field}")
+
+
+def check_tokenizer_of(data: DataConfig, tokenizer: Path | None) -> None:
+    """Raise `DSMoEError` if texts need a tokenizer that Megatron's files cannot name."""
+    sources = (*data.sources, *data.validation)
+    known = next(filter(is_megatron, sources), None)
+    if tokenizer is None and known is not None and not all(map(is_tokenized, sources)):
+        raise DSMoEError(f"data.tokenizer must be set, to the tokenizer of {known}")
 
 
 def _training_texts(source: str, out: Path, val_fraction: float) -> Iterator[str]:

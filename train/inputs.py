@@ -26,10 +26,10 @@ _log = logging.getLogger(__name__)
 
 
 def file_hashes(source: str | Path, out: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file of a source, by path, with a cache in `out`."""
-    files = [file.path for file in find_files(source, exclude=[out])]
-    known = HashCache(out / HASHES).hashes(files)
-    return {str(path): known[path] for path in files}
+    """Return the SHA-256 of each file of a source, by path, with a cache in `out`; of remote ones that of a version."""
+    files = find_files(source, exclude=[out])
+    known = HashCache(out / HASHES).hashes(file.path for file in files if isinstance(file.path, Path))
+    return {str(file.path): known.get(file.path) or hash_json({"file": file.identity()}) for file in files}
 
 
 class Source(NamedTuple):

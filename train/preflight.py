@@ -11,9 +11,11 @@ from dsmoe_jax.evaluate import libraries as harness
 from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
 from .config import RunConfig
-from .corpus import tokenizer_of
-from .data import TokenShards, documents, find_files, is_token_shards
-from .data.sources import read_source, refuse_overlap, unlogged
+from .corpus import check_tokenizer_of, tokenizer_of
+from .data import TokenShards, documents, find_files
+from .data.files import refuse_overlap, unlogged
+from .data.megatron import is_megatron, is_tokenized, open_tokenized
+from .data.sources import read_source
 from .finetune import FinetuneConfig
 from .sft import is_examples
 from .sft.formats import parse_record
@@ -60,14 +62,18 @@ def _check_tokenizer(folder: Path, model: ModelConfig) -> None:
 
 def _check_sources(config: RunConfig, model: ModelConfig, tokenizer: Path | None, out: Path) -> None:
     data = config.data
-    shards = [source for source in (*data.sources, *data.validation) if is_token_shards(source)]
+    shards = [source for source in (*data.sources, *data.validation) if is_tokenized(source)]
     texts, validation = ([s for s in some if s not in shards] for some in (data.sources, data.validation))
     if examples := next(filter(is_examples, shards), None):
         raise DSMoEError(f"{examples}: holds examples for `dsmoe finetune`; pretraining ignores loss masks")
     if tokenizer is None and texts and config.init_from is not None:
         raise DSMoEError(f"{config.init_from} has no tokenizer: pass --data.tokenizer FOLDER")
-    for folder in shards:
-        TokenShards.open(folder, verify=False).check(vocab_size=model.vocab_size)
+    check_tokenizer_of(data, tokenizer)
+    for source in shards:
+        if is_megatron(source):
+            open_tokenized(source, 0.0, model.vocab_size)
+        else:
+            TokenShards.open(source, verify=False).check(vocab_size=model.vocab_size)
     for source in (*texts, *validation):
         _check_readable(source, out)
         with unlogged():
@@ -88,12 +94,12 @@ def _check_examples(config: FinetuneConfig, model: ModelConfig, tokenizer: Path 
     for source in (*data.files, *data.validation):
         _check_readable(source, out)
         with unlogged():
-            next(read_source(source, None, parse=parse, max_malformed_fraction=0.01, exclude=[out]))
+            next(read_source(source, parse=parse, max_malformed_fraction=0.01, exclude=[out]))
     refuse_overlap(data.files, data.validation, [out])
 
 
 def _check_readable(source: str, out: Path) -> None:
     """Raise `DSMoEError` unless all files of the source may be read."""
     for file in find_files(source, [out]):
-        if not os.access(file.path, os.R_OK):
+        if isinstance(file.path, Path) and not os.access(file.path, os.R_OK):
             raise DSMoEError(f"{file.path}: cannot be read: permission denied")

@@ -228,10 +228,9 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _tokenize(args: argparse.Namespace) -> None:
-    from dsmoe_jax.train.data import tokenize
+    from dsmoe_jax.cli.tokenize import run
 
-    options = {name: getattr(args, name) for name in ("validation", "val_fraction", "split_special_tokens")}
-    print_status(tokenize(args.sources, args.tokenizer, args.out, progress=bar, **options))
+    print_status(run(args))
 
 
 def _pretrain(args: argparse.Namespace) -> None:

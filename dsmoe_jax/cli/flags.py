@@ -65,6 +65,13 @@ def _ints(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not N,…") from None
 
 
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
 def _int_or_float(text: str) -> float:
     try:
         return int(text) if text.lstrip("-").isdigit() else float(text)
@@ -87,6 +94,9 @@ _FILE: Final = (
     "prompts, a JSON object per line: prompt, token_ids or messages; optional id and sampling parameters; -: stdin"
 )
 _BIAS: Final = "add VALUE in [-100, 100] to the logit of token ID; repeatable"
+_TEXTS: Final = "text, jsonl(.gz, .zst), parquet, arrow, folder, pattern, hf://datasets/OWNER/NAME, URL, python-stdlib"
+_WHERE: Final = "keep records whose field NAME has one of the values, for example language=en; repeatable"
+_WORKERS: Final = "processes that encode; default: one per core, 0 (none) for less than 32 MB of sources"
 _EVALUATION: Final = (
     "results of `dsmoe evaluate` for the model card; default: scores beside CKPT, if they are of this checkpoint"
 )
@@ -318,9 +328,9 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
         _arg("--device", "with --plan: card, as for plan; default: h100", "CARD", default="h100"),
     ),
     "tokenize": (
-        _arg("sources", "text, jsonl(.gz, .zst), parquet, a folder, or python-stdlib", "SOURCE", nargs="+"),
-        _arg("--tokenizer", "folder with a tokenizer", "DIR", required=True),
-        _arg("--out --output-dir", "folder of token shards to create", "OUT", required=True),
+        _arg("sources", _TEXTS, "SOURCE", nargs="*"),
+        _arg("--tokenizer", "folder with a tokenizer; no default", "DIR"),
+        _arg("--out --output-dir", "folder of token shards to create; no default", "OUT"),
         _arg(
             "--validation",
             "texts of the validation split; default: --val-fraction of the documents",
@@ -332,6 +342,14 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
             "--val-fraction", "fraction of the documents held out for validation; default: 0.01", default=0.01, **_FLOAT
         ),
         _arg("--split-special-tokens", _SPLIT.format("documents"), action="store_true"),
+        _arg("--text-column", "column or JSON field of the text; default: text", "NAME", default="text"),
+        _arg("--where", _WHERE, "NAME=VALUE,…", action="append", type=_assignment, default=[]),
+        _arg("--min-chars", "skip texts with fewer characters; default: 0", default=0, **_INT),
+        _arg("--deduplicate", "keep the first of equal texts only", action="store_true"),
+        _arg("--workers", _WORKERS, **_INT),
+        _arg("--task", "tokenize share I of N, from 0; default: everything", "I", type=int),
+        _arg("--tasks", "with --task: number of shares, for any machines that see SOURCE and OUT; default: 1", **_INT),
+        _arg("--merge", "join the shares of all tasks into OUT, without other arguments; default: do not", "OUT"),
     ),
     "plot": (
         _arg("runs", "output directories of runs", "RUN", nargs="+"),

@@ -1,6 +1,6 @@
 """A small Hugging Face hub on loopback that records every request.
 
-Start at `FakeHub`. A `Repository` has files and simulated failures.
+Start at `FakeHub`. A `Repository` has files and simulated failures; that of a dataset is called `datasets/OWNER/NAME`.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-LFS = (".safetensors", ".bin", ".pth")  # stored as large files, whose ETag is their SHA-256
+LFS = (".safetensors", ".bin", ".pth", ".parquet")  # stored as large files, whose ETag is their SHA-256
 
 # failure: status, X-Error-Code, X-Error-Message
 REFUSALS: dict[str, tuple[int, str, str]] = {
@@ -110,8 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 10
 
-    _API = re.compile(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?")
-    _FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+    _API = re.compile(r"/api/(?:models/)?((?:datasets/)?[^/]+/[^/]+)(?:/revision/([^/]+))?")
+    _FILE = re.compile(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
     def do_GET(self) -> None:
         path = urlsplit(self.path).path

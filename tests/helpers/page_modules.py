@@ -129,6 +129,13 @@ def _tuning(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     tuning.main(["--small", "--minutes", "0.2"])
 
 
+def _tokenization(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.benchmarks import tokenization
+
+    small = ["book.txt", "moe16b", "--rounds", "1", "--workers", "0"]
+    called("tokenization", tokenization.main, *small)([], monkeypatch)
+
+
 def called(module: str, run: Callable[[], None], *small: str) -> Callable[[list[str], pytest.MonkeyPatch], None]:
     """A `main` that reads `sys.argv`."""
 
@@ -159,6 +166,7 @@ MODULES: Final[dict[str, Callable[[list[str], pytest.MonkeyPatch], None]]] = {
     "tests.benchmarks.plan_check": _plan_check,
     "tests.benchmarks.plan_scale": lambda *_: importlib.import_module("tests.benchmarks.plan_scale").main(),
     "tests.benchmarks.debian_texts": _debian_texts,
+    "tests.benchmarks.tokenization": _tokenization,
     "tests.benchmarks.gpu": _gpu,
     "tests.benchmarks.gpu.tuning": _tuning,
 }

@@ -6,7 +6,7 @@ import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
 
@@ -21,10 +21,7 @@ _MAX_BLANK: Final = 1_000_000  # consecutive blank lines
 _READ_BYTES: Final = 1 << 20
 _ZSTD_BYTES: Final = 1 << 10  # per read: a block of 4 bytes may expand to 128 KiB
 _ZSTD_WINDOW: Final = 1 << 27  # the limit of zstd without --long
-_ROWS: Final = 1024  # of a parquet file per batch
-_ROWS_BYTES: Final = 64 << 20
-_SMALL_COLUMN: Final = 256 << 20  # of a row group, uncompressed
-_MAX_RATIO: Final = 200  # compression ratio of a larger column; that of text is 10
+LEFT_OUT: Final = object()  # the value of a record that `Columns.where` excludes
 
 
 class Entry(NamedTuple):
@@ -36,13 +33,34 @@ class Entry(NamedTuple):
     bytes_read: int  # of the file so far
 
 
-Reader = Callable[[Path, str | None], Iterator[Entry]]  # the field; None: all of them
+class Columns(NamedTuple):
+    """The fields of a record to read: the text, and the allowed values of others."""
+
+    text: str
+    where: Mapping[str, Collection[str]] = {}
 
 
-def read_file(path: Path, field: str | None) -> Iterator[Entry]:
-    """Iterate over the entries of a file; `DSMoEError` if it is unreadable."""
+class Part(NamedTuple):
+    """One of `count` parts of a file: a range of bytes whose lines, or of row groups whose rows, belong to it."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, size: int) -> range:
+        """Return this part of `range(size)`."""
+        return range(size * self.index // self.count, size * (self.index + 1) // self.count)
+
+
+WHOLE: Final = Part()
+# A path or, for an object store or the Hub, an object with its `name`, `open` and `stat`. None reads all fields.
+Reader = Callable[[Path, Columns | None, Part], Iterator[Entry]]
+
+
+def read_file(path: Path, columns: Columns | None, part: Part = WHOLE) -> Iterator[Entry]:
+    """Iterate over the entries of a file, or of a part of one; `DSMoEError` if it is unreadable."""
     try:
-        yield from reader_of(path)(path, field)
+        local = path if isinstance(path, Path) else path.local()
+        yield from reader_of(path)(local, columns, part)
     except ModuleNotFoundError as error:
         raise DSMoEError(f"{path}: requires {error.name}: pip install 'dsmoe_jax[data]'") from None
     except Exception as error:  # the formats' libraries have no common base class
@@ -54,8 +72,10 @@ def reader_of(path: Path) -> Reader:
     return next((reader for end, reader in FORMATS.items() if path.name.lower().endswith(end)), read_text)
 
 
-def read_text(path: Path, field: str | None) -> Iterator[Entry]:
+def read_text(path: Path, columns: Columns | None, part: Part) -> Iterator[Entry]:
     """Read a file that is one text."""
+    if columns is not None and columns.where:
+        raise DSMoEError(f"a text file has no columns; where names {', '.join(columns.where)}")
     if (size := path.stat().st_size) > MAX_TEXT_BYTES:
         raise DSMoEError(f"a text file may have at most {MAX_TEXT_BYTES:,} bytes, got {size:,}: split it or use .jsonl")
     with path.open("rb") as file:
@@ -71,100 +91,49 @@ def read_text(path: Path, field: str | None) -> Iterator[Entry]:
     yield Entry("", text, problem, size)
 
 
-def _read_jsonl(path: Path, field: str | None) -> Iterator[Entry]:
+def _read_jsonl(path: Path, columns: Columns | None, part: Part) -> Iterator[Entry]:
     with path.open("rb") as file:
-        yield from _lines(file, file, field)
+        if part == WHOLE:
+            yield from _lines(file, file, columns)
+            return
+        span = part.of(path.stat().st_size)
+        if span.start:  # a line belongs to the part where it begins
+            file.seek(span.start - 1)
+            while (rest := file.readline(_READ_BYTES)) and not rest.endswith(b"\n"):
+                pass
+        yield from _lines(file, file, columns, span)
 
 
-def _read_gzip(path: Path, field: str | None) -> Iterator[Entry]:
+def _read_gzip(path: Path, columns: Columns | None, part: Part) -> Iterator[Entry]:
     with path.open("rb") as file, gzip.GzipFile(fileobj=file) as lines:
-        yield from _lines(lines, file, field)
+        yield from _lines(lines, file, columns)
 
 
-def _read_zstd(path: Path, field: str | None) -> Iterator[Entry]:
+def _read_zstd(path: Path, columns: Columns | None, part: Part) -> Iterator[Entry]:
     with path.open("rb") as file, io.BufferedReader(_Unzstd(file), _READ_BYTES) as lines:
-        yield from _lines(lines, file, field)
+        yield from _lines(lines, file, columns)
 
 
-def _read_parquet(path: Path, field: str | None) -> Iterator[Entry]:
-    """Read a column of texts, or all columns of each row."""
-    parquet = importlib.import_module("pyarrow.parquet")
-    size, row = path.stat().st_size, 0
-    with parquet.ParquetFile(path) as file:
-        texts = _small_texts(file.metadata)
-    # Dictionary encoding stores a long text shared by many rows once.
-    with parquet.ParquetFile(path, read_dictionary=texts) as file:
-        if field is not None and field not in file.schema_arrow.names:
-            raise DSMoEError(f"has no column {field!r}, only {', '.join(file.schema_arrow.names)}")
-        for group in range(file.num_row_groups):
-            rows = _rows_at_once(file.metadata.row_group(group), field, row)
-            names = None if field is None else [field]
-            for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=names):
-                if (longest := max(map(_longest, batch.columns), default=0)) > MAX_LINE_BYTES:
-                    where = f"rows {row + 1} to {row + batch.num_rows}"
-                    raise DSMoEError(f"a row may have at most {MAX_LINE_BYTES:,} bytes, got {longest:,} in {where}")
-                # Per row: converting a dictionary entry makes a new string each time.
-                for values in zip(*batch.columns, strict=True):
-                    row += 1
-                    fields = dict(zip(batch.schema.names, (value.as_py() for value in values), strict=True))
-                    yield Entry(f":{row}", *_value_of(fields, field), size * row // file.metadata.num_rows)
-
-
-def _small_texts(metadata: Any) -> list[str]:
-    """Return the text columns to read dictionary-encoded; refuse decompression bombs."""
-    large, texts = set(), set()
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for column in map(group.column, range(group.num_columns)):
-            name, size = column.path_in_schema, column.total_uncompressed_size
-            if column.physical_type == "BYTE_ARRAY":
-                texts.add(name)
-            if size > _SMALL_COLUMN:
-                large.add(name)
-                if size > _MAX_RATIO * column.total_compressed_size:
-                    raise DSMoEError(f"column {name} expands from {column.total_compressed_size:,} to {size:,} bytes")
-    return sorted(texts - large)
-
-
-def _longest(column: Any) -> int:
-    """Return the bytes of the longest text of a column, at any depth."""
-    arrow, compute = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.compute")
-    kind = column.type
-    if arrow.types.is_dictionary(kind):
-        return compute.max(compute.binary_length(column.dictionary)).as_py() or 0
-    if arrow.types.is_list(kind) or arrow.types.is_large_list(kind):
-        return _longest(column.values)
-    if arrow.types.is_struct(kind):
-        return max((_longest(column.field(i)) for i in range(kind.num_fields)), default=0)
-    return 0
-
-
-def _rows_at_once(group: Any, field: str | None, done: int) -> int:
-    """Return the rows per batch of a row group; refuse rows that are too large."""
-    columns = [group.column(i) for i in range(group.num_columns)]
-    read = [column for column in columns if field is None or column.path_in_schema.split(".")[0] == field]
-    mean = sum(column.total_uncompressed_size for column in read) // max(group.num_rows, 1)
-    if mean > MAX_LINE_BYTES:
-        average = f"got {mean:,} on average from row {done + 1}"
-        raise DSMoEError(f"a row may have at most {MAX_LINE_BYTES:,} bytes, {average}")
-    return min(max(_ROWS_BYTES // max(mean, 1), 1), _ROWS)
-
-
-def _lines(lines: Any, file: BinaryIO, field: str | None) -> Iterator[Entry]:
-    """Read one JSON object per line; skip blank lines."""
+def _lines(lines: Any, file: BinaryIO, columns: Columns | None, span: range | None = None) -> Iterator[Entry]:
+    """Read one JSON object per line, of those that begin in a span of the file; skip blank lines."""
     blank = 0
+    first = span.start if span else 0
     for number in itertools.count(1):
-        if not (line := lines.readline(MAX_LINE_BYTES + 1)):
+        begin = file.tell() if span else 0
+        if (span and begin >= span.stop) or not (line := lines.readline(MAX_LINE_BYTES + 1)):
             return
         if len(line) > MAX_LINE_BYTES:
-            raise DSMoEError(f"a line may have at most {MAX_LINE_BYTES:,} bytes, line {number} has more")
+            where = f"the line at byte {begin:,}" if first else f"line {number}"
+            raise DSMoEError(f"a line may have at most {MAX_LINE_BYTES:,} bytes, {where} has more")
         blank = blank + 1 if line.isspace() else 0
         if blank > _MAX_BLANK:
             raise DSMoEError(f"lines {number - _MAX_BLANK} to {number} are blank")
         if not blank:
-            yield Entry(f":{number}", *_parsed(line, field), file.tell())
+            place = f" at byte {begin:,}" if first else f":{number}"
+            yield Entry(place, *_parsed(line, columns), file.tell() - first)
 
 
-def _parsed(line: bytes, field: str | None) -> tuple[Any, str]:
+def _parsed(line: bytes, columns: Columns | None) -> tuple[Any, str]:
     # Measured: a key takes below 250 bytes, any other value below 80.
     if len(line) > _SMALL:
         size = 4 * len(line) + 250 * line.count(b":") + 80 * (line.count(b",") + line.count(b"["))
@@ -183,7 +152,7 @@ def _parsed(line: bytes, field: str | None) -> tuple[Any, str]:
             check_depth(fields)
         except ValueError as error:
             return None, str(error)
-    return _value_of(fields, field) if isinstance(fields, dict) else (None, "is not a JSON object")
+    return value_of(fields, columns) if isinstance(fields, dict) else (None, "is not a JSON object")
 
 
 class _BadLineError(ValueError):
@@ -198,11 +167,15 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _value_of(fields: dict[str, Any], field: str | None) -> tuple[Any, str]:
-    if field is None:
+def value_of(fields: dict[str, Any], columns: Columns | None) -> tuple[Any, str]:
+    """Return the value of a record for an `Entry`, and why it is malformed."""
+    if columns is None:
         return fields, ""
-    if field not in fields:
-        return None, f"has no field {field!r}"
+    field = columns.text
+    if missing := next((name for name in (field, *columns.where) if name not in fields), None):
+        return None, f"has no field {missing!r}"
+    if any(str(fields[name]) not in allowed for name, allowed in columns.where.items()):
+        return LEFT_OUT, ""
     if not isinstance(value := fields[field], str):
         return None, f"must have a string as {field!r}, got {type(value).__name__}"
     try:
@@ -240,9 +213,23 @@ class _Unzstd(io.RawIOBase):
         return size
 
 
+def _read_parquet(path: Path, columns: Columns | None, part: Part) -> Iterator[Entry]:
+    from .columnar import read_parquet
+
+    return read_parquet(path, columns, part)
+
+
+def _read_arrow(path: Path, columns: Columns | None, part: Part) -> Iterator[Entry]:
+    from .columnar import read_arrow
+
+    return read_arrow(path, columns, part)
+
+
 FORMATS: Final[dict[str, Reader]] = {
     ".jsonl": _read_jsonl,
     ".jsonl.gz": _read_gzip,
     ".jsonl.zst": _read_zstd,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
 }
+SPLITTABLE: Final = (".jsonl", ".parquet", ".arrow")

@@ -1,44 +1,25 @@
-"""Sources: files, folders, patterns, the standard library. Start at `documents`."""
+"""The texts of a source. Start at `documents`; files.py finds the files, formats.py reads them."""
 
 import functools
-import glob
-import itertools
 import logging
-import os
 import re
-import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.progress import Advance, log_level, plural
-from dsmoe_jax.storage.manifest import MODEL_MANIFEST
-from dsmoe_jax.storage.paths import expand_user
+from dsmoe_jax.progress import Advance, plural
 
-from .formats import FORMATS, Entry, read_file, read_text, reader_of
-from .shards import MANIFEST, is_token_shards
+from .files import PYTHON_STDLIB, SourceFile, resolve_source
+from .formats import FORMATS, LEFT_OUT, WHOLE, Columns, Entry, Part, read_file, read_text, reader_of
 
-PYTHON_STDLIB: Final = "python-stdlib"
-# Not the library proper, or different between machines.
-_NOT_STDLIB: Final = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
-_NOT_STDLIB_BEGINS: Final = ("config-", "_sysconfigdata")
 # A line of one repeated character, like "# ------".
 _RULER: Final = re.compile(r"^[ \t]*#?[ \t]*([^\w\s])\1{7,}.*\n", re.MULTILINE)
-_HEXADECIMAL: Final = re.compile(rb"\b0x[0-9a-fA-F]")
-_TABLE: Final = 64  # hexadecimal numbers of a character table; files have fewer than 50 or more than 100
-RUN: Final = "run.json"  # in the output directory of a run
-# Not data in a folder with weights or a tokenizer.
-_MODEL_FILES: Final = re.compile(
-    r"(tokenizer|added_tokens|special_tokens_map|config|generation_config|adapter_config|vocab"
-    r"|tokenizer_config|.*\.safetensors\.index|.*\.bin\.index)\.json"
-    r"|tokenizer\.model|chat_template\.(jinja|json)|merges\.txt|.*\.safetensors|pytorch_model.*\.bin"
-)
-_NAMED: Final = 3  # paths per log line
 _NAMED_LINES: Final = 10  # malformed lines logged per file
 _GIVE_UP: Final = 1000  # malformed lines at the start of a file after which reading stops
 _log = logging.getLogger(__name__)
+FileParts = Iterable[tuple[SourceFile, Part]]
 
 
 class Document(NamedTuple):
@@ -48,30 +29,60 @@ class Document(NamedTuple):
     text: str
 
 
-class SourceFile(NamedTuple):
-    """A file of a source; `named` by the user, or found in a folder or by a pattern."""
+class Selection(NamedTuple):
+    """Which texts of a source are read.
 
-    path: Path
-    named: bool
+    Attributes:
+        field: The field of a line, or the column, that holds the text.
+        where: Allowed values of other fields; records with another value are skipped and counted.
+        min_chars: Shorter texts are skipped and counted.
+        max_malformed_fraction: Malformed lines of a file that are skipped and logged; more are an error.
+    """
+
+    field: str = "text"
+    where: Mapping[str, Collection[str]] = {}
+    min_chars: int = 0
+    max_malformed_fraction: float = 0.01
+
+
+class Counts(Counter[str]):
+    """Texts of a source, and what was skipped, by reason: `texts`, `blank`, `short`, `excluded`, `files`."""
+
+    def log(self, source: str | Path, columns: Columns | None) -> None:
+        """Log one line per reason; raise `DSMoEError` if there are no texts."""
+        if self["files"]:
+            expected = "without UTF-8 text" if columns else f"of formats other than {', '.join(FORMATS)}"
+            _log.info("%s: skipped %s %s", source, plural(self["files"], "file"), expected)
+        for reason, what in {"blank": "blank text", "short": "short text", "excluded": "record"}.items():
+            if self[reason]:
+                why = " by a filter" if reason == "excluded" else ""
+                _log.info("%s: skipped %s%s", source, plural(self[reason], what), why)
+        if not self["texts"]:
+            left_out = " that passes the filters" if self["short"] or self["excluded"] else ""
+            raise DSMoEError(f"{source}: no {'text' if columns else 'examples'} found{left_out}")
 
 
 def documents(
     source: str | Path,
     *,
     field: str = "text",
+    where: Mapping[str, Collection[str]] | None = None,
+    min_chars: int = 0,
     max_malformed_fraction: float = 0.01,
     exclude: Iterable[Path] = (),
     advance: Advance = lambda step: None,
 ) -> Iterator[Document]:
     """Iterate over the texts of a source, in deterministic order.
 
-    Each line or row of a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file is a document; every other UTF-8 file is one.
-    Blank texts are skipped.
+    Each line or row of a .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .arrow file is a document; every other UTF-8 file
+    is one. Blank texts are skipped.
 
     Args:
         source: A file, a folder (recursive, sorted by relative path), a pattern like `data/*.parquet`, or
             `python-stdlib`; `find_files` says which files are left out.
         field: The field of a line or row that holds the text.
+        where: Allowed values of other fields; records with another value are skipped.
+        min_chars: Shorter texts are skipped.
         max_malformed_fraction: Malformed lines of a file that are skipped and logged; more are an error.
         exclude: Files and folders to leave out.
         advance: Called with the number of bytes read.
@@ -79,287 +90,90 @@ def documents(
     Raises:
         DSMoEError: A file cannot be read or has too many malformed lines, or the source holds no text.
     """
+    found = resolve_source(source, exclude)
+    found.log(source)
+    selection, counts = Selection(field, where or {}, min_chars, max_malformed_fraction), Counts()
+    yield from read_texts(source, ((file, WHOLE) for file in found.files), selection, counts, advance)
+    counts.log(source, Columns(field))
+
+
+def read_texts(
+    source: str | Path, files: FileParts, selection: Selection, counts: Counts, advance: Advance
+) -> Iterator[Document]:
+    """Iterate over the texts of parts of a source's files; `counts` receives what is found and skipped."""
     clean = functools.partial(_RULER.sub, "") if str(source) == PYTHON_STDLIB else str
-    count = blank = 0
-    options = {"max_malformed_fraction": max_malformed_fraction, "exclude": exclude, "advance": advance}
-    for where, value in read_source(source, field, **options):
-        if (text := clean(value)) and not text.isspace():
-            count += 1
-            yield Document(where, text)
+    columns = Columns(selection.field, selection.where)
+    reading: dict[str, Any] = {"max_malformed_fraction": selection.max_malformed_fraction, "advance": advance}
+    for place, value in _read(files, columns, counts=counts, **reading):
+        text = clean(value)
+        if not text or text.isspace():
+            counts["blank"] += 1
+        elif len(text) < selection.min_chars:
+            counts["short"] += 1
         else:
-            blank += 1
-    if blank:
-        _log.info("%s: skipped %s", source, plural(blank, "blank text"))
-    if not count:
-        raise DSMoEError(f"{source}: no text found")
+            counts["texts"] += 1
+            yield Document(place, text)
 
 
 def read_source(
     source: str | Path,
-    field: str | None,
     *,
-    parse: Callable[[Any], Any] = lambda value: value,
+    parse: Callable[[Any], Any],
     max_malformed_fraction: float,
     exclude: Iterable[Path],
     advance: Advance = lambda step: None,
 ) -> Iterator[tuple[str, Any]]:
-    """Iterate over (location, parsed value) of a source; see `documents`.
+    """Iterate over (location, parsed record) of a source, without its text files; see `documents`.
 
-    Without a `field`, records are read and text files are skipped. A line is malformed if `parse` raises `ValueError`.
+    A line is malformed if `parse` raises `ValueError`.
     """
-    count = skipped = 0
-    found = resolve_source(source, exclude)
+    found, counts = resolve_source(source, exclude), Counts()
     found.log(source)
-    for file in found.files:
+    files = ((file, WHOLE) for file in found.files)
+    for place, record in _read(files, None, parse, max_malformed_fraction, counts, advance):
+        counts["texts"] += 1
+        yield place, record
+    counts.log(source, None)
+
+
+def _read(
+    files: FileParts,
+    columns: Columns | None,
+    parse: Callable[[Any], Any] = lambda value: value,
+    max_malformed_fraction: float = 0.0,
+    counts: Counts | None = None,
+    advance: Advance = lambda step: None,
+) -> Iterator[tuple[str, Any]]:
+    """Iterate over (location, value) of parts of files; without `columns` of whole records."""
+    counts = Counts() if counts is None else counts
+    for file, part in files:
         is_text = reader_of(file.path) is read_text
-        if is_text and field is None:
+        if is_text and columns is None:
             if file.named:
                 raise DSMoEError(f"{file.path}: must be one of {', '.join(FORMATS)}")
-            skipped += 1
+            counts["files"] += 1
             continue
         malformed, done = _MalformedLines(file.path, max_malformed_fraction), 0
-        for entry in read_file(file.path, field):
+        for entry in read_file(file.path, columns, part):
             advance(entry.bytes_read - done)
             done = entry.bytes_read
             if is_text and entry.value is None:
                 if file.named:
                     raise DSMoEError(f"{file.path}: {entry.problem}")
-                skipped += 1
+                counts["files"] += 1
                 continue
             if entry.value is not None:
                 try:
                     entry = entry._replace(value=parse(entry.value))
                 except ValueError as error:
                     entry = entry._replace(value=None, problem=str(error))
-            if malformed.count(entry):
-                count += 1
+            if not malformed.count(entry):
+                continue
+            if entry.value is LEFT_OUT:
+                counts["excluded"] += 1
+            else:
                 yield f"{file.path}{entry.place}", entry.value
         malformed.check()
-    if skipped:
-        expected = "without UTF-8 text" if field else f"of formats other than {', '.join(FORMATS)}"
-        _log.info("%s: skipped %s %s", source, plural(skipped, "file"), expected)
-    if not count:
-        raise DSMoEError(f"{source}: no {'text' if field else 'examples'} found")
-
-
-def source_bytes(source: str | Path, exclude: Iterable[Path] = ()) -> int:
-    """Return the size of all files of a source."""
-    return sum(file.path.stat().st_size for file in find_files(source, exclude))
-
-
-def find_files(source: str | Path, exclude: Iterable[Path] = ()) -> list[SourceFile]:
-    """Return the files of a source, each once.
-
-    Of folders and patterns, these are left out: hidden files, output of this project (runs, token shards, checkpoints),
-    files of tokenizers and models, dangling links and links to a parent folder. Other links are followed; a file with
-    several hard or symbolic links is read once.
-
-    Args:
-        source: See `documents`.
-        exclude: Files and folders to leave out.
-
-    Raises:
-        DSMoEError: There are none.
-    """
-    return resolve_source(source, exclude).files
-
-
-def warn_on_overlap(sources: Sequence[str | Path], exclude: Iterable[Path] = ()) -> None:
-    """Warn about a file in several sources, which is read once for each."""
-    first: dict[Any, int] = {}
-    for number, source in enumerate(sources if len(sources) > 1 else ()):
-        for file in find_files(source, exclude):
-            identity = _identity(file.path)
-            if (other := first.setdefault(identity, number)) != number:
-                _log.warning("%s: already in source %s; reading it twice", file.path, sources[other])
-                break  # one line per source
-
-
-def refuse_overlap(
-    sources: Sequence[str | Path], validation: Sequence[str | Path], exclude: Iterable[Path] = ()
-) -> None:
-    """Raise `DSMoEError` for a file that is in the training and in the validation sources."""
-    files = {_identity(file.path): file.path for source in validation for file in find_files(source, exclude)}
-    for source in sources if files else ():
-        for file in find_files(source, exclude):
-            if _identity(file.path) in files:
-                raise DSMoEError(f"{file.path}: in both the training and the validation data; leave it out of one")
-
-
-def unlogged() -> AbstractContextManager[None]:
-    """Log no warning about a source that is read once more."""
-    return log_level(__name__, logging.ERROR)
-
-
-class SourceFiles(NamedTuple):
-    """The files of a source, and the paths left out, by reason."""
-
-    files: list[SourceFile]
-    left_out: dict[str, list[str]]
-
-    def log(self, source: str | Path) -> None:
-        """Log one line per reason."""
-        for reason, paths in self.left_out.items():
-            more = f" and {len(paths) - _NAMED:,} more" if len(paths) > _NAMED else ""
-            _log.info("%s: left out %s: %s%s", source, reason, ", ".join(paths[:_NAMED]), more)
-
-
-def resolve_source(source: str | Path, exclude: Iterable[Path] = ()) -> SourceFiles:
-    """Find the files of a source; see `find_files`."""
-    source = expand_user(source, "source")
-    if source == PYTHON_STDLIB:
-        return SourceFiles(list(_stdlib()), {})
-    walk = _Walk(exclude)
-    if os.path.lexists(source):
-        path = Path(source)
-        if (identity := _identity(path)) in walk.excluded:
-            raise DSMoEError(f"{source}: is the output of this command")
-        if path.is_dir():
-            _refuse_non_data(path)
-            walk.below(path, above=_ancestors(path))
-        elif not path.is_file():
-            raise DSMoEError(f"{source}: is not a regular file")
-        else:
-            walk.add(path, identity, named=True)
-    elif glob.has_magic(source):
-        parts = Path(source).parts
-        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts))
-        if root.is_dir():
-            _refuse_non_data(root)
-        for match in sorted(glob.glob(source, recursive=True)):
-            path = Path(match)
-            folders = [path, *path.parents] if path.is_dir() else [*path.parents]
-            if walk.leaves_out(folder for folder in reversed(folders) if root in folder.parents):
-                continue
-            walk.below(path, above=_ancestors(root)) if path.is_dir() else walk.file(path)
-    else:
-        raise DSMoEError(f"{source}: does not exist")
-    if not walk.files:
-        left_out = "; ".join(f"left out {reason}: {paths[0]}" for reason, paths in walk.left_out.items())
-        raise DSMoEError(f"{source}: no files{f' ({left_out})' if left_out else ''}")
-    return SourceFiles(walk.files, walk.left_out)
-
-
-class _Walk:
-    """Collects files, each once, and the paths left out."""
-
-    def __init__(self, exclude: Iterable[Path]):
-        self.excluded = {_identity(path) for path in exclude if path.exists()}
-        self.files: list[SourceFile] = []
-        self.left_out: dict[str, list[str]] = {}
-        self._seen: dict[Any, Path] = {}
-
-    def below(self, folder: Path, above: Set[Any]) -> None:
-        """Add all files below a folder, sorted by path; `above` has the identities of its parents."""
-        found: list[Path] = []
-        seen = {_identity(folder)}
-        for home, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
-            here = []
-            for name in sorted(folders):
-                path = Path(home) / name
-                if name.startswith(".") or self.leaves_out([path]):
-                    continue
-                if (identity := _identity(path)) in seen or identity in above:
-                    self._leave_out("links to a parent folder or one already read", path)
-                else:
-                    seen.add(identity)
-                    here.append(name)
-            folders[:] = here
-            found += [Path(home) / name for name in names if not name.startswith(".")]
-        for path in sorted(found, key=lambda path: path.relative_to(folder).as_posix()):
-            self.file(path)
-
-    def file(self, path: Path) -> None:
-        """Add a file that the user has not named."""
-        if path.is_symlink() and not path.exists():
-            self._leave_out("dangling links", path)
-        elif _MODEL_FILES.fullmatch(path.name) and _has_model(path.parent):
-            self._leave_out("files of a model or tokenizer", path)
-        elif path.is_file():
-            self.add(path, _identity(path), named=False)
-        else:
-            self._leave_out("special files", path)
-
-    def add(self, path: Path, identity: Any, *, named: bool) -> None:
-        """Add a file, unless it is excluded or was added under another name."""
-        if identity in self.excluded:
-            self._leave_out("the output of this command", path)
-        elif identity not in self._seen:
-            self._seen[identity] = path
-            self.files.append(SourceFile(path, named))
-        elif os.path.abspath(path) != os.path.abspath(self._seen[identity]):  # a pattern with ** finds a path twice
-            self._leave_out("duplicate names of files", path)
-
-    def leaves_out(self, folders: Iterable[Path]) -> bool:
-        """Return whether one of the folders, from the outermost, is not data."""
-        for folder in folders:
-            kind = "the output of this command" if _identity(folder) in self.excluded else _kind_of(folder)
-            if kind:
-                self._leave_out(kind, folder)
-                return True
-        return False
-
-    def _leave_out(self, reason: str, path: Path) -> None:
-        if str(path) not in (paths := self.left_out.setdefault(reason, [])):
-            paths.append(str(path))
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_dev, stat.st_ino
-
-
-def _ancestors(folder: Path) -> set[tuple[int, int]]:
-    return {_identity(parent) for parent in folder.resolve().parents}
-
-
-def _refuse_non_data(folder: Path) -> None:
-    if kind := _kind_of(folder):
-        raise DSMoEError(f"{folder}: is {kind}, not a folder of data")
-
-
-def _kind_of(folder: Path) -> str | None:
-    """Return which output of this project the folder is, if any."""
-    names = os.listdir(folder) if os.access(folder, os.R_OK) else ()
-    if RUN in names and ("checkpoints" in names or "metrics.jsonl" in names):
-        return "a training run"
-    if MODEL_MANIFEST in names:
-        return "a native checkpoint"
-    if "_CHECKPOINT_METADATA" in names:
-        return "an Orbax checkpoint"
-    if MANIFEST in names and is_token_shards(folder):
-        return "token shards"
-    return None
-
-
-def _has_model(folder: Path) -> bool:
-    """Return whether the folder has the files of a model or a tokenizer."""
-    names = os.listdir(folder)
-    return any(name in ("tokenizer.json", "tokenizer.model") or name.endswith(".safetensors") for name in names)
-
-
-def _refuse(error: OSError) -> None:
-    raise DSMoEError(f"{error.filename}: cannot be read ({error.strerror})")
-
-
-@functools.cache
-def _stdlib() -> tuple[SourceFile, ...]:
-    """Find the standard library's sources that are the same on every machine with this Python.
-
-    Non-ASCII files and character tables (and rulers, `_RULER`) are left out: they repeat tokens that are rare
-    elsewhere, with gradients so large that training skips the batch as an outlier.
-    """
-    library = Path(sysconfig.get_paths()["stdlib"])
-
-    def belongs(path: Path) -> bool:
-        parts = path.relative_to(library).parts
-        return not any(part in _NOT_STDLIB or part.startswith((".", *_NOT_STDLIB_BEGINS)) for part in parts)
-
-    found = (Path(home) / name for home, _, names in os.walk(library) for name in names if name.endswith(".py"))
-    sources = sorted((path for path in found if belongs(path)), key=lambda path: path.relative_to(library).as_posix())
-    contents = ((path, path.read_bytes()) for path in sources if path.is_file())
-    ascii_texts = ((path, text) for path, text in contents if text.isascii())
-    return tuple(SourceFile(path, False) for path, text in ascii_texts if len(_HEXADECIMAL.findall(text)) < _TABLE)
 
 
 class _MalformedLines:

@@ -75,7 +75,7 @@ def write_examples(
     ignored: Counter[str] = Counter()
     options: dict[str, Any] = {"split_special_tokens": split_special_tokens, "exclude": exclude}
     options |= {"val_fraction": val_fraction, "validation": validation}
-    writer = ShardWriter(sources, tokenizer_folder, out, unit="example", **options)
+    writer = ShardWriter(sources, tokenizer_folder, out, **options)
     reading: dict[str, Any] = {"max_malformed_fraction": max_malformed_fraction, "exclude": writer.exclude}
 
     def parse(fields: Mapping[str, Any]) -> tuple[Record, Example]:
@@ -85,11 +85,11 @@ def write_examples(
         return record, example
 
     parse_only = functools.partial(parse_record, format=format)
-    records = (r for source in writer.sources for _, r in read_source(source, None, parse=parse_only, **reading))
+    records = (r for source in writer.sources for _, r in read_source(source, parse=parse_only, **reading))
     count = overlong = longest = 0
     with writer.open(progress, map(_content, records)):
         for source, held_out in writer.all_sources():
-            records = read_source(source, None, parse=parse, advance=writer.advance, **reading)
+            records = read_source(source, parse=parse, advance=writer.advance, **reading)
             for where, (record, example) in records:
                 count += 1
                 writer.count_special_tokens(texts_of(record))
