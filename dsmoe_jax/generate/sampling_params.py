@@ -11,6 +11,7 @@ import numpy as np
 
 from dsmoe_jax.convert.hub import resolve_file
 from dsmoe_jax.errors import DSMoEError, suggest
+from dsmoe_jax.progress import plural
 from dsmoe_jax.text.generation_config import GENERATION_CONFIG, read_generation_config
 
 MAX_LOGIT_BIASES: Final = 300
@@ -188,6 +189,7 @@ class SamplingParams:
                 raise DSMoEError(f"{name}: token {highest} is outside the vocabulary of {vocab_size}")
 
 
+Params = SamplingParams | Sequence[SamplingParams] | None  # for all prompts, or one for each
 FIELD_NAMES: Final = tuple(inspect.signature(SamplingParams).parameters)
 
 
@@ -210,6 +212,24 @@ def merge_fields(defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> d
     """Return `defaults` with `overrides`, in which `max_tokens` and `max_new_tokens` override each other."""
     hidden = _LENGTHS if overrides.keys() & {*_LENGTHS} else ()
     return {name: value for name, value in defaults.items() if name not in hidden} | dict(overrides)
+
+
+def each_params(params: Params, keywords: Mapping[str, Any], prompts: int) -> list[SamplingParams]:
+    """Return the sampling parameters of each prompt, from `params` or the fields in `keywords`."""
+    if "sampling_params" in keywords:
+        raise DSMoEError("unknown keyword 'sampling_params'; did you mean 'params'?")
+    if params is not None and keywords:
+        raise DSMoEError(f"params and keywords are exclusive, got both: {', '.join(keywords)}")
+    if params is None:
+        params = SamplingParams(**keywords)
+    each = [params] * prompts if isinstance(params, SamplingParams) else params
+    if not isinstance(each, tuple | list) or not all(isinstance(one, SamplingParams) for one in each):
+        raise DSMoEError(f"params must be SamplingParams or a list of them, got {params!r:.80}")
+    if len(each) != prompts:
+        raise DSMoEError(
+            f"params must be one for all or one per prompt, got {len(each)} for {plural(prompts, 'prompt')}"
+        )
+    return list(each)
 
 
 def _is_default(name: str, value: Any) -> bool:
