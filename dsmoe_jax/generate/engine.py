@@ -134,6 +134,11 @@ class Engine:
         used = sum(output.num_cached for output in self._rows if output is not None)
         return self._cache_bytes(len(self._rows), slots), used / (len(self._rows) * slots)
 
+    @property
+    def prefix_cache_bytes(self) -> int:
+        """Bytes of the retained prefixes."""
+        return self._prefix_cache.nbytes
+
     def submit(
         self,
         token_ids: Sequence[int],
