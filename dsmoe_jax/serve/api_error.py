@@ -1,5 +1,6 @@
 """Errors as responses, in the form of the OpenAI API: `ApiError`, and `from_validation` for malformed bodies."""
 
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Final
@@ -59,10 +60,11 @@ def timed_out(seconds: float) -> ApiError:
 
 def from_refusal(error: DSMoEError, fields: Sequence[str], *, param: str | None = None) -> ApiError:
     """Return the response for a value that the engine refuses; the field is the first word of the message."""
-    words = str(error).replace("[", " ").split()
-    named = next((word for word in words[:1] if word in fields), param)
-    too_long = "exceed the context_length" in str(error)
-    return ApiError(400, str(error), param=named, code="context_length_exceeded" if too_long else None)
+    first = re.split(r"\W", str(error), maxsplit=1)[0]
+    named = first if first in fields else param
+    message = str(error) if named is None or named in str(error) else f"{named}: {error}"
+    too_long = "exceed the context_length" in message
+    return ApiError(400, message, param=named, code="context_length_exceeded" if too_long else None)
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> ApiError:

@@ -61,8 +61,12 @@ class Guard:
             await JSONResponse(internal_error().body(), 500)(scope, receive, counted)
 
     def _check(self, scope: Scope) -> None:
-        """Raise `ApiError` unless host, key and length of the body are allowed."""
+        """Raise `ApiError` unless header, host, key and length of the body are allowed."""
         headers = Headers(scope=scope)
+        size = len(scope["query_string"]) + sum(len(name) + len(value) for name, value in headers.raw)
+        if size > MAX_HEADER_BYTES:  # h11 limits incomplete ones
+            message = f"the header exceeds {MAX_HEADER_BYTES} bytes"
+            raise ApiError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message, headers={"Connection": "close"})
         host = re.sub(r":\d*$", "", headers.get("host", ""))
         # A page of another site whose name resolves to this machine (DNS rebinding) is of the same origin.
         if self._config.is_local and self._key is None and host and not is_loopback(host):

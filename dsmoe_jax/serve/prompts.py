@@ -98,7 +98,7 @@ def sampling_params(generator: Generator, body: SamplingRequest, prompts: Sequen
     needed = length + (default if max_tokens is None else max_tokens)
     if needed > generator.context_length:
         limit = f"exceed the context length of {generator.context_length} tokens"
-        message = f"{length} tokens of the prompt and {needed - length} of the output {limit}"
+        message = f"a prompt of {length} tokens and {name} {needed - length} {limit}"
         raise ApiError(400, message, param=name if room > 0 else None, code="context_length_exceeded")
     passed = {field: value for field in _FIELDS if (value := getattr(body, field)) is not None}
     fields = {"temperature": 1.0} | generator.sampling_defaults | {"seed": random_seed()}
