@@ -27,6 +27,7 @@ from dsmoe_jax.generate import Generator, SamplingParams
 from dsmoe_jax.generate.prefix_cache import MIN_SHARED
 from dsmoe_jax.serve.api_error import ApiError, from_refusal, from_validation
 from dsmoe_jax.serve.config import ServeConfig
+from dsmoe_jax.serve.generation import Generation
 from dsmoe_jax.serve.limits import Guard
 from dsmoe_jax.serve.metrics import Metrics
 from dsmoe_jax.serve.openapi import document
@@ -35,7 +36,7 @@ from dsmoe_jax.serve.responses import ChatFormat, CompletionFormat, Echo
 from dsmoe_jax.serve.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, SamplingRequest, TokenizeRequest
 from dsmoe_jax.serve.streaming import EventStream, JSONResponse, collect, unless_disconnected
 from dsmoe_jax.serve.token_text import TokenTexts
-from dsmoe_jax.serve.worker import Generation, Worker, top_bucket
+from dsmoe_jax.serve.worker import Worker, top_bucket
 from dsmoe_jax.text.tokenizer import Tokenizer
 
 _CLIENT_CLOSED_REQUEST: Final = 499  # nginx's; nobody reads it

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from dsmoe_jax.generate.request import TokenLogprob
 from dsmoe_jax.generate.scoring import Score
+from dsmoe_jax.serve.generation import Delta
 from dsmoe_jax.serve.prompts import EncodedPrompt
 from dsmoe_jax.serve.schemas import ChatRequest, CompletionRequest, SamplingRequest
 from dsmoe_jax.serve.token_text import TokenTexts, finite
-from dsmoe_jax.serve.worker import Delta
 
 
 class Echo(NamedTuple):

@@ -11,8 +11,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from dsmoe_jax.serve.api_error import ApiError, internal_error
+from dsmoe_jax.serve.generation import Delta, Generation
 from dsmoe_jax.serve.responses import ChatFormat, CompletionFormat
-from dsmoe_jax.serve.worker import Delta, Generation
 
 _log = logging.getLogger("dsmoe_jax")
 _T = TypeVar("_T")

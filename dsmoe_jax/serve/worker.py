@@ -2,7 +2,7 @@
 
 The event loop puts commands into a queue, and the thread executes them between two steps of the engine. After each step
 it hands the new tokens of all requests to the event loop at once. Nothing else is shared: a `Generation` lives in the
-event loop, its `_Job` in the thread.
+event loop, its `Job` in the thread.
 """
 
 import asyncio
@@ -13,112 +13,24 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from http import HTTPStatus
 from typing import Any, Final, NamedTuple
 
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.generate import Generator, SamplingParams
 from dsmoe_jax.generate.engine import Engine
-from dsmoe_jax.generate.programs import Experts
-from dsmoe_jax.generate.request import Output, TokenLogprob
 from dsmoe_jax.generate.scoring import Score
 from dsmoe_jax.serve.api_error import ApiError, from_refusal, internal_error, timed_out
+from dsmoe_jax.serve.generation import Delta, Generation, Tokens
+from dsmoe_jax.serve.job import Job
 from dsmoe_jax.serve.metrics import Metrics
 
 _log = logging.getLogger("dsmoe_jax")
+_INTERVAL: Final = 0.01  # seconds between two chunks of a stream, which cost as much as a step of a small model
 _SCORED_AT_ONCE: Final = 64  # prompts
 _SCORING_SECONDS: Final = 0.05  # between two steps of the engine
 _TOP_LOGPROBS: Final = 20  # computed for any positive number, as each compiles a program
-
-Tokens = Sequence[int]
-
-
-class Delta(NamedTuple):
-    """What is new of one output."""
-
-    index: int  # prompt · n + output
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprob]
-    routing: list[Experts]
-    finish_reason: str | None
-    stop_reason: int | str | None
-    num_reused: int
-
-    def merge(self, later: "Delta") -> "Delta":
-        """Return both as one."""
-        sums = {
-            name: getattr(self, name) + getattr(later, name) for name in ("text", "token_ids", "logprobs", "routing")
-        }
-        return later._replace(**sums)
-
-
-class Generation:
-    """The outputs of one request, an async iterator of their deltas; `cancel` it when it is not read to the end."""
-
-    def __init__(self, prompts: Sequence[Tokens], params: SamplingParams, cancel: Callable[["Generation"], None]):
-        """Create it without tokens; `cancel` is called once."""
-        self.prompts, self.params = prompts, params
-        self.unfinished = len(prompts) * params.n
-        self._cancel: Callable[[Generation], None] | None = cancel
-        self._deltas: dict[int, Delta] = {}
-        self._error: ApiError | None = None
-        self.deadline: asyncio.TimerHandle | None = None
-        self._changed = asyncio.Event()
-
-    @classmethod
-    def empty(cls, prompts: Sequence[Tokens], params: SamplingParams) -> "Generation":
-        """Return a finished generation without tokens."""
-        generation = cls(prompts, params, lambda _: None)
-        generation.put([Delta(index, "", [], [], [], "length", None, 0) for index in range(generation.unfinished)])
-        return generation
-
-    async def __aiter__(self) -> AsyncIterator[list[Delta]]:
-        """Yield the deltas since the last ones; a slow reader gets longer ones.
-
-        Raises:
-            ApiError: The engine refused the request or failed.
-        """
-        while self.unfinished or self._deltas:
-            await self._changed.wait()
-            self._changed.clear()
-            if self._error is not None:
-                raise self._error
-            deltas, self._deltas = [*self._deltas.values()], {}
-            yield deltas
-
-    def cancel(self) -> None:
-        """Release the rows of unfinished outputs; without effect afterwards."""
-        if self.deadline is not None:
-            self.deadline.cancel()
-        cancel, self._cancel = self._cancel, None
-        if cancel is not None:
-            cancel(self)
-
-    def put(self, deltas: Sequence[Delta]) -> None:
-        """Add deltas."""
-        for delta in deltas:
-            earlier = self._deltas.get(delta.index)
-            self._deltas[delta.index] = delta if earlier is None else earlier.merge(delta)
-            self.unfinished -= delta.finish_reason is not None
-        self._changed.set()
-
-    def fail(self, error: ApiError) -> None:
-        """Raise an error where the deltas are read."""
-        self._error = error
-        self._changed.set()
-
-
-class _Job:
-    """A generation in the thread of the engine."""
-
-    def __init__(self, generation: Generation, *, stream: bool, **options: Any):
-        self.generation, self.stream, self.options = generation, stream, options
-        self.submitted = time.perf_counter()
-        self.outputs: list[Output] = []
-        self.sent: list[int] = []  # tokens of each output; -1: finished
-        self.times: list[float] = []  # of the newest token of each output
 
 
 class _Scoring(NamedTuple):
@@ -153,7 +65,8 @@ class Worker:
         self._stopping = threading.Event()
         # Of the thread:
         self.engine: Engine = generator.engine()
-        self._jobs: dict[Generation, _Job] = {}
+        self._jobs: dict[Generation, Job] = {}
+        self._delivered = 0.0  # time of the last chunks
         self._scorings: collections.deque[_Scoring] = collections.deque()
         self._scores: Iterator[None] | None = None
 
@@ -212,7 +125,7 @@ class Worker:
         self._generations.add(generation)
         self.outstanding += count
         options = {"routing": routing, "retain_prefix": retain_prefix, "detokenize": stream}
-        self._commands.put(functools.partial(self._submit, _Job(generation, stream=stream, **options)))
+        self._commands.put(functools.partial(self._submit, Job(generation, stream=stream, **options)))
         return generation
 
     async def score(self, prompts: Sequence[Tokens], top: int | None) -> list[Score]:
@@ -296,23 +209,18 @@ class Worker:
                     engine.step()
         _log.info("Compiled the common programs in %.1f s", time.perf_counter() - start)
 
-    def _submit(self, job: _Job) -> None:
+    def _submit(self, job: Job) -> None:
         generation = job.generation
         try:
-            for prompt in generation.prompts:
-                outputs = self.generator.submit(self.engine, prompt, generation.params, **job.options)
-                job.outputs += outputs
-        except Exception as error:
-            for output in job.outputs:
-                self.engine.cancel(output)
-            refusal = isinstance(error, DSMoEError)
-            if not refusal:
-                _log.exception("A request failed")
-            self._call(generation.fail, from_refusal(error, ()) if refusal else internal_error())
-            return
-        job.sent, job.times = [0] * len(job.outputs), [0.0] * len(job.outputs)
-        self._jobs[generation] = job
-        self.metrics.prompt_tokens.inc(sum(map(len, generation.prompts)))
+            job.submit(self.generator, self.engine)
+        except DSMoEError as error:
+            self._call(generation.fail, from_refusal(error, ()))
+        except Exception:
+            _log.exception("A request failed")
+            self._call(generation.fail, internal_error())
+        else:
+            self._jobs[generation] = job
+            self.metrics.prompt_tokens.inc(sum(map(len, generation.prompts)))
 
     def _abort(self, generation: Generation) -> None:
         job = self._jobs.pop(generation, None)
@@ -322,57 +230,23 @@ class Worker:
                 self.metrics.finished.labels("abort").inc()
 
     def _publish(self) -> None:
-        """Deliver the new tokens of all requests."""
-        now, updates, tokens = time.perf_counter(), [], 0
+        """Deliver the new tokens of all requests; at high rates several of a request at once."""
+        now, updates = time.perf_counter(), []
+        due = now - self._delivered >= _INTERVAL
         for generation, job in [*self._jobs.items()]:
-            deltas = []
-            for index, output in enumerate(job.outputs):
-                if job.sent[index] >= 0 and (new := len(output.token_ids) - max(job.sent[index], 0)):
-                    self._observe(job, index, now, new)
-                    tokens += new
-                    if job.stream or output.finished:
-                        deltas.append(self._delta(job, index, output))
-                    job.times[index] = now
-                    job.sent[index] = -1 if output.finished else len(output.token_ids)
-            if deltas:
+            if deltas := job.collect(self.generator, self.metrics, now, due=due):
                 updates.append((generation, deltas))
-            if all(sent < 0 for sent in job.sent):
-                del self._jobs[generation]
-        if tokens:
-            self.metrics.add_tokens(tokens, now)
+                if not job.unfinished:
+                    del self._jobs[generation]
+        if due:
+            self._delivered = now
         self._set_gauges()
         if updates:
             self._call(self._deliver, updates)
 
-    def _observe(self, job: _Job, index: int, now: float, new: int) -> None:
-        metrics, output = self.metrics, job.outputs[index]
-        if not job.times[index]:
-            metrics.first_token.observe(now - job.submitted)
-            metrics.reused_tokens.inc(output.num_reused if output.index == 0 else 0)
-        else:
-            metrics.between_tokens.observe((now - job.times[index]) / new)
-        if output.finished:
-            metrics.duration.observe(now - job.submitted)
-            metrics.finished.labels(output.finish_reason).inc()
-
-    def _delta(self, job: _Job, index: int, output: Output) -> Delta:
-        start = job.sent[index] if job.stream else 0
-        text = output.new_text() if job.stream else self.generator.completion(output).text
-        routed = max(start - 1, 0)  # the experts of a token are known one step later
-        return Delta(
-            index,
-            text,
-            output.token_ids[start:],
-            output.logprobs[start:],
-            output.routing[routed:],
-            output.finish_reason,
-            output.stop_reason,
-            output.num_reused,
-        )
-
     def _set_gauges(self) -> None:
         running = self.engine.num_running
-        unfinished = sum(sent >= 0 for job in self._jobs.values() for sent in job.sent)
+        unfinished = sum(job.unfinished for job in self._jobs.values())
         self.metrics.running.set(running)
         self.metrics.waiting.set(max(unfinished - running, 0))
         size, usage = self.engine.kv_cache

@@ -1,7 +1,7 @@
 """`python -m tests.benchmarks.serving`: a server under load, against the engine alone on the same requests.
 
-The preset `tiny` with random weights; clients are coroutines of this process, the server is `dsmoe serve`. Its outputs must
-be those of the engine. Rounds of engine and server alternate, after one that compiles. Prints JSON lines.
+The preset `tiny` with random weights; clients are coroutines of this process, the server is `dsmoe serve`. Its outputs
+must be those of the engine. Rounds of engine and server alternate, after one that compiles. Prints JSON lines.
 """
 
 import argparse
