@@ -112,6 +112,14 @@ SAMPLING: Final = (
         "--logprobs", "with --file: log-probabilities of every token and the N most likely ones; default: none", **_INT
     ),
 )
+_SERVED: Final = tuple(
+    _arg(
+        "--adapter", f"{_ADAPTER}, one a server, with the name of the model; default: none", "NAME=DIR", action="append"
+    )
+    if "--adapter" in flags
+    else (flags, options)
+    for flags, options in MODEL
+)
 SERVE: Final = (
     _arg("--host", "address to bind to; default: 127.0.0.1, this machine only", "HOST"),
     _arg("--port", "port to bind to; 0: a free one; default: 8000", **_INT),
@@ -266,7 +274,7 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
         *SAMPLING,
     ),
     "chat": (*MODEL, _arg("--system", "system message; default: none", "TEXT"), *_SAMPLING),
-    "serve": (*MODEL, *SERVE),
+    "serve": (*_SERVED, *SERVE),
     "evaluate": EVALUATE,
     "ablate": (
         *_INSPECTION,

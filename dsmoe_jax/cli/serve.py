@@ -1,8 +1,7 @@
 """`dsmoe serve`: flags to a `ServeConfig`, and the extra that it needs."""
 
-import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def run(model: Mapping[str, Any], flags: Mapping[str, Any], check_devices: Calla
 
     options = dict(model)
     path = str(options.pop("path"))
-    name, folder = _adapter(options.pop("adapter", None))
+    name, folder = _adapter(options.pop("adapter", ()))
     base = path if not Path(path).is_dir() else Path(path).absolute().name
     fields = {
         "allow_origins" if flag == "allow_origin" else "model_name" if flag == "served_model_name" else flag: value
@@ -48,13 +47,18 @@ def run(model: Mapping[str, Any], flags: Mapping[str, Any], check_devices: Calla
         check_devices()
         return Generator.from_pretrained(path, **options)
 
-    serve(load, config, started=functools.partial(print_status))
+    serve(load, config, started=lambda line: print_status(line))
 
 
-def _adapter(value: str | None) -> tuple[str | None, str | None]:
+def _adapter(values: Sequence[str]) -> tuple[str | None, str | None]:
     """Return name and folder of `NAME=DIR` or `DIR`."""
-    if value is None:
+    if not values:
         return None, None
+    if len(values) > 1:
+        raise DSMoEError(
+            f"--adapter: one adapter a server, as all rows of a batch share its weights, got {len(values)}"
+        )
+    value = values[0]
     name, equals, folder = value.partition("=")
     if not equals or Path(value).is_dir():
         return Path(value).absolute().name, value

@@ -25,16 +25,15 @@ def serve(load: Callable[[], Generator], config: ServeConfig, *, started: Callab
     Args:
         load: Loads the model, once the port is bound.
         config: Configuration of the server.
-        started: Called with a line that has the address.
+        started: Called with a line that has the address, once the server listens.
 
     Raises:
         DSMoEError: The address cannot be bound, or as `load`.
     """
     with bound_socket(config) as sock:
-        server = DrainingServer(Server(load(), config))
         host = f"[{config.host}]" if ":" in config.host else config.host
-        started(f"Serving {config.model_name} on http://{host}:{sock.getsockname()[1]} (Ctrl-C stops)")
-        server.run(sockets=[sock])
+        line = f"Serving {config.model_name} on http://{host}:{sock.getsockname()[1]} (Ctrl-C stops)"
+        DrainingServer(Server(load(), config), lambda: started(line)).run(sockets=[sock])
 
 
 @contextlib.contextmanager
@@ -59,8 +58,8 @@ def bound_socket(config: ServeConfig) -> Iterator[socket.socket]:
 class DrainingServer(uvicorn.Server):
     """Uvicorn that answers 503 to new requests after a signal, and stops when the others are complete."""
 
-    def __init__(self, server: Server):
-        """Create the server of an app."""
+    def __init__(self, server: Server, on_start: Callable[[], Any] = lambda: None):
+        """Create the server of an app; `on_start` is called once it listens."""
         config = server.config
         super().__init__(
             uvicorn.Config(
@@ -79,8 +78,13 @@ class DrainingServer(uvicorn.Server):
                 timeout_graceful_shutdown=5,
             )
         )
-        self._server = server
+        self._server, self._on_start = server, on_start
         self._drain_until: float | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        await super().startup(sockets)
+        self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain after the first signal, exit after the second."""
