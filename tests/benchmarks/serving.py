@@ -59,6 +59,7 @@ def main() -> None:
         generator = Generator.from_pretrained(folder, max_batch_size=args.batch_size)
         with serving(folder, "--max-batch-size", str(args.batch_size)) as port:
             rounds: dict[str, list[float]] = {"engine": [], "whole": [], "stream": []}
+            answers: list[Answer] = []
             for number in range(args.rounds + 1):
                 start = time.perf_counter()
                 expected = run_engine(generator, requests)
@@ -69,11 +70,11 @@ def main() -> None:
                     taken[name] = time.perf_counter() - start
                     wrong = sum(a.token_ids != e for a, e in zip(answers, expected, strict=True))
                     assert not wrong, f"{wrong} of {len(answers)} outputs differ"
-                    if number and name == "stream":
-                        print(json.dumps({"round": number} | latencies(answers)), flush=True)
                 if number:
-                    for name, seconds in taken.items():
-                        rounds[name].append(seconds)
+                    seconds = {name: round(value, 2) for name, value in taken.items()}
+                    print(json.dumps({"round": number, "seconds": seconds} | latencies(answers)), flush=True)
+                    for name, value in taken.items():
+                        rounds[name].append(value)
     tokens = sum(request.max_tokens for request in requests)
     medians = {name: statistics.median(seconds) for name, seconds in rounds.items()}
     rates = {name: round(tokens / seconds, 1) for name, seconds in medians.items()}
