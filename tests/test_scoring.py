@@ -215,7 +215,7 @@ def test_the_most_likely_tokens_are_returned():
 
     for (context, continuation), one, other in zip(pairs, got, plain, strict=True):
         logits = model(np.array([[*context, *continuation]])).logits[0, len(context) - 1 : -1]
-        table = np.asarray(jax.nn.log_softmax(logits))
+        table = log_softmax(logits)
         assert one.top_logprobs is not None
         assert other.top_logprobs is None
         assert one.token_logprobs == pytest.approx(other.token_logprobs, abs=1e-5)

@@ -339,6 +339,7 @@ CHAT_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a role of tools": ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role"),
     "a name": ({"messages": [CHAT[0] | {"name": "Ann"}]}, "messages[0].name"),
     "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    "options of no stream": ({"stream_options": {"include_usage": True}}, "stream_options"),
     "a JSON format": ({"response_format": {"type": "json_object"}}, "response_format.type"),
     "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs"),
     "reasoning effort": ({"reasoning_effort": "low"}, "reasoning_effort"),

@@ -28,6 +28,7 @@ CHAT: dict[str, Any] = {
     "temperature": 0,
     "logit_bias": {"5": 1},
     "stream_options": {"include_usage": True},
+    "stream": True,
 }
 VALID: dict[str, dict[str, Any]] = {
     "/v1/completions": COMPLETION,

@@ -187,6 +187,30 @@ def test_malformed_bodies_are_refused(server: Running, body: bytes):
     assert set(reply.error) == {"message", "type", "param", "code"}
 
 
+def test_many_faults_take_no_longer_than_one(generator: Generator):
+    bodies = (
+        {f"field {i}": i for i in range(120_000)},
+        {"prompt": ["a", 1] * 200_000},
+        {"prompt": "a", "logit_bias": {f"x{i}": 1 for i in range(150_000)}},
+        {"x" * 3_000_000: 1},
+    )
+    with running(generator) as server:
+        for body in bodies:
+            start = time.monotonic()
+            reply = server.post("/v1/completions", body)
+
+            assert (reply.status, len(reply.body) < 1000) == (400, True)
+            assert time.monotonic() - start < 5
+
+
+def test_prompts_to_score_count_as_outputs(server: Running, generator: Generator):
+    body = BODY | {"echo": True, "logprobs": 1, "max_tokens": 0, "prompt": [[5, 6]] * (generator.max_batch_size + 4)}
+
+    assert server.post("/v1/completions", body).error["param"] == "n"
+    assert server.post("/v1/completions", body | {"prompt": [[5, 6]] * 3}).status == 200
+    assert not server.server.worker.outstanding
+
+
 def test_unknown_paths_and_methods_are_errors(server: Running):
     for method, path, status in (("GET", "/nothing", 404), ("GET", "/v1/completions", 405), ("PUT", "/", 405)):
         reply = server.request(method, path)

@@ -31,16 +31,18 @@ def test_scores_over_http_equal_those_in_process(generator: Generator, tmp_path:
     tokenizer, ours = generator.tokenizer, DSMoELM(generator)
     assert tokenizer is not None
 
+    run: Any = lm_eval.simple_evaluate
+    completions: Any = LocalCompletionsAPI
+    chats: Any = LocalChatCompletion
+
     def results(lm: Any, names: list[str], **options: Any) -> Any:
-        found: Any = lm_eval.simple_evaluate(
-            lm, tasks=names, task_manager=manager, bootstrap_iters=0, limit=5, **options
-        )
+        found = run(lm, tasks=names, task_manager=manager, bootstrap_iters=0, limit=5, **options)
         responses = {name: [one["resps"] for one in found["samples"][name]] for name in names}
         return found["results"], responses
 
     with task_data.local_datasets(data), running(generator) as server:
         options: dict[str, Any] = {"model": "small", "num_concurrent": 5, "max_retries": 1}
-        lm = LocalCompletionsAPI(f"{server.url}/v1/completions", **options)
+        lm = completions(f"{server.url}/v1/completions", **options)
         assert (lm.tokenizer_backend, lm.eos_string) == ("remote", tokenizer.eos_token)
         # With BOS, as `tokenizer_backend=huggingface,add_bos_token=True`, which needs transformers.
         monkeypatch.setattr(lm.tokenizer, "encode", tokenizer.encode)
@@ -55,6 +57,6 @@ def test_scores_over_http_equal_those_in_process(generator: Generator, tmp_path:
             assert [greedy for _, greedy in one] == [greedy for _, greedy in other]
             assert [logprob for logprob, _ in one] == pytest.approx([logprob for logprob, _ in other], abs=1e-4)
 
-        chat = LocalChatCompletion(f"{server.url}/v1/chat/completions", **options)
+        chat = chats(f"{server.url}/v1/chat/completions", **options)
         over_http, in_process = (results(lm, [COPY], apply_chat_template=True) for lm in (chat, ours))
         assert over_http == in_process

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Final
 
+from pydantic import ValidationError
+
 from dsmoe_jax.errors import DSMoEError, did_you_mean
 
 _INVALID: Final = "invalid_request_error"
@@ -16,6 +18,9 @@ _UNIONS: Final = {
     "stop": "a string or a list of at most 64 strings",
     "content": "a string or a list of text parts",
 }
+
+
+_MAX_ERRORS: Final = 1000
 
 
 class ApiError(Exception):
@@ -67,9 +72,11 @@ def from_refusal(error: DSMoEError, fields: Sequence[str], *, param: str | None 
     return ApiError(400, message, param=named, code="context_length_exceeded" if too_long else None)
 
 
-def from_validation(errors: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> ApiError:
-    """Return the response for a body that is not as its schema, from pydantic's errors."""
-    error = errors[0]
+def from_validation(invalid: ValidationError, fields: Sequence[str]) -> ApiError:
+    """Return the response for a body that is not as its schema."""
+    if (count := invalid.error_count()) > _MAX_ERRORS:  # a list of them takes seconds
+        return ApiError(400, f"the body has {count} invalid values")
+    error: Mapping[str, Any] = invalid.errors(include_url=False)[0]
     path = [part for part in error["loc"] if part != "[key]"]
     union = next((at for at, part in enumerate(path) if part in _UNIONS), None)
     if union is not None:
@@ -80,7 +87,7 @@ def from_validation(errors: Sequence[Mapping[str, Any]], fields: Sequence[str]) 
             return ApiError(400, f"the body is not valid JSON: {error['ctx']['error']}")
         case "extra_forbidden":
             name = str(path[-1])
-            hint = did_you_mean(name, fields) if len(path) == 1 else ""
+            hint = did_you_mean(name, fields) if len(path) == 1 and len(name) < 100 else ""
             message = f"unknown field {_short(name)}{hint}"
         case "none_required" | "too_long" if not error.get("ctx", {}).get("max_length"):
             message = f"{param} is not supported"

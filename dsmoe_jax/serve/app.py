@@ -145,9 +145,9 @@ class Server:
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "exactly one of prompt and messages is required", param="prompt")
         ids = await run_in_threadpool(self._tokenize, body)
-        strings = [self._texts.of(token) for token in ids] if body.return_token_strs else None
+        texts = await run_in_threadpool(lambda: [*map(self._texts.of, ids)]) if body.return_token_strs else None
         length = self.generator.context_length
-        return JSONResponse({"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": strings})
+        return JSONResponse({"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": texts})
 
     def _tokenize(self, body: TokenizeRequest) -> list[int]:
         if body.messages is not None:
@@ -208,8 +208,7 @@ class Server:
         try:
             body = schema.model_validate_json(await request.body())
         except ValidationError as error:
-            errors = error.errors(include_url=False)
-            raise from_validation(errors, list(schema.model_fields)) from None  # type: ignore[arg-type]
+            raise from_validation(error, list(schema.model_fields)) from None
         if (name := getattr(body, "model", None)) is not None:
             self._check_model(name)
         return body

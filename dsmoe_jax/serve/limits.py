@@ -55,7 +55,7 @@ class Guard:
             response = JSONResponse(error.body(), error.status, error.headers)
             await response(scope, receive, counted)
         except Exception:
-            _log.exception("A request failed: %s %s", scope["method"], scope["path"])
+            _log.exception("A request failed: %s %r", scope["method"], scope["path"])
             if started:
                 raise
             await JSONResponse(internal_error().body(), 500)(scope, receive, counted)

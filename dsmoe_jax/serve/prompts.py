@@ -108,6 +108,8 @@ def sampling_params(generator: Generator, body: SamplingRequest, prompts: Sequen
         params.check_vocabulary(generator.config.vocab_size)
     except DSMoEError as error:
         raise from_refusal(error, (*_FIELDS, name)) from None
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options needs stream true", param="stream_options")
     if params.stop and generator.tokenizer is None:
         raise ApiError(400, "stop needs a tokenizer, and this model has none; use stop_token_ids", param="stop")
     return params

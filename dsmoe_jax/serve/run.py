@@ -29,11 +29,15 @@ def serve(load: Callable[[], Generator], config: ServeConfig, *, started: Callab
 
     Raises:
         DSMoEError: The address cannot be bound, or as `load`.
+        KeyboardInterrupt: A second signal ended the server.
     """
     with bound_socket(config) as sock:
         host = f"[{config.host}]" if ":" in config.host else config.host
         line = f"Serving {config.model_name} on http://{host}:{sock.getsockname()[1]} (Ctrl-C stops)"
-        DrainingServer(Server(load(), config), lambda: started(line)).run(sockets=[sock])
+        server = DrainingServer(Server(load(), config), lambda: started(line))
+        server.run(sockets=[sock])
+        if server.force_exit:
+            raise KeyboardInterrupt  # the engine may be running
 
 
 @contextlib.contextmanager

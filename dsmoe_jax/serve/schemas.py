@@ -14,7 +14,7 @@ from dsmoe_jax.serve.config import MAX_N
 MAX_LOGPROBS: Final = int(BOUNDS["logprobs"].high)
 Unsupported: TypeAlias = Annotated[None, Field(description="Not supported: must be null.")]
 _TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 31)]
-_TokenIds: TypeAlias = Annotated[list[_TokenId], Field(min_length=1)]
+_TokenIds: TypeAlias = Annotated[list[_TokenId], Field(min_length=1, fail_fast=True)]
 _Text: TypeAlias = Annotated[str, Field(min_length=1)]
 _Count: TypeAlias = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
@@ -49,7 +49,7 @@ class SamplingRequest(Body):
     logit_bias: dict[_TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=300)
     seed: int | None = _bounded("seed", "Default: a random one.")
     n: int | None = _bounded("n", "Outputs per prompt. Default: 1.", high=MAX_N)
-    stop: _Text | Annotated[list[_Text], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop: _Text | Annotated[list[_Text], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = None
     stream: bool | None = Field(None, description="Send the output as server-sent events. Default: false.")
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Accepted for compatibility; without effect.")
@@ -70,7 +70,7 @@ class CompletionRequest(SamplingRequest):
     prompt: (
         _Text
         | _TokenIds
-        | Annotated[list[_Text], Field(min_length=1)]
+        | Annotated[list[_Text], Field(min_length=1, fail_fast=True)]
         | Annotated[list[_TokenIds], Field(min_length=1)]
     ) = Field(description="A text, token ids, or a list of either.")
     max_tokens: int | None = _bounded("max_tokens", "Default: 16. 0 with `echo`: score the prompt alone.", low=0)
@@ -111,7 +111,7 @@ class TextFormat(Body):
 class ChatRequest(SamplingRequest):
     """Body of /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = _bounded("max_tokens", "Default: the rest of the context.")
     max_tokens: int | None = _bounded("max_tokens", "The same, deprecated in the OpenAI API.")
     logprobs: bool | None = None
@@ -147,4 +147,4 @@ class DetokenizeRequest(Body):
     """Body of /detokenize, as in vLLM."""
 
     model: str | None = None
-    tokens: list[_TokenId]
+    tokens: Annotated[list[_TokenId], Field(fail_fast=True)]

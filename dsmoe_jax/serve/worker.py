@@ -47,7 +47,7 @@ class Worker:
     Attributes:
         draining: Refuse new requests.
         ready: The common programs are compiled.
-        outstanding: Outputs that are running or waiting.
+        outstanding: Outputs, and prompts to score, that are running or waiting.
         failed: The thread has ended by an exception.
     """
 
@@ -91,6 +91,20 @@ class Worker:
         if self.draining:
             raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", code="shutting_down")
 
+    def _reserve(self, count: int) -> None:
+        """Count outputs as outstanding, or raise `ApiError`."""
+        self.check_open()
+        if count > self.capacity:
+            raise ApiError(400, f"{count} outputs exceed the {self.capacity} that fit the queue", param="n")
+        if self.outstanding + count > self.capacity:
+            raise ApiError(
+                HTTPStatus.TOO_MANY_REQUESTS,
+                f"the queue is full: {self.outstanding} outputs are running or waiting",
+                code="queue_full",
+                headers={"Retry-After": "1"},
+            )
+        self.outstanding += count
+
     def generate(
         self, prompts: Sequence[Tokens], params: SamplingParams, *, stream: bool, routing: bool, retain_prefix: bool
     ) -> Generation:
@@ -109,28 +123,17 @@ class Worker:
         Raises:
             ApiError: The queue is full, or the server is shutting down.
         """
-        self.check_open()
-        count = len(prompts) * params.n
-        if count > self.capacity:
-            raise ApiError(400, f"{count} outputs exceed the {self.capacity} that fit the queue", param="n")
-        if self.outstanding + count > self.capacity:
-            raise ApiError(
-                HTTPStatus.TOO_MANY_REQUESTS,
-                f"the queue is full: {self.outstanding} outputs are running or waiting",
-                code="queue_full",
-                headers={"Retry-After": "1"},
-            )
+        self._reserve(len(prompts) * params.n)
         generation = Generation(prompts, params, self._cancel)
         generation.deadline = self._loop.call_later(self._timeout, generation.fail, timed_out(self._timeout))
         self._generations.add(generation)
-        self.outstanding += count
         options = {"routing": routing, "retain_prefix": retain_prefix, "detokenize": stream}
         self._commands.put(functools.partial(self._submit, Job(generation, stream=stream, **options)))
         return generation
 
     async def score(self, prompts: Sequence[Tokens], top: int | None) -> list[Score]:
         """Return the log-likelihood of each prompt of at least two tokens, given its first one."""
-        self.check_open()
+        self._reserve(len(prompts))
         future = self._loop.create_future()
         self._futures.add(future)
         self._commands.put(lambda: self._scorings.append(_Scoring(prompts, top, future)))
@@ -140,6 +143,7 @@ class Worker:
         except TimeoutError:
             raise timed_out(self._timeout) from None
         finally:
+            self.outstanding -= len(prompts)
             self._futures.discard(future)
 
     def _cancel(self, generation: Generation) -> None:

@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -57,22 +58,22 @@ def main() -> None:
         folder = make_checkpoint(Path(home))
         requests = make_requests(args.requests)
         generator = Generator.from_pretrained(folder, max_batch_size=args.batch_size)
-        with serving(folder, "--max-batch-size", str(args.batch_size)) as port:
+        with serving(folder, "--max-batch-size", str(args.batch_size)) as (port, process):
             rounds: dict[str, list[float]] = {"engine": [], "whole": [], "stream": []}
             answers: list[Answer] = []
             for number in range(args.rounds + 1):
-                start = time.perf_counter()
+                start, cpu = time.perf_counter(), time.process_time()
                 expected = run_engine(generator, requests)
-                taken = {"engine": time.perf_counter() - start}
+                taken, cpus = {"engine": time.perf_counter() - start}, {"engine": time.process_time() - cpu}
                 for name in ("whole", "stream"):
-                    start = time.perf_counter()
+                    start, cpu = time.perf_counter(), cpu_seconds(process)
                     answers = asyncio.run(load(port, requests, args.clients, stream=name == "stream"))
-                    taken[name] = time.perf_counter() - start
+                    taken[name], cpus[name] = time.perf_counter() - start, cpu_seconds(process) - cpu
                     wrong = sum(a.token_ids != e for a, e in zip(answers, expected, strict=True))
                     assert not wrong, f"{wrong} of {len(answers)} outputs differ"
                 if number:
-                    seconds = {name: round(value, 2) for name, value in taken.items()}
-                    print(json.dumps({"round": number, "seconds": seconds} | latencies(answers)), flush=True)
+                    figures = {"seconds": rounded(taken), "cpu_seconds": rounded(cpus)}
+                    print(json.dumps({"round": number} | figures | latencies(answers)), flush=True)
                     for name, value in taken.items():
                         rounds[name].append(value)
     tokens = sum(request.max_tokens for request in requests)
@@ -105,13 +106,13 @@ def run_engine(generator: Generator, requests: Sequence[Request]) -> list[list[i
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *flags: str) -> Iterator[int]:
-    """Yield the port of a server that is ready."""
+def serving(folder: Path, *flags: str) -> Iterator[tuple[int, int]]:
+    """Yield port and process id of a server."""
     command = [sys.executable, "-m", "dsmoe_jax", "serve", str(folder), "--port", "0", *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             assert process.stdout is not None
-            yield int(process.stdout.readline().split("http://127.0.0.1:")[1].split()[0])
+            yield int(process.stdout.readline().split("http://127.0.0.1:")[1].split()[0]), process.pid
         finally:
             process.send_signal(signal.SIGTERM)
             assert process.wait(SECONDS) == 0
@@ -166,6 +167,17 @@ async def read_stream(reader: asyncio.StreamReader, start: float) -> Answer:
             events.append((time.perf_counter(), len(new)))
     await reader.readexactly(2)
     return Answer(token_ids, start, events)
+
+
+def cpu_seconds(process: int) -> float:
+    """Return the CPU time of a process, from Linux."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def rounded(values: dict[str, float]) -> dict[str, float]:
+    """Round to two digits."""
+    return {name: round(value, 2) for name, value in values.items()}
 
 
 def latencies(answers: Sequence[Answer]) -> dict[str, Any]:
