@@ -60,6 +60,7 @@ def test_a_completion_is_that_of_the_generator(client: Any, generator: Generator
 
 def test_prompts_are_texts_token_ids_or_lists(client: Any, generator: Generator):
     ids = generator.encode(PROMPT)
+    prompt: Any
 
     for prompt in (PROMPT, ids, [PROMPT, "import os"], [ids, [0, 5, 6]]):
         expected = generator([prompt] if prompt in (PROMPT, ids) else prompt, max_tokens=8)

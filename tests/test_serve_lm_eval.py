@@ -36,7 +36,7 @@ def test_scores_over_http_equal_those_in_process(generator: Generator, tmp_path:
     chats: Any = LocalChatCompletion
 
     def results(lm: Any, names: list[str], **options: Any) -> Any:
-        found = run(lm, tasks=names, task_manager=manager, bootstrap_iters=0, limit=5, **options)
+        found = run(lm, tasks=names, task_manager=manager, bootstrap_iters=0, limit=3, **options)
         responses = {name: [one["resps"] for one in found["samples"][name]] for name in names}
         return found["results"], responses
 

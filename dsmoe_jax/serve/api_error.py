@@ -76,8 +76,8 @@ def from_validation(invalid: ValidationError, fields: Sequence[str]) -> ApiError
     """Return the response for a body that is not as its schema."""
     if (count := invalid.error_count()) > _MAX_ERRORS:  # a list of them takes seconds
         return ApiError(400, f"the body has {count} invalid values")
-    error: Mapping[str, Any] = invalid.errors(include_url=False)[0]
-    path = [part for part in error["loc"] if part != "[key]"]
+    error: Any = invalid.errors(include_url=False)[0]
+    path: list[Any] = [part for part in error["loc"] if part != "[key]"]
     union = next((at for at, part in enumerate(path) if part in _UNIONS), None)
     if union is not None:
         path = path[: union + 1]
