@@ -33,7 +33,7 @@ FLOORS = (
     ("generate",),
     ("evaluate",),
     ("train",),
-    ("plan",),
+    ("plan", "serve"),
     ("experiments",),
     ("cli",),
 )

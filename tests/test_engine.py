@@ -322,3 +322,66 @@ def test_short_dynamic_ntk_prompt_matches_no_scaling():
 
     assert got.token_ids == want.token_ids
     assert scaled.stats.prompt_tokens == 50
+
+
+def test_routing_is_that_of_a_forward_pass():
+    engine = generator().engine()
+    outputs = [
+        *engine.submit(
+            [5, 6, 7], SamplingParams(max_new_tokens=6, ignore_eos=True, n=2, temperature=1.0), routing=True
+        ),
+        *engine.submit([8] * 20, SamplingParams(max_new_tokens=4, ignore_eos=True)),
+    ]
+
+    run(engine)
+
+    for output in outputs[:2]:
+        ids = [*output.request.token_ids, *output.token_ids]
+        routing = small_model()(np.array([ids])).routing[1]
+        assert len(output.routing) == len(output.token_ids) - 1  # the last is not read
+        np.testing.assert_array_equal([one.ids[0] for one in output.routing], routing.ids[0, 3:-1])
+        np.testing.assert_allclose([one.weights[0] for one in output.routing], routing.weights[0, 3:-1], atol=1e-5)
+    assert not outputs[2].routing
+
+
+def test_routing_changes_no_bit_of_the_others():
+    found = []
+    for routing in (False, True):
+        engine = generator().engine()
+        engine.submit([5, 6, 7], SamplingParams(max_new_tokens=8, ignore_eos=True), routing=routing)
+        (other,) = engine.submit([9, 3], SamplingParams(max_new_tokens=8, ignore_eos=True, logprobs=3))
+        run(engine)
+        found.append((other.token_ids, other.logprobs))
+
+    assert found[0] == found[1]
+
+
+def test_a_canceled_prompt_is_not_read_on():
+    engine = generator().engine()
+    (long,) = engine.submit([5] * 10 * CHUNK, SamplingParams())
+    engine.step()
+    engine.step()
+
+    engine.cancel(long)
+
+    assert not engine.busy
+    assert engine.stats.prompt_tokens == 2 * CHUNK
+    (other,) = engine.submit([5, 6], SamplingParams(max_new_tokens=2))
+    run(engine)
+    assert len(other.token_ids) == 2
+
+
+def test_an_output_counts_its_reused_tokens():
+    engine = generator(prefix_cache_bytes=10**8).engine()
+    prompt = prompts(1, 90)[0][:1] * 80
+    (first,) = engine.submit(prompt, SamplingParams(max_new_tokens=3), retain_prefix=True)
+    run(engine)
+
+    (second,) = engine.submit([*prompt, 7, 8], SamplingParams(max_new_tokens=3))
+    assert not engine.num_running
+    run(engine)
+
+    assert (first.num_reused, second.num_reused) == (0, 80)
+    assert engine.stats.reused_tokens == 80
+    assert engine.prefix_cache_bytes > 0
+    assert engine.kv_cache == (0, 0.0)

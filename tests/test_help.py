@@ -18,7 +18,7 @@ from dsmoe_jax.train.sft import FORMATS
 from tests.helpers.command import run
 
 CONFIG_VERBS = {"pretrain": ("pretrain", RECIPES), "finetune": ("finetune", FINETUNING)}
-MODEL_VERBS = ("export", "verify", "generate", "chat", "merge", "info")
+MODEL_VERBS = ("export", "verify", "generate", "chat", "serve", "merge", "info")
 LEAKS = ("type: ignore", "None}", "(default: None)", "(default: )", "_jax.train", "STR", "Any")
 
 
@@ -155,7 +155,8 @@ def test_groups_of_arguments_have_a_sentence():
 def test_options_of_generation_are_only_in_its_help(verb: str):
     text = make_parser()[1][verb].format_help()
 
-    assert ("model options" in text) == ("sampling options" in text) == (verb in ("generate", "chat"))
+    assert ("model options" in text) == (verb in ("generate", "chat", "serve"))
+    assert ("sampling options" in text) == (verb in ("generate", "chat"))
 
 
 def test_a_model_has_the_same_metavar_everywhere(help_of: Any):

@@ -34,7 +34,7 @@ def test_every_data_file_of_a_package_is_listed():
         for room in ("dsmoe_jax", *ROOMS)
         for path in (ROOT / room).rglob("*")
         if path.is_file()
-        and path.suffix not in (".py", ".pyc", ".md")
+        and path.suffix not in (".py", ".pyc", ".md", ".png")
         and "launch" not in path.parts
         and not path.is_symlink()
     }

@@ -4,6 +4,7 @@ The blocks are read from the pages and run unchanged in a folder (`world`) where
 texts; `SMALL` has the arguments that make a command small. Start at `test_python_blocks_run`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -28,6 +29,7 @@ from dsmoe_jax.cli.flags import ARGUMENTS, GENERATION_PLAN, PLAN
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.convert import import_hf, write_adapter
 from dsmoe_jax.convert.peft_matching import make_plan
+from dsmoe_jax.generate import Generator
 from dsmoe_jax.lora import LoraConfig
 from dsmoe_jax.train import loop
 from dsmoe_jax.train.flags import parse_finetuning, parse_pretraining
@@ -35,13 +37,14 @@ from dsmoe_jax.train.recipes import FINETUNING, RECIPES
 from tests.helpers.adapters import random_adapter
 from tests.helpers.hf_folder import make_tokenizer, random_params, tiny, write_hf
 from tests.helpers.page_modules import MODULES
+from tests.helpers.serving import running
 
 pytestmark = pytest.mark.heavy
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 ROOMS: Final = (
     *("", "convert", "train", "train/data"),
-    *(f"dsmoe_jax/{room}" for room in ("generate", "kernels", "evaluate", "plan")),
+    *(f"dsmoe_jax/{room}" for room in ("generate", "kernels", "evaluate", "experiments", "plan", "serve")),
 )
 PAGES: Final = [ROOT / folder / "README.md" for folder in (*ROOMS, "tests/benchmarks")]
 LAUNCH: Final = [ROOT / "train/launch/slurm.sh", ROOT / "train/launch/jobset.yaml"]  # the others: test_tokenize_tasks
@@ -71,6 +74,7 @@ SMALL: Final[dict[str, list[str]]] = {
     "dsmoe generate": ["--max-new-tokens", "4"],
     "dsmoe chat": ["--max-new-tokens", "4"],
     "dsmoe evaluate": [],
+    "dsmoe serve": [],
     "dsmoe tokenize": [],
     "dsmoe pretrain": [*_RUN, *_OWN_MODEL],
     "dsmoe pretrain tiny": [*_RUN, *_OWN_MODEL, *_OWN_TEXT],
@@ -82,7 +86,8 @@ SMALL: Final[dict[str, list[str]]] = {
 ONLY_PARSED: Final = (
     *("dsmoe convert deepseek-ai/", "dsmoe push", "dsmoe export moe16b moe16b.gguf", "dsmoe export native model.gguf"),
     *("dsmoe pretrain deepseek_moe_16b", "dsmoe evaluate", "dsmoe tokenize hf://", "dsmoe tokenize gs://"),
-    *("dsmoe finetune chat16b --data hf://", "dsmoe pretrain deepseek_moe_2b --data.sources megatron/"),
+    *("dsmoe finetune chat16b --data hf://", "dsmoe pretrain deepseek_moe_2b --data.sources megatron/", "dsmoe serve"),
+    *("dsmoe ablate", "dsmoe routes", "dsmoe reproduce"),
 )
 TEMPLATE: Final = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -224,8 +229,12 @@ def test_python_blocks_run(block: Block, world: Path, monkeypatch: pytest.Monkey
     names: dict[str, Any] = {"token_ids": jnp.ones((8, 16), jnp.int32), "batches": [jnp.ones((8, 16), jnp.int32)] * 2}
     if block.section == "Quick start":
         exec("from dsmoe_jax import Generator", names)  # of the block before
+    with contextlib.ExitStack() as stack:
+        if (address := "127.0.0.1:8000") in source:
+            server = stack.enter_context(running(Generator.from_pretrained("chat16b"), model_name="chat16b"))
+            source = source.replace(address, f"127.0.0.1:{server.port}")
 
-    exec(compile(source, f"README.md, {block.section}", "exec"), names)
+        exec(compile(source, f"README.md, {block.section}", "exec"), names)
 
 
 @pytest.mark.parametrize("block", indexed("bash"))

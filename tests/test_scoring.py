@@ -207,6 +207,24 @@ def test_no_pairs_give_no_scores():
     assert scored(model_of(SMALL), []) == []
 
 
+def test_the_most_likely_tokens_are_returned():
+    model = model_of(SMALL)
+    pairs = [([5, 6], [7, 8, 9]), ([5, 6], [10]), ([11], [12] * 30)]
+
+    got, plain = scored(model, pairs, top=3), scored(model, pairs)
+
+    for (context, continuation), one, other in zip(pairs, got, plain, strict=True):
+        logits = model(np.array([[*context, *continuation]])).logits[0, len(context) - 1 : -1]
+        table = log_softmax(logits)
+        assert one.top_logprobs is not None
+        assert other.top_logprobs is None
+        assert one.token_logprobs == pytest.approx(other.token_logprobs, abs=1e-5)
+        for row, top, token, logprob in zip(table, one.top_logprobs, continuation, one.token_logprobs, strict=True):
+            assert [*top] == np.argsort(-row)[:3].tolist()
+            assert [*top.values()] == pytest.approx(np.sort(row)[::-1][:3], abs=1e-5)
+            assert top.get(token, logprob) == logprob  # equal to the bit
+
+
 def test_logits_are_computed_in_chunks():
     model = model_of(SMALL)
     pairs = [Pair(np.arange(128, dtype=np.int32), 127)] * 8

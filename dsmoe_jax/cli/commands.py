@@ -16,7 +16,7 @@ from typing import Any, Final, NoReturn
 
 from dsmoe_jax import __version__
 from dsmoe_jax.cli import experiments
-from dsmoe_jax.cli.flags import ARGUMENTS, AXES, EVALUATE, GROUPS, MESH, MODEL, SAMPLING, Argument, mesh_flags
+from dsmoe_jax.cli.flags import ARGUMENTS, AXES, EVALUATE, GROUPS, MESH, MODEL, SAMPLING, SERVE, Argument, mesh_flags
 from dsmoe_jax.cli.huge_pages import use_huge_pages
 from dsmoe_jax.cli.interrupts import interrupts
 from dsmoe_jax.cli.streams import (
@@ -291,6 +291,12 @@ def _chat(args: argparse.Namespace) -> None:
     terminal.chat(functools.partial(_generator, args), _provided(args, SAMPLING), system=args.system)
 
 
+def _serve(args: argparse.Namespace) -> None:
+    from dsmoe_jax.cli.serve import run
+
+    run(_provided(args, MODEL), _provided(args, SERVE), _check_devices)
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     from dsmoe_jax.evaluate import libraries
 
@@ -426,6 +432,7 @@ VERBS: Final[dict[str, tuple[Callable[[argparse.Namespace], None], str]]] = {
     "verify":   (_verify,   "verify a checkpoint, alone or bit by bit against another one"),
     "generate": (_generate, "stream the completion of a prompt, or complete a file of prompts"),
     "chat":     (_chat,     "chat with a model"),
+    "serve":    (_serve,    "serve a model over HTTP with the OpenAI API, and a page to chat with it"),
     "evaluate": (_evaluate, "evaluate a model on the benchmarks of the paper, or on tasks of lm-evaluation-harness"),
     "ablate":   (_ablate,   "measure the loss of a model with experts switched off, as in the paper"),
     "routes":   (_routes,   "show which experts serve which texts, and how specialized they are"),

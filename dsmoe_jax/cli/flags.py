@@ -154,6 +154,31 @@ SAMPLING: Final = (
         "--logprobs", "with --file: log-probabilities of every token and the N most likely ones; default: none", **_INT
     ),
 )
+_SERVED: Final = tuple(
+    _arg(
+        "--adapter", f"{_ADAPTER}, one a server, with the name of the model; default: none", "NAME=DIR", action="append"
+    )
+    if "--adapter" in flags
+    else (flags, options)
+    for flags, options in MODEL
+)
+SERVE: Final = (
+    _arg("--host", "address to bind to; default: 127.0.0.1, this machine only", "HOST"),
+    _arg("--port", "port to bind to; 0: a free one; default: 8000", **_INT),
+    _arg("--api-key", "key that requests must send as a bearer token; default: $DSMOE_API_KEY, or none", "KEY"),
+    _arg("--served-model-name", "name of the model in requests; default: NAME of --adapter, or of CKPT", "NAME"),
+    _arg("--allow-origin", "web origin whose pages may call the server; repeatable", "URL", action="append"),
+    _arg("--max-queue", "outputs that may wait for a row of the batch, others get status 429; default: 1024", **_INT),
+    _arg("--max-body-bytes", "maximum size of a request body; default: 4194304", **_INT),
+    _arg("--request-timeout", "seconds until a request is canceled; default: 600", **_FLOAT),
+    _arg("--idle-timeout", "seconds until a connection without a complete request is closed; default: 60", **_FLOAT),
+    _arg("--drain-timeout", "seconds that requests in flight may take after SIGTERM; default: 120", **_FLOAT),
+    _arg(
+        "--parse-special-tokens",
+        "encode strings such as <|endoftext|> in chat messages as special tokens; default: as plain text",
+        **_OPTIONAL,
+    ),
+)
 EVALUATE: Final = (
     _arg("model", _CHECKPOINT, _CKPT, nargs="?"),
     _arg(
@@ -284,6 +309,7 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
         *SAMPLING,
     ),
     "chat": (*MODEL, *MESH, _arg("--system", "system message; default: none", "TEXT"), *_SAMPLING),
+    "serve": (*_SERVED, *SERVE),
     "evaluate": EVALUATE,
     "ablate": (
         *_INSPECTION,

@@ -26,7 +26,7 @@ from dsmoe_jax.generate.detokenizer import Detokenizer
 from dsmoe_jax.generate.memory_plan import cache_bytes
 from dsmoe_jax.generate.prefill import Prefill, Prefiller
 from dsmoe_jax.generate.prefix_cache import MIN_SHARED, Prefix, PrefixCache
-from dsmoe_jax.generate.programs import Batch, SampledTokens, bucket, power_of_two
+from dsmoe_jax.generate.programs import Batch, Experts, SampledTokens, bucket, power_of_two
 from dsmoe_jax.generate.request import Output, Request, Stats, TokenLogprob
 from dsmoe_jax.generate.sampling import PenaltyState, Sampler, penalty_arrays
 from dsmoe_jax.generate.sampling_params import SamplingParams
@@ -121,6 +121,25 @@ class Engine:
         """Whether any output is unfinished."""
         return bool(self._waiting or self._admission or self._prefilled or self._in_flight or any(self._rows))
 
+    @property
+    def num_running(self) -> int:
+        """Outputs in a row of the batch."""
+        return sum(output is not None for output in self._rows)
+
+    @property
+    def kv_cache(self) -> tuple[int, float]:
+        """Bytes of the KV cache of the batch, and the fraction of its slots that hold a token."""
+        if self._batch is None:
+            return 0, 0.0
+        slots = self._batch.cache.slots
+        used = sum(output.num_cached for output in self._rows if output is not None)
+        return self._cache_bytes(len(self._rows), slots), used / (len(self._rows) * slots)
+
+    @property
+    def prefix_cache_bytes(self) -> int:
+        """Bytes of the retained prefixes."""
+        return self._prefix_cache.nbytes
+
     def submit(
         self,
         token_ids: Sequence[int],
@@ -130,6 +149,7 @@ class Engine:
         detokenize: bool = False,
         prefix: Prefix | None = None,
         retain_prefix: bool = False,
+        routing: bool = False,
     ) -> list[Output]:
         """Queue a prompt.
 
@@ -140,6 +160,7 @@ class Engine:
             detokenize: Decode incrementally, for `Output.new_text`.
             prefix: Keys and values of an earlier output to reuse instead of those in the prefix cache.
             retain_prefix: Keep those of the first output as its `prefix` and in the prefix cache.
+            routing: Record the experts of the output tokens as `Output.routing`; compiles another decode step.
 
         Returns:
             `params.n` outputs, which `step` extends.
@@ -153,7 +174,8 @@ class Engine:
         detokenize = detokenize or bool(params.stop)
         if detokenize and self._tokenizer is None:
             raise DSMoEError("a stream or stop string needs a tokenizer, and this generator has none")
-        request = Request(tuple(token_ids), params, seed if params.seed is None else params.seed, prefix, retain_prefix)
+        seed = seed if params.seed is None else params.seed
+        request = Request(tuple(token_ids), params, seed, prefix, retain_prefix, routing)
         size = self._cache_bytes(1, bucket(request.max_length))
         if self._max_cache_bytes is not None and size > self._max_cache_bytes:
             limit = f"at most {byte_size(self._max_cache_bytes)} are available"
@@ -179,14 +201,19 @@ class Engine:
             self._rows, self._batch, self._static = [], None, False
 
     def cancel(self, output: Output) -> None:
-        """Finish an output with reason "abort" and release its row."""
+        """Finish an output with reason "abort" and release its row; a prompt of such outputs alone is not read on."""
         if not output.finished:
             output.finish("abort")
             self._finish(output)
             self._prefilled = collections.deque(one for one in self._prefilled if one.output is not output)
-            if output.request in self._waiting and all(one.finished for one in self._outputs[output.request]):
+            canceled = lambda request: all(one.finished for one in self._outputs[request])  # noqa: E731
+            if output.request in self._waiting and canceled(output.request):
                 self._waiting.remove(output.request)
                 del self._outputs[output.request]
+            if self._admission is not None and all(map(canceled, self._admission.requests)):
+                for request in self._admission.requests:
+                    del self._outputs[request]
+                self._admission = None
 
     def _prefill_chunk(self) -> None:
         """Prefill one chunk of the waiting prompts, if they fit."""
@@ -232,6 +259,9 @@ class Engine:
                 break
             requests.append(self._waiting.popleft())
         prefill = self._prefiller.start([one.token_ids for one in requests], prefix, whole=self._static)
+        for request, reused in zip(requests, prefill.num_cached, strict=True):
+            for output in self._outputs[request]:
+                output.num_reused = reused
         return _Admission(requests, prefill, retain)
 
     def _find_prefix(self, request: Request) -> Prefix | None:
@@ -351,9 +381,10 @@ class Engine:
             self._sampler, self._sampler_stale = Sampler.of(rows, self._config.vocab_size), False
         mask = np.array([output is not None for output in self._rows])
         num_sampled = np.array([0 if output is None else output.num_sampled for output in self._rows], np.int32)
+        outputs = [output for _, output in active]
         sampled, self._batch = programs.step(
-            self._graph, self._num_logprobs([output for _, output in active]), self._params, self._take_batch(),
-            self._token, mask, self._sampler, num_sampled,
+            self._graph, self._num_logprobs(outputs), self._params, self._take_batch(),
+            self._token, mask, self._sampler, num_sampled, routing=any(one.request.routing for one in outputs),
         )  # fmt: skip
         self._token = sampled.token
         self.stats.steps += 1
@@ -370,9 +401,11 @@ class Engine:
         """Read back the sampled tokens of all but the newest `in_flight` calls."""
         while len(self._in_flight) > in_flight:
             sampled, rows = self._in_flight.popleft()
-            tokens, logprobs = jax.device_get((sampled.token, sampled.logprobs))
+            tokens, logprobs, experts = jax.device_get((sampled.token, sampled.logprobs, sampled.experts))
             for row, index, output in rows:
                 if not output.finished:
+                    if experts is not None and output.request.routing:
+                        output.routing.append(Experts(*(values[:, row] for values in experts)))
                     output.append(int(tokens[row]), _token_logprob(output, logprobs, index), self._eos)
                     if output.finished:
                         self._finish(output)

@@ -17,16 +17,15 @@ from dsmoe_jax.generate.memory_plan import device_bytes
 from dsmoe_jax.generate.prefix_cache import Prefix, PrefixCache
 from dsmoe_jax.generate.prompts import Prompt, encode_pair, encode_prompt, is_one_prompt
 from dsmoe_jax.generate.request import Completion, Output, Stats
-from dsmoe_jax.generate.sampling_params import SamplingParams, read_sampling_defaults
+from dsmoe_jax.generate.sampling_params import Params, SamplingParams, each_params, read_sampling_defaults
 from dsmoe_jax.generate.scoring import Perplexity, Score, iter_scores, perplexity, score
 from dsmoe_jax.loading import resolve
 from dsmoe_jax.model import DeepSeekMoE, split
-from dsmoe_jax.progress import Meter, plural, silent
+from dsmoe_jax.progress import Meter, silent
 from dsmoe_jax.sharding import MeshConfig, concrete_mesh
 from dsmoe_jax.text import generation_config as stops
 from dsmoe_jax.text.tokenizer import Tokenizer
 
-Params = SamplingParams | Sequence[SamplingParams] | None  # for all prompts, or one for each
 _CACHE_FRACTION: Final = 0.45  # of the free memory: the cache is copied when it grows
 
 
@@ -87,17 +86,17 @@ class Generator:
         self._params = loading.upcast_for_cpu(params)
         on_cpu = jax.default_backend() == "cpu"
         trained = max(self.config.context_length, loading.MIN_CONTEXT_LENGTH)
-        self.context_length = _at_least(2, "context_length", context_length, trained)
-        self.max_batch_size = _at_least(1, "max_batch_size", max_batch_size, 8 if on_cpu else 64)
-        self.prefill_chunk = _at_least(16, "prefill_chunk", prefill_chunk, loading.default_prefill_chunk())
+        self.context_length = loading.at_least(2, "context_length", context_length, trained)
+        self.max_batch_size = loading.at_least(1, "max_batch_size", max_batch_size, 8 if on_cpu else 64)
+        self.prefill_chunk = loading.at_least(16, "prefill_chunk", prefill_chunk, loading.default_prefill_chunk())
         dtype = self._params["norm.weight"].dtype
         self.cache_dtype = dtype if cache_dtype is None else loading.as_cache_dtype(cache_dtype)
         free = device_bytes()
         default_bytes = None if free is None else int(free * _CACHE_FRACTION)
-        self.cache_bytes = _at_least(1, "cache_bytes", cache_bytes, default_bytes)
+        self.cache_bytes = loading.at_least(1, "cache_bytes", cache_bytes, default_bytes)
         sequence = self.context_length, self.cache_dtype, concrete_mesh(self._params)
         default_bytes = loading.default_prefix_cache_bytes(free, self.config, *sequence)
-        self.prefix_cache_bytes = _at_least(0, "prefix_cache_bytes", prefix_cache_bytes, default_bytes)
+        self.prefix_cache_bytes = loading.at_least(0, "prefix_cache_bytes", prefix_cache_bytes, default_bytes)
         self._prefix_cache = PrefixCache(self.prefix_cache_bytes)
         if eos_token_id is None:
             fields = stops.with_default_eos({}, self.config)
@@ -194,11 +193,11 @@ class Generator:
         check_choice("errors", errors, ("raise", "return"))
         if single := is_one_prompt(prompts):
             prompts = [prompts]  # type: ignore[list-item]
-        engine, each = self.engine(), self._each_params(params, keywords, len(prompts))
+        engine, each = self.engine(), each_params(params, keywords, len(prompts))
         results: list[list[Output] | DSMoEError] = []
         for prompt, one in zip(prompts, each, strict=True):
             try:
-                results.append(self._submit(engine, prompt, one))  # type: ignore[arg-type]
+                results.append(self.submit(engine, prompt, one))  # type: ignore[arg-type]
             except DSMoEError as error:
                 if errors == "raise":
                     raise
@@ -214,7 +213,7 @@ class Generator:
         completions = [
             [Completion("", [], "error", error=str(result))]
             if isinstance(result, DSMoEError)
-            else [self._completion(output) for output in result]
+            else [self.completion(output) for output in result]
             for result in results
         ]
         entries = [found if one.n > 1 else found[0] for one, found in zip(each, completions, strict=True)]
@@ -278,11 +277,11 @@ class Generator:
         Raises:
             DSMoEError: The prompt or a parameter is invalid.
         """
-        (params,) = self._each_params(params, keywords, 1)
+        (params,) = each_params(params, keywords, 1)
         if params.n != 1:
             raise DSMoEError(f"n must be 1 for a stream, got {params.n}")
         engine = self.engine()
-        (output,) = self._submit(engine, prompt, params, detokenize=True, prefix=prefix, retain_prefix=retain_prefix)
+        (output,) = self.submit(engine, prompt, params, detokenize=True, prefix=prefix, retain_prefix=retain_prefix)
         return engine, output
 
     @staticmethod
@@ -304,14 +303,21 @@ class Generator:
         finally:
             engine.cancel(output)
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, *, split_special_tokens: bool | None = None) -> list[int]:
         """Return the token ids of a prompt: text with BOS, a chat with the chat template.
+
+        Args:
+            prompt: As in a call.
+            split_special_tokens: Encode special-token strings in it as plain text; default: as the tokenizer.
+
+        Returns:
+            The token ids.
 
         Raises:
             DSMoEError: The prompt is empty, needs a tokenizer, has ids outside the vocabulary, or is a chat whose roles
                 do not alternate.
         """
-        return encode_prompt(prompt, self.tokenizer, self.config.vocab_size)
+        return encode_prompt(prompt, self.tokenizer, self.config.vocab_size, split_special_tokens)
 
     def score(
         self, prompts: Sequence[Prompt], continuations: Sequence[str | Sequence[int]], **options: Any
@@ -399,23 +405,21 @@ class Generator:
         ids = [*(s.bos_token_id for s in sources), *(s.eos_token_id for s in sources), *sorted(self.eos_token_ids)]
         return next((token for token in ids if type(token) is int and 0 <= token < self.config.vocab_size), None)
 
-    def _each_params(self, params: Params, keywords: Mapping[str, Any], prompts: int) -> list[SamplingParams]:
-        if "sampling_params" in keywords:
-            raise DSMoEError("unknown keyword 'sampling_params'; did you mean 'params'?")
-        if params is not None and keywords:
-            raise DSMoEError(f"params and keywords are exclusive, got both: {', '.join(keywords)}")
-        if params is None:
-            params = SamplingParams(**keywords)
-        each = [params] * prompts if isinstance(params, SamplingParams) else params
-        if not isinstance(each, tuple | list) or not all(isinstance(one, SamplingParams) for one in each):
-            raise DSMoEError(f"params must be SamplingParams or a list of them, got {params!r:.80}")
-        if len(each) != prompts:
-            raise DSMoEError(
-                f"params must be one for all or one per prompt, got {len(each)} for {plural(prompts, 'prompt')}"
-            )
-        return list(each)
+    def submit(self, engine: Engine, prompt: Prompt, params: SamplingParams, **options: Any) -> list[Output]:
+        """Queue a prompt in an engine of this generator, with its stop strings and default seed.
 
-    def _submit(self, engine: Engine, prompt: Prompt, params: SamplingParams, **options: Any) -> list[Output]:
+        Args:
+            engine: From `engine`.
+            prompt: As in a call.
+            params: Sampling parameters.
+            **options: Those of `Engine.submit`.
+
+        Returns:
+            `params.n` outputs.
+
+        Raises:
+            DSMoEError: The prompt or a parameter is invalid.
+        """
         ids = self.encode(prompt)
         params.check_vocabulary(self.config.vocab_size)
         if self.stop_strings and self.tokenizer is not None and not params.ignore_eos:
@@ -423,7 +427,8 @@ class Generator:
         self._num_requests += 1
         return engine.submit(ids, params, seed=self._num_requests - 1, **options)
 
-    def _completion(self, output: Output) -> Completion:
+    def completion(self, output: Output) -> Completion:
+        """Return a finished output as a completion."""
         token_ids, params = output.token_ids, output.request.params
         text = output.text
         if not params.stop:
@@ -435,11 +440,3 @@ class Generator:
 
 _OPTIONS: Final = inspect.getfullargspec(Generator.__init__).kwonlyargs
 _FROM_PRETRAINED: Final = [*inspect.getfullargspec(Generator.from_pretrained).kwonlyargs, *_OPTIONS]
-
-
-def _at_least(minimum: int, name: str, value: int | None, default: Any) -> Any:
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise DSMoEError(f"{name} must be an int of at least {minimum}, got {value!r}")
-    return value

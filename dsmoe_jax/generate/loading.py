@@ -100,6 +100,15 @@ def default_prefix_cache_bytes(free: int | None, config: ModelConfig, length: in
     return max(10**9 if free is None else free // 20, cache_bytes(config, 1, length, dtype=dtype, mesh=mesh))
 
 
+def at_least(minimum: int, name: str, value: int | None, default: Any) -> Any:
+    """Return `value`, an int of at least `minimum`, or the default for None."""
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise DSMoEError(f"{name} must be an int of at least {minimum}, got {value!r}")
+    return value
+
+
 def as_cache_dtype(value: Any) -> np.dtype:
     """Return the dtype of a name or type."""
     allowed = {name: np.dtype(dtype) for name, dtype in (*DTYPES.items(), ("int8", jnp.int8))}

@@ -25,11 +25,19 @@ class Batch(NamedTuple):
     penalties: PenaltyState | None
 
 
+class Experts(NamedTuple):
+    """The top-k experts of a token in the L MoE layers, and the weights of their outputs."""
+
+    ids: Int[Array, "L *R K"]
+    weights: Float[Array, "L *R K"]
+
+
 class SampledTokens(NamedTuple):
     """The newest token of each row; not in `Batch`, which is donated while the host reads the tokens."""
 
     token: Int[Array, "R"]
     logprobs: Logprobs | None  # if any request has `logprobs`
+    experts: Experts | None = None  # of the token before, if any request has `routing`
 
 
 def bucket(length: int) -> int:
@@ -82,7 +90,7 @@ def _prefill(
     return model.logits(last), hidden.cache.placed()
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="routing", donate_argnums=3)
 def step(
     graph: Any,
     top: int | None,
@@ -92,10 +100,13 @@ def step(
     active: Bool[Array, "R"],
     sampler: Sampler | None,
     num_sampled: Int[Array, "R"],
+    *,
+    routing: bool = False,
 ) -> tuple[SampledTokens, Batch]:
     """Decode one token per active row from `token`, the newest; the batch is donated, no sampler means greedy.
 
-    `num_sampled` counts the tokens sampled before. `top` log-probabilities are computed, none at all if None.
+    `num_sampled` counts the tokens sampled before. `top` log-probabilities are computed, none at all if None. With
+    `routing` the experts of `token` are returned, too.
     """
     model = merge(graph, params)
     cache = batch.cache
@@ -104,6 +115,10 @@ def step(
     assert hidden.cache is not None
     logits = model.logits(hidden.last_hidden_state[:, 0])
     sampled, penalties = _sample(logits, batch.penalties, top, active, sampler, num_sampled)
+    if routing and hidden.routing:
+        layers = hidden.routing.values()
+        parts = (jnp.stack([one.ids[:, 0] for one in layers]), jnp.stack([one.weights[:, 0] for one in layers]))
+        sampled = sampled._replace(experts=Experts(*(constrain(part, (None,) * 3) for part in parts)))
     return sampled, Batch(hidden.cache.placed(), penalties)
 
 

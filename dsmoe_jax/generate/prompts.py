@@ -24,16 +24,19 @@ def is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
     return isinstance(first, Mapping | numbers.Number) or getattr(first, "ndim", None) == 0
 
 
-def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
+def encode_prompt(
+    prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int, split_special_tokens: bool | None = None
+) -> list[int]:
     """Return the token ids of a prompt; `Generator.encode` documents the errors."""
     if not len(prompt):
         raise DSMoEError("the prompt is empty")
     if isinstance(prompt, str) or isinstance(prompt[0], Mapping):
         tokenizer = _required(tokenizer, "a text prompt")
         if isinstance(prompt, str):
-            ids = tokenizer.encode(prompt)
+            ids = tokenizer.encode(prompt, split_special_tokens=split_special_tokens)
         else:
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)  # type: ignore[arg-type]
+            options = {"add_generation_prompt": True, "split_special_tokens": split_special_tokens}
+            ids = tokenizer.apply_chat_template(prompt, **options)  # type: ignore[arg-type]
             _check_roles(prompt)  # type: ignore[arg-type]
         if not ids:
             raise DSMoEError("the prompt has no tokens")

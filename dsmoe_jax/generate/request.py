@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from dsmoe_jax.generate.detokenizer import Detokenizer
 from dsmoe_jax.generate.prefix_cache import Prefix
+from dsmoe_jax.generate.programs import Experts
 from dsmoe_jax.generate.sampling_params import SamplingParams
 
 
@@ -75,6 +76,7 @@ class Request:
     seed: int
     prefix: Prefix | None
     retain_prefix: bool
+    routing: bool = False
 
     @property
     def max_length(self) -> int:
@@ -89,9 +91,11 @@ class Output:
         self.request, self.index = request, index
         self.token_ids: list[int] = []  # read back from the device
         self.logprobs: list[TokenLogprob] = []
+        self.routing: list[Experts] = []  # of all tokens but the last, if requested: the last is not fed to the model
         self.finish_reason: str | None = None  # "stop", "length" or "abort"
         self.stop_reason: int | str | None = None  # as in `Completion`
         self.prefix: Prefix | None = None  # set when finished, with `retain_prefix`
+        self.num_reused = 0  # prompt tokens whose keys and values were cached
         self.num_sampled = 0  # on the device; `token_ids` may be one step behind
         self.text = ""
         self._detokenizer = detokenizer

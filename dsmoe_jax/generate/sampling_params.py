@@ -11,15 +11,16 @@ import numpy as np
 
 from dsmoe_jax.convert.hub import resolve_file
 from dsmoe_jax.errors import DSMoEError, suggest
+from dsmoe_jax.progress import plural
 from dsmoe_jax.text.generation_config import GENERATION_CONFIG, read_generation_config
 
 MAX_LOGIT_BIASES: Final = 300
-_MAX_STOP_STRINGS: Final = 64
+MAX_STOP_STRINGS: Final = 64
 _DEFAULT_MAX_NEW_TOKENS: Final = 128
 _LENGTHS: Final = ("max_new_tokens", "max_tokens")  # the field and its alias
 
 
-class _Bound(NamedTuple):
+class Bound(NamedTuple):
     """The closed interval of a number."""
 
     low: float
@@ -28,21 +29,21 @@ class _Bound(NamedTuple):
     optional: bool = False
 
 
-_TOKEN_ID: Final = _Bound(0, (1 << 31) - 1, integer=True)
-_LENGTH: Final = _Bound(1, 1 << 24, integer=True)
-_BIAS: Final = _Bound(-100, 100)
-_NUMBERS: Final[dict[str, _Bound]] = {
+_TOKEN_ID: Final = Bound(0, (1 << 31) - 1, integer=True)
+_LENGTH: Final = Bound(1, 1 << 24, integer=True)
+_BIAS: Final = Bound(-100, 100)
+BOUNDS: Final[dict[str, Bound]] = {
     **dict.fromkeys(_LENGTHS, _LENGTH),
-    "temperature": _Bound(0, 1000),
-    "top_k": _Bound(1, 1 << 24, integer=True, optional=True),
-    "top_p": _Bound(0, 1),
-    "min_p": _Bound(0, 1),
-    "repetition_penalty": _Bound(0.01, 100),
-    "presence_penalty": _Bound(-2, 2),
-    "frequency_penalty": _Bound(-2, 2),
-    "seed": _Bound(0, (1 << 32) - 1, integer=True, optional=True),
-    "n": _Bound(1, 1024, integer=True),
-    "logprobs": _Bound(0, 20, integer=True, optional=True),
+    "temperature": Bound(0, 1000),
+    "top_k": Bound(1, 1 << 24, integer=True, optional=True),
+    "top_p": Bound(0, 1),
+    "min_p": Bound(0, 1),
+    "repetition_penalty": Bound(0.01, 100),
+    "presence_penalty": Bound(-2, 2),
+    "frequency_penalty": Bound(-2, 2),
+    "seed": Bound(0, (1 << 32) - 1, integer=True, optional=True),
+    "n": Bound(1, 1024, integer=True),
+    "logprobs": Bound(0, 20, integer=True, optional=True),
 }
 # Fields of generation_config.json: with `do_sample` only, and in any case.
 _SAMPLED: Final = ("temperature", "top_k", "top_p", "min_p")
@@ -141,7 +142,7 @@ class SamplingParams:
             both = "{} and {}".format(*lengths.values())
             raise DSMoEError(f"max_new_tokens and its alias max_tokens must be equal, got {both}")
         values |= dict.fromkeys(_LENGTHS, passed.pop() if passed else _DEFAULT_MAX_NEW_TOKENS)
-        values |= {name: _number(name, values[name], bound) for name, bound in _NUMBERS.items()}
+        values |= {name: _number(name, values[name], bound) for name, bound in BOUNDS.items()}
         values |= {name: _Stored(values[name]) for name in _LENGTHS}
         values["logit_bias"] = _logit_bias(values["logit_bias"])
         values["stop"] = _stop_strings(values["stop"])
@@ -188,6 +189,7 @@ class SamplingParams:
                 raise DSMoEError(f"{name}: token {highest} is outside the vocabulary of {vocab_size}")
 
 
+Params = SamplingParams | Sequence[SamplingParams] | None  # for all prompts, or one for each
 FIELD_NAMES: Final = tuple(inspect.signature(SamplingParams).parameters)
 
 
@@ -212,12 +214,30 @@ def merge_fields(defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> d
     return {name: value for name, value in defaults.items() if name not in hidden} | dict(overrides)
 
 
+def each_params(params: Params, keywords: Mapping[str, Any], prompts: int) -> list[SamplingParams]:
+    """Return the sampling parameters of each prompt, from `params` or the fields in `keywords`."""
+    if "sampling_params" in keywords:
+        raise DSMoEError("unknown keyword 'sampling_params'; did you mean 'params'?")
+    if params is not None and keywords:
+        raise DSMoEError(f"params and keywords are exclusive, got both: {', '.join(keywords)}")
+    if params is None:
+        params = SamplingParams(**keywords)
+    each = [params] * prompts if isinstance(params, SamplingParams) else params
+    if not isinstance(each, tuple | list) or not all(isinstance(one, SamplingParams) for one in each):
+        raise DSMoEError(f"params must be SamplingParams or a list of them, got {params!r:.80}")
+    if len(each) != prompts:
+        raise DSMoEError(
+            f"params must be one for all or one per prompt, got {len(each)} for {plural(prompts, 'prompt')}"
+        )
+    return list(each)
+
+
 def _is_default(name: str, value: Any) -> bool:
     integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
     return value is None or (integer and value in _DISABLED.get(name, ()))
 
 
-def _number(name: str, value: Any, bound: _Bound) -> Any:
+def _number(name: str, value: Any, bound: Bound) -> Any:
     """Return `value` as a Python number within its bound."""
     if value is None and bound.optional:
         return None
@@ -253,8 +273,8 @@ def _stop_strings(value: Any) -> tuple[str, ...]:
         raise DSMoEError(f"stop must be a string or a list of strings, got {_short_repr(value)}")
     if "" in stop:
         raise DSMoEError(f"stop must not contain an empty string, got {_short_repr(value)}")
-    if len(stop) > _MAX_STOP_STRINGS:
-        raise DSMoEError(f"stop must have at most {_MAX_STOP_STRINGS} strings, got {len(stop)}")
+    if len(stop) > MAX_STOP_STRINGS:
+        raise DSMoEError(f"stop must have at most {MAX_STOP_STRINGS} strings, got {len(stop)}")
     return tuple(stop)
 
 

@@ -35,11 +35,13 @@ class Score(NamedTuple):
         logprob: Sum over its tokens, in nats.
         greedy: Whether every token is the most likely one.
         token_logprobs: One per token.
+        top_logprobs: Those of the most likely tokens at each position, by token id; None unless requested.
     """
 
     logprob: float
     greedy: bool
     token_logprobs: list[float]
+    top_logprobs: list[dict[int, float]] | None = None
 
 
 class Perplexity(NamedTuple):
@@ -89,6 +91,7 @@ def iter_scores(
     prefill_chunk: int = 512,
     prefix_cache: PrefixCache | None = None,
     stats: Stats | None = None,
+    top: int | None = None,
 ) -> Iterator[tuple[int, Score]]:
     """Check the pairs at once, then yield index and log-likelihood of each (context, continuation) as it is computed.
 
@@ -107,6 +110,7 @@ def iter_scores(
         prefill_chunk: Tokens per call of the model when reading a shared prefix.
         prefix_cache: Prefixes of earlier calls to reuse.
         stats: Counters of tokens.
+        top: Most likely tokens to return at each position; each value compiles a program.
 
     Yields:
         Index of the pair and its score.
@@ -114,7 +118,11 @@ def iter_scores(
     Raises:
         DSMoEError: An option is out of range, or a pair is empty, too long, or has ids outside the vocabulary.
     """
-    for name, value in (("context_length", context_length), ("max_tokens", max_tokens)):
+    for name, value in (
+        ("context_length", context_length),
+        ("max_tokens", max_tokens),
+        ("top", 1 if top is None else top),
+    ):
         if value < 1:
             raise DSMoEError(f"{name} must be at least 1, got {value}")
     checked = [_checked(i, pair, config.vocab_size, context_length) for i, pair in enumerate(pairs)]
@@ -128,7 +136,7 @@ def iter_scores(
         prefix_cache=PrefixCache(0) if prefix_cache is None else prefix_cache,
         stats=stats,
     )
-    return _iter_groups(_Scorer(graph, params, prefiller, stats), checked, plan(checked, config, **options))
+    return _iter_groups(_Scorer(graph, params, prefiller, stats, top), checked, plan(checked, config, **options))
 
 
 def perplexity(
@@ -210,16 +218,20 @@ class _Scorer(NamedTuple):
     params: dict[str, Array]
     prefiller: Prefiller
     stats: Stats
+    top: int | None
 
 
 def _iter_groups(scorer: _Scorer, pairs: Sequence[Pair], groups: Sequence[Group]) -> Iterator[tuple[int, Score]]:
-    for indices, (logprobs, greedy) in _prefetch(_run_groups(scorer, pairs, groups)):
+    for indices, (logprobs, greedy, top) in _prefetch(_run_groups(scorer, pairs, groups)):
         ends = np.cumsum([pairs[i].predicted for i in indices])
         logprobs, greedy = np.asarray(logprobs).ravel(), np.asarray(greedy).ravel()
+        top_ids, top_values = (np.asarray(x).reshape(len(logprobs), -1) for x in top or (logprobs, logprobs))
         for i, end in zip(indices, ends.tolist(), strict=True):
             span = slice(end - pairs[i].predicted, end)
             tokens = logprobs[span].tolist()
-            yield i, Score(math.fsum(tokens), bool(greedy[span].all()), tokens)
+            rows = zip(top_ids[span].tolist(), top_values[span].tolist(), strict=True)
+            most_likely = None if top is None else [dict(zip(*row, strict=True)) for row in rows]
+            yield i, Score(math.fsum(tokens), bool(greedy[span].all()), tokens, most_likely)
 
 
 def _run_groups(scorer: _Scorer, pairs: Sequence[Pair], groups: Sequence[Group]) -> Iterator[tuple[list[int], Any]]:
@@ -232,7 +244,7 @@ def _run_groups(scorer: _Scorer, pairs: Sequence[Pair], groups: Sequence[Group])
             with mesh_of(scorer.params):
                 if group.prefix and prefix is None:
                     prefix = scorer.prefiller.read(pairs[indices[0]].tokens[: group.prefix].tolist()).cache
-                results = _score_batch(scorer.graph, scorer.params, prefix, inputs)
+                results = _score_batch(scorer.graph, scorer.params, prefix, inputs, top=scorer.top)
             read = int(inputs.counts.sum())
             scorer.stats.prompt_tokens += read
             scorer.stats.reused_tokens += sum(pairs[i].length for i in indices) - read
@@ -286,11 +298,14 @@ class _Inputs(NamedTuple):
         return cls(*laid_out, *padded.reshape(2, chunks, size), np.int32(-(-total // size)))  # type: ignore[arg-type]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="top")
 def _score_batch(
-    graph: Any, params: dict[str, Array], prefix: KVCache | None, inputs: _Inputs
-) -> tuple[Float[Array, "chunks size"], Bool[Array, "chunks size"]]:
-    """Return log-probability and greedy flag of each target; a prefix is a cache of one row."""
+    graph: Any, params: dict[str, Array], prefix: KVCache | None, inputs: _Inputs, *, top: int | None = None
+) -> tuple[Float[Array, "chunks size"], Bool[Array, "chunks size"], tuple[Array, Array] | None]:
+    """Return log-probability and greedy flag of each target, ids and log-probabilities of the `top` most likely tokens.
+
+    A prefix is a cache of one row.
+    """
     model = merge(graph, params)
     B, T = inputs.token_ids.shape
     valid = jnp.arange(T)[None, :] < inputs.counts[:, None]
@@ -306,20 +321,23 @@ def _score_batch(
     options = {"cache": cache, "mask": mask, "rope_length": inputs.longest}
     states = model.hidden(inputs.token_ids, valid, inputs.position_ids, **options).last_hidden_state.reshape(B * T, -1)
 
-    def chunk(i: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
+    def chunk(i: Array, results: Any) -> Any:
         targets = inputs.targets[i]
         logits = model.logits(states[inputs.positions[i]])
         vocabulary = jnp.arange(logits.shape[-1])[None, :]
         target = jnp.where(targets[:, None] == vocabulary, logits, 0).sum(axis=-1)
-        logprobs, greedy = results
-        logprobs = logprobs.at[i].set(target - jax.nn.logsumexp(logits, axis=-1))
-        return logprobs, greedy.at[i].set(logits.argmax(axis=-1) == targets)
+        total = jax.nn.logsumexp(logits, axis=-1)
+        found: Any = target - total, logits.argmax(axis=-1) == targets, None
+        if top is not None:
+            values, ids = jax.lax.top_k(logits, top)
+            found = (*found[:2], (ids, values - total[:, None]))
+        return jax.tree.map(lambda all, one: all.at[i].set(one), results, found)
 
     # `used` is a value, not a shape, so that the number of predicted tokens does not recompile.
-    empty = jnp.zeros(inputs.positions.shape, jnp.float32), jnp.zeros(inputs.positions.shape, bool)
-    logprobs, greedy = jax.lax.fori_loop(0, inputs.used, chunk, empty)
-    # Every process reads them.
-    return constrain(logprobs, (None, None)), constrain(greedy, (None, None))
+    zeros = lambda dtype, *more: jnp.zeros((*inputs.positions.shape, *more), dtype)  # noqa: E731
+    most_likely = None if top is None else (zeros(jnp.int32, top), zeros(jnp.float32, top))
+    found = jax.lax.fori_loop(0, inputs.used, chunk, (zeros(jnp.float32), zeros(bool), most_likely))
+    return jax.tree.map(lambda x: constrain(x, (None,) * x.ndim), found)  # every process reads them
 
 
 def _prefetch(results: Iterator[Any]) -> Iterator[Any]:

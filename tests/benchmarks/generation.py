@@ -119,7 +119,7 @@ def _bare(model: DeepSeekMoE, rows: int) -> Callable[[], object]:
         now = Batch(cache, None)
         for _ in range(plan.NEW_TOKENS):
             ready = token
-            (token, _), now = step(graph, None, params, now, token, active, None, drawn)
+            (token, *_), now = step(graph, None, params, now, token, active, None, drawn)
             np.asarray(ready)
         np.asarray(token)
 

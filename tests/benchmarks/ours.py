@@ -77,7 +77,7 @@ def _decode_actions(model: DeepSeekMoE, rows: int) -> Actions:
         answer, now = [], Batch(cache, None)
         for _ in range(plan.NEW_TOKENS):
             ready = token
-            (token, _), now = step(graph, None, params, now, token, active, None, drawn)
+            (token, *_), now = step(graph, None, params, now, token, active, None, drawn)
             answer.append(np.asarray(ready).tolist())
         jax.block_until_ready((token, now))
         return [*answer, np.asarray(token).tolist()]

@@ -109,6 +109,14 @@ def _abstract(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     called("abstract", abstract.main)([], monkeypatch)
 
 
+def _serving(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.benchmarks import serving
+
+    for name, size in {"PROMPTS": (4, 8), "OUTPUTS": (2, 4)}.items():
+        monkeypatch.setattr(serving, name, size)
+    called("serving", serving.main, "--requests", "4", "--clients", "2", "--rounds", "1")(arguments, monkeypatch)
+
+
 def _plan_check(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.benchmarks import plan_check
 
@@ -163,6 +171,7 @@ MODULES: Final[dict[str, Callable[[list[str], pytest.MonkeyPatch], None]]] = {
     "tests.benchmarks.generation": _generation,
     "tests.benchmarks.instructions": _instructions,
     "tests.benchmarks.abstract": _abstract,
+    "tests.benchmarks.serving": _serving,
     "tests.benchmarks.plan_check": _plan_check,
     "tests.benchmarks.plan_scale": lambda *_: importlib.import_module("tests.benchmarks.plan_scale").main(),
     "tests.benchmarks.debian_texts": _debian_texts,

@@ -79,7 +79,7 @@ def decode_row(sizes: Sizes, params: Mapping[str, Any], hits: Hits, rows: int) -
         batch = batch._replace(cache=batch.cache._replace(lengths=begin(batch.cache.lengths)))
         for _ in range(sizes.steps):
             ready = token
-            (token, _), batch = program(params, batch, token, active, None, drawn)
+            (token, *_), batch = program(params, batch, token, active, None, drawn)
             np.asarray(ready)
         held[:] = jax.block_until_ready((token, batch))
 
