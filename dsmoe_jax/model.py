@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import logging
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -32,7 +32,7 @@ from dsmoe_jax.layers.norm import RMSNorm
 from dsmoe_jax.layers.rope import rotation
 from dsmoe_jax.layers.router import Routing, hash_experts
 from dsmoe_jax.layers.token_dispatcher import DispatchConfig
-from dsmoe_jax.layers.weights import Initializer, Linear, weight
+from dsmoe_jax.layers.weights import Initializer, Linear, cast, weight
 from dsmoe_jax.sharding import (
     MeshConfig,
     as_mesh,
@@ -176,6 +176,8 @@ class DeepSeekMoE(nnx.Module):
         mask: CausalMask | None = None,
         router_bias: Mapping[int, Float[Array, "E"]] | None = None,
         remat: str = "none",
+        compute_dtype: Any = None,
+        enter: Callable[[Array, dict[str, Any]], tuple[Array, dict[str, Any]]] | None = None,
     ) -> DecoderOutput:
         """Compute the hidden states before the head; traceable, not jitted, without checks.
 
@@ -192,6 +194,9 @@ class DeepSeekMoE(nnx.Module):
             mask: Replaces the mask made of `attention_mask`, `segment_ids` and the lengths of the cache.
             router_bias: Bias on expert selection by layer, see `Router`.
             remat: Rematerialization policy of each block, a key of `REMAT`.
+            compute_dtype: Dtype of each block's weights but the router's; default: as they are. Rematerialized blocks
+              cast again, so that casts of all layers are not kept.
+            enter: Applied to the input and the weights of each block, as in `train.accumulate`.
 
         Returns:
             The hidden states of the last layer and, with them, those of all layers, the routing and the new cache.
@@ -219,8 +224,11 @@ class DeepSeekMoE(nnx.Module):
             if self.config.hash_routing and block.moe is not None:
                 assigned = hash_experts(token_ids, i, block.moe.router.experts)
             graph, params = nnx.split(block)
+            if enter is not None:
+                x, weights = enter(x, {f"layers.{i}.{_join(path)}": leaf for path, leaf in _leaves(params)})
+                params = nnx.from_flat_state([(_split(name)[2:], weight) for name, weight in weights.items()])
             operands = x, rope, mask, layer_cache, start, key, bias, valid, assigned
-            x, layer_cache, routed = _block(graph, remat, params, *operands)
+            x, layer_cache, routed = _block(graph, remat, compute_dtype, params, *operands)
             x = constrain(x, _STATES)
             hidden_states.append(x)
             layer_caches.append(layer_cache)
@@ -246,13 +254,27 @@ class DeepSeekMoE(nnx.Module):
         return constrain(logits, ("batch", *(None,) * (logits.ndim - 2), "vocab"))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _block(graph: Any, remat: str, params: Any, *operands: Any) -> tuple[Array, LayerCache | None, Routing | None]:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _block(
+    graph: Any, remat: str, dtype: Any, params: Any, *operands: Any
+) -> tuple[Array, LayerCache | None, Routing | None]:
     """Apply a block with its remat policy; jitted, so that equal layers are traced and lowered once."""
-    run = lambda params, *operands: nnx.merge(graph, params)(*operands)  # noqa: E731
+
+    def run(params: Any, *operands: Any) -> Any:
+        if dtype is not None:  # the router always computes in fp32
+            leaves = [(path, leaf if "router" in path else cast(leaf, dtype)) for path, leaf in _leaves(params)]
+            params = nnx.from_flat_state(leaves)
+        return nnx.merge(graph, params)(*operands)
+
     # Calls within a block stay inlineable under the compiler option that keeps XLA from inlining blocks.
     with set_xla_metadata(inlineable=None):
         return (run if remat == "none" else jax.checkpoint(run, policy=REMAT[remat]))(params, *operands)
+
+
+def _leaves(state: Any) -> list[tuple[tuple, Any]]:
+    """Return the paths and values of a state of variables or values."""
+    flat = nnx.to_flat_state(state)
+    return [(path, leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf) for path, leaf in flat]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
