@@ -302,7 +302,8 @@ def _hidden(
     if enter is not None and head:
         states, head = enter(hidden.last_hidden_state, head)
         hidden = hidden._replace(last_hidden_state=states)
-    return hidden, cast(head["head.weight"], dtype) if head else own["embed"]
+    # Sharded after the cast, else XLA gathers it in fp32.
+    return hidden, constrain(cast(head["head.weight"], dtype), ("vocab", "embed")) if head else own["embed"]
 
 
 def _report(

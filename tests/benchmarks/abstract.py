@@ -1,7 +1,8 @@
 """`python -m tests.benchmarks.abstract` compiles train steps of the 16B and the 145B ahead of time, without devices.
 
 No parameters are allocated. Prints compile times, bytes per device and temporaries, compiled and by `dsmoe plan`'s
-arithmetic, for simulated CPUs, or with `--card` for GPUs (see `plan.absent_gpu`). Pretraining recipes are compiled for
+arithmetic, for simulated CPUs, or with `--card` for GPUs (see `plan.absent_gpu`), with the predicted time of a step
+(`predicted`). Pretraining recipes are compiled for
 fsdp 8 x expert 8, fine-tuning recipes for the devices in their name.
 """
 
@@ -22,12 +23,14 @@ from jax.sharding import Mesh
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.plan import absent_gpu
+from dsmoe_jax.plan.cards import CARDS
 from dsmoe_jax.plan.compiled import lower_step
 from dsmoe_jax.plan.memory import temporaries
 from dsmoe_jax.plan.workload import Workload
 from dsmoe_jax.sharding import MeshConfig, make_mesh
 from dsmoe_jax.train.config import RunConfig
 from dsmoe_jax.train.recipes import FINETUNING, RECIPES
+from tests.benchmarks.predicted import predict
 
 # XLA:CPU schedules each function in superlinear time: the 145B takes over 15 minutes in one function, 3 by block. Only
 # for compilation: on simulated devices, collectives in nested functions would deadlock on the thread pool.
@@ -73,29 +76,32 @@ def main() -> None:
             parser.error(f"RECIPE {recipe!r} does not exist, only {', '.join(known)}")
     for recipe in args.recipes or known:
         with contextlib.nullcontext() if args.card is None else absent_gpu.chosen_as_on_gpu():
-            print(recipe, compiled(known[recipe], apart=args.card is None), flush=True)
+            print(recipe, compiled(known[recipe], args.card), flush=True)
 
 
-def compiled(case: Case, *, apart: bool = True) -> dict[str, Any]:
-    """Compile a recipe's step; return seconds and bytes. With `apart`, blocks are separate functions."""
+def compiled(case: Case, card: str | None = None) -> dict[str, Any]:
+    """Compile a recipe's step; return seconds, bytes and, for a GPU, the predicted time of the step."""
     step = dataclasses.replace(case.run.step, gradient_accumulation_steps=2)
     run, devices = dataclasses.replace(case.run, step=step), 1 if case.mesh is None else case.mesh.size
     batch = (devices * step.gradient_accumulation_steps, case.tokens)
     started = time.perf_counter()
-    with _BLOCKS_APART if apart else contextlib.nullcontext():
+    with _BLOCKS_APART if card is None else contextlib.nullcontext():
         lowered = lower_step(run, case.model, case.mesh, batch)
     lowering = time.perf_counter() - started
-    memory = lowered.compile().memory_analysis()
+    program = lowered.compile()
+    memory = program.memory_analysis()
     data = dataclasses.replace(run.data, sequence_length=case.tokens, batch_size=batch[0])
     mesh = MeshConfig() if case.mesh is None else MeshConfig(*case.mesh.shape.values())
     work = Workload.of(dataclasses.replace(run, data=data, mesh=mesh), case.model, devices)
+    prediction = {} if card is None else predict(program.as_text(), CARDS[card], dict(case.mesh.shape)).row()
     return {
         "lowering_seconds": round(lowering, 1),
         "seconds": round(time.perf_counter() - started, 1),
         "argument_bytes": memory.argument_size_in_bytes,
         "by_arithmetic": work.argument_bytes(),
         "temporary_bytes": memory.temp_size_in_bytes,
-        "estimated": sum(temporaries(work, "cpu" if apart else "gpu").values()),
+        **prediction,
+        "estimated": sum(temporaries(work, "cpu" if card is None else "gpu").values()),
     }
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsmoe_jax.layers.rope import rotation
-from dsmoe_jax.layers.token_dispatcher import Sorted
+from dsmoe_jax.layers.sorted_rows import Sorted
 from dsmoe_jax.model import DeepSeekMoE
 from tests.benchmarks import plan
 from tests.benchmarks.gpu import experts, timing, work
