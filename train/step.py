@@ -47,6 +47,9 @@ class StepConfig:
     remat: Literal["none", "dots", "full"] = "none"
     """Rematerialization: `dots` saves matmul outputs, `full` recomputes whole layers."""
 
+    scan_layers: bool = False
+    """Run the MoE layers in a loop: compiles several times faster, but holds a copy of their weights and gradients."""
+
     z_loss: float = 0.0
     """Weight of the squared log-partition of the logits (PaLM, arXiv 2204.02311, section 5)."""
 
@@ -286,7 +289,7 @@ def _hidden(
     outer = {name: value for name, value in params.items() if name not in inner}
     own, head = ({name: outer[name] for name in outer if name.startswith("head.") == of} for of in (False, True))
     if enter is not None:
-        _, own = enter((), own)
+        _, own = enter(None, own)
     own = {name: cast(value, dtype) for name, value in own.items()}
     model = merge(graph, inner | own | head)
     hidden = model.hidden(
@@ -298,12 +301,15 @@ def _hidden(
         remat=options.remat,
         compute_dtype=dtype,
         enter=enter,
+        scan_layers=options.scan_layers,
     )
     if enter is not None and head:
         states, head = enter(hidden.last_hidden_state, head)
         hidden = hidden._replace(last_hidden_state=states)
-    # Sharded after the cast, else XLA gathers it in fp32.
-    return hidden, constrain(cast(head["head.weight"], dtype), ("vocab", "embed")) if head else own["embed"]
+    if not head:
+        return hidden, own["embed"]
+    weight: Any = cast(head["head.weight"], dtype)
+    return hidden, constrain(weight, ("vocab", "embed"))  # sharded after the cast, else XLA gathers it in fp32
 
 
 def _report(

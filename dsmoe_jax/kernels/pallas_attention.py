@@ -258,5 +258,6 @@ def _call(
     shapes = [jax.ShapeDtypeStruct(*shape, manual_axis_type=varying) for shape in out]
     params = triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
     run = functools.partial(kernel, tile=tile)
-    call: Any = pl.pallas_call(run, shapes, grid=grid, compiler_params=params, interpret=interpret)
+    name = f"flash_attention{kernel.__name__.removesuffix('_kernel')}"
+    call: Any = pl.pallas_call(run, shapes, grid=grid, compiler_params=params, interpret=interpret, name=name)
     return tuple(call(*operands))

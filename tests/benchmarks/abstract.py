@@ -93,7 +93,9 @@ def compiled(case: Case, card: str | None = None) -> dict[str, Any]:
     data = dataclasses.replace(run.data, sequence_length=case.tokens, batch_size=batch[0])
     mesh = MeshConfig() if case.mesh is None else MeshConfig(*case.mesh.shape.values())
     work = Workload.of(dataclasses.replace(run, data=data, mesh=mesh), case.model, devices)
-    prediction = {} if card is None else predict(program.as_text(), CARDS[card], dict(case.mesh.shape)).row()
+    prediction = {}
+    if card is not None and case.mesh is not None:
+        prediction = predict(program.as_text(), CARDS[card], case.mesh.shape).row()
     return {
         "lowering_seconds": round(lowering, 1),
         "seconds": round(time.perf_counter() - started, 1),

@@ -1,7 +1,7 @@
 """Predicted time of a compiled GPU program, read from its HLO text: `predict`.
 
-Each launched operation takes as long as its bytes at the card's bandwidth, or its matmuls at the card's FLOP/s if that is
-longer, by the shares of `plan.roofline`. A prediction to compare designs, not a measurement: nothing here has been
+Each launched operation takes as long as its bytes at the card's bandwidth, or its matmuls at the card's FLOP/s if that
+is longer, by the shares of `plan.roofline`. A prediction to compare designs, not a measurement: nothing here has been
 compared with a run on a GPU, and matmuls are not autotuned.
 """
 
@@ -24,6 +24,8 @@ _FREE: Final = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier", "after-all", "partition-id"),
     *("while", "conditional", "call", "iota"),
 }
+# Matmuls per pair of query and key of our kernels, half of the pairs being masked.
+_KERNELS: Final = {"flash_attention_forward": 2, "flash_attention_dq": 3, "flash_attention_dkv": 4}
 _READS_A_PART: Final = ("dynamic-slice", "gather", "slice")
 _CALLERS: Final = ("while", "conditional", "call")
 
@@ -83,9 +85,10 @@ def predict(text: str, card: Card, mesh: Mapping[str, int]) -> Prediction:
     work = list(_work(bodies, entry, 1))
     loops = sum(one.opcode == "while" and not _TRIPS.search(one.rest) for body in bodies.values() for one in body)
     moved = sum(
-        one.bytes * one.count * CROSSINGS.get(one.kind, 1) * (one.ways - 1) / one.ways for one in collectives(text, mesh)
+        one.bytes * one.count * CROSSINGS.get(one.kind, 1) * (one.ways - 1) / one.ways
+        for one in collectives(text, mesh)
     )
-    slow, fast = (sum(times * _seconds(*one, card, share) for times, *one in work) for share in RANGE)
+    slow, fast = (sum(n * _seconds(flops, size, card, share) for n, flops, size in work) for share in RANGE)
     links = [moved / (card.link * share.link) for share in RANGE]
     return Prediction(
         seconds=(slow + links[0], fast + links[1]),
@@ -127,7 +130,8 @@ def _work(bodies: Mapping[str, list[Instruction]], name: str, times: int) -> Ite
             continue
         else:
             fused = [each for called in one.called for each in bodies.get(called, ())]
-            yield times, _flops([one, *fused], shapes), _bytes(one, fused, shapes)
+            flops = _flops([one, *fused], shapes) + _kernel_flops(one, shapes)
+            yield times, flops, _bytes(one, fused, shapes)
 
 
 def _communicates(one: Instruction) -> bool:
@@ -147,6 +151,15 @@ def _flops(instructions: list[Instruction], shapes: Mapping[str, str]) -> float:
                 continue
             total += 2 * math.prod(_dims(one.shape)) * math.prod(left[int(d)] for d in depth.split(",") if d)
     return total
+
+
+def _kernel_flops(one: Instruction, shapes: Mapping[str, str]) -> float:
+    """Return the FLOPs of our attention kernels, whose fourth and fifth operands are the queries and keys."""
+    name = next((name for name in _KERNELS if one.opcode == "custom-call" and f"/{name}/" in one.rest), None)
+    if name is None:
+        return 0.0
+    (B, T, N, H), keys = (_dims(shapes[operand]) for operand in one.operands[3:5])
+    return _KERNELS[name] * 2 * B * N * T * keys[2] / 2 * H
 
 
 def _bytes(one: Instruction, fused: list[Instruction], shapes: Mapping[str, str]) -> float:
