@@ -8,15 +8,14 @@ import dataclasses
 import functools
 import logging
 import zlib
-from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
-from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import Mesh, Sharding
 
 from dsmoe_jax.axes import Array, Float, Int, PRNGKeyArray
@@ -25,7 +24,8 @@ from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.kernels.attention import CausalMask
 from dsmoe_jax.kernels.matmul import matmul
 from dsmoe_jax.kernels.operand import Quantized
-from dsmoe_jax.kv_cache import KVCache, LayerCache
+from dsmoe_jax.kv_cache import KVCache
+from dsmoe_jax.layers import stack
 from dsmoe_jax.layers.ablation import Ablation
 from dsmoe_jax.layers.block import Block
 from dsmoe_jax.layers.norm import RMSNorm
@@ -44,13 +44,6 @@ from dsmoe_jax.sharding import (
 )
 
 _log = logging.getLogger(__name__)
-_STATES: Final = ("batch", None, None)  # the logical axes of hidden states
-# Rematerialization policies: the activations of a block that are saved for the backward pass.
-REMAT: Final[dict[str, Any]] = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class ModelOutput(NamedTuple):
@@ -176,6 +169,9 @@ class DeepSeekMoE(nnx.Module):
         mask: CausalMask | None = None,
         router_bias: Mapping[int, Float[Array, "E"]] | None = None,
         remat: str = "none",
+        compute_dtype: Any = None,
+        enter: Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]] | None = None,
+        scan_layers: bool = False,
     ) -> DecoderOutput:
         """Compute the hidden states before the head; traceable, not jitted, without checks.
 
@@ -191,7 +187,12 @@ class DeepSeekMoE(nnx.Module):
             segment_ids: int [B, T]; attention is block-diagonal over segments. Not supported with a cache.
             mask: Replaces the mask made of `attention_mask`, `segment_ids` and the lengths of the cache.
             router_bias: Bias on expert selection by layer, see `Router`.
-            remat: Rematerialization policy of each block, a key of `REMAT`.
+            remat: Rematerialization policy of each block, a key of `layers.stack.REMAT`.
+            compute_dtype: Dtype of each block's weights but the router's; default: as they are. Rematerialized blocks
+              cast again, so that casts of all layers are not kept.
+            enter: Applied to the input and the weights of each block, as in `train.accumulate`.
+            scan_layers: Run the last MoE blocks in a loop (`layers.stack.scan`), without a cache. Their hidden states
+              are not in the output.
 
         Returns:
             The hidden states of the last layer and, with them, those of all layers, the routing and the new cache.
@@ -208,24 +209,39 @@ class DeepSeekMoE(nnx.Module):
         elif mask is None:
             mask = CausalMask(None, None if attention_mask is None else attention_mask != 0, segment_ids, segment_ids)
         valid = None if cache is None or attention_mask is None else attention_mask != 0
-        x = constrain(self._embed(token_ids), _STATES)
+        x = constrain(self._embed(token_ids), stack.STATES)
         rope = rotation(self.config, position_ids, rope_length, x.dtype)
-        hidden_states, layer_caches, routing = [x], [], {}
+        hidden_states, layer_caches, routing, scanned = [x], [], {}, []
         for i, block in enumerate(self.layers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
-            layer_cache = None if cache is None else cache.layers[i]
             bias = None if router_bias is None else router_bias.get(i)
             assigned = None
             if self.config.hash_routing and block.moe is not None:
                 assigned = hash_experts(token_ids, i, block.moe.router.experts)
             graph, params = nnx.split(block)
+            in_loop = scan_layers and all(self.config.is_moe_layer(j) for j in range(i, len(self.layers)))
+            if enter is not None:
+                name = lambda path, i=i: f"layers.{i}.{_join(path)}"  # noqa: E731
+                own = stack.leaves(params)
+                before, weights = enter(None if in_loop else x, {name(path): leaf for path, leaf in own.items()})
+                x = x if before is None else before
+                params = nnx.from_flat_state([(path, weights[name(path)]) for path in own])
+            if in_loop:
+                scanned.append((graph, stack.leaves(params), key, bias, assigned))
+                continue
+            layer_cache = None if cache is None else cache.layers[i]
             operands = x, rope, mask, layer_cache, start, key, bias, valid, assigned
-            x, layer_cache, routed = _block(graph, remat, params, *operands)
-            x = constrain(x, _STATES)
+            x, layer_cache, routed = stack.apply(graph, remat, compute_dtype, params, *operands)
+            x = constrain(x, stack.STATES)
             hidden_states.append(x)
             layer_caches.append(layer_cache)
             if routed is not None:
                 routing[i] = routed
+        if scanned:
+            graphs, weights, *options = zip(*scanned, strict=True)
+            options = [None if each[0] is None else each for each in options]  # dropout keys, biases, assigned experts
+            x, routed = stack.scan(graphs[0], remat, compute_dtype, weights, x, rope, mask, *options)
+            routing |= zip(range(len(self.layers) - len(scanned), len(self.layers)), routed, strict=True)
         if cache is not None:
             new = T if attention_mask is None else attention_mask.astype(jnp.int32).sum(axis=1)
             cache = KVCache(tuple(layer_caches), cache.lengths + new)
@@ -244,15 +260,6 @@ class DeepSeekMoE(nnx.Module):
         weight = self.embed[...] if self.head is None else self.head.weight[...]
         logits = matmul(states, weight, preferred_element_type=jnp.float32)
         return constrain(logits, ("batch", *(None,) * (logits.ndim - 2), "vocab"))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _block(graph: Any, remat: str, params: Any, *operands: Any) -> tuple[Array, LayerCache | None, Routing | None]:
-    """Apply a block with its remat policy; jitted, so that equal layers are traced and lowered once."""
-    run = lambda params, *operands: nnx.merge(graph, params)(*operands)  # noqa: E731
-    # Calls within a block stay inlineable under the compiler option that keeps XLA from inlining blocks.
-    with set_xla_metadata(inlineable=None):
-        return (run if remat == "none" else jax.checkpoint(run, policy=REMAT[remat]))(params, *operands)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import jax
@@ -179,6 +179,32 @@ def constrain(x: Array, axes: tuple[str | None, ...], *, replicate: bool = False
     sizes = zip(x.shape, (_TABLE[axis] for axis in axes), strict=True)
     placed = [uneven if _ways(names, mesh, size) else names for size, names in sizes]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*placed))
+
+
+def divides(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> bool:
+    """Whether an array with these logical axes divides over the current mesh, if any."""
+    mesh = current_mesh()
+    return mesh is None or not any(_ways(_TABLE[axis], mesh, size) for size, axis in zip(shape, axes, strict=True))
+
+
+def on_each_device(
+    run: Callable[..., Array], axes: Sequence[tuple[str | None, ...]], out: tuple[str | None, ...]
+) -> Callable[..., Array]:
+    """Apply a function to each device's shards, for kernels that XLA cannot partition.
+
+    Args:
+        run: The function of arrays. It must not communicate, and integer arrays alone may be replicated.
+        axes: The logical axes of its arguments, which must divide over the mesh.
+        out: Those of its result.
+
+    Returns:
+        The function of whole arrays; `run` itself without a mesh.
+    """
+    if current_mesh() is None:
+        return run
+    # The kernels, interpreted, do not pass JAX's check of varying axes.
+    split = jax.shard_map(run, in_specs=tuple(map(spec, axes)), out_specs=spec(out), check_vma=False)
+    return jax.jit(split)  # JAX has no eager shard_map of a `custom_vjp`
 
 
 def mesh_of(params: Mapping[str, Any]) -> contextlib.AbstractContextManager:

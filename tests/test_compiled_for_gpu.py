@@ -7,6 +7,7 @@ benchmark do.
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -19,12 +20,15 @@ import pytest
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.generate.memory_plan import MemoryPlan
 from dsmoe_jax.generate.programs import Batch, empty, extend, step
-from dsmoe_jax.kernels import grouped_matmul, plain
+from dsmoe_jax.kernels import attention, grouped_matmul, plain
 from dsmoe_jax.kernels.expert_ffn import expert_ffn
 from dsmoe_jax.kernels.tuning import Legs
 from dsmoe_jax.model import abstract
 from dsmoe_jax.plan import absent_gpu
+from dsmoe_jax.plan.compiled import lower_step
 from dsmoe_jax.quantize import kind_of, quantized_spec
+from dsmoe_jax.sharding import MeshConfig, make_mesh
+from dsmoe_jax.train.recipes import RECIPES
 
 pytestmark = pytest.mark.heavy
 
@@ -149,3 +153,50 @@ def test_every_backend_compiles_with_its_gradients(
         pytest.skip(f"jax {jax.__version__} asks the device about Pallas kernels: {str(error).splitlines()[0]}")
 
     assert ("pallas_call" in text) == (backend == "grouped")
+
+
+# Narrow, so that sequences are longer than anything else.
+NARROW = dataclasses.replace(
+    CONFIG,
+    **{"vocab_size": 512, "hidden_size": 256, "intermediate_size": 128, "moe_intermediate_size": 128},
+    **{
+        "num_hidden_layers": 1,
+        "first_k_dense_replace": 0,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "n_routed_experts": 8,
+    },
+)
+TOKENS = 1536
+
+
+def largest_array(text: str) -> int:
+    """The most elements of an array of a program, also within fusions."""
+    return max(math.prod(map(int, dims.split(","))) for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text))
+
+
+def training_step(place: Any) -> str:
+    run = RECIPES["deepseek_moe_16b"]()
+    run = dataclasses.replace(run, step=dataclasses.replace(run.step, gradient_accumulation_steps=1))
+    return lower_step(run, NARROW, make_mesh(MeshConfig(), list(place.device_set)), (1, TOKENS)).compile().as_text()
+
+
+def prefill(place: Any) -> str:
+    weights = {name: jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16) for name, spec in abstract(NARROW)[1].items()}
+    cache = jax.eval_shape(lambda: empty(NARROW, 1, TOKENS, jnp.bfloat16))
+    ids, count = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, TOKENS), (1,)))
+    with jax.set_mesh(make_mesh(MeshConfig(), list(place.device_set))):  # from which Pallas knows the GPU
+        return compiled(extend, abstract(NARROW)[0], *there(place, (weights, cache, ids, count))).as_text()
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # since jax 0.11
+@pytest.mark.parametrize("backend", ["", "pallas"])
+@pytest.mark.parametrize("program", [training_step, prefill])
+def test_no_program_has_an_array_of_all_scores(program: Any, backend: str, place: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(attention.VARIABLE, backend)
+    jax.clear_caches()  # of blocks traced with another backend
+
+    text = program(place)
+
+    assert largest_array(text) < TOKENS**2
+    assert ("flash_attention" in text) == (backend == "pallas")

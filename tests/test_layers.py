@@ -17,7 +17,8 @@ from dsmoe_jax.kv_cache import KVCache
 from dsmoe_jax.layers.norm import RMSNorm
 from dsmoe_jax.layers.rope import rotate, rotation
 from dsmoe_jax.layers.router import Router
-from dsmoe_jax.layers.token_dispatcher import Sorted, routed_experts
+from dsmoe_jax.layers.sorted_rows import Sorted
+from dsmoe_jax.layers.token_dispatcher import routed_experts
 from dsmoe_jax.model import DeepSeekMoE, merge, split
 from tests.helpers import reference
 from tests.helpers.hf_folder import tiny

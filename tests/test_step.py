@@ -166,6 +166,20 @@ def test_a_step_is_the_same_in_every_combination(mesh: str, accumulation: int, r
     check_equal(got, one_step(PLAIN))
 
 
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [
+        (None, {}),
+        pytest.param(None, {"bias_update_rate": 0.1, "remat": "full"}, marks=pytest.mark.slow),
+        pytest.param("fsdp=8", {"gradient_accumulation_steps": 2, "remat": "full"}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_with_layers_in_a_loop_is_the_same(mesh: str | None, options: dict[str, Any]):
+    got = one_step(StepConfig(scan_layers=True, **options), None if mesh is None else MESHES[mesh])
+
+    check_equal(got, one_step(StepConfig(**options) if mesh is None else PLAIN))
+
+
 @pytest.mark.parametrize("accumulation", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_micro_batches_of_unequal_targets_weigh_by_them(accumulation: int):
     config = tiny()

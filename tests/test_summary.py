@@ -122,7 +122,11 @@ def test_nothing_is_printed_without_logging(monkeypatch: pytest.MonkeyPatch, cap
     [
         ("DSMOE_EXPERT_BACKEND", "cutlass", "DSMOE_EXPERT_BACKEND must be one of block_loop, "),
         ("DSMOE_EXPERT_BACKEND", "ragged,dense", "DSMOE_EXPERT_BACKEND must be one name or fwd,dgrad,wgrad, got"),
-        ("DSMOE_ATTENTION_BACKEND", "flash", "DSMOE_ATTENTION_BACKEND must be one of plain, cudnn, got 'flash'"),
+        (
+            "DSMOE_ATTENTION_BACKEND",
+            "flash",
+            "DSMOE_ATTENTION_BACKEND must be one of plain, pallas, cudnn, got 'flash'",
+        ),
         ("DSMOE_TUNING", "/absent/tuned.json", "DSMOE_TUNING: /absent/tuned.json: "),
     ],
     ids=["name", "three", "attention", "file"],

@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from dsmoe_jax.kernels.operand import EXPERT_AXES, Experts, leaf_axes
+from dsmoe_jax.layers import token_dispatcher
 from dsmoe_jax.layers.token_dispatcher import STRATEGIES, DispatchConfig, Strategy, routed_experts
 from dsmoe_jax.sharding import BATCH_AXES, make_mesh, sharding
 from tests.helpers import reference
@@ -371,6 +372,22 @@ def test_backward_gathers_again_and_reduce_scatters():
     assert forward.count('"stablehlo.all_gather"') == backward.count('"stablehlo.all_gather"') == operands
     assert backward.count('"stablehlo.reduce_scatter"') == operands
     assert "reduce_scatter" not in forward
+
+
+def test_large_experts_are_gathered_in_parts(monkeypatch: pytest.MonkeyPatch):
+    """Four parts of two experts, which some rows overflow; a layer has 4 KiB of weights."""
+    inputs, cotangent = arrays()
+    ids, mesh, config = ids_of("skewed"), "fsdp=8", DispatchConfig("gather", None, "batched")
+    monkeypatch.setattr(token_dispatcher, "_PART_BYTES", 3 * 4 * F * D * 2)
+
+    with on_mesh(mesh):
+        compute = jax.jit(functools.partial(out_and_grads, config, "")).lower(placed(inputs, mesh), ids, cotangent)
+        got = compute.compile()(placed(inputs, mesh), ids, cotangent)
+
+    check_all(got, run(None, DispatchConfig(), ids, inputs, cotangent))
+    text = compute.as_text()
+    assert text.count('"stablehlo.all_gather"') == 2 * 4 * 3
+    assert text.count('"stablehlo.reduce_scatter"') == 4 * 3
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="on CPU, older compilers drop barriers before they merge")

@@ -148,6 +148,8 @@ class FinetuneConfig(RunConfig):
             raise DSMoEError(f"model {self.model!r} cannot be set: fine-tuning uses the checkpoint's model")
         if self.quantize is not None and self.lora is None:
             raise DSMoEError(f"quantize {self.quantize} requires --lora: quantized weights cannot be trained")
+        if self.step.scan_layers and self.lora is not None:
+            raise DSMoEError("step.scan_layers cannot be used with --lora: it would copy the frozen weights")
 
 
 def finetuning(

@@ -28,7 +28,7 @@ _NEUTRAL: Final = frozenset(
 # Settings that may change between starts, which is logged: speed, duration and schedule, not the objective.
 _FREE: Final[Mapping[str, frozenset[str]]] = {
     "optimizer": frozenset({"learning_rate", "schedule", "warmup_steps", "min_lr_ratio"}),
-    "step": frozenset({"gradient_accumulation_steps", "compute_dtype", "remat"}),
+    "step": frozenset({"gradient_accumulation_steps", "compute_dtype", "remat", "scan_layers"}),
 }
 # Settings of a start, not of the run.
 _OF_START: Final = frozenset({"output_dir", "resume", "distributed", "recipe"})

@@ -4,6 +4,7 @@ A step is a pure function of a batch and the state, which is what a checkpoint s
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple
@@ -15,12 +16,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from dsmoe_jax.axes import Array, Bool, Float, Int
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.kernels.operand import LowRank, Operand, Quantized
+from dsmoe_jax.kernels.operand import Operand
 from dsmoe_jax.layers.router import Routing
+from dsmoe_jax.layers.weights import cast
 from dsmoe_jax.model import DecoderOutput, ParamSpec, abstract, merge, shardings
-from dsmoe_jax.sharding import constrain, sharding
+from dsmoe_jax.sharding import constrain, current_mesh, sharding
 from dsmoe_jax.xla_options import compiler_options
 
+from . import accumulate
 from .batch import Batch
 from .checks import check_choices, check_minimum
 from .guard import Guard
@@ -43,6 +46,9 @@ class StepConfig:
 
     remat: Literal["none", "dots", "full"] = "none"
     """Rematerialization: `dots` saves matmul outputs, `full` recomputes whole layers."""
+
+    scan_layers: bool = False
+    """Run the MoE layers in a loop: compiles several times faster, but holds a copy of their weights and gradients."""
 
     z_loss: float = 0.0
     """Weight of the squared log-partition of the logits (PaLM, arXiv 2204.02311, section 5)."""
@@ -217,12 +223,14 @@ def _gradients(
     tokens = jnp.maximum(valid.sum(), 1)
     sequences = jnp.maximum(valid.any(axis=1).sum(), 1)
     drops = config.attention_dropout or trainable.dropout
+    in_order = not frozen and (parts > 1 or current_mesh() is not None)
     key = jax.random.fold_in(jax.random.key(seed), state.step) if drops else None
 
-    def loss_of(params: dict[str, Array], micro: Batch, index: Array | int) -> tuple[Array, Metrics]:
+    def loss_of(params: dict[str, Array], totals: Any, micro: Batch, index: Array | int) -> tuple[Array, Metrics]:
         dropout_key = None if key is None else jax.random.fold_in(key, index)
         merged = trainable.merge_params(params, frozen, dropout_key)
-        hidden, head = _hidden(graph, merged, state.router_bias, micro, options, dropout_key)
+        enter = functools.partial(accumulate.enter, sums=totals) if in_order else None
+        hidden, head = _hidden(graph, merged, state.router_bias, micro, options, dropout_key, enter)
         sums = chunked_cross_entropy(hidden.last_hidden_state, head, micro.labels, z_loss=options.z_loss)
         valid = micro.segment_ids > 0
         counted = None if options.count_padding else valid
@@ -239,18 +247,23 @@ def _gradients(
 
     differentiate = jax.value_and_grad(loss_of, has_aux=True)
     if parts == 1:
-        (_, report), grads = differentiate(state.params, batch, 0)
+        (_, report), grads = differentiate(state.params, None, batch, 0)
         return grads, report
 
     def add(total: Any, micro: tuple[Array, Batch]) -> tuple[Any, None]:
-        index, part = micro
+        (sums, reports), (index, part) = total, micro
         part = Batch(*(constrain(x, ("batch", None)) for x in part))
-        (_, report), grads = differentiate(state.params, part, index)
-        return jax.tree.map(jnp.add, total, (grads, report)), None
+        params = accumulate.row_major(state.params)
+        if in_order:
+            (_, report), sums = jax.value_and_grad(loss_of, argnums=1, has_aux=True)(params, sums, part, index)
+        else:
+            (_, report), grads = differentiate(params, None, part, index)
+            sums = jax.tree.map(jnp.add, sums, grads)
+        return (sums, jax.tree.map(jnp.add, reports, report)), None
 
     micros = Batch(*(_split(x, parts) for x in batch))
-    first = jax.eval_shape(lambda: differentiate(state.params, Batch(*(x[0] for x in micros)), 0))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (first[1], first[0][1]))
+    first = jax.eval_shape(lambda: loss_of(state.params, None, Batch(*(x[0] for x in micros)), 0)[1])
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (state.params, first))
     (grads, report), _ = jax.lax.scan(add, zeros, (jnp.arange(parts), micros))
     return grads, report
 
@@ -268,12 +281,17 @@ def _hidden(
     batch: Batch,
     options: StepConfig,
     dropout_key: Any,
+    enter: Callable[..., Any] | None = None,
 ) -> tuple[DecoderOutput, Any]:
     """Return hidden states and head weight in the compute dtype."""
     dtype = _DTYPES[options.compute_dtype]
-    # The router always computes in fp32.
-    cast = {name: value if ".router." in name else _cast(value, dtype) for name, value in params.items()}
-    model = merge(graph, cast)
+    inner = {name: value for name, value in params.items() if name.startswith("layers.")}  # cast by block
+    outer = {name: value for name, value in params.items() if name not in inner}
+    own, head = ({name: outer[name] for name in outer if name.startswith("head.") == of} for of in (False, True))
+    if enter is not None:
+        _, own = enter(None, own)
+    own = {name: cast(value, dtype) for name, value in own.items()}
+    model = merge(graph, inner | own | head)
     hidden = model.hidden(
         batch.token_ids,
         position_ids=batch.position_ids,
@@ -281,19 +299,17 @@ def _hidden(
         router_bias={int(layer): bias for layer, bias in router_bias.items()},
         dropout_key=dropout_key,
         remat=options.remat,
+        compute_dtype=dtype,
+        enter=enter,
+        scan_layers=options.scan_layers,
     )
-    return hidden, cast.get("head.weight", cast["embed"])
-
-
-def _cast(value: Operand, dtype: Any) -> Operand:
-    """Cast dense weights; kernels cast quantized and low-rank ones."""
-    match value:
-        case LowRank(base, a, b):
-            return LowRank(_cast(base, dtype), a, b)
-        case Quantized():
-            return value
-        case _:
-            return value.astype(dtype)
+    if enter is not None and head:
+        states, head = enter(hidden.last_hidden_state, head)
+        hidden = hidden._replace(last_hidden_state=states)
+    if not head:
+        return hidden, own["embed"]
+    weight: Any = cast(head["head.weight"], dtype)
+    return hidden, constrain(weight, ("vocab", "embed"))  # sharded after the cast, else XLA gathers it in fp32
 
 
 def _report(

@@ -106,7 +106,7 @@ def _precision(config: RunConfig) -> str:
 
 def _kernels(config: RunConfig, job: Job, mesh: Mesh | None, tokens: int) -> str:
     """Name the backends that a micro-batch of `tokens` takes."""
-    kernels = f"attention {attention.choose_backend()}"
+    kernels = f"attention {attention.choose_backend(jax.default_backend(), config.step.compute_dtype)}"
     if not (experts := job.model.n_routed_experts):
         return kernels
     shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)

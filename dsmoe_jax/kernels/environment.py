@@ -6,5 +6,5 @@ from dsmoe_jax.kernels import attention, expert_ffn, tuning
 def check_environment() -> None:
     """Raise `DSMoEError` that names the variable whose value is invalid; call it before long work."""
     expert_ffn.requested_legs()
-    attention.choose_backend()
+    attention.requested_backend()
     tuning.check_file()

@@ -112,8 +112,16 @@ _expert_ffn.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)
 
 
 @jax.named_scope("experts")
-def forward(inputs: Inputs, group_sizes: Int[Array, "E"], activation: str, backend: str | None) -> Float[Array, "R D"]:
-    """Compute `expert_ffn`; not differentiable."""
+def forward(
+    inputs: Inputs,
+    group_sizes: Int[Array, "E"],
+    activation: str,
+    backend: str | None,
+    part: batched.Part | None = None,
+) -> Float[Array, "R D"]:
+    """Compute `expert_ffn`; not differentiable. For `part` see `backward`."""
+    if part is not None:
+        return batched.forward(inputs, group_sizes, activation, part)
     return BACKENDS[_legs_for(inputs, group_sizes, backend).fwd].forward(inputs, group_sizes, activation)
 
 
@@ -125,8 +133,16 @@ def backward(
     grad_out: Float[Array, "R D"],
     needs_grad: GradMask,
     backend: str | None,
+    part: batched.Part | None = None,
 ) -> list[Array | None]:
-    """Return the gradient of each leaf of `inputs`, None where it is not needed."""
+    """Return the gradient of each leaf of `inputs`, None where it is not needed.
+
+    With `part` the operands are those of some experts, for backends that take parts.
+    """
+    if part is not None:
+        return needs_grad.fill(
+            batched.backward(inputs, group_sizes, activation, grad_out, needs_grad, part), [None] * len(needs_grad)
+        )
     legs = _legs_for(inputs, group_sizes, backend)
     by_leaf = [legs.dgrad if by_row else legs.wgrad for by_row in inputs.by_row()]
     grads: list[Array | None] = [None] * len(needs_grad)
@@ -135,6 +151,11 @@ def backward(
         if any(mask):
             grads = mask.fill(BACKENDS[name].backward(inputs, group_sizes, activation, grad_out, mask), grads)
     return grads
+
+
+def takes_parts(rows: Float[Array, "R D"], experts: int, backend: str | None) -> bool:
+    """Whether the backend of all legs can compute some of the experts at a time."""
+    return set(choose_legs(jax.default_backend(), rows.dtype, len(rows), experts, backend)) == {"batched"}
 
 
 def _legs_for(inputs: Inputs, group_sizes: Array, backend: str | None) -> Legs:

@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton
 from dsmoe_jax.axes import Array, Float, Int
 from dsmoe_jax.kernels import tuning
 from dsmoe_jax.kernels.operand import Blocks, contract
+from dsmoe_jax.kernels.pallas_tiles import Span, load, store
 
 
 class Tile(NamedTuple):
@@ -83,73 +84,37 @@ def _gmm_kernel(expert_ref, start_ref, end_ref, rows_ref, weights_ref, out_ref, 
     E = weights_ref.shape[0]
     depth, width = rows_ref.shape[1], out_ref.shape[1]
     k = tile.depth // rows_ref.dtype.itemsize
-    block_rows = _Span(start, tile.rows, end)
-    columns = _Span(column, tile.columns, width)
+    block_rows = Span(start, tile.rows, end)
+    columns = Span(column, tile.columns, width)
 
     def step(i, total):
-        inner = _Span(i * k, k, depth)
-        x = _load(rows_ref, (), block_rows, inner)
+        inner = Span(i * k, k, depth)
+        x = load(rows_ref, (block_rows, inner))
         if transposed:
-            return total + contract(x, _load(weights_ref, (expert,), inner, columns), 1, 0)
-        return total + contract(x, _load(weights_ref, (expert,), columns, inner), 1, 1)
+            return total + contract(x, load(weights_ref, (expert, inner, columns)), 1, 0)
+        return total + contract(x, load(weights_ref, (expert, columns, inner)), 1, 1)
 
     # Blocks without an expert are set to zero; unused blocks have no rows. A product, as the Triton lowering of jax
     # 0.10.1 and 0.12.0 miscompiles `where` of two scalars.
     steps = ((expert < E) & (start < end)).astype(jnp.int32) * pl.cdiv(depth, k)
     total = jax.lax.fori_loop(0, steps, step, jnp.zeros((tile.rows, tile.columns), jnp.float32))
-    _store(out_ref, (), block_rows, columns, total)
+    store(out_ref, (block_rows, columns), total)
 
 
 def _tgmm_kernel(start_ref, end_ref, a_ref, b_ref, out_ref, *, tile: Tile):
     """Compute one tile of an expert's weight gradient in a loop over its rows."""
     expert = pl.program_id(2)
     start, end = start_ref[expert], end_ref[expert]
-    across = _Span(pl.program_id(1) * tile.rows, tile.rows, out_ref.shape[1])
-    along = _Span(pl.program_id(0) * tile.columns, tile.columns, out_ref.shape[2])
+    across = Span(pl.program_id(1) * tile.rows, tile.rows, out_ref.shape[1])
+    along = Span(pl.program_id(0) * tile.columns, tile.columns, out_ref.shape[2])
     m = tile.depth // a_ref.dtype.itemsize
 
     def step(i, total):
-        rows = _Span(start + i * m, m, end)
-        return total + contract(_load(a_ref, (), rows, across), _load(b_ref, (), rows, along), 0, 0)
+        rows = Span(start + i * m, m, end)
+        return total + contract(load(a_ref, (rows, across)), load(b_ref, (rows, along)), 0, 0)
 
     total = jax.lax.fori_loop(0, pl.cdiv(end - start, m), step, jnp.zeros((tile.rows, tile.columns), jnp.float32))
-    _store(out_ref, (expert,), across, along, total)
-
-
-class _Span(NamedTuple):
-    """`size` indices from `start` on; those from `end` on are masked."""
-
-    start: Any
-    size: int
-    end: Any
-
-    @property
-    def inside(self) -> Array | None:
-        """The mask [size] of valid indices; None if the axis is a multiple of the tile."""
-        if isinstance(self.end, int) and self.end % self.size == 0:
-            return None
-        return self.start + jnp.arange(self.size, dtype=jnp.int32) < self.end
-
-
-def _load(ref, lead: tuple[Any, ...], rows: _Span, columns: _Span) -> Array:
-    mask = _mask(rows, columns)  # masked elements read as zeros: they may be NaN, or out of bounds
-    return triton.load(_at(ref, lead, rows, columns), mask=mask, other=None if mask is None else 0.0)
-
-
-def _store(ref, lead: tuple[Any, ...], rows: _Span, columns: _Span, value: Array) -> None:
-    triton.store(_at(ref, lead, rows, columns), value.astype(ref.dtype), mask=_mask(rows, columns))
-
-
-def _at(ref, lead: tuple[Any, ...], rows: _Span, columns: _Span):
-    return ref.at[(*lead, pl.ds(rows.start, rows.size), pl.ds(columns.start, columns.size))]
-
-
-def _mask(rows: _Span, columns: _Span) -> Array | None:
-    shape = (rows.size, columns.size)
-    row, column = rows.inside, columns.inside
-    parts = [jnp.broadcast_to(row[:, None], shape)] if row is not None else []
-    parts += [jnp.broadcast_to(column[None, :], shape)] if column is not None else []
-    return functools.reduce(jnp.logical_and, parts) if parts else None
+    store(out_ref, (expert, across, along), total)
 
 
 def tile_for(rows: int, experts: int, matmul: str = "gmm") -> Tile:

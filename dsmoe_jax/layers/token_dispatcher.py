@@ -9,7 +9,8 @@ them to scatter-adds, which are slow everywhere and not deterministic on GPU.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -17,11 +18,13 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from dsmoe_jax.axes import Array, Bool, Float, Int
+from dsmoe_jax.axes import Array, Float, Int
 from dsmoe_jax.errors import DSMoEError, check_choice
 from dsmoe_jax.kernels import expert_ffn as ffn
 from dsmoe_jax.kernels import few_tokens
-from dsmoe_jax.kernels.operand import EXPERT_AXES, Experts, GradMask, Inputs, LowRank, Quantized, leaf_axes, range_of
+from dsmoe_jax.kernels.batched import Part
+from dsmoe_jax.kernels.operand import EXPERT_AXES, Experts, GradMask, Inputs, LowRank, Quantized, leaf_axes
+from dsmoe_jax.layers.sorted_rows import Rows, Sorted
 from dsmoe_jax.sharding import (
     AXIS_NAMES,
     BATCH_AXES,
@@ -36,6 +39,7 @@ from dsmoe_jax.sharding import (
 
 _DEFAULT_FACTOR: Final = 1.5
 _FEW_ROWS: Final = 4096  # over all devices; up to this, all rows fit in one pass, without a data-dependent loop
+_PART_BYTES: Final = 300 << 20  # of the weights that are gathered at a time
 _WIDEST_GATHER: Final = 8  # ways; with top-6 it moves 1.33× the bytes of all_to_all there, in fewer steps
 
 Strategy: TypeAlias = Literal["gather", "all_to_all"]
@@ -68,74 +72,7 @@ class DispatchConfig:
             ffn.parse_backend(self.backend)
 
 
-# --- (token, expert) pairs to rows ---
-
-
-class Rows(NamedTuple):
-    """The rows of (token, expert) pairs: gather from tokens to rows, and its transpose."""
-
-    pair: Int[Array, "C"]  # the pair of each row, of token `pair // K`; arbitrary for unused rows
-    row: Int[Array, "M K"]  # the row of each pair; in range only if valid
-    valid: Bool[Array, "M K"]  # whether the pair has a row
-
-    def gather(self, x: Float[Array, "M D"]) -> Float[Array, "C D"]:
-        """Copy each token's state to its rows."""
-        return x[self.pair // self.row.shape[1]]
-
-    def combine(self, y: Float[Array, "C D"]) -> Float[Array, "M D"]:
-        """Sum each token's rows in fp32: the transpose of `gather`."""
-        taken = y[self.row.clip(0, len(y) - 1)].astype(jnp.float32)
-        return jnp.where(self.valid[:, :, None], taken, 0).sum(axis=1)
-
-    def gather_weights(self, weights: Float[Array, "M K"]) -> Float[Array, "C"]:
-        """Return each row's weight."""
-        return weights.reshape(-1)[self.pair]
-
-    def combine_weights(self, weights: Float[Array, "C"]) -> Float[Array, "M K"]:
-        """Return each pair's value: the transpose of `gather_weights`."""
-        return jnp.where(self.valid, weights[self.row.clip(0, len(weights) - 1)], 0)
-
-
-class Sorted(NamedTuple):
-    """All pairs stably sorted by expert: within an expert, rows keep the order of tokens."""
-
-    rows: Rows  # one for every pair
-    group_sizes: Int[Array, "E"]
-
-    @classmethod
-    def by_expert(cls, ids: Int[Array, "M K"], experts: int) -> "Sorted":
-        """Sort pairs by expert id; pairs with id `experts` (no expert) come last."""
-        flat = ids.reshape(-1)
-        pair = jnp.argsort(flat, stable=True)
-        row = jnp.zeros_like(pair).at[pair].set(jnp.arange(pair.size), unique_indices=True).reshape(ids.shape)
-        group_sizes = (flat[:, None] == jnp.arange(experts)[None, :]).sum(axis=0, dtype=jnp.int32)
-        return cls(Rows(pair, row, ids < experts), group_sizes)
-
-    def window(self, index: Array | int, size: int) -> "Sorted":
-        """Return the rows of window `index`, with their group sizes."""
-        start, ends = index * size, jnp.cumsum(self.group_sizes)
-        inside = jnp.clip(ends, start, start + size)
-        group_sizes = inside - jnp.clip(ends - self.group_sizes, start, start + size)
-        row = self.rows.row - start
-        pair = self.rows.pair[(start + jnp.arange(size)).clip(max=self.rows.pair.size - 1)]
-        return Sorted(Rows(pair, row, self.rows.valid & (row >= 0) & (row < size)), group_sizes)
-
-    def slots(self, ways: int, index: Array | int, size: int) -> tuple[Rows, Int[Array, "slots"]]:
-        """Fill `size` slots for each of `ways` equal ranges of experts with the rows of window `index`.
-
-        Also return the expert of each slot within its range, or the number of experts in a range for an unused slot.
-        """
-        per_range = self.group_sizes.reshape(ways, -1)
-        ends = jnp.cumsum(per_range.sum(axis=1))
-        starts = ends - per_range.sum(axis=1) + index * size
-        owner = range_of(self.rows.row, ends).clip(max=ways - 1)
-        within = self.rows.row - starts[owner]
-        valid = self.rows.valid & (within >= 0) & (within < size)
-        row = (starts[:, None] + jnp.arange(size)[None, :]).reshape(-1)
-        used = row < jnp.repeat(ends, size)
-        expert = range_of(row, jnp.cumsum(self.group_sizes)) % per_range.shape[1]
-        pair = self.rows.pair[row.clip(max=self.rows.pair.size - 1)]
-        return Rows(pair, owner * size + within, valid), jnp.where(used, expert, per_range.shape[1])
+# --- the strategies ---
 
 
 class _ExchangedRows(NamedTuple):
@@ -160,8 +97,6 @@ class _ExchangedRows(NamedTuple):
 def _exchange(slots: Array) -> Array:
     return jax.lax.all_to_all(slots, EXPERT, split_axis=0, concat_axis=0, tiled=True)
 
-
-# --- the strategies ---
 
 _Route: TypeAlias = tuple[Rows | _ExchangedRows, Int[Array, "E"]]  # and the group sizes of the rows
 
@@ -258,10 +193,11 @@ def _routed(plan: _Plan, x: Array, weights: Array, experts: Experts, ids: Array)
     """Return the fp32 sums of this device's tokens, and the number of overflow passes."""
     strategy = plan.strategy
     if plan.few is not None:
-        ids, x, weights, experts = strategy.local_ids(ids), *_enter(plan, x, weights, experts)
+        ids, x, weights = strategy.local_ids(ids), strategy.enter(x), strategy.enter(weights)
+        experts = _gather(plan, experts)
         return strategy.leave(plan.few(x, ids, weights, experts, plan.activation)), jnp.int32(0)
     ordered, size, most = strategy.order(ids)
-    operands = _enter(plan, x, weights, experts)
+    operands = strategy.enter(x), strategy.enter(weights), experts
     one_pass = lambda index: _forward_pass(plan, strategy.route(index, size, ordered), *operands)  # noqa: E731
     y, overflow_passes = _over_passes(plan, size, most, one_pass)
     return strategy.leave(y), overflow_passes
@@ -269,9 +205,13 @@ def _routed(plan: _Plan, x: Array, weights: Array, experts: Experts, ids: Array)
 
 def _forward_pass(plan: _Plan, route: _Route, x: Array, weights: Array, experts: Experts) -> Array:
     rows, group_sizes = route
-    inputs = Inputs(rows.gather(x), rows.gather_weights(weights), experts)
-    ffn.check(inputs, group_sizes)
-    return rows.combine(ffn.forward(inputs, group_sizes, plan.activation, plan.backend))
+    x_rows, weight_rows, outs = rows.gather(x), rows.gather_weights(weights), []
+    for own, sizes, part in _in_parts(plan, x_rows, group_sizes, experts, outs):
+        inputs = Inputs(x_rows, weight_rows, own)
+        ffn.check(inputs, sizes)
+        part = part and part._replace(by_row=outs[-1:])
+        outs.append(ffn.forward(inputs, sizes, plan.activation, plan.backend, part))
+    return rows.combine(outs[-1])
 
 
 def _backward_pass(
@@ -279,11 +219,51 @@ def _backward_pass(
 ) -> list[Array | None]:
     """Return the fp32 gradients of x, weights and operand leaves; None if not needed."""
     rows, group_sizes = route
-    inputs = Inputs(rows.gather(x), rows.gather_weights(weights), experts)
+    x_rows, weight_rows = rows.gather(x), rows.gather_weights(weights)
     grad_rows = rows.gather(grad.astype(x.dtype))
-    dx, dweights, *rest = ffn.backward(inputs, group_sizes, plan.activation, grad_rows, needs_grad, plan.backend)
-    dx, dweights = jax.tree.map(rows.combine, dx), jax.tree.map(rows.combine_weights, dweights)  # maps None to None
+    dx, dweights, reduced = None, None, []
+    for own, sizes, part in _in_parts(plan, x_rows, group_sizes, experts, reduced):
+        inputs = Inputs(x_rows, weight_rows, own)
+        part = part and part._replace(by_row=[piece for piece in (dx, dweights) if piece is not None])
+        dx, dweights, *grads = ffn.backward(inputs, sizes, plan.activation, grad_rows, needs_grad, plan.backend, part)
+        grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)  # maps None to None
+        reduced.append([g if g is None else _reduce_scatter(d, g) for d, g in zip(plan.fsdp_dims, grads, strict=True)])
+    dx, dweights = jax.tree.map(rows.combine, dx), jax.tree.map(rows.combine_weights, dweights)
+    rest = [
+        None if of[0] is None else of[0] if len(of) == 1 else jnp.concatenate(of) for of in zip(*reduced, strict=True)
+    ]
     return jax.tree.map(lambda piece: piece.astype(jnp.float32), [dx, dweights, *rest])
+
+
+def _in_parts(
+    plan: _Plan, x_rows: Array, group_sizes: Array, experts: Experts, results: list[Any]
+) -> Iterator[tuple[Experts, Array, Part | None]]:
+    """Yield the gathered operands of a part of the experts, its group sizes, and which part it is; None: all.
+
+    Unsharded, the experts of a layer of the 16B take 1 GB in bf16, and their gradients 2 GB in fp32. The caller appends
+    the result of each part to `results`, for which the next but one waits: else XLA gathers all parts at once.
+    """
+    E, parts = len(group_sizes), _parts(plan, x_rows, experts)
+    if parts == 1:
+        yield _gather(plan, experts), group_sizes, None
+        return
+    for first in range(0, E, E // parts):
+        chosen = slice(first, first + E // parts)
+        own = jax.tree.map(operator.itemgetter(chosen), experts)
+        if len(results) > 1:
+            own, results[-2] = jax.lax.optimization_barrier((own, results[-2]))
+        sizes = group_sizes[chosen]
+        yield _gather(plan, own), sizes, Part(group_sizes[:first].sum(dtype=sizes.dtype), parts, [])
+
+
+def _parts(plan: _Plan, x_rows: Array, experts: Experts) -> int:
+    """Return the number of parts whose experts are gathered and computed one after the other."""
+    leaves, sharded = jax.tree.leaves(experts), any(dim is not None for dim in plan.fsdp_dims)
+    E, ways = len(leaves[0]), jax.lax.axis_size(FSDP) if sharded else 1
+    size = sum(leaf.nbytes * (1 if dim is None else ways) for leaf, dim in zip(leaves, plan.fsdp_dims, strict=True))
+    if ways == 1 or size <= _PART_BYTES or not ffn.takes_parts(x_rows, E, plan.backend):
+        return 1
+    return next(parts for parts in range(1, E + 1) if (E % parts == 0 and size <= parts * _PART_BYTES) or parts == E)
 
 
 def _routed_forward(plan: _Plan, *operands: Any):
@@ -300,16 +280,15 @@ def _routed_backward(plan: _Plan, saved: tuple[Any, GradMask], output_grads: tup
         # Else XLA merges these all-gathers with those of the forward pass and keeps every layer's gathered weights.
         (x, weights, experts), grad = jax.lax.optimization_barrier(((x, weights, experts), grad))
     ordered, size, most = strategy.order(ids)
-    operands = *_enter(plan, x, weights, experts), strategy.enter(grad)
+    operands = strategy.enter(x), strategy.enter(weights), experts, strategy.enter(grad)
     route = functools.partial(strategy.route, size=size, ordered=ordered)
     one_pass = lambda index: _backward_pass(plan, route(index), *operands, needs_grad)  # noqa: E731
-    sums, _ = _over_passes(plan, size, most, one_pass)
+    (dx, dweights, *rest), _ = _over_passes(plan, size, most, one_pass)
 
-    leave = [strategy.leave, strategy.leave, *(functools.partial(_reduce_scatter, dim) for dim in plan.fsdp_dims)]
     stored, tree = jax.tree.flatten((x, weights, experts))
+    left = [None if grad is None else strategy.leave(grad) for grad in (dx, dweights)]
     grads = [
-        None if grad is None else scatter(grad).astype(leaf.dtype)
-        for grad, scatter, leaf in zip(sums, leave, stored, strict=True)
+        None if grad is None else grad.astype(leaf.dtype) for grad, leaf in zip((*left, *rest), stored, strict=True)
     ]
     if plan.mesh_axes:
         # The previous layer waits for this reduce-scatter: else XLA defers those of all layers to the end and keeps
@@ -332,14 +311,14 @@ def _over_passes(plan: _Plan, size: int, most: Array | None, one_pass: Callable[
     return total, jnp.maximum(passes - 1, 0).astype(jnp.int32)
 
 
-def _enter(plan: _Plan, x: Array, weights: Array, experts: Experts) -> tuple[Array, Array, Experts]:
-    """All-gather tokens over the expert axis, if the strategy does, and operands over fsdp."""
+def _gather(plan: _Plan, experts: Experts) -> Experts:
+    """All-gather operands over fsdp."""
     leaves, tree = jax.tree.flatten(experts)
     gathered = [
         leaf if dim is None else jax.lax.all_gather(leaf, FSDP, axis=dim, tiled=True)
         for dim, leaf in zip(plan.fsdp_dims, leaves, strict=True)
     ]
-    return plan.strategy.enter(x), plan.strategy.enter(weights), jax.tree.unflatten(tree, gathered)
+    return jax.tree.unflatten(tree, gathered)
 
 
 def _reduce_scatter(dim: int | None, grad: Array) -> Array:

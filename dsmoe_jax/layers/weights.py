@@ -9,7 +9,7 @@ from flax import nnx
 
 from dsmoe_jax.axes import Array, Float, PRNGKeyArray
 from dsmoe_jax.kernels.matmul import matmul
-from dsmoe_jax.kernels.operand import linear
+from dsmoe_jax.kernels.operand import LowRank, Operand, Quantized, linear
 
 
 class Initializer(NamedTuple):
@@ -38,6 +38,17 @@ def weight(
 
 # One program per shape: random bits take seconds to compile.
 _draw = functools.partial(jax.jit, static_argnums=(0, 2, 3))(Initializer.draw)
+
+
+def cast(value: Operand, dtype) -> Operand:
+    """Cast dense weights; kernels cast quantized and low-rank ones."""
+    match value:
+        case LowRank(base, a, b):
+            return LowRank(cast(base, dtype), a, b)
+        case Quantized():
+            return value
+        case _:
+            return value.astype(dtype)
 
 
 class Linear(nnx.Module):

@@ -34,12 +34,14 @@ class Compiled(NamedTuple):
         arguments: Bytes of the arguments on a device.
         temporaries: Bytes of temporaries on a device.
         collectives: The communication.
+        text: The program.
     """
 
     seconds: float
     arguments: int
     temporaries: int
     collectives: list[Collective]
+    text: str
 
 
 def compile_plan(plan: TrainingPlan, card: str) -> Compiled:
@@ -71,9 +73,9 @@ def compile_for(card: str, axes: AbstractMesh, lower: Callable[[Mesh | None], An
     started = time.perf_counter()
     with absent_gpu.chosen_as_on_gpu() if on_gpu else contextlib.nullcontext():
         program = lower(mesh).compile()
-    memory, found = program.memory_analysis(), collectives(program.as_text(), axes.shape)
-    seconds = time.perf_counter() - started
-    return Compiled(seconds, memory.argument_size_in_bytes, memory.temp_size_in_bytes, found)
+    memory, text = program.memory_analysis(), program.as_text()
+    seconds, found = time.perf_counter() - started, collectives(text, axes.shape)
+    return Compiled(seconds, memory.argument_size_in_bytes, memory.temp_size_in_bytes, found, text)
 
 
 def lower_step(

@@ -63,7 +63,7 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
             if ways > 1:
                 operands = _OPERANDS.match(shape)  # an asynchronous start returns (operands, results)
                 results = shape[operands.end() :] if operands else shape
-                size = _bytes(results) * (ways if kind == "reduce-scatter" else 1)
+                size = array_bytes(results) * (ways if kind == "reduce-scatter" else 1)
                 result.append(Collective(kind, axes, ways, size, counts[name]))
     return result
 
@@ -86,7 +86,7 @@ def _executions(bodies: Mapping[str, list[tuple[str, str, str]]], entry: str) ->
     return counts
 
 
-def _bytes(shape: str) -> int:
+def array_bytes(shape: str) -> int:
     """Return the bytes of an array or a tuple."""
     arrays = _ARRAY.findall(re.sub(r"/\*.*?\*/", "", shape))
     return sum(

@@ -31,7 +31,7 @@ class Efficiency(NamedTuple):
 # matmuls compute 1.25 times the rows.
 RANGE: Final = (Efficiency(0.45, 0.25, 0.6, 0.6, 0.0), Efficiency(0.70, 0.50, 0.85, 0.85, 0.8))
 # Bytes that cross a device's links, as a multiple of the bytes of `Traffic` times (ways - 1) / ways: rings.
-_CROSSINGS: Final[Mapping[str, float]] = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 1}
+CROSSINGS: Final[Mapping[str, float]] = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 1}
 _ACTIVE_STATE: Final = 7  # fp32 values read or written per parameter by AdamW: weight, gradient, two moments
 
 
@@ -97,7 +97,7 @@ def split_by_network(mesh: AbstractMesh, card: Card, traffic: Sequence[Traffic])
     for one in traffic:
         ways = math.prod(mesh.shape[axis] for axis in one.axes)
         local = _local_ways(mesh, card, one.axes)
-        moved = one.bytes * _CROSSINGS.get(one.kind, 1)
+        moved = one.bytes * CROSSINGS.get(one.kind, 1)
         node += moved * (local - 1) / local
         # Rings pass through each node once, all adapters of the node in parallel; an all-to-all goes to all others.
         share = 1 if one.kind == "all-to-all" else 1 / local

@@ -1,7 +1,8 @@
 """`python -m tests.benchmarks.abstract` compiles train steps of the 16B and the 145B ahead of time, without devices.
 
 No parameters are allocated. Prints compile times, bytes per device and temporaries, compiled and by `dsmoe plan`'s
-arithmetic, for simulated CPUs, or with `--card` for GPUs (see `plan.absent_gpu`). Pretraining recipes are compiled for
+arithmetic, for simulated CPUs, or with `--card` for GPUs (see `plan.absent_gpu`), with the predicted time of a step
+(`predicted`). Pretraining recipes are compiled for
 fsdp 8 x expert 8, fine-tuning recipes for the devices in their name.
 """
 
@@ -25,6 +26,7 @@ from dsmoe_jax.plan.compiled import compile_for, lower_step
 from dsmoe_jax.plan.training import TrainingPlan
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.train.recipes import FINETUNING, RECIPES
+from tests.benchmarks.predicted import predict
 
 # XLA:CPU schedules each function in superlinear time: the 145B takes over 15 minutes in one function, 3 by block. Only
 # for compilation: on simulated devices, collectives in nested functions would deadlock on the thread pool.
@@ -73,7 +75,7 @@ def planned(recipe: str, card: str) -> TrainingPlan:
 
 
 def compiled(recipe: str, card: str) -> dict[str, Any]:
-    """Compile a recipe's step; return seconds and bytes."""
+    """Compile a recipe's step; return seconds, bytes and, for a GPU, the predicted time."""
     plan, apart = planned(recipe, card), _BLOCKS_APART if card == "cpu" else contextlib.nullcontext()
 
     def lower(mesh: Mesh | None) -> Any:
@@ -87,6 +89,7 @@ def compiled(recipe: str, card: str) -> dict[str, Any]:
         "by_arithmetic": plan.arguments,
         "temporary_bytes": found.temporaries,
         "estimated": plan.temporaries,
+        **({} if card == "cpu" else predict(found.text, CARDS[card], plan.work.mesh.shape).row()),
     }
 
 

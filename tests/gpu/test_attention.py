@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsmoe_jax.kernels.attention import attention
+from dsmoe_jax.kernels.attention import CausalMask, attention
 from dsmoe_jax.model import merge, split
 from tests.helpers import golden, reference
 from tests.helpers.conformance import assert_near
@@ -111,6 +111,24 @@ def test_packed_documents_are_independent(backend: str, dtype: str, tolerance: f
     for by_token in (grads[0][0], grads[1][0].swapaxes(0, 1), grads[2][0].swapaxes(0, 1)):
         assert not np.any(by_token[~mine])
         assert np.any(by_token[mine])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", FP32), ("bfloat16", BF16)])
+def test_our_kernel_equals_plain_attention_of_the_cpu(dtype: str, tolerance: float, cpu: Any):
+    """Packed documents, grouped heads, a short last tile."""
+    *given, grad = operands(dtype)
+    segments = jnp.asarray(np.stack([documents(), np.zeros(T, np.int64)]), jnp.int32)
+
+    def run(backend: str, given: Any, grad: Any, segments: Any) -> Any:
+        mask = CausalMask(query_segments=segments, key_segments=segments)
+        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, mask, backend=backend), *given)
+        return out, *pull(grad)
+
+    got = jax.jit(functools.partial(run, "pallas"))(given, grad, segments)
+
+    exact = jax.device_put(([x.astype(jnp.float32) for x in given], grad.astype(jnp.float32), segments), cpu)
+    for one, want, name in zip(got, jax.jit(functools.partial(run, "plain"))(*exact), ("out", *"qkv"), strict=True):
+        assert_near(one, want, tolerance, name)
 
 
 def test_a_model_treats_packed_documents_separately():

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dsmoe_jax.kernels.attention import CausalMask
 from dsmoe_jax.layers.rope import rotation
-from dsmoe_jax.layers.token_dispatcher import Sorted
+from dsmoe_jax.layers.sorted_rows import Sorted
 from dsmoe_jax.model import DeepSeekMoE
 from tests.benchmarks import plan
 from tests.benchmarks.gpu import experts, timing, work
@@ -27,9 +28,10 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     x = timing.noise(timing.shape(dtype, B, T, D))
 
     def place() -> tuple[Any, Any]:
-        """Compute angles and mask within each program, as the model does: outside, they would be constants."""
+        """Compute angles and mask within each program, as the model does; one document per sequence."""
         turn = rotation(config, jnp.broadcast_to(jnp.arange(T)[None], (B, T)), T, dtype)
-        return turn, jnp.broadcast_to(jnp.tri(T, dtype=bool)[None], (B, T, T))
+        documents = jnp.zeros((B, T), jnp.int32)
+        return turn, CausalMask(query_segments=documents, key_segments=documents)
 
     whole = plan.flops(config, B, T, head_tokens=0)
     ids = jax.random.randint(jax.random.key(0), (B * T, A), 0, E, jnp.int32)
@@ -62,7 +64,9 @@ def cases(sizes: Sizes) -> Iterator[Case]:
         both = piece(sizes, f"{name}, forward and backward", _with_gradients(function), operands, 3 * flops)
         yield both
         if "attention" in name:
-            yield Case(f"{both.key}.cudnn", f"{both.name}, by cuDNN", functools.partial(timing.by_cudnn, both.run))
+            for backend in ("pallas", "cudnn"):
+                by_backend = functools.partial(timing.by_attention, backend, both.run)
+                yield Case(f"{both.key}.{backend}", f"{both.name}, by {backend}", by_backend)
     del both, block, pieces, function, operands
     yield experts.case(sizes, B * T, "both", None)
 

@@ -42,13 +42,13 @@ def compiled(function: Any, *operands: Any) -> tuple[Any, dict[str, Any]]:
     return program, figures
 
 
-def by_cudnn(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Call `run` with cuDNN attention; raise `UnableError` without a GPU."""
+def by_attention(backend: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Call `run` with a backend of attention; raise `UnableError` without a GPU."""
     if jax.default_backend() != "gpu":
-        raise UnableError("cuDNN needs a GPU")
+        raise UnableError(f"attention by {backend} needs a GPU")
     jax.clear_caches()  # else the cached trace of an equal block would be used
     try:
-        with mock.patch.dict(os.environ, {attention.VARIABLE: "cudnn"}):
+        with mock.patch.dict(os.environ, {attention.VARIABLE: backend}):
             return run()
     finally:
         jax.clear_caches()

@@ -40,7 +40,9 @@ def widths_of_16b(sizes: Sizes) -> Iterator[Case]:
         key = f"train.{config.num_hidden_layers}.{remat}"
         name = f"{config.num_hidden_layers} layers, {B} x {T} tokens, remat {remat}"
         yield Case(key, name, run)
-        yield Case(f"{key}.cudnn", f"{name}, attention by cuDNN", functools.partial(timing.by_cudnn, run))
+        for backend in ("pallas", "cudnn"):
+            by_backend = functools.partial(timing.by_attention, backend, run)
+            yield Case(f"{key}.{backend}", f"{name}, attention by {backend}", by_backend)
 
 
 def largest_preset(sizes: Sizes) -> Iterator[Case]:
