@@ -72,7 +72,7 @@ class ShardStats(NamedTuple):
 
 
 class ShardJob:
-    """Checked sources, tokenizer and options of token shards; see `tokenize` for the arguments."""
+    """Checked sources, tokenizer and options of token shards; see `TokenizationJob` for the arguments."""
 
     def __init__(
         self,
