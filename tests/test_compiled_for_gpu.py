@@ -165,6 +165,7 @@ NARROW = dataclasses.replace(
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
     },
 )
 TOKENS = 1536
