@@ -168,7 +168,7 @@ NARROW = dataclasses.replace(
         "num_experts_per_tok": 2,
     },
 )
-TOKENS = 1536
+TOKENS = 4096  # XLA merges the scores of chunks up to 32 MB
 
 
 def largest_array(text: str) -> int:
