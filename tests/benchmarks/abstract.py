@@ -2,7 +2,7 @@
 
 No parameters are allocated. Prints compile times, bytes per device and temporaries, compiled and by `dsmoe plan`'s
 arithmetic, for simulated CPUs, or with `--card` for GPUs (see `plan.absent_gpu`), with the predicted time of a step
-(`predicted`). Pretraining recipes are compiled for fsdp 8 x expert 8, fine-tuning recipes for the devices in their name.
+(`predicted`). Pretraining recipes are compiled for fsdp 8 x expert 8, fine-tuning recipes for the devices they name.
 """
 
 import os
