@@ -22,8 +22,8 @@ COLUMNS = (
 def row(case: str) -> str:
     """One line of the table."""
     want, expected = golden.tensors(case), golden.expected(case)
-    model, options = golden.model(case), {"output_hidden_states": True}
-    out = model(want["in.input_ids"], **options)
+    model = golden.model(case)
+    out = model(want["in.input_ids"], output_hidden_states=True)
     logits = np.abs(out.logits - want["logits"]).max()
     hidden = max(np.abs(h - want[f"hidden.{i}"]).max() for i, h in enumerate(out.hidden_states or ()))
     same_sets = all(

@@ -39,6 +39,7 @@ def router(dtype: Any = jnp.float32, **changes: Any) -> Router:
     layer = Router(tiny(**changes), rngs=nnx.Rngs(0), dtype=dtype)
     weights = np.asarray(normal(8, 32) / 8).copy()
     weights[5], weights[7] = weights[2], weights[0]
+    assert layer.weight is not None
     layer.weight[...] = jnp.asarray(weights, dtype)
     return layer
 
@@ -49,6 +50,7 @@ ROUTED = (2, 5, 32)  # a batch of 2, 5 tokens each
 @pytest.mark.parametrize("k", [1, 3, 8], ids="k={}".format)
 def test_the_router_selects_the_first_k_of_a_stable_sort(k: int):
     layer, x = router(num_experts_per_tok=k), normal(*ROUTED)
+    assert layer.weight is not None
 
     got = layer(x)
 
@@ -86,6 +88,8 @@ def test_norm_topk_prob_leaves_the_score_of_a_single_expert():
 
 def test_a_bf16_model_routes_in_fp32():
     layer, wide = router(jnp.bfloat16, num_experts_per_tok=3), router(num_experts_per_tok=3)
+    assert layer.weight is not None
+    assert wide.weight is not None
     wide.weight[...] = layer.weight[...].astype(jnp.float32)
     x = normal(*ROUTED, dtype=jnp.bfloat16)
 

@@ -10,7 +10,7 @@ import pytest
 
 from dsmoe_jax.generate import sampling
 from dsmoe_jax.generate.sampling import PenaltyState, Sampler, log_probabilities, penalty_arrays, sample_tokens
-from dsmoe_jax.generate.sampling_params import _NUMBERS, SamplingParams
+from dsmoe_jax.generate.sampling_params import BOUNDS, SamplingParams
 
 heaviest = jax.jit(sampling._heaviest)
 DRAWS = 4000
@@ -421,11 +421,11 @@ def test_invalid_parameter_is_rejected_in_one_line(fields: dict[str, Any], reaso
 def test_every_number_has_a_bound():
     others = {"logit_bias", "stop", "stop_token_ids", "ignore_eos"}
 
-    assert {field.name for field in dataclasses.fields(SamplingParams)} == _NUMBERS.keys() | others
+    assert {field.name for field in dataclasses.fields(SamplingParams)} == BOUNDS.keys() | others
 
 
 def test_bounds_are_inclusive():
-    for name, bound in _NUMBERS.items():
+    for name, bound in BOUNDS.items():
         for value in [bound.low, bound.high, *([None] if bound.optional else [])]:
             assert getattr(SamplingParams(**{name: value}), name) == value
 

@@ -237,6 +237,8 @@ def test_special_tokens_in_messages_are_text(server: Running, generator: Generat
     assert tokenizer.eos_token_id not in got
     assert tokenizer.eos_token_id in generator.encode(messages)  # the default of transformers
     assert server.post("/detokenize", {"tokens": got}).json["prompt"].count(tokenizer.eos_token or "?") == 1
+    with running(generator, parse_special_tokens=True) as other:
+        assert other.post("/tokenize", {"messages": messages}).json["tokens"] == generator.encode(messages)
 
 
 def test_models_are_listed(client: Any, generator: Generator):

@@ -269,8 +269,8 @@ def examples(
     stream = Stream([train], seed=config.seed, **batched)
     batches = functools.partial(validation_batches, [validation], **batched)
     inputs = {**inputs, "validation": [validation.digest]}
-    held_out = {"validation_tokens": validation.tokens}
-    corpus = Corpus(stream, batches, tokenizer, data.prefetch, config.eval_batches, inputs, **held_out)
+    sizes = data.prefetch, config.eval_batches
+    corpus = Corpus(stream, batches, tokenizer, *sizes, inputs, validation_tokens=validation.tokens)
     if config.steps:
         if epochs != FinetuneConfig.epochs:
             _log.warning("epochs %s has no effect with steps %d; set steps 0", epochs, config.steps)

@@ -1,12 +1,13 @@
 """Where the time of a run goes, restarts included: `Goodput`."""
 
+import collections
 import contextlib
 import math
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
+Seconds: TypeAlias = collections.defaultdict[str, float]
 # Kinds of time; `lost`: steps repeated after a restart and the time between processes; `other`: what is not measured.
 KINDS: Final = ("step", "data", "compile", "evaluation", "checkpoint", "setup", "lost", "other")
 _WAITS: Final = ("compile", "evaluation", "checkpoint", "setup")  # in the record of the next step, as `KIND_seconds`
@@ -27,7 +28,8 @@ class Goodput:
             started: When this process began, in seconds since the epoch.
             records: All records of earlier processes, superseded ones as well.
         """
-        self.started, self._new = started, Counter()
+        self.started = started
+        self._new: Seconds = collections.defaultdict(float)
         self._seconds, self.restarts = _earlier(records, started)
         self._before = sum(self._seconds.values())
 
@@ -52,7 +54,7 @@ class Goodput:
 
     def take(self) -> dict[str, float]:
         """Return the time added since the last call, of kinds other than steps and data."""
-        new, self._new = self._new, Counter()
+        new, self._new = self._new, collections.defaultdict(float)
         return {f"{kind}_seconds": new[kind] for kind in _WAITS if new[kind]}
 
     def fractions(self) -> dict[str, float]:
@@ -72,23 +74,25 @@ class Goodput:
         return f"{total:.1f} s{restarts}: {', '.join(parts)}"
 
 
-def _earlier(records: Sequence[Mapping[str, Any]], started: float) -> tuple[Counter, int]:
+def _earlier(records: Sequence[Mapping[str, Any]], started: float) -> tuple[Seconds, int]:
     """Return the seconds of earlier processes by kind, and their number; of records that state when they began."""
-    seconds: Counter = Counter()
+    seconds: Seconds = collections.defaultdict(float)
     begins = [i for i, record in enumerate(records) if record.get("run", {}).get("started")]
     ends = [*begins[1:], len(records)][: len(begins)]
     times = [records[i]["run"]["started"] for i in begins] + [started]
     for process, (begin, end) in enumerate(zip(begins, ends, strict=True)):
         later = [records[i].get("resumed_from", 0) for i in begins[process + 1 :]]
         kept = [one for one in records[begin:end] if "loss" in one and one["step"] <= min(later, default=math.inf)]
-        used: Counter = Counter()
+        used: Seconds = collections.defaultdict(float)
         for one in kept:
             waits = {kind: one.get(f"{kind}_seconds") or 0.0 for kind in _WAITS}
-            used.update(waits)
+            for kind, value in waits.items():
+                used[kind] += value
             used["data"] += one.get("data_loading_seconds") or 0.0
             used["step"] += _step_seconds(one["step_time_seconds"], one["data_loading_seconds"], waits["compile"])
         used["lost"] = max(0.0, times[process + 1] - times[process] - sum(used.values()))
-        seconds.update(used)
+        for kind, value in used.items():
+            seconds[kind] += value
     return seconds, len(begins)
 
 

@@ -195,9 +195,9 @@ def _run(config: RunConfig, output_dir: Path, mesh: Mesh | None, started: float)
                 if evaluates:
                     with goodput.measure("evaluation"):
                         evaluation = evaluate(state, corpus.validation_batches())
-                        found = {name: evaluate(state, one) for name, one in corpus.batches_by_source().items()}
+                        by_source = {name: evaluate(state, one) for name, one in corpus.batches_by_source().items()}
                     if evaluation and recorder is not None:
-                        recorder.record_eval(n, *evaluation, {name: one[0] for name, one in found.items() if one})
+                        recorder.record_eval(n, *evaluation, {name: one[0] for name, one in by_source.items() if one})
                     if evaluation and best is not None:
                         best.offer(n, evaluation[0], state.params)
                 if runs_tasks and tasks is not None:

@@ -47,7 +47,7 @@ def run(model: Mapping[str, Any], flags: Mapping[str, Any], check_devices: Calla
         check_devices()
         return Generator.from_pretrained(path, **options)
 
-    serve(load, config, started=lambda line: print_status(line))
+    serve(load, config, started=print_status)
 
 
 def _adapter(values: Sequence[str]) -> tuple[str | None, str | None]:

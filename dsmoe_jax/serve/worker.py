@@ -28,6 +28,7 @@ from dsmoe_jax.serve.metrics import Metrics
 
 _log = logging.getLogger("dsmoe_jax")
 _INTERVAL: Final = 0.01  # seconds between two chunks of a stream, which cost as much as a step of a small model
+_GAUGE_INTERVAL: Final = 0.1  # seconds
 _SCORED_AT_ONCE: Final = 64  # prompts
 _SCORING_SECONDS: Final = 0.05  # between two steps of the engine
 _TOP_LOGPROBS: Final = 20  # computed for any positive number, as each compiles a program
@@ -66,7 +67,7 @@ class Worker:
         # Of the thread:
         self.engine: Engine = generator.engine()
         self._jobs: dict[Generation, Job] = {}
-        self._delivered = 0.0  # time of the last chunks
+        self._delivered = self._measured = 0.0  # times of the last chunks and gauges
         self._scorings: collections.deque[_Scoring] = collections.deque()
         self._scores: Iterator[None] | None = None
 
@@ -244,7 +245,9 @@ class Worker:
                     del self._jobs[generation]
         if due:
             self._delivered = now
-        self._set_gauges()
+        if now - self._measured >= _GAUGE_INTERVAL or not self.engine.busy:
+            self._measured = now
+            self._set_gauges()
         if updates:
             self._call(self._deliver, updates)
 
