@@ -261,9 +261,13 @@ def _parts(plan: _Plan, x_rows: Array, experts: Experts) -> int:
     leaves, sharded = jax.tree.leaves(experts), any(dim is not None for dim in plan.fsdp_dims)
     E, ways = len(leaves[0]), jax.lax.axis_size(FSDP) if sharded else 1
     size = sum(leaf.nbytes * (1 if dim is None else ways) for leaf, dim in zip(leaves, plan.fsdp_dims, strict=True))
-    if ways == 1 or size <= _PART_BYTES or not ffn.takes_parts(x_rows, E, plan.backend):
-        return 1
-    return next(parts for parts in range(1, E + 1) if (E % parts == 0 and size <= parts * _PART_BYTES) or parts == E)
+    return 1 if ways == 1 or not ffn.takes_parts(x_rows, E, plan.backend) else count_parts(size, E)
+
+
+def count_parts(size: int, experts: int) -> int:
+    """Return the equal parts of experts of `size` bytes together, each as large as is gathered at a time."""
+    fits = (parts for parts in range(1, experts + 1) if experts % parts == 0 and size <= parts * _PART_BYTES)
+    return next(fits, experts)
 
 
 def _routed_forward(plan: _Plan, *operands: Any):

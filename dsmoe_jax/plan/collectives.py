@@ -90,8 +90,7 @@ def _weights(work: Workload, compiler: Compiler) -> Iterator[Traffic]:
         # Without remat the gradient reuses the gather of the forward pass, except for a dense layer on a tensor axis.
         own = not remat and work.ways(TENSOR) > 1 and weight.part == "dense feed-forward"
         count = forward * (1 + own) + parts * again.get(weight.part, remat * (1 + twice))
-        # The router computes in fp32; the head is gathered before its cast.
-        bytes_each = _FP32 if weight.part in ("router", "head") else size
+        bytes_each = _FP32 if weight.part == "router" else size  # the router computes in fp32
         yield Traffic("all-gather", (FSDP,), full * bytes_each * count, f"{weight.part} weights")
 
 

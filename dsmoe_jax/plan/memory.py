@@ -7,7 +7,7 @@ peak, fitted to compiled steps; `tests/benchmarks/plan_check.py` compares the es
 from collections.abc import Mapping
 from typing import Final
 
-from dsmoe_jax.layers.token_dispatcher import STRATEGIES, choose_strategy
+from dsmoe_jax.layers.token_dispatcher import STRATEGIES, choose_strategy, count_parts
 from dsmoe_jax.plan.collectives import COMPILERS, Compiler
 from dsmoe_jax.plan.workload import Workload
 from dsmoe_jax.sharding import EXPERT, FSDP, TENSOR
@@ -41,20 +41,31 @@ PEAKS: Final[dict[str, dict[str, dict[str, dict[str, float]]]]] = {
         },
     },
     "gpu": {
-        "backward": {
-            "fsdp !adapters":     {"layer of experts": 2.0},
-            "!adapters !parts":   {"gradients": 1.0},
-            "!adapters parts":    {"gradients": 2.63},
-            "adapters":           {"gradients": 4.7},
-            "quantized":          {"layer of experts": 0.27},
-            "":                   {"logits": 2.0, "expert rows": 3.0, "attention scores": 3.0, "hidden states": 0.5},
-            "dots":               {"saved activations": 4.0},  # q, k, v, o, gate, up and down in bf16; not measured
-            "!remat":             {"saved activations": 8.0},
+        "experts": {
+            "!adapters":           {"part of experts": 1.83},
+            "!adapters several":   {"part of experts": 1.34},
+            "!adapters parts":     {"gradients": 1.0, "expert shards": 0.5},
+            "!adapters !parts":    {"gradients of layers done": 1.0},
+            "adapters":            {"gradients": 4.7},
+            "quantized":           {"layer of experts": 0.27},
+            "":                    {"expert rows": 4.5, "hidden states": 0.5},
+            "scan":                {"MoE layers": 1.0},  # weights and gradients in the compute dtype, stacked
+            "dots":                {"saved activations": 4.0},
+            "!remat":              {"saved activations": 4.0, "embedding": 0.5, "dense weights": 0.5},
+        },
+        "attention": {
+            "!adapters parts":     {"gradients": 1.0},
+            "!adapters !parts":    {"gradients of layers done": 1.0},
+            "adapters":            {"gradients": 4.7},
+            "":                    {"attention scores": 2.2, "feed-forward rows": 2.4, "states": 17.0, "hidden states": 0.5},
+        },
+        "embedding": {
+            "!adapters":           {"gradients": 1.0, "embedding": 1.1},
         },
         "loss": {
-            "!adapters":          {"head": 2.0, "weights": 0.5},
-            "parts":              {"gradients": 1.0},
-            "":                   {"logits": 2.0},
+            "!adapters":           {"head": 2.0},
+            "!adapters parts":     {"gradients": 1.0},
+            "":                    {"logits": 2.0, "hidden states": 0.5},
         },
     },
 }
@@ -74,23 +85,36 @@ def quantities(work: Workload, compiler: Compiler) -> Mapping[str, float]:
     strategy = choose_strategy(work.config.dispatch.strategy, ways)
     slots = STRATEGIES[strategy](ways, 1, work.config.dispatch.buffer_factor)
     rows = slots.buffer(M * K * ways, M * K) if strategy == "gather" else ways * slots.buffer(M * K, M * K / ways)
+    layer = experts / max(moe, 1)
+    gradients = _FP32 * sum(map(work.elements_of, work.parameters.trained))
+    sharded = {part: _FP32 * work.elements(part) for part in ("embedding", "head", "routed experts")}
+    halves = layer // 2 if work.config.step.compute_dtype == "bfloat16" else layer  # gathered in the compute dtype
+    several = count_parts(int(halves), (model.n_routed_experts or 1) // ways) if work.ways(FSDP) > 1 else 1
     queries = max(_QUERIES, -(-work.length // _MAX_CHUNKS))  # of a chunk, which attends to all keys before its end
     return {
         "optimizer state": work.state_bytes()["optimizer state"],
         "weights": _FP32 * work.elements(),
-        "gradients": _FP32 * sum(map(work.elements_of, work.parameters.trained)),
+        "gradients": gradients,
         "experts": experts,
-        "layer of experts": experts / max(moe, 1),
+        "layer of experts": layer,
+        "part of experts": layer / several,
+        "expert shards": sharded["routed experts"] / max(moe, 1),
+        "gradients of layers done": gradients - sharded["embedding"] - sharded["routed experts"] / max(moe, 1),
+        "embedding": _FP32 * work.elements("embedding", gather=FSDP),
+        "MoE layers": sharded["routed experts"]
+        + _FP32 * work.elements("shared experts")
+        + _FP32 * work.elements("attention") * moe / L,
         "dense weights": _FP32 * work.elements(*_DENSE, gather=FSDP),
         "head": _FP32 * V * D,
         "logits": _FP32 * V * min(M, max(1, _CHUNK_BYTES // (_FP32 * V))),
         "attention scores": _FP32 * kept * L * work.rows * heads * work.length * (work.length + queries) / 2,
         "hidden states": _FP32 * M * D * L,
+        "states": _FP32 * M * D,
         # Mostly heads and widths, which the tensor axis shards.
         "saved activations": _FP32 * M * D * L * (0.1 + 0.9 / work.ways(TENSOR)),
         "activations": _FP32 * M * D * kept * L,
         "feed-forward rows": _FP32 * M * kept * ((L - moe) * dense + moe * shared) / work.ways(TENSOR),
-        "expert rows": _FP32 * M * D * K * max(1, kept * moe),
+        "expert rows": _FP32 * M * D * K,
         "dispatched rows": _FP32 * rows * D,
         "gathered tokens": _FP32 * M * D * ways if ways > 1 and strategy == "gather" else 0,
     }
@@ -107,15 +131,15 @@ def temporaries(work: Workload, platform: str = "gpu") -> Mapping[str, int]:
     for cases in PEAKS[platform].values():
         found: dict[str, float] = {}
         for conditions, copies in cases.items():
-            if all(_holds(work, condition) for condition in conditions.split()):
+            if all(_holds(work, sizes, condition) for condition in conditions.split()):
                 found |= {name: found.get(name, 0) + times * sizes[name] for name, times in copies.items()}
         phases.append({name: int(size) for name, size in found.items() if size >= 1})
     return max(phases, key=lambda phase: sum(phase.values()))
 
 
-def _holds(work: Workload, condition: str) -> bool:
+def _holds(work: Workload, sizes: Mapping[str, float], condition: str) -> bool:
     if condition.startswith("!"):
-        return not _holds(work, condition[1:])
+        return not _holds(work, sizes, condition[1:])
     facts = {
         "adapters": work.adapts,
         "fsdp": work.ways(FSDP) > 1,
@@ -123,7 +147,9 @@ def _holds(work: Workload, condition: str) -> bool:
         "mesh": work.mesh.size > 1,
         "parts": work.parts > 1,
         "dots": work.config.step.remat == "dots",
+        "several": sizes["part of experts"] < sizes["layer of experts"],
         "quantized": work.scheme is not None,
+        "scan": work.config.step.scan_layers,
         "remat": work.config.step.remat != "none",
     }
     return facts[condition]
