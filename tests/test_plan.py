@@ -71,11 +71,15 @@ def test_collectives_are_those_of_the_step(compared: plan_check.Comparison):
         assert planned == pytest.approx(compiled, rel=plan_check.TRAFFIC), kind
 
 
+def rows_of_report() -> list[list[str]]:
+    return [line.split("|") for line in REPORT.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+
+
 @pytest.fixture(scope="module")
 def report() -> dict[str, float]:
     """Planned over compiled temporaries, of the steps in the report, which are of jax 0.10."""
-    rows = [line.split("|") for line in REPORT.read_text(encoding="utf-8").splitlines()]
-    compiled = {row[1].strip(): float(row[4]) * 1e9 for row in rows if row[1:] and row[1].strip() in plan_check.CASES}
+    rows = rows_of_report()
+    compiled = {row[1].strip(): float(row[4]) * 1e9 for row in rows if row[1].strip() in plan_check.CASES}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(COMPILERS, "cpu", COMPILERS["cpu"]._replace(barriers=False))
         plans = {name: plan_check.planned(plan_check.CASES[name]) for name in compiled}
@@ -102,9 +106,9 @@ def test_other_steps_hold_and_send_what_is_planned(name: str):
 
 
 @pytest.mark.parametrize(
-    # From tests/benchmarks/reports and train/README.md, in GB: two micro-batches of one sequence of 1,024 tokens.
+    # From train/README.md, in GB: two micro-batches of one sequence of 1,024 tokens. Extrapolated from few layers.
     ("name", "devices", "arguments", "temporaries"),
-    [("qlora_1x80gb", 1, 10.9, 3.8), ("lora_1x80gb", 1, 34.6, 3.2), ("full_8x40gb", 8, 8.3, 26.3)],
+    [("qlora_1x80gb", 1, 10.9, 3.8), ("lora_1x80gb", 1, 34.6, 3.2), ("full_8x40gb", 8, 8.3, 10.5)],
 )
 def test_programs_compiled_for_gpus_are_within_15_percent(
     name: str, devices: int, arguments: float, temporaries: float
@@ -117,27 +121,13 @@ def test_programs_compiled_for_gpus_are_within_15_percent(
     assert plan.temporaries / 1e9 == pytest.approx(temporaries, rel=0.15)
 
 
-# Of the report: three or four layers of the 16B on eight H100s. Mesh, remat, micro-batches of sequences of a length,
-# layers and GB of temporaries.
-ON_H100 = [
-    ((1, 8, 1, 1), "full", 2, 2, 512, 3, 6.91),
-    ((1, 2, 4, 1), "full", 1, 2, 512, 3, 3.25),
-    ((1, 8, 1, 1), "none", 1, 2, 512, 3, 6.07),
-    ((1, 8, 1, 1), "full", 1, 2, 512, 4, 5.46),
-    ((1, 8, 1, 1), "full", 2, 1, 4096, 3, 9.20),
-]
+@pytest.mark.parametrize("name", plan_check.GPU_CASES)
+def test_steps_compiled_for_the_h100_are_within_15_percent(name: str):
+    compiled = {row[1].strip(): float(row[2]) for row in rows_of_report() if row[1].strip() in plan_check.GPU_CASES}
 
+    plan = plan_check.planned(plan_check.GPU_CASES[name], "h100")
 
-@pytest.mark.parametrize(("mesh", "remat", "parts", "rows", "length", "layers", "temporaries"), ON_H100)
-def test_steps_compiled_for_the_h100_are_within_15_percent(
-    mesh: Any, remat: str, parts: int, rows: int, length: int, layers: int, temporaries: float
-):
-    step = {"remat": remat, "gradient_accumulation_steps": parts}
-    case = plan_check.Case(plan_check.M16, plan_check.M16, mesh, length, rows, layers, step=step)
-
-    plan = plan_check.planned(case, "h100")
-
-    assert plan.temporaries / 1e9 == pytest.approx(temporaries, rel=0.15)
+    assert plan_check.LEAST <= plan.temporaries / 1e9 / compiled[name] <= plan_check.MOST
 
 
 # --- arithmetic ---

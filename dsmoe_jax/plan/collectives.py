@@ -89,7 +89,9 @@ def _weights(work: Workload, compiler: Compiler) -> Iterator[Traffic]:
         again = {"norms": 1 + remat, "router": remat, "embedding": 0, "head": 0, "routed experts": experts}
         # Without remat the gradient reuses the gather of the forward pass, except for a dense layer on a tensor axis.
         own = not remat and work.ways(TENSOR) > 1 and weight.part == "dense feed-forward"
-        count = forward * (1 + own) + parts * again.get(weight.part, remat * (1 + twice))
+        # Nothing orders the embedding of a frozen base, which the loop over micro-batches does not change.
+        once = 1 if work.adapts and weight.part == "embedding" else forward
+        count = once * (1 + own) + parts * again.get(weight.part, remat * (1 + twice))
         bytes_each = _FP32 if weight.part == "router" else size  # the router computes in fp32
         yield Traffic("all-gather", (FSDP,), full * bytes_each * count, f"{weight.part} weights")
 

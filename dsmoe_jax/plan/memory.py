@@ -45,9 +45,12 @@ PEAKS: Final[dict[str, dict[str, dict[str, dict[str, float]]]]] = {
             "!adapters":           {"part of experts": 1.83},
             "!adapters several":   {"part of experts": 1.34},
             "!adapters parts":     {"gradients": 1.0, "expert shards": 0.5},
-            "!adapters !parts":    {"gradients of layers done": 1.0},
+            "!adapters !parts":    {"gradients done": 1.0},
             "adapters":            {"gradients": 4.7},
-            "quantized":           {"layer of experts": 0.27},
+            "adapters fsdp":       {"embedding": 0.5, "head": 0.5},
+            "adapters fsdp !quantized": {"part of experts": 1.2},
+            "adapters fsdp parts !quantized": {"weights": 0.5},  # the loop's copy in another layout
+            "quantized":           {"layer of experts": 1.0},  # halves of bytes, dequantized
             "":                    {"expert rows": 4.5, "hidden states": 0.5},
             "scan":                {"MoE layers": 1.0},  # weights and gradients in the compute dtype, stacked
             "dots":                {"saved activations": 4.0},
@@ -55,12 +58,13 @@ PEAKS: Final[dict[str, dict[str, dict[str, dict[str, float]]]]] = {
         },
         "attention": {
             "!adapters parts":     {"gradients": 1.0},
-            "!adapters !parts":    {"gradients of layers done": 1.0},
+            "!adapters !parts":    {"gradients done": 1.0},
             "adapters":            {"gradients": 4.7},
-            "":                    {"attention scores": 2.2, "feed-forward rows": 2.4, "states": 17.0, "hidden states": 0.5},
+            "":                    {"attention scores": 2.2, "feed-forward rows": 2.4, "states": 17.0,
+                                    "hidden states": 0.5},
         },
         "embedding": {
-            "!adapters":           {"gradients": 1.0, "embedding": 1.1},
+            "!adapters":           {"gradients": 1.0, "embedding": 1.3},  # of which 0.3 is lost in packing
         },
         "loss": {
             "!adapters":           {"head": 2.0},
@@ -85,11 +89,12 @@ def quantities(work: Workload, compiler: Compiler) -> Mapping[str, float]:
     strategy = choose_strategy(work.config.dispatch.strategy, ways)
     slots = STRATEGIES[strategy](ways, 1, work.config.dispatch.buffer_factor)
     rows = slots.buffer(M * K * ways, M * K) if strategy == "gather" else ways * slots.buffer(M * K, M * K / ways)
-    layer = experts / max(moe, 1)
+    layer, bf16 = experts / max(moe, 1), work.config.step.compute_dtype == "bfloat16"
+    several = count_parts(int(layer / (1 + bf16)), (model.n_routed_experts or 1) // ways) if work.ways(FSDP) > 1 else 1
+    shards = _FP32 * work.elements("routed experts")
+    in_loop = shards + _FP32 * (work.elements("shared experts") + work.elements("attention") * moe / L)
+    later = in_loop if work.config.step.scan_layers else shards / max(moe, 1)  # gradients in fp32 after the peak
     gradients = _FP32 * sum(map(work.elements_of, work.parameters.trained))
-    sharded = {part: _FP32 * work.elements(part) for part in ("embedding", "head", "routed experts")}
-    halves = layer // 2 if work.config.step.compute_dtype == "bfloat16" else layer  # gathered in the compute dtype
-    several = count_parts(int(halves), (model.n_routed_experts or 1) // ways) if work.ways(FSDP) > 1 else 1
     queries = max(_QUERIES, -(-work.length // _MAX_CHUNKS))  # of a chunk, which attends to all keys before its end
     return {
         "optimizer state": work.state_bytes()["optimizer state"],
@@ -98,12 +103,10 @@ def quantities(work: Workload, compiler: Compiler) -> Mapping[str, float]:
         "experts": experts,
         "layer of experts": layer,
         "part of experts": layer / several,
-        "expert shards": sharded["routed experts"] / max(moe, 1),
-        "gradients of layers done": gradients - sharded["embedding"] - sharded["routed experts"] / max(moe, 1),
+        "expert shards": shards / max(moe, 1),
+        "MoE layers": in_loop,
+        "gradients done": gradients - _FP32 * work.elements("embedding") - later,
         "embedding": _FP32 * work.elements("embedding", gather=FSDP),
-        "MoE layers": sharded["routed experts"]
-        + _FP32 * work.elements("shared experts")
-        + _FP32 * work.elements("attention") * moe / L,
         "dense weights": _FP32 * work.elements(*_DENSE, gather=FSDP),
         "head": _FP32 * V * D,
         "logits": _FP32 * V * min(M, max(1, _CHUNK_BYTES // (_FP32 * V))),

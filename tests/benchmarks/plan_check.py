@@ -1,5 +1,7 @@
 """`python -m tests.benchmarks.plan_check` compares `dsmoe plan` with compiled steps on eight simulated devices.
 
+With `--card`, for GPUs that are absent (see `plan.absent_gpu`).
+
 Arguments must be equal, temporaries between 90 and 115 % of what XLA plans, bytes of each kind of collective within 2 %
 (kinds below 0.3 % of all bytes are not compared). Prints a table in Markdown.
 """
@@ -18,6 +20,7 @@ from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 from dsmoe_jax.config import ModelConfig
+from dsmoe_jax.plan.absent_gpu import DESCRIPTIONS
 from dsmoe_jax.plan.cards import card_of
 from dsmoe_jax.plan.compiled import Compiled, compile_plan
 from dsmoe_jax.plan.training import TrainingPlan
@@ -132,6 +135,22 @@ CASES: Final[dict[str, Case]] = {
     "new: tiny, 2 × 2 × 2":          Case("tiny", "tiny", (2, 1, 2, 2), 256, 4, 4, step=NONE),
     "new: 16B, data 8":              Case(M16, M16, (8, 1, 1, 1), 512, 1, step=FULL),
 }
+# For GPUs, by themselves.
+GPU_CASES: Final[dict[str, Case]] = {
+    "fsdp 8, 2 micro-batches":       Case(M16, M16, (1, 8, 1, 1), 512, 2, step=TWO),
+    "fsdp 8, 4,096 tokens":          Case(M16, M16, (1, 8, 1, 1), 4096, 1, step=TWO),
+    "fsdp 8, four layers":           Case(M16, M16, (1, 8, 1, 1), 512, 2, 4, step=FULL),
+    "fsdp 8, dots":                  Case(M16, M16, (1, 8, 1, 1), 512, 2, step=DOTS),
+    "fsdp 8, no remat":              Case(M16, M16, (1, 8, 1, 1), 512, 2, step=NONE),
+    "fsdp 8, layers in a loop":      Case(M16, M16, (1, 8, 1, 1), 512, 2, 4, step=FULL | {"scan_layers": True}),
+    "fsdp 2, expert 4":              Case(M16, M16, (1, 2, 4, 1), 512, 2, step=FULL),
+    "full_8x40gb":                   Case("full_8x40gb", M16, (1, 8, 1, 1), 1024, 1, step=TWO),
+    "LoRA on one GPU":               Case(LORA, M16, (1, 1, 1, 1), 1024, 1, step=TWO),
+    "LoRA on four GPUs":             Case(LORA, M16, (1, 4, 1, 1), 512, 2, step=TWO),
+    "QLoRA on one GPU":              Case(QLORA, M16, (1, 1, 1, 1), 1024, 1, step=TWO),
+    # Compiled after the fit.
+    "new: full_8x40gb, two layers":  Case("full_8x40gb", M16, (1, 8, 1, 1), 1024, 1, 2, step=TWO),
+}
 # fmt: on
 
 
@@ -189,22 +208,24 @@ def planned(case: Case, card: str = "cpu") -> TrainingPlan:
     return TrainingPlan.of(config, model, devices, card_of(card))
 
 
-def compare(case: Case) -> Comparison:
+def compare(case: Case, card: str = "cpu") -> Comparison:
     """Plan and compile a case."""
-    plan = planned(case)
-    return Comparison(plan, compile_plan(plan, "cpu"))
+    plan = planned(case, card)
+    return Comparison(plan, compile_plan(plan, card))
 
 
 def main() -> None:
     """Print one row per case, and how many are within the bars."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.plan_check", description=(__doc__ or "").strip())
     parser.add_argument("cases", nargs="*", metavar="CASE", help="default all")
+    parser.add_argument("--card", choices=DESCRIPTIONS, help="compile for GPUs of this kind")
     args = parser.parse_args()
+    cases = GPU_CASES if args.card else CASES
     print("| case | arguments, GB | equal | temporaries, GB | planned | collectives, GB | difference | s |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     misses, compared = collections.Counter(), 0
-    for name in args.cases or CASES:
-        one = compare(CASES[name])
+    for name in args.cases or cases:
+        one = compare(cases[name], args.card or "cpu")
         mine, its = one.arguments
         worst = max((abs(a - b) / b for a, b in one.traffic.values() if b), default=0.0)
         total = sum(b for _, b in one.traffic.values())
