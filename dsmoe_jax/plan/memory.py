@@ -16,6 +16,7 @@ _FP32: Final = 4
 _CHUNK_BYTES: Final = 64 << 20  # of fp32 logits, as in `train.loss`
 # As in `kernels.attention`: queries of a chunk at least, chunks at most, queries whose probabilities are saved.
 _QUERIES, _MAX_CHUNKS, _MAX_SAVED = 64, 16, 512
+_SLOTS: Final = 1.25  # of experts per row, as in `kernels.batched`
 _DENSE: Final = ("attention", "dense feed-forward", "shared experts")
 
 # By platform and phase: conditions ("!": not), and the copies in fp32 of each quantity if all of them hold. On CPU, XLA
@@ -42,16 +43,18 @@ PEAKS: Final[dict[str, dict[str, dict[str, dict[str, float]]]]] = {
     },
     "gpu": {
         "experts": {
-            "!adapters":           {"part of experts": 1.83},
-            "!adapters several":   {"part of experts": 1.34},
+            "!adapters":           {"part of experts": 2.0},
+            "!adapters several":   {"part of experts": 1.17},
             "!adapters parts":     {"gradients": 1.0, "expert shards": 0.5},
             "!adapters !parts":    {"gradients done": 1.0},
-            "adapters":            {"gradients": 4.7},
+            "adapters":            {"gradients": 5.0},
             "adapters fsdp":       {"embedding": 0.5, "head": 0.5},
             "adapters fsdp !quantized": {"part of experts": 1.2},
             "adapters fsdp parts !quantized": {"weights": 0.5},  # the loop's copy in another layout
             "quantized":           {"layer of experts": 1.0},  # halves of bytes, dequantized
-            "":                    {"expert rows": 4.5, "hidden states": 0.5},
+            "":                    {"dispatched rows": 1.5, "hidden rows": 3.6, "gathered tokens": 4.5, "states": 7.0,
+                                    "hidden states": 0.5},
+            "fsdp":                {"layer of dense weights": 0.7},
             "scan":                {"MoE layers": 1.0},  # weights and gradients in the compute dtype, stacked
             "dots":                {"saved activations": 4.0},
             "!remat":              {"saved activations": 4.0, "embedding": 0.5, "dense weights": 0.5},
@@ -59,7 +62,7 @@ PEAKS: Final[dict[str, dict[str, dict[str, dict[str, float]]]]] = {
         "attention": {
             "!adapters parts":     {"gradients": 1.0},
             "!adapters !parts":    {"gradients done": 1.0},
-            "adapters":            {"gradients": 4.7},
+            "adapters":            {"gradients": 5.0},
             "":                    {"attention scores": 2.2, "feed-forward rows": 2.4, "states": 17.0,
                                     "hidden states": 0.5},
         },
@@ -108,6 +111,7 @@ def quantities(work: Workload, compiler: Compiler) -> Mapping[str, float]:
         "gradients done": gradients - _FP32 * work.elements("embedding") - later,
         "embedding": _FP32 * work.elements("embedding", gather=FSDP),
         "dense weights": _FP32 * work.elements(*_DENSE, gather=FSDP),
+        "layer of dense weights": _FP32 * work.elements(*_DENSE, gather=FSDP) / L,
         "head": _FP32 * V * D,
         "logits": _FP32 * V * min(M, max(1, _CHUNK_BYTES // (_FP32 * V))),
         "attention scores": _FP32 * kept * L * work.rows * heads * work.length * (work.length + queries) / 2,
@@ -117,7 +121,7 @@ def quantities(work: Workload, compiler: Compiler) -> Mapping[str, float]:
         "saved activations": _FP32 * M * D * L * (0.1 + 0.9 / work.ways(TENSOR)),
         "activations": _FP32 * M * D * kept * L,
         "feed-forward rows": _FP32 * M * kept * ((L - moe) * dense + moe * shared) / work.ways(TENSOR),
-        "expert rows": _FP32 * M * D * K,
+        "hidden rows": _FP32 * _SLOTS * rows * model.moe_intermediate_size / several / work.ways(TENSOR),
         "dispatched rows": _FP32 * rows * D,
         "gathered tokens": _FP32 * M * D * ways if ways > 1 and strategy == "gather" else 0,
     }
