@@ -148,8 +148,13 @@ GPU_CASES: Final[dict[str, Case]] = {
     "LoRA on one GPU":               Case(LORA, M16, (1, 1, 1, 1), 1024, 1, step=TWO),
     "LoRA on four GPUs":             Case(LORA, M16, (1, 4, 1, 1), 512, 2, step=TWO),
     "QLoRA on one GPU":              Case(QLORA, M16, (1, 1, 1, 1), 1024, 1, step=TWO),
+    "QLoRA, five layers":            Case(QLORA, M16, (1, 1, 1, 1), 1024, 1, 5, step=TWO),
+    "fsdp 2, expert 4, long":        Case(M16, M16, (1, 2, 4, 1), 4096, 1, step=TWO),
     # Compiled after the fit.
     "new: full_8x40gb, two layers":  Case("full_8x40gb", M16, (1, 8, 1, 1), 1024, 1, 2, step=TWO),
+    "new: loop, 2 micro-batches":    Case(M16, M16, (1, 8, 1, 1), 512, 2, 4, step=TWO | {"scan_layers": True}),
+    "new: fsdp 2, expert 4, five":   Case(M16, M16, (1, 2, 4, 1), 512, 2, 5, step=TWO),
+    "new: LoRA, five layers":        Case(LORA, M16, (1, 1, 1, 1), 1024, 1, 5, step=TWO),
 }
 # fmt: on
 
