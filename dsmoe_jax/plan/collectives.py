@@ -113,7 +113,8 @@ def _gradients(work: Workload, compiler: Compiler) -> Iterator[Traffic]:
             yield Traffic("all-reduce", (FSDP,), full, what)
         elif full != shard:
             yield Traffic("reduce-scatter", (FSDP,), full, what)
-        yield Traffic("all-reduce", others, shard, what)
+        # Those of experts are reduced over fsdp in fp32, then cast.
+        yield Traffic("all-reduce", others, shard // size * _size(work, compiler) if experts else shard, what)
 
 
 def _norm(work: Workload) -> Iterator[Traffic]:

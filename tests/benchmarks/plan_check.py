@@ -148,13 +148,17 @@ GPU_CASES: Final[dict[str, Case]] = {
     "LoRA on one GPU":               Case(LORA, M16, (1, 1, 1, 1), 1024, 1, step=TWO),
     "LoRA on four GPUs":             Case(LORA, M16, (1, 4, 1, 1), 512, 2, step=TWO),
     "QLoRA on one GPU":              Case(QLORA, M16, (1, 1, 1, 1), 1024, 1, step=TWO),
+    "LoRA, five layers":             Case(LORA, M16, (1, 1, 1, 1), 1024, 1, 5, step=TWO),
     "QLoRA, five layers":            Case(QLORA, M16, (1, 1, 1, 1), 1024, 1, 5, step=TWO),
     "fsdp 2, expert 4, long":        Case(M16, M16, (1, 2, 4, 1), 4096, 1, step=TWO),
-    # Compiled after the fit.
+    "fsdp 2, expert 4, five layers": Case(M16, M16, (1, 2, 4, 1), 512, 2, 5, step=TWO),
+    "fsdp 2, expert 4, nine layers": Case(M16, M16, (1, 2, 4, 1), 512, 2, 9, step=TWO),
+    "fsdp 8, 4 × 4,096 tokens":      Case(M16, M16, (1, 8, 1, 1), 4096, 4, 2, step=DOTS),
+    # Not used in the fit.
     "new: full_8x40gb, two layers":  Case("full_8x40gb", M16, (1, 8, 1, 1), 1024, 1, 2, step=TWO),
     "new: loop, 2 micro-batches":    Case(M16, M16, (1, 8, 1, 1), 512, 2, 4, step=TWO | {"scan_layers": True}),
-    "new: fsdp 2, expert 4, five":   Case(M16, M16, (1, 2, 4, 1), 512, 2, 5, step=TWO),
-    "new: LoRA, five layers":        Case(LORA, M16, (1, 1, 1, 1), 1024, 1, 5, step=TWO),
+    "new: no remat, 2 × 2,048":      Case(M16, M16, (1, 8, 1, 1), 2048, 1, step=_step("none", 2)),
+    "new: 2B, data 8":               Case(M2, M2, (8, 1, 1, 1), 2048, 4, step=_step("dots", 2)),
 }
 # fmt: on
 
