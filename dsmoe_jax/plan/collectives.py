@@ -113,8 +113,9 @@ def _gradients(work: Workload, compiler: Compiler) -> Iterator[Traffic]:
             yield Traffic("all-reduce", (FSDP,), full, what)
         elif full != shard:
             yield Traffic("reduce-scatter", (FSDP,), full, what)
-        # Those of experts are reduced over fsdp in fp32, then cast.
-        yield Traffic("all-reduce", others, shard // size * _size(work, compiler) if experts else shard, what)
+        if experts and not work.adapts:  # cast after the reduction over fsdp
+            shard = shard // size * _size(work, compiler)
+        yield Traffic("all-reduce", others, shard, what)
 
 
 def _norm(work: Workload) -> Iterator[Traffic]:
