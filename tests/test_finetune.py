@@ -443,7 +443,7 @@ def test_every_recipe_is_a_run_and_its_flags_change_it():
     [
         ([], "data.files is empty: pass --data FILE"),
         (["--quantize", "nf4"], "quantize nf4 requires --lora: quantized weights cannot be trained"),
-        (["--lora.r", "4", "--step.scan-layers"], "step.scan_layers cannot be used with --lora: it would copy the"),
+        (["--lora.r", "4", "--step.scan-layers"], "--step.scan-layers cannot be used with --lora: it would copy the"),
         (["--lora", "--quantize", "int3"], "--quantize"),
         (["--recipe", "huge"], "recipe must be one of full, full_8x40gb, lora_1x80gb, qlora_1x80gb, tiny, got 'huge'"),
         (["--lora.r", "0"], "r must be an integer of at least 1, got 0"),

@@ -74,6 +74,9 @@ SMALL: Final[dict[str, list[str]]] = {
     "dsmoe generate": ["--max-new-tokens", "4"],
     "dsmoe chat": ["--max-new-tokens", "4"],
     "dsmoe evaluate": [],
+    "dsmoe ablate": [],
+    "dsmoe routes": [],
+    "dsmoe reproduce": [],
     "dsmoe serve": [],
     "dsmoe tokenize": [],
     "dsmoe pretrain": [*_RUN, *_OWN_MODEL],
@@ -82,7 +85,7 @@ SMALL: Final[dict[str, list[str]]] = {
     "dsmoe finetune chat16b --data train.jsonl --show": [],
 }
 # Not run here, but parsed: they need the hub (tests/test_hub.py, test_push.py, test_hub_datasets.py), a store, gguf, 32
-# devices, or data (test_evaluate, test_foreign_data).
+# devices, data (test_evaluate, test_foreign_data) or training (test_experiments).
 ONLY_PARSED: Final = (
     *("dsmoe convert deepseek-ai/", "dsmoe push", "dsmoe export moe16b moe16b.gguf", "dsmoe export native model.gguf"),
     *("dsmoe pretrain deepseek_moe_16b", "dsmoe evaluate", "dsmoe tokenize hf://", "dsmoe tokenize gs://"),
