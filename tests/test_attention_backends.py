@@ -131,6 +131,9 @@ def by_each(name: str, dtype: str, head_dim: int = 12) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ >= (0, 12), reason="jax 0.12 refuses spans beyond an array: widths that are no power of two"
+)
 @pytest.mark.parametrize("result", ["out", "dq", "dk", "dv"])
 @pytest.mark.parametrize(
     ("name", "dtype", "tolerance"),

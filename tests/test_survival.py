@@ -53,7 +53,9 @@ class TwoHosts:
 
     def wait(self) -> list[int]:
         """Wait for both, and return their exit codes."""
-        return [process.wait(timeout=300) for process in self.processes]
+        codes = [process.wait(timeout=300) for process in self.processes]
+        self.log.close()
+        return codes
 
     def kill(self, index: int) -> None:
         """Kill one of them; then, as a scheduler does, the other."""
