@@ -1,17 +1,17 @@
-"""Collectives of a compiled program, read from its HLO text. Start at `collectives`."""
+"""A compiled program, read from its HLO text: `parse`, and its communication: `collectives`."""
 
 import collections
 import math
 import re
-from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
 _BITS: Final = {"pred": 8, "bf16": 16, "f16": 16} | {f"{k}{n}": n for k in "suf" for n in (2, 4, 8, 16, 32, 64)}
 KINDS: Final = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _COMPUTATION: Final = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_INSTRUCTION: Final = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)$")
+_INSTRUCTION: Final = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY: Final = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _CALLED: Final = re.compile(
     r"\b(?:calls|to_apply|body|called_computations|branch_computations)=(?:\{(.*?)\}|%?([\w.\-]+))"
@@ -27,6 +27,42 @@ _BY_AXES: Final = re.compile(
 )
 
 
+class Instruction(NamedTuple):
+    """A line of HLO."""
+
+    name: str
+    shape: str
+    opcode: str
+    rest: str  # operands and attributes
+
+    @property
+    def kind(self) -> str:
+        """The opcode; that of a collective also if it only starts one."""
+        return self.opcode.removesuffix("-start")
+
+    @property
+    def operands(self) -> list[str]:
+        """The names of the operands."""
+        return re.findall(r"%([\w.\-]+)", self.rest.split(")")[0])
+
+    @property
+    def called(self) -> list[str]:
+        """The names of the computations that this one calls."""
+        found = (several or one for several, one in _CALLED.findall(self.rest))
+        return [name.strip().lstrip("%") for names in found for name in names.split(",")]
+
+    @property
+    def trips(self) -> int | None:
+        """How often it runs what it calls; None for a loop of unknown length."""
+        if self.opcode != "while":
+            return 1
+        found = _TRIPS.search(self.rest)
+        return int(found[1]) if found else None
+
+
+Bodies: TypeAlias = Mapping[str, Sequence[Instruction]]  # by name of the computation
+
+
 class Collective(NamedTuple):
     """A collective operation of a program."""
 
@@ -37,6 +73,23 @@ class Collective(NamedTuple):
     count: int  # executions per call of the program
 
 
+def parse(text: str) -> tuple[Bodies, str]:
+    """Return the instructions of each computation of a program, and the name of the entry.
+
+    Args:
+        text: `compiled.as_text()`.
+    """
+    bodies: dict[str, list[Instruction]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        if header := _COMPUTATION.match(line):
+            name, entry = header[2], header[2] if header[1] else entry
+            bodies[name] = []
+        elif name and (found := _INSTRUCTION.match(line)):
+            bodies[name].append(Instruction(*found.groups()))
+    return bodies, entry
+
+
 def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     """Return the collectives of a program.
 
@@ -44,43 +97,32 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
         text: `compiled.as_text()`.
         mesh: The size of each mesh axis, in order.
     """
-    bodies: dict[str, list[tuple[str, str, str]]] = {}
-    entry = name = ""
-    for line in text.splitlines():
-        if header := _COMPUTATION.match(line):
-            name, entry = header[2], header[2] if header[1] else entry
-            bodies[name] = []
-        elif name and (found := _INSTRUCTION.match(line)):
-            bodies[name].append((found[1], found[2], found[3]))
+    bodies, entry = parse(text)
     counts = _executions(bodies, entry)
     result = []
     for name, instructions in bodies.items():
-        for shape, opcode, rest in instructions:
-            kind = opcode.removesuffix("-start")
-            if kind not in KINDS or not counts[name]:
+        for one in instructions:
+            if one.kind not in KINDS or not counts[name]:
                 continue
-            axes, ways = _axes(rest, mesh)
+            axes, ways = _axes(one.rest, mesh)
             if ways > 1:
-                operands = _OPERANDS.match(shape)  # an asynchronous start returns (operands, results)
-                results = shape[operands.end() :] if operands else shape
-                size = array_bytes(results) * (ways if kind == "reduce-scatter" else 1)
-                result.append(Collective(kind, axes, ways, size, counts[name]))
+                operands = _OPERANDS.match(one.shape)  # an asynchronous start returns (operands, results)
+                results = one.shape[operands.end() :] if operands else one.shape
+                size = array_bytes(results) * (ways if one.kind == "reduce-scatter" else 1)
+                result.append(Collective(one.kind, axes, ways, size, counts[name]))
     return result
 
 
-def _executions(bodies: Mapping[str, list[tuple[str, str, str]]], entry: str) -> collections.Counter[str]:
+def _executions(bodies: Bodies, entry: str) -> collections.Counter[str]:
     """Return how often each computation runs."""
     counts: collections.Counter[str] = collections.Counter()
 
     def visit(name: str, times: int) -> None:
         counts[name] += times
-        for _, opcode, rest in bodies.get(name, ()):
-            trips = _TRIPS.search(rest)
-            # Loops of unknown length are the overflow passes of dispatch: none if routing is balanced.
-            inner = times * (1 if opcode != "while" else int(trips[1]) if trips else 0)
-            for several, one in _CALLED.findall(rest):
-                for called in (several or one).split(","):
-                    visit(called.strip().lstrip("%"), inner)
+        for one in bodies.get(name, ()):
+            for called in one.called:
+                # Loops of unknown length are the overflow passes of dispatch: none if routing is balanced.
+                visit(called, times * (one.trips or 0))
 
     visit(entry, 1)
     return counts

@@ -11,13 +11,9 @@ from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
 
 from dsmoe_jax.plan.cards import Card
-from dsmoe_jax.plan.hlo import array_bytes, collectives
+from dsmoe_jax.plan.hlo import KINDS, Bodies, Instruction, array_bytes, collectives, parse
 from dsmoe_jax.plan.roofline import CROSSINGS, RANGE, Efficiency
 
-_COMPUTATION: Final = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_INSTRUCTION: Final = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
-_CALLED: Final = re.compile(r"\b(?:calls|to_apply|body|branch_computations)=(?:\{(.*?)\}|%?([\w.\-]+))")
-_TRIPS: Final = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONTRACTED: Final = re.compile(r"lhs_contracting_dim(?:ension)?s\"?[=:][\{\[]([\d,\"]*)[\}\]]")
 # Not launched: no work, or work of the computations that they call. Communication is counted apart.
 _FREE: Final = {
@@ -28,27 +24,6 @@ _FREE: Final = {
 _KERNELS: Final = {"flash_attention_forward": 2, "flash_attention_dq": 3, "flash_attention_dkv": 4}
 _READS_A_PART: Final = ("dynamic-slice", "gather", "slice")
 _CALLERS: Final = ("while", "conditional", "call")
-
-
-class Instruction(NamedTuple):
-    """A line of HLO."""
-
-    name: str
-    shape: str
-    opcode: str
-    rest: str  # operands and attributes
-    root: bool
-
-    @property
-    def operands(self) -> list[str]:
-        """The names of the operands."""
-        return re.findall(r"%([\w.\-]+)", self.rest.split(")")[0])
-
-    @property
-    def called(self) -> list[str]:
-        """The names of the computations that this one calls."""
-        found = (several or one for several, one in _CALLED.findall(self.rest))
-        return [name.strip().lstrip("%") for names in found for name in names.split(",")]
 
 
 class Prediction(NamedTuple):
@@ -81,9 +56,9 @@ def predict(text: str, card: Card, mesh: Mapping[str, int]) -> Prediction:
         card: The card.
         mesh: The size of each mesh axis, in order.
     """
-    bodies, entry = _parse(text)
+    bodies, entry = parse(text)
     work = list(_work(bodies, entry, 1))
-    loops = sum(one.opcode == "while" and not _TRIPS.search(one.rest) for body in bodies.values() for one in body)
+    loops = sum(one.trips is None for body in bodies.values() for one in body)
     moved = sum(
         one.bytes * one.count * CROSSINGS.get(one.kind, 1) * (one.ways - 1) / one.ways
         for one in collectives(text, mesh)
@@ -104,39 +79,20 @@ def _seconds(flops: float, size: float, card: Card, share: Efficiency) -> float:
     return max(flops / (card.flops * share.matmul), size / (card.bandwidth * share.bandwidth))
 
 
-def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """Return the instructions of each computation, and the name of the entry."""
-    bodies: dict[str, list[Instruction]] = {}
-    entry = name = ""
-    for line in text.splitlines():
-        if header := _COMPUTATION.match(line):
-            name, entry = header[2], header[2] if header[1] else entry
-            bodies[name] = []
-        elif name and (found := _INSTRUCTION.match(line)):
-            bodies[name].append(Instruction(found[2], found[3], found[4], found[5], bool(found[1])))
-    return bodies, entry
-
-
-def _work(bodies: Mapping[str, list[Instruction]], name: str, times: int) -> Iterator[tuple[int, float, float]]:
+def _work(bodies: Bodies, name: str, times: int) -> Iterator[tuple[int, float, float]]:
     """Yield how often each operation is launched, its FLOPs and its bytes."""
     shapes = {one.name: one.shape for one in bodies.get(name, ())}
     for one in bodies.get(name, ()):
         if one.opcode in _CALLERS:
-            trips = _TRIPS.search(one.rest)
-            inner = times * (1 if one.opcode != "while" else int(trips[1]) if trips else 0)
+            inner = times * (one.trips or 0)
             for called in one.called if inner else ():
                 yield from _work(bodies, called, inner)
-        elif one.opcode in _FREE or one.opcode.endswith("-done") or _communicates(one):
+        elif one.opcode in _FREE or one.opcode.endswith("-done") or one.kind in KINDS:
             continue
         else:
             fused = [each for called in one.called for each in bodies.get(called, ())]
             flops = _flops([one, *fused], shapes) + _kernel_flops(one, shapes)
             yield times, flops, _bytes(one, fused, shapes)
-
-
-def _communicates(one: Instruction) -> bool:
-    kinds = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-    return one.opcode.removesuffix("-start") in kinds
 
 
 def _flops(instructions: list[Instruction], shapes: Mapping[str, str]) -> float:
