@@ -52,12 +52,11 @@ class Checkpoints:
         """Start saving in the background once the previous save has finished; the state may be donated at once."""
         from orbax.checkpoint import v1 as ocp
 
-        if self._pending is not None and not self._pending.done():
-            start = time.monotonic()
-            self.wait()
+        early, start = self._pending is not None and not self._pending.done(), time.monotonic()
+        self.wait()
+        if early:
             text = "Waited %.1f s for the checkpoint before step %d: saving takes longer than the interval"
             _log.warning(text, time.monotonic() - start, step)
-        self.wait()
         path = self._path(step)
         if self._problem(step) is None:
             return

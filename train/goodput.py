@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
+from dsmoe_jax.progress import plural
+
 Seconds: TypeAlias = collections.defaultdict[str, float]
 # Kinds of time; `lost`: steps repeated after a restart and the time between processes; `other`: what is not measured.
 KINDS: Final = ("step", "data", "compile", "evaluation", "checkpoint", "setup", "lost", "other")
@@ -59,9 +61,8 @@ class Goodput:
 
     def fractions(self) -> dict[str, float]:
         """Return the fraction of each kind as `time/KIND`, which sum to 1, and `goodput`, that of steps."""
-        total = self._before + time.time() - self.started
         seconds = {kind: self._seconds[kind] for kind in KINDS}
-        seconds["other"] += max(0.0, total - sum(seconds.values()))
+        seconds["other"] += max(0.0, self._wall() - sum(seconds.values()))
         total = sum(seconds.values()) or 1.0
         return {"goodput": seconds["step"] / total} | {f"time/{kind}": seconds[kind] / total for kind in KINDS}
 
@@ -69,9 +70,12 @@ class Goodput:
         """Return one line."""
         fractions = self.fractions()
         parts = [f"{kind} {fractions[f'time/{kind}']:.1%}" for kind in KINDS if fractions[f"time/{kind}"] >= 0.0005]
-        total = self._before + time.time() - self.started
-        restarts = f", {self.restarts} restart{'s' if self.restarts > 1 else ''}" if self.restarts else ""
-        return f"{total:.1f} s{restarts}: {', '.join(parts)}"
+        restarts = f", {plural(self.restarts, 'restart')}" if self.restarts else ""
+        return f"{self._wall():.1f} s{restarts}: {', '.join(parts)}"
+
+    def _wall(self) -> float:
+        """Return the seconds since the first start."""
+        return self._before + time.time() - self.started
 
 
 def _earlier(records: Sequence[Mapping[str, Any]], started: float) -> tuple[Seconds, int]:

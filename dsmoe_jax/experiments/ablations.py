@@ -11,8 +11,9 @@ from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.experiments.charts import draw_ablations
 from dsmoe_jax.experiments.texts import read_tokens
 from dsmoe_jax.generate import Generator
+from dsmoe_jax.generate.loading import upcast_for_cpu
 from dsmoe_jax.layers.ablation import Ablation
-from dsmoe_jax.model import DeepSeekMoE
+from dsmoe_jax.model import DeepSeekMoE, merge, split
 from dsmoe_jax.progress import Meter, silent
 from dsmoe_jax.storage.atomic_dir import write_json
 from dsmoe_jax.text.tokenizer import Tokenizer
@@ -72,6 +73,8 @@ def measure(
         DSMoEError: An ablation does not fit the model; before anything is computed.
     """
     settings = [Ablation(), *(one for one in ablations if one != Ablation())]
+    graph, params = split(model)
+    model = merge(graph, upcast_for_cpu(params))  # once: the ablated models share the weights
     models = [model.ablated(one) for one in settings]
     measured = []
     with progress("measuring", len(settings)) as advance:

@@ -8,6 +8,7 @@ import numpy as np
 
 from dsmoe_jax.experiments.comparisons import interval
 from dsmoe_jax.experiments.variants import VARIANTS
+from dsmoe_jax.layers.ablation import Ablation
 from dsmoe_jax.train.plotting import new_figure
 
 if TYPE_CHECKING:
@@ -46,8 +47,7 @@ def _curve_of(result: Mapping[str, Any], field: str) -> dict[float, float]:
     curve = {}
     for row in result["losses"]:
         others = {name: value for name, value in row.items() if name not in ("loss", field)}
-        plain = {"disable_top": 0, "active": None, "shared": True, "disabled": ()}
-        if all(value == plain[name] or value == [] for name, value in others.items()):
+        if Ablation(**{**others, "disabled": tuple(others["disabled"])}) == Ablation():
             value = row[field] / experts if field == "disable_top" else top_k if row[field] is None else row[field]
             curve[value] = row["loss"]
     return curve

@@ -13,7 +13,7 @@ from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.train.config import RunConfig
 from dsmoe_jax.train.data import TokenShards, is_token_shards
 
-PLAN: Final = "plan.json"
+_PLAN: Final = "plan.json"
 _DATA: Final = "data"
 _RESULTS: Final = "results"
 
@@ -36,7 +36,7 @@ class Experiment:
     Attributes:
         out: The folder.
         scale_name: A key of `SCALES`.
-        scale: Its sizes, with the number of steps asked for.
+        scale: Its sizes, with the requested number of steps.
         variants: Keys of `VARIANTS`.
         seeds: Number of seeds, from 0; runs of equal seed are paired.
         sources: Texts.
@@ -73,6 +73,13 @@ class Experiment:
             raise DSMoEError("sources must be texts, or one folder of token shards")
         return cls(out, scale, sizes, choose(variants), seeds, tuple(sources), ablation_tokens)
 
+    @classmethod
+    def read(cls, out: Path) -> "Experiment":
+        """Read the plan in a folder."""
+        fields = read_json(out / _PLAN)
+        names = ("scale", "variants", "seeds", "sources", "ablation_tokens")
+        return cls.create(out, steps=fields["settings"]["steps"], **{name: fields[name] for name in names})
+
     @property
     def data(self) -> Path:
         """Token shards of the texts, or those given."""
@@ -85,7 +92,7 @@ class Experiment:
 
     def write(self) -> None:
         """Write plan and models; variants and seeds may be added to an existing plan, nothing else may change."""
-        path, fields = self.out / PLAN, self.fields()
+        path, fields = self.out / _PLAN, self.fields()
         if path.exists():
             before = read_json(path)
             for name in ("scale", "settings", "sources", "ablation_tokens"):
@@ -134,6 +141,6 @@ class Experiment:
     def run_config(self, job: Job) -> RunConfig:
         """Return the config of a run."""
         validation = TokenShards.open(self.data, "validation", verify=False)
-        batches = -(-(validation.tokens + len(validation)) // (self.scale.sequence_length * self.scale.batch_size)) + 1
+        batches = -(-(validation.tokens + len(validation)) // self.scale.tokens_per_step) + 1
         paths = {"model": self.model(job.variant), "data": self.data, "out": self.run_folder(job)}
         return run_config(self.scale, job.seed, eval_batches=batches, **paths)

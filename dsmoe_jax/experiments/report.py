@@ -100,7 +100,7 @@ def _curves(experiment: Experiment, variants: Sequence[str]) -> dict[str, tuple[
 def _decided(experiment: Experiment) -> str:
     fields = experiment.fields()
     size, claims = experiment.scale, fields["comparisons"]
-    tokens = size.steps * size.batch_size * size.sequence_length
+    tokens = size.steps * size.tokens_per_step
     lines = [
         f"# DeepSeekMoE's comparisons at scale `{experiment.scale_name}`",
         "## Decided before running",

@@ -1,7 +1,7 @@
 """Which experts serve which texts: `routes`."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -76,9 +76,11 @@ def routes(
         raise DSMoEError("data must name at least one source")
     texts = [read_tokens(source, tokenizer, max_tokens, vocab_size=config.vocab_size) for source in data]
     counts: dict[int, _Counts] = {}
+    graph, params = split(model)
+    params = upcast_for_cpu(params)
     with progress("routing", sum(map(len, texts))) as advance:
         for domain, ids in enumerate(texts):
-            for tokens, selected in _selections(model, ids, window or config.context_length):
+            for tokens, selected in _selections(graph, params, ids, window or config.context_length):
                 for layer, experts in selected.items():
                     counter = counts.setdefault(layer, _Counts(len(data), config.n_routed_experts))
                     counter.add(domain, tokens, experts)
@@ -92,10 +94,8 @@ def routes(
     return found
 
 
-def _selections(model: DeepSeekMoE, ids: Sequence[int], window: int) -> Any:
+def _selections(graph: Any, params: Mapping[str, Any], ids: Sequence[int], window: int) -> Iterator[tuple[Any, Any]]:
     """Yield flat token ids, and the selected experts of each by layer, [tokens, K]."""
-    graph, params = split(model)
-    params = upcast_for_cpu(params)
     sequences = windows(ids, window)
     rows = max(1, min(len(sequences), _BATCH // sequences.shape[1]))
     for start in range(0, len(sequences), rows):

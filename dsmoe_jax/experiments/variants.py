@@ -46,6 +46,11 @@ class Scale(NamedTuple):
     step: StepConfig = StepConfig()
     mesh: MeshConfig | None = None
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a batch."""
+        return self.batch_size * self.sequence_length
+
 
 class Variant(NamedTuple):
     """A model of the comparison.

@@ -12,38 +12,27 @@ import time
 from pathlib import Path
 
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.experiments.plan import PLAN, Experiment, Job
-from dsmoe_jax.experiments.variants import SCALES, model_config, shortened
+from dsmoe_jax.experiments.plan import Experiment, Job
+from dsmoe_jax.experiments.variants import model_config
 from dsmoe_jax.info import count_parameters
-from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.train.loop import run
 
 
 def main(out: Path, job: Job) -> int:
     """Train, and write the result; return the exit code."""
-    fields = read_json(out / PLAN)
-    name = fields["scale"]
-    experiment = Experiment(
-        out,
-        name,
-        shortened(SCALES[name], fields["settings"]["steps"]),
-        tuple(fields["variants"]),
-        fields["seeds"],
-        tuple(fields["sources"]),
-        fields["ablation_tokens"],
-    )
+    experiment = Experiment.read(out)
     started = time.time()
     result = run(experiment.run_config(job))
     if result.stopped:
         return 1
-    counts, tokens = count_parameters(model_config(job.variant, experiment.scale)), _tokens_per_step(experiment)
+    counts = count_parameters(model_config(job.variant, experiment.scale))
     experiment.write_result(
         job,
         {
             "eval_loss": result.eval_loss,
             "loss": result.loss,
             "steps": result.steps,
-            "tokens": result.steps * tokens,
+            "tokens": result.steps * experiment.scale.tokens_per_step,
             "parameters": counts.total,
             "active_parameters": counts.activated,
             "seconds": round(time.time() - started, 1),
@@ -51,10 +40,6 @@ def main(out: Path, job: Job) -> int:
         },
     )
     return 0
-
-
-def _tokens_per_step(experiment: Experiment) -> int:
-    return experiment.scale.batch_size * experiment.scale.sequence_length
 
 
 def _stop_with_parent() -> None:

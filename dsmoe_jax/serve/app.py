@@ -39,7 +39,7 @@ from dsmoe_jax.serve.token_text import TokenTexts
 from dsmoe_jax.serve.worker import Worker, top_bucket
 from dsmoe_jax.text.tokenizer import Tokenizer
 
-_CLIENT_CLOSED_REQUEST: Final = 499  # nginx's; nobody reads it
+_CLIENT_CLOSED_REQUEST: Final = 499  # as in nginx, for logs: the client is gone
 _Body = TypeVar("_Body", bound=BaseModel)
 
 
