@@ -151,9 +151,6 @@ class RemotePath:
             raise DSMoEError(f"{self._url}: cannot be reached ({text})") from None
 
 
-AnyPath = Path | RemotePath
-
-
 def any_path(path: str | Path, name: str) -> Any:
     """Return the path as `Path` or `RemotePath`; `name` is the argument's, for errors."""
     return RemotePath(str(path)) if is_url(path) else user_path(path, name)

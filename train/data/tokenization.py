@@ -13,7 +13,7 @@ from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.progress import Advance, Meter, silent
 from dsmoe_jax.storage.atomic_dir import atomic_dir, check_new_path, check_space, sync
 from dsmoe_jax.storage.manifest import add_hash, hash_json
-from dsmoe_jax.storage.remote import is_url, save_json
+from dsmoe_jax.storage.remote import is_url, remove_tree, save_json
 from dsmoe_jax.text.bulk import BulkEncoder, Encoded
 
 from .files import resolve_source
@@ -87,9 +87,7 @@ def tokenize(
             stats = finalize(
                 job.plan, records, folder, job.out, staging.folder, tokenizer_files=files, take=Path.rename
             )
-            for file in folder.iterdir():
-                file.unlink()
-            folder.rmdir()
+            remove_tree(folder)
     except ChildProcessError as error:  # of a worker; finished pieces are kept
         raise DSMoEError(str(error)) from None
     except OSError as error:  # a full disk; errors of a source are ValueErrors
