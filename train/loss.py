@@ -51,6 +51,11 @@ class CrossEntropySums(NamedTuple):
     cross_entropy: Float[Array, ""]  # Σ cross-entropy
 
 
+def chunk_tokens(tokens: int, vocab_size: int) -> int:
+    """Return the tokens whose logits exist at once on a device with `vocab_size` rows of the head."""
+    return min(tokens, max(1, _CHUNK_BYTES // (4 * vocab_size)))
+
+
 def chunked_cross_entropy(
     states: Float[Array, "B T D"], head: Float[Array, "V D"], targets: Int[Array, "B T"], *, z_loss: float = 0.0
 ) -> CrossEntropySums:
@@ -101,7 +106,7 @@ def _sums(states: Array, head: Array, targets: Array, z_loss: float, over: str |
     """Return the sums, and the gradients of `total` with respect to states and head."""
     (B, T, D), V = states.shape, head.shape[0]
     first, M = 0 if over is None else jax.lax.axis_index(over) * V, B * T
-    size = min(M, max(1, _CHUNK_BYTES // (4 * V)))
+    size = chunk_tokens(M, V)
     chunks = -(-M // size)
     pad = chunks * size - M
     x = jnp.pad(states.reshape(M, D), ((0, pad), (0, 0))).reshape(chunks, size, D)

@@ -90,9 +90,9 @@ def _half_head(params: dict[str, Any]) -> dict[str, Any]:
     return {"head.weight": head} if jnp.isfinite(head).all() else {}
 
 
-def default_prefill_chunk() -> int:
-    """Return the default number of tokens per prefill call."""
-    return 512 if jax.default_backend() == "cpu" else 2048
+def default_prefill_chunk(platform: str | None = None) -> int:
+    """Return the default number of tokens per prefill call, by default of the devices here."""
+    return 512 if (platform or jax.default_backend()) == "cpu" else 2048
 
 
 def default_prefix_cache_bytes(free: int | None, config: ModelConfig, length: int, dtype: Any, mesh: Any) -> int:

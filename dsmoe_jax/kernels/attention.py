@@ -22,7 +22,7 @@ VARIABLE: Final = "DSMOE_ATTENTION_BACKEND"  # the default backend
 
 _CHUNK: Final = 64  # queries; their scores fit in cache: 4× faster at T = 512 on CPU, half of it from causality
 _MAX_CHUNKS: Final = 16  # unrolled
-_MAX_SAVED: Final = 512  # queries of a sequence whose probabilities are saved for the backward pass
+MAX_SAVED: Final = 512  # queries of a sequence whose probabilities are saved for the backward pass
 _FEWEST: Final = 16  # queries of a tile of tensor cores
 _QUERIES: Final = ("batch", None, "heads", None)  # logical axes
 _KEYS: Final = ("batch", "kv_heads", None, None)
@@ -55,6 +55,11 @@ class CausalMask(NamedTuple):
             same = self.query_segments[:, start:end, None] == self.key_segments[:, None, :keys]
             mask &= same if self.shared is None else same | self.shared[:, None, :keys]
         return mask if self.valid is None else mask & self.valid[:, None, :keys]
+
+
+def chunk_size(queries: int) -> int:
+    """Return the queries per chunk of `plain`."""
+    return max(_CHUNK, -(-queries // _MAX_CHUNKS))
 
 
 def choose_backend(platform: str, dtype: Any, backend: str | None = None) -> str:
@@ -114,9 +119,9 @@ def attention(
         if not _unsupported(backend, call):
             return BACKENDS[backend].run(q, k, v, mask)
     run = functools.partial(_chunk, dropout=dropout)
-    if T > _MAX_SAVED:
+    if T > MAX_SAVED:
         run = jax.checkpoint(run, static_argnums=(5, 6, 7))
-    size = max(_CHUNK, -(-T // _MAX_CHUNKS))
+    size = chunk_size(T)
     chunks = []
     for start in range(0, T, size):
         end = min(start + size, T)

@@ -6,7 +6,7 @@ the backward pass is explicit.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from dsmoe_jax.axes import Array, Bool, Float, Int
 from dsmoe_jax.kernels.operand import GradMask, Inputs, expert_of_rows, swiglu
 
-_HEADROOM = 1.25  # capacity over the mean: one pass for a balanced router
+HEADROOM: Final = 1.25  # capacity over the mean: one pass for a balanced router
 
 
 class _Slots(NamedTuple):
@@ -41,7 +41,7 @@ def _expand(mask: Array, ndim: int) -> Array:
 
 def capacity(rows: int, experts: int) -> int:
     """Return the slots per expert: a multiple of 8 above the mean, at most all rows."""
-    return min(rows, -(-int(_HEADROOM * rows / experts + 1) // 8) * 8)
+    return min(rows, -(-int(HEADROOM * rows / experts + 1) // 8) * 8)
 
 
 class Part(NamedTuple):

@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh
 from dsmoe_jax.checkpoint.native import DTYPES
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
+from dsmoe_jax.generate.loading import default_prefill_chunk
 from dsmoe_jax.generate.memory_plan import MemoryPlan, weight_bytes
 from dsmoe_jax.info import count_parameters, part_of
 from dsmoe_jax.plan.cards import Card
@@ -17,8 +18,6 @@ from dsmoe_jax.plan.collectives import Traffic
 from dsmoe_jax.plan.roofline import RANGE, split_by_network
 from dsmoe_jax.progress import byte_size
 from dsmoe_jax.sharding import DATA, EXPERT, FSDP, TENSOR, MeshConfig, abstract_mesh, check_count
-
-_PREFILL_CHUNK = {"gpu": 2048, "cpu": 512}  # tokens, as `generate.loading.default_prefill_chunk`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +99,7 @@ class GenerationPlan:
             raise DSMoEError(f"quantize {quantize} cannot be sharded over tensor={axes.shape[TENSOR]}")
         check_count(model.num_attention_heads, "attention heads", "heads", axes)
         check_count(model.num_kv_heads, "key-value heads", "kv_heads", axes)
-        chunk = min(_PREFILL_CHUNK[card.platform], max_length)
+        chunk = min(default_prefill_chunk(card.platform), max_length)
         cached: Any = jnp.dtype(cache_dtype or (jnp.float32 if on_cpu else DTYPES[dtype]))
         options: dict[str, Any] = {"dtype": DTYPES[dtype], "quantize": quantize, "upcast": on_cpu}
         shape = {"batch_size": batch_size, "max_length": max_length, "prefill_chunk": chunk, "cache_dtype": cached}

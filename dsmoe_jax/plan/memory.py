@@ -7,16 +7,15 @@ peak, fitted to compiled steps; `tests/benchmarks/plan_check.py` compares the es
 from collections.abc import Mapping
 from typing import Final
 
+from dsmoe_jax.kernels.attention import MAX_SAVED, chunk_size
+from dsmoe_jax.kernels.batched import HEADROOM
 from dsmoe_jax.layers.token_dispatcher import STRATEGIES, choose_strategy, count_parts
 from dsmoe_jax.plan.collectives import COMPILERS, Compiler
 from dsmoe_jax.plan.workload import Workload
 from dsmoe_jax.sharding import EXPERT, FSDP, TENSOR
+from dsmoe_jax.train.loss import chunk_tokens
 
 _FP32: Final = 4
-_CHUNK_BYTES: Final = 64 << 20  # of fp32 logits, as in `train.loss`
-# As in `kernels.attention`: queries of a chunk at least, chunks at most, queries whose probabilities are saved.
-_QUERIES, _MAX_CHUNKS, _MAX_SAVED = 64, 16, 512
-_SLOTS: Final = 1.25  # of experts per row, as in `kernels.batched`
 _DENSE: Final = ("attention", "dense feed-forward", "shared experts")
 
 # By platform and phase: conditions ("!": not), and the copies in fp32 of each quantity if all of them hold. On CPU, XLA
@@ -99,7 +98,7 @@ def quantities(work: Workload, compiler: Compiler) -> Mapping[str, float]:
     in_loop = shards + _FP32 * (work.elements("shared experts") + work.elements("attention") * moe / L)
     later = in_loop if work.config.step.scan_layers else shards / max(moe, 1)  # gradients in fp32 after the peak
     gradients = _FP32 * sum(map(work.elements_of, work.parameters.trained))
-    queries = max(_QUERIES, -(-work.length // _MAX_CHUNKS))  # of a chunk, which attends to all keys before its end
+    queries = chunk_size(work.length)  # a chunk attends to all keys before its end
     return {
         "optimizer state": work.state_bytes()["optimizer state"],
         "weights": _FP32 * work.elements(),
@@ -115,7 +114,7 @@ def quantities(work: Workload, compiler: Compiler) -> Mapping[str, float]:
         "dense weights": _FP32 * work.elements(*_DENSE, gather=FSDP),
         "layer of dense weights": _FP32 * work.elements(*_DENSE, gather=FSDP) / L,
         "head": _FP32 * V * D,
-        "logits": _FP32 * V * min(M, max(1, _CHUNK_BYTES // (_FP32 * V))),
+        "logits": _FP32 * V * chunk_tokens(M, V),
         "attention scores": _FP32 * kept * L * work.rows * heads * work.length * (work.length + queries) / 2,
         "hidden states": _FP32 * M * D * L,
         "states": _FP32 * M * D,
@@ -123,7 +122,7 @@ def quantities(work: Workload, compiler: Compiler) -> Mapping[str, float]:
         "saved activations": _FP32 * M * D * L * (0.1 + 0.9 / work.ways(TENSOR)),
         "activations": _FP32 * M * D * kept * L,
         "feed-forward rows": _FP32 * M * kept * ((L - moe) * dense + moe * shared) / work.ways(TENSOR),
-        "hidden rows": _FP32 * _SLOTS * rows * model.moe_intermediate_size / several / work.ways(TENSOR),
+        "hidden rows": _FP32 * HEADROOM * rows * model.moe_intermediate_size / several / work.ways(TENSOR),
         "dispatched rows": _FP32 * rows * D,
         "gathered tokens": _FP32 * M * D * ways if ways > 1 and strategy == "gather" else 0,
     }
@@ -152,7 +151,7 @@ def _holds(work: Workload, sizes: Mapping[str, float], condition: str) -> bool:
     facts = {
         "adapters": work.adapts,
         "fsdp": work.ways(FSDP) > 1,
-        "long": work.length > _MAX_SAVED,
+        "long": work.length > MAX_SAVED,
         "mesh": work.mesh.size > 1,
         "parts": work.parts > 1,
         "expert": work.ways(EXPERT) > 1,
