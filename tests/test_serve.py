@@ -84,9 +84,21 @@ def test_sampling_fields_are_those_of_the_generator(client: Any, generator: Gene
 
 
 def test_samples_without_a_seed_differ(client: Any):
-    texts = {client.completions.create(model="small", prompt=PROMPT, max_tokens=8).choices[0].text for _ in range(4)}
+    seeds = (openai.NOT_GIVEN, openai.NOT_GIVEN, -1, -1)
+    fields: dict[str, Any] = GREEDY | {"prompt": PROMPT, "temperature": 1}
+    texts = {client.completions.create(seed=seed, **fields).choices[0].text for seed in seeds}
 
     assert len(texts) == 4
+
+
+def test_a_seed_of_minus_one_is_a_random_one(generator: Generator):
+    from dsmoe_jax.serve.prompts import EncodedPrompt, sampling_params
+    from dsmoe_jax.serve.schemas import CompletionRequest
+
+    body = CompletionRequest(prompt="a", seed=-1)
+    seeds = {sampling_params(generator, body, [EncodedPrompt([5], "a")]).seed for _ in range(2)}
+
+    assert len(seeds) == 2
 
 
 def test_stop_strings_end_the_text(client: Any, generator: Generator):
@@ -260,6 +272,10 @@ def test_texts_are_tokenized_and_back(server: Running, generator: Generator):
     without = server.post("/tokenize", {"prompt": PROMPT, "add_special_tokens": False}).json["tokens"]
     assert without == ids[1:]
     assert server.post("/detokenize", {"tokens": without}).json == {"prompt": PROMPT}
+    assert server.post("/detokenize", {"tokens": []}).json == {"prompt": ""}
+    outside = server.post("/detokenize", {"tokens": [5, generator.config.vocab_size]})
+    assert (outside.status, outside.error["param"]) == (400, "tokens")
+    assert "outside the vocabulary" in outside.error["message"]
 
 
 def test_routing_is_that_of_the_model(client: Any, generator: Generator):
@@ -311,6 +327,10 @@ def test_thirty_two_clients_get_what_one_gets(server: Running, generator: Genera
 REFUSED: dict[str, tuple[dict[str, Any], str, tuple[int, str | None]]] = {
     "out of range": ({"top_p": 1.5}, "top_p", (400, None)),
     "of the wrong type": ({"temperature": "hot"}, "temperature", (400, None)),
+    "an empty stop string": ({"stop": ""}, "stop", (400, None)),
+    "a list with an empty stop string": ({"stop": ["a", ""]}, "stop", (400, None)),
+    "a list with an empty prompt": ({"prompt": ["a", ""]}, "prompt", (400, None)),
+    "a list with a prompt of no ids": ({"prompt": [[]]}, "prompt", (400, None)),
     "a misspelled field": ({"temprature": 1}, "temprature", (400, None)),
     "best_of": ({"best_of": 2}, "best_of", (400, None)),
     "suffix": ({"suffix": "end"}, "suffix", (400, None)),
@@ -334,6 +354,7 @@ def test_bad_fields_are_refused_by_name(client: Any, case: str):
     assert (error.status_code, error.code, error.param) == (status, code, name)
     assert error.type == "invalid_request_error"
     assert name in error.message
+    assert ("non-empty" in error.message) == ("empty" in case or "no ids" in case)
 
 
 CHAT_REFUSED: dict[str, tuple[dict[str, Any], str]] = {

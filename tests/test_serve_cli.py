@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -69,6 +70,20 @@ def test_a_model_is_served_until_sigterm(checkpoint: Path, generator: Generator,
     assert [model["id"] for model in found["data"]] == ["mine"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_during_loading_is_a_normal_exit(
+    checkpoint: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def load(path: str, **options: Any) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(SECONDS)
+
+    monkeypatch.setattr(Generator, "from_pretrained", load)
+
+    assert run("serve", checkpoint, "--port", "0") == 0
+    assert "\n\n" not in f"\n{capsys.readouterr().err}"
+
+
 @pytest.fixture
 def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """Run the command without a server; return its config, and the options that the model is loaded with."""
@@ -109,12 +124,25 @@ def test_an_adapter_names_the_model(parsed: Any, tmp_path: Path):
     assert (config.model_name, options["adapter"]) == (tmp_path.name, str(tmp_path))
 
 
+def test_models_and_adapters_of_a_run_have_its_name(parsed: Any, tmp_path: Path):
+    for name in ("mine/model", "mine/adapter"):
+        (tmp_path / name).mkdir(parents=True)
+    assert parsed(tmp_path / "mine/model")[0].model_name == "model"
+    (tmp_path / "mine/run.json").touch()
+
+    assert parsed(tmp_path / "mine/model")[0].model_name == "mine"
+    assert parsed(tmp_path / "mine/model/../model/")[0].model_name == "mine"
+    config = parsed("owner/base", "--adapter", tmp_path / "mine/adapter")[0]
+    assert (config.model_name, config.base_name) == ("mine", "owner/base")
+
+
 def test_mistakes_are_one_line(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
     lines = {
         ("--port", "70000"): "port must be in [0, 65535], got 70000",
         ("--api-key", ""): "--api-key must not be empty",
+        ("--allow-origin", "example.com"): "allow_origins must be * or an origin as browsers send it",
         ("--adapter", "=x"): "--adapter must be NAME=DIR or DIR, got '=x'",
         ("--adapter", "a=x", "--adapter", "b=y"): "one adapter a server",
     }
@@ -124,9 +152,12 @@ def test_mistakes_are_one_line(
         assert error.startswith("dsmoe serve: ")
         assert line in error
         assert error.count("\n") == 1
-    monkeypatch.setenv("DSMOE_API_KEY", "")
-    assert run("serve", checkpoint) == 2
-    assert "api_key must be non-empty" in capsys.readouterr().err
+    for key in ("", "secret\n"):
+        monkeypatch.setenv("DSMOE_API_KEY", key)
+        assert run("serve", checkpoint) == 2
+        error = capsys.readouterr().err
+        assert "api_key must be non-empty" in error
+        assert "secret" not in error
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "dsmoe_jax.serve.run", raising=False)
     assert run("serve", checkpoint) == 2

@@ -134,6 +134,31 @@ def test_faulty_bodies_get_errors(server: Running):
     assert server.get("/health").status == 200
 
 
+def test_lengths_default_to_the_rest_of_the_context(server: Running):
+    def post(length: int, **fields: Any) -> Reply:
+        return server.post("/v1/completions", {"prompt": [5] * length, "ignore_eos": True, "temperature": 0} | fields)
+
+    assert post(45).json["usage"]["completion_tokens"] == 3
+    assert post(48, max_tokens=0, echo=True).status == 200
+    refused = (
+        (
+            post(45, max_tokens=4),
+            "max_tokens",
+            "a prompt of 45 tokens and max_tokens 4 exceed the context length of 48",
+        ),
+        (post(48), "prompt", "a prompt of 48 tokens fills the context length of 48"),
+        (post(49, max_tokens=0, echo=True), "prompt", "a prompt of 49 tokens exceeds the context length of 48"),
+        (
+            server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "a b c " * 30}]}),
+            "messages",
+            "exceeds the context length of 48",
+        ),
+    )
+    for reply, param, message in refused:
+        assert (reply.status, reply.error["param"], reply.error["code"]) == (400, param, "context_length_exceeded")
+        assert message in reply.error["message"]
+
+
 @pytest.mark.slow
 def test_five_thousand_faulty_bodies_leave_nothing(server: Running):
     fuzz(server, 500, seed=1)

@@ -4,9 +4,9 @@ import contextlib
 import json
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ import pytest
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.generate import Generator
 from dsmoe_jax.generate.engine import Engine
-from tests.helpers.serving import NEEDS_SERVE, Running, running, wait_until
+from tests.helpers.serving import NEEDS_SERVE, SECONDS, Running, running, wait_until
 
 pytestmark = [NEEDS_SERVE, pytest.mark.heavy]
 
@@ -59,9 +59,11 @@ def test_a_full_queue_answers_429(server: Running, generator: Generator):
 
 
 def test_more_outputs_than_fit_are_refused(server: Running):
-    reply = server.post("/v1/completions", BODY | {"n": 64})
+    for fields, param in (({"n": 64}, "n"), ({"prompt": [[5, 6]] * 64}, "prompt")):
+        reply = server.post("/v1/completions", BODY | fields)
 
-    assert (reply.status, reply.error["param"]) == (400, "n")
+        assert (reply.status, reply.error["param"]) == (400, param)
+        assert "64 outputs exceed" in reply.error["message"]
 
 
 def test_clients_that_vanish_leave_no_rows(server: Running):
@@ -169,7 +171,9 @@ MALFORMED = {
     b"{": "not valid JSON",
     b"[]": "should be an object",
     b'{"prompt": "\xff"}': "not valid JSON",
-    rb'{"prompt": "\ud800"}': "not valid JSON",
+    rb'{"prompt": "\ud800"}': "lone surrogate",
+    rb'{"prompt": "\udc00a"}': "lone surrogate",
+    rb'{"prompt": "\u12"}': "not valid JSON",
     b"[" * 3000: "not valid JSON",
     b'{"prompt": "a", "temperature": NaN}': "temperature",
     b'{"prompt": "a", "seed": 1e999}': "seed",
@@ -206,7 +210,9 @@ def test_many_faults_take_no_longer_than_one(generator: Generator):
 def test_prompts_to_score_count_as_outputs(server: Running, generator: Generator):
     body = BODY | {"echo": True, "logprobs": 1, "max_tokens": 0, "prompt": [[5, 6]] * (generator.max_batch_size + 4)}
 
-    assert server.post("/v1/completions", body).error["param"] == "n"
+    error = server.post("/v1/completions", body).error
+    assert error["param"] == "prompt"
+    assert "prompts exceed" in error["message"]
     assert server.post("/v1/completions", body | {"prompt": [[5, 6]] * 3}).status == 200
     assert not server.server.worker.outstanding
 
@@ -265,6 +271,46 @@ def test_a_signal_drains(generator: Generator):
         wait_until(lambda: not server.server.worker._thread.is_alive())
 
 
+def test_a_drain_has_a_deadline(generator: Generator, caplog: pytest.LogCaptureFixture):
+    with running(generator, drain_timeout=0.3) as server, stream(server) as sock:
+        server.uvicorn.handle_exit(signal.SIGTERM, None)
+
+        rest = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+        assert b'"code":"shutting_down"' in rest
+        assert b"data: [DONE]" in rest
+    assert "Exception" not in caplog.text
+
+
+def test_a_second_signal_does_not_wait(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    compiled, start = threading.Event(), time.monotonic()
+    with running(generator) as server, stream(server) as sock:
+        monkeypatch.setattr(Engine, "step", lambda engine: compiled.wait(SECONDS))
+        for _ in range(2):
+            server.uvicorn.handle_exit(signal.SIGTERM, None)
+
+        rest = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+        assert b'"code":"shutting_down"' in rest
+    assert time.monotonic() - start < SECONDS / 2
+    assert server.server.worker.running
+    compiled.set()
+    wait_until(lambda: not server.server.worker.running)
+    assert "Exception" not in caplog.text
+
+
+def test_a_stopped_warm_up_has_compiled_nothing(generator: Generator, caplog: pytest.LogCaptureFixture):
+    from dsmoe_jax.serve.metrics import Metrics
+    from dsmoe_jax.serve.worker import Worker
+
+    worker = Worker(generator, max_queue=1, timeout=1, metrics=Metrics())
+    worker._stopping.set()
+    with caplog.at_level("INFO", "dsmoe_jax"):
+        worker._warm_up()
+
+    assert "Compiled" not in caplog.text
+
+
 def test_requests_end_when_the_engine_fails(generator: Generator, monkeypatch: pytest.MonkeyPatch):
     with running(generator) as server:
         step, calls = Engine.step, []
@@ -313,7 +359,12 @@ def test_metrics_count_tokens_and_times(server: Running):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("port", 99999), ("max_queue", -1), ("max_body_bytes", 0), ("request_timeout", 0), ("api_key", " ")],
+    [
+        *(("port", 99999), ("max_queue", -1), ("max_body_bytes", 0), ("request_timeout", 0)),
+        *(("api_key", key) for key in ("", " ", " k", "k\n", "a\tb", "\x7f", "\u00fc")),
+        *(("allow_origins", ("*", origin)) for origin in ("a.example", "null", "ftp:/x y", "ftp://a", "https://a/")),
+        *(("allow_origins", (origin,)) for origin in ("https://A", "https://a:443", "http://a:80", "http://a:b", "")),
+    ],
 )
 def test_limits_are_checked(field: str, value: Any):
     from dsmoe_jax.serve.config import ServeConfig
@@ -322,11 +373,55 @@ def test_limits_are_checked(field: str, value: Any):
         ServeConfig(**{field: value})
 
 
-def test_a_port_in_use_is_named(server: Running, tmp_path: Path):
+def test_origins_and_keys_are_those_of_clients():
+    from dsmoe_jax.serve.config import ServeConfig
+
+    for origin in ("*", "https://a.example", "http://localhost:3000", "http://[::1]:8080", "http://a:443"):
+        assert ServeConfig(allow_origins=(origin,), api_key="a b~").allow_origins == (origin,)
+
+
+def test_a_port_in_use_is_named(server: Running):
+    from dsmoe_jax.serve.config import ServeConfig
+    from dsmoe_jax.serve.run import bound_socket, serve
+
+    def check_refused(**config: Any) -> None:
+        with pytest.raises(DSMoEError, match=message):
+            serve(lambda: pytest.fail("the model was loaded"), ServeConfig(**config))
+
+    message = f"cannot bind to 127.0.0.1, port {server.port}: Address already in use"
+    check_refused(port=server.port)
+    with bound_socket(ServeConfig(port=0)) as loading:  # another server, whose model is being loaded
+        port = loading.getsockname()[1]
+        message = f"port {port}: Address already in use"
+        check_refused(port=port)
+    message = "host 'no such host' is not an address"
+    check_refused(host="no such host")
+
+
+def test_a_server_restarts_on_its_port(generator: Generator):
+    from dsmoe_jax.serve.config import ServeConfig
+    from dsmoe_jax.serve.run import bound_socket
+
+    port = 0
+    for _ in range(2):
+        with running(generator, port=port) as server:
+            port, client = server.port, server.connect()
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert client.recv(15) == b"HTTP/1.1 200 OK"
+        with client:  # the server closed it first, and its port is in TIME_WAIT
+            wait_until(lambda client=client: client.recv(1 << 16) == b"")
+        config = ServeConfig(port=port)
+        with bound_socket(config), pytest.raises(DSMoEError, match="already in use"), bound_socket(config):
+            pass
+
+
+def test_a_server_that_cannot_start_has_no_traceback(generator: Generator, caplog: pytest.LogCaptureFixture):
     from dsmoe_jax.serve.config import ServeConfig
     from dsmoe_jax.serve.run import serve
 
-    with pytest.raises(DSMoEError, match=f"cannot bind to 127.0.0.1, port {server.port}: Address already in use"):
-        serve(lambda: pytest.fail("the model was loaded"), ServeConfig(port=server.port))
-    with pytest.raises(DSMoEError, match="host 'no such host' is not an address"):
-        serve(lambda: pytest.fail("the model was loaded"), ServeConfig(host="no such host"))
+    def full(line: str) -> None:
+        raise OSError(28, "No space left on device", "stdout")
+
+    with pytest.raises(OSError, match="No space left"):
+        serve(lambda: generator, ServeConfig(port=0), started=full)
+    assert not caplog.text

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _run(sys.argv[1:] if argv is None else argv, interrupted)
     finally:
         flush_or_discard()
-    if argv is None and code == 130:
+    if argv is None and (code == 130 or interrupted.is_set()):
         os._exit(code)  # XLA threads may be running, and Python crashes when it shuts down under them
     return code
 

@@ -167,7 +167,12 @@ SERVE: Final = (
     _arg("--port", "port to bind to; 0: a free one; default: 8000", **_INT),
     _arg("--api-key", "key that requests must send as a bearer token; default: $DSMOE_API_KEY, or none", "KEY"),
     _arg("--served-model-name", "name of the model in requests; default: NAME of --adapter, or of CKPT", "NAME"),
-    _arg("--allow-origin", "web origin whose pages may call the server; repeatable", "URL", action="append"),
+    _arg(
+        "--allow-origin",
+        "web origin whose pages may call the server, such as https://example.com, or *; repeatable",
+        "URL",
+        action="append",
+    ),
     _arg("--max-queue", "outputs that may wait for a row of the batch, others get status 429; default: 1024", **_INT),
     _arg("--max-body-bytes", "maximum size of a request body; default: 4194304", **_INT),
     _arg("--request-timeout", "seconds until a request is canceled; default: 600", **_FLOAT),

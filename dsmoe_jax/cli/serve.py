@@ -1,5 +1,6 @@
 """`dsmoe serve`: flags to a `ServeConfig`, and the extra that it needs."""
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 from dsmoe_jax.cli.streams import print_status
 from dsmoe_jax.errors import DSMoEError
+
+_log = logging.getLogger("dsmoe_jax")
 
 
 def run(model: Mapping[str, Any], flags: Mapping[str, Any], check_devices: Callable[[], None]) -> None:
@@ -19,7 +22,29 @@ def run(model: Mapping[str, Any], flags: Mapping[str, Any], check_devices: Calla
 
     Raises:
         DSMoEError: A flag is out of range, the extra `serve` is missing, or the model cannot be loaded.
+        KeyboardInterrupt: A second signal ended the server.
     """
+    listening = False
+
+    def started(line: str) -> None:
+        nonlocal listening
+        listening = True
+        print_status(line)
+
+    try:
+        _serve(model, flags, check_devices, started)
+    except KeyboardInterrupt:
+        if listening:
+            raise
+        _log.info("Stopping: the model was not loaded yet")
+
+
+def _serve(
+    model: Mapping[str, Any],
+    flags: Mapping[str, Any],
+    check_devices: Callable[[], None],
+    started: Callable[[str], None],
+) -> None:
     try:
         from dsmoe_jax.serve.run import serve
     except ImportError as error:
@@ -30,7 +55,7 @@ def run(model: Mapping[str, Any], flags: Mapping[str, Any], check_devices: Calla
     options = dict(model)
     path = str(options.pop("path"))
     name, folder = _adapter(options.pop("adapter", ()))
-    base = path if not Path(path).is_dir() else Path(path).absolute().name
+    base = _model_name(path) if Path(path).is_dir() else path
     fields = {
         "allow_origins" if flag == "allow_origin" else "model_name" if flag == "served_model_name" else flag: value
         for flag, value in flags.items()
@@ -47,7 +72,7 @@ def run(model: Mapping[str, Any], flags: Mapping[str, Any], check_devices: Calla
         check_devices()
         return Generator.from_pretrained(path, **options)
 
-    serve(load, config, started=print_status)
+    serve(load, config, started=started)
 
 
 def _adapter(values: Sequence[str]) -> tuple[str | None, str | None]:
@@ -61,7 +86,13 @@ def _adapter(values: Sequence[str]) -> tuple[str | None, str | None]:
     value = values[0]
     name, equals, folder = value.partition("=")
     if not equals or Path(value).is_dir():
-        return Path(value).absolute().name, value
+        return _model_name(value), value
     if not name or not folder:
         raise DSMoEError(f"--adapter must be NAME=DIR or DIR, got {value!r}")
     return name, folder
+
+
+def _model_name(folder: str) -> str:
+    """Return the name of a folder; of `RUN/model` and `RUN/adapter` that of the run."""
+    path = Path(os.path.abspath(folder))  # without `..`; names of links stay
+    return path.parent.name if (path.parent / "run.json").is_file() else path.name

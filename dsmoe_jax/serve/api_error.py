@@ -1,7 +1,8 @@
 """Errors as responses, in the form of the OpenAI API: `ApiError`, and `from_validation` for malformed bodies."""
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -14,8 +15,8 @@ _INVALID: Final = "invalid_request_error"
 _TYPES: Final = {429: "rate_limit_error"}
 # Fields of several types, by name: what they must be.
 _UNIONS: Final = {
-    "prompt": "a non-empty string, token ids, or a list of either",
-    "stop": "a string or a list of at most 64 strings",
+    "prompt": "a non-empty string, non-empty token ids, or a list of either",
+    "stop": "a non-empty string or a list of at most 64 non-empty strings",
     "content": "a string or a list of text parts",
 }
 
@@ -63,6 +64,20 @@ def timed_out(seconds: float) -> ApiError:
     return ApiError(HTTPStatus.GATEWAY_TIMEOUT, f"the request took more than {seconds:g} s", code="timeout")
 
 
+def shutting_down() -> ApiError:
+    """Return the error of requests that a server receives, or does not complete, after a signal."""
+    return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", code="shutting_down")
+
+
+@contextlib.contextmanager
+def refusals(param: str) -> Iterator[None]:
+    """Raise `ApiError` for what the engine or the tokenizer refuses of the field `param`."""
+    try:
+        yield
+    except DSMoEError as error:
+        raise from_refusal(error, (), param=param) from None
+
+
 def from_refusal(error: DSMoEError, fields: Sequence[str], *, param: str | None = None) -> ApiError:
     """Return the response for a value that the engine refuses; the field is the first word of the message."""
     first = re.split(r"\W", str(error), maxsplit=1)[0]
@@ -84,7 +99,9 @@ def from_validation(invalid: ValidationError, fields: Sequence[str]) -> ApiError
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or None
     match error["type"]:
         case "json_invalid":
-            return ApiError(400, f"the body is not valid JSON: {error['ctx']['error']}")
+            reason = error["ctx"]["error"]
+            fault = "has a lone surrogate, half of a character" if "hex escape" in reason else "is not valid JSON"
+            return ApiError(400, f"the body {fault}: {reason}")
         case "extra_forbidden":
             name = str(path[-1])
             hint = did_you_mean(name, fields) if len(path) == 1 and len(name) < 100 else ""

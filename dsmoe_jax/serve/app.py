@@ -1,12 +1,11 @@
 """The routes of the server: `make_app`, then `Server.completions` and `Server.chat_completions`."""
 
 import base64
-import contextlib
 import functools
 import hashlib
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from importlib import resources
 from typing import Any, Final, TypeVar
@@ -22,10 +21,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.generate import Generator, SamplingParams
 from dsmoe_jax.generate.prefix_cache import MIN_SHARED
-from dsmoe_jax.serve.api_error import ApiError, from_refusal, from_validation
+from dsmoe_jax.serve.api_error import ApiError, from_validation, refusals
 from dsmoe_jax.serve.config import ServeConfig
 from dsmoe_jax.serve.generation import Generation
 from dsmoe_jax.serve.limits import Guard
@@ -153,15 +151,15 @@ class Server:
         if body.messages is not None:
             options = {"parse_special_tokens": self.config.parse_special_tokens}
             return chat_prompt(self.generator, body.messages, **options).token_ids
-        try:
+        with refusals("prompt"):
             return self._tokenizer().encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
-        except DSMoEError as error:
-            raise from_refusal(error, (), param="prompt") from None
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize."""
         body = await self._read(request, DetokenizeRequest)
         decode = functools.partial(self._tokenizer().decode, skip_special_tokens=False)
+        if (highest := max(body.tokens, default=0)) >= (size := self.generator.config.vocab_size):
+            raise ApiError(400, f"tokens: token id {highest} is outside the vocabulary of {size}", param="tokens")
         return JSONResponse({"prompt": await run_in_threadpool(decode, body.tokens)})
 
     async def tokenizer_info(self, request: Request) -> Response:
@@ -233,7 +231,7 @@ _PAGES: Final = {
 
 
 def make_app(server: Server) -> Starlette:
-    """Return the ASGI app of a server, whose lifespan is that of the engine's thread."""
+    """Return the ASGI app of a server, whose worker the caller starts and stops."""
     routes: dict[str, Callable[[Request], Awaitable[Response]]] = {
         "/v1/completions": server.completions,
         "/v1/chat/completions": server.chat_completions,
@@ -249,12 +247,6 @@ def make_app(server: Server) -> Starlette:
         "/": server.page,
     }
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        server.worker.start()
-        yield
-        await server.worker.stop()
-
     origins = [*server.config.allow_origins]
     cors: dict[str, Any] = {
         "allow_origins": origins,
@@ -266,7 +258,6 @@ def make_app(server: Server) -> Starlette:
         routes=[Route(path, run, methods=["POST" if path in _BODIES else "GET"]) for path, run in routes.items()],
         middleware=[*([Middleware(CORSMiddleware, **cors)] if origins else []), Middleware(Guard, **guard)],
         exception_handlers={HTTPException: _http_error},  # type: ignore[dict-item]
-        lifespan=lifespan,
     )
     app.router.redirect_slashes = False
     return app

@@ -2,11 +2,16 @@
 
 import dataclasses
 import ipaddress
+import re
 from typing import Final
 
 from dsmoe_jax.errors import DSMoEError
 
 MAX_N: Final = 128  # outputs per prompt, as in the OpenAI API
+_KEY: Final = re.compile(r"[!-~]([ -~]*[!-~])?")
+_HOST: Final = r"([a-z0-9_.-]+|\[[0-9a-f:.]+\])"
+# As browsers send it: in lower case, and without the default port.
+_ORIGIN: Final = re.compile(rf"\*|(http://{_HOST}(?!:80$)|https://{_HOST}(?!:443$))(:[1-9]\d{{0,4}})?")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +24,7 @@ class ServeConfig:
         model_name: Name of the model in requests and responses.
         base_name: Name of the model that an adapter was trained on, for `/v1/models`.
         api_key: Key that requests must send as a bearer token; None: none.
-        allow_origins: Web origins whose pages may call the server (CORS); `*`: all.
+        allow_origins: Web origins whose pages may call the server (CORS), `http[s]://host[:port]`; `*`: all.
         max_queue: Outputs that may wait for a row of the batch; more are refused with status 429.
         max_body_bytes: Size of a request body.
         request_timeout: Seconds until a request is canceled.
@@ -45,7 +50,7 @@ class ServeConfig:
     parse_special_tokens: bool = False
 
     def __post_init__(self) -> None:
-        """Validate the numbers."""
+        """Validate the values."""
         if not 0 <= self.port < 1 << 16:
             raise DSMoEError(f"port must be in [0, 65535], got {self.port}")
         for name, minimum in (("max_queue", 0), ("max_body_bytes", 1)):
@@ -54,8 +59,12 @@ class ServeConfig:
         for name in ("request_timeout", "idle_timeout", "drain_timeout"):
             if not 0 < (value := getattr(self, name)) < float("inf"):
                 raise DSMoEError(f"{name} must be a positive number of seconds, got {value}")
-        if self.api_key is not None and (not self.api_key.strip() or not self.api_key.isascii()):
-            raise DSMoEError("api_key must be non-empty ASCII text")
+        if self.api_key is not None and not _KEY.fullmatch(self.api_key):  # no header could carry it
+            raise DSMoEError("api_key must be non-empty printable ASCII text without whitespace around it")
+        for origin in self.allow_origins:
+            if not _ORIGIN.fullmatch(origin):
+                example = "an origin as browsers send it, such as https://example.com or http://localhost:3000"
+                raise DSMoEError(f"allow_origins must be * or {example}, got {origin!r:.200}")
 
     @property
     def is_local(self) -> bool:

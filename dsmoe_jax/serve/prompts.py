@@ -6,7 +6,7 @@ from typing import Any, Final, NamedTuple
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.generate import Generator, SamplingParams
 from dsmoe_jax.generate.sampling_params import merge_fields
-from dsmoe_jax.serve.api_error import ApiError, from_refusal
+from dsmoe_jax.serve.api_error import ApiError, from_refusal, refusals
 from dsmoe_jax.serve.schemas import ChatRequest, CompletionRequest, Message, SamplingRequest
 from dsmoe_jax.serve.worker import random_seed
 
@@ -34,13 +34,10 @@ def completion_prompts(generator: Generator, body: CompletionRequest) -> list[En
 
 def _encode(generator: Generator, prompt: str | list[int], add_special_tokens: bool) -> EncodedPrompt:
     text = prompt if isinstance(prompt, str) else None
-    try:
+    with refusals("prompt"):
         if text is not None and not add_special_tokens and generator.tokenizer is not None:
             prompt = generator.tokenizer.encode(text, add_special_tokens=False)
-        ids = generator.encode(prompt)
-    except DSMoEError as error:
-        raise from_refusal(error, (), param="prompt") from None
-    return EncodedPrompt(ids, text)
+        return EncodedPrompt(generator.encode(prompt), text)
 
 
 def chat_prompt(generator: Generator, messages: Sequence[Message], *, parse_special_tokens: bool) -> EncodedPrompt:
@@ -48,11 +45,8 @@ def chat_prompt(generator: Generator, messages: Sequence[Message], *, parse_spec
     split = None if parse_special_tokens else True
     if generator.tokenizer is None:
         raise ApiError(400, "a chat needs a tokenizer, and this model has none", param="messages")
-    try:
-        ids = generator.encode(chat_messages(messages), split_special_tokens=split)
-    except DSMoEError as error:
-        raise from_refusal(error, (), param="messages") from None
-    return EncodedPrompt(ids, None)
+    with refusals("messages"):
+        return EncodedPrompt(generator.encode(chat_messages(messages), split_special_tokens=split), None)
 
 
 def chat_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
@@ -84,25 +78,28 @@ def sampling_params(generator: Generator, body: SamplingRequest, prompts: Sequen
     length = max(len(prompt.token_ids) for prompt in prompts)
     room = generator.context_length - length
     if isinstance(body, CompletionRequest):
-        name, max_tokens, logprobs = "max_tokens", body.max_tokens, body.logprobs
+        source, name, max_tokens, logprobs = "prompt", "max_tokens", body.max_tokens, body.logprobs
         default = _COMPLETION_TOKENS
     elif isinstance(body, ChatRequest):
-        name, max_tokens, logprobs = _chat_length(body)
-        default = max(1, min(room, generator.sampling_defaults.get("max_new_tokens", room)))
+        source, (name, max_tokens, logprobs) = "messages", _chat_length(body)
+        default = generator.sampling_defaults.get("max_new_tokens", room)
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs true", param="top_logprobs")
     else:
         raise AssertionError(type(body))
     if max_tokens == 0 and not (isinstance(body, CompletionRequest) and body.echo):
         raise ApiError(400, f"{name} must be at least 1 without echo, got 0", param=name)
-    needed = length + (default if max_tokens is None else max_tokens)
-    if needed > generator.context_length:
-        limit = f"exceed the context length of {generator.context_length} tokens"
-        message = f"a prompt of {length} tokens and {name} {needed - length} {limit}"
-        raise ApiError(400, message, param=name if room > 0 else None, code="context_length_exceeded")
+    if (1 if max_tokens is None else max_tokens) > room:
+        param = name if room > 0 else source
+        what = f"and {name} {max_tokens} exceed" if room > 0 else "fills" if room == 0 else "exceeds"
+        message = f"a prompt of {length} tokens {what} the context length of {generator.context_length} tokens"
+        raise ApiError(400, message, param=param, code="context_length_exceeded")
+    max_tokens = max_tokens or max(1, min(room, default))
     passed = {field: value for field in _FIELDS if (value := getattr(body, field)) is not None}
+    if passed.get("seed") == -1:
+        del passed["seed"]
     fields = {"temperature": 1.0} | generator.sampling_defaults | {"seed": random_seed()}
-    fields = merge_fields(fields, passed | {"max_tokens": max_tokens or default, "logprobs": logprobs})
+    fields = merge_fields(fields, passed | {"max_tokens": max_tokens, "logprobs": logprobs})
     try:
         params = SamplingParams(**fields)
         params.check_vocabulary(generator.config.vocab_size)

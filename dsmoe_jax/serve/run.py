@@ -1,6 +1,8 @@
 """Run a server until SIGTERM or Ctrl-C: `serve`."""
 
+import asyncio
 import contextlib
+import errno
 import logging
 import socket
 import time
@@ -52,11 +54,25 @@ def bound_socket(config: ServeConfig) -> Iterator[socket.socket]:
         raise DSMoEError(f"host {config.host!r} is not an address: {error.strerror or error}") from None
     with sock:
         try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(address)
+            _bind(sock, address)
         except OSError as error:
             raise DSMoEError(f"cannot bind to {config.host}, port {config.port}: {error.strerror or error}") from None
         yield sock
+
+
+def _bind(sock: socket.socket, address: Any) -> None:
+    """Bind to a port that no other server has; connections of an earlier server (TIME_WAIT) do not matter.
+
+    On Linux, sockets with SO_REUSEADDR that do not listen yet can all be bound to one port.
+    """
+    try:
+        sock.bind(address)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
 
 
 class DrainingServer(uvicorn.Server):
@@ -71,7 +87,7 @@ class DrainingServer(uvicorn.Server):
                 http=LimitedProtocol,
                 ws="none",
                 loop="asyncio",
-                lifespan="on",
+                lifespan="off",
                 log_config=None,
                 log_level="warning",
                 access_log=False,
@@ -86,9 +102,20 @@ class DrainingServer(uvicorn.Server):
         self._drain_until: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen."""
+        """Listen, and start the engine."""
+        for sock in sockets or ():  # its connections do not keep the next server from the port
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         await super().startup(sockets)
         self._on_start()
+        self._server.worker.start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the connections, and end the engine unless a second signal comes first."""
+        await super().shutdown(sockets)
+        worker = self._server.worker
+        worker.stop()
+        while worker.running and not self.force_exit:
+            await asyncio.sleep(0.01)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain after the first signal, exit after the second."""
@@ -99,8 +126,9 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = self.force_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Exit once drained."""
+        """Exit once drained; requests that take too long, or longer than the second signal, end with an error."""
         if self._drain_until is not None:
-            late = time.monotonic() > self._drain_until
+            if late := self.force_exit or time.monotonic() > self._drain_until:
+                self._server.worker.fail_all()
             self.should_exit = self.should_exit or late or not self._server.worker.outstanding
         return await super().on_tick(counter)

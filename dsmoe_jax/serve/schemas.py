@@ -47,7 +47,7 @@ class SamplingRequest(Body):
     presence_penalty: float | None = _bounded("presence_penalty", "Default: 0.")
     frequency_penalty: float | None = _bounded("frequency_penalty", "Default: 0.")
     logit_bias: dict[_TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=300)
-    seed: int | None = _bounded("seed", "Default: a random one.")
+    seed: int | None = _bounded("seed", "-1, the default: a random one.", low=-1)
     n: int | None = _bounded("n", "Outputs per prompt. Default: 1.", high=MAX_N)
     stop: _Text | Annotated[list[_Text], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = None
     stream: bool | None = Field(None, description="Send the output as server-sent events. Default: false.")
@@ -73,7 +73,9 @@ class CompletionRequest(SamplingRequest):
         | Annotated[list[_Text], Field(min_length=1, fail_fast=True)]
         | Annotated[list[_TokenIds], Field(min_length=1)]
     ) = Field(description="A text, token ids, or a list of either.")
-    max_tokens: int | None = _bounded("max_tokens", "Default: 16. 0 with `echo`: score the prompt alone.", low=0)
+    max_tokens: int | None = _bounded(
+        "max_tokens", "Default: 16, or the rest of the context. 0 with `echo`: score the prompt alone.", low=0
+    )
     echo: bool | None = Field(None, description="Start the output with the prompt.")
     logprobs: _Count | None = Field(None, description="Most likely tokens to return at each position.")
     add_special_tokens: bool | None = Field(None, description="Start a prompt of text with BOS. Default: true.")

@@ -21,7 +21,7 @@ from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.generate import Generator, SamplingParams
 from dsmoe_jax.generate.engine import Engine
 from dsmoe_jax.generate.scoring import Score
-from dsmoe_jax.serve.api_error import ApiError, from_refusal, internal_error, timed_out
+from dsmoe_jax.serve.api_error import ApiError, from_refusal, internal_error, shutting_down, timed_out
 from dsmoe_jax.serve.generation import Delta, Generation, Tokens
 from dsmoe_jax.serve.job import Job
 from dsmoe_jax.serve.metrics import Metrics
@@ -78,25 +78,32 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    async def stop(self) -> None:
-        """End the thread; unfinished requests fail."""
+    def stop(self) -> None:
+        """End the thread after its step; unfinished requests fail."""
         self.draining = True
         self._stopping.set()
         self._commands.put(None)
-        await asyncio.to_thread(self._thread.join)
+
+    @property
+    def running(self) -> bool:
+        """Whether the thread has not ended."""
+        return self._thread.is_alive()
 
     def check_open(self) -> None:
         """Raise `ApiError` if no request is accepted now."""
         if self.failed:
             raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the engine has failed; restart the server")
         if self.draining:
-            raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", code="shutting_down")
+            raise shutting_down()
 
-    def _reserve(self, count: int) -> None:
-        """Count outputs as outstanding, or raise `ApiError`."""
+    def _reserve(self, prompts: int, n: int | None = None) -> None:
+        """Count the outputs of prompts, or None: prompts to score, as outstanding, or raise `ApiError`."""
         self.check_open()
+        count = prompts * (n or 1)
         if count > self.capacity:
-            raise ApiError(400, f"{count} outputs exceed the {self.capacity} that fit the queue", param="n")
+            what = f"{count} {'prompts' if n is None else 'outputs'}"
+            param = "n" if prompts <= self.capacity else "prompt"
+            raise ApiError(400, f"{what} exceed the {self.capacity} that fit the queue", param=param)
         if self.outstanding + count > self.capacity:
             raise ApiError(
                 HTTPStatus.TOO_MANY_REQUESTS,
@@ -124,7 +131,7 @@ class Worker:
         Raises:
             ApiError: The queue is full, or the server is shutting down.
         """
-        self._reserve(len(prompts) * params.n)
+        self._reserve(len(prompts), params.n)
         generation = Generation(prompts, params, self._cancel)
         generation.deadline = self._loop.call_later(self._timeout, generation.fail, timed_out(self._timeout))
         self._generations.add(generation)
@@ -157,11 +164,13 @@ class Worker:
         for generation, deltas in updates:
             generation.put(deltas)
 
-    def _fail_all(self) -> None:
+    def fail_all(self) -> None:
+        """End all requests with an error."""
+        error = internal_error() if self.failed else shutting_down()
         for generation in [*self._generations]:
-            generation.fail(internal_error())
+            generation.fail(error)
         for future in self._futures:
-            _reject(future)
+            _reject(future, error)
 
     # --- the thread ---
 
@@ -180,7 +189,7 @@ class Worker:
             _log.exception("The engine failed; all requests end")
             self.failed = True
         self.ready = False
-        self._call(self._fail_all)
+        self._call(self.fail_all)
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
         if not self._loop.is_closed():
@@ -212,7 +221,8 @@ class Worker:
                 self.generator.submit(engine, prompt, params)
                 while engine.busy and not self._stopping.is_set():
                     engine.step()
-        _log.info("Compiled the common programs in %.1f s", time.perf_counter() - start)
+        if not self._stopping.is_set():
+            _log.info("Compiled the common programs in %.1f s", time.perf_counter() - start)
 
     def _submit(self, job: Job) -> None:
         generation = job.generation
@@ -292,7 +302,7 @@ class Worker:
         except Exception:
             _log.exception("Scoring failed")
             for scoring in together:
-                self._call(_reject, scoring.future)
+                self._call(_reject, scoring.future, internal_error())
 
 
 def _resolve(future: asyncio.Future[list[Score]], scores: list[Score]) -> None:
@@ -300,9 +310,9 @@ def _resolve(future: asyncio.Future[list[Score]], scores: list[Score]) -> None:
         future.set_result(scores)
 
 
-def _reject(future: asyncio.Future[list[Score]]) -> None:
+def _reject(future: asyncio.Future[list[Score]], error: ApiError) -> None:
     if not future.done():
-        future.set_exception(internal_error())
+        future.set_exception(error)
 
 
 def top_bucket(logprobs: int | None, vocab_size: int) -> int | None:
