@@ -1,7 +1,9 @@
 """The server against the official `openai` client: fields, streams, log-probabilities, and the generator's outputs."""
 
 import asyncio
+import copy
 import itertools
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -95,7 +97,7 @@ def test_a_seed_of_minus_one_is_a_random_one(generator: Generator):
     from dsmoe_jax.serve.prompts import EncodedPrompt, sampling_params
     from dsmoe_jax.serve.schemas import CompletionRequest
 
-    body = CompletionRequest(prompt="a", seed=-1)
+    body = CompletionRequest.model_validate({"prompt": "a", "seed": -1})
     seeds = {sampling_params(generator, body, [EncodedPrompt([5], "a")]).seed for _ in range(2)}
 
     assert len(seeds) == 2
@@ -377,6 +379,23 @@ def test_bad_fields_of_chats_are_refused_by_name(client: Any, case: str):
     error = refused(client, "chat", **fields)
 
     assert (error.status_code, error.param) == (400, name)
+
+
+def test_a_model_without_a_tokenizer_streams_token_ids(generator: Generator):
+    (expected,) = generator([[5, 6]], max_tokens=8)
+    bare = copy.copy(generator)
+    bare.tokenizer = None
+    body = GREEDY | {"prompt": [5, 6], "return_token_ids": True}
+
+    with running(bare) as server:
+        whole = server.post("/v1/completions", body).json["choices"][0]
+        *events, _ = server.post("/v1/completions", body | {"stream": True}).body.decode().split("data: ")[1:]
+        chat = server.post("/v1/chat/completions", {"messages": CHAT})
+
+    choices = [json.loads(event)["choices"][0] for event in events]
+    assert whole["token_ids"] == [id for choice in choices for id in choice["token_ids"]] == expected.token_ids
+    assert {whole["text"], *(choice["text"] for choice in choices)} == {""}
+    assert (chat.status, chat.error["param"]) == (400, "messages")
 
 
 def test_null_is_the_default(server: Running, generator: Generator):

@@ -93,6 +93,6 @@ def _adapter(values: Sequence[str]) -> tuple[str | None, str | None]:
 
 
 def _model_name(folder: str) -> str:
-    """Return the name of a folder; of `RUN/model` and `RUN/adapter` that of the run."""
+    """Return the name of a folder, or of the run that it is in, such as RUN of `RUN/model`."""
     path = Path(os.path.abspath(folder))  # without `..`; names of links stay
     return path.parent.name if (path.parent / "run.json").is_file() else path.name

@@ -135,7 +135,8 @@ class Worker:
         generation = Generation(prompts, params, self._cancel)
         generation.deadline = self._loop.call_later(self._timeout, generation.fail, timed_out(self._timeout))
         self._generations.add(generation)
-        options = {"routing": routing, "retain_prefix": retain_prefix, "detokenize": stream}
+        options = {"routing": routing, "retain_prefix": retain_prefix}
+        options["detokenize"] = stream and self.generator.tokenizer is not None
         self._commands.put(functools.partial(self._submit, Job(generation, stream=stream, **options)))
         return generation
 
