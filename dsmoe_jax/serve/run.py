@@ -24,6 +24,8 @@ _log = logging.getLogger("dsmoe_jax")
 def serve(load: Callable[[], Generator], config: ServeConfig, *, started: Callable[[str], Any] = _log.info) -> None:
     """Serve a model until SIGTERM or Ctrl-C; requests in flight complete, a second signal ends them.
 
+    While the model is loaded, connections are refused, and signals are those of the caller.
+
     Args:
         load: Loads the model, once the port is bound.
         config: Configuration of the server.
@@ -31,6 +33,7 @@ def serve(load: Callable[[], Generator], config: ServeConfig, *, started: Callab
 
     Raises:
         DSMoEError: The address cannot be bound, or as `load`.
+        OSError: The server cannot listen, or `started` failed.
         KeyboardInterrupt: A second signal ended the server.
     """
     with bound_socket(config) as sock:
@@ -103,7 +106,7 @@ class DrainingServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and start the engine."""
-        for sock in sockets or ():  # its connections do not keep the next server from the port
+        for sock in sockets or ():  # so that the next server can bind while its connections are in TIME_WAIT
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         await super().startup(sockets)
         self._on_start()
@@ -126,7 +129,7 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = self.force_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Exit once drained; requests that take too long, or longer than the second signal, end with an error."""
+        """Exit once drained; at the deadline, or at a second signal, the remaining requests end with an error."""
         if self._drain_until is not None:
             if late := self.force_exit or time.monotonic() > self._drain_until:
                 self._server.worker.fail_all()

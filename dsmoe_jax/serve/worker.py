@@ -97,7 +97,7 @@ class Worker:
             raise shutting_down()
 
     def _reserve(self, prompts: int, n: int | None = None) -> None:
-        """Count the outputs of prompts, or None: prompts to score, as outstanding, or raise `ApiError`."""
+        """Count outputs, or without `n` prompts to score, as outstanding, or raise `ApiError`."""
         self.check_open()
         count = prompts * (n or 1)
         if count > self.capacity:
