@@ -16,6 +16,7 @@ from dsmoe_jax.storage.strict_json import read_json
 MODEL_TYPE: Final = "deepseek"
 ARCHITECTURES: Final = ("DeepseekForCausalLM",)
 ACTIVATIONS: Final = ("silu", "swish", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh")
+_SIZES: Final = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _DEFAULT_BOS: Final = 100000  # of the original tokenizer of 100,015 tokens
 _DEFAULT_EOS: Final = 100001
 
@@ -200,14 +201,18 @@ class ModelConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelConfig":
-        """Read a config from a `config.json` or its folder."""
+        """Read a config from a `config.json` or its folder; the sizes of the model must be in it."""
         path = user_path(path, "config")
         path = path / "config.json" if path.is_dir() else path
         fields = read_json(path)
         try:
-            return cls.from_dict(fields)
+            config = cls.from_dict(fields)
         except ValueError as error:
             raise DSMoEError(f"{path}: {error}") from None
+        sizes = _SIZES if config.n_routed_experts is None else (*_SIZES, "moe_intermediate_size")
+        if missing := [name for name in sizes if name not in fields]:
+            raise DSMoEError(f"{path}: is not the config of a model, it has no {', '.join(missing)}")
+        return config
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":

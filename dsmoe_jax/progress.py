@@ -10,7 +10,9 @@ from contextlib import AbstractContextManager
 from typing import Final, Protocol
 
 _LOG_SECONDS: Final = 60.0
-_UNITS: Final = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1))
+_PREFIXES: Final = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
+_KILO: Final = 999.5  # 1000 with three digits
+_WITH_ES: Final = ("s", "x", "ch", "sh")
 _log = logging.getLogger("dsmoe_jax")
 
 Advance = Callable[[int], object]  # receives the units done since the last call
@@ -71,14 +73,22 @@ def _bar(what: str, total: int, *columns: str) -> Iterator[Advance]:
 
 
 def plural(count: int, noun: str) -> str:
-    """Return the count and the noun: "1 document", "2,000 documents"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    """Return the count and the noun: "1 document", "2,000 batches"."""
+    ending = "" if count == 1 else "es" if noun.endswith(_WITH_ES) else "s"
+    return f"{count:,} {noun}{ending}"
 
 
 def byte_size(count: float) -> str:
     """Return a number of bytes with three digits: "1.27 GB", "54.1 MB"."""
-    unit, size = next((unit for unit in _UNITS if count >= 0.9995 * unit[1]), _UNITS[-1])
-    return f"{count / size:.3g} {unit}"
+    return with_prefix(count, "B") if count >= _KILO else f"{count:.3g} bytes"
+
+
+def with_prefix(count: float, unit: str) -> str:
+    """Return a number with three digits and the prefix of its size: "16.1 GFLOP"."""
+    power = 0
+    while count >= _KILO and power < len(_PREFIXES) - 1:
+        count, power = count / 1000, power + 1
+    return f"{count:.3g} {_PREFIXES[power]}{unit}"
 
 
 def duration(seconds: float) -> str:

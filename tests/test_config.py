@@ -335,6 +335,14 @@ def test_a_bad_config_json_is_rejected_with_its_path(tmp_path: Path, text: str, 
     assert str(tmp_path) in str(refused.value)
 
 
+def test_a_config_json_without_sizes_is_no_model(tmp_path: Path):
+    fields = {name: getattr(ModelConfig(), name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    for found, missing in (({}, "vocab_size, hidden_size, "), (fields, "num_hidden_layers, num_attention_heads$")):
+        (tmp_path / "config.json").write_text(json.dumps(found))
+        with pytest.raises(ValueError, match=f"config.json: is not the config of a model, it has no {missing}"):
+            ModelConfig.from_file(tmp_path)
+
+
 def test_a_config_is_hashable_and_frozen():
     config = ModelConfig.from_dict({"rope_scaling": {"type": "linear", "factor": 2.0}, "note": []})
 

@@ -1,4 +1,4 @@
-"""Progress in logs, and durations."""
+"""Progress in logs, and numbers as text."""
 
 import logging
 
@@ -13,6 +13,18 @@ from dsmoe_jax import progress
 )
 def test_durations_have_two_units(seconds: float, text: str):
     assert progress.duration(seconds) == text
+
+
+def test_sizes_have_three_digits_and_a_prefix():
+    sizes = {0: "0 bytes", 999: "999 bytes", 999.6: "1 kB", 54_120_000: "54.1 MB", 8.16e18: "8.16 EB", 1e30: "1e+06 YB"}
+
+    assert {size: progress.byte_size(size) for size in sizes} == sizes
+    assert progress.with_prefix(1.6069e10, "FLOP") == "16.1 GFLOP"
+
+
+def test_nouns_have_their_plural():
+    assert [progress.plural(n, "micro-batch") for n in (1, 2)] == ["1 micro-batch", "2 micro-batches"]
+    assert [progress.plural(n, "token") for n in (0, 1, 2000)] == ["0 tokens", "1 token", "2,000 tokens"]
 
 
 def test_logs_have_the_time_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):

@@ -70,7 +70,7 @@ _SHORTER: Final[dict[str, Callable[[re.Match[str]], str]]] = {
     ),
     r"^Error parsing (\S+): could not convert.*: (.+)$": lambda match: f"{match[1]} must be a number, got {match[2]}",
     r"^invalid choice (.+) for argument '(\S+)'\. Expected one of \((.*?),?\)\.$": lambda match: (
-        f"{match[2]} must be one of {match[3].replace(chr(39), '')}, got {match[1]}"
+        f"{match[2]} must be one of {_choices(match[3])}, got {match[1]}"
     ),
 }
 _PRETRAINING: Final = (
@@ -246,6 +246,12 @@ def _one_line(boxed: str, config: Any) -> str:
     for pattern, shorten in _SHORTER.items():
         text = re.sub(pattern, shorten, text)
     return _with_flag(text, config)
+
+
+def _choices(listed: str) -> str:
+    """Return tyro's choices without quotes; those of `T | None`, in random order, sorted and without None."""
+    choices = listed.replace("'", "").split(", ")
+    return ", ".join(sorted({*choices} - {"None"}) if "None" in choices else choices)
 
 
 def _with_flag(text: str, config: Any) -> str:

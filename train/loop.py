@@ -32,6 +32,7 @@ from dsmoe_jax.xla_options import quiet_cache_reads
 
 from .best import BEST, Best, replace_result
 from .checkpoints import Checkpoints
+from .checks import check_model
 from .config import RunConfig
 from .defaults import with_defaults
 from .distributed import initialize, on_process_0
@@ -247,25 +248,17 @@ def _check(config: RunConfig) -> Mesh | None:
     check_environment()
     model, mesh = config.model_config(), make_mesh(config.mesh)
     shardings(model, mesh)  # raises for axes that do not divide
-    length, batch_size, multiple = config.data.sequence_length, config.data.batch_size, _batch_multiple(config, mesh)
+    batch_size, multiple = config.data.batch_size, _batch_multiple(config, mesh)
     if batch_size is not None and batch_size % multiple:
         micro_batches = config.step.gradient_accumulation_steps
         why = f"{multiple // micro_batches} data-parallel devices × {micro_batches} gradient-accumulation steps"
         raise DSMoEError(f"data.batch_size must be a multiple of {multiple} ({why}), got {batch_size}")
-    if length is not None and length > model.context_length:
-        text = "data.sequence_length %d exceeds the model's max_position_embeddings %d"
-        _log.warning(text, length, model.context_length)
+    check_model(config, model)
     if config.init_from is not None and config.model not in ("", RunConfig.model):
         requested = dataclasses.replace(config, init_from=None).model_config()
         if changes := [change.name for change in differences(identity(config, requested), identity(config, model))]:
             text = "model %s has no effect: init_from %s has its own config (different %s)"
             _log.warning(text, config.model, config.init_from, ", ".join(changes))
-    groups, alpha = config.step.device_balance_groups, config.step.device_balance_alpha
-    if model.n_routed_experts is not None and model.n_routed_experts % groups:
-        raise DSMoEError(f"step.device_balance_groups must divide {model.n_routed_experts} experts, got {groups}")
-    if (groups > 1) != (alpha > 0):
-        text = "step.device_balance_groups %d and step.device_balance_alpha %s have no effect: set both"
-        _log.warning(text, groups, alpha)
     return None if mesh.size == 1 else mesh
 
 

@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; return the exit code: 0, 1 for a bug, 2 for invalid input, 130 if interrupted."""
+    """Run one verb; return 0, 1 for a bug or a plan that does not fit, 2 for invalid input, or 130 if interrupted."""
     open_standard_streams()
     if argv is None:
         use_huge_pages(sys.argv[1:])
@@ -64,8 +64,9 @@ def _run(argv: Sequence[str], interrupted: threading.Event) -> int:
     try:
         for argument in argv:
             _utf8(argument)
-        args = _parse([argument for argument in argv if argument != "--debug"])
-        command = f"dsmoe {args.verb}"
+        argv = [argument for argument in argv if argument != "--debug"]
+        command += f" {argv[0]}" if argv and argv[0] in VERBS else ""
+        args = _parse(argv)
         set_environment()
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         if not sys.stderr.isatty():
@@ -73,7 +74,7 @@ def _run(argv: Sequence[str], interrupted: threading.Event) -> int:
         logging.raiseExceptions = False  # drop log lines that stderr cannot take
         for library in ("absl", "gguf", "httpx", "httpx2", "jax", "orbax"):
             logging.getLogger(library).setLevel(logging.ERROR)
-        args.run(args)
+        code = args.run(args) or 0
         sys.stdout.flush()
     except Exception as error:
         if isinstance(error, BrokenPipeError) and reader_has_left():  # `| head`; any other broken pipe is an error
@@ -90,7 +91,7 @@ def _run(argv: Sequence[str], interrupted: threading.Event) -> int:
         return 1
     except KeyboardInterrupt:
         return _interrupted()
-    return 0
+    return code
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -250,10 +251,10 @@ def _finetune(args: argparse.Namespace) -> None:
         _train(config, args)
 
 
-def _plan(args: argparse.Namespace) -> None:
+def _plan(args: argparse.Namespace) -> int:
     from dsmoe_jax.cli.plan import run
 
-    run(args.flags)
+    return run(args.flags)
 
 
 def _ablate(args: argparse.Namespace) -> None:
@@ -351,7 +352,8 @@ def _train(config: Any, args: argparse.Namespace) -> None:
     from dsmoe_jax.plan.check import check_memory
     from dsmoe_jax.train.loop import run
 
-    result = run(config, check=functools.partial(check_memory, force=_FORCE in args.flags))
+    command, force = [args.verb, *_without_force(args)], _FORCE in args.flags
+    result = run(config, check=functools.partial(check_memory, force=force, command=command))
     if result.stopped:
         command = shlex.join(["dsmoe", args.verb, *args.flags])
         print_status(f"Stopped after step {result.steps} of {result.total_steps}; resume with `{command}`")
@@ -424,7 +426,7 @@ def _utf8(argument: str) -> str:
 
 
 # fmt: off
-VERBS: Final[dict[str, tuple[Callable[[argparse.Namespace], None], str]]] = {
+VERBS: Final[dict[str, tuple[Callable[[argparse.Namespace], int | None], str]]] = {
     "demo":     (_demo,     "train a small model on Python's standard library, export, import and generate, offline"),
     "convert":  (_convert,  "convert a PyTorch checkpoint in the Hugging Face layout to a native one"),
     "export":   (_export,   "export a checkpoint for transformers, vLLM or SGLang, or to GGUF for llama.cpp"),

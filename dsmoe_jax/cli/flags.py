@@ -225,10 +225,16 @@ PLAN: Final = (
     _arg("--device-bandwidth", "memory bandwidth of a device in GB/s; default: that of the card", **_FLOAT),
     _arg("--link-bandwidth", "bandwidth within a node in GB/s and direction; default: NVLink of the card", **_FLOAT),
     _arg("--network-bandwidth", "bandwidth between nodes in GB/s per device; default: one adapter per GPU", **_FLOAT),
-    _arg("--search", "rank meshes, micro-batches and remat policies that fit; default: plan one", action="store_true"),
+    _arg(
+        "--search",
+        "rank meshes, micro-batches and remat policies that fit, instead of those of --mesh, "
+        "--step.gradient-accumulation-steps and --step.remat; default: plan one",
+        action="store_true",
+    ),
     _arg(
         "--compile",
-        "also compile the step, for simulated devices or (extra gpu) GPUs that are absent; default: arithmetic only",
+        "also compile the step, with --search the fastest, for simulated devices or (extra gpu) GPUs that are absent; "
+        "default: arithmetic only",
         action="store_true",
     ),
 )

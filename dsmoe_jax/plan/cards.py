@@ -54,6 +54,17 @@ CARDS: Final[dict[str, Card]] = {
 # fmt: on
 
 
+def card_name(name: str) -> str:
+    """Return the key of a card, whose name may be in any case; raise `DSMoEError` if it is unknown."""
+    key = name.lower().replace("-", "_")
+    if key not in CARDS:
+        own = "with --device-memory, --device-tflops, --device-bandwidth, --link-bandwidth and --network-bandwidth"
+        close = next((card for card in CARDS if key and card.startswith(key)), None) or closest(key, CARDS)
+        near = f": did you mean {close}?" if close else ""
+        raise DSMoEError(f"device must be one of {', '.join(CARDS)}, got {name!r}{near}; set other figures {own}")
+    return key
+
+
 def card_of(
     name: str, *, memory: float | None = None, tflops: float | None = None, **gb_per_second: float | None
 ) -> Card:
@@ -71,12 +82,7 @@ def card_of(
     Raises:
         DSMoEError: The card is unknown, or a figure is not positive and finite.
     """
-    key = name.lower().replace("-", "_")
-    if key not in CARDS:
-        own = "with --device-memory, --device-tflops, --device-bandwidth, --link-bandwidth and --network-bandwidth"
-        close = next((card for card in CARDS if key and card.startswith(key)), None) or closest(key, CARDS)
-        near = f": did you mean {close}?" if close else ""
-        raise DSMoEError(f"device must be one of {', '.join(CARDS)}, got {name!r}{near}; set other figures {own}")
+    key = card_name(name)
     figures = {"memory": (memory, 1e9), "flops": (tflops, 1e12)}
     figures |= {field: (value, 1e9) for field, value in gb_per_second.items()}
     given = {field: (value, unit) for field, (value, unit) in figures.items() if value is not None}

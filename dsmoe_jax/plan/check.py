@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import shlex
+from collections.abc import Sequence
 from typing import Final
 
 import jax
@@ -10,6 +12,7 @@ from jax.sharding import Mesh
 from dsmoe_jax.checkpoint.native import DTYPES
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.generate.memory_plan import available_bytes
+from dsmoe_jax.plan.absent_gpu import DESCRIPTIONS
 from dsmoe_jax.plan.cards import CARDS
 from dsmoe_jax.plan.training import TrainingPlan
 from dsmoe_jax.progress import byte_size
@@ -21,21 +24,22 @@ _NEGLIGIBLE: Final = 1e-3  # of the arguments
 _log = logging.getLogger(__name__)
 
 
-def check_memory(config: RunConfig, mesh: Mesh | None, *, force: bool = False) -> None:
+def check_memory(config: RunConfig, mesh: Mesh | None, *, force: bool = False, command: Sequence[str] = ()) -> None:
     """Log the plan of a run in one line, and refuse one that cannot fit.
 
     Args:
         config: The run. The temporaries of batches whose shape depends on the data are not counted.
         mesh: Its devices; None: the default device.
         force: Warn instead of refusing.
+        command: The arguments of `dsmoe` that start the run, for the message; empty: not known.
 
     Raises:
         DSMoEError: The memory of a device is known and too small.
     """
     model, devices = config.model_config(), 1 if mesh is None else mesh.size
     sizes = MeshConfig() if mesh is None else MeshConfig(*mesh.shape.values())
-    platform, available = "cpu" if jax.default_backend() == "cpu" else "gpu", available_bytes(mesh)
-    card = dataclasses.replace(CARDS["cpu" if platform == "cpu" else "h100"], memory=available or 0)
+    name, available = _card_here(), available_bytes(mesh)
+    card = dataclasses.replace(CARDS[name], memory=available or 0)
     dtype = DTYPES.get(model.torch_dtype or "", DTYPES["bfloat16"])
     plan = TrainingPlan.of(dataclasses.replace(config, mesh=sizes), model, devices, card, dtype=dtype)
     known = config.data.sequence_length and config.data.batch_size
@@ -48,5 +52,16 @@ def check_memory(config: RunConfig, mesh: Mesh | None, *, force: bool = False) -
         needs = f"the run needs {byte_size(plan.arguments + temporary)} per device ({parts})"
         text = f"{needs}, {byte_size(available)} are available"
         if not force:
-            raise DSMoEError(f"{text}: `dsmoe plan … --search` finds settings that fit; --force starts regardless")
+            memory = available * card.memory / card.usable / 1e9  # GB, of which `available` is usable
+            figures = f"--devices {devices} --device {name} --device-memory {memory:.4g}"
+            search = f"dsmoe plan {shlex.join(command) or '…'} {figures} --search"
+            raise DSMoEError(f"{text}: `{search}` looks for settings that fit; --force starts regardless")
         _log.warning("Starting although %s", text)
+
+
+def _card_here() -> str:
+    """Return the key of the card of this process, or of one with the same compiler."""
+    if jax.default_backend() == "cpu":
+        return "cpu"
+    kind = jax.local_devices()[0].device_kind
+    return next((name for name, card in DESCRIPTIONS.items() if card.name == kind), "h100")

@@ -18,11 +18,11 @@ from dsmoe_jax.model import abstract
 from dsmoe_jax.plan import absent_gpu
 from dsmoe_jax.plan.hlo import Collective, collectives
 from dsmoe_jax.plan.training import TrainingPlan
+from dsmoe_jax.plan.workload import optimizer_of
 from dsmoe_jax.quantize import kind_of, quantized_spec
 from dsmoe_jax.sharding import MeshConfig, make_mesh, sharding
 from dsmoe_jax.train.batch import Batch
 from dsmoe_jax.train.config import RunConfig
-from dsmoe_jax.train.optimizer import make_optimizer
 from dsmoe_jax.train.step import Trainable, init_state, make_step, state_shardings
 
 
@@ -60,22 +60,33 @@ def compile_for(card: str, axes: AbstractMesh, lower: Callable[[Mesh | None], An
         lower: Lowers the program for devices; None: the default device.
 
     Raises:
-        DSMoEError: There are fewer simulated devices, or jax cannot compile for the card.
+        DSMoEError: As `mesh_of_card`.
     """
-    sizes, on_gpu = MeshConfig(*axes.shape.values()), card != "cpu"
-    if on_gpu:
-        mesh = make_mesh(sizes, absent_gpu.devices(card, axes.size))
-    elif len(jax.devices()) < axes.size:
-        flag = "XLA_FLAGS=--xla_force_host_platform_device_count"
-        raise DSMoEError(f"{axes.size} simulated devices need {flag}={axes.size}, got {len(jax.devices())}")
-    else:
-        mesh = None if axes.size == 1 else make_mesh(sizes, jax.devices()[: axes.size])
-    started = time.perf_counter()
-    with absent_gpu.chosen_as_on_gpu() if on_gpu else contextlib.nullcontext():
+    mesh, started = mesh_of_card(card, axes), time.perf_counter()
+    with contextlib.nullcontext() if card == "cpu" else absent_gpu.chosen_as_on_gpu():
         program = lower(mesh).compile()
     memory, text = program.memory_analysis(), program.as_text()
     seconds, found = time.perf_counter() - started, collectives(text, axes.shape)
     return Compiled(seconds, memory.argument_size_in_bytes, memory.temp_size_in_bytes, found, text)
+
+
+def mesh_of_card(card: str, axes: AbstractMesh) -> Mesh | None:
+    """Return the devices to compile for; None: the default device.
+
+    Args:
+        card: A key of `cards.CARDS`.
+        axes: The mesh, without devices.
+
+    Raises:
+        DSMoEError: There are fewer simulated devices, or jax cannot compile for the card.
+    """
+    sizes = MeshConfig(*axes.shape.values())
+    if card != "cpu":
+        return make_mesh(sizes, absent_gpu.devices(card, axes.size))
+    if len(jax.devices()) < axes.size:
+        flag = "XLA_FLAGS=--xla_force_host_platform_device_count"
+        raise DSMoEError(f"{axes.size} simulated devices need {flag}={axes.size}, got {len(jax.devices())}")
+    return None if axes.size == 1 else make_mesh(sizes, jax.devices()[: axes.size])
 
 
 def lower_step(
@@ -101,7 +112,7 @@ def lower_step(
         frozen = abstract_params(model, mesh, lambda name: (dtype, scheme if kind_of(name) else None))
         attach = lambda own, frozen, key: lora.attach(plan, frozen, own, key)  # noqa: E731
         trainable = Trainable(lora.specs(plan, model), attach, adapter.lora_dropout)
-    optimizer, schedule = make_optimizer(config.optimizer, max(config.steps, 100))
+    optimizer, schedule = optimizer_of(config)
     places = state_shardings(model, optimizer, config.step, mesh, trainable)
     params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in trainable.specs.items()}
     state = jax.tree.map(

@@ -1,6 +1,7 @@
 """The plan of generation: memory, and the time of prefill and decode. Start at `GenerationPlan`."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -91,7 +92,7 @@ class GenerationPlan:
         Raises:
             DSMoEError: A number is too small, or the mesh does not divide the devices or the model.
         """
-        for name, value, least in (("max_batch_size", batch_size, 1), ("context_length", max_length, 2)):
+        for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
             if value < least:
                 raise DSMoEError(f"{name} must be at least {least}, got {value}")
         axes, on_cpu = abstract_mesh(mesh, devices), card.platform == "cpu"
@@ -99,6 +100,7 @@ class GenerationPlan:
             raise DSMoEError(f"quantize {quantize} cannot be sharded over tensor={axes.shape[TENSOR]}")
         check_count(model.num_attention_heads, "attention heads", "heads", axes)
         check_count(model.num_kv_heads, "key-value heads", "kv_heads", axes)
+        _check_experts(model, axes)
         chunk = min(default_prefill_chunk(card.platform), max_length)
         cached: Any = jnp.dtype(cache_dtype or (jnp.float32 if on_cpu else DTYPES[dtype]))
         options: dict[str, Any] = {"dtype": DTYPES[dtype], "quantize": quantize, "upcast": on_cpu}
@@ -151,6 +153,14 @@ class GenerationPlan:
     def __str__(self) -> str:
         """Return one line."""
         return f"{self.memory} of {byte_size(self.card.usable)} per device"
+
+
+def _check_experts(model: ModelConfig, mesh: AbstractMesh) -> None:
+    """Raise for experts that do not divide over the mesh, with the nearest mesh over which they do."""
+    experts, ways = model.n_routed_experts or mesh.shape[EXPERT], mesh.shape[EXPERT]
+    if (most := math.gcd(experts, ways)) != ways:
+        instead = f"data={mesh.shape[DATA] * ways // most},expert={most}"
+        raise DSMoEError(f"{experts} routed experts do not divide over expert={ways}; they do with --mesh {instead}")
 
 
 def _rate(batch_size: int, times: Mapping[str, float]) -> float:

@@ -1,9 +1,8 @@
 """Plans as text for a terminal: one function for each kind."""
 
 import collections
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
 
 from dsmoe_jax.plan.collectives import Traffic
 from dsmoe_jax.plan.compiled import Compiled
@@ -11,7 +10,8 @@ from dsmoe_jax.plan.generation import GenerationPlan
 from dsmoe_jax.plan.roofline import RANGE, model_flops
 from dsmoe_jax.plan.search import Found, flags
 from dsmoe_jax.plan.training import TrainingPlan
-from dsmoe_jax.progress import plural
+from dsmoe_jax.plan.ways_out import WayOut
+from dsmoe_jax.progress import byte_size, plural, with_prefix
 from dsmoe_jax.train.metrics import flops_per_token
 
 _WIDTH: Final = 40
@@ -26,16 +26,17 @@ def training_text(plan: TrainingPlan, card: str) -> str:
         _title(work.mesh.size, card, work.mesh.shape),
         _verdict(plan.fits, plan.bytes, plan.card.usable),
         "",
-        f"{'memory per device':{_WIDTH}}{'GB':>10}",
-        *(_row(name, size / 1e9) for name, size in plan.held.items() if size > _NEGLIGIBLE * plan.bytes),
-        *(_row(f"{name} (temporary)", size / 1e9) for name, size in plan.temporary.items()),
-        _row("sum", plan.bytes / 1e9),
-        "",
+        *_table(
+            "memory per device",
+            {name: size for name, size in plan.held.items() if size > _NEGLIGIBLE * plan.bytes}
+            | {f"{name} (temporary)": size for name, size in plan.temporary.items()}
+            | {"sum": plan.bytes},
+        ),
         *_traffic_lines("communication per step and device", plan.traffic),
-        f"{work.sequences:,} sequences × {work.length:,} tokens per step, "
+        f"{plural(work.sequences, 'sequence')} × {plural(work.length, 'token')} per step, "
         f"{plural(work.parts, 'micro-batch')} of {plural(work.rows, 'sequence')} per device; "
-        f"{flops_per_token(work.model, work.length) / 1e9:.4g} GFLOP per token, "
-        f"{model_flops(work) / 1e15:,.1f} PFLOP per step",
+        f"{with_prefix(flops_per_token(work.model, work.length), 'FLOP')} per token, "
+        f"{with_prefix(model_flops(work), 'FLOP')} per step",
         *_speed_lines(plan),
     ]
     return "\n".join(lines) + "\n"
@@ -47,12 +48,12 @@ def generation_text(plan: GenerationPlan, card: str) -> str:
         _title(plan.mesh.size, card, plan.mesh.shape),
         _verdict(plan.fits, plan.memory.total, plan.card.usable),
         "",
-        f"{'memory per device':{_WIDTH}}{'GB':>10}",
-        *(_row(name.replace("_", " "), size / 1e9) for name, size in plan.memory._asdict().items()),
-        _row("sum", plan.memory.total / 1e9),
-        "",
+        *_table(
+            "memory per device",
+            {name.replace("_", " "): size for name, size in plan.memory._asdict().items()} | {"sum": plan.memory.total},
+        ),
         *_traffic_lines("communication per decode step and device", plan.traffic),
-        f"{plan.batch_size:,} outputs of {plan.max_length:,} tokens at once; memory for {plan.longest:,}",
+        f"{plural(plan.batch_size, 'output')} of {plan.max_length:,} tokens at once; memory for {plan.longest:,}",
         f"estimate: decode {plan.decode[0]:,.0f} to {plan.decode[1]:,.0f} tok/s (bound by {' or '.join(plan.bounds)}), "
         f"prefill {plan.prefill[0]:,.0f} to {plan.prefill[1]:,.0f} tok/s, all devices",
         f"assumes: decode reads weights and cache at {_percent('bandwidth')} of the memory bandwidth, prefill reaches "
@@ -62,19 +63,19 @@ def generation_text(plan: GenerationPlan, card: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def search_text(found: Found, card: str, config: Any) -> str:
-    """Return the text of `--search`."""
+def search_text(found: Found, card: str, ways: Sequence[WayOut] = ()) -> str:
+    """Return the text of `--search`; `ways`: what makes room if nothing fits."""
     if not found.fitting:
-        return "\n".join(["nothing fits", *_ways_out(found.smallest, config)]) + "\n"
+        return "\n".join(["nothing fits", *_way_lines(found.smallest, ways)]) + "\n"
     axes, batch, time, mfu = "data fsdp expert tensor", "micro-batch", "s per step", "MFU"
-    header = f"{axes:>24} {batch:>12} {'remat':>6} {'':>5} {'GB':>7} {time:>14} {mfu:>12}  bound"
-    lines = [f"{len(found.fitting):,} candidates fit; the fastest by estimate on {card}:", header]
+    header = f"{axes:>24} {batch:>12} {'remat':>6} {'':>5} {'memory':>8} {time:>14} {mfu:>12}  bound"
+    lines = [f"fitting candidates: {len(found.fitting):,}; the fastest by estimate on {card}:", header]
     for plan in found.fitting[:_ROWS]:
         work, (slow, fast), (least, most) = plan.work, plan.speed.step, plan.speed.mfu
         axes, batch = " ".join(f"{size:>5}" for size in work.mesh.shape.values()), f"{work.rows} × {work.parts}"
         time, mfu, scheme = f"{fast:.3g} to {slow:.3g}", f"{least:.0%} to {most:.0%}", work.scheme or ""
         lines.append(
-            f"{axes:>24} {batch:>12} {work.config.step.remat:>6} {scheme:>5} {plan.bytes / 1e9:>7.1f} "
+            f"{axes:>24} {batch:>12} {work.config.step.remat:>6} {scheme:>5} {byte_size(plan.bytes):>8} "
             f"{time:>14} {mfu:>12}  {plan.estimates[1].bound}"
         )
     return "\n".join([*lines, "", f"flags of the first: {flags(found.fitting[0])}"]) + "\n"
@@ -120,27 +121,23 @@ def _title(devices: int, card: str, mesh: Mapping[str, int]) -> str:
 
 
 def _verdict(fits: bool, size: float, usable: float) -> str:
-    left = f"{abs(usable - size) / 1e9:.3g} GB"
+    left = byte_size(abs(usable - size))
     verdict = f"fits, {left} left" if fits else f"does not fit, {left} missing"
-    return f"{verdict}: {size / 1e9:.3g} of {usable / 1e9:.3g} GB per device"
+    return f"{verdict}: {byte_size(size)} of {byte_size(usable)} per device"
 
 
-def _row(name: str, value: float) -> str:
-    return f"  {name:{_WIDTH - 2}}{value:>10.3f}"
+def _table(title: str, sizes: Mapping[str, int]) -> list[str]:
+    """Return rows of bytes."""
+    rows = (f"  {name:{_WIDTH - 2}}{byte_size(size):>10}" for name, size in sizes.items())
+    return [title, *rows, ""] if sizes else []
 
 
 def _traffic_lines(title: str, traffic: Sequence[Traffic]) -> list[str]:
     """Group communication by kind and axes."""
-    sizes: dict[tuple[str, str], int] = collections.defaultdict(int)
+    sizes: dict[str, int] = collections.defaultdict(int)
     for one in traffic:
-        sizes[one.kind, "+".join(one.axes)] += one.bytes
-    if not sizes:
-        return []
-    return [
-        f"{title:{_WIDTH}}{'GB':>10}",
-        *(_row(f"{kind} over {axes}", size / 1e9) for (kind, axes), size in sizes.items()),
-        "",
-    ]
+        sizes[f"{one.kind} over {'+'.join(one.axes)}"] += one.bytes
+    return _table(title, sizes)
 
 
 def _speed_lines(plan: TrainingPlan) -> list[str]:
@@ -166,21 +163,11 @@ def _percent(field: str) -> str:
     return f"{low:.0%} to {high:.0%}"
 
 
-def _ways_out(plan: TrainingPlan, config: Any) -> list[str]:
-    """Say what the smallest candidate lacks, and what would make room."""
-    work, usable = plan.work, plan.card.usable
-    lines = [
-        f"the smallest candidate, {flags(plan)}, needs {plan.bytes / 1e9:.3g} of {usable / 1e9:.3g} GB per device "
-        f"(arguments {plan.arguments / 1e9:.3g}, temporaries {plan.temporaries / 1e9:.3g})"
-    ]
-    devices = 2 ** math.ceil(math.log2(work.mesh.size * plan.bytes / usable))
-    lines.append(f"more devices: about {devices:,}, if all memory were sharded")
-    moments = plan.held.get("optimizer state", 0)
-    if moments and config.optimizer.moments != "factored":
-        lines.append(f"--optimizer.moments factored: {moments / 1e9:.3g} GB less")
-    if hasattr(config, "lora") and config.lora is None:
-        lines.append("--lora: no gradients and moments of the base, which is held in bf16")
-    elif hasattr(config, "quantize") and config.quantize is None:
-        lines.append(f"--quantize nf4: about {0.74 * plan.held['frozen weights'] / 1e9:.3g} GB less")
-    lines.append("a smaller --data.sequence-length: attention scores and hidden states shrink with it")
-    return lines
+def _way_lines(smallest: TrainingPlan, ways: Sequence[WayOut]) -> Iterator[str]:
+    """Say what the smallest candidate needs, and what makes room."""
+    yield f"the smallest candidate, {flags(smallest)}, needs {smallest}"
+    for changed, plan in ways:
+        rest = "which fits" if plan.fits else f"{byte_size(plan.bytes - plan.card.usable)} still missing"
+        yield f"with {changed}: {byte_size(smallest.bytes - plan.bytes)} less, {rest}"
+    if not ways:
+        yield "no other number of devices, sequence length, moments, LoRA or quantization makes room on its own"

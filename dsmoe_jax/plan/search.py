@@ -1,5 +1,6 @@
 """Search for the fastest mesh, micro-batch, remat policy and quantization that fit: `search`."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -12,9 +13,10 @@ from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.plan.cards import Card
 from dsmoe_jax.plan.training import TrainingPlan
-from dsmoe_jax.plan.workload import Parameters
+from dsmoe_jax.plan.workload import UNLIMITED, Parameters
 from dsmoe_jax.sharding import MeshConfig
 from dsmoe_jax.train.config import RunConfig
+from dsmoe_jax.train.shape import fit_batch_size
 
 _REMAT: Final = ("none", "dots", "full")
 _WIDEST_TENSOR: Final = 8  # its sums of activations need links of a node
@@ -44,19 +46,51 @@ def search(config: RunConfig, model: ModelConfig, devices: int, card: Card, *, d
     Raises:
         DSMoEError: No mesh divides the devices, the model and the batch.
     """
-    parameters, plans = Parameters.of(config, model), []
-    for candidate in _candidates(config, model, devices):
-        try:
-            plans.append(TrainingPlan.of(candidate, model, devices, card, parameters=parameters, dtype=dtype))
-        except DSMoEError:  # does not divide
-            continue
+    plans = plans_of(config, model, devices, card, dtype=dtype)
     if not plans:
-        raise DSMoEError(
-            f"no mesh of {devices} devices divides the model and a batch of {config.data.batch_size} sequences"
-        )
+        raise DSMoEError(_no_mesh(config, model, devices, card))
     return Found(
         tuple(sorted((plan for plan in plans if plan.fits), key=_rank)), min(plans, key=lambda plan: plan.bytes)
     )
+
+
+def plans_of(
+    config: RunConfig,
+    model: ModelConfig,
+    devices: int,
+    card: Card,
+    *,
+    dtype: Any = jnp.bfloat16,
+    lean: bool = False,
+) -> list[TrainingPlan]:
+    """Return the plans of the candidates that divide; otherwise as `search`.
+
+    Args:
+        config: The run.
+        model: The model to train.
+        devices: Number of devices.
+        card: The device.
+        dtype: Storage dtype of a frozen base.
+        lean: Only those of small micro-batches and full remat, which need the least memory.
+    """
+    parameters, plans = Parameters.of(config, model), []
+    for candidate in _candidates(config, model, devices, lean=lean):
+        with contextlib.suppress(DSMoEError):  # does not divide
+            plans.append(TrainingPlan.of(candidate, model, devices, card, parameters=parameters, dtype=dtype))
+    return plans
+
+
+def _no_mesh(config: RunConfig, model: ModelConfig, devices: int, card: Card) -> str:
+    """Describe that there is no candidate, with the nearest batch size for which there is one."""
+    text, batch = f"no mesh of {devices} devices divides the model", config.data.batch_size
+    if batch is None:
+        return text
+    ways = {devices // mesh.tensor for mesh in _meshes(model, devices)}
+    for size in sorted({max(1, round(batch / some)) * some for some in ways}, key=lambda size: abs(size - batch)):
+        changed = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=size))
+        if plans_of(changed, model, devices, card, lean=True):
+            return f"{text} and a batch of {batch} sequences; one does with --data.batch-size {size}"
+    return text
 
 
 def _rank(plan: TrainingPlan) -> tuple[float, bool, int]:
@@ -72,13 +106,11 @@ def flags(plan: TrainingPlan) -> str:
     return f"{axes} --step.gradient-accumulation-steps {work.parts} --step.remat {work.config.step.remat}{quantize}"
 
 
-def _candidates(config: RunConfig, model: ModelConfig, devices: int) -> Iterator[RunConfig]:
-    batch = config.data.batch_size
+def _candidates(config: RunConfig, model: ModelConfig, devices: int, *, lean: bool) -> Iterator[RunConfig]:
+    batch, remats = config.data.batch_size or fit_batch_size(UNLIMITED, 1), _REMAT[-1:] if lean else _REMAT
     for mesh in _meshes(model, devices):
-        data_parallel = devices // mesh.tensor
-        rows = None if batch is None else batch // data_parallel
-        parts = _parts(config, rows)
-        for count, remat, others in itertools.product(parts, _REMAT, _quantizations(config)):
+        parts = _parts(config, batch // (devices // mesh.tensor))[: 1 if lean else None]
+        for count, remat, others in itertools.product(parts, remats, _quantizations(config)):
             step = dataclasses.replace(config.step, gradient_accumulation_steps=count, remat=remat)
             yield dataclasses.replace(config, mesh=mesh, step=step, **others)
 
@@ -90,7 +122,7 @@ def _quantizations(config: RunConfig) -> Sequence[Mapping[str, str]]:
     return [{}, {"quantize": "int8"}, {"quantize": "nf4"}]
 
 
-def _parts(config: RunConfig, rows: int | None) -> Sequence[int]:
+def _parts(config: RunConfig, rows: int) -> Sequence[int]:
     """Return numbers of micro-batches, for 1, 2, 4, … sequences per device."""
     if not rows:
         return [config.step.gradient_accumulation_steps]

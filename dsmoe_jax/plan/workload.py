@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import AbstractMesh
 
 from dsmoe_jax import lora
@@ -23,11 +24,13 @@ from dsmoe_jax.model import ParamSpec, abstract, layers_of, short
 from dsmoe_jax.quantize import kind_of
 from dsmoe_jax.sharding import BATCH_AXES, TENSOR, abstract_mesh, check_count, shard_shape
 from dsmoe_jax.train.config import RunConfig
+from dsmoe_jax.train.defaults import with_learning_rate
 from dsmoe_jax.train.optimizer import make_optimizer
 from dsmoe_jax.train.shape import MAX_LENGTH, fit_batch_size
 from dsmoe_jax.train.step import init_state
 
-_UNLIMITED: Final = 1 << 30  # sequences
+UNLIMITED: Final = 1 << 30  # sequences
+_STEPS: Final = 100  # at least; memory and programs do not depend on them
 
 
 class Weight(NamedTuple):
@@ -124,7 +127,7 @@ class Workload:
         length = config.data.sequence_length or min(MAX_LENGTH, model.context_length)
         parts = config.step.gradient_accumulation_steps
         multiple = parts * math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-        sequences = config.data.batch_size or fit_batch_size(_UNLIMITED, multiple)
+        sequences = config.data.batch_size or fit_batch_size(UNLIMITED, multiple)
         if sequences % multiple:
             why = f"{multiple // parts} data-parallel devices × {parts} gradient-accumulation steps"
             raise DSMoEError(f"data.batch_size must be a multiple of {multiple} ({why}), got {sequences}")
@@ -233,12 +236,14 @@ def _adapter(config: RunConfig) -> LoraConfig | None:
     return getattr(config, "lora", None)
 
 
+def optimizer_of(config: RunConfig) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Return the optimizer of a run and its learning-rate schedule; steps that depend on the data are not known."""
+    return make_optimizer(with_learning_rate(config).optimizer, max(config.steps, _STEPS))
+
+
 def _state(config: RunConfig, model: ModelConfig, trained: tuple[Weight, ...]) -> Iterator[Leaf]:
     """Yield the arrays of the training state: moments are sharded as their parameters if they have their shape."""
-    named = {weight.name: weight for weight in trained}
-    # The learning rate of fine-tuning is set when it starts.
-    options = dataclasses.replace(config.optimizer, learning_rate=config.optimizer.learning_rate or 1.0)
-    optimizer, _ = make_optimizer(options, max(config.steps, 1))
+    named, optimizer = {weight.name: weight for weight in trained}, optimizer_of(config)[0]
     params = {name: jax.ShapeDtypeStruct(weight.spec.shape, jnp.float32) for name, weight in named.items()}
     state = jax.eval_shape(lambda params: init_state(model, params, optimizer, config.step), params)
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
