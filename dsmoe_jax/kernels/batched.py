@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dsmoe_jax.axes import Array, Bool, Float, Int
-from dsmoe_jax.kernels.operand import GradMask, Inputs, expert_of_rows, swiglu
+from dsmoe_jax.kernels.operand import GradMask, Inputs, dequantized_in_place, expert_of_rows, swiglu
 
 HEADROOM: Final = 1.25  # capacity over the mean: one pass for a balanced router
 
@@ -84,7 +84,7 @@ def _over_passes(
 
 
 def _on_slots(inputs: Inputs, activation: str) -> Float[Array, "E C D"]:
-    return jax.vmap(lambda expert: swiglu(expert, activation))(inputs)
+    return jax.vmap(lambda expert: swiglu(expert, activation))(dequantized_in_place(inputs))
 
 
 def forward(

@@ -238,11 +238,22 @@ def range_of(values: Int[Array, "*n"], ends: Int[Array, "E"]) -> Int[Array, "*n"
     return jnp.searchsorted(ends, values, side="right", method=method)
 
 
-def dequantize_all(experts: Experts) -> Experts:
-    """Dequantize every quantized part, for backends that take dense [E, O, I] arrays."""
-    is_quantized = lambda leaf: isinstance(leaf, Quantized)  # noqa: E731
+def _is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, Quantized)
+
+
+def dequantized_in_place(inputs: Inputs) -> Inputs:
+    """Keep XLA from dequantizing experts before the loop over micro-batches, which would hold those of all layers."""
+    quantized = any(map(_is_quantized, jax.tree.leaves(inputs.experts, is_leaf=_is_quantized)))
+    return jax.lax.optimization_barrier(inputs) if quantized else inputs
+
+
+def dequantize_all(inputs: Inputs) -> Inputs:
+    """Dequantize every quantized operand, for backends that take dense [E, O, I] arrays."""
     return jax.tree.map(
-        lambda leaf: jax.vmap(Quantized.dequantize)(leaf) if is_quantized(leaf) else leaf, experts, is_leaf=is_quantized
+        lambda leaf: jax.vmap(Quantized.dequantize)(leaf) if _is_quantized(leaf) else leaf,
+        dequantized_in_place(inputs),
+        is_leaf=_is_quantized,
     )
 
 

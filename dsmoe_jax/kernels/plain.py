@@ -34,9 +34,8 @@ def _first_available(names: Sequence[str]) -> str:
 
 def forward_by_groups(legs: Callable[[], Legs], inputs: Inputs, group_sizes: Array, activation: str) -> Array:
     """Compute SwiGLU as three grouped matmuls (more for low-rank operands)."""
-    experts = dequantize_all(inputs.experts)
     dot = functools.partial(_grouped_dot, legs(), group_sizes)
-    return swiglu(inputs._replace(experts=experts), activation, dot).astype(inputs.rows.dtype)
+    return swiglu(dequantize_all(inputs), activation, dot).astype(inputs.rows.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
