@@ -7,6 +7,8 @@ NumPy, `expected`. Cases and checks are shared with the GPU suite in `tests/help
 import functools
 import itertools
 import logging
+import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +25,7 @@ from dsmoe_jax.kernels.activation import ACTIVATION_FUNCTIONS
 from dsmoe_jax.kernels.block_loop import block_rows, ladder
 from dsmoe_jax.kernels.expert_ffn import BACKENDS, LEGS, Backend, Legs, choose_legs, expert_ffn
 from dsmoe_jax.kernels.operand import Experts, Inputs
+from dsmoe_jax.quantize import quantize
 from tests.helpers import reference
 from tests.helpers.conformance import (
     DENSE,
@@ -262,6 +265,27 @@ def test_the_loop_never_converts_all_experts_to_fp32(trained: bool):
 
 
 # --- inside other transformations ---
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("backend", ["batched", "ragged"])
+def test_no_dequantized_experts_enter_a_loop(backend: str, scheme: str):
+    E, D, F, R = 4, 256, 192, 16
+    rng = np.random.default_rng(0)
+    gate, up, down = (
+        quantize(jnp.asarray(rng.normal(size=(E, *shape)), jnp.float32), scheme) for shape in [(F, D), (F, D), (D, F)]
+    )
+
+    def gradients(experts: Any, batches: jax.Array) -> jax.Array:
+        loss = lambda rows: expert_ffn(rows, *experts, jnp.full(E, R // E), backend=backend).sum()  # noqa: E731
+        return jax.lax.map(jax.grad(loss), batches)
+
+    program = jax.jit(gradients).lower((gate, up, down), jnp.ones((3, R, D))).compile().as_text()
+
+    loops = [line.partition(" while(")[0] for line in program.splitlines() if " while(" in line]
+    values = [math.prod(map(int, shape.split(","))) for line in loops for shape in re.findall(r"f32\[([\d,]+)\]", line)]
+    assert loops
+    assert max(values) < E * D * F / 2
 
 
 @pytest.mark.parametrize("backend", [*LOOPS, "ragged"])

@@ -51,7 +51,7 @@ PEAKS: Final[dict[str, dict[str, dict[str, dict[str, float]]]]] = {
             "adapters fsdp":       {"embedding": 0.5, "head": 0.5},
             "adapters fsdp !quantized": {"part of experts": 1.2},
             "adapters fsdp parts !quantized": {"weights": 0.5},  # the loop's copy in another layout
-            "quantized":           {"experts": 0.5},  # dequantized for every layer, in memory that is not used again
+            "quantized":           {"layer of experts": 0.38},  # dequantized
             "":                    {"dispatched rows": 1.5, "hidden rows": 3.6, "gathered tokens": 4.5, "states": 7.0,
                                     "hidden states": 0.5},
             "fsdp":                {"layer of dense weights": 0.7},
