@@ -272,15 +272,14 @@ def test_the_loop_never_converts_all_experts_to_fp32(trained: bool):
 def test_no_dequantized_experts_enter_a_loop(backend: str, scheme: str):
     E, D, F, R = 4, 256, 192, 16
     rng = np.random.default_rng(0)
-    gate, up, down = (
-        quantize(jnp.asarray(rng.normal(size=(E, *shape)), jnp.float32), scheme) for shape in [(F, D), (F, D), (D, F)]
-    )
+    weights = [rng.normal(size=(E, *shape)).astype(np.float32) for shape in [(F, D), (F, D), (D, F)]]
+    experts = Experts(*(quantize(weight, scheme) for weight in weights))
 
-    def gradients(experts: Any, batches: jax.Array) -> jax.Array:
+    def gradients(experts: Experts, batches: jax.Array) -> jax.Array:
         loss = lambda rows: expert_ffn(rows, *experts, jnp.full(E, R // E), backend=backend).sum()  # noqa: E731
         return jax.lax.map(jax.grad(loss), batches)
 
-    program = jax.jit(gradients).lower((gate, up, down), jnp.ones((3, R, D))).compile().as_text()
+    program = str(jax.jit(gradients).lower(experts, jnp.ones((3, R, D))).compile().as_text())
 
     loops = [line.partition(" while(")[0] for line in program.splitlines() if " while(" in line]
     values = [math.prod(map(int, shape.split(","))) for line in loops for shape in re.findall(r"f32\[([\d,]+)\]", line)]
