@@ -29,7 +29,7 @@ ABLATIONS = {
 }
 
 
-@pytest.mark.parametrize("case", ["a_baseline", "b_norm_topk"])
+@pytest.mark.parametrize("case", ["a_baseline", pytest.param("b_norm_topk", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_ablations_equal_the_reference(case: str, name: str):
     model, ablation = golden.model(case), ABLATIONS[name]

@@ -163,11 +163,11 @@ def config_loss(dtype: np.dtype) -> CastStats:
     ("source", "option", "is_printed"),
     [
         ("float32", "bfloat16", True),
-        ("float32", "float16", True),
+        pytest.param("float32", "float16", True, marks=pytest.mark.slow),
         ("float32", "keep", False),
-        ("float32", "float32", False),
+        pytest.param("float32", "float32", False, marks=pytest.mark.slow),
         ("bfloat16", "float32", False),
-        ("float16", "float32", False),
+        pytest.param("float16", "float32", False, marks=pytest.mark.slow),
     ],
 )
 def test_commands_print_cast_stats(
@@ -191,7 +191,7 @@ def test_commands_print_cast_stats(
         }
 
 
-@pytest.mark.parametrize("done_before", [10_000, 30_000, 59_000])
+@pytest.mark.parametrize("done_before", [10_000, *(pytest.param(n, marks=pytest.mark.slow) for n in (30_000, 59_000))])
 def test_cast_stats_of_a_resumed_conversion_are_complete(tmp_path: Path, done_before: int):
     hf = write_hf(tmp_path / "hf", tiny(), random_params(tiny()))
     import_hf(hf, tmp_path / "unchanged")

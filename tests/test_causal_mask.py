@@ -55,7 +55,8 @@ def masks(tokens: int) -> dict[str, tuple[CausalMask, np.ndarray, int]]:
     ("name", "tokens"),
     [
         *((name, 5) for name in masks(5)),
-        *(("shared", 600), ("cached", 600)),
+        ("shared", 600),
+        pytest.param("cached", 600, marks=pytest.mark.slow),
         *(pytest.param(name, tokens, marks=pytest.mark.slow) for name in masks(5) for tokens in (150, 601)),
     ],
 )

@@ -362,9 +362,9 @@ def shell(script: str, folder: Path, **environment: str) -> subprocess.Completed
     ("script", "code"),
     [
         ("dsmoe info tiny <&- >&- 2>&-", 0),
-        ("dsmoe info nothing >&- 2>&-", 2),
+        pytest.param("dsmoe info nothing >&- 2>&-", 2, marks=pytest.mark.slow),
         ("dsmoe --help | head -c0; exit ${PIPESTATUS[0]}", 0),
-        ("dsmoe info nothing 2>&1 >/dev/null | head -c0; exit ${PIPESTATUS[0]}", 2),
+        pytest.param("dsmoe info nothing 2>&1 >/dev/null | head -c0; exit ${PIPESTATUS[0]}", 2, marks=pytest.mark.slow),
         ("dsmoe info tiny >/dev/full", 2),
         ("mkdir gone && cd gone && rmdir ../gone && dsmoe info tiny", 0),
         ("dsmoe info $'\\xff'", 2),

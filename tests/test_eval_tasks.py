@@ -69,6 +69,7 @@ def trained(home: Path) -> Path:
     return home / "run"
 
 
+@pytest.mark.slow
 def test_trained_model_beats_chance_on_what_its_texts_teach(home: Path, trained: Path):
     run(config(home, trained))
 
@@ -80,6 +81,7 @@ def test_trained_model_beats_chance_on_what_its_texts_teach(home: Path, trained:
     assert SCORE.encode() in events.read_bytes()
 
 
+@pytest.mark.slow
 def test_report_of_the_trained_model_has_the_same_score(home: Path, trained: Path, tmp_path: Path):
     from dsmoe_jax.evaluate import evaluate
 

@@ -142,12 +142,16 @@ def test_every_backend_applies_the_activation(activation: str, backend: str):
 # --- kinds of operands ---
 
 
+# Of each kind and of each backend one case is not slow.
+QUICK = [*zip(KINDS, itertools.cycle(LOOPS), strict=False), ("low-rank", "ragged"), ("quantized", "dense")]
 CASES = [(kinds, backend) for kinds in KINDS for backend in LOOPS]
 CASES += [(kinds, backend) for kinds in ("quantized", "low-rank", "mixed") for backend in ("ragged", "dense")]
 CASES += [("mixed", "grouped")]
 
 
-@pytest.mark.parametrize(("kinds", "backend"), CASES)
+@pytest.mark.parametrize(
+    ("kinds", "backend"), [pytest.param(*case, marks=[pytest.mark.slow] * (case not in QUICK)) for case in CASES]
+)
 def test_every_kind_of_operand(kinds: str, backend: str):
     check_kinds(kinds, backend)
 

@@ -83,7 +83,9 @@ def test_the_form_depends_on_platform_and_token_count():
     assert form("gpu", 33, 6, 64) is form("cpu", 1, 6, 64) is None
 
 
-@every_form
+@pytest.mark.parametrize(
+    "few", [pytest.param(by_choice, marks=pytest.mark.slow), by_expert], ids=lambda few: few.__name__
+)
 def test_the_form_runs_forward_and_gradients_sort(few: few_tokens.Form, monkeypatch: pytest.MonkeyPatch):
     x, weights, experts = operands(DENSE)
 

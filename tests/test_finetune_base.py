@@ -30,7 +30,7 @@ def hf(home: Path) -> Path:
     return export_hf(home / "base", home / "hf").path
 
 
-@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("quantize", [None, pytest.param("nf4", marks=pytest.mark.slow)])
 def test_a_hugging_face_base_trains_as_a_native_one(home: Path, hf: Path, tmp_path: Path, quantize: Any):
     def params(base: Path) -> dict[str, Any]:
         job = finetuning(config(home, tmp_path / "out", init_from=str(base), quantize=quantize), tmp_path / "out")

@@ -282,7 +282,7 @@ def test_seed_determines_the_sample(generator: Generator):
     assert output(1) != output(2)
 
 
-@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+@pytest.mark.parametrize("quantize", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_weights_are_quantized_while_loading(checkpoint: Path, quantize: str):
     generator = Generator.from_pretrained(checkpoint, quantize=quantize)
 

@@ -49,6 +49,7 @@ def test_repeated_steps_and_pauses_are_lost():
     assert seconds["lost"] == pytest.approx(150 - 11 - 3 * (3 + 2), abs=1)
 
 
+@pytest.mark.slow
 def test_fractions_of_a_run_with_two_kills(tmp_path: Path, home: Path, monkeypatch, caplog):  # noqa: F811
     settings = config(home, tmp_path, mesh=MeshConfig(), steps=12, log_interval=1)
     start = time.time()

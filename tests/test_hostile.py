@@ -334,9 +334,14 @@ HOSTILE: dict[str, tuple[Damage, str]] = {
     "config: of objects": (replaced("config.json", lambda: filled('"#":{}')), "may take .* bytes in memory"),
 }
 # fmt: on
+# They take a second and more, and smaller cases repeat them.
+LARGE = {"as many tensors as are read", "half a million memo entries", "zip of 39,000 members", "header of emoji"}
 
 
-@pytest.mark.parametrize(("damage", "named"), HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in LARGE)) for name, case in HOSTILE.items()],
+)
 def test_hostile_folder_is_rejected_within_limits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Damage, named: str
 ):

@@ -318,8 +318,7 @@ def test_a_single_expert_is_a_stack_too():
     ("tied", "layout"),
     [
         (False, "native"),
-        (True, "hf"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((False, "hf"), (True, "native"))),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((True, "hf"), (False, "hf"), (True, "native"))),
     ],
 )
 def test_a_merged_checkpoint_equals_its_adapter(tmp_path: Path, layout: str, tied: bool):

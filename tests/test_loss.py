@@ -115,7 +115,7 @@ def test_chunked_loss_and_gradients_equal_the_plain_ones(monkeypatch: pytest.Mon
     )
 
 
-@pytest.mark.parametrize("V", [64, 63], ids="a vocabulary of {}".format)
+@pytest.mark.parametrize("V", [pytest.param(64, marks=pytest.mark.slow), 63], ids="a vocabulary of {}".format)
 @pytest.mark.parametrize("mesh", MESHES)
 def test_chunked_loss_is_equal_on_every_mesh(mesh: str, V: int):
     states, head, targets = head_inputs(V=V)

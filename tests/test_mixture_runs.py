@@ -51,7 +51,7 @@ def test_epochs_and_validation_losses_of_each_source(home: Path, sources: list[P
 
 
 def test_one_source_has_one_epoch_and_one_loss(home: Path, tmp_path: Path):  # noqa: F811
-    run(config(home, tmp_path, mesh=MeshConfig(), steps=2))
+    run(config(home, tmp_path, mesh=MeshConfig(), steps=6))
 
     recorded = read_records(tmp_path)
     size = TokenShards.open(home / "shards").tokens

@@ -114,11 +114,12 @@ def test_files_of_another_model_are_removed(hub: FakeHub, native: Path, tmp_path
 
 @pytest.mark.parametrize(("name", "options", "line"), [
     ("someone/no-token", {"token": ""}, "an upload needs a token: set HF_TOKEN or run `hf auth login`"),
-    ("someone/forbidden", {}, "does not permit it"),
+    pytest.param("someone/forbidden", {}, "does not permit it", marks=pytest.mark.slow),
     ("someone/absent", {}, "no such repository on 127.0.0.1"),
-    ("someone/silent", {}, "cannot upload to 127.0.0.1"),
+    pytest.param("someone/silent", {}, "cannot upload to 127.0.0.1", marks=pytest.mark.slow),
     ("someone/other", {"license": "no such"}, 'the model card is invalid: "license" must be one of [apache-2.0, mit]'),
-    ("someone/offline", {"url": "http://127.0.0.1:9"}, "cannot upload to 127.0.0.1:9: Connection refused"),
+    pytest.param("someone/offline", {"url": "http://127.0.0.1:9"}, "cannot upload to 127.0.0.1:9: Connection refused",
+                 marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_refusals_are_one_line(
     name: str, options: dict[str, str], line: str, hub: FakeHub, native: Path, tmp_path: Path

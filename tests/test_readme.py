@@ -51,7 +51,6 @@ LAUNCH: Final = [ROOT / "train/launch/slurm.sh", ROOT / "train/launch/jobset.yam
 # The others compile for many devices, train, or repeat tests/test_cli.py: they are slow tests.
 FAST: Final = {
     *(("Quick start", "python"), ("Your own loop", "python"), ("Conversion", "python"), ("Conversion", "bash")),
-    ("Pretraining", "python"),
 }
 
 _RUN: Final = [

@@ -76,7 +76,7 @@ def random_pair(rng: random.Random, length: int) -> Ids:
     return tokens[:cut], tokens[cut:]
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["head", "tied"])
 def test_scores_match_the_logits_of_the_model(tied: bool):
     model = model_of(dataclasses.replace(SMALL, tie_word_embeddings=tied))
     rng = random.Random(0)

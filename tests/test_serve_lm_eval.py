@@ -21,6 +21,7 @@ from dsmoe_jax.evaluate.harness import DSMoELM
 pytestmark = [NEEDS_SERVE, pytest.mark.heavy]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of datasets and aiohttp
 def test_scores_over_http_equal_those_in_process(generator: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import datasets.config  # pyright: ignore[reportMissingImports]

@@ -415,12 +415,13 @@ def write_sparse(folder: Path, config: ModelConfig) -> int:
     return end
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is what Linux tells of a process")
 @pytest.mark.parametrize(
     ("changes", "dtype", "least", "bound"),
     [
         ({"n_routed_experts": 43}, None, LARGE, GROWTH),
-        pytest.param({"n_routed_experts": 4, "vocab_size": 25600}, "float32", 0, GROWTH, marks=pytest.mark.slow),
+        ({"n_routed_experts": 4, "vocab_size": 25600}, "float32", 0, GROWTH),
     ],
     ids=["as stored", "to float32"],
 )

@@ -125,6 +125,7 @@ def test_damage_to_the_files_of_one_host_is_skipped_by_both(tmp_path: Path, home
     assert steps_done(out) == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_one_device")
 def test_a_slow_disk_never_has_two_checkpoints_at_once(
     tmp_path: Path,

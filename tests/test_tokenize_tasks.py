@@ -337,6 +337,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_killed_tasks_of_the_templates_continue(corpus: Path, whole: Path, tokenizer_folder: Path, tmp_path: Path):
     dsmoe, out = tmp_path / "bin" / "dsmoe", tmp_path / "out"
     dsmoe.parent.mkdir()

@@ -90,7 +90,13 @@ def test_a_state_is_restored_bit_for_bit_after_donation(tmp_path: Path, state: T
     same(checkpoints.restore(10, like()), state)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=8), MeshConfig(fsdp=2, expert=4)], ids=["fsdp=8", "expert=4"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(MeshConfig(fsdp=8), id="fsdp=8", marks=pytest.mark.slow),
+        pytest.param(MeshConfig(fsdp=2, expert=4), id="expert=4"),
+    ],
+)
 def test_a_state_is_restored_onto_a_mesh_and_back(tmp_path: Path, two: Path, state: TrainState, mesh: MeshConfig):
     over_mesh = Checkpoints(two).restore(20, like(mesh))
 
@@ -104,10 +110,10 @@ def test_a_state_is_restored_onto_a_mesh_and_back(tmp_path: Path, two: Path, sta
 @pytest.mark.parametrize(
     ("options", "left"),
     [
-        ({"max_to_keep": 1}, [5]),
+        pytest.param({"max_to_keep": 1}, [5], marks=pytest.mark.slow),
         ({"max_to_keep": 2}, [4, 5]),
         ({"max_to_keep": 1, "keep_period": 2}, [2, 4, 5]),
-        ({"max_to_keep": 9}, [1, 2, 3, 4, 5]),
+        pytest.param({"max_to_keep": 9}, [1, 2, 3, 4, 5], marks=pytest.mark.slow),
     ],
 )
 def test_old_checkpoints_are_removed(tmp_path: Path, state: TrainState, options: dict[str, int], left: list[int]):
