@@ -171,8 +171,8 @@ def test_our_kernel_runs_on_the_shards_of_a_mesh():
         return jax.grad(lambda *x: jnp.sin(out(*x)).sum(), argnums=(0, 1, 2))
 
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])):
-        got = jax.jit(loss("pallas"))(q, k, v)
-        text = jax.jit(loss("pallas")).lower(q, k, v).compile().as_text()
+        program = jax.jit(loss("pallas")).lower(q, k, v).compile()
+        got, text = program(q, k, v), program.as_text()
 
     for one, want in zip(got, loss("plain")(q, k, v), strict=True):
         assert_near(one, want, FP32)

@@ -261,6 +261,7 @@ def test_functions_reject_an_empty_path(tmp_path: Path):
             call("")
 
 
+@pytest.mark.slow
 def test_invalid_input_shows_no_traceback(tmp_path: Path):
     command = [sys.executable, "-m", "dsmoe_jax", "generate", str(damaged(tmp_path)), "--prompt", "def"]
 
@@ -272,6 +273,7 @@ def test_invalid_input_shows_no_traceback(tmp_path: Path):
     assert ": damaged: " in done.stderr
 
 
+@pytest.mark.slow
 def test_closed_pipe_is_no_error():
     command = f"'{sys.executable}' -m dsmoe_jax info tiny | true; exit ${{PIPESTATUS[0]}}"
 
@@ -366,7 +368,7 @@ def shell(script: str, folder: Path, **environment: str) -> subprocess.Completed
         ("dsmoe --help | head -c0; exit ${PIPESTATUS[0]}", 0),
         pytest.param("dsmoe info nothing 2>&1 >/dev/null | head -c0; exit ${PIPESTATUS[0]}", 2, marks=pytest.mark.slow),
         ("dsmoe info tiny >/dev/full", 2),
-        ("mkdir gone && cd gone && rmdir ../gone && dsmoe info tiny", 0),
+        pytest.param("mkdir gone && cd gone && rmdir ../gone && dsmoe info tiny", 0, marks=pytest.mark.slow),
         ("dsmoe info $'\\xff'", 2),
     ],
 )

@@ -18,13 +18,15 @@ from tests.helpers.command import run
 
 pytestmark = pytest.mark.heavy
 
+SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16}
+
 
 @pytest.fixture(autouse=True)
 def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer files and layers, and each checkpoint is loaded and compiled once."""
+    """Fewer files and a smaller model, and each checkpoint is loaded and compiled once."""
     library, load = list(files._stdlib()), functools.cache(Generator.from_pretrained)
-    monkeypatch.setattr(files, "_stdlib", lambda: library[::4])
-    monkeypatch.setitem(demo._MODEL, "num_hidden_layers", 2)
+    monkeypatch.setattr(files, "_stdlib", lambda: library[::12])
+    monkeypatch.setattr(demo, "_MODEL", demo._MODEL | SMALL)
     monkeypatch.setattr(Generator, "from_pretrained", lambda path: load(Path(path).absolute()))
 
 
@@ -38,11 +40,11 @@ def test_demo_keeps_its_files(tmp_path: Path, capsys: pytest.CaptureFixture, mon
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "my demo"
 
-    code = run("demo", "--out", "my demo", "--steps", 12)
+    code = run("demo", "--out", "my demo", "--steps", 6)
 
     out, _ = capsys.readouterr()
     assert code == 0
-    assert "Trained 12 steps" in out
+    assert "Trained 6 steps" in out
     assert all(
         f"--- completion of {prompt!r}\n{prompt}" in out for prompt in ("def get_", "class ", "def __repr__(self):")
     )

@@ -19,7 +19,7 @@ from tests.helpers.evaluation import CHOICES, COPY, NUM_DOCS, TASKS, TEXTS, writ
 
 pytest.importorskip("lm_eval", reason="evaluation needs the harness: pip install -e '.[eval]'")
 
-from dsmoe_jax.evaluate import DSMoELM, Evaluation, evaluate, responses, task_data
+from dsmoe_jax.evaluate import DSMoELM, Evaluation, evaluate, responses, task_data, task_loading
 from dsmoe_jax.evaluate.run import Protocol, load_rows, task_metrics
 from dsmoe_jax.evaluate.task_loading import TaskLoader
 from dsmoe_jax.progress import silent
@@ -239,13 +239,24 @@ BAD: dict[str, tuple[list[str], str]] = {
 }
 
 
+@pytest.fixture
+def two_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness has two folders of tasks: all take seconds to read."""
+    from lm_eval import tasks  # pyright: ignore[reportMissingImports]
+
+    folders = [str(Path(tasks.__file__).with_name(name)) for name in ("humaneval", "winogrande")]
+    index = tasks.TaskManager(include_path=folders, include_defaults=False).task_index
+    monkeypatch.setattr(task_loading, "_harness_tasks", lambda: index)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
-    # The names of all tasks take seconds to read.
+    # Misspelled names are compared with all.
     [pytest.param(*case, id=name, marks=[pytest.mark.slow] * name.startswith("unknown")) for name, case in BAD.items()],
 )
 def test_bad_input_is_one_line(
     loaded: None,
+    request: pytest.FixtureRequest,
     flags: list[str],
     message: str,
     home: Path,
@@ -254,6 +265,8 @@ def test_bad_input_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ):
     shared = ["--out", tmp_path / "out", "--include-path", home / "tasks", "--data", home / "data"]
+    if not message.startswith("unknown"):
+        request.getfixturevalue("two_tasks")
 
     code = run("evaluate", checkpoint, *shared, *flags)
 

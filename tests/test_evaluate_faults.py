@@ -62,7 +62,7 @@ def run(home: Path, checkpoint: Path, tmp_path: Path) -> Any:
     ("name", "tasks"),
     [
         ("local_tag", [CHOICES, CHOICES, TEXTS]),
-        ("local_group", [CHOICES, CHOICES, COPY]),
+        pytest.param("local_group", [CHOICES, CHOICES, COPY], marks=pytest.mark.slow),
         ("local_mean", ["local_mean"]),
     ],
 )

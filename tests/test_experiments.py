@@ -110,6 +110,7 @@ def test_outcomes_follow_the_interval():
     }
 
 
+@pytest.mark.slow
 def test_losses_under_ablations_equal_the_reference(checkpoint: Path, texts: list[Path], tmp_path: Path):
     model, tokenizer = load(checkpoint), Tokenizer.from_pretrained(checkpoint)
     ablations = [Ablation(disable_top=1), Ablation(active=1), Ablation(shared=False)]

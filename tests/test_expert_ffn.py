@@ -63,7 +63,9 @@ LOOPS = ("block_loop", "batched")
 
 
 @every_backend
-@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize(
+    "groups", [pytest.param(one, marks=[pytest.mark.slow] * (one == "largest blocks")) for one in GROUPS]
+)
 def test_every_group_size(groups: str, backend: str):
     if backend == "grouped" and ROWS[groups] != 24:
         pytest.skip("the suite of the grouped matmul covers other sizes")
@@ -271,7 +273,7 @@ def test_the_loop_never_converts_all_experts_to_fp32(trained: bool):
 # --- inside other transformations ---
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 @pytest.mark.parametrize("backend", ["batched", "ragged"])
 def test_no_dequantized_experts_enter_a_loop(backend: str, scheme: str):
     E, D, F, R = 4, 256, 192, 16
@@ -311,7 +313,8 @@ def test_checkpoint_keeps_frozen_leaves_free_of_gradients(monkeypatch: pytest.Mo
 
 # The Pallas interpreter does not track varying axes, so `grouped` runs without check_vma:
 ON_A_MESH = [("dense", True, backend) for backend in BACKENDS if backend != "grouped"]
-ON_A_MESH += [("dense", False, backend) for backend in (*LOOPS, "grouped")]
+ON_A_MESH += [("dense", False, backend) for backend in LOOPS]
+ON_A_MESH += [pytest.param("dense", False, "grouped", marks=pytest.mark.slow)]
 ON_A_MESH += [("low-rank over dense", True, backend) for backend in LOOPS]
 
 

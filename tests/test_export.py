@@ -88,7 +88,7 @@ def test_golden_checkpoint_round_trips_bit_for_bit(tmp_path: Path, case: str):
     assert missing_fields(back, fields_of(source)) == {}
 
 
-@every_dtype
+@pytest.mark.parametrize("dtype", [pytest.param(one, marks=[pytest.mark.slow] * (one == "float16")) for one in DTYPES])
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_every_variant_round_trips_bit_for_bit(tmp_path: Path, changes: dict, dtype: str):
     source = write_hf(tmp_path / "hf", tiny(**changes), random_params(tiny(**changes)), dtype, shards=2)

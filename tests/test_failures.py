@@ -110,11 +110,20 @@ def test_optimizer_settings_are_checked(name: str, value: float, allowed: str):
 
 
 def test_a_shortened_warmup_is_logged(
-    home: Path, tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture
+    home: Path,
+    tmp_path: Path,
+    tokenizer_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "make_optimizer", stop)  # before anything is compiled
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=50)
 
-    run(config(home, tmp_path / "out", tokenizer_folder, optimizer=optimizer, steps=1))
+    with pytest.raises(KeyboardInterrupt):
+        run(config(home, tmp_path / "out", tokenizer_folder, optimizer=optimizer, steps=1))
 
     lines = [line for line in caplog.messages if "armup" in line]
     assert lines == ["Warmup shortened to 1 step: optimizer.warmup_steps is 50"]

@@ -49,7 +49,12 @@ GROUPS = {
 ROWS = {name: 40 for name in GROUPS} | {"few rows": 5, "middle blocks": 300, "largest blocks": 1100}
 # fmt: on
 # Each number of rows compiles a program: the larger ones only in bf16.
-CASES = [(groups, dtype) for groups in GROUPS for dtype in TOLERANCE if ROWS[groups] == 40 or dtype == "bfloat16"]
+CASES = [
+    pytest.param(groups, dtype, marks=[pytest.mark.slow] * (groups == "middle blocks"))
+    for groups in GROUPS
+    for dtype in TOLERANCE
+    if ROWS[groups] == 40 or dtype == "bfloat16"
+]
 
 
 # Unavailable ones skip with the reason.

@@ -335,12 +335,19 @@ HOSTILE: dict[str, tuple[Damage, str]] = {
 }
 # fmt: on
 # They take a second and more, and smaller cases repeat them.
-LARGE = {"as many tensors as are read", "half a million memo entries", "zip of 39,000 members", "header of emoji"}
+SLOW = {
+    "as many tensors as are read",
+    "half a million memo entries",
+    "zip of 39,000 members",
+    "header of emoji",
+    "header of objects",
+    "index: of many tensors",
+}
 
 
 @pytest.mark.parametrize(
     ("damage", "named"),
-    [pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in LARGE)) for name, case in HOSTILE.items()],
+    [pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, case in HOSTILE.items()],
 )
 def test_hostile_folder_is_rejected_within_limits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Damage, named: str

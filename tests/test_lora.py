@@ -134,6 +134,7 @@ def test_losses_and_gradients_equal_pefts(case: dict[str, Any], step: Callable[.
         assert np.linalg.norm(grad - want) <= GRADIENT * np.linalg.norm(want) + 1e-5, name
 
 
+@pytest.mark.slow
 def test_five_steps_of_adamw_equal_pefts(case: dict[str, Any], step: Callable[..., Any]):
     expected = case["expected"]["adamw_curve"]
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3, 0.9, 0.95, 1e-8))
@@ -151,6 +152,7 @@ def test_five_steps_of_adamw_equal_pefts(case: dict[str, Any], step: Callable[..
         np.testing.assert_allclose(value, case["tensors"][f"after5.{name}"], rtol=0, atol=STEPPED, err_msg=name)
 
 
+@pytest.mark.slow
 def test_greedy_outputs_equal_pefts(case: dict[str, Any]):
     prompt = case["tensors"]["in.gen.prompt1"].reshape(-1).tolist()
 

@@ -28,7 +28,9 @@ def losses(params, graph, config: ModelConfig, batch: dict, mask=None):
 
 
 @pytest.mark.parametrize("seq_aux", [True, False], ids="seq_aux={}".format)
-@pytest.mark.parametrize("case", golden.COMMITTED)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case == "d_rope_linear")) for case in golden.COMMITTED]
+)
 def test_cross_entropy_and_balance_losses_equal_the_originals(case: str, seq_aux: bool):
     model = golden.model(case)
     batch, expected = golden.tensors(case), golden.expected(case)[f"train_aux_seq_{str(seq_aux).lower()}"]

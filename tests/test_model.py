@@ -90,7 +90,10 @@ def assert_logits(got: Any, want: Any, where: Any = np.s_[:]):
 # The reference
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(one, marks=[pytest.mark.slow] * (one in ACTIVATION_FUNCTIONS and one != "gelu")) for one in VARIANTS],
+)
 def test_logits_equal_the_reference(variant: str):
     model = reference.random_model(tiny(**VARIANTS[variant]))
 

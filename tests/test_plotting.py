@@ -106,12 +106,12 @@ def texts(figure: Any) -> Iterator[Any]:
     "options",
     [
         {"steps": 1},
-        {"steps": 10, "eval_interval": 2},
+        pytest.param({"steps": 10, "eval_interval": 2}, marks=pytest.mark.slow),
         {"steps": 40, "layers": 0},
         {"steps": 20, "layers": 60},
         {"steps": 100, "resumes": (30, 70), "rate": lambda step, steps: 1e-3 if step <= 70 else 5e-4},
         {"steps": 60, "nan_from": 40},
-        {"steps": 40, "eval_interval": None, "vocab_size": 102_400},
+        pytest.param({"steps": 40, "eval_interval": None, "vocab_size": 102_400}, marks=pytest.mark.slow),
     ],
     ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items() if name != "rate"),
 )

@@ -139,6 +139,7 @@ def test_refusals_are_one_line(
     assert nothing_left(native)
 
 
+@pytest.mark.slow
 def test_public_repository_does_not_become_private(hub: FakeHub, native: Path, tmp_path: Path):
     hub.add("someone/public", {"config.json": b"{}"})
 

@@ -201,7 +201,7 @@ def test_disabled_filters_change_no_bit():
 
     empty = PenaltyState.empty(2, 1000)
     step = lambda drawn: sample_tokens(both, sampler, empty, jnp.full(2, drawn))[0]  # noqa: E731
-    sampled = jax.vmap(step)(jnp.arange(50))
+    sampled = jax.jit(jax.vmap(step))(jnp.arange(50))
 
     assert np.asarray(sampled).tolist() == draws(logits, plain)[:50].tolist()
     assert (PenaltyState.empty(2, 1000).apply(both) == both).all()

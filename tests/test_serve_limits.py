@@ -191,6 +191,7 @@ def test_malformed_bodies_are_refused(server: Running, body: bytes):
     assert set(reply.error) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.slow
 def test_many_faults_take_no_longer_than_one(generator: Generator):
     bodies = (
         {f"field {i}": i for i in range(120_000)},
