@@ -486,6 +486,7 @@ def test_debug_shows_the_traceback_of_invalid_input(capsys: pytest.CaptureFixtur
     assert err.splitlines()[-1].startswith("dsmoe info: ")
 
 
+@pytest.mark.slow
 def test_platform_without_a_device_is_rejected(tmp_path: Path, native: Path):
     done = shell(f"dsmoe generate {native} --prompt a", tmp_path, JAX_PLATFORMS="no_such_platform")
 

@@ -243,7 +243,7 @@ def test_an_unused_output_has_no_backward_pass(monkeypatch: pytest.MonkeyPatch):
 # --- bfloat16 ---
 
 
-@every_backend
+@pytest.mark.parametrize("backend", [pytest.param(b, marks=[pytest.mark.slow] * (b == "grouped")) for b in BACKENDS])
 def test_bf16_is_near_fp32(backend: str):
     check_bf16(backend)
 

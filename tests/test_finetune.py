@@ -132,13 +132,12 @@ def test_an_eos_template_adds_no_generation_config(home: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "quantize", ["nf4", *(pytest.param(other, marks=pytest.mark.slow) for other in (None, "int8"))]
+    "quantize", ["int8", *(pytest.param(other, marks=pytest.mark.slow) for other in (None, "nf4"))]
 )
 def test_a_run_trains_an_adapter_and_not_the_base(home: Path, tmp_path: Path, quantize: str | None):
     before = split(dsmoe_jax.load(home / "base"))[1]
     settings = config(home, tmp_path / "out", quantize=quantize)
-    # Without validation no second program is compiled.
-    data = dataclasses.replace(settings.data, val_fraction=0.0)
+    data = dataclasses.replace(settings.data, val_fraction=0.0)  # validation is a second program to compile
 
     result = run(dataclasses.replace(settings, data=data))
 
@@ -222,6 +221,7 @@ def test_the_best_adapter_is_kept(home: Path, tmp_path: Path, monkeypatch: pytes
     assert read_adapter(tmp_path / "out" / "best", MODEL).config.r == 4
 
 
+@pytest.mark.slow
 def test_a_damaged_best_is_named_and_replaced(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):

@@ -87,14 +87,12 @@ TURNS = {
     "a template that forgets": (FORGETS, STOPPED),
     "a template of the last turn": (LAST_TURN, SAMPLED),
 }
+SLOW = ("cut", "ignore_eos", "stop_token_ids", "half characters", "a template of the last turn")
 
 
 @pytest.mark.parametrize(
     ("template", "params"),
-    [
-        pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in ("cut", "ignore_eos", "stop_token_ids")))
-        for name, case in TURNS.items()
-    ],
+    [pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, case in TURNS.items()],
 )
 def test_every_turn_encodes_the_rendered_history(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str | None, params: dict

@@ -232,7 +232,9 @@ def gradients_of_one_program() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mesh", [pytest.param(None, marks=pytest.mark.slow), MESH])
-@pytest.mark.parametrize("way", LOGITS_BY)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.slow] * way.startswith("jit ")) for way in LOGITS_BY]
+)
 def test_transformations_give_the_same_logits(way: str, mesh: str | None):
     logits = LOGITS_BY[way](*shallow(mesh), ODD)
 
