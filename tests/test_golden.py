@@ -20,11 +20,7 @@ every_case = pytest.mark.parametrize("case", golden.CASES)
 # Generating compiles several programs a case.
 three_cases = pytest.mark.parametrize(
     "case",
-    [
-        "a_baseline",
-        *(pytest.param(case, marks=pytest.mark.slow) for case in ("b_norm_topk", "i_mid")),
-        *("d_rope_linear", "k_bin_shards"),
-    ],
+    [pytest.param(case, marks=[pytest.mark.slow] * (case in ("b_norm_topk", "i_mid"))) for case in golden.CASES],
 )
 
 
