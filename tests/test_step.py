@@ -306,8 +306,8 @@ UNCOUNTED = StepConfig(count_padding=False, bias_update_rate=0.01, device_balanc
 @pytest.mark.parametrize(
     ("seq_aux", "accumulation", "mesh"),
     [
-        (True, 1, None),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((True, 2, "expert=4,fsdp=2"), (False, 2, None))),
+        (True, 2, "expert=4,fsdp=2"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((True, 1, None), (False, 2, None))),
     ],
 )
 def test_padding_changes_no_metric_and_no_router_bias(seq_aux: bool, accumulation: int, mesh: str | None):
