@@ -310,6 +310,7 @@ def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch,
         evaluate("model", out=tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_harness_has_every_task_of_the_suites(capsys: pytest.CaptureFixture[str]):
     loader = TaskLoader()
     leaves = {row.task: list(loader.leaves(row.task)) for suite in SUITES.values() for row in suite.rows}

@@ -88,6 +88,7 @@ def killing(add: Any, at: int) -> Any:
     return killed
 
 
+@pytest.mark.slow
 def test_a_trace_names_the_scopes(tmp_path: Path, home: Path, caplog):  # noqa: F811
     settings = config(home, tmp_path, mesh=MeshConfig(), steps=4, profile="2:3")
 
