@@ -244,7 +244,7 @@ def two_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The harness has two folders of tasks: all take seconds to read."""
     from lm_eval import tasks  # pyright: ignore[reportMissingImports]
 
-    folders = [str(Path(tasks.__file__).with_name(name)) for name in ("humaneval", "winogrande")]
+    folders: list[str | Path] = [Path(tasks.__file__).with_name(name) for name in ("humaneval", "winogrande")]
     index = tasks.TaskManager(include_path=folders, include_defaults=False).task_index
     monkeypatch.setattr(task_loading, "_harness_tasks", lambda: index)
 
