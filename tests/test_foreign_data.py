@@ -11,7 +11,7 @@ import pytest
 from dsmoe_jax.train.config import DataConfig, RunConfig
 from dsmoe_jax.train.corpus import Corpus, prepare
 from dsmoe_jax.train.data import TokenShards, documents, merge, tokenize, tokenize_task
-from dsmoe_jax.train.data.megatron import MegatronTokens
+from dsmoe_jax.train.data.megatron import MegatronTokens, is_tokenized
 from dsmoe_jax.train.preflight import check_inputs
 from tests.helpers.corpus import TEXTS, ids_of, write_texts
 from tests.helpers.hf_folder import tiny
@@ -55,6 +55,11 @@ def test_megatron_files_are_read_in_place(tmp_path: Path, code: int, legacy: boo
         assert ids_of(train) == expected
         assert len(validation) == 0
         assert train.tokens == 9
+
+
+@pytest.mark.parametrize("source", [".", "..", "/"])
+def test_folders_without_a_name_are_not_megatron_files(source: str):
+    assert not is_tokenized(source)
 
 
 def test_documents_of_megatron_are_split_by_number(tmp_path: Path):

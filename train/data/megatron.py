@@ -104,7 +104,7 @@ class _Index(NamedTuple):
 def _pair(source: str | Path) -> tuple[Path, Path]:
     path = user_path(source, "source")
     stem = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
-    return stem.with_name(f"{stem.name}.bin"), stem.with_name(f"{stem.name}.idx")
+    return Path(f"{stem}.bin"), Path(f"{stem}.idx")  # not `with_name`: "." and "/" have no name
 
 
 def _validation(count: int, fraction: float) -> np.ndarray:
