@@ -110,6 +110,27 @@ def test_outcomes_follow_the_interval():
     }
 
 
+def test_variants_that_the_paper_finds_equal_are_contradicted_or_not():
+    losses = {"deepseek_moe": {0: 2.0, 1: 2.1, 2: 2.2}, "gshard_x1.5": {0: 2.02, 1: 2.09, 2: 2.21}}
+    worse = {name: {seed: loss - 0.3 for seed, loss in found.items()} for name, found in losses.items()}
+
+    assert [one.verdict for one in compare(losses)] == ["not contradicted"]
+    assert [one.verdict for one in compare(losses | {"gshard_x1.5": worse["gshard_x1.5"]})] == ["contrary"]
+
+
+def test_sensitivity_is_the_rise_of_the_loss_with_experts_disabled():
+    # disable_top 1/16 of 63 and of 16 routed experts
+    deep = {seed: {Ablation(): 2.0 + seed, Ablation(disable_top=4): 5.0 + seed} for seed in range(3)}
+    wide = {seed: {Ablation(): 2.0, Ablation(disable_top=1): 3.0 + 0.1 * seed} for seed in range(3)}
+
+    (found,) = compare({}, {"deepseek_moe": deep, "gshard_x1.5": wide})
+
+    assert found.mean == pytest.approx(3.0 - 1.1)
+    assert found.half_width == pytest.approx(4.3027 * 0.1 / math.sqrt(3), rel=1e-4)
+    assert found.paper == pytest.approx((7.468 - 1.808) - (5.586 - 1.808))
+    assert found.verdict == "as in the paper"
+
+
 @pytest.mark.slow
 def test_losses_under_ablations_equal_the_reference(checkpoint: Path, texts: list[Path], tmp_path: Path):
     model, tokenizer = load(checkpoint), Tokenizer.from_pretrained(checkpoint)
@@ -238,15 +259,21 @@ def test_an_experiment_grows_but_does_not_change(tmp_path: Path):
 
 
 def test_the_report_states_what_was_decided_and_what_came_out(tmp_path: Path):
-    one = experiment(tmp_path)
+    one = experiment(tmp_path, variants=("dense", "gshard_x1.5"))
     one.write()
     for job in one.jobs:
-        loss = {"dense": 3.0, "gshard": 2.5}[job.variant] + 0.1 * job.seed
+        loss = {"dense": 3.0, "gshard_x1.5": 2.5}[job.variant] + 0.1 * job.seed
         sizes = {"parameters": 1000, "active_parameters": 500, "seconds": 60.0}
         one.write_result(job, {"eval_loss": loss, **sizes})
 
+    ablated = {"disable_top": 0, "active": None, "shared": True, "disabled": [], "loss": 3.0}
+    losses = [ablated, {**ablated, "disable_top": 1, "loss": 4.5}]
+    fields = {"n_routed_experts": 16, "num_experts_per_tok": 2, "n_shared_experts": None, "losses": losses}
+    one.ablation_file(Job("gshard_x1.5", 0)).parent.mkdir()
+    one.ablation_file(Job("gshard_x1.5", 0)).write_text(json.dumps(fields))
     text = write_report(one).read_text()
 
+    assert "| `gshard_x1.5` | top 1 disabled | 4.5000 | +1.500 | +3.778 |" in text
     assert text.index("## Decided before running") < text.index("## What came out") < text.index("## Losses")
     assert "| `dense` | one feed-forward | 0.00 | 0.00 | 3.0500 ± 0.6353 | 2 | 2.060 |" in text
     assert json.loads((tmp_path / "report.json").read_text())["runs"][0]["eval_loss"] == 3.0
@@ -293,7 +320,7 @@ def test_the_pipeline_resumes_after_a_kill(tmp_path: Path):
     assert len(list(results.glob("*.json"))) == 12
     assert {name: (results / name).read_bytes() for name in complete} == complete
     report = json.loads((tmp_path / "x/report.json").read_text())
-    assert len(report["outcomes"]) == 6
+    assert len(report["outcomes"]) == 8
     assert set(report["ablations"]) == {"deepseek_moe", "gshard_x1.5"}
     assert Job("dense", 0) in experiment(tmp_path / "x").jobs
     with pytest.raises(ValueError, match="is another experiment"):

@@ -1,22 +1,24 @@
 """The report of an experiment: `write_report`."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import jax
 import numpy as np
 
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.experiments.ablations import describe
 from dsmoe_jax.experiments.charts import draw_ablations, draw_curves, draw_losses
-from dsmoe_jax.experiments.comparisons import CONFIDENCE, Outcome, compare, interval
-from dsmoe_jax.experiments.plan import Experiment
+from dsmoe_jax.experiments.comparisons import CONFIDENCE, PAPER_ABLATIONS, Ablated, Outcome, compare, interval
+from dsmoe_jax.experiments.plan import Experiment, Job
 from dsmoe_jax.experiments.variants import VARIANTS
 from dsmoe_jax.layers.ablation import Ablation
 from dsmoe_jax.storage.atomic_dir import write_json, write_text
 from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.train.run_records import RunRecords, column
+from dsmoe_jax.train.trackers import RECORDS
 
 REPORT: Final = "report.md"
 JSON: Final = "report.json"
@@ -45,7 +47,9 @@ def write_report(experiment: Experiment) -> Path:
     losses: dict[str, dict[int, float]] = {}
     for job, result in found.items():
         losses.setdefault(job.variant, {})[job.seed] = result["eval_loss"]
-    outcomes, ablations = compare(losses), _ablations(experiment)
+    ablations = _ablations(experiment)
+    ablated = {name: {one["seed"]: _by_ablation(one) for one in found} for name, found in ablations.items()}
+    outcomes = compare(losses, ablated)
     draw_losses(experiment.out / "losses.png", losses)
     if curves := _curves(experiment, list(losses)):
         draw_curves(experiment.out / "training.png", curves)
@@ -65,7 +69,7 @@ def write_report(experiment: Experiment) -> Path:
         _outcomes(outcomes),
         _losses(list(found.values()), losses),
         _ablation_section(ablations),
-        _setting(experiment, list(found.values())),
+        _setting(experiment, found),
     ]
     write_text(experiment.out / REPORT, "\n\n".join(filter(None, sections)) + "\n")
     return experiment.out / REPORT
@@ -80,8 +84,14 @@ def _ablations(experiment: Experiment) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for job in experiment.jobs:
         if (path := experiment.ablation_file(job)).exists():
-            found.setdefault(job.variant, []).append(read_json(path))
+            found.setdefault(job.variant, []).append({"seed": job.seed, **read_json(path)})
     return found
+
+
+def _by_ablation(result: Mapping[str, Any]) -> Ablated:
+    """Return the losses of one model; `disabled` is empty in the paper's ablations."""
+    settings = ({name: row[name] for name in ("disable_top", "active", "shared")} for row in result["losses"])
+    return {Ablation(**one): row["loss"] for one, row in zip(settings, result["losses"], strict=True)}
 
 
 def _curves(experiment: Experiment, variants: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -89,7 +99,7 @@ def _curves(experiment: Experiment, variants: Sequence[str]) -> dict[str, tuple[
     curves = {}
     for job in experiment.jobs:
         folder = experiment.run_folder(job)
-        if job.variant in variants and job.variant not in curves and (folder / "metrics.jsonl").exists():
+        if job.variant in variants and job.variant not in curves and (folder / RECORDS).exists():
             steps = RunRecords.read(folder).steps
             width = max(1, round(_WINDOW * len(steps)))
             mean = np.convolve(column(steps, "cross_entropy"), np.full(width, 1 / width), "valid")
@@ -107,8 +117,8 @@ def _decided(experiment: Experiment) -> str:
         f"`plan.json` was written before the first run. {len(experiment.variants)} variants, {experiment.seeds} seeds, "
         f"{tokens / 1e6:.1f}M tokens a run. Runs of equal seed read the same data in the same order from the same "
         f"initial seed and are compared in pairs. The metric is the loss on the whole validation split in nats per "
-        f"token; an outcome is stated from the {CONFIDENCE:.0%} t-interval of the paired difference. Claims and the "
-        "variants that show them:",
+        f"token; an outcome is stated from the {CONFIDENCE:.0%} t-interval of the paired difference, of losses or of "
+        "their rises with experts disabled. Claims and the variants that show them:",
         "\n".join(
             f"- {one['claim']}: `{one['better']}` {'=' if one['equal'] else '<'} `{one['worse']}`"
             for one in claims
@@ -120,7 +130,7 @@ def _decided(experiment: Experiment) -> str:
 
 
 def _outcomes(outcomes: Sequence[Outcome]) -> str:
-    rows = ["| claim | difference of the losses | pairs | the paper's | outcome |", "| --- | --- | --- | --- | --- |"]
+    rows = ["| claim | difference | pairs | the paper's | outcome |", "| --- | --- | --- | --- | --- |"]
     for one in outcomes:
         half = f" ± {one.half_width:.4f}" if np.isfinite(one.half_width) else ""
         names = f"`{one.comparison.worse}` - `{one.comparison.better}`"
@@ -128,8 +138,8 @@ def _outcomes(outcomes: Sequence[Outcome]) -> str:
         cells = (f"{one.comparison.claim}: {names}", f"{one.mean:+.4f}{half}", str(one.seeds), paper, one.verdict)
         rows.append("| " + " | ".join(cells) + " |")
     note = (
-        "A claim that two variants are equal holds unless the interval lies below 0. The paper's differences are those "
-        "of its 2B on 100B tokens of another text."
+        "That two variants are equal cannot be shown by so few runs, only contradicted: by an interval below 0. The "
+        "paper's differences are those of its 2B on 100B tokens of another text."
     )
     return "\n\n".join(["## What came out", "\n".join(rows), note])
 
@@ -162,15 +172,15 @@ def _losses(results: Sequence[Mapping[str, Any]], losses: Mapping[str, Mapping[i
 def _ablation_section(ablations: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     if not ablations:
         return ""
-    rows = ["| variant | ablation | loss | change |", "| --- | --- | --- | --- |"]
+    rows = ["| variant | ablation | loss | change | the paper's change |", "| --- | --- | --- | --- | --- |"]
     for name, results in ablations.items():
-        base = np.array([one["losses"][0]["loss"] for one in results])
-        for i, row in enumerate(results[0]["losses"]):
-            ablation = Ablation(**{field: value for field, value in row.items() if field != "loss"})
-            values = np.array([one["losses"][i]["loss"] for one in results])
-            mean, half = interval(values - base)
-            error = f" ± {half:.3f}" if np.isfinite(half) and i else ""
-            rows.append(f"| `{name}` | {describe(ablation)} | {values.mean():.4f} | {mean:+.3f}{error} |")
+        published, found = PAPER_ABLATIONS.get(name, {}), [_by_ablation(one) for one in results]
+        for ablation in found[0]:
+            values = np.array([one[ablation] for one in found])
+            mean, half = interval(values - [one[Ablation()] for one in found])
+            error = f" ± {half:.3f}" if np.isfinite(half) and ablation != Ablation() else ""
+            paper = f"{published[ablation] - published[Ablation()]:+.3f}" if ablation in published else ""
+            rows.append(f"| `{name}` | {describe(ablation)} | {values.mean():.4f} | {mean:+.3f}{error} | {paper} |")
     text = (
         "Figures 4 and 5 and section 4.5 of the paper: routed experts of the highest scores disabled, fewer active "
         "experts, the shared expert off with one more routed, on validation tokens and trained models."
@@ -178,15 +188,18 @@ def _ablation_section(ablations: Mapping[str, Sequence[Mapping[str, Any]]]) -> s
     return "\n\n".join(["## Experts switched off", text, "\n".join(rows), "![ablations](ablations.png)"])
 
 
-def _setting(experiment: Experiment, results: Sequence[Mapping[str, Any]]) -> str:
+def _setting(experiment: Experiment, jobs: Collection[Job]) -> str:
     size = experiment.scale
     texts = ", ".join(f"`{Path(one).name}`" for one in experiment.sources)
-    seconds = sum(one["seconds"] for one in results)
+    folders = [folder for job in jobs if ((folder := experiment.run_folder(job)) / RECORDS).exists()]
+    skips = [RunRecords.read(folder).steps[-1]["total_skips"] for folder in folders]
+    skipped = (
+        f" Outliers of the gradient norm are skipped: {min(skips)} to {max(skips)} updates a run." if skips else ""
+    )
     lines = [
         "## Setting",
         f"hidden {size.hidden_size}, {size.layers} layers, {size.heads} heads, vocabulary {size.vocab_size}, sequences "
         f"of {size.sequence_length}, {size.batch_size} a step, {size.steps} steps, AdamW with the paper's schedule, "
-        f"peak learning rate {size.learning_rate:g}. Texts: {texts}. "
-        f"{len(results)} runs, {seconds / 3600:.1f} hours of runs.",
+        f"peak learning rate {size.learning_rate:g}.{skipped} Texts: {texts}. jax {jax.__version__}.",
     ]
     return "\n\n".join(lines)
