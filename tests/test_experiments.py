@@ -229,6 +229,7 @@ def test_bad_ablations_are_one_line(
         "variant": (("--variants", "dense,gshart", "--out", "x"), "variant must be one of .*, got 'gshart'.*"),
         "seeds": (("--seeds", "0", "--out", "x"), "seeds must be at least 1, got 0"),
         "report": (("--report-only", "--out", "x"), "x: no run is complete"),
+        "devices": (("--plan", "--devices", "7"), ".*: devices must be a power of two up to 16, got 7"),
     }.values(),
 )
 def test_bad_experiments_are_one_line(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from dsmoe_jax.errors import check_choice
+from dsmoe_jax.errors import DSMoEError, check_choice
 from dsmoe_jax.experiments.variants import SCALES, choose, model_config, run_config
 from dsmoe_jax.info import count_parameters
 from dsmoe_jax.plan.cards import card_of
@@ -35,7 +35,11 @@ def plan_text(scale: str, variants: Sequence[str], devices: int, device: str) ->
             run_config(sizes, 0, model=nowhere, data=nowhere, out=nowhere), mesh=MeshConfig(fsdp=devices)
         )
         model = model_config(name, sizes)
-        plan = TrainingPlan.of(run, model, devices, card)
+        try:
+            plan = TrainingPlan.of(run, model, devices, card)
+        except DSMoEError as error:
+            most = sizes.batch_size // sizes.step.gradient_accumulation_steps
+            raise DSMoEError(f"{error}: devices must be a power of two up to {most}, got {devices}") from None
         slow, fast = (sizes.steps * one.seconds / 3600 for one in plan.estimates)
         memory = f"{plan.bytes / _GB:.1f} GB{'' if plan.fits else ' !'}"
         parameters = count_parameters(model).total / 1e6
