@@ -150,6 +150,8 @@ class DeepSeekMoE(nnx.Module):
         Raises:
             DSMoEError: The model does not have what is disabled, or too few experts are left.
         """
+        if not isinstance(ablation, Ablation):
+            raise DSMoEError(f"ablation must be an Ablation, got {ablation!r}")
         graph, params = split(self)
         model = merge(graph, params)
         ablation.apply(self.config, {i: block.moe for i, block in enumerate(model.layers) if block.moe is not None})

@@ -77,10 +77,11 @@ def test_an_ablated_model_generates():
 @pytest.mark.parametrize(
     ("ablation", "message"),
     {
-        "negative": (Ablation(disable_top=-1), "ablation.disable_top must be an integer of at least 0, got -1"),
-        "no expert": (Ablation(active=0), "ablation.active must be an integer of at least 1, got 0"),
-        "too many": (Ablation(active=5), "layer 1 has 4 experts left of 4; 5 are active"),
-        "too few left": (Ablation(disable_top=2, disabled=(0,)), "layer 1 has 1 experts left of 4; 2 are active"),
+        "too many": (Ablation(active=5), "5 experts are active, but layer 1 has 4 of 4 left"),
+        "too few left": (
+            Ablation(disable_top=2, disabled=(0,)),
+            "2 experts are active, but layer 1 has 1 of 4 left",
+        ),
         "unknown expert": (Ablation(disabled=(4,)), "ablation.disabled: layer 1 has experts 0 to 3, got 4"),
         "dense layer": (Ablation(disabled={0: (1,)}), "ablation.disabled names layer 0; MoE layers are 1 to 1"),
     }.values(),
@@ -88,6 +89,26 @@ def test_an_ablated_model_generates():
 def test_impossible_ablations_are_rejected(ablation: Ablation, message: str):
     with pytest.raises(ValueError, match=f"^{message}$"):
         small_model().ablated(ablation)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    {
+        "negative": ({"disable_top": -1}, "ablation.disable_top must be an integer of at least 0, got -1"),
+        "no expert": ({"active": 0}, "ablation.active must be an integer of at least 1, got 0"),
+        "boolean": ({"disabled": (True,)}, "ablation.disabled must be an integer of at least 0, got True"),
+    }.values(),
+)
+def test_impossible_numbers_are_rejected(fields: dict, message: str):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Ablation(**fields)
+
+
+def test_ablations_are_compared_by_their_experts():
+    one = Ablation(active=2, disabled=[3, 1])
+
+    assert one == Ablation(active=2, disabled=(1, 3, 3))
+    assert len({one, Ablation(active=2, disabled={1: (0,)}), Ablation()}) == 3
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The paper's experiments: variants, comparisons, ablations and routing of a checkpoint, the report."""
 
+import contextlib
 import json
 import math
 import os
@@ -9,21 +10,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from dsmoe_jax.experiments import ablate, reproduce, routes
+from dsmoe_jax.cli.experiments import disabled_experts
+from dsmoe_jax.experiments import ablate, queue, reproduce, routes
 from dsmoe_jax.experiments.ablations import paper_settings
 from dsmoe_jax.experiments.comparisons import compare, interval
 from dsmoe_jax.experiments.plan import Experiment, Job
-from dsmoe_jax.experiments.queue import places
+from dsmoe_jax.experiments.queue import Place, places
 from dsmoe_jax.experiments.report import write_report
+from dsmoe_jax.experiments.texts import read_documents, sequences
 from dsmoe_jax.experiments.variants import SCALES, VARIANTS, model_config, run_config, shortened
 from dsmoe_jax.info import count_parameters
 from dsmoe_jax.layers.ablation import Ablation
 from dsmoe_jax.loading import load
 from dsmoe_jax.text.tokenizer import Tokenizer
+from dsmoe_jax.train.data import tokenize
 from tests.helpers import reference
 from tests.helpers.command import run
 
@@ -132,24 +137,46 @@ def test_sensitivity_is_the_rise_of_the_loss_with_experts_disabled():
 
 
 @pytest.mark.slow
-def test_losses_under_ablations_equal_the_reference(checkpoint: Path, texts: list[Path], tmp_path: Path):
+def test_losses_under_ablations_equal_the_reference(checkpoint: Path, tmp_path: Path):
     model, tokenizer = load(checkpoint), Tokenizer.from_pretrained(checkpoint)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text[:40]}) + "\n" for text in TEXTS))
     ablations = [Ablation(disable_top=1), Ablation(active=1), Ablation(shared=False)]
 
-    measured = ablate(
-        model, tokenizer, texts[:1], ablations=ablations, max_tokens=41, window=20, out=tmp_path / "figures"
-    )
+    measured = ablate(model, tokenizer, tmp_path / "texts.jsonl", ablations=ablations, window=20, out=tmp_path / "x")
 
-    ids = tokenizer.encode(TEXTS[0])[:41]
+    documents = [[*tokenizer.encode(text[:40]), tokenizer.eos_token_id] for text in TEXTS]
     for one in measured:
-        logits = [reference.forward(model, [ids[at : at + 20]], ablation=one.ablation).logits[0] for at in (0, 20)]
-        losses = [
-            -np.log(reference.softmax(row)[token]) for row, token in zip(np.concatenate(logits), ids[1:], strict=True)
-        ]
+        losses = []
+        for ids in documents:
+            for done in range(1, len(ids), 20):
+                end = min(done + 20, len(ids))
+                first = max(0, end - 21)  # the last window has as much context as fits
+                logits = reference.forward(model, [ids[first : end - 1]], ablation=one.ablation).logits[0]
+                rows = zip(logits[done - first - 1 :], ids[done:end], strict=True)
+                losses += [-np.log(reference.softmax(row)[token]) for row, token in rows]
         assert one.loss == pytest.approx(np.mean(losses), abs=1e-4)
     assert [one.ablation for one in measured] == [Ablation(), *ablations]
-    assert len(json.loads((tmp_path / "figures/ablations.json").read_text())["losses"]) == 4
-    assert (tmp_path / "figures/ablations.png").stat().st_size > 10_000
+    fields = json.loads((tmp_path / "x/ablations.json").read_text())
+    assert (fields["tokens"], len(fields["losses"])) == (sum(len(ids) - 1 for ids in documents), 4)
+    assert (tmp_path / "x/ablations.png").stat().st_size > 10_000
+
+
+def test_documents_are_cut_and_packed_as_for_training(checkpoint: Path, texts: list[Path], tmp_path: Path):
+    tokenizer = Tokenizer.from_pretrained(checkpoint)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    tokenize([tmp_path / "texts.jsonl"], checkpoint, tmp_path / "shards", val_fraction=0)
+    sizes = {"vocab_size": tokenizer.vocab_size}
+
+    whole = read_documents(tmp_path / "shards", None, 10_000, **sizes)
+    cut = read_documents(tmp_path / "shards", None, len(whole[0]) + 5, **sizes)
+
+    assert whole == read_documents(tmp_path / "texts.jsonl", tokenizer, 10_000, **sizes)
+    assert whole == [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in TEXTS]
+    assert cut == [whole[0], whole[1][:5]]
+    token_ids, _, segment_ids, positions = sequences([[5, 6, 7], [8, 9]], 4).swapaxes(0, 1)
+    assert token_ids.tolist() == [[5, 6, 7, 8], [9, 0, 0, 0]]
+    assert segment_ids.tolist() == [[1, 1, 1, 2], [1, 0, 0, 0]]
+    assert positions[0].tolist() == [0, 1, 2, 0]
 
 
 def test_the_papers_ablations_fit_every_model():
@@ -196,7 +223,8 @@ def test_the_verbs_print_their_tables(checkpoint: Path, texts: list[Path], capsy
         "top 2 disabled",
         "disabled 1:0",
     ]
-    assert run("routes", checkpoint, *options) == 0
+    assert disabled_experts("1:3 2:0 1:0,3") == {1: (3, 0, 3), 2: (0,)}
+    assert run("routes", checkpoint, *options, "--mesh", "data=2,expert=4") == 0
     assert "bits" in capsys.readouterr().out
     assert run("reproduce", "--plan", "--scale", "2b", "--variants", "dense,deepseek_moe") == 0
     assert "1991.7M" in capsys.readouterr().out
@@ -205,14 +233,15 @@ def test_the_verbs_print_their_tables(checkpoint: Path, texts: list[Path], capsy
 @pytest.mark.parametrize(
     ("arguments", "message"),
     {
+        "window": (("--sequence-length", "-5"), "sequence length must be at least 1, got -5"),
         "experts": (
             ("--disable-experts", "1;2"),
             "--disable-experts must be ID,ID or 'LAYER:ID,ID LAYER:ID', got '1;2'",
         ),
         "layer": (("--disable-experts", "0:1"), "ablation.disabled names layer 0; MoE layers are 1 to 1"),
-        "top": (("--disable-top", "3"), "layer 1 has 1 experts left of 4; 2 are active"),
+        "top": (("--disable-top", "3"), "2 experts are active, but layer 1 has 1 of 4 left"),
         "active": (("--active", "0"), "ablation.active must be an integer of at least 1, got 0"),
-        "tokens": (("--max-tokens", "1"), "max_tokens must be at least 2, got 0"),
+        "tokens": (("--max-tokens", "1"), "max_tokens must be at least 4 for 2 sources, got 1"),
     }.values(),
 )
 def test_bad_ablations_are_one_line(
@@ -227,7 +256,7 @@ def test_bad_ablations_are_one_line(
     {
         "out": ((), "--out is required"),
         "variant": (("--variants", "dense,gshart", "--out", "x"), "variant must be one of .*, got 'gshart'.*"),
-        "seeds": (("--seeds", "0", "--out", "x"), "seeds must be at least 1, got 0"),
+        "seeds": (("--seeds", "0", "--out", "x"), "seeds must be an integer of at least 1, got 0"),
         "report": (("--report-only", "--out", "x"), "x: no run is complete"),
         "devices": (("--plan", "--devices", "7"), ".*: devices must be a power of two up to 16, got 7"),
     }.values(),
@@ -254,17 +283,91 @@ def test_an_experiment_grows_but_does_not_change(tmp_path: Path):
     experiment(tmp_path).write()
     experiment(tmp_path, variants=("dense", "gshard", "hash"), seeds=3).write()
 
-    assert json.loads((tmp_path / "plan.json").read_text())["seeds"] == 3
-    with pytest.raises(ValueError, match="is another experiment: settings"):
+    experiment(tmp_path, variants=("hash",), seeds=1).write()
+
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert (plan["variants"], plan["seeds"]) == (["dense", "gshard", "hash"], 3)
+    assert (plan["first"]["variants"], plan["first"]["seeds"]) == (["dense", "gshard"], 2)
+    assert Experiment.read(tmp_path).fields() == plan
+    with pytest.raises(ValueError, match="is another experiment: steps 30 -> 31;"):
         experiment(tmp_path, steps=31).write()
 
 
+def test_comparisons_of_later_versions_are_marked(tmp_path: Path):
+    one = experiment(tmp_path, variants=("deepseek_moe", "gshard", "gshard_x1.5"))
+    one.write()
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    early = {name: plan["first"].pop(name) for name in ("variants", "seeds", "comparisons")}
+    early["comparisons"] = [found for found in early["comparisons"] if not found.pop("disabled")]
+    (tmp_path / "plan.json").write_text(json.dumps({**plan, **early, "first": None}))  # as an earlier version did
+    one.write_result(Job("gshard", 0), {"eval_loss": 2.5, "parameters": 1000, "active_parameters": 500})
+
+    lines = write_report(Experiment.read(tmp_path)).read_text().splitlines()
+
+    late = [line for line in lines if line.endswith(" (added after the first run had started)")]
+    assert [line.split(" of")[0] for line in late] == ["- 1/16", "- 4/16"]
+    assert any(line.startswith("- DeepSeekMoE beats GShard") and line.endswith("`gshard`") for line in lines)
+
+
+def test_data_may_change_before_the_first_run_only(tmp_path: Path):
+    make = lambda sources: Experiment.create(tmp_path, scale="ci", sources=sources)  # noqa: E731
+    make(["a.txt"]).write()
+    (tmp_path / "tokenizer").mkdir()
+    make(["b.txt"]).write()
+    assert not (tmp_path / "tokenizer").exists()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/manifest.json").write_text("{}")
+    make(None).bind_data()
+    (tmp_path / "runs").mkdir()
+
+    with pytest.raises(ValueError, match=r"is another experiment: sources .'b.txt'. -> "):
+        make(["c.txt"])
+    (tmp_path / "data/manifest.json").write_text('{"format": 2}')
+    with pytest.raises(ValueError, match="data has changed; choose another --out"):
+        make(None).bind_data()
+
+
+def test_texts_without_a_second_document_are_refused(texts: list[Path], tmp_path: Path):
+    with pytest.raises(ValueError, match="no document is held out for validation: at least 2 documents are needed"):
+        reproduce(tmp_path / "x", scale="ci", sources=texts[0])
+    with pytest.raises(ValueError, match="missing"):
+        reproduce(tmp_path / "y", sources=tmp_path / "missing.txt")
+    assert not (tmp_path / "y").exists()
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    one = experiment(tmp_path)
+
+    @contextlib.contextmanager
+    def process(experiment: Experiment, job: Job, place: Place):
+        experiment.run_folder(job).mkdir(parents=True, exist_ok=True)
+        (experiment.run_folder(job) / "log.txt").write_text("no memory\n")
+        failed = job == Job("gshard", 0)
+        if not failed:
+            experiment.write_result(job, {"eval_loss": 2.0})
+        yield mock.Mock(returncode=int(failed), **{"poll.return_value": int(failed)})
+
+    monkeypatch.setattr(queue, "_process", process)
+
+    assert queue.run_jobs(one, [Place({})]) == ["gshard-0 failed with exit code 1: no memory"]
+    assert [job for job in one.jobs if one.result(job)] == [Job("dense", 0), Job("dense", 1), Job("gshard", 1)]
+
+
+def test_damaged_results_are_named(tmp_path: Path):
+    one = experiment(tmp_path)
+    one.write()
+    one.write_result(Job("dense", 0), {})
+
+    with pytest.raises(ValueError, match=r"dense-0.json: damaged: it has no eval_loss$"):
+        write_report(one)
+
+
 def test_the_report_states_what_was_decided_and_what_came_out(tmp_path: Path):
-    one = experiment(tmp_path, variants=("dense", "gshard_x1.5"))
+    one = experiment(tmp_path, variants=("dense", "switch", "gshard_x1.5"))
     one.write()
     for job in one.jobs:
-        loss = {"dense": 3.0, "gshard_x1.5": 2.5}[job.variant] + 0.1 * job.seed
-        sizes = {"parameters": 1000, "active_parameters": 500, "seconds": 60.0}
+        loss = {"dense": 3.0, "switch": 2.6, "gshard_x1.5": 2.5}[job.variant] + 0.1 * job.seed
+        sizes = {"parameters": 1000, "active_parameters": 500}
         one.write_result(job, {"eval_loss": loss, **sizes})
 
     ablated = {"disable_top": 0, "active": None, "shared": True, "disabled": [], "loss": 3.0}
@@ -280,13 +383,19 @@ def test_the_report_states_what_was_decided_and_what_came_out(tmp_path: Path):
     assert json.loads((tmp_path / "report.json").read_text())["runs"][0]["eval_loss"] == 3.0
 
 
-def test_runs_get_a_core_each(monkeypatch: pytest.MonkeyPatch):
+def test_runs_get_a_core_or_a_gpu_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
 
     assert [place.cores for place in places(None, False)] == [(0,), (1,), (2,), (3,)]
     assert [place.cores for place in places(2, False)] == [(0, 2), (1, 3)]
     assert len(places(None, True)) == 1
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(queue, "_GPUS", tmp_path)
+    (tmp_path / "0000:01:00.0").touch()
+    assert [place.environment for place in places(None, False)] == [{"CUDA_VISIBLE_DEVICES": "0"}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-7f,5")
+    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in places(2, False)] == ["2", "GPU-7f"]
     assert shortened(SCALES["laptop"], 200).warmup_steps == 10
 
 
@@ -323,6 +432,10 @@ def test_the_pipeline_resumes_after_a_kill(tmp_path: Path):
     report = json.loads((tmp_path / "x/report.json").read_text())
     assert len(report["outcomes"]) == 8
     assert set(report["ablations"]) == {"deepseek_moe", "gshard_x1.5"}
+    for run_fields in report["runs"]:  # of the same tokens
+        for measured in report["ablations"].get(run_fields["variant"], []):
+            if measured["seed"] == run_fields["seed"]:
+                assert measured["losses"][0]["loss"] == pytest.approx(run_fields["eval_loss"], rel=0.03)
     assert Job("dense", 0) in experiment(tmp_path / "x").jobs
     with pytest.raises(ValueError, match="is another experiment"):
         reproduce(tmp_path / "x", scale="laptop")

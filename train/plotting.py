@@ -64,6 +64,14 @@ def draw(runs: str | Path | Sequence[str | Path], out: str | Path, *, by: Axis =
             _draw_run(figure, read[0], by)
 
 
+def check_matplotlib() -> None:
+    """Raise `DSMoEError` if matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise DSMoEError("plotting requires matplotlib: pip install 'dsmoe_jax[demo]'") from None
+
+
 @contextmanager
 def new_figure(out: str | Path) -> Iterator["Figure"]:
     """Yield an empty figure, and save it.
@@ -74,11 +82,10 @@ def new_figure(out: str | Path) -> Iterator["Figure"]:
     Raises:
         DSMoEError: matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise DSMoEError("plotting requires matplotlib: pip install 'dsmoe_jax[demo]'") from None
+    check_matplotlib()
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     with mpl.rc_context(_STYLE):
         # Without pyplot: no global state, no window system.
         figure = Figure(dpi=130, layout="constrained", facecolor="white")

@@ -257,12 +257,8 @@ def _plan(args: argparse.Namespace) -> int:
     return run(args.flags)
 
 
-def _ablate(args: argparse.Namespace) -> None:
-    experiments.ablate(args, functools.partial(_loaded, args))
-
-
-def _routes(args: argparse.Namespace) -> None:
-    experiments.routes(args, functools.partial(_loaded, args))
+def _inspect(run: Callable[..., None]) -> Callable[[argparse.Namespace], None]:
+    return lambda args: run(args, functools.partial(_loaded, args))
 
 
 def _without_force(args: argparse.Namespace) -> list[str]:
@@ -378,12 +374,14 @@ def _generator(args: argparse.Namespace) -> Any:
 
 def _loaded(args: argparse.Namespace, path: str) -> tuple[Any, Any]:
     """Return the model and its tokenizer, if any."""
+    from dsmoe_jax.generate.loading import check_memory
     from dsmoe_jax.loading import load, resolve
     from dsmoe_jax.text.tokenizer import Tokenizer, tokenizer_files
 
     _check_devices()
-    options = {name: value for name in ("adapter", "quantize", "dtype") if (value := getattr(args, name)) is not None}
-    folder = resolve(path, args.revision)
+    options = _on_mesh(args, (*MODEL[1:], *MESH))
+    folder, force = resolve(path, options.pop("revision", None)), options.pop("force", False)
+    check_memory(folder, *map(options.get, ("dtype", "quantize", "mesh")), {}, force=force)
     tokenizer = Tokenizer.from_pretrained(folder) if tokenizer_files(folder) else None
     return load(folder, **options), tokenizer
 
@@ -436,8 +434,8 @@ VERBS: Final[dict[str, tuple[Callable[[argparse.Namespace], int | None], str]]] 
     "chat":     (_chat,     "chat with a model"),
     "serve":    (_serve,    "serve a model over HTTP with the OpenAI API, and a page to chat with it"),
     "evaluate": (_evaluate, "evaluate a model on the benchmarks of the paper, or on tasks of lm-evaluation-harness"),
-    "ablate":   (_ablate,   "measure the loss of a model with experts switched off, as in the paper"),
-    "routes":   (_routes,   "show which experts serve which texts, and how specialized they are"),
+    "ablate":   (_inspect(experiments.ablate), "measure the loss of a model with experts switched off"),
+    "routes":   (_inspect(experiments.routes), "show which experts serve which texts, and how specialized they are"),
     "reproduce": (experiments.reproduce, "train the paper's baselines and DeepSeekMoE on one text and compare them"),
     "tokenize": (_tokenize, "tokenize text into token shards"),
     "pretrain": (_pretrain, "pretrain a model from a recipe, or resume a run"),

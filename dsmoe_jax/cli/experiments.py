@@ -4,11 +4,14 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from dsmoe_jax.cli.streams import print_status
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.progress import bar
+from dsmoe_jax.progress import count
+
+_ID: Final = r"\d{1,9}"
+_IDS: Final = rf"{_ID}(,{_ID})*"
 
 
 def ablate(args: argparse.Namespace, load: Any) -> None:
@@ -21,7 +24,7 @@ def ablate(args: argparse.Namespace, load: Any) -> None:
     settings += [Ablation(shared=False)] if args.no_shared else []
     settings += [Ablation(disabled=disabled_experts(text)) for text in args.disable_experts or ()]
     model, tokenizer = load(args.model)
-    options = {"max_tokens": args.max_tokens, "window": args.sequence_length, "out": args.out, "progress": bar}
+    options = {"max_tokens": args.max_tokens, "window": args.sequence_length, "out": args.out, "progress": count}
     print(table(ablate(model, tokenizer, args.data, ablations=settings or None, **options)))
     if args.out:
         print_status(f"Saved {Path(args.out)}: ablations.json, ablations.png")
@@ -32,7 +35,7 @@ def routes(args: argparse.Namespace, load: Any) -> None:
     from dsmoe_jax.experiments.routing import routes, table
 
     model, tokenizer = load(args.model)
-    options = {"max_tokens": args.max_tokens, "window": args.sequence_length, "out": args.out, "progress": bar}
+    options = {"max_tokens": args.max_tokens, "window": args.sequence_length, "out": args.out, "progress": count}
     print(table(routes(model, tokenizer, args.data, **options)))
     if args.out:
         print_status(f"Saved {Path(args.out)}: routes.json, routes.png")
@@ -44,15 +47,15 @@ def reproduce(args: argparse.Namespace) -> None:
     from dsmoe_jax.experiments.memory import plan_text
     from dsmoe_jax.experiments.variants import MAIN
 
-    names = ("scale", "seeds", "steps", "workers", "ablation_tokens", "report_only")
-    options = {name: value for name in names if (value := getattr(args, name)) is not None}
-    variants = tuple(args.variants.split(",")) if args.variants else MAIN
+    variants = None if args.variants is None else tuple(args.variants.split(","))
     if args.plan:
-        print(plan_text(args.scale or "laptop", variants, args.devices, args.device))
+        print(plan_text(args.scale or "laptop", variants or MAIN, args.devices, args.device))
         return
     if args.out is None:
         raise DSMoEError("--out is required")
-    report = reproduce(args.out, variants=variants, sources=args.data or ("python-stdlib",), **options)
+    names = ("scale", "seeds", "steps", "workers", "ablation_tokens")
+    options = {name: getattr(args, name) for name in names}
+    report = reproduce(args.out, variants=variants, sources=args.data, report_only=bool(args.report_only), **options)
     print(report.read_text(encoding="utf-8"), end="")
     print_status(f"Saved report: {report}")
 
@@ -66,9 +69,12 @@ def disabled_experts(text: str) -> Mapping[int, Sequence[int]] | tuple[int, ...]
     Raises:
         DSMoEError: It has another form.
     """
-    if re.fullmatch(r"\d+(,\d+)*", text):
+    if re.fullmatch(_IDS, text):
         return tuple(map(int, text.split(",")))
-    if re.fullmatch(r"\d+:\d+(,\d+)*( +\d+:\d+(,\d+)*)*", text):
-        parts = (part.split(":") for part in text.split())
-        return {int(layer): tuple(map(int, ids.split(","))) for layer, ids in parts}
-    raise DSMoEError(f"--disable-experts must be ID,ID or 'LAYER:ID,ID LAYER:ID', got {text!r}")
+    if re.fullmatch(rf"{_ID}:{_IDS}( +{_ID}:{_IDS})*", text):
+        layers: dict[int, tuple[int, ...]] = {}
+        for part in text.split():
+            layer, ids = part.split(":")
+            layers[int(layer)] = (*layers.get(int(layer), ()), *map(int, ids.split(",")))
+        return layers
+    raise DSMoEError(f"--disable-experts must be ID,ID or 'LAYER:ID,ID LAYER:ID', got {text!r:.80}")

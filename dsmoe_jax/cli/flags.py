@@ -251,6 +251,7 @@ GENERATION_PLAN: Final = (
 _INSPECTION: Final = (
     _arg("model", _CHECKPOINT, _CKPT),
     *_LOADING,
+    *MESH,
     _arg(
         "--data",
         "texts or token shards; for routes each is a domain; no default: required",
@@ -259,7 +260,7 @@ _INSPECTION: Final = (
         required=True,
     ),
     _arg("--max-tokens", "tokens of all data, for routes of each; default: 65536", default=65_536, **_INT),
-    _arg("--sequence-length", "tokens per sequence; default: the trained context length", **_INT),
+    _arg("--sequence-length", "tokens read at once; default: the trained context length", **_INT),
     _arg("--out --output-dir", "folder for the figures, as JSON and PNG; default: print a table only", "DIR"),
 )
 # By title: the text below it, and its arguments; in the help of verbs that have the first of them.
@@ -337,7 +338,11 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
             "N,…",
             type=_ints,
         ),
-        _arg("--no-shared", "disable the shared experts and activate one more routed one", action="store_true"),
+        _arg(
+            "--no-shared",
+            "disable the shared experts and activate one more routed one: a measurement of its own",
+            action="store_true",
+        ),
         _arg(
             "--disable-experts",
             "disable these routed experts in all layers, or by layer: '1:3,5 2:0'; repeatable: one measurement each",
@@ -353,7 +358,11 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
             "DIR",
         ),
         _arg("--scale", "sizes of the models and runs; default: laptop", choices=("ci", "laptop", "2b")),
-        _arg("--variants", "variants separated by commas, or all; default: those of the paper's table 1", "NAME,…"),
+        _arg(
+            "--variants",
+            "variants separated by commas, or all; default: those of the paper's table 1, and gshard_x1.5",
+            "NAME,…",
+        ),
         _arg("--seeds", "runs of each variant, paired by seed; default: 3", **_INT),
         _arg("--data", "texts, or one folder of token shards; default: python-stdlib", "SOURCE", nargs="+"),
         _arg("--steps", "steps of each run; default: those of the scale", **_INT),

@@ -1,20 +1,21 @@
 """Loss of a model with experts switched off, as in figures 4 and 5 of the paper: `ablate`, `paper_settings`."""
 
 import dataclasses
-import logging
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.experiments.charts import draw_ablations
-from dsmoe_jax.experiments.texts import read_tokens
+from dsmoe_jax.experiments.charts import draw_ablations, figures_folder
+from dsmoe_jax.experiments.texts import check_window, read_documents, sources
 from dsmoe_jax.generate import Generator
 from dsmoe_jax.generate.loading import upcast_for_cpu
+from dsmoe_jax.generate.scoring import rolling_windows
 from dsmoe_jax.layers.ablation import Ablation
 from dsmoe_jax.model import DeepSeekMoE, merge, split
-from dsmoe_jax.progress import Meter, silent
+from dsmoe_jax.progress import Meter, plural, silent
 from dsmoe_jax.storage.atomic_dir import write_json
 from dsmoe_jax.text.tokenizer import Tokenizer
 
@@ -22,7 +23,6 @@ JSON: Final = "ablations.json"
 CHART: Final = "ablations.png"
 _SIXTEENTHS: Final = (1, 2, 3, 4)  # of the routed experts, figure 4
 _FEWER: Final = 4  # active experts down to K - 4, figure 5
-_log = logging.getLogger("dsmoe_jax")
 
 
 class Measurement(NamedTuple):
@@ -54,7 +54,7 @@ def paper_settings(config: ModelConfig) -> list[Ablation]:
 
 def measure(
     model: DeepSeekMoE,
-    tokens: Sequence[int],
+    documents: Sequence[Sequence[int]],
     ablations: Sequence[Ablation],
     *,
     window: int | None = None,
@@ -64,32 +64,40 @@ def measure(
 
     Args:
         model: The model.
-        tokens: Token ids, read in windows.
+        documents: Token ids of each; all but the first of a document are predicted, as in training.
         ablations: What to switch off.
-        window: Tokens per window. Default: the trained context length.
+        window: Tokens read at once. Default: the trained context length.
         progress: Shows the measurements done.
 
     Raises:
         DSMoEError: An ablation does not fit the model; before anything is computed.
     """
     settings = [Ablation(), *(one for one in ablations if one != Ablation())]
+    check_window(window)
+    window = window or model.config.context_length
+    pairs = [pair for document in documents for pair in rolling_windows(document, prefix=None, window=window)]
     graph, params = split(model)
     model = merge(graph, upcast_for_cpu(params))  # once: the ablated models share the weights
     models = [model.ablated(one) for one in settings]
     measured = []
     with progress("measuring", len(settings)) as advance:
         for one, ablated in zip(settings, models, strict=True):
-            generator = Generator(ablated, context_length=max(2, window or model.config.context_length))
-            found = generator.perplexity(tokens, window=window)
-            measured.append(Measurement(one, found.nll / found.num_tokens))
+            generator = Generator(ablated, context_length=max(2, window))
+            scores = [score.logprob for _, score in generator.iter_scores(pairs)]
+            measured.append(Measurement(one, -sum(scores) / predicted(documents)))
             advance(1)
     return measured
+
+
+def predicted(documents: Sequence[Sequence[int]]) -> int:
+    """Return the number of tokens of which `measure` averages the loss."""
+    return sum(max(0, len(document) - 1) for document in documents)
 
 
 def ablate(
     model: DeepSeekMoE,
     tokenizer: Tokenizer | None,
-    data: Sequence[str | Path],
+    data: str | Path | Sequence[str | Path],
     *,
     ablations: Sequence[Ablation] | None = None,
     max_tokens: int = 65_536,
@@ -105,7 +113,7 @@ def ablate(
         data: Texts or token shards; each gives an equal part of the tokens.
         ablations: What to switch off. Default: those of the paper, `paper_settings`.
         max_tokens: Tokens of all data.
-        window: Tokens per window. Default: the trained context length.
+        window: Tokens read at once. Default: the trained context length.
         out: Folder for `ablations.json` and `ablations.png`.
         progress: Shows the measurements done.
 
@@ -115,17 +123,17 @@ def ablate(
     Raises:
         DSMoEError: The data cannot be read, or an ablation does not fit the model.
     """
-    if not data:
-        raise DSMoEError("data must name at least one source")
-    part = max_tokens // len(data)
-    sizes = {"vocab_size": model.config.vocab_size}
-    tokens = [token for source in data for token in read_tokens(source, tokenizer, part, **sizes)]
+    names = sources(data)
+    if max_tokens < 2 * len(names):
+        of = plural(len(names), "source")
+        raise DSMoEError(f"max_tokens must be at least {2 * len(names)} for {of}, got {max_tokens}")
+    read = functools.partial(read_documents, vocab_size=model.config.vocab_size)
+    documents = [one for source in names for one in read(source, tokenizer, max_tokens // len(names))]
+    folder = None if out is None else figures_folder(out)
     settings = paper_settings(model.config) if ablations is None else ablations
-    measured = measure(model, tokens, settings, window=window, progress=progress)
-    if out is not None:
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        fields = {"data": [str(source) for source in data], "tokens": len(tokens), **to_dict(measured, model.config)}
+    measured = measure(model, documents, settings, window=window, progress=progress)
+    if folder is not None:
+        fields = {"data": names, "tokens": predicted(documents), **to_dict(measured, model.config)}
         write_json(folder / JSON, fields)
         draw_ablations(folder / CHART, {"this model": [fields]})
     return measured

@@ -6,16 +6,38 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.experiments.comparisons import interval
 from dsmoe_jax.experiments.variants import VARIANTS
 from dsmoe_jax.layers.ablation import Ablation
-from dsmoe_jax.train.plotting import new_figure
+from dsmoe_jax.storage.paths import user_path
+from dsmoe_jax.train.plotting import check_matplotlib, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _COLORS: Final = ("#1f5fa8", "#d1495b", "#2a9d6f", "#e0a030", "#7b5ea7", "#6b7683")
+_LINES: Final = ("-", "--", ":")  # of the first colors, of the same again, …
 _HEAT_MAP_COLUMNS: Final = 3
+_BRIGHTEST: Final = 4  # times an even share
+
+
+def figures_folder(out: str | Path) -> Path:
+    """Create a folder for figures, before anything is computed for them.
+
+    Args:
+        out: The folder.
+
+    Raises:
+        DSMoEError: It cannot be created, or matplotlib is not installed.
+    """
+    check_matplotlib()
+    folder = user_path(out, "out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DSMoEError(f"{folder} cannot be written: {error.strerror}") from None
+    return folder
 
 
 def draw_ablations(path: Path, models: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -28,8 +50,8 @@ def draw_ablations(path: Path, models: Mapping[str, Sequence[Mapping[str, Any]]]
     with new_figure(path) as figure:
         figure.set_size_inches(11, 4.2)
         disabled, active = figure.subplots(1, 2)
-        for (name, results), color in zip(models.items(), _COLORS, strict=False):
-            style = {"color": color, "label": name, "marker": "o", "markersize": 4, "capsize": 3}
+        for i, (name, results) in enumerate(models.items()):
+            style = {**_style(i), "label": name, "marker": "o", "markersize": 4, "capsize": 3}
             _curve(disabled, [_curve_of(one, "disable_top") for one in results], style)
             _curve(active, [_curve_of(one, "active") for one in results], style)
         disabled.set_title("Routed experts of the highest scores disabled")
@@ -39,6 +61,12 @@ def draw_ablations(path: Path, models: Mapping[str, Sequence[Mapping[str, Any]]]
         for axes in (disabled, active):
             axes.set_ylabel("loss, nats per token")
             axes.legend()
+        active.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _style(i: int) -> dict[str, Any]:
+    """Return color and line of the i-th curve."""
+    return {"color": _COLORS[i % len(_COLORS)], "linestyle": _LINES[i // len(_COLORS) % len(_LINES)]}
 
 
 def _curve_of(result: Mapping[str, Any], field: str) -> dict[float, float]:
@@ -54,10 +82,10 @@ def _curve_of(result: Mapping[str, Any], field: str) -> dict[float, float]:
 
 
 def _curve(axes: "Axes", curves: Sequence[Mapping[float, float]], style: Mapping[str, Any]) -> None:
-    """Draw the mean over seeds with its t-interval."""
+    """Draw the mean over seeds with its t-interval; one seed has none."""
     places = sorted(set.intersection(*(set(curve) for curve in curves)))
     found = [interval(np.array([curve[place] for curve in curves])) for place in places]
-    errors = [half if np.isfinite(half) else 0.0 for _, half in found]
+    errors = [half for _, half in found] if len(curves) > 1 else None
     axes.errorbar(places, [mean for mean, _ in found], yerr=errors, **style)  # pyright: ignore[reportArgumentType]
 
 
@@ -78,13 +106,14 @@ def draw_routes(path: Path, layers: Mapping[int, np.ndarray], domains: Sequence[
         for axes in grid.flat[len(layers) :]:
             axes.set_visible(False)
         for axes, (layer, load) in zip(grid.flat, layers.items(), strict=False):
-            image = axes.imshow(load * load.shape[1], aspect="auto", cmap="viridis", vmin=0, vmax=4)
+            image = axes.imshow(load * load.shape[1], aspect="auto", cmap="viridis", vmin=0, vmax=_BRIGHTEST)
             axes.set_title(f"Layer {layer}")
             axes.set_yticks(range(len(domains)), domains)
             axes.grid(False)
             axes.set_xlabel("expert")
+            axes.xaxis.get_major_locator().set_params(integer=True)
         if image is not None:
-            figure.colorbar(image, ax=grid, label="load, times an even share", shrink=0.8)
+            figure.colorbar(image, ax=grid, label="load, times an even share", shrink=0.8, extend="max")
 
 
 def draw_losses(path: Path, losses: Mapping[str, Mapping[int, float]]) -> None:
@@ -101,11 +130,14 @@ def draw_losses(path: Path, losses: Mapping[str, Mapping[int, float]]) -> None:
         for place, name in enumerate(ranked):
             values = np.array(list(losses[name].values()))
             mean, half = interval(values)
-            axes.errorbar(mean, place, xerr=half if np.isfinite(half) else 0, fmt="o", color=_COLORS[0], capsize=4)
+            bar = half if np.isfinite(half) else None
+            axes.errorbar(mean, place, xerr=bar, fmt="o", color=_COLORS[0], capsize=4)
             axes.plot(values, np.full(len(values), place), "|", color=_COLORS[1], markersize=9)
         axes.set_yticks(range(len(ranked)), [f"{name}: {VARIANTS[name].note}" for name in ranked])
         axes.invert_yaxis()
-        axes.set_xlabel("validation loss, nats per token; bars: 95 % interval over seeds, marks: seeds")
+        several = any(len(found) > 1 for found in losses.values())
+        bars = "; bars: 95 % interval of the mean, marks: seeds" if several else "; one seed"
+        axes.set_xlabel(f"validation loss, nats per token{bars}")
         axes.set_title("Validation loss")
 
 
@@ -120,7 +152,7 @@ def draw_curves(path: Path, curves: Mapping[str, tuple[np.ndarray, np.ndarray]])
         figure.set_size_inches(9, 5)
         axes = figure.subplots()
         for i, (name, (tokens, losses)) in enumerate(curves.items()):
-            axes.plot(tokens / 1e6, losses, color=_COLORS[i % len(_COLORS)], linewidth=1.4, label=name)
+            axes.plot(tokens / 1e6, losses, **_style(i), linewidth=1.4, label=name)
         low = min(losses[-1] for _, losses in curves.values())
         axes.set_ylim(low * 0.97, low * 1.6)
         axes.set_xlabel("million tokens")

@@ -28,6 +28,8 @@ def plan_text(scale: str, variants: Sequence[str], devices: int, device: str) ->
         DSMoEError: A name is unknown, or the runs do not divide over the devices.
     """
     check_choice("scale", scale, SCALES)
+    if devices < 1:
+        raise DSMoEError(f"devices must be at least 1, got {devices}")
     card, sizes, nowhere = card_of(device), SCALES[scale], Path("unused")
     lines = [f"{'variant':<14}{'parameters':>12}{'per device':>12}{'hours on ' + f'{devices} {device}':>24}"]
     for name in choose(variants):

@@ -1,21 +1,27 @@
 """What an experiment runs, written before it runs: `Experiment`."""
 
 import dataclasses
+import hashlib
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from dsmoe_jax.errors import DSMoEError, check_choice
-from dsmoe_jax.experiments.comparisons import COMPARISONS
-from dsmoe_jax.experiments.variants import SCALES, Scale, choose, model_config, run_config, settings, shortened
+from dsmoe_jax.experiments.comparisons import COMPARISONS, Comparison
+from dsmoe_jax.experiments.variants import MAIN, SCALES, Scale, choose, model_config, run_config, settings, shortened
 from dsmoe_jax.storage.atomic_dir import write_json
 from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.train.config import RunConfig
-from dsmoe_jax.train.data import TokenShards, is_token_shards
+from dsmoe_jax.train.data import PYTHON_STDLIB, TokenShards, is_token_shards
+from dsmoe_jax.train.data.shards import MANIFEST
 
 _PLAN: Final = "plan.json"
 _DATA: Final = "data"
 _RESULTS: Final = "results"
+_RUNS: Final = "runs"
+_ABLATIONS: Final = "ablations"
+_DEFAULTS: Final = {"scale": "laptop", "seeds": 3, "sources": (PYTHON_STDLIB,), "ablation_tokens": 65_536}
 
 
 class Job(NamedTuple):
@@ -41,6 +47,8 @@ class Experiment:
         seeds: Number of seeds, from 0; runs of equal seed are paired.
         sources: Texts.
         ablation_tokens: Validation tokens of the ablations.
+        first: Variants, seeds and comparisons of the first plan, which was written before any run.
+        data_sha256: Hash of the manifest of the tokenized texts; None before they are.
     """
 
     out: Path
@@ -50,35 +58,78 @@ class Experiment:
     seeds: int
     sources: tuple[str, ...]
     ablation_tokens: int
+    first: Mapping[str, Any]
+    data_sha256: str | None = None
 
     @classmethod
     def create(
         cls,
         out: Path,
         *,
-        scale: str,
-        variants: Sequence[str],
-        seeds: int,
-        steps: int | None,
-        sources: Sequence[str],
-        ablation_tokens: int,
+        scale: str | None = None,
+        variants: Sequence[str] | None = None,
+        seeds: int | None = None,
+        steps: int | None = None,
+        sources: Sequence[str] | None = None,
+        ablation_tokens: int | None = None,
     ) -> "Experiment":
-        """Check the arguments; see `reproduce`."""
-        check_choice("scale", scale, SCALES)
-        for name, value in (("seeds", seeds), ("steps", 1 if steps is None else steps)):
-            if value < 1:
-                raise DSMoEError(f"{name} must be at least 1, got {value}")
-        sizes = SCALES[scale] if steps is None else shortened(SCALES[scale], steps)
+        """Check the arguments against each other and the plan in the folder; see `reproduce`."""
+        before = _read_plan(out)
+        defaults: Mapping[str, Any] = before or _DEFAULTS
+        name: str = defaults["scale"] if scale is None else scale
+        check_choice("scale", name, SCALES)
+        sources = tuple(defaults["sources"] if sources is None else sources)
         if len(sources) > 1 and any(map(is_token_shards, sources)):
             raise DSMoEError("sources must be texts, or one folder of token shards")
-        return cls(out, scale, sizes, choose(variants), seeds, tuple(sources), ablation_tokens)
+        tokens = defaults["ablation_tokens"] if ablation_tokens is None else ablation_tokens
+        default_steps = before["settings"]["steps"] if before else SCALES[name].steps
+        numbers = {"seeds": (seeds, 1), "steps": (steps, 1), "ablation_tokens": (ablation_tokens, 2)}
+        for number, (value, least) in numbers.items():
+            if value is not None and (type(value) is not int or value < least):
+                raise DSMoEError(f"{number} must be an integer of at least {least}, got {value!r}")
+        sizes = shortened(SCALES[name], default_steps if steps is None else steps)
+        chosen = () if variants is None and before else choose(MAIN if variants is None else variants)
+        known = tuple(before["variants"]) if before else ()
+        new = cls(
+            out=out,
+            scale_name=name,
+            scale=sizes,
+            variants=tuple(dict.fromkeys((*known, *chosen))),
+            seeds=max(seeds or 1, before["seeds"]) if before else seeds or _DEFAULTS["seeds"],
+            sources=sources,
+            ablation_tokens=tokens,
+            first={},
+            data_sha256=(before or {}).get("data_sha256"),
+        )
+        if before is None:
+            comparisons = [one._asdict() for one in COMPARISONS]
+            first = {"variants": list(new.variants), "seeds": new.seeds, "comparisons": comparisons}
+        else:
+            new._check_unchanged(before)
+            first = before.get("first") or {name: before[name] for name in ("variants", "seeds", "comparisons")}
+        return dataclasses.replace(new, first=first)
+
+    def _check_unchanged(self, before: Mapping[str, Any]) -> None:
+        """Raise if anything but variants and seeds differs from the plan, and was used."""
+        used = {
+            "scale": True,
+            "sources": (self.out / _RUNS).exists(),
+            "ablation_tokens": (self.out / _ABLATIONS).exists(),
+        }
+        now = self.fields()
+        pairs = {name: (before.get(name), now[name]) for name, in_use in used.items() if in_use}
+        pairs |= {name: (before["settings"].get(name), value) for name, value in now["settings"].items()}
+        for name, (old, value) in pairs.items():
+            if old != value:
+                changed = f"{name} {old} -> {value}"
+                raise DSMoEError(f"{self.out} is another experiment: {changed:.200}; choose another --out")
 
     @classmethod
     def read(cls, out: Path) -> "Experiment":
         """Read the plan in a folder."""
-        fields = read_json(out / _PLAN)
-        names = ("scale", "variants", "seeds", "sources", "ablation_tokens")
-        return cls.create(out, steps=fields["settings"]["steps"], **{name: fields[name] for name in names})
+        if not (out / _PLAN).exists():
+            raise DSMoEError(f"{out} is no experiment: it has no {_PLAN}")
+        return cls.create(out)
 
     @property
     def data(self) -> Path:
@@ -91,18 +142,24 @@ class Experiment:
         return [Job(variant, seed) for seed in range(self.seeds) for variant in self.variants]
 
     def write(self) -> None:
-        """Write plan and models; variants and seeds may be added to an existing plan, nothing else may change."""
-        path, fields = self.out / _PLAN, self.fields()
-        if path.exists():
-            before = read_json(path)
-            for name in ("scale", "settings", "sources", "ablation_tokens"):
-                if before.get(name) != fields[name]:
-                    changed = f"{name} {before.get(name)} -> {fields[name]}"
-                    raise DSMoEError(f"{self.out} is another experiment: {changed:.200}; choose another --out")
-        write_json(path, fields)
+        """Write plan and models; other sources than before replace what was made of those."""
+        before = _read_plan(self.out)
+        if before and before["sources"] != list(self.sources):
+            for folder in (self.out / _DATA, self.tokenizer):
+                shutil.rmtree(folder, ignore_errors=True)
+        write_json(self.out / _PLAN, self.fields())
         (self.out / "models").mkdir(exist_ok=True)
         for variant in self.variants:
             write_json(self.model(variant), model_config(variant, self.scale).to_dict())
+
+    def bind_data(self) -> "Experiment":
+        """Record the hash of the tokenized texts, or check that it is the same as at earlier starts."""
+        found = hashlib.sha256((self.data / MANIFEST).read_bytes()).hexdigest()
+        if self.data_sha256 not in (None, found):
+            raise DSMoEError(f"{self.out} is another experiment: {self.data} has changed; choose another --out")
+        bound = dataclasses.replace(self, data_sha256=found)
+        write_json(self.out / _PLAN, bound.fields())
+        return bound
 
     def fields(self) -> dict[str, Any]:
         """Return the plan as JSON."""
@@ -113,8 +170,19 @@ class Experiment:
             "ablation_tokens": self.ablation_tokens,
             "variants": list(self.variants),
             "seeds": self.seeds,
-            "comparisons": [one._asdict() for one in COMPARISONS],
+            "first": dict(self.first),
+            "data_sha256": self.data_sha256,
         }
+
+    def decided(self, one: Comparison) -> bool:
+        """Whether a comparison is in the first plan."""
+        fields = [{**Comparison._field_defaults, **found} for found in self.first["comparisons"]]
+        return one._asdict() in fields
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder of the tokenizer."""
+        return self.out / "tokenizer"
 
     def model(self, variant: str) -> Path:
         """Return the path of a variant's `config.json`."""
@@ -122,12 +190,15 @@ class Experiment:
 
     def run_folder(self, job: Job) -> Path:
         """Return the output folder of a run."""
-        return self.out / "runs" / str(job)
+        return self.out / _RUNS / str(job)
 
     def result(self, job: Job) -> dict[str, Any] | None:
         """Return the result of a run; None before it is complete."""
-        path = self.out / _RESULTS / f"{job}.json"
-        return read_json(path) if path.exists() else None
+        return _read(self.out / _RESULTS / f"{job}.json", "eval_loss")
+
+    def ablations(self, job: Job) -> dict[str, Any] | None:
+        """Return the ablations of a trained model; None before they are measured."""
+        return _read(self.ablation_file(job), "losses")
 
     def write_result(self, job: Job, fields: Mapping[str, Any]) -> None:
         """Write the result of a complete run."""
@@ -136,7 +207,7 @@ class Experiment:
 
     def ablation_file(self, job: Job) -> Path:
         """Return the path of the ablations of a trained model."""
-        return self.out / "ablations" / f"{job}.json"
+        return self.out / _ABLATIONS / f"{job}.json"
 
     def run_config(self, job: Job) -> RunConfig:
         """Return the config of a run."""
@@ -144,3 +215,21 @@ class Experiment:
         batches = -(-(validation.tokens + len(validation)) // self.scale.tokens_per_step) + 1
         paths = {"model": self.model(job.variant), "data": self.data, "out": self.run_folder(job)}
         return run_config(self.scale, job.seed, eval_batches=batches, **paths)
+
+
+def _read_plan(out: Path) -> dict[str, Any] | None:
+    """Return the plan in a folder; None if there is none."""
+    found = _read(out / _PLAN, *_DEFAULTS, "settings", "variants")
+    if found is not None and "steps" not in found["settings"]:
+        raise DSMoEError(f"{out / _PLAN}: damaged: settings have no steps")
+    return found
+
+
+def _read(path: Path, *needed: str) -> dict[str, Any] | None:
+    """Return a JSON object; None if there is no file."""
+    if not path.exists():
+        return None
+    found = read_json(path)
+    if missing := [name for name in needed if not isinstance(found, dict) or name not in found]:
+        raise DSMoEError(f"{path}: damaged: it has no {missing[0]}")
+    return found

@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.experiments.plan import Experiment, Job
 from dsmoe_jax.progress import plural
+from dsmoe_jax.storage.locks import InUseError, lock_folder
 
 _POLL: Final = 0.2  # seconds
 _LOG: Final = "log.txt"
@@ -39,9 +40,8 @@ def places(workers: int | None, whole: bool) -> list[Place]:
         raise DSMoEError(f"workers must be at least 1, got {workers}")
     if whole:
         return [Place({})]
-    gpus = 0 if os.environ.get("JAX_PLATFORMS") == "cpu" or not _GPUS.is_dir() else len(list(_GPUS.iterdir()))
-    if gpus:
-        return [Place({"CUDA_VISIBLE_DEVICES": str(i)}) for i in range(min(workers or gpus, gpus))]
+    if gpus := _gpus():
+        return [Place({"CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus[:workers]]
     cores = sorted(os.sched_getaffinity(0))
     count = min(workers or len(cores), len(cores))
     tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), _HUGE_PAGES)))
@@ -49,25 +49,36 @@ def places(workers: int | None, whole: bool) -> list[Place]:
     return [Place({"GLIBC_TUNABLES": tunables}, tuple(cores[i::count])) for i in range(count)]
 
 
-def run_jobs(experiment: Experiment, found: list[Place]) -> None:
+def _gpus() -> list[str]:
+    """Return the GPUs of this process, by index or id."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or not _GPUS.is_dir():
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (
+        list(map(str, range(len(list(_GPUS.iterdir()))))) if visible is None else [x for x in visible.split(",") if x]
+    )
+
+
+def run_jobs(experiment: Experiment, found: list[Place]) -> list[str]:
     """Run all jobs without a result; killed runs resume from their checkpoints.
 
     Args:
         experiment: The experiment.
         found: One place for each run at once.
 
-    Raises:
-        DSMoEError: A run failed; the others that had started are stopped with a checkpoint.
+    Returns:
+        A line for each run that failed.
     """
     waiting = [job for job in experiment.jobs if experiment.result(job) is None]
-    total, done = len(experiment.jobs), len(experiment.jobs) - len(waiting)
+    total, done, failed = len(experiment.jobs), len(experiment.jobs) - len(waiting), []
     if done:
         _log.info("Found %s complete of %d", plural(done, "run"), total)
     with contextlib.ExitStack() as stack:
         free, running = list(found), {}
         while waiting or running:
-            while waiting and free:
-                job, place = waiting.pop(0), free.pop()
+            while free and (job := next((job for job in waiting if not _in_use(experiment.run_folder(job))), None)):
+                place = free.pop()
+                waiting.remove(job)
                 _log.info(
                     "Starting %s (%d of %d), log in %s", job, total - len(waiting), total, _log_file(experiment, job)
                 )
@@ -78,9 +89,21 @@ def run_jobs(experiment: Experiment, found: list[Place]) -> None:
                 free.append(place)
                 result = experiment.result(job)
                 if process.returncode or result is None:
-                    raise DSMoEError(f"{job} failed with exit code {process.returncode}: {_last_line(experiment, job)}")
+                    failed.append(f"{job} failed with exit code {process.returncode}: {_last_line(experiment, job)}")
+                    _log.error(failed[-1])
+                    continue
                 minutes = (time.monotonic() - started) / 60
                 _log.info("Finished %s: eval/loss %.4f, %.1f minutes", job, result["eval_loss"], minutes)
+    return failed
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether a worker of a killed queue still writes its last checkpoint there."""
+    try:
+        with lock_folder(folder):
+            return False
+    except InUseError:
+        return True
 
 
 @contextlib.contextmanager

@@ -5,18 +5,26 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import jax
 import numpy as np
 
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.experiments.ablations import describe
 from dsmoe_jax.experiments.charts import draw_ablations, draw_curves, draw_losses
-from dsmoe_jax.experiments.comparisons import CONFIDENCE, PAPER_ABLATIONS, Ablated, Outcome, compare, interval
+from dsmoe_jax.experiments.comparisons import (
+    COMPARISONS,
+    CONFIDENCE,
+    PAPER_ABLATIONS,
+    Ablated,
+    Comparison,
+    Outcome,
+    compare,
+    interval,
+)
 from dsmoe_jax.experiments.plan import Experiment, Job
 from dsmoe_jax.experiments.variants import VARIANTS
 from dsmoe_jax.layers.ablation import Ablation
+from dsmoe_jax.progress import plural
 from dsmoe_jax.storage.atomic_dir import write_json, write_text
-from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.train.run_records import RunRecords, column
 from dsmoe_jax.train.trackers import RECORDS
 
@@ -51,8 +59,10 @@ def write_report(experiment: Experiment) -> Path:
     ablated = {name: {one["seed"]: _by_ablation(one) for one in found} for name, found in ablations.items()}
     outcomes = compare(losses, ablated)
     draw_losses(experiment.out / "losses.png", losses)
-    if curves := _curves(experiment, list(losses)):
+    charts = ["losses"]
+    if curves := _curves(experiment, found):
         draw_curves(experiment.out / "training.png", curves)
+        charts.append("training")
     if ablations:
         draw_ablations(experiment.out / "ablations.png", ablations)
     write_json(
@@ -60,14 +70,14 @@ def write_report(experiment: Experiment) -> Path:
         {
             "experiment": experiment.fields(),
             "runs": list(found.values()),
-            "outcomes": [{**one._asdict(), "comparison": one.comparison._asdict()} for one in map(_finite, outcomes)],
+            "outcomes": list(map(_fields, outcomes)),
             "ablations": ablations,
         },
     )
     sections = [
         _decided(experiment),
-        _outcomes(outcomes),
-        _losses(list(found.values()), losses),
+        _outcomes(experiment, outcomes),
+        _losses(list(found.values()), losses, charts),
         _ablation_section(ablations),
         _setting(experiment, found),
     ]
@@ -75,16 +85,18 @@ def write_report(experiment: Experiment) -> Path:
     return experiment.out / REPORT
 
 
-def _finite(one: Outcome) -> Outcome:
-    return one if np.isfinite(one.half_width) else one._replace(half_width=-1.0)
+def _fields(one: Outcome) -> dict[str, Any]:
+    """Return an outcome as JSON; the half-width of one pair is null."""
+    half = one.half_width if np.isfinite(one.half_width) else None
+    return {**one._asdict(), "half_width": half, "comparison": one.comparison._asdict()}
 
 
 def _ablations(experiment: Experiment) -> dict[str, list[dict[str, Any]]]:
     """Return the ablations by variant, one per seed."""
     found: dict[str, list[dict[str, Any]]] = {}
     for job in experiment.jobs:
-        if (path := experiment.ablation_file(job)).exists():
-            found.setdefault(job.variant, []).append({"seed": job.seed, **read_json(path)})
+        if (measured := experiment.ablations(job)) is not None:
+            found.setdefault(job.variant, []).append({"seed": job.seed, **measured})
     return found
 
 
@@ -94,12 +106,12 @@ def _by_ablation(result: Mapping[str, Any]) -> Ablated:
     return {Ablation(**one): row["loss"] for one, row in zip(settings, result["losses"], strict=True)}
 
 
-def _curves(experiment: Experiment, variants: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _curves(experiment: Experiment, jobs: Collection[Job]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return tokens and smoothed training losses of the first complete run of each variant."""
     curves = {}
-    for job in experiment.jobs:
+    for job in jobs:
         folder = experiment.run_folder(job)
-        if job.variant in variants and job.variant not in curves and (folder / RECORDS).exists():
+        if job.variant not in curves and (folder / RECORDS).exists():
             steps = RunRecords.read(folder).steps
             width = max(1, round(_WINDOW * len(steps)))
             mean = np.convolve(column(steps, "cross_entropy"), np.full(width, 1 / width), "valid")
@@ -108,34 +120,43 @@ def _curves(experiment: Experiment, variants: Sequence[str]) -> dict[str, tuple[
 
 
 def _decided(experiment: Experiment) -> str:
-    fields = experiment.fields()
-    size, claims = experiment.scale, fields["comparisons"]
+    size, first = experiment.scale, experiment.first
     tokens = size.steps * size.tokens_per_step
+    variants, seeds = plural(len(experiment.variants), "variant"), plural(experiment.seeds, "seed")
+    before = plural(len(first["variants"]), "variant"), plural(first["seeds"], "seed")
+    added = "" if before == (variants, seeds) else f" (at first {' and '.join(before)})"
     lines = [
         f"# DeepSeekMoE's comparisons at scale `{experiment.scale_name}`",
         "## Decided before running",
-        f"`plan.json` was written before the first run. {len(experiment.variants)} variants, {experiment.seeds} seeds, "
-        f"{tokens / 1e6:.1f}M tokens a run. Runs of equal seed read the same data in the same order from the same "
-        f"initial seed and are compared in pairs. The metric is the loss on the whole validation split in nats per "
-        f"token; an outcome is stated from the {CONFIDENCE:.0%} t-interval of the paired difference, of losses or of "
-        "their rises with experts disabled. Claims and the variants that show them:",
+        f"`plan.json` was written before the first run. {variants}, {seeds}{added}, {tokens / 1e6:.1f}M tokens a run. "
+        f"Runs of equal seed read the same data in the same order from the same initial seed and are compared in "
+        f"pairs. The metric is the loss on the whole validation split in nats per token; an outcome is stated from the "
+        f"{CONFIDENCE:.0%} t-interval of the paired difference, of losses or of their rises with experts disabled, not "
+        "corrected for the number of comparisons. Claims and the variants that show them:",
         "\n".join(
-            f"- {one['claim']}: `{one['better']}` {'=' if one['equal'] else '<'} `{one['worse']}`"
-            for one in claims
-            if {one["better"], one["worse"]} <= set(experiment.variants)
+            f"- {one.claim}: `{one.better}` {'=' if one.equal else '<'} `{one.worse}`{_late(experiment, one)}"
+            for one in COMPARISONS
+            if {one.better, one.worse} <= set(experiment.variants)
         ),
         _COUNTER_EVIDENCE,
     ]
     return "\n\n".join(lines)
 
 
-def _outcomes(outcomes: Sequence[Outcome]) -> str:
+def _late(experiment: Experiment, one: Comparison) -> str:
+    return "" if experiment.decided(one) else " (added after the first run had started)"
+
+
+def _outcomes(experiment: Experiment, outcomes: Sequence[Outcome]) -> str:
+    if not outcomes:
+        return ""
     rows = ["| claim | difference | pairs | the paper's | outcome |", "| --- | --- | --- | --- | --- |"]
     for one in outcomes:
         half = f" ± {one.half_width:.4f}" if np.isfinite(one.half_width) else ""
         names = f"`{one.comparison.worse}` - `{one.comparison.better}`"
         paper = "" if one.paper is None else f"{one.paper:+.3f}"
-        cells = (f"{one.comparison.claim}: {names}", f"{one.mean:+.4f}{half}", str(one.seeds), paper, one.verdict)
+        claim = f"{one.comparison.claim}{_late(experiment, one.comparison)}: {names}"
+        cells = (claim, f"{one.mean:+.4f}{half}", str(one.seeds), paper, one.verdict)
         rows.append("| " + " | ".join(cells) + " |")
     note = (
         "That two variants are equal cannot be shown by so few runs, only contradicted: by an interval below 0. The "
@@ -144,7 +165,9 @@ def _outcomes(outcomes: Sequence[Outcome]) -> str:
     return "\n\n".join(["## What came out", "\n".join(rows), note])
 
 
-def _losses(results: Sequence[Mapping[str, Any]], losses: Mapping[str, Mapping[int, float]]) -> str:
+def _losses(
+    results: Sequence[Mapping[str, Any]], losses: Mapping[str, Mapping[int, float]], charts: Sequence[str]
+) -> str:
     sizes = {one["variant"]: (one["parameters"], one["active_parameters"]) for one in results}
     rows = [
         "| variant | | parameters, M | active, M | validation loss | seeds | the paper's |",
@@ -166,7 +189,7 @@ def _losses(results: Sequence[Mapping[str, Any]], losses: Mapping[str, Mapping[i
             published,
         )
         rows.append("| " + " | ".join(cells) + " |")
-    return "\n\n".join(["## Losses", "\n".join(rows), "![losses](losses.png)\n![training](training.png)"])
+    return "\n\n".join(["## Losses", "\n".join(rows), "\n".join(f"![{name}]({name}.png)" for name in charts)])
 
 
 def _ablation_section(ablations: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -200,6 +223,6 @@ def _setting(experiment: Experiment, jobs: Collection[Job]) -> str:
         "## Setting",
         f"hidden {size.hidden_size}, {size.layers} layers, {size.heads} heads, vocabulary {size.vocab_size}, sequences "
         f"of {size.sequence_length}, {size.batch_size} a step, {size.steps} steps, AdamW with the paper's schedule, "
-        f"peak learning rate {size.learning_rate:g}.{skipped} Texts: {texts}. jax {jax.__version__}.",
+        f"peak learning rate {size.learning_rate:g}.{skipped} Texts: {texts}.",
     ]
     return "\n\n".join(lines)

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from dsmoe_jax.errors import DSMoEError
-from dsmoe_jax.experiments.charts import draw_routes
-from dsmoe_jax.experiments.texts import read_tokens, windows
+from dsmoe_jax.experiments.charts import draw_routes, figures_folder
+from dsmoe_jax.experiments.texts import check_window, read_documents, sequences, sources
 from dsmoe_jax.generate.loading import upcast_for_cpu
 from dsmoe_jax.model import DeepSeekMoE, merge, split
 from dsmoe_jax.progress import Meter, silent
@@ -21,6 +21,7 @@ from dsmoe_jax.text.tokenizer import Tokenizer
 JSON: Final = "routes.json"
 CHART: Final = "routes.png"
 _TOP: Final = 10  # tokens per expert
+_RARE: Final = 8  # occurrences; the shares of rarer tokens are chance
 _BATCH: Final = 4096  # tokens per call of the model
 
 
@@ -32,7 +33,7 @@ class LayerRoutes(NamedTuple):
         mutual_information: Between domain and expert, in bits, for domains of equal weight; 0: no specialization.
         load_entropy: Entropy of the load over all domains, in bits; log2 E if even.
         together: Probability that a token that selects the first expert selects the second one too, [E, E].
-        top_tokens: For each expert, token ids with the highest share of their selections there, and the shares.
+        top_tokens: For each expert, token ids that select it in the largest share of their occurrences, and the shares.
     """
 
     load: np.ndarray
@@ -45,7 +46,7 @@ class LayerRoutes(NamedTuple):
 def routes(
     model: DeepSeekMoE,
     tokenizer: Tokenizer | None,
-    data: Sequence[str | Path],
+    data: str | Path | Sequence[str | Path],
     *,
     max_tokens: int = 65_536,
     window: int | None = None,
@@ -72,43 +73,52 @@ def routes(
     config = model.config
     if config.n_routed_experts is None:
         raise DSMoEError("routes needs a model with routed experts")
-    if not data:
-        raise DSMoEError("data must name at least one source")
-    texts = [read_tokens(source, tokenizer, max_tokens, vocab_size=config.vocab_size) for source in data]
+    check_window(window)
+    if max_tokens < 2:
+        raise DSMoEError(f"max_tokens must be at least 2, got {max_tokens}")
+    names = sources(data)
+    read = functools.partial(read_documents, vocab_size=config.vocab_size)
+    texts = [read(source, tokenizer, max_tokens) for source in names]
+    sizes = [sum(map(len, documents)) for documents in texts]
+    folder = None if out is None else figures_folder(out)
     counts: dict[int, _Counts] = {}
     graph, params = split(model)
     params = upcast_for_cpu(params)
-    with progress("routing", sum(map(len, texts))) as advance:
-        for domain, ids in enumerate(texts):
-            for tokens, selected in _selections(graph, params, ids, window or config.context_length):
+    with progress("routing", sum(sizes)) as advance:
+        for domain, documents in enumerate(texts):
+            packed = sequences(documents, window or config.context_length)
+            for tokens, selected in _selections(graph, params, packed):
                 for layer, experts in selected.items():
-                    counter = counts.setdefault(layer, _Counts(len(data), config.n_routed_experts))
+                    counter = counts.setdefault(layer, _Counts(len(names), config.n_routed_experts))
                     counter.add(domain, tokens, experts)
                 advance(len(tokens))
     found = {layer: counter.summarize() for layer, counter in counts.items()}
-    if out is not None:
-        folder, names = Path(out), list(map(str, data))
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / JSON, to_dict(found, names, [len(ids) for ids in texts], tokenizer))
-        draw_routes(folder / CHART, {layer: one.load for layer, one in found.items()}, [Path(n).stem for n in names])
+    if folder is not None:
+        write_json(folder / JSON, to_dict(found, names, sizes, tokenizer))
+        stems = [Path(name).stem for name in names]
+        labels = stems if len(set(stems)) == len(stems) else names
+        draw_routes(folder / CHART, {layer: one.load for layer, one in found.items()}, labels)
     return found
 
 
-def _selections(graph: Any, params: Mapping[str, Any], ids: Sequence[int], window: int) -> Iterator[tuple[Any, Any]]:
-    """Yield flat token ids, and the selected experts of each by layer, [tokens, K]."""
-    sequences = windows(ids, window)
-    rows = max(1, min(len(sequences), _BATCH // sequences.shape[1]))
-    for start in range(0, len(sequences), rows):
-        batch = sequences[start : start + rows]
-        padded = np.concatenate([batch, np.zeros((rows - len(batch), batch.shape[1]), np.int32)])
+def _selections(graph: Any, params: Mapping[str, Any], packed: np.ndarray) -> Iterator[tuple[Any, Any]]:
+    """Yield the token ids of packed sequences, [n], and the selected experts of each by layer, [n, K]."""
+    rows = max(1, min(len(packed), _BATCH // packed.shape[2]))
+    for start in range(0, len(packed), rows):
+        batch = packed[start : start + rows]
+        padded = np.concatenate([batch, np.zeros((rows - len(batch), *batch.shape[1:]), np.int32)])
+        token_ids, _, segment_ids, positions = padded.swapaxes(0, 1)
         with mesh_of(params):
-            selected = jax.device_get(_select(graph, params, padded))
-        yield batch.ravel(), {layer: one[: len(batch)].reshape(batch.size, -1) for layer, one in selected.items()}
+            selected = jax.device_get(_select(graph, params, token_ids, segment_ids, positions))
+        used = segment_ids > 0
+        yield token_ids[used], {layer: one[used] for layer, one in selected.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _select(graph: Any, params: Mapping[str, Any], token_ids: jax.Array) -> dict[int, jax.Array]:
-    return {layer: one.ids for layer, one in merge(graph, params).hidden(token_ids).routing.items()}
+def _select(graph: Any, params: Mapping[str, Any], token_ids: Any, segment_ids: Any, positions: Any) -> dict[int, Any]:
+    model = merge(graph, params)
+    found = model.hidden(token_ids, segment_ids > 0, positions, segment_ids=segment_ids)
+    return {layer: one.ids for layer, one in found.routing.items()}
 
 
 class _Counts:
@@ -118,6 +128,7 @@ class _Counts:
         self.by_domain = np.zeros((domains, experts), np.int64)
         self.together = np.zeros((experts, experts), np.int64)
         self.by_token: dict[int, np.ndarray] = {}
+        self.top_k = 1
 
     def add(self, domain: int, tokens: np.ndarray, experts: np.ndarray) -> None:
         """Count the experts [n, K] of tokens [n]."""
@@ -126,6 +137,7 @@ class _Counts:
         np.put_along_axis(chosen, experts, 1, axis=1)
         self.by_domain[domain] += chosen.sum(axis=0)
         self.together += chosen.T @ chosen
+        self.top_k = experts.shape[1]
         distinct, places = np.unique(tokens, return_inverse=True)
         sums = np.zeros((len(distinct), E), np.int64)
         np.add.at(sums, places, chosen)
@@ -142,11 +154,11 @@ class _Counts:
         return LayerRoutes(load, float(max(0.0, information)), _entropy(mean), together, self._top_tokens())
 
     def _top_tokens(self) -> list[list[tuple[int, float]]]:
-        """Return the tokens with the highest share at each expert; rare ones, whose share is chance, are left out."""
+        """Return the tokens that select each expert most often; rare ones, whose share is chance, are left out."""
         tokens, counts = np.array(list(self.by_token)), np.array(list(self.by_token.values()))
-        totals = counts.sum(axis=1)
-        frequent = totals >= max(8, np.quantile(totals, 0.5))
-        tokens, shares = tokens[frequent], counts[frequent] / totals[frequent, None]
+        occurrences = counts.sum(axis=1) // self.top_k
+        frequent = occurrences >= max(_RARE, np.quantile(occurrences, 0.5))
+        tokens, shares = tokens[frequent], counts[frequent] / occurrences[frequent, None]
         best = np.argsort(-shares, axis=0, kind="stable")[:_TOP]
         return [
             [(int(tokens[row]), float(shares[row, expert])) for row in best[:, expert] if shares[row, expert] > 0]
@@ -174,12 +186,13 @@ def to_dict(
     name = (lambda token: token) if tokenizer is None else lambda token: tokenizer.decode([token])
 
     def layer(one: LayerRoutes) -> dict[str, Any]:
-        pairs = np.argsort(-(one.together - np.eye(len(one.together))), axis=1)[:, :1]
+        others = one.together * (1 - np.eye(len(one.together)))
+        partners = [(int(row.argmax()), round(float(row.max()), 4)) for row in others]
         return {
             "mutual_information_bits": one.mutual_information,
             "load_entropy_bits": one.load_entropy,
             "load": one.load.round(6).tolist(),
-            "most_often_together": [[int(e), round(float(one.together[i, e]), 4)] for i, (e,) in enumerate(pairs)],
+            "most_often_together": [list(pair) if pair[1] else None for pair in partners],
             "top_tokens": [[[name(token), round(share, 4)] for token, share in row] for row in one.top_tokens],
         }
 
@@ -199,6 +212,6 @@ def table(found: Mapping[int, LayerRoutes]) -> str:
     lines = [f"{'layer':>5}  {'domain-expert information':>25}  {'load entropy':>12}  {'largest load':>12}"]
     for layer, one in found.items():
         largest = one.load.mean(axis=0).max() * one.load.shape[1]
-        information = f"{one.mutual_information:.4f} bits"
+        information = f"{one.mutual_information:.4f} bits" if len(one.load) > 1 else "-"  # of one domain
         lines.append(f"{layer:>5}  {information:>25}  {f'{one.load_entropy:.3f} bits':>12}  {f'{largest:.2f}x':>12}")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""Token ids of texts for ablations and routing: `read_tokens`."""
+"""Documents of texts for ablations and routing: `read_documents`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,55 +8,93 @@ import numpy as np
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.text.tokenizer import Tokenizer
 from dsmoe_jax.train.data import TokenShards, documents, is_token_shards
+from dsmoe_jax.train.data.packing import pack
 
 
-def read_tokens(source: str | Path, tokenizer: Tokenizer | None, max_tokens: int, *, vocab_size: int) -> list[int]:
-    """Read the first token ids of a source, each document followed by EOS.
+def sources(data: str | Path | Sequence[str | Path]) -> list[str]:
+    """Return one source or several as a list.
+
+    Args:
+        data: Texts or token shards.
+
+    Raises:
+        DSMoEError: There is none.
+    """
+    if not (found := [str(source) for source in ([data] if isinstance(data, str | Path) else data)]):
+        raise DSMoEError("data must name at least one source")
+    return found
+
+
+def check_window(window: int | None) -> None:
+    """Raise for a window without tokens.
+
+    Args:
+        window: Tokens read at once; None: the default.
+
+    Raises:
+        DSMoEError: It is too short.
+    """
+    if window is not None and window < 1:
+        raise DSMoEError(f"sequence length must be at least 1, got {window}")
+
+
+def read_documents(
+    source: str | Path, tokenizer: Tokenizer | None, max_tokens: int, *, vocab_size: int
+) -> list[list[int]]:
+    """Read the first documents of a source, tokenized as for training: BOS (if the tokenizer adds one), tokens, EOS.
 
     Args:
         source: A text source (`train.data.documents`), or token shards, of which the validation split is read if it
             has documents.
         tokenizer: Required for texts.
-        max_tokens: Maximum number of token ids.
+        max_tokens: Maximum number of token ids; the last document is cut.
         vocab_size: That of the model.
 
     Raises:
-        DSMoEError: The source cannot be read, there is no tokenizer for it, or it has fewer than 2 tokens.
+        DSMoEError: The source cannot be read, there is no tokenizer for it, or no document has 2 tokens.
     """
-    if max_tokens < 2:
-        raise DSMoEError(f"max_tokens must be at least 2, got {max_tokens}")
-    ids: list[int] = []
+    found, left = [], max_tokens
+    for document in _documents(source, tokenizer, vocab_size):
+        found.append(document[:left])
+        left -= len(found[-1])
+        if left <= 0:
+            break
+    if not any(len(document) > 1 for document in found):
+        raise DSMoEError(f"{source}: a document of at least 2 tokens is needed")
+    return found
+
+
+def _documents(source: str | Path, tokenizer: Tokenizer | None, vocab_size: int) -> Iterator[list[int]]:
     if is_token_shards(source):
         train, validation = TokenShards.open_splits(source)
         shards = validation if len(validation) else train
         shards.check(vocab_size=vocab_size)
         for document in range(len(shards)):
-            ids += shards.read(document, 0, max_tokens - len(ids)).tolist()
-            if len(ids) >= max_tokens:
-                break
+            yield shards.read(document).tolist()
     elif tokenizer is None:
         raise DSMoEError(f"{source} is text, and the model has no tokenizer; pass token shards (`dsmoe tokenize`)")
     else:
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         for document in documents(source):
-            ids += [*tokenizer.encode(document.text), *end]
-            if len(ids) >= max_tokens:
-                break
-    if len(ids) < 2:
-        raise DSMoEError(f"{source}: at least 2 tokens are needed, got {len(ids)}")
-    return ids[:max_tokens]
+            yield [*tokenizer.encode(document.text), *end]
 
 
-def windows(ids: Sequence[int], length: int) -> np.ndarray:
-    """Cut token ids into sequences; the last incomplete one is dropped unless it is the only one.
+def sequences(found: Sequence[Sequence[int]], length: int) -> np.ndarray:
+    """Pack documents into sequences as for pretraining, where tokens attend to their own document.
 
     Args:
-        ids: Token ids.
+        found: Token ids of documents.
         length: Tokens per sequence.
 
     Returns:
-        int32 [sequences, tokens].
+        int32 [sequences, 4, length]: token ids, labels, segment ids (0: padding), positions.
     """
+    ids = np.array([token for document in found for token in document], np.int32)
+    document = np.repeat(np.arange(len(found)), [len(one) for one in found])
     length = min(length, len(ids))
-    count = len(ids) // length
-    return np.array(ids[: count * length], np.int32).reshape(count, length)
+    packed = []
+    for start in range(0, len(ids), length):
+        place = slice(start, start + length)
+        ends = np.flatnonzero(np.diff(document[place])) + 1
+        packed.append(pack(np.split(ids[place], ends), length))
+    return np.array(packed)

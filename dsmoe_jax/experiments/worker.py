@@ -4,11 +4,11 @@ It ends when its standard input closes, so that no run outlives a queue that was
 """
 
 import logging
+import math
 import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
 from dsmoe_jax.errors import DSMoEError
@@ -21,10 +21,11 @@ from dsmoe_jax.train.loop import run
 def main(out: Path, job: Job) -> int:
     """Train, and write the result; return the exit code."""
     experiment = Experiment.read(out)
-    started = time.time()
     result = run(experiment.run_config(job))
     if result.stopped:
         return 1
+    if result.eval_loss is None or not math.isfinite(result.eval_loss):
+        raise DSMoEError(f"the validation loss is {result.eval_loss}")
     counts = count_parameters(model_config(job.variant, experiment.scale))
     experiment.write_result(
         job,
@@ -35,7 +36,6 @@ def main(out: Path, job: Job) -> int:
             "tokens": result.steps * experiment.scale.tokens_per_step,
             "parameters": counts.total,
             "active_parameters": counts.activated,
-            "seconds": round(time.time() - started, 1),
             "resumed_from": result.resumed_from,
         },
     )

@@ -38,7 +38,7 @@ def load(
     **options: Any,
 ) -> tuple[DeepSeekMoE, Tokenizer | None, dict[str, Any]]:
     """Load model, tokenizer and generation config for `Generator`; `options` are for `dsmoe_jax.load`."""
-    _check_memory(path, options["dtype"], options["quantize"], options["mesh"], engine_options, force=force)
+    check_memory(path, options["dtype"], options["quantize"], options["mesh"], engine_options, force=force)
     model, adapter = load_model(path, **options), options["adapter"]
     tokenizer = None
     if tokenizer_files(path):
@@ -118,10 +118,22 @@ def as_cache_dtype(value: Any) -> np.dtype:
     raise DSMoEError(f"cache_dtype must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def _check_memory(
+def check_memory(
     path: Path, dtype: Any, quantize: str | None, mesh: Any, options: Mapping[str, Any], *, force: bool
 ) -> None:
-    """Log the memory of one output from 1 GB; refuse what leaves no memory for the shortest one, unless `force`."""
+    """Log the memory of one output from 1 GB; refuse what leaves no memory for the shortest one, unless `force`.
+
+    Args:
+        path: Checkpoint.
+        dtype: Of the weights; None: as stored.
+        quantize: Quantization of the weights.
+        mesh: The devices, as for `dsmoe_jax.load`.
+        options: Those of an engine.
+        force: Warn instead of refusing.
+
+    Raises:
+        DSMoEError: The memory of a device is known and too small.
+    """
     config, mesh = ModelConfig.from_file(path), as_mesh(mesh)
     weight_dtype, cache_dtype = as_dtype(dtype), options.get("cache_dtype")
     plan = functools.partial(

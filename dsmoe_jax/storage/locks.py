@@ -16,9 +16,13 @@ _log = logging.getLogger(__name__)
 _handles: set[int] = set()
 
 
+class InUseError(DSMoEError):
+    """Another process has the lock."""
+
+
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Lock `folder`, creating it if needed; raise `DSMoEError` if another process has the lock."""
+    """Lock `folder`, creating it if needed; raise `InUseError` if another process has the lock."""
     folder = folder.absolute()
     new = not folder.exists()
     _make(folder, folder)
@@ -76,7 +80,7 @@ def _acquire(path: Path, file: Path) -> int:
             pid = os.pread(handle, 20, 0).decode("ascii", "replace")
             os.close(handle)
             pid = f" (pid {pid})" if pid.isdigit() else ""
-            raise DSMoEError(f"{path} is in use by another process{pid}; wait for it, or choose another path") from None
+            raise InUseError(f"{path} is in use by another process{pid}; wait for it, or choose another path") from None
         except FileNotFoundError:
             pass
         except OSError as error:
