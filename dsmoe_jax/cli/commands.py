@@ -381,7 +381,7 @@ def _loaded(args: argparse.Namespace, path: str) -> tuple[Any, Any]:
     _check_devices()
     options = _on_mesh(args, (*MODEL[1:], *MESH))
     folder, force = resolve(path, options.pop("revision", None)), options.pop("force", False)
-    check_memory(folder, *map(options.get, ("dtype", "quantize", "mesh")), {}, force=force)
+    check_memory(folder, options.get("dtype"), options.get("quantize"), options.get("mesh"), {}, force=force)
     tokenizer = Tokenizer.from_pretrained(folder) if tokenizer_files(folder) else None
     return load(folder, **options), tokenizer
 

@@ -41,11 +41,11 @@ def check_window(window: int | None) -> None:
 def read_documents(
     source: str | Path, tokenizer: Tokenizer | None, max_tokens: int, *, vocab_size: int
 ) -> list[list[int]]:
-    """Read the first documents of a source, tokenized as for training: BOS (if the tokenizer adds one), tokens, EOS.
+    """Read documents of a source, tokenized as for training: BOS (if the tokenizer adds one), tokens, EOS.
 
     Args:
         source: A text source (`train.data.documents`), or token shards, of which the validation split is read if it
-            has documents.
+            has documents; in a fixed random order, as sources lie there one after another.
         tokenizer: Required for texts.
         max_tokens: Maximum number of token ids; the last document is cut.
         vocab_size: That of the model.
@@ -69,7 +69,7 @@ def _documents(source: str | Path, tokenizer: Tokenizer | None, vocab_size: int)
         train, validation = TokenShards.open_splits(source)
         shards = validation if len(validation) else train
         shards.check(vocab_size=vocab_size)
-        for document in range(len(shards)):
+        for document in np.random.default_rng(0).permutation(len(shards)):
             yield shards.read(document).tolist()
     elif tokenizer is None:
         raise DSMoEError(f"{source} is text, and the model has no tokenizer; pass token shards (`dsmoe tokenize`)")
