@@ -312,9 +312,11 @@ def test_comparisons_of_later_versions_are_marked(tmp_path: Path):
 def test_data_may_change_before_the_first_run_only(tmp_path: Path):
     make = lambda sources: Experiment.create(tmp_path, scale="ci", sources=sources)  # noqa: E731
     make(["a.txt"]).write()
-    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/manifest.json").write_text('{"format": 1}')
+    make(None).bind_data()
     make(["b.txt"]).write()
-    assert not (tmp_path / "tokenizer").exists()
+    assert not (tmp_path / "data").exists()
     (tmp_path / "data").mkdir()
     (tmp_path / "data/manifest.json").write_text("{}")
     make(None).bind_data()

@@ -21,7 +21,13 @@ _DATA: Final = "data"
 _RESULTS: Final = "results"
 _RUNS: Final = "runs"
 _ABLATIONS: Final = "ablations"
-_DEFAULTS: Final = {"scale": "laptop", "seeds": 3, "sources": (PYTHON_STDLIB,), "ablation_tokens": 65_536}
+_DEFAULTS: Final = {
+    "scale": "laptop",
+    "variants": MAIN,
+    "seeds": 3,
+    "sources": (PYTHON_STDLIB,),
+    "ablation_tokens": 65_536,
+}
 
 
 class Job(NamedTuple):
@@ -76,38 +82,38 @@ class Experiment:
         """Check the arguments against each other and the plan in the folder; see `reproduce`."""
         before = _read_plan(out)
         defaults: Mapping[str, Any] = before or _DEFAULTS
-        name: str = defaults["scale"] if scale is None else scale
-        check_choice("scale", name, SCALES)
+        numbers = {"seeds": (seeds, 1), "steps": (steps, 1), "ablation_tokens": (ablation_tokens, 2)}
+        for name, (value, least) in numbers.items():
+            if value is not None and (type(value) is not int or value < least):
+                raise DSMoEError(f"{name} must be an integer of at least {least}, got {value!r}")
+        scale_name: str = defaults["scale"] if scale is None else scale
+        check_choice("scale", scale_name, SCALES)
+        sizes = SCALES[scale_name]
+        if steps is not None or before:
+            sizes = shortened(sizes, defaults["settings"]["steps"] if steps is None else steps)
         sources = tuple(defaults["sources"] if sources is None else sources)
         if len(sources) > 1 and any(map(is_token_shards, sources)):
             raise DSMoEError("sources must be texts, or one folder of token shards")
-        tokens = defaults["ablation_tokens"] if ablation_tokens is None else ablation_tokens
-        default_steps = before["settings"]["steps"] if before else SCALES[name].steps
-        numbers = {"seeds": (seeds, 1), "steps": (steps, 1), "ablation_tokens": (ablation_tokens, 2)}
-        for number, (value, least) in numbers.items():
-            if value is not None and (type(value) is not int or value < least):
-                raise DSMoEError(f"{number} must be an integer of at least {least}, got {value!r}")
-        sizes = shortened(SCALES[name], default_steps if steps is None else steps)
-        chosen = () if variants is None and before else choose(MAIN if variants is None else variants)
-        known = tuple(before["variants"]) if before else ()
+        known = before["variants"] if before else ()
+        chosen = choose(defaults["variants"] if variants is None else variants)
         new = cls(
             out=out,
-            scale_name=name,
+            scale_name=scale_name,
             scale=sizes,
             variants=tuple(dict.fromkeys((*known, *chosen))),
-            seeds=max(seeds or 1, before["seeds"]) if before else seeds or _DEFAULTS["seeds"],
+            seeds=max(seeds or defaults["seeds"], before["seeds"] if before else 1),
             sources=sources,
-            ablation_tokens=tokens,
+            ablation_tokens=ablation_tokens or defaults["ablation_tokens"],
             first={},
-            data_sha256=(before or {}).get("data_sha256"),
         )
         if before is None:
             comparisons = [one._asdict() for one in COMPARISONS]
             first = {"variants": list(new.variants), "seeds": new.seeds, "comparisons": comparisons}
-        else:
-            new._check_unchanged(before)
-            first = before.get("first") or {name: before[name] for name in ("variants", "seeds", "comparisons")}
-        return dataclasses.replace(new, first=first)
+            return dataclasses.replace(new, first=first)
+        new._check_unchanged(before)
+        first = before.get("first") or {name: before[name] for name in ("variants", "seeds", "comparisons")}
+        read = before.get("data_sha256") if sources == tuple(before["sources"]) else None
+        return dataclasses.replace(new, first=first, data_sha256=read)
 
     def _check_unchanged(self, before: Mapping[str, Any]) -> None:
         """Raise if anything but variants and seeds differs from the plan, and was used."""
@@ -219,7 +225,7 @@ class Experiment:
 
 def _read_plan(out: Path) -> dict[str, Any] | None:
     """Return the plan in a folder; None if there is none."""
-    found = _read(out / _PLAN, *_DEFAULTS, "settings", "variants")
+    found = _read(out / _PLAN, *_DEFAULTS, "settings")
     if found is not None and "steps" not in found["settings"]:
         raise DSMoEError(f"{out / _PLAN}: damaged: settings have no steps")
     return found
