@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
@@ -9,6 +10,8 @@ from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.text.tokenizer import Tokenizer
 from dsmoe_jax.train.data import TokenShards, documents, is_token_shards
 from dsmoe_jax.train.data.packing import pack
+
+_CHARACTERS: Final = 32  # per token, more than any text has
 
 
 def sources(data: str | Path | Sequence[str | Path]) -> list[str]:
@@ -54,7 +57,7 @@ def read_documents(
         DSMoEError: The source cannot be read, there is no tokenizer for it, or no document has 2 tokens.
     """
     found, left = [], max_tokens
-    for document in _documents(source, tokenizer, vocab_size):
+    for document in _documents(source, tokenizer, vocab_size, _CHARACTERS * max_tokens):
         found.append(document[:left])
         left -= len(found[-1])
         if left <= 0:
@@ -64,7 +67,10 @@ def read_documents(
     return found
 
 
-def _documents(source: str | Path, tokenizer: Tokenizer | None, vocab_size: int) -> Iterator[list[int]]:
+def _documents(
+    source: str | Path, tokenizer: Tokenizer | None, vocab_size: int, characters: int
+) -> Iterator[list[int]]:
+    """Yield the token ids of each document, of texts no more than some characters."""
     if is_token_shards(source):
         train, validation = TokenShards.open_splits(source)
         shards = validation if len(validation) else train
@@ -76,7 +82,7 @@ def _documents(source: str | Path, tokenizer: Tokenizer | None, vocab_size: int)
     else:
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         for document in documents(source):
-            yield [*tokenizer.encode(document.text), *end]
+            yield [*tokenizer.encode(document.text[:characters]), *end]
 
 
 def sequences(found: Sequence[Sequence[int]], length: int) -> np.ndarray:
