@@ -438,6 +438,6 @@ def test_the_pipeline_resumes_after_a_kill(tmp_path: Path):
         for measured in report["ablations"].get(run_fields["variant"], []):
             if measured["seed"] == run_fields["seed"]:
                 assert measured["losses"][0]["loss"] == pytest.approx(run_fields["eval_loss"], rel=0.03)
-    assert Job("dense", 0) in experiment(tmp_path / "x").jobs
+    assert len(Experiment.read(tmp_path / "x").jobs) == 12
     with pytest.raises(ValueError, match="is another experiment"):
         reproduce(tmp_path / "x", scale="laptop")

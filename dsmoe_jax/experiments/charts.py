@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _COLORS: Final = ("#1f5fa8", "#d1495b", "#2a9d6f", "#e0a030", "#7b5ea7", "#6b7683")
 _LINES: Final = ("-", "--", ":")  # of the first colors, of the same again, …
 _HEAT_MAP_COLUMNS: Final = 3
-_BRIGHTEST: Final = 4  # times an even share
+_BRIGHTEST: Final = (2.0, 4.0)  # end of the color scale at least and at most, times an even share
 
 
 def figures_folder(out: str | Path) -> Path:
@@ -97,6 +97,7 @@ def draw_routes(path: Path, layers: Mapping[int, np.ndarray], domains: Sequence[
         layers: Shares [domains, E] by layer.
         domains: Names of the domains.
     """
+    brightest = float(np.clip(max(load.max() * load.shape[1] for load in layers.values()), *_BRIGHTEST))
     columns = min(_HEAT_MAP_COLUMNS, len(layers))
     rows = -(-len(layers) // columns)
     with new_figure(path) as figure:
@@ -106,7 +107,7 @@ def draw_routes(path: Path, layers: Mapping[int, np.ndarray], domains: Sequence[
         for axes in grid.flat[len(layers) :]:
             axes.set_visible(False)
         for axes, (layer, load) in zip(grid.flat, layers.items(), strict=False):
-            image = axes.imshow(load * load.shape[1], aspect="auto", cmap="viridis", vmin=0, vmax=_BRIGHTEST)
+            image = axes.imshow(load * load.shape[1], aspect="auto", cmap="viridis", vmin=0, vmax=brightest)
             axes.set_title(f"Layer {layer}")
             axes.set_yticks(range(len(domains)), domains)
             axes.grid(False)

@@ -72,10 +72,16 @@ COMPARISONS: Final = (
     Comparison("deepseek_moe", "shared_4_60", "the number of shared experts matters little (section 4.4)", equal=True),
     Comparison("half_active", "gshard", "half the active experts still beat GShard (fig. 6)"),
     Comparison(
-        "gshard_x1.5", "deepseek_moe", "1/16 of the routed experts disabled: DeepSeekMoE loses more", disabled=1
+        "gshard_x1.5",
+        "deepseek_moe",
+        "1/16 of the routed experts disabled: DeepSeekMoE loses more (fig. 4)",
+        disabled=1,
     ),
     Comparison(
-        "gshard_x1.5", "deepseek_moe", "4/16 of the routed experts disabled: DeepSeekMoE loses more", disabled=4
+        "gshard_x1.5",
+        "deepseek_moe",
+        "4/16 of the routed experts disabled: DeepSeekMoE loses more (fig. 4)",
+        disabled=4,
     ),
 )
 # The paper's losses of trained models, figures 4 and 5 and section 4.5; the experts of the highest scores are disabled.
