@@ -230,6 +230,24 @@ def test_the_verbs_print_their_tables(checkpoint: Path, texts: list[Path], capsy
     assert "1991.7M" in capsys.readouterr().out
 
 
+def test_experts_disabled_by_layer_are_in_the_figures_folder(checkpoint: Path, texts: list[Path], tmp_path: Path):
+    ablations = [Ablation(disabled={1: (0,)}), Ablation(disabled=(3,))]
+
+    measured = ablate(
+        load(checkpoint),
+        Tokenizer.from_pretrained(checkpoint),
+        texts[0],
+        ablations=ablations,
+        max_tokens=9,
+        out=tmp_path,
+    )
+
+    losses = json.loads((tmp_path / "ablations.json").read_text())["losses"]
+    assert [row["disabled"] for row in losses] == [[], {"1": [0]}, [3]]
+    assert [row["loss"] for row in losses] == [one.loss for one in measured]
+    assert (tmp_path / "ablations.png").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     {

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.experiments.charts import draw_ablations, figures_folder
-from dsmoe_jax.experiments.texts import check_window, read_documents, sources
+from dsmoe_jax.experiments.texts import check_window, read_documents, source_names
 from dsmoe_jax.generate import Generator
 from dsmoe_jax.generate.loading import upcast_for_cpu
 from dsmoe_jax.generate.scoring import rolling_windows
@@ -123,7 +123,7 @@ def ablate(
     Raises:
         DSMoEError: The data cannot be read, or an ablation does not fit the model.
     """
-    names = sources(data)
+    names = source_names(data)
     if max_tokens < 2 * len(names):
         of = plural(len(names), "source")
         raise DSMoEError(f"max_tokens must be at least {2 * len(names)} for {of}, got {max_tokens}")

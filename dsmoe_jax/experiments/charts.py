@@ -75,7 +75,7 @@ def _curve_of(result: Mapping[str, Any], field: str) -> dict[float, float]:
     curve = {}
     for row in result["losses"]:
         others = {name: value for name, value in row.items() if name not in ("loss", field)}
-        if Ablation(**{**others, "disabled": tuple(others["disabled"])}) == Ablation():
+        if not others.pop("disabled") and Ablation(**others) == Ablation():
             value = row[field] / experts if field == "disable_top" else top_k if row[field] is None else row[field]
             curve[value] = row["loss"]
     return curve

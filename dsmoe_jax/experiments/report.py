@@ -102,8 +102,8 @@ def _ablations(experiment: Experiment) -> dict[str, list[dict[str, Any]]]:
 
 def _by_ablation(result: Mapping[str, Any]) -> Ablated:
     """Return the losses of one model; `disabled` is empty in the paper's ablations."""
-    settings = ({name: row[name] for name in ("disable_top", "active", "shared")} for row in result["losses"])
-    return {Ablation(**one): row["loss"] for one, row in zip(settings, result["losses"], strict=True)}
+    names = ("disable_top", "active", "shared")
+    return {Ablation(**{name: row[name] for name in names}): row["loss"] for row in result["losses"]}
 
 
 def _curves(experiment: Experiment, jobs: Collection[Job]) -> dict[str, tuple[np.ndarray, np.ndarray]]:

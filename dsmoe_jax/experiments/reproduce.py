@@ -10,8 +10,7 @@ from dsmoe_jax.experiments.ablations import measure, paper_settings, predicted, 
 from dsmoe_jax.experiments.plan import Experiment, Job
 from dsmoe_jax.experiments.queue import places, run_jobs
 from dsmoe_jax.experiments.report import write_report
-from dsmoe_jax.experiments.texts import read_documents
-from dsmoe_jax.experiments.texts import sources as source_names
+from dsmoe_jax.experiments.texts import read_documents, source_names
 from dsmoe_jax.loading import load
 from dsmoe_jax.storage.atomic_dir import write_json
 from dsmoe_jax.storage.locks import lock_folder

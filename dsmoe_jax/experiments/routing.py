@@ -10,7 +10,7 @@ import numpy as np
 
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.experiments.charts import draw_routes, figures_folder
-from dsmoe_jax.experiments.texts import check_window, read_documents, sequences, sources
+from dsmoe_jax.experiments.texts import check_window, read_documents, sequences, source_names
 from dsmoe_jax.generate.loading import upcast_for_cpu
 from dsmoe_jax.model import DeepSeekMoE, merge, split
 from dsmoe_jax.progress import Meter, silent
@@ -76,7 +76,7 @@ def routes(
     check_window(window)
     if max_tokens < 2:
         raise DSMoEError(f"max_tokens must be at least 2, got {max_tokens}")
-    names = sources(data)
+    names = source_names(data)
     read = functools.partial(read_documents, vocab_size=config.vocab_size)
     texts = [read(source, tokenizer, max_tokens) for source in names]
     sizes = [sum(map(len, documents)) for documents in texts]

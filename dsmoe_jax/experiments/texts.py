@@ -14,7 +14,7 @@ from dsmoe_jax.train.data.packing import pack
 _CHARACTERS: Final = 32  # per token, more than any text has
 
 
-def sources(data: str | Path | Sequence[str | Path]) -> list[str]:
+def source_names(data: str | Path | Sequence[str | Path]) -> list[str]:
     """Return one source or several as a list.
 
     Args:
@@ -48,7 +48,7 @@ def read_documents(
 
     Args:
         source: A text source (`train.data.documents`), or token shards, of which the validation split is read if it
-            has documents; in a fixed random order, as sources lie there one after another.
+            has documents; in a fixed random order, because shards are grouped by source.
         tokenizer: Required for texts.
         max_tokens: Maximum number of token ids; the last document is cut.
         vocab_size: That of the model.
