@@ -22,7 +22,7 @@ from dsmoe_jax.experiments.comparisons import compare, interval
 from dsmoe_jax.experiments.plan import Experiment, Job
 from dsmoe_jax.experiments.queue import Place, places
 from dsmoe_jax.experiments.report import write_report
-from dsmoe_jax.experiments.texts import read_documents, sequences
+from dsmoe_jax.experiments.texts import check_window, read_documents, sequences
 from dsmoe_jax.experiments.variants import SCALES, VARIANTS, model_config, run_config, shortened
 from dsmoe_jax.info import count_parameters
 from dsmoe_jax.layers.ablation import Ablation
@@ -259,7 +259,7 @@ def test_experts_disabled_by_layer_are_in_the_figures_folder(checkpoint: Path, t
         "layer": (("--disable-experts", "0:1"), "ablation.disabled names layer 0; MoE layers are 1 to 1"),
         "top": (("--disable-top", "3"), "2 experts are active, but layer 1 has 1 of 4 left"),
         "active": (("--active", "0"), "ablation.active must be an integer of at least 1, got 0"),
-        "tokens": (("--max-tokens", "1"), "max_tokens must be at least 4 for 2 sources, got 1"),
+        "tokens": (("--max-tokens", "1"), "max_tokens must be at least 2, got 1"),
     }.values(),
 )
 def test_bad_ablations_are_one_line(
@@ -267,6 +267,12 @@ def test_bad_ablations_are_one_line(
 ):
     assert run("ablate", checkpoint, "--data", *texts, *arguments) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"dsmoe ablate: {message}"
+
+
+def test_a_window_beyond_the_trained_context_warns(caplog: pytest.LogCaptureFixture):
+    check_window(9999, model_config("dense", SCALES["ci"]))
+
+    assert "sequence length 9999 exceeds the model's max_position_embeddings" in caplog.text
 
 
 @pytest.mark.parametrize(

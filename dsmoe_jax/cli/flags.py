@@ -259,7 +259,7 @@ _INSPECTION: Final = (
         nargs="+",
         required=True,
     ),
-    _arg("--max-tokens", "tokens of all data, for routes of each; default: 65536", default=65_536, **_INT),
+    _arg("--max-tokens", "tokens of each source; default: 65536", default=65_536, **_INT),
     _arg("--sequence-length", "tokens read at once; default: the trained context length", **_INT),
     _arg("--out --output-dir", "folder for the figures, as JSON and PNG; default: print a table only", "DIR"),
 )

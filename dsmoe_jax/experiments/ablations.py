@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from dsmoe_jax.config import ModelConfig
-from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.experiments.charts import draw_ablations, figures_folder
 from dsmoe_jax.experiments.texts import check_window, read_documents, source_names
 from dsmoe_jax.generate import Generator
@@ -15,7 +14,7 @@ from dsmoe_jax.generate.loading import upcast_for_cpu
 from dsmoe_jax.generate.scoring import rolling_windows
 from dsmoe_jax.layers.ablation import Ablation
 from dsmoe_jax.model import DeepSeekMoE, merge, split
-from dsmoe_jax.progress import Meter, plural, silent
+from dsmoe_jax.progress import Meter, silent
 from dsmoe_jax.storage.atomic_dir import write_json
 from dsmoe_jax.text.tokenizer import Tokenizer
 
@@ -73,7 +72,7 @@ def measure(
         DSMoEError: An ablation does not fit the model; before anything is computed.
     """
     settings = [Ablation(), *(one for one in ablations if one != Ablation())]
-    check_window(window)
+    check_window(window, model.config)
     window = window or model.config.context_length
     pairs = [pair for document in documents for pair in rolling_windows(document, prefix=None, window=window)]
     graph, params = split(model)
@@ -110,9 +109,9 @@ def ablate(
     Args:
         model: The model, on any devices.
         tokenizer: Required for texts.
-        data: Texts or token shards; each gives an equal part of the tokens.
+        data: Texts or token shards.
         ablations: What to switch off. Default: those of the paper, `paper_settings`.
-        max_tokens: Tokens of all data.
+        max_tokens: Tokens of each source.
         window: Tokens read at once. Default: the trained context length.
         out: Folder for `ablations.json` and `ablations.png`.
         progress: Shows the measurements done.
@@ -124,11 +123,8 @@ def ablate(
         DSMoEError: The data cannot be read, or an ablation does not fit the model.
     """
     names = source_names(data)
-    if max_tokens < 2 * len(names):
-        of = plural(len(names), "source")
-        raise DSMoEError(f"max_tokens must be at least {2 * len(names)} for {of}, got {max_tokens}")
     read = functools.partial(read_documents, vocab_size=model.config.vocab_size)
-    documents = [one for source in names for one in read(source, tokenizer, max_tokens // len(names))]
+    documents = [one for source in names for one in read(source, tokenizer, max_tokens)]
     folder = None if out is None else figures_folder(out)
     settings = paper_settings(model.config) if ablations is None else ablations
     measured = measure(model, documents, settings, window=window, progress=progress)

@@ -59,7 +59,7 @@ def routes(
         model: The model, on any devices.
         tokenizer: Required for texts.
         data: Texts or token shards.
-        max_tokens: Tokens of each.
+        max_tokens: Tokens of each source.
         window: Tokens per sequence. Default: the trained context length.
         out: Folder for `routes.json` and `routes.png`.
         progress: Shows the tokens read.
@@ -73,9 +73,7 @@ def routes(
     config = model.config
     if config.n_routed_experts is None:
         raise DSMoEError("routes needs a model with routed experts")
-    check_window(window)
-    if max_tokens < 2:
-        raise DSMoEError(f"max_tokens must be at least 2, got {max_tokens}")
+    check_window(window, config)
     names = source_names(data)
     read = functools.partial(read_documents, vocab_size=config.vocab_size)
     texts = [read(source, tokenizer, max_tokens) for source in names]

@@ -1,17 +1,20 @@
 """Documents of texts for ablations and routing: `read_documents`."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
+from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.text.tokenizer import Tokenizer
 from dsmoe_jax.train.data import TokenShards, documents, is_token_shards
 from dsmoe_jax.train.data.packing import pack
 
 _CHARACTERS: Final = 32  # per token, more than any text has
+_log = logging.getLogger(__name__)
 
 
 def source_names(data: str | Path | Sequence[str | Path]) -> list[str]:
@@ -28,17 +31,21 @@ def source_names(data: str | Path | Sequence[str | Path]) -> list[str]:
     return found
 
 
-def check_window(window: int | None) -> None:
-    """Raise for a window without tokens.
+def check_window(window: int | None, config: ModelConfig) -> None:
+    """Raise for a window without tokens, and warn of one beyond the trained context.
 
     Args:
         window: Tokens read at once; None: the default.
+        config: Config of the model.
 
     Raises:
         DSMoEError: It is too short.
     """
     if window is not None and window < 1:
         raise DSMoEError(f"sequence length must be at least 1, got {window}")
+    if window is not None and window > config.context_length:
+        text = "sequence length %d exceeds the model's max_position_embeddings %d"
+        _log.warning(text, window, config.context_length)
 
 
 def read_documents(
@@ -56,6 +63,8 @@ def read_documents(
     Raises:
         DSMoEError: The source cannot be read, there is no tokenizer for it, or no document has 2 tokens.
     """
+    if max_tokens < 2:
+        raise DSMoEError(f"max_tokens must be at least 2, got {max_tokens}")
     found, left = [], max_tokens
     for document in _documents(source, tokenizer, vocab_size, _CHARACTERS * max_tokens):
         found.append(document[:left])
