@@ -198,6 +198,9 @@ class DeepSeekMoE(nnx.Module):
 
         Returns:
             The hidden states of the last layer and, with them, those of all layers, the routing and the new cache.
+
+        Raises:
+            DSMoEError: `scan_layers` and an ablation that differs between layers.
         """
         T = token_ids.shape[1]
         start = None if cache is None or prefill else cache.lengths
@@ -241,6 +244,8 @@ class DeepSeekMoE(nnx.Module):
                 routing[i] = routed
         if scanned:
             graphs, weights, *options = zip(*scanned, strict=True)
+            if len(set(graphs)) > 1:
+                raise DSMoEError("scan_layers needs equal layers, and an ablation has disabled other experts in some")
             options = [None if each[0] is None else each for each in options]  # dropout keys, biases, assigned experts
             x, routed = stack.scan(graphs[0], remat, compute_dtype, weights, x, rope, mask, *options)
             routing |= zip(range(len(self.layers) - len(scanned), len(self.layers)), routed, strict=True)

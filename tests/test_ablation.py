@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dsmoe_jax.convert.param_mapping import hf_names
+from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.generate import Generator
 from dsmoe_jax.layers.ablation import Ablation
 from dsmoe_jax.layers.router import hash_experts
@@ -62,6 +63,15 @@ def test_an_ablated_model_shares_its_weights():
     ids = np.arange(6)[None]
     assert np.abs(ablated(ids).logits - model(ids).logits).max() > 0.01
     np.testing.assert_array_equal(model(ids).logits, small_model()(ids).logits)
+
+
+def test_layers_of_different_experts_are_not_scanned():
+    model, ids = DeepSeekMoE.init(dataclasses.replace(SMALL, num_hidden_layers=3)), jnp.arange(6)[None]
+
+    for disabled in ((0,), {}):
+        model.ablated(Ablation(disabled=disabled)).hidden(ids, scan_layers=True)
+    with pytest.raises(DSMoEError, match="scan_layers needs equal layers"):
+        model.ablated(Ablation(disabled={2: (0,)})).hidden(ids, scan_layers=True)
 
 
 def test_an_ablated_model_generates():
