@@ -22,15 +22,13 @@ from .data import (
     PYTHON_STDLIB,
     Stream,
     TokenShards,
-    documents,
-    is_validation,
     loader,
     shards_tokenizer,
     tokenize,
     tokenizer_hash,
+    training_texts,
     unique_names,
     validation_batches,
-    validation_threshold,
     warn_on_overlap,
 )
 from .data.files import refuse_overlap, unlogged
@@ -188,7 +186,7 @@ def _derive(
         names = list(texts.sources.values())
         _log.info("Training a tokenizer: %s tokens, on %s", f"{model_config.vocab_size:,}", ", ".join(names))
         with unlogged():
-            found = itertools.chain.from_iterable(_training_texts(name, out, val_fraction) for name in names)
+            found = itertools.chain.from_iterable(training_texts([name], val_fraction, exclude=[out]) for name in names)
             train_tokenizer(found, folder, model_config.vocab_size)
 
     check_tokenizer_of(config.data, tokenizer)
@@ -213,14 +211,6 @@ def check_tokenizer_of(data: DataConfig, tokenizer: Path | None) -> None:
     known = next(filter(is_megatron, sources), None)
     if tokenizer is None and known is not None and not all(map(is_tokenized, sources)):
         raise DSMoEError(f"data.tokenizer must be set, to the tokenizer of {known}")
-
-
-def _training_texts(source: str, out: Path, val_fraction: float) -> Iterator[str]:
-    """Iterate over the texts of the training split."""
-    contents = (document.text.encode() for document in documents(source, exclude=[out]))
-    threshold = validation_threshold(contents, val_fraction)
-    texts = (document.text for document in documents(source, exclude=[out]))
-    return (text for text in texts if not is_validation(text.encode(), threshold))
 
 
 def _tokenize(source: str, tokenizer: Path, split: str, folder: Path, **options: Any) -> None:

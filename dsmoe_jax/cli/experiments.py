@@ -17,8 +17,10 @@ _IDS: Final = rf"{_ID}(,{_ID})*"
 def ablate(args: argparse.Namespace, load: Any) -> None:
     """Print the loss with experts switched off; `load` returns a model and its tokenizer."""
     from dsmoe_jax.experiments.ablations import ablate, table
+    from dsmoe_jax.experiments.texts import check_limits
     from dsmoe_jax.layers.ablation import Ablation
 
+    check_limits(args.max_tokens, args.sequence_length)
     settings = [Ablation(disable_top=value) for value in args.disable_top or ()]
     settings += [Ablation(active=value) for value in args.active or ()]
     settings += [Ablation(shared=False)] if args.no_shared else []
@@ -33,7 +35,9 @@ def ablate(args: argparse.Namespace, load: Any) -> None:
 def routes(args: argparse.Namespace, load: Any) -> None:
     """Print the specialization of the experts of each layer; `load` returns both."""
     from dsmoe_jax.experiments.routing import routes, table
+    from dsmoe_jax.experiments.texts import check_limits
 
+    check_limits(args.max_tokens, args.sequence_length)
     model, tokenizer = load(args.model)
     options = {"max_tokens": args.max_tokens, "window": args.sequence_length, "out": args.out, "progress": count}
     print(table(routes(model, tokenizer, args.data, **options)))
@@ -49,10 +53,14 @@ def reproduce(args: argparse.Namespace) -> None:
 
     variants = None if args.variants is None else tuple(args.variants.split(","))
     if args.plan:
-        print(plan_text(args.scale or "laptop", variants or MAIN, args.devices, args.device))
+        options = {"steps": args.steps, "devices": args.devices, "device": args.device or "h100"}
+        print(plan_text(args.scale or "laptop", variants or MAIN, **options))
         return
     if args.out is None:
         raise DSMoEError("--out is required")
+    for name in ("devices", "device"):
+        if (value := getattr(args, name)) is not None:
+            raise DSMoEError(f"--{name} {value} needs --plan; runs use the devices that are there")
     names = ("scale", "seeds", "steps", "workers", "ablation_tokens")
     options = {name: getattr(args, name) for name in names}
     report = reproduce(args.out, variants=variants, sources=args.data, report_only=bool(args.report_only), **options)

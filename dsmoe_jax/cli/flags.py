@@ -328,13 +328,13 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
         _arg(
             "--disable-top",
             "disable the N routed experts of the highest scores of each token; separated by commas: one measurement "
-            "each; default: with no flag of this kind, those of the paper",
+            "each; default: without any ablation flag, those of the paper",
             "N,…",
             type=_ints,
         ),
         _arg(
             "--active",
-            "routed experts per token; separated by commas: one measurement each; default: none",
+            "routed experts per token; separated by commas: one measurement each; default: as for --disable-top",
             "N,…",
             type=_ints,
         ),
@@ -370,8 +370,8 @@ ARGUMENTS: Final[dict[str, tuple[Argument, ...]]] = {
         _arg("--ablation-tokens", "validation tokens of the ablations; default: 65536", **_INT),
         _arg("--report-only", "write the report of the complete runs and run nothing", **_OPTIONAL),
         _arg("--plan", "print memory and hours of a run of each variant on GPUs, and exit", action="store_true"),
-        _arg("--devices", "with --plan: devices of a run; default: 8", default=8, **_INT),
-        _arg("--device", "with --plan: card, as for plan; default: h100", "CARD", default="h100"),
+        _arg("--devices", "with --plan: devices of a run; default: 8 with --scale 2b, or 1", **_INT),
+        _arg("--device", "with --plan: card, as for plan; default: h100", "CARD"),
     ),
     "tokenize": (
         _arg("sources", _TEXTS, "SOURCE", nargs="*"),

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 from dsmoe_jax.config import ModelConfig
 from dsmoe_jax.experiments.charts import draw_ablations, figures_folder
-from dsmoe_jax.experiments.texts import check_window, read_documents, source_names
+from dsmoe_jax.experiments.texts import check_limits, read_documents, source_names
 from dsmoe_jax.generate import Generator
 from dsmoe_jax.generate.loading import upcast_for_cpu
 from dsmoe_jax.generate.scoring import rolling_windows
@@ -72,7 +72,6 @@ def measure(
         DSMoEError: An ablation does not fit the model; before anything is computed.
     """
     settings = [Ablation(), *(one for one in ablations if one != Ablation())]
-    check_window(window, model.config)
     window = window or model.config.context_length
     pairs = [pair for document in documents for pair in rolling_windows(document, prefix=None, window=window)]
     graph, params = split(model)
@@ -123,6 +122,7 @@ def ablate(
         DSMoEError: The data cannot be read, or an ablation does not fit the model.
     """
     names = source_names(data)
+    check_limits(max_tokens, window, model.config)
     read = functools.partial(read_documents, vocab_size=model.config.vocab_size)
     documents = [one for source in names for one in read(source, tokenizer, max_tokens)]
     folder = None if out is None else figures_folder(out)

@@ -45,7 +45,7 @@ def draw_ablations(path: Path, models: Mapping[str, Sequence[Mapping[str, Any]]]
 
     Args:
         path: Image to write.
-        models: For each model the results of `ablate.to_dict`, one per seed.
+        models: For each model the results of `ablations.to_dict`, one per seed.
     """
     with new_figure(path) as figure:
         figure.set_size_inches(11, 4.2)
@@ -158,5 +158,5 @@ def draw_curves(path: Path, curves: Mapping[str, tuple[np.ndarray, np.ndarray]])
         axes.set_ylim(low * 0.97, low * 1.6)
         axes.set_xlabel("million tokens")
         axes.set_ylabel("training loss, moving average, nats per token")
-        axes.set_title("Training")
+        axes.set_title("Training, one run of each variant")
         axes.legend(ncols=2)

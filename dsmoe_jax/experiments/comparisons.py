@@ -1,4 +1,4 @@
-"""The comparisons, decided before running: `COMPARISONS`, and what came out: `compare`."""
+"""The comparisons, decided before running: `COMPARISONS`, and their outcomes: `compare`."""
 
 from collections.abc import Mapping
 from typing import Final, Literal, NamedTuple
@@ -13,13 +13,13 @@ CONFIDENCE: Final = 0.95
 
 
 class Comparison(NamedTuple):
-    """The claim that `better` has a lower loss than `worse`, or the same one, or that an ablation raises it by less.
+    """The claim that `better` has a lower loss than `worse`, or an equal one, or that an ablation raises it by less.
 
     Attributes:
         better: A key of `VARIANTS`.
         worse: Another one.
-        claim: What the paper shows by it.
-        equal: Whether the paper finds them equal.
+        claim: The claim in words, and where the paper makes it.
+        equal: Whether the claim is that they are equal.
         disabled: Sixteenths of the routed experts; if any, the rise of the loss with these disabled is compared.
     """
 
@@ -30,7 +30,7 @@ class Comparison(NamedTuple):
     disabled: int = 0
 
 
-Verdict = Literal["as in the paper", "not contradicted", "contrary", "undecided"]
+Verdict = Literal["confirmed", "contradicted", "undecided", "not contradicted"]
 Ablated = Mapping[Ablation, float]  # losses of a trained model, without an ablation and with each
 
 
@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
         half_width: Half the width of the t-interval; infinite for one seed.
         seeds: Number of pairs.
         paper: Difference in the paper, None if not published.
-        verdict: What the interval says of the claim. That two variants are equal can be contradicted, not shown.
+        verdict: What the interval says of the claim; that two variants are equal can be contradicted, not confirmed.
     """
 
     comparison: Comparison
@@ -61,13 +61,17 @@ COMPARISONS: Final = (
     Comparison("gshard", "switch", "two experts per token beat one (table 1)"),
     Comparison("deepseek_moe", "gshard", "DeepSeekMoE beats GShard at equal compute and parameters (table 1)"),
     Comparison(
-        "deepseek_moe", "gshard_x1.5", "DeepSeekMoE equals GShard of 1.5 times the experts (table 2)", equal=True
+        "deepseek_moe", "gshard_x1.5", "DeepSeekMoE equals GShard with experts 1.5 times as wide (table 2)", equal=True
     ),
     Comparison("deepseek_moe", "dense_x16", "DeepSeekMoE comes close to its dense upper bound (table 2)", equal=True),
     Comparison("shared_1_15", "gshard", "isolating a shared expert helps (fig. 3)"),
     Comparison("shared_1_31", "shared_1_15", "finer experts help (fig. 3)"),
     Comparison("deepseek_moe", "shared_1_31", "still finer experts help (fig. 3)"),
-    Comparison("deepseek_moe", "fine_grained", "a shared expert helps fine-grained ones (section 4.4)"),
+    Comparison(
+        "deepseek_moe",
+        "fine_grained",
+        "a shared expert helps fine-grained ones (the idea of section 3.2; the paper has no such model)",
+    ),
     Comparison("deepseek_moe", "shared_2_62", "the number of shared experts matters little (section 4.4)", equal=True),
     Comparison("deepseek_moe", "shared_4_60", "the number of shared experts matters little (section 4.4)", equal=True),
     Comparison("half_active", "gshard", "half the active experts still beat GShard (fig. 6)"),
@@ -165,6 +169,6 @@ def _published(one: Comparison) -> float | None:
 def _verdict(one: Comparison, mean: float, half: float) -> Verdict:
     if not half < float("inf"):
         return "undecided"
-    if one.equal:  # the interval contains 0 or favors the better one
-        return "contrary" if mean + half < 0 else "not contradicted"
-    return "as in the paper" if mean > half else "contrary" if mean < -half else "undecided"
+    if one.equal:
+        return "contradicted" if abs(mean) > half else "not contradicted"
+    return "confirmed" if mean > half else "contradicted" if mean < -half else "undecided"

@@ -11,6 +11,7 @@ from dsmoe_jax.errors import DSMoEError, check_choice
 from dsmoe_jax.experiments.comparisons import COMPARISONS, Comparison
 from dsmoe_jax.experiments.variants import MAIN, SCALES, Scale, choose, model_config, run_config, settings, shortened
 from dsmoe_jax.storage.atomic_dir import write_json
+from dsmoe_jax.storage.paths import user_path
 from dsmoe_jax.storage.strict_json import read_json
 from dsmoe_jax.train.config import RunConfig
 from dsmoe_jax.train.data import PYTHON_STDLIB, TokenShards, is_token_shards
@@ -21,6 +22,9 @@ _DATA: Final = "data"
 _RESULTS: Final = "results"
 _RUNS: Final = "runs"
 _ABLATIONS: Final = "ablations"
+_TOKENIZER: Final = "tokenizer"
+_MODELS: Final = "models"
+_OWN: Final = (_DATA, _TOKENIZER, _MODELS, _RUNS, _RESULTS, _ABLATIONS)
 _DEFAULTS: Final = {
     "scale": "laptop",
     "variants": MAIN,
@@ -80,7 +84,8 @@ class Experiment:
         ablation_tokens: int | None = None,
     ) -> "Experiment":
         """Check the arguments against each other and the plan in the folder; see `reproduce`."""
-        before = _read_plan(out)
+        if (before := _read_plan(out)) is None and (foreign := [name for name in _OWN if (out / name).exists()]):
+            raise DSMoEError(f"{out} has a {foreign[0]}, but no {_PLAN}; choose another --out")
         defaults: Mapping[str, Any] = before or _DEFAULTS
         numbers = {"seeds": (seeds, 1), "steps": (steps, 1), "ablation_tokens": (ablation_tokens, 2)}
         for name, (value, least) in numbers.items():
@@ -124,7 +129,8 @@ class Experiment:
         }
         now = self.fields()
         pairs = {name: (before.get(name), now[name]) for name, in_use in used.items() if in_use}
-        pairs |= {name: (before["settings"].get(name), value) for name, value in now["settings"].items()}
+        earlier = _completed(before["settings"], settings(SCALES[self.scale_name]))
+        pairs |= {name: (earlier[name], value) for name, value in now["settings"].items()}
         for name, (old, value) in pairs.items():
             if old != value:
                 changed = f"{name} {old} -> {value}"
@@ -140,7 +146,7 @@ class Experiment:
     @property
     def data(self) -> Path:
         """Token shards of the texts, or those given."""
-        return Path(self.sources[0]) if is_token_shards(self.sources[0]) else self.out / _DATA
+        return user_path(self.sources[0], "sources") if is_token_shards(self.sources[0]) else self.out / _DATA
 
     @property
     def jobs(self) -> list[Job]:
@@ -151,12 +157,17 @@ class Experiment:
         """Write plan and models; other sources than before replace what was made of those."""
         before = _read_plan(self.out)
         if before and before["sources"] != list(self.sources):
-            for folder in (self.out / _DATA, self.tokenizer):
-                shutil.rmtree(folder, ignore_errors=True)
+            self.discard_data()
         write_json(self.out / _PLAN, self.fields())
-        (self.out / "models").mkdir(exist_ok=True)
+        (self.out / _MODELS).mkdir(exist_ok=True)
         for variant in self.variants:
             write_json(self.model(variant), model_config(variant, self.scale).to_dict())
+
+    def discard_data(self) -> None:
+        """Delete tokenizer and token shards that were made of the texts."""
+        for folder in (self.out / _DATA, self.tokenizer):
+            if folder.exists():
+                shutil.rmtree(folder)
 
     def bind_data(self) -> "Experiment":
         """Record the hash of the tokenized texts, or check that it is the same as at earlier starts."""
@@ -181,18 +192,19 @@ class Experiment:
         }
 
     def decided(self, one: Comparison) -> bool:
-        """Whether a comparison is in the first plan."""
-        fields = [{**Comparison._field_defaults, **found} for found in self.first["comparisons"]]
-        return one._asdict() in fields
+        """Whether a comparison and its variants are in the first plan."""
+        key = lambda found: tuple(found.get(name, 0) for name in ("better", "worse", "equal", "disabled"))  # noqa: E731
+        planned = {one.better, one.worse} <= set(self.first["variants"])
+        return planned and key(one._asdict()) in map(key, self.first["comparisons"])
 
     @property
     def tokenizer(self) -> Path:
         """Folder of the tokenizer."""
-        return self.out / "tokenizer"
+        return self.out / _TOKENIZER
 
     def model(self, variant: str) -> Path:
         """Return the path of a variant's `config.json`."""
-        return self.out / "models" / f"{variant}.json"
+        return self.out / _MODELS / f"{variant}.json"
 
     def run_folder(self, job: Job) -> Path:
         """Return the output folder of a run."""
@@ -204,7 +216,7 @@ class Experiment:
 
     def ablations(self, job: Job) -> dict[str, Any] | None:
         """Return the ablations of a trained model; None before they are measured."""
-        return _read(self.ablation_file(job), "losses")
+        return _read(self.ablation_file(job), "losses", "tokens", "documents")
 
     def write_result(self, job: Job, fields: Mapping[str, Any]) -> None:
         """Write the result of a complete run."""
@@ -225,10 +237,29 @@ class Experiment:
 
 def _read_plan(out: Path) -> dict[str, Any] | None:
     """Return the plan in a folder; None if there is none."""
-    found = _read(out / _PLAN, *_DEFAULTS, "settings")
-    if found is not None and "steps" not in found["settings"]:
+    if (found := _read(out / _PLAN, *_DEFAULTS, "settings")) is None:
+        return None
+    types = {name: list if isinstance(value, tuple) else type(value) for name, value in _DEFAULTS.items()}
+    for name, expected in {**types, "settings": dict}.items():
+        if type(found[name]) is not expected:
+            raise DSMoEError(f"{out / _PLAN}: damaged: {name} is {found[name]!r:.80}")
+    if type(found["settings"].get("steps")) is not int:
         raise DSMoEError(f"{out / _PLAN}: damaged: settings have no steps")
+    choose(found["variants"])
+    first = found.get("first") or found
+    if missing := [name for name in ("variants", "seeds", "comparisons") if name not in first]:
+        raise DSMoEError(f"{out / _PLAN}: damaged: the first plan has no {missing[0]}")
     return found
+
+
+def _completed(found: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with the defaults of fields that did not exist when they were written."""
+    nested = {
+        name: _completed(value, defaults[name])
+        for name, value in found.items()
+        if isinstance(value, dict) and isinstance(defaults.get(name), dict)
+    }
+    return {**defaults, **found, **nested}
 
 
 def _read(path: Path, *needed: str) -> dict[str, Any] | None:

@@ -1,14 +1,15 @@
 """The queue of an experiment's runs, several at once and resumable: `run_jobs`."""
 
 import contextlib
+import itertools
 import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.experiments.plan import Experiment, Job
@@ -16,6 +17,7 @@ from dsmoe_jax.progress import plural
 from dsmoe_jax.storage.locks import InUseError, lock_folder
 
 _POLL: Final = 0.2  # seconds
+_STOP_TIMEOUT: Final = 600  # seconds for a run's last checkpoint
 _LOG: Final = "log.txt"
 _GPUS: Final = Path("/proc/driver/nvidia/gpus")
 _HUGE_PAGES: Final = "glibc.malloc.hugetlb=1"  # a quarter of the time of a step on CPU
@@ -29,16 +31,21 @@ class Place(NamedTuple):
     cores: tuple[int, ...] = ()
 
 
-def places(workers: int | None, whole: bool) -> list[Place]:
+def places(workers: int | None, all_devices: bool) -> list[Place]:
     """Return a place for each run at once: a GPU each, or without GPUs a core each.
 
     Args:
         workers: Number of runs at once; None: as many as GPUs or cores.
-        whole: Every run uses all devices.
+        all_devices: Every run uses all devices.
+
+    Raises:
+        DSMoEError: `workers` is below 1, or above 1 for runs that use all devices.
     """
     if workers is not None and workers < 1:
         raise DSMoEError(f"workers must be at least 1, got {workers}")
-    if whole:
+    if all_devices:
+        if workers not in (None, 1):
+            raise DSMoEError(f"workers must be 1, as a run uses all devices, got {workers}")
         return [Place({})]
     if gpus := _gpus():
         return [Place({"CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus[:workers]]
@@ -54,9 +61,10 @@ def _gpus() -> list[str]:
     if os.environ.get("JAX_PLATFORMS") == "cpu" or not _GPUS.is_dir():
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (
-        list(map(str, range(len(list(_GPUS.iterdir()))))) if visible is None else [x for x in visible.split(",") if x]
-    )
+    if visible is None:
+        return [str(index) for index in range(len(list(_GPUS.iterdir())))]
+    named = filter(None, map(str.strip, visible.split(",")))
+    return list(itertools.takewhile("-1".__ne__, named))  # which hides all after it
 
 
 def run_jobs(experiment: Experiment, found: list[Place]) -> list[str]:
@@ -73,8 +81,9 @@ def run_jobs(experiment: Experiment, found: list[Place]) -> list[str]:
     total, done, failed = len(experiment.jobs), len(experiment.jobs) - len(waiting), []
     if done:
         _log.info("Found %s complete of %d", plural(done, "run"), total)
-    with contextlib.ExitStack() as stack:
-        free, running = list(found), {}
+    running: dict[subprocess.Popen, tuple[Job, Place, float]] = {}
+    free = list(found)
+    with _stopping(running):
         while waiting or running:
             while free and (job := next((job for job in waiting if not _in_use(experiment.run_folder(job))), None)):
                 place = free.pop()
@@ -82,10 +91,11 @@ def run_jobs(experiment: Experiment, found: list[Place]) -> list[str]:
                 _log.info(
                     "Starting %s (%d of %d), log in %s", job, total - len(waiting), total, _log_file(experiment, job)
                 )
-                running[stack.enter_context(_process(experiment, job, place))] = (job, place, time.monotonic())
+                running[_start(experiment, job, place)] = (job, place, time.monotonic())
             time.sleep(_POLL)
             for process in [process for process in running if process.poll() is not None]:
                 job, place, started = running.pop(process)
+                process.communicate()  # closes the pipe
                 free.append(place)
                 result = experiment.result(job)
                 if process.returncode or result is None:
@@ -106,14 +116,12 @@ def _in_use(folder: Path) -> bool:
         return True
 
 
-@contextlib.contextmanager
-def _process(experiment: Experiment, job: Job, place: Place) -> Iterator[subprocess.Popen]:
-    """Start a run; leaving stops it, with a checkpoint."""
+def _start(experiment: Experiment, job: Job, place: Place) -> subprocess.Popen:
     file = _log_file(experiment, job)
     file.parent.mkdir(parents=True, exist_ok=True)
     arguments = [str(experiment.out), job.variant, str(job.seed), ",".join(map(str, place.cores))]
     with file.open("ab") as log:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "dsmoe_jax.experiments.worker", *arguments],
             stdin=subprocess.PIPE,
             stdout=log,
@@ -121,16 +129,23 @@ def _process(experiment: Experiment, job: Job, place: Place) -> Iterator[subproc
             env=os.environ | place.environment,
             start_new_session=True,  # Ctrl-C stops the queue, which stops the runs
         )
+
+
+@contextlib.contextmanager
+def _stopping(running: Mapping[subprocess.Popen, Any]) -> Iterator[None]:
+    """On leaving, stop what still runs, all at once and with a checkpoint each."""
     try:
-        yield process
+        yield
     finally:
-        assert process.stdin is not None
-        process.stdin.close()
-        try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        for process in running:
+            assert process.stdin is not None
+            process.stdin.close()
+        for process in running:
+            try:
+                process.wait(timeout=_STOP_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _log_file(experiment: Experiment, job: Job) -> Path:

@@ -123,8 +123,9 @@ def _decided(experiment: Experiment) -> str:
     size, first = experiment.scale, experiment.first
     tokens = size.steps * size.tokens_per_step
     variants, seeds = plural(len(experiment.variants), "variant"), plural(experiment.seeds, "seed")
-    before = plural(len(first["variants"]), "variant"), plural(first["seeds"], "seed")
-    added = "" if before == (variants, seeds) else f" (at first {' and '.join(before)})"
+    later = [f"`{name}`" for name in experiment.variants if name not in first["variants"]]
+    later += [plural(experiment.seeds - first["seeds"], "seed")] if experiment.seeds > first["seeds"] else []
+    added = f" (added later: {', '.join(later)})" if later else ""
     lines = [
         f"# DeepSeekMoE's comparisons at scale `{experiment.scale_name}`",
         "## Decided before running",
@@ -156,13 +157,14 @@ def _outcomes(experiment: Experiment, outcomes: Sequence[Outcome]) -> str:
         names = f"`{one.comparison.worse}` - `{one.comparison.better}`"
         paper = "" if one.paper is None else f"{one.paper:+.3f}"
         claim = f"{one.comparison.claim}{_late(experiment, one.comparison)}: {names}"
-        cells = (claim, f"{one.mean:+.4f}{half}", str(one.seeds), paper, one.verdict)
+        pairs = f"{one.seeds}{' (seeds added later)' if one.seeds > experiment.first['seeds'] else ''}"
+        cells = (claim, f"{one.mean:+.4f}{half}", pairs, paper, one.verdict)
         rows.append("| " + " | ".join(cells) + " |")
     note = (
-        "That two variants are equal cannot be shown by so few runs, only contradicted: by an interval below 0. The "
-        "paper's differences are those of its 2B on 100B tokens of another text."
+        "A claim is confirmed or contradicted by an interval without 0. That two variants are equal can be "
+        "contradicted, not confirmed. The paper's differences are those of its 2B on 100B tokens of another text."
     )
-    return "\n\n".join(["## What came out", "\n".join(rows), note])
+    return "\n\n".join(["## Results", "\n".join(rows), note])
 
 
 def _losses(
@@ -195,7 +197,10 @@ def _losses(
 def _ablation_section(ablations: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     if not ablations:
         return ""
-    rows = ["| variant | ablation | loss | change | the paper's change |", "| --- | --- | --- | --- | --- |"]
+    rows = [
+        "| variant | ablation | loss | change | seeds | the paper's change |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for name, results in ablations.items():
         published, found = PAPER_ABLATIONS.get(name, {}), [_by_ablation(one) for one in results]
         for ablation in found[0]:
@@ -203,15 +208,20 @@ def _ablation_section(ablations: Mapping[str, Sequence[Mapping[str, Any]]]) -> s
             mean, half = interval(values - [one[Ablation()] for one in found])
             error = f" ± {half:.3f}" if np.isfinite(half) and ablation != Ablation() else ""
             paper = f"{published[ablation] - published[Ablation()]:+.3f}" if ablation in published else ""
-            rows.append(f"| `{name}` | {describe(ablation)} | {values.mean():.4f} | {mean:+.3f}{error} | {paper} |")
+            change = f"{mean:+.3f}{error}"
+            cells = (f"`{name}`", describe(ablation), f"{values.mean():.4f}", change, str(len(found)), paper)
+            rows.append("| " + " | ".join(cells) + " |")
+    (measured,) = {(one["tokens"], one["documents"]) for results in ablations.values() for one in results}
     text = (
         "Figures 4 and 5 and section 4.5 of the paper: routed experts of the highest scores disabled, fewer active "
-        "experts, the shared expert off with one more routed, on validation tokens and trained models."
+        f"experts, the shared expert off with one more routed. All are of the same {measured[0]:,} tokens of "
+        f"{plural(measured[1], 'document')}, a part of the validation split, so that `none` differs from the "
+        "validation loss above. Intervals are over the seeds."
     )
-    return "\n\n".join(["## Experts switched off", text, "\n".join(rows), "![ablations](ablations.png)"])
+    return "\n\n".join(["## Expert ablations", text, "\n".join(rows), "![ablations](ablations.png)"])
 
 
-def _setting(experiment: Experiment, jobs: Collection[Job]) -> str:
+def _setting(experiment: Experiment, jobs: Mapping[Job, Mapping[str, Any]]) -> str:
     size = experiment.scale
     texts = ", ".join(f"`{Path(one).name}`" for one in experiment.sources)
     folders = [folder for job in jobs if ((folder := experiment.run_folder(job)) / RECORDS).exists()]
@@ -219,10 +229,13 @@ def _setting(experiment: Experiment, jobs: Collection[Job]) -> str:
     skipped = (
         f" Outliers of the gradient norm are skipped: {min(skips)} to {max(skips)} updates a run." if skips else ""
     )
+    versions = sorted({f"dsmoe_jax {found['version']}" for found in jobs.values() if "version" in found})
+    made = f" Trained by {', '.join(versions)}." if versions else ""
     lines = [
         "## Setting",
         f"hidden {size.hidden_size}, {size.layers} layers, {size.heads} heads, vocabulary {size.vocab_size}, sequences "
         f"of {size.sequence_length}, {size.batch_size} a step, {size.steps} steps, AdamW with the paper's schedule, "
-        f"peak learning rate {size.learning_rate:g}.{skipped} Texts: {texts}.",
+        f"peak learning rate {size.learning_rate:g}, initial weights of standard deviation {size.initializer_range:g}."
+        f"{skipped} Texts: {texts}.{made}",
     ]
     return "\n\n".join(lines)

@@ -1,7 +1,7 @@
 """The paper's comparison of architectures, from texts to a report: `reproduce`."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
 
@@ -21,9 +21,8 @@ from dsmoe_jax.train.data import (
     TokenShards,
     documents,
     is_token_shards,
-    is_validation,
     tokenize,
-    validation_threshold,
+    training_texts,
 )
 from dsmoe_jax.train.plotting import check_matplotlib
 
@@ -78,13 +77,12 @@ def reproduce(
     with lock_folder(experiment.out):
         experiment.write()
         prepare(experiment)
+        _check_validation(experiment)
         experiment = experiment.bind_data()
         failed = run_jobs(experiment, found)
-        for job in experiment.jobs:
-            if job.variant in ABLATED and experiment.result(job) is not None:
-                _ablate(experiment, job)
         if failed and len(failed) == len(experiment.jobs):
             raise DSMoEError("; ".join(failed))
+        failed += filter(None, (_ablate(experiment, job) for job in experiment.jobs))
         report = write_report(experiment)
     if failed:
         raise DSMoEError(f"{'; '.join(failed)}; {report} is of the others")
@@ -98,19 +96,22 @@ def check_sources(experiment: Experiment) -> None:
         experiment: Its sources and vocabulary size.
 
     Raises:
-        DSMoEError: A text cannot be read, or token shards have no validation split or too many tokens.
+        DSMoEError: A text cannot be read, or token shards have no validation split, or token ids beyond the vocabulary.
     """
     if any(map(is_token_shards, experiment.sources)):
         _, validation = TokenShards.open_splits(experiment.data)
         validation.check(vocab_size=experiment.scale.vocab_size)
-        _check_validation(experiment, validation)
+        _check_validation(experiment)
     elif not experiment.data.exists():
         for source in experiment.sources:
             next(documents(source, exclude=[experiment.out]), None)
 
 
-def _check_validation(experiment: Experiment, validation: TokenShards) -> None:
-    if not len(validation):
+def _check_validation(experiment: Experiment) -> None:
+    """Raise if no document is held out; what was made of the texts is deleted, so that others can be given."""
+    if not len(TokenShards.open(experiment.data, "validation", verify=False)):
+        if not any(map(is_token_shards, experiment.sources)):
+            experiment.discard_data()
         texts = ", ".join(experiment.sources)
         raise DSMoEError(f"{texts}: no document is held out for validation: at least 2 documents are needed")
 
@@ -126,32 +127,28 @@ def prepare(experiment: Experiment) -> None:
     """
     if any(map(is_token_shards, experiment.sources)) or experiment.data.exists():
         return
-    tokenizer = experiment.tokenizer
-    fraction, vocab_size = experiment.scale.val_fraction, experiment.scale.vocab_size
+    tokenizer, sources = experiment.tokenizer, list(experiment.sources)
+    split = {"val_fraction": experiment.scale.val_fraction, "exclude": [experiment.out]}
     if not (tokenizer.is_dir() and tokenizer_files(tokenizer)):
-        _log.info("Training a tokenizer of %d tokens", vocab_size)
-        threshold = validation_threshold((text.encode() for text in _texts(experiment)), fraction)
-        training = (text for text in _texts(experiment) if not is_validation(text.encode(), threshold))
-        train_tokenizer(training, tokenizer, vocab_size)
-    options = {"val_fraction": fraction, "exclude": [experiment.out]}
-    stats = tokenize(list(experiment.sources), tokenizer, experiment.data, **options)
+        _log.info("Training a tokenizer of %d tokens", experiment.scale.vocab_size)
+        train_tokenizer(training_texts(sources, **split), tokenizer, experiment.scale.vocab_size)
+    stats = tokenize(sources, tokenizer, experiment.data, **split)
     _log.info("Tokenized %s", stats)
-    _check_validation(experiment, TokenShards.open(experiment.data, "validation", verify=False))
 
 
-def _texts(experiment: Experiment) -> Iterator[str]:
-    return (one.text for source in experiment.sources for one in documents(source, exclude=[experiment.out]))
-
-
-def _ablate(experiment: Experiment, job: Job) -> None:
-    """Measure the ablations of a trained model, once."""
+def _ablate(experiment: Experiment, job: Job) -> str | None:
+    """Measure the ablations of a trained model, once; return a line if that failed."""
     path = experiment.ablation_file(job)
-    if experiment.ablations(job) is not None:
-        return
+    if job.variant not in ABLATED or experiment.result(job) is None or experiment.ablations(job) is not None:
+        return None
     _log.info("Ablating %s", job)
-    model = load(experiment.run_folder(job) / "model")
-    sizes = {"vocab_size": model.config.vocab_size}
-    found = read_documents(experiment.data, None, experiment.ablation_tokens, **sizes)
-    measured = measure(model, found, paper_settings(model.config))
+    try:
+        model = load(experiment.run_folder(job) / "model")
+        found = read_documents(experiment.data, None, experiment.ablation_tokens, vocab_size=model.config.vocab_size)
+        measured = measure(model, found, paper_settings(model.config))
+    except DSMoEError as error:
+        return f"{job} was not ablated: {error}"
     path.parent.mkdir(exist_ok=True)
-    write_json(path, {"tokens": predicted(found), **to_dict(measured, model.config)})
+    sizes = {"documents": len(found), "tokens": predicted(found)}
+    write_json(path, {**sizes, **to_dict(measured, model.config)})
+    return None

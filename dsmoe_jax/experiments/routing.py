@@ -10,7 +10,7 @@ import numpy as np
 
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.experiments.charts import draw_routes, figures_folder
-from dsmoe_jax.experiments.texts import check_window, read_documents, sequences, source_names
+from dsmoe_jax.experiments.texts import check_limits, read_documents, sequences, source_names
 from dsmoe_jax.generate.loading import upcast_for_cpu
 from dsmoe_jax.model import DeepSeekMoE, merge, split
 from dsmoe_jax.progress import Meter, silent
@@ -30,16 +30,18 @@ class LayerRoutes(NamedTuple):
 
     Attributes:
         load: Share of the selections of a domain that an expert has, [domains, E]; 1/E is even.
-        mutual_information: Between domain and expert, in bits, for domains of equal weight; 0: no specialization.
+        mutual_information: Between domain and expert, in bits, for domains of equal weight; 0: the load does not depend
+            on the domain.
         load_entropy: Entropy of the load over all domains, in bits; log2 E if even.
-        together: Probability that a token that selects the first expert selects the second one too, [E, E].
-        top_tokens: For each expert, token ids that select it in the largest share of their occurrences, and the shares.
+        coactivation: Probability that a token that selects the first expert selects the second one too, [E, E].
+        top_tokens: For each expert, token ids that select it in the largest share of their occurrences, and the shares;
+            of tokens with at least 8 occurrences, and at least as many as half of all tokens have.
     """
 
     load: np.ndarray
     mutual_information: float
     load_entropy: float
-    together: np.ndarray
+    coactivation: np.ndarray
     top_tokens: list[list[tuple[int, float]]]
 
 
@@ -73,7 +75,7 @@ def routes(
     config = model.config
     if config.n_routed_experts is None:
         raise DSMoEError("routes needs a model with routed experts")
-    check_window(window, config)
+    check_limits(max_tokens, window, config)
     names = source_names(data)
     read = functools.partial(read_documents, vocab_size=config.vocab_size)
     texts = [read(source, tokenizer, max_tokens) for source in names]
@@ -124,17 +126,17 @@ class _Counts:
 
     def __init__(self, domains: int, experts: int):
         self.by_domain = np.zeros((domains, experts), np.int64)
-        self.together = np.zeros((experts, experts), np.int64)
+        self.coactivation = np.zeros((experts, experts), np.int64)
         self.by_token: dict[int, np.ndarray] = {}
         self.top_k = 1
 
     def add(self, domain: int, tokens: np.ndarray, experts: np.ndarray) -> None:
         """Count the experts [n, K] of tokens [n]."""
-        E = len(self.together)
+        E = len(self.coactivation)
         chosen = np.zeros((len(tokens), E), np.int64)
         np.put_along_axis(chosen, experts, 1, axis=1)
         self.by_domain[domain] += chosen.sum(axis=0)
-        self.together += chosen.T @ chosen
+        self.coactivation += chosen.T @ chosen
         self.top_k = experts.shape[1]
         distinct, places = np.unique(tokens, return_inverse=True)
         sums = np.zeros((len(distinct), E), np.int64)
@@ -146,10 +148,10 @@ class _Counts:
         """Return the shares and what follows from them."""
         load = self.by_domain / self.by_domain.sum(axis=1, keepdims=True)
         mean = load.mean(axis=0)
-        selected = np.diag(self.together)
-        together = self.together / np.maximum(selected, 1)[:, None]
+        selected = np.diag(self.coactivation)
+        coactivation = self.coactivation / np.maximum(selected, 1)[:, None]
         information = _entropy(mean) - np.mean([_entropy(row) for row in load])
-        return LayerRoutes(load, float(max(0.0, information)), _entropy(mean), together, self._top_tokens())
+        return LayerRoutes(load, float(max(0.0, information)), _entropy(mean), coactivation, self._top_tokens())
 
     def _top_tokens(self) -> list[list[tuple[int, float]]]:
         """Return the tokens that select each expert most often; rare ones, whose share is chance, are left out."""
@@ -184,13 +186,13 @@ def to_dict(
     name = (lambda token: token) if tokenizer is None else lambda token: tokenizer.decode([token])
 
     def layer(one: LayerRoutes) -> dict[str, Any]:
-        others = one.together * (1 - np.eye(len(one.together)))
+        others = one.coactivation * (1 - np.eye(len(one.coactivation)))
         partners = [(int(row.argmax()), round(float(row.max()), 4)) for row in others]
         return {
             "mutual_information_bits": one.mutual_information,
             "load_entropy_bits": one.load_entropy,
             "load": one.load.round(6).tolist(),
-            "most_often_together": [list(pair) if pair[1] else None for pair in partners],
+            "most_coactivated": [list(pair) if pair[1] else None for pair in partners],
             "top_tokens": [[[name(token), round(share, 4)] for token, share in row] for row in one.top_tokens],
         }
 

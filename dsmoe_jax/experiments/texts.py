@@ -13,7 +13,7 @@ from dsmoe_jax.text.tokenizer import Tokenizer
 from dsmoe_jax.train.data import TokenShards, documents, is_token_shards
 from dsmoe_jax.train.data.packing import pack
 
-_CHARACTERS: Final = 32  # per token, more than any text has
+_CHARACTERS: Final = 32  # read per token of the limit; prose has about 4
 _log = logging.getLogger(__name__)
 
 
@@ -31,19 +31,22 @@ def source_names(data: str | Path | Sequence[str | Path]) -> list[str]:
     return found
 
 
-def check_window(window: int | None, config: ModelConfig) -> None:
-    """Raise for a window without tokens, and warn of one beyond the trained context.
+def check_limits(max_tokens: int, window: int | None, config: ModelConfig | None = None) -> None:
+    """Raise for limits without a predicted token, and warn of a window beyond the trained context.
 
     Args:
+        max_tokens: Tokens of each source.
         window: Tokens read at once; None: the default.
-        config: Config of the model.
+        config: Config of the model; None: it is not read yet.
 
     Raises:
-        DSMoEError: It is too short.
+        DSMoEError: A limit is too low.
     """
+    if max_tokens < 2:
+        raise DSMoEError(f"max_tokens must be at least 2, got {max_tokens}")
     if window is not None and window < 1:
         raise DSMoEError(f"sequence length must be at least 1, got {window}")
-    if window is not None and window > config.context_length:
+    if config and window is not None and window > config.context_length:
         text = "sequence length %d exceeds the model's max_position_embeddings %d"
         _log.warning(text, window, config.context_length)
 
@@ -63,8 +66,6 @@ def read_documents(
     Raises:
         DSMoEError: The source cannot be read, there is no tokenizer for it, or no document has 2 tokens.
     """
-    if max_tokens < 2:
-        raise DSMoEError(f"max_tokens must be at least 2, got {max_tokens}")
     found, left = [], max_tokens
     for document in _documents(source, tokenizer, vocab_size, _CHARACTERS * max_tokens):
         found.append(document[:left])

@@ -28,6 +28,7 @@ class Scale(NamedTuple):
         learning_rate: Peak learning rate.
         warmup_steps: Steps of linear warmup.
         val_fraction: Fraction of the documents held out.
+        initializer_range: Standard deviation of the initial weights.
         step: Precision and memory of a step.
         mesh: Devices of a run; None: one device, and several runs at once.
     """
@@ -43,6 +44,7 @@ class Scale(NamedTuple):
     learning_rate: float
     warmup_steps: int
     val_fraction: float
+    initializer_range: float = 0.02
     step: StepConfig = StepConfig()
     mesh: MeshConfig | None = None
 
@@ -60,7 +62,7 @@ class Variant(NamedTuple):
         routed: Routed experts; 0: a dense model.
         top_k: Routed experts per token.
         shared: Shared experts.
-        paper: Pile loss of the paper's 2B (arXiv 2401.06066, tables 1 and 2, section 4.5); None: not published.
+        paper: Pile loss of the paper's 2B (arXiv 2401.06066, tables 1 and 2, section 4.4); None: not published.
         note: What it is.
         hash_routing: Experts by a hash of the token id.
     """
@@ -78,10 +80,10 @@ class Variant(NamedTuple):
 _PAPER_STEP: Final = StepConfig(compute_dtype="bfloat16", gradient_accumulation_steps=8, remat="dots")
 _FSDP: Final = MeshConfig(fsdp=-1)
 SCALES: Final[dict[str, Scale]] = {
-    #               vocab  D     L  N   F     T     B     steps   lr       warmup
+    #               vocab  D     L  N   F     T     B     steps   lr       warmup held out
     "ci":     Scale(512,   32,   2, 2,  64,   64,   16,   30,     3e-3,    5,    0.02),
     "laptop": Scale(2048,  128,  4, 4,  352,  256,  16,   2000,   2e-3,    100,  0.02),
-    "2b":     Scale(8192,  1280, 9, 10, 3456, 2048, 2048, 25_000, 1.08e-3, 2000, 0.01, _PAPER_STEP, _FSDP),
+    "2b":     Scale(8192,  1280, 9, 10, 3456, 2048, 2048, 25_000, 1.08e-3, 2000, 0.01, 0.006, _PAPER_STEP, _FSDP),
 }
 VARIANTS: Final[dict[str, Variant]] = {
     #                      width routed top_k shared paper
@@ -149,6 +151,7 @@ def model_config(variant: str, scale: Scale) -> ModelConfig:
         num_attention_heads=scale.heads,
         num_key_value_heads=scale.heads,
         max_position_embeddings=scale.sequence_length,
+        initializer_range=scale.initializer_range,
         bos_token_id=0,
         eos_token_id=1,
         extra={"topk_method": "hash"} if row.hash_routing else {},

@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+from dsmoe_jax import __version__
 from dsmoe_jax.errors import DSMoEError
 from dsmoe_jax.experiments.plan import Experiment, Job
 from dsmoe_jax.experiments.variants import model_config
@@ -37,6 +38,7 @@ def main(out: Path, job: Job) -> int:
             "parameters": counts.total,
             "active_parameters": counts.activated,
             "resumed_from": result.resumed_from,
+            "version": __version__,
         },
     )
     return 0

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .sources import Document, documents
     from .stream import Stream, unique_names
     from .tasks import merge, tokenize_task
-    from .tokenization import tokenize
+    from .tokenization import tokenize, training_texts
     from .validation import validation_batches
     from .writer import ShardStats, SplitStats, is_validation, validation_threshold
 
@@ -25,7 +25,7 @@ _MODULES = {
     **dict.fromkeys(("Document", "documents"), ".sources"),
     **dict.fromkeys(("Stream", "unique_names"), ".stream"),
     **dict.fromkeys(("merge", "tokenize_task"), ".tasks"),
-    "tokenize": ".tokenization",
+    **dict.fromkeys(("tokenize", "training_texts"), ".tokenization"),
     "validation_batches": ".validation",
     **dict.fromkeys(("ShardStats", "SplitStats", "is_validation", "validation_threshold"), ".writer"),
 }
@@ -51,6 +51,7 @@ __all__ = [
     "tokenize",
     "tokenize_task",
     "tokenizer_hash",
+    "training_texts",
     "unique_names",
     "validation_batches",
     "validation_threshold",

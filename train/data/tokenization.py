@@ -32,7 +32,9 @@ from .writer import (
     SplitStats,
     check_not_empty,
     copy_tokenizer,
+    is_validation,
     report,
+    validation_threshold,
 )
 
 _SAMPLE: Final = 0.01  # fraction of the sources from which the total size is extrapolated
@@ -341,3 +343,16 @@ def finalize(
     special = np.sum([np.array(record["special_tokens"]) for record in records], axis=0).tolist()
     report(stats, plan["threshold"], SpecialTokens(*special), split=manifest["split_special_tokens"])
     return stats
+
+
+def training_texts(sources: Sequence[str], val_fraction: float, *, exclude: Collection[Path] = ()) -> Iterator[str]:
+    """Iterate over the texts that `tokenize` puts in the training split of these sources.
+
+    Args:
+        sources: Texts, as for `tokenize`.
+        val_fraction: Fraction of the documents held out.
+        exclude: Folders that are not read.
+    """
+    texts = lambda: (one.text for source in sources for one in documents(source, exclude=exclude))  # noqa: E731
+    threshold = validation_threshold(map(str.encode, texts()), val_fraction)
+    return (text for text in texts() if not is_validation(text.encode(), threshold))
