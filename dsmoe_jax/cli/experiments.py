@@ -17,16 +17,14 @@ _IDS: Final = rf"{_ID}(,{_ID})*"
 def ablate(args: argparse.Namespace, load: Any) -> None:
     """Print the loss with experts switched off; `load` returns a model and its tokenizer."""
     from dsmoe_jax.experiments.ablations import ablate, table
-    from dsmoe_jax.experiments.texts import check_limits
     from dsmoe_jax.layers.ablation import Ablation
 
-    check_limits(args.max_tokens, args.sequence_length)
+    options = _options(args)
     settings = [Ablation(disable_top=value) for value in args.disable_top or ()]
     settings += [Ablation(active=value) for value in args.active or ()]
     settings += [Ablation(shared=False)] if args.no_shared else []
     settings += [Ablation(disabled=disabled_experts(text)) for text in args.disable_experts or ()]
     model, tokenizer = load(args.model)
-    options = {"max_tokens": args.max_tokens, "window": args.sequence_length, "out": args.out, "progress": count}
     print(table(ablate(model, tokenizer, args.data, ablations=settings or None, **options)))
     if args.out:
         print_status(f"Saved {Path(args.out)}: ablations.json, ablations.png")
@@ -35,14 +33,20 @@ def ablate(args: argparse.Namespace, load: Any) -> None:
 def routes(args: argparse.Namespace, load: Any) -> None:
     """Print the specialization of the experts of each layer; `load` returns both."""
     from dsmoe_jax.experiments.routing import routes, table
-    from dsmoe_jax.experiments.texts import check_limits
 
-    check_limits(args.max_tokens, args.sequence_length)
+    options = _options(args)
     model, tokenizer = load(args.model)
-    options = {"max_tokens": args.max_tokens, "window": args.sequence_length, "out": args.out, "progress": count}
     print(table(routes(model, tokenizer, args.data, **options)))
     if args.out:
         print_status(f"Saved {Path(args.out)}: routes.json, routes.png")
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that `ablate` and `routes` share, checked before a model is loaded."""
+    from dsmoe_jax.experiments.texts import check_limits
+
+    check_limits(args.max_tokens, args.sequence_length)
+    return {"max_tokens": args.max_tokens, "window": args.sequence_length, "out": args.out, "progress": count}
 
 
 def reproduce(args: argparse.Namespace) -> None:

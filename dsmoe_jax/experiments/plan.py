@@ -144,9 +144,14 @@ class Experiment:
         return cls.create(out)
 
     @property
+    def given_shards(self) -> bool:
+        """Whether the source is a folder of token shards, instead of texts."""
+        return is_token_shards(self.sources[0])
+
+    @property
     def data(self) -> Path:
         """Token shards of the texts, or those given."""
-        return user_path(self.sources[0], "sources") if is_token_shards(self.sources[0]) else self.out / _DATA
+        return user_path(self.sources[0], "sources") if self.given_shards else self.out / _DATA
 
     @property
     def jobs(self) -> list[Job]:

@@ -20,7 +20,6 @@ from dsmoe_jax.text.train_tokenizer import train_tokenizer
 from dsmoe_jax.train.data import (
     TokenShards,
     documents,
-    is_token_shards,
     tokenize,
     training_texts,
 )
@@ -98,7 +97,7 @@ def check_sources(experiment: Experiment) -> None:
     Raises:
         DSMoEError: A text cannot be read, or token shards have no validation split, or token ids beyond the vocabulary.
     """
-    if any(map(is_token_shards, experiment.sources)):
+    if experiment.given_shards:
         _, validation = TokenShards.open_splits(experiment.data)
         validation.check(vocab_size=experiment.scale.vocab_size)
         _check_validation(experiment)
@@ -110,7 +109,7 @@ def check_sources(experiment: Experiment) -> None:
 def _check_validation(experiment: Experiment) -> None:
     """Raise if no document is held out; what was made of the texts is deleted, so that others can be given."""
     if not len(TokenShards.open(experiment.data, "validation", verify=False)):
-        if not any(map(is_token_shards, experiment.sources)):
+        if not experiment.given_shards:
             experiment.discard_data()
         texts = ", ".join(experiment.sources)
         raise DSMoEError(f"{texts}: no document is held out for validation: at least 2 documents are needed")
@@ -125,7 +124,7 @@ def prepare(experiment: Experiment) -> None:
     Raises:
         DSMoEError: The texts cannot be read.
     """
-    if any(map(is_token_shards, experiment.sources)) or experiment.data.exists():
+    if experiment.given_shards or experiment.data.exists():
         return
     tokenizer, sources = experiment.tokenizer, list(experiment.sources)
     split = {"val_fraction": experiment.scale.val_fraction, "exclude": [experiment.out]}
